@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, SparseVoxels
 
 STAGES = ("structure", "latent")
 # of a latent; of CLIP's text

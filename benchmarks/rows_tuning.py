@@ -23,10 +23,10 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
-from eg3d_rlhf.tuning.flow.estimate import pairs_of
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
-from eg3d_rlhf.tuning.flow.reference import AdapterOff
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.reference import AdapterOff
+from eg3d_rlhf.tuning.flow.workspace.estimate import pairs_of
 from training.distributed import SINGLE
 
 ASSETS = 32

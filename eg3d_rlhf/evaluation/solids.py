@@ -32,12 +32,12 @@ from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.rewards.solid import occupancy
-from eg3d_rlhf.tuning.flow.arms import ArmsSource
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
+from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import family_of, open_problem
-from eg3d_rlhf.tuning.flow.generate import crossed, generate
-from eg3d_rlhf.tuning.flow.online.solid import grid_of, rules_for
-from eg3d_rlhf.tuning.flow.problem import Problem
-from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
+from eg3d_rlhf.tuning.flow.training.online.solid import grid_of, rules_for
 from training.config import from_dict
 from training.progress import tqdm
 from training.storage import write_atomic

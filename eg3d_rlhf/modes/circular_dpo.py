@@ -13,15 +13,15 @@ from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_to
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.tuning.flow.circular import loop
-from eg3d_rlhf.tuning.flow.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
-from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, supervised
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig, Weighing
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import check_source, open_problem
-from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging, Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.stage import stage_of
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.training.circular import loop
+from eg3d_rlhf.tuning.flow.training.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, supervised
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, Weighing
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
 from training.config import from_dict
 
 Source = TypeVar("Source", bound=ProblemSource)

@@ -69,8 +69,8 @@ def memory_of(root: Path | None) -> Iterator[str]:
     """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for
     each stage.
     """
-    from eg3d_rlhf.tuning.flow.estimate import estimate, table  # only here: brings all families
     from eg3d_rlhf.tuning.flow.families.released import RELEASED, of_folder
+    from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, table  # only here: brings all families
 
     if root is not None:
         yield table(estimate(of_folder(family_of(root), root), precision="bfloat16"))

@@ -6,8 +6,8 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.experiments.mode import running
-from eg3d_rlhf.tuning.flow.drawing import Drawing, Drawn, drawing_of
-from eg3d_rlhf.tuning.flow.work import BASE, SHOWN, TEST, Work
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn, drawing_of
+from eg3d_rlhf.tuning.flow.workspace.work import BASE, SHOWN, TEST, Work
 from training.progress import tqdm
 
 AGAIN = "The same command"

@@ -10,7 +10,7 @@ from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 
 SECONDS = 8  # that an answer takes
 

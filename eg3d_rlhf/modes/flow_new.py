@@ -12,10 +12,10 @@ import torch
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.modes.flow_check import faults, licences, rows
-from eg3d_rlhf.tuning.flow.conditions import CONDITIONS, Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.problem import PRECISIONS, chosen_precision
 from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
-from eg3d_rlhf.tuning.flow.problem import PRECISIONS, chosen_precision
-from eg3d_rlhf.tuning.flow.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
+from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
 from training.storage import write_atomic
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -205,9 +205,13 @@ def takes(
     # its networks are small, or a plugin's that does not say
     if family.bundled or family.encoder is None or family.told is None:
         return
-    from eg3d_rlhf.tuning.flow.estimate import check_fits, estimate, table  # only here: brings all families
     from eg3d_rlhf.tuning.flow.families.released import of_folder
-    from eg3d_rlhf.tuning.flow.fit import LARGE, free_bytes
+    from eg3d_rlhf.tuning.flow.training.memory_estimate import LARGE, free_bytes
+    from eg3d_rlhf.tuning.flow.workspace.estimate import (  # only here: brings all families
+        check_fits,
+        estimate,
+        table,
+    )
 
     stages = of_folder(family, root)
     most = max(sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages)

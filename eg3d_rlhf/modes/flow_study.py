@@ -28,10 +28,10 @@ from eg3d_rlhf.people.label.db_flag import EXTRA
 from eg3d_rlhf.people.study import commands as studies
 from eg3d_rlhf.people.study.analysis import sort_rows
 from eg3d_rlhf.people.study.design import read_sides, stopped
-from eg3d_rlhf.tuning.flow.drawing import drawing_of
-from eg3d_rlhf.tuning.flow.ranking import RANKING
-from eg3d_rlhf.tuning.flow.samples import picture
-from eg3d_rlhf.tuning.flow.work import TEST, Work
+from eg3d_rlhf.tuning.flow.base.ranking import RANKING
+from eg3d_rlhf.tuning.flow.workspace.sample_strips import picture
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+from eg3d_rlhf.tuning.flow.workspace.work import TEST, Work
 from training.storage import write_atomic
 
 FILE = "study.json"

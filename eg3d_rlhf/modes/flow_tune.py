@@ -12,14 +12,14 @@ from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import check_tuning, default_settings, loop_flags, settings, tuning_flags
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
-from eg3d_rlhf.tuning.flow.answers import imported_of, problem_of, write_pairs
+from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
 from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages
-from eg3d_rlhf.tuning.flow.problem import EncodingSource, Problem
-from eg3d_rlhf.tuning.flow.samples import Strip
-from eg3d_rlhf.tuning.flow.train import FREE
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
-from eg3d_rlhf.tuning.flow.tune import REPORT, Tuning, tune
-from eg3d_rlhf.tuning.flow.work import CHOOSE, Work
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.trainer import FREE
+from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
+from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
+from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, Tuning, tune
+from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
 from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)

@@ -9,11 +9,11 @@ from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.modes.circular_dpo import source_of
+from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import open_problem
-from eg3d_rlhf.tuning.flow.latent_accuracy import DECODED, LATENT, Beside, compared
-from eg3d_rlhf.tuning.flow.latent_reward import save
-from eg3d_rlhf.tuning.flow.problem import ProblemSource
-from eg3d_rlhf.tuning.flow.stage import stage_of
+from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT, Beside, compared
+from eg3d_rlhf.tuning.flow.training.latent_reward import save
 from training.progress import tqdm
 
 

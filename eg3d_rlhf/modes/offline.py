@@ -15,13 +15,20 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
 from eg3d_rlhf.modes.circular_dpo import OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
-from eg3d_rlhf.tuning.flow.arms import Opened
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.offline.arms import ARMS, DPO, LABELS, OWN_KINDS, OfflineRun, OfflineSource
-from eg3d_rlhf.tuning.flow.offline.train_singles import LOSSES, NFT, SinglesConfig, check_singles
-from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.train import StageTraining
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
+    ARMS,
+    DPO,
+    LABELS,
+    OWN_KINDS,
+    OfflineRun,
+    OfflineSource,
+)
+from eg3d_rlhf.tuning.flow.training.offline.train_singles import LOSSES, NFT, SinglesConfig, check_singles
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.trainer import StageTraining
 
 # The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
 # the table does not use.

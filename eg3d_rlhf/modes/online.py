@@ -9,14 +9,14 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
 from eg3d_rlhf.modes.circular_dpo import EARLY, OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
-from eg3d_rlhf.tuning.flow.arms import ArmsSource, Opened
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.online.arms import ARMS, KINDS, Losses, OnlineRun, divided, weighed
-from eg3d_rlhf.tuning.flow.online.arms import OWN as OWN_REWARD
-from eg3d_rlhf.tuning.flow.online.config import ON_LATENTS, OnlineConfig
-from eg3d_rlhf.tuning.flow.problem import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.train import StageTraining
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource, Opened
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.online.config import ON_LATENTS, OnlineConfig
+from eg3d_rlhf.tuning.flow.training.online.online_arms import ARMS, KINDS, Losses, OnlineRun, divided, weighed
+from eg3d_rlhf.tuning.flow.training.online.online_arms import OWN as OWN_REWARD
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.trainer import StageTraining
 
 # The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge
 # on CHOOSING, by training seed 20, which no table uses.

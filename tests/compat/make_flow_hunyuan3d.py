@@ -15,10 +15,10 @@ from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, cho
 from eg3d_rlhf.models.pictures import framed, on_white, over_white
 from eg3d_rlhf.models.policies import ADAPTER
 from eg3d_rlhf.models.vit import Dino
+from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
-from eg3d_rlhf.tuning.flow.generate import times, trajectory
 from tests.compat.making import Maker, norm_of
-from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import CONTENT, transformers_names
+from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import CONTENT, transformers_names
 
 MODEL = {"input_size": 10, "in_channels": 3, "context_dim": 12, "hidden_size": 24, "depth": 3, "num_heads": 3}
 VAE = {"num_latents": 10, "embed_dim": 3, "width": 12, "heads": 3, "num_freqs": 4, "num_decoder_layers": 1}

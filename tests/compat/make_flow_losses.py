@@ -10,17 +10,17 @@ import torch
 
 from eg3d_rlhf.models.sparse import mean_per_sample
 from eg3d_rlhf.preferences.losses import preference_loss
-from eg3d_rlhf.tuning.flow.online.advantages import Gate, Scale, advantages, diverse, several
-from eg3d_rlhf.tuning.flow.online.losses import dgpo
-from eg3d_rlhf.tuning.flow.online.losses.awm import awm_log_p
-from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_loss, outside
-from eg3d_rlhf.tuning.flow.online.losses.dppo import dppo_loss, dropped
-from eg3d_rlhf.tuning.flow.online.losses.guard import guard_loss, guarded_ratio
-from eg3d_rlhf.tuning.flow.online.losses.nft import goodness, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.online.losses.schedules import decay
-from eg3d_rlhf.tuning.flow.online.steps import KINDS, divergence, log_density
-from eg3d_rlhf.tuning.flow.online.windows import progressive_window, random_window
-from eg3d_rlhf.tuning.flow.stage import FlowPath
+from eg3d_rlhf.tuning.flow.base.stage import FlowPath
+from eg3d_rlhf.tuning.flow.training.losses import dgpo
+from eg3d_rlhf.tuning.flow.training.losses.awm import awm_log_p
+from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_loss, outside
+from eg3d_rlhf.tuning.flow.training.losses.dppo import dppo_loss, dropped
+from eg3d_rlhf.tuning.flow.training.losses.guard import guard_loss, guarded_ratio
+from eg3d_rlhf.tuning.flow.training.losses.nft import goodness, nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.training.losses.schedules import decay
+from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, diverse, several
+from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, divergence, log_density
+from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
 
 PATH = FlowPath(sigma_min=0.0)
 

@@ -19,10 +19,11 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.vit import DinoConfig
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
-from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
-from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
-from eg3d_rlhf.tuning.flow.generate import times, trajectory
+from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
+from eg3d_rlhf.tuning.flow.families import sam3d as family
+from eg3d_rlhf.tuning.flow.families import sam3d_files as files
+from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
 from tests.compat.making import Maker, as_the_references, norm_of, on
 
 HERE = "sam3d_objects"

@@ -19,14 +19,14 @@ from eg3d_rlhf.models.policies import PREFIX
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.models.trellis2 import assets_of
 from eg3d_rlhf.models.vit import Dino3, Dino3Config
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
-from eg3d_rlhf.tuning.flow.families.trellis.files import build_model
-from eg3d_rlhf.tuning.flow.families.trellis2 import files
-from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
-from eg3d_rlhf.tuning.flow.generate import sample, times, trajectory
+from eg3d_rlhf.tuning.flow.base.sampling import sample, times, trajectory
+from eg3d_rlhf.tuning.flow.families import trellis2 as family
+from eg3d_rlhf.tuning.flow.families import trellis2_files as files
+from eg3d_rlhf.tuning.flow.families.trellis_files import build_model
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
 from tests.compat.making import Maker, as_the_references, norm_of, on
 from tests.compat.test_family_trellis2 import sampling_of
-from tests.tuning.flow.trellis2.tiny_trellis2 import MODELS, PIPELINE, STRUCTURE
+from tests.tuning.flow.families.trellis2.tiny_trellis2 import MODELS, PIPELINE, STRUCTURE
 
 FLOW = {"cond_channels": 12, "mlp_ratio": 3}
 CASES = {

@@ -21,9 +21,9 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
-from eg3d_rlhf.tuning.flow.generate import trajectory
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.sampling import trajectory
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
 from tests.compat.making import Maker, as_the_references, json_bytes, norm_of, on
 
 PATH = FlowPath(sigma_min=1e-5)

@@ -31,11 +31,11 @@ from eg3d_rlhf.models.policies import (
 from eg3d_rlhf.models.vit import Dino, hub_names
 from eg3d_rlhf.models.weights import below, content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
-from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.export import export
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.export import export
+from eg3d_rlhf.tuning.flow.base.sampling import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
-from eg3d_rlhf.tuning.flow.generate import generate, times, trajectory
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     at_least,
     cases,

@@ -22,13 +22,14 @@ from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
 from eg3d_rlhf.models.weights import content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
-from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
-from eg3d_rlhf.tuning.flow.export import export
-from eg3d_rlhf.tuning.flow.families.sam3d import files, pose
-from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as family
-from eg3d_rlhf.tuning.flow.generate import generate, guides, times, trajectory
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.export import export
+from eg3d_rlhf.tuning.flow.base.sampling import generate, guides, times, trajectory
+from eg3d_rlhf.tuning.flow.families import sam3d as family
+from eg3d_rlhf.tuning.flow.families import sam3d_files as files
+from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     at_least,
     cases,

@@ -24,14 +24,14 @@ from eg3d_rlhf.models.trellis2 import VoxelEncoder, assets_of
 from eg3d_rlhf.models.vit import read_dino3
 from eg3d_rlhf.models.weights import empty, shapes
 from eg3d_rlhf.modes import flow_check, flow_export
-from eg3d_rlhf.tuning.flow.conditions import Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, pair_loss
-from eg3d_rlhf.tuning.flow.export import export
-from eg3d_rlhf.tuning.flow.families.trellis.files import build_model, find_model
-from eg3d_rlhf.tuning.flow.families.trellis2 import files
-from eg3d_rlhf.tuning.flow.families.trellis2 import pipeline as family
-from eg3d_rlhf.tuning.flow.generate import generate, sample, times, trajectory
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.export import export
+from eg3d_rlhf.tuning.flow.base.sampling import generate, sample, times, trajectory
+from eg3d_rlhf.tuning.flow.families import trellis2 as family
+from eg3d_rlhf.tuning.flow.families import trellis2_files as files
+from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, find_model
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     cases,
     check_gradients,

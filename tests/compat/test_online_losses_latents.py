@@ -5,11 +5,11 @@ import torch
 
 from eg3d_rlhf.models.sparse import mean_per_sample
 from eg3d_rlhf.preferences.losses import preference_loss
-from eg3d_rlhf.tuning.flow.online.losses import dgpo
-from eg3d_rlhf.tuning.flow.online.losses.awm import awm_log_p
-from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_loss
-from eg3d_rlhf.tuning.flow.online.losses.nft import goodness, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.online.losses.schedules import decay
+from eg3d_rlhf.tuning.flow.training.losses import dgpo
+from eg3d_rlhf.tuning.flow.training.losses.awm import awm_log_p
+from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_loss
+from eg3d_rlhf.tuning.flow.training.losses.nft import goodness, nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.training.losses.schedules import decay
 from tests.compat.online_reference import GRADIENT, LOSS, Values, each, gradient, number, options
 
 DECAYS = {"type0": "copy", "type1": "slow", "type2": "late"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.sparse import mean_per_sample
-from eg3d_rlhf.tuning.flow.online.losses.clip import clipped_loss, outside
-from eg3d_rlhf.tuning.flow.online.losses.dppo import dppo_loss, dropped
-from eg3d_rlhf.tuning.flow.online.losses.guard import guard_loss, guarded_ratio
-from eg3d_rlhf.tuning.flow.online.steps import KINDS, Step, divergence, log_density
-from eg3d_rlhf.tuning.flow.stage import FlowPath
+from eg3d_rlhf.tuning.flow.base.stage import FlowPath
+from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_loss, outside
+from eg3d_rlhf.tuning.flow.training.losses.dppo import dppo_loss, dropped
+from eg3d_rlhf.tuning.flow.training.losses.guard import guard_loss, guarded_ratio
+from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, Step, divergence, log_density
 from tests.compat.online_reference import FOLDER, Values, cases, each, gradient, number, options
 from tests.compat.reference import arrays
 

@@ -29,8 +29,8 @@ from eg3d_rlhf.models.trellis.flows import (
     to_patches,
 )
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
-from eg3d_rlhf.tuning.flow.generate import trajectory
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.sampling import trajectory
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels
 from tests.compat import reference
 from tests.compat.absent import some
 from tests.compat.reference import of_set

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.flow.stage import Sampling
+from eg3d_rlhf.tuning.flow.base.stage import Sampling
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names
 

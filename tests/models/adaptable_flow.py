@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, with_feats
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, SparseVoxels
 
 CHANNELS = 3
 RESOLUTION = 4

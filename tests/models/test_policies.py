@@ -12,7 +12,7 @@ import torch
 from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, add_lora
 from eg3d_rlhf.models.policies import META, save_policy, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import feats_of
-from eg3d_rlhf.tuning.flow.stage import with_models
+from eg3d_rlhf.tuning.flow.base.stage import with_models
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake, stage
 from tests.rejections import raising
 

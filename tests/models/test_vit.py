@@ -7,7 +7,7 @@ import torch
 
 from eg3d_rlhf.models.vit import MEAN, STD, Dino, DinoConfig, hub_names, load_dino
 from tests.rejections import raising
-from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import transformers_names
+from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import transformers_names
 
 SMALL = DinoConfig(
     hidden_size=64,

@@ -18,7 +18,7 @@ from eg3d_rlhf.people.label.campaigns import shape_of
 from eg3d_rlhf.people.label.database import Database, assignments, pairs, shapes
 from eg3d_rlhf.people.label.entities import Shape
 from tests.people.label.browser import Page
-from tests.tuning.flow.trellis.tiny_trellis import write_hub
+from tests.tuning.flow.families.trellis.tiny_trellis import write_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 400_000  # milliseconds that shapes may take to be prepared, on a busy machine

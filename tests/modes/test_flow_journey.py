@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from eg3d_rlhf.people.label.database import Database, shapes
 from eg3d_rlhf.people.label.entities import Shape
-from eg3d_rlhf.tuning.flow.conditions import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, SHAPES
-from eg3d_rlhf.tuning.flow.tune import NOTHING
-from eg3d_rlhf.tuning.flow.work import CHOOSE, SHOWN, TEST, TRAIN, Work
+from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
+from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, SHOWN, TEST, TRAIN, Work
 from tests.modes.flow_works import (
     answer_all,
     flow,
@@ -35,8 +35,8 @@ from tests.modes.flow_works import (
 )
 from tests.people.label.browser import browser, needs_chromium
 from tests.people.label.serving import SAME, answer
-from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
-from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis
+from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
+from tests.tuning.flow.families.trellis.tiny_trellis import write_image_trellis
 
 __all__ = ["browser"]
 pytestmark = pytest.mark.long

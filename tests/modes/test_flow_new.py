@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 from eg3d_rlhf.modes.flow_new import takes
-from eg3d_rlhf.tuning.flow import estimate, fit
-from eg3d_rlhf.tuning.flow.conditions import read_conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d
-from eg3d_rlhf.tuning.flow.work import SHOWN, SPLITS, Work
+from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
+from eg3d_rlhf.tuning.flow.workspace import estimate
+from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, SPLITS, Work
 from tests.modes.flow_works import NAMES, flow, with_encoder, write_pictures, write_prompts
 from tests.rejections import check_message, raising
-from tests.tuning.flow.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
-from tests.tuning.flow.trellis.tiny_trellis import write_image_trellis, write_trellis
+from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
+from tests.tuning.flow.families.trellis.tiny_trellis import write_image_trellis, write_trellis
 
 
 def command(*words: str) -> str:

@@ -17,15 +17,15 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
-from eg3d_rlhf.tuning.flow.answers import imported_of, splits_of
-from eg3d_rlhf.tuning.flow.drawing import drawing_of
-from eg3d_rlhf.tuning.flow.ranking import read_latents
-from eg3d_rlhf.tuning.flow.samples import SIDE
+from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, ToyAsset, ToyPipeline
-from eg3d_rlhf.tuning.flow.tune import NOTHING
-from eg3d_rlhf.tuning.flow.work import Work
+from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, splits_of
+from eg3d_rlhf.tuning.flow.workspace.sample_strips import SIDE
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.modes.flow_works import flow, write_prompts
 from tests.rejections import check_message
 from training.distributed import SINGLE

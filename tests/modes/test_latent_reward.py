@@ -6,10 +6,10 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes import latent_reward
 from eg3d_rlhf.modes.door import main
-from eg3d_rlhf.tuning.flow import latent_reward as networks
-from eg3d_rlhf.tuning.flow.latent_reward import LatentReward
-from eg3d_rlhf.tuning.flow.online.arms import reward_of
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+from eg3d_rlhf.tuning.flow.training import latent_reward as networks
+from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward
+from eg3d_rlhf.tuning.flow.training.online.online_arms import reward_of
 from tests.rejections import raising, rejected
 from training.storage import read_tensors
 

@@ -14,15 +14,15 @@ from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, Plan
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
 from eg3d_rlhf.preferences.goodness import Known, read_said
-from eg3d_rlhf.tuning.flow.conditions import write_conditions
-from eg3d_rlhf.tuning.flow.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.ranking import read_latents
-from eg3d_rlhf.tuning.flow.work import SHOWN, Work
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
+from eg3d_rlhf.tuning.flow.base.ranking import read_latents
+from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
 from tests.modes.flow_works import NAMES, flow, write_prompts
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds
 from tests.rejections import raising
-from tests.tuning.flow.trellis.tiny_trellis import tokens, write_trellis
+from tests.tuning.flow.families.trellis.tiny_trellis import tokens, write_trellis
 
 CONDITIONS = {"chair": {"text": "a chair of oak", "image": None}, "cup": {"text": None, "image": "cup.png"}}
 

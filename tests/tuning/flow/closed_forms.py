@@ -5,8 +5,8 @@ pairs and stages to try them on.
 import torch
 
 from eg3d_rlhf.models.sparse import Batch, SparseSample, feats_of, spread, with_feats
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
 
 CHANNELS = 2
 RESOLUTION = 4

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.models.lora import LoraConfig, adapters_off, add_lora, lora_parameters
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
-from eg3d_rlhf.tuning.flow.drawing import draw
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 
 
 def pairs_of(pipeline, stage: str, conditions: Sequence[str]) -> list[PreferencePair]:

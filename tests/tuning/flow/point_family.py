@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.models.weights import write
-from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.families.folder import read_network
-from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import write_atomic
 
 POINTS = 6

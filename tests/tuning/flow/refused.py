@@ -3,9 +3,9 @@
 from click.testing import CliRunner
 
 import train
-from eg3d_rlhf.tuning.flow.conditions import Conditions, write_conditions
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, write_pairs
-from eg3d_rlhf.tuning.flow.stage import CONVENTION
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, write_pairs
+from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from tests.rejections import rejected
 
 

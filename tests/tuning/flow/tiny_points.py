@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.models.weights import write
-from eg3d_rlhf.tuning.flow.conditions import Conditions
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from tests.tuning.flow.point_family import CLASSES, CONFIG, WEIGHTS, PointNetwork
 
 

@@ -9,13 +9,13 @@ import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
-from eg3d_rlhf.tuning.flow.circular.loop import CircularSettings, anchored, supervised
-from eg3d_rlhf.tuning.flow.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Choosing, Problem
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
-from eg3d_rlhf.tuning.flow.train_pairs import TrainConfig
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.problem import Choosing, Problem
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, anchored, supervised
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
 
 R = 4
 CHANNELS = 3

@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.tuning.flow.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.generate import HeldOut, crossed
+from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-from eg3d_rlhf.tuning.flow.train_pairs import train_stage
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
 from training.distributed import SINGLE
 

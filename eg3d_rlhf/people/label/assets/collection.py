@@ -33,7 +33,7 @@ from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
 from eg3d_rlhf.people.label.entities import Kind, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, broken_shapes, known_answers, spread
 
-# the first as eg3d_rlhf.tuning.flow.ranking names it
+# the first as eg3d_rlhf.tuning.flow.base.ranking names it
 RANKING = "ranking.jsonl"
 PROMPTS = "prompts.jsonl"
 NOTED = 5  # files of which it is said what is shown otherwise

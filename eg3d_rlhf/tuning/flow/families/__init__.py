@@ -17,9 +17,9 @@ import torch
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.models.sparse import Latent
-from eg3d_rlhf.tuning.flow.conditions import NULL, Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair, pairs_hash
-from eg3d_rlhf.tuning.flow.problem import (
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_hash
+from eg3d_rlhf.tuning.flow.base.problem import (
     Problem,
     ProblemSource,
     chosen_precision,
@@ -29,8 +29,8 @@ from eg3d_rlhf.tuning.flow.problem import (
     pair_folders,
     read_stages,
 )
-from eg3d_rlhf.tuning.flow.ranking import Candidates, drawn_candidate
-from eg3d_rlhf.tuning.flow.stage import AssetReward
+from eg3d_rlhf.tuning.flow.base.ranking import Candidates, drawn_candidate
+from eg3d_rlhf.tuning.flow.base.stage import AssetReward
 
 # (pipeline, pairs of its last stage, title)
 Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]
@@ -110,10 +110,10 @@ FAMILIES: Registry[FlowFamily] = Registry(
     "flow family",
     {
         "toy": "eg3d_rlhf.tuning.flow.toy.bundled",
-        "trellis": "eg3d_rlhf.tuning.flow.families.trellis.family",
-        "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2.pipeline",
+        "trellis": "eg3d_rlhf.tuning.flow.families.trellis",
+        "trellis2": "eg3d_rlhf.tuning.flow.families.trellis2",
         "hunyuan3d": "eg3d_rlhf.tuning.flow.families.hunyuan3d",
-        "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d.pipeline",
+        "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d",
     },
 )
 _told: set[str] = set()

@@ -15,9 +15,9 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import read
-from eg3d_rlhf.tuning.flow.conditions import Conditions, to_device
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, to_device
+from eg3d_rlhf.tuning.flow.base.stage import refuse_empty
 from eg3d_rlhf.tuning.flow.families import tell
-from eg3d_rlhf.tuning.flow.stage import refuse_empty
 from training.progress import tqdm
 from training.storage import load_strict
 

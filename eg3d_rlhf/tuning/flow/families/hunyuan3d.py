@@ -44,8 +44,10 @@ from eg3d_rlhf.models.weights import (
     rewrite,
     shapes,
 )
-from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate
+from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
 from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
 from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
@@ -55,8 +57,6 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     mentions,
     read_mesh,
 )
-from eg3d_rlhf.tuning.flow.ranking import asset_candidate
-from eg3d_rlhf.tuning.flow.stage import FlowPath, FlowStage, Sampling, TokenSet
 from training.storage import check_fit
 
 CONFIG = "config.yaml"

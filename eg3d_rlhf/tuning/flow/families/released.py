@@ -13,11 +13,18 @@ from typing import Any
 from eg3d_rlhf.models import hunyuan3d, sam3d, trellis2
 from eg3d_rlhf.models.trellis import flows as trellis
 from eg3d_rlhf.models.weights import empty
+from eg3d_rlhf.tuning.flow.base.stage import (
+    DenseGrid,
+    Dictionary,
+    FlowStage,
+    Sampling,
+    SparseVoxels,
+    TokenSet,
+)
 from eg3d_rlhf.tuning.flow.families import FlowFamily
+from eg3d_rlhf.tuning.flow.families import sam3d as sam3d_pipeline
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, SHAPE, call, sampling
-from eg3d_rlhf.tuning.flow.families.sam3d import pipeline as sam3d_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis.files import KINDS, TOKENS
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, Dictionary, FlowStage, Sampling, SparseVoxels, TokenSet
+from eg3d_rlhf.tuning.flow.families.trellis_files import KINDS, TOKENS
 
 # shape of a condition: tokens [L, E], or of several tensors by name
 Told = Sequence[int] | Mapping[str, Sequence[int]]

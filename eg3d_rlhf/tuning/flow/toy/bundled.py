@@ -18,12 +18,12 @@ from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
-from eg3d_rlhf.tuning.flow.conditions import Conditions
-from eg3d_rlhf.tuning.flow.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.problem import Problem
-from eg3d_rlhf.tuning.flow.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy.judges import (
     ChooserOracle,
     FinalOracle,

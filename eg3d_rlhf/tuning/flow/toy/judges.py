@@ -28,9 +28,9 @@ from torch import nn
 from eg3d_rlhf.models.sparse import separate
 from eg3d_rlhf.preferences.goodness import of_ranks, of_votes
 from eg3d_rlhf.preferences.losses import preference_loss
-from eg3d_rlhf.tuning.flow.offline.singles import Labelled
-from eg3d_rlhf.tuning.flow.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.ranking import Candidate
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.ranking import Candidate
+from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.toy import pipeline as toy
 
 RIGHT_COLOUR = 0.15  # largest error of a channel that ChooserOracle lets pass

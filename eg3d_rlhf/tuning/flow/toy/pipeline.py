@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, separate
-from eg3d_rlhf.tuning.flow.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels, Voxels
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels, Voxels
 
 R = 8  # grid points per axis
 COLOURS = {

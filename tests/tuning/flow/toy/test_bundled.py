@@ -10,7 +10,7 @@ from torch import nn
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.modes.assets import toy_flow
-from eg3d_rlhf.tuning.flow.generate import sample
+from eg3d_rlhf.tuning.flow.base.sampling import sample
 from eg3d_rlhf.tuning.flow.toy.bundled import (
     FOLDER,
     NETWORKS,

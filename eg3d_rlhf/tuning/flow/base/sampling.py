@@ -1,0 +1,356 @@
+"""Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred
+to another's.
+
+Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of
+times:
+
+    x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
+
+Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance widens x_0, which may be
+taken back in part.
+Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance
+on an interval; Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for taking
+guidance's width back.
+
+Shape letters as in sparse.py and stage.py; N assets.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, spread, with_feats
+from eg3d_rlhf.tuning.flow.base.conditioning import Condition, expanded, rows, tensor_of, to_device
+from eg3d_rlhf.tuning.flow.base.stage import (
+    Asset,
+    AssetReward,
+    FlowPath,
+    FlowStage,
+    Pipeline,
+    Sampling,
+    Voxels,
+    stage_of,
+)
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+from training.progress import tqdm
+
+
+def times(sampling: Sampling) -> list[float]:
+    """The steps + 1 times from 1 down to 0, both exact: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which no
+    interval up to 1 holds.
+
+    >>> times(Sampling(steps=2, rescale_t=3.0))
+    [1.0, 0.75, 0.0]
+    """
+    r = sampling.rescale_t
+    if sampling.single:  # from the noise at 0 to data at 1, as the programs count that do so in float32
+        s = torch.linspace(0, 1, sampling.steps + 1)
+        _, *inner, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
+    else:
+        _, *inner, _ = [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
+    return [1.0, *inner, 0.0]
+
+
+def guides(sampling: Sampling, t: float) -> bool:
+    """Whether guidance acts at a time: its interval holds both ends, counted as the sampling says.
+
+    >>> sampling = Sampling(steps=5, rescale_t=1.0, cfg_interval=(1 - 0.6, 1.0))
+    >>> fourth = times(sampling)[3]  # 0.4, but for the last bit
+    >>> guides(sampling, fourth), guides(replace(sampling, time_scale=1000.0), fourth)
+    (False, True)
+    """
+    low, high = sampling.cfg_interval
+    scale = sampling.time_scale
+    if scale is None:
+        return low <= t <= high
+    end, at, start = (np.float32(scale * (1 - time)) for time in (low, t, high))
+    return bool(start <= at <= end)
+
+
+def sample(
+    stage: FlowStage,
+    noise: Batch,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling | None = None,
+) -> Batch:
+    """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
+
+    Args:
+        noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where
+            guidance is off.
+        sampling: None takes the stage's own.
+    Raises: ValueError for latents that are not finite.
+    """
+    x = noise
+    for x, _ in trajectory(stage, noise, cond, no_cond, sampling):  # noqa: B007 (the last one is the result)
+        pass
+    if not torch.isfinite(feats_of(x)).all():
+        raise ValueError(
+            f"sample: expected finite latents of stage {stage.name!r}, got others. Check its weights and the"
+            " conditions."
+        )
+    return x
+
+
+def trajectory(
+    stage: FlowStage,
+    noise: Batch,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling | None = None,
+) -> Iterator[tuple[Batch, Batch]]:
+    """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
+    sampling = sampling or stage.sampling
+    n = rows(cond)
+    device = tensor_of(cond).device
+    assert n == count(noise)
+    # a family may have no empty condition
+    if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):
+        got = "None" if no_cond is None else rows(no_cond)
+        raise ValueError(
+            f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Set"
+            " cfg_strength to 0."
+        )
+    x = noise.to(device)
+    points = times(sampling)
+    no_cond = expanded(no_cond, cond) if no_cond is not None else None
+    for t, until in zip(points[:-1], points[1:], strict=True):
+        with torch.no_grad(), evaluating(stage.model):
+            at = torch.full([count(x)], t, device=device)
+            v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
+            estimate = stage.path.data(x, at, v)
+            x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
+        yield x, estimate
+
+
+def guided(
+    path: FlowPath,
+    velocity: Callable[..., Batch],
+    x: Batch,
+    t: float,
+    cond: Condition,
+    no_cond: Condition | None,
+    sampling: Sampling,
+) -> Batch:
+    """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or
+    None where nothing is guided.
+    """
+    at = torch.full([count(x)], t, device=feats_of(x).device)
+    step = 1 / sampling.steps if sampling.shortcut else None
+    v = velocity(x, at, cond, step=step)
+    w = sampling.cfg_strength
+    if not w or no_cond is None or not guides(sampling, t):
+        return v
+    wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
+    return narrowed(path, x, at, wide, v, sampling.cfg_rescale) if sampling.cfg_rescale else wide
+
+
+def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, plain: Batch, share: float) -> Batch:
+    """A guided velocity whose x_0 is mixed with itself at the standard deviation, per sample, of the x_0 of
+    the plain one.
+
+    Args: t: [N] above 0; share: of 1, the deviation is the plain one's.
+    """
+    guided, wanted = (path.data(x, t, each) for each in (v, plain))
+    factor = share * (std_per_sample(wanted) / std_per_sample(guided)) + 1 - share
+    return path.velocity_to(x, t, with_feats(guided, spread(factor, guided) * feats_of(guided)))
+
+
+def std_per_sample(batch: Batch) -> torch.Tensor:
+    """Of all numbers of a sample, [N]; of several tensors the mean of their variances counts."""
+    values = feats_of(batch)
+    away = values - spread(mean_per_sample(values, batch), batch)
+    return mean_per_sample(away.square(), batch).sqrt()
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not named keep their own
+
+
+def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+    """The noise that an asset's seed means at a stage, on the CPU:
+    stages of one asset do not share theirs.
+    """
+    return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
+
+
+def generate(
+    pipeline: Pipeline,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
+    stages_given: Mapping[str, Sequence[Voxels]] | None = None,
+) -> list[Asset]:
+    """One asset per condition and seed, all stages in turn.
+
+    A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same
+    latents.
+
+    Args:
+        conditions, seeds: [N] each; models: networks in place of stages' own; batch: assets at once.
+        stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not
+            run.
+    Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
+    """
+    names = [stage.name for stage in pipeline.stages]
+    stages_given = stages_given or {}
+    assert len(conditions) == len(seeds) and len(stages_given) <= 1
+    for name in (*(models or {}), *stages_given):
+        stage_of(pipeline, name)
+    first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
+    assert len(given) == len(seeds)
+    *before, last = _stages(pipeline, models)[names.index(first) :]
+    assets: list[Asset] = []
+    for i in range(0, len(seeds), batch):
+        part = slice(i, i + batch)
+        places = _through(pipeline, before, conditions[part], seeds[part], given[part])
+        assets += pipeline.decode(stage_latents(pipeline, last, conditions[part], seeds[part], places))
+    return assets
+
+
+def voxels_for(
+    pipeline: Pipeline,
+    stage: str,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
+) -> list[Voxels]:
+    """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need
+    no more of the others.
+    """
+    before = _stages(pipeline, models)[
+        : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
+    ]
+    parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
+    given: list[Voxels] = [None] * len(seeds)
+    return [
+        left
+        for part in parts
+        for left in _through(pipeline, before, conditions[part], seeds[part], given[part])
+    ]
+
+
+def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
+    return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
+
+
+def _through(
+    pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]
+) -> Sequence[Voxels]:
+    """What these stages, in turn, leave to the next."""
+    for stage in stages:
+        given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
+    return given
+
+
+def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
+    device = next(stage.model.parameters()).device
+    cond = to_device(pipeline.conditions(conditions, stage.name), device)
+    no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
+    return sample(stage, stage_noise(stage, seeds, given).to(device), cond, no_cond)
+
+
+def scores(
+    pipeline: Pipeline,
+    reward: AssetReward,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    models: Models | None = None,
+    batch: int = 16,
+    stages_given: Mapping[str, Sequence[Voxels]] | None = None,
+) -> torch.Tensor:
+    """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in
+    memory.
+
+    Raises: ValueError for a score that is not finite.
+    """
+    parts = [torch.zeros(0)]
+    for i in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
+        part = slice(i, i + batch)
+        given = {name: places[part] for name, places in (stages_given or {}).items()}
+        values = (
+            reward(generate(pipeline, conditions[part], seeds[part], models, batch, given), conditions[part])
+            .detach()
+            .float()
+            .cpu()
+        )
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                f"{type(reward).__name__}: expected finite scores, got {values.tolist()}. Correct the reward."
+            )
+        parts.append(values)
+    return torch.cat(parts)
+
+
+def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[N] 1 where a's score is larger, 0 where b's is, 0.5 at a tie.
+
+    >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    return ((a > b).float() + (a >= b).float()) / 2
+
+
+def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
+    """Every condition `per_condition` times, with a noise seed each: what two generators are compared on."""
+    names = [name for name in conditions for _ in range(per_condition)]
+    return names, [
+        derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
+    ]
+
+
+@dataclass(kw_only=True)
+class HeldOut:
+    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with
+    the network.
+
+    It is the share of assets that beat those of the other generator on the same conditions and seeds; ties
+    count half.
+    """
+
+    pipeline: Pipeline
+    stage: str  # which stage the network is of
+    reward: AssetReward  # the judge that chooses; neither the one of the pairs nor the one of the final table
+    conditions: Sequence[str]  # [N]
+    seeds: Sequence[int]  # [N]
+    # networks of the other stages; those that are not named are the pipeline's own
+    others: Models = field(default_factory=dict)
+    # the generator to beat, in the same way; nothing named: the pipeline as it is
+    against: Models = field(default_factory=dict)
+    batch: int = 16
+    ranks: Ranks = SINGLE  # that draw and score the assets together, each its share; all of them call it
+    _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
+    # what the stages before leave to this one
+    _given: list[Voxels] = field(default_factory=list, init=False, repr=False)
+
+    def __call__(self, model: torch.nn.Module) -> float:
+        """In 0..1."""
+        conditions = self.ranks.share(self.conditions)
+        seeds = self.ranks.share(self.seeds)
+        what = (self.pipeline, self.reward, conditions, seeds)
+        if self._scores is None:
+            self._scores = scores(*what, self.against, self.batch)
+            self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)
+        models = {**self.others, self.stage: model}
+        won = wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores)
+        return mean(self.ranks.joined(won.tolist()))

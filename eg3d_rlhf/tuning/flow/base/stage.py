@@ -1,0 +1,538 @@
+"""What a generator in stages is to everything else here: stages, each a flow over latents of one kind, with
+gaps between them that no gradient passes.
+
+A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux,
+SD3).
+
+    x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
+
+Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v;
+the squared errors are the same. `opposite` maps; a stage whose model is theirs says so by `data_at_one`.
+
+Shape letters as in sparse.py; T tokens of a condition, E their size.
+"""
+
+import contextlib
+import contextvars
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.sparse import (
+    Batch,
+    Latent,
+    NamedBatch,
+    NamedSample,
+    SparseSample,
+    collate,
+    coords_of,
+    count,
+    feats_of,
+    mean_per_sample,
+    separate,
+    single,
+    spread,
+    with_feats,
+)
+from eg3d_rlhf.tuning.flow.base.conditioning import Condition, tensor_of
+from training.phases import derive_seed
+from training.storage import checksum
+
+
+class EmptyStructure(ValueError):
+    """A decoded structure without a voxel."""
+
+
+_REFUSED = contextvars.ContextVar("refused", default=False)
+
+
+@contextlib.contextmanager
+def refusing_empty() -> Iterator[None]:
+    """Within it an empty structure is an error; elsewhere its likeliest voxel stands for it, so that tuning
+    goes on.
+    """
+    token = _REFUSED.set(True)
+    try:
+        yield
+    finally:
+        _REFUSED.reset(token)
+
+
+def refuse_empty(who: str, remedy: str) -> None:
+    """Raises: EmptyStructure within `refusing_empty`."""
+    if _REFUSED.get():
+        raise EmptyStructure(f"{who}: expected a structure with voxels, got an empty one. {remedy}")
+
+
+# Kinds of latents: how noise is drawn for a stage, and which latents belong to it.
+
+# what the stage before leaves to one sample of the next: voxel indices [v, 3] int32, or these
+Voxels = torch.Tensor | SparseSample | None
+# with features for the flow to read as `given`; None at the first stage
+
+
+class LatentKind(Protocol):
+    """What is asked of a kind; `who` speaks in messages, `remedy` ends them."""
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a
+        batch.
+        """
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        """Raise ValueError for a latent of another kind or shape."""
+
+
+def _normal(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _form(latent: object) -> str:
+    if isinstance(latent, SparseSample):
+        return "voxels"
+    return (
+        "tensors by name"
+        if isinstance(latent, NamedSample)
+        else "a dense grid"
+        if getattr(latent, "ndim", 0) == 4
+        else "one tensor"
+    )
+
+
+def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) -> None:
+    if not isinstance(latent, kind):
+        raise ValueError(f"{who}: expected {form}, got {_form(latent)}. {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneTensor(ABC):
+    """Latents of one tensor of one shape; FORM names them in messages."""
+
+    FORM: ClassVar[str]
+    channels: int
+
+    @property
+    @abstractmethod
+    def shape(self) -> list[int]:
+        """Of a sample."""
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        return collate([_normal(self.shape, seed) for seed, _ in zip(seeds, given, strict=True)])
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        _check_form(who, latent, self.FORM, torch.Tensor, remedy)
+        assert isinstance(latent, torch.Tensor)
+        check_shape(who, latent, self.shape, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseGrid(_OneTensor):
+    """A volume [C, R, R, R]."""
+
+    FORM: ClassVar[str] = "a dense grid"
+    resolution: int
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.channels, *[self.resolution] * 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet(_OneTensor):
+    """A set of tokens [T, C], which lie on no grid."""
+
+    FORM: ClassVar[str] = "a set of tokens"
+    tokens: int
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.tokens, self.channels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseVoxels:
+    """Features [v, C] on voxels that the stage before leaves.
+
+    A seed names one dense volume [C, R, R, R], which is read at the voxels: samples of one seed share noise
+    wherever they share voxels.
+    """
+
+    channels: int
+    resolution: int
+    given: int = 0  # G, features per voxel that come with the voxels
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """Features that come with the voxels are the batch's `given`."""
+        volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
+        samples: list[Latent] = []
+        for seed, left in zip(seeds, given, strict=True):
+            places, more, cells = (
+                (left.coords, left.feats.cpu(), left.cells)
+                if isinstance(left, SparseSample)
+                else (left, None, None)
+            )
+            places = self._checked(who, places)
+            x, y, z = places.cpu().long().unbind(1)
+            more = more if self.given else None
+            samples.append(
+                SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more, cells)
+            )
+        return collate(samples)
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        _check_form(who, latent, "voxels", SparseSample, remedy)
+        assert isinstance(latent, SparseSample)
+        check_shape(f"{who}, features", latent.feats, ["v", self.channels], remedy)
+        size = 0 if latent.given is None else latent.given.shape[1]
+        if size != self.given:
+            raise ValueError(f"{who}: expected {self.given} given features per voxel, got {size}. {remedy}")
+        self._checked(who, latent.coords)
+
+    def _checked(self, who: str, places: torch.Tensor | None) -> torch.Tensor:
+        if places is None or len(places) == 0:
+            remedy = "The stage before left an empty structure: drop the sample."
+            raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
+        low = int(places.min())
+        high = int(places.max())
+        if low < 0 or high >= self.resolution:
+            raise ValueError(
+                f"{who}: expected voxel indices from 0 to {self.resolution - 1}, got {low} to {high}. Check"
+                " the grid."
+            )
+        return places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """Several tensors by name, each of a shape of its own; in errors each counts alike."""
+
+    shapes: Mapping[str, Sequence[int]]  # by name, of a sample
+
+    def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """A tensor's noise is named by the seed and its name."""
+        return collate(
+            [
+                NamedSample(
+                    {
+                        name: _normal(shape, derive_seed("part", name, seed))
+                        for name, shape in self.shapes.items()
+                    }
+                )
+                for seed, _ in zip(seeds, given, strict=True)
+            ]
+        )
+
+    def check(self, who: str, latent: Latent, remedy: str) -> None:
+        _check_form(who, latent, "tensors by name", NamedSample, remedy)
+        assert isinstance(latent, NamedSample)
+        if set(latent.tensors) != set(self.shapes):
+            raise ValueError(
+                f"{who}: expected tensors {', '.join(sorted(self.shapes))}, got {', '.join(latent.tensors)}."
+                f" {remedy}"
+            )
+        for name, shape in self.shapes.items():
+            check_shape(f"{who}, {name}", latent[name], list(shape), remedy)
+
+
+# The path.
+
+CONVENTION = "x_0 is data, t = 1 is noise"  # as files of latents state it
+SCHEDULES = ("logit-normal", "uniform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowPath:
+    """How noise and data are mixed, and which times are trained on."""
+
+    sigma_min: float = 1e-5  # noise left at t = 0
+    schedule: str = "logit-normal"  # of the times: sigmoid of a normal, or uniform on 0..1
+    mean: float = 1.0  # of that normal
+    std: float = 1.0
+    # of the errors of several tensors, by name; None: they count alike, 1 in all
+    weights: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES or not (math.isfinite(self.mean) and self.std > 0):
+            got = f"{self.schedule!r}, {self.mean}, {self.std}"
+            raise ValueError(
+                f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}."
+                " Set them."
+            )
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(
+                f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it."
+            )
+
+    def sigma(self, t: Any) -> Any:
+        """Noise in x_t, s + (1 - s) t, of one time or of a tensor of them."""
+        return self.sigma_min + (1 - self.sigma_min) * t
+
+    def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Times to train on, [n], drawn on the generator's device."""
+        if self.schedule == "uniform":
+            return torch.rand(n, generator=generator, device=generator.device)
+        return torch.sigmoid(
+            self.mean + self.std * torch.randn(n, generator=generator, device=generator.device)
+        )
+
+    def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
+        """x_t at times t [N] in 0..1.
+
+        Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
+        """
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(
+                f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}."
+                " Rescale them."
+            )
+        time = spread(t, x_0)
+        return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
+
+    def velocity(self, x_0: Batch, eps: Batch) -> Batch:
+        """v, the same at all times."""
+        return with_feats(x_0, (1 - self.sigma_min) * feats_of(eps) - feats_of(x_0))
+
+    def data(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
+        """The x_0 that x_t and v speak of: (1 - s) x_t - (s + (1 - s) t) v."""
+        time = spread(t, x_t)
+        return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - self.sigma(time) * feats_of(v))
+
+    def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
+        """The v that speaks of x_0 at x_t: inverse of `data`, at times above 0."""
+        time = spread(t, x_t)
+        return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / self.sigma(time))
+
+    def noise(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
+        """The eps that x_t and v speak of: x_t + (1 - t) v."""
+        return with_feats(x_t, feats_of(x_t) + (1 - spread(t, x_t)) * feats_of(v))
+
+    def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
+        """Flow-matching error of predicted velocities, mean over everything of a sample -> [N].
+        Differentiable in: v.
+        """
+        return self.apart(v, self.velocity(x_0, eps))
+
+    def apart(self, a: Batch, b: Batch) -> torch.Tensor:
+        """Squared distance, mean over everything of a sample -> [N]. Differentiable in: a, b."""
+        return self.per_sample((feats_of(a) - feats_of(b)).square(), a)
+
+    def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights.
+        Differentiable in: values.
+        """
+        if self.weights is None:
+            return mean_per_sample(values, batch)
+        assert isinstance(batch, NamedBatch)
+        means = {name: part.flatten(1).mean(1) for name, part in batch.with_feats(values).tensors.items()}
+        return torch.stack([weight * means[name] for name, weight in self.weights.items()]).sum(0)
+
+
+def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
+    """Times and velocities in the convention that has its data at t = 1, from ours,
+    or the other way about.
+    """
+    return 1 - t, with_feats(v, -feats_of(v))
+
+
+Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
+Call = Callable[..., Any]  # (module, x_t, t [N] in 0..1, condition) -> v
+CallStep = Callable[..., Any]  # and the length of the step, [N]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of the Euler sampler."""
+
+    steps: int = 25
+    cfg_strength: float = 5.0  # w of (1 + w) v_cond - w v_null
+    cfg_interval: tuple[float, float] = (0.5, 1.0)  # times, both included, at which guidance acts
+    rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
+    # share of a guided x_0 that is brought to the standard deviation of the one without guidance
+    cfg_rescale: float = 0.0
+    shortcut: bool = False  # tell the network how long a step is: 1 / steps; it then need not take many
+    # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
+    time_scale: float | None = None
+    single: bool = False  # times are made in float32 from 1 - t, as some of these programs make them
+
+    def __post_init__(self):
+        low, high = self.cfg_interval
+        fits = self.steps >= 1 and self.rescale_t > 0 and 0 <= low <= high <= 1 and self.cfg_strength >= 0
+        if not (
+            fits
+            and math.isfinite(self.rescale_t)
+            and math.isfinite(self.cfg_strength)
+            and 0 <= self.cfg_rescale <= 1
+        ):
+            raise ValueError(
+                "Sampling: expected steps >= 1, finite rescale_t > 0 and cfg_strength >= 0, and an interval"
+                f" and cfg_rescale within 0..1, got {self}. Correct them."
+            )
+        if self.time_scale is not None and not 0 < self.time_scale < math.inf:
+            raise ValueError(
+                f"Sampling.time_scale: expected a finite number above 0, got {self.time_scale}. Correct it."
+            )
+
+
+def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
+    """The call of a module that takes what a stage gives."""
+    return module(x_t, t, cond)
+
+
+@dataclass(kw_only=True)
+class FlowStage:
+    """One stage: a flow over latents of one kind, and how its module is called. The module keeps the names of
+    its own parameters.
+    """
+
+    name: str  # users call it by this
+    model: torch.nn.Module
+    latents: LatentKind
+    call: Call = as_is  # of the module; times and sign as the module has them
+    call_step: CallStep | None = None  # of a module that can be told how long a step is; None: it cannot
+    data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
+    path: FlowPath = field(default_factory=FlowPath)
+    sampling: Sampling = field(default_factory=Sampling)
+    # last parts of the names of linear layers that adapters sit on
+    lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")
+    precision: str = "float32"  # of passes, in training and sampling alike: float32 or bfloat16
+
+    def velocity(
+        self,
+        x_t: Batch,
+        t: torch.Tensor,
+        cond: Condition,
+        model: torch.nn.Module | None = None,
+        step: float | None = None,
+    ) -> Batch:
+        """v in this package's convention, by the stage's module or another of its kind in its place.
+
+        Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be
+            told; None: v as trained.
+        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's
+            parameters.
+        """
+        model = self.model if model is None else model
+        at = 1 - t if self.data_at_one else t
+        half = self.precision == "bfloat16"
+        with torch.autocast(feats_of(x_t).device.type, torch.bfloat16, enabled=half):
+            if step is None:
+                v = self.call(model, x_t, at, cond)
+            elif self.call_step is None:
+                raise ValueError(
+                    f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not"
+                    " read. Set it off."
+                )
+            else:
+                v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
+        v = single(v) if half else v
+        return opposite(at, v)[1] if self.data_at_one else v
+
+    def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
+        """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed
+        names.
+        """
+        return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
+
+    @property
+    def hash(self) -> str:
+        """Of the network's weights and class."""
+        return checksum(self.model.state_dict(), type(self.model).__name__)
+
+    def check(self, who: str, latent: Latent) -> None:
+        """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
+        self.latents.check(
+            who, latent, f"It is no latent of stage {self.name!r}: name the stage that it came from."
+        )
+
+
+class Pipeline(Protocol):
+    """An ordered generator of one stage or more; `advance` and `encode` are asked for by the loop alone,
+    which wants two.
+    """
+
+    @property
+    def stages(self) -> Sequence[FlowStage]:
+        """In order."""
+
+    def conditions(self, names: Sequence[str], stage: str) -> Condition:
+        """Tokens [N, T, E] of conditions by name, for a stage; or several tensors by name, [N, ...] each."""
+
+    def no_condition(self, n: int, stage: str) -> Condition:
+        """The empty condition, n times, of the same form."""
+
+    def advance(self, stage: str, x_0: Any) -> list[Voxels]:
+        """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not
+        differentiable.
+        """
+
+    def decode(self, x_0: Any) -> list[Asset]:
+        """The finished assets of the last stage's latents, a Batch of its kind. Not differentiable."""
+
+    def encode(self, assets: Sequence[Asset]) -> Sequence[Mapping[str, Latent]]:
+        """Per asset the latent of every stage, by the stage's name. Not differentiable."""
+
+
+class AssetReward(Protocol):
+    """Scores finished assets; larger is better."""
+
+    def __call__(self, assets: Sequence[Asset], conditions: Sequence[str]) -> torch.Tensor:
+        """[N] float32, one per asset, given the names of their conditions."""
+
+
+def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
+    """The stage of that name.
+
+    Raises: ValueError naming those there are.
+    """
+    for stage in pipeline.stages:
+        if stage.name == name:
+            return stage
+    names = ", ".join(s.name for s in pipeline.stages)
+    raise ValueError(f"stage: expected one of {names}, got {name!r}. Name a stage of this pipeline.")
+
+
+@contextlib.contextmanager
+def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> Iterator[Pipeline]:
+    """Within it these stages have these networks; afterwards their own again.
+
+    Raises: ValueError for a stage that is not there.
+    """
+    stages = {name: stage_of(pipeline, name) for name in models}
+    kept = {name: stage.model for name, stage in stages.items()}
+    try:
+        for name, stage in stages.items():
+            stage.model = models[name]
+        yield pipeline
+    finally:
+        for name, stage in stages.items():
+            stage.model = kept[name]
+
+
+@torch.no_grad()
+def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
+    """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far
+    better.
+
+    Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
+    """
+    device = tensor_of(cond).device
+    x_0 = x_0.to(device)
+    latents = separate(x_0)
+    eps = stage.noise(range(len(latents)), coords_of(latents))
+    eps = eps.to(device)
+    t = torch.linspace(0.1, 0.9, count(x_0), device=device)
+    x_t = stage.path.mix(x_0, t, eps)
+    error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
+    mapped = stage.path.errors(opposite(t, stage.velocity(x_t, 1 - t, cond))[1], x_0, eps).mean()
+    if mapped < 0.5 * error:
+        here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")
+        raise ValueError(
+            f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model"
+            f" of error {error:.3g} that has {mapped:.3g} when read with {there} at t = 1. Its stage wants"
+            f" data_at_one={not stage.data_at_one}."
+        )

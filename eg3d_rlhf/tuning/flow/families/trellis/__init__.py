@@ -1,1 +1,0 @@
-"""TRELLIS in plain PyTorch: both flows, their autoencoders, its files, and the pipeline that they make."""

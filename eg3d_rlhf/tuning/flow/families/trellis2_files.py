@@ -1,0 +1,274 @@
+"""TRELLIS.2's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing
+is downloaded or run.
+
+The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it. The shape's
+encoder is named in texturing_pipeline.json alone, that of materials and the structure's nowhere.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from eg3d_rlhf.models.trellis.autoencoders import StructureDecoder, StructureEncoder, StructureVAEConfig
+from eg3d_rlhf.models.trellis2 import (
+    FlowConfig,
+    StructureFlow,
+    VoxelDecoder,
+    VoxelDecoderConfig,
+    VoxelEncoder,
+    VoxelEncoderConfig,
+    VoxelFlow,
+    VoxelNetwork,
+    angles_of,
+)
+from eg3d_rlhf.models.weights import State
+from eg3d_rlhf.tuning.flow.base.stage import Sampling
+from eg3d_rlhf.tuning.flow.families import trellis_files as files
+from eg3d_rlhf.tuning.flow.families.folder import are_scales
+
+NAME = "Trellis2ImageTo3DPipeline"
+TEXTURING = "texturing_pipeline.json"
+STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
+_CASCADE = {
+    STRUCTURE: "sparse_structure_flow_model",
+    LOW: "shape_slat_flow_model_512",
+    HIGH: "shape_slat_flow_model_1024",
+    TEXTURE: "tex_slat_flow_model_1024",
+}
+CHAINS = {  # pipeline_type -> its stages, and their models in pipeline.json
+    "512": {
+        STRUCTURE: "sparse_structure_flow_model",
+        LOW: "shape_slat_flow_model_512",
+        TEXTURE: "tex_slat_flow_model_512",
+    },
+    "1024": {
+        STRUCTURE: "sparse_structure_flow_model",
+        HIGH: "shape_slat_flow_model_1024",
+        TEXTURE: "tex_slat_flow_model_1024",
+    },
+    "1024_cascade": _CASCADE,
+    "1536_cascade": _CASCADE,
+}
+STRUCTURE_DECODER, SHAPE_DECODER, TEXTURE_DECODER = DECODERS = (
+    "sparse_structure_decoder",
+    "shape_slat_decoder",
+    "tex_slat_decoder",
+)
+STRUCTURE_ENCODER, SHAPE_ENCODER, TEXTURE_ENCODER = ENCODERS = (
+    "sparse_structure_encoder",
+    "shape_slat_encoder",
+    "tex_slat_encoder",
+)
+USUAL_STEMS = dict(
+    zip(
+        ENCODERS,
+        ("ss_enc_conv3d_16l8_fp16", "shape_enc_next_dc_f16c32_fp16", "tex_enc_next_dc_f16c32_fp16"),
+        strict=True,
+    )
+)
+LOST = dict(
+    zip(
+        ENCODERS,
+        ("meshes of your own, no loop", "meshes of your own, no loop", "latents of materials of assets"),
+        strict=True,
+    )
+)
+RELEASED = {  # tensors and numbers
+    "sparse_structure_flow_model": (640, 1_292_179_976),
+    "shape_slat_flow_model_512": (640, 1_292_253_728),
+    "shape_slat_flow_model_1024": (640, 1_292_253_728),
+    "tex_slat_flow_model_512": (640, 1_292_302_880),
+    "tex_slat_flow_model_1024": (640, 1_292_302_880),
+    SHAPE_DECODER: (292, 474_231_463),
+    TEXTURE_DECODER: (284, 474_216_006),
+    SHAPE_ENCODER: (284, 354_385_392),
+    TEXTURE_ENCODER: (284, 354_385_392),
+}
+SAMPLERS = {
+    STRUCTURE: "sparse_structure_sampler",
+    LOW: "shape_slat_sampler",
+    HIGH: "shape_slat_sampler",
+    TEXTURE: "tex_slat_sampler",
+}
+NORMALIZATIONS = {
+    LOW: "shape_slat_normalization",
+    HIGH: "shape_slat_normalization",
+    TEXTURE: "tex_slat_normalization",
+}
+ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # where pipeline.json names none
+ARCHITECTURES: files.Architectures = {  # published names of classes; "Elastic" in front changes nothing
+    "SparseStructureFlowModel": (StructureFlow, FlowConfig),
+    "SLatFlowModel": (VoxelFlow, FlowConfig),
+    "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig),
+    "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
+    "FlexiDualGridVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
+    "FlexiDualGridVaeEncoder": (VoxelEncoder, VoxelEncoderConfig),
+    "SparseUnetVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
+    "SparseUnetVaeEncoder": (VoxelEncoder, VoxelEncoderConfig),
+}
+# as spconv names a convolution's tensors; others leave the second conv out
+_NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineFile(files.ModelFolder):
+    """What pipeline.json says; its kind is one of CHAINS, its models are those of both pipelines' files."""
+
+    # mean and std per channel, by stage but the first
+    normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
+
+    @property
+    def flows(self) -> dict[str, str]:
+        """Models of the flows by stage, in order."""
+        return CHAINS[self.kind]
+
+
+def read_pipeline(root: Path) -> PipelineFile:
+    """Read <root>/pipeline.json.
+
+    Raises: FileNotFoundError; ValueError for a file that is not TRELLIS.2's, lacks a model, or whose samplers
+        follow another convention.
+    """
+    root, path = Path(root), Path(root) / "pipeline.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"pipeline: expected TRELLIS.2's pipeline.json, got none in {root}. Name the folder of a"
+            " TRELLIS.2 model."
+        )
+    content = files.read_json(path)
+    name = content.get("name")
+    args = content.get("args")
+    if name != NAME or not isinstance(args, dict) or not isinstance(args.get("models"), dict):
+        raise ValueError(
+            f"{path}: expected the name {NAME} and args.models, got {name!r}. Name the folder of a TRELLIS.2"
+            " model."
+        )
+    kind = args.get("default_pipeline_type", "1024_cascade")
+    if kind not in CHAINS:
+        raise ValueError(
+            f"{path}: expected default_pipeline_type {', '.join(CHAINS)}, got {kind!r}. Write one of them."
+        )
+    chain = CHAINS[kind]
+    models = args["models"]
+    missing = [model for model in (*chain.values(), *DECODERS) if model not in models]
+    if missing:
+        raise ValueError(
+            f"{path}: expected all models of {kind!r}, got none for {', '.join(missing[:8])}. Restore it."
+        )
+    samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
+    image = args.get("image_cond_model") or {}
+    beside = root / TEXTURING
+    texturing = files.read_json(beside).get("args") if beside.is_file() else None
+    named = texturing.get("models") if isinstance(texturing, dict) else None
+    return PipelineFile(
+        root=root,
+        kind=kind,
+        models={**(named or {}), **models},
+        encoder=(
+            str((image.get("args") or {}).get("model_name") or ENCODER)
+            if isinstance(image, Mapping)
+            else str(image)
+        ),
+        sampling={stage: sampling for stage, (sampling, _) in samplers.items()},
+        sigma_min={stage: sigma_min for stage, (_, sigma_min) in samplers.items()},
+        normalization={
+            stage: _normalization(path, args, key) for stage, key in NORMALIZATIONS.items() if stage in chain
+        },
+    )
+
+
+def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
+    """Settings and sigma_min; guidance_strength g is our 1 + w."""
+
+    def read(name: str, params: Mapping) -> Sampling:
+        foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
+        if foreign:
+            got = f"{', '.join(foreign)}, of which 0 is none in TRELLIS. Write which it is."
+            raise ValueError(f"expected guidance_strength, of which 1 is none, got {got}")
+        strength = float(params.get("guidance_strength", 3.0))
+        low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
+        if strength < 1:
+            raise ValueError(
+                f"expected guidance_strength >= 1, got {strength}. Less is no guidance towards the condition."
+            )
+        return Sampling(
+            steps=int(params.get("steps", 50)),
+            rescale_t=float(params.get("rescale_t", 1.0)),
+            cfg_strength=strength - 1,
+            cfg_interval=(low, high),
+            cfg_rescale=float(params.get("guidance_rescale", 0.0)),
+        )
+
+    return files.sampler_of(path, args.get(key), key, read)
+
+
+def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    content = args.get(key) or {}
+    try:
+        mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError):
+        mean = ()
+        std = ()
+    if not mean or not are_scales(mean, std):
+        raise ValueError(
+            f"{path}: expected {key} with a finite mean and a std > 0 per channel, got {str(content)[:80]}."
+            " Restore it."
+        )
+    return mean, std
+
+
+def load_model(
+    stem: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    weights: Path | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A model from <stem>.json and its weights, as trellis.files.load_model.
+
+    Raises: ValueError also for a file with the angles of other rotary positions (`rope_phases`) than its JSON
+        file speaks of.
+    """
+    return files.load_model(
+        stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=prepared
+    )
+
+
+def prepared(model: Any, config: Any, state: State, who: str) -> State:
+    """Convolutions in one spelling. Angles are computed; where a file has them, as complex numbers of length
+    1, they must be the same.
+    """
+    if issubclass(model, VoxelNetwork):
+        return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
+    if model is StructureFlow and "rope_phases" in state:
+        stored = state.pop("rope_phases")
+        angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
+        expected = torch.polar(torch.ones_like(angles), angles)
+        if (
+            not stored.is_complex()
+            or stored.shape != expected.shape
+            or not torch.allclose(stored.to(expected), expected, atol=1e-2)
+        ):
+            form = f"complex {list(expected.shape)}"
+            got = f"{stored.dtype} {list(stored.shape)}"
+            raise ValueError(
+                f"{who}: expected rope_phases of its resolution, {form}, got {got} of others. Correct its"
+                " JSON."
+            )
+    return state
+
+
+def model_files(file: PipelineFile) -> dict[str, Path]:
+    """All files that the pipeline is read from, by name, encoders where they are there.
+
+    Raises: FileNotFoundError.
+    """
+    paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
+    models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
+    return paths | files.paths_of(file, dict(zip(models, models, strict=True)))

@@ -1,0 +1,349 @@
+"""A run of arms on one stage, trained with one seed or several, and judged on the same noises of held-out
+conditions.
+
+What arms learn from is theirs: samples and their rewards in online/, labels of single assets in offline/, and
+beside either DPO on pairs.
+
+    <arm>-<seed>/        a training, see train.py; its policy/, and done.json with its scores once it is
+                         judged
+    <stage>/             the weights of the first arm's first seed
+    <name>.json, .md     the table
+
+Where a problem has a chooser, arms keep the network of their best win rate on the conditions to choose on,
+which are not the table's; the controls keep their last one, as it is what they are there to show.
+
+Shape letters: K training seeds, C conditions, S noises per condition.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.process import StoppedError
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
+from eg3d_rlhf.models.policies import link, tuned_model
+from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Choosing, Judging, Problem, ProblemSource, judged
+from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
+from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels, stage_of
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.trainer import POLICY, WIN_RATE, StageResult
+from training.distributed import SINGLE, Ranks
+from training.progress import tqdm
+
+BASE = "base"  # the task of the untuned network
+CONTROLS = ("shuffled", "inverted")  # how their names end
+Opened = tuple[Problem, Labelled | None]  # assets that people judged, where arms learn from such
+# by title, a cell of an arm's name and its row of the table
+Columns = Mapping[str, Callable[[str, Mapping], Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsSource(ProblemSource):
+    """What a problem is read from; pairs are not needed."""
+
+    needs_pairs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Bench(ABC):
+    """What the arms of a run are trained on, by one training seed."""
+
+    problem: Problem
+    stage: FlowStage
+    dpo: TrainConfig  # of arms that train on pairs
+
+    @abstractmethod
+    def inputs(self) -> dict:
+        """JSON: what results depend on besides the problem, DPO's settings and those of the table."""
+
+    @abstractmethod
+    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        """Train an arm in a folder, or go on with it there.
+
+        Args: options: those that all trainings of a stage have.
+        """
+
+    @abstractmethod
+    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+        """What is known of a training besides its scores, JSON. Args: seed: of the table's noises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmsRun(ABC):
+    """Settings of a run, and what its table says."""
+
+    NAME: ClassVar[str]  # of the table's files
+    TITLE: ClassVar[str]
+    MORE: ClassVar[str] = ""  # facts after those that every table states
+    BEFORE: ClassVar[Columns]  # columns before and behind those of what the judge says
+    BEHIND: ClassVar[Columns] = {}
+    ARMS: ClassVar[Collection[str]]  # all that there are
+    LISTED: ClassVar[str]  # the same in words
+    MEETING: ClassVar[bool] = False  # controls are compared with other arms, too
+
+    dpo: TrainConfig  # of the arms that train on pairs
+    source: ArmsSource = field(default_factory=ArmsSource)
+    stage: str | None = None  # None: the last
+    arms: tuple[str, ...] = ()
+    training_seeds: tuple[int, ...] = (0,)
+    choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
+    judging: Judging = Judging()  # of the table that ends a run
+    summary: bool = True  # end with it
+
+    def __post_init__(self):
+        if (
+            any(arm not in self.ARMS for arm in self.arms)
+            or not self.arms
+            or len(set(self.arms)) < len(self.arms)
+        ):
+            got = ", ".join(self.arms) or "none"
+            raise ValueError(f"--arms: expected some of {self.LISTED}, each once, got {got}. Name them.")
+
+    @abstractmethod
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """What arms are trained on. Raises: ValueError or OSError for what is missing or does not fit."""
+
+    @abstractmethod
+    def bench(self, opened: Opened, seed: int) -> Bench:
+        """Of a training seed."""
+
+    @abstractmethod
+    def has_table(self, problem: Problem) -> bool:
+        """Whether there is something to judge by."""
+
+    @abstractmethod
+    def row(
+        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
+    ) -> dict:
+        """More of an arm's row, JSON, from its trainings, its rates against the base, its scores and the
+        base's by judge.
+        """
+
+    def stage_in(self, problem: Problem) -> FlowStage:
+        """The stage that is tuned. Raises: ValueError for one that is not there."""
+        return stage_of(problem.pipeline, self.stage or problem.pipeline.stages[-1].name)
+
+    def markdown(self, data: Mapping) -> str:
+        """Of the table: arms, what nobody trained on, and arms against each other, where there are such."""
+        judge = data["judge"]
+        seeds = [f"seed {seed}" for seed in data["training_seeds"]]
+        rows = []
+        for name, arm in data["arms"].items():
+            won = arm["judges"][judge]
+            before, behind = (
+                [cell(name, arm) for cell in columns.values()] for columns in (self.BEFORE, self.BEHIND)
+            )
+            rows.append(
+                [*before, with_interval(won), *of_seeds(won), *behind, ", ".join(map(str, arm["kept_step"]))]
+            )
+        facts = (
+            f"Stage {data['stage']}; {data['conditions']} held-out conditions x {data['noises']} noises x"
+            f" {len(seeds)} training seeds; ties count half. Brackets: {data['interval']}.{self.MORE}"
+        )
+        head = [*self.BEFORE, f"{judge} judge, wins against base", *seeds, *self.BEHIND, "kept"]
+        lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(head, rows)]
+        if measures := next(iter(data["arms"].values())).get("measures"):
+            rows = [
+                [name, *map(with_interval, arm["measures"].values())] for name, arm in data["arms"].items()
+            ]
+            lines += [
+                "",
+                "## What nobody trained on, wins against base",
+                "",
+                *markdown_rows(["arm", *measures], rows),
+            ]
+        if data["pairwise"]:
+            rows = [
+                [*name.split("_vs_"), with_interval(rated), *of_seeds(rated)]
+                for name, rated in data["pairwise"].items()
+            ]
+            lines += [
+                "",
+                f"## Pair by pair, {judge} judge",
+                "",
+                *markdown_rows(["arm", "against", "wins", *seeds], rows),
+            ]
+        return "\n".join(lines) + "\n"
+
+
+def work(settings: ArmsRun, opened: Opened, run: Run) -> None:
+    """Do what is left to do of a run, and write its results: one training in this process, on all ranks;
+    several on a pool.
+    """
+    problem, _ = opened
+    folder = run.folder
+    settings = replace(settings, summary=settings.summary and settings.has_table(problem))
+    tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
+    if len(tasks) == 1:
+        results = {tasks[0]: Worker(settings, folder, opened, run.ranks)(tasks[0])}
+        results |= (
+            {BASE: Worker(settings, folder, opened)(BASE)} if run.ranks.main and settings.summary else {}
+        )
+    else:
+        needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
+        print(
+            f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.",
+            flush=True,
+        )
+        results = pooled("arms", needs, worker_of, (settings, folder, run.device), run.jobs, folder)
+    if not run.ranks.main:
+        return
+    stage = settings.stage_in(problem).name
+    for file in sorted((folder / tasks[0] / POLICY).iterdir()):
+        link(file, folder / stage / file.name)
+    print(f"Weights of {settings.arms[0]} in {folder / stage}.")
+    if settings.summary:
+        facts = {
+            "stage": stage,
+            "problem": dict(problem.identity),
+            "run": asdict(settings),
+            "versions": versions(),
+        }
+        data = table(results, settings, facts)
+        for path in write(data, folder, settings.NAME, settings.markdown):
+            print(f"Written: {path}")
+        print(settings.markdown(data))
+    run.done()
+
+
+def pooled(
+    title: str,
+    needs: Mapping[str, Sequence[str]],
+    setup: Callable[..., Callable[[str], dict]],
+    arguments: tuple,
+    jobs: int,
+    folder: Path,
+) -> dict[str, dict]:
+    """Results of tasks on processes, with a bar.
+
+    Args: setup: (*arguments, alone) -> what does them; title: of the bar.
+    """
+    with tqdm(total=len(needs), desc=title, unit="task", dynamic_ncols=True) as bar:
+        expected = (ValueError, OSError, StoppedError)
+        return run_tasks(
+            needs,
+            setup,
+            (*arguments, jobs == 1),
+            jobs,
+            folder / "logs",
+            lambda name, result: bar.update(),
+            expected,
+        )
+
+
+@dataclass
+class Worker:
+    """Does tasks, "<arm>-<seed>" or BASE, and returns their results as JSON; what is done already is read."""
+
+    settings: ArmsRun
+    folder: Path
+    opened: Opened
+    ranks: Ranks = SINGLE
+    say: Callable[[str], None] = tqdm.write
+    left: list[Voxels] | None = None
+
+    def __call__(self, task: str) -> dict:
+        settings = self.settings
+        arm, _, seed = task.rpartition("-")
+        bench = settings.bench(self.opened, int(seed) if arm else settings.training_seeds[0])
+        choosing = settings.choosing
+        inputs = {
+            "task": task,
+            "problem": bench.problem.identity,
+            "dpo": asdict(bench.dpo),
+            "judging": asdict(settings.judging),
+            "choosing": None if choosing is None else asdict(choosing),
+            "summary": settings.summary,
+            **bench.inputs(),
+        }
+
+        def maker(folder: Path) -> tuple[list[Path], dict]:
+            result: dict = {}
+            models: dict[str, torch.nn.Module] = {}
+            if arm:
+                chosen = choosing is not None and not arm.endswith(CONTROLS)
+                chooser = (
+                    choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
+                    if choosing and chosen
+                    else None
+                )
+                done = bench.train(arm, folder, held_out=chooser, ranks=self.ranks, resume=True, say=self.say)
+                models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
+                result = {
+                    "kept_step": done.kept_step,
+                    "warnings": done.warnings,
+                    "win_rates": [[line["step"], line[WIN_RATE]] for line in done.stats if WIN_RATE in line],
+                    **bench.figures(arm, done, models[bench.stage.name], settings.judging.seed, self.ranks),
+                }
+            if self.ranks.main and settings.summary:
+                result["scores"] = judged(bench.problem, models, settings.judging, given=self._given(bench))[
+                    "scores"
+                ]
+            return [folder / POLICY] if arm else [], result
+
+        return dict(Store(self.folder, self.ranks, hashed=False).make(task, inputs, maker).record)
+
+    def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
+        """What the stages before leave to the stage that is tuned: the same for all arms, and drawn once in a
+        process.
+        """
+        name = bench.stage.name
+        pipeline = bench.problem.pipeline
+        if name == pipeline.stages[0].name:
+            return {}
+        if self.left is None:
+            conditions, seeds = self.settings.judging.crossed(bench.problem)
+            self.left = voxels_for(pipeline, name, conditions, seeds, None, self.settings.judging.batch)
+        return {name: self.left}
+
+
+def worker_of(settings: ArmsRun, folder: Path, device: str, alone: bool) -> Worker:
+    """What a process does tasks with; on one thread where it is not alone."""
+    if not alone:
+        torch.set_num_threads(1)
+    return Worker(settings, folder, settings.open(device))
+
+
+# The table that ends it.
+
+
+def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> dict:
+    """The whole table as JSON. Args: results: by task; facts: what a reader of the file needs besides."""
+    seeds = settings.training_seeds
+    arms = settings.arms
+    base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}  # [1, C, S]
+    arrays = {
+        arm: {name: np.array([results[f"{arm}-{seed}"]["scores"][name] for seed in seeds]) for name in base}
+        for arm in arms
+    }
+    rates = Table(scores=arrays, base=base, seeds=seeds)
+    rows = {}
+    for arm in arms:
+        trainings = [results[f"{arm}-{seed}"] for seed in seeds]
+        against = rates.against_base(arm)
+        rows[arm] = {
+            "judges": {name: against[name] for name in JUDGES if name in against},
+            **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
+            **settings.row(arm, trainings, against, arrays[arm], base),
+        }
+    judge = next(name for name in JUDGES if name in base)
+    meeting = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
+    return {
+        "arms": rows,
+        "pairwise": rates.pairwise(judge, meeting),
+        "judge": judge,
+        **rates.sizes,
+        "training_seeds": list(seeds),
+        "interval": INTERVAL,
+        **facts,
+    }

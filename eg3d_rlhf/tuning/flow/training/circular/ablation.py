@@ -1,0 +1,544 @@
+"""A run of Circular-DPO from its settings to its folder: the loop, one stage alone, or the nine groups of the
+paper's table 2, trained with several seeds and judged on the same noises; and the table that ends it.
+
+Groups of a seed share what they have in common: (a), (b), (d), (g) and (h) the last stage, (a), (g) and (h)
+the loop's pairs, (b) and (c) the first stage. Names go by stage: the paper's "step 1" in (c) is the first
+stage, while the method's first step trains the last. With more than two stages, "first" stands for all stages
+before the last.
+
+Shape letters: K training seeds, C conditions, S noises per condition.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.experiments.store import Artefact, Store
+from eg3d_rlhf.experiments.table import (
+    INTERVAL,
+    Table,
+    detectable,
+    markdown_rows,
+    of_seeds,
+    plot_rates,
+    with_interval,
+    write,
+)
+from eg3d_rlhf.models.policies import link_folder
+from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Judging, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
+from eg3d_rlhf.tuning.flow.training.circular.loop import (
+    CircularLoop,
+    CircularSettings,
+    Lineage,
+    run_loop,
+    whole_weights,
+)
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
+    ANCHOR,
+    PAIRS,
+    PEOPLES,
+    SHUFFLED,
+    TURNED,
+    WINNERS,
+    NoPairsError,
+)
+from training.distributed import SINGLE, Ranks, leave
+from training.progress import tqdm
+
+BASE = "base"
+PEOPLE = "people"
+LOOP = "loop"
+SUPERVISED = "supervised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What one row of the table trains."""
+
+    title: str
+    first: str = BASE  # what the stages before the last learn from
+    last: str = BASE  # what the last stage learns from
+    use_w1: bool = True
+    use_w2: bool = True
+    use: str = PAIRS  # what of the loop's pairs
+
+
+GROUPS = {
+    "a": Group(title="full loop", first=LOOP, last=PEOPLE),
+    "b": Group(title="both stages on people's pairs, no loop", first=PEOPLE, last=PEOPLE),
+    "c": Group(title="first stage alone, people's pairs", first=PEOPLE),
+    "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
+    "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
+    "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
+    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
+    "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
+    "i": Group(title="base"),
+}
+# (a), but for what the stages before the last learn: controls of what the loop's preferences are worth
+ARMS = {
+    "anchor": Group(
+        title="full loop, the anchor without the preference term", first=LOOP, last=PEOPLE, use=ANCHOR
+    ),
+    "shuffled": Group(
+        title="full loop, each pair turned over by the toss of a coin", first=LOOP, last=PEOPLE, use=SHUFFLED
+    ),
+    "turned": Group(title="full loop, each pair turned over", first=LOOP, last=PEOPLE, use=TURNED),
+    "fed_winners": Group(
+        title="full loop, fine-tuning on the preferred of its pairs", first=LOOP, last=PEOPLE, use=WINNERS
+    ),
+    "people_first": Group(
+        title="full loop, on the people's pairs that its pairs come from",
+        first=LOOP,
+        last=PEOPLE,
+        use=PEOPLES,
+    ),
+}
+ALL = GROUPS | ARMS
+
+
+def letters(text: str) -> list[str]:
+    """ "a..i", "a,d,i" or "a..d,anchor" as groups in order, the base always among them since all are compared
+    with it.
+
+    Raises: ValueError for other text.
+    """
+    found: set[str] = {"i"}
+    for part in text.replace(" ", "").split(","):
+        low, dots, high = part.partition("..")
+        ends = [low, high if dots else low]
+        if part in ARMS:
+            found.add(part)
+            continue
+        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
+            arms = ", ".join(ARMS)
+            raise ValueError(
+                f"groups: expected letters of a..i such as a,b,d or a..i, and arms among {arms}, got"
+                f" {text!r}. Correct it."
+            )
+        found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
+    return [name for name in ALL if name in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationPlan:
+    """Which groups are trained, how often, and how they are judged."""
+
+    groups: tuple[str, ...] = tuple(GROUPS)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
+    judging: Judging = Judging()
+
+    def tasks(self) -> dict[str, list[str]]:
+        """What is to be done, and what each waits for, in an order that lets what others wait for start
+        early.
+
+        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own
+        training and scores.
+        """
+        wanted = [ALL[letter] for letter in self.groups]
+        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
+        shared = [
+            (kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)
+        ]
+        looping = any(group.first == LOOP for group in wanted)
+        tasks: dict[str, list[str]] = {}
+        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
+            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
+            if (kind, part) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
+        for letter in self.groups:
+            for seed in self.seeds if letter != "i" else self.seeds[:1]:
+                group = ALL[letter]
+                first = ALL[letter].first
+                needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
+                needs += (
+                    [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
+                )
+                tasks[f"{seed}/{letter}"] = needs
+        return tasks
+
+
+# The table.
+
+
+def table(
+    scores: Mapping[str, Sequence[Mapping]],
+    seeds: Sequence[int],
+    trained: Mapping[str, Sequence[Mapping]],
+    loop: Mapping,
+    facts: Mapping,
+) -> dict:
+    """The whole table as JSON.
+
+    Args:
+        scores: by group, a `problem.judged` for each training seed; trained: by group and seed, what is known
+            of its trainings.
+        loop: figures of the loop's pairs by training seed; facts: what a reader of the file needs besides.
+    """
+    arrays = {  # each [K, C, S]
+        letter: {name: np.array([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}
+        for letter, rows in scores.items()
+    }
+    spreads = {
+        letter: {stage: float(np.mean([row["spread"][stage] for row in rows])) for stage in rows[0]["spread"]}
+        for letter, rows in scores.items()
+    }
+    rates = Table(scores=arrays, base=arrays["i"], seeds=seeds)
+    groups = {}
+    for letter, of_group in arrays.items():
+        start = spreads["i"]
+        ends = spreads[letter]
+        judged = rates.against_base(letter)
+        groups[letter] = {
+            "title": ALL[letter].title,
+            **judged["final"],
+            "score_mean": float(of_group["final"].mean()),
+            "judges": {name: judged[name] for name in JUDGES if name in judged},
+            "parts": {name: judged[name] for name in of_group if name not in JUDGES},
+            "spread": {  # as a share of the base's, too: a collapsed generator is near 0
+                stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None}
+                for stage, mean in ends.items()
+            },
+            "trainings": list(trained[letter]),
+        }
+    pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
+    C, S = arrays["i"]["final"].shape[1:]
+    return {
+        "groups": groups,
+        "pairwise": pairwise,
+        "loop": dict(loop),
+        **rates.sizes,
+        "detectable": detectable(C, S, len(seeds)),
+        "interval": INTERVAL,
+        **facts,
+    }
+
+
+def markdown(data: Mapping) -> str:
+    parts = list(next(iter(data["groups"].values()))["parts"])
+    stages = list(data["groups"]["i"]["spread"])
+    head = [
+        "group",
+        "what is trained",
+        "win rate against base",
+        *[f"seed {s}" for s in data["training_seeds"]],
+    ]
+    head += (
+        [f"{name} alone" for name in parts] + ["chooser", "reward"] + [f"spread, {stage}" for stage in stages]
+    )
+    rows = []
+    for letter, group in data["groups"].items():
+        cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
+        cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
+        cells += [
+            f"{group['judges'][name]['win_rate']:.3f}" if name in group["judges"] else ""
+            for name in ("chooser", "reward")
+        ]
+        shares = [group["spread"][stage]["of_base"] for stage in stages]
+        cells += ["" if share is None else f"{share:.2f}" for share in shares]
+        rows.append(cells)
+    facts = (
+        f"{data['conditions']} held-out conditions x {data['noises']} noises x {len(data['training_seeds'])}"
+        " training seeds; ties count "
+        f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose"
+        ' nothing; "chooser" chose '
+        'checkpoints, "reward" scored the loop\'s pairs. Spread: how far assets of one condition differ, as'
+        " a share of the base's."
+    )
+    lines = [
+        "# Circular-DPO against its base",
+        "",
+        facts,
+        "",
+        *markdown_rows(head, rows),
+        "",
+        "## Pair by pair",
+        "",
+    ]
+    lines += ["Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
+    head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
+    rows = []
+    for name, rated in data["pairwise"].items():
+        x, y = name.split("_vs_")
+        rows.append([f"({x}) against ({y})", with_interval(rated), *of_seeds(rated)])
+    lines += markdown_rows(head, rows)
+    if data["loop"]:
+        rows = []
+        for seed, stages in data["loop"].items():
+            for stage, pairs in stages.items():
+                better = (
+                    ""
+                    if pairs.get("op_rewarded_where_changed") is None
+                    else f"{pairs['op_rewarded_where_changed']:.2f}"
+                )
+                rows.append(
+                    [
+                        seed,
+                        stage,
+                        pairs["pairs"],
+                        f"{pairs['changed_structure']:.2f}",
+                        better,
+                        f"{pairs['reward_gap_mean']:.3g}",
+                    ]
+                )
+        head = [
+            "seed",
+            "stage",
+            "pairs",
+            "structure changed",
+            "of these, op rewarded more",
+            "mean reward gap",
+        ]
+        lines += ["", "## The loop's pairs", "", *markdown_rows(head, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(data: Mapping):
+    """Win rates of all groups against the base, and of (a) against the others."""
+    titled = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    rivals = {
+        f"({name.removeprefix('a_vs_')})": rated
+        for name, rated in data["pairwise"].items()
+        if name.startswith("a_vs_")
+    }
+    panels = [("win rate against base, final judge", titled)]
+    panels += [("win rate of (a) against, final judge", rivals)] if rivals else []
+    return plot_rates(
+        panels,
+        f"{data['conditions']} conditions x {data['noises']} noises, training seeds"
+        f" {', '.join(map(str, data['training_seeds']))}; bars: 95 % over conditions, ticks: seeds",
+    )
+
+
+# The run.
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularRun:
+    circular: CircularSettings
+    source: ProblemSource = ProblemSource()  # networks and people's pairs
+    stage: str | None = None  # train this stage alone, on people's pairs
+    groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
+    training_seeds: tuple[int, ...] = ()  # of the ablation
+    judging: Judging = Judging()  # for the table that ends a run
+    summary: bool = True  # end a run with that table, where the problem has a judge for it
+    artefacts: str = "runs/artefacts"  # folder that runs share
+
+    @property
+    def plan(self) -> AblationPlan:
+        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
+
+    def facts(self, problem: Problem) -> dict:
+        return {
+            "problem": dict(problem.identity),
+            "settings": asdict(self.circular),
+            "judging": asdict(self.judging),
+            "versions": versions(),
+        }
+
+
+def loop_of(
+    run: CircularRun, problem: Problem, seed: int, ranks: Ranks = SINGLE, bars: bool = False
+) -> CircularLoop:
+    store = Store(Path(run.artefacts), ranks, tqdm.write)
+    return CircularLoop(
+        problem=problem,
+        settings=replace(run.circular, seed=seed),
+        store=store,
+        ranks=ranks,
+        say=tqdm.write,
+        bars=bars,
+    )
+
+
+def work(settings: CircularRun, problem: Problem, run: Run) -> None:
+    """Do what is left to do of a run, and write its results."""
+    if run.ranks.main:
+        print(f"Artefacts in {settings.artefacts}.", flush=True)
+    if settings.groups is not None:
+        ablate(settings, problem, run.folder, run.device, run.jobs)
+    else:
+        _loop(settings, problem, run)
+    run.done()
+
+
+def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
+    folder = run.folder
+    ranks = run.ranks
+    loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
+    if settings.stage is not None:
+        tuned = loop.from_people(settings.stage)
+        lineage: Lineage = {settings.stage: (tuned,)}
+        steps = [
+            {
+                "round": 1,
+                "step": "people",
+                "stage": settings.stage,
+                "artefact": tuned.folder.name,
+                **tuned.record,
+            }
+        ]
+    else:
+        lineage, steps = run_loop(loop, lambda step: tqdm.write(describe(step)) if ranks.main else None)
+    ranks.barrier()
+    leave()  # the others need not wait for the table
+    if not ranks.main:
+        return
+    weights = {stage: keep(loop, stage, line, folder) for stage, line in lineage.items()}
+    result = {
+        "steps": steps,
+        "weights": weights,
+        "warnings": [w for step in steps for w in step.get("warnings", [])],
+    }
+    run.write(RESULT, result)
+    print(f"Weights in {', '.join(str(folder / name) for name in weights.values())}.")
+    if settings.summary and problem.final is not None:
+        # The finished generator, and that with the last stage alone tuned, against the base: a table of one
+        # training seed.
+        seed = settings.circular.seed
+        last = problem.pipeline.stages[-1].name
+        loop = loop_of(settings, problem, seed, bars=True)
+        compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
+        compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
+        scores = {
+            letter: [loop.judged(own, settings.judging).record]
+            for letter, own in {**compared, "i": {}}.items()
+        }
+        pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
+        known = {"training_seeds": [seed], **settings.facts(problem)}
+        data = table(
+            scores, [seed], {letter: [{}] for letter in scores}, {str(seed): pairs} if pairs else {}, known
+        )
+        write(data, folder, "summary", markdown, plot)
+        print(markdown(data))
+
+
+def describe(step: Mapping) -> str:
+    where = f"round {step['round']}, stage {step['stage']}"
+    if step["step"] == "pairs":
+        better = step.get("op_rewarded_where_changed")
+        more = "" if better is None else f"; of these the reward prefers the tuned one in {better:.0%}"
+        return (
+            f"{where}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with another"
+            f" structure{more}"
+        )
+    shown = ""
+    for name, what in (
+        ("win_rates", "held-out win rate"),
+        ("held_out_accuracies", "accuracy on held-out pairs"),
+    ):
+        values = dict(step[name])
+        shown += f", {what} {values[step['kept_step']]:.3f}" if step["kept_step"] in values else ""
+    return f"{where}: trained on {step['pairs']} pairs ({step['step']}), kept step {step['kept_step']}{shown}"
+
+
+def keep(loop: CircularLoop, stage: str, line: tuple[Artefact, ...], folder: Path) -> str:
+    """Put a stage's weights into the run folder: those of its training, or, after several rounds, the whole
+    network. Returns the name.
+    """
+    link_folder(whole_weights(loop, stage, line, folder / stage), folder / stage)
+    return stage
+
+
+@dataclass(kw_only=True)
+class Ablation:
+    """The tasks of a plan, done with the steps of a loop; `loop_of` makes it for a training seed."""
+
+    plan: AblationPlan
+    loop_of: Callable[[int], CircularLoop]
+
+    def __call__(self, task: str) -> dict:
+        """Do one task; returns JSON: the scores of a group, what is known of a step."""
+        seed, what, *part = task.split("/")
+        loop = self.loop_of(int(seed))
+        if what == "pairs":
+            _, pairs = self._looped(loop, None)
+            return {
+                stage: {**artefact.record, "reused": artefact.reused} for stage, artefact in pairs.items()
+            }
+        if part:
+            lineage = self._trained(loop, what, part[0])
+            return {stage: _training(line[-1]) for stage, line in lineage.items()}
+        group = ALL[what]
+        networks: Lineage
+        if group.first == LOOP:
+            networks = self._looped(loop, group)[0]
+        else:
+            networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
+            networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
+        judged = loop.judged(networks, self.plan.judging)
+        trained = {stage: _training(line[-1]) for stage, line in networks.items()}
+        return {"scores": judged.record, "trainings": trained, "reused": judged.reused}
+
+    def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
+        """The last stage, or those before it, each trained from the base."""
+        names = [stage.name for stage in loop.problem.pipeline.stages]
+        chosen = names[-1:] if part == "last" else names[:-1]
+        return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
+
+    def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
+        """The loop's networks and pairs; without a group, up to the pairs that all groups share."""
+        lineage = self._trained(loop, PEOPLE, "last")
+        pairs: dict[str, Artefact] = {}
+        for name in reversed([stage.name for stage in loop.problem.pipeline.stages][:-1]):
+            pairs[name] = loop.pairs(name, lineage)
+            if group is None:
+                break
+            weighing = replace(loop.settings.weighing, use_w1=group.use_w1, use_w2=group.use_w2)
+            try:
+                lineage[name] = (loop.from_loop(name, pairs[name], lineage, weighing, group.use),)
+            # the group is then what it is without this training; its table says so
+            except NoPairsError as error:
+                loop.say(f"Warning: {error}")
+        return lineage, pairs
+
+
+def _training(artefact: Artefact) -> dict:
+    return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
+
+
+def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
+    """What a process does tasks with; on one thread where it is not alone."""
+    if not alone:
+        torch.set_num_threads(1)
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
+
+
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int) -> None:
+    """Train and judge all groups on worker processes, and write the table."""
+    plan = run.plan
+    tasks = run.plan.tasks()
+    print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
+    sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
+    print(
+        f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons"
+        " independent.",
+        flush=True,
+    )
+    results = pooled("ablation", tasks, handler_of, (run, device), jobs, folder)
+    data = tabled(results, plan, run.facts(problem))
+    for path in write(data, folder, "ablation", markdown, plot):
+        print(f"Written: {path}")
+    print(markdown(data))
+
+
+def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -> dict:
+    """The table of all tasks' results; the base's scores are the same for all training seeds."""
+    seeds = plan.seeds
+    scores = {
+        x: [results[f"{seed if x != 'i' else seeds[0]}/{x}"]["scores"] for seed in seeds] for x in plan.groups
+    }
+    trained = {
+        x: [results[f"{seed}/{x}"]["trainings"] if x != "i" else {} for seed in seeds] for x in plan.groups
+    }
+    loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
+    return table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})

@@ -1,0 +1,404 @@
+"""Pairs that the loop makes for a stage out of the stage behind it: how a preference crosses the gap that no
+gradient crosses; which of them are kept, and how much each counts.
+
+For each human pair (Circular-DPO, section 4.2 and appendix C.3), with i the stage to be trained:
+    1. the gap behind stage i is crossed with the preferred asset's own latent, for both sides alike;
+    2. stage i + 1 is sampled on it twice from the same noise: `op` from the tuned network, `un-op` from its
+       reference; stages further behind, where there are any, are the same for both;
+    3. both are decoded to assets, scored, and encoded back: their latents of stage i are the new pair, op
+       preferred.
+They differ at stage i only where decoding changed what encoding sees; pairs that do not are marked in
+`provenance`, since with shared noise they have loss log 2 and no gradient. Of the others w1 filters and w2
+weighs (equations 10-14):
+
+    w1 = G_preferred - G_rejected,  G = 2^P - 1,  P_i = 2 C_i / (n (n - 1)),
+         C_i the comparisons that candidate i of n wins by reward
+    w2 = sigmoid(r_preferred - r_rejected) / its mean over the pairs that are kept
+
+With one reward and the paper's threshold of 0, w1 keeps a pair exactly where its reward gap is positive,
+whatever the other candidates.
+Deviates: one sentence of appendix C.3 pairs generated assets with the original ones; here, as in algorithm 1
+and equation 11, un-op is the reference's sample.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.models.sparse import SparseSample, collate, feats_of, to_cpu
+from eg3d_rlhf.tuning.flow.base.pairs import (
+    PreferencePair,
+    by_condition,
+    check_unique,
+    read_pairs,
+    write_pairs,
+)
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
+from eg3d_rlhf.tuning.flow.base.stage import FlowStage, stage_of
+from training.config import check_knobs, knob
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed
+
+SAME = "same_structure"  # in a pair's provenance
+REWARD = "reward"
+ROLES = ("op", REWARD)
+# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
+# turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
+PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
+    "pairs",
+    "anchor",
+    "shuffled",
+    "turned",
+    "winners",
+    "people",
+)
+_loop = functools.partial(knob, group="The loop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPairsConfig:
+    per_pair: int = _loop(
+        1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True
+    )
+    batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
+    chunk: int = 64  # human pairs between what is kept of an interrupted making
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
+
+    use_w1: bool = True  # drop pairs whose op is not rewarded more
+    use_w2: bool = True  # weigh the others by how much more
+    roles: str = _loop(
+        "op",
+        "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.",
+        choices=ROLES,
+        rare=True,
+    )
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+def stage_behind(problem: Problem, stage: str) -> FlowStage:
+    """The stage whose samples pairs of `stage`, any but the last, are made from."""
+    stages = list(problem.pipeline.stages)
+    return stages[stages.index(stage_of(problem.pipeline, stage)) + 1]
+
+
+def make_loop_pairs(
+    problem: Problem,
+    models_op: Models,
+    config: LoopPairsConfig,
+    seed: int,
+    *,
+    stage: str | None = None,
+    models_unop: Models | None = None,
+    pairs: Sequence[PreferencePair] | None = None,
+    on_pair: Callable[[int], None] | None = None,
+) -> list[PreferencePair]:
+    """New pairs of `stage`, by default the first.
+
+    Args:
+        models_op: tuned networks by stage name, that of the stage behind among them; models_unop: their
+            references, by default the pipeline's own. Only the stage behind differs between the sides:
+            further ones are models_op's for both.
+        seed: of the noises, with the human pair's id: a part of the pairs gives the same part of the result.
+        pairs: human pairs of `stage`; None: all of the problem. on_pair: called with the number of human
+            pairs done.
+    """
+    stage = stage or problem.pipeline.stages[0].name
+    behind = stage_behind(problem, stage).name
+    assert behind in models_op
+    un_op = {k: v for k, v in models_op.items() if k != behind} | {
+        k: v for k, v in (models_unop or {}).items() if k == behind
+    }
+    pairs = problem.human_pairs(stage) if pairs is None else pairs
+    per_batch = max(1, config.batch // config.per_pair)
+    made = []
+    for i in range(0, len(pairs), per_batch):
+        part = pairs[i : i + per_batch]
+        made += _batch(problem, stage, behind, (models_op, un_op), part, config, seed)
+        if on_pair:
+            on_pair(len(part))
+    return made
+
+
+@torch.no_grad()
+def _batch(
+    problem: Problem,
+    stage: str,
+    behind: str,
+    sides: Sequence[Models],
+    pairs,
+    config: LoopPairsConfig,
+    seed: int,
+) -> list:
+    device = next(stage_of(problem.pipeline, stage).model.parameters()).device
+    assert problem.reward is not None
+    given = problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
+    rows = [
+        (pair, places, k) for pair, places in zip(pairs, given, strict=True) for k in range(config.per_pair)
+    ]
+    conditions = [pair.condition for pair, _, _ in rows]
+    seeds = [derive_seed("loop", seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
+    stages_given = {behind: [places for _, places, _ in rows]}
+    latents = []
+    rewards = []
+    for models in sides:
+        assets = generate(problem.pipeline, conditions, seeds, models, config.batch, stages_given)
+        rewards.append(problem.reward(assets, conditions).detach().float().cpu())
+        latents.append([to_cpu(encoded[stage]) for encoded in problem.pipeline.encode(assets)])
+    if not all(bool(values.isfinite().all()) for values in rewards):
+        raise ValueError(
+            f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}."
+            " Correct the reward."
+        )
+    made = [
+        PreferencePair(
+            id=f"{pair.id}/{k}",
+            condition=pair.condition,
+            stage=stage,
+            preferred=op,
+            rejected=un_op,
+            source="loop",
+            reward_preferred=float(rewards[0][n]),
+            reward_rejected=float(rewards[1][n]),
+            provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
+        )
+        for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
+    ]
+    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
+
+
+def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
+    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
+    return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
+
+
+def turned(pair: PreferencePair) -> PreferencePair:
+    """The same pair the other way round, which its provenance says."""
+    return replace(
+        pair,
+        preferred=pair.rejected,
+        rejected=pair.preferred,
+        provenance={**pair.provenance, "turned": True},
+        reward_preferred=pair.reward_rejected,
+        reward_rejected=pair.reward_preferred,
+    )
+
+
+def make_in_chunks(
+    folder: Path,
+    problem: Problem,
+    models_op: Models,
+    config: LoopPairsConfig,
+    seed: int,
+    *,
+    stage: str,
+    models_unop: Models,
+    ranks: Ranks = SINGLE,
+    on_pair: Callable[[int], None] | None = None,
+) -> tuple[Path, Mapping]:
+    """`make_loop_pairs` of all human pairs into folder/pairs, resumable: ranks make chunks in turn and keep
+    each as it is done.
+
+    Returns: that folder and figures of the pairs.
+    """
+    human = problem.human_pairs(stage)
+    starts = range(0, len(human), config.chunk)
+    chunks = folder / "chunks"
+    for number, start in list(enumerate(starts))[ranks.rank :: ranks.world]:
+        part = human[start : start + config.chunk]
+        place = chunks / f"{number:05d}"
+        if place.exists():
+            if on_pair:
+                on_pair(len(part))
+            continue
+        made = make_loop_pairs(
+            problem,
+            models_op,
+            config,
+            seed,
+            stage=stage,
+            models_unop=models_unop,
+            pairs=part,
+            on_pair=on_pair,
+        )
+        unfinished = place.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_pairs(unfinished, made, {"seed": seed, "chunk": number})
+        os.replace(unfinished, place)
+    ranks.barrier()
+    if not ranks.main:
+        return folder / "pairs", {}
+    pairs = [pair for number in range(len(starts)) for pair in read_pairs(chunks / f"{number:05d}", stage)[0]]
+    shutil.rmtree(folder / "pairs", ignore_errors=True)
+    write_pairs(
+        folder / "pairs", pairs, {"seed": seed, "stage": stage, "source": "loop", "config": asdict(config)}
+    )
+    shutil.rmtree(chunks)
+    return folder / "pairs", figures(pairs)
+
+
+def figures(pairs: Sequence[PreferencePair]) -> Mapping:
+    """What the pairs are like, before any of them is dropped."""
+    if not pairs:
+        return {"pairs": 0}
+    gaps = torch.tensor([pair.reward_gap for pair in pairs], dtype=torch.float64)
+    changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
+    return {
+        "pairs": len(pairs),
+        "changed_structure": float(changed.double().mean()),
+        "op_rewarded": float((gaps > 0).double().mean()),
+        "op_rewarded_where_changed": (
+            float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None
+        ),
+        "reward_gap_mean": float(gaps.mean()),
+        "reward_gap_std": float(gaps.std(correction=0)),
+    }
+
+
+EQUAL = 1e-5  # of the largest value: latents that differ by less are one structure, encoded twice
+
+
+def win_shares(rewards: torch.Tensor) -> torch.Tensor:
+    """P of each candidate, rewards [n] -> [n] float64 that sum to 1; an equal reward is half a win for both.
+
+    >>> win_shares(torch.tensor([3.0, 1.0, 2.0]))
+    tensor([0.6667, 0.0000, 0.3333], dtype=torch.float64)
+    """
+    n = len(rewards)
+    assert n > 1 and bool(torch.isfinite(rewards).all())
+    wins = (rewards[:, None] > rewards).double() + 0.5 * (rewards[:, None] == rewards).double()
+    return 2 * (wins.sum(1) - 0.5) / (n * (n - 1))  # less the half win against itself
+
+
+def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """w1 of pairs among candidates, [P] float64.
+
+    Args: rewards [n] of all candidates of one condition; preferred, rejected [P] int64 indices into them.
+    """
+    gains = torch.exp2(win_shares(rewards)) - 1
+    return gains[preferred] - gains[rejected]
+
+
+def w2(gaps: torch.Tensor) -> torch.Tensor:
+    """sigmoid of the reward gaps of the kept pairs over its mean, [P] -> [P] float64."""
+    weights = torch.sigmoid(gaps.double())
+    return weights / weights.mean()
+
+
+def same_structure(pair: PreferencePair) -> bool:
+    """Whether both latents are one, so that there is nothing to learn; what `provenance` says under
+    "same_structure" goes first.
+    """
+    if pair.provenance.get(SAME) is not None:
+        return bool(pair.provenance[SAME])
+    # of one form
+    a = pair.preferred
+    b = pair.rejected
+    if isinstance(a, SparseSample) and isinstance(b, SparseSample):
+        if len(a.coords) != len(b.coords):
+            return False
+        a_order = torch.argsort(a.places)
+        b_order = torch.argsort(b.places)
+        if not torch.equal(a.coords[a_order], b.coords[b_order]):
+            return False
+        x = a.feats[a_order]
+        y = b.feats[b_order]
+    else:
+        x = feats_of(a)
+        y = feats_of(b)
+    return bool((x - y).abs().max() <= EQUAL * x.abs().max())
+
+
+def weigh(
+    pairs: Sequence[PreferencePair], use_w1: bool = True, use_w2: bool = True
+) -> tuple[list[PreferencePair], dict]:
+    """The pairs that are kept, with w1 and w2 filled, and a report of how many were dropped and why.
+
+    Pairs of one structure go first, then, with `use_w1`, those with w1 <= 0; both ends of all pairs of a
+    condition are its candidates. Without `use_w1` the column w1 is filled and drops nothing; without `use_w2`
+    the column w2 stays empty and all pairs count alike.
+    Raises: ValueError for pairs without finite rewards where these are needed.
+    """
+    check_unique("weigh", pairs)
+    differing = [p for p in pairs if not same_structure(p)]
+    unscored = next((p for p in pairs if not p.scored), None)
+    scored = bool(pairs) and unscored is None
+    if (use_w1 or use_w2) and unscored is not None:
+        raise ValueError(
+            f"weigh: expected both rewards on every pair, got none on {unscored.id}. Score the assets first."
+        )
+    values: dict[str, float] = {}
+    for group in by_condition(pairs).values() if scored else ():
+        rewards = torch.tensor(
+            [p.rewards[0] for p in group] + [p.rewards[1] for p in group], dtype=torch.float64
+        )
+        first, second = torch.arange(len(rewards)).chunk(2)
+        values |= zip((p.id for p in group), w1(rewards, first, second).tolist(), strict=True)
+    kept = [p for p in differing if not use_w1 or values[p.id] > 0]
+    weights: list[float | None] = [None] * len(kept)
+    if use_w2 and kept:
+        weights = w2(torch.tensor([p.reward_gap for p in kept], dtype=torch.float64)).tolist()
+    columns = [replace(p, w1=values.get(p.id), w2=w) for p, w in zip(kept, weights, strict=True)]
+    report = {
+        "pairs": len(pairs),
+        "kept": len(kept),
+        "dropped": {"same_structure": len(pairs) - len(differing), "w1": len(differing) - len(kept)},
+        "w1": _summary([values[p.id] for p in differing] if scored else []),
+        "w2": _summary([w for w in weights if w is not None]),
+        "reward_gap": _summary([p.reward_gap for p in kept] if scored else []),
+    }
+    return columns, report
+
+
+def _summary(values: Sequence[float]) -> dict[str, float] | None:
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)} if values else None
+
+
+class NoPairsError(ValueError):
+    """Nothing crosses the gap: no pair of the loop is left to learn from."""
+
+
+def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[PreferencePair], dict]:
+    """The loop's pairs that are trained on, and a report of those that are not.
+
+    Raises: NoPairsError where none is left.
+    """
+    kept, report = weigh(with_roles(pairs, weighing.roles), weighing.use_w1, weighing.use_w2)
+    if not kept:
+        dropped = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
+        got = f"got none of {len(pairs)} ({dropped})"
+        raise NoPairsError(
+            f"loop: expected pairs to learn from, {got}. Train the stage behind further, or take more (--set"
+            " loop_pairs=N)."
+        )
+    return kept, report
+
+
+def used(
+    pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]
+) -> list[PreferencePair]:
+    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed that of the
+    coin.
+    """
+    if use == PEOPLES:
+        origins = {pair.provenance["human_pair"] for pair in pairs}
+        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
+    if use == TURNED:
+        return [turned(pair) for pair in pairs]
+    if use == SHUFFLED:
+        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    return list(pairs)

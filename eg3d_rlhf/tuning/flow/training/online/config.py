@@ -1,0 +1,191 @@
+"""Settings of online tuning: one flat set for all losses, since most of it is common to them."""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Sampling
+from eg3d_rlhf.tuning.flow.training.losses.schedules import DECAYS
+from eg3d_rlhf.tuning.flow.training.online.steps import KINDS
+from eg3d_rlhf.tuning.flow.training.online.windows import check_window
+from eg3d_rlhf.tuning.flow.training.trainer import StageTraining, train_knob
+from training.config import knob
+
+ON_STEPS = ("grpo", "grpo-guard", "dppo")  # losses on the density of the sampler's steps
+ON_LATENTS = ("nft", "dgpo")  # losses on finished samples, by any sampler
+LOSSES = (*ON_LATENTS, *ON_STEPS)
+OVER = ("batch", "group", "ranks")
+_online = functools.partial(knob, group="Online")
+NUMBERS = 1e-2  # times 1 / sqrt(numbers of a sample): the clip of ratios, 1e-4 at ten thousand
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(StageTraining):
+    """Everything that decides a training besides its networks, conditions and rewards; the defaults suit
+    large generators.
+    """
+
+    loss: str = _online(
+        "nft", "What an update minimises; docs/understand/losses.md says which needs what.", choices=LOSSES
+    )
+    steps: int = train_knob(300, "Length of a stage's training.", metavar="UPDATES", low=1)
+    lr: float = train_knob(3e-4, "AdamW's learning rate.", above=0)
+    warmup: int = train_knob(
+        10, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True
+    )
+    group: int = _online(8, "Samples of one condition, compared with each other.", low=2)
+    batch: int = _online(8, "Conditions per update, over all processes.", metavar="GROUPS", low=1)
+    batch_gpu: int | None = _online(
+        None,
+        "Per pass: decides memory, not the result.",
+        metavar="SAMPLES",
+        low=1,
+        shown="all of a process",
+        rare=True,
+    )
+    passes: int = _online(1, "Steps of the optimiser on the samples of an update.", low=1, rare=True)
+    kl: float = _online(
+        0.03,
+        "Weight of the distance from the untuned network: of velocities, or the divergence of steps.",
+        low=0,
+    )
+    advantage: str = _online(
+        "batch",
+        "What rewards are divided by, each less its group's mean: the deviation of all such differences of "
+        "an update, or of its group's; ranks: normal scores in the group.",
+        choices=OVER,
+    )
+    adv_clip: float = _online(
+        5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0, rare=True
+    )
+    max_away: float | None = _online(
+        0.4,
+        "Mean square of what the velocity has moved, relative to its error at the reference, above "
+        "which training stops.",
+        above=0,
+        shown="0.4",
+        rare=True,
+    )
+    reset: int | None = _online(
+        None,
+        "After which the network of the moment is the reference.",
+        metavar="UPDATES",
+        low=1,
+        shown="never",
+        rare=True,
+    )
+    sampler_steps: int | None = _online(
+        None, "Of the sampler in training.", low=2, shown="the stage's own", rare=True
+    )
+    # on the sampler's steps
+    window: int | None = _online(
+        None,
+        "grpo, grpo-guard, dppo: steps that draw noise and are trained on; the others are the flow's own.",
+        metavar="STEPS",
+        low=1,
+        shown="all but the last",
+    )
+    window_end: int | None = _online(
+        None,
+        "Where windows end at the latest.",
+        metavar="STEP",
+        low=1,
+        shown="after two fifths of the steps",
+        rare=True,
+    )
+    window_moves: str = _online(
+        "random",
+        "How windows move: anew for every update, or from noisy steps to quiet ones and again.",
+        choices=("random", "progressive"),
+        rare=True,
+    )
+    window_updates: int = _online(
+        25, "Of a progressive window at one place.", metavar="UPDATES", low=1, rare=True
+    )
+    trained_steps: int | None = _online(
+        None,
+        "Without a window: how many of the steps are trained on, drawn for every update.",
+        low=1,
+        shown="all but the last",
+        rare=True,
+    )
+    sde_step: str = _online("exact", "Kind of the steps that draw.", choices=tuple(KINDS), rare=True)
+    noise: float = _online(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0, rare=True)
+    clip_range: float | None = _online(
+        None,
+        "Of ratios of densities (of their mean over a sample's numbers), about 1; dppo: of the "
+        "divergence; dgpo: of errors.",
+        above=0,
+        shown="by the numbers of a sample",
+        rare=True,
+    )
+    # on finished samples
+    curvature: float = _online(
+        1.0, "nft: b, of the network that draws; large: stays near it.", above=0, rare=True
+    )
+    plain: bool = _online(False, "nft: without the weight that divides by the error.", rare=True)
+    group_beta: float = _online(100.0, "dgpo: beta, per unit of error.", above=0, rare=True)
+    draws: int = _online(2, "nft, dgpo: times and noises per sample.", low=1, rare=True)
+    decay: str = _online(
+        "slow", "nft, dgpo: how the network that draws follows.", choices=tuple(DECAYS), rare=True
+    )
+    guided: bool = _online(
+        False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it.", rare=True
+    )
+    use: str = "reward"  # as it is, or a control's: shuffled, inverted
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora is not None and self.lora.dropout:
+            got = f"got {self.lora.dropout}"
+            raise ValueError(
+                f"OnlineConfig.lora: expected adapters without dropout, {got}: densities would be those of"
+                " another network."
+            )
+        if self.loss == "dgpo" and self.batch_gpu is not None and self.batch_gpu % self.group:
+            raise ValueError(
+                f"--set batch_gpu: expected whole groups of {self.group} with dgpo, got {self.batch_gpu}."
+                " Give a multiple."
+            )
+        if self.window is not None and self.trained_steps is not None:
+            raise ValueError("--set trained_steps: expected it or --window, got both. Leave one out.")
+
+    @property
+    def on_steps(self) -> bool:
+        return self.loss in ON_STEPS
+
+    def clip_of(self, numbers: float, std: float = 1.0) -> float:
+        """The clip of this loss.
+
+        Args: numbers: of a sample; std: of the step, which scales the guard's exponent.
+        """
+        if self.clip_range is not None:
+            return self.clip_range
+        fixed = {"dppo": 1e-5, "dgpo": 1e-2}  # neither is of a mean over numbers that noise moves
+        return fixed.get(self.loss, NUMBERS / numbers**0.5 * (std if self.loss == "grpo-guard" else 1.0))
+
+    def sampling(self, stage: FlowStage) -> Sampling:
+        """Of the sampler in training: the stage's own guidance and spacing of times.
+
+        Raises: ValueError for steps that it has not.
+        """
+        sampling = replace(stage.sampling, steps=self.sampler_steps or stage.sampling.steps)
+        most = sampling.steps - 1
+        if not self.on_steps:
+            return sampling if self.guided else replace(sampling, cfg_strength=0.0)
+        if most < 1 or self.trained_steps is not None and self.trained_steps > most:
+            got = f"{self.trained_steps or 1} of {sampling.steps}"
+            raise ValueError(
+                f"--trained-steps: expected at most all steps of the sampler but the last, got {got}. Change"
+                " one."
+            )
+        if self.window is not None:
+            check_window(self.window, 0, self.last_window(sampling.steps), most)
+        return sampling
+
+    def last_window(self, steps: int) -> int:
+        """Where windows end at the latest, of a sampler of so many steps: noisy steps decide more of the
+        shape.
+        """
+        assert self.window is not None
+        return self.window_end or max(self.window, math.ceil(0.4 * steps))

@@ -1,0 +1,278 @@
+"""One update of online tuning: groups of samples, their rewards, advantages, and steps of the optimiser by
+one of the losses.
+
+    reward, <name>      mean of the trained rewards, weighted; of each trained or watched one by its name
+    spread, alike       its deviation within groups; share of groups whose rewards are all one
+    kl                  distance from the reference: of steps the divergence, of velocities m((v - v_ref)^2)
+    away                m((v - v_ref)^2) / m((u - v_ref)^2): how much of the way to the samples themselves the
+                        velocity has gone
+    clip_high, clip_low, clipped, ratio, ratio_std      on steps: shares outside the clip, share whose
+                                                        gradient it takes, mean ratio - 1
+    moved, lag          on finished samples: m((v - v_old)^2) and m((v_old - v_ref)^2), both over
+                        m((u - v_old)^2)
+    r, r_ends           nft: mean goodness, and share at 0 or 1
+    gated               share of samples that pay the distance
+
+Shape letters as in sparse.py; R rewards, G groups of a process, B of all, K samples of a group.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.tuning.flow.training.losses.nft import goodness
+from eg3d_rlhf.tuning.flow.training.losses.schedules import decay
+from eg3d_rlhf.tuning.flow.training.online.advantages import (
+    Gate,
+    Scale,
+    advantages,
+    as_used,
+    normal_scores,
+    several,
+)
+from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
+from eg3d_rlhf.tuning.flow.training.online.draws import Drawn, Explorer, Task
+from eg3d_rlhf.tuning.flow.training.online.objectives import OnLatents, OnSteps
+from eg3d_rlhf.tuning.flow.training.online.signs import online_signs, too_far
+from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
+from eg3d_rlhf.tuning.flow.training.pair_training import Order
+from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.training.trainer import Descent, Judge, StageResult, train
+from training.distributed import SINGLE, Ranks
+from training.phases import derive_seed, sum_over_ranks
+
+# names of states
+OLD = "old."
+REFERENCE = "reference."
+GATE = "gate"
+
+
+class OnlineUpdates(Descent):
+    """What a stage's parameters go through on groups of their own samples.
+
+    Args: as Descent; reference: the frozen network.
+    Raises: ValueError where groups cannot be divided over ranks.
+    """
+
+    def __init__(
+        self, task: Task, config: OnlineConfig, policy: torch.nn.Module, reference: FrozenModel, ranks: Ranks
+    ):
+        super().__init__(task.stage, config, policy, ranks)
+        if config.batch % ranks.world:
+            raise ValueError(
+                f"--batch: expected a multiple of {ranks.world} processes, got {config.batch} groups. Change"
+                " one."
+            )
+        self.config = config
+        self.task = task
+        self.order = Order(task.conditions, config.batch, config.seed)
+        self.explorer = Explorer(task=task, config=config, policy=policy, reference=reference)
+        self.old = None if config.on_steps else Snapshot(policy, self.named)
+        self.objective: OnSteps | OnLatents
+        self.objective = (
+            OnSteps(config, self.explorer) if self.old is None else OnLatents(config, self.explorer, self.old)
+        )
+        self.gate = Gate() if task.gate else None
+        last = ("clipped", "clipped", "<5.3f") if config.on_steps else ("lag", "lag", "<8.2e")
+        self.columns = (
+            ("reward", "reward", "<+8.4f"),
+            ("spread", "spread", "<7.4f"),
+            ("kl", "kl", "<8.2e"),
+            last,
+        )
+
+    def run(self, step: int) -> dict:
+        """See Descent, and the module for the figures."""
+        config = self.config
+        K = self.config.group
+        ranks = self.ranks
+        items = self.order.items(step)
+        seeds = [derive_seed("group", config.seed, step, number) % 2**31 for number in range(len(items))]
+        mine = slice(ranks.rank, None, ranks.world)
+        conditions = [condition for _, condition in items[mine]]
+        drawn = self.objective.draw(conditions, seeds[mine], step)
+        rewards, watched = self._scored(drawn)
+        advantage = self._advantage(as_used(rewards, config.use, seeds))
+        held, figures = self._held(rewards, watched)
+        figures |= {"samples": config.batch * K, **self._told(rewards, watched, advantage, drawn)}
+        own, held_own = (values[mine].flatten().to(self.device) for values in (advantage, held))
+        sums = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
+        for number in range(config.passes):
+            self.optimizer.zero_grad(set_to_none=True)
+            totals = torch.zeros(len(self.objective.sums), device=self.device)
+            size = config.batch_gpu or len(own)
+            parts = zip(drawn, own.split(config.batch_gpu or len(own)), strict=True)
+            for (samples, of_samples), of_held in zip(parts, held_own.split(size), strict=True):
+                found = self.objective.add(samples, of_samples, of_held, step, number)
+                totals += torch.stack([found[name] for name in self.objective.sums])
+            sum_over_ranks(ranks, self.parameters, [totals])
+            mass, loss, norm, *others = self.descend(step, totals, "conditions " + ", ".join(conditions[:3]))
+            of_pass = dict(zip(self.objective.sums[2:], (value / mass for value in others), strict=True))
+            for name, value in {"loss": loss, "grad_norm": norm, **of_pass}.items():
+                sums[name] += value / config.passes
+        self._after(step)
+        return figures | self._shares(sums)
+
+    # What samples are worth.
+
+    def _scored(self, drawn: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Rewards [R, B, K] of all ranks, and those that are watched, [B, K] each."""
+        found = [self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in drawn]
+        rewards = torch.cat([values for values, _ in found], 1)
+        watched = {name: torch.cat([others[name] for _, others in found]) for name in found[0][1]}
+        everyone = self.ranks.gather(
+            [rewards.tolist(), {name: values.tolist() for name, values in watched.items()}]
+        )
+
+        def whole(parts: list) -> torch.Tensor:
+            """[..., N of a rank] of every rank -> [..., B, K], groups in their order."""
+            # [..., G, ranks, K]
+            grouped = torch.stack(
+                [torch.tensor(part).unflatten(-1, (-1, self.config.group)) for part in parts], -2
+            )
+            return grouped.flatten(-3, -2)
+
+        return whole([part for part, _ in everyone]), {
+            name: whole([others[name] for _, others in everyone]) for name in watched
+        }
+
+    def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
+        """[R, B, K] -> [B, K]."""
+        config = self.config
+        clip = self.config.adv_clip
+        if len(rewards) > 1:
+            return several(rewards, self.task.weights, clip=clip)
+        if config.advantage == "ranks":
+            return normal_scores(rewards[0]).clamp(-clip, clip)
+        return advantages(rewards[0], Scale(over=config.advantage), clip)
+
+    def _held(
+        self, rewards: torch.Tensor, watched: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """What multiplies each sample's distance, [B, K] of mean 1: without a gate 1."""
+        if self.gate is None:
+            return torch.ones_like(rewards[0]), {}
+        weights = torch.tensor(self.task.weights).view(-1, 1)
+        others = torch.stack([watched[name].flatten() for name in self.task.gate])
+        gated = self.gate((weights * rewards.flatten(1)).sum(0), others).float()
+        return (gated / gated.mean()).view(rewards[0].shape), {"gated": float(gated.mean())}
+
+    def _told(
+        self,
+        rewards: torch.Tensor,
+        watched: Mapping[str, torch.Tensor],
+        advantage: torch.Tensor,
+        drawn: Sequence[Drawn],
+    ) -> dict[str, float]:
+        total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
+        alike = (rewards == rewards[..., :1]).all(-1).all(0).float()
+        figures = {"reward": total.mean(), "spread": total.std(1, correction=0).mean(), "alike": alike.mean()}
+        figures |= {
+            f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
+        }
+        figures |= {f"watched/{name}": values.mean() for name, values in watched.items()}
+        if self.config.loss == "nft":
+            r = goodness(advantage, self.config.adv_clip)
+            figures |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
+        if told := self.objective.told(drawn):
+            sums = torch.stack(list(told.values())).to(self.device)
+            sum_over_ranks(self.ranks, [], [sums])
+            found = dict(zip(told, sums, strict=True))
+            figures |= {
+                "kl": found["kl"] / found["moves"],
+                "away": found["away"] / found["missing"].clamp(min=1e-12),
+            }
+        return {name: float(value) for name, value in figures.items()}
+
+    def _shares(self, means: dict[str, float]) -> dict[str, float]:
+        """Figures of means over samples."""
+        if self.config.on_steps:
+            spread = max(means.pop("ratio_square") - means["ratio"] ** 2, 0.0) ** 0.5
+            names = {"high": "clip_high", "low": "clip_low", "stopped": "clipped"}
+            return {**{names.get(name, name): value for name, value in means.items()}, "ratio_std": spread}
+        old = max(means.pop("old_missing"), 1e-12)
+        missing = max(means.pop("missing"), 1e-12)
+        stopped = means.pop("stopped")
+        return {
+            **means,
+            "clipped": stopped,
+            "moved": means["moved"] / old,
+            "lag": means["lag"] / old,
+            "away": means["kl"] / missing,
+        }
+
+    # What follows the policy.
+
+    def _after(self, step: int) -> None:
+        if self.old is not None:
+            self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
+        if self.config.reset is not None and (step + 1) % self.config.reset == 0:
+            self.explorer.reference = Snapshot(self.policy, self.named)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The network that draws, the reference where it was reset, and the gate."""
+        state = {} if self.old is None else {OLD + name: value for name, value in self.old.values.items()}
+        if isinstance(self.explorer.reference, Snapshot):
+            state |= {REFERENCE + name: value for name, value in self.explorer.reference.values.items()}
+        if self.gate is not None:
+            state[GATE] = torch.tensor([self.gate.share, *self.gate.past], dtype=torch.float64)
+        return state
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        def named(prefix: str) -> dict[str, torch.Tensor]:
+            return {name: tensors[prefix + name] for name in self.named if prefix + name in tensors}
+
+        if self.old is not None:
+            self.old.load(named(OLD))
+        if reference := named(REFERENCE):
+            self.explorer.reference = Snapshot(self.policy, self.named)
+            self.explorer.reference.load(reference)
+        if self.gate is not None:
+            share, *past = tensors[GATE].tolist()
+            self.gate = Gate(share=share, past=past)
+
+    # What is said.
+
+    def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
+        return online_signs(lines, self.config.on_steps)
+
+    def ends(self, record: Mapping) -> str | None:
+        return too_far(record, self.config.max_away)
+
+
+def train_online(
+    task: Task,
+    config: OnlineConfig,
+    out: Path,
+    known: Mapping,
+    *,
+    held_out: Judge | None = None,
+    ranks: Ranks = SINGLE,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> StageResult:
+    """Train a copy of a stage's network on its own samples, as pair_training.py trains on pairs: the same
+    folder, lines, states and resume.
+
+    Args: known: JSON that names the rewards and the networks of the other stages; others: see train_stage.
+    Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.
+    """
+    config.sampling(task.stage)  # validates
+
+    def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> OnlineUpdates:
+        assert reference is not None
+        return OnlineUpdates(task, config, policy, reference, run.ranks)
+
+    options = {
+        "base": task.stage.hash,
+        "conditions": list(task.conditions),
+        "rewards": list(task.rewards),
+        "weights": list(task.weights),
+        "gate": list(task.gate),
+        **known,
+    }
+    return train(
+        task.stage, config, options, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say
+    )

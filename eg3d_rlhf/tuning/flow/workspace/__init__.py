@@ -1,0 +1,1 @@
+"""The folder WORK: plan, sample, answers, tuning, study and status of one flow generator."""

@@ -1,0 +1,195 @@
+"""People's answers in WORK as pairs of every stage's latents, and the problem that they make.
+
+    WORK/pairs/STAGE                        pairs of a stage; made anew from the answers whenever they are
+                                            read
+    WORK/pairs/conditions.safetensors       embeddings of their conditions, where these are not WORK's
+
+Of the conditions to choose on, a third chooses networks while they train; the rest tells whether anything was
+learnt. Test conditions take no part.
+"""
+
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.preferences.goodness import read_goodness, read_said
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.problem import (
+    EncodingSource,
+    Problem,
+    ProblemSource,
+    chosen_precision,
+    divided,
+)
+from eg3d_rlhf.tuning.flow.base.ranking import (
+    RANKING,
+    Imported,
+    pair_up,
+    read_candidates,
+    read_ranking,
+    write_import,
+)
+from eg3d_rlhf.tuning.flow.base.singles import known_of
+from eg3d_rlhf.tuning.flow.families import FlowFamily, open_folder, open_problem
+from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, TRAIN, Work
+from training.progress import tqdm
+
+PAIRS = "pairs"
+Encoding = Mapping[str, Any]  # given fields of EncodingSource
+NOTHING: Encoding = MappingProxyType({})
+DSO = "trellis"  # the family whose first stage DSO's samples are of
+CHOOSING = 1 / 3  # of the conditions to choose on
+
+
+def imported_of(
+    work: Work,
+    family: FlowFamily,
+    labels: Path | None = None,
+    device: str | torch.device = "cpu",
+    encoding: Encoding = NOTHING,
+) -> Imported:
+    """Pairs of WORK's assets, of every stage, by people's answers, or by a file of labels of these assets; or
+    pairs of a folder.
+
+    Args: labels: thumbs, scores, ranks or pairs (preferences/goodness.py), in place of people's answers; a
+        folder of ranked assets, with ranking.jsonl and embeddings of other conditions beside it; or of DSO's
+        samples. device: where assets are encoded.
+    Raises: FileNotFoundError or ValueError for no answers or assets yet, or labels of other assets.
+    """
+    if labels is not None and labels.is_dir():
+        return _of_folder(family, labels, _reader(work, family, device, encoding))
+    said = None if labels is not None else work.labels()
+    work.lines()  # raises where nothing is drawn
+    candidates = read_candidates(
+        work.drawn() / RANKING, _reader(work, family, device, encoding), False, candidate=family.candidate
+    )
+    if labels is None:
+        assert said is not None
+        answers = said
+        same, asked = said.repeats
+        facts = {
+            "answers": len(said.answers),
+            "pairs": said.pairs,
+            "ties": said.ties,
+            "repeats_answered_alike": f"{same} of {asked}",
+        }
+        return Imported(pairs=pair_up(candidates, lambda a, b: answers.votes(a.file, b.file)), report=facts)
+    known = known_of(candidates)
+    lines = read_said(labels, known)
+    if lines[0].kind == "pair":
+        wins = Counter((line.asset, line.other) for line in lines if not line.tie)
+        voted = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
+        return Imported(pairs=voted, report={"labels": labels.name, "judgements": len(lines)})
+    goodness = read_goodness(labels, known)
+    judged = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
+    return Imported(pairs=pair_up(judged), report={"labels": labels.name, "assets": len(judged)})
+
+
+def _reader(
+    work: Work, family: FlowFamily, device: str | torch.device = "cpu", encoding: Encoding = NOTHING
+) -> Any:
+    """A pipeline that knows the forms of latents, without weights of the flows where the family can do so."""
+    extra = [name for name in encoding if name not in family.options]
+    if extra:
+        raise ValueError(
+            f"--set {extra[0]}=VALUE: belongs to generators that encode assets so, not to {family.name}."
+            " Leave it out."
+        )
+    if family.encoder is None:
+        return family.load(Path(work.pipeline), None, dtype=torch.float32, device="cpu")
+    source = EncodingSource(**encoding)
+    more = {"share": source.voxel_share, "views": source.views} if "views" in family.options else {}
+    return family.encoder(Path(work.pipeline), device=device, **more)
+
+
+def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
+    """Pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
+    if not (folder / RANKING).is_file():
+        if family.name != DSO:
+            raise ValueError(
+                f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one."
+            )
+        from eg3d_rlhf.tuning.flow.families.trellis_pair_import import read_dso  # the family's own
+
+        return read_dso(folder, pipeline)
+    with tqdm(desc="assets", unit="asset", disable=None) as bar:
+        imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
+    if not (folder / CONDITIONS).is_file():
+        return imported  # of WORK's conditions
+    read = read_conditions(folder / CONDITIONS, zero_null=family.zero_null)
+    named = _conditions_in(imported)
+    read.of(named)  # raises for those that are missing
+    return replace(
+        imported,
+        conditions=replace(
+            read, tokens={name: read.tokens[name] for name in (*named, NULL) if name in read.tokens}
+        ),
+    )
+
+
+def _conditions_in(imported: Imported) -> list[str]:
+    return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
+
+
+def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Of conditions that have pairs: those to train on, to choose on, to tell by; of foreign ones by a hash
+    of their names.
+
+    Raises: ValueError where there is none to train on.
+    """
+    known = set(work.names())
+    if not known & set(conditions):
+        return tuple(map(tuple, divided(sorted(conditions), work.seed, 0.4)))
+    train = tuple(name for name in work.names(TRAIN) if name in set(conditions))
+    if not train:
+        raise ValueError(
+            f"labels: expected answers on conditions to train on, got those of {len(conditions)} to choose"
+            " on. Label more."
+        )
+    held = [name for name in work.names(CHOOSE) if name in set(conditions)]
+    held.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
+    count = max(round(CHOOSING * len(held)), 1)
+    return train, tuple(held[:count]), tuple(held[count:])
+
+
+def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
+    """The pairs into WORK, in place of those that were there."""
+    shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
+    report = dict(imported.report)
+    pipeline = _reader(work, family)
+    meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
+    write_import(work.folder / PAIRS, imported, lambda stage: meta(pipeline, stage, report))
+
+
+def problem_of(
+    work: Work, family: FlowFamily, imported: Imported, device: torch.device, encoding: Encoding = NOTHING
+) -> Problem:
+    """What stages are tuned on: the pairs in WORK, which are those of `imported`.
+
+    Raises: see `open_problem`.
+    """
+    place = work.folder / PAIRS
+    beside = work.conditions_file if imported.conditions is None else place / CONDITIONS
+    source = ProblemSource(
+        pipeline=work.pipeline,
+        pairs=str(place),
+        conditions=str(beside),
+        seed=work.seed,
+        precision=work.precision,
+        splits=splits_of(work, _conditions_in(imported)),
+        **encoding,
+    )
+    if not family.bundled:
+        return open_problem(source, device)
+    problem = open_folder(family, source, device)
+    own = family.open(ProblemSource(), device) if family.open else None
+    for stage in problem.pipeline.stages:
+        stage.precision = chosen_precision(work.precision, device)
+    return problem if own is None else replace(problem, reward=own.reward, fitted_to=own.fitted_to)

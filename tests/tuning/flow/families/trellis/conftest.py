@@ -1,0 +1,18 @@
+"""The tiny TRELLIS, written once."""
+
+import pytest
+
+from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
+from tests.tuning.flow.families.trellis import tiny_trellis
+
+
+@pytest.fixture(scope="session")
+def trellis_root(tmp_path_factory):
+    """Folder of its files; not to be changed."""
+    return tiny_trellis.write_trellis(tmp_path_factory.mktemp("trellis") / "TRELLIS-text-tiny")
+
+
+@pytest.fixture
+def pipeline(trellis_root):
+    """Opened anew."""
+    return load_pipeline(trellis_root, tiny_trellis.tokens())

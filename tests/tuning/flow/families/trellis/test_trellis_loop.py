@@ -1,0 +1,68 @@
+"""From people's ranked assets to a tuned TRELLIS in its stock layout, by the command line alone."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+import train
+from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
+from tests.modes.flow_works import flow
+from tests.tuning.flow.families.trellis.test_trellis_problem import write_people
+from tests.tuning.flow.families.trellis.tiny_trellis import tokens
+
+FAST = "--set=warmup=0 --batch=4 --set=choose_noises=0 --set=no_summary=true --device=cpu".split()
+
+
+def circular_dpo(*flags):
+    done = CliRunner().invoke(train.main, ["--mode=circular-dpo", *FAST, *map(str, flags)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(trellis_root, tmp_path_factory):
+    """A whole loop of few steps; returns its folder."""
+    folder = tmp_path_factory.mktemp("loop")
+    pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
+    # the last stage must move far enough, in a few steps, that decoding fills other voxels
+    circular_dpo(
+        f"--pipeline={trellis_root}",
+        f"--pairs={pairs}",
+        f"--outdir={folder / 'runs'}",
+        "--lr=0.02",
+        "--steps=12",
+        "--set=roles=reward",
+    )
+    (found,) = (folder / "runs").glob("00000-*")
+    return found
+
+
+def test_the_loop_tunes_both_stages(run):
+    for stage in (STRUCTURE, LATENT):
+        adapter = load_file(run / stage / "adapter_model.safetensors")
+        assert any(float(t.abs().max()) > 0 for name, t in adapter.items() if "lora_B" in name)
+
+
+def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
+    said = flow("export", run, f"--out={tmp_path / 'out'}")
+    assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
+    tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
+    for stage, old in zip(tuned.stages, base.stages, strict=True):
+        moved = [
+            not torch.equal(a, b)
+            for a, b in zip(stage.model.parameters(), old.model.parameters(), strict=True)
+        ]
+        assert any(moved)
+
+
+def test_the_encoding_reaches_the_pipeline(trellis_root, tmp_path):
+    pairs = write_people(tmp_path / "pairs", read_pipeline(trellis_root))
+    source = ProblemSource(pipeline=str(trellis_root), pairs=str(pairs), voxel_share=0.5, views=3)
+    pipeline = open_problem(source).pipeline
+    assert (pipeline.encoding.share, pipeline.encoding.views) == (0.5, 3)

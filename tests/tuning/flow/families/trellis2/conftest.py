@@ -1,0 +1,27 @@
+"""The tiny TRELLIS.2, written once."""
+
+import shutil
+
+import pytest
+
+from eg3d_rlhf.tuning.flow.families.trellis2 import load_pipeline
+from tests.tuning.flow.families.trellis2 import tiny_trellis2
+
+
+@pytest.fixture(scope="session")
+def trellis2_root(tmp_path_factory):
+    """Folder of its files; not to be changed."""
+    return tiny_trellis2.write_trellis2(tmp_path_factory.mktemp("trellis2") / "TRELLIS.2-tiny")
+
+
+@pytest.fixture
+def pipeline(trellis2_root):
+    """Opened anew."""
+    return load_pipeline(trellis2_root, tiny_trellis2.tokens())
+
+
+@pytest.fixture
+def copied(trellis2_root, tmp_path):
+    """To be changed."""
+    shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
+    return shutil.copytree(trellis2_root, tmp_path / "root")

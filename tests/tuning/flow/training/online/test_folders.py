@@ -1,0 +1,59 @@
+"""Online tuning on a generator's own folder, without pairs: points by a network with its data at t = 1, and a
+plugin's reward.
+"""
+
+import json
+
+import torch
+from click.testing import CliRunner
+
+import train
+from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
+from eg3d_rlhf.tuning.flow.training.online import arms
+from tests.rejections import rejected
+from tests.tuning.flow import point_family
+from tests.tuning.flow.tiny_points import conditions, write_folder
+
+FEW = [
+    *"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
+    *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split(),
+]
+
+
+def to_the_right(assets, names):
+    """Mean of the points' first coordinate."""
+    return torch.stack([asset[:, 0].mean() for asset in assets])
+
+
+def call(tmp_path, *flags):
+    return CliRunner().invoke(
+        train.main,
+        ["--mode=grpo", f"--pipeline={tmp_path / 'ROOT'}", f"--outdir={tmp_path / 'runs'}", *FEW, *flags],
+    )
+
+
+def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "ROOT")
+    write_conditions(tmp_path / "conditions.safetensors", conditions())
+    known = f"--conditions={tmp_path / 'conditions.safetensors'}"
+    monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
+    for flags, names in (
+        (["--reward=right"], ("--conditions", "--pipeline", "--pairs")),
+        ([known, "--reward=right", "--set=views=3"], ("--set views", "points")),
+        ([known], ("--reward", "none")),
+    ):
+        rejected(call(tmp_path, *flags), *names)
+    done = call(tmp_path, known, "--reward=right", "--set=desc=x")
+    assert done.exit_code == 0, (done.output, done.exception)
+    (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
+    found = json.loads((run / "online.json").read_text())
+    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
+    pipeline = point_family.load(root, conditions())
+    names, seeds = crossed("abcd", 16, 5)
+    before, after = (
+        to_the_right(generate(pipeline, names, seeds, models), names).mean()
+        for models in ({}, {"points": tuned_model(pipeline.stages[0].model, run / "points")})
+    )
+    assert after > before + 0.1

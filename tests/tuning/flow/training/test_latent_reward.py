@@ -1,0 +1,171 @@
+"""A reward that reads latents: what it learns from pairs, its files, and that nothing is decoded while
+tuning.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eg3d_rlhf.core.statistics import clustered_rate
+from eg3d_rlhf.models.sparse import SparseSample, collate
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, SparseVoxels
+from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+from eg3d_rlhf.tuning.flow.training import latent_reward
+from eg3d_rlhf.tuning.flow.training.accuracy import ordered
+from eg3d_rlhf.tuning.flow.training.latent_accuracy import of_latents
+from eg3d_rlhf.tuning.flow.training.latent_reward import LatentTraining, load, save, teach
+from eg3d_rlhf.tuning.flow.training.online.draws import Task
+from tests.rejections import raising
+from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
+from training.storage import read_tensors, write_tensors
+
+MADE = {"structure": structure_pairs, "voxels": voxel_pairs}
+QUICK = LatentTraining(epochs=12, batch=8)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(latent_reward, "MEMBERS", 2)
+
+
+def accuracy(reward, pairs) -> float:
+    return float(of_latents(reward, pairs).mean())
+
+
+@pytest.mark.parametrize("stage", MADE)
+def test_it_orders_pairs_that_it_has_not_seen(stage):
+    reward = teach(TinyPipeline(), stage, MADE[stage](60), QUICK)
+    held = MADE[stage](60, seed=7)
+    assert accuracy(reward, held) > 0.75 and 1 - accuracy(reward, _turned(held)) == pytest.approx(
+        accuracy(reward, held)
+    )
+
+
+def test_it_learns_from_a_reward_of_finished_assets_whatever_the_answers_were():
+    pairs = voxel_pairs(60)
+    held = voxel_pairs(60, seed=7)
+    scores = torch.tensor(
+        [[float(x.feats.mean()) for x in (pair.preferred, pair.rejected)] for pair in pairs]
+    )
+    learnt = teach(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
+    turned = teach(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
+    assert accuracy(learnt, held) > 0.8 and accuracy(turned, held) > 0.8 and learnt.taught["decoded"]
+
+
+def _turned(pairs):
+    return [replace(pair, preferred=pair.rejected, rejected=pair.preferred) for pair in pairs]
+
+
+@pytest.mark.parametrize("cells", [None, 5])
+def test_symmetry_is_read_about_the_middle_of_the_samples_own_grid(cells):
+    """Two voxels at both ends, opposite each other or not: neither where they lie nor what lies beside them
+    tells which.
+    """
+    pipeline = TinyPipeline()
+    g = torch.Generator().manual_seed(0)
+    side = cells or 6
+    pipeline.stages[1].latents = SparseVoxels(channels=2, resolution=6)
+
+    def latent(a, b):
+        coords = torch.tensor([[0, *a], [side - 1, *b]]).int()
+        return SparseSample(coords, torch.randn(2, 2, generator=g), cells=cells)
+
+    pairs = []
+    for i in range(200):
+        a, *others = torch.randperm(side**2, generator=g)[:2].tolist()
+        here = divmod(a, side)
+        there = divmod(others[0], side)
+        pairs.append(
+            PreferencePair(
+                id=str(i),
+                condition="a",
+                stage="voxels",
+                preferred=latent(here, here),
+                rejected=latent(here, there),
+            )
+        )
+    reward = teach(pipeline, "voxels", pairs[:100], QUICK)
+    assert accuracy(reward, pairs[100:]) > 0.95
+
+
+def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():
+    pairs = voxel_pairs(24)
+    one, two = (teach(TinyPipeline(), "voxels", pairs, QUICK) for _ in range(2))
+    latents = [pair.preferred for pair in pairs[:9]]
+    names = [pair.condition for pair in pairs[:9]]
+    together = one.of_latents(collate(latents), names)
+    assert torch.equal(together, two.of_latents(collate(latents), names))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
+    alone = torch.cat([one.of_latents(collate([latents[i]]), [names[i]]) for i in order])
+    torch.testing.assert_close(alone, together[order])
+
+
+def test_files_are_read_strictly(tmp_path):
+    pipeline = TinyPipeline()
+    reward = teach(pipeline, "voxels", voxel_pairs(12), QUICK)
+    stages = pipeline.stages
+    path = save(tmp_path / "reward.safetensors", reward)
+    pair = voxel_pairs(1)[0]
+    again = load(path, pipeline, stages[1], "a")
+    assert (
+        torch.equal(*(r.of_latents(collate([pair.preferred]), ["a"]) for r in (reward, again)))
+        and again.taught == reward.taught
+    )
+    with raising("'structure'", "'voxels'"):
+        load(path, pipeline, stages[0], "a")
+    tensors, meta = read_tensors(path, "latent-reward")
+    write_tensors(
+        tmp_path / "odd.safetensors",
+        "latent-reward",
+        {k: v for k, v in tensors.items() if k != "members.0.head.0.bias"},
+        meta,
+    )
+    with raising("odd.safetensors", "members.0.head.0.bias"):
+        load(tmp_path / "odd.safetensors", pipeline, stages[1], "a")
+    torch.nn.init.ones_(stages[1].model.to_out.weight)
+    with raising("reward.safetensors", "base"):
+        load(path, pipeline, stages[1], "a")
+    stages[1].latents = DenseGrid(channels=2, resolution=2)
+    with raising("'DenseGrid'", "'SparseVoxels'"):
+        load(path, pipeline, stages[1], "a")
+
+
+def test_no_labels():
+    with raising("'voxels'", "none"):
+        teach(TinyPipeline(), "voxels", [])
+
+
+def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
+    pipeline = TinyPipeline()
+    reward = teach(pipeline, "voxels", voxel_pairs(12), QUICK)
+    monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
+    task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
+    x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
+    scores, watched = task.scores(x_0, ["a"] * 4, [0] * 4)
+    assert (
+        scores.shape == (1, 4) and watched == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
+    )
+
+
+@pytest.mark.long
+def test_what_one_feature_of_assets_orders_without_any_training():
+    """The share of a toy's voxels whose mirror image is filled, on the pairs of `reward latent`'s table;
+    `pytest -s` prints it.
+    """
+    problem = toy_problem()
+    pairs = problem.pairs_to_tell("voxels")
+    assets = [
+        problem.pipeline.decode(collate([latent]))[0]
+        for pair in pairs
+        for latent in (pair.preferred, pair.rejected)
+    ]
+    share = (
+        torch.tensor([float((a.occupancy & a.occupancy.flip(0)).sum() / a.occupancy.sum()) for a in assets])
+        .double()
+        .view(-1, 2)
+    )
+    found = clustered_rate(ordered((share[:, 0] - share[:, 1]).numpy()), [pair.condition for pair in pairs])
+    print("mirrored share: {:.3f} [{:.3f}, {:.3f}]".format(*found))
+    assert found.lo > 0.5 and len(pairs) == 576
