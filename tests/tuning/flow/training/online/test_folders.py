@@ -11,7 +11,7 @@ import train
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
-from eg3d_rlhf.tuning.flow.training.online import arms
+from eg3d_rlhf.tuning.flow.training.online import online_arms as arms
 from tests.rejections import rejected
 from tests.tuning.flow import point_family
 from tests.tuning.flow.tiny_points import conditions, write_folder

@@ -17,7 +17,7 @@ from eg3d_rlhf.modes.online import TOY_RUN, default_run
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import BASE, Worker, table
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.online import arms
+from eg3d_rlhf.tuning.flow.training.online import online_arms as arms
 from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.online_arms import (
     Losses,
