@@ -1,9 +1,9 @@
 """Assets that people rank or compare, and pairs of every stage's latents.
 
-A folder of drawn assets (sampled_assets.py) has, per condition and seed, a file to look at and one of the latents
-that it came from, as the flows see them; and ranking.jsonl, a line per asset, whose rank is left to fill in,
-1 for the best, unless pairs are judged: then of several judgements of two assets the majority decides. Equal
-ranks are not paired.
+A folder of sampled assets (sampled_assets.py) has, per condition and seed, a file to look at and one of the
+latents that it came from, as the flows see them; and ranking.jsonl, a line per asset, whose rank is left to
+fill in, 1 for the best, unless pairs are judged: then of several judgements of two assets the majority
+decides. Equal ranks are not paired.
 """
 
 import json
