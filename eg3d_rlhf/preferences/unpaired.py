@@ -37,7 +37,7 @@ from eg3d_rlhf.preferences.labels import (
     parse_seed,
     parse_time,
 )
-from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
+from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")

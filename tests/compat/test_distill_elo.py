@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.preferences.strengths import Judgement, elo
+from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
 from tests.compat.absent import some
 from tests.compat.distill_reference import needs, recipe, under
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eg3d_rlhf.preferences.agreement import cohen_kappa, krippendorff_alpha
-from eg3d_rlhf.preferences.strengths import FEW, Design, fit, strengths
+from eg3d_rlhf.preferences.leaderboard import FEW, Design, fit, strengths
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # of a standard normal

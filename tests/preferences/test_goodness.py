@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.goodness import (
     Known,
     as_used,
@@ -19,7 +20,6 @@ from eg3d_rlhf.preferences.goodness import (
     of_votes,
     read_goodness,
 )
-from eg3d_rlhf.preferences.strengths import Comparison, bradley_terry
 from tests.rejections import raising
 
 RNG = np.random.default_rng(0)

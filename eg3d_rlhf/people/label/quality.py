@@ -18,15 +18,8 @@ import numpy as np
 from eg3d_rlhf.core.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.people.label.entities import VOTES, Choice, JudgementRow, Kind, Mode, Shape, answers_to
 from eg3d_rlhf.preferences.agreement import LEAST_UNITS, cohen_kappa, krippendorff_alpha
-from eg3d_rlhf.preferences.strengths import (
-    Comparison,
-    Game,
-    Leaderboard,
-    Standing,
-    bradley_terry,
-    cycles,
-    leaderboard,
-)
+from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry, cycles
+from eg3d_rlhf.preferences.leaderboard import Game, Leaderboard, Standing, leaderboard
 
 
 @dataclass(frozen=True, kw_only=True)

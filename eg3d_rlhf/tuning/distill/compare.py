@@ -14,7 +14,7 @@ import torch
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, wilson_interval
 from eg3d_rlhf.experiments.table import markdown_rows, with_interval
 from eg3d_rlhf.generators.assets.asset import Asset
-from eg3d_rlhf.preferences.strengths import Judgement, elo
+from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
 
 BASE = "sds"
 INTERVAL = (

@@ -27,7 +27,7 @@ from eg3d_rlhf.people.label.quality import (
     leaderboard_of,
     quality_report,
 )
-from eg3d_rlhf.preferences.strengths import FEW
+from eg3d_rlhf.preferences.leaderboard import FEW
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import shape as planned_shape
 from tests.rejections import rejected
