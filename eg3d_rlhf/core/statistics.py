@@ -1,9 +1,11 @@
 """Intervals and tests behind every figure that we report: counts, means, paired differences, fitted lines,
 rank correlation.
 
-Everything runs in float64 numpy on the CPU and is deterministic: the bootstrap takes a seed.
-`scipy.stats.binomtest` and `bootstrap` give the same values up to the last bit; these functions are kept
-since reports that were written hold theirs.
+Everything runs in float64 numpy on the CPU and is deterministic: the bootstrap takes a seed. Functions of
+scipy.stats with the same purpose round differently, so these are kept: reports that were written hold their
+bits. Measured with scipy 1.17: `binomtest` differs by up to 6e-13 (relative), its Wilson interval by 2e-16,
+`bootstrap` by 1e-16 (its resampled means are bitwise equal, and take twice as long), `t.interval` by 7e-15,
+`spearmanr` by 1e-16.
 Letters: N items, T times.
 """
 
