@@ -11,9 +11,9 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, op
 from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.annotator import Utility
-from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.bradley_terry import DRAWS, markdown, read_judgements
 from eg3d_rlhf.preferences.bradley_terry import elo as ratings
+from eg3d_rlhf.preferences.labels import write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
 from eg3d_rlhf.preferences.unpaired import write_unpaired
 from training.progress import tqdm

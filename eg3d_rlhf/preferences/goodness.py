@@ -33,8 +33,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import expit, ndtri
 from scipy.stats import rankdata
 
-from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
+from eg3d_rlhf.preferences.labels import jsonl_records
 
 PRIOR = 2.0  # votes that an asset's share of good ones begins with, shared out as its condition's are
 Goodness = Mapping[str, float]  # r by asset, of those that were judged

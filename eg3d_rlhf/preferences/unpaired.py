@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from eg3d_rlhf.preferences import BAD, GOOD
+from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.dataset import SPLITS, Splits
 from eg3d_rlhf.preferences.labels import (
     LabelSource,
@@ -37,7 +38,6 @@ from eg3d_rlhf.preferences.labels import (
     parse_seed,
     parse_time,
 )
-from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")

@@ -17,8 +17,8 @@ from eg3d_rlhf.generators.assets.views import network_cameras, to_z_up, unit_dis
 from eg3d_rlhf.models.blip import BlipSizes
 from eg3d_rlhf.models.clip_inputs import clip_preprocess
 from eg3d_rlhf.models.weights import empty
-from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
+from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, MeshEncoder, masked_max
 from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume

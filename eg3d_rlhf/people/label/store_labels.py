@@ -29,8 +29,8 @@ from eg3d_rlhf.people.label.entities import (
     answers_to,
     parse_questions,
 )
-from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 from training.storage import write_atomic
 
