@@ -422,7 +422,7 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
         (read_meta(path, "network")["cur_nimg"] / 1000, path)
         for path in run.glob("network-snapshot-*.safetensors")
     ]
-    # an older run's pickles, whose names alone say when
+    # a run of EG3D's own code, whose pickles state the training length in their names alone
     for path in [] if found else sorted(run.glob("network-snapshot-*.pkl")):
         if (name := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
             raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")

@@ -17,6 +17,7 @@ import torch
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments.version_0_1 import drop_comparison_counter
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
@@ -107,8 +108,7 @@ class ReferenceWins(Shaping):
         self.register_buffer("references", references)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        # Checkpoints of earlier versions hold a counter of comparisons, which nothing read.
-        state_dict.pop(f"{prefix}offset", None)
+        drop_comparison_counter(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(
