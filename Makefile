@@ -124,21 +124,21 @@ bench: $(STAMP)
 assets: $(STAMP)
 	@echo "== 1/8 heads of people: basis, pool of points, generator (about two hours)"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[assets]'
-	$(BIN)/eg3d-rlhf assets build people
+	$(BIN)/python -m builders.build people
 	@echo "== 2/8 features of the shape Frechet distance"
-	$(BIN)/eg3d-rlhf assets shapes
+	$(BIN)/python -m builders.shapes
 	@echo "== 3/8 feature network of the Frechet distance"
-	$(BIN)/eg3d-rlhf assets features
+	$(BIN)/python -m builders.features
 	@echo "== 4/8 labels"
-	$(BIN)/eg3d-rlhf assets build labels
+	$(BIN)/python -m builders.build labels
 	@echo "== 5/8 rewards"
-	$(BIN)/eg3d-rlhf assets build rewards
+	$(BIN)/python -m builders.build rewards
 	@echo "== 6/8 control run"
-	$(BIN)/eg3d-rlhf assets build control
+	$(BIN)/python -m builders.build control
 	@echo "== 7/8 the toy flow of Circular-DPO"
-	$(BIN)/eg3d-rlhf assets toy-flow
+	$(BIN)/python -m builders.toy_flow
 	@echo "== 8/8 the learned prior of score distillation"
-	$(BIN)/eg3d-rlhf assets view-prior
+	$(BIN)/python -m builders.view_prior
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
+PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf", "builders")
 FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imports upwards
     "dnnlib",
     "torch_utils",
@@ -20,6 +20,7 @@ FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imp
     "rewards measures",
     "tuning people",
     "evaluation",
+    "builders",
     "modes",
     "train tools benchmarks __main__",
     "tests",
@@ -130,6 +131,11 @@ def test_nobody_imports_upwards():
     assert level == [], "two rooms on one floor may import each other in one direction"
 
 
+def test_nobody_imports_builders():
+    """A wheel does not have them."""
+    assert [users for (_, there), users in arrows().items() if there == "builders"] == []
+
+
 def test_every_room_has_its_floor():
     assert {room_of(module) for module in modules() if module.startswith("eg3d_rlhf.")} <= RANK.keys()
 
@@ -159,7 +165,7 @@ def test_only_judges_read_the_shape_features():
     features = "eg3d_rlhf.measures.shape_features"
     readers = {name for name, found in needs().items() if features in found}
     assert readers == {f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "judges", "proof")} | {
-        "eg3d_rlhf.modes.assets"
+        "builders.shapes"
     }
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}

@@ -385,4 +385,4 @@ def unmapped(c: Comparison) -> str:
     bounds = c.before.generator.bounds
     if bounds != Bounds():
         return f"its features know the unit cube alone, not {bounds}"
-    return "" if DEFAULT_ASSET.is_file() else f"no {DEFAULT_ASSET.name}; run eg3d-rlhf assets shapes"
+    return "" if DEFAULT_ASSET.is_file() else f"no {DEFAULT_ASSET.name}; make it by python -m builders.shapes"

@@ -10,13 +10,11 @@ map's edge, B maps of a batch.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,10 +22,7 @@ from eg3d_rlhf.core.cli import ASSETS
 from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.views import normals_from_points
 from training import storage
-from training.config import check_knobs, knob
-from training.heads import people, people_damage
-from training.heads.people import LEVEL, density_of
-from training.heads.people_mesh import grid_points, whole_grids
+from training.heads import people
 
 # Normal maps of a shape's surface, seen from fixed directions without perspective: no renderer, no colour, no
 # rays of the generator's. A grid of values is turned about y and cut by columns; a column's first change of
@@ -118,12 +113,6 @@ def _maps(values: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.cat([(normal * known[..., None]).permute(0, 3, 1, 2), hit[:, None].float()], dim=1)
 
 
-def mirrored(maps: torch.Tensor) -> torch.Tensor:
-    """Maps [..., 4, R, R] of the mirror image: columns swapped, normals turned to the other side."""
-    sign = maps.new_tensor([-1.0, 1.0, 1.0, 1.0])[:, None, None]
-    return maps.flip(-1) * sign
-
-
 DEFAULT_ASSET = ASSETS / "shape-features.safetensors"
 KIND = "shape features"
 AT_ONCE = 8  # shapes whose maps are drawn together
@@ -207,149 +196,3 @@ class ShapeFeatures:
         net = MapNet()
         storage.load_strict(net, tensors, str(path))
         return cls(net, true, scale, record)
-
-
-# Training, and what the distance says of heads that were held out: of true ones, blurred ones and broken
-# ones.
-
-
-EDGES = (0.0, 0.015, 0.03)  # depths at which true heads are fully dense, by turns; 0: distances as they are
-BLURS = (0.5, 0.75, 1.0, 2.0)  # of the held-out heads, voxels of 64
-OnShape = Callable[[int], object] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeTraining:
-    """One run; it repeats to the byte on the same machine with one thread."""
-
-    heads: int = knob(
-        500, "True heads that the features learn from, each as it is and blurred.", "Data", low=5
-    )
-    reference: int = knob(
-        300, "True heads behind the shape Fréchet distance, held out of the training.", "Data", low=40
-    )
-    held_out: int = knob(100, "True heads for the figures, held out of both.", "Data", low=5)
-    grid: int = knob(64, "Points along an edge of the cube.", "Data", low=16, rare=True)
-    blur: float = knob(2.0, "Largest blur that is learnt, voxels of 64.", "Data", above=0.25, rare=True)
-    epochs: int = knob(20, "Passes over the maps.", "Training", low=1, rare=True)
-    batch: int = knob(48, "Maps per step.", "Training", low=2, rare=True)
-    learning_rate: float = knob(
-        1.5e-3, "Of Adam, decayed to zero along a cosine.", "Training", above=0, rare=True
-    )
-    seed: int = knob(0, "Of initialisation, order, blur and mirroring.", "Training", low=0)
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
-
-
-def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray:
-    """Signed distances [N, n, n, n] of the whole heads of latents [N, 64]; kept in the cache from then on."""
-    grids = []
-    for latent in z:
-        grids.append(whole_grids(torch.from_numpy(latent[None]), grid))
-        if on_shape is not None:
-            on_shape(1)
-    return np.concatenate(grids)
-
-
-def filled(distances: np.ndarray, edge: float) -> np.ndarray:
-    """Level less density of distances as a generator learns it; distances as they are where `edge` is 0."""
-    return (LEVEL - density_of(torch.from_numpy(distances), edge)).numpy() if edge else distances
-
-
-def true_maps(distances: np.ndarray, blurs: np.ndarray | None = None) -> Tensor:
-    """Maps [N, F, 4, R, R] half precision of true heads [N, n, n, n], dense by one of EDGES by turns and
-    blurred by voxels of 64.
-    """
-    maps = []
-    for i, grid in enumerate(distances):
-        values = filled(grid, EDGES[i % len(EDGES)])
-        if blurs is not None:
-            values = gaussian_filter(values, blurs[i] * len(values) / 64)
-        maps.append(normal_maps(torch.from_numpy(values)[None]).half())
-    return torch.cat(maps)
-
-
-def targets(z: np.ndarray, blurs: np.ndarray) -> Tensor:
-    """What is learnt [N, S] of latents [N, 64] and blurs [N]."""
-    shown = people.scaled(z)[:, : people.SHAPE]
-    columns = [shown[:, :IDENTITY], shown[:, people.COMPONENTS :], blurs[:, None]]
-    return torch.from_numpy(np.concatenate(columns, axis=1)).float()
-
-
-def fit(maps: Tensor, wanted: Tensor, o: ShapeTraining) -> MapNet:
-    """A network trained on maps [B, 4, R, R] half precision and targets [B, S], half of every batch mirrored
-    at random: heads are nearly symmetric.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(o.seed)
-        net = MapNet()
-    random = torch.Generator().manual_seed(o.seed)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=o.learning_rate, weight_decay=0.01)
-    per_epoch = math.ceil(len(maps) / o.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, o.epochs * per_epoch)
-    for _ in range(o.epochs):
-        for rows in torch.randperm(len(maps), generator=random).split(o.batch):
-            batch = maps[rows].float()
-            swap = torch.rand(len(rows), generator=random) < 0.5
-            predicted = net(torch.where(swap[:, None, None, None], mirrored(batch), batch))
-            optimiser.zero_grad()
-            functional.mse_loss(predicted, wanted[rows]).backward()
-            optimiser.step()
-            schedule.step()
-    return net
-
-
-def train_shape_features(z: np.ndarray, o: ShapeTraining, on_shape: OnShape = None) -> ShapeFeatures:
-    """Learn from the first `o.heads` of latents, standardise by the next `o.reference`, and measure on the
-    next `o.held_out`.
-    """
-    learnt, known, held = np.split(z[: o.heads + o.reference + o.held_out], [o.heads, o.heads + o.reference])
-    blurs = np.random.default_rng(o.seed).uniform(0.25, o.blur, o.heads)
-    distances = true_grids(learnt, o.grid, on_shape)
-    maps = torch.cat([true_maps(distances), true_maps(distances, blurs)])
-    wanted = torch.cat([targets(learnt, np.zeros(o.heads)), targets(learnt, blurs)])
-    views = maps.shape[1]
-    net = fit(maps.flatten(0, 1), wanted.repeat_interleave(views, dim=0), o)
-    result = ShapeFeatures(
-        net, torch.zeros(0), torch.stack([torch.zeros(FEATURES), torch.ones(FEATURES)]), {}
-    )
-    raw = result(true_maps(true_grids(known, o.grid, on_shape)))
-    result.scale = torch.stack([raw.mean(dim=0), raw.std(dim=0).clamp_min(1e-6)])
-    result.true = (raw - result.scale[0]) / result.scale[1]
-    of_held = true_grids(held, o.grid, on_shape)
-    result.record = {
-        "training": asdict(o),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "frechet": frechet_figures(result, held, of_held),
-        "explained": explained(net, held, of_held),
-    }
-    return result
-
-
-def frechet_figures(features: ShapeFeatures, z: np.ndarray, distances: np.ndarray) -> dict[str, float]:
-    """Fréchet distances to the reference of whole heads [N, n, n, n] that latents [N, 64] name, of blurred
-    ones, and of their scans.
-    """
-    points = (
-        torch.from_numpy(grid_points(distances.shape[1])).float().reshape(1, -1, 3).expand(len(z), -1, -1)
-    )
-    quality = torch.from_numpy(people.scaled(z)[:, -people.QUALITY :]).float()
-    scans = (
-        people_damage.damaged(points, torch.from_numpy(distances).flatten(1), quality)
-        .reshape(distances.shape)
-        .numpy()
-    )
-    figures = {"true heads": features.frechet(true_maps(distances))}
-    for blur in BLURS:
-        figures[f"blurred by {blur:g} voxels"] = features.frechet(true_maps(distances, np.full(len(z), blur)))
-    return {**figures, "scans": features.frechet(true_maps(scans))}
-
-
-@torch.no_grad()
-def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
-    """Mean share of the coordinates' variance that the network explains on held-out heads."""
-    maps = true_maps(distances)
-    predicted = net(maps.float().flatten(0, 1)).unflatten(0, maps.shape[:2]).mean(dim=1)[:, :-1]
-    wanted = targets(z, np.zeros(len(z)))[:, :-1]
-    return float((1 - (predicted - wanted).square().mean(dim=0) / wanted.var(dim=0, unbiased=False)).mean())

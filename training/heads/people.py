@@ -2,7 +2,7 @@
 
 A latent of 64 coordinates, scaled to unit root mean square as a mapping network scales it, is 36 components
 of identity, 4 of hair, 6 of appearance and 18 of scan quality. The first 40 give a mesh by a linear basis
-(training/heads/people_basis.py makes it once from MakeHuman's data), the next 6 its colours; the last 18 say
+(builders/people_basis.py makes it once from MakeHuman's data), the next 6 its colours; the last 18 say
 what the scan is missing or has too much of, see `training.heads.people_damage`: the *whole* head is what the
 first 46 name. World axes: x right, y up, z to the camera, in the cube of side 1.
 
@@ -108,7 +108,7 @@ def load_basis(path: Path = ASSET) -> Basis:
                 " Restore it."
             )
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error} Or make it again: eg3d-rlhf assets build people.") from None
+        raise ValueError(f"{error} Or make it again: python -m builders.build people.") from None
     masks = tensors["masks"].float().numpy() / 255
     return Basis(
         mean=tensors["mean"].numpy(),

@@ -2,12 +2,12 @@
 prompt and the cameras.
 
 It is a `DiffusionPrior` as the real ones are, so what is claimed of methods on the analytic prior can be
-checked on learned noise. Trained by eg3d-rlhf assets view-prior in a minute on one core. Letters: B = A V
+checked on learned noise. Trained by builders/view_prior.py in a minute on one core. Letters: B = A V
 pictures, V = 4 adjacent, C channels, E entries of a condition.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,19 +17,12 @@ from torch import nn
 
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_cameras
-from eg3d_rlhf.rewards.boxes import PROMPTS, SIDES, modes
+from eg3d_rlhf.rewards.boxes import SIDES
 from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule
-from training.config import check_knobs, knob
 from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
-TRAINING = "Training"
-# of the training pictures, in latents of -1..1; the second as in the exact prior
-_COLOUR_JITTER = 0.05
-_PIXEL_NOISE = 0.3
-_PICTURES = (SIDES, 4, 16, 16)  # of an object
-_AVERAGE = 0.99  # decay of the weights' moving average
-_FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of noise from outweighing the rest
+PIXEL_NOISE = 0.3  # of the training images, in latents of -1..1, as in the exact prior
 
 
 class Block(nn.Module):
@@ -135,7 +128,7 @@ class TinyUNet(nn.Module):
         drawn = self.leave(fine) + self.sketch(seen_together).unflatten(1, (16, 8, 8))
         m = F.pixel_shuffle(drawn, 2)
         bar = self.schedule.alpha(t, x_t)
-        return m + bar.sqrt() * _PIXEL_NOISE**2 / (bar * _PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
+        return m + bar.sqrt() * PIXEL_NOISE**2 / (bar * PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
 
 class TinyPrior:
@@ -205,96 +198,4 @@ def load_view_prior(path: str | Path = VIEW_PRIOR) -> TinyPrior:
     load_strict(
         network, {name: value.float() for name, value in tensors.items()}, f"view prior {Path(path).name}"
     )
-    return TinyPrior(network)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PriorTraining:
-    """How the network is trained."""
-
-    steps: int = knob(1500, "Steps.", TRAINING, low=1)
-    assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1, rare=True)
-    rate: float = knob(
-        0.012, "Peak learning rate; falls to nothing along a cosine.", TRAINING, low=0, rare=True
-    )
-    no_prompt: float = knob(
-        0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1, rare=True
-    )
-    seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
-
-    def __post_init__(self):
-        check_knobs(self)
-
-
-def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Values of pictures [A, 4, 4, 16, 16], reflected along what tells the two modes of their prompts [A]
-    apart; normal noise stays so.
-    """
-    apart = (modes()[::2] - modes()[1::2])[prompt][:, None]  # [A, 1, 4, 16, 16]
-    apart = apart / apart.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
-    return values - 2 * (values * apart).sum((2, 3, 4), keepdim=True) * apart
-
-
-def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt
-    [A]: each side shows one of its prompt's two modes, colours vary with the object, pixels on their own.
-    Each second object is the reverse of the one before, sides and variation, so that chance prefers no mode.
-    """
-    prompt = torch.randint(len(PROMPTS), ((assets + 1) // 2,), generator=rng).repeat_interleave(2)[:assets]
-    side = torch.randint(2, (assets, SIDES), generator=rng)
-    colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
-    varied = colour + _PIXEL_NOISE * torch.randn(assets, *_PICTURES, generator=rng)
-    side[1::2] = 1 - side[: assets - 1 : 2]
-    varied[1::2] = mirrored(varied[: assets - 1 : 2], prompt[1::2])
-    return modes()[2 * prompt[:, None] + side] + varied, prompt
-
-
-def draw_noise(
-    prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whether each prompt [A] is withheld [A], times [A] and noises [A, 4, 4, 16, 16]: an object's reverse
-    has the same, its noise mirrored.
-    """
-    assets = len(prompt)
-    withheld = torch.rand(assets, generator=rng) < settings.no_prompt
-    t = (torch.rand(assets, generator=rng) * STEPS).long()
-    noise = torch.randn(assets, *_PICTURES, generator=rng)
-    withheld[1::2] = withheld[: assets - 1 : 2]
-    t[1::2] = t[: assets - 1 : 2]
-    noise[1::2] = mirrored(noise[: assets - 1 : 2], prompt[1::2])
-    return withheld, t, noise
-
-
-def train(
-    settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None
-) -> TinyPrior:
-    """A trained prior: the squared error of x0 over s^2 + 0.1 at even times; the moving average of the
-    weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        network = TinyUNet(TinySizes(), [prompt.text for prompt in PROMPTS])
-    rng = torch.Generator().manual_seed(settings.seed)
-    average = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.rate, betas=(0.9, 0.99))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
-    cameras = network_cameras(evenly_around(settings.assets, SIDES, DISTANCE).cameras)
-    for step in range(settings.steps):
-        x, prompt = draw(settings.assets, rng)
-        withheld, t, noise = draw_noise(prompt, settings, rng)
-        told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
-        x = x.flatten(0, 1)
-        noise = noise.flatten(0, 1)
-        t = t.repeat_interleave(SIDES)
-        clean = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
-        loss = ((clean - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        falling.step()
-        keep = min(_AVERAGE, (1 + step) / (10 + step))
-        for name, value in network.state_dict().items():
-            average[name].lerp_(value, 1 - keep)
-        on_step(step, float(loss.detach()))
-    network.load_state_dict(average)
     return TinyPrior(network)

@@ -16,13 +16,12 @@ from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.geometry.mesh_export import save_mesh
-from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
+from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.export import Release, Stored
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.toy.judges import (
     ChooserOracle,
@@ -46,7 +45,6 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     R,
     ToyAsset,
     ToyPipeline,
-    draw_drafts,
 )
 from training.storage import read_tensors, write_tensors
 
@@ -232,82 +230,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 KIND = "toy-flow"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseTraining:
-    """How the base networks learn to draw drafts."""
-
-    steps: int = 2500
-    batch: int = 32
-    lr: float = 3e-3  # of AdamW, after a warm-up, falling to 0 along a cosine
-    warm_up: int = 50  # steps
-    ema: float = 0.99  # kept of the average per step; the average is what is stored
-    no_condition: float = 0.1  # share of samples that are drawn without their condition
-    seed: int = 0
-
-
-# of the bundled ones
-BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(steps=4000)}
-
-
-def train_base(
-    stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None
-) -> nn.Module:
-    """Plain flow matching on fresh drafts of all conditions; returns the average of the weights.
-
-    Args: on_step: called with (step, steps, mean loss of the batch).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        pipeline = ToyPipeline(StructureFlow(), VoxelFlow())
-    stage = stage_of(pipeline, stage_name)
-    generator = torch.Generator().manual_seed(training.seed + 1)
-    average = torch.optim.swa_utils.AveragedModel(
-        stage.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(training.ema)
-    )
-    optimizer = torch.optim.AdamW(stage.model.parameters(), lr=training.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=training.warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(training.steps - training.warm_up, 1)),
-        ],
-        [training.warm_up],
-    )
-    for step in range(1, training.steps + 1):
-        names = [
-            CONDITIONS[i]
-            for i in torch.randint(len(CONDITIONS), (training.batch,), generator=generator).tolist()
-        ]
-        x_0: Batch = draw_drafts(names, generator).latents(stage.name)
-        eps = with_feats(x_0, torch.randn(feats_of(x_0).shape, generator=generator))
-        t = stage.path.times(count(x_0), generator)
-        cond = pipeline.conditions(names, stage.name)
-        known = torch.rand(len(names), generator=generator) >= training.no_condition
-        x_t = stage.path.mix(x_0, t, eps)
-        # a batch of its own: every step computes what depends on its voxels once and for itself
-        if isinstance(x_t, SparseBatch):
-            x_t = SparseBatch(x_t.coords, x_t.feats, x_t.size)
-        loss = stage.path.errors(stage.model(x_t, t, cond * known.view(-1, 1, 1)), x_0, eps).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(stage.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(stage.model)
-        if on_step is not None:
-            on_step(step, training.steps, float(loss.detach()))
-    return average.module.eval()
-
-
 def path_of(name: str, folder: Path = FOLDER) -> Path:
     """File of a stage's network, or of "reward"."""
     return folder / f"{name}.safetensors"
-
-
-def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDER) -> Path:
-    """Store as half precision with a description."""
-    write_network(path_of(name, folder), name, network.state_dict(), meta)
-    return path_of(name, folder)
 
 
 def write_network(path: Path, name: str, state: Mapping[str, torch.Tensor], meta: Mapping) -> None:

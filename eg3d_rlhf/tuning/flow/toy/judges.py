@@ -316,22 +316,6 @@ class RewardTraining:
     seed: int = 0
 
 
-def train_reward(
-    training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None
-) -> tuple[LearnedReward, dict]:
-    """Fit by preference_loss to pairs of its own; returns it and its accuracy on pairs that it has not seen.
-
-    Args: on_step: called with (step, steps, loss).
-    """
-    generator = torch.Generator().manual_seed(training.seed)
-    names = [
-        [toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)
-    ]
-    judged = [judge_drafts(conditions, generator) for conditions in names]
-    network = fit(*judged[0].assets, judged[0].conditions, training, generator, on_step)
-    return network, accuracy(network, judged[1])
-
-
 def fit(
     better: Sequence[toy.ToyAsset],
     worse: Sequence[toy.ToyAsset],
@@ -371,12 +355,3 @@ def fit(
             if on_step is not None:
                 on_step(step, steps, float(loss.detach()))
     return network.eval()
-
-
-def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
-    """Share of pairs ordered as the annotator said, and as the labelling oracle thinks."""
-    ordered = network(judged.assets[0], judged.conditions) > network(judged.assets[1], judged.conditions)
-    return {
-        "labels": float(ordered.float().mean()),
-        "clean": float((ordered == judged.agrees).float().mean()),
-    }

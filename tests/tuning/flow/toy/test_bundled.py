@@ -1,54 +1,25 @@
 """The base networks: training, files, and what the bundled ones can and cannot do."""
 
 import json
-import re
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.modes.assets import toy_flow
 from eg3d_rlhf.tuning.flow.base.sampling import sample
 from eg3d_rlhf.tuning.flow.toy.bundled import (
     FOLDER,
     NETWORKS,
-    BaseTraining,
     Packing,
     StructureFlow,
     VoxelFlow,
     Width,
-    load_network,
-    save_network,
     toy_problem,
-    train_base,
 )
 from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, R
 from tests.tuning.flow.toy.drawing import drawn
-
-SHORT = BaseTraining(steps=16, batch=8, warm_up=2, ema=0.8)
-
-
-@pytest.mark.parametrize("stage", ["structure", "voxels"])
-def test_training_repeats_and_lowers_the_error(stage):
-    losses = []
-    first = train_base(stage, SHORT, lambda step, steps, loss: losses.append(loss))
-    again = train_base(stage, SHORT)
-    assert len(losses) == 16 and sum(losses[-4:]) < 0.95 * sum(losses[:4])
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
-    )
-
-
-def test_a_stored_network_comes_back_to_half_precision(tmp_path):
-    network = NETWORKS["voxels"]()
-    save_network("voxels", network, {"training": {}}, tmp_path)
-    state = load_network("voxels", tmp_path).state_dict()
-    for name, value in network.state_dict().items():
-        torch.testing.assert_close(state[name], value.half().float(), atol=0, rtol=0)
 
 
 def test_bundled_files_are_small():
@@ -183,9 +154,3 @@ def test_the_identity_tells_problems_apart():
     assert one == same != other and json.loads(json.dumps(one)) == one
     assert {"structure", "voxels", "reward"} < set(toy_problem().identity)
     assert toy_problem(0, pairs_per_condition=3).identity != one
-
-
-def test_the_tool_makes_a_network(tmp_path):
-    done = CliRunner().invoke(toy_flow, ["structure", "--steps=2", f"--outdir={tmp_path}"])
-    assert done.exit_code == 0 and re.search(r"\bstructure\b.*\bloss\b.*\d", done.output), done.output
-    assert [path.name for path in tmp_path.iterdir()] == ["structure.safetensors"]

@@ -11,11 +11,8 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
     ChooserOracle,
     FinalOracle,
     LabelOracle,
-    RewardTraining,
-    accuracy,
     human_pairs,
     judge_drafts,
-    train_reward,
 )
 from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, TRAINED, Defects
 from tests.tuning.flow.toy.drawing import drawn, perfect
@@ -125,27 +122,6 @@ def test_the_annotator_errs_where_assets_are_alike():
 
 
 # The learned reward: learns from pairs, and mostly orders assets as the people's oracle does.
-
-
-SHORT = RewardTraining(pairs=128, held_out=64, epochs=3, batch=32)
-
-
-def test_training_repeats_and_lowers_the_loss():
-    losses = []
-    first, found = train_reward(SHORT, lambda step, steps, loss: losses.append(loss))
-    again, _ = train_reward(SHORT)
-    assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
-    )
-    assert set(found) == {"labels", "clean"} and all(0 <= value <= 1 for value in found.values())
-
-
-def test_the_bundled_one_orders_new_pairs():
-    judged = judge_drafts([TRAINED[i % 64] for i in range(400)], torch.Generator().manual_seed(99))
-    found = accuracy(load_network("reward"), judged)
-    assert 0.75 < found["clean"] < 0.98 and found["labels"] > 0.7
 
 
 def test_a_score_is_of_its_own_asset_alone():

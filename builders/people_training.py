@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from builders.people_pool import NAMED, POINT_STEP
 from torch_utils.ops import upfirdn2d
 from training import checkpoint, storage
 from training import networks as nets
@@ -31,7 +32,6 @@ from training.dataset import ImageFolderDataset
 from training.gan_phases import Batch, GanPhases
 from training.heads.people import EYE, OUTSIDE, UNIT, density_of, named_people, picture
 from training.heads.people_damage import damaged
-from training.heads.people_pool import NAMED, POINT_STEP
 from training.phases import cosine, lazy_adam
 from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from builders.people_pool import ray_hits, warp_mesh
 from training import storage
 from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, ramp, vertex_normals
-from training.heads.people_pool import ray_hits, warp_mesh
 
 PACKAGE = "0.6.2"  # other versions give other heads
 # the bust: template vertices above, and nearer to the middle; metres in the package's axes

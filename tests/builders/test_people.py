@@ -1,0 +1,101 @@
+"""Basis of heads of people, pool of their points, and training of the bundled generator."""
+
+import importlib.metadata
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from builders import people_basis
+from builders.people_pool import POINT_STEP, PoolOptions, draw_points
+from builders.people_training import FrontTraining, PeopleTraining, Pool, train, train_discriminator
+from tests.rejections import raising
+from tests.training.test_people import heads, latents
+from training import networks
+from training.heads import people, people_mesh
+
+__all__ = ["heads", "latents"]
+
+
+def test_without_its_package_the_basis_cannot_be_made(monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata, "version", Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    )
+    with raising("anny=="):
+        people_basis.build()
+    monkeypatch.setattr(importlib.metadata, "version", Mock(return_value="0.1"))
+    with raising("anny", "0.1"):
+        people_basis.build()
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory, latents, heads):
+    """A folder with one small file, whose distances are our own: the package that makes real ones is not
+    here.
+    """
+    folder = tmp_path_factory.mktemp("pool")
+    rng = np.random.default_rng(6)
+    sizes = PoolOptions(face=100, eyes=50, rest=100, behind=100, anywhere=50, walls=50)
+    stored = [
+        np.round(draw_points(head, people.load_basis(), sizes, rng) / POINT_STEP).astype(np.int16)
+        for head in heads[:2]
+    ]
+    distance = [
+        people_mesh.head_distance(head, at * POINT_STEP) for head, at in zip(heads, stored, strict=False)
+    ]
+    colour = rng.integers(256, size=(2, sizes.total, 3)).astype(np.uint8)
+    columns = {
+        "z": latents[:2].astype(np.float32),
+        "points": np.stack(stored),
+        "distance": np.stack(distance).astype(np.float16),
+    }
+    np.savez(folder / "chunk-0000.npz", **columns, colour=colour)
+    return folder
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, pool):
+    points = {
+        "heads": 2,
+        "candidates": 300,
+        "near": 80,
+        "behind": 20,
+        "hard": 20,
+        "others": 20,
+        "save_every": 1,
+        "empty": 50,
+        "debris": 10,
+        "window": 8,
+    }
+    both = PeopleTraining(
+        steps=(1, 1), lr=(0.01, 0.01), colour=(4.0, 4.0), planes=(64, 128), pictures=(0.0, 1.0), **points
+    )
+    first = PeopleTraining(steps=(1,), lr=(0.01,), colour=(4.0,), planes=(64,), pictures=(0.0,), **points)
+    straight = networks.load(train(tmp_path / "straight", Pool(pool), both))
+    train(tmp_path / "stopped", Pool(pool), first)
+    went_on = networks.load(train(tmp_path / "stopped", Pool(pool), both))
+    assert networks.state_hash(straight.G_ema) == networks.state_hash(went_on.G_ema)
+    assert straight.cur_nimg == 4 and sum(p.numel() for p in straight.G.parameters()) < 600_000
+
+
+def test_the_discriminator_learns_and_the_generator_stays(tmp_path, pool, monkeypatch):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    short = PeopleTraining(
+        steps=(1,),
+        lr=(0.01,),
+        colour=(4.0,),
+        planes=(64,),
+        pictures=(0.0,),
+        heads=2,
+        candidates=300,
+        near=80,
+        behind=20,
+        hard=20,
+        others=20,
+        empty=50,
+        debris=10,
+    )
+    network = networks.load(train(tmp_path / "run", Pool(pool), short))
+    before = [networks.state_hash(module) for module in (network.G_ema, network.D)]
+    losses = train_discriminator(network, FrontTraining(data="synthetic:people64@n=4", steps=1, batch=4))
+    after = [networks.state_hash(module) for module in (network.G_ema, network.D)]
+    assert len(losses) == 1 and before[0] == after[0] and before[1] != after[1]
