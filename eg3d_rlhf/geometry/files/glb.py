@@ -62,11 +62,15 @@ _SAMPLERS = {
 }
 
 
-def read_glb(data: memoryview) -> Model:
-    """What is shown of a GLB's bytes. The model's arrays are views into them."""
+def read_glb(data: memoryview, geometry_only: bool = False) -> Model:
+    """Read what is shown of a GLB's bytes. The model's arrays are views into them.
+
+    Args: geometry_only: read positions and indices alone, with the same checks. Other attributes, materials,
+        textures and images are neither read nor checked.
+    """
     document, binary = _chunks(data)
     try:
-        return _Reader(document, binary, _SHARE * len(data) + SPARE).model()
+        return _Reader(document, binary, _SHARE * len(data) + SPARE, geometry_only).model()
     except (TypeError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(
             f"expected the records of glTF 2.0, got something else ({type(error).__name__})"
@@ -106,10 +110,11 @@ def _chunks(data: memoryview) -> tuple[dict, memoryview]:
 class _Reader:
     """One file on its way to a model. Args: budget: bytes that all arrays together may hold."""
 
-    def __init__(self, document: dict, binary: memoryview, budget: int):
+    def __init__(self, document: dict, binary: memoryview, budget: int, geometry_only: bool):
         self.document = document
         self.binary = binary
         self.budget = budget
+        self.geometry_only = geometry_only
         self.pixels = MAX_PIXELS
         self.out = Model()
         self._arrays: dict[tuple[int, bool], Array] = {}
@@ -219,8 +224,9 @@ class _Reader:
         mode = record.get("mode", 4)
         if mode not in _TRIANGLE_MODES:
             raise ValueError("expected triangles, got points or lines")
+        names = ("POSITION",) if self.geometry_only else _NAMES
         attributes = {
-            name: self._array(number) for name, number in record["attributes"].items() if name in _NAMES
+            name: self._array(number) for name, number in record["attributes"].items() if name in names
         }
         if "POSITION" not in attributes:
             raise ValueError("expected positions, got a part without")
@@ -246,7 +252,7 @@ class _Reader:
             ):
                 raise ValueError(f"expected indices of {count} vertices, got others")
         material = None
-        if "material" in record:
+        if "material" in record and not self.geometry_only:
             material = self._once("materials", record["material"], self.out.materials, self._material)
         if not count or (indices is not None and not len(indices.values)):
             raise ValueError("expected at least one triangle in each part, got none")

@@ -76,9 +76,14 @@ def utf16(head: bytes) -> str | None:
     )
 
 
-def read_obj(data: bytes | memoryview, path: Path) -> Model:
-    """The mesh, a part of each material's. Raises: ValueError."""
-    libraries, missing = _libraries(data, path)
+def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) -> Model:
+    """Read the mesh, a part for each material.
+
+    Args: geometry_only: open neither materials nor textures. Vertices and faces stay the same, in the same
+        order.
+    Raises: ValueError.
+    """
+    libraries, missing = ([], []) if geometry_only else _libraries(data, path)
     if len(libraries) > 1:
         raise ValueError(f"expected one mtllib, got {len(libraries)}; join them in one file")
     materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}

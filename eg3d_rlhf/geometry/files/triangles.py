@@ -20,17 +20,18 @@ _FAN = 6
 
 
 def read_triangles(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] float64 and faces [F, 3] int64 of a file, told apart by its content.
+    """Read the vertices [V, 3] float64 and faces [F, 3] int64 of a file, whose format its content decides.
 
+    Textures and materials of GLB and OBJ are not opened, so a mesh whose texture is damaged is read, too.
     Raises: ValueError, OSError.
     """
     data = path.read_bytes()
     if data[:4] == GLB_MAGIC:
-        return triangles_of(glb.read_glb(memoryview(data)))
+        return triangles_of(glb.read_glb(memoryview(data), geometry_only=True))
     if data[:3] == b"ply":
         return triangles_of(ply.read_mesh(data))
     if path.suffix.lower() == ".obj":
-        return triangles_of(obj.read_obj(data, path))
+        return triangles_of(obj.read_obj(data, path, geometry_only=True))
     if (encoding := obj.utf16(data[:512])) is not None:
         raise ValueError(f"expected a mesh, got text in {encoding.upper()}; save it as UTF-8")
     if path.suffix.lower() in (".glb", ".ply"):

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import trimesh
 
+from eg3d_rlhf.geometry.files.glb import read_glb
 from eg3d_rlhf.geometry.files.model import Model, Node, scene_of, triangles
-from eg3d_rlhf.geometry.files.obj import utf16
+from eg3d_rlhf.geometry.files.obj import read_obj, utf16
 from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulated
 from eg3d_rlhf.geometry.files.triangles import read_triangles, triangles_of
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
 from tests.people.label import asset_files as files
+from tests.people.label.test_asset_attacks import GLBS
 from tests.rejections import raising
 
 CUBE = "".join(f"v {x} {y} {z}\n" for x in (0, 1) for y in (0, 1) for z in (0, 1))
@@ -333,3 +335,48 @@ def test_stl_and_what_is_none(tmp_path):
 )
 def test_utf16_is_told_by_its_first_bytes(text, found):
     assert utf16(text) == found
+
+
+def test_geometry_alone_is_the_geometry_of_the_whole_file(tmp_path):
+    data = files.glb(300, 32, seed=1)
+    path = files.write_obj(tmp_path / "p.obj", 300, seed=1)
+    (tmp_path / "p.glb").write_bytes(data)
+    for whole, file in (
+        (read_glb(memoryview(data)), tmp_path / "p.glb"),
+        (read_obj(path.read_bytes(), path), path),
+    ):
+        for found, expected in zip(read_triangles(file), triangles_of(whole), strict=True):
+            assert found.dtype == expected.dtype and np.array_equal(found, expected)
+    alone = read_glb(memoryview(data), geometry_only=True)
+    assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
+    assert {name for part in alone.meshes[0] for name in part.attributes} == {"POSITION"}
+
+
+def test_what_is_no_geometry_is_not_looked_at(tmp_path):
+    document, binary = files.glb_document()
+    document["images"] = [{"uri": "http://127.0.0.1:9/x.png"}]
+    document["accessors"][1]["count"] = 10**12  # texture coordinates
+    (tmp_path / "p.glb").write_bytes(files.pack_glb(document, binary))
+    path = files.write_obj(tmp_path / "p.obj")
+    path.with_suffix(".mtl").write_text("newmtl a\nmap_Kd ../../none.png\n")
+    for file in (tmp_path / "p.glb", path):
+        vertices, faces = read_triangles(file)
+        assert len(vertices) and len(faces)
+    with pytest.raises(ValueError):
+        read_glb(memoryview(files.pack_glb(document, binary)))
+    with pytest.raises(ValueError):
+        read_obj(path.read_bytes(), path)
+
+
+OF_TEXTURES = {"image", "passwd", "svg", "pixels", "textures"}
+
+
+@pytest.mark.parametrize("name", sorted(GLBS.keys() - OF_TEXTURES))
+def test_hostile_geometry_is_refused_alike(name):
+    data = memoryview(GLBS[name][0])
+    reasons = []
+    for geometry_only in (False, True):
+        with pytest.raises(ValueError) as caught:
+            read_glb(data, geometry_only)
+        reasons.append(str(caught.value))
+    assert reasons[0] == reasons[1]
