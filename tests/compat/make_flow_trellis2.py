@@ -292,7 +292,7 @@ def run(m: Maker, pipeline, facts: dict) -> None:
         m.add({f"run/cond_{name}": m.normal(1, 4, width)})
     left = None
     for number, stage in enumerate(pipeline.stages):
-        cond = torch.from_numpy(m.values[f"run/cond_{pipeline.told(stage.name)}"])
+        cond = torch.from_numpy(m.values[f"run/cond_{pipeline.conditioning_key(stage.name)}"])
         if left is None:
             noise = latents(m, stage, (1,))
         else:
