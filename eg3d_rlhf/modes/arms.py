@@ -10,7 +10,7 @@ from typing import Any
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.modes.circular_dpo import COUNT, OWN, WHAT, WHOLE, check_tuning, kept, problems_own
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, Opened, work
 
 stage_flag = option(

@@ -13,9 +13,10 @@ from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_to
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families import check_source, open_problem
+from eg3d_rlhf.tuning.flow.families.opening import check_source, open_problem
 from eg3d_rlhf.tuning.flow.training.circular import loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, supervised

@@ -15,7 +15,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
 from eg3d_rlhf.modes.circular_dpo import OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (

@@ -123,12 +123,12 @@ def test_patches_go_back_to_where_they_came_from(cond):
 
 def test_packing_goes_both_ways():
     batch = voxels(3, 1, 4)
-    packing = Packing.of(batch)
+    packing = Packing.from_batch(batch)
     padded = packing.pad(batch.feats)
     assert (
         padded.shape == (3, 4, 4)
         and torch.equal(packing.flat(padded), batch.feats)
-        and Packing.of(batch) is packing
+        and Packing.from_batch(batch) is packing
     )
     assert packing.keep.squeeze().sum(1).tolist() == [3, 1, 4] and not padded[1, 1:].any()
 
@@ -139,7 +139,7 @@ def test_packing_goes_both_ways():
 def test_the_problem_is_whole():
     problem = toy_problem(seed=3, pairs_per_condition=2)
     assert [stage.name for stage in problem.pipeline.stages] == ["structure", "voxels"]
-    assert len(problem.human_pairs("voxels")) == 2 * len(problem.train_conditions) == 128
+    assert len(problem.train_pairs["voxels"]) == 2 * len(problem.train_conditions) == 128
     assert len(problem.held_out_conditions) == 96 and len(problem.choosing) == 32
     judges = [type(judge) for judge in (problem.reward, problem.chooser, problem.final)]
     assert len(set(judges)) == 3

@@ -19,7 +19,8 @@ import torch
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
-from eg3d_rlhf.tuning.flow.families import family_of, open_problem
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, ArmsSource, Bench, Columns, Opened
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SHUFFLED, TURNED, used
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import DGPO, SinglesConfig, train_singles
@@ -111,12 +112,12 @@ class OfflineRun(ArmsRun):
 def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
     """The assets and what was said of them."""
     if settings.assets is None:
-        if problem.human_singles is None:
+        if problem.labelled is None:
             raise ValueError(
                 "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
                 " Name it."
             )
-        own = problem.human_singles(settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0])
+        own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
@@ -144,12 +145,10 @@ class OfflineBench(Bench):
         """The pairs or single assets that an arm learns from."""
         if not arm.startswith(DPO):
             return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
-        pairs = self.problem.human_pairs(self.stage.name)
+        pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
-            return pairs
-        return used(
-            pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, self.problem.human_pairs
-        )
+            return list(pairs)
+        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         what = (self.problem.pipeline, self.stage.name, self.answers(arm))

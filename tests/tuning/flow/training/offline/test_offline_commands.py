@@ -19,6 +19,7 @@ from eg3d_rlhf.modes.flow_new import new
 from eg3d_rlhf.modes.offline import default_run
 from eg3d_rlhf.preferences.goodness import of_votes
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
@@ -116,7 +117,9 @@ def people(kind: str) -> Labelled:
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     monkeypatch.setattr(
-        arms, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people)
+        arms,
+        "open_problem",
+        lambda source, device: replace(tiny_problem(), labelled=Lazy(("thumbs", "ranks"), people)),
     )
     monkeypatch.setattr(
         commands,
@@ -202,7 +205,7 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     done = run(*folders, f"--labels={assets / 'thumbs.jsonl'}", *few)
     assert done.exit_code == 0, (done.output, done.exception)
     (folder,) = (tmp_path / "runs").glob("*-offline-nft-ROOT-points")
-    pipeline = point_family.load(root, conditions())
+    pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (
         torch.stack([asset[:, 0].mean() for asset in generate(pipeline, names, seeds, models)]).mean()
