@@ -2,7 +2,7 @@
 DGPO of all of a condition.
 
 The network that training begins with is the reference, and stands for the one that drew the assets; it is
-never refreshed, which on a finite set of them runs away (online/losses/nft.py). Times are the stage's own,
+never refreshed, which on a finite set of them runs away (losses.py). Times are the stage's own,
 but none below LEAST_TIME, where an error says nothing. Guidance is off. Folder, lines, states and resume are
 those of train.py.
 
@@ -23,8 +23,7 @@ from eg3d_rlhf.preferences.goodness import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.tuning.flow.training.losses.dgpo import dgpo_loss
-from eg3d_rlhf.tuning.flow.training.losses.nft import nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
 from eg3d_rlhf.tuning.flow.training.pair_training import Example, PassConfig, Passes, latents_checksum
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import (
