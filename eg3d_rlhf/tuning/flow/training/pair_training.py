@@ -36,7 +36,7 @@ from eg3d_rlhf.tuning.flow.training.dpo import (
     pair_loss,
     pair_stats,
 )
-from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fitted
+from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fit_passes
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
@@ -459,7 +459,7 @@ def train_stage(
         return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, reference, SINGLE)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        size, again = fitted(
+        size, again = fit_passes(
             stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say
         )
         recomputing(policy, again)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.trellis import flows
@@ -17,7 +18,6 @@ from eg3d_rlhf.tuning.flow.base.sampling import stage_noise
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels, TokenSet
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
 from eg3d_rlhf.tuning.flow.families.released import RELEASED, Sized
-from eg3d_rlhf.tuning.flow.training.fake_tensors import Pretended
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, recomputing, trained
@@ -163,12 +163,12 @@ def test_drawing_takes_what_is_estimated(case):
 def test_multiplications_are_counted_as_by_hand():
     tokens = 64
     width = 32
-    with Pretended() as run:
+    with MemoryTrace() as trace:
         layer = torch.nn.Linear(width, 3 * width)
         q, k, v = layer(torch.zeros(1, tokens, width)).view(1, tokens, 3, 1, width).permute(2, 0, 3, 1, 4)
         torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert run.flops == 2 * tokens * width * 3 * width + 4 * tokens**2 * width
-    assert run.peak >= 4 * (3 * width * width + 3 * width + tokens * 4 * width)
+    assert trace.flops == 2 * tokens * width * 3 * width + 4 * tokens**2 * width
+    assert trace.peak >= 4 * (3 * width * width + 3 * width + tokens * 4 * width)
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -218,7 +218,7 @@ def test_what_fits_nowhere_is_told_with_figures():
     )
     assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
-    least = min(row.bytes for row in rows if row.what == "draw") / estimate.SHARE / estimate.GIB
+    least = min(row.bytes for row in rows if row.what == "draw") / estimate.SHARE / GIB
     names = (f"{least:.1f} GiB", "0.0", "'structure'", "(draw, ", "--set dtype=bfloat16")
     with raising(*names):
         estimate.check_fits(rows, 1 << 20, "flow new")
