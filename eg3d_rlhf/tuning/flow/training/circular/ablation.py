@@ -32,7 +32,6 @@ from eg3d_rlhf.experiments.table import (
 )
 from eg3d_rlhf.models.policies import link_folder
 from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Judging, Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
 from eg3d_rlhf.tuning.flow.training.circular.loop import (
     CircularLoop,
@@ -360,12 +359,16 @@ def loop_of(
     )
 
 
-def work(settings: CircularRun, problem: Problem, run: Run) -> None:
+# opens a problem in worker processes; pickled by name
+Open = Callable[[ProblemSource, str], Problem]
+
+
+def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
     """Do what is left to do of a run, and write its results."""
     if run.ranks.main:
         print(f"Artefacts in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
-        ablate(settings, problem, run.folder, run.device, run.jobs)
+        ablate(settings, problem, run.folder, run.device, run.jobs, open)
     else:
         _loop(settings, problem, run)
     run.done()
@@ -506,14 +509,14 @@ def _training(artefact: Artefact) -> dict:
     return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
 
 
-def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
-    """What a process does tasks with; on one thread where it is not alone."""
+def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
+    """Make what does the tasks of a process; on one thread where it is not alone."""
     if not alone:
         torch.set_num_threads(1)
-    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open(run.source, device)))
 
 
-def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int) -> None:
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open: Open) -> None:
     """Train and judge all groups on worker processes, and write the table."""
     plan = run.plan
     tasks = run.plan.tasks()
@@ -524,7 +527,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         " independent.",
         flush=True,
     )
-    results = pooled("ablation", tasks, handler_of, (run, device), jobs, folder)
+    results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
         print(f"Written: {path}")

@@ -25,7 +25,6 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
-from eg3d_rlhf.tuning.flow.families import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import CONTROLS, ArmsRun, Bench, Columns, Opened
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
@@ -304,9 +303,6 @@ class OnlineRun(ArmsRun):
     def __post_init__(self):
         weighed(self.reward)
         super().__post_init__()
-
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        return open_problem(self.source, device), None
 
     def bench(self, opened: Opened, seed: int) -> OnlineBench:
         problem = opened[0]

@@ -116,7 +116,7 @@ def people(kind: str) -> Labelled:
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     monkeypatch.setattr(
-        arms, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people)
+        commands, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people)
     )
     monkeypatch.setattr(
         commands,
