@@ -27,9 +27,10 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
     unset_option,
 )
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.circular import loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, supervised

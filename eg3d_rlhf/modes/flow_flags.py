@@ -13,8 +13,9 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, ProblemSource
-from eg3d_rlhf.tuning.flow.families import check_source
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.families.opening import check_source
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, Opened, work
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, Weighing

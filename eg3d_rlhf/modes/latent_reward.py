@@ -11,7 +11,7 @@ from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.modes.flow_flags import source_of
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT, Beside, compared
 from eg3d_rlhf.tuning.flow.training.latent_reward import save
 from training.progress import tqdm

@@ -28,9 +28,11 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
 )
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, Problem
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
-from eg3d_rlhf.tuning.flow.families import family_of, open_problem
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
@@ -154,12 +156,12 @@ def open_offline(settings: OfflineRun, device: str) -> Opened:
 def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
     """Read the assets and their labels, or take the toy's."""
     if settings.assets is None:
-        if problem.human_singles is None:
+        if problem.labelled is None:
             raise ValueError(
                 "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
                 " Name it."
             )
-        own = problem.human_singles(settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0])
+        own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:

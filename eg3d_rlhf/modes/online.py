@@ -22,8 +22,8 @@ from eg3d_rlhf.modes.flow_flags import (
     tuned_as,
     tuning_flags,
 )
-from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource, Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.online.config import ON_LATENTS, OnlineConfig

@@ -13,7 +13,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, feats_of, latent_of, parts_of
 from eg3d_rlhf.modes.flow_tune import LOSER_WEIGHT
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair, pairs_of_conditions
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
@@ -48,17 +48,16 @@ def by_coin(problem: Problem, seed: int) -> Problem:
 
     return replace(
         problem,
-        human_pairs=lambda stage: tossed(problem.human_pairs(stage)),
-        unseen_pairs=lambda stage, names: tossed(problem.unseen_pairs(stage, names)),
+        train_pairs=PairsByStage(problem.train_pairs, lambda stage: tossed(problem.train_pairs[stage])),
+        unseen_pairs=PairsByStage(problem.unseen_pairs, lambda stage: tossed(problem.unseen_pairs[stage])),
     )
 
 
 def toy(seed: int, unseen: int = 2) -> Problem:
     """The toy with few pairs to tell by."""
     problem = toy_problem(seed)
-    return replace(
-        problem, unseen_pairs=lambda stage, names: _first(problem.unseen_pairs(stage, names), unseen)
-    )
+    pairs = problem.unseen_pairs
+    return replace(problem, unseen_pairs=PairsByStage(pairs, lambda stage: _first(pairs[stage], unseen)))
 
 
 def _first(pairs: list[PreferencePair], count: int) -> list[PreferencePair]:
@@ -88,16 +87,10 @@ def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) 
     choose = names[conditions // 2 : -conditions // 3]
     tell = names[-conditions // 3 :]
 
-    def of(wanted):
-        return [pair for pair in pairs if pair.condition in set(wanted)]
-
     return Problem(
         pipeline=pipeline,
-        human_pairs=lambda stage: of(train),
-        unseen_pairs=lambda stage, wanted: of(wanted),
-        reward=None,
-        chooser=None,
-        final=None,
+        train_pairs={"shape": pairs_of_conditions(pairs, train)},
+        unseen_pairs={"shape": pairs_of_conditions(pairs, [*choose, *tell])},
         train_conditions=train,
         choosing_conditions=choose,
         held_out_conditions=tell,

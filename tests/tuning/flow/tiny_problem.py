@@ -9,8 +9,9 @@ import torch
 
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.base.problem import Choosing, Problem
+from eg3d_rlhf.tuning.flow.base.evaluation import Choosing
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, anchored, supervised
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig
@@ -164,9 +165,10 @@ def human_pairs(stage: str, per_condition: int = 4) -> list[PreferencePair]:
 
 
 def tiny_problem(stages: int = 2, **changes) -> Problem:
+    pipeline = TinyPipeline(stages)
     problem = Problem(
-        pipeline=TinyPipeline(stages),
-        human_pairs=human_pairs,
+        pipeline=pipeline,
+        train_pairs=PairsByStage([stage.name for stage in pipeline.stages], human_pairs),
         reward=full,
         chooser=fuller,
         final=fullest,

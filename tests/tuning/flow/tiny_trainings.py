@@ -112,5 +112,5 @@ def toy_case(out: Path, stage: str, **options):
     problem = toy_problem(0)
     config = tiny_config(lora=None, steps=10, batch=8, batch_gpu=4, lr=1e-4, warmup=0, log_every=1)
     return train_stage(
-        problem.pipeline, stage, problem.human_pairs(stage)[:30], config, out, say=silent, **options
+        problem.pipeline, stage, problem.train_pairs[stage][:30], config, out, say=silent, **options
     )

@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from training.progress import tqdm
 from training.storage import read_tensors, write_atomic, write_tensors
 
 SOURCES = ("human", "loop")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +112,50 @@ def _form(latent: Latent) -> str:
             f"{name} {list(tensor.shape)}" for name, tensor in latent.tensors.items()
         )
     return f"a {'grid' if latent.ndim == 4 else 'tensor'} {list(latent.shape)}"
+
+
+class Lazy(Mapping[str, T]):
+    """Mapping whose values are made when they are first asked for, and then kept."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], T]):
+        self._names = tuple(names)
+        self._make = make
+        self._made: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise self.missing(name)
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def missing(self, name: str) -> Exception:
+        """Make the error for a name that is not in the mapping."""
+        return KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class PairsByStage(Lazy[list[PreferencePair]]):
+    """Preference pairs by the name of a stage. A stage without pairs is a user's error, a ValueError."""
+
+    def missing(self, name: str) -> Exception:
+        return ValueError(
+            f"pairs: expected pairs of stage {name!r}, got those of {', '.join(self)} alone. Add them."
+        )
+
+
+def pairs_of_conditions(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
+    """Select the pairs of some conditions, in their order."""
+    kept = set(names)
+    return [pair for pair in pairs if pair.condition in kept]
 
 
 def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None:

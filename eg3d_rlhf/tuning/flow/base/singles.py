@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.experiments.store import json_hash
+from eg3d_rlhf.models.sparse import Latent
 from eg3d_rlhf.preferences.goodness import Known, as_used, contrast, read_goodness
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
@@ -21,7 +22,17 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     drawn_candidate,
     read_candidates,
 )
-from eg3d_rlhf.tuning.flow.training.offline.train_singles import Single
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Single:
+    """A latent of one stage, and how good the asset is."""
+
+    id: str  # unique within its set: it seeds the noise
+    condition: str  # name; the pipeline knows its tokens
+    stage: str
+    latent: Latent
+    r: float  # in 0..1; 1/2 teaches nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,35 +5,24 @@ a `FlowFamily`, and `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlh
 by what lies in them.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.models.sparse import Latent
-from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions, read_conditions
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_hash
-from eg3d_rlhf.tuning.flow.base.problem import (
-    Problem,
-    ProblemSource,
-    chosen_precision,
-    conditions_beside,
-    divided,
-    hash_of,
-    pair_folders,
-    read_stages,
-)
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import Candidates, drawn_candidate
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward
 
 # (pipeline, pairs of its last stage, title)
-Judge = Callable[[Any, Callable[[], Sequence[PreferencePair]], str], AssetReward]
+Judge = Callable[[Any, Sequence[PreferencePair], str], AssetReward]
 # (root, Conditions, *, dtype, device) -> Pipeline; without conditions nothing is sampled
 Load = Callable[..., Any]
 # of ProblemSource, read by all families
@@ -160,182 +149,6 @@ def family_of(root: Path, say: Callable[[str], None] = tell) -> FlowFamily:
     raise FileNotFoundError(
         f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder."
     )
-
-
-def check_source(source: ProblemSource) -> None:
-    """Refuse what has no effect on a problem, or lacks, as far as its names tell.
-
-    Raises: ValueError naming it.
-    """
-    family = bundled_family(source.pipeline)
-    if family is not None:
-        _refuse(
-            source,
-            (*family.common, *family.options),
-            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
-        )
-        return
-    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read = [f.name for f in fields(source) if f.name not in alone]
-    _refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
-    if source.pairs is None and source.needs_pairs:
-        raise ValueError(
-            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
-            " brings its own."
-        )
-
-
-def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
-    """Options that are given though they are not read."""
-    return ", ".join(
-        f"--{f.name.replace('_', '-')}"
-        for f in fields(source)
-        if f.name not in read and getattr(source, f.name) != f.default
-    )
-
-
-def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
-    extra = _beyond(source, read)
-    if extra:
-        raise ValueError(f"{extra}: {why}. Leave it out.")
-
-
-def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a bundled generator or a folder of any family; pairs of a stage are made or read once.
-
-    Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does
-        not read.
-    """
-    check_source(source)
-    family = family_of(Path(source.pipeline))
-    _refuse(
-        source,
-        (*family.common, *family.options),
-        f"belongs to other generators, and would have no effect on {family.name}",
-    )
-    if source.pairs is None and not source.needs_pairs and not family.bundled:
-        problem = open_conditions(family, source, device)
-    else:
-        problem = family.open(source, device) if family.open else open_folder(family, source, device)
-    precision = chosen_precision(source.precision, device)
-    for stage in problem.pipeline.stages:
-        stage.precision = precision
-    identity = {**problem.identity, "precision": precision}
-    return replace(problem, human_pairs=functools.cache(problem.human_pairs), identity=identity)
-
-
-def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
-    """Folders of people's pairs by stage. Raises: see `pair_folders`."""
-    return pair_folders(Path(source.pairs or Path(source.pipeline) / "pairs"), family.stages)
-
-
-def open_folder(
-    family: FlowFamily,
-    source: ProblemSource,
-    device: str | torch.device = "cpu",
-    check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
-) -> Problem:
-    """The problem of a folder and pairs of its stages, by what its family says of it.
-
-    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on
-    where there are two or more. Where the family makes a reward of people's pairs of the last stage, three
-    are fitted to pairs of different conditions: one half of the trained (w1 and w2), the other half
-    (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is the
-    first alone.
-
-    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the
-        writer had to say.
-    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
-    """
-    folders = pairs_in(family, source)
-    judge = family.judge
-    place = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
-    tokens = read_conditions(place, zero_null=family.zero_null)
-    pipeline: Any = family.load(
-        Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device
-    )
-    files = _identity(family, source, place)
-    read = read_stages(folders, pipeline, functools.partial(check, pipeline))
-    named = sorted({pair.condition for stage in folders for pair in read(stage)})
-    tokens.of(named)  # raises for those that are missing
-    trained, choosing, held = map(list, source.splits or divided(named, source.seed, source.held_out))
-
-    def human_pairs(stage: str, names: Sequence[str] = trained) -> list[PreferencePair]:
-        kept = set(names)
-        return [pair for pair in read(stage) if pair.condition in kept]
-
-    last = pipeline.stages[-1].name
-
-    def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
-        return None if judge is None else judge(pipeline, lambda: human_pairs(last, names), title)
-
-    judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
-    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
-    return Problem(
-        pipeline=pipeline,
-        human_pairs=human_pairs,
-        reward=fitted("reward", halves[0]),
-        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None,
-        final=fitted("final judge", held) if judged else None,
-        train_conditions=trained,
-        held_out_conditions=held,
-        choosing_conditions=choosing,
-        unseen_pairs=human_pairs,
-        teach=(
-            None
-            if judge is None or last not in folders
-            else lambda pairs, seed: judge(pipeline, lambda: pairs, "reward")
-        ),
-        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
-        identity={
-            **files,
-            "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()},
-            "seed": source.seed,
-            **(
-                {"held_out": source.held_out}
-                if source.splits is None
-                else {"splits": list(map(list, source.splits))}
-            ),
-        },
-    )
-
-
-def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is ''
-    where the file has it.
-
-    Raises: ValueError for no embeddings, or for options that are then not read.
-    """
-    extra = _beyond(source, COMMON)
-    if source.conditions is None or extra:
-        got = f"{extra} beside none" if extra else "none"
-        raise ValueError(
-            f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
-            " the file."
-        )
-    root = Path(source.pipeline)
-    place = Path(source.conditions)
-    tokens = read_conditions(place, zero_null=family.zero_null)
-    tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
-    pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
-    identity = _identity(family, source, place)
-    trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
-    return Problem(
-        pipeline=pipeline,
-        human_pairs=lambda stage: [],
-        reward=None,
-        chooser=None,
-        final=None,
-        train_conditions=trained,
-        choosing_conditions=choosing,
-        held_out_conditions=held,
-        identity={**identity, "seed": source.seed, "held_out": source.held_out},
-    )
-
-
-def _identity(family: FlowFamily, source: ProblemSource, conditions: Path) -> dict:
-    hashes = {name: file_hash(path) for name, path in family.files(Path(source.pipeline)).items()}
-    return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(conditions), "files": hashes}
 
 
 def check_stages(who: str, family: FlowFamily, names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ compare assets of one condition, as w1, w2 and win rates do.
 Shape letters: N assets, P pairs, F features, K cells per axis.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -73,7 +73,7 @@ class RewardOfPairs:
     def __init__(
         self,
         pipeline: TrellisPipeline,
-        pairs: Callable[[], Sequence[PreferencePair]],
+        pairs: Sequence[PreferencePair],
         title: str,
         ridge: float = 1.0,
     ):
@@ -87,7 +87,7 @@ class RewardOfPairs:
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32. Raises: ValueError where there is no pair to learn from."""
         if self._reward is None:
-            pairs = self._pairs()
+            pairs = self._pairs
             if not pairs:
                 got = "expected pairs of finished assets to learn from, got none"
                 raise ValueError(f"{self._title}: {got}. Import pairs of the last stage.")

@@ -31,10 +31,11 @@ from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite, shapes
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
 from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.base.stage import Dictionary, FlowStage, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
 from eg3d_rlhf.tuning.flow.families.folder import (
@@ -46,6 +47,7 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     read_mesh,
     spare_memory,
 )
+from eg3d_rlhf.tuning.flow.families.opening import open_folder
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decoded, show
 
 # what of the first stage is learnt, or SHAPE alone; see ProblemSource.parts
@@ -334,22 +336,25 @@ def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
     problem = open_folder(replace(FAMILY, load=partial(load, parts=source.parts)), source, device)
     if source.parts == ALL:
         return problem
-    whole = problem.human_pairs
-
-    def human_pairs(stage: str, *names: Any) -> list:
-        pairs = whole(stage, *names)
-        if source.parts != SHAPE:
-            return pairs
-        return [
-            replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected))
-            for pair in pairs
-        ]
-
+    identity = {**problem.identity, "parts": source.parts}
+    if source.parts != SHAPE:
+        return replace(problem, identity=identity)
+    assert problem.unseen_pairs is not None
     return replace(
         problem,
-        human_pairs=human_pairs,
-        unseen_pairs=human_pairs,
-        identity={**problem.identity, "parts": source.parts},
+        train_pairs=_without_pose(problem.train_pairs),
+        unseen_pairs=_without_pose(problem.unseen_pairs),
+        identity=identity,
+    )
+
+
+def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage:
+    return PairsByStage(
+        pairs,
+        lambda stage: [
+            replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected))
+            for pair in pairs[stage]
+        ],
     )
 
 

@@ -12,9 +12,10 @@ import torch
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
 from eg3d_rlhf.tuning.flow.base.export import Release
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
 from eg3d_rlhf.tuning.flow.families.encoders import ImageEncoder, TextEncoder
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import RewardOfPairs
+from eg3d_rlhf.tuning.flow.families.opening import open_folder, pairs_in
 from eg3d_rlhf.tuning.flow.families.trellis_assets import calibrated, read_ply, show
 from eg3d_rlhf.tuning.flow.families.trellis_files import (
     FLOWS,

@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.base.export import Release
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, open_folder, pairs_in, register, tell
+from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register, tell
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.folder import (
     EncodingFolder,
@@ -48,6 +48,7 @@ from eg3d_rlhf.tuning.flow.families.folder import (
     spare_memory,
 )
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import RewardOfPairs
+from eg3d_rlhf.tuning.flow.families.opening import open_folder, pairs_in
 from eg3d_rlhf.tuning.flow.families.trellis_files import (
     find_model,
     flows_of,

@@ -20,7 +20,7 @@ from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_fe
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.export import Release, Stored
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.pairs import Lazy, PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import FlowFamily, register
@@ -230,6 +230,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "reward": LearnedReward,
 }
 KIND = "toy-flow"
+STAGES = (STRUCTURE, VOXELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,23 +360,29 @@ def toy_problem(
     Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours
     that a shape has not been tuned on.
     """
+    defects = DEFECTS[labelled]
+    others = (*CHOOSING, *HELD_OUT)
+    unseen = min(UNSEEN_PER_CONDITION, pairs_per_condition)
     return Problem(
         pipeline=ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device),
-        human_pairs=lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
-        human_singles=lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, DEFECTS[labelled]),
-        unseen_pairs=lambda stage, names: human_pairs(
-            stage, names, min(UNSEEN_PER_CONDITION, pairs_per_condition), seed, DEFECTS[labelled]
-        ),
-        teach=teach,
-        fitted_to={"reward": TRAINED},
-        reward=load_network("reward"),
-        chooser=ChooserOracle(),
-        final=FinalOracle(),
-        parts=FinalOracle().parts,
-        measures=FinalOracle().measures,
         train_conditions=TRAINED,
         held_out_conditions=HELD_OUT,
         choosing_conditions=CHOOSING,
+        train_pairs=PairsByStage(
+            STAGES, lambda stage: human_pairs(stage, TRAINED, pairs_per_condition, seed, defects)
+        ),
+        unseen_pairs=PairsByStage(STAGES, lambda stage: human_pairs(stage, others, unseen, seed, defects)),
+        labelled=Lazy(
+            ("thumbs", "ranks"),
+            lambda kind: human_singles(kind, TRAINED, pairs_per_condition, seed, defects),
+        ),
+        reward=load_network("reward"),
+        chooser=ChooserOracle(),
+        final=FinalOracle(),
+        fitted_to={"reward": TRAINED},
+        fit_reward=fit_reward,
+        parts=FinalOracle().parts,
+        measures=FinalOracle().measures,
         identity={
             "problem": "toy",
             "seed": seed,
@@ -386,7 +393,7 @@ def toy_problem(
     )
 
 
-def teach(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
+def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
     """A reward of finished assets, from people's pairs of the last stage."""
     decoder = ToyPipeline(nn.Identity(), nn.Identity())
     better, worse = (

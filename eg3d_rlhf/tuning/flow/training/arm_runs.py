@@ -31,7 +31,8 @@ from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
 from eg3d_rlhf.models.policies import link, tuned_model
-from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Choosing, Judging, Problem, ProblemSource, judged
+from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES, Choosing, Judging, judged
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels, stage_of

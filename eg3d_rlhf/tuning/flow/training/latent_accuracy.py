@@ -79,15 +79,15 @@ def compared(
     Raises: ValueError for labels, or conditions with held-out pairs, that are too few.
     """
     last = problem.pipeline.stages[-1].name
-    held = {name: problem.pairs_to_tell(name) for name in (stage, last)}
+    held = {name: problem.held_out_pairs(name) for name in (stage, last)}
     names = [pair.condition for pair in held[stage]]
     conditions = check_enough(names)
     read = list[LatentReward]()
     decoded = list[AssetReward]()
     for seed in seeds:
         say(f"training seed {seed}")
-        if problem.teach is not None:
-            decoded.append(problem.teach(problem.human_pairs(last), seed))
+        if problem.fit_reward is not None:
+            decoded.append(problem.fit_reward(problem.train_pairs[last], seed))
         read.append(taught_by(problem, stage, LatentTraining(seed=seed), decoded[-1] if decoded else None))
     outcomes = {LATENT: np.stack([of_latents(reward, held[stage]) for reward in read])}  # [S, P]
     if decoded:

@@ -248,11 +248,11 @@ def taught_by(
     Args: decoded: that reward, where it is known.
     """
     training = training or LatentTraining()
-    pairs = problem.human_pairs(stage)
-    if problem.teach is None or not pairs:
+    pairs = problem.train_pairs[stage]
+    if problem.fit_reward is None or not pairs:
         return teach(problem.pipeline, stage, pairs, training)
-    finished = problem.human_pairs(problem.pipeline.stages[-1].name)
-    decoded = decoded or problem.teach(finished, training.seed)
+    finished = problem.train_pairs[problem.pipeline.stages[-1].name]
+    decoded = decoded or problem.fit_reward(finished, training.seed)
     return teach(
         problem.pipeline,
         stage,

@@ -21,13 +21,7 @@ import torch
 
 from eg3d_rlhf.preferences.goodness import read_goodness, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
-from eg3d_rlhf.tuning.flow.base.problem import (
-    EncodingSource,
-    Problem,
-    ProblemSource,
-    chosen_precision,
-    divided,
-)
+from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
     Imported,
@@ -37,7 +31,8 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     write_import,
 )
 from eg3d_rlhf.tuning.flow.base.singles import known_of
-from eg3d_rlhf.tuning.flow.families import FlowFamily, open_folder, open_problem
+from eg3d_rlhf.tuning.flow.families import FlowFamily
+from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, TRAIN, Work
 from training.progress import tqdm
 

@@ -28,11 +28,12 @@ from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.models.sparse import Latent, separate
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import PROMPTS
-from eg3d_rlhf.tuning.flow.base.problem import chosen_precision, hash_of
+from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_latents
 from eg3d_rlhf.tuning.flow.base.sampling import stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, refusing_empty
 from eg3d_rlhf.tuning.flow.families import FlowFamily
+from eg3d_rlhf.tuning.flow.families.opening import hash_of
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic

@@ -23,8 +23,9 @@ from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import markdown_rows, write
 from eg3d_rlhf.models.policies import link_folder, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import collate
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Problem
+from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
@@ -127,11 +128,8 @@ DEAF = ": it knows no more than a coin, and what is chosen by it is chosen by ch
 
 
 def pairs_of(problem: Problem, stage: str) -> list[PreferencePair]:
-    """People's pairs to train a stage on; none where the stage has none."""
-    try:
-        return problem.human_pairs(stage)
-    except ValueError:  # a stage without pairs
-        return []
+    """Return the pairs to train a stage on; none where the stage has none."""
+    return list(problem.train_pairs[stage]) if stage in problem.train_pairs else []
 
 
 def check_pairs_to_tell(problem: Problem, stage: str) -> list[PreferencePair]:
@@ -140,10 +138,11 @@ def check_pairs_to_tell(problem: Problem, stage: str) -> list[PreferencePair]:
     Raises: ValueError for too few to train, to choose and to tell.
     """
     stage_of(problem.pipeline, stage)
-    parts = {
-        "to train on": problem.human_pairs(stage),
-        "to choose on": problem.pairs_to_choose(stage),
-        "to tell by": problem.pairs_to_tell(stage),
+    held = problem.held_out_pairs(stage)
+    parts: dict[str, Sequence[PreferencePair]] = {
+        "to train on": problem.train_pairs[stage],
+        "to choose on": problem.choosing_pairs(stage),
+        "to tell by": held,
     }
     counts = {what: len({pair.condition for pair in pairs}) for what, pairs in parts.items()}
     least = {"to train on": 1, "to choose on": 1, "to tell by": LEAST_CONDITIONS}
@@ -154,7 +153,7 @@ def check_pairs_to_tell(problem: Problem, stage: str) -> list[PreferencePair]:
             f" {LEAST_CONDITIONS} to tell by, got {got}. Label assets of more pictures or texts, or hold more"
             " of them out."
         )
-    return parts["to tell by"]
+    return held
 
 
 def shuffled(problem: Problem, seed: int) -> Problem:
@@ -162,10 +161,8 @@ def shuffled(problem: Problem, seed: int) -> Problem:
     people's own.
     """
 
-    def pairs(stage: str) -> list[PreferencePair]:
-        return turned_by_coin(problem.human_pairs(stage), seed)
-
-    return replace(problem, human_pairs=pairs, identity={**problem.identity, "shuffled": seed})
+    pairs = PairsByStage(problem.train_pairs, lambda stage: turned_by_coin(problem.train_pairs[stage], seed))
+    return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
 def _arm(
@@ -199,10 +196,10 @@ def _arm(
         trained[stage] = train_stage(
             problem.pipeline,
             stage,
-            problem.human_pairs(stage),
+            problem.train_pairs[stage],
             config,
             folder / TRAINING / place / stage,
-            unseen=problem.pairs_to_choose(stage),
+            unseen=problem.choosing_pairs(stage),
             ranks=ranks,
             resume=True,
             say=say,
@@ -305,17 +302,13 @@ def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
     """
     last = problem.pipeline.stages[-1].name
     found = {}
-    unseen = problem.unseen_pairs or (lambda stage, names: [])
+    unseen = [] if problem.unseen_pairs is None else problem.unseen_pairs[last]
     for name in JUDGES:
         judge = getattr(problem, name)
         fitted = set(problem.fitted_to.get(name, ()))
         if judge is None:
             continue
-        pairs = [
-            *pairs_of(problem, last),
-            *unseen(last, [*problem.choosing_conditions, *problem.held_out_conditions]),
-        ]
-        pairs = [pair for pair in pairs if pair.condition not in fitted]
+        pairs = [pair for pair in (*pairs_of(problem, last), *unseen) if pair.condition not in fitted]
         pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_JUDGED))]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue

@@ -154,7 +154,7 @@ def problem(**changes) -> Problem:
     judges = {"reward": lambda a, c: None, "chooser": lambda a, c: None, "final": lambda a, c: None}
     known = {
         "pipeline": Two(),
-        "human_pairs": lambda name: [pair_of(0)],
+        "train_pairs": {"voxels": [pair_of(0)]},
         "train_conditions": ["a", "b"],
         "held_out_conditions": ["c"],
     }

@@ -168,7 +168,7 @@ def test_packing_goes_both_ways():
 def test_the_problem_is_whole():
     problem = toy_problem(seed=3, pairs_per_condition=2)
     assert [stage.name for stage in problem.pipeline.stages] == ["structure", "voxels"]
-    assert len(problem.human_pairs("voxels")) == 2 * len(problem.train_conditions) == 128
+    assert len(problem.train_pairs["voxels"]) == 2 * len(problem.train_conditions) == 128
     assert len(problem.held_out_conditions) == 96 and len(problem.choosing) == 32
     judges = [type(judge) for judge in (problem.reward, problem.chooser, problem.final)]
     assert len(set(judges)) == 3

@@ -155,7 +155,7 @@ def test_what_one_feature_of_assets_orders_without_any_training():
     `pytest -s` prints it.
     """
     problem = toy_problem()
-    pairs = problem.pairs_to_tell("voxels")
+    pairs = problem.held_out_pairs("voxels")
     assets = [
         problem.pipeline.decode(collate([latent]))[0]
         for pair in pairs

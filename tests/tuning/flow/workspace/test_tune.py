@@ -2,7 +2,6 @@
 nothing.
 """
 
-import functools
 import json
 from dataclasses import replace
 from zlib import crc32
@@ -13,6 +12,7 @@ import torch
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
+from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.workspace import tune as module
 from eg3d_rlhf.tuning.flow.workspace.tune import (
@@ -103,18 +103,22 @@ def test_the_same_call_goes_on_and_gives_the_same_report(root, tmp_path, monkeyp
     assert run(problem, tmp_path / "b", **short)["stages"] == whole["stages"]
 
 
-def enough(stage, names):
+CHOOSING = ("white",)
+HELD_OUT = ("grey", "pink", "black", "brown")
+
+
+def enough(stage):
     """Pairs of conditions of the tiny problem that nothing trains on."""
+    names = (*CHOOSING, *HELD_OUT)
     pairs = human_pairs(stage)
     return [replace(pair, id=f"{name}-{pair.id}", condition=name) for name in names for pair in pairs[:3]]
 
 
 def tiny(**changes):
     return tiny_problem(
-        unseen_pairs=enough,
-        choosing_conditions=("white",),
-        held_out_conditions=("grey", "pink", "black", "brown"),
-        human_pairs=functools.cache(human_pairs),
+        unseen_pairs=PairsByStage(("structure", "voxels"), enough),
+        choosing_conditions=CHOOSING,
+        held_out_conditions=HELD_OUT,
         **changes,
     )
 
@@ -161,10 +165,10 @@ def test_a_judge_that_knows_nothing_is_told(tmp_path):
 def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
     problem = tiny()
     control = shuffled(problem, 3)
-    own = problem.human_pairs("voxels")
-    other = control.human_pairs("voxels")
+    own = problem.train_pairs["voxels"]
+    other = control.train_pairs["voxels"]
     assert sum(a.preferred is not b.preferred for a, b in zip(own, other, strict=True)) == len(own) / 2
-    both = (of.pairs_to_choose("voxels") for of in (problem, control))
+    both = (of.choosing_pairs("voxels") for of in (problem, control))
     assert all(torch.equal(a.preferred.feats, b.preferred.feats) for a, b in zip(*both, strict=True))
     assert control.identity["shuffled"] == 3
 

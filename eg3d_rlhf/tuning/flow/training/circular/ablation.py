@@ -31,7 +31,8 @@ from eg3d_rlhf.experiments.table import (
     write,
 )
 from eg3d_rlhf.models.policies import link_folder
-from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Judging, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES, Judging
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
 from eg3d_rlhf.tuning.flow.training.circular.loop import (
     CircularLoop,

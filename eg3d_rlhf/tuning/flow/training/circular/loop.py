@@ -18,8 +18,9 @@ import torch
 
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import save_policy, tuned_model
+from eg3d_rlhf.tuning.flow.base.evaluation import Choosing, Judging, judged
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
-from eg3d_rlhf.tuning.flow.base.problem import Choosing, Judging, Problem, judged
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import stage_of, with_models
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     ANCHOR,
@@ -130,7 +131,7 @@ class CircularLoop:
         lineage = lineage or {}
         what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
         return self._train(
-            stage, lineage, config, {"source": "human"}, lambda: (self.problem.human_pairs(stage), {}), what
+            stage, lineage, config, {"source": "human"}, lambda: (self.problem.train_pairs[stage], {}), what
         )
 
     def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
@@ -150,7 +151,7 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            total = -(-len(self.problem.human_pairs(stage)) // self.ranks.world)
+            total = -(-len(self.problem.train_pairs[stage]) // self.ranks.world)
             with self._bar(f"pairs for {stage}", total) as bar:
                 place, figures = make_in_chunks(
                     folder,
@@ -191,7 +192,7 @@ class CircularLoop:
 
         def read() -> tuple[list[PreferencePair], dict]:
             kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
-            return used(kept, use, self.settings.seed, self.problem.human_pairs), report
+            return used(kept, use, self.settings.seed, self.problem.train_pairs[stage]), report
 
         return self._train(
             stage,
@@ -242,7 +243,7 @@ class CircularLoop:
                     config,
                     folder / "training",
                     held_out=held_out,
-                    unseen=self.problem.pairs_to_choose(stage),
+                    unseen=self.problem.choosing_pairs(stage),
                     ranks=self.ranks,
                     resume=True,
                     say=self.say,

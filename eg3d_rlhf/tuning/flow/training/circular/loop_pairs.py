@@ -123,7 +123,7 @@ def make_loop_pairs(
     un_op = {k: v for k, v in models_op.items() if k != behind} | {
         k: v for k, v in (models_unop or {}).items() if k == behind
     }
-    pairs = problem.human_pairs(stage) if pairs is None else pairs
+    pairs = problem.train_pairs[stage] if pairs is None else pairs
     per_batch = max(1, config.batch // config.per_pair)
     made = []
     for i in range(0, len(pairs), per_batch):
@@ -215,7 +215,7 @@ def make_in_chunks(
 
     Returns: that folder and figures of the pairs.
     """
-    human = problem.human_pairs(stage)
+    human = problem.train_pairs[stage]
     starts = range(0, len(human), config.chunk)
     chunks = folder / "chunks"
     for number, start in list(enumerate(starts))[ranks.rank :: ranks.world]:
@@ -389,14 +389,14 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 
 
 def used(
-    pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Callable[[str], list[PreferencePair]]
+    pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
     """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed that of the
     coin.
     """
     if use == PEOPLES:
         origins = {pair.provenance["human_pair"] for pair in pairs}
-        return [pair for pair in human_pairs(pairs[0].stage) if pair.id in origins]
+        return [pair for pair in human_pairs if pair.id in origins]
     if use == TURNED:
         return [turned(pair) for pair in pairs]
     if use == SHUFFLED:

@@ -114,12 +114,10 @@ class OfflineBench(Bench):
         """The pairs or single assets that an arm learns from."""
         if not arm.startswith(DPO):
             return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
-        pairs = self.problem.human_pairs(self.stage.name)
+        pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
-            return pairs
-        return used(
-            pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, self.problem.human_pairs
-        )
+            return list(pairs)
+        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         what = (self.problem.pipeline, self.stage.name, self.answers(arm))

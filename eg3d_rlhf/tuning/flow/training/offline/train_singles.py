@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.sparse import Batch, Latent, collate, coords_of, feats_of, single
+from eg3d_rlhf.models.sparse import Batch, collate, coords_of, feats_of, single
 from eg3d_rlhf.preferences.goodness import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
+from eg3d_rlhf.tuning.flow.base.singles import Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, check_convention, stage_of
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
 from eg3d_rlhf.tuning.flow.training.pair_training import Example, PassConfig, Passes, latents_checksum
@@ -44,17 +45,6 @@ EVEN = 1e-9  # of r from 1/2, which teaches nothing
 FAR = 0.9  # of the reference's own error, as far as its velocities may be left behind
 CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
 _loss = partial(knob, group="Loss of single assets")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Single:
-    """A latent of one stage, and how good the asset is."""
-
-    id: str  # unique within its set: it seeds the noise
-    condition: str  # name; the pipeline knows its tokens
-    stage: str
-    latent: Latent
-    r: float  # in 0..1; 1/2 teaches nothing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ import torch
 
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import separate, to_cpu
+from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.base.problem import JUDGES, Problem
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 from eg3d_rlhf.tuning.flow.training.arm_runs import CONTROLS, ArmsRun, Bench, Columns, Opened

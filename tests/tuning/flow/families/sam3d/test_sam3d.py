@@ -23,9 +23,10 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.families import check_source, family_of
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
+from eg3d_rlhf.tuning.flow.families.opening import check_source
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import Case, folders
@@ -300,7 +301,7 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
         )
 
     shape, file, whole = (opened(parts) for parts in ("shape", "file", "all"))
-    assert set(shape.human_pairs("structure")[0].preferred.tensors) == {"shape"}
+    assert set(shape.train_pairs["structure"][0].preferred.tensors) == {"shape"}
     stage = shape.pipeline.stages[0]
     as_trained = whole.pipeline.stages[0]
     noise, given = (made.noise([3], [None]) for made in (stage, as_trained))
@@ -317,7 +318,7 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
         file.pipeline.stages[0].path.weights["translation"] == 1
         and whole.pipeline.stages[0].path.weights is None
     )
-    assert set(file.human_pairs("structure")[0].preferred.tensors) == set(both.preferred.tensors)
+    assert set(file.train_pairs["structure"][0].preferred.tensors) == set(both.preferred.tensors)
     assert len({json.dumps(problem.identity, sort_keys=True) for problem in (shape, file, whole)}) == 3
     with raising("--parts", "--pipeline"):
         check_source(ProblemSource(parts="shape"))

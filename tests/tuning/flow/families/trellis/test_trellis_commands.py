@@ -11,7 +11,7 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.sampling import generate
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
 from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
 from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from tests.modes.flow_works import flow

@@ -66,9 +66,9 @@ def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, peopl
         and problem.choosing == problem.held_out_conditions
     )
     for stage in (STRUCTURE, LATENT):
-        pairs = problem.human_pairs(stage)
+        pairs = problem.train_pairs[stage]
         assert {p.condition for p in pairs} == trained and len(pairs) == 3 * len(trained)
-    assert [p.id for p in problem.human_pairs(STRUCTURE)] == [p.id for p in problem.human_pairs(LATENT)]
+    assert [p.id for p in problem.train_pairs[STRUCTURE]] == [p.id for p in problem.train_pairs[LATENT]]
     again = trellis_problem(trellis_root, people, seed=1)
     assert all(stage.model.recompute for stage in problem.pipeline.stages)
     assert again.identity == problem.identity and again.held_out_conditions == problem.held_out_conditions
@@ -99,11 +99,11 @@ def test_pairs_beside_the_networks_and_one_folder_per_stage(problem, trellis_roo
     shutil.copytree(people, root / "pairs")
     assert trellis_problem(root, seed=1).identity == problem.identity
     alone = trellis_problem(trellis_root, people / LATENT, seed=1)
-    assert alone.final is None and alone.human_pairs(LATENT)
+    assert alone.final is None and alone.train_pairs[LATENT]
 
 
 def test_the_reward_orders_assets_as_people_did(problem):
-    pairs = problem.human_pairs(LATENT)
+    pairs = problem.train_pairs[LATENT]
     for judge in (problem.reward, problem.chooser, problem.final):
         assert judge is not None
         sides = [
@@ -153,7 +153,7 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
     tuned = copy.deepcopy(problem.pipeline.stages[1].model)
     with torch.no_grad():
         tuned.out_layer.bias += torch.tensor([1.0, -2.0, 0.5, 2.0])
-    human = problem.human_pairs(STRUCTURE)[:2]
+    human = problem.train_pairs[STRUCTURE][:2]
     pairs = make_loop_pairs(problem, {LATENT: tuned}, LoopPairsConfig(), seed=3, pairs=human)
     assert [p.id for p in pairs] == [f"{p.id}/0" for p in human] and all(
         p.stage == STRUCTURE and p.source == "loop" for p in pairs
@@ -170,13 +170,13 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
 def test_pairs_of_one_stage_train_that_stage_alone(trellis_root, pipeline, tmp_path):
     folder = write_people(tmp_path / "pairs", pipeline.file, stages=(STRUCTURE,))
     problem = trellis_problem(trellis_root, folder)
-    assert problem.human_pairs(STRUCTURE) and problem.chooser is None and problem.final is None
+    assert problem.train_pairs[STRUCTURE] and problem.chooser is None and problem.final is None
     with raising("pairs", "'latent'", "structure"):
-        problem.human_pairs(LATENT)
-    with raising("pairs", "'latent'", "structure"):
+        problem.train_pairs[LATENT]
+    with raising("reward", "last stage"):
         problem.reward([], [])
-    with raising("stage", "structure", "latent", "'mesh'"):
-        problem.human_pairs("mesh")
+    with raising("pairs", "'mesh'", "structure"):
+        problem.train_pairs["mesh"]
 
 
 @pytest.fixture

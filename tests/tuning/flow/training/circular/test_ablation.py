@@ -10,7 +10,7 @@ import torch
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import rate, with_interval, write
-from eg3d_rlhf.tuning.flow.base.problem import Judging, judged, spread
+from eg3d_rlhf.tuning.flow.base.evaluation import Judging, judged, spread
 from eg3d_rlhf.tuning.flow.training.circular import ablation
 from eg3d_rlhf.tuning.flow.training.circular import loop as circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import (

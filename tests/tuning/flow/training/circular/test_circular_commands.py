@@ -17,7 +17,7 @@ from eg3d_rlhf.modes import circular_dpo as commands
 from eg3d_rlhf.modes.circular_dpo import default_settings, resolve
 from eg3d_rlhf.modes.flow_flags import circular_settings
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.circular.ablation import CircularRun
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
 from tests.rejections import raising, rejected
@@ -245,4 +245,4 @@ def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch
 def test_the_toy_opens_as_a_problem():
     problem = open_problem(ProblemSource())
     assert [stage.name for stage in problem.pipeline.stages] == ["structure", "voxels"]
-    assert problem.human_pairs("voxels") is problem.human_pairs("voxels") and problem.parts is not None
+    assert problem.train_pairs["voxels"] is problem.train_pairs["voxels"] and problem.parts is not None

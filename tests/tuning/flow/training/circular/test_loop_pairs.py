@@ -57,7 +57,7 @@ def made(problem, op):
 
 
 def test_every_human_pair_gives_as_many_as_asked_with_op_preferred(problem, made):
-    human = problem.human_pairs("structure")
+    human = problem.train_pairs["structure"]
     assert len(made) == 2 * len(human)
     assert [p.id for p in made[:3]] == [f"{human[0].id}/0", f"{human[0].id}/1", f"{human[1].id}/0"]
     assert {(p.stage, p.source, p.provenance["sampled_stage"]) for p in made} == {
@@ -68,7 +68,7 @@ def test_every_human_pair_gives_as_many_as_asked_with_op_preferred(problem, made
 
 def test_both_sides_stand_on_the_preferred_structure(problem, made):
     """Decoding only carves, so nothing outside the preferred one's voxels can be filled."""
-    for pair, human in zip(made[::2], problem.human_pairs("structure"), strict=True):
+    for pair, human in zip(made[::2], problem.train_pairs["structure"], strict=True):
         room = human.preferred[0] > 0
         assert not ((pair.preferred[0] > 0) & ~room).any() and not ((pair.rejected[0] > 0) & ~room).any()
 
@@ -103,7 +103,7 @@ def test_marks_say_whether_the_structure_changed(made):
 
 
 def test_noise_belongs_to_seed_and_pair_whatever_the_batch(problem, op, made):
-    part = problem.human_pairs("structure")[3:6]
+    part = problem.train_pairs["structure"][3:6]
     again = make_loop_pairs(problem, op, replace(CONFIG, batch=3), seed=3, pairs=part)
     for a, b in zip(again, made[6:12], strict=True):
         assert a.id == b.id and torch.equal(a.preferred, b.preferred) and a.provenance == b.provenance

@@ -19,6 +19,7 @@ from eg3d_rlhf.modes.flow_new import new
 from eg3d_rlhf.modes.offline import default_run
 from eg3d_rlhf.preferences.goodness import of_votes
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
@@ -116,7 +117,9 @@ def people(kind: str) -> Labelled:
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     monkeypatch.setattr(
-        commands, "open_problem", lambda source, device: replace(tiny_problem(), human_singles=people)
+        commands,
+        "open_problem",
+        lambda source, device: replace(tiny_problem(), labelled=Lazy(("thumbs", "ranks"), people)),
     )
     monkeypatch.setattr(
         commands,

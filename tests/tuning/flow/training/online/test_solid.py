@@ -8,7 +8,7 @@ import torch
 
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.tuning.flow.base.sampling import generate
-from eg3d_rlhf.tuning.flow.families import open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.toy.pipeline import R, ToyAsset
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource

@@ -1,0 +1,296 @@
+"""Opening of problems: the one place that reads a generator's folder together with preference pairs.
+
+A folder of a generator's networks becomes a `Problem` with
+
+    PAIRS/<stage>                     pairs of a stage; some stages may be missing
+    PAIRS/conditions.safetensors      embeddings of their conditions
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.pairs import (
+    PairsByStage,
+    PreferencePair,
+    pairs_hash,
+    pairs_of_conditions,
+    read_pairs,
+)
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource, chosen_precision
+from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
+from eg3d_rlhf.tuning.flow.families import COMMON, FAMILIES, FlowFamily, bundled_family, family_of
+
+
+def check_source(source: ProblemSource) -> None:
+    """Refuse what has no effect on a problem, or lacks, as far as its names tell.
+
+    Raises: ValueError naming it.
+    """
+    family = bundled_family(source.pipeline)
+    if family is not None:
+        _refuse(
+            source,
+            (*family.common, *family.options),
+            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
+        )
+        return
+    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read = [f.name for f in fields(source) if f.name not in alone]
+    _refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
+    if source.pairs is None and source.needs_pairs:
+        raise ValueError(
+            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
+            " brings its own."
+        )
+
+
+def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
+    """Options that are given though they are not read."""
+    return ", ".join(
+        f"--{f.name.replace('_', '-')}"
+        for f in fields(source)
+        if f.name not in read and getattr(source, f.name) != f.default
+    )
+
+
+def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
+    extra = _beyond(source, read)
+    if extra:
+        raise ValueError(f"{extra}: {why}. Leave it out.")
+
+
+def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
+    """The problem of a bundled generator or a folder of any family; pairs of a stage are made or read once.
+
+    Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does
+        not read.
+    """
+    check_source(source)
+    family = family_of(Path(source.pipeline))
+    _refuse(
+        source,
+        (*family.common, *family.options),
+        f"belongs to other generators, and would have no effect on {family.name}",
+    )
+    if source.pairs is None and not source.needs_pairs and not family.bundled:
+        problem = open_conditions(family, source, device)
+    else:
+        problem = family.open(source, device) if family.open else open_folder(family, source, device)
+    precision = chosen_precision(source.precision, device)
+    for stage in problem.pipeline.stages:
+        stage.precision = precision
+    identity = {**problem.identity, "precision": precision}
+    return replace(problem, identity=identity)
+
+
+def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
+    """Folders of people's pairs by stage. Raises: see `pair_folders`."""
+    return pair_folders(Path(source.pairs or Path(source.pipeline) / "pairs"), family.stages)
+
+
+def open_folder(
+    family: FlowFamily,
+    source: ProblemSource,
+    device: str | torch.device = "cpu",
+    check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
+) -> Problem:
+    """The problem of a folder and pairs of its stages, by what its family says of it.
+
+    Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on
+    where there are two or more. Where the family makes a reward of people's pairs of the last stage, three
+    are fitted to pairs of different conditions: one half of the trained (w1 and w2), the other half
+    (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is the
+    first alone.
+
+    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the
+        writer had to say.
+    Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
+    """
+    folders = pairs_in(family, source)
+    judge = family.judge
+    place = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
+    tokens = read_conditions(place, zero_null=family.zero_null)
+    pipeline: Any = family.load(
+        Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device
+    )
+    files = _identity(family, source, place)
+    read = read_stages(folders, pipeline, functools.partial(check, pipeline))
+    named = sorted({pair.condition for pairs in read.values() for pair in pairs})
+    tokens.of(named)  # raises for those that are missing
+    trained, choosing, held = map(list, source.splits or divided(named, source.seed, source.held_out))
+    last = pipeline.stages[-1].name
+
+    def pairs_under(names: Sequence[str]) -> PairsByStage:
+        return PairsByStage(folders, lambda stage: pairs_of_conditions(read[stage], names))
+
+    def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
+        if judge is None:
+            return None
+        return judge(pipeline, pairs_of_conditions(read.get(last, ()), names), title)
+
+    judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
+    halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
+    return Problem(
+        pipeline=pipeline,
+        train_conditions=trained,
+        held_out_conditions=held,
+        choosing_conditions=choosing,
+        train_pairs=pairs_under(trained),
+        unseen_pairs=pairs_under([*choosing, *held]),
+        reward=fitted("reward", halves[0]),
+        chooser=fitted("chooser", halves[1]) if judged and halves[1] else None,
+        final=fitted("final judge", held) if judged else None,
+        fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
+        fit_reward=(
+            None
+            if judge is None or last not in folders
+            else lambda pairs, seed: judge(pipeline, pairs, "reward")
+        ),
+        identity={
+            **files,
+            "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()},
+            "seed": source.seed,
+            **(
+                {"held_out": source.held_out}
+                if source.splits is None
+                else {"splits": list(map(list, source.splits))}
+            ),
+        },
+    )
+
+
+def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
+    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is ''
+    where the file has it.
+
+    Raises: ValueError for no embeddings, or for options that are then not read.
+    """
+    extra = _beyond(source, COMMON)
+    if source.conditions is None or extra:
+        got = f"{extra} beside none" if extra else "none"
+        raise ValueError(
+            f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
+            " the file."
+        )
+    root = Path(source.pipeline)
+    place = Path(source.conditions)
+    tokens = read_conditions(place, zero_null=family.zero_null)
+    tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
+    pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
+    identity = _identity(family, source, place)
+    trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
+    return Problem(
+        pipeline=pipeline,
+        train_conditions=trained,
+        held_out_conditions=held,
+        choosing_conditions=choosing,
+        train_pairs={stage.name: [] for stage in pipeline.stages},
+        identity={**identity, "seed": source.seed, "held_out": source.held_out},
+    )
+
+
+def _identity(family: FlowFamily, source: ProblemSource, conditions: Path) -> dict:
+    hashes = {name: file_hash(path) for name, path in family.files(Path(source.pipeline)).items()}
+    return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(conditions), "files": hashes}
+
+
+def read_stages(
+    folders: Mapping[str, Path], pipeline: Pipeline, check: Callable[[Path, str, Mapping], None]
+) -> dict[str, list[PreferencePair]]:
+    """Read the pairs of every stage from a folder for each; returns them by stage.
+
+    Args: check: raises ValueError for pairs of another pipeline, given the folder, the stage and meta.json.
+    Raises: ValueError where the pairs are not of the same assets: the loop samples on what a stage's
+        preferred one leaves to the next.
+    """
+    read: dict[str, list[PreferencePair]] = {}
+    for stage, folder in folders.items():
+        read[stage], meta = read_pairs(folder, stage_of(pipeline, stage))
+        if (got := meta.get("convention")) != CONVENTION:
+            raise ValueError(
+                f"{folder}: expected the convention {CONVENTION!r}, got {got!r}. Make the pairs again with"
+                " this program."
+            )
+        check(folder, stage, meta)
+    (first, pairs), *others = read.items()
+    expected = {(pair.id, pair.condition) for pair in pairs}
+    for stage, pairs_there in others:
+        odd = sorted({(pair.id, pair.condition) for pair in pairs_there} ^ expected)
+        if odd:
+            got = f"{len(odd)} that one of them lacks, {odd[0][0]!r} first. Make both from the same assets"
+            raise ValueError(f"pairs: expected the same pairs at stages {first!r} and {stage!r}, got {got}.")
+    return read
+
+
+def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
+    """Conditions to train on, one at least; and of a share that is held out, those to choose on and the
+    table's, by a hash of names.
+    """
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    count = min(max(1, round(held_out * len(order))), len(order) - 1)
+    return order[count:], order[: count // 2], order[count // 2 : count]  # one alone is the table's
+
+
+def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
+    """Pair folders by stage, in a folder that holds one for each, or of one such.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    if (path / "meta.json").is_file():
+        folders = {_stage_in(path / "meta.json"): path}
+    else:
+        folders = {stage: path / stage for stage in stages if (path / stage).is_dir()}
+    if not folders:
+        what = f"a folder of pairs, or {' or '.join(stages)} in it"
+        raise FileNotFoundError(
+            f"pairs: expected {what}, got none at {path}. Make some: eg3d-rlhf flow tune WORK --pairs-only."
+        )
+    unknown = sorted(set(folders) - set(stages))
+    if unknown:
+        raise ValueError(
+            f"pairs: expected stages {' and '.join(stages)}, got {', '.join(unknown)}. They are of another"
+            " pipeline."
+        )
+    return folders
+
+
+def _stage_in(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected JSON with a stage, got {error}. Restore the file.") from None
+
+
+def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) -> Path:
+    """The file of embeddings: the one that is given, else that beside the pairs.
+
+    Raises: FileNotFoundError.
+    """
+    # or WORK's
+    places = [place / CONDITIONS for folder in folders.values() for place in folder.absolute().parents[:2]]
+    path = Path(given or next((path for path in places if path.is_file()), places[0]))
+    if given is None and not path.is_file():
+        raise FileNotFoundError(
+            f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name"
+            " --conditions."
+        )
+    return path
+
+
+def hash_of(path: Path) -> str:
+    """Of a file, or of a folder's names and bytes."""
+    if path.is_file():
+        return file_hash(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        digest.update(f"{file.name} {file_hash(file)}\n".encode())
+    return digest.hexdigest()
