@@ -34,6 +34,7 @@ from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
     ARMS,
@@ -178,7 +179,8 @@ def check_opened(settings: OfflineRun, opened: Opened, run: Run) -> None:
         if not any(name.startswith(DPO) == (arm == DPO) for name in settings.arms):
             continue
         if arm == LABELS:
-            check_singles(bench.problem.pipeline, bench.stage, bench.answers(arm), settings.singles.loss)
+            conditioned = ConditionedStage(bench.stage, bench.problem.pipeline)
+            check_singles(conditioned, bench.answers(arm), settings.singles.loss)
         elif not bench.answers(arm):
             raise ValueError(
                 "--arms=dpo: expected people's pairs, got none. Name --pairs, or leave the arm out."

@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import POLICY, WIN_RATE, StageResult
+from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult
 from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
@@ -281,9 +281,7 @@ class Worker:
                 done = bench.train(arm, folder, held_out=chooser, ranks=self.ranks, resume=True, say=self.say)
                 models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
                 result = {
-                    "kept_step": done.kept_step,
-                    "warnings": done.warnings,
-                    "win_rates": [[line["step"], line[WIN_RATE]] for line in done.stats if WIN_RATE in line],
+                    **done.record(),
                     **bench.figures(arm, done, models[bench.stage.name], settings.judging.seed, self.ranks),
                 }
             if self.ranks.main and settings.summary:

@@ -24,6 +24,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import guides, sample, times
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.families.released import Sized
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import SHARE, Cost, cost_of_update, fake_stage
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from torch_utils.ops.implementations import implementation
@@ -46,8 +47,8 @@ class Row:
     seconds: float | None = None  # at the device's speed; None: not measured
 
 
-class Told:
-    """As much of a pipeline as an update asks for: conditions of a shape."""
+class ZeroConditioning:
+    """Conditioning of a stage's shape, all zeros."""
 
     def __init__(self, sized: Sized):
         self.told = sized.told
@@ -119,10 +120,10 @@ def update(
     """Of one update of a stage by itself, by DPO on `batch` pairs in one pass."""
     config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
-    told = Told(sized)
 
     def start(stage: FlowStage, policy: torch.nn.Module, reference: Any) -> Updates:
-        return Updates(told, stage, pairs, config, policy, reference, SINGLE)
+        conditioned = ConditionedStage(stage, ZeroConditioning(sized))
+        return Updates(conditioned, pairs, config, policy, reference, SINGLE)
 
     return cost_of_update(sized.stage, config, start, recompute, device)
 
@@ -135,7 +136,7 @@ def drawing(sized: Sized, batch: int, voxels: int | None = None) -> Cost:
         stage = fake_stage(trace, sized.stage)
         given = given_of(stage, batch, voxels)
         with trace:
-            cond = Told(sized).no_condition(batch, stage.name)
+            cond = ZeroConditioning(sized).no_condition(batch, stage.name)
             trace.mark()
             sample(
                 stage,

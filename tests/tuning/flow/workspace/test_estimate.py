@@ -18,11 +18,12 @@ from eg3d_rlhf.tuning.flow.base.sampling import stage_noise
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels, TokenSet
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
 from eg3d_rlhf.tuning.flow.families.released import RELEASED, Sized
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, recomputing, trained
 from eg3d_rlhf.tuning.flow.workspace import estimate
-from eg3d_rlhf.tuning.flow.workspace.estimate import Told, pairs_of
+from eg3d_rlhf.tuning.flow.workspace.estimate import ZeroConditioning, pairs_of
 from tests.rejections import raising
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -128,7 +129,14 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     config = TrainConfig(batch=1, warmup=0).at(sized.stage, 0)
     policy, reference = policy_and_reference(sized.stage, config)
     recomputing(policy, recompute)
-    updates = Updates(Told(sized), sized.stage, pairs_of(sized.stage, 1), config, policy, reference, SINGLE)
+    updates = Updates(
+        ConditionedStage(sized.stage, ZeroConditioning(sized)),
+        pairs_of(sized.stage, 1),
+        config,
+        policy,
+        reference,
+        SINGLE,
+    )
     updates.run(0)
     held = sum(p.nbytes for p in trained(policy).values()) * 3  # adapters and their moments
     measured = weights + held + allocated(lambda: updates.run(1))
@@ -153,7 +161,7 @@ def test_drawing_takes_what_is_estimated(case):
     stage = sized.stage
     weights = sum(p.nbytes for p in stage.model.state_dict().values())
     places = [getattr(x, "coords", None) for x in estimate.latents_of(stage, 2)]
-    cond = Told(sized).no_condition(2, stage.name)
+    cond = ZeroConditioning(sized).no_condition(2, stage.name)
     measured = weights + allocated(
         lambda: estimate.sample(stage, stage_noise(stage, [0, 0], places), cond, cond, Sampling(steps=1))
     )

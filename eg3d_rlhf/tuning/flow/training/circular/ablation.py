@@ -409,8 +409,8 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         # The finished generator, and that with the last stage alone tuned, against the base: a table of one
         # training seed.
         seed = settings.circular.seed
-        last = problem.pipeline.stages[-1].name
         loop = loop_of(settings, problem, seed, bars=True)
+        last = loop.names[-1]
         compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
         compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
         scores = {
@@ -485,15 +485,14 @@ class Ablation:
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
         """The last stage, or those before it, each trained from the base."""
-        names = [stage.name for stage in loop.problem.pipeline.stages]
-        chosen = names[-1:] if part == "last" else names[:-1]
+        chosen = loop.names[-1:] if part == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
         """The loop's networks and pairs; without a group, up to the pairs that all groups share."""
         lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
-        for name in reversed([stage.name for stage in loop.problem.pipeline.stages][:-1]):
+        for name in reversed(loop.names[:-1]):
             pairs[name] = loop.pairs(name, lineage)
             if group is None:
                 break

@@ -20,6 +20,7 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, ArmsSource, Bench, Columns, Opened
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SHUFFLED, TURNED, used
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import DGPO, SinglesConfig, train_singles
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.trainer import StageResult
@@ -120,7 +121,7 @@ class OfflineBench(Bench):
         return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
-        what = (self.problem.pipeline, self.stage.name, self.answers(arm))
+        what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
         return (
             train_stage(*what, self.dpo, out, **options)
             if arm.startswith(DPO)

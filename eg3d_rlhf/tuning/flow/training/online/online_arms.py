@@ -27,6 +27,7 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 from eg3d_rlhf.tuning.flow.training.arm_runs import CONTROLS, ArmsRun, Bench, Columns, Opened
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
@@ -111,8 +112,7 @@ class OnlineBench(Bench):
         config = self.config(arm)
         if divided(arm)[0] == DPO:
             return train_stage(
-                task.pipeline,
-                task.stage.name,
+                ConditionedStage(task.stage, task.pipeline),
                 ranked_pairs(task, config, self.dpo.seed),
                 self.dpo,
                 out,
