@@ -24,6 +24,7 @@ from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, Sc
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff
 from eg3d_rlhf.tuning.flow.workspace.estimate import pairs_of
@@ -182,7 +183,8 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
             parameter += 0.01 * torch.randn_like(parameter)
     config = TrainConfig(batch=1)
     pairs = pairs_of(stage, 1, size.voxels)
-    work = Updates(RandomConditions(), stage, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
+    conditioned = ConditionedStage(stage, RandomConditions())
+    work = Updates(conditioned, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
     draw = work._draw(pairs, 0)
 
     def prepare() -> None:

@@ -4,89 +4,39 @@ as an ablation.
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import click
+from typing import Any
 
 from eg3d_rlhf.core.cli import option, options_of, together
-from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_torchrun
-from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
+from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_flags import (
+    COUNT,
+    EARLY,
+    LOOP,
+    OWN,
+    TOY,
+    WHAT,
+    WHOLE,
+    check_tuning,
+    circular_settings,
+    loop_flags,
+    reader_of,
+    source_of,
+    tuning_flags,
+    unset_option,
+)
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families.opening import check_source, open_problem
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.circular import loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, supervised
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, Weighing
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from training.config import from_dict
-
-Source = TypeVar("Source", bound=ProblemSource)
-WHAT = "What is trained"
-TRAIN = "Training"
-OWN = "the problem's own"
-TOY = ProblemSource.pipeline  # the bundled generator, which a run is of where no folder is named
-COUNT = click.IntRange(min=1)
-WHOLE = click.IntRange(min=0)
-POSITIVE = click.FloatRange(min=0, min_open=True)
-
-
-def problems_own(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
-    """An option that leaves the problem's default alone where it is not given."""
-    return option(
-        name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help
-    )
-
-
-tuning_flags = together(
-    problems_own(
-        "--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."
-    ),
-    problems_own(
-        "--lora-targets",
-        TRAIN,
-        "LIST",
-        str,
-        "Last parts of layers' names, with commas.",
-        "the stage's own",
-        rare=True,
-    ),
-)
-
-
-def source_of(kind: type[Source], flags: Flags) -> Source:
-    """What the problem is read from. Raises: ValueError for what has no effect on it, or lacks."""
-    source = kind(**flags.of(kind), seed=flags["seed"])
-    check_source(source)
-    return source
-
-
-def kept(kind: type, mode: str) -> dict[str, Any]:
-    """Of a Mode: how a run folder keeps its settings of a kind, beside what its problem came from."""
-    return {
-        "record": lambda settings, problem: {
-            "mode": mode,
-            "run": asdict(settings),
-            "problem": dict(problem.identity),
-        },
-        "recorded": lambda folder, flags, ranks: from_dict(
-            kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)
-        ),
-    }
-
-
-EARLY = ("held_out_every", "patience", "max_drop")
-
-
-def check_tuning(flags: Flags) -> None:
-    """Refuse adapters' flags without adapters. Raises: ValueError naming them."""
-    flags.belong(
-        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora"
-    )
 
 
 def check_judges(flags: Flags, problem: Problem) -> None:
@@ -101,24 +51,6 @@ def check_judges(flags: Flags, problem: Problem) -> None:
     chosen = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
     flags.belong(EARLY, bool(chosen), "early stopping, for which there are no held-out pairs and no judge")
 
-
-def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
-    """The field `lora` of a stage's training. Args: lora: the problem's own."""
-    adapters = flags.of(LoraConfig)
-    if flags["lora_targets"] is not None:
-        adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
-    full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
-    if full and adapters:
-        raise ValueError(
-            f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or"
-            " leave it out."
-        )
-    return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
-
-
-LOOP = "The loop"
-WEIGHT = click.FloatRange(min=0)
-AS_STEP = "that of people's pairs where it is given, else the problem's own"
 
 # The default run, of the bundled toy; chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never
 # with FinalOracle.
@@ -191,46 +123,8 @@ train_flags = together(
     tuning_flags,
     options_of(TrainConfig, everywhere=OWN),
 )
-loop_flags = together(
-    option(
-        "--rounds",
-        group=LOOP,
-        metavar="INT",
-        type=COUNT,
-        default=None,
-        show_default="1",
-        help="Of the whole loop, each from the networks of the last, which are then the reference.",
-    ),
-    problems_own(
-        "--loop-beta",
-        LOOP,
-        "FLOAT",
-        POSITIVE,
-        "Beta on the loop's pairs.",
-        "in the problem's own ratio to --beta",
-        rare=True,
-    ),
-    problems_own(
-        "--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True
-    ),
-    problems_own(
-        "--loop-sft-weight",
-        LOOP,
-        "FLOAT",
-        WEIGHT,
-        "The preferred's own error on the loop's pairs.",
-        rare=True,
-    ),
-    problems_own(
-        "--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True
-    ),
-    problems_own(
-        "--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True
-    ),
-    options_of(LoopPairsConfig, Weighing, everywhere=OWN),
-)
 table_flags = together(
-    problems_own(
+    unset_option(
         "--choose-noises",
         TABLE,
         "INT",
@@ -239,7 +133,7 @@ table_flags = together(
         rare=True,
     ),
     options_of(Judging),
-    problems_own(
+    unset_option(
         "--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"
     ),
 )
@@ -274,7 +168,7 @@ def resolve(flags: Flags) -> CircularRun:
     seed = flags["seed"]
     judging = flags.of(Judging)
     run = CircularRun(
-        circular=settings(flags, defaults),
+        circular=circular_settings(flags, defaults),
         source=source_of(ProblemSource, flags),
         stage=flags["stage"],
         groups=groups,
@@ -289,51 +183,6 @@ def resolve(flags: Flags) -> CircularRun:
             " arm out."
         )
     return run
-
-
-def settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
-    """The defaults with what the flags change."""
-    human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
-    human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
-    sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
-    defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
-    # in this order, so that the defaults' own is exact
-    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
-    anchors: dict[str, Any] = {
-        "loser_weight": defaults_loop.loser_weight,
-        "sft_weight": defaults_loop.sft_weight,
-        "beta": beta,
-    }
-    anchors |= flags.some(
-        {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"}
-    )
-    loop = replace(
-        loop,
-        dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **anchors),
-        **flags.some({"loop_lr": "lr", "loop_steps": "steps"}),
-    )
-    choosing = defaults.choosing
-    if flags["choose_noises"] == 0:
-        choosing = None
-    elif choosing is not None or flags["choose_noises"] is not None:
-        choosing = replace(choosing or Choosing(), **flags.of(Choosing))
-    return replace(
-        defaults,
-        human=human,
-        loop=loop,
-        sft=sft,
-        loop_pairs=pairs,
-        weighing=replace(defaults.weighing, **flags.of(Weighing)),
-        choosing=choosing,
-        rounds=flags["rounds"] or defaults.rounds,
-        seed=flags["seed"],
-    )
-
-
-def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
-    """All but the loss."""
-    return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
 
 
 def open_circular(settings: CircularRun, run: Run) -> Problem:
@@ -363,11 +212,16 @@ CIRCULAR_DPO = Mode(
     name="circular-dpo",
     settings=CircularRun,
     open=open_circular,
-    work=work,
+    work=lambda settings, problem, run: work(settings, problem, run, open_problem),
     title=title,
     flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,
-    **kept(CircularRun, "circular-dpo"),
+    record=lambda settings, problem: {
+        "mode": "circular-dpo",
+        "run": asdict(settings),
+        "problem": dict(problem.identity),
+    },
+    recorded=reader_of(CircularRun, "circular-dpo"),
     shown=lambda settings: {
         **asdict(settings),
         **({} if settings.groups is None else {"tasks": settings.plan.tasks()}),

@@ -10,8 +10,9 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
-from eg3d_rlhf.modes.circular_dpo import check_tuning, default_settings, loop_flags, settings, tuning_flags
+from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
+from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
@@ -131,7 +132,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
 def asked_of(flags: Flags, work: Work) -> Tuning:
     """The defaults of WORK's generator with what the flags change."""
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
-    circular = replace(settings(flags, default_settings(work.pipeline)), choosing=None)
+    circular = replace(circular_settings(flags, default_settings(work.pipeline)), choosing=None)
     dpo = circular.human.dpo
     if dpo.kind == "sigmoid" and flags.get("loser_weight") is None and not flags["loop"]:
         circular = replace(

@@ -13,10 +13,28 @@ from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
-from eg3d_rlhf.modes.circular_dpo import OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_flags import (
+    OWN,
+    TOY,
+    WHAT,
+    arms_table_flags,
+    check_arms,
+    fields_of,
+    mode_of_arms,
+    names_of,
+    source_of,
+    stage_flag,
+    tuned_as,
+    tuning_flags,
+)
+from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
     ARMS,
@@ -29,6 +47,7 @@ from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import LOSSES, NFT, SinglesConfig, check_singles
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import StageTraining
+from training.progress import tqdm
 
 # The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
 # the table does not use.
@@ -125,34 +144,57 @@ def resolve(flags: Flags) -> OfflineRun:
     )
 
 
-def open_run(settings: OfflineRun, run: Run) -> Opened:
-    """The problem and the labelled assets of a run.
+def open_offline(settings: OfflineRun, device: str) -> Opened:
+    """Open the problem and the labelled assets of a run; see mode_of_arms."""
+    source = settings.source
+    if settings.assets is not None and source.pairs is None and source.conditions is None:
+        folder = Path(settings.assets)
+        source = replace(source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS))
+    problem = open_problem(source, device)
+    return problem, labelled_of(settings, problem)
 
-    Raises: ValueError where they have not what the run needs.
-    """
+
+def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
+    """Read the assets and their labels, or take the toy's."""
+    if settings.assets is None:
+        if problem.labelled is None:
+            raise ValueError(
+                "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
+                " Name it."
+            )
+        own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
+        return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
+    family = family_of(Path(settings.source.pipeline))
+    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
+        labels = None if settings.labels is None else Path(settings.labels)
+        return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
+
+
+def check_opened(settings: OfflineRun, opened: Opened, run: Run) -> None:
+    """Raise ValueError where a problem and its labels lack what the run needs."""
     if settings.labels is not None and settings.labels not in OWN_KINDS:
         run.inputs["labels"] = Path(settings.labels)
-    opened = settings.open(run.device)
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in (LABELS, DPO):
         if not any(name.startswith(DPO) == (arm == DPO) for name in settings.arms):
             continue
         if arm == LABELS:
-            check_singles(bench.problem.pipeline, bench.stage, bench.answers(arm), settings.singles.loss)
+            conditioned = ConditionedStage(bench.stage, bench.problem.pipeline)
+            check_singles(conditioned, bench.answers(arm), settings.singles.loss)
         elif not bench.answers(arm):
             raise ValueError(
                 "--arms=dpo: expected people's pairs, got none. Name --pairs, or leave the arm out."
             )
-    return opened
 
 
 OFFLINE = mode_of_arms(
     "offline",
     OfflineRun,
     lambda settings: settings.singles.loss,
-    open_run,
+    open_offline,
+    check_opened,
     resolve=resolve,
-    flags=together(what_flags, train_flags, arms_flag, table_flags),
+    flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
     help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
     (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the
     bundled toy. Nothing is sampled while it trains but for win rates. A run that was stopped goes on with

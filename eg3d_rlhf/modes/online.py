@@ -7,9 +7,23 @@ from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
-from eg3d_rlhf.modes.circular_dpo import EARLY, OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_flags import (
+    EARLY,
+    OWN,
+    TOY,
+    WHAT,
+    arms_table_flags,
+    check_arms,
+    fields_of,
+    mode_of_arms,
+    names_of,
+    source_of,
+    stage_flag,
+    tuned_as,
+    tuning_flags,
+)
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource, Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.online.config import ON_LATENTS, OnlineConfig
@@ -216,14 +230,17 @@ def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
     return replace(config, **changes)
 
 
-def open_online(settings: OnlineRun, run: Run) -> Opened:
-    """The problem of a run. Raises: ValueError where it has not what the run needs."""
-    opened = settings.open(run.device)
+def open_online(settings: OnlineRun, device: str) -> Opened:
+    """Open the problem of a run; see mode_of_arms."""
+    return open_problem(settings.source, device), None
+
+
+def check_opened(settings: OnlineRun, opened: Opened, run: Run) -> None:
+    """Raise ValueError where a problem lacks what the run needs."""
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in settings.arms:
         bench.config(arm).sampling(bench.stage)
     bench.check_gate()
-    return opened
 
 
 def mode_named(name: str, preset: str) -> Mode:
@@ -233,7 +250,8 @@ def mode_named(name: str, preset: str) -> Mode:
         OnlineRun,
         lambda settings: settings.arms[0] if len(settings.arms) == 1 else "arms",
         open_online,
-        flags=together(what_flags, train_flags, arms_flag, table_flags),
+        check_opened,
+        flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
         where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.

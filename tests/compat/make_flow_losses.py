@@ -11,14 +11,22 @@ import torch
 from eg3d_rlhf.models.sparse import mean_per_sample
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.training.losses import dgpo
-from eg3d_rlhf.tuning.flow.training.losses.awm import awm_log_p
-from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_loss, outside
-from eg3d_rlhf.tuning.flow.training.losses.dppo import dppo_loss, dropped
-from eg3d_rlhf.tuning.flow.training.losses.guard import guard_loss, guarded_ratio
-from eg3d_rlhf.tuning.flow.training.losses.nft import goodness, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.training.losses.schedules import decay
+from eg3d_rlhf.tuning.flow.training.losses import (
+    clipped_ratio_loss,
+    dgpo_loss,
+    dgpo_stopped,
+    dppo_dropped,
+    dppo_loss,
+    goodness,
+    group_margin,
+    guard_loss,
+    guarded_ratio,
+    nft_errors,
+    nft_loss,
+    outside_clip,
+)
 from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, diverse, several
+from eg3d_rlhf.tuning.flow.training.online.snapshot import decay
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, divergence, log_density
 from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
 
@@ -185,42 +193,29 @@ def dgpo_files(draw) -> tuple[dict, dict]:
             advantage = given["advantages"].view(-1, size)
             made = {
                 "errors": errors.flatten(),
-                "loss": (dgpo.weights(errors, ref, advantage, beta) * errors).mean(),
+                "loss": (
+                    group_margin(errors, ref, advantage, beta).sigmoid()[:, None] * advantage * errors
+                ).mean(),
             }
             if kind == "clip":
-                far = dgpo.left_alone(errors, old, advantage, clip)
+                far = dgpo_stopped(errors, old, advantage, clip)
                 made["clipped"] = far.flatten()
                 errors = torch.where(far, errors.detach(), errors)
-            made["grad"] = gradient(dgpo.dgpo_loss(errors, ref, advantage, beta).mean(), v)
+            made["grad"] = gradient(dgpo_loss(errors, ref, advantage, beta).mean(), v)
             values |= below(f"s{number}/beta{beta}_{kind}", made)
     return {"clip": clip, "betas": [3.0, 40.0], "K": [5, 2]}, values
 
 
-def awm_files(draw) -> tuple[dict, dict]:
-    recipe = {"clip": 0.002, "adv_clip": 2.0, "betas": [50.0]}
+def dpo_files(draw) -> tuple[dict, dict]:
     given = latents(draw, [8, 3, 5])
     values = below("s0", given)
     u = given["eps"] - given["x0"]
     v = given["new"].clone().requires_grad_(True)
     errors = error(v, u)
-    for weight in ("Uniform", "t", "huber"):
-        log_p = awm_log_p(errors, given["t"], weight)
-        old = awm_log_p(error(given["old"], u), given["t"], weight)
-        cut = given["advantages"].clamp(-2.0, 2.0)
-        each = clipped_loss(log_p, old, cut, recipe["clip"])
-        made = {
-            "log_p": log_p.float(),
-            "log_p_old": old.float(),
-            "grad_sum": gradient(log_p.sum(), v),
-            "per_sample": each.float(),
-            "loss": each.mean().float(),
-            "grad": gradient(each.mean(), v),
-        }
-        values |= below(f"s0/awm_{weight}", made)
     margin = (error(given["ref"], u) - errors).view(-1, 2)
     loss = preference_loss(margin[:, 0] - margin[:, 1], 25.0).mean()
     values |= below("s0/dpo50.0", {"loss": loss.float(), "grad": gradient(loss, v).float()})
-    return recipe, values
+    return {"betas": [50.0]}, values
 
 
 def step_files(draw) -> tuple[dict, dict]:
@@ -281,11 +276,11 @@ def objective_files(draw) -> tuple[dict, dict]:
         ratio = (log_p - old).exp()
         far = divergence(mean, mean_old, step.std)
         guarded = guarded_ratio(log_p, old, far, step.std)
-        out = outside(ratio, cut, 0.01)
-        drop = dropped(ratio, far, advantage, 0.0002)
+        out = outside_clip(ratio, cut, 0.01)
+        drop = dppo_dropped(ratio, far, advantage, 0.0002)
         losses = {
             "kl_flow_grpo": divergence(mean, step.mean(x, v_ref), step.std / step.length**0.5),
-            "clip0.01": clipped_loss(log_p, old, cut, 0.01),
+            "clip0.01": clipped_ratio_loss(ratio, cut, 0.01),
             "guard0.003": guard_loss(guarded, cut, 0.003, step.length),
             "dppo0.0002": dppo_loss(ratio, advantage, drop),
         }
@@ -308,7 +303,7 @@ WRITTEN = {
     "windows": window_files,
     "nft": nft_files,
     "dgpo": dgpo_files,
-    "awm_dpo": awm_files,
+    "awm_dpo": dpo_files,
     "sde_steps": step_files,
     "objectives": objective_files,
 }

@@ -10,9 +10,14 @@ import torch
 
 from eg3d_rlhf.models.sparse import mean_per_sample
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_loss, outside
-from eg3d_rlhf.tuning.flow.training.losses.dppo import dppo_loss, dropped
-from eg3d_rlhf.tuning.flow.training.losses.guard import guard_loss, guarded_ratio
+from eg3d_rlhf.tuning.flow.training.losses import (
+    clipped_ratio_loss,
+    dppo_dropped,
+    dppo_loss,
+    guard_loss,
+    guarded_ratio,
+    outside_clip,
+)
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, Step, divergence, log_density
 from tests.compat.online_reference import FOLDER, Values, cases, each, gradient, number, options
 from tests.compat.reference import arrays
@@ -95,8 +100,8 @@ def test_objectives(case):
         loss = divergence(mean, step.mean(x, v_ref), step.std / step.length**0.5)
     elif name.startswith("clip"):
         limit = number("clip", name)
-        loss = clipped_loss(log_p, old, cut, limit)
-        out = outside(ratio, cut, limit)
+        loss = clipped_ratio_loss(ratio, cut, limit)
+        out = outside_clip(ratio, cut, limit)
         known.holds("clip_share", (out.high | out.low).float().mean())
         known.holds("ratio_mean", ratio.mean())
     elif name.startswith("guard"):
@@ -107,7 +112,7 @@ def test_objectives(case):
         # its ratios of all with all
         assert list(known["flow_factory_ratio_shape"]) == [len(x), *[1] * (x.ndim - 2), len(x)]
     else:
-        drop = dropped(ratio, far, advantage, number("dppo", name))
+        drop = dppo_dropped(ratio, far, advantage, number("dppo", name))
         loss = dppo_loss(ratio, advantage, drop)
         known.holds("masked_share", drop.float().mean())
         known.holds("kl_new_old", far)

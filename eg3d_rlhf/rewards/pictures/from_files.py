@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.interfaces import RewardModel, check_finite, check_pictures, check_views
-from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
+from eg3d_rlhf.core.memory import Costs, MemoryTrace, weight_row
 from eg3d_rlhf.models.clip import FLAG, hpsv2_network, load_clip_score, load_hpsv2
 from eg3d_rlhf.models.weights import empty, existing, only_file, read, require_extra
 from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork, load_blip_reward
@@ -88,16 +88,17 @@ def _costs_of_clip(clip: Any, pictures: int, noises: int) -> Costs:
 
 
 def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side: int) -> Costs:
-    network.eval().requires_grad_(False)
+    trace = MemoryTrace()
+    trace.fill(network).eval().requires_grad_(False)
 
     def back():
-        x = torch.empty(pictures, 3, side, side, device="meta", requires_grad=True)
+        x = torch.empty(pictures, 3, side, side, requires_grad=True)
         out = run(x)
         return torch.autograd.grad(out, x, torch.empty_like(out))
 
     def scored():
         with torch.no_grad():
-            return run(torch.empty(noises * pictures, 3, side, side, device="meta"))
+            return run(torch.empty(noises * pictures, 3, side, side))
 
     stages = {
         f"score {noises * pictures} pictures of {side}^2": scored,
@@ -105,7 +106,7 @@ def _costs(network: torch.nn.Module, run: Any, pictures: int, noises: int, side:
     }
     return Costs(
         weights={"reward, float32": weight_row(network)},
-        stages={name: peak_bytes(stage) for name, stage in stages.items()},
+        stages={name: trace.peak_of(stage) for name, stage in stages.items()},
     )
 
 

@@ -158,9 +158,9 @@ def check_labels_are_learnt(
     trained = []
     train_stage = tuning_module.train_stage
 
-    def seen(pipeline, stage, pairs, config, place, **options):
-        trained.append((stage, pairs, options["unseen"]))
-        return train_stage(pipeline, stage, pairs, config, place, **options)
+    def seen(conditioned, pairs, config, place, **options):
+        trained.append((conditioned.stage.name, pairs, options["unseen"]))
+        return train_stage(conditioned, pairs, config, place, **options)
 
     monkeypatch.setattr(tuning_module, "train_stage", seen)
     said = flow_works.flow("tune", folder / "WORK", f"--labels={labels}", *LEARNING)

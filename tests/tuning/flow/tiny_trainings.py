@@ -7,6 +7,7 @@ from pathlib import Path
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
@@ -53,7 +54,8 @@ def run(out, pairs=None, config=None, pipeline=None, stage="voxels", **options):
     """One training; prints nothing."""
     pairs = voxel_pairs(24) if pairs is None else pairs
     config = config or tiny_config()
-    return train_stage(pipeline or TinyPipeline(), stage, pairs, config, out, **{"say": silent, **options})
+    conditioned = ConditionedStage.from_pipeline(pipeline or TinyPipeline(), stage)
+    return train_stage(conditioned, pairs, config, out, **{"say": silent, **options})
 
 
 def judge(pipeline, per_condition=8, **options) -> HeldOut:
@@ -112,5 +114,10 @@ def toy_case(out: Path, stage: str, **options):
     problem = toy_problem(0)
     config = tiny_config(lora=None, steps=10, batch=8, batch_gpu=4, lr=1e-4, warmup=0, log_every=1)
     return train_stage(
-        problem.pipeline, stage, problem.train_pairs[stage][:30], config, out, say=silent, **options
+        ConditionedStage.from_pipeline(problem.pipeline, stage),
+        problem.train_pairs[stage][:30],
+        config,
+        out,
+        say=silent,
+        **options,
     )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.core.interfaces import CheckedPrior, check_views
-from eg3d_rlhf.core.memory import Costs, peak_bytes, weight_row
+from eg3d_rlhf.core.memory import Costs, MemoryTrace, weight_row
 from eg3d_rlhf.generators.assets.views import network_cameras
 from eg3d_rlhf.models.clip_inputs import CLIP_TOKENS, Tokenize, clip_tokenizer
 from eg3d_rlhf.models.ldm_names import to_diffusers_unet, to_diffusers_vae, to_transformers_text, unet_config
@@ -168,8 +168,8 @@ class LatentPrior:
         return None  # one picture knows nothing of its camera
 
 
-def meta_prior(folder: Path, options: PriorOptions) -> LatentPrior:
-    """The prior that a folder's config.json files describe, on the meta device: no weights are read.
+def meta_networks(folder: Path) -> Networks:
+    """Make the networks that a folder's config.json files describe, on the meta device: no weights are read.
 
     Raises: ValueError.
     """
@@ -184,8 +184,7 @@ def meta_prior(folder: Path, options: PriorOptions) -> LatentPrior:
             lambda: AutoencoderKL.from_config(configs[1]),
             lambda: CLIPTextModel(CLIPTextConfig(**configs[2])),
         ]
-        networks = dict(zip(("unet", "vae", "text"), map(empty, makers), strict=True))
-    return LatentPrior(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
+        return dict(zip(("unet", "vae", "text"), map(empty, makers), strict=True))
 
 
 def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> LatentPrior:
@@ -431,28 +430,33 @@ def load_prior(path: str | Path, options: PriorOptions | None = None) -> Checked
 
 
 def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
-    """Costs of one step of a latent diffusion prior on the meta device: its own methods are run.
+    """Estimate the costs of one step of a latent diffusion prior: its own methods are run on fake numbers.
 
-    Args: pictures: B, views of all assets of a step. noises: K of the method: 2 of DreamDPO and PSD.
+    Args: prior: on the meta device; it is changed. pictures: B, views of all assets of a step. noises: K of
+        the method: 2 of DreamDPO and PSD.
     """
+    trace = MemoryTrace()
+    for network in (prior.unet, prior.vae, prior.text):
+        trace.fill(network)
+    with trace:
+        prior.alphas_cumprod = torch.empty(1000)
+    prior.options = replace(prior.options, device="cpu")  # where fake numbers are
     channels, side, _ = prior.latent_shape
     pixels = prior.image_size
     width = int(prior.text.config.hidden_size)
     dtype = prior.options.unet_dtype
 
-    def meta(*shape: int, grad: bool = False) -> torch.Tensor:
-        return torch.empty(shape, device="meta", requires_grad=grad)
-
     def noise(batch: int, grad: bool):
-        x = meta(batch, channels, side, side, grad=grad)
-        cameras = meta(batch, 16) if prior.views > 1 else None
-        return x, prior.predict_noise(x, meta(batch).long(), meta(batch, CLIP_TOKENS, width), cameras)
+        x = torch.empty(batch, channels, side, side, requires_grad=grad)
+        cameras = torch.empty(batch, 16) if prior.views > 1 else None
+        t = torch.zeros(batch, dtype=torch.long)
+        return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
 
     def back(x: torch.Tensor, out: torch.Tensor):
         return torch.autograd.grad(out, x, torch.empty_like(out))
 
     def encode():
-        images = meta(pictures, 3, pixels, pixels, grad=True)
+        images = torch.empty(pictures, 3, pixels, pixels, requires_grad=True)
         return back(images, prior.encode(images))
 
     stages = {
@@ -461,7 +465,7 @@ def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
             lambda: noise(2 * noises * pictures, False)
         ),
         f"decode {pictures} pictures for a reward": torch.no_grad()(
-            lambda: prior.decode(meta(pictures, channels, side, side))
+            lambda: prior.decode(torch.empty(pictures, channels, side, side))
         ),
         f"gradient through the U-Net, {pictures} latents": lambda: back(*noise(pictures, True)),
     }
@@ -471,7 +475,7 @@ def latent_costs(prior: LatentPrior, pictures: int, noises: int = 1) -> Costs:
             "autoencoder, float32": weight_row(prior.vae),
             "text encoder, float32": weight_row(prior.text),
         },
-        stages={name: peak_bytes(stage) for name, stage in stages.items()},
+        stages={name: trace.peak_of(stage) for name, stage in stages.items()},
     )
 
 
@@ -488,9 +492,12 @@ def prior_costs(
     options = options or PriorOptions()
     options = replace(options, device="meta", half=options.unet_dtype == torch.float16)
     if file is None:
-        prior = meta_prior(path, options)
+        kind = LatentPrior
+        networks = meta_networks(path)
     else:
+        kind = MVDream
         networks, _ = mvdream_networks(read(file, FLAG), f"{FLAG}: {file.name}")
-        prior = MVDream(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
-    check_views(pictures, prior.views)
-    return latent_costs(prior, pictures, noises)
+    check_views(pictures, kind.views)
+    return latent_costs(
+        kind(networks, None, torch.empty(1000, device="meta"), "epsilon", options), pictures, noises
+    )

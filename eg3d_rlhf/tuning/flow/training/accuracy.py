@@ -28,7 +28,7 @@ from eg3d_rlhf.core.statistics import clustered_mean, clustered_rate
 from eg3d_rlhf.models.sparse import single
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating
-from eg3d_rlhf.tuning.flow.base.stage import Pipeline, stage_of
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairDraw, PairErrors, draw_pairs
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from training.phases import derive_seed
@@ -47,16 +47,15 @@ class PairAccuracy:
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        stage: str,
+        conditioned: ConditionedStage,
         pairs: Sequence[PreferencePair],
         draws: int = DRAWS,
         batch: int = 8,
         seed: int = 0,
     ):
         assert pairs
-        self.pipeline = pipeline
-        self.stage = stage_of(pipeline, stage)
+        self.conditioned = conditioned
+        self.stage = conditioned.stage
         self.pairs = list(pairs)
         self.draws = draws
         self.batch = batch
@@ -71,7 +70,7 @@ class PairAccuracy:
         for draw in range(self.draws):
             for at in range(0, len(self.pairs), self.batch):
                 part = self.pairs[at : at + self.batch]
-                cond = self.pipeline.conditions([pair.condition for pair in part], self.stage.name)
+                cond = self.conditioned.conditions([pair.condition for pair in part])
                 drawn = draw_pairs(self.stage, part, cond, None, DpoConfig(), self.seed, draw, device)
                 if (draw, at) not in self._of_reference:
                     self._of_reference[draw, at] = reference.errors(self.stage, drawn)

@@ -37,13 +37,15 @@ from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import POLICY, WIN_RATE, StageResult
+from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult
 from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
 BASE = "base"  # the task of the untuned network
 CONTROLS = ("shuffled", "inverted")  # how their names end
 Opened = tuple[Problem, Labelled | None]  # assets that people judged, where arms learn from such
+# (settings, device) -> what arms are trained on; pickled by name
+Open = Callable[[Any, str], Opened]
 # by title, a cell of an arm's name and its row of the table
 Columns = Mapping[str, Callable[[str, Mapping], Any]]
 
@@ -111,10 +113,6 @@ class ArmsRun(ABC):
             raise ValueError(f"--arms: expected some of {self.LISTED}, each once, got {got}. Name them.")
 
     @abstractmethod
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """What arms are trained on. Raises: ValueError or OSError for what is missing or does not fit."""
-
-    @abstractmethod
     def bench(self, opened: Opened, seed: int) -> Bench:
         """Of a training seed."""
 
@@ -177,9 +175,11 @@ class ArmsRun(ABC):
         return "\n".join(lines) + "\n"
 
 
-def work(settings: ArmsRun, opened: Opened, run: Run) -> None:
+def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     """Do what is left to do of a run, and write its results: one training in this process, on all ranks;
     several on a pool.
+
+    Args: settings: an ArmsRun; open: opens its problem in worker processes.
     """
     problem, _ = opened
     folder = run.folder
@@ -196,7 +196,7 @@ def work(settings: ArmsRun, opened: Opened, run: Run) -> None:
             f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.",
             flush=True,
         )
-        results = pooled("arms", needs, worker_of, (settings, folder, run.device), run.jobs, folder)
+        results = pooled("arms", needs, worker_of, (settings, folder, run.device, open), run.jobs, folder)
     if not run.ranks.main:
         return
     stage = settings.stage_in(problem).name
@@ -281,9 +281,7 @@ class Worker:
                 done = bench.train(arm, folder, held_out=chooser, ranks=self.ranks, resume=True, say=self.say)
                 models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
                 result = {
-                    "kept_step": done.kept_step,
-                    "warnings": done.warnings,
-                    "win_rates": [[line["step"], line[WIN_RATE]] for line in done.stats if WIN_RATE in line],
+                    **done.record(),
                     **bench.figures(arm, done, models[bench.stage.name], settings.judging.seed, self.ranks),
                 }
             if self.ranks.main and settings.summary:
@@ -308,11 +306,11 @@ class Worker:
         return {name: self.left}
 
 
-def worker_of(settings: ArmsRun, folder: Path, device: str, alone: bool) -> Worker:
-    """What a process does tasks with; on one thread where it is not alone."""
+def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
+    """Make what does the tasks of a process; on one thread where it is not alone."""
     if not alone:
         torch.set_num_threads(1)
-    return Worker(settings, folder, settings.open(device))
+    return Worker(settings, folder, open(settings, device))
 
 
 # The table that ends it.

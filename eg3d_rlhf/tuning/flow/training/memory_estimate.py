@@ -1,6 +1,4 @@
-"""What one update of a stage takes in memory and computing, found without either; and what of it fits a
-device.
-"""
+"""Estimate memory and computing of one update of a stage with fake tensors, and find what fits a device."""
 
 import copy
 import functools
@@ -12,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
-from eg3d_rlhf.tuning.flow.training.fake_tensors import Pretended
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import Descent, StageTraining, policy_and_reference, recomputing
 from torch_utils.ops.implementations import implementation
 from training.distributed import Ranks
 
-GIB = 1 << 30
 SHARE = 0.9  # of a device's free memory that is planned with: allocators and libraries keep some
 # of a stage, the network to train, its reference
 Start = Callable[[FlowStage, nn.Module, FrozenModel | None], Descent]
@@ -27,38 +24,37 @@ Start = Callable[[FlowStage, nn.Module, FrozenModel | None], Descent]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one update, or of drawing."""
+    """Costs of one update, or of sampling."""
 
     bytes: int  # most that tensors hold at a time, weights among them
     flops: int  # multiplications and additions
 
 
-def pretended(run: Pretended, stage: FlowStage, dtype: torch.dtype | None = None) -> FlowStage:
-    """The stage with a network of the same shapes whose numbers are fake.
+def fake_stage(trace: MemoryTrace, stage: FlowStage, dtype: torch.dtype | None = None) -> FlowStage:
+    """Copy a stage, with fake numbers in its network.
 
-    Args: run: inside which it is; dtype: None: its own.
+    Args: trace: in which the copy is used; dtype: of the numbers, None for the network's own.
     """
     memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach().to("meta", dtype), requires_grad=False)
         for p in stage.model.parameters()
     }
     memo |= {id(b): b.detach().to("meta", dtype) for b in stage.model.buffers()}
-    with run:
-        return replace(stage, model=copy.deepcopy(stage.model, memo).to_empty(device="cpu"))
+    return replace(stage, model=trace.fill(copy.deepcopy(stage.model, memo)))
 
 
 def cost_of_update(
     stage: FlowStage, config: StageTraining, start: Start, recompute: bool, device: str = "cpu"
 ) -> Cost:
-    """Of one update once the optimiser has its state. The stage's network may be on any device, or on none
-    ("meta").
+    """Estimate one update once the optimiser has its state. The stage's network may be on any device, or on
+    none ("meta").
 
     Args: start: makes the Descent, whose batch decides; device: "cuda" counts what AdamW holds there besides.
     """
     with implementation("ref"), torch.random.fork_rng(devices=[]):
-        run = Pretended()
-        twin = pretended(run, stage, None if config.lora else torch.float32)
-        with run, warnings.catch_warnings():
+        trace = MemoryTrace()
+        twin = fake_stage(trace, stage, None if config.lora else torch.float32)
+        with trace, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of numbers that have no place in memory
             policy, reference = policy_and_reference(twin, config)
             recomputing(policy, recompute)
@@ -66,13 +62,13 @@ def cost_of_update(
             for group in updates.optimizer.param_groups:
                 group["foreach"] = device == "cuda"
             for step in range(1 if config.lora else 2):  # of adapters the state is small
-                run.mark()
+                trace.mark()
                 updates.run(step)
-        return Cost(run.peak, run.flops)
+        return Cost(trace.peak, trace.flops)
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """Memory that a process may still take."""
+    """Return the bytes of memory that a process may still take."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -82,7 +78,7 @@ def free_bytes(device: torch.device | str) -> int:
 LARGE = 10**8  # parameters below which memory is no concern, and the estimate would take longer than updates
 
 
-def fitted(
+def fit_passes(
     stage: FlowStage,
     config: StageTraining,
     batch: int,
@@ -90,12 +86,12 @@ def fitted(
     ranks: Ranks,
     say: Callable[[str], None],
 ) -> tuple[int | None, bool]:
-    """What a training leaves open: how many examples a pass has, on CUDA (None: all of a process), and
-    whether blocks are computed again.
+    """Choose what a training leaves open: the examples of a pass, on CUDA (None: all of a process), and
+    whether blocks are computed again in the backward pass.
 
-    Args: config: says so where `recompute` is not auto; batch: examples of a process; start: of a number of
-        examples, see `cost_of_update`.
-    Raises: ValueError where not even one fits, with the figures.
+    Args: config: decides on blocks where its `recompute` is not auto; batch: examples of a process; start: of
+        a number of examples, see `cost_of_update`.
+    Raises: ValueError where not even one example fits, with the figures.
     """
     weights = [p for p in stage.model.parameters()]
     device = next(stage.model.parameters()).device
@@ -130,12 +126,13 @@ def fitted(
 def cheapest(
     costs: Callable[[int, bool], Cost], batch: int, space: int, recompute: bool | None = None
 ) -> tuple[int, bool] | None:
-    """(examples per pass, whether blocks are computed again) of the fastest update that fits; None: none
-    does.
+    """Return (examples per pass, whether blocks are computed again) of the fastest update that fits, None
+    where none does.
 
-    Passes may be any divisor of a batch. Without recomputation costs a third less than with it, a smaller
-    pass little: it goes first.
-    Args: costs: of a pass, asked for 1 and 2 examples, between which memory is a line; space: bytes.
+    Passes may be any divisor of a batch. Recomputation takes a third more time, and smaller passes little
+    more: so all passes are tried without it first.
+    Args: costs: of a pass, called for 1 and 2 examples: memory is taken to be linear in their number; space:
+        bytes.
     """
     for again in (False, True) if recompute is None else (recompute,):
         one = costs(1, again).bytes

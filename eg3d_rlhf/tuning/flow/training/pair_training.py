@@ -24,8 +24,9 @@ from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import Latent, collate, parts_of, separate, single
 from eg3d_rlhf.tuning.flow.base.conditioning import each, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, check_unique
-from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, check_convention, stage_of
+from eg3d_rlhf.tuning.flow.base.stage import check_convention
 from eg3d_rlhf.tuning.flow.training.accuracy import PairAccuracy
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import (
     BINNED,
     TIME_BINS,
@@ -36,7 +37,7 @@ from eg3d_rlhf.tuning.flow.training.dpo import (
     pair_loss,
     pair_stats,
 )
-from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fitted
+from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fit_passes
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
@@ -226,16 +227,15 @@ class Passes(Descent, Generic[Example]):
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        stage: FlowStage,
+        conditioned: ConditionedStage,
         examples: Sequence[Example],
         config: Any,
         policy: torch.nn.Module,
         reference: FrozenModel | None,
         ranks: Ranks,
     ):
-        super().__init__(stage, config, policy, ranks)
-        self.pipeline = pipeline
+        super().__init__(conditioned.stage, config, policy, ranks)
+        self.conditioned = conditioned
         self.config = config
         self.reference = reference
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
@@ -337,10 +337,9 @@ class Updates(Passes[PreferencePair]):
         return self._pass(draw)
 
     def _draw(self, pairs: Sequence[PreferencePair], epoch: int) -> PairDraw:
-        name = self.stage.name
         config = self.config
-        cond = self.pipeline.conditions([pair.condition for pair in pairs], name)
-        no_cond = self.pipeline.no_condition(len(pairs), name) if config.dpo.condition_dropout else None
+        cond = self.conditioned.conditions([pair.condition for pair in pairs])
+        no_cond = self.conditioned.no_condition(len(pairs)) if config.dpo.condition_dropout else None
         draw = draw_pairs(self.stage, pairs, cond, no_cond, config.dpo, config.seed, epoch, self.device)
         if config.dpo.kind != "sft":
             return draw
@@ -419,8 +418,7 @@ UNBOUNDED = (
 
 
 def train_stage(
-    pipeline: Pipeline,
-    stage_name: str,
+    conditioned: ConditionedStage,
     pairs: Sequence[PreferencePair],
     config: TrainConfig,
     out: Path,
@@ -446,25 +444,27 @@ def train_stage(
         twice, latents that the stage cannot have, and a network whose data lie at the other end of time; for
         settings or folders that do not fit, and losses that are not finite; StoppedError after a signal.
     """
-    stage = stage_of(pipeline, stage_name)
-    check_pairs(pipeline, stage, pairs)
+    stage = conditioned.stage
+    check_pairs(conditioned, pairs)
     if unseen:
-        check_pairs(pipeline, stage, unseen)
-    accuracy = PairAccuracy(pipeline, stage_name, unseen, seed=config.seed) if unseen else None
+        check_pairs(conditioned, unseen)
+    accuracy = PairAccuracy(conditioned, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
 
     def part(n: int) -> Start:
         own = replace(config, batch=n, batch_gpu=None)
-        return lambda of, policy, reference: Updates(pipeline, of, pairs, own, policy, reference, SINGLE)
+        return lambda of, policy, reference: Updates(
+            replace(conditioned, stage=of), pairs, own, policy, reference, SINGLE
+        )
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> Descent:
-        size, again = fitted(
+        size, again = fit_passes(
             stage, config, config.batch_gpu or max(config.batch // ranks.world, 1), part, ranks, say
         )
         recomputing(policy, again)
         own = replace(config, batch_gpu=config.batch_gpu or size)
-        return Updates(pipeline, stage, pairs, own, policy, reference, run.ranks, unseen=accuracy)
+        return Updates(conditioned, pairs, own, policy, reference, run.ranks, unseen=accuracy)
 
     hashed = {"pairs": pairs, "unseen": unseen} if unseen else {"pairs": pairs}
     origin = (
@@ -488,8 +488,9 @@ def train_stage(
     )
 
 
-def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[PreferencePair]) -> None:
+def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) -> None:
     """Raise ValueError for what cannot be trained on; see train_stage."""
+    stage = conditioned.stage
     who = f"train_stage({stage.name})"
     if not pairs:
         raise ValueError(f"{who}: expected pairs to learn from, got none. Make or label some.")
@@ -504,5 +505,5 @@ def check_pairs(pipeline: Pipeline, stage: FlowStage, pairs: Sequence[Preference
             stage.check(f"{who}, pair {pair.id!r}, {side}", getattr(pair, side))
     device = next(stage.model.parameters()).device
     some = pairs[:8]
-    cond = to_device(pipeline.conditions([pair.condition for pair in some], stage.name), device)
+    cond = to_device(conditioned.conditions([pair.condition for pair in some]), device)
     check_convention(stage, collate([pair.preferred for pair in some]).to(device), cond)

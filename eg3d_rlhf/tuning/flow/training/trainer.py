@@ -391,6 +391,18 @@ class StageResult:
     stats: list[dict]  # lines of stats.jsonl
     warnings: list[str]  # known failure signs that were seen
 
+    def measured(self, name: str) -> list[list]:
+        """Return [update, value] of a figure where it was measured."""
+        return [[line["step"], line[name]] for line in self.stats if line.get(name) is not None]
+
+    def record(self) -> dict:
+        """Return what a store keeps of a training, JSON."""
+        return {
+            "kept_step": self.kept_step,
+            "warnings": list(self.warnings),
+            "win_rates": self.measured(WIN_RATE),
+        }
+
 
 # of a run, the network to train, and its reference
 Start = Callable[[Run, torch.nn.Module, FrozenModel | None], Descent]

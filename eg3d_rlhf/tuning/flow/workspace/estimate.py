@@ -1,8 +1,8 @@
-"""Memory and time of drawing and of training a generator of any family on a device, from its settings alone.
+"""Estimate memory and time of sampling and of training a generator of any family, from its settings alone.
 
-Memory is what tensors hold (fit.py); decoders, which draw one asset at a time after the flows, and libraries
-come on top. Time is the number of multiplications and additions at the speed that the device shows on a block
-of a transformer.
+Memory is what tensors hold (core/memory.py). Decoders, which decode one asset at a time after the flows, and
+libraries come on top. Time is the number of multiplications and additions at the speed that the device shows
+on a block of a transformer.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.cli import aligned
+from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, SparseSample, separate
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
@@ -23,8 +24,8 @@ from eg3d_rlhf.tuning.flow.base.family import SizedStage
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import guides, sample, times
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.training.fake_tensors import Pretended
-from eg3d_rlhf.tuning.flow.training.memory_estimate import GIB, SHARE, Cost, cost_of_update, pretended
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
+from eg3d_rlhf.tuning.flow.training.memory_estimate import SHARE, Cost, cost_of_update, fake_stage
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -46,8 +47,8 @@ class Row:
     seconds: float | None = None  # at the device's speed; None: not measured
 
 
-class Told:
-    """As much of a pipeline as an update asks for: conditions of a shape."""
+class ZeroConditioning:
+    """Conditioning of a stage's shape, all zeros."""
 
     def __init__(self, sized: SizedStage):
         self.conditioning = sized.conditioning
@@ -119,10 +120,10 @@ def update(
     """Of one update of a stage by itself, by DPO on `batch` pairs in one pass."""
     config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
-    told = Told(sized)
 
     def start(stage: FlowStage, policy: torch.nn.Module, reference: Any) -> Updates:
-        return Updates(told, stage, pairs, config, policy, reference, SINGLE)
+        conditioned = ConditionedStage(stage, ZeroConditioning(sized))
+        return Updates(conditioned, pairs, config, policy, reference, SINGLE)
 
     return cost_of_update(sized.stage, config, start, recompute, device)
 
@@ -130,13 +131,13 @@ def update(
 def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
     """Of drawing a stage's latents, all steps of its sampler, `batch` at once."""
     sampling = sized.stage.sampling
-    run = Pretended()
+    trace = MemoryTrace()
     with implementation("ref"):
-        stage = pretended(run, sized.stage)
+        stage = fake_stage(trace, sized.stage)
         given = given_of(stage, batch, voxels)
-        with run:
-            cond = Told(sized).no_condition(batch, stage.name)
-            run.mark()
+        with trace:
+            cond = ZeroConditioning(sized).no_condition(batch, stage.name)
+            trace.mark()
             sample(
                 stage,
                 stage.noise([0] * batch, given),
@@ -145,7 +146,7 @@ def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
                 replace(sampling, steps=1, cfg_interval=(0.0, 1.0)),
             )
     passes = sum(2 if sampling.cfg_strength and guides(sampling, t) else 1 for t in times(sampling)[:-1])
-    return Cost(run.peak, run.flops * passes // (2 if sampling.cfg_strength else 1))
+    return Cost(trace.peak, trace.flops * passes // (2 if sampling.cfg_strength else 1))
 
 
 @functools.cache
@@ -168,12 +169,12 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    with Pretended() as run, implementation("ref"):
+    with MemoryTrace() as trace, implementation("ref"):
         block = ModulatedBlock(width, width, width // 64)
         block(
             *(torch.zeros(1, *shape) for shape in ([tokens, width], [width], [256, width])), DenseLayout()
         ).sum().backward()
-    return run.flops / min(seconds)
+    return trace.flops / min(seconds)
 
 
 def estimate(

@@ -1,4 +1,4 @@
-"""Tune a generator's stages on people's pairs, and say of every stage whether its labels taught it anything.
+"""Tune a generator's stages on people's pairs, and test each stage against a control with randomised labels.
 
     STAGE/               weights, where they did; nothing where they did not: the base stays
     control/STAGE/       weights of the control, trained alike on shuffled labels
@@ -26,7 +26,6 @@ from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
     Accuracy,
@@ -45,9 +44,10 @@ from eg3d_rlhf.tuning.flow.training.circular.loop import (
     whole_weights,
 )
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import PAIRS, SHUFFLED
-from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.training.trainer import StageResult
+from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"
@@ -76,6 +76,45 @@ class Tuning:
     control: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageLabels:
+    """A stage and its preference pairs. Conditions of the three kinds are disjoint."""
+
+    conditioned: ConditionedStage
+    train: Sequence[PreferencePair]
+    choose: Sequence[PreferencePair]  # that choose among networks while training
+    held_out: Sequence[PreferencePair]  # that test whether the labels were learnt
+
+    @classmethod
+    def from_problem(cls, problem: Problem, stage: str) -> "StageLabels":
+        """Take a stage and its pairs. Raises: ValueError for a stage that is not there or has no pairs."""
+        return cls(
+            conditioned=ConditionedStage.from_pipeline(problem.pipeline, stage),
+            train=problem.train_pairs[stage],
+            choose=problem.choosing_pairs(stage),
+            held_out=problem.held_out_pairs(stage),
+        )
+
+    def check(self) -> None:
+        """Raise ValueError for too few pairs to train, to choose or to test on."""
+        parts = {"to train on": self.train, "to choose on": self.choose, "to tell by": self.held_out}
+        counts = {what: len({pair.condition for pair in pairs}) for what, pairs in parts.items()}
+        least = {"to train on": 1, "to choose on": 1, "to tell by": LEAST_CONDITIONS}
+        if any(counts[what] < least[what] for what in parts):
+            got = ", ".join(f"{count} {what}" for what, count in counts.items())
+            raise ValueError(
+                f"tune({self.conditioned.stage.name}): expected labels of 1 condition to train on, 1 to"
+                f" choose on and {LEAST_CONDITIONS} to tell by, got {got}. Label assets of more pictures or"
+                " texts, or hold more of them out."
+            )
+
+    def shuffled(self, seed: int) -> "StageLabels":
+        """Return the control's labels: nothing is left to learn of the pairs that are trained on; those that
+        choose are people's own.
+        """
+        return replace(self, train=turned_by_coin(self.train, seed))
+
+
 def tune(
     problem: Problem,
     settings: Tuning,
@@ -86,17 +125,17 @@ def tune(
     say: Callable[[str], None] = print,
     samples: Samples | None = None,
 ) -> dict:
-    """Train, judge by held-out labels, and write the report; returns it.
+    """Train, evaluate on held-out labels, and write the report; returns it.
 
     Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone;
         samples: draws a picture at every evaluation.
     Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a loop that
         cannot be.
     """
-    stages = list(settings.stages) or [
-        stage.name for stage in problem.pipeline.stages if pairs_of(problem, stage.name)
-    ]
-    told = {stage: check_pairs_to_tell(problem, stage) for stage in stages}
+    names = settings.stages or [s.name for s in problem.pipeline.stages if s.name in problem.train_pairs]
+    stages = {name: StageLabels.from_problem(problem, name) for name in names}
+    for of_stage in stages.values():
+        of_stage.check()
     if settings.loop:
         check(problem)
     say_main = say if ranks.main else lambda line: None
@@ -106,17 +145,29 @@ def tune(
             f"Judge {name!r} orders {found} of pairs that it was not fitted"
             f" to{'' if found.interval[0] > 0.5 else DEAF}."
         )
-    trained = _arm(problem, settings, stages, folder, ranks, say_main, samples=samples)
+    circular = replace(settings.circular, choosing=None)
+    seed = circular.seed
+    common = (circular, folder, ranks, say_main)
+    if settings.loop:
+        trained = _train_loop(problem, *common)
+    else:
+        trained = _train_stages(stages, problem.identity, *common, samples=samples)
     control: Mapping[str, StageResult] = {}
     if settings.control:
         say_main("The control: the same, with half of each condition's answers turned over.")
-        control = _arm(
-            shuffled(problem, settings.circular.seed), settings, stages, folder, ranks, say_main, control=True
-        )
+        if settings.loop:
+            control = _train_loop(shuffled(problem, seed), *common, control=True)
+        else:
+            turned = {name: of_stage.shuffled(seed) for name, of_stage in stages.items()}
+            control = _train_stages(turned, problem.identity, *common, control=True)
     report: dict = {}
     if ranks.main:
-        report = _report(problem, settings, told, trained, control, folder, say)
-        report |= {
+        report = {
+            **_verdicts(stages, trained, control, folder, seed + 1, say),
+            "loop": settings.loop,
+            "settings": asdict(settings),
+            "problem": dict(problem.identity),
+            "versions": versions(),
             "judges": {name: found.shown() for name, found in judges.items()},
             "labels": dict(labels or {}),
         }
@@ -127,85 +178,86 @@ def tune(
 DEAF = ": it knows no more than a coin, and what is chosen by it is chosen by chance"
 
 
-def pairs_of(problem: Problem, stage: str) -> list[PreferencePair]:
-    """Return the pairs to train a stage on; none where the stage has none."""
-    return list(problem.train_pairs[stage]) if stage in problem.train_pairs else []
-
-
-def check_pairs_to_tell(problem: Problem, stage: str) -> list[PreferencePair]:
-    """Pairs that tell whether a stage's labels were learnt.
-
-    Raises: ValueError for too few to train, to choose and to tell.
-    """
-    stage_of(problem.pipeline, stage)
-    held = problem.held_out_pairs(stage)
-    parts: dict[str, Sequence[PreferencePair]] = {
-        "to train on": problem.train_pairs[stage],
-        "to choose on": problem.choosing_pairs(stage),
-        "to tell by": held,
-    }
-    counts = {what: len({pair.condition for pair in pairs}) for what, pairs in parts.items()}
-    least = {"to train on": 1, "to choose on": 1, "to tell by": LEAST_CONDITIONS}
-    if any(counts[what] < least[what] for what in parts):
-        got = ", ".join(f"{count} {what}" for what, count in counts.items())
-        raise ValueError(
-            f"tune({stage}): expected labels of 1 condition to train on, 1 to choose on and"
-            f" {LEAST_CONDITIONS} to tell by, got {got}. Label assets of more pictures or texts, or hold more"
-            " of them out."
-        )
-    return held
-
-
 def shuffled(problem: Problem, seed: int) -> Problem:
-    """The control's problem: nothing is left to learn of the pairs that are trained on; those that choose are
-    people's own.
-    """
-
+    """Return the loop's problem for the control; see StageLabels.shuffled."""
     pairs = PairsByStage(problem.train_pairs, lambda stage: turned_by_coin(problem.train_pairs[stage], seed))
     return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
-def _arm(
-    problem: Problem,
-    settings: Tuning,
-    stages: Sequence[str],
+def _train_stages(
+    stages: Mapping[str, StageLabels],
+    identity: Mapping,
+    circular: CircularSettings,
     folder: Path,
     ranks: Ranks,
     say: Callable[[str], None],
     control: bool = False,
     samples: Samples | None = None,
 ) -> dict[str, StageResult]:
-    """Train all stages once. `problem` is the control's for the control."""
-    place = Path(CONTROL) if control else Path()
-    circular = replace(settings.circular, choosing=None)
-    if settings.loop:
-        store = Store(folder / LOOP / place, ranks, say)
-        use = SHUFFLED if control else PAIRS
-        loop = CircularLoop(
-            problem=problem, settings=circular, store=store, ranks=ranks, use=use, say=say, bars=ranks.main
-        )
-        lineage, _ = run_loop(loop)
-        return {
-            stage: _of_artefact(loop, stage, line, folder / TRAINING / place / stage)
-            for stage, line in lineage.items()
-        }
+    """Train stages one by one, each once. Args: identity: of the problem."""
+    store = Store(folder / TRAINING / (CONTROL if control else ""), ranks, hashed=False)
     trained = {}
-    for stage in stages:
-        say(f"Stage {stage!r}{', control' if control else ''}:")
-        config = circular.human.at(stage_of(problem.pipeline, stage), circular.seed)
-        trained[stage] = train_stage(
-            problem.pipeline,
-            stage,
-            problem.train_pairs[stage],
-            config,
-            folder / TRAINING / place / stage,
-            unseen=problem.choosing_pairs(stage),
-            ranks=ranks,
-            resume=True,
-            say=say,
-            samples=None if samples is None else functools.partial(samples, stage),
+    for name, labels in stages.items():
+        say(f"Stage {name!r}{', control' if control else ''}:")
+        config = circular.human.at(labels.conditioned.stage, circular.seed)
+        inputs = {
+            "step": "train",
+            "problem": dict(identity),
+            "control": control,
+            "stage": name,
+            "config": {k: v for k, v in asdict(config).items() if k not in FREE},
+        }
+
+        def maker(
+            place: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
+        ) -> tuple[list[Path], dict]:
+            result = train_stage(
+                labels.conditioned,
+                labels.train,
+                config,
+                place,
+                unseen=labels.choose,
+                ranks=ranks,
+                resume=True,
+                say=say,
+                samples=None if samples is None else functools.partial(samples, name),
+            )
+            return [result.weights], result.record()
+
+        done = store.make(name, inputs, maker)
+        trained[name] = StageResult(
+            weights=done.folder / POLICY,
+            kept_step=done.record["kept_step"],
+            stats=[],
+            warnings=done.record["warnings"],
         )
     return trained
+
+
+def _train_loop(
+    problem: Problem,
+    circular: CircularSettings,
+    folder: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    control: bool = False,
+) -> dict[str, StageResult]:
+    """Train all stages by the loop. Args: problem: of the control for the control."""
+    place = Path(CONTROL if control else "")
+    loop = CircularLoop(
+        problem=problem,
+        settings=circular,
+        store=Store(folder / LOOP / place, ranks, say),
+        ranks=ranks,
+        use=SHUFFLED if control else PAIRS,
+        say=say,
+        bars=ranks.main,
+    )
+    lineage, _ = run_loop(loop)
+    return {
+        stage: _of_artefact(loop, stage, line, folder / TRAINING / place / stage)
+        for stage, line in lineage.items()
+    }
 
 
 def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> StageResult:
@@ -218,30 +270,28 @@ def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place
     )
 
 
-def _report(
-    problem: Problem,
-    settings: Tuning,
-    told: Mapping[str, list[PreferencePair]],
+def _verdicts(
+    labels: Mapping[str, StageLabels],
     trained: Mapping[str, StageResult],
     control: Mapping[str, StageResult],
     folder: Path,
+    seed: int,
     say: Callable[[str], None],
 ) -> dict:
-    """Verdicts of all stages, and the weights of those that learnt in their places."""
+    """Test every stage on its held-out pairs; put the weights of those that learnt in their places.
+
+    Args: seed: of the times and noises of the test.
+    """
     confidence = confidence_of(len(trained))
     stages = {}
     for stage, arm in trained.items():
-        pairs = told.get(stage) or check_pairs_to_tell(problem, stage)
-        conditions = [pair.condition for pair in pairs]
-        measured = PairAccuracy(
-            problem.pipeline, stage, pairs, draws=FINAL_DRAWS, seed=settings.circular.seed + 1
-        )
-        own, other = (
-            _measured(problem, stage, measured, found, confidence) for found in (arm, control.get(stage))
-        )
-        assert own is not None
+        of_stage = labels[stage]
+        conditions = [pair.condition for pair in of_stage.held_out]
+        measured = PairAccuracy(of_stage.conditioned, of_stage.held_out, draws=FINAL_DRAWS, seed=seed)
+        own = _measured(measured, arm, confidence)
+        other = _measured(measured, control[stage], confidence) if stage in control else None
         said = verdict(arm.kept_step, own, other, conditions, confidence)
-        stages[stage] = _told(stage, arm, own, other, said, len(pairs_of(problem, stage)))
+        stages[stage] = _stage_report(stage, arm, own, other, said, len(of_stage.train))
         say(f"Stage {stage!r}: {'learnt' if said.learnt else NOTHING}: {said.why}.")
         if said.runs_away:
             say(f"Stage {stage!r}: {AWAY.format(_rise(stages[stage]['held_out']))}")
@@ -255,30 +305,18 @@ def _report(
         if kept
         else f"{NOTHING.capitalize()}: the base stays as it is."
     )
-    return {
-        "stages": stages,
-        "kept": kept,
-        "confidence": confidence,
-        "loop": settings.loop,
-        "settings": asdict(settings),
-        "problem": dict(problem.identity),
-        "versions": versions(),
-    }
+    return {"stages": stages, "kept": kept, "confidence": confidence}
 
 
-def _measured(
-    problem: Problem, stage: str, measured: PairAccuracy, arm: StageResult | None, confidence: float
-) -> Accuracy | None:
-    if arm is None:
-        return None
-    base = stage_of(problem.pipeline, stage).model
+def _measured(measured: PairAccuracy, arm: StageResult, confidence: float) -> Accuracy:
+    base = measured.stage.model
     found = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
     return accuracy_of(
         found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred
     )
 
 
-def _told(
+def _stage_report(
     stage: str, arm: StageResult, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int
 ) -> dict:
     above = said.above_control
@@ -302,13 +340,14 @@ def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
     """
     last = problem.pipeline.stages[-1].name
     found = {}
+    people = problem.train_pairs[last] if last in problem.train_pairs else []
     unseen = [] if problem.unseen_pairs is None else problem.unseen_pairs[last]
     for name in JUDGES:
         judge = getattr(problem, name)
         fitted = set(problem.fitted_to.get(name, ()))
         if judge is None:
             continue
-        pairs = [pair for pair in (*pairs_of(problem, last), *unseen) if pair.condition not in fitted]
+        pairs = [pair for pair in (*people, *unseen) if pair.condition not in fitted]
         pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_JUDGED))]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue

@@ -17,6 +17,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import scores, times, wins
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import weighed
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 
 NOISES = 12  # assets per condition
@@ -105,6 +106,10 @@ def _by_the_bare_margin(problem, pairs, out):
     config = TOY_RUN.loop
     config = replace(config, dpo=replace(config.dpo, loser_weight=1.0, sft_weight=0.0), steps=60)
     result = train_stage(
-        problem.pipeline, stage.name, pairs, config.at(stage, TOY_RUN.seed), out, say=lambda line: None
+        ConditionedStage(stage, problem.pipeline),
+        pairs,
+        config.at(stage, TOY_RUN.seed),
+        out,
+        say=lambda line: None,
     )
     return {stage.name: tuned_model(stage.model, result.weights, merge=True)}

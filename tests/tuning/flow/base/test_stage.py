@@ -46,6 +46,7 @@ from eg3d_rlhf.tuning.flow.base.stage import (
     check_convention,
     opposite,
 )
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.rejections import raising
@@ -420,7 +421,13 @@ def test_one_stage_is_trained_its_adapter_kept_under_its_own_names_and_sampled(n
     pipeline = OneStage(name)
     lora = LoraConfig(rank=1, alpha=2, targets=("to_out",))
     config = tiny_config(steps=2, log_every=1, dpo=DpoConfig(beta=20.0, condition_dropout=0.5), lora=lora)
-    result = train_stage(pipeline, "only", pairs(name), config, tmp_path / "run", say=lambda text: None)
+    result = train_stage(
+        ConditionedStage.from_pipeline(pipeline, "only"),
+        pairs(name),
+        config,
+        tmp_path / "run",
+        say=lambda text: None,
+    )
     assert (
         result.stats[0]["loss"] == pytest.approx(math.log(2), abs=1e-3) and result.stats[-1]["grad_norm"] > 0
     )

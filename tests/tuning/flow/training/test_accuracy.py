@@ -22,6 +22,7 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     turned_by_coin,
     verdict,
 )
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, draw_pairs
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, policy_and_reference
@@ -47,7 +48,7 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
     policy = moved(pipeline, place)
     base = pipeline.stages[place]
     reference = FrozenModel(shared_copy(base.model))
-    measured = PairAccuracy(pipeline, stage, pairs, draws=3, batch=2)
+    measured = PairAccuracy(ConditionedStage.from_pipeline(pipeline, stage), pairs, draws=3, batch=2)
     found = measured.measure(policy, reference)
     expected = np.zeros(7)
     rise = np.zeros(7)
@@ -69,7 +70,9 @@ def test_margins_are_those_of_dpo_on_shared_times_and_noises_whatever_the_batch(
             before[i] = before[i] + ref[0] / 3
     np.testing.assert_allclose(found.margins, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.preferred, rise / before.mean(), rtol=1e-4, atol=1e-6)
-    again = PairAccuracy(pipeline, stage, pairs, draws=3, batch=7).measure(policy, reference)
+    again = PairAccuracy(ConditionedStage.from_pipeline(pipeline, stage), pairs, draws=3, batch=7).measure(
+        policy, reference
+    )
     np.testing.assert_allclose(again.margins, found.margins, rtol=1e-4, atol=1e-6)
     untouched = measured.measure(shared_copy(base.model), reference)
     assert (
@@ -86,7 +89,10 @@ def test_swapping_a_pair_turns_its_margin():
     policy = moved(pipeline)
     reference = FrozenModel(shared_copy(pipeline.stages[1].model))
     margins = [
-        PairAccuracy(pipeline, "voxels", of).measure(policy, reference).margins for of in (pairs, flipped)
+        PairAccuracy(ConditionedStage.from_pipeline(pipeline, "voxels"), of)
+        .measure(policy, reference)
+        .margins
+        for of in (pairs, flipped)
     ]
     np.testing.assert_allclose(margins[0], -margins[1], rtol=1e-5, atol=1e-7)
 

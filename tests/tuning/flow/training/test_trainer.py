@@ -17,6 +17,7 @@ from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, draw_pairs
 from eg3d_rlhf.tuning.flow.training.pair_training import Order, TrainConfig, Updates, pair_signs
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference
@@ -417,7 +418,12 @@ def test_wrong_settings_are_named():
     policy, reference = policy_and_reference(pipeline.stages[1], tiny_config())
     with raising("batch_gpu", "3", "2", "8"):
         Updates(
-            pipeline, pipeline.stages[1], voxel_pairs(4), tiny_config(), policy, reference, Ranks(world=3)
+            ConditionedStage(pipeline.stages[1], pipeline),
+            voxel_pairs(4),
+            tiny_config(),
+            policy,
+            reference,
+            Ranks(world=3),
         )
 
 

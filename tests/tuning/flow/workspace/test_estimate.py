@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.trellis import flows
@@ -18,12 +19,12 @@ from eg3d_rlhf.tuning.flow.base.sampling import stage_noise
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels, TokenSet
 from eg3d_rlhf.tuning.flow.families import released_sizes
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
-from eg3d_rlhf.tuning.flow.training.fake_tensors import Pretended
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, recomputing, trained
 from eg3d_rlhf.tuning.flow.workspace import estimate
-from eg3d_rlhf.tuning.flow.workspace.estimate import Told, pairs_of
+from eg3d_rlhf.tuning.flow.workspace.estimate import ZeroConditioning, pairs_of
 from tests.rejections import raising
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
@@ -129,7 +130,14 @@ def test_an_update_takes_what_is_estimated_from_sizes_alone(case, recompute):
     config = TrainConfig(batch=1, warmup=0).at(sized.stage, 0)
     policy, reference = policy_and_reference(sized.stage, config)
     recomputing(policy, recompute)
-    updates = Updates(Told(sized), sized.stage, pairs_of(sized.stage, 1), config, policy, reference, SINGLE)
+    updates = Updates(
+        ConditionedStage(sized.stage, ZeroConditioning(sized)),
+        pairs_of(sized.stage, 1),
+        config,
+        policy,
+        reference,
+        SINGLE,
+    )
     updates.run(0)
     held = sum(p.nbytes for p in trained(policy).values()) * 3  # adapters and their moments
     measured = weights + held + allocated(lambda: updates.run(1))
@@ -154,7 +162,7 @@ def test_drawing_takes_what_is_estimated(case):
     stage = sized.stage
     weights = sum(p.nbytes for p in stage.model.state_dict().values())
     places = [getattr(x, "coords", None) for x in estimate.latents_of(stage, 2)]
-    cond = Told(sized).no_condition(2, stage.name)
+    cond = ZeroConditioning(sized).no_condition(2, stage.name)
     measured = weights + allocated(
         lambda: estimate.sample(stage, stage_noise(stage, [0, 0], places), cond, cond, Sampling(steps=1))
     )
@@ -164,12 +172,12 @@ def test_drawing_takes_what_is_estimated(case):
 def test_multiplications_are_counted_as_by_hand():
     tokens = 64
     width = 32
-    with Pretended() as run:
+    with MemoryTrace() as trace:
         layer = torch.nn.Linear(width, 3 * width)
         q, k, v = layer(torch.zeros(1, tokens, width)).view(1, tokens, 3, 1, width).permute(2, 0, 3, 1, 4)
         torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert run.flops == 2 * tokens * width * 3 * width + 4 * tokens**2 * width
-    assert run.peak >= 4 * (3 * width * width + 3 * width + tokens * 4 * width)
+    assert trace.flops == 2 * tokens * width * 3 * width + 4 * tokens**2 * width
+    assert trace.peak >= 4 * (3 * width * width + 3 * width + tokens * 4 * width)
 
 
 @pytest.mark.parametrize("name", released_sizes())
@@ -219,7 +227,7 @@ def test_what_fits_nowhere_is_told_with_figures():
     )
     assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
-    least = min(row.bytes for row in rows if row.what == "draw") / estimate.SHARE / estimate.GIB
+    least = min(row.bytes for row in rows if row.what == "draw") / estimate.SHARE / GIB
     names = (f"{least:.1f} GiB", "0.0", "'structure'", "(draw, ", "--set dtype=bfloat16")
     with raising(*names):
         estimate.check_fits(rows, 1 << 20, "flow new")

@@ -17,8 +17,8 @@ from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.workspace import tune as module
 from eg3d_rlhf.tuning.flow.workspace.tune import (
     NOTHING,
+    StageLabels,
     Tuning,
-    check_pairs_to_tell,
     judge_accuracies,
     shuffled,
     tune,
@@ -179,7 +179,7 @@ def test_too_few_labels_are_refused_before_anything_is_trained(tmp_path):
         tune(problem, Tuning(circular=SETTINGS), tmp_path, say=lambda line: None)
     assert not list(tmp_path.iterdir())
     with raising("structure", "voxels", "'mesh'"):
-        check_pairs_to_tell(tiny(), "mesh")
+        StageLabels.from_problem(tiny(), "mesh")
 
 
 # Minutes: what the page of results says.

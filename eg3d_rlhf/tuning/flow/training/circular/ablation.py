@@ -33,7 +33,6 @@ from eg3d_rlhf.experiments.table import (
 from eg3d_rlhf.models.policies import link_folder
 from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES, Judging
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
 from eg3d_rlhf.tuning.flow.training.circular.loop import (
     CircularLoop,
@@ -361,12 +360,16 @@ def loop_of(
     )
 
 
-def work(settings: CircularRun, problem: Problem, run: Run) -> None:
+# opens a problem in worker processes; pickled by name
+Open = Callable[[ProblemSource, str], Problem]
+
+
+def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
     """Do what is left to do of a run, and write its results."""
     if run.ranks.main:
         print(f"Artefacts in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
-        ablate(settings, problem, run.folder, run.device, run.jobs)
+        ablate(settings, problem, run.folder, run.device, run.jobs, open)
     else:
         _loop(settings, problem, run)
     run.done()
@@ -406,8 +409,8 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         # The finished generator, and that with the last stage alone tuned, against the base: a table of one
         # training seed.
         seed = settings.circular.seed
-        last = problem.pipeline.stages[-1].name
         loop = loop_of(settings, problem, seed, bars=True)
+        last = loop.names[-1]
         compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
         compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
         scores = {
@@ -482,15 +485,14 @@ class Ablation:
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
         """The last stage, or those before it, each trained from the base."""
-        names = [stage.name for stage in loop.problem.pipeline.stages]
-        chosen = names[-1:] if part == "last" else names[:-1]
+        chosen = loop.names[-1:] if part == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
 
     def _looped(self, loop: CircularLoop, group: Group | None) -> tuple[dict, dict[str, Artefact]]:
         """The loop's networks and pairs; without a group, up to the pairs that all groups share."""
         lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
-        for name in reversed([stage.name for stage in loop.problem.pipeline.stages][:-1]):
+        for name in reversed(loop.names[:-1]):
             pairs[name] = loop.pairs(name, lineage)
             if group is None:
                 break
@@ -507,14 +509,14 @@ def _training(artefact: Artefact) -> dict:
     return {**artefact.record, "artefact": artefact.folder.name, "reused": artefact.reused}
 
 
-def handler_of(run: CircularRun, device: str, alone: bool) -> Ablation:
-    """What a process does tasks with; on one thread where it is not alone."""
+def handler_of(run: CircularRun, device: str, open: Open, alone: bool) -> Ablation:
+    """Make what does the tasks of a process; on one thread where it is not alone."""
     if not alone:
         torch.set_num_threads(1)
-    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open_problem(run.source, device)))
+    return Ablation(plan=run.plan, loop_of=partial(loop_of, run, open(run.source, device)))
 
 
-def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int) -> None:
+def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: int, open: Open) -> None:
     """Train and judge all groups on worker processes, and write the table."""
     plan = run.plan
     tasks = run.plan.tasks()
@@ -525,7 +527,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
         " independent.",
         flush=True,
     )
-    results = pooled("ablation", tasks, handler_of, (run, device), jobs, folder)
+    results = pooled("ablation", tasks, handler_of, (run, device, open), jobs, folder)
     data = tabled(results, plan, run.facts(problem))
     for path in write(data, folder, "ablation", markdown, plot):
         print(f"Written: {path}")

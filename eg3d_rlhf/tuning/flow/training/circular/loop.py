@@ -21,11 +21,11 @@ from eg3d_rlhf.models.policies import save_policy, tuned_model
 from eg3d_rlhf.tuning.flow.base.evaluation import Choosing, Judging, judged
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.stage import stage_of, with_models
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     ANCHOR,
     PAIRS,
     WINNERS,
+    LoopPairMaker,
     LoopPairsConfig,
     NoPairsError,
     Weighing,
@@ -34,9 +34,10 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     used,
     weighed,
 )
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, train_stage
-from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, FREE, WIN_RATE
+from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, FREE
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
@@ -104,6 +105,21 @@ class CircularLoop:
         seed = derive_seed("round", self.settings.seed, number) % 2**31
         return replace(self, settings=replace(self.settings, seed=seed))
 
+    # What the problem has of a stage.
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the stages, in order."""
+        return [stage.name for stage in self.problem.pipeline.stages]
+
+    def stage(self, name: str) -> ConditionedStage:
+        """Return the stage of a name."""
+        return ConditionedStage.from_pipeline(self.problem.pipeline, name)
+
+    def people(self, stage: str) -> Sequence[PreferencePair]:
+        """Return people's pairs of a stage."""
+        return self.problem.train_pairs[stage]
+
     # Networks.
 
     def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
@@ -112,11 +128,7 @@ class CircularLoop:
     def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
         key = (stage, *(one.content for one in line))
         if key not in self._models:
-            base = (
-                self._model(stage, line[:-1])
-                if len(line) > 1
-                else stage_of(self.problem.pipeline, stage).model
-            )
+            base = self._model(stage, line[:-1]) if len(line) > 1 else self.stage(stage).stage.model
             self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
         return self._models[key]
 
@@ -131,14 +143,14 @@ class CircularLoop:
         lineage = lineage or {}
         what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
         return self._train(
-            stage, lineage, config, {"source": "human"}, lambda: (self.problem.train_pairs[stage], {}), what
+            stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), what
         )
 
     def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
         """Pairs of a stage from what `lineage` made of the stage behind it; `before`: its reference."""
         before = before or {}
         seed = self.settings.seed
-        behind = stage_behind(self.problem, stage).name
+        behind = stage_behind(self.names, stage)
         un_op = {behind: before[behind]} if before.get(behind) else {}
         inputs = {
             "step": "loop pairs",
@@ -151,19 +163,17 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            total = -(-len(self.problem.train_pairs[stage]) // self.ranks.world)
-            with self._bar(f"pairs for {stage}", total) as bar:
-                place, figures = make_in_chunks(
-                    folder,
-                    self.problem,
-                    self.models(lineage),
-                    self.settings.loop_pairs,
-                    seed,
-                    stage=stage,
-                    models_unop=self.models(un_op),
-                    ranks=self.ranks,
-                    on_pair=bar.update,
-                )
+            human = self.people(stage)
+            make = LoopPairMaker.from_problem(
+                self.problem,
+                self.models(lineage),
+                self.settings.loop_pairs,
+                seed,
+                stage=stage,
+                models_unop=self.models(un_op),
+            )
+            with self._bar(f"pairs for {stage}", -(-len(human) // self.ranks.world)) as bar:
+                place, figures = make_in_chunks(folder, make, human, ranks=self.ranks, on_pair=bar.update)
             return [place], figures
 
         return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
@@ -192,7 +202,7 @@ class CircularLoop:
 
         def read() -> tuple[list[PreferencePair], dict]:
             kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
-            return used(kept, use, self.settings.seed, self.problem.train_pairs[stage]), report
+            return used(kept, use, self.settings.seed, self.people(stage)), report
 
         return self._train(
             stage,
@@ -212,7 +222,8 @@ class CircularLoop:
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]],
         what: str,
     ) -> Artefact:
-        config = config.at(stage_of(self.problem.pipeline, stage), self.settings.seed)
+        conditioned = self.stage(stage)
+        config = config.at(conditioned.stage, self.settings.seed)
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
             "step": "train",
@@ -228,37 +239,29 @@ class CircularLoop:
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             pairs, report = read()
             models = self.models(lineage)
-            with with_models(self.problem.pipeline, {k: v for k, v in models.items() if k == stage}):
-                # the networks that this starts from, all other stages alike
-                others = {k: v for k, v in models.items() if k != stage}
-                held_out = (
-                    None
-                    if choosing is None
-                    else choosing.held_out(self.problem, stage, others, dict(models), self.ranks)
-                )
-                result = train_stage(
-                    self.problem.pipeline,
-                    stage,
-                    pairs,
-                    config,
-                    folder / "training",
-                    held_out=held_out,
-                    unseen=self.problem.choosing_pairs(stage),
-                    ranks=self.ranks,
-                    resume=True,
-                    say=self.say,
-                )
-            rates, accuracies = (
-                [[line["step"], line[name]] for line in result.stats if line.get(name) is not None]
-                for name in (WIN_RATE, ACCURACY)
+            # the networks that this starts from, all other stages alike
+            others = {k: v for k, v in models.items() if k != stage}
+            held_out = (
+                None
+                if choosing is None
+                else choosing.held_out(self.problem, stage, others, dict(models), self.ranks)
+            )
+            result = train_stage(
+                conditioned.with_model(models.get(stage)),
+                pairs,
+                config,
+                folder / "training",
+                held_out=held_out,
+                unseen=self.problem.choosing_pairs(stage),
+                ranks=self.ranks,
+                resume=True,
+                say=self.say,
             )
             last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(),
-                "kept_step": result.kept_step,
-                "warnings": list(result.warnings),
-                "win_rates": rates,
-                "held_out_accuracies": accuracies,
+                **result.record(),
+                "held_out_accuracies": result.measured(ACCURACY),
                 "last": last,
                 "pairs": len(pairs),
                 "weighing": report,
@@ -311,7 +314,7 @@ def run_loop(
     A round in which nothing crosses a gap ends the loop: the first with the stages that it has tuned, a later
     one with the networks of the one before.
     """
-    stages = [stage.name for stage in loop.problem.pipeline.stages]
+    stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 

@@ -40,7 +40,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 )
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
-from eg3d_rlhf.tuning.flow.base.stage import FlowStage, stage_of
+from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
@@ -90,95 +90,107 @@ class Weighing:
         check_knobs(self)
 
 
-def stage_behind(problem: Problem, stage: str) -> FlowStage:
-    """The stage whose samples pairs of `stage`, any but the last, are made from."""
-    stages = list(problem.pipeline.stages)
-    return stages[stages.index(stage_of(problem.pipeline, stage)) + 1]
+def stage_behind(stages: Sequence[str], stage: str) -> str:
+    """Return the stage whose samples pairs of `stage`, any but the last, are made from."""
+    return stages[stages.index(stage) + 1]
 
 
-def make_loop_pairs(
-    problem: Problem,
-    models_op: Models,
-    config: LoopPairsConfig,
-    seed: int,
-    *,
-    stage: str | None = None,
-    models_unop: Models | None = None,
-    pairs: Sequence[PreferencePair] | None = None,
-    on_pair: Callable[[int], None] | None = None,
-) -> list[PreferencePair]:
-    """New pairs of `stage`, by default the first.
+@dataclass(frozen=True, kw_only=True)
+class LoopPairMaker:
+    """Maker of new pairs of a stage from pairs of people."""
 
-    Args:
-        models_op: tuned networks by stage name, that of the stage behind among them; models_unop: their
-            references, by default the pipeline's own. Only the stage behind differs between the sides:
-            further ones are models_op's for both.
-        seed: of the noises, with the human pair's id: a part of the pairs gives the same part of the result.
-        pairs: human pairs of `stage`; None: all of the problem. on_pair: called with the number of human
-            pairs done.
-    """
-    stage = stage or problem.pipeline.stages[0].name
-    behind = stage_behind(problem, stage).name
-    assert behind in models_op
-    un_op = {k: v for k, v in models_op.items() if k != behind} | {
-        k: v for k, v in (models_unop or {}).items() if k == behind
-    }
-    pairs = problem.train_pairs[stage] if pairs is None else pairs
-    per_batch = max(1, config.batch // config.per_pair)
-    made = []
-    for i in range(0, len(pairs), per_batch):
-        part = pairs[i : i + per_batch]
-        made += _batch(problem, stage, behind, (models_op, un_op), part, config, seed)
-        if on_pair:
-            on_pair(len(part))
-    return made
+    pipeline: Pipeline
+    reward: AssetReward
+    stage: str
+    models_op: Models  # tuned networks by stage, that of the stage behind among them
+    # references; of these the one of the stage behind counts: further stages are models_op's on both sides
+    models_unop: Models
+    config: LoopPairsConfig
+    seed: int  # of the noises, with the human pair's id: some of the pairs give the same part of the result
 
-
-@torch.no_grad()
-def _batch(
-    problem: Problem,
-    stage: str,
-    behind: str,
-    sides: Sequence[Models],
-    pairs,
-    config: LoopPairsConfig,
-    seed: int,
-) -> list:
-    device = next(stage_of(problem.pipeline, stage).model.parameters()).device
-    assert problem.reward is not None
-    given = problem.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
-    rows = [
-        (pair, places, k) for pair, places in zip(pairs, given, strict=True) for k in range(config.per_pair)
-    ]
-    conditions = [pair.condition for pair, _, _ in rows]
-    seeds = [derive_seed("loop", seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
-    stages_given = {behind: [places for _, places, _ in rows]}
-    latents = []
-    rewards = []
-    for models in sides:
-        assets = generate(problem.pipeline, conditions, seeds, models, config.batch, stages_given)
-        rewards.append(problem.reward(assets, conditions).detach().float().cpu())
-        latents.append([to_cpu(encoded[stage]) for encoded in problem.pipeline.encode(assets)])
-    if not all(bool(values.isfinite().all()) for values in rewards):
-        raise ValueError(
-            f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}."
-            " Correct the reward."
-        )
-    made = [
-        PreferencePair(
-            id=f"{pair.id}/{k}",
-            condition=pair.condition,
+    @classmethod
+    def from_problem(
+        cls,
+        problem: Problem,
+        models_op: Models,
+        config: LoopPairsConfig,
+        seed: int,
+        *,
+        stage: str,
+        models_unop: Models | None = None,
+    ) -> "LoopPairMaker":
+        """Take pipeline and reward of a problem. Args: models_unop: None for the pipeline's own networks."""
+        assert problem.reward is not None
+        return cls(
+            pipeline=problem.pipeline,
+            reward=problem.reward,
             stage=stage,
-            preferred=op,
-            rejected=un_op,
-            source="loop",
-            reward_preferred=float(rewards[0][n]),
-            reward_rejected=float(rewards[1][n]),
-            provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
+            models_op=models_op,
+            models_unop=models_unop or {},
+            config=config,
+            seed=seed,
         )
-        for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
-    ]
-    return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
+
+    def __call__(
+        self, pairs: Sequence[PreferencePair], on_pair: Callable[[int], None] | None = None
+    ) -> list[PreferencePair]:
+        """Make pairs. Args: pairs: human ones of the stage; on_pair: called with the number of pairs done."""
+        behind = stage_behind([stage.name for stage in self.pipeline.stages], self.stage)
+        assert behind in self.models_op
+        un_op = {k: v for k, v in self.models_op.items() if k != behind} | {
+            k: v for k, v in self.models_unop.items() if k == behind
+        }
+        per_batch = max(1, self.config.batch // self.config.per_pair)
+        made = []
+        for i in range(0, len(pairs), per_batch):
+            part = pairs[i : i + per_batch]
+            made += self._batch(part, (self.models_op, un_op), behind)
+            if on_pair:
+                on_pair(len(part))
+        return made
+
+    @torch.no_grad()
+    def _batch(
+        self, pairs: Sequence[PreferencePair], sides: Sequence[Models], behind: str
+    ) -> list[PreferencePair]:
+        config = self.config
+        stage = self.stage
+        device = next(self.pipeline.stages[0].model.parameters()).device
+        given = self.pipeline.advance(stage, collate([pair.preferred for pair in pairs]).to(device))
+        rows = [
+            (pair, places, k)
+            for pair, places in zip(pairs, given, strict=True)
+            for k in range(config.per_pair)
+        ]
+        conditions = [pair.condition for pair, _, _ in rows]
+        seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
+        stages_given = {behind: [places for _, places, _ in rows]}
+        latents = []
+        rewards = []
+        for models in sides:
+            assets = generate(self.pipeline, conditions, seeds, models, config.batch, stages_given)
+            rewards.append(self.reward(assets, conditions).detach().float().cpu())
+            latents.append([to_cpu(encoded[stage]) for encoded in self.pipeline.encode(assets)])
+        if not all(bool(values.isfinite().all()) for values in rewards):
+            raise ValueError(
+                f"loop pairs: expected finite rewards, got {rewards[0].tolist()} and {rewards[1].tolist()}."
+                " Correct the reward."
+            )
+        made = [
+            PreferencePair(
+                id=f"{pair.id}/{k}",
+                condition=pair.condition,
+                stage=stage,
+                preferred=op,
+                rejected=un_op,
+                source="loop",
+                reward_preferred=float(rewards[0][n]),
+                reward_rejected=float(rewards[1][n]),
+                provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
+            )
+            for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
+        ]
+        return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
@@ -200,53 +212,40 @@ def turned(pair: PreferencePair) -> PreferencePair:
 
 def make_in_chunks(
     folder: Path,
-    problem: Problem,
-    models_op: Models,
-    config: LoopPairsConfig,
-    seed: int,
+    make: LoopPairMaker,
+    human: Sequence[PreferencePair],
     *,
-    stage: str,
-    models_unop: Models,
     ranks: Ranks = SINGLE,
     on_pair: Callable[[int], None] | None = None,
 ) -> tuple[Path, Mapping]:
-    """`make_loop_pairs` of all human pairs into folder/pairs, resumable: ranks make chunks in turn and keep
-    each as it is done.
+    """Make pairs from all human pairs into folder/pairs, resumable: ranks make chunks in turn, and each chunk
+    is kept once it is made.
 
     Returns: that folder and figures of the pairs.
     """
-    human = problem.train_pairs[stage]
-    starts = range(0, len(human), config.chunk)
+    starts = range(0, len(human), make.config.chunk)
     chunks = folder / "chunks"
     for number, start in list(enumerate(starts))[ranks.rank :: ranks.world]:
-        part = human[start : start + config.chunk]
+        part = human[start : start + make.config.chunk]
         place = chunks / f"{number:05d}"
         if place.exists():
             if on_pair:
                 on_pair(len(part))
             continue
-        made = make_loop_pairs(
-            problem,
-            models_op,
-            config,
-            seed,
-            stage=stage,
-            models_unop=models_unop,
-            pairs=part,
-            on_pair=on_pair,
-        )
+        made = make(part, on_pair)
         unfinished = place.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_pairs(unfinished, made, {"seed": seed, "chunk": number})
+        write_pairs(unfinished, made, {"seed": make.seed, "chunk": number})
         os.replace(unfinished, place)
     ranks.barrier()
     if not ranks.main:
         return folder / "pairs", {}
-    pairs = [pair for number in range(len(starts)) for pair in read_pairs(chunks / f"{number:05d}", stage)[0]]
+    pairs = [
+        pair for number in range(len(starts)) for pair in read_pairs(chunks / f"{number:05d}", make.stage)[0]
+    ]
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    write_pairs(
-        folder / "pairs", pairs, {"seed": seed, "stage": stage, "source": "loop", "config": asdict(config)}
-    )
+    meta = {"seed": make.seed, "stage": make.stage, "source": "loop", "config": asdict(make.config)}
+    write_pairs(folder / "pairs", pairs, meta)
     shutil.rmtree(chunks)
     return folder / "pairs", figures(pairs)
 

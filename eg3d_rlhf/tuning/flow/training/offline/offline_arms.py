@@ -10,25 +10,22 @@ What a run writes, and which networks arms keep: see flow/arms.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
-from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
+from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, ArmsSource, Bench, Columns, Opened
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SHUFFLED, TURNED, used
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import DGPO, SinglesConfig, train_singles
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.trainer import StageResult
 from training.config import knob
 from training.distributed import Ranks
-from training.progress import tqdm
 
 LABELS = "labels"
 DPO = "dpo"
@@ -82,17 +79,6 @@ class OfflineRun(ArmsRun):
         """What the toy's people are asked for."""
         return self.labels or ("ranks" if self.singles.loss == DGPO else "thumbs")
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """The problem and its labelled assets."""
-        source = self.source
-        if self.assets is not None and source.pairs is None and source.conditions is None:
-            folder = Path(self.assets)
-            source = replace(
-                source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS)
-            )
-        problem = open_problem(source, device)
-        return problem, labelled_of(self, problem)
-
     def bench(self, opened: Opened, seed: int) -> "OfflineBench":
         problem, labelled = opened
         assert labelled is not None
@@ -107,22 +93,6 @@ class OfflineRun(ArmsRun):
     ) -> dict:
         title = ARMS[arm] if arm.startswith(DPO) else f"{TITLES[self.singles.loss]}, {ARMS[arm]}"
         return {"title": title, "answers": trainings[0]["answers"]}
-
-
-def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
-    """The assets and what was said of them."""
-    if settings.assets is None:
-        if problem.labelled is None:
-            raise ValueError(
-                "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
-                " Name it."
-            )
-        own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
-        return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
-    family = family_of(Path(settings.source.pipeline))
-    with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
-        labels = None if settings.labels is None else Path(settings.labels)
-        return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
 
 
 @dataclass(frozen=True)
@@ -151,7 +121,7 @@ class OfflineBench(Bench):
         return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
-        what = (self.problem.pipeline, self.stage.name, self.answers(arm))
+        what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
         return (
             train_stage(*what, self.dpo, out, **options)
             if arm.startswith(DPO)

@@ -2,7 +2,7 @@
 DGPO of all of a condition.
 
 The network that training begins with is the reference, and stands for the one that drew the assets; it is
-never refreshed, which on a finite set of them runs away (online/losses/nft.py). Times are the stage's own,
+never refreshed, which on a finite set of them runs away (losses.py). Times are the stage's own,
 but none below LEAST_TIME, where an error says nothing. Guidance is off. Folder, lines, states and resume are
 those of train.py.
 
@@ -23,9 +23,9 @@ from eg3d_rlhf.preferences.goodness import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
 from eg3d_rlhf.tuning.flow.base.singles import Single
-from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, check_convention, stage_of
-from eg3d_rlhf.tuning.flow.training.losses.dgpo import dgpo_loss
-from eg3d_rlhf.tuning.flow.training.losses.nft import nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
+from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
 from eg3d_rlhf.tuning.flow.training.pair_training import Example, PassConfig, Passes, latents_checksum
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import (
@@ -100,8 +100,7 @@ class SingleDraw:
 
 
 def draw_singles(
-    pipeline: Pipeline,
-    stage: FlowStage,
+    conditioned: ConditionedStage,
     singles: Sequence[Single],
     names: Sequence[str],
     seed: int,
@@ -111,6 +110,7 @@ def draw_singles(
     """Time and noise of each from (seed, its name, epoch) alone and on the CPU: in any batch, on any device.
     Args: names: [N]; assets of one name share both.
     """
+    stage = conditioned.stage
     latents = [one.latent for one in singles]
     x_0 = collate(latents).to(device)
     seeds = [derive_seed(seed, name, epoch, "noise") for name in names]
@@ -120,7 +120,7 @@ def draw_singles(
         for name in names
     ]
     t = torch.cat(drawn).clamp(min=LEAST_TIME).to(device)
-    cond = to_device(pipeline.conditions([one.condition for one in singles], stage.name), device)
+    cond = to_device(conditioned.conditions([one.condition for one in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
 
@@ -183,7 +183,7 @@ class LabelPasses(Passes[Example]):
     def velocities(
         self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int
     ) -> Velocities:
-        draw = draw_singles(self.pipeline, self.stage, singles, names, self.config.seed, epoch, self.device)
+        draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
         torch.manual_seed(dropout)
         assert self.reference is not None
         return Velocities(self.stage, draw, self.policy, self.reference)
@@ -275,8 +275,7 @@ class GroupUpdates(LabelPasses[Ranked]):
 
 
 def train_singles(
-    pipeline: Pipeline,
-    stage_name: str,
+    conditioned: ConditionedStage,
     singles: Sequence[Single],
     config: SinglesConfig,
     out: Path,
@@ -293,15 +292,15 @@ def train_singles(
     Raises: ValueError, before anything is written, for assets that cannot be trained on; further as
         train_stage.
     """
-    stage = stage_of(pipeline, stage_name)
-    check_singles(pipeline, stage, singles, config.loss)
+    stage = conditioned.stage
+    check_singles(conditioned, singles, config.loss)
 
     def start(run: Run, policy: torch.nn.Module, reference: FrozenModel | None) -> LabelPasses:
         common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
-            return SingleUpdates(pipeline, stage, singles, *common)
+            return SingleUpdates(conditioned, singles, *common)
         groups = [group for group in by_condition(singles).values() if len({one.r for one in group}) > 1]
-        return GroupUpdates(pipeline, stage, groups, *common)
+        return GroupUpdates(conditioned, groups, *common)
 
     latents = {one.id: one.latent for one in singles}
     columns = [[one.id, one.condition, one.r] for one in singles]
@@ -322,8 +321,9 @@ def train_singles(
     )
 
 
-def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single], loss: str = NFT) -> None:
+def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
     """Raise ValueError for what cannot be trained on: see train_stage, and labels that teach nothing."""
+    stage = conditioned.stage
     who = f"train_singles({stage.name})"
     if not singles:
         raise ValueError(f"{who}: expected labelled assets to learn from, got none. Label some.")
@@ -353,5 +353,5 @@ def check_singles(pipeline: Pipeline, stage: FlowStage, singles: Sequence[Single
         )
     device = next(stage.model.parameters()).device
     some = singles[:8]
-    cond = to_device(pipeline.conditions([one.condition for one in some], stage.name), device)
+    cond = to_device(conditioned.conditions([one.condition for one in some]), device)
     check_convention(stage, collate([one.latent for one in some]).to(device), cond)

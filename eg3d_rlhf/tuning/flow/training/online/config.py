@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Sampling
-from eg3d_rlhf.tuning.flow.training.losses.schedules import DECAYS
+from eg3d_rlhf.tuning.flow.training.online.snapshot import DECAYS
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS
 from eg3d_rlhf.tuning.flow.training.online.windows import check_window
 from eg3d_rlhf.tuning.flow.training.trainer import StageTraining, train_knob

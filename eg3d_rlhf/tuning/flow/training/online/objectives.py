@@ -13,11 +13,19 @@ import torch
 
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, single
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating, stage_noise
-from eg3d_rlhf.tuning.flow.training.losses.clip import clipped_ratio_loss, outside
-from eg3d_rlhf.tuning.flow.training.losses.dgpo import dgpo_loss, left_alone
-from eg3d_rlhf.tuning.flow.training.losses.dppo import dppo_loss, dropped
-from eg3d_rlhf.tuning.flow.training.losses.guard import guard_loss, guarded_ratio
-from eg3d_rlhf.tuning.flow.training.losses.nft import goodness, nft_errors, nft_loss
+from eg3d_rlhf.tuning.flow.training.losses import (
+    clipped_ratio_loss,
+    dgpo_loss,
+    dgpo_stopped,
+    dppo_dropped,
+    dppo_loss,
+    goodness,
+    guard_loss,
+    guarded_ratio,
+    nft_errors,
+    nft_loss,
+    outside_clip,
+)
 from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.draws import Drawn, Explorer
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
@@ -99,10 +107,10 @@ class OnSteps:
             if config.loss == "grpo-guard":
                 ratio = guarded_ratio(log_p, move.log_p, moved, at.std)
                 loss = guard_loss(ratio, advantage, limit, at.length)
-            out = outside(ratio, advantage, limit)
+            out = outside_clip(ratio, advantage, limit)
             stopped = out.stopped
             if config.loss == "dppo":
-                stopped = dropped(ratio, moved, advantage, limit)
+                stopped = dppo_dropped(ratio, moved, advantage, limit)
                 loss = dppo_loss(ratio, advantage, stopped)
             if config.kl:
                 loss = loss + config.kl * held * divergence(mean, move.reference, at.std)
@@ -187,7 +195,7 @@ class OnLatents:
             loss = nft_loss(errors, goodness(advantage, config.adv_clip), config.adv_clip, config.curvature)
         else:
             error = path.apart(v, u)
-            stopped = left_alone(error, old_missing, advantage, config.clip_of(1))
+            stopped = dgpo_stopped(error, old_missing, advantage, config.clip_of(1))
             error, ref_error, of_group = (
                 values.view(-1, config.group)
                 for values in (torch.where(stopped, error.detach(), error), missing, advantage)

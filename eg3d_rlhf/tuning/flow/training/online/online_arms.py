@@ -26,8 +26,8 @@ from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import CONTROLS, ArmsRun, Bench, Columns, Opened
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
@@ -112,8 +112,7 @@ class OnlineBench(Bench):
         config = self.config(arm)
         if divided(arm)[0] == DPO:
             return train_stage(
-                task.pipeline,
-                task.stage.name,
+                ConditionedStage(task.stage, task.pipeline),
                 ranked_pairs(task, config, self.dpo.seed),
                 self.dpo,
                 out,
@@ -305,9 +304,6 @@ class OnlineRun(ArmsRun):
     def __post_init__(self):
         weighed(self.reward)
         super().__post_init__()
-
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        return open_problem(self.source, device), None
 
     def bench(self, opened: Opened, seed: int) -> OnlineBench:
         problem = opened[0]

@@ -1,5 +1,5 @@
 """A network as it was, beside the one in training: a second set of the parameters that training moves, and
-the rest shared.
+the rest shared. And how fast such a network follows the policy.
 """
 
 import contextlib
@@ -12,6 +12,24 @@ from eg3d_rlhf.models.sparse import Batch
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
+
+DECAYS = {  # by name, as DiffusionNFT has them; of the number n of optimiser steps
+    "copy": lambda n: 0.0,
+    "slow": lambda n: min(0.001 * n, 0.5),
+    "late": lambda n: 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999),
+    "dgpo": lambda n: min(0.001 * n, 0.3),
+    "frozen": lambda n: 1.0,  # offline: samples stay those of the network that drew them
+}
+
+
+def decay(name: str, steps: int) -> float:
+    """Compute d after so many optimiser steps, in 0..1: the network that draws follows the policy by
+    old <- d old + (1 - d) new.
+
+    >>> decay("slow", 100), decay("copy", 100), decay("late", 100)
+    (0.1, 0.0, 0.1875)
+    """
+    return DECAYS[name](steps)
 
 
 class Snapshot:

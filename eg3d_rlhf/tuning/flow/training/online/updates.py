@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.tuning.flow.training.losses.nft import goodness
-from eg3d_rlhf.tuning.flow.training.losses.schedules import decay
+from eg3d_rlhf.tuning.flow.training.losses import goodness
 from eg3d_rlhf.tuning.flow.training.online.advantages import (
     Gate,
     Scale,
@@ -36,7 +35,7 @@ from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.draws import Drawn, Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.objectives import OnLatents, OnSteps
 from eg3d_rlhf.tuning.flow.training.online.signs import online_signs, too_far
-from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
+from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot, decay
 from eg3d_rlhf.tuning.flow.training.pair_training import Order
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import Descent, Judge, StageResult, train

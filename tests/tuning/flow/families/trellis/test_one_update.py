@@ -11,6 +11,7 @@ import torch
 from benchmarks import random_flows
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.models.trellis import flows
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
@@ -51,8 +52,8 @@ def updates(stage_name, lora, dpo):
     config = TrainConfig(lora=lora, steps=1, batch=2, warmup=0, dpo=dpo)
     needed = reference if config.needs_reference else None
     pairs = pairs_of(stage, 2, size.voxels)
-    conditions = random_flows.RandomConditions()
-    return Updates(conditions, stage, pairs, config, stage.model, needed, SINGLE), parameters
+    conditioned = ConditionedStage(stage, random_flows.RandomConditions())
+    return Updates(conditioned, pairs, config, stage.model, needed, SINGLE), parameters
 
 
 def outcome(work, parameters, impl):

@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.flow.families import trellis as family
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import LinearReward, features
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, make_loop_pairs
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker, LoopPairsConfig
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import NAMES, tokens, voxels, write_imported
 
@@ -154,16 +154,20 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
     with torch.no_grad():
         tuned.out_layer.bias += torch.tensor([1.0, -2.0, 0.5, 2.0])
     human = problem.train_pairs[STRUCTURE][:2]
-    pairs = make_loop_pairs(problem, {LATENT: tuned}, LoopPairsConfig(), seed=3, pairs=human)
+
+    def made(network):
+        return LoopPairMaker.from_problem(problem, {LATENT: network}, LoopPairsConfig(), 3, stage=STRUCTURE)(
+            human
+        )
+
+    pairs = made(tuned)
     assert [p.id for p in pairs] == [f"{p.id}/0" for p in human] and all(
         p.stage == STRUCTURE and p.source == "loop" for p in pairs
     )
     for pair in pairs:
         problem.pipeline.stages[0].check(pair.id, pair.preferred)
         assert pair.reward_preferred is not None and pair.reward_preferred != pair.reward_rejected
-    same = make_loop_pairs(
-        problem, {LATENT: problem.pipeline.stages[1].model}, LoopPairsConfig(), seed=3, pairs=human
-    )
+    same = made(problem.pipeline.stages[1].model)
     assert all(p.provenance["same_structure"] for p in same)
 
 

@@ -78,9 +78,9 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
     calls = []
     problem = tiny_problem(reward=halfway)
 
-    def watched(pipeline, stage, pairs, config, out, **options):
-        calls.append((stage, pairs, config))
-        return train_stage(pipeline, stage, pairs, config, out, **options)
+    def watched(conditioned, pairs, config, out, **options):
+        calls.append((conditioned.stage.name, pairs, config))
+        return train_stage(conditioned, pairs, config, out, **options)
 
     monkeypatch.setattr(circular_loop, "train_stage", watched)
     loop = CircularLoop(problem=problem, settings=SETTINGS, store=Store(tmp_path), say=lambda line: None)
@@ -133,11 +133,12 @@ def whole(tmp_path_factory):
             problem=problem, settings=replace(SETTINGS, seed=seed), store=Store(folder), say=lambda line: None
         )
 
-    def counted(pipeline, stage, pairs, config, out, **options):
+    def counted(conditioned, pairs, config, out, **options):
+        stage = conditioned.stage.name
         calls.append(
             (config.seed, stage, pairs[0].source, config.dpo.kind, len(pairs), pairs[0].w2 is not None)
         )
-        return train_stage(pipeline, stage, pairs, config, out, **options)
+        return train_stage(conditioned, pairs, config, out, **options)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(circular_loop, "train_stage", counted)

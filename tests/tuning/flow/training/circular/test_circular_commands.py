@@ -14,10 +14,10 @@ from eg3d_rlhf.experiments.table import with_interval
 from eg3d_rlhf.models.lora import adapted_layers
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import circular_dpo as commands
-from eg3d_rlhf.modes.circular_dpo import default_settings, resolve, settings
+from eg3d_rlhf.modes.circular_dpo import default_settings, resolve
+from eg3d_rlhf.modes.flow_flags import circular_settings
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.circular import ablation
 from eg3d_rlhf.tuning.flow.training.circular.ablation import CircularRun
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
 from tests.rejections import raising, rejected
@@ -92,7 +92,7 @@ def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
 
 def test_flags_reach_their_settings():
     defaults = default_settings("toy")
-    own = settings(
+    own = circular_settings(
         values(
             "--beta=200", "--lr=0.5", "--steps=7", "--loss=sigmoid", "--set=schedule=cosine", "--batch-gpu=1"
         ),
@@ -112,7 +112,7 @@ def test_flags_reach_their_settings():
     )
     assert (own.loop.lr, own.loop.steps, own.sft.lr, own.sft.dpo.kind) == (0.5, 7, 0.5, "sft")
     of_loop = ("loop_lr=2", "loop_steps=3", "loop_beta=9", "loop_loser_weight=1", "loop_sft_weight=0")
-    own = settings(values(*(f"--set={one}" for one in of_loop)), defaults)
+    own = circular_settings(values(*(f"--set={one}" for one in of_loop)), defaults)
     assert (
         own.loop.lr,
         own.loop.steps,
@@ -121,17 +121,19 @@ def test_flags_reach_their_settings():
         own.loop.dpo.sft_weight,
     ) == (2, 3, 9, 1, 0)
     assert own.human == defaults.human
-    own = settings(
+    own = circular_settings(
         values("--set=roles=reward", "--set=choose_noises=0", "--set=loop_pairs=3", "--rounds=2"), defaults
     )
     assert (own.weighing.roles, own.choosing, own.rounds) == ("reward", None, 2)
     assert own.loop_pairs.per_pair == 3
-    own = settings(values("--tune=full"), defaults)
+    own = circular_settings(values("--tune=full"), defaults)
     assert own.human.lora is None and own.loop.lora is None
-    own = settings(values("--tune=lora", "--lora-rank=3", "--set=lora_targets=to_q, to_out"), defaults)
+    own = circular_settings(
+        values("--tune=lora", "--lora-rank=3", "--set=lora_targets=to_q, to_out"), defaults
+    )
     assert own.human.lora.rank == 3 and own.loop.lora.targets == ("to_q", "to_out")
-    assert settings(values("--loss=sft"), defaults).loop.dpo.needs_reference
-    assert settings(values(), defaults) == defaults
+    assert circular_settings(values("--loss=sft"), defaults).loop.dpo.needs_reference
+    assert circular_settings(values(), defaults) == defaults
 
 
 def test_settings_survive_json():
@@ -147,8 +149,7 @@ def test_settings_survive_json():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    for module in (commands, ablation):
-        monkeypatch.setattr(module, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(commands, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
 
     def go(*flags: str):

@@ -26,9 +26,9 @@ def trained(monkeypatch):
     """Calls of train_stage: (stage, source of the pairs, config)."""
     calls = []
 
-    def counted(pipeline, stage, pairs, config, out, **options):
-        calls.append((stage, pairs[0].source, config))
-        return train_stage(pipeline, stage, pairs, config, out, **options)
+    def counted(conditioned, pairs, config, out, **options):
+        calls.append((conditioned.stage.name, pairs[0].source, config))
+        return train_stage(conditioned, pairs, config, out, **options)
 
     monkeypatch.setattr(circular_loop, "train_stage", counted)
     return calls
@@ -141,9 +141,9 @@ def test_a_second_round_starts_from_the_first(tmp_path, trained, monkeypatch):
     sides = []
     original = circular_loop.make_in_chunks
 
-    def watched(folder, problem, models_op, *args, **options):
-        sides.append((state(models_op["voxels"]), {k: state(v) for k, v in options["models_unop"].items()}))
-        return original(folder, problem, models_op, *args, **options)
+    def watched(folder, make, *args, **options):
+        sides.append((state(make.models_op["voxels"]), {k: state(v) for k, v in make.models_unop.items()}))
+        return original(folder, make, *args, **options)
 
     monkeypatch.setattr(circular_loop, "make_in_chunks", watched)
     loop = loop_in(tmp_path, settings=replace(SETTINGS, rounds=2))

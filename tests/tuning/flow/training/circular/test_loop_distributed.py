@@ -16,17 +16,17 @@ CODE = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.tuning.flow.training.circular import loop_pairs
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.distributed import process_group
 torch.set_num_threads(1)
-made, original = [], loop_pairs.make_loop_pairs
-def counted(*args, **options):
-    made.append(len(options["pairs"]))
-    return original(*args, **options)
-loop_pairs.make_loop_pairs = counted
+made, original = [], LoopPairMaker.__call__
+def counted(self, pairs, on_pair=None):
+    made.append(len(pairs))
+    return original(self, pairs, on_pair)
+LoopPairMaker.__call__ = counted
 with process_group(torch.device("cpu"), 2.0) as ranks:
     store = Store(Path(sys.argv[1]), ranks)
     silent = lambda line: None

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 from eg3d_rlhf.models.sparse import SparseSample
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.training.circular import loop_pairs
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     SAME,
+    LoopPairMaker,
     LoopPairsConfig,
     figures,
     make_in_chunks,
-    make_loop_pairs,
     same_structure,
     w1,
     weigh,
@@ -39,6 +38,11 @@ def tuned(model: torch.nn.Module, seed: int = 9, by: float = 0.3) -> torch.nn.Mo
         for p in other.parameters():
             p.add_(by * torch.randn(p.shape, generator=g))
     return other
+
+
+def make_loop_pairs(problem, models_op, config, seed, pairs=None, stage="structure", **options):
+    make = LoopPairMaker.from_problem(problem, models_op, config, seed, stage=stage, **options)
+    return make(problem.train_pairs[stage] if pairs is None else pairs)
 
 
 @pytest.fixture(scope="module")
@@ -155,19 +159,20 @@ def test_roles(made):
 
 def test_an_interrupted_making_keeps_its_chunks(problem, op, made, tmp_path, monkeypatch):
     calls = []
-    original = loop_pairs.make_loop_pairs
+    original = LoopPairMaker.__call__
 
-    def counted(*args, **kwargs):
-        calls.append(len(kwargs["pairs"]))
+    def counted(self, pairs, on_pair=None):
+        calls.append(len(pairs))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(*args, **kwargs)
+        return original(self, pairs, on_pair)
 
-    monkeypatch.setattr(loop_pairs, "make_loop_pairs", counted)
-    options = {"stage": "structure", "models_unop": {}}
+    monkeypatch.setattr(LoopPairMaker, "__call__", counted)
+    make = LoopPairMaker.from_problem(problem, op, CONFIG, 3, stage="structure")
+    human = problem.train_pairs["structure"]
     with pytest.raises(KeyboardInterrupt):
-        make_in_chunks(tmp_path, problem, op, CONFIG, 3, **options)
-    place, found = make_in_chunks(tmp_path, problem, op, CONFIG, 3, **options)
+        make_in_chunks(tmp_path, make, human)
+    place, found = make_in_chunks(tmp_path, make, human)
     assert calls == [5, 5, 5, 2]  # the first chunk was kept
     pairs, _ = read_pairs(place, problem.pipeline.stages[0])
     assert [p.id for p in pairs] == [p.id for p in made] and found["pairs"] == len(made)

@@ -117,7 +117,7 @@ def people(kind: str) -> Labelled:
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     monkeypatch.setattr(
-        arms,
+        commands,
         "open_problem",
         lambda source, device: replace(tiny_problem(), labelled=Lazy(("thumbs", "ranks"), people)),
     )

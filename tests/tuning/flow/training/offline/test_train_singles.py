@@ -14,6 +14,7 @@ from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.preferences.goodness import as_used, normal_scores, of_ranks
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
+from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import (
     GroupUpdates,
     Single,
@@ -72,7 +73,11 @@ def ranked(made: list[Single]) -> list[Single]:
 def run(out, loss="nft", data=None, pipeline=None, stage="voxels", config=None, **options):
     data = data or (singles(stage=stage) if loss == "nft" else ranked(singles(stage=stage)))
     return train_singles(
-        pipeline or TinyPipeline(), stage, data, config or LOSSES[loss], out, **{"say": silent, **options}
+        ConditionedStage.from_pipeline(pipeline or TinyPipeline(), stage),
+        data,
+        config or LOSSES[loss],
+        out,
+        **{"say": silent, **options},
     )
 
 
@@ -116,7 +121,7 @@ def parts(loss: str, config: SinglesConfig, data):
         stage,
         policy,
         reference,
-        kind(pipeline, stage, examples, config, policy, reference, SINGLE),
+        kind(ConditionedStage(stage, pipeline), examples, config, policy, reference, SINGLE),
     )
 
 
@@ -142,7 +147,9 @@ def test_the_gradient_of_a_group_at_the_start_is_that_of_advantages_times_errors
     updates.backward([data], 0, 0)
     found = gradient(policy)
     policy.zero_grad()
-    draw = draw_singles(pipeline, stage, data, ["a"] * 6, updates.config.seed, 0, torch.device("cpu"))
+    draw = draw_singles(
+        ConditionedStage(stage, pipeline), data, ["a"] * 6, updates.config.seed, 0, torch.device("cpu")
+    )
     advantage = torch.from_numpy(normal_scores(np.array([one.r for one in data]))).float()
     (advantage * Velocities(stage, draw, policy, reference).errors).mean().mul(0.5).backward()
     torch.testing.assert_close(found, gradient(policy))
@@ -154,8 +161,7 @@ def test_a_group_shares_its_time_and_noise_and_assets_by_themselves_do_not():
     stage = stage_of(pipeline, "structure")
     drawn = {
         names: draw_singles(
-            pipeline,
-            stage,
+            ConditionedStage(stage, pipeline),
             data,
             [one.condition if names == "shared" else one.id for one in data],
             0,
@@ -243,7 +249,13 @@ BROKEN = {
 def test_assets_that_cannot_be_trained_on(case, tmp_path):
     data, names = BROKEN[case]
     with raising("(voxels)", *names):
-        train_singles(TinyPipeline(), "voxels", data, LOSSES["nft"], tmp_path / "run", say=silent)
+        train_singles(
+            ConditionedStage.from_pipeline(TinyPipeline(), "voxels"),
+            data,
+            LOSSES["nft"],
+            tmp_path / "run",
+            say=silent,
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -253,7 +265,9 @@ def test_ties_everywhere_and_a_batch_that_cannot_be_divided(tmp_path):
         run(tmp_path / "run", "dgpo", tied)
     pipeline, stage, policy, reference, _ = parts("nft", LOSSES["nft"], singles(2))
     with raising("batch_gpu", "5", "2", "12"):
-        SingleUpdates(pipeline, stage, singles(2), LOSSES["nft"], policy, reference, Ranks(world=5))
+        SingleUpdates(
+            ConditionedStage(stage, pipeline), singles(2), LOSSES["nft"], policy, reference, Ranks(world=5)
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_where(tmp_path):

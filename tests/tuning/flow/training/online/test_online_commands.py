@@ -17,7 +17,6 @@ from eg3d_rlhf.modes.online import TOY_RUN, default_run
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import BASE, Worker, table
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.online import online_arms as arms
 from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.online_arms import (
     Losses,
@@ -136,7 +135,7 @@ def test_weights_of_rewards():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    monkeypatch.setattr(arms, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(commands, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_run", lambda pipeline, preset: TINY)
 
     def go(*flags: str):

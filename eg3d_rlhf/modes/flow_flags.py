@@ -1,0 +1,288 @@
+"""Flags that several commands of flow tuning have, and what they make of them: circular_dpo.py, online.py,
+offline.py, flow_tune.py and latent_reward.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
+from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
+from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.families.opening import check_source
+from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, Opened, work
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, Weighing
+from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from training.config import from_dict
+
+Source = TypeVar("Source", bound=ProblemSource)
+WHAT = "What is trained"
+TRAIN = "Training"
+OWN = "the problem's own"
+TOY = ProblemSource.pipeline  # the bundled generator, which a run is of where no folder is named
+COUNT = click.IntRange(min=1)
+WHOLE = click.IntRange(min=0)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+
+
+def unset_option(name: str, group: str, metavar: str, kind, help: str, shown: str = OWN, rare: bool = False):
+    """Make an option that is None where it is not given, so that the generator's default run decides."""
+    return option(
+        name, group=group, rare=rare, metavar=metavar, type=kind, default=None, show_default=shown, help=help
+    )
+
+
+tuning_flags = together(
+    unset_option(
+        "--tune", TRAIN, "lora|full", click.Choice(["lora", "full"]), "Adapters, or every parameter."
+    ),
+    unset_option(
+        "--lora-targets",
+        TRAIN,
+        "LIST",
+        str,
+        "Last parts of layers' names, with commas.",
+        "the stage's own",
+        rare=True,
+    ),
+)
+
+
+def source_of(kind: type[Source], flags: Flags) -> Source:
+    """Read from flags where a problem comes from. Raises: ValueError for what is missing or has no effect."""
+    source = kind(**flags.of(kind), seed=flags["seed"])
+    check_source(source)
+    return source
+
+
+def reader_of(kind: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
+    """Make a Mode's `recorded`: it reads settings of a kind from a run folder of the mode."""
+    return lambda folder, flags, ranks: from_dict(
+        kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)
+    )
+
+
+EARLY = ("held_out_every", "patience", "max_drop")
+
+
+def check_tuning(flags: Flags) -> None:
+    """Raise ValueError naming flags of adapters that were given without adapters."""
+    flags.belong(
+        ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"), flags["tune"] != "full", "--tune=lora"
+    )
+
+
+def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
+    """Make the field `lora` of a stage's training. Args: lora: the default run's."""
+    adapters = flags.of(LoraConfig)
+    if flags["lora_targets"] is not None:
+        adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
+    full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
+    if full and adapters:
+        raise ValueError(
+            f"{', '.join(flag('lora_' + name) for name in adapters)}: belongs to --tune=lora. Add that, or"
+            " leave it out."
+        )
+    return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
+
+
+# The loop: circular_dpo.py, flow_tune.py.
+
+LOOP = "The loop"
+WEIGHT = click.FloatRange(min=0)
+AS_STEP = "that of people's pairs where it is given, else the problem's own"
+loop_flags = together(
+    option(
+        "--rounds",
+        group=LOOP,
+        metavar="INT",
+        type=COUNT,
+        default=None,
+        show_default="1",
+        help="Of the whole loop, each from the networks of the last, which are then the reference.",
+    ),
+    unset_option(
+        "--loop-beta",
+        LOOP,
+        "FLOAT",
+        POSITIVE,
+        "Beta on the loop's pairs.",
+        "in the problem's own ratio to --beta",
+        rare=True,
+    ),
+    unset_option(
+        "--loop-loser-weight", LOOP, "FLOAT", WEIGHT, "The rejected's weight on the loop's pairs.", rare=True
+    ),
+    unset_option(
+        "--loop-sft-weight",
+        LOOP,
+        "FLOAT",
+        WEIGHT,
+        "The preferred's own error on the loop's pairs.",
+        rare=True,
+    ),
+    unset_option(
+        "--loop-lr", LOOP, "FLOAT", POSITIVE, "Learning rate on the loop's pairs.", AS_STEP, rare=True
+    ),
+    unset_option(
+        "--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True
+    ),
+    options_of(LoopPairsConfig, Weighing, everywhere=OWN),
+)
+
+
+def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSettings:
+    """Change the default settings of the loop by flags."""
+    human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
+    human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
+    sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
+    pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
+    defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
+    # in this order, so that the defaults' own is exact
+    beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
+    anchors: dict[str, Any] = {
+        "loser_weight": defaults_loop.loser_weight,
+        "sft_weight": defaults_loop.sft_weight,
+        "beta": beta,
+    }
+    anchors |= flags.some(
+        {"loop_loser_weight": "loser_weight", "loop_sft_weight": "sft_weight", "loop_beta": "beta"}
+    )
+    loop = replace(
+        loop,
+        dpo=replace(human.dpo if human.dpo.needs_reference else defaults_loop, **anchors),
+        **flags.some({"loop_lr": "lr", "loop_steps": "steps"}),
+    )
+    choosing = defaults.choosing
+    if flags["choose_noises"] == 0:
+        choosing = None
+    elif choosing is not None or flags["choose_noises"] is not None:
+        choosing = replace(choosing or Choosing(), **flags.of(Choosing))
+    return replace(
+        defaults,
+        human=human,
+        loop=loop,
+        sft=sft,
+        loop_pairs=pairs,
+        weighing=replace(defaults.weighing, **flags.of(Weighing)),
+        choosing=choosing,
+        rounds=flags["rounds"] or defaults.rounds,
+        seed=flags["seed"],
+    )
+
+
+def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
+    """Change a training by flags, all but its loss."""
+    return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
+
+
+# Runs of arms: online.py, offline.py.
+
+stage_flag = option(
+    "--stage", group=WHAT, metavar="NAME", default=None, show_default="the last", help="Which stage is tuned."
+)
+arms_table_flags = together(
+    unset_option(
+        "--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"
+    ),
+    unset_option(
+        "--choose-noises",
+        TABLE,
+        "INT",
+        WHOLE,
+        "Assets per condition behind a win rate in training, which chooses the network that is kept; 0: the"
+        " last is.",
+        rare=True,
+    ),
+    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run."),
+    options_of(Judging, everywhere=OWN),
+)
+
+
+def check_arms(flags: Flags, several: bool) -> None:
+    """Raise ValueError naming flags that would have no effect. Args: several: more than one arm."""
+    flags.belong(("jobs",), several or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
+    flags.belong(
+        ("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out"
+    )
+    check_tuning(flags)
+
+
+def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[str, Any]:
+    """Make the fields of a run that do not depend on what arms learn from."""
+    choosing = defaults.choosing
+    seed = flags["seed"]
+    count = flags["seeds"] or (3 if len(arms) > 1 else 1)
+    if flags["choose_noises"] is not None:
+        choosing = (
+            replace(choosing or Choosing(), per_condition=flags["choose_noises"])
+            if flags["choose_noises"]
+            else None
+        )
+    return {
+        "stage": flags["stage"],
+        "arms": arms,
+        "training_seeds": tuple(range(seed, seed + count)),
+        "choosing": choosing,
+        "judging": replace(defaults.judging, **flags.of(Judging)),
+        "summary": not flags["no_summary"],
+    }
+
+
+def names_of(flags: Flags) -> tuple[str, ...]:
+    """Return the arms that --arms names."""
+    return tuple(name.strip() for name in flags["arms"].split(","))
+
+
+def record(mode: str, settings: ArmsRun, opened: Opened) -> dict:
+    """Make the record of a run folder: the settings and what they opened."""
+    problem, labelled = opened
+    labels = {} if labelled is None else {"labels": labelled.identity}
+    return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **labels}
+
+
+def mode_of_arms(
+    name: str,
+    kind: type[ArmsRun],
+    title: Callable[[Any], str],
+    open: Callable[[Any, str], Opened],
+    check: Callable[[Any, Opened, Run], None],
+    **more: Any,
+) -> Mode:
+    """Make a mode that trains arms.
+
+    Args: kind: of its settings. title: (settings) -> what stands in the folder's name between the mode and
+        the generator. open: (settings, device) -> what arms are trained on; at a module's top level, as
+        worker processes call it, too. check: raises ValueError where what was opened lacks what the run
+        needs. more: see Mode.
+    """
+
+    def opened(settings: ArmsRun, run: Run) -> Opened:
+        refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
+        opened = open(settings, run.device)
+        check(settings, opened, run)
+        return opened
+
+    def titled(settings: ArmsRun, opened: Opened) -> str:
+        generator = Path(settings.source.pipeline).name
+        return f"{settings.NAME}-{title(settings)}-{generator}-{settings.stage_in(opened[0]).name}"
+
+    return Mode(
+        name=name,
+        settings=kind,
+        open=opened,
+        work=lambda settings, opened, run: work(settings, opened, run, open),
+        title=titled,
+        record=lambda settings, opened: record(name, settings, opened),
+        recorded=reader_of(kind, name),
+        jobs="several trainings",
+        **more,
+    )

@@ -1,3 +1,0 @@
-"""What an update minimises, one file a loss: pure functions of tensors that return one value a sample,
-unreduced.
-"""
