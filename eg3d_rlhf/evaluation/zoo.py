@@ -7,27 +7,27 @@ Train and tune -> compute -> zoo.json -> page: `make zoo`. Letters: N rewards.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.evaluation.flags import shared, some_of
 from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
-from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import pages, style
-from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
+from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import cell
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -37,7 +37,6 @@ from training.storage import write_atomic
 
 PICTURE = "zoo.png"
 LENGTH = DEMO_KIMG  # of the demo
-TUNED = "tuned.json"  # what tuning did, beside the networks
 HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
 
@@ -233,9 +232,9 @@ def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
         {
             "reward": name,
             "reads": ENTRIES[name].words,
-            "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
+            "accuracy": f"{cell(row['accuracy'], '.3f', row['ci95'])} of {row['n']}",
             "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
-            "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
+            "judge": cell(row["judge_rate"], ".1%", row["judge_range"]),
             "repaired": _listed(row["repaired_by_seed"], ".0%"),
             "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
             "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"),
@@ -315,6 +314,7 @@ def job(
         "rewards": {name: dict(row) for name, row in found.items()},
         "networks": {n: loaded.hash for n, loaded in networks.items()},
         "shown": list(shown),
+        "note": note,
     }
     return Job(
         key="zoo",
@@ -325,107 +325,72 @@ def job(
     )
 
 
-def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict, list[int]]:
+def measured(
+    out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
+) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
     """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first
     seed; the latents in it.
 
     These are chosen by what the first reward says of them before tuning.
     """
-    networks: dict[str, LoadedGenerator] = {}
-    latents: list[int] = []
+    store = Store(out / "seen", renew=True)
+    pairs: dict[str, Comparison] = {}
 
     def line(name: str) -> dict:
         figures = []
-        costs = {key: part.record() for key, part in plans[name].items()}
         for part in plans[name].values():
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
-                figures.append(_tuned_once(c, run / TUNED))
-                networks.setdefault("before", c.before)
-                networks.setdefault(name, c.after)
-                if name == next(iter(plans)) and not latents:
-                    latents.extend(chosen(c))
+                pairs.setdefault(name, c)
+                inputs = {"before": c.before.hash, "after": c.after.hash, "figures": sorted(BY_SEED)}
+                figures.append(dict(store.make("tuned", inputs, partial(_tuned, c)).record))
+        costs = {key: found.record for key, part in plans[name].items() if (found := part.found())}
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
-    with ThreadPoolExecutor(jobs) as pool:
-        lines = dict(
-            zip(
-                plans,
-                tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"),
-                strict=True,
-            )
+    with tqdm(total=len(plans), desc="what tuning did", unit="reward") as bar:
+        lines = run_tasks(
+            {name: [] for name in plans},
+            lambda: line,
+            (),
+            jobs,
+            out / "logs",
+            lambda *_: bar.update() and None,
+            stop=lambda: None,  # the threads share what is loaded
         )
-    return lines, {name: networks[name] for name in ("before", *plans)}, latents
+    first = pairs[next(iter(plans))]
+    networks = {"before": first.before, **{name: pairs[name].after for name in plans}}
+    return {name: lines[name] for name in plans}, networks, chosen(first)
 
 
-def _tuned_once(c: Comparison, path: Path) -> dict:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    # another network, or of an older version
-    if known.get("after") != c.after.hash or not known.keys() >= set(BY_SEED):
-        known = {**tuned(c), "after": c.after.hash}
-        write_atomic(path, json.dumps(known).encode())
-    return known
+def _tuned(c: Comparison, _folder: Path) -> tuple[list[Path], dict]:
+    return [], tuned(c)
 
 
-@click.command(cls=GroupedCommand)
-@shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
-@option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
-@option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
-@option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
-@option(
-    "--jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=min(2, os.cpu_count() or 1),
-    show_default="2, or the cores",
-    help="Rewards worked on side by side.",
-)
-def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
-    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
-    side: `make zoo`.
+def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:
+    """What makes every reward and tunes by it."""
+    return {name: parts_of(out, name, seeds, full, LENGTH if full else LENGTH / 2) for name in names}
 
-    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
-    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json and a page with
-    one table, one plot and the same latents tuned by every reward.
 
-    \b
-    Example:
-        eg3d-rlhf report zoo --only=points --dry-run
-    """
-    wanted = some_of("--only", only, ENTRIES)
+def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[dict]:
+    """Make what is missing, and write zoo.json and the page; returns the lines of the table."""
+    plans = plans_of(out, names, seeds, full)
     length = LENGTH if full else LENGTH / 2
-    numbers = list(dict.fromkeys(parse_seeds(seeds)))
-    plans = {name: parts_of(out, name, numbers, full, length) for name in wanted}
-    if dry_run:
-        click.echo(
-            json.dumps(
-                {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()},
-                indent=1,
-            )
-        )
-        return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
-    with tqdm(total=sum(map(len, plans.values())), desc="rewards trained and tuned", unit="part") as bar:
-
-        def tell(part: Part) -> None:
-            bar.set_postfix_str(f"last: {part.name}; logs in {out}/*/*/{LOG}")
-            bar.update()
-
-        make([list(plans[name].values()) for name in longest_first], jobs, threads, tell=tell)
+    chains = [list(plans[name].values()) for name in longest_first]
+    make_shown(chains, jobs, threads, "rewards trained and tuned")
     lines, networks, shown = measured(out, plans, jobs)
-    write_atomic(
-        out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode()
-    )
+    data = {"rewards": lines, "full": full, "kimg": length}
+    write_atomic(out / "zoo.json", json.dumps(data, indent=1).encode())
     note = (
-        f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)}"
+        f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(seeds)}"
         f" training seed(s), {jobs} side by side with {threads} thread(s) each."
     )
     part = job(lines, networks, shown, psi=1.0, note=note)
-    findings = pages.run([part], out, fresh=True, quiet=True)
-    page = write_page(
+    findings = pages.run([part], out, quiet=True)
+    write_page(
         out / "index.html",
         "Every reward on the bundled heads",
         "Each learnt from the same labels, and tuned the same generator.",
@@ -433,6 +398,4 @@ def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool)
         findings,
         findings[part.key].says,
     )
-    table = rows(lines)
-    click.echo(f"\n{aligned([list(table[0]), *(list(map(str, row.values())) for row in table)])}")
-    click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")
+    return rows(lines)

@@ -20,12 +20,12 @@ import torch
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.cli import ASSETS, GroupedCommand, option, options_of
 from eg3d_rlhf.core.seeds import TRUE_HEADS
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures import features as feature_files
 from eg3d_rlhf.measures import shape_features
 from eg3d_rlhf.measures.features import FeatureTraining, adequacy, factors, read_images, train_features
 from eg3d_rlhf.measures.shape_features import ShapeTraining, train_shape_features
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PriorTraining
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import train as train_prior
 from eg3d_rlhf.tuning.flow.toy.bundled import BASES, FOLDER, BaseTraining, save_network, train_base

@@ -10,7 +10,6 @@ import click
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming, option, options_of, together
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion.projector import (
     PUBLISHED,
@@ -34,6 +33,7 @@ from eg3d_rlhf.experiments.media.video import check_mp4
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
 FILE = click.Path(path_type=Path, dir_okay=False)

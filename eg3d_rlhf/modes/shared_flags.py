@@ -1,6 +1,5 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +116,6 @@ _SPELLINGS = {  # further ones; the flag's own name stays the parameter's
     "cutoff": ("--trunc-cutoff",),
     "dry-run": ("-n",),
 }
-
-
-def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names of a comma-separated list, in the order of those that are known.
-
-    Raises: ValueError for others, and for none.
-    """
-    known = list(known)
-    wanted = {name.strip() for name in text.split(",") if name.strip()}
-    if not wanted or wanted - set(known):
-        raise ValueError(f"{flag}: expected some of {', '.join(known)}, got {text!r}. Correct the list.")
-    return [name for name in known if name in wanted]
 
 
 def shared(names: str, rare: str = "", **changes: str | dict):
