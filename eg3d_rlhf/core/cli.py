@@ -266,6 +266,17 @@ def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
     return [name for name in known if name in wanted]
 
 
+def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
+    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(
+            f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
+            " list."
+        ) from None
+
+
 @contextlib.contextmanager
 def naming(flag: str) -> Iterator[None]:
     """Put the flag that is at fault in front of a user's error."""

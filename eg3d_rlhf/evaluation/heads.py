@@ -16,7 +16,6 @@ import torch
 
 from eg3d_rlhf.core.seeds import JUDGE, VALIDATION
 from eg3d_rlhf.core.statistics import two_way_interval
-from eg3d_rlhf.experiments.table import figure_rows, markdown_rows
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.people import (
@@ -220,12 +219,6 @@ def names_of(networks: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
-
-
-def table_of(columns: Mapping[str, dict]) -> list[str]:
-    """Lines of Markdown, of `figures` by network."""
-    rows = figure_rows(columns, TABLE, intervals=("repaired",))
-    return markdown_rows(["network", *(words for words, _ in TABLE.values())], rows)
 
 
 def compare(

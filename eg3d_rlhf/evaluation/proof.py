@@ -25,7 +25,7 @@ from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import figure_rows, markdown_rows, write
+from eg3d_rlhf.experiments.table import figure_table, write
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
@@ -462,7 +462,7 @@ def markdown(data: Mapping) -> str:
         psi = ", ".join(f"{psi:g}" for psi in sorted(set(data["psi"].values())))
         more = {"truncation": f" (ψ {psi})", FILTER: f" ({data['filter']})"}
         arms[ARMS[name] + more.get(name, "")] = figures
-    table = markdown_rows(["arm", *(words for words, _ in columns.values())], figure_rows(arms, columns))
+    table = figure_table("arm", arms, columns)
     found = data["verdict"]
     unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
     says = (

@@ -24,7 +24,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import filters
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
-from eg3d_rlhf.experiments.table import figure_rows, markdown_rows
+from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.models.policies import tuned_model
@@ -137,8 +137,7 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     columns = {name: (name, ".3f") for name in (*terms, "solid")}
     columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}
     columns |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
-    rows = figure_rows(lines, columns, intervals=("change", "closed"))
-    return markdown_rows(["", *(words for words, _ in columns.values())], rows)
+    return figure_table("", lines, columns, intervals=("change", "closed"))
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
 """Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
 to held-out latents.
 
-Train and tune -> compute -> zoo.json -> page: `make zoo`. Letters: N rewards.
+Train and tune -> compute -> zoo.json -> zoo.md, zoo.png: `make zoo`. Letters: N rewards.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
-from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
-from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.experiments.pages import seed_range
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import cell
+from eg3d_rlhf.experiments.table import figure_table, write
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -35,8 +34,7 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-PICTURE = "zoo.png"
-LENGTH = DEMO_KIMG  # of the demo
+PICTURE = "zoo-latents.png"
 HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
 
@@ -98,6 +96,11 @@ ENTRIES = {
         short=("--epochs=8",),
     ),
 }
+
+
+def length_of(full: bool) -> float:
+    """Thousands of images of tuning: the demo's, or half of it in the short table."""
+    return DEMO_KIMG if full else DEMO_KIMG / 2
 
 
 def reward_of(out: Path, name: str) -> Path:
@@ -194,9 +197,9 @@ def record(
     }
 
 
-@style.plot(None, size=(6.4, 3.2), xlabel="share", xlim=(0.4, 1.02))
-def plot_rates(axes, data: dict) -> None:
+def plot(data: Mapping):
     """Accuracy on held-out pairs with its interval, and the judge's rate, for each reward."""
+    drawn, axes = style.figure(size=(6.4, 3.2))
     names = list(data["rewards"])
     for y, name in enumerate(names):
         row = data["rewards"][name]
@@ -222,33 +225,47 @@ def plot_rates(axes, data: dict) -> None:
     axes.axvline(0.5, color="#999999", lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.set(xlabel="share", xlim=(0.4, 1.02))
     axes.set_title(
         "blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small"
     )
+    return drawn
 
 
-def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
-    return [
-        {
-            "reward": name,
-            "reads": ENTRIES[name].words,
-            "accuracy": f"{cell(row['accuracy'], '.3f', row['ci95'])} of {row['n']}",
-            "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
-            "judge": cell(row["judge_rate"], ".1%", row["judge_range"]),
-            "repaired": _listed(row["repaired_by_seed"], ".0%"),
-            "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
-            "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"),
-            "image Fréchet": _listed(row["frechet_ratio_by_seed"], "x.3f"),
-            "seconds": f"{row['seconds']:.0f}",
-            "memory, MB": f"{row['memory_mb']:.0f}",
+COLUMNS = {  # of the table: words and form
+    "accuracy": ("accuracy", ".3f"),
+    "rewards_up": ("rewards up", ".0f"),
+    "judge_rate": ("judge", ".1%"),
+    "repaired_by_seed": ("repaired", ".0%"),
+    "whole_made_worse_by_seed": ("whole made worse", ".0%"),
+    "face_moved_voxels_by_seed": ("face moved", ".3f"),
+    "frechet_ratio_by_seed": ("image Fréchet, after / before", ".3f"),
+    "seconds": ("seconds", ".0f"),
+    "memory_mb": ("memory, MB", ".0f"),
+}
+
+
+def markdown(data: Mapping) -> str:
+    """The table, and how it was made."""
+    arms = {
+        f"{name} ({ENTRIES[name].words})": {
+            **row,
+            "accuracy_ci95": row["ci95"],
+            "judge_rate_ci95": row["judge_range"],
         }
-        for name, row in rewards.items()
-    ]
-
-
-def _listed(found: Sequence[float], form: str) -> str:
-    sign = "x" if form.startswith("x") else ""
-    return ", ".join(f"{sign}{value:{form.removeprefix('x')}}" for value in found) or "-"
+        for name, row in data["rewards"].items()
+    }
+    table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "judge_rate"))
+    first = next(iter(data["rewards"].values()))
+    text = (
+        f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
+        f" {first['seeds']} training seed(s). Accuracy on {first['n']} held-out pairs; rewards up of"
+        f" {first['rewards_n']} latents; the judge's of {first['judge_n']}, {seed_range(JUDGE.all)}, ψ 1."
+        " Brackets: Wilson 95 %; of several training seeds the judge's least and greatest rate. The judge is"
+        " the annotator without its noise: it shares its view of a head with the labels that taught every"
+        " reward here."
+    )
+    return "\n".join(["# Every reward on the bundled heads", "", *table, "", text, ""])
 
 
 def strip(
@@ -269,60 +286,6 @@ def strip(
             ]
         lines.append(Row(cells=cells, name=name))
     return sheet("", lines, names=190)
-
-
-def job(
-    found: Mapping[str, Mapping],
-    networks: Mapping[str, LoadedGenerator],
-    shown: Sequence[int],
-    *,
-    psi: float,
-    note: str,
-) -> Job:
-    """The page's one part: table, plot and picture."""
-
-    def compute(folder: Path) -> Finding:
-        write_atomic(folder / PICTURE, png(strip(networks, shown, psi)))
-        best = max(found, key=lambda name: found[name]["repaired"] or 0)
-        says = [
-            note,
-            f"Most of the error of broken heads gone: {best}, {found[best]['repaired'] or 0:.0%}.",
-            (
-                "The judge is the annotator without its noise: it shares its view of a head with the labels"
-                " that taught every reward here."
-            ),
-        ]
-        facts = Facts(
-            n=JUDGE.count,
-            seeds=seed_range(JUDGE.all),
-            psi=psi,
-            networks={n: loaded.hash for n, loaded in networks.items()},
-            interval=(
-                "accuracy and judge: Wilson 95 %; of several training seeds the judge's least and greatest"
-                " rate"
-            ),
-        )
-        return Finding(
-            facts=facts,
-            data={"rewards": {name: dict(row) for name, row in found.items()}},
-            rows=rows(found),
-            says=says,
-            pictures={"The same latents before tuning, and after tuning by each reward": PICTURE},
-        )
-
-    inputs = {
-        "rewards": {name: dict(row) for name, row in found.items()},
-        "networks": {n: loaded.hash for n, loaded in networks.items()},
-        "shown": list(shown),
-        "note": note,
-    }
-    return Job(
-        key="zoo",
-        title="Accuracy and tuning by reward",
-        compute=compute,
-        plots={"rates": plot_rates},
-        inputs=inputs,
-    )
 
 
 def measured(
@@ -370,32 +333,17 @@ def _tuned(c: Comparison, _folder: Path) -> tuple[list[Path], dict]:
 
 def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:
     """What makes every reward and tunes by it."""
-    return {name: parts_of(out, name, seeds, full, LENGTH if full else LENGTH / 2) for name in names}
+    return {name: parts_of(out, name, seeds, full, length_of(full)) for name in names}
 
 
-def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[dict]:
-    """Make what is missing, and write zoo.json and the page; returns the lines of the table."""
+def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
+    """Make what is missing, and write zoo.json, zoo.md, zoo.png and the picture of the same latents."""
     plans = plans_of(out, names, seeds, full)
-    length = LENGTH if full else LENGTH / 2
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
     chains = [list(plans[name].values()) for name in longest_first]
     make_shown(chains, jobs, threads, "rewards trained and tuned")
     lines, networks, shown = measured(out, plans, jobs)
-    data = {"rewards": lines, "full": full, "kimg": length}
-    write_atomic(out / "zoo.json", json.dumps(data, indent=1).encode())
-    note = (
-        f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(seeds)}"
-        f" training seed(s), {jobs} side by side with {threads} thread(s) each."
-    )
-    part = job(lines, networks, shown, psi=1.0, note=note)
-    findings = pages.run([part], out, quiet=True)
-    write_page(
-        out / "index.html",
-        "Every reward on the bundled heads",
-        "Each learnt from the same labels, and tuned the same generator.",
-        [part],
-        findings,
-        findings[part.key].says,
-    )
-    return rows(lines)
+    write_atomic(out / PICTURE, png(strip(networks, shown, 1.0)))
+    data = {"rewards": lines, "full": full, "kimg": length_of(full)}
+    return [*write(data, out, "zoo", markdown, plot), out / PICTURE]

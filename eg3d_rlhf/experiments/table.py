@@ -117,26 +117,27 @@ def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence
     return f"{text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else text
 
 
-def figure_rows(
+def figure_table(
+    first: str,
     arms: Mapping[str, Mapping[str, Any]],
     columns: Mapping[str, tuple[str, str]],
     intervals: Collection[str] = (),
-) -> list[list[str]]:
-    """Format a line for each arm.
+) -> list[str]:
+    """Format a Markdown table with a line for each arm.
 
-    Args: arms: figures by name, each a number, a list by training seed, or None; columns: words and format by
-        figure; intervals: figures that are shown with the interval that stands under <figure>_ci95.
+    Args: first: head of the arms' column; arms: figures by name, each a number, a list by training seed, or
+        None; columns: words and format by figure; intervals: figures that are shown with the interval that
+        stands under <figure>_ci95.
     """
-    return [
-        [
-            name,
-            *(
-                cell(figures.get(key), form, figures.get(f"{key}_ci95") if key in intervals else None)
-                for key, (_, form) in columns.items()
-            ),
-        ]
+
+    def text(figures: Mapping[str, Any], key: str, form: str) -> str:
+        return cell(figures.get(key), form, figures.get(f"{key}_ci95") if key in intervals else None)
+
+    rows = [
+        [name, *(text(figures, key, form) for key, (_, form) in columns.items())]
         for name, figures in arms.items()
     ]
+    return markdown_rows([first, *(words for words, _ in columns.values())], rows)
 
 
 def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:

@@ -6,21 +6,27 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.evaluation.heads import PLACES, POINTS, compare, names_of, table_of
+from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare, names_of
 from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
+from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.modes.shared_flags import shared
 from training.storage import write_atomic
+
+TO_JSON = {
+    "metavar": "FILE",
+    "type": click.Path(path_type=Path, dir_okay=False),
+    "default": None,
+    "help": "JSON to write.",
+}
 
 
 @click.command("heads", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
-@option(
-    "--before",
-    metavar="FILE|RUN",
-    type=click.Path(path_type=Path),
-    default=None,
-    show_default="the bundled generator",
-    help="Generator before tuning.",
+@shared(
+    "before n out",
+    before="Generator before tuning.",
+    n={"metavar": "LATENTS", "type": click.IntRange(min=2), "default": POINTS, "help": "How many."},
+    out=TO_JSON,
 )
 @option(
     "--held-out",
@@ -28,14 +34,6 @@ from training.storage import write_atomic
     type=click.Choice(list(PLACES)),
     default="judge",
     help="Whose latents: the table's, or for choosing settings.",
-)
-@option("--n", metavar="LATENTS", type=click.IntRange(min=2), default=POINTS, help="How many.")
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="JSON to write.",
 )
 def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
     """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired,
@@ -47,7 +45,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     """
     seeds = PLACES[place].take(n)
     columns, broken = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
-    click.echo("\n".join(table_of(columns)))
+    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("repaired",))))
     click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {broken} broken before.")
     if out is not None:
         data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
@@ -56,14 +54,6 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 
 @click.command("solid", cls=GroupedCommand)
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@option(
-    "--before",
-    metavar="FILE|RUN",
-    type=click.Path(path_type=Path),
-    default=None,
-    show_default="the bundled generator",
-    help="Generator before tuning.",
-)
 @option(
     "--pipeline",
     metavar="toy|DIR",
@@ -86,35 +76,19 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     show_default="the first",
     help="With --pipeline: the stage that was tuned.",
 )
-@option(
-    "--n",
-    metavar="SHAPES",
-    type=click.IntRange(min=CHOOSE),
-    default=64,
-    help="How many, rounded down to groups of four.",
+@shared(
+    "before n psi seed out device",
+    before="Generator before tuning.",
+    n={
+        "metavar": "SHAPES",
+        "type": click.IntRange(min=CHOOSE),
+        "default": 64,
+        "help": "How many, rounded down to groups of four.",
+    },
+    psi={"default": 1.0, "help": "Truncation of latents."},
+    seed="Other held-out latents, or noises, per seed.",
+    out=TO_JSON,
 )
-@option(
-    "--psi",
-    metavar="FLOAT",
-    type=click.FloatRange(0, 2, min_open=True),
-    default=1.0,
-    help="Truncation of latents.",
-)
-@option(
-    "--seed",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Other held-out latents, or noises, per seed.",
-)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="JSON to write.",
-)
-@shared("device")
 def solid(
     networks: tuple[Path, ...],
     before: Path | None,

@@ -3,7 +3,6 @@ and `sweep`.
 """
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, option, some_of
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation import over_seeds
 from eg3d_rlhf.evaluation import zoo as rewards
@@ -59,14 +58,7 @@ from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
     help="Labels of the first draw.",
 )
 @option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
-@option(
-    "--jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=min(2, os.cpu_count() or 1),
-    show_default="2, or the cores",
-    help="Trainings side by side.",
-)
+@shared("jobs")
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def proof(
     out: Path,
@@ -110,7 +102,11 @@ def proof(
     if dry_run:
         click.echo(json.dumps(commands(plan), indent=1))
         return
-    paths = work_proof(plan, jobs)
+    _tell(out, work_proof(plan, jobs))
+
+
+def _tell(out: Path, paths: list[Path]) -> None:
+    """Print the table, which is the second of the files, and their names."""
     click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
 
 
@@ -119,21 +115,14 @@ def proof(
 @option("--only", metavar="LIST", default=",".join(rewards.ENTRIES), help="Rewards.")
 @option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
 @option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
-@option(
-    "--jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=min(2, os.cpu_count() or 1),
-    show_default="2, or the cores",
-    help="Rewards worked on side by side.",
-)
+@shared("jobs")
 def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
     """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
     side: `make zoo`.
 
     A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
-    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json and a page with
-    one table, one plot and the same latents tuned by every reward.
+    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json, zoo.md,
+    zoo.png and the same latents tuned by every reward as zoo-latents.png.
 
     \b
     Example:
@@ -146,9 +135,7 @@ def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) 
         shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
         click.echo(json.dumps(shown, indent=1))
         return
-    table = rewards.work(out, wanted, numbers, full, jobs)
-    click.echo(f"\n{aligned([list(table[0]), *(list(map(str, row.values())) for row in table)])}")
-    click.echo(f"\nWritten to {out}: zoo.json, index.html (open it in a browser)")
+    _tell(out, rewards.work(out, wanted, numbers, full, jobs))
 
 
 @click.command(cls=GroupedCommand)
@@ -176,17 +163,6 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
         return
     figures = over_seeds.work(out, parts, [*over_seeds.DEMO, *more])
     click.echo(f"\n{aligned(over_seeds.table(figures))}\n\nWritten to {out / over_seeds.SUMMARY}")
-
-
-def numbers(flag: str, text: str, kind: type = float) -> list:
-    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(
-            f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
-            " list."
-        ) from None
 
 
 @click.command(cls=GroupedCommand)
@@ -221,18 +197,11 @@ def numbers(flag: str, text: str, kind: type = float) -> list:
     help="Length of a cell.",
 )
 @option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
-@option(
-    "--jobs",
-    group="Grid",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Cells trained at the same time.",
-)
 @shared(
-    "n out device dry-run",
+    "n jobs out device dry-run",
     "data psi seed images batch",
     n={"default": 32},
+    jobs={"default": 2, "show_default": True},
     images={"default": 128},
     data="Images.",
     out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
@@ -265,9 +234,9 @@ def sweep(
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
     """
     lists = (
-        numbers("--lambda-r", lambda_r),
-        numbers("--lambda-sigma", lambda_sigma),
-        numbers("--seeds", seeds, int),
+        numbers_of("--lambda-r", lambda_r),
+        numbers_of("--lambda-sigma", lambda_sigma),
+        numbers_of("--seeds", seeds, int),
     )
     where = choose_device(device)
     network = find_network(before)

@@ -1,5 +1,6 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": click.Choice(["auto", "cpu", "cuda"]),
         "default": "auto",
         "help": "Where to compute.",
+    },
+    "jobs": {
+        **_RUN,
+        "metavar": "INT",
+        "type": click.IntRange(min=1),
+        "default": min(2, os.cpu_count() or 1),
+        "show_default": "2, or the cores",
+        "help": "Trainings side by side.",
     },
     "dry-run": {
         **_RUN,
