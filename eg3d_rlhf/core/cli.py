@@ -11,7 +11,7 @@ import platform
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -252,6 +252,29 @@ def _nobody_reads() -> bool:
         with contextlib.suppress(OSError, ValueError):  # a test's output is no file
             watch.register(stream, select.POLLOUT)
     return any(event & select.POLLERR for _, event in watch.poll(0))
+
+
+def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names of a comma-separated list, in the order of those that are known.
+
+    Raises: ValueError for others, and for none.
+    """
+    known = list(known)
+    wanted = {name.strip() for name in text.split(",") if name.strip()}
+    if not wanted or wanted - set(known):
+        raise ValueError(f"{flag}: expected some of {', '.join(known)}, got {text!r}. Correct the list.")
+    return [name for name in known if name in wanted]
+
+
+def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
+    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(
+            f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
+            " list."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -10,22 +10,19 @@ Letters: N latents, T numbers n to choose among, B resamples, A arms: single rew
 and its aggregates.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from scipy.optimize import brentq
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option
+from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
@@ -508,75 +505,15 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
     return Trial(generator=generator, rewards=loaded, judge=judge, **sampling)
 
 
-@click.command(cls=GroupedCommand)
-@shared(
-    "before reward-ckpt reward-watch n",
-    before="Generator, untuned.",
-    n={"default": 4096, "help": "Latents that are scored."},
-    reward_ckpt={
-        "multiple": True,
-        "default": (),
-        "show_default": "the bundled one",
-        "help": (
-            "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."
-        ),
-    },
-    reward_watch={
-        "show_default": "the annotator, for synthetic heads",
-        "help": "Second reward as the judge.",
-    },
-)
-@option(
-    "--most",
-    group="Samples",
-    metavar="INT",
-    type=click.IntRange(min=2),
-    default=512,
-    help="Largest number to choose among.",
-)
-@shared(
-    "out device dry-run",
-    "data psi seed batch",
-    out={"default": "runs/reports/best-of-n"},
-    psi={"default": 1.0},
-    data="What the generator was trained on; else the run's own.",
-)
-def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampling) -> None:
-    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a
-    judge say what that is worth.
-
-    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
-    members and all its aggregates are compared. The judge is the annotator without noise for synthetic heads,
-    else the reward that --reward-watch names.
-
-    \b
-    Example:
-        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/best
-    """
-    trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
-    if dry_run:
-        single, joined = arms(trial)
-        known = {
-            "networks": trial.networks(),
-            "judge": "annotator" if trial.judge is None else "reward",
-            "arms": [*single, *joined],
-        }
-        click.echo(
-            json.dumps(
-                {**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1
-            )
-        )
-        return
+def write(trial: Trial, out: Path) -> Finding:
+    """Score the latents, compute the curves, and write the page <out>/index.html; return the curves."""
     first, second = jobs(trial)
-    scores = pages.run([first], out)[SCORES]
-    last = second(scores)
+    last = second(pages.run([first], out)[SCORES])
     findings = pages.run([last], out, quiet=True)
-    finding = findings[CURVES]
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the judge's value of the one that the"
         " reward likes best."
     )
-    page = write_page(out / "index.html", TITLE, introduction, [last], findings, finding.says)
-    click.echo("\n".join(finding.says))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), figures/, data/")
+    write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
+    return findings[CURVES]

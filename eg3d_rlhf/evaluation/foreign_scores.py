@@ -8,24 +8,22 @@ Letters: N latents, K neighbours or samples, M entries of an embedding, P points
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import numpy as np
 import torch
 from PIL import Image
 from scipy.spatial import cKDTree
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, naming, option, options_of
+from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.core.seeds import ALIGNMENT, LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
-from eg3d_rlhf.evaluation.flags import PATH, shared
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
@@ -235,6 +233,11 @@ class Trial:
     @property
     def seeds(self) -> range:
         return LATENTS.take(self.options.n, self.options.seed)
+
+    @property
+    def shared(self) -> dict:
+        """What every network's scores depend on."""
+        return {**asdict(self.options), "reward": self.reward_hash, "reference": self.reference.hash}
 
     @property
     def spec(self) -> SlabSpec:
@@ -483,43 +486,25 @@ def plot_scores(axes, data: dict):
     axes.set_xticks(range(len(names)), names)
 
 
-def jobs(trial: Trial) -> tuple[list[Job], Job]:
-    """One part per generator, and, of their findings in <out>/data, the comparison."""
-    shared = {**asdict(trial.options), "reward": trial.reward_hash, "reference": trial.reference.hash}
-    keys = {name: f"network-{i}" for i, name in enumerate(trial.networks)}
+def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job]]:
+    """One part per generator, and a function from their findings, by generator, to the comparison."""
     parts = [
         Job(
-            key=keys[name],
+            key=f"network-{i}",
             title=name,
             compute=partial(score, trial, name),
-            inputs={**shared, "name": name, "network": one.hash},
+            inputs={**trial.shared, "name": name, "network": one.hash},
         )
-        for name, one in trial.networks.items()
+        for i, (name, one) in enumerate(trial.networks.items())
     ]
 
-    def joined(folder: Path) -> Finding:
-        stored = {name: json.loads((folder / f"{key}.json").read_text()) for name, key in keys.items()}
-        findings = {
-            name: Finding(facts=trial.facts(name), data=one["data"], says=one["says"])
-            for name, one in stored.items()
-        }
-        values = {
-            name: {**finding.data, "seeds": list(trial.seeds), "says": finding.says}
-            for name, finding in findings.items()
-        }
-        write_atomic(
-            folder.parent / "scores.json",
-            (json.dumps({**shared, "networks": values}, indent=1) + "\n").encode(),
-        )
-        return compare(trial, findings, folder)
-
     hashes = {name: one.hash for name, one in trial.networks.items()}
-    return parts, Job(
+    return parts, lambda findings: Job(
         key="comparison",
         title="All generators",
-        compute=joined,
+        compute=partial(compare, trial, findings),
         plots={"rewards": plot_scores},
-        inputs={**shared, "networks": hashes},
+        inputs={**trial.shared, "networks": hashes},
     )
 
 
@@ -556,77 +541,29 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
     )
 
 
-@click.command(cls=GroupedCommand)
-@option(
-    "--network",
-    "networks",
-    group="What",
-    metavar="FILE|RUN",
-    type=PATH,
-    multiple=True,
-    show_default="the reference",
-    help="Generator to score, of any family; may be given again.",
-)
-@option(
-    "--reward",
-    group="What",
-    metavar="FILE",
-    type=PATH,
-    default=None,
-    show_default="the bundled one",
-    help="Reward.",
-)
-@option(
-    "--reference",
-    group="What",
-    metavar="FILE|RUN",
-    type=PATH,
-    default=None,
-    show_default="the bundled generator",
-    help="Generator whose shapes the reward knows.",
-)
-@options_of(ScoreOptions)
-@shared("out device dry-run", out={"default": Path("runs/scores")})
-def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **settings) -> None:
-    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated
-    to densities that it knows.
-
-    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are.
-    Writes a page with strips of meshes, and scores.json.
-
-    \b
-    Example:
-        eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --out=runs/example/scores
-    """
-    options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
-    trial = trial_of(networks, reward, reference, device, options)
-    if dry_run:
-        shown = {name: str(one.path) for name, one in trial.networks.items()}
-        click.echo(
-            json.dumps(
-                {
-                    "networks": shown,
-                    "reference": str(trial.reference.path),
-                    "out": str(out),
-                    **asdict(options),
-                },
-                indent=1,
-            )
-        )
-        return
-    parts, last = jobs(trial)
+def write(trial: Trial, out: Path) -> dict[str, Finding]:
+    """Score the generators, and write <out>/index.html and scores.json; return the finding of each one."""
+    parts, compared = jobs(trial)
     findings = pages.run(parts, out)
-    findings |= pages.run([last], out, fresh=not (out / "scores.json").is_file(), quiet=True)
+    by_name = {name: findings[part.key] for name, part in zip(trial.networks, parts, strict=True)}
+    seeds = list(trial.seeds)
+    values = {
+        **trial.shared,
+        "networks": {
+            name: {**one.data, "seeds": seeds, "says": list(one.says)} for name, one in by_name.items()
+        },
+    }
+    write_atomic(out / "scores.json", (json.dumps(values, indent=1) + "\n").encode())
+    last = compared(by_name)
+    findings |= pages.run([last], out, quiet=True)
     introduction = (
-        f"{options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw: its"
-        " crop as a share of each generator's own cube. Aligned: each generator's typical surface is laid on"
-        " the reference's by scale and shift. Calibrated: densities, too, are given the reference's"
+        f"{trial.options.n} latents each. The reward learnt from shapes of {trial.reference.path.name}. Raw:"
+        " its crop as a share of each generator's own cube. Aligned: each generator's typical surface is"
+        " laid on the reference's by scale and shift. Calibrated: densities, too, are given the reference's"
         " quantiles. Alignment and calibration were fitted on other latents."
     )
-    summary = findings[last.key].says
-    page = write_page(
-        out / "index.html", "Scores across generators", introduction, [last, *parts], findings, summary
+    page = out / "index.html"
+    write_page(
+        page, "Scores across generators", introduction, [last, *parts], findings, findings[last.key].says
     )
-    for name, finding in zip(trial.networks, (findings[part.key] for part in parts), strict=True):
-        click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
-    click.echo(f"\nWritten to {page.parent}: {page.name} (open it in a browser), scores.json, data/")
+    return by_name

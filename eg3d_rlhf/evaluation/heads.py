@@ -7,7 +7,6 @@ and variety nobody reads before the end of a run.
 Letters: N latents, S training seeds; n grid points; R, C rows and columns of the face's window.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +14,8 @@ import click
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.core.seeds import JUDGE, VALIDATION
 from eg3d_rlhf.core.statistics import two_way_interval
-from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.people import (
@@ -37,7 +34,6 @@ from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
-from training.storage import write_atomic
 
 WORSE = 0.01  # of the whole head's volume: a head that was whole and has so much more error is harmed
 CUTOFF = 14
@@ -198,7 +194,7 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-# The command that puts networks side by side: ablations, and further training seeds.
+# Networks side by side: ablations, and further training seeds.
 
 PLACES = {"judge": JUDGE, "validation": VALIDATION}
 TABLE = {  # figure: words and form
@@ -213,17 +209,6 @@ TABLE = {  # figure: words and form
 }
 
 
-def rows_of(columns: Mapping[str, dict]) -> list[list[str]]:
-    """Lines of the table, of `figures` by network."""
-    rows = []
-    for name, found in columns.items():
-        cells = ["" if found.get(key) is None else f"{found[key]:{form}}" for key, (_, form) in TABLE.items()]
-        if found["repaired_ci95"]:
-            cells[0] += " [{:.1%}, {:.1%}]".format(*found["repaired_ci95"])
-        rows.append([name, *cells])
-    return rows
-
-
 def names_of(networks: Sequence[Path]) -> list[str]:
     """As few last parts of the paths as tell them apart. Raises click.UsageError where one stands twice."""
     parts = [
@@ -236,61 +221,24 @@ def names_of(networks: Sequence[Path]) -> list[str]:
     raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
 
 
-@click.command("heads", cls=GroupedCommand)
-@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
-@option(
-    "--before",
-    metavar="FILE|RUN",
-    type=click.Path(path_type=Path),
-    default=None,
-    show_default="the bundled generator",
-    help="Generator before tuning.",
-)
-@option(
-    "--held-out",
-    "place",
-    type=click.Choice(list(PLACES)),
-    default="judge",
-    help="Whose latents: the table's, or for choosing settings.",
-)
-@option("--n", metavar="LATENTS", type=click.IntRange(min=2), default=POINTS, help="How many.")
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="JSON to write.",
-)
-def command(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
-    """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired,
-    what harmed.
+def compare(
+    networks: Mapping[str, Path], before: Path | None, seeds: Sequence[int]
+) -> tuple[dict[str, dict], int]:
+    """Compute the figures of networks, by name, and of the one before tuning, which stands first.
 
-    \b
-    Example:
-        eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
+    Returns: figures by name; the number of latents that are broken before.
     """
     first = load_generator(before).generator
-    seeds = PLACES[place].take(n)
     whole = named(first, seeds)
     columns = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
     reference = features.of_grids(whole) if features else np.zeros((0, 0))
     start: Shapes = {}
-    named_networks = [("before", None), *zip(names_of(networks), networks, strict=True)]
-    for name, path in tqdm(named_networks, desc="networks", unit="network", leave=False):
+    paths = {"before": None, **networks}
+    for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):
         shapes = scans(first if path is None else load_generator(path).generator, seeds)
         seen = looked_at(shapes, whole)
         start = start or seen
         distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
         columns[name] = figures(start, seen) | distance
-    click.echo(
-        "\n".join(markdown_rows(["network", *(words for words, _ in TABLE.values())], rows_of(columns)))
-    )
-    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {int(broken(start).sum())} broken before.")
-    if out is not None:
-        write_atomic(
-            out,
-            json.dumps(
-                {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}, indent=1
-            ).encode(),
-        )
+    return columns, int(broken(start).sum())

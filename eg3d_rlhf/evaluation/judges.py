@@ -6,14 +6,12 @@ Every change gets a verdict from its 95 % interval. Letters: N latents.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 
 from eg3d_rlhf.core import bundled
@@ -26,6 +24,7 @@ from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
+from eg3d_rlhf.experiments.store import Store, json_hash
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.distances import FeatureStatistics, collect
 from eg3d_rlhf.measures.features import load_features
@@ -36,7 +35,6 @@ from eg3d_rlhf.measures.resampling import frechet_change_interval
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.rewards.reward import load_reward
 from torch_utils import build
-from training import storage
 from training.synthetic_heads import resolve_dataset
 
 FAKES = 500  # images per Fréchet distance
@@ -172,19 +170,18 @@ def seen(c: Comparison, part: str, role: str = "before") -> Seen:
     """
     case = ("judges", part, role)
     if case not in c.memory:
-        path = _cache_path(c, part) if role == "before" else None
-        found = None if path is None else _read(path)
-        if found is None:
-            found = PARTS[part](c, c.generators()[role])
-            if path is not None:
-                storage.write_atomic(path, safetensors.numpy.save(found))
-        c.memory[case] = found
+        compute = partial(PARTS[part], c, c.generators()[role])
+        inputs = _inputs(c) if role == "before" else None
+        store = Store(build.cache_dir().parent / "judges", renew=True)
+        c.memory[case] = (
+            compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
+        )
     return c.memory[case]
 
 
-def _cache_path(c: Comparison, part: str) -> Path | None:
-    """A file in the user's cache, named by all that the part depends on; None for networks and data that are
-    not the bundled ones.
+def _inputs(c: Comparison) -> dict | None:
+    """All that a part of the bundled network depends on; None for networks and data that are not the bundled
+    ones.
     """
     if (
         c.before.hash != _bundled_hash()
@@ -193,25 +190,18 @@ def _cache_path(c: Comparison, part: str) -> Path | None:
         or c.device.type != "cpu"
     ):
         return None
-    settings = [
-        part,
-        c.before.hash,
-        c.n,
-        c.seed,
-        c.psi,
-        c.batch,
-        c.mirror,
-        file_hash(resolve_dataset(c.data)),
-        _sources(),
-    ]
-    numerics = [
-        torch.__version__,
-        np.__version__,
-        torch.backends.cpu.get_cpu_capability(),
-        build.available("triplane_decode", "cpu"),
-    ]
-    name = hashlib.sha256(json.dumps([*settings, *numerics]).encode()).hexdigest()[:16]
-    return build.cache_dir().parent / "judges" / f"{part.replace(' ', '-')}-{name}.safetensors"
+    return {
+        "generator": c.before.hash,
+        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],
+        "data": file_hash(resolve_dataset(c.data)),
+        "code": _sources(),
+        "numerics": [
+            torch.__version__,
+            np.__version__,
+            torch.backends.cpu.get_cpu_capability(),
+            build.available("triplane_decode", "cpu"),
+        ],
+    }
 
 
 @functools.cache
@@ -223,22 +213,9 @@ def _bundled_hash() -> str:
 def _sources() -> str:
     """Hash of our code and assets: whatever changes in them may change a value."""
     root = Path(__file__).resolve().parents[2]
-    digest = hashlib.sha256()
-    for path in sorted(
-        path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*")
-    ):
-        if path.suffix in (".py", ".cpp", ".h"):
-            digest.update(path.read_bytes())
-    for path in sorted(ASSETS.glob("*.safetensors")):
-        digest.update(file_hash(path).encode())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Seen | None:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError):
-        return None
+    code = (path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*"))
+    files = [path for path in code if path.suffix in (".py", ".cpp", ".h")]
+    return json_hash({str(path): file_hash(path) for path in (*files, *ASSETS.glob("*.safetensors"))})
 
 
 # Figures of before against after.

@@ -5,17 +5,12 @@ holds it; over seeds Student's t of the figures.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
-import numpy as np
-
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
-from eg3d_rlhf.core.statistics import t_mean_interval
-from eg3d_rlhf.evaluation.flags import shared
-from eg3d_rlhf.evaluation.trainings import Part, line_of, make
+from eg3d_rlhf.evaluation.trainings import Part, make_in_terminal
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.table import over_seeds
 from training import storage
 
 DEMO = ("--reward=sigma", "--lambda-r=10")
@@ -41,26 +36,14 @@ FIGURES = {
 }
 
 
-def spread(values: Mapping[str, float]) -> dict:
-    """A figure by seed with its mean, sample deviation and 95 % interval over seeds."""
-    known = np.array(list(values.values()), dtype=np.float64)
-    interval = t_mean_interval(known) if len(known) > 1 else None
-    return {
-        "by_seed": dict(values),
-        "mean": float(known.mean()),
-        "std": float(known.std(ddof=1)) if interval else 0.0,
-        "ci95_over_seeds": [interval.lo, interval.hi] if interval else None,
-    }
-
-
-def over_seeds(records: Mapping[str, dict]) -> dict:
+def gather(records: Mapping[str, dict]) -> dict:
     """What `make seeds` writes: every figure that all summaries hold, and a row of `geometry` for each
     measure that all hold.
     """
     figures: dict = {"seeds": [int(seed) for seed in records]}
     for name, (interval, _, _) in FIGURES.items():
         if all(record.get(name) is not None for record in records.values()):
-            figures[name] = spread({seed: float(record[name]) for seed, record in records.items()})
+            figures[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
             if interval is not None:
                 figures[name]["ci95_by_seed"] = {seed: record[interval] for seed, record in records.items()}
     if all("frechet_verdict" in record for record in records.values()):
@@ -80,15 +63,15 @@ def over_seeds(records: Mapping[str, dict]) -> dict:
 
 def measure(name: str, rows: Mapping[str, dict]) -> dict:
     """One measure of geometry: before, after and paired change by seed, the verdict of each."""
-    change = spread({seed: row["paired"]["mean"] for seed, row in rows.items()})
+    change = over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
     change["ci95_by_seed"] = {
         seed: [row["paired"]["mean_lo"], row["paired"]["mean_hi"]] for seed, row in rows.items()
     }
     return {
         "name": name,
         "higher_is_better": next(iter(rows.values()))["higher_is_better"],
-        "before": spread({seed: row["before"] for seed, row in rows.items()}),
-        "after": spread({seed: row["after"] for seed, row in rows.items()}),
+        "before": over_seeds({seed: row["before"] for seed, row in rows.items()}),
+        "after": over_seeds({seed: row["after"] for seed, row in rows.items()}),
         "change": change,
         "verdicts": {seed: row["verdict"] for seed, row in rows.items()},
     }
@@ -131,38 +114,12 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
     }
 
 
-@click.command(cls=GroupedCommand)
-@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds.")
-@shared("out dry-run", out={"default": "runs/seeds"}, dry_run="Print the commands as JSON and stop.")
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def main(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
-    """Repeat the demo with several training seeds and put their summaries side by side: `make seeds`.
-
-    Each seed has a folder below --out. Finished runs are not repeated, interrupted ones go on: the same
-    command continues. Flags after -- go to train.py.
-
-    \b
-    Example:
-        eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
-    """
-    parts = trainings(out, seeds, more)
-    if dry_run:
-        click.echo(
-            json.dumps(
-                {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()},
-                indent=1,
-            )
-        )
-        return
+def work(out: Path, parts: Mapping[str, Part], flags: Sequence[str]) -> dict:
+    """Make the runs that are missing, and write <out>/summary.json; returns its figures."""
     for seed, part in parts.items():
-        if not part.finished():
-            click.echo(f"\n== seed {seed}: {line_of(part)}", err=True)
-            make([[part]], quiet=False)
+        make_in_terminal(f"seed {seed}", part)
     runs = {seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None}
-    figures = {
-        **over_seeds({seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}),
-        "runs": runs,
-        "flags": [*DEMO, *more],
-    }
+    records = {seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}
+    figures = {**gather(records), "runs": runs, "flags": list(flags)}
     storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
-    click.echo(f"\n{aligned(table(figures))}\n\nWritten to {out / SUMMARY}")
+    return figures

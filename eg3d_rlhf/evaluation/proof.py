@@ -6,32 +6,26 @@ measures were fixed on 24 November 2026, before any run: docs/lab-book/2026-11-h
 seeds, N latents, Q features; n grid points.
 """
 
-import hashlib
-import json
 import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import click
 import numpy as np
-import safetensors.numpy
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
+from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
 from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
-from eg3d_rlhf.evaluation.flags import shared, some_of
-from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN_REWARD, Part, make
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import style
-from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.pool import run_tasks
-from eg3d_rlhf.experiments.table import markdown_rows, write
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import figure_table, write
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
@@ -39,7 +33,6 @@ from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 from training.progress import tqdm
-from training.storage import write_atomic
 
 LABELS = "labels"
 ARMS = {  # words of the table
@@ -226,9 +219,15 @@ def _task_of_psi(psi: float) -> str:
 
 
 def _looker(
-    network: Path | None, tuned: Mapping[str, Path], latents: int, held: HeldOut = LATENTS
-) -> Callable[[str], dict]:
-    """A process that looks at shapes: what it sees of a task."""
+    folder: Path,
+    inputs: Mapping[str, Mapping],
+    network: Path | None,
+    tuned: Mapping[str, Path],
+    latents: int,
+    held: HeldOut = LATENTS,
+) -> Callable[[str], None]:
+    """A process that looks at shapes, and keeps what it sees of a task in a store."""
+    store = Store(folder, renew=True)
     torch.set_num_threads(1)
     load_plugins()
     before = load_generator(network).generator
@@ -253,51 +252,48 @@ def _looker(
             return seen(heads.scans(before, seeds, float(task.removeprefix("psi "))))
         return seen(heads.scans(before if task == BEFORE else load_generator(tuned[task]).generator, seeds))
 
-    return work
+    def keep(task: str) -> None:
+        store.arrays("shapes", inputs[task], lambda: work(task))
+
+    return keep
 
 
 def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
     """What is seen of the whole heads, of the scans before, of every network, filter and truncation; kept in
-    files, by network.
+    <out>/seen.
     """
-    folder = plan.out / "seen"
-    folder.mkdir(parents=True, exist_ok=True)
-    cheap = [
-        *([FILTER] if FILTER in plan.arms else []),
-        *map(_task_of_psi, PSIS if "truncation" in plan.arms else ()),
-    ]
-    tasks = [WHOLE, BEFORE, *cheap, *tuned]
-    base = file_hash(plan.network or bundled.GENERATOR)
-    features = file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else ""
-
-    def path(task: str) -> Path:
-        key = [task if task not in tuned else file_hash(tuned[task]), base, features, plan.latents]
-        return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
-
-    missing = [task for task in tasks if not path(task).is_file()]
-    with tqdm(
-        total=len(tasks), initial=len(tasks) - len(missing), desc="shapes of held-out latents", unit="arm"
-    ) as bar:
-
-        def done(task: str, result: dict) -> None:
-            write_atomic(
-                path(task),
-                safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in result.items()}),
-            )
-            bar.update()
-
+    tasks = [WHOLE, BEFORE, *tuned]
+    tasks += [FILTER] if FILTER in plan.arms else []
+    tasks += [_task_of_psi(psi) for psi in PSIS] if "truncation" in plan.arms else []
+    shared = {
+        "generator": file_hash(plan.network or bundled.GENERATOR),
+        "features": file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else "",
+        "latents": plan.latents,
+    }
+    inputs = {task: {"seen": file_hash(tuned[task]) if task in tuned else task, **shared} for task in tasks}
+    store = Store(plan.out / "seen", renew=True)
+    missing = [task for task in tasks if store.find("shapes", inputs[task]) is None]
+    # the whole heads come first: computing them writes them to the disk, where the others find them
+    needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}
+    words = "shapes of held-out latents"
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=words, unit="arm") as bar:
         if missing:
-            # which writes them to the disk
-            needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}
             run_tasks(
                 needs,
                 _looker,
-                (plan.network, dict(tuned), plan.latents),
+                (store.root, inputs, plan.network, dict(tuned), plan.latents),
                 min(jobs, len(missing)),
                 plan.out / "logs",
-                done,
+                lambda *_: bar.update() and None,
             )
-    return {task: safetensors.numpy.load_file(path(task)) for task in tasks}
+    return {task: _kept(store, inputs[task]) for task in tasks}
+
+
+def _kept(store: Store, inputs: Mapping) -> dict:
+    def missing() -> dict:
+        raise AssertionError("a worker has made it")
+
+    return store.arrays("shapes", inputs, missing)
 
 
 # From what was seen to the table.
@@ -454,30 +450,19 @@ FIGURES = {  # of the table: words and form
 }
 
 
-def _cell(values: Sequence[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    least, most = (f"{end:{form}}" for end in (min(known), max(known)))
-    return f"{np.mean(known):{form}}" + ("" if least == most else f" ({least} to {most})")
-
-
 def markdown(data: Mapping) -> str:
     """The table, and what it says."""
-    shown = {name: words for name, words in FIGURES.items() if name in data["before"]}
-    head = [
-        "arm",
-        *(words + (" (primary)" if name in data["primaries"] else "") for name, (words, _) in shown.items()),
-    ]
-    rows = [["before tuning", *(_cell([data["before"][name]], form) for name, (_, form) in shown.items())]]
+    columns = {
+        name: (words + (" (primary)" if name in data["primaries"] else ""), form)
+        for name, (words, form) in FIGURES.items()
+        if name in data["before"]
+    }
+    arms = {"before tuning": data["before"]}
     for name, figures in data["arms"].items():
-        psi = (
-            f" (ψ {', '.join(f'{psi:g}' for psi in sorted(set(data['psi'].values())))})"
-            if name == "truncation"
-            else ""
-        )
-        words = ARMS[name] + psi + (f" ({data['filter']})" if name == FILTER else "")
-        rows.append([words, *(_cell(figures[key], form) for key, (_, form) in shown.items())])
+        psi = ", ".join(f"{psi:g}" for psi in sorted(set(data["psi"].values())))
+        more = {"truncation": f" (ψ {psi})", FILTER: f" ({data['filter']})"}
+        arms[ARMS[name] + more.get(name, "")] = figures
+    table = figure_table("arm", arms, columns)
     found = data["verdict"]
     unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
     says = (
@@ -497,9 +482,7 @@ def markdown(data: Mapping) -> str:
         f" latents; F-score behind at one voxel, of broken latents. Made worse: by {heads.WORSE}. Lengths in"
         " voxels of 64³. Changed: share of the volume behind that became solid or empty."
     )
-    return "\n".join(
-        ["# What repairs heads of people", "", says, "", *markdown_rows(head, rows), "", text, ""]
-    )
+    return "\n".join(["# What repairs heads of people", "", says, "", *table, "", text, ""])
 
 
 def plot(data: Mapping):
@@ -523,113 +506,23 @@ def plot(data: Mapping):
     return drawn
 
 
-@click.command(cls=GroupedCommand)
-@shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
-@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
-@option(
-    "--rewards",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Rewards for each draw of labels, with seeds 0, 1, ...",
-)
-@option(
-    "--draws",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Draws of labels; the first are the bundled ones.",
-)
-@option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
-@option(
-    "--latents",
-    metavar="INT",
-    type=click.IntRange(min=2, max=LATENTS.count),
-    default=64,
-    help="Held-out latents.",
-)
-@option(
-    "--labels",
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=BUNDLED_LABELS,
-    show_default="the bundled ones",
-    help="Labels of the first draw.",
-)
-@option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
-@option(
-    "--jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=min(2, os.cpu_count() or 1),
-    show_default="2, or the cores",
-    help="Trainings side by side.",
-)
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def main(
-    out: Path,
-    network: Path | None,
-    seeds: str,
-    rewards: int,
-    draws: int,
-    only: str,
-    latents: int,
-    labels: Path,
-    train: str,
-    jobs: int,
-    dry_run: bool,
-    more: tuple[str, ...],
-) -> None:
-    """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds,
-    side by side: `make proof`.
+def commands(plan: Plan) -> dict[str, list[str]]:
+    """The command of every part."""
+    parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
+    return {part.name: part.command() for part in parts}
 
-    Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces;
-    the reward with its weights permuted; labels by coin; labels turned over. All are tuned with the demo's
-    settings. Finished parts are not repeated, interrupted ones go on: the same command continues. Flags after
-    -- go to train.py. Writes proof.json, proof.md and proof.png.
 
-    \b
-    Example:
-        eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
-    """
-    chosen = [name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}]
-    plan = Plan(
-        out=out,
-        arms=chosen,
-        seeds=list(dict.fromkeys(parse_seeds(seeds))),
-        rewards=rewards,
-        draws=draws,
-        latents=latents,
-        network=network,
-        labels=labels,
-        train=tuple(shlex.split(train)),
-        tune=more,
-    )
-    taught = plan.reward_parts()
-    if dry_run:
-        parts = [*plan.label_parts(), *taught, *plan.tunings().values()]
-        click.echo(json.dumps({part.name: part.command() for part in parts}, indent=1))
-        return
+def work(plan: Plan, jobs: int) -> list[Path]:
+    """Make what is missing, look at all of it, and write proof.json, proof.md and proof.png."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    _make(plan.label_parts(), jobs, threads, "draws of labels", out)
-    write_labels_of_arms(plan)
-    _make(taught, jobs, threads, "rewards trained", out)
-    write_rewards(plan)
+    for write_more, parts, words in (
+        (write_labels_of_arms, plan.label_parts(), "draws of labels"),
+        (write_rewards, plan.reward_parts(), "rewards trained"),
+    ):
+        make_shown([[part] for part in parts], jobs, threads, words)
+        write_more(plan)
     tunings = plan.tunings()
-    _make(list(tunings.values()), jobs, threads, "networks tuned", out)
+    make_shown([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
     data = compare(plan, look(plan, networks, jobs), {case: part.name for case, part in tunings.items()})
-    paths = write(data, out, "proof", markdown, plot)
-    click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
-
-
-def _make(parts: Sequence[Part], jobs: int, threads: int, words: str, out: Path) -> None:
-    if not parts:
-        return
-    with tqdm(total=len(parts), desc=words, unit="part") as bar:
-
-        def tell(part: Part) -> None:
-            bar.set_postfix_str(f"last: {part.name}; logs in {out}/*/*/{LOG}")
-            bar.update()
-
-        make([[part] for part in parts], jobs, threads, tell=tell)
+    return write(data, plan.out, "proof", markdown, plot)

@@ -9,25 +9,22 @@ reward.
 Letters: N shapes; X, Y, Z voxels.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from scipy import ndimage
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
+from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import filters
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
-from eg3d_rlhf.experiments.table import markdown_rows
+from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.models.policies import tuned_model
@@ -41,7 +38,6 @@ from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
 from eg3d_rlhf.tuning.flow.training.online.solid import grid_of, rules_for
 from training.config import from_dict
 from training.progress import tqdm
-from training.storage import write_atomic
 
 CUTOFF = 14
 AT_ONCE = 8
@@ -139,18 +135,10 @@ def table(
 
 def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
-    head = ["", *terms, "solid", "F", "R", "change of R", "closed"]
-    rows = []
-    for name, row in lines.items():
-        change = (
-            ""
-            if "change" not in row
-            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["change"], *row["change_ci95"])
-        )
-        closed = "{:.0%} [{:.0%}, {:.0%}]".format(row["closed"], *row["closed_ci95"])
-        figures = [f"{row[term]:.3f}" for term in (*terms, "solid", "fidelity", "reward")]
-        rows.append([name, *figures, change, closed])
-    return markdown_rows(head, rows)
+    columns = {name: (name, ".3f") for name in (*terms, "solid")}
+    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}
+    columns |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
+    return figure_table("", lines, columns, intervals=("change", "closed"))
 
 
 @torch.no_grad()
@@ -201,145 +189,71 @@ def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> A
     return source if conditions is None else replace(source, conditions=str(conditions))
 
 
-@click.command("solid", cls=GroupedCommand)
-@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
-@option(
-    "--before",
-    metavar="FILE|RUN",
-    type=click.Path(path_type=Path),
-    default=None,
-    show_default="the bundled generator",
-    help="Generator before tuning.",
-)
-@option(
-    "--pipeline",
-    metavar="toy|DIR",
-    default=None,
-    show_default="none: generators of fields",
-    help="Flow generator whose tuned runs are named.",
-)
-@option(
-    "--conditions",
-    metavar="FILE|DIR",
-    default=None,
-    type=click.Path(path_type=Path, exists=True),
-    show_default="those of the runs",
-    help="With --pipeline=DIR: embeddings of its conditions.",
-)
-@option(
-    "--stage",
-    metavar="NAME",
-    default=None,
-    show_default="the first",
-    help="With --pipeline: the stage that was tuned.",
-)
-@option(
-    "--n",
-    metavar="SHAPES",
-    type=click.IntRange(min=CHOOSE),
-    default=64,
-    help="How many, rounded down to groups of four.",
-)
-@option(
-    "--psi",
-    metavar="FLOAT",
-    type=click.FloatRange(0, 2, min_open=True),
-    default=1.0,
-    help="Truncation of latents.",
-)
-@option(
-    "--seed",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Other held-out latents, or noises, per seed.",
-)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="JSON to write.",
-)
-@shared("device")
-def command(
-    networks: tuple[Path, ...],
-    before: Path | None,
-    pipeline: str | None,
-    conditions: Path | None,
+def compare_networks(
+    networks: Mapping[str, Path], before: Path | None, n: int, psi: float, seed: int, device: torch.device
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Compare generators of fields on held-out latents.
+
+    Args: networks: tuned ones by name; before: the untuned one; n: latents.
+    Returns: lines of the table; how they were made: "what" in words, the "rules" and the "edge" of the grids.
+    """
+    groups = n // CHOOSE
+    seeds = LATENTS.take(groups * CHOOSE, seed)
+    with naming("--before"):
+        first = load_generator(before, device).generator
+
+    def shapes(path: Path | None) -> Grids:
+        return of_latents(first if path is None else load_generator(path, device).generator, seeds, psi)
+
+    what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
+    return _compared(networks, shapes, groups, lambda grids: solids.HEADS, what)
+
+
+def compare_stages(
+    networks: Mapping[str, Path],
+    source: ArmsSource,
     stage: str | None,
     n: int,
-    psi: float,
     seed: int,
-    out: Path | None,
-    device: str,
-) -> None:
-    """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls,
-    which only look so.
+    device: torch.device,
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Compare tuned stages of a flow generator on held-out conditions; see `compare_networks`.
 
-    \b
-    Examples:
-        eg3d-rlhf report solid runs/00000-* --n=16
-        eg3d-rlhf report solid --pipeline=toy --n=16
+    Args: stage: None: the first.
+    Raises: ValueError where no condition is held out.
     """
-    for flag, value in (("--stage", stage), ("--conditions", conditions)):
-        if value is not None and pipeline is None:
-            raise ValueError(
-                f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out."
-            )
-    folders = [
-        path.parent if path.name.startswith("network-snapshot-") else path
-        for path in map(Path.resolve, networks)
-    ]
-    names = [path.stem if path.is_file() else path.name for path in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
-    groups = n // CHOOSE
-    where = choose_device(device)
-    with tqdm(
-        total=2 * len(networks) + 1 + len(CONTROLS),
-        desc="shapes",
-        unit="arm",
-        leave=False,
-        dynamic_ncols=True,
-    ) as bar:
-        if pipeline is None:
-            seeds = LATENTS.take(groups * CHOOSE, seed)
-            with naming("--before"):
-                untuned = of_latents(load_generator(before, where).generator, seeds, psi)
-            bar.update()
-            arms = {}
-            rules = solids.HEADS
-            for name, path in zip(names, networks, strict=True):
-                arms[name] = of_latents(load_generator(path, where).generator, seeds, psi)
-                bar.update()
-            what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
-        else:
-            problem = open_problem(source_of(pipeline, conditions, folders), where)
-            stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
-            kept = list(problem.held_out_conditions)[:groups]
-            if not kept:
-                raise ValueError(
-                    "--conditions: expected two or more, one of which is held out, got one. Embed more."
-                )
-            each = CHOOSE * (groups // len(kept))
-            groups = len(kept) * each // CHOOSE
-            names_of, noises = crossed(kept, each, seed)
-            untuned = of_conditions(problem, None, stage, names_of, noises)
-            bar.update()
-            arms = {}
-            rules = rules_for(untuned[0])
-            for name, path in zip(names, networks, strict=True):
-                arms[name] = of_conditions(problem, path, stage, names_of, noises)
-                bar.update()
-            what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"
-        lines = table(arms, untuned, groups, rules, bar.update)
-    click.echo("\n".join(markdown(lines, rules)))
-    click.echo(
-        f"\n{what}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of"
-        f" {max(untuned[0].shape)}^3."
+    problem = open_problem(source, device)
+    stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
+    kept = list(problem.held_out_conditions)[: n // CHOOSE]
+    if not kept:
+        raise ValueError("--conditions: expected two or more, one of which is held out, got one. Embed more.")
+    each = CHOOSE * (n // CHOOSE // len(kept))
+    conditions, noises = crossed(kept, each, seed)
+    what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"
+    return _compared(
+        networks,
+        lambda path: of_conditions(problem, path, stage, conditions, noises),
+        len(kept) * each // CHOOSE,
+        lambda grids: rules_for(grids[0]),
+        what,
     )
-    if out is not None:
-        write_atomic(
-            out, json.dumps({"what": what, "weights": rules.weights, "lines": lines}, indent=1).encode()
-        )
+
+
+def _compared(
+    networks: Mapping[str, Path],
+    shapes: Callable[[Path | None], Grids],
+    groups: int,
+    rules_of: Callable[[Grids], solids.Rules],
+    what: str,
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    total = 2 * len(networks) + 1 + len(CONTROLS)
+    with tqdm(total=total, desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
+        untuned = shapes(None)
+        bar.update()
+        rules = rules_of(untuned)
+        arms = {}
+        for name, path in networks.items():
+            arms[name] = shapes(path)
+            bar.update()
+        lines = table(arms, untuned, groups, rules, bar.update)
+    return lines, {"what": what, "rules": rules, "edge": max(untuned[0].shape)}

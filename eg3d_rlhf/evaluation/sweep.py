@@ -9,34 +9,28 @@ Letters: N latents, S seeds.
 import itertools
 import json
 import os
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
-from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation import images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, means_of
-from eg3d_rlhf.evaluation.trainings import Part, make
+from eg3d_rlhf.evaluation.trainings import Part, make_shown
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file, write_page
-from eg3d_rlhf.generators import LoadedGenerator, find_network
+from eg3d_rlhf.experiments.store import json_hash
+from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.watch import utilities
-from training.progress import tqdm
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
@@ -142,7 +136,8 @@ def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Findi
         title="Reward, distance and geometry",
         compute=partial(front, c, by_cell),
         plots=plots,
-        inputs={cell.name: finding.data for cell, finding in by_cell.items()},
+        # as text: a measure may be NaN, which JSON does not have
+        inputs={cell.name: json_hash(json.dumps(finding.data)) for cell, finding in by_cell.items()},
     )
 
 
@@ -352,154 +347,13 @@ def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool =
     return fronts[KEY]
 
 
-def numbers(flag: str, text: str, kind: type = float) -> list:
-    """Comma-separated values of a flag. Raises: ValueError naming the flag."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(
-            f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
-            " list."
-        ) from None
-
-
-@click.command(cls=GroupedCommand)
-@shared(
-    "before reward-ckpt",
-    before="Initial networks.",
-    reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
-)
-@option(
-    "--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control."
-)
-@option(
-    "--lambda-sigma",
-    group="Grid",
-    metavar="LIST",
-    default="0,0.01,10",
-    help="Density-consistency weights; 0 leaves the term out.",
-)
-@option(
-    "--seeds",
-    group="Grid",
-    metavar="LIST",
-    default="0",
-    help="Training seeds of every cell; two or more give intervals over runs.",
-)
-@option(
-    "--kimg",
-    group="Grid",
-    metavar="KIMG",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.24,
-    help="Length of a cell.",
-)
-@option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
-@option(
-    "--jobs",
-    group="Grid",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Cells trained at the same time.",
-)
-@shared(
-    "n out device dry-run",
-    "data psi seed images batch",
-    n={"default": 32},
-    images={"default": 128},
-    data="Images.",
-    out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
-    dry_run="Print the cells and what is left to train as JSON and stop.",
-)
-def main(
-    before,
-    reward_ckpt,
-    data,
-    lambda_r,
-    lambda_sigma,
-    seeds,
-    kimg,
-    train_flags,
-    jobs,
-    out,
-    device,
-    dry_run,
-    **sampling,
-) -> None:
-    """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance
-    and geometry.
-
-    Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its
-    checkpoint: give the same command. lambda_sigma = 0 is the run without the density-consistency term,
-    lambda_r = 0 the control. The table names the settings on the front.
-
-    \b
-    Example:
-        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
-    """
-    lists = (
-        numbers("--lambda-r", lambda_r),
-        numbers("--lambda-sigma", lambda_sigma),
-        numbers("--seeds", seeds, int),
-    )
-    where = choose_device(device)
-    network = find_network(before)
-    given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
-    words = [
-        f"--device={device}",
-        *shlex.split(train_flags),
-        *(f"--{name}={value}" for name, value in given.items() if value is not None),
-    ]
-    parts = {cell: part_of(cell, out / "cells", kimg, words) for cell in grid(*lists)}
-    states = {cell.name: part.state() for cell, part in parts.items()}
-    if dry_run:
-        hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
-        shared = {
-            "kimg": kimg,
-            "train_flags": words,
-            "hashes": hashes,
-            "jobs": jobs,
-            "device": str(where),
-            **sampling,
-        }
-        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
-        return
-    click.echo(
-        f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
-        " train.",
-        err=True,
-    )
+def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
+    """Train the cells that are not finished."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
-    try:
-        with tqdm(total=len(parts), desc="training", unit="cell", dynamic_ncols=True) as bar:
-            make([[part] for part in parts.values()], jobs, threads, tell=lambda part: bar.update())
-    except KeyboardInterrupt:
-        click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
-        sys.exit(130)
+    make_shown([[part] for part in parts.values()], jobs, threads, "training", "cell")
+
+
+def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
+    """Measure finished cells and write the page; returns the finding of the front."""
     networks = {cell: path for cell, part in parts.items() if (path := part.network()) is not None}
-    first = next(iter(networks.values()))
-    c = load_comparison(
-        Sources(
-            before=before,
-            after=first,
-            reward_ckpt=reward_ckpt,
-            data=data,
-            device=where,
-            runs_folder=out / "cells",
-            **sampling,
-        )
-    )
-    finding = write(c, networks, out)
-    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
-    for row in finding.data["rows"]:
-        texts = [
-            f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]"
-            for m in (row["measures"][name] for name in GOALS)
-        ]
-        click.echo(
-            f"{row['setting']:<26} "
-            + " ".join(f"{text:>28}" for text in texts)
-            + f"  {'on the front' if row['on_front'] else '-'}"
-        )
-    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")
+    return write(load_comparison(replace(sources, after=next(iter(networks.values())))), networks, out)

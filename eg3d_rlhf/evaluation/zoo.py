@@ -1,33 +1,32 @@
 """Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
 to held-out latents.
 
-Train and tune -> compute -> zoo.json -> page: `make zoo`. Letters: N rewards.
+Train and tune -> compute -> zoo.json -> zoo.md, zoo.png: `make zoo`. Letters: N rewards.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import GroupedCommand, aligned, option
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.evaluation.flags import shared, some_of
 from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
-from eg3d_rlhf.evaluation.trainings import DOOR, LOG, TRAIN, TRAIN_REWARD, Part, make
-from eg3d_rlhf.experiments import pages, style
-from eg3d_rlhf.experiments.media.rendering import parse_seeds, png
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
-from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
+from eg3d_rlhf.experiments.pages import seed_range
+from eg3d_rlhf.experiments.pool import run_tasks
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import figure_table, write
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -35,9 +34,7 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-PICTURE = "zoo.png"
-LENGTH = DEMO_KIMG  # of the demo
-TUNED = "tuned.json"  # what tuning did, beside the networks
+PICTURE = "zoo-latents.png"
 HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
 
@@ -99,6 +96,11 @@ ENTRIES = {
         short=("--epochs=8",),
     ),
 }
+
+
+def length_of(full: bool) -> float:
+    """Thousands of images of tuning: the demo's, or half of it in the short table."""
+    return DEMO_KIMG if full else DEMO_KIMG / 2
 
 
 def reward_of(out: Path, name: str) -> Path:
@@ -195,9 +197,9 @@ def record(
     }
 
 
-@style.plot(None, size=(6.4, 3.2), xlabel="share", xlim=(0.4, 1.02))
-def plot_rates(axes, data: dict) -> None:
+def plot(data: Mapping):
     """Accuracy on held-out pairs with its interval, and the judge's rate, for each reward."""
+    drawn, axes = style.figure(size=(6.4, 3.2))
     names = list(data["rewards"])
     for y, name in enumerate(names):
         row = data["rewards"][name]
@@ -223,33 +225,47 @@ def plot_rates(axes, data: dict) -> None:
     axes.axvline(0.5, color="#999999", lw=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.set(xlabel="share", xlim=(0.4, 1.02))
     axes.set_title(
         "blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small"
     )
+    return drawn
 
 
-def rows(rewards: Mapping[str, Mapping]) -> list[dict]:
-    return [
-        {
-            "reward": name,
-            "reads": ENTRIES[name].words,
-            "accuracy": f"{row['accuracy']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}] of {row['n']}",
-            "rewards up": ", ".join(f"{up}/{row['rewards_n']}" for up in row["rewards_up"]),
-            "judge": f"{row['judge_rate']:.1%} [{row['judge_range'][0]:.1%}, {row['judge_range'][1]:.1%}]",
-            "repaired": _listed(row["repaired_by_seed"], ".0%"),
-            "whole made worse": _listed(row["whole_made_worse_by_seed"], ".0%"),
-            "face moved": _listed(row["face_moved_voxels_by_seed"], ".3f"),
-            "image Fréchet": _listed(row["frechet_ratio_by_seed"], "x.3f"),
-            "seconds": f"{row['seconds']:.0f}",
-            "memory, MB": f"{row['memory_mb']:.0f}",
+COLUMNS = {  # of the table: words and form
+    "accuracy": ("accuracy", ".3f"),
+    "rewards_up": ("rewards up", ".0f"),
+    "judge_rate": ("judge", ".1%"),
+    "repaired_by_seed": ("repaired", ".0%"),
+    "whole_made_worse_by_seed": ("whole made worse", ".0%"),
+    "face_moved_voxels_by_seed": ("face moved", ".3f"),
+    "frechet_ratio_by_seed": ("image Fréchet, after / before", ".3f"),
+    "seconds": ("seconds", ".0f"),
+    "memory_mb": ("memory, MB", ".0f"),
+}
+
+
+def markdown(data: Mapping) -> str:
+    """The table, and how it was made."""
+    arms = {
+        f"{name} ({ENTRIES[name].words})": {
+            **row,
+            "accuracy_ci95": row["ci95"],
+            "judge_rate_ci95": row["judge_range"],
         }
-        for name, row in rewards.items()
-    ]
-
-
-def _listed(found: Sequence[float], form: str) -> str:
-    sign = "x" if form.startswith("x") else ""
-    return ", ".join(f"{sign}{value:{form.removeprefix('x')}}" for value in found) or "-"
+        for name, row in data["rewards"].items()
+    }
+    table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "judge_rate"))
+    first = next(iter(data["rewards"].values()))
+    text = (
+        f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
+        f" {first['seeds']} training seed(s). Accuracy on {first['n']} held-out pairs; rewards up of"
+        f" {first['rewards_n']} latents; the judge's of {first['judge_n']}, {seed_range(JUDGE.all)}, ψ 1."
+        " Brackets: Wilson 95 %; of several training seeds the judge's least and greatest rate. The judge is"
+        " the annotator without its noise: it shares its view of a head with the labels that taught every"
+        " reward here."
+    )
+    return "\n".join(["# Every reward on the bundled heads", "", *table, "", text, ""])
 
 
 def strip(
@@ -272,167 +288,62 @@ def strip(
     return sheet("", lines, names=190)
 
 
-def job(
-    found: Mapping[str, Mapping],
-    networks: Mapping[str, LoadedGenerator],
-    shown: Sequence[int],
-    *,
-    psi: float,
-    note: str,
-) -> Job:
-    """The page's one part: table, plot and picture."""
-
-    def compute(folder: Path) -> Finding:
-        write_atomic(folder / PICTURE, png(strip(networks, shown, psi)))
-        best = max(found, key=lambda name: found[name]["repaired"] or 0)
-        says = [
-            note,
-            f"Most of the error of broken heads gone: {best}, {found[best]['repaired'] or 0:.0%}.",
-            (
-                "The judge is the annotator without its noise: it shares its view of a head with the labels"
-                " that taught every reward here."
-            ),
-        ]
-        facts = Facts(
-            n=JUDGE.count,
-            seeds=seed_range(JUDGE.all),
-            psi=psi,
-            networks={n: loaded.hash for n, loaded in networks.items()},
-            interval=(
-                "accuracy and judge: Wilson 95 %; of several training seeds the judge's least and greatest"
-                " rate"
-            ),
-        )
-        return Finding(
-            facts=facts,
-            data={"rewards": {name: dict(row) for name, row in found.items()}},
-            rows=rows(found),
-            says=says,
-            pictures={"The same latents before tuning, and after tuning by each reward": PICTURE},
-        )
-
-    inputs = {
-        "rewards": {name: dict(row) for name, row in found.items()},
-        "networks": {n: loaded.hash for n, loaded in networks.items()},
-        "shown": list(shown),
-    }
-    return Job(
-        key="zoo",
-        title="Accuracy and tuning by reward",
-        compute=compute,
-        plots={"rates": plot_rates},
-        inputs=inputs,
-    )
-
-
-def measured(out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int) -> tuple[dict, dict, list[int]]:
+def measured(
+    out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
+) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
     """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first
     seed; the latents in it.
 
     These are chosen by what the first reward says of them before tuning.
     """
-    networks: dict[str, LoadedGenerator] = {}
-    latents: list[int] = []
+    store = Store(out / "seen", renew=True)
+    pairs: dict[str, Comparison] = {}
 
     def line(name: str) -> dict:
         figures = []
-        costs = {key: part.record() for key, part in plans[name].items()}
         for part in plans[name].values():
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
-                figures.append(_tuned_once(c, run / TUNED))
-                networks.setdefault("before", c.before)
-                networks.setdefault(name, c.after)
-                if name == next(iter(plans)) and not latents:
-                    latents.extend(chosen(c))
+                pairs.setdefault(name, c)
+                inputs = {"before": c.before.hash, "after": c.after.hash, "figures": sorted(BY_SEED)}
+                figures.append(dict(store.make("tuned", inputs, partial(_tuned, c)).record))
+        costs = {key: found.record for key, part in plans[name].items() if (found := part.found())}
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
-    with ThreadPoolExecutor(jobs) as pool:
-        lines = dict(
-            zip(
-                plans,
-                tqdm(pool.map(line, plans), total=len(plans), desc="what tuning did", unit="reward"),
-                strict=True,
-            )
+    with tqdm(total=len(plans), desc="what tuning did", unit="reward") as bar:
+        lines = run_tasks(
+            {name: [] for name in plans},
+            lambda: line,
+            (),
+            jobs,
+            out / "logs",
+            lambda *_: bar.update() and None,
+            stop=lambda: None,  # the threads share what is loaded
         )
-    return lines, {name: networks[name] for name in ("before", *plans)}, latents
+    first = pairs[next(iter(plans))]
+    networks = {"before": first.before, **{name: pairs[name].after for name in plans}}
+    return {name: lines[name] for name in plans}, networks, chosen(first)
 
 
-def _tuned_once(c: Comparison, path: Path) -> dict:
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    # another network, or of an older version
-    if known.get("after") != c.after.hash or not known.keys() >= set(BY_SEED):
-        known = {**tuned(c), "after": c.after.hash}
-        write_atomic(path, json.dumps(known).encode())
-    return known
+def _tuned(c: Comparison, _folder: Path) -> tuple[list[Path], dict]:
+    return [], tuned(c)
 
 
-@click.command(cls=GroupedCommand)
-@shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
-@option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
-@option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
-@option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
-@option(
-    "--jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=min(2, os.cpu_count() or 1),
-    show_default="2, or the cores",
-    help="Rewards worked on side by side.",
-)
-def main(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
-    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
-    side: `make zoo`.
+def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:
+    """What makes every reward and tunes by it."""
+    return {name: parts_of(out, name, seeds, full, length_of(full)) for name in names}
 
-    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
-    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json and a page with
-    one table, one plot and the same latents tuned by every reward.
 
-    \b
-    Example:
-        eg3d-rlhf report zoo --only=points --dry-run
-    """
-    wanted = some_of("--only", only, ENTRIES)
-    length = LENGTH if full else LENGTH / 2
-    numbers = list(dict.fromkeys(parse_seeds(seeds)))
-    plans = {name: parts_of(out, name, numbers, full, length) for name in wanted}
-    if dry_run:
-        click.echo(
-            json.dumps(
-                {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()},
-                indent=1,
-            )
-        )
-        return
+def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
+    """Make what is missing, and write zoo.json, zoo.md, zoo.png and the picture of the same latents."""
+    plans = plans_of(out, names, seeds, full)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
-    with tqdm(total=sum(map(len, plans.values())), desc="rewards trained and tuned", unit="part") as bar:
-
-        def tell(part: Part) -> None:
-            bar.set_postfix_str(f"last: {part.name}; logs in {out}/*/*/{LOG}")
-            bar.update()
-
-        make([list(plans[name].values()) for name in longest_first], jobs, threads, tell=tell)
+    chains = [list(plans[name].values()) for name in longest_first]
+    make_shown(chains, jobs, threads, "rewards trained and tuned")
     lines, networks, shown = measured(out, plans, jobs)
-    write_atomic(
-        out / "zoo.json", json.dumps({"rewards": lines, "full": full, "kimg": length}, indent=1).encode()
-    )
-    note = (
-        f"{'Full' if full else 'Short'} table: {round(1000 * length)} images of tuning, {len(numbers)}"
-        f" training seed(s), {jobs} side by side with {threads} thread(s) each."
-    )
-    part = job(lines, networks, shown, psi=1.0, note=note)
-    findings = pages.run([part], out, fresh=True, quiet=True)
-    page = write_page(
-        out / "index.html",
-        "Every reward on the bundled heads",
-        "Each learnt from the same labels, and tuned the same generator.",
-        [part],
-        findings,
-        findings[part.key].says,
-    )
-    table = rows(lines)
-    click.echo(f"\n{aligned([list(table[0]), *(list(map(str, row.values())) for row in table)])}")
-    click.echo(f"\nWritten to {out}: zoo.json, {page.name} (open it in a browser)")
+    write_atomic(out / PICTURE, png(strip(networks, shown, 1.0)))
+    data = {"rewards": lines, "full": full, "kimg": length_of(full)}
+    return [*write(data, out, "zoo", markdown, plot), out / PICTURE]

@@ -11,13 +11,14 @@ Letters: V vertices, F faces.
 import base64
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.store import Store
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -90,13 +92,6 @@ class Job:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1  # raised when the computation changes
 
-    def identity(self) -> str:
-        """SHA-256 over all that the finding depends on."""
-        text = json.dumps(
-            {"key": self.key, "version": self.version, "inputs": dict(self.inputs)}, sort_keys=True
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
-
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """All columns of all lines of a table, in order of first appearance."""
@@ -131,18 +126,20 @@ def data_file(out: Path, key: str) -> Path:
     return out / "data" / f"{key}.json"
 
 
-def stored(out: Path, job: Job) -> Finding | None:
-    """The finding of an earlier call, if it depends on the same inputs."""
-    try:
-        values = json.loads(data_file(out, job.key).read_text())
-    except (OSError, ValueError):
-        return None
-    if values.get("identity") != job.identity() or not all(
-        (out / "data" / name).is_file() for name in values["pictures"].values()
-    ):
-        return None
+def _finding(out: Path, key: str) -> Finding:
+    """The finding that <out>/data holds."""
+    values = json.loads(data_file(out, key).read_text())
     known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
     return Finding(**{**known, "facts": Facts(**known["facts"])})
+
+
+def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, Any]]:
+    """Compute a finding and write it with its pictures into <out>/data."""
+    path = data_file(out, job.key)
+    finding = job.compute(path.parent)
+    values = {"title": job.title, **finding.to_dict()}
+    write_atomic(path, json.dumps(values, indent=1).encode())
+    return [path, *(path.parent / name for name in finding.pictures.values())], {}
 
 
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
@@ -152,17 +149,16 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
         bar.
     Returns: findings by key, in order of the jobs.
     """
-    (out / "data").mkdir(parents=True, exist_ok=True)
+    store = Store(out / "data" / "store", hashed=False, renew=True)
     findings = {}
     with tqdm(total=len(jobs), unit="part", disable=quiet, dynamic_ncols=True) as bar:
         for job in jobs:
             bar.set_description(job.title)
-            finding = None if fresh else stored(out, job)
-            if finding is None:
-                finding = job.compute(out / "data")
-                values = {"title": job.title, "identity": job.identity(), **finding.to_dict()}
-                write_atomic(data_file(out, job.key), json.dumps(values, indent=1).encode())
-            findings[job.key] = finding
+            inputs = {"version": job.version, "inputs": dict(job.inputs)}
+            if fresh:
+                shutil.rmtree(store.folder(job.key, inputs), ignore_errors=True)
+            store.make(job.key, inputs, partial(_compute, job, out))
+            finding = findings[job.key] = _finding(out, job.key)
             if finding.rows:
                 write_atomic(out / "data" / f"{job.key}.csv", csv_text(finding.rows).encode())
             draw(job, out)

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from graphlib import TopologicalSorter
 from multiprocessing.connection import Connection
@@ -45,6 +45,7 @@ def run_tasks(
     logs: Path,
     on_done: Callable[[str, Any], None] = lambda name, result: None,
     expected: tuple[type[Exception], ...] = (ValueError, OSError),
+    stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run every task after those that it needs, the first listed first; returns their results by name.
 
@@ -53,9 +54,14 @@ def run_tasks(
             one.
         logs: folder for what the workers print; on_done: called here as tasks end.
         expected: errors that are no bugs, and come back as a ValueError with their message.
+        stop: runs the tasks on threads of this process, with one handler, for those that wait for child
+            processes or share what is loaded; called to end those that are busy when one has failed or the
+            work is interrupted.
     Raises: ValueError with the first failed task's message, after the others have ended.
     """
     order = _Order(needs)
+    if stop is not None:
+        return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
     if workers == 1:
         handler = setup(*arguments)
         results = {}
@@ -70,12 +76,29 @@ def run_tasks(
     started = (setup, tuple(arguments), logs, spawn.Value("i", 0), theirs)
     pool = ProcessPoolExecutor(min(workers, len(needs)), spawn, _begin, started)
     try:
-        results = _dispatch(order, pool, workers, logs, on_done, expected)
+        results = _dispatch(order, lambda name: pool.submit(_work, name), workers, logs, on_done, expected)
         pool.shutdown()
         return results
     finally:
         ours.close()  # stops those that are busy
         pool.shutdown(cancel_futures=True)
+
+
+def _on_threads(
+    order: "_Order",
+    handler: Handler,
+    workers: int,
+    on_done: Callable[[str, Any], None],
+    expected: tuple[type[Exception], ...],
+    stop: Callable[[], None],
+) -> dict[str, Any]:
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            return _dispatch(order, lambda name: pool.submit(handler, name), workers, None, on_done, expected)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            raise
 
 
 class _Order:
@@ -100,9 +123,9 @@ class _Order:
 
 def _dispatch(
     order: _Order,
-    pool: ProcessPoolExecutor,
+    submit: Callable[[str], Future[Any]],
     workers: int,
-    logs: Path,
+    logs: Path | None,
     on_done: Callable[[str, Any], None],
     expected: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
@@ -110,7 +133,7 @@ def _dispatch(
     running: dict[Future[Any], str] = {}
     while True:
         for name in order if len(running) < workers else ():
-            running[pool.submit(_work, name)] = name
+            running[submit(name)] = name
             if len(running) == workers:
                 break
         if not running:
@@ -126,6 +149,8 @@ def _dispatch(
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:
+                if logs is None:  # it was raised in this process
+                    raise
                 over_there = str(error.__cause__).strip('"\n')  # the traceback
                 raise RuntimeError(f"{name}: {over_there}") from None
             order.done(name)

@@ -24,19 +24,20 @@ class StoppedError(Exception):
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path, enabled: bool = True) -> Iterator[None]:
+def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has
     died.
 
     Args:
-        folder: an existing run folder; enabled: False does nothing (ranks other than the first).
+        folder: an existing run folder; enabled: False does nothing (ranks other than the first);
+        wait: wait for the process that holds it.
     Raises: ValueError where another process holds it; OSError where the folder cannot be written.
     """
     if not enabled:
         yield
         return
     path = folder / LOCK
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK, blocking=wait)
     try:
         lock.acquire()
     except Timeout:

@@ -21,7 +21,7 @@ it.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eg3d_rlhf.core.statistics import bootstrap_mean_interval
+from eg3d_rlhf.core.statistics import bootstrap_mean_interval, t_mean_interval
 from eg3d_rlhf.experiments import style
 from training.storage import write_atomic
 
@@ -103,6 +103,53 @@ def with_interval(value: Mapping[str, Any], form: str = ".3f", name: str = "win_
     """ "0.612 [0.580, 0.640]": a rate, or another value with "ci95" beside it."""
     low, high = value["ci95"]
     return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence[float] | None = None) -> str:
+    """Format a figure: "0.61 [0.58, 0.64]" with its interval, "0.61 (0.58 to 0.64)" for values of several
+    training seeds (mean, least and greatest), and "" where there is none.
+    """
+    known = [one for one in (value if isinstance(value, Sequence) else [value]) if one is not None]
+    if not known:
+        return ""
+    least, most = (f"{end:{form}}" for end in (min(known), max(known)))
+    text = f"{np.mean(known):{form}}" + ("" if least == most else f" ({least} to {most})")
+    return f"{text} [{ci95[0]:{form}}, {ci95[1]:{form}}]" if ci95 else text
+
+
+def figure_table(
+    first: str,
+    arms: Mapping[str, Mapping[str, Any]],
+    columns: Mapping[str, tuple[str, str]],
+    intervals: Collection[str] = (),
+) -> list[str]:
+    """Format a Markdown table with a line for each arm.
+
+    Args: first: head of the arms' column; arms: figures by name, each a number, a list by training seed, or
+        None; columns: words and format by figure; intervals: figures that are shown with the interval that
+        stands under <figure>_ci95.
+    """
+
+    def text(figures: Mapping[str, Any], key: str, form: str) -> str:
+        return cell(figures.get(key), form, figures.get(f"{key}_ci95") if key in intervals else None)
+
+    rows = [
+        [name, *(text(figures, key, form) for key, (_, form) in columns.items())]
+        for name, figures in arms.items()
+    ]
+    return markdown_rows([first, *(words for words, _ in columns.values())], rows)
+
+
+def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
+    """Compute the mean, the sample standard deviation and Student's 95 % interval of a figure over seeds."""
+    known = np.array(list(values.values()), dtype=np.float64)
+    interval = t_mean_interval(known) if len(known) > 1 else None
+    return {
+        "by_seed": dict(values),
+        "mean": float(known.mean()),
+        "std": float(known.std(ddof=1)) if interval else 0.0,
+        "ci95_over_seeds": [interval.lo, interval.hi] if interval else None,
+    }
 
 
 def of_seeds(rated: Mapping[str, Any]) -> list[str]:

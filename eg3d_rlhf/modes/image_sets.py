@@ -12,11 +12,11 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
+from eg3d_rlhf.modes.shared_flags import shared
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.bradley_terry import DRAWS, markdown, read_judgements
 from eg3d_rlhf.preferences.bradley_terry import elo as ratings

@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.modes.flow_flags import source_of
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families.opening import open_problem

@@ -15,19 +15,19 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation import embedding, report
+from eg3d_rlhf.evaluation import comparison_page, embedding
 from eg3d_rlhf.evaluation.attribution import report as attribution
 from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.shapley import METHODS
 from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, PEOPLE, Settings, Study
 from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
-from eg3d_rlhf.evaluation.flags import PATH, shared
 from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.modes.shared_flags import PATH, shared
 from eg3d_rlhf.rewards.reward import load_reward
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -87,7 +87,7 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
         python tools/evaluate.py --only=reward-shift,over-optimisation --n=16
     """
     c = load_comparison(Sources(device=choose_device(device), **sources))
-    parts = report.select(c, only)
+    parts = comparison_page.select(c, only)
     if dry_run:
         more = {
             name: getattr(c, name) and str(getattr(c, name))
@@ -101,11 +101,13 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
         }
         click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
         return
-    report.check_files(c)
+    comparison_page.check_files(c)
     findings = pages.run(parts, out)
-    words = report.summary(c, findings)
+    words = comparison_page.summary(c, findings)
     _keep_summary(out, words)
-    page = write_page(out / "index.html", report.TITLE, report.introduction(c), parts, findings, words)
+    page = write_page(
+        out / "index.html", comparison_page.TITLE, comparison_page.introduction(c), parts, findings, words
+    )
     click.echo("\n".join(pages.first_sentences(parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/, data/"

@@ -10,9 +10,9 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.rewards.ensembles import CHOICES
 from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward

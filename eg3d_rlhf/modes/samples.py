@@ -13,7 +13,6 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, to
 from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Sources
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
 from eg3d_rlhf.experiments.media import rendering
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
@@ -25,6 +24,7 @@ from eg3d_rlhf.geometry.mesh_export import (
     save_shape,
     shape_suffix,
 )
+from eg3d_rlhf.modes.shared_flags import shared
 from training.dataset import ImageFolderDataset
 from training.heads.people import LATENT
 from training.progress import tqdm

@@ -4,8 +4,6 @@ batches.
 Shape letters: N seeds; [N, ...] is what the observation gives.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import safetensors.torch
 import torch
 
 from eg3d_rlhf.core.seeds import SCALES
+from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.rewards.observations import Observation
 from torch_utils.ops.implementations import implementation
@@ -49,10 +48,18 @@ def untuned(
     return (draw(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
 
 
-def cache_name(generator: str, observation: Observation, psi: float, cutoff: int | None) -> str:
-    """File name that changes with everything the observations depend on."""
-    key = json.dumps([generator, observation.to_dict(), psi, cutoff, "ascending"], sort_keys=True)
-    return f"{observation.kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+def cache_file(root: Path, generator: str, observation: Observation, psi: float, cutoff: int | None) -> Path:
+    """The file of a cache in a store, whose folder's name changes with everything that observations depend
+    on. It is never finished: other labels ask for further seeds.
+    """
+    inputs = {
+        "generator": generator,
+        "observation": observation.to_dict(),
+        "psi": psi,
+        "cutoff": cutoff,
+        "order": "ascending",
+    }
+    return Store(root).folder(observation.kind, inputs) / "observed.safetensors"
 
 
 class ObservationCache:

@@ -29,7 +29,7 @@ from eg3d_rlhf.preferences.dataset import (
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
 from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
-from eg3d_rlhf.rewards.cache import ObservationCache, cache_name, observe_seeds, untuned
+from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, untuned
 from eg3d_rlhf.rewards.ensembles import AVERAGE, CHOICES, check_joining, combine
 from eg3d_rlhf.rewards.evaluation import (
     APART,
@@ -483,7 +483,7 @@ def collect_observations(
         cache = (
             None
             if settings.cache is None
-            else settings.cache / cache_name(generator.hash, observation, psi, cutoff)
+            else cache_file(settings.cache, generator.hash, observation, psi, cutoff)
         )
         store = ObservationCache(
             observe_seeds(generator.generator, observation, psi=psi, cutoff=cutoff), cache

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import best_of_n
-from eg3d_rlhf.evaluation.best_of_n import best_of, divergence_of, fit, main, number_at, peak, resampled
+from eg3d_rlhf.evaluation.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
 from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.best_of_n import main
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.rejections import rejected

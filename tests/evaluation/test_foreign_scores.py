@@ -14,9 +14,10 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Bounds, RenderOptions, render_each
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import foreign_scores as fs
-from eg3d_rlhf.evaluation.foreign_scores import align, calibrate_density, main
+from eg3d_rlhf.evaluation.foreign_scores import align, calibrate_density
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_density, ws_of
+from eg3d_rlhf.modes.score import main
 from eg3d_rlhf.rewards.observations import observation_of
 from eg3d_rlhf.rewards.reward import load_reward
 from tests.generators.foreign import Foreign

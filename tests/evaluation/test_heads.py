@@ -12,6 +12,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.measures.people import BROKEN
+from eg3d_rlhf.modes import report_shapes
 from training.heads.people_mesh import grid_points, whole_grids
 
 N = 32
@@ -116,7 +117,7 @@ def test_a_cut_back_is_seen_and_no_face():
 
 def test_networks_stand_side_by_side(tmp_path):
     done = CliRunner().invoke(
-        heads.command,
+        report_shapes.heads,
         [str(bundled.GENERATOR), "--n=2", "--held-out=validation", f"--out={tmp_path / 'heads.json'}"],
     )
     assert done.exit_code == 0, done.output

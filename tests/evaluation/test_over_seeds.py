@@ -8,9 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.statistics import paired_summary
-from eg3d_rlhf.evaluation import over_seeds as tool
 from eg3d_rlhf.evaluation import trainings
-from eg3d_rlhf.evaluation.over_seeds import over_seeds, spread, table
+from eg3d_rlhf.evaluation.over_seeds import gather, table
+from eg3d_rlhf.experiments.store import Store
+from eg3d_rlhf.experiments.table import over_seeds
+from eg3d_rlhf.modes.report_studies import seeds
 
 
 def record(gap: float, shift: float) -> dict:
@@ -35,7 +37,7 @@ def record(gap: float, shift: float) -> dict:
 
 
 def test_means_spread_and_intervals():
-    found = over_seeds({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
+    found = gather({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
     gap = found["repaired"]
     (depth,) = found["geometry"]
     assert found["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
@@ -54,9 +56,9 @@ def test_means_spread_and_intervals():
 
 
 def test_what_one_summary_lacks_is_left_out():
-    found = over_seeds({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "repaired": None, "geometry": []}})
+    found = gather({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "repaired": None, "geometry": []}})
     assert "repaired" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
-    assert spread({"0": 2.0})["ci95_over_seeds"] is None
+    assert over_seeds({"0": 2.0})["ci95_over_seeds"] is None
 
 
 @pytest.fixture
@@ -70,15 +72,14 @@ def training(monkeypatch):
         run = part.folder / f"{len(asked):05d}-x"
         run.mkdir(parents=True)
         (run / "summary.json").write_text(json.dumps(record(0.1 * len(asked), -0.1)))
-        known = {"command": part.command(), "inputs": part.inputs(), "seconds": 1.0}
-        (part.folder / trainings.RECORD).write_text(json.dumps(known))
+        Store.finish(part.folder, part.inputs(), [run / "summary.json"], {"seconds": 1.0})
 
-    monkeypatch.setattr(tool, "make", make)
+    monkeypatch.setattr(trainings, "make", make)
     return asked
 
 
 def run(out, *flags):
-    return CliRunner().invoke(tool.main, ["--seeds=0,5", f"--out={out}", *flags])
+    return CliRunner().invoke(seeds, ["--seeds=0,5", f"--out={out}", *flags])
 
 
 def test_finished_runs_are_not_repeated(training, tmp_path):

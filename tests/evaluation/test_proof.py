@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import filters, heads, proof, trainings
 from eg3d_rlhf.evaluation.proof import ARMS, LABELS, PSIS, coin, permuted, truncated, turned, verdict
+from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes import report_studies
 from eg3d_rlhf.modes.door import command_of
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.reward import load_reward
@@ -79,7 +81,7 @@ def test_truncation_takes_the_largest_psi_that_reaches_the_share():
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(proof.main, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.proof, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -113,20 +115,19 @@ def in_this_process(monkeypatch):
     """Parts run here, without a start of Python for each."""
     asked = []
 
-    def make(chains, *_, tell=lambda part: None, **__):
-        for (part,) in chains:
-            if not part.finished():
-                asked.append(part.name)
-                part.folder.mkdir(parents=True, exist_ok=True)
-                known = {"command": part.command(), "inputs": part.inputs()}
-                script, *flags = part.command()
-                job = {trainings.TRAIN: "train", trainings.TRAIN_REWARD: "reward train"}[script]
-                result = CliRunner().invoke(command_of(job), flags)
-                assert result.exit_code == 0, result.output
-                (part.folder / trainings.RECORD).write_text(json.dumps({**known, "seconds": 1.0}))
-            tell(part)
+    def run(_, part):
+        asked.append(part.name)
+        script, *flags = part.command()
+        job = {trainings.TRAIN: "train", trainings.TRAIN_REWARD: "reward train"}[script]
+        result = CliRunner().invoke(command_of(job), flags)
+        assert result.exit_code == 0, result.output
+        return part.products(), {"seconds": 1.0}
 
-    monkeypatch.setattr(proof, "make", make)
+    def one_by_one(needs, setup, arguments, _workers, logs, on_done, stop):
+        return run_tasks(needs, setup, arguments, 1, logs, on_done)
+
+    monkeypatch.setattr(trainings._Children, "run", run)
+    monkeypatch.setattr(trainings, "run_tasks", one_by_one)  # signals are noted in the main thread alone
     return asked
 
 
@@ -175,7 +176,7 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         for flag in tiny_runs.train_flags(tiny_data, "", "")
         if not flag.startswith(("--init", "--outdir"))
     ]
-    result = CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"])
+    result = CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"])
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert list(data["arms"]) == arms and data["primaries"] == ["error_broken", "shape_frechet"]
@@ -187,6 +188,6 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     assert (tmp_path / "proof" / "proof.md").read_text().count("(primary)") == len(data["primaries"])
     done = len(in_this_process)
     assert (
-        CliRunner().invoke(proof.main, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
+        CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
         and len(in_this_process) == done
     )

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import solids as report
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
+from eg3d_rlhf.modes.report_shapes import solid
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
 from tests.rejections import raising
 from tests.tuning.flow.tiny_points import write_folder
@@ -64,7 +65,7 @@ def test_the_best_of_each_group():
 
 @pytest.mark.parametrize("flags", [["--pipeline=toy"], []])
 def test_the_command(flags, tmp_path):
-    result = CliRunner().invoke(report.command, [*flags, "--n=4", f"--out={tmp_path / 'solid.json'}"])
+    result = CliRunner().invoke(solid, [*flags, "--n=4", f"--out={tmp_path / 'solid.json'}"])
     assert result.exit_code == 0, result.output
     lines = json.loads((tmp_path / "solid.json").read_text())["lines"]
     untuned, best, *controls = lines
@@ -81,7 +82,7 @@ def test_what_is_not_there_is_refused(tmp_path):
     toy = "--pipeline=toy"
     alone = [["--stage=structure"], [f"--conditions={tmp_path}"]]
     for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], *alone, [toy, str(tmp_path)]):
-        result = CliRunner().invoke(report.command, flags)
+        result = CliRunner().invoke(solid, flags)
         assert result.exit_code == 2 and "Traceback" not in result.output, flags
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation import reports, sweep
+from eg3d_rlhf.evaluation import sweep
 from eg3d_rlhf.evaluation.sweep import Cell, grid
 from eg3d_rlhf.experiments.pages import Facts, Finding
+from eg3d_rlhf.modes import report_studies
 from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.report_all import REPORTS, report_all, report_commands
 from tests.rejections import raising, rejected
 
 CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)
@@ -111,9 +113,9 @@ def flags_of(tmp_path, data, networks, reward):
 
 def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_networks, tiny_reward):
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
-    wrong = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=1,x"])
+    wrong = CliRunner().invoke(report_studies.sweep, [*flags, "--lambda-r=1,x"])
     rejected(wrong, "--lambda-r", "1,x")
-    planned = CliRunner().invoke(sweep.main, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
+    planned = CliRunner().invoke(report_studies.sweep, [*flags, "--lambda-r=0,1", "--seeds=0,1", "--dry-run"])
     assert json.loads(planned.output)["cells"] == {
         f"{n}-s{s}": "new" for s, n in itertools.product((0, 1), ("r0-sigma0", "r1-sigma0"))
     }
@@ -123,17 +125,17 @@ def test_mistakes_are_named_and_nothing_is_trained(tmp_path, tiny_data, tiny_net
 @pytest.mark.long
 def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_reward):
     flags = flags_of(tmp_path, tiny_data, tiny_networks, tiny_reward)
-    done = CliRunner().invoke(sweep.main, flags)
+    done = CliRunner().invoke(report_studies.sweep, flags)
     assert done.exit_code == 0, done.output
     assert "λ_r = 10, λ_σ = 0" in done.output and (tmp_path / "sweep/index.html").is_file()
     logs = list(tmp_path.glob("sweep/cells/*/log.txt"))
     stamps = [log.stat().st_mtime_ns for log in logs]
-    assert CliRunner().invoke(sweep.main, flags).exit_code == 0
+    assert CliRunner().invoke(report_studies.sweep, flags).exit_code == 0
     assert [log.stat().st_mtime_ns for log in logs] == stamps and len(logs) == 1
 
 
 def test_make_reports_plans_what_is_missing(tmp_path):
-    planned = json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--dry-run"]).output)
+    planned = json.loads(CliRunner().invoke(report_all, [f"--out={tmp_path}", "--dry-run"]).output)
     tuned, control, *_ = planned.values()
     assert "--snap=1" in tuned and "--lambda-r=0" in control and "--lambda-r=0" not in tuned
     assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == [
@@ -142,15 +144,15 @@ def test_make_reports_plans_what_is_missing(tmp_path):
         "embed",
     ]
     assert list(
-        json.loads(CliRunner().invoke(reports.main, [f"--out={tmp_path}", "--only=embed", "-n"]).output)
+        json.loads(CliRunner().invoke(report_all, [f"--out={tmp_path}", "--only=embed", "-n"]).output)
     )[2:] == ["embed"]
-    wrong = CliRunner().invoke(reports.main, ["--only=nothing"])
+    wrong = CliRunner().invoke(report_all, ["--only=nothing"])
     rejected(wrong, "--only", "nothing")
 
 
 def test_the_commands_of_make_reports_are_understood(repo):
     """Every flag that the recipe passes exists."""
     runs = {"tuned": Path("a"), "control": Path("b")}
-    for script, *words in reports.report_commands(Path("out"), runs, 0, list(reports.REPORTS)).values():
+    for script, *words in report_commands(Path("out"), runs, 0, list(REPORTS)).values():
         command_of(" ".join(words[:2])).make_context(words[1], words[2:])
         assert (repo / script / "__main__.py").is_file()

@@ -2,6 +2,7 @@
 and stopped together.
 """
 
+import hashlib
 import json
 import threading
 
@@ -74,17 +75,49 @@ def test_other_flags_and_files_are_other_folders(fake_train, tmp_path):
 def test_a_part_is_finished_with_its_own_command_and_files_alone(tmp_path, monkeypatch):
     part = script_part(tmp_path, "--flag")
     make([[part]], threads=3)
-    cost = json.loads((part.folder / trainings.RECORD).read_text())
+    cost = part.found().record
     assert part.finished() and cost["seconds"] > 0 and cost["megabytes"] > 30
     assert (part.folder / trainings.LOG).read_text() == "--flag 3\n"
     other = script_part(tmp_path, "--flag", "--n=3")
     assert not other.finished()
     with monkeypatch.context() as patched:
-        patched.setattr(Part, "inputs", lambda self: {"generator.safetensors": "another"})
+        patched.setattr(Part, "files", lambda self: {"generator.safetensors": "another"})
         assert not part.finished()
     (part.folder / "stale").touch()
     make([[other]])
     assert not (part.folder / "stale").exists() and other.finished() and not part.finished()
+
+
+def as_version_0_1_left_it(part, **more):
+    """Replace the store's files by the record that version 0.1 wrote."""
+    known = json.loads((part.folder / "inputs.json").read_text())
+    for name in ("inputs.json", "done.json"):
+        (part.folder / name).unlink(missing_ok=True)
+    (part.folder / trainings.EARLIER).write_text(json.dumps({**known, **more}))
+
+
+def test_what_version_0_1_made_is_found_and_what_it_began_goes_on(training, fake_train, tmp_path):
+    make([[training]])
+    as_version_0_1_left_it(training, seconds=3.0, megabytes=500.0)
+    make([[training]])
+    assert training.found().record == {"seconds": 3.0, "megabytes": 500.0} and len(fake_train.calls()) == 1
+    fake_train.mode("stop")
+    other = Part.keyed("run", tmp_path / "cells", ["--seed=2"])
+    with raising("run"):
+        make([[other]])
+    as_version_0_1_left_it(other)
+    assert other.state() == "begun"
+    fake_train.mode("train")
+    make([[other]])
+    assert other.finished() and fake_train.calls()[-1].startswith(f"--resume={other.run}")
+
+
+def test_the_folders_names_are_those_of_version_0_1(tmp_path, monkeypatch):
+    """Else every training would be made again. Its digits were those of the SHA-256 of this text."""
+    monkeypatch.setattr(Part, "files", lambda self: {"generator.safetensors": "ab"})
+    part = Part.keyed("seed0", tmp_path, ["--reward=sigma", "--lambda-r=10", "--seed=0"])
+    text = '[["--reward=sigma", "--lambda-r=10", "--seed=0"], {"generator.safetensors": "ab"}]'
+    assert part.folder.name == f"seed0-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def test_an_interrupted_reward_goes_on(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation import zoo
 from eg3d_rlhf.evaluation.zoo import ENTRIES, record
+from eg3d_rlhf.modes import report_studies
 
 
 class Learnt:
@@ -47,7 +47,7 @@ def test_several_training_seeds_show_their_spread():
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(zoo.main, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.zoo, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -62,6 +63,24 @@ def test_a_bug_brings_its_traceback(tmp_path):
 def test_a_worker_that_dies_is_no_bug(tmp_path):
     with raising("death", str(tmp_path / "logs")):
         run_tasks({"death": []}, recording, [tmp_path], 2, tmp_path / "logs")
+
+
+def test_on_threads_a_failure_stops_those_that_are_busy(tmp_path):
+    stop = threading.Event()
+    ended = []
+
+    def handle(name):
+        if name == "wrong":
+            raise ValueError("expected --flag. Add it.")
+        stop.wait(30)
+        ended.append(name)
+
+    needs = {"slow": [], "wrong": [], "after": ["slow"]}
+    with raising("wrong", "--flag"):
+        run_tasks(needs, lambda: handle, (), 2, tmp_path, stop=stop.set)
+    assert ended == ["slow"]
+    done = run_tasks({"b": ["a"], "a": []}, lambda: str.upper, (), 2, tmp_path, stop=stop.set)
+    assert list(done.items()) == [("a", "A"), ("b", "B")]
 
 
 SCRIPT = """

@@ -1,9 +1,13 @@
 """Artefacts: made once, found again, gone on with, and never confused."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+from eg3d_rlhf.experiments.process import run_lock
 from eg3d_rlhf.experiments.store import DONE, Store
 from tests.rejections import raising
 
@@ -77,3 +81,63 @@ def test_changed_products_and_inputs_are_refused(tmp_path):
     (made.folder / DONE).write_text("{")
     with raising(str(made.folder), "inputs.json", DONE):
         Store(tmp_path).make("kind", {"x": 1}, Maker())
+
+
+def test_a_record_that_was_edited_is_refused(tmp_path):
+    made = Store(tmp_path).make("kind", {"x": 1}, Maker())
+    path = made.folder / DONE
+    path.write_text(path.read_text().replace('"seen"', '"other"'))
+    with raising(str(made.folder), DONE):
+        Store(tmp_path).make("kind", {"x": 1}, Maker())
+
+
+def test_a_store_that_renews_makes_what_is_damaged_or_outdated_again(tmp_path):
+    def make(maker, **inputs):
+        return Store(tmp_path, hashed=False, renew=True).make("kind", inputs, maker)
+
+    maker = Maker()
+    first = make(maker, x=1)
+    assert make(maker, x=1).reused and maker.calls == 1
+    (first.folder / "out" / "a.txt").write_text("tampered")
+    assert make(maker, x=1).content == first.content and maker.calls == 2
+    (first.folder / "stale").touch()
+    assert "stale" not in make(maker, x=2).record["seen"] and maker.calls == 3
+    assert Store(tmp_path, hashed=False, renew=True).find("kind", {"x": 1}) is None
+
+
+def test_a_store_that_renews_waits_for_another_process(tmp_path):
+    """The other one makes the artefact, which is then found."""
+    store = Store(tmp_path, renew=True)
+    folder = store.folder("kind", {"x": 1})
+    folder.mkdir()
+    maker = Maker()
+    with ThreadPoolExecutor(1) as pool:
+        with run_lock(folder):
+            waiting = pool.submit(store.make, "kind", {"x": 1}, maker)
+            time.sleep(0.2)
+            assert not waiting.done()
+            Store.finish(folder, {"x": 1}, [], {"by": "another"})
+        assert waiting.result(10).record == {"by": "another"} and maker.calls == 0
+
+
+def test_what_was_made_without_the_store_is_found(tmp_path):
+    store = Store(tmp_path / "store", hashed=False)
+    product = tmp_path / "elsewhere.txt"
+    product.write_text("product")
+    assert not store.begun("kind", {"x": 1})
+    store.finish(store.folder("kind", {"x": 1}), {"x": 1}, [product], {"figure": 1})
+    assert store.begun("kind", {"x": 1}) and not store.begun("kind", {"x": 2})
+    assert store.find("kind", {"x": 1}).record == {"figure": 1}
+    product.write_text("other")
+    with raising("elsewhere.txt"):
+        store.find("kind", {"x": 1})
+
+
+def test_arrays_are_computed_once(tmp_path):
+    values = {"a": np.arange(6.0).reshape(2, 3), "b": np.array([True, False])}
+    calls = []
+    first, again = (
+        Store(tmp_path).arrays("kind", {"x": 1}, lambda: calls.append(1) or values) for _ in range(2)
+    )
+    assert len(calls) == 1 and first.keys() == again.keys() == values.keys()
+    assert all(np.array_equal(again[name], values[name]) for name in values)

@@ -13,11 +13,11 @@ rewards differ: never compare raw ones.
     round-1/pooled.jsonl    with those of all rounds before
     round-1/reward/         the rewards' training, as tools/train_reward.py leaves it
     round-1/tuning/         the generator's, as train.py leaves it
-    ledger.json             what was done, with hashes
+    ledger/                 every finished step, with the hashes of what it made (experiments/store.py)
+    ledger.json             the same in one file, to read
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run
+from eg3d_rlhf.experiments.store import Store, json_hash
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan, reward_ensemble
 from eg3d_rlhf.preferences.dataset import split_by_seed
@@ -54,13 +55,10 @@ Done = tuple[dict, list[Path]]
 Tune = Callable[[Settings, Path], Any]  # settings, folder of a round's tuning
 
 
-def _digest(rounds: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(rounds, sort_keys=True).encode()).hexdigest()
-
-
 class Ledger:
-    """What the rounds of a run have done, in its folder: an entry per round, with the hash of every file that
-    later steps read.
+    """What the rounds of a run have done: every step is an artefact of a store in <folder>/ledger, which
+    depends on the step before it. ledger.json shows all of them, with the hash of every file that later steps
+    read; a run of version 0.1 has that file alone.
 
     Raises: ValueError, one line, where the ledger or a file that it names is not as the run wrote it.
     """
@@ -68,32 +66,64 @@ class Ledger:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / LEDGER
+        self.store = Store(folder / "ledger", hashed=False)
         self.rounds: list[dict] = []
-        if self.path.is_file():
-            self._read()
+        self._last = ""  # content of the last finished step
+        if self.path.is_file() and not self.store.root.exists():
+            self._adopt()
+        while self._read_round():
+            pass
 
-    def _read(self) -> None:
-        edited = (
-            f"{self.path}: expected the ledger as the run wrote it, got another. Restore the file, or start a"
-            " new run."
-        )
+    def _read_round(self) -> bool:
+        """Read the finished steps of the next round; returns whether it is finished."""
+        entry: dict[str, Any] = {"round": len(self.rounds) + 1}
+        for step in STEPS:
+            found = self.store.find(self._kind(entry, step), {"after": self._last})
+            if found is None:
+                break
+            entry[step] = dict(found.record)
+            self._last = found.content
+        if len(entry) > 1:
+            self.rounds.append(entry)
+        return len(entry) == 1 + len(STEPS)
+
+    def _adopt(self) -> None:
+        """Enter the steps that version 0.1 has written into ledger.json."""
         try:
             values = json.loads(self.path.read_text())
             rounds = values["rounds"]
-            digest = values["sha256"]
+            whole = values["sha256"] == json_hash(rounds)
         except (ValueError, KeyError, TypeError):
-            raise ValueError(edited) from None
-        if digest != _digest(rounds):
-            raise ValueError(edited)
-        for number, name, expected in (
-            (e["round"], *file) for e in rounds for step in STEPS for file in e.get(step, {}).get("files", [])
-        ):
-            path = self.folder / name
-            got = file_hash(path) if path.is_file() else "nothing"
-            if got != expected:
-                named = f"the file of round {number} that the ledger names ({expected[:12]}...)"
-                raise ValueError(f"{path}: expected {named}, got {got[:12]}. Restore it, or start a new run.")
-        self.rounds = rounds
+            whole = False
+        if not whole:
+            raise ValueError(
+                f"{self.path}: expected the ledger as the run wrote it, got another. Restore the file, or"
+                " start a new run."
+            )
+        for entry in rounds:
+            for step in (step for step in STEPS if step in entry):
+                changed = [
+                    name
+                    for name, digest in entry[step]["files"]
+                    if not (self.folder / name).is_file() or file_hash(self.folder / name) != digest
+                ]
+                if changed:
+                    raise ValueError(
+                        f"{self.folder / changed[0]}: expected the file that {LEDGER} names, got another or"
+                        " none. Restore it, or start a new run."
+                    )
+                self._finish(entry, step)
+        self._last = ""
+
+    @staticmethod
+    def _kind(entry: dict, step: str) -> str:
+        return f"round-{entry['round']}-{step}"
+
+    def _finish(self, entry: dict, step: str) -> None:
+        files = [self.folder / name for name, _ in entry[step]["files"]]
+        kind = self._kind(entry, step)
+        done = self.store.finish(self.store.root / kind, {"after": self._last}, files, entry[step])
+        self._last = done["content"]
 
     def note(self, entry: dict, step: str, figures: dict, files: list[Path]) -> None:
         """Write down a step of the last round.
@@ -104,8 +134,13 @@ class Ledger:
             **figures,
             "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files],
         }
-        text = json.dumps({"rounds": self.rounds, "sha256": _digest(self.rounds)}, indent=2, sort_keys=True)
-        storage.write_atomic(self.path, (text + "\n").encode())
+        self._finish(entry, step)
+        self.show()
+
+    def show(self) -> None:
+        """Write ledger.json."""
+        values = {"rounds": self.rounds, "sha256": json_hash(self.rounds)}
+        storage.write_atomic(self.path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
     def files(self, step: str) -> list[Path]:
         """The first file of a step in every round so far that has done it:
@@ -129,6 +164,7 @@ def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
             if done is None:
                 return False
             ledger.note(entry, step, *done)
+    ledger.show()
     return True
 
 

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.inversion import command as invert
 from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion import run as running
 from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
@@ -19,6 +18,7 @@ from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import Judges, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera
+from eg3d_rlhf.modes import inversion as invert
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward
 from tests.evaluation.inversion.conftest import CONFIG

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation import embedding, report, sweep
+from eg3d_rlhf.evaluation import comparison_page, embedding, sweep
 from eg3d_rlhf.evaluation.sweep import Cell
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import write_page
@@ -42,15 +42,15 @@ def written(tmp_path_factory, tiny_comparison, tiny_pair, no_png):  # noqa: F811
     """Folder with a page for each report, from tiny networks."""
     root = tmp_path_factory.mktemp("reports")
     c = tiny_comparison
-    parts = report.select(c, PARTS)
+    parts = comparison_page.select(c, PARTS)
     findings = pages.run(parts, root / "evaluate", quiet=True)
     write_page(
         root / "evaluate/index.html",
-        report.TITLE,
-        report.introduction(c),
+        comparison_page.TITLE,
+        comparison_page.introduction(c),
         parts,
         findings,
-        report.summary(c, findings),
+        comparison_page.summary(c, findings),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedding, "umap_layout", lambda points, seed: np.asarray(points)[:, :2].astype(float))

@@ -3,6 +3,7 @@ that nothing edited is read.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,11 +67,29 @@ def test_steps_run_in_order_wait_and_go_on(tmp_path):
     ],
     ids=["figure", "cut", "other", "bare"],
 )
-def test_an_edited_ledger_is_refused(tmp_path, edit):
+@pytest.mark.parametrize("earlier", [False, True], ids=["now", "version 0.1"])
+def test_an_edited_ledger_is_refused(tmp_path, edit, earlier):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
-    path = tmp_path / rounds.LEDGER
+    path = tmp_path / "ledger" / "round-1-labels" / "done.json"
+    if earlier:
+        shutil.rmtree(tmp_path / "ledger")
+        path = tmp_path / rounds.LEDGER
     path.write_text(edit(path.read_text()))
-    with raising("ledger.json"):
+    with raising("ledger"):
+        Ledger(tmp_path)
+
+
+def test_what_version_0_1_has_done_is_not_done_again(tmp_path):
+    """It wrote ledger.json alone, which has kept its form."""
+    run_rounds(2, Ledger(tmp_path), Script(tmp_path, (2, "tuned")))
+    known = Ledger(tmp_path).rounds
+    shutil.rmtree(tmp_path / "ledger")
+    work = Script(tmp_path)
+    again = Ledger(tmp_path)
+    assert again.rounds == known and run_rounds(2, again, work) and work.done == [(2, "tuned")]
+    shutil.rmtree(tmp_path / "ledger")
+    (tmp_path / "reward-1").write_text("other")
+    with raising("reward-1"):
         Ledger(tmp_path)
 
 

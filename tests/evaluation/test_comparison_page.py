@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.evaluation import report
+from eg3d_rlhf.evaluation import comparison_page
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.pages import Facts, Finding
@@ -105,7 +105,7 @@ def shift(after, control):
 
 def test_what_a_shift_allows(tiny_comparison):
     alone, beside, none = (
-        report.summary(tiny_comparison, {"reward-shift": shift(*means)})[0]
+        comparison_page.summary(tiny_comparison, {"reward-shift": shift(*means)})[0]
         for means in ((5.0, 0.1), (5.0, 2.0), (0.05, 0.0))
     )
     assert "5.00" in alone and "5.00" in beside
@@ -113,22 +113,22 @@ def test_what_a_shift_allows(tiny_comparison):
     assert "control" in alone and "control" not in beside
     assert not re.search(r"\d", none)
     assert {line.partition(":")[0] for line in (alone, beside, none)} == {alone.partition(":")[0]}
-    assert none not in report.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
+    assert none not in comparison_page.summary(tiny_comparison, {"reward-shift": shift(5.0, 0.1)})
 
 
 def test_what_is_not_allowed(tiny_comparison, unchanged, monkeypatch):
-    lines = report.summary(unchanged, {"identity-drift": finding({"absent": "no network"})})
+    lines = comparison_page.summary(unchanged, {"identity-drift": finding({"absent": "no network"})})
     for word in ("control", "over-optimisation", "identity-drift"):
         assert sum(word in line for line in lines) == 1, word
-    with_control = report.summary(tiny_comparison, {})
+    with_control = comparison_page.summary(tiny_comparison, {})
     assert not any("control" in line or "identity-drift" in line for line in with_control)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    assert len(report.summary(tiny_comparison, {})) == len(with_control) + 1
+    assert len(comparison_page.summary(tiny_comparison, {})) == len(with_control) + 1
 
 
 def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
     other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
-    lines = report.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {})
+    lines = comparison_page.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {})
     assert any(re.search(r"\bbatch 99\b.* 4\b", line) for line in lines)
 
 
@@ -145,8 +145,8 @@ def test_the_example_with_nothing_but_a_run(tmp_path):
 
 @pytest.fixture()
 def small(monkeypatch):
-    monkeypatch.setattr(report, "RESOLUTION", 12)
-    monkeypatch.setattr(report, "PIXELS", 16)
+    monkeypatch.setattr(comparison_page, "RESOLUTION", 12)
+    monkeypatch.setattr(comparison_page, "PIXELS", 16)
 
 
 def sizes(finding, folder):
@@ -155,9 +155,9 @@ def sizes(finding, folder):
 
 def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):
     c = tiny_comparison
-    finding = report.reward_strips(c, tmp_path)
+    finding = comparison_page.reward_strips(c, tmp_path)
     k = finding.data["k"]
-    assert k == min(report.K, c.n // 2)
+    assert k == min(comparison_page.K, c.n // 2)
     for role in ("before", "after"):
         scores = dict(zip(c.seeds(), c.scores(c.generators()[role], c.seeds()).tolist(), strict=True))
         order = sorted(scores, key=scores.get, reverse=True)
@@ -173,16 +173,16 @@ def test_orbit_stops_and_is_hidden_where_motion_is_unwelcome(tiny_comparison, sm
     def turning(c, generator, seeds, yaws):  # a picture that differs in every frame
         return torch.linspace(0, 1, len(yaws)).reshape(1, -1, 1, 1, 1).expand(1, len(yaws), 1, 16, 16)
 
-    monkeypatch.setattr(report, "shapes", turning)
-    job = next(j for j in report.strip_jobs(tiny_comparison) if j.key == "orbit")
+    monkeypatch.setattr(comparison_page, "shapes", turning)
+    job = next(j for j in comparison_page.strip_jobs(tiny_comparison) if j.key == "orbit")
     findings = pages.run([job], tmp_path, quiet=True)
     moving = PIL.Image.open(tmp_path / "data" / "orbit.apng")
     assert (moving.format, moving.size, moving.info["loop"]) == (
         "PNG",
         (32, 16),
-        report.SWINGS,
+        comparison_page.SWINGS,
     ) and moving.is_animated
-    assert report.ORBIT_FRAMES * report.FRAME_MS * report.SWINGS <= 5000
+    assert comparison_page.ORBIT_FRAMES * comparison_page.FRAME_MS * comparison_page.SWINGS <= 5000
     text = pages.write_page(tmp_path / "index.html", "t", "i", [job], findings).read_text()
     assert text.count('<figure class="moving">') == 1 and text.count("<img ") == 2
     assert "@media (prefers-reduced-motion: reduce), print { .moving { display: none; } }" in text

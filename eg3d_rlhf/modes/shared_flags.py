@@ -1,6 +1,6 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
-from collections.abc import Iterable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,14 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "Where to compute.",
     },
+    "jobs": {
+        **_RUN,
+        "metavar": "INT",
+        "type": click.IntRange(min=1),
+        "default": min(2, os.cpu_count() or 1),
+        "show_default": "2, or the cores",
+        "help": "Trainings side by side.",
+    },
     "dry-run": {
         **_RUN,
         "is_flag": True,
@@ -117,18 +125,6 @@ _SPELLINGS = {  # further ones; the flag's own name stays the parameter's
     "cutoff": ("--trunc-cutoff",),
     "dry-run": ("-n",),
 }
-
-
-def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
-    """The names of a comma-separated list, in the order of those that are known.
-
-    Raises: ValueError for others, and for none.
-    """
-    known = list(known)
-    wanted = {name.strip() for name in text.split(",") if name.strip()}
-    if not wanted or wanted - set(known):
-        raise ValueError(f"{flag}: expected some of {', '.join(known)}, got {text!r}. Correct the list.")
-    return [name for name in known if name in wanted]
 
 
 def shared(names: str, rare: str = "", **changes: str | dict):

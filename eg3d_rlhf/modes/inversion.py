@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.cli import naming, option, options_of, together
+from eg3d_rlhf.core.cli import naming, numbers_of, option, options_of, together
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
-from eg3d_rlhf.evaluation.flags import shared
 from eg3d_rlhf.evaluation.inversion import report
 from eg3d_rlhf.evaluation.inversion.projector import (
     PUBLISHED,
@@ -34,6 +33,7 @@ from eg3d_rlhf.experiments.media.video import check_mp4
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.generators import load_generator
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -46,15 +46,11 @@ def parse_weights(text: str) -> list[float]:
 
     Raises: ValueError for anything but different finite numbers >= 0.
     """
-    try:
-        weights = sorted(float(part) for part in text.split(","))
-    except ValueError:
-        weights = [math.nan]
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or len({f"{w:g}" for w in weights}) < len(
-        weights
-    ):
+    weights = sorted(numbers_of("--weights", text))
+    different = len({f"{weight:g}" for weight in weights})
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or different < max(1, len(weights)):
         raise ValueError(
-            f"expected different numbers >= 0 such as {WEIGHTS}, got {text!r}. Correct the list."
+            f"--weights: expected different numbers >= 0 such as {WEIGHTS}, got {text!r}. Correct the list."
         )
     return weights
 
@@ -98,8 +94,7 @@ class InversionRun:
 
 def resolve(flags: Flags) -> InversionRun:
     """The run that the flags describe. Raises: ValueError naming the flag."""
-    with naming("--weights"):
-        weights = tuple(parse_weights(flags["weights"]))
+    weights = tuple(parse_weights(flags["weights"]))
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
     given: dict[str, Any] = {

@@ -13,11 +13,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from eg3d_rlhf.core.cli import some_of
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
-from eg3d_rlhf.evaluation.flags import some_of
 from eg3d_rlhf.evaluation.paired import NO_CONTROL, ROLES
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.experiments.pages import Finding, Job

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.evaluation.flags import shared, some_of
-from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, line_of, make
+from eg3d_rlhf.core.cli import GroupedCommand, option, some_of
+from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, make_in_terminal
+from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
@@ -56,7 +56,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     help="Length of both runs; the demo's unless given.",
 )
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
-def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
+def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     """Every evidence report of one tuning run, with one command: `make reports`.
 
     Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing,
@@ -79,9 +79,7 @@ def main(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     started = time.time()
     times = dict[str, float]()
     for role, part in parts.items():
-        if not part.finished():
-            click.echo(f"\n== {role} run: {line_of(part)}", err=True)
-            make([[part]], quiet=False)
+        make_in_terminal(f"{role} run", part)
     times["runs"] = time.time() - started
     runs = {role: part.run for role, part in parts.items() if part.run is not None}
     for name, command in report_commands(out, runs, seed, chosen).items():

@@ -1,0 +1,73 @@
+"""The command `reward best-of-n`: how far a reward can be trusted, before any tuning."""
+
+import json
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
+from eg3d_rlhf.modes.shared_flags import shared
+
+
+@click.command(cls=GroupedCommand)
+@shared(
+    "before reward-ckpt reward-watch n",
+    before="Generator, untuned.",
+    n={"default": 4096, "help": "Latents that are scored."},
+    reward_ckpt={
+        "multiple": True,
+        "default": (),
+        "show_default": "the bundled one",
+        "help": (
+            "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."
+        ),
+    },
+    reward_watch={
+        "show_default": "the annotator, for synthetic heads",
+        "help": "Second reward as the judge.",
+    },
+)
+@option(
+    "--most",
+    group="Samples",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=512,
+    help="Largest number to choose among.",
+)
+@shared(
+    "out device dry-run",
+    "data psi seed batch",
+    out={"default": "runs/reports/best-of-n"},
+    psi={"default": 1.0},
+    data="What the generator was trained on; else the run's own.",
+)
+def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampling) -> None:
+    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a
+    judge say what that is worth.
+
+    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
+    members and all its aggregates are compared. The judge is the annotator without noise for synthetic heads,
+    else the reward that --reward-watch names.
+
+    \b
+    Example:
+        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/best
+    """
+    trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
+    if dry_run:
+        single, joined = arms(trial)
+        known = {
+            "networks": trial.networks(),
+            "judge": "annotator" if trial.judge is None else "reward",
+            "arms": [*single, *joined],
+        }
+        click.echo(
+            json.dumps(
+                {**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1
+            )
+        )
+        return
+    finding = write(trial, out)
+    click.echo("\n".join(finding.says))
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")

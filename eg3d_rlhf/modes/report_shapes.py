@@ -1,0 +1,138 @@
+"""The commands `report heads` and `report solid`: tables of the shapes of several networks."""
+
+import json
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
+from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare, names_of
+from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
+from eg3d_rlhf.experiments.table import figure_table
+from eg3d_rlhf.modes.shared_flags import shared
+from training.storage import write_atomic
+
+TO_JSON = {
+    "metavar": "FILE",
+    "type": click.Path(path_type=Path, dir_okay=False),
+    "default": None,
+    "help": "JSON to write.",
+}
+
+
+@click.command("heads", cls=GroupedCommand)
+@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
+@shared(
+    "before n out",
+    before="Generator before tuning.",
+    n={"metavar": "LATENTS", "type": click.IntRange(min=2), "default": POINTS, "help": "How many."},
+    out=TO_JSON,
+)
+@option(
+    "--held-out",
+    "place",
+    type=click.Choice(list(PLACES)),
+    default="judge",
+    help="Whose latents: the table's, or for choosing settings.",
+)
+def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
+    """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired,
+    what harmed.
+
+    \b
+    Example:
+        eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
+    """
+    seeds = PLACES[place].take(n)
+    columns, broken = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
+    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("repaired",))))
+    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {broken} broken before.")
+    if out is not None:
+        data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
+        write_atomic(out, json.dumps(data, indent=1).encode())
+
+
+@click.command("solid", cls=GroupedCommand)
+@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@option(
+    "--pipeline",
+    metavar="toy|DIR",
+    default=None,
+    show_default="none: generators of fields",
+    help="Flow generator whose tuned runs are named.",
+)
+@option(
+    "--conditions",
+    metavar="FILE|DIR",
+    default=None,
+    type=click.Path(path_type=Path, exists=True),
+    show_default="those of the runs",
+    help="With --pipeline=DIR: embeddings of its conditions.",
+)
+@option(
+    "--stage",
+    metavar="NAME",
+    default=None,
+    show_default="the first",
+    help="With --pipeline: the stage that was tuned.",
+)
+@shared(
+    "before n psi seed out device",
+    before="Generator before tuning.",
+    n={
+        "metavar": "SHAPES",
+        "type": click.IntRange(min=CHOOSE),
+        "default": 64,
+        "help": "How many, rounded down to groups of four.",
+    },
+    psi={"default": 1.0, "help": "Truncation of latents."},
+    seed="Other held-out latents, or noises, per seed.",
+    out=TO_JSON,
+)
+def solid(
+    networks: tuple[Path, ...],
+    before: Path | None,
+    pipeline: str | None,
+    conditions: Path | None,
+    stage: str | None,
+    n: int,
+    psi: float,
+    seed: int,
+    out: Path | None,
+    device: str,
+) -> None:
+    """Are shapes sound bodies? Terms of `solid` before and after tuning, beside filters, hulls and balls,
+    which only look so.
+
+    \b
+    Examples:
+        eg3d-rlhf report solid runs/00000-* --n=16
+        eg3d-rlhf report solid --pipeline=toy --n=16
+    """
+    for flag, value in (("--stage", stage), ("--conditions", conditions)):
+        if value is not None and pipeline is None:
+            raise ValueError(
+                f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out."
+            )
+    folders = [
+        path.parent if path.name.startswith("network-snapshot-") else path
+        for path in map(Path.resolve, networks)
+    ]
+    names = [path.stem if path.is_file() else path.name for path in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
+    named = dict(zip(names, networks, strict=True))
+    where = choose_device(device)
+    if pipeline is None:
+        lines, how = compare_networks(named, before, n, psi, seed, where)
+    else:
+        source = source_of(pipeline, conditions, folders)
+        lines, how = compare_stages(named, source, stage, n, seed, where)
+    click.echo("\n".join(markdown(lines, how["rules"])))
+    click.echo(
+        f"\n{how['what']}. Brackets: 95 %, bootstrap over shapes; of shares Wilson's. Grids of"
+        f" {how['edge']}^3."
+    )
+    if out is not None:
+        data = {"what": how["what"], "weights": how["rules"].weights, "lines": lines}
+        write_atomic(out, json.dumps(data, indent=1).encode())

@@ -1,0 +1,288 @@
+"""The commands that train several networks, compare them and write one table: `report proof`, `zoo`, `seeds`
+and `sweep`.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
+from eg3d_rlhf.core.seeds import LATENTS
+from eg3d_rlhf.evaluation import over_seeds
+from eg3d_rlhf.evaluation import zoo as rewards
+from eg3d_rlhf.evaluation.comparison import Sources
+from eg3d_rlhf.evaluation.proof import ARMS, LABELS, Plan, commands
+from eg3d_rlhf.evaluation.proof import work as work_proof
+from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
+from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+
+
+@click.command(cls=GroupedCommand)
+@shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
+@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
+@option(
+    "--rewards",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Rewards for each draw of labels, with seeds 0, 1, ...",
+)
+@option(
+    "--draws",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=2,
+    help="Draws of labels; the first are the bundled ones.",
+)
+@option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
+@option(
+    "--latents",
+    metavar="INT",
+    type=click.IntRange(min=2, max=LATENTS.count),
+    default=64,
+    help="Held-out latents.",
+)
+@option(
+    "--labels",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=BUNDLED_LABELS,
+    show_default="the bundled ones",
+    help="Labels of the first draw.",
+)
+@option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
+@shared("jobs")
+@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def proof(
+    out: Path,
+    network: Path | None,
+    seeds: str,
+    rewards: int,
+    draws: int,
+    only: str,
+    latents: int,
+    labels: Path,
+    train: str,
+    jobs: int,
+    dry_run: bool,
+    more: tuple[str, ...],
+) -> None:
+    """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds,
+    side by side: `make proof`.
+
+    Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces;
+    the reward with its weights permuted; labels by coin; labels turned over. All are tuned with the demo's
+    settings. Finished parts are not repeated, interrupted ones go on: the same command continues. Flags after
+    -- go to train.py. Writes proof.json, proof.md and proof.png.
+
+    \b
+    Example:
+        eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
+    """
+    chosen = [name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}]
+    plan = Plan(
+        out=out,
+        arms=chosen,
+        seeds=list(dict.fromkeys(parse_seeds(seeds))),
+        rewards=rewards,
+        draws=draws,
+        latents=latents,
+        network=network,
+        labels=labels,
+        train=tuple(shlex.split(train)),
+        tune=more,
+    )
+    if dry_run:
+        click.echo(json.dumps(commands(plan), indent=1))
+        return
+    _tell(out, work_proof(plan, jobs))
+
+
+def _tell(out: Path, paths: list[Path]) -> None:
+    """Print the table, which is the second of the files, and their names."""
+    click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
+
+
+@click.command(cls=GroupedCommand)
+@shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
+@option("--only", metavar="LIST", default=",".join(rewards.ENTRIES), help="Rewards.")
+@option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
+@option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
+@shared("jobs")
+def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
+    """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
+    side: `make zoo`.
+
+    A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
+    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json, zoo.md,
+    zoo.png and the same latents tuned by every reward as zoo-latents.png.
+
+    \b
+    Example:
+        eg3d-rlhf report zoo --only=points --dry-run
+    """
+    wanted = some_of("--only", only, rewards.ENTRIES)
+    numbers = list(dict.fromkeys(parse_seeds(seeds)))
+    if dry_run:
+        plans = rewards.plans_of(out, wanted, numbers, full)
+        shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
+        click.echo(json.dumps(shown, indent=1))
+        return
+    _tell(out, rewards.work(out, wanted, numbers, full, jobs))
+
+
+@click.command(cls=GroupedCommand)
+@option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds.")
+@shared("out dry-run", out={"default": "runs/seeds"}, dry_run="Print the commands as JSON and stop.")
+@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
+    """Repeat the demo with several training seeds and put their summaries side by side: `make seeds`.
+
+    Each seed has a folder below --out. Finished runs are not repeated, interrupted ones go on: the same
+    command continues. Flags after -- go to train.py.
+
+    \b
+    Example:
+        eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
+    """
+    parts = over_seeds.trainings(out, seeds, more)
+    if dry_run:
+        click.echo(
+            json.dumps(
+                {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()},
+                indent=1,
+            )
+        )
+        return
+    figures = over_seeds.work(out, parts, [*over_seeds.DEMO, *more])
+    click.echo(f"\n{aligned(over_seeds.table(figures))}\n\nWritten to {out / over_seeds.SUMMARY}")
+
+
+@click.command(cls=GroupedCommand)
+@shared(
+    "before reward-ckpt",
+    before="Initial networks.",
+    reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
+)
+@option(
+    "--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control."
+)
+@option(
+    "--lambda-sigma",
+    group="Grid",
+    metavar="LIST",
+    default="0,0.01,10",
+    help="Density-consistency weights; 0 leaves the term out.",
+)
+@option(
+    "--seeds",
+    group="Grid",
+    metavar="LIST",
+    default="0",
+    help="Training seeds of every cell; two or more give intervals over runs.",
+)
+@option(
+    "--kimg",
+    group="Grid",
+    metavar="KIMG",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.24,
+    help="Length of a cell.",
+)
+@option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
+@shared(
+    "n jobs out device dry-run",
+    "data psi seed images batch",
+    n={"default": 32},
+    jobs={"default": 2, "show_default": True},
+    images={"default": 128},
+    data="Images.",
+    out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
+    dry_run="Print the cells and what is left to train as JSON and stop.",
+)
+def sweep(
+    before,
+    reward_ckpt,
+    data,
+    lambda_r,
+    lambda_sigma,
+    seeds,
+    kimg,
+    train_flags,
+    jobs,
+    out,
+    device,
+    dry_run,
+    **sampling,
+) -> None:
+    """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance
+    and geometry.
+
+    Every cell is a run of train.py. A finished cell is not run again, an interrupted one goes on from its
+    checkpoint: give the same command. lambda_sigma = 0 is the run without the density-consistency term,
+    lambda_r = 0 the control. The table names the settings on the front.
+
+    \b
+    Example:
+        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
+    """
+    lists = (
+        numbers_of("--lambda-r", lambda_r),
+        numbers_of("--lambda-sigma", lambda_sigma),
+        numbers_of("--seeds", seeds, int),
+    )
+    where = choose_device(device)
+    network = find_network(before)
+    given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
+    words = [
+        f"--device={device}",
+        *shlex.split(train_flags),
+        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+    ]
+    parts = {cell: part_of(cell, out / "cells", kimg, words) for cell in grid(*lists)}
+    states = {cell.name: part.state() for cell, part in parts.items()}
+    if dry_run:
+        hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
+        shared = {
+            "kimg": kimg,
+            "train_flags": words,
+            "hashes": hashes,
+            "jobs": jobs,
+            "device": str(where),
+            **sampling,
+        }
+        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
+        return
+    click.echo(
+        f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
+        " train.",
+        err=True,
+    )
+    try:
+        make_cells(parts, jobs)
+    except KeyboardInterrupt:
+        click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
+        sys.exit(130)
+    sources = Sources(
+        before=before, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
+    )
+    finding = measure_cells(parts, sources, out)
+    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
+    for row in finding.data["rows"]:
+        texts = [
+            f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]"
+            for m in (row["measures"][name] for name in GOALS)
+        ]
+        click.echo(
+            f"{row['setting']:<26} "
+            + " ".join(f"{text:>28}" for text in texts)
+            + f"  {'on the front' if row['on_front'] else '-'}"
+        )
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")

@@ -1,0 +1,74 @@
+"""The command `score`: generators of any family by one reward."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
+from eg3d_rlhf.evaluation.foreign_scores import ScoreOptions, trial_of, write
+from eg3d_rlhf.modes.shared_flags import PATH, shared
+
+
+@click.command(cls=GroupedCommand)
+@option(
+    "--network",
+    "networks",
+    group="What",
+    metavar="FILE|RUN",
+    type=PATH,
+    multiple=True,
+    show_default="the reference",
+    help="Generator to score, of any family; may be given again.",
+)
+@option(
+    "--reward",
+    group="What",
+    metavar="FILE",
+    type=PATH,
+    default=None,
+    show_default="the bundled one",
+    help="Reward.",
+)
+@option(
+    "--reference",
+    group="What",
+    metavar="FILE|RUN",
+    type=PATH,
+    default=None,
+    show_default="the bundled generator",
+    help="Generator whose shapes the reward knows.",
+)
+@options_of(ScoreOptions)
+@shared("out device dry-run", out={"default": Path("runs/scores")})
+def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **settings) -> None:
+    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated
+    to densities that it knows.
+
+    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are.
+    Writes a page with strips of meshes, and scores.json.
+
+    \b
+    Example:
+        eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --out=runs/example/scores
+    """
+    options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
+    trial = trial_of(networks, reward, reference, device, options)
+    if dry_run:
+        shown = {name: str(one.path) for name, one in trial.networks.items()}
+        click.echo(
+            json.dumps(
+                {
+                    "networks": shown,
+                    "reference": str(trial.reference.path),
+                    "out": str(out),
+                    **asdict(options),
+                },
+                indent=1,
+            )
+        )
+        return
+    for name, finding in write(trial, out).items():
+        click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
+    click.echo(f"\nWritten to {out}: index.html (open it in a browser), scores.json, data/")
