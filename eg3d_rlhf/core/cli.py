@@ -188,6 +188,15 @@ class GroupedCommand(click.Command):
         return text
 
 
+class GroupedGroup(GroupedCommand, click.Group):
+    """A grouped command with sub-commands."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List flags, then sub-commands."""
+        GroupedCommand.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
 # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
 EXTRAS = {
     **dict.fromkeys(

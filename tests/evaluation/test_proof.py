@@ -11,7 +11,7 @@ from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import filters, heads, proof, trainings
 from eg3d_rlhf.evaluation.proof import ARMS, LABELS, PSIS, coin, permuted, truncated, turned, verdict
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.jobs import command_of
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.gan import phase

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.evaluation import reports, sweep
 from eg3d_rlhf.evaluation.sweep import Cell, grid
 from eg3d_rlhf.experiments.pages import Facts, Finding
-from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.jobs import command_of
 from tests.rejections import raising, rejected
 
 CELL = Cell(lambda_r=10, lambda_sigma=0.01, seed=0)

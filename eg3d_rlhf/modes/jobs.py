@@ -19,14 +19,14 @@ PROGRAM = "eg3d-rlhf"
 
 # Words after eg3d-rlhf: module and click command, and what the job does.
 JOBS: dict[str, tuple[str, str]] = {
-    "train": ("eg3d_rlhf.modes.door:train", "a generator, with or without a reward; --mode: other ways"),
-    "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
+    "train": ("eg3d_rlhf.modes.jobs:train", "a generator, with or without a reward; --mode: other ways"),
+    "label": ("eg3d_rlhf.modes.label:main", "shapes or any 3D assets in the browser; export, ..."),
     "label synthetic": (
-        "eg3d_rlhf.modes.labels:synthetic",
+        "eg3d_rlhf.modes.label_files:synthetic",
         "a generator's seeds, by the programmatic annotator",
     ),
-    "label elo": ("eg3d_rlhf.modes.labels:elo", "rate methods from pairwise judgements"),
-    "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
+    "label elo": ("eg3d_rlhf.modes.label_files:elo", "rate methods from pairwise judgements"),
+    "study": ("eg3d_rlhf.modes.study:main", "compare two generators blind, with several people"),
     "reward train": (
         "eg3d_rlhf.modes.reward_training:train",
         "on labels: pairs or single shapes; slabs, depth or points",
@@ -150,7 +150,7 @@ class Door(click.Group):
         if not self.noun and job in JOBS:
             return job, command_of(job), args[2:]
         if not self.noun and args[0] == "label" and len(args) > 1:
-            from eg3d_rlhf.people.label.access import PEOPLE
+            from eg3d_rlhf.modes.annotators import PEOPLE
 
             if args[1] in PEOPLE:  # annotators are named without waiting for torch
                 return job, PEOPLE[args[1]], args[2:]

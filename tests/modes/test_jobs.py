@@ -14,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.modes.door import JOBS, command_of, main
+from eg3d_rlhf.modes.jobs import JOBS, command_of, main
 from tests.rejections import check_message
 
 REPO = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ HELP_AND_RUN = """
 import importlib
 import sys
 from click.testing import CliRunner
-from eg3d_rlhf.modes.door import command_of, main
+from eg3d_rlhf.modes.jobs import command_of, main
 for job in sys.argv[1:]:
     below = [f"{job} {name}" for name in getattr(command_of(job), "commands", ())]
     for words in [job, *below]:
@@ -136,7 +136,7 @@ def test_help_needs_no_extra_and_jobs_name_it():
 
 def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
     jobs = (
-        "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
+        "import sys; from eg3d_rlhf.modes.jobs import command_of; [command_of(job) for job in sys.argv[1:]]"
     )
     blocked = WITHOUT.partition("import runpy")[0]
     done = subprocess.run(
