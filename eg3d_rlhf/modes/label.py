@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
 from eg3d_rlhf.modes.annotators import PEOPLE, database
@@ -50,7 +51,16 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
 }
 
 
-@click.command("label", cls=GroupedGroup, invoke_without_command=True)
+class LabelGroup(GroupedGroup):
+    """Completes its sub-commands, and the jobs that begin with `label`, which have files of their own."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from eg3d_rlhf.modes.jobs import JobGroup
+
+        return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
+
+
+@click.command("label", cls=LabelGroup, invoke_without_command=True)
 @option(
     "--network",
     metavar="PATH",

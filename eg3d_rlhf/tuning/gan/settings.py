@@ -286,9 +286,7 @@ class RewardSettings:
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(
-        0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0008", rare=True
-    )
+    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, rare=True)
     control: str | None = knob(
         None,
         "Summary of the lambda_r = 0 run to quote.",
