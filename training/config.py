@@ -37,6 +37,7 @@ class Knob:
     flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
     shown: str | None = None  # what None stands for; --help shows it where the value is None
     flag: bool = True  # False: recorded with the others, and decided by presets or a mode's common flags
+    control: bool = True  # whether the run with lambda_r = 0, the control of another, has the same value
     rare: bool = False  # no flag of its own: --set NAME=VALUE, or a file of --settings
 
 
@@ -135,10 +136,12 @@ class LoopConfig:
         25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
     )
     batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
-    batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch")
-    tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0)
-    snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0)
-    checkpoint_ticks: int = knob(1, "Resumable state interval.", OPT, metavar="TICKS", low=1, rare=True)
+    batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch", control=False)
+    tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0, control=False)
+    snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0, control=False)
+    checkpoint_ticks: int = knob(
+        1, "Resumable state interval.", OPT, metavar="TICKS", low=1, rare=True, control=False
+    )
     seed: int = knob(0, "Random seed.", RUN, low=0, flag=False)
 
     def __post_init__(self):
@@ -242,12 +245,7 @@ class NetworkConfig:
     """Which networks: a preset's, or those of a file."""
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
-    init: str = knob(
-        "scratch",
-        "Initial networks.",
-        NET,
-        metavar="bundled|scratch|FILE|RUN",
-    )
+    init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", control=False)
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"), rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
