@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPO))
 
 import eg3d_rlhf  # noqa: E402 (of this checkout, installed or not)
 from eg3d_rlhf.modes import MODES, gan  # noqa: E402
-from eg3d_rlhf.modes.door import JOBS, PROGRAM, command_of  # noqa: E402
+from eg3d_rlhf.modes.jobs import JOBS, PROGRAM, command_of  # noqa: E402
 
 project = "eg3d-rlhf"
 copyright = "the authors of eg3d-rlhf"

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from eg3d_rlhf.modes import MODES, ModeCommand, mode_of
-from eg3d_rlhf.modes.door import JOBS, command_of
+from eg3d_rlhf.modes.jobs import JOBS, command_of
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *(p for p in sorted((REPO / "docs").rglob("*.md")) if "lab-book" not in p.parts)]

@@ -105,7 +105,7 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path, repo):
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
 
     def job(*words: str) -> str:
-        start = "from eg3d_rlhf.modes.door import main; main()"
+        start = "from eg3d_rlhf.modes.jobs import main; main()"
         run = subprocess.run(
             [sys.executable, "-c", start, *words], capture_output=True, text=True, cwd=empty, env=environment
         )

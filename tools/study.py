@@ -8,7 +8,7 @@ Example:
 
 import _repository  # noqa: F401
 
-from eg3d_rlhf.people.study.commands import main
+from eg3d_rlhf.modes.study import main
 
 if __name__ == "__main__":
     main()

@@ -35,8 +35,9 @@ class Knob:
     below: float | None = None  # the value must be smaller
     name: str | None = None  # of the flag, where it is not the field's
     flags: tuple[str, ...] = ()  # further spellings; the first one is --<name with dashes>
-    shown: str | None = None  # the default in words, where the field's is not what applies
+    shown: str | None = None  # what None stands for; --help shows it where the value is None
     flag: bool = True  # False: recorded with the others, and decided by presets or a mode's common flags
+    control: bool = True  # whether the run with lambda_r = 0, the control of another, has the same value
     rare: bool = False  # no flag of its own: --set NAME=VALUE, or a file of --settings
 
 
@@ -131,13 +132,17 @@ def check_knobs(settings: typing.Any) -> None:
 class LoopConfig:
     """The training loop, whatever it trains."""
 
-    kimg: float = knob(25000.0, "Length.", OPT, metavar="KIMG", above=0)
-    batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="by preset, else required")
-    batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch")
-    tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0)
-    snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0)
-    checkpoint_ticks: int = knob(1, "Resumable state interval.", OPT, metavar="TICKS", low=1, rare=True)
-    seed: int = knob(0, "Of everything random.", RUN, low=0, flag=False)
+    kimg: float = knob(
+        25000.0, "Length of the training, in thousands of images.", OPT, metavar="KIMG", above=0
+    )
+    batch: int = knob(4, "Images per iteration.", OPT, low=1, shown="required")
+    batch_gpu: int | None = knob(None, "Images per forward pass.", OPT, low=1, shown="batch", control=False)
+    tick: float = knob(4.0, "Status interval.", OPT, metavar="KIMG", above=0, control=False)
+    snap: int = knob(50, "Snapshot interval; 0: at the end only.", OPT, metavar="TICKS", low=0, control=False)
+    checkpoint_ticks: int = knob(
+        1, "Resumable state interval.", OPT, metavar="TICKS", low=1, rare=True, control=False
+    )
+    seed: int = knob(0, "Random seed.", RUN, low=0, flag=False)
 
     def __post_init__(self):
         check_knobs(self)
@@ -159,17 +164,27 @@ class LoopConfig:
 class GanConfig:
     """The GAN game: losses, what fades with the images seen, optimisers, moving average, augmentation."""
 
-    gamma: float = knob(10.0, "R1 weight.", GAN, low=0, shown="by preset, else required")
+    gamma: float = knob(10.0, "R1 weight.", GAN, low=0, shown="required")
     aug: str = knob("noaug", "Augmentation of D's inputs.", GAN, choices=("noaug", "ada", "fixed"))
     p: float = knob(0.2, "Probability for --aug=fixed.", GAN, low=0, high=1)
     target: float = knob(0.6, "Target of sign(D(real)) for --aug=ada.", GAN, low=0, high=1)
     style_mixing_prob: float = knob(0.0, "Probability of style mixing.", GAN, low=0, high=1)
-    gen_pose_cond: bool = knob(
-        True, "Condition G on the camera.", GAN, shown="False; with --init: as the network is"
-    )
+    gen_pose_cond: bool = knob(True, "Condition G on the camera.", GAN)
     gpc_reg_prob: float = knob(0.5, "Probability of swapping the conditioning camera.", GAN, low=0, high=1)
-    gpc_reg_fade_kimg: float = knob(1000.0, "Fade from 1.", GAN, metavar="KIMG", low=0)
-    blur_fade_kimg: float = knob(200.0, "Blur fade.", GAN, metavar="KIMG", low=0)
+    gpc_reg_fade_kimg: float = knob(
+        1000.0,
+        "Length of the fade of --gpc-reg-prob from 1, in thousands of images.",
+        GAN,
+        metavar="KIMG",
+        low=0,
+    )
+    blur_fade_kimg: float = knob(
+        200.0,
+        "Length of the fade of the blur of D's inputs, in thousands of images.",
+        GAN,
+        metavar="KIMG",
+        low=0,
+    )
     nrr_initial: int = knob(
         64,
         "Rendered resolution.",
@@ -177,7 +192,6 @@ class GanConfig:
         metavar="PIXELS",
         low=4,
         flags=("--neural-rendering-resolution-initial",),
-        shown="64; with --init: the network's",
     )
     nrr_final: int | None = knob(
         None,
@@ -188,16 +202,23 @@ class GanConfig:
         flags=("--neural-rendering-resolution-final",),
     )
     nrr_fade_kimg: float = knob(
-        1000.0, "Its fade.", GAN, metavar="KIMG", low=0, flags=("--neural-rendering-resolution-fade-kimg",)
+        1000.0,
+        "Length of the resolution fade, in thousands of images.",
+        GAN,
+        metavar="KIMG",
+        low=0,
+        flags=("--neural-rendering-resolution-fade-kimg",),
     )
     density_reg: float = knob(0.25, "Density regularisation weight; 0: off.", GAN, low=0)
-    density_reg_every: int = knob(4, "Its interval.", GAN, metavar="ITERATIONS", low=1)
-    density_reg_p_dist: float = knob(0.004, "Its perturbation, world units.", GAN, low=0)
-    reg_type: str = knob("l1", "Its kind.", GAN, choices=REG_TYPES)
+    density_reg_every: int = knob(4, "Interval of the density regulariser.", GAN, metavar="ITERATIONS", low=1)
+    density_reg_p_dist: float = knob(
+        0.004, "Perturbation of the density regulariser, world units.", GAN, low=0
+    )
+    reg_type: str = knob("l1", "Type of the density regulariser.", GAN, choices=REG_TYPES)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
     ema_kimg: float = knob(
-        10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch*10/32; heads64: 0.1", rare=True
+        10.0, "Half-life of G_ema.", OPT, metavar="KIMG", low=0, shown="batch * 10 / 32", rare=True
     )
     amp: str = knob(
         "off",
@@ -224,20 +245,12 @@ class NetworkConfig:
     """Which networks: a preset's, or those of a file."""
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
-    init: str = knob(
-        "scratch",
-        "Initial networks.",
-        NET,
-        metavar="bundled|scratch|FILE|RUN",
-        shown="bundled for heads64, else scratch",
-    )
+    init: str = knob("scratch", "Initial networks.", NET, metavar="bundled|scratch|FILE|RUN", control=False)
     start: str = knob("G", "With --init: weights that G starts from.", NET, choices=("G", "G_ema"), rare=True)
     cbase: int = knob(32768, "Channel multiplier.", NET, low=1)
     cmax: int = knob(512, "Largest number of feature maps.", NET, low=1)
     map_depth: int = knob(2, "Layers of G's mapping network.", NET, low=1)
-    mbstd_group: int | None = knob(
-        4, "Minibatch-std group size.", NET, low=1, shown="4; with --init: the network's"
-    )
+    mbstd_group: int | None = knob(4, "Minibatch-std group size.", NET, low=1)
     freezed: int = knob(0, "Freeze the first layers of D.", NET, metavar="LAYERS", low=0)
     plane_layout: str = knob("eg3d", "Third plane.", NET, choices=("eg3d", "fixed"), rare=True)
     sr_module: str | None = knob(
@@ -249,7 +262,7 @@ class NetworkConfig:
     d_num_fp16_res: int = knob(4, "Half-precision resolutions of D (CUDA).", NET, low=0)
     c_scale: float = knob(1.0, "Scale of the conditioning label.", NET)
     disc_c_noise: float = knob(0.0, "Label noise for D, in label standard deviations.", NET, low=0)
-    decoder_lr_mul: float = knob(1.0, "Learning-rate multiplier.", NET, above=0)
+    decoder_lr_mul: float = knob(1.0, "Learning-rate multiplier of the decoder.", NET, above=0)
 
     def __post_init__(self):
         check_knobs(self)

@@ -3,6 +3,7 @@ start-up checks.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -11,7 +12,7 @@ import platform
 import re
 import select
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -24,6 +25,8 @@ from training.storage import ASSETS as ASSETS
 if TYPE_CHECKING:
     import torch  # a second and a half, which commands without tensors are spared
 
+DISTRIBUTION = "eg3d-rlhf"
+RARE = "Rare settings"  # title under which --help lists them
 Command = TypeVar("Command", bound="Callable[..., Any] | click.Command")
 
 
@@ -33,17 +36,113 @@ class Decorator(Protocol):
     def __call__(self, command: Command, /) -> Command: ...
 
 
-class GroupedOption(click.Option):
-    """An option that remembers under which title `--help` lists it."""
+class HelpValues:
+    """Values that a command resolves to, by parameter and by knob, for the defaults that `--help` shows.
 
-    def __init__(self, *args: Any, group: str = "General", **kwargs: Any) -> None:
+    Args: resolved: settings dataclasses, and mappings from the names of parameters or fields to values. Where
+        several hold a value, the first one counts. None: the command cannot resolve them.
+    """
+
+    def __init__(self, resolved: Iterable[object] | None) -> None:
+        self.unknown = resolved is None
+        self._by_name: dict[str, Any] = {}
+        self._by_knob: dict[int, Any] = {}
+        for found in resolved or ():
+            if isinstance(found, Mapping):
+                self._by_name = {**found, **self._by_name}
+            else:
+                self._add(found)
+
+    def _add(self, settings: Any) -> None:
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if dataclasses.is_dataclass(value):
+                self._add(value)
+            elif "knob" in field.metadata:
+                self._by_knob.setdefault(id(field.metadata["knob"]), value)
+
+    def of(self, option: "GroupedOption") -> tuple[bool, Any]:
+        """Return whether the value of an option is known, and the value."""
+        for name in (option.name, option.field and option.field.name):
+            if name in self._by_name:
+                return True, self._by_name[name]
+        key = id(option.field.metadata["knob"]) if option.field is not None else None
+        return key in self._by_knob, self._by_knob.get(key)  # type: ignore[arg-type]
+
+
+VALUES = f"{__name__}.values"  # in a context's `meta`, while help is written: HelpValues
+ALL = f"{__name__}.all"  # likewise: whether rare settings are listed
+
+
+def as_shown(value: object) -> str:
+    """Write a value as `--help` shows a default; bundled files by their place in the repository.
+
+    >>> as_shown(5.0), as_shown(1.2e-3), as_shown((0.7, 0.3))
+    ('5', '0.0012', '0.7, 0.3')
+    """
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(as_shown, value))
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    text = str(value)
+    return text.removeprefix(f"{ASSETS.parent}/") if text.startswith(str(ASSETS)) else text or '""'
+
+
+class GroupedOption(click.Option):
+    """An option that remembers under which title `--help` lists it, and which field of settings it sets.
+
+    Args: field: a field with a knob, whose option it is.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        group: str = "General",
+        field: "dataclasses.Field[Any] | None" = None,
+        **kwargs: Any,
+    ) -> None:
         self.group = group
+        self.field = field
         super().__init__(*args, **kwargs)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Return click's notes, with the value that this command resolves to as the default."""
+        extra = super().get_help_extra(ctx)
+        values: HelpValues | None = ctx.meta.get(VALUES)
+        known, value = values.of(self) if values is not None else (False, None)
+        unset = self.show_default if isinstance(self.show_default, str) else None
+        if self.field is not None:
+            value = value if known else self.field.default
+            unset = self.field.metadata["knob"].shown
+        elif not known and unset is None or self.is_flag and not self.secondary_opts:
+            return extra  # click knows the default
+        extra.pop("default", None)
+        text = unset if value is None or value == "" and unset is not None else as_shown(value)
+        if text is not None and not (values is not None and values.unknown):
+            extra["default"] = text
+        return extra
 
 
 def _with_dashes(name: str) -> str:
     """'gen_pose_cond' -> 'gen-pose-cond': click compares names and choices after this."""
     return name.replace("_", "-")
+
+
+def version() -> str:
+    """Return the version of the package: of what is installed, else of this checkout."""
+    import importlib.metadata
+    import tomllib
+
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return str(tomllib.loads((ASSETS.parent / "pyproject.toml").read_text())["project"]["version"])
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"{DISTRIBUTION} {version()}")
+        ctx.exit()
 
 
 class GroupedCommand(click.Command):
@@ -52,8 +151,13 @@ class GroupedCommand(click.Command):
 
     Option names may be written with underscores, as EG3D's are. Rare settings (`Knob.rare`) come by --set
     NAME=VALUE or from the JSON of --settings, and reach the function as if they were flags; so does every
-    other flag that such a file names.
+    other flag that such a file names. `--help-all` lists them.
+
+    `resolved` gives what the parameters beside --help resolve to, see `HelpValues`: the defaults that are
+    shown are then the values that this command uses.
     """
+
+    resolved: Callable[[click.Context], Iterable[object]] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         common = {
@@ -63,21 +167,23 @@ class GroupedCommand(click.Command):
         }
         kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
-        self.rare: dict[str, Any] = {option.name: option for option in getattr(self.callback, "rare", ())}
+        self.rare: dict[str, Any] = {
+            option.name: option
+            for option in reversed(getattr(self.callback, "rare", ()))  # as declared
+        }
         if self.rare:
-            named = f"One of {', '.join(sorted(self.rare))}."
             for decorate in (
                 option(
                     "--set",
                     "set_",
-                    group="Rare settings",
+                    group=RARE,
                     metavar="NAME=VALUE",
                     multiple=True,
-                    help=f"May be given again. {named}",
+                    help=f"One of {len(self.rare)} settings that --help-all lists. May be given again.",
                 ),
                 option(
                     "--settings",
-                    group="Rare settings",
+                    group=RARE,
                     metavar="FILE.json",
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
@@ -86,28 +192,72 @@ class GroupedCommand(click.Command):
                 ),
             ):
                 decorate(self)
+        option(
+            "--help-all",
+            is_flag=True,
+            expose_value=False,
+            hidden=not self.rare,
+            help="Show the rare settings as well and exit.",
+        )(self)
+        version_flag(self)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; rare settings become parameters as the others are."""
+        """Parse; rare settings become parameters as the others are. Help is written after what stands beside
+        it has been read.
+        """
+        completing = ctx.resilient_parsing
         try:
+            wanted = not completing and self._wants_help(ctx, args)
+            ctx.resilient_parsing |= wanted  # nothing is required, and no callback ends the command
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            typed = _with_dashes(error.option_name)
-            name = next(
-                (name for name, setting in self.rare.items() if typed in map(_with_dashes, setting.opts)),
-                None,
-            )
-            if name is None:
-                raise
-            with user_errors():
-                raise ValueError(
-                    f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write"
-                    " that."
-                ) from None
-        if self.rare:
+            self._name_rare(error)
+            raise
+        if self.rare and not completing:
             with user_errors():
                 self._take_rare(ctx)
+        if wanted:
+            ctx.resilient_parsing = False
+            click.echo(self.get_help(ctx), color=ctx.color)
+            ctx.exit()
         return rest
+
+    def _wants_help(self, ctx: click.Context, args: list[str]) -> bool:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta[ALL] = bool(given.get("help_all"))
+        help_option = self.get_help_option(ctx)
+        return ctx.meta[ALL] or help_option is not None and bool(given.get(help_option.name))
+
+    def _name_rare(self, error: click.NoSuchOption) -> None:
+        """Raise the error of a flag that is, or is nearly, the name of a rare setting."""
+        typed = _with_dashes(error.option_name)
+        names = {
+            flag: name for name, setting in self.rare.items() for flag in map(_with_dashes, setting.opts)
+        }
+        near = difflib.get_close_matches(typed, [*names, *(error.possibilities or ())], n=1)
+        name = names.get(near[0]) if near else None
+        if name is None:
+            return
+        with user_errors():
+            raise ValueError(
+                f"{error.option_name}: expected --set {name}=VALUE for a rare setting, got a flag. Write"
+                " that."
+            ) from None
+
+    def prepare_help(self, ctx: click.Context) -> str | None:
+        """Resolve what stands beside --help, for `GroupedOption`. Returns why that is not possible."""
+        ctx.meta.pop(VALUES, None)
+        if self.resolved is None:
+            return None
+        if not ctx.params:  # a context of its own, as the documentation makes it
+            ctx.params = dict(self.make_context(ctx.info_name, [], resilient_parsing=True).params)
+            ctx.params |= {name: option.default for name, option in self.rare.items()}
+        try:
+            ctx.meta[VALUES] = HelpValues(self.resolved(ctx))
+        except (ValueError, OSError) as error:
+            ctx.meta[VALUES] = HelpValues(None)
+            return self._as_typed(str(error).strip())
+        return None
 
     def _take_rare(self, ctx: click.Context) -> None:
         """Put what --settings and --set say among the parameters.
@@ -165,14 +315,29 @@ class GroupedCommand(click.Command):
             ctx.set_parameter_source(name, ParameterSource.COMMANDLINE)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options by group, and with --help-all the rare settings."""
+        unresolved = self.prepare_help(ctx)
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 groups.setdefault(getattr(parameter, "group", "General"), []).append(record)
+        if self.rare and ctx.meta.get(ALL):
+            groups[RARE] += self.rare_records(ctx)
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
+        if unresolved is not None:
+            formatter.write_paragraph()
+            formatter.write_text(f"Defaults that depend on what is missing are not shown. {unresolved}")
+
+    def rare_records(self, ctx: click.Context) -> list[tuple[str, str]]:
+        """Return NAME=VALUE and the help of each rare setting."""
+        records = []
+        for name, setting in self.rare.items():
+            value = "BOOL" if setting.is_flag else setting.make_metavar(ctx)
+            records.append((f"{name}={value}", setting.get_help_record(ctx)[1]))
+        return records
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; see the class."""
@@ -186,6 +351,15 @@ class GroupedCommand(click.Command):
                 text = re.sub(rf"(?<![\w-]){flag}(?==\S)", f"--set {name}", text)
                 text = re.sub(rf"(?<![\w-]){flag}(?![\w-])", f"--set {name}=VALUE", text)
         return text
+
+
+class GroupedGroup(GroupedCommand, click.Group):
+    """A grouped command with sub-commands."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List flags, then sub-commands."""
+        GroupedCommand.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
@@ -303,6 +477,19 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs: An
     return decorate
 
 
+def version_flag(command: Command, /) -> Command:
+    """Add `--version` to a command."""
+    flag = option(
+        "--version",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_version,
+        help="Show the version and exit.",
+    )
+    return flag(command)
+
+
 def together(*decorators: Decorator) -> Decorator:
     """One decorator of several; their flags are listed in this order."""
 
@@ -331,12 +518,11 @@ def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
     return decorate
 
 
-def options_of(*kinds: type, everywhere: str | None = None, **defaults: str) -> Decorator:
+def options_of(*kinds: type, everywhere: str | None = None) -> Decorator:
     """One option for every knob of settings dataclasses, one alone where several share it; None where it is
     not given, so that a preset may decide. Rare knobs are told to `GroupedCommand`.
 
-    Args: everywhere: what stands for the fields' defaults where these are not what applies; defaults: by
-        flag, words to add to its default.
+    Args: everywhere: has no effect, and goes when the flow's modes no longer pass it.
     """
     made: dict[str, Any] = {}
     for field, hint, knob in (triple for kind in kinds for triple in knobs_of(kind) if triple[2].flag):
@@ -344,14 +530,6 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults: str) -> 
         if name in made:
             continue
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
-        default = next((words for words in (knob.shown, everywhere) if words is not None), field.default)
-        default = f"{default:g}" if isinstance(default, float) else default
-        shown = "; ".join(
-            str(part)
-            for part in (default, defaults.get(name) if knob.shown is None else None)
-            if part is not None
-        )
-        text = f"{knob.help}  [default: {shown}]" if shown else knob.help
         kind: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
         low = knob.low if knob.above is None else knob.above
         high = knob.high if knob.below is None else knob.below
@@ -369,7 +547,8 @@ def options_of(*kinds: type, everywhere: str | None = None, **defaults: str) -> 
             type=kind,
             default=None,
             show_default=False,
-            help=text,
+            help=knob.help,
+            field=field,
         )
     return together(*made.values())
 

@@ -103,6 +103,8 @@ class Mode(Generic[S]):
     # settings of the run that --resume names; None: inverse of `record`
     recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
     shown: Callable[[S], Mapping[str, Any]] | None = None  # what --dry-run prints; None: the settings
+    # what --help takes the defaults of flags from, see core.cli.HelpValues; None: the settings
+    defaults: Callable[[Flags], Iterable[object]] | None = None
     on_cpu: Callable[[S], bool] | None = None  # whether --device=auto means the CPU
     jobs: str = ""  # what --jobs shares among processes; "": nothing, and there is no such flag
     beside_resume: frozenset[str] = frozenset()  # flags of its own that may stand beside --resume
@@ -208,20 +210,16 @@ class Mode(Generic[S]):
     def command(self) -> GroupedCommand:
         """The click command: the common flags and the mode's own."""
         mode = self
-        of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
 
         @click.command(f"train.py --mode={self.name}", cls=GroupedCommand, help=self.help)
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context
         def command(context: click.Context, /, **given: Any) -> Path | None:
-            written = {
-                n for n in context.params if context.get_parameter_source(n) == ParameterSource.COMMANDLINE
-            }
-            flags = Flags(given, written)
+            flags = flags_of(context)
             resume = given["resume"]
             extra = (
-                sorted(written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set()))
+                sorted(flags.written - FREE - mode.beside_resume - ({"jobs"} if mode.jobs else set()))
                 if resume is not None
                 else []
             )
@@ -230,13 +228,7 @@ class Mode(Generic[S]):
                     f"{', '.join(map(flag, extra))}: expected the run's own with --resume, got others. Leave"
                     " out."
                 )
-            settings: Any = None
-            if resume is None and mode.resolve is not None:
-                settings = mode.resolve(flags)
-            elif resume is None:
-                settings = built(
-                    mode.settings, {n: v for n, v in given.items() if v is not None and n not in of_run}
-                )
+            settings: Any = None if resume is not None else mode.settings_of(flags)
             if given["dry_run"]:
                 settings = mode.read(resume, flags) if settings is None else settings
                 shown = dataclasses.asdict(settings) if mode.shown is None else mode.shown(settings)
@@ -247,7 +239,28 @@ class Mode(Generic[S]):
                     return mode.go_on(mode.read(resume, flags, ranks), resume, flags, ranks)
                 return mode.start(settings, given["outdir"], flags, ranks)
 
+        command.resolved = mode.shown_by_help
         return command
+
+    def settings_of(self, flags: Flags) -> S:
+        """Return the settings of a new run. Raises: ValueError for flags that do not fit."""
+        if self.resolve is not None:
+            return self.resolve(flags)
+        of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
+        return built(self.settings, {n: v for n, v in flags.items() if v is not None and n not in of_run})
+
+    def shown_by_help(self, context: click.Context) -> Iterable[object]:
+        """Return what --help takes the defaults of flags from."""
+        flags = flags_of(context)
+        if flags["resume"] is not None:
+            return [self.read(flags["resume"], flags)]
+        return [self.settings_of(flags)] if self.defaults is None else self.defaults(flags)
+
+
+def flags_of(context: click.Context) -> Flags:
+    """Return a command's parameters, with the names of those that stand on the command line."""
+    source = ParameterSource.COMMANDLINE
+    return Flags(context.params, {n for n in context.params if context.get_parameter_source(n) == source})
 
 
 @contextlib.contextmanager
@@ -312,9 +325,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="TEXT",
             help="Added to the run folder's name.",
         ),
-        option(
-            "--seed", group=RUN, metavar="INT", type=least, default=0, help="Of everything that is drawn."
-        ),
+        option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Random seed."),
         option(
             "--device",
             group=RUN,
@@ -327,7 +338,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             group=RUN,
             metavar="RUN",
             type=click.Path(path_type=Path),
-            help="Go on with a run where it was, with its own flags.",
+            help="Resume a run, with the settings that it was started with.",
         ),
         option(
             "-n", "--dry-run", group=RUN, is_flag=True, help="Print the resolved settings as JSON and stop."

@@ -79,7 +79,7 @@ flags = together(
         group=ASSETS,
         metavar="TEXT|FILE",
         multiple=True,
-        show_default="the bundled problem's",
+        show_default="none",
         help="What is made; a file holds one prompt a line. May be repeated.",
     ),
     options_of(SceneConfig),
@@ -88,7 +88,7 @@ flags = together(
         group=METHOD,
         type=click.Choice(list(METHODS)),
         default=None,
-        show_default="dreamdpo",
+        show_default="that of --preset, or the arms of --compare",
         help="How assets are made.",
     ),
     option(
@@ -96,7 +96,7 @@ flags = together(
         group=METHOD,
         metavar="ARM,...",
         default=None,
-        show_default="all, where nothing else is said of what is made",
+        show_default="none",
         help=(
             "Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward"
             " beside it. Its first method with a reward also runs with that inverted, and with random numbers"
@@ -108,13 +108,24 @@ flags = together(
         group=METHOD,
         type=click.Choice(sorted(PRESETS)),
         default=None,
-        show_default="the method's own",
+        show_default="none",
         help="Settings of a method by name; those of public code among them. Brings its method.",
     ),
-    options_of(*OF_METHODS, everywhere="by method"),
-    # gap of rewards from which the loser is pushed away; inf: never
-    option("--tau", type=float, default=None, rare=True),
-    option("--weight", default=None, rare=True),  # of DreamReward's gradient: a number, or a ramp s0,v0,v1,s1
+    options_of(*OF_METHODS),
+    option(
+        "--tau",
+        type=float,
+        default=None,
+        rare=True,
+        help="Gap of rewards from which the loser is pushed away, see tau_mode; inf: never.",
+    ),
+    option(
+        "--weight",
+        metavar="RAMP",
+        default=None,
+        rare=True,
+        help="Weight of DreamReward's gradient: a number, or a ramp over steps s0,v0,v1,s1.",
+    ),
     options_of(LoopConfig),
 )
 
@@ -238,6 +249,26 @@ def resolve(flags: Flags) -> DistillRun:
     return DistillRun(settings=settings, show=flags["show"])
 
 
+def shown_by_help(flags: Flags) -> list[object]:
+    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    kind = kind_of(flags["prior"])
+    prompts = flags["prompts"] or (("...",) if kind == "files" else ())
+    run = resolve(Flags({**flags, "prompts": prompts}, flags.written))
+    arms = run.settings.arms
+    what = {
+        "prompts": flags["prompts"] or default("prompts", kind),
+        "compare": ",".join(arms) if len(arms) > 1 else "none",
+        "method": Arm.parse(arms[0]).method if len(arms) == 1 else None,
+    }
+    return [
+        what,
+        *shown(run)["methods"].values(),
+        run.settings.guidance,
+        run.settings.scene,
+        run.settings.loop,
+    ]
+
+
 def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
     """Raise ValueError for a flag that would have no effect."""
     belongs = {
@@ -322,6 +353,7 @@ DISTILL = Mode(
     record=lambda run, scene: {"mode": "distill", "settings": run.settings.to_dict(), "show": run.show},
     recorded=recorded,
     shown=shown,
+    defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the problems without files are for CPUs
     jobs="several parts",
     help="""Text to 3D by score distillation, with preferences in the gradient. Without flags: the bundled

@@ -22,10 +22,11 @@ from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, optio
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.mode import running
+from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, drawing_flags, drawn_with_bar, told, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
-from eg3d_rlhf.people.study import commands as studies
+from eg3d_rlhf.people.study import planning as studies
 from eg3d_rlhf.people.study.analysis import sort_rows
 from eg3d_rlhf.people.study.design import read_sides, stopped
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING
@@ -209,7 +210,7 @@ def serve(
     chosen = against or still[0]
     place = study.contest(chosen)
     new = states[chosen] is None
-    rare = studies.main.rare  # of a GroupedCommand
+    rare = study_job.main.rare  # of a GroupedCommand
     flags = [f"--outdir={place.path}"]
     flags += [
         f"--set={name}={value}" if name in rare else f"--{name}={value}" for name, value in server.items()
@@ -231,7 +232,7 @@ def serve(
         f"{study.folder.name}: {study.tune} against"
         f" {'the generator as it was' if chosen == BASE else 'its control'}"
     )
-    studies.main.main(flags, standalone_mode=False)
+    study_job.main.main(flags, standalone_mode=False)
 
 
 def tell_report(work: Work, study: Study, against: str | None, interim: bool) -> None:
@@ -251,7 +252,7 @@ def tell_report(work: Work, study: Study, against: str | None, interim: bool) ->
             "--pictures=0",
             *(["--interim"] if interim else []),
         ]
-        studies.main.main(flags, standalone_mode=False)
+        study_job.main.main(flags, standalone_mode=False)
     click.echo(f"{draw_pictures(work, study)}: the same test assets before tuning, tuned, and of the control")
 
 

@@ -175,20 +175,59 @@ def task_of(init: str, reward: str) -> str:
     return SCRATCH if init == "scratch" else TUNING if reward == "none" else REWARDED
 
 
+def with_bundled(flags: Mapping) -> dict:
+    """Return the flags that are given (not None), and names of bundled files where they go with these."""
+    given = {k: v for k, v in flags.items() if v is not None}
+    cfg = given.setdefault("cfg", "heads64")
+    given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
+    if (cfg, given.get("reward")) == ("heads64", "sigma"):
+        reward = str(bundled.REWARD)
+        if given.get("rounds") or given.setdefault("reward_ckpt", reward) == reward:
+            given.setdefault("reward_watch", str(bundled.WATCH))
+    return given
+
+
+def with_preset(given: Mapping, network: Mapping) -> dict:
+    """Return the flags, what the network file says, and for the rest the preset's row.
+
+    Values that are required and lacking are None; settings that are missing have their fields' defaults.
+    """
+    cfg = given["cfg"]
+    reward = given.get("reward", "none")
+    task = task_of(given["init"], reward)
+    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given}
+    batch = values["batch"]
+    if values["ema_kimg"] is None and batch is not None:
+        values["ema_kimg"] = batch * 10 / 32
+    if cfg != "heads64" and batch is not None:  # as EG3D scales its flag
+        values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
+    values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
+    if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
+        values["anchor_gate"] = given.get("anchor_gate", 1.0)  # a preset's gate needs an anchor and a clip
+    return values
+
+
+def shown_by_help(flags: Mapping) -> list[dict]:
+    """Return the values that --help shows as defaults, with no file read but that of --init."""
+    given = with_bundled(flags)
+    lacking = {"data": None} if given["cfg"] != "heads64" else {}
+    network = {} if given["init"] in ("scratch", "bundled") else network_facts(given["init"])
+    return [{**lacking, **with_preset(given, network)}]
+
+
 def resolve(flags: Mapping) -> Settings:
     """The settings that flags (None: not given), the preset's row and the file that --init names decide.
 
     Raises: ValueError, one line per mistake, naming the flag.
     """
-    given = {k: v for k, v in flags.items() if v is not None}
-    cfg = given.setdefault("cfg", "heads64")
+    given = with_bundled(flags)
+    cfg = given["cfg"]
     reward = given.get("reward", "none")
     if cfg != "heads64" and "data" not in given:
         raise ValueError(
             f"--data: expected a dataset for --cfg={cfg}, got nothing. Name a zip or folder in EG3D's format."
         )
-    init = given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
-    task = task_of(init, reward)
+    init = given["init"]
     if reward != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
@@ -199,12 +238,6 @@ def resolve(flags: Mapping) -> Settings:
                 f"--reward={reward}: expected pretrained networks, got --init=scratch. Name a file or use"
                 " --init=bundled."
             )
-        if (cfg, reward) == ("heads64", "sigma") and given.get("rounds"):
-            given.setdefault("reward_watch", str(bundled.WATCH))
-        elif (cfg, reward) == ("heads64", "sigma") and given.setdefault(
-            "reward_ckpt", str(bundled.REWARD)
-        ) == str(bundled.REWARD):
-            given.setdefault("reward_watch", str(bundled.WATCH))
     check_rounds(given, reward)
     if given.get("early_stop") is not None and given.get("reward_watch") is None:
         lacking = "--reward" if reward == "none" else "--reward-watch"
@@ -218,22 +251,13 @@ def resolve(flags: Mapping) -> Settings:
         with naming("--init"):
             init = given["init"] = str(find_network(init))
     found = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
-    values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **found, **given}
+    values = with_preset(given, found)
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(
                 f"--{name}: expected a value for --cfg={cfg}, got nothing. Published runs used --gamma=1"
                 " --batch=32."
             )
-    if values["ema_kimg"] is None:
-        values["ema_kimg"] = values["batch"] * 10 / 32
-    if cfg != "heads64":  # as EG3D scales its flag
-        values["blur_fade_kimg"] = (
-            values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * values["batch"] / 32
-        )
-    values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
-    if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
-        values["anchor_gate"] = given.get("anchor_gate", 1.0)  # a preset's gate needs an anchor and a clip
     control = given.get("control")
     if control is not None and not Path(control).exists():
         raise ValueError(
@@ -322,12 +346,6 @@ FRESH = (  # what only fresh networks can follow
 # The mode.
 
 _OWN = {knob.name or field.name: field.default for kind in GROUPS for field, _, knob in knobs_of(kind)}
-BY_PRESET = {
-    name: "by preset"
-    for row in PRESETS.values()
-    for name, value in row.items()
-    if value != _OWN.get(name, value)
-}
 _IGNORED = (  # EG3D's flags that have no effect here: name, type, why
     ("--metrics", str, "Not computed while training: see tools/calc_metrics.py."),
     ("--nobench", bool, "Ignored: convolution benchmarking is off."),
@@ -351,7 +369,7 @@ gan_flags = together(
         is_flag=True,
         help="Skip the before/after evaluation that ends a reward run.",
     ),
-    options_of(*GROUPS, **BY_PRESET),
+    options_of(*GROUPS),
     option(
         "--gpus",
         group=EG3D,
@@ -517,6 +535,7 @@ GAN: Mode[Settings] = Mode(
     record=lambda s, objects: s.to_dict(),
     recorded=recorded,
     shown=Settings.to_dict,
+    defaults=shown_by_help,
     changes=None,
     beside_resume=frozenset({"resume_previous", "kimg", "workers", *_OF_EG3D}),
     resumable=resumable,

@@ -32,7 +32,6 @@ reward, its accuracy on held-out pairs with a 95 % interval, and its learning cu
 Example:
     python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/reward
 """
-BY_PRESET = "by preset"
 STORE = "Labels of a store"
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -43,7 +42,6 @@ flags_of_rewards = together(
         metavar="FILE|URL",
         type=labels_source,
         default=None,
-        show_default="the bundled labels, or --unpaired alone",
         help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
     ),
     option(
@@ -63,7 +61,7 @@ flags_of_rewards = together(
         type=click.FloatRange(0, 0.9),
         nargs=6,
         default=None,
-        show_default="of a slab, a head's for heads, else the paper's",
+        show_default="that of the observation",
         help="Shares trimmed from each face of the cube.",
     ),
     option(
@@ -168,20 +166,18 @@ flags_of_rewards = together(
         group="Network",
         metavar="NAME",
         default=None,
-        show_default="heads for sigma, else the observation's first",
         help=(
             "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
             " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
             " three views."
         ),
     ),
-    options_of(RewardRun, everywhere=BY_PRESET),
+    options_of(RewardRun),
     option(
         "--bootstrap/--no-bootstrap",
         group="Network",
         rare=True,
         default=None,
-        show_default="with several members",
         help="Draw the training pairs with replacement, for each member by its own seed.",
     ),
     option(
@@ -195,14 +191,13 @@ flags_of_rewards = together(
         group="Training",
         rare=True,
         default=None,
-        help="Let the learning rate fall to 0; by the preset.",
+        help="Let the learning rate fall to 0.",
     ),
     option(
         "--mirror/--no-mirror",
         group="Training",
         rare=True,
         default=None,
-        show_default=BY_PRESET,
         help="Augment what is read at random: slabs are flipped left-right.",
     ),
     option(
@@ -277,6 +272,17 @@ def resolve(flags: Flags) -> RewardRun:
         options["bootstrap"] = given.get("members", 1) > 1
     trained = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
     return RewardRun(labels=source, observation=observation, train=trained, **given)
+
+
+def shown_by_help(flags: Flags) -> list[object]:
+    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    run = resolve(flags)
+    names = ("preset", "bootstrap", "cosine", "mirror")
+    return [
+        {name: getattr(run.train, name) for name in names},
+        {"labels": run.labels.settings["labels"], "crop": run.crop, "fractions": run.fractions},
+        run,
+    ]
 
 
 def source_named(
@@ -361,6 +367,7 @@ MODES.add(
         record=TRAINING.record,
         recorded=settings_of,
         shown=TRAINING.shown,
+        defaults=shown_by_help,
         changes=None,
     ),
 )

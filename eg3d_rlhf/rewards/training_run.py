@@ -87,7 +87,7 @@ class RewardRun:
         metavar="POINTS",
         low=16,
         high=512,
-        shown="of a slab, 256 for paper, else 64",
+        shown="that of the observation",
     )
     points: int | None = knob(
         None,
@@ -95,7 +95,7 @@ class RewardRun:
         "Data",
         low=1,
         high=16384,
-        shown="512, and 2048 for published-points",
+        shown="that of the observation",
     )
     # of the observation: trimmed shares (x, x, y, y, z, z)
     crop: tuple[float, float, float, float, float, float] | None = None
@@ -108,20 +108,14 @@ class RewardRun:
         shown="the labels', else 1",
         rare=True,
     )
-    cutoff: int = knob(
-        14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, shown="14", rare=True
-    )
+    cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, rare=True)
     any_generator: bool = False  # accept labels made with another generator
     wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
-    split_seed: int = knob(
-        0, "Which labels are held out, whatever --seed is.", "Data", low=0, shown="0", rare=True
-    )
+    split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, rare=True)
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
-    slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, shown="16", rare=True)
-    members: int = knob(
-        1, "Train so many networks with different seeds, and join them.", "Network", low=1, shown="1"
-    )
+    slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, rare=True)
+    members: int = knob(1, "Train so many networks with different seeds, and join them.", "Network", low=1)
     aggregate: str | None = knob(
         None,
         "What members become. Their scores are standardised, but for the default; warm is the mean of their"

@@ -96,7 +96,36 @@ def test_an_error_names_them_as_they_are_typed():
     rejected(CliRunner().invoke(throw, ["--set=seams=5"]), "--set seams=5", "--set seams=VALUE", "--radius")
 
 
-def test_help_names_them():
+def test_help_all_lists_them_and_help_names_help_all():
     text = CliRunner().invoke(throw, ["--help"]).stdout
-    assert "--set NAME=VALUE" in text and "--seams" not in text
-    assert re.search(r"\bseams,\s+soft\b", text)
+    assert "--set NAME=VALUE" in text and "--help-all" in text and "seams" not in text
+    lines = CliRunner().invoke(throw, ["--help-all"]).stdout.splitlines()
+    (seams,) = (line for line in lines if line.strip().startswith("seams=INT"))
+    assert "On it." in seams and "default: 2" in seams and "0<=x<=9" in seams
+    assert "--seams" not in "".join(lines)
+    assert any(line.strip().startswith("soft=BOOL") for line in lines)
+
+
+def test_help_shows_what_the_command_resolves_to(monkeypatch):
+    """What stands beside --help counts, rare settings among it; a command that is rejected has no values."""
+
+    def resolved(context: click.Context):
+        if context.params["radius"] == 7:
+            raise ValueError("--radius: expected another number, got 7. Change it.")
+        return [{"radius": context.params["radius"] or 3.5}, Ball(seams=(context.params["seams"] or 4) + 1)]
+
+    def shown(*flags: str) -> str:
+        done = CliRunner().invoke(throw, [*flags, "--help-all"], terminal_width=200)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    monkeypatch.setattr(throw, "resolved", resolved)
+    assert re.search(r"--radius.*default: 3\.5;", shown()) and re.search(r"seams=.*default: 5;", shown())
+    assert re.search(r"--radius.*default: 2;", shown("--radius=2"))
+    assert re.search(r"seams=.*default: 7;", shown("--set=seams=6"))
+    text = shown("--radius=7")
+    assert "--radius: expected" in text and "default" not in re.search(r"--radius FLOAT.*", text)[0]
+
+
+def test_a_flag_that_is_nearly_a_rare_setting_is_told_which():
+    rejected(CliRunner().invoke(throw, ["--seam=3"]), "--seam", "--set seams=VALUE")

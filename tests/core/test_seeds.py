@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core import seeds
 from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, refuse_held_out
-from eg3d_rlhf.modes.labels import synthetic
+from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.preferences.dataset import anchor_seeds
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
 from eg3d_rlhf.preferences.synthetic import AnnotationOptions

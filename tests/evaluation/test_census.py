@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import census
 from eg3d_rlhf.evaluation.census import DEMANDS, answers, badness, generator_of, medians, paired, shares
-from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.modes.jobs import main
 
 pytest.importorskip("igl", reason="extra solid")
 GOOD = {

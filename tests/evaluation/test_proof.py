@@ -13,7 +13,7 @@ from eg3d_rlhf.evaluation.proof import ARMS, LABELS, PSIS, coin, permuted, trunc
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes import report_studies
-from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.jobs import command_of
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.gan import phase

@@ -12,7 +12,7 @@ from eg3d_rlhf.evaluation import sweep
 from eg3d_rlhf.evaluation.sweep import Cell, grid
 from eg3d_rlhf.experiments.pages import Facts, Finding
 from eg3d_rlhf.modes import report_studies
-from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.jobs import command_of
 from eg3d_rlhf.modes.report_all import REPORTS, report_all, report_commands
 from tests.rejections import raising, rejected
 

@@ -14,7 +14,7 @@ import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import network_files, reward_training, samples
-from eg3d_rlhf.modes.labels import synthetic
+from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from training import networks, storage
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from sqlalchemy import select
 
-from eg3d_rlhf.modes.door import command_of
+from eg3d_rlhf.modes.jobs import command_of
 from eg3d_rlhf.people.label.campaigns import shape_of
 from eg3d_rlhf.people.label.database import Database, assignments, pairs, shapes
 from eg3d_rlhf.people.label.entities import Shape

@@ -5,7 +5,7 @@ from dataclasses import replace
 from click.testing import CliRunner
 
 from eg3d_rlhf.modes import latent_reward
-from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training import latent_reward as networks
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward

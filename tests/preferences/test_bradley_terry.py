@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.modes import labels
+from eg3d_rlhf.modes import label_files
 from eg3d_rlhf.preferences.bradley_terry import Comparison, Judgement, bradley_terry, cycles, elo
 from tests.rejections import raising, rejected
 
@@ -54,7 +54,7 @@ def records(wins: int, losses: int, criterion: str = "overall"):
 
 
 def call(*arguments):
-    return CliRunner().invoke(labels.elo, [str(a) for a in arguments])
+    return CliRunner().invoke(label_files.elo, [str(a) for a in arguments])
 
 
 def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core.registry import VARIABLE
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
-from eg3d_rlhf.modes.labels import synthetic
+from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from tests import tiny_runs

@@ -13,7 +13,7 @@ from eg3d_rlhf.core.field import LEVEL, Bounds, CameraFamily, Rendering
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
-from eg3d_rlhf.modes.labels import synthetic
+from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.point_layers import ball, farthest_points, nearest

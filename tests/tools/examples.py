@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 
-from eg3d_rlhf.modes.door import JOBS, command_of
+from eg3d_rlhf.modes.jobs import JOBS, command_of
 
 REPO = Path(__file__).resolve().parents[2]
 

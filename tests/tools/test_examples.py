@@ -5,14 +5,14 @@ would.
 import pytest
 
 import train
-from eg3d_rlhf.modes import assets, image_sets, labels, reward_files, reward_training
+from eg3d_rlhf.modes import assets, image_sets, label_files, reward_files, reward_training
 from tests.tools.examples import run_example
 from training.dataset import ImageFolderDataset
 
 
 @pytest.mark.long
 def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
-    run_example(labels.synthetic, tmp_path)
+    run_example(label_files.synthetic, tmp_path)
     assert len((tmp_path / "runs/example/labels.jsonl").read_text().splitlines()) == 100
     run_example(reward_training.train, tmp_path)
     assert (tmp_path / "runs/reward/reward.safetensors").exists()

@@ -1,4 +1,4 @@
-"""The store at --db: the flag, whether there is a store, and opening it. Nothing of the extra is imported
+"""The store at --db: whether there is one, and opening it. Nothing of the extra is imported
 before one is opened.
 """
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.core.cli import naming, option
+from eg3d_rlhf.core.cli import naming
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 EXTRA = "label"  # of pyproject.toml; what does much before it opens a store looks for it first
 DB = "sqlite:///runs/labels/labels.db"
 DATABASE = "Database: sqlite:///FILE or postgresql://user@host/database."
-# or before the name
-database = option(
-    "--db",
-    metavar="URL",
-    default=None,
-    show_default=f"{DB}; of a study, its own",
-    help=DATABASE,
-    callback=lambda ctx, _, given: given or ctx.obj or DB,
-)
 
 
 def sqlite_file(url: str) -> Path | None:

@@ -4,10 +4,6 @@ others.
 It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and
 takes up where it was. A shape that cannot be drawn is noted and passed over. It ends by itself when the
 process that started it is gone, however that ended.
-
-
-Example:
-    python -m eg3d_rlhf.people.label.preparation --url=sqlite:///labels.db --campaign=first
 """
 
 import contextlib
@@ -24,9 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
-
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import user_errors
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
@@ -178,35 +172,12 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
-@click.command(cls=GroupedCommand, help=__doc__)
-@option(
-    "--url",
-    metavar="URL",
-    required=True,
-    envvar=URL_VARIABLE,
-    show_envvar=True,
-    help="Database of the labelling application.",
-)
-@option("--campaign", metavar="NAME", required=True, help="Campaign whose shapes are drawn.")
-@option(
-    "--cache",
-    metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=DEFAULT_FOLDER,
-    help="Where shapes are kept.",
-)
-@option(
-    "--nice",
-    metavar="0..19",
-    type=click.IntRange(0, 19),
-    default=10,
-    help="How far other processes go first.",
-)
-@option("--parent", metavar="PID", type=int, default=None, help="Process with which this one ends.")
-def main(url: str, campaign: str, cache: Path, nice: int, parent: int | None) -> None:
-    """The worker; see the module."""
-    if parent is not None:
-        end_with_parent(parent)
+def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) -> None:
+    """Draw what is missing of a campaign's shapes in `cache`; runs in the process that `Preparation` starts.
+
+    Args: nice: 0..19, how far other processes go first; parent: id of the process with which this one ends.
+    """
+    end_with_parent(parent)
     os.nice(nice)
     import torch
 
@@ -283,15 +254,15 @@ class Preparation:
                 self._file.unlink()  # what an earlier worker said is no longer so
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
-            flags = [
-                f"--campaign={self.campaign}",
-                f"--cache={self.cache.folder}",
-                f"--nice={self.nice}",
-                f"--parent={os.getpid()}",
-            ]
+            arguments = {
+                "campaign": self.campaign,
+                "cache": str(self.cache.folder),
+                "nice": self.nice,
+                "parent": os.getpid(),
+            }
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", *flags],
+                    [sys.executable, "-m", "eg3d_rlhf.people.label.preparation", json.dumps(arguments)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -340,4 +311,5 @@ class Preparation:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        work_through(os.environ[URL_VARIABLE], **json.loads(sys.argv[1]))

@@ -88,13 +88,12 @@ def ramp_of(text: str) -> Ramp:
 class LoopConfig:
     """How assets are optimised, whatever the method."""
 
-    steps: int = knob(100, "Steps of each asset.", OPT, low=1, shown="100; 10000 with a prior from files")
+    steps: int = knob(100, "Steps of each asset.", OPT, low=1)
     batch: int = knob(
         55,
         "Assets that are optimised together; processes share the batches.",
         OPT,
         low=1,
-        shown="55; 1 with a prior from files",
         rare=True,
     )
     lr: float = knob(
@@ -114,10 +113,9 @@ class LoopConfig:
         "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.",
         OPT,
         metavar="RAMP",
-        shown="by prior",
         rare=True,
     )
-    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", shown="by prior", rare=True)
+    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", rare=True)
     shared_time: bool = knob(
         True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True
     )
@@ -162,7 +160,7 @@ class SceneConfig:
         "ImageReward, Reward3D or HPSv2, or a CLIP folder.",
         ASSETS,
         metavar="NAME|FILE",
-        shown="one-face with the bundled prior",
+        shown="none",
     )
     judge: str | None = knob(
         None,
@@ -183,7 +181,6 @@ class SceneConfig:
         "Assets of each prompt, of different seeds.",
         ASSETS,
         low=1,
-        shown="1; 5 for the bundled comparison, 2 for that of heads",
     )
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1, rare=True)
     resolution: int = knob(

@@ -9,6 +9,7 @@ points along z, y, x.
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -248,7 +249,7 @@ class RewardTerms:
             stats["RLHF/nose"] = self.state.nose_floor(field)
             loss = loss + config.lambda_nose * stats["RLHF/nose"]
         yield Loss(loss, {**stats, "Loss/Grlhf/reward": loss})
-        if config.lambda_sigma > 0 or config.lambda_front > 0:
+        if any(getattr(config, weight) > 0 for weight in ANCHORS):
             yield self._anchors(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
     def _anchors(self, z: torch.Tensor, c: torch.Tensor, places: torch.Tensor) -> Loss:
@@ -263,16 +264,19 @@ class RewardTerms:
         with torch.no_grad():
             untuned = field(self.reference)
             sigma_ref = untuned.density_grid(self.cube)
-        distance = density_l1(sigma, sigma_ref)
-        loss = config.lambda_sigma * distance
-        stats = {"RLHF/consistency": distance}
-        if config.anchor_gate < 1:
-            stats["RLHF/held"] = self._gate(untuned, places)
-            loss = loss * stats["RLHF/held"]
-        if config.lambda_front > 0:
-            growth = front_growth(sigma, sigma_ref, self.generator.level)
-            loss = loss + config.lambda_front * growth
-            stats["RLHF/front_growth"] = growth
+        stats: dict[str, torch.Tensor] = {}
+        parts = []
+        for name, (statistic, term) in ANCHORS.items():
+            weight = getattr(config, name)
+            if weight == 0 and name != "lambda_sigma":  # whose distance is logged at any weight
+                continue
+            stats[statistic] = term(sigma, sigma_ref, self.generator.level)
+            part = weight * stats[statistic]
+            if name == "lambda_sigma" and config.anchor_gate < 1:
+                stats["RLHF/held"] = self._gate(untuned, places)
+                part = part * stats["RLHF/held"]
+            parts.append(part)
+        loss = functools.reduce(torch.add, parts)
         return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
 
     @torch.no_grad()
@@ -284,10 +288,12 @@ class RewardTerms:
         return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
 
 
-def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of raw densities (sigma-reward.md, section 4). sigma, sigma_ref
-    [N, D, H, W] -> [N].
+def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:
+    """Compute the mean absolute difference of raw densities (sigma-reward.md, section 4).
+
+    Args: sigma, sigma_ref: [N, D, H, W]; level: not used. Returns: [N].
     """
+    del level
     return (sigma - sigma_ref).abs().mean(dim=[1, 2, 3])
 
 
@@ -305,6 +311,14 @@ def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10
     front = ~reached
     growth = torch.relu(sigma - sigma_ref) * front
     return growth.sum(dim=[1, 2, 3]) / front.sum(dim=[1, 2, 3]).clamp_min(1)
+
+
+# Terms that compare the density with the untuned generator's on the same samples: name of the weight ->
+# statistic, and function of sigma, sigma_ref [N, D, H, W] and the raw density of the surface -> [N].
+ANCHORS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]] = {
+    "lambda_sigma": ("RLHF/consistency", density_l1),
+    "lambda_front": ("RLHF/front_growth", front_growth),
+}
 
 
 def reward_phase(terms: RewardTerms, optimizer: torch.optim.Optimizer) -> Phase:

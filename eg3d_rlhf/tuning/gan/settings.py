@@ -5,6 +5,7 @@ Torch is not imported here. Which defaults hold for which networks and tasks: eg
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from training.config import (
     built,
     check_knobs,
     knob,
+    knobs_of,
     values_of,
 )
 
@@ -44,8 +46,10 @@ DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
 class RunConfig:
     """What does not change what is trained."""
 
-    desc: str | None = knob(None, "Added to the run folder's name.", RUN, flag=False)
-    device: str = knob("auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"), flag=False)
+    desc: str | None = knob(None, "Added to the run folder's name.", RUN, flag=False, control=False)
+    device: str = knob(
+        "auto", "Where to run.", RUN, choices=("auto", "cpu", "cuda"), flag=False, control=False
+    )
     workers: int | None = knob(
         None,
         "Processes of one thread that read images ahead; 0: the training process. No result depends on it.",
@@ -53,9 +57,10 @@ class RunConfig:
         low=0,
         high=64,
         shown="one for each further core, at most 3; 0 for sets under 512 MB, which are kept in memory",
+        control=False,
     )
     no_summary: bool = knob(
-        False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False
+        False, "Skip the before/after evaluation that ends a reward run.", RUN, flag=False, control=False
     )
 
 
@@ -79,15 +84,18 @@ class DataConfig:
 class RewardConfig:
     """Settings of the reward phase."""
 
-    lambda_r: float = knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0)
-    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0)
-    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0, rare=True)
+    lambda_r: float = knob(
+        10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0, control=False
+    )
+    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0, control=False)
+    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0, rare=True, control=False)
     lambda_nose: float = knob(
         0.0,
         "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.",
         REWARD,
         low=0,
         rare=True,
+        control=False,
     )
     nose_floor: str = knob(
         "window",
@@ -95,6 +103,7 @@ class RewardConfig:
         REWARD,
         choices=NOSE_FLOORS,
         rare=True,
+        control=False,
     )
     anchor_gate: float = knob(
         1.0,
@@ -104,16 +113,25 @@ class RewardConfig:
         metavar="SHARE",
         low=0,
         high=1,
+        control=False,
     )
     reward_clip: str = knob(
         "-10,10",
         "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.",
         REWARD,
         metavar="LOW,HIGH|iqr|none",
+        control=False,
     )
-    reward_shaping: str = knob("none", "How the score enters the loss.", REWARD, choices=SHAPINGS)
+    reward_shaping: str = knob(
+        "none", "How the score enters the loss.", REWARD, choices=SHAPINGS, control=False
+    )
     anchor_resolution: int = knob(
-        64, "Grid points per edge of the whole cube that is held to the reference.", REWARD, low=2, flag=False
+        64,
+        "Grid points per edge of the whole cube that is held to the reference.",
+        REWARD,
+        low=2,
+        flag=False,
+        control=False,
     )
     anchor_psi: float = knob(
         0.7,
@@ -122,6 +140,7 @@ class RewardConfig:
         metavar="PSI",
         low=0,
         rare=True,
+        control=False,
     )
     truncation_psi: float = 1.0  # of the samples that are scored
 
@@ -187,6 +206,7 @@ class EarlyStopConfig:
         metavar="STANDARD-ERRORS",
         low=0,
         shown="off: the last",
+        control=False,
     )
     early_stop_distance: float | None = knob(
         None,
@@ -196,6 +216,7 @@ class EarlyStopConfig:
         above=0,
         shown="any",
         rare=True,
+        control=False,
     )
 
     def __post_init__(self):
@@ -269,13 +290,16 @@ class RewardSettings:
         REWARD,
         metavar="none|KIND",
     )
-    reward_ckpt: str | None = knob(None, "Trained reward.", REWARD, metavar="FILE", shown="bundled")
+    reward_ckpt: str | None = knob(
+        None, "Trained reward.", REWARD, metavar="FILE", shown="bundled", control=False
+    )
     reward_watch: str | None = knob(
         None,
         "Second reward, never trained on, that must not fall while the first rises.",
         REWARD,
         metavar="FILE",
         shown="bundled",
+        control=False,
     )
     reference: str | None = knob(
         None,
@@ -283,18 +307,18 @@ class RewardSettings:
         REWARD,
         flag=False,
         shown="the initial one",
+        control=False,
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(
-        0.0025, "Reward optimiser's learning rate.", REWARD, above=0, shown="glr; heads64: 0.0008", rare=True
-    )
+    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, rare=True, control=False)
     control: str | None = knob(
         None,
         "Summary of the lambda_r = 0 run to quote.",
         REWARD,
         metavar="RUN|FILE",
         shown="recorded in assets, where it is one",
+        control=False,
     )
 
     def __post_init__(self):
@@ -342,41 +366,18 @@ class Settings:
         return name
 
 
-# What the run with lambda_r = 0 does not depend on: the reward's own settings, names of files (their hashes
-# count), and how a run is shown.
-_NOT_THE_CONTROLS = {
-    "lambda_r",
-    "lambda_sigma",
-    "lambda_front",
-    "lambda_nose",
-    "nose_floor",
-    "reward_clip",
-    "reward_shaping",
-    "reward_ckpt",
-    "reward_watch",
-    "rlr",
-    "anchor_resolution",
-    "anchor_gate",
-    "anchor_psi",
-    "early_stop",
-    "early_stop_distance",
-    "reference",
-    "control",
-    "desc",
-    "device",
-    "launch",
-    "no_summary",
-    "processes",
-    "versions",
-    "init",
-    "tick",
-    "snap",
-    "checkpoint_ticks",
-    "batch_gpu",
-    "hashes",
-    "task",
-    "workers",
-}
+# what a run folder records beside the settings, of which the hashes are compared by themselves
+_RECORDED = frozenset({"task", "hashes", "launch", "processes", "versions"})
+
+
+@functools.cache
+def not_the_controls() -> frozenset[str]:
+    """Return the names of a run's record whose values the run with lambda_r = 0 need not share.
+
+    They are the knobs with control=False: the reward's own settings, names of files (their hashes count), and
+    how a run is shown.
+    """
+    return _RECORDED | {field.name for field, _, knob in knobs_of(Settings) if not knob.control}
 
 
 def control_differs(settings: dict, record: dict) -> list[str]:
@@ -387,7 +388,7 @@ def control_differs(settings: dict, record: dict) -> list[str]:
         settings: of the tuned run, as its folder records them, with the `hashes` of its inputs.
         record: of the control, likewise; settings that only one of the two knows are not compared.
     """
-    names = sorted((settings.keys() & record.keys()) - _NOT_THE_CONTROLS)
+    names = sorted((settings.keys() & record.keys()) - not_the_controls())
     pairs = {name: (record[name], settings[name]) for name in names}
     pairs["lambda_r"] = record.get("lambda_r", 0), 0
     theirs = record.get("hashes", {})

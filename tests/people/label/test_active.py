@@ -120,7 +120,7 @@ def test_the_plan_says_who_chose_what_and_why(generator, rewards):
 
 def test_the_commands_wait_for_rewards_torch_and_the_server_only_where_they_are_needed():
     code = (
-        "import sys, eg3d_rlhf.people.study.commands; assert not {'eg3d_rlhf.rewards', 'torch', 'fastapi'} &"
+        "import sys, eg3d_rlhf.modes.study; assert not {'eg3d_rlhf.rewards', 'torch', 'fastapi'} &"
         " set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

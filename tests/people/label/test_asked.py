@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.people.label import commands
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
@@ -307,7 +307,7 @@ def test_bad_votes_and_comments_are_refused_and_nothing_is_kept(served, values):
 
 
 def dry_run(tmp_path, *flags):
-    return CliRunner().invoke(commands.main, [f"--db=sqlite:///{tmp_path / 'l.db'}", "--dry-run", *flags])
+    return CliRunner().invoke(main, [f"--db=sqlite:///{tmp_path / 'l.db'}", "--dry-run", *flags])
 
 
 def resolved(tmp_path, *flags) -> dict:

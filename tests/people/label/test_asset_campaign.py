@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import (
     Asset,
     Collection,
@@ -24,7 +25,6 @@ from eg3d_rlhf.people.label.assets.collection import (
     plan_assets,
     read_collection,
 )
-from eg3d_rlhf.people.label.commands import main
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import train
-from eg3d_rlhf.people.label import commands
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
@@ -150,7 +150,7 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
         [*asked, db, *quiet],
         ["export", "judged.jsonl", "--kind=asset-pairs", "--campaign=chairs", db],
     ):
-        done = CliRunner().invoke(commands.main, flags)
+        done = CliRunner().invoke(main, flags)
         assert done.exit_code == 0, done.output
     assert len(extras) == 1 and extras[0]["up"] == "z"
     answers = lines(tmp_path / "judged.jsonl")

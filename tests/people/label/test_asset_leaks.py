@@ -10,11 +10,12 @@ from collections import defaultdict
 import pytest
 from click.testing import CliRunner
 
+from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.server.served_shapes import GRAIN
 from eg3d_rlhf.people.label.shape_files import shape_key
-from eg3d_rlhf.people.study import commands, design
+from eg3d_rlhf.people.study import design, planning
 from eg3d_rlhf.people.study.power import PowerOptions
 from tests.people.label import asset_files as files
 from tests.people.label import serving
@@ -48,7 +49,7 @@ def folders(root):
 def flags_of(a, b, **more):
     """All flags of the study's command."""
     varying = {"a": str(a), "b": str(b), "n": 7, "annotators_per_pair": 1, "gold_every": 0, **more}
-    settings = (*commands.main.params, *commands.main.rare.values())
+    settings = (*study_job.main.params, *study_job.main.rare.values())
     return launch.filled({p.name: p.default for p in settings} | varying, design.StudyDesign, PowerOptions)
 
 
@@ -56,7 +57,7 @@ def flags_of(a, b, **more):
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("assets")
     said = []
-    return commands.make_design("blind", flags_of(*folders(root)), said.append), said, root
+    return planning.make_design("blind", flags_of(*folders(root)), said.append), said, root
 
 
 @pytest.fixture(scope="module")
@@ -147,23 +148,25 @@ def test_the_two_of_a_pair_have_one_length_and_the_same_headers(study):
 
 def test_a_changed_file_is_refused_and_a_study_is_begun_and_gone_on_with(tmp_path):
     a, b = folders(tmp_path / "assets")
-    folder = commands.Folder(tmp_path / "study")
+    folder = planning.Folder(tmp_path / "study")
     flags = flags_of(a, b)
     folder.path.mkdir()
-    designed = commands.prepare(folder, "s", flags, set(), lambda text: None)
-    assert commands.prepare(folder, "s", flags, {"a", "b"}, lambda text: None).hash == designed.hash
+    designed = planning.prepare(folder, "s", flags, set(), lambda text: None)
+    assert planning.prepare(folder, "s", flags, {"a", "b"}, lambda text: None).hash == designed.hash
     (a / "glb-0.glb").write_bytes(files.glb(seed=77))
     with raising("glb-0.glb"):
-        commands.prepare(folder, "s", flags, set(), lambda text: None)
+        planning.prepare(folder, "s", flags, set(), lambda text: None)
 
 
 def test_one_generator_and_one_folder_are_refused(tmp_path):
     a, b = folders(tmp_path / "assets")
-    done = CliRunner().invoke(commands.main, [f"--a={a}", f"--outdir={tmp_path / 'x'}", "--n=3", "--dry-run"])
+    done = CliRunner().invoke(
+        study_job.main, [f"--a={a}", f"--outdir={tmp_path / 'x'}", "--n=3", "--dry-run"]
+    )
     assert done.exit_code == 2 and list((tmp_path).iterdir()) == [tmp_path / "assets"]
     check_message(done.stderr.splitlines()[-1], ("--a", "--b", "generators", "assets"))
     done = CliRunner().invoke(
-        commands.main, [f"--a={a}", f"--b={b}", f"--outdir={tmp_path / 'x'}", "--n=50", "--dry-run"]
+        study_job.main, [f"--a={a}", f"--b={b}", f"--outdir={tmp_path / 'x'}", "--n=50", "--dry-run"]
     )
     assert done.exit_code == 2
     check_message(done.stderr.splitlines()[-1], ("--n", "50", "--n=7"))

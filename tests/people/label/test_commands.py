@@ -14,7 +14,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.people.label import commands, launch
+from eg3d_rlhf.modes import label
+from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.store import Store
@@ -24,7 +25,7 @@ from tests.rejections import rejected
 
 
 def run(*flags) -> object:
-    return CliRunner().invoke(commands.main, [str(f) for f in flags])
+    return CliRunner().invoke(label.main, [str(f) for f in flags])
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_mistakes(case, tmp_path):
     file.write_text("x")
     Store.open(f"sqlite:///{tmp_path / 'some.db'}").close()
     flags = [flag.format(tmp=tmp_path, file=file) for flag in flags]
-    if not any(flag.startswith("--db") for flag in flags) and not set(flags) & set(commands.main.commands):
+    if not any(flag.startswith("--db") for flag in flags) and not set(flags) & set(label.main.commands):
         flags.append(f"--db=sqlite:///{tmp_path / 'new' / 'labels.db'}")
     rejected(run(*flags), *(name.format(tmp=tmp_path) for name in names))
     assert not (tmp_path / "new").exists() and not (tmp_path / "none.db").exists()

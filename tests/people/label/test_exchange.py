@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HELD_OUT
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.modes.reward_training import train as train_reward
-from eg3d_rlhf.people.label import commands
 from eg3d_rlhf.people.label.archive import (
     export_judgements,
     export_ranked_seeds,
@@ -321,7 +321,7 @@ def test_a_plan_that_would_reach_held_out_seeds_is_refused(held, tmp_path):
     with raising(f"--first-seed={held.first}", f"{held.first} ({held.name}"):
         PairingOptions(pairs=2, gold=0, training=0, first_seed=held.first)
     result = CliRunner().invoke(
-        commands.main,
+        main,
         ["-n", f"--db=sqlite:///{tmp_path / 'l.db'}", "--pairs=5", f"--first-seed={held.first}"],
     )
     rejected(result, f"--first-seed={held.first}", f"{held.first} ({held.name}")

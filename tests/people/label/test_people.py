@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import ConflictError
 from eg3d_rlhf.people.label.server.app import TEXTS
 from eg3d_rlhf.people.label.store import Store, check_name

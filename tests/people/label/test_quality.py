@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.people.label.commands import main
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import (
     CampaignSettings,
     Choice,

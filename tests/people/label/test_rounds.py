@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.people.label.commands import main as label_main
+from eg3d_rlhf.modes.label import main as label_main
 from eg3d_rlhf.people.label.entities import Answer, Choice
 from eg3d_rlhf.people.label.launch import label_command, round_labels
 from eg3d_rlhf.people.label.store import Store

@@ -14,12 +14,10 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.modes import door, reward_training, samples
-from eg3d_rlhf.people.label import commands as label
+from eg3d_rlhf.modes import jobs, label, reward_training, samples, study
 from eg3d_rlhf.people.label.drawing import surface
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
-from eg3d_rlhf.people.study import commands as study
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
@@ -156,7 +154,7 @@ def test_the_documented_commands(tmp_path, monkeypatch):
         "train_reward.py": reward_training.train,
         "gen_samples.py": samples.images,
         "train.py": train.main,
-        "eg3d-rlhf": door.main,
+        "eg3d-rlhf": jobs.main,
     }
     for words in documented():
         name, *flags = words[words[0] == "python" :]

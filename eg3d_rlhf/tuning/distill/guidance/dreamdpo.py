@@ -35,7 +35,7 @@ class DreamDpoSettings:
         rare=True,
     )
     lose_guidance_scale: float | None = knob(
-        1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="1; none: the winner's", rare=True
+        1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="the winner's", rare=True
     )
     subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
 

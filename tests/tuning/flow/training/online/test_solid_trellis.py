@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.evaluation.solids import CONTROLS
-from eg3d_rlhf.modes.door import main
+from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.families.opening import divided
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource

@@ -8,14 +8,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.modes.door import JOBS, command_of, main
-from tests.rejections import check_message
+from eg3d_rlhf.modes.jobs import JOBS, command_of, main
+from tests.rejections import check_message, rejected
 
 REPO = Path(__file__).parents[2]
 QUIET = """
@@ -49,6 +50,78 @@ def test_a_job_opens_its_command(job):
     assert isinstance(command, click.Command)
     result = CliRunner().invoke(main, [*job.split(), "--help"])
     assert result.exit_code == 0 and result.stdout.startswith(f"Usage: eg3d-rlhf {job}"), result.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("sample mesh", "`samples mesh`"),
+        ("samples mehs", "`samples mesh`"),
+        ("report evalaute", "`report evaluate`"),
+        ("chek-assets FOLDER", "`check-assets`"),
+        ("lable", "`label`"),
+        ("flw", "`flow`"),
+        ("qqq", None),
+    ],
+)
+def test_a_mistyped_job_is_told_the_nearest(typed, meant):
+    result = CliRunner().invoke(main, typed.split())
+    line = rejected(result, "--help")
+    assert ("Did you mean" in line) == (meant is not None) and (meant or "") in line
+
+
+@pytest.mark.parametrize("job", ["", *JOBS, "label add-annotator"])
+def test_every_entry_point_has_a_version(job):
+    result = CliRunner().invoke(main, [*job.split(), "--version"])
+    assert result.exit_code == 0 and re.fullmatch(r"eg3d-rlhf \d+\.\d+\.\d+\S*\n", result.stdout), (
+        result.output
+    )
+
+
+def test_the_version_is_the_packages():
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert CliRunner().invoke(main, ["--version"]).stdout.split()[1] == version
+
+
+COMPLETED = """
+import os, sys
+from click.testing import CliRunner
+from eg3d_rlhf.modes.jobs import main
+for words in sys.argv[1:]:
+    *before, last = words.split(" ")
+    env = {"_EG3D_RLHF_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["eg3d-rlhf", *before, last])}
+    done = CliRunner(env={**env, "COMP_CWORD": str(len(before) + 1)}).invoke(main, prog_name="eg3d-rlhf")
+    print(done.exit_code, *(line.partition(",")[2] for line in done.stdout.splitlines()))
+print(*{"torch", "numpy", "scipy"} & sys.modules.keys())
+"""
+
+
+def test_the_shell_completes_jobs_and_flags_without_torch():
+    words = [
+        "",
+        "sam",
+        "samples ",
+        "samples m",
+        "label ",
+        "label add-annotator --q",
+        "train --mode=gan --lambda-",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPLETED, *words], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    nouns, samples, *of_samples, label, flags, modes, heavy = done.stdout.splitlines()
+    assert nouns.split()[1:] == list(dict.fromkeys(job.split()[0] for job in JOBS))
+    assert samples == "0 samples"
+    assert of_samples == ["0 images videos mesh sheet", "0 mesh"]
+    assert {"synthetic", "elo", "export", "add-annotator"} <= set(label.split())
+    assert flags == "0 --qr" and {"--lambda-r", "--lambda-sigma"} <= set(modes.split())
+    assert heavy == "", done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_completion_is_printed(shell):
+    done = CliRunner(env={"_EG3D_RLHF_COMPLETE": f"{shell}_source"}).invoke(main, prog_name="eg3d-rlhf")
+    assert done.exit_code == 0 and f"_EG3D_RLHF_COMPLETE={shell}_complete" in done.stdout
 
 
 def test_flags_reach_the_job():
@@ -99,7 +172,7 @@ HELP_AND_RUN = """
 import importlib
 import sys
 from click.testing import CliRunner
-from eg3d_rlhf.modes.door import command_of, main
+from eg3d_rlhf.modes.jobs import command_of, main
 for job in sys.argv[1:]:
     below = [f"{job} {name}" for name in getattr(command_of(job), "commands", ())]
     for words in [job, *below]:
@@ -136,7 +209,7 @@ def test_help_needs_no_extra_and_jobs_name_it():
 
 def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
     jobs = (
-        "import sys; from eg3d_rlhf.modes.door import command_of; [command_of(job) for job in sys.argv[1:]]"
+        "import sys; from eg3d_rlhf.modes.jobs import command_of; [command_of(job) for job in sys.argv[1:]]"
     )
     blocked = WITHOUT.partition("import runpy")[0]
     done = subprocess.run(

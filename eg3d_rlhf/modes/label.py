@@ -1,6 +1,4 @@
-"""The command line of the labelling application: a server with flags of its own,
-and what is done beside it.
-"""
+"""`eg3d-rlhf label`: the server of the labelling page, and its sub-commands."""
 
 import functools
 import json
@@ -9,19 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from eg3d_rlhf.core.cli import GroupedCommand, check_extra, naming, option, options_of
+from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
+from eg3d_rlhf.modes.annotators import PEOPLE, database
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.access import PEOPLE
-from eg3d_rlhf.people.label.db_flag import (
-    DATABASE,
-    DB,
-    EXTRA,
-    database,
-    open_store,
-    sqlite_file,
-    store_exists,
-)
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
@@ -60,12 +51,13 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
 }
 
 
-class LabelGroup(GroupedCommand, click.Group):
-    """A grouped command with sub-commands."""
+class LabelGroup(GroupedGroup):
+    """Completes its sub-commands, and the jobs that begin with `label`, which have files of their own."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        GroupedCommand.format_options(self, ctx, formatter)
-        self.format_commands(ctx, formatter)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        from eg3d_rlhf.modes.jobs import JobGroup
+
+        return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
 
 
 @click.command("label", cls=LabelGroup, invoke_without_command=True)

@@ -7,26 +7,28 @@ A job is a line of JOBS. The scripts of tools/ are the same commands under names
 papers' readers know.
 """
 
+import difflib
 import importlib
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
-from eg3d_rlhf.core.cli import user_errors
+from eg3d_rlhf.core.cli import user_errors, version_flag
 from eg3d_rlhf.modes import ModeCommand
 
 PROGRAM = "eg3d-rlhf"
 
 # Words after eg3d-rlhf: module and click command, and what the job does.
 JOBS: dict[str, tuple[str, str]] = {
-    "train": ("eg3d_rlhf.modes.door:train", "a generator, with or without a reward; --mode: other ways"),
-    "label": ("eg3d_rlhf.people.label.commands:main", "shapes or any 3D assets in the browser; export, ..."),
+    "train": ("eg3d_rlhf.modes.jobs:train", "a generator, with or without a reward; --mode: other ways"),
+    "label": ("eg3d_rlhf.modes.label:main", "shapes or any 3D assets in the browser; export, ..."),
     "label synthetic": (
-        "eg3d_rlhf.modes.labels:synthetic",
+        "eg3d_rlhf.modes.label_files:synthetic",
         "a generator's seeds, by the programmatic annotator",
     ),
-    "label elo": ("eg3d_rlhf.modes.labels:elo", "rate methods from pairwise judgements"),
-    "study": ("eg3d_rlhf.people.study.commands:main", "compare two generators blind, with several people"),
+    "label elo": ("eg3d_rlhf.modes.label_files:elo", "rate methods from pairwise judgements"),
+    "study": ("eg3d_rlhf.modes.study:main", "compare two generators blind, with several people"),
     "reward train": (
         "eg3d_rlhf.modes.reward_training:train",
         "on labels: pairs or single shapes; slabs, depth or points",
@@ -119,30 +121,37 @@ def command_of(job: str) -> click.Command:
     return getattr(importlib.import_module(module), name)
 
 
-class Door(click.Group):
-    """Finds a job by its first one or two words, and lists those that begin with `noun`."""
+class JobGroup(click.Group):
+    """Finds a job by its first one or two words, and lists those that begin with `noun`. Nothing of a job is
+    imported before it is named.
+    """
 
     def __init__(self, noun: str = "", **kwargs):
         self.noun = noun
-        super().__init__(noun or PROGRAM, subcommand_metavar="JOB [FLAGS]", options_metavar="", **kwargs)
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 140}
+        super().__init__(
+            noun or PROGRAM,
+            subcommand_metavar="JOB [FLAGS]",
+            options_metavar="",
+            context_settings=settings,
+            **kwargs,
+        )
 
-    def jobs(self) -> list[str]:
-        """Jobs behind this door, in the table's order."""
-        return [job for job in JOBS if not self.noun or job.startswith(f"{self.noun} ")]
+    def jobs(self) -> dict[str, str]:
+        """Return what follows the noun, for each of its jobs, and the line that says what the job does."""
+        start = f"{self.noun} " if self.noun else ""
+        return {job.removeprefix(start): line for job, (_, line) in JOBS.items() if job.startswith(start)}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [job.removeprefix(f"{self.noun} ") if self.noun else job for job in self.jobs()]
+        return list(self.jobs())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of a job, or a door to the jobs of a noun."""
+        """The command of a job, or the group of a noun's jobs."""
         job = f"{self.noun} {cmd_name}".strip()
         if job in JOBS:
             return command_of(job)
-        return (
-            Door(job, help=f"Jobs of {PROGRAM} {job}.")
-            if any(known.startswith(f"{job} ") for known in JOBS)
-            else None
-        )
+        group = JobGroup(job, help=f"Jobs of {PROGRAM} {job}.")
+        return group if group.jobs() else None
 
     def invoke(self, ctx: click.Context):
         """Find and run the job; an extra that it needs and that is missing is named."""
@@ -157,34 +166,57 @@ class Door(click.Group):
         if not self.noun and job in JOBS:
             return job, command_of(job), args[2:]
         if not self.noun and args[0] == "label" and len(args) > 1:
-            from eg3d_rlhf.people.label.access import PEOPLE
+            from eg3d_rlhf.modes.annotators import PEOPLE
 
-            if args[1] in PEOPLE:  # annotators are named without waiting for torch
+            if args[1] in PEOPLE:  # annotators are named without waiting for the labelling command
                 return job, PEOPLE[args[1]], args[2:]
-        if self.get_command(ctx, args[0]) is None:
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             where = f"{PROGRAM} {self.noun}".strip()
-            words, remedy = (
-                (job, f"Run {RENAMED[job]}") if job in RENAMED else (args[0], f"See {where} --help")
+            words = [word for word in args[:2] if not word.startswith("-")]
+            meant = "".join(
+                f"Did you mean `{job}`? " for job in nearest_jobs(f"{self.noun} {' '.join(words)}")
+            )
+            named, remedy = (
+                (job, f"Run {RENAMED[job]}") if job in RENAMED else (args[0], f"{meant}See {where} --help")
             )
             click.echo(
-                f"Error: {words}: expected a job of {where}, got none of that name. {remedy}.", err=True
+                f"Error: {named}: expected a job of {where}, got none of that name. {remedy}.", err=True
             )
             sys.exit(2)
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the next words of jobs, from the table alone, and what a command itself completes."""
+        lines: dict[str, str] = {}
+        for job, line in self.jobs().items():
+            word, _, rest = job.partition(" ")
+            if word.startswith(incomplete):
+                lines.setdefault(word, f"{rest}, ..." if rest else line)
+        items = [CompletionItem(word, help=line) for word, line in lines.items()]
+        return items + (click.Command.shell_complete(self, ctx, incomplete) if ctx.command is self else [])
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One line a job; nothing is imported."""
         with formatter.section("Jobs"):
-            formatter.write_dl(
-                [
-                    (words, JOBS[job][1])
-                    for words, job in zip(self.list_commands(ctx), self.jobs(), strict=True)
-                ]
-            )
+            formatter.write_dl(list(self.jobs().items()))
+
+
+def nearest_jobs(typed: str) -> list[str]:
+    """Return the job that is most like what was typed, or none.
+
+    >>> nearest_jobs("sample mesh"), nearest_jobs("repotr evaluate"), nearest_jobs("xyz")
+    (['samples mesh'], ['report evaluate'], [])
+    """
+    words = typed.split()
+    nouns = dict.fromkeys(job.split()[0] for job in JOBS)
+    # one word may be a noun; of several, what follows a job of one word is an argument of it
+    for count in range(len(words), 0, -1):
+        if near := difflib.get_close_matches(" ".join(words[:count]), [*JOBS, *nouns], n=1, cutoff=0.7):
+            return near
+    return []
 
 
 train = ModeCommand("train")  # as train.py, from any folder
-main = Door(
-    help="Rewards on the density field of 3D-aware generators. Every job takes --help.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140},
+main = version_flag(
+    JobGroup(help="Rewards on the density field of 3D-aware generators. Every job takes --help.")
 )

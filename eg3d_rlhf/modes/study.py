@@ -1,0 +1,301 @@
+"""`eg3d-rlhf study`: design and serve a blind study, report on it, and the calculations beside it."""
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
+from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
+from eg3d_rlhf.people.label.store_labels import without_password
+from eg3d_rlhf.people.study import design as designs
+from eg3d_rlhf.people.study import report as reports
+from eg3d_rlhf.people.study.design import StudyDesign
+from eg3d_rlhf.people.study.planning import (
+    OUTDIR,
+    Folder,
+    flagged,
+    make_design,
+    power_options,
+    prepare,
+    study_rows,
+)
+from eg3d_rlhf.people.study.power import (
+    PowerOptions,
+    SimulationOptions,
+    coverage,
+    exact_power,
+    sample_size,
+)
+
+
+@click.command("report", cls=GroupedCommand)
+@option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=None,
+    show_default=str(OUTDIR),
+    help="The study's folder; the report goes there.",
+)
+@option(
+    "--db",
+    metavar="URL",
+    default=None,
+    show_default="study.db in the folder",
+    help="Database of the answers.",
+)
+@option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
+@option(
+    "--pictures",
+    metavar="INT",
+    type=click.IntRange(0, 50),
+    default=6,
+    help="Pairs shown of either end; 0 needs no generator.",
+)
+def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) -> None:
+    """Analyse a finished study as designed: report.html and report.json."""
+    outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
+    folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
+    design, rows = study_rows(folder)
+    pictures = 0 if design.assets else pictures
+    if pictures:
+        click.echo(f"analysing, and drawing up to {2 * pictures} pairs ...", err=True)
+    content = reports.compute(design, rows, interim, pictures, str(choose_device("auto")))
+    for path in reports.write(content, folder.path):
+        click.echo(path)
+    for sentence in content["conclusions"]:
+        click.echo(f"- {sentence}")
+
+
+@click.command("power", cls=GroupedCommand)
+@options_of(PowerOptions)
+@option(
+    "--annotators",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=1,
+    group="Power",
+    help="People who are asked.",
+)
+@option(
+    "--annotators-per-pair",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    group="Power",
+    show_default="2 where there are several",
+    help="To judge each pair.",
+)
+@option(
+    "--n",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Also give the power of so many independent decided trials.",
+)
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def power(n: int | None, as_json: bool, **options) -> None:
+    """How many trials a study needs."""
+    with flagged(options):
+        size = sample_size(power_options(launch.filled(options, PowerOptions)))
+    record = asdict(size)
+    if n is not None:
+        record["power_of_n"] = {
+            "n": n,
+            "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
+        }
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+        return
+    click.echo(f"{size.trials} trials, {size.per_annotator} for each of {size.options.annotators} annotators")
+    click.echo(
+        f"  {size.decided} independent decided trials give power {size.attained:.3f} for a win rate of"
+        f" {size.options.true_rate:g}"
+    )
+    click.echo(f"  design effect {size.design_effect:.2f}, ties {size.options.tie_share:.0%}")
+    if n is not None:
+        click.echo(f"  {n} independent decided trials give power {record['power_of_n']['power']:.3f}")
+
+
+@click.command("simulate", cls=GroupedCommand)
+@options_of(SimulationOptions)
+@option(
+    "--random-sides/--fixed-sides",
+    default=True,
+    group="Truth",
+    rare=True,
+    help="No: b is always on the left, which no study may do.",
+)
+@option(
+    "--bootstrap-studies",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    rare=True,
+    help="Evaluate the bootstraps on so many.",
+)
+@option("--json", "as_json", is_flag=True, help="Print JSON.")
+def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
+    """Studies with a known truth: how often each interval covers it,
+    and how often each finds a difference.
+    """
+    with flagged(options):
+        resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
+    result = coverage(resolved, bootstrap_studies)
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
+    click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
+    click.echo(f"left chosen in {result['left_share']:.1%}; design effect {result['design_effect']:.2f}")
+    click.echo(f"{'interval':<22} {'studies':>7} {'covers':>8} {'width':>7} {'leaves 0.5 out':>15}")
+    for name, row in result["intervals"].items():
+        click.echo(
+            f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f}"
+            f" {row['rejects_half']:>15.1%}"
+        )
+
+
+@click.command("study", cls=GroupedGroup, invoke_without_command=True)
+@option(
+    "--a",
+    metavar="PATH",
+    default=None,
+    show_default="the bundled generator",
+    group="Study",
+    help="Network file or run folder; or a folder of finished assets, PROMPT.glb.",
+)
+@option(
+    "--b",
+    metavar="PATH",
+    default=None,
+    show_default="the bundled generator",
+    group="Study",
+    help="The one it is compared with.",
+)
+@option(
+    "--label-a",
+    metavar="NAME",
+    default=None,
+    show_default="the file's name",
+    group="Study",
+    rare=True,
+    help="How reports call a.",
+)
+@option(
+    "--label-b",
+    metavar="NAME",
+    default=None,
+    show_default="the file's name",
+    group="Study",
+    rare=True,
+    help="How reports call b.",
+)
+@option(
+    "--n",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="from the power calculation",
+    group="Study",
+    help="Trials after which the study is over.",
+)
+@option(
+    "--annotators-per-pair",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="2 where there are several",
+    group="Study",
+    help="Different annotators to judge each pair.",
+)
+@options_of(StudyDesign, PowerOptions)
+@option(
+    "--outdir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=OUTDIR,
+    help="The study's folder.",
+)
+@option(
+    "--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.", rare=True
+)
+@option(
+    "--db",
+    metavar="URL",
+    default=None,
+    show_default="study.db in the folder",
+    help="Database of the answers.",
+)
+@option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
+@launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
+@click.pass_context
+def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
+    """Compare two generators blind: designs the study, serves it and prints the address; then `report`.
+
+    \b
+    Example:
+        python tools/study.py --a=before --b=after --n=300 --annotators=6
+    """
+    flags = launch.filled(flags, StudyDesign, PowerOptions)
+    folder = Folder(outdir, db)
+    name = name or outdir.resolve().name
+    ctx.obj = folder.url
+    ctx.meta["folder"] = folder
+    if ctx.invoked_subcommand is not None:
+        launch.refuse_flags_before(ctx, "outdir", "db")
+        return
+    check_extra(EXTRA)
+    server = launch.ServerFlags.of(flags, outdir)
+    if dry_run:
+        click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
+        return
+    make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
+    if server.exposed:
+        with (
+            open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
+        ) as known:
+            launch.check_annotators(known, server.host, make)
+    design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
+    with open_store(folder.url, create=False) as store:
+        have = len(launch.with_access(store))
+        launch.serve_campaign(
+            store,
+            folder.url,
+            design.name,
+            server,
+            lambda address: _announcement(address, design, make, have),
+            "answer",
+        )
+
+
+def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
+    missing = design.annotators - have
+    need = f"{have} have a token, {missing} need one ({make})" if missing > 0 else "all have a token"
+    tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
+    return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
+
+
+def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
+    new = not folder.design.exists()
+    made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
+    design = made or designs.read_design(folder.design)
+    content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
+    return {
+        "action": "design" if new else "resume",
+        "outdir": str(folder.path),
+        "db": without_password(folder.url),
+        **server.to_dict(),
+        "latents": design.latents,
+        "trials_per_annotator": design.quota,
+        "design": content,
+    }
+
+
+for command in (report, power, simulate, add_annotator, new_token, revoke, annotators):
+    main.add_command(command)
