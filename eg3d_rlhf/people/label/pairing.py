@@ -192,22 +192,21 @@ def _chosen(
         options,
     )
     pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs.tolist()]
-    return pairs, named_in(chosen.report, lambda i: {"seeds": seeds[i]})
+    return pairs, named_in(chosen.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 
-def named_in(report: Mapping, name: Callable[[int], Mapping]) -> dict:
-    """Return a strategy's report with items by name in place of their numbers, which stand under "why".
+def named_in(report: Mapping, name: Callable[[int, int], Mapping]) -> dict:
+    """Return a strategy's report with facts of the items in place of their numbers, which stand under "why".
 
-    Args: name: facts of an item, of which both items' values are written as a list.
+    Args: name: facts of the two items of a pair, JSON.
     """
-    if "why" not in report:
-        return dict(report)
-    why = []
-    for entry in report["why"]:
-        first, second = (name(number) for number in entry["pair"])
-        rest = {key: value for key, value in entry.items() if key != "pair"}
-        why.append({**{key: [value, second[key]] for key, value in first.items()}, **rest})
-    return {**report, "why": why}
+    named = dict(report)
+    if "why" in report:
+        named["why"] = [
+            {**name(*entry["pair"]), **{key: value for key, value in entry.items() if key != "pair"}}
+            for entry in report["why"]
+        ]
+    return named
 
 
 def shape_of(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:

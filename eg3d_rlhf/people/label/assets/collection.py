@@ -440,7 +440,7 @@ def plan_assets(
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
         planned = STRATEGIES[options.strategy].plan(items, answers_of(collection, results), rng, options)
         chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs.tolist()]
-        more = named_in(planned.report, lambda i: _facts(collection.assets[i]))
+        more = named_in(planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b]))
     if not chosen:
         raise ValueError(
             "expected at least two assets of one prompt that differ, got none. Give each prompt a file of"
@@ -497,8 +497,8 @@ def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[
     return answers
 
 
-def _facts(asset: Asset) -> dict:
-    return {"generators": asset.generator, "prompts": asset.prompt, "seeds": asset.seed}
+def _facts(a: Asset, b: Asset) -> dict:
+    return {"prompt": a.prompt, "generators": [a.generator, b.generator], "seeds": [a.seed, b.seed]}
 
 
 def conditions(collection: Collection) -> dict[str, dict]:
