@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from eg3d_rlhf.core.registry import VARIABLE
 from eg3d_rlhf.modes.door import main
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Choice, Kind
@@ -20,6 +21,7 @@ from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
 from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
 from tests.modes.flow_works import flow, with_encoder, write_pictures, write_prompts
 from tests.people.label.plans import answer_all
+from tests.people.label.test_new_strategy import PLUGIN
 from tests.rejections import check_message
 from tests.tuning.flow.families.trellis.tiny_trellis import write_image_trellis
 
@@ -83,22 +85,25 @@ def test_without_an_ensemble_the_command_that_trains_it_is_named(drawn, served):
     for strategy in ("active", "close"):
         said = flow("label", drawn.folder, f"--strategy={strategy}", code=2)
         file = str(drawn.folder / REWARD)
-        check_message(said, (f"--strategy={strategy}", "reward latent", "--pipeline=toy", f"--out={file}"))
+        check_message(said, (f"--strategy={strategy}", "latent", "--pipeline=toy", f"--out={file}"))
     said = flow("label", drawn.folder, "--strategy=best", code=2)
     check_message(said, ("--strategy", "random", "active", "close", "tournament", "blocks", "'best'"))
     assert served == []
 
 
-@pytest.mark.parametrize("strategy", ["tournament", "blocks"])
-def test_strategies_without_scores_need_no_ensemble(drawn, served, strategy):
+@pytest.mark.parametrize("strategy", ["tournament", "blocks", "neighbours"])
+def test_strategies_without_scores_need_no_ensemble(drawn, served, strategy, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(PLUGIN))  # brings the last one
     flow("label", drawn.folder, f"--strategy={strategy}", f"--set=campaign={strategy}", "--pairs=10")
     pairs, plan = pairs_of(drawn, strategy)
     assert len(set(pairs)) == len(pairs) == 10 and plan["strategy"] == strategy and served == [strategy]
     games = Counter((condition, seed) for condition, seeds in pairs for seed in seeds)
     if strategy == "tournament":
         assert set(games.values()) == {1} and len(games) == 20  # the first round of five tournaments of four
-    else:
+    elif strategy == "blocks":
         assert len({condition for condition, _ in pairs}) == 2  # six pairs of a prompt, then four
+    else:
+        assert set(games.values()) == {1, 2}  # a chain of four in each prompt
 
 
 def test_active_pairs_are_those_on_which_the_members_disagree(drawn, served):
@@ -150,8 +155,8 @@ def test_a_stored_campaign_keeps_its_strategy_and_an_ensemble_of_other_networks_
 def test_answers_to_a_further_campaign_are_tuned_on_by_the_printed_command(drawn, served):
     flow("label", drawn.folder, "--pairs=5")
     said = flow("label", drawn.folder, "--strategy=blocks", "--set=campaign=second", "--pairs=12")
-    (line,) = [line for line in said.splitlines() if line.startswith("next: ")]
-    export, tune = line.removeprefix("next: ").split(" && ")
+    line = said[said.rindex("eg3d-rlhf label") :]
+    export, tune = line.strip().split(" && ")
     typed(export)
     typed(f"{tune} --pairs-only")
     with open_store(drawn.database, create=False) as store:
@@ -170,7 +175,7 @@ def test_the_printed_command_trains_the_ensemble_of_a_folder(tmp_path, monkeypat
     flow("draw", "WORK")
     flow("label", "WORK")
     said = flow("label", "WORK", "--strategy=active", "--set=campaign=more", code=2)
-    pairs, train = said.partition("Train them: ")[2].split(" && ")
+    pairs, train = said[said.index("eg3d-rlhf ") :].split(" && ")
     typed(pairs)
     typed(f"{train} --seeds=1 --device=cpu --set=held_out=0.7")
     flow("label", "WORK", "--strategy=active", "--set=campaign=more", "--pairs=6")

@@ -479,12 +479,12 @@ def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[
 
     Raises: ValueError for answers on an asset that is not in it.
     """
-    numbers = {(a.generator, a.prompt, a.seed, a.hash): i for i, a in enumerate(collection.assets)}
+    numbers = {(a.generator, a.prompt, a.hash): i for i, a in enumerate(collection.assets)}
     answers = []
     for row in results:
         sides = []
         for shape in (row.left, row.right):
-            number = numbers.get((shape.generator, shape.condition, shape.seed, shape.file))
+            number = numbers.get((shape.generator, shape.condition, shape.file))
             if number is None:
                 raise ValueError(
                     f"expected answers on these assets, got one on {shape.condition!r}, seed {shape.seed}."
