@@ -1,15 +1,19 @@
 """`eg3d-rlhf flow label`: what people say of the assets that were drawn."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, check_extra, option
-from eg3d_rlhf.modes.flow_draw import work_argument
+from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
+from eg3d_rlhf.modes.flow_draw import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
-from eg3d_rlhf.people.label.entities import CampaignSettings
+from eg3d_rlhf.people.label.entities import CampaignSettings, StoredCampaign
 from eg3d_rlhf.people.label.pairing import PairingOptions
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from eg3d_rlhf.tuning.flow.workspace.sample_scores import REWARD, check_trained, latent_ensemble
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 
 SECONDS = 8  # that an answer takes
@@ -26,6 +30,16 @@ SECONDS = 8  # that an answer takes
     help="How many are compared.",
 )
 @option(
+    "--strategy",
+    metavar="NAME",
+    default="random",
+    help=(
+        f"How pairs are chosen: {', '.join(STRATEGIES)}, or a plugin's. Active and close read the scores of"
+        f" WORK/{REWARD}."
+    ),
+)
+@device_flag
+@option(
     "--campaign",
     rare=True,
     metavar="NAME",
@@ -34,32 +48,44 @@ SECONDS = 8  # that an answer takes
     help="Another one, of labels.db.",
 )
 @launch.server_options("access.jsonl in WORK")
-def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> None:
+@click.pass_context
+def label(
+    ctx: click.Context,
+    folder: Path,
+    pairs: int | None,
+    strategy: str,
+    device: str,
+    campaign: str | None,
+    **server,
+) -> None:
     """Compare what was drawn, two assets of one condition at a time, in the browser; prints the address.
 
     \b
     Example:
         eg3d-rlhf flow label WORK
+        eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
     assets = len(work.lines())
+    name = campaign or work.campaign
+    request = request_of(work, name, pairs or assets, strategy)
     with open_store(work.database, create=True) as store:
         if flags.exposed:
             launch.check_annotators(
                 store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
             )
-        name = campaign or work.campaign
         stored = store.campaign(name)
         if stored is None:
-            request = request_of(work, name, pairs or assets)
-            store.create_campaign(*launch.plan_campaign(store, request, click.echo))
+            if STRATEGIES[strategy].least_rewards:
+                check_trained(work, strategy)
+            scorer = partial(latent_ensemble, work, choose_device(device))
+            store.create_campaign(*launch.plan_campaign(store, request, click.echo, scorer))
             stored = store.campaign(name)
             assert stored is not None
-        elif pairs is not None and pairs != stored.settings.extra[launch.FLAGS]["pairs"]:
-            asked = f"{stored.settings.extra[launch.FLAGS]['pairs']}, as campaign {name!r} was planned"
-            raise ValueError(f"--pairs: expected {asked}, got {pairs}. Leave it out, or --set campaign=NAME.")
+        else:
+            check_same(stored, {"pairs": pairs, "strategy": strategy}, launch.given_flags(ctx))
         answered = sum(1 for _ in store.judgements(name))
         click.echo(
             f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s each; {answered}"
@@ -70,15 +96,37 @@ def label(folder: Path, pairs: int | None, campaign: str | None, **server) -> No
             work.database,
             name,
             flags,
-            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: eg3d-rlhf flow tune {folder}"],
+            lambda address: [f"label at {address}  (Ctrl-C stops)", f"next: {tuning_on(work, name)}"],
             "answer",
         )
 
 
-def request_of(work: Work, name: str, pairs: int) -> launch.Request:
+def tuning_on(work: Work, campaign: str) -> str:
+    """Return the command that tunes on a campaign's answers; those of further campaigns are exported before,
+    together with WORK's own.
+    """
+    tune = f"eg3d-rlhf flow tune {work.folder}"
+    if campaign == work.campaign:
+        return tune
+    file = work.folder / "answers.jsonl"
+    return f"eg3d-rlhf label export {file} --kind=asset-pairs --db={work.database} && {tune} --labels={file}"
+
+
+def check_same(stored: StoredCampaign, asked: Mapping, given: set[str]) -> None:
+    """Raise ValueError for a flag that differs from what the stored campaign was planned with."""
+    planned = stored.settings.extra[launch.FLAGS]
+    for flag in sorted(given & set(asked)):
+        if asked[flag] != planned[flag]:
+            raise ValueError(
+                f"--{flag}: expected {planned[flag]}, as campaign {stored.settings.name!r} was planned, got"
+                f" {asked[flag]}. Leave it out, or plan another with --set campaign=NAME."
+            )
+
+
+def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
     """A campaign on what was drawn, as the labelling tool plans it."""
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
-    pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy="random")
+    pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     assets = str(work.drawn().resolve())
     return launch.Request(
         name=name,

@@ -22,6 +22,7 @@ from eg3d_rlhf.people.label.store_labels import (
     export_unpaired,
     without_password,
 )
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -94,7 +95,7 @@ class LabelGroup(GroupedGroup):
     multiple=True,
     show_default="the bundled two",
     group="Pairs",
-    help="Active: a reward of the ensemble; may be given again.",
+    help="Active, close: a reward of the ensemble; may be given again.",
 )
 @option(
     "--after",
@@ -184,15 +185,16 @@ def _request(
 ) -> tuple[launch.Request, set[str]]:
     given = launch.given_flags(ctx)
     if assets is not None:
-        _refuse_generators_flags(ctx, given, flags["strategy"])
+        _refuse_generators_flags(ctx, given)
     elif "up" in given:
         raise ValueError(
             "--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out."
         )
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
-    if after is not None and flags["strategy"] != "tournament":
+    if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
+        names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
         raise ValueError(
-            f"--after: expected --strategy=tournament, got {flags['strategy']}. Add it, or leave --after out."
+            f"--after: expected --strategy={names}, got {flags['strategy']}. Add it, or leave --after out."
         )
     pairing = PairingOptions(
         rewards=rewards,
@@ -231,20 +233,9 @@ def _request(
     return request, given
 
 
-def _refuse_generators_flags(ctx: click.Context, given: set[str], strategy: str | None) -> None:
-    """Flags that say how a generator's shapes are drawn say nothing of finished assets.
-
-    Raises: ValueError naming them.
-    """
-    if strategy not in (None, "random"):
-        raise ValueError(f"--strategy={strategy}: expected random pairs with --assets. Leave it out.")
-    shared = {"pairs", "strategy", "seed", "gold", "training", "single"}
-    drawn = (set(PairingOptions.__dataclass_fields__) - shared) | {
-        "network",
-        "rewards",
-        "after",
-        "show_render",
-    }
+def _refuse_generators_flags(ctx: click.Context, given: set[str]) -> None:
+    """Raise ValueError for flags that say how a generator's shapes are drawn: finished assets have none."""
+    drawn = {"network", "show_render", "first_seed", "psi", "level", "resolution", "triangles", "pool"}
     if wrong := launch.named_flags(ctx, given & drawn):
         raise ValueError(
             f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out."

@@ -220,14 +220,3 @@ def solve_temperature(
     return scale * float(
         np.exp(brentq(lambda log_t: expit(-gap / (scale * np.exp(log_t))).mean() - wanted, -60.0, 60.0))
     )
-
-
-def blocks_of_pairs(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` pairs [P, 2] of indices from 0: all pairs of each block of so many, which are drawn; a split by
-    block shares no sample.
-    """
-    first, second = np.triu_indices(block, 1)
-    blocks = -(-count // len(first))
-    members = rng.permutation(blocks * block).reshape(blocks, block)
-    pairs = np.stack([members[:, first], members[:, second]], axis=2).reshape(-1, 2)
-    return pairs[:count]

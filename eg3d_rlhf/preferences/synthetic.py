@@ -24,12 +24,12 @@ from eg3d_rlhf.preferences.annotator import (
     WEIGHTS,
     PairLabel,
     Utility,
-    blocks_of_pairs,
     label_pairs,
     solve_temperature,
     utility,
 )
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference
 from training.config import check_knobs, knob
 from training.heads import people_mesh

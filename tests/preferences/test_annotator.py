@@ -13,12 +13,12 @@ from eg3d_rlhf.preferences.annotator import (
     DEFECTS,
     LAPSES,
     WEIGHTS,
-    blocks_of_pairs,
     defects,
     label_pairs,
     solve_temperature,
     utility,
 )
+from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
 from tests.rejections import raising
 from training.heads.people import LATENT, named_people
 from training.heads.people_damage import damaged

@@ -5,6 +5,7 @@ server's flags.
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,22 @@ import click
 from click.core import ParameterSource
 
 from eg3d_rlhf.core.cli import naming, option, together
-from eg3d_rlhf.people.label.assets.collection import conditions, plan_assets, read_collection
+from eg3d_rlhf.people.label.assets.collection import (
+    Collection,
+    conditions,
+    plan_assets,
+    read_collection,
+)
+from eg3d_rlhf.people.label.assets.scores import mesh_ensemble
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
-from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
+from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements, preferences_of
 from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble
 from training.config import knobs_of
 
 if TYPE_CHECKING:
@@ -90,15 +98,37 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
 
 
 def plan_campaign(
-    store: "Store | None", request: Request, tell: Callable[[str], None]
+    store: "Store | None",
+    request: Request,
+    tell: Callable[[str], None],
+    scorer: Callable[[Collection], Ensemble] | None = None,
 ) -> tuple[CampaignSettings, list[PlannedPair]]:
-    """A new campaign, not kept yet."""
+    """Plan a new campaign, which is not stored yet.
+
+    Args: scorer: makes the ensemble that scores finished assets, for strategies that read scores; None: the
+        mesh rewards that the request names.
+    """
     from eg3d_rlhf.generators import load_generator
 
+    strategy = STRATEGIES[request.pairing.strategy]
+    chosen = None
+    if request.after is not None:
+        with naming("--after"):
+            if store is None:
+                raise ValueError(
+                    f"expected a campaign of the database, got {request.after!r} and no database. Check --db."
+                )
+            chosen = LabelFilters(campaign=request.after)
     if request.assets is not None:
         with naming("--assets"):
             collection = read_collection(Path(request.assets), tell, request.lenient)
-            assets = plan_assets(request.pairing, collection, tell)
+        ensemble = None
+        if strategy.least_rewards:
+            make = scorer or partial(mesh_ensemble, request.pairing.strategy, request.pairing.rewards)
+            ensemble = make(collection)
+        with naming("--after" if chosen else "--assets"):
+            rows = kept_judgements(store, chosen, Mode.LABEL) if store and chosen else []
+            assets = plan_assets(request.pairing, collection, tell, rows, ensemble)
         extra = {
             FLAGS: request.to_json(),
             "plan": assets.report,
@@ -106,20 +136,14 @@ def plan_campaign(
             "up": request.up,
         }
         return request.campaign_settings(extra), assets.pairs
-    results = []
-    if request.after is not None:
-        with naming("--after"):
-            if store is None:
-                raise ValueError(
-                    f"expected a campaign of the database, got {request.after!r} and no database. Check --db."
-                )
-            results = preferences_of(store, LabelFilters(campaign=request.after))
+    with naming("--after"):
+        results = preferences_of(store, chosen) if store and chosen else []
     with naming("--network"):
         generator = load_generator(request.network)
     what = "shapes" if request.pairing.single else "pairs"
     tell(f"planning {request.pairing.pairs} {what} ({request.pairing.strategy}) ...")
-    judges = reward_ensemble(request.pairing, generator) if request.pairing.strategy == "active" else None
-    planned = plan(request.pairing, generator, results, judges)
+    ensemble = reward_ensemble(request.pairing, generator) if strategy.least_rewards else None
+    planned = plan(request.pairing, generator, results, ensemble)
     return request.campaign_settings({FLAGS: request.to_json(), "plan": planned.report}), planned.pairs
 
 

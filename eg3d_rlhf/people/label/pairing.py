@@ -1,42 +1,36 @@
-"""Which pairs of shapes a campaign shows: drawn at random, chosen by an ensemble's doubts, or the rounds of a
-tournament.
+"""The pairs of a campaign on seeds of a generator, with known answers between them; `STRATEGIES` chooses the
+pairs.
 
-Equal options and generators give equal plans. A tournament's first rounds are drawn without knowing anything;
-later ones are Swiss, where shapes of about equal standing meet, nobody twice. With fewer pairs than shapes,
-the upper part of the table goes on, as in a knockout.
-
-An ensemble's disagreement over a pair is the standard deviation, over the members, of the probability that
-the first shape is better (Christiano et al. 2017, arXiv 1706.03741, 2.2.4), P = sigmoid((r_a - r_b) / T), T
-the member's temperature. By itself that picks the same doubt over and over, so pairs are chosen one by one,
-by disagreement and by their distance to the nearest pair already chosen in the space of the rewards'
-embeddings (greedy max-min).
-
-Letters: P pairs, S shapes or seeds, R rounds, K members, M entries of all embeddings, C candidate pairs.
+Equal options and generators give equal plans.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.special import expit
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.people.label.entities import DAMAGES, Kind, PlannedPair, Shape
 from eg3d_rlhf.preferences.labels import MAX_SEED, Preference
-from training.config import check_knobs, knob
+from eg3d_rlhf.preferences.pair_strategies import (
+    STRATEGIES,
+    TITLE,
+    Ensemble,
+    Item,
+    Items,
+    Scored,
+    StrategyOptions,
+    check_rewards,
+)
+from training.config import knob
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
 
-STRATEGIES = ("random", "active", "tournament")
-_TITLE = "Pairs"  # of the flags
-_BATCH = 16  # seeds judged at once
-_MATCHINGS = 4  # random pairings of all seeds that candidates come from
 # one gold pair for so many others, and at least so many
 _GOLD_EVERY = 25
 _LEAST_GOLD = 4
@@ -45,61 +39,45 @@ EXPLANATION = "One of the two was broken on purpose: {}. The other one is better
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairingOptions:
-    """What is compared, and how the pairs are found."""
+class PairingOptions(StrategyOptions):
+    """Settings of a campaign's pairs: what is compared, and by which strategy the pairs are chosen. Gold and
+    training pairs come on top of `pairs`.
+    """
 
-    # P, gold and training aside; at most so many in a later round
-    pairs: int = knob(1000, "Pairs to label; with --single, shapes.", _TITLE, low=1, high=10**6)
-    strategy: str = knob("random", "How pairs are found.", _TITLE, choices=STRATEGIES)
-    seed: int = knob(0, "Decides pairs, order, sides, repeats.", _TITLE, low=0, high=MAX_SEED)
+    strategy: str = knob(
+        "random", f"How pairs are chosen: {', '.join(STRATEGIES)}, or a plugin's.", TITLE, metavar="NAME"
+    )
+    seed: int = knob(0, "Decides pairs, order, sides, repeats.", TITLE, low=0, high=MAX_SEED)
     # the bundled labels are about 0..3999
-    first_seed: int = knob(10_000, "Shapes are seeds from here on.", _TITLE, low=0, high=MAX_SEED)
-    psi: float = knob(
-        1.0, "Truncation.", _TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",), rare=True
-    )
+    first_seed: int = knob(10_000, "Shapes are seeds from here on.", TITLE, low=0, high=MAX_SEED)
+    psi: float = knob(1.0, "Truncation.", TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",), rare=True)
     level: float | None = knob(
-        None, "Raw density of the surface.", _TITLE, shown="the generator's own", rare=True
+        None, "Raw density of the surface.", TITLE, shown="the generator's own", rare=True
     )
-    resolution: int = knob(
-        128, "Grid points per axis.", _TITLE, metavar="POINTS", low=16, high=512, rare=True
-    )
-    triangles: int = knob(30_000, "Per shape, about.", _TITLE, low=100, high=10**6, rare=True)
+    resolution: int = knob(128, "Grid points per axis.", TITLE, metavar="POINTS", low=16, high=512, rare=True)
+    triangles: int = knob(30_000, "Per shape, about.", TITLE, low=100, high=10**6, rare=True)
     gold: int | None = knob(
         None,
         "Pairs with a known answer.",
-        _TITLE,
+        TITLE,
         low=0,
         high=10**5,
         shown="one for 25, at least 4",
         rare=True,
     )
-    training: int = knob(3, "Explained examples at the start.", _TITLE, low=0, high=100, rare=True)
-    rewards: tuple[str, ...] = ()  # active: reward files of the ensemble; none: the bundled two
-    pool: float = knob(2.0, "Active: seeds looked at for each one used.", _TITLE, low=2, high=100, rare=True)
-    doubtful: float = knob(
-        1.0,
-        "Active: share chosen by doubt; the others are random.",
-        _TITLE,
-        metavar="0..1",
-        above=0,
-        high=1,
-        rare=True,
-    )
-    diversity: float = knob(
-        0.5, "Active: 0 is doubt alone, 1 spread alone.", _TITLE, metavar="0..1", low=0, high=1, rare=True
-    )
+    training: int = knob(3, "Explained examples at the start.", TITLE, low=0, high=100, rare=True)
+    rewards: tuple[str, ...] = ()  # reward files of the ensemble; none: the bundled two
     single: str | None = knob(
         None,
         "Show one shape at a time, judged by thumbs, or by scores from 0 to 5.",
-        _TITLE,
+        TITLE,
         choices=("thumbs", "scores"),
         shown="pairs",
     )
-    # the last is cut
-    rounds: int = knob(4, "Tournament: pairs that each shape is in.", _TITLE, low=1, high=1000, rare=True)
 
     def __post_init__(self) -> None:
-        check_knobs(self)
+        super().__post_init__()
+        STRATEGIES[self.strategy]  # raises for an unknown name
         if self.single and self.strategy != "random":
             raise ValueError(
                 f"--single: expected --strategy=random, got {self.strategy}. Leave one of the two out."
@@ -125,47 +103,11 @@ class PairingOptions:
 
     @property
     def compared(self) -> int:
-        if self.single:
-            return self.pairs
-        if self.strategy == "active":
-            return round(2 * self.pairs * self.pool)
-        return 2 * (-(-self.pairs // self.rounds)) if self.strategy == "tournament" else 2 * self.pairs
+        return self.pairs if self.single else STRATEGIES[self.strategy].items_for(self)
 
     @property
     def seeds(self) -> int:
         return self.compared + self.gold_pairs + self.training
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What an ensemble makes of seeds."""
-
-    scores: np.ndarray  # [K, S], in units of each member's temperature
-    embeddings: np.ndarray  # [S, M]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Pairs in the order in which they were chosen, and why."""
-
-    pairs: np.ndarray  # [P, 2], indices of seeds
-    disagreement: np.ndarray  # [P]
-    distance: np.ndarray  # [P] to the nearest pair chosen before; infinite for the first
-
-
-@dataclass(frozen=True)
-class Ensemble:
-    """Rewards on the shapes of one generator, by what they say alone; see `reward_ensemble`."""
-
-    judge: Callable[[Sequence[int]], Judged]  # of a few seeds at a time
-    size: int  # K
-    described: list[dict]  # of every file of rewards, for the campaign's record
-
-    def __post_init__(self):
-        if self.size < 2:
-            raise ValueError(
-                f"active selection: expected at least 2 rewards, got {self.size}. Name another file as well."
-            )
 
 
 @dataclass(frozen=True)
@@ -182,11 +124,15 @@ def plan(
     results: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
-    """The pairs of a campaign."""
+    """Plan the pairs of a campaign.
+
+    Args: results: of an earlier campaign, for strategies that read answers; ensemble: for those that read
+        scores.
+    """
     from eg3d_rlhf.generators import check_seeds
-    from eg3d_rlhf.preferences.annotator import blocks_of_pairs
 
     options = options if options.level is not None else replace(options, level=generator.generator.level)
+    results = results if STRATEGIES[options.strategy].reads_answers else ()
     if not results:
         last = options.first_seed + options.seeds - 1
         check_seeds(
@@ -194,37 +140,16 @@ def plan(
             last,
             f"--first-seed={options.first_seed}, {options.seeds} seeds with gold and training",
         )
-    report = {**asdict(options), "rewards": list(options.rewards)}
     rng = np.random.default_rng(options.seed)
     draw = shape_of(options, generator)
+    report = {**asdict(options), "rewards": list(options.rewards)}
     seeds: Sequence[Sequence[int]]
-    if options.strategy == "active":
-        assert ensemble is not None, "of the active strategy"
-        seeds, more = _active(options, ensemble, rng)
-        report |= more
-    elif results:
-        for result in results:
-            if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
-                got = f"{str(result.generator)[:12]} and psi {result.psi}"
-                raise ValueError(
-                    f"plan: expected results of this generator and psi, got {got}. Plan the next round with"
-                    " them."
-                )
-        seeds = swiss_round(results, options.pairs, rng)
-    else:
-        if options.strategy != "tournament":
-            table = blocks_of_pairs(options.pairs, 2, rng)
-        elif options.compared > options.rounds:  # the first pairs of a round robin, round by round
-            table = round_robin(options.compared, options.rounds, rng).reshape(-1, 2)[: options.pairs]
-        else:
-            least = options.rounds * (options.rounds // 2) + 1
-            raise ValueError(
-                f"plan: expected at least {least} pairs for {options.rounds} rounds, got {options.pairs}."
-                " Plan fewer rounds."
-            )
-        seeds = (table + options.first_seed).tolist()
     if options.single:
-        seeds = [(int(seed), int(seed)) for seed in rng.permutation(options.pairs) + options.first_seed]
+        rng.permutation(2 * options.pairs)  # version 0.1 drew pairs first, and the rest of the plan follows
+        seeds = [(seed, seed) for seed in (rng.permutation(options.pairs) + options.first_seed).tolist()]
+    else:
+        seeds, more = _chosen(options, generator, results, ensemble, rng)
+        report |= more
     pairs = [PlannedPair(first=draw(a), second=draw(b)) for a, b in seeds]
     taken = {seed for pair in seeds for seed in pair}
     unused = (seed for seed in range(options.first_seed + options.compared, MAX_SEED) if seed not in taken)
@@ -235,6 +160,53 @@ def plan(
     gold = answers(known[: options.gold_pairs], Kind.GOLD, rng)
     training = answers(known[options.gold_pairs :], Kind.TRAINING, rng)
     return Plan(training + spread(pairs, gold), report)
+
+
+def _chosen(
+    options: PairingOptions,
+    generator: "LoadedGenerator",
+    results: Sequence[Preference],
+    ensemble: Ensemble | None,
+    rng: np.random.Generator,
+) -> tuple[list[list[int]], dict]:
+    """Choose pairs of seeds; returns them and the strategy's report."""
+    for result in results:
+        if result.generator not in (None, generator.hash) or result.psi not in (None, options.psi):
+            got = f"{str(result.generator)[:12]} and psi {result.psi}"
+            raise ValueError(
+                f"plan: expected results of this generator and psi, got {got}. Plan the next round with them."
+            )
+    # a later round is of the seeds of the earlier ones
+    seeds: Sequence[int] = sorted({seed for result in results for seed in (result.winner, result.loser)})
+    seeds = seeds or range(options.first_seed, options.first_seed + options.compared)
+    number = {seed: i for i, seed in enumerate(seeds)} if results else {}
+    scores = None
+    if ensemble is not None:
+        score = ensemble.score
+        scores = replace(ensemble, score=lambda numbers: score([seeds[i] for i in numbers]))
+    check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
+    chosen = STRATEGIES[options.strategy].plan(
+        Items(members=[Item()] * len(seeds), unlimited=True, ensemble=scores),
+        [replace(r, winner=number[r.winner], loser=number[r.loser]) for r in results],
+        rng,
+        options,
+    )
+    pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs.tolist()]
+    return pairs, named_in(chosen.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
+
+
+def named_in(report: Mapping, name: Callable[[int, int], Mapping]) -> dict:
+    """Return a strategy's report with facts of the items in place of their numbers, which stand under "why".
+
+    Args: name: facts of the two items of a pair, JSON.
+    """
+    named = dict(report)
+    if "why" in report:
+        named["why"] = [
+            {**name(*entry["pair"]), **{key: value for key, value in entry.items() if key != "pair"}}
+            for entry in report["why"]
+        ]
+    return named
 
 
 def shape_of(options: PairingOptions, generator: "LoadedGenerator") -> Callable[[int], Shape]:
@@ -298,187 +270,11 @@ def spread(pairs: Sequence[PlannedPair], gold: Sequence[PlannedPair]) -> list[Pl
     return out
 
 
-def _active(
-    options: PairingOptions, ensemble: Ensemble, rng: np.random.Generator
-) -> tuple[list[list[int]], dict]:
-    """Pairs of seeds chosen by an ensemble, and for the report who chose, among what, and what sets the
-    chosen pairs apart.
-    """
-    seeds = range(options.first_seed, options.first_seed + options.compared)
-    judged = judge(ensemble, seeds)
-    table = candidates(len(seeds), rng)
-    count = max(1, round(options.pairs * options.doubtful))
-    chosen = select(judged, table, count, options.diversity)
-    doubt = disagreement(judged.scores, table)
-    pairs = (chosen.pairs + options.first_seed).tolist()
-    free = (
-        rng.permutation(np.setdiff1d(np.arange(len(seeds)), chosen.pairs))
-        if count < options.pairs
-        else np.empty(0, dtype=np.int64)
-    )
-    others = (free[: 2 * (options.pairs - count)] + options.first_seed).reshape(-1, 2).tolist()
-    mixed = [(pairs + others)[i] for i in rng.permutation(options.pairs)] if others else pairs
-    return mixed, {
-        "rewards": ensemble.described,
-        "candidates": len(table),
-        "disagreement_candidates": float(doubt.mean()),
-        "disagreement_chosen": float(chosen.disagreement.mean()),
-        "why": [
-            {
-                "seeds": pair,
-                "disagreement": round(float(d), 5),
-                "distance": round(float(r), 5) if np.isfinite(r) else None,
-            }
-            for pair, d, r in zip(pairs, chosen.disagreement, chosen.distance, strict=True)
-        ],
-    }
-
-
-def round_robin(shapes: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
-    """The first rounds of a tournament in which everyone meets everyone (the circle method), over shapes in
-    random order.
-
-    One shape stays, the others move on by one place each round: no pair occurs twice, and any two rounds in a
-    row connect all shapes.
-    Returns: [R, S/2, 2], each round holding 0..S-1 once.
-    """
-    order = rng.permutation(shapes)
-    moving = np.arange(1, shapes)
-    table = []
-    for _ in range(rounds):
-        circle = np.concatenate([[0], moving])
-        table.append(np.stack([circle[: shapes // 2], circle[::-1][: shapes // 2]], axis=1))
-        moving = np.roll(moving, 1)
-    return order[np.stack(table)]
-
-
-def standings(results: Iterable[Preference], rng: np.random.Generator) -> list[int]:
-    """Seeds from first to last: by points (a win 1, a tie 1/2), then by the points of those they met, then by
-    lot.
-    """
-    points: dict[int, float] = defaultdict(float)
-    opponents: dict[int, list[int]] = defaultdict(list)
-    for result in results:
-        points[result.winner] += 0.5 if result.tie else 1.0
-        points[result.loser] += 0.5 if result.tie else 0.0
-        opponents[result.winner].append(result.loser)
-        opponents[result.loser].append(result.winner)
-    seeds = sorted(points)
-    lot = dict(zip(seeds, rng.permutation(len(seeds)).tolist(), strict=True))
-    return sorted(
-        seeds, key=lambda seed: (-points[seed], -sum(points[other] for other in opponents[seed]), lot[seed])
-    )
-
-
-def swiss_round(results: Sequence[Preference], pairs: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """The next round: the first 2 * `pairs` of the standings, each with the nearest one that it has not met.
-
-    Where that cannot be had for the last ones, two pairs swap partners; shapes meet again only where no swap
-    helps.
-    Returns: disjoint pairs of seeds, at most `pairs`, the upper end of the table first.
-    """
-    table = standings(results, rng)
-    if len(table) < 2:
-        raise ValueError(
-            "swiss_round: expected the results of an earlier round, got none. Label the first round before."
-        )
-    met = {frozenset((result.winner, result.loser)) for result in results}
-    waiting = table[: 2 * min(pairs, len(table) // 2)]
-    pairs_made: list[tuple[int, int]] = []
-    while waiting:
-        first = waiting.pop(0)
-        fresh = next((i for i, other in enumerate(waiting) if frozenset((first, other)) not in met), None)
-        second = waiting.pop(0 if fresh is None else fresh)
-        pairs_made += [(first, second)] if fresh is not None else _swapped(first, second, pairs_made, met)
-    return pairs_made
-
-
-def _swapped(
-    first: int, second: int, pairs_made: list[tuple[int, int]], met: set[frozenset[int]]
-) -> list[tuple[int, int]]:
-    """Two that have met, with the partners of the nearest pair that has two others for them; that pair is
-    taken out of `found`.
-    """
-    for i in range(len(pairs_made) - 1, -1, -1):
-        a, b = pairs_made[i]
-        for swap in ([(a, first), (b, second)], [(a, second), (b, first)]):
-            if not any(frozenset(pair) in met for pair in swap):
-                del pairs_made[i]
-                return swap
-    return [(first, second)]
-
-
-def judge(ensemble: Ensemble, seeds: Sequence[int]) -> Judged:
-    """Scores and embeddings of seeds, in batches."""
-    parts = [ensemble.judge(seeds[start : start + _BATCH]) for start in range(0, len(seeds), _BATCH)]
-    return Judged(
-        np.concatenate([part.scores for part in parts], axis=1),
-        np.concatenate([part.embeddings for part in parts]),
-    )
-
-
-def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Standard deviation [C] over the members of P(first better) for pairs [C, 2], from scores [K, S].
-    Swapping a pair changes nothing.
-    """
-    return expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
-
-
-def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Where pairs [C, 2] lie, whichever shape comes first: middle and distance of the standardised
-    embeddings, [C, 2 M].
-    """
-    spread = embeddings.std(axis=0)
-    standard = np.divide(
-        embeddings - embeddings.mean(axis=0), spread, out=np.zeros_like(embeddings), where=spread > 0
-    )
-    a = standard[pairs[:, 0]]
-    b = standard[pairs[:, 1]]
-    return np.concatenate([(a + b) / 2, np.abs(a - b) / 2], axis=1) / np.sqrt(2 * embeddings.shape[1])
-
-
-def candidates(seeds: int, rng: np.random.Generator) -> np.ndarray:
-    """Candidate pairs [C, 2] of 0..S-1, ordered within the pair: several random pairings of all seeds,
-    without repeats.
-    """
-    rows = [rng.permutation(seeds)[: seeds - seeds % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
-    return np.unique(np.sort(np.concatenate(rows), axis=1), axis=0)
-
-
-def select(judged: Judged, pairs: np.ndarray, count: int, diversity: float) -> Selection:
-    """`count` of the candidate pairs [C, 2], no seed in two of them.
-
-    Each step takes the pair with the greatest (1 - diversity) * disagreement + diversity * distance, both in
-    shares of the greatest among the candidates left; distance is that to the nearest pair chosen so far, and
-    counts from the second step on.
-    Args: diversity 0 (disagreement alone) .. 1 (after the first pair, distance alone).
-    """
-    doubt = disagreement(judged.scores, pairs)
-    features = pair_features(judged.embeddings, pairs)
-    nearest = np.full(len(pairs), np.inf)
-    free = np.ones(len(pairs), dtype=bool)
-    chosen: list[int] = []
-    distances: list[float] = []
-    for _ in range(count):
-        worth = (1 - diversity) * _share(doubt, free)
-        if chosen:
-            worth += diversity * _share(nearest, free)
-        best = int(np.where(free, worth, -np.inf).argmax())
-        chosen.append(best)
-        distances.append(nearest[best])
-        nearest = np.minimum(nearest, np.linalg.norm(features - features[best], axis=1))
-        free &= ~np.isin(pairs, pairs[best]).any(axis=1)
-    return Selection(pairs[chosen], doubt[chosen], np.array(distances))
-
-
-def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
-    greatest = values[free].max()
-    return values / greatest if greatest > 0 else np.zeros_like(values)
-
-
 def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> Ensemble:
-    """The ensemble of the reward files that are named, each holding one reward or several; none named: the
-    bundled two.
+    """Open the ensemble of the reward files that are named, each holding one reward or several; none named:
+    the bundled two.
+
+    Raises: ValueError if they are fewer than the strategy needs.
     """
     import torch
 
@@ -490,7 +286,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     # those two were trained apart on the same labels
     for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):
         reward = load_reward(path)
-        check_reward(reward, generator.generator, f"active selection: {path.name}")
+        check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {path.name}")
         parts = reward.members()
         members += parts
         described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})
@@ -498,11 +294,13 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
         m.observation: observe_seeds(generator.generator, m.observation, psi=pairing.psi) for m in members
     }
 
+    check_rewards(pairing.strategy, len(members))
+
     @torch.no_grad()
-    def judge(seeds: Sequence[int]) -> Judged:
+    def score(seeds: Sequence[int]) -> Scored:
         observed = {observation: draw(seeds) for observation, draw in sources.items()}
         seen = [m.network.embed(observed[m.observation]) for m in members]
         scores = [m.network.score_embedding(e) / m.temperature for m, e in zip(members, seen, strict=True)]
-        return Judged(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
+        return Scored(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
 
-    return Ensemble(judge, len(members), described)
+    return Ensemble(score, len(members), described)

@@ -9,8 +9,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from confusable_homoglyphs import categories
-from confusable_homoglyphs.confusables import confusables_data
 from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from eg3d_rlhf.people.label import campaigns, judgements
@@ -35,12 +33,6 @@ from eg3d_rlhf.people.label.entities import (
 )
 from eg3d_rlhf.people.label.judgements import comments, own_answers
 
-_ANY = {"COMMON", "INHERITED"}
-_TOGETHER = (
-    {"LATIN", "HAN", "HIRAGANA", "KATAKANA"},
-    {"LATIN", "HAN", "BOPOMOFO"},
-    {"LATIN", "HAN", "HANGUL"},
-)
 NAME = re.compile(r"\w[\w .@+-]{0,79}")
 KNOWN = select(*(annotators.c[name] for name in StoredAnnotator.__dataclass_fields__))
 
@@ -364,49 +356,20 @@ def _one(c: Connection, query: Select) -> StoredAnnotator | None:
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
-    """Refuse a name that is mistaken for one of `known`, by eye or by capitals alone.
-
-    After Unicode's TS #39 (skeletons of confusable characters; scripts mixed as in its "highly restrictive"
-    level). Only new names are checked: a database that holds others goes on working. Raises: ValueError.
+    """Raise ValueError for a name that equals one of `known` but for capitals, spaces or the form of its
+    characters (Unicode's NFKC). Only new names are checked: a database that holds such names goes on working.
     """
-    scripts = categories.unique_aliases(unicodedata.normalize("NFKC", name)) - _ANY
-    if len(scripts) > 1 and not any(scripts <= allowed for allowed in _TOGETHER):
-        mixed = " and ".join(sorted(script.capitalize() for script in scripts))
-        raise ValueError(
-            f"annotator: expected letters of one script, got {name!r} of {mixed}. Choose another name."
-        )
-    looks = _looks(name)
     for other in known:
         if other == name:
             raise ValueError(
                 f"annotator: expected a new name, got {name!r}, which is in use. Choose another."
             )
-        if looks & _looks(other):
+        if _plain(name) == _plain(other):
             raise ValueError(
                 f"annotator: expected a name unlike the others, got {name!r}, which is too like {other!r}."
                 " Choose another."
             )
 
 
-def _looks(name: str) -> set[str]:
-    """Of two names that are mistaken for each other, some are the same: what is seen, and what is seen of
-    small letters.
-    """
-    name = unicodedata.normalize("NFKC", " ".join(name.split()))
-    return {_skeleton(name), _skeleton(name.casefold()), _skeleton(name).casefold()}
-
-
-def _skeleton(name: str) -> str:
-    decomposed = "".join(_prototype(character) for character in unicodedata.normalize("NFD", name))
-    return unicodedata.normalize("NFD", decomposed)
-
-
-def _prototype(character: str) -> str:
-    """The one character for all that look alike; of 'l', '1', 'I' and '|' it is 'l'.
-
-    The table leads from a prototype to all that look like it, and from each of these to the prototype alone.
-    """
-    alike = [other["c"].strip("\u200e") for other in confusables_data.get(character, ())]
-    if len(alike) != 1:
-        return character
-    return alike[0] if len(confusables_data.get(alike[0], ())) > 1 else min(character, alike[0])
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", " ".join(name.split())).casefold())

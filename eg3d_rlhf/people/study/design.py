@@ -23,6 +23,7 @@ from eg3d_rlhf.people.label.entities import DAMAGES as SHAPE_DAMAGES
 from eg3d_rlhf.people.label.entities import VIEWS, CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import known_answers
 from eg3d_rlhf.preferences.labels import MAX_SEED
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Item, Items, StrategyOptions
 from training.config import check_knobs, knob
 from training.storage import write_atomic
 
@@ -306,16 +307,20 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
     damages = DAMAGES if design.assets else SHAPE_DAMAGES
     if design.assets:  # a video cannot be damaged
         spare = [i for i in spare if all(design.assets[i][side]["kind"] in DAMAGED_KINDS for side in "ab")]
-    trials = [
-        PlannedPair(first=shape_of(design, design.a, seed), second=shape_of(design, design.b, seed))
-        for seed in seeds
-    ]
     rng = np.random.default_rng([design.seed, 1])
+    sides = (design.a, design.b)
+    # a block is a latent, drawn at random, with a shape of each generator
+    compared = [(side, seed) for seed in seeds for side in sides]
+    items = Items(
+        members=[Item(prompt=str(seed), source=side.generator) for side, seed in compared], ordered=True
+    )
+    blocks = STRATEGIES["blocks"].plan(items, [], rng, StrategyOptions(pairs=len(seeds)))
+    shapes = [shape_of(design, side, seed) for side, seed in compared]
+    trials = [PlannedPair(first=shapes[first], second=shapes[second]) for first, second in blocks.pairs]
     training = known_answers(
         [shape_of(design, design.a, seed) for seed in spare[:TRAINING_PAIRS]], Kind.TRAINING, rng, damages
     )
     checks = spare[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
-    sides = (design.a, design.b)
     gold = known_answers(
         [shape_of(design, sides[i // len(damages) % 2], seed) for i, seed in enumerate(checks)],
         Kind.GOLD,

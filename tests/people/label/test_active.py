@@ -1,7 +1,6 @@
-"""Active selection: it finds the doubtful pairs, spreads them, and uses no seed twice."""
+"""Active selection of seeds: scores of the rewards, who chose what and why, and a share of random pairs."""
 
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,16 +12,8 @@ import torch
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.people.label.entities import Kind
-from eg3d_rlhf.people.label.pairing import (
-    Judged,
-    PairingOptions,
-    candidates,
-    disagreement,
-    judge,
-    plan,
-    reward_ensemble,
-    select,
-)
+from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
+from eg3d_rlhf.preferences.pair_strategies import Item, Items
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
@@ -43,41 +34,10 @@ def rewards(tiny_reward, tmp_path_factory):
     return str(tiny_reward), str(second.save(tmp_path_factory.mktemp("rewards") / "second.safetensors"))
 
 
-def judged(seeds: int = 40, members: int = 2, seed: int = 0) -> Judged:
-    rng = np.random.default_rng(seed)
-    return Judged(rng.normal(size=(members, seeds)), rng.normal(size=(seeds, 6)))
-
-
-def test_disagreement_against_a_plain_loop():
-    scores = judged(members=3).scores
-    pairs = candidates(40, np.random.default_rng(1))
-
-    def by_hand(a: int, b: int) -> float:
-        chances = [1 / (1 + math.exp(-(row[a] - row[b]))) for row in scores]
-        mean = sum(chances) / 3
-        return math.sqrt(sum((p - mean) ** 2 for p in chances) / 3)
-
-    assert np.allclose(disagreement(scores, pairs), [by_hand(a, b) for a, b in pairs])
-    assert np.allclose(disagreement(scores, pairs), disagreement(scores, pairs[:, ::-1]))
-    assert np.all(disagreement(np.repeat(scores[:1], 3, axis=0), pairs) < 1e-12)  # members that agree
-
-
-def test_without_diversity_each_step_takes_the_greatest_doubt_left():
-    data = judged()
-    pairs = candidates(40, np.random.default_rng(1))
-    chosen = select(data, pairs, 8, diversity=0.0)
-    doubt = dict(zip(map(tuple, pairs.tolist()), disagreement(data.scores, pairs), strict=True))
-    used: set[int] = set()
-    for a, b in chosen.pairs.tolist():
-        assert (a, b) == max((p for p in doubt if used.isdisjoint(p)), key=doubt.get)
-        used |= {a, b}
-    assert len(used) == 16
-
-
 def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewards):
     ensemble = reward_ensemble(PairingOptions(rewards=rewards, psi=0.8), generator)
-    seeds = range(5, 25)  # more than a batch
-    scored = judge(ensemble, seeds)
+    seeds = range(25)  # more than a batch
+    scored = Items(members=[Item()] * 25, ensemble=ensemble).scored()
     for row, path, temperature in zip(scored.scores, rewards, (1.0, 2.0), strict=True):
         reward = load_reward(path)
         expected = (
@@ -85,12 +45,13 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
             / temperature
         )
         assert np.allclose(row, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert scored.embeddings.shape == (20, 32) and [d["members"] for d in ensemble.described] == [1, 1]
+    assert scored.embeddings.shape == (25, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
 
 def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_path, capsys):
     with raising("2", "1", "rewards"):
-        reward_ensemble(PairingOptions(rewards=rewards[:1]), generator)
+        reward_ensemble(PairingOptions(strategy="active", rewards=rewards[:1]), generator)
+    assert reward_ensemble(PairingOptions(strategy="close", rewards=rewards[:1]), generator).size == 1
     first = load_reward(rewards[0])
     foreign = Reward(first.observation, first.network, {"generator": "f" * 64}).save(
         tmp_path / "foreign.safetensors"

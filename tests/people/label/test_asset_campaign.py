@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -20,7 +19,6 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import (
     Asset,
     Collection,
-    balanced,
     conditions,
     plan_assets,
     read_collection,
@@ -170,13 +168,11 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
     assert len(said) == 3 and not re.search(r"\d", said[-1]), "no checks of films, besides the 4 pairs"
     with raising("assets", "prompt", "generator"):
         plan_assets(PairingOptions(pairs=3), made_up(1, 5))
-    assert list(balanced({}, np.random.default_rng(0))) == []
 
 
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--strategy=tournament"], ("--strategy=tournament", "--assets")),
         (["--network=x"], ("--network", "--assets")),
         (["--set=psi=0.7", "--set=level=3"], ("--set level=VALUE", "--set psi=VALUE", "--assets")),
     ],

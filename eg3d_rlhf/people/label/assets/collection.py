@@ -20,18 +20,26 @@ Every file lies in the folder, or beside or below the list.
 import itertools
 import json
 import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
-from eg3d_rlhf.people.label.entities import Kind, PlannedPair, Shape
-from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, broken_shapes, known_answers, spread
+from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, PlannedPair, Shape
+from eg3d_rlhf.people.label.pairing import (
+    PairingOptions,
+    Plan,
+    broken_shapes,
+    known_answers,
+    named_in,
+    spread,
+)
+from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble, Item, Items, check_rewards
+from eg3d_rlhf.preferences.pair_strategies.random_pairs import balanced
 
 # the first as eg3d_rlhf.tuning.flow.base.ranking names it
 RANKING = "ranking.jsonl"
@@ -393,12 +401,7 @@ def inside(path: Path, root: Path, where: str) -> Path:
     return resolved
 
 
-# ---- which assets a campaign compares: those of one prompt, between generators, or between seeds where there
-# is one generator
-
-T = TypeVar("T")
-G = TypeVar("G", bound=Hashable)
-Pair = tuple[Asset, Asset]
+# ---- pairs
 
 
 def shape_of(asset: Asset) -> Shape:
@@ -414,25 +417,30 @@ def shape_of(asset: Asset) -> Shape:
 
 
 def plan_assets(
-    options: PairingOptions, collection: Collection, tell: Callable[[str], None] = lambda text: None
+    options: PairingOptions,
+    collection: Collection,
+    tell: Callable[[str], None] = lambda text: None,
+    results: Sequence[JudgementRow] = (),
+    ensemble: Ensemble | None = None,
 ) -> Plan:
-    """The pairs of a campaign, or the assets one by one;
-    `tell` hears what differs from what was asked for.
+    """Plan the pairs of a campaign, or the assets one by one.
+
+    Args: tell: prints what differs from what was asked for; results: answers to an earlier campaign on these
+        assets, for strategies that read answers; ensemble: scores the collection's assets by their numbers,
+        for strategies that read scores.
     """
-    if options.strategy != "random":
-        raise ValueError(f"--strategy={options.strategy}: expected random pairs of assets. Leave it out.")
     rng = np.random.default_rng(options.seed)
-    chosen: list[Pair]
+    items = items_of(collection, ensemble)
+    chosen: list[tuple[int, int]]
+    more: dict = {}
     if options.single:
-        chosen = [
-            (asset, asset)
-            for asset in itertools.islice(balanced(_by_generator(collection), rng), options.pairs)
-        ]
+        buckets = items.by(lambda item: (item.source, item.prompt))
+        chosen = [(i, i) for i in itertools.islice(balanced(buckets, rng), options.pairs)]
     else:
-        chosen = list(
-            itertools.islice(balanced(_meetings(collection, rng, options.pairs), rng), options.pairs)
-        )
-        chosen = [pair if rng.integers(2) else pair[::-1] for pair in chosen]
+        check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
+        planned = STRATEGIES[options.strategy].plan(items, answers_of(collection, results), rng, options)
+        chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs.tolist()]
+        more = named_in(planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b]))
     if not chosen:
         raise ValueError(
             "expected at least two assets of one prompt that differ, got none. Give each prompt a file of"
@@ -441,13 +449,15 @@ def plan_assets(
     if len(chosen) < options.pairs:
         tell(f"{len(chosen)} {'assets' if options.single else 'pairs'}: there are no more")
     options = replace(options, pairs=len(chosen))
-    shown = [PlannedPair(first=shape_of(a), second=shape_of(b)) for a, b in chosen]
+    shapes = [shape_of(asset) for asset in collection.assets]
+    shown = [PlannedPair(first=shapes[a], second=shapes[b]) for a, b in chosen]
     gold, training = _known(options, collection, rng, tell)
     used = {
         key: value for key, value in asdict(options).items() if key in ("pairs", "seed", "single", "strategy")
     }
     report = {
         **used,
+        **more,
         "generators": collection.generators,
         "assets": len(collection.assets),
         "gold": len(gold),
@@ -456,67 +466,44 @@ def plan_assets(
     return Plan(training + spread(shown, gold), report)
 
 
+def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
+    """Describe assets for a strategy: those of one prompt are compared, between generators where there are
+    several, else between seeds; files that are equal are not compared.
+    """
+    members = [Item(prompt=a.prompt, source=a.generator, content=a.hash) for a in collection.assets]
+    return Items(members=members, ensemble=ensemble)
+
+
+def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[Preference]:
+    """Turn answers on assets into preferences between their numbers in the collection.
+
+    Raises: ValueError for answers on an asset that is not in it.
+    """
+    numbers = {(a.generator, a.prompt, a.hash): i for i, a in enumerate(collection.assets)}
+    answers = []
+    for row in results:
+        sides = []
+        for shape in (row.left, row.right):
+            number = numbers.get((shape.generator, shape.condition, shape.file))
+            if number is None:
+                raise ValueError(
+                    f"expected answers on these assets, got one on {shape.condition!r}, seed {shape.seed}."
+                    " Name a campaign on the same files."
+                )
+            sides.append(number)
+        left, right = sides
+        winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
+        answers.append(Preference(winner=winner, loser=loser, tie=row.choice.equal))
+    return answers
+
+
+def _facts(a: Asset, b: Asset) -> dict:
+    return {"prompt": a.prompt, "generators": [a.generator, b.generator], "seeds": [a.seed, b.seed]}
+
+
 def conditions(collection: Collection) -> dict[str, dict]:
     """Prompts as a campaign keeps them."""
     return {name: prompt.to_json() for name, prompt in collection.prompts.items()}
-
-
-def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
-    """Items of buckets by (group, prompt): groups take turns, and each goes through its prompts in random
-    order, again and again.
-    """
-    groups: dict[G, list[Sequence[T]]] = defaultdict(list)
-    for (group, _), items in buckets.items():
-        groups[group].append(items)
-    lines = [_in_turns(prompts, rng) for prompts in groups.values()]
-    while lines:
-        left = []
-        for i in rng.permutation(len(lines)):
-            for item in itertools.islice(lines[i], 1):
-                yield item
-                left.append(lines[i])
-        lines = left
-
-
-def _in_turns(buckets: list[Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
-    for turn in range(max(map(len, buckets))):
-        rest = [bucket for bucket in buckets if len(bucket) > turn]
-        yield from (rest[i][turn] for i in rng.permutation(len(rest)))
-
-
-def _by_generator(collection: Collection) -> dict[tuple[str, str], list[Asset]]:
-    out: dict[tuple[str, str], list[Asset]] = defaultdict(list)
-    for asset in collection.assets:
-        out[asset.generator, asset.prompt].append(asset)
-    return out
-
-
-def _meetings(
-    collection: Collection, rng: np.random.Generator, most: int
-) -> dict[tuple[tuple[str, str], str], list[Pair]]:
-    """Pairs by who meets and on which prompt, in random order, at most so many of each; files that are equal
-    do not meet.
-    """
-    sides = _by_generator(collection)
-    out = {}
-    several = len(collection.generators) > 1
-    for prompt in sorted({asset.prompt for asset in collection.assets}):
-        for a, b in (
-            itertools.combinations(collection.generators, 2) if several else [(collection.generators[0],) * 2]
-        ):
-            first = sides.get((a, prompt), [])
-            second = sides.get((b, prompt), [])
-            rows, columns = (
-                np.triu_indices(len(first), 1)
-                if a == b
-                else np.indices((len(first), len(second))).reshape(2, -1)
-            )
-            chosen = rng.permutation(len(rows))[:most]
-            pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
-            pairs = [(a_file, b_file) for a_file, b_file in pairs if a_file.hash != b_file.hash]
-            if pairs:
-                out[(a, b), prompt] = pairs
-    return out
 
 
 def _known(

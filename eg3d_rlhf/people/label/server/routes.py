@@ -196,7 +196,7 @@ def label_api(context: Context) -> APIRouter:
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
-        return respond(shapes.body(asset), request, headers, shapes.film(asset))
+        return respond(shapes.path(asset), request, headers)
 
     @router.get(
         "/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}}

@@ -1,21 +1,15 @@
-"""A campaign's shapes as they are served: which are prepared, under which addresses, and their bytes.
+"""A campaign's shapes as they are served: which are prepared, under which addresses, and their files.
 
-Bodies are files that are streamed and never wholly in memory, made longer where sizes would tell something,
-and parts of films. A gzip member is made longer by a comment in its header (RFC 1952, 2.3), an MP4 by a box
-of kind 'free' at its end (ISO/IEC 14496-12, 8.1.2): what is read from them stays the same.
+Large files are streamed and never wholly in memory; of films a part may be asked for.
 """
 
 import base64
 import hashlib
 import hmac
-import itertools
 import re
-import struct
 import threading
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
 import anyio
@@ -28,11 +22,8 @@ from eg3d_rlhf.people.label.server.options import AppOptions
 POLL = 0.5  # seconds between two looks at the cache
 AHEAD = 64  # shapes are prepared in order of the plan: a look goes no further than so many missing ones
 LETTERS = 32  # of an address
-GRAIN = 16 * 1024  # bytes; padded lengths are multiples of it
 CHUNK = 256 * 1024  # bytes read at once
-WHOLE = 1024 * 1024  # bytes up to which a body is sent in one piece
-BOX = struct.Struct(">I4s")  # of an MP4: length and kind
-_COMMENT = 0x10  # gzip's flag FCOMMENT
+WHOLE = 1024 * 1024  # bytes up to which a file is sent in one piece
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{1,15})?|bytes=-(\d{1,15})")
 
 
@@ -85,94 +76,26 @@ def _xor(a: bytes, b: bytes) -> bytes:
     return bytes(x ^ y for x, y in zip(a, b, strict=True))
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a body: bytes, one of which is repeated, or part of a file."""
-
-    data: bytes | Path
-    length: int
-    start: int = 0  # in the file, which is read to its end
-
-
-Body = Sequence[Section]
+async def read(path: Path, first: int, stop: int) -> AsyncIterator[bytes]:
+    """Yield the bytes first..stop of a file in chunks; the event loop does not wait for the disk."""
+    async with await anyio.open_file(path, "rb") as file:
+        await file.seek(first)
+        while first < stop and (data := await file.read(min(CHUNK, stop - first))):
+            first += len(data)
+            yield data
 
 
-def body_of(path: Path, length: int | None = None) -> Body:
-    """A prepared shape's file, made `length` bytes long."""
-    size = path.stat().st_size
-    if length is None:
-        return [Section(path, size)]
-    with path.open("rb") as file:
-        head = file.read(10)
-    if head[4:8] == b"ftyp":
-        spare = length - size - BOX.size
-        if spare < 0:
-            raise ValueError(
-                f"padded: expected an MP4 of at most {length - BOX.size} bytes, got {size}. Prepare the"
-                " shapes again."
-            )
-        return [
-            Section(path, size),
-            Section(BOX.pack(BOX.size + spare, b"free"), BOX.size),
-            Section(b"\0", spare),
-        ]
-    if head[:3] != b"\x1f\x8b\x08" or head[3] != 0 or size >= length:
-        raise ValueError(
-            f"padded: expected a bare gzip member of fewer than {length} bytes, got {size}. Prepare the"
-            " shapes again."
-        )
-    first = head[:3] + bytes([_COMMENT]) + head[4:]
-    return [
-        Section(first, 10),
-        Section(b" ", length - size - 1),
-        Section(b"\0", 1),
-        Section(path, size - 10, 10),
-    ]
-
-
-async def read(body: Body, first: int, stop: int) -> AsyncIterator[bytes]:
-    """The bytes first..stop of a body in chunks; the event loop does not wait for the disk."""
-    at = 0
-    for section in body:
-        low = max(first - at, 0)
-        high = min(stop - at, section.length)
-        at += section.length
-        if low >= high:
-            continue
-        if isinstance(section.data, bytes):
-            if len(section.data) == section.length:
-                yield section.data[low:high]
-            else:
-                for place in range(low, high, CHUNK):
-                    yield section.data * min(CHUNK, high - place)
-            continue
-        async with await anyio.open_file(section.data, "rb") as file:
-            await file.seek(section.start + low)
-            while low < high and (data := await file.read(min(CHUNK, high - low))):
-                low += len(data)
-                yield data
-
-
-def read_whole(body: Body) -> bytes:
-    """All bytes at once; blocks."""
-    return b"".join(
-        s.data.read_bytes()[s.start :] if isinstance(s.data, Path) else s.data * (s.length // len(s.data))
-        for s in body
-        if s.length
-    )
-
-
-def respond(body: Body, request: Request, headers: dict[str, str], film: bool) -> Response:
-    """The response; of a film also one part, where one is asked for (RFC 9110, 14.2).
-    May block for a moment.
+def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
+    """Answer with a prepared shape's file; of a film also with one part, where one is asked for
+    (RFC 9110, 14.2). May block for a moment.
     """
-    length = sum(section.length for section in body)
-    if not film:
+    length = path.stat().st_size
+    if path.suffix != ".mp4":
         kind = "application/octet-stream"
         headers = {**headers, "Content-Encoding": "gzip"}
         if length <= WHOLE:
-            return Response(read_whole(body), media_type=kind, headers=headers)
-        return StreamingResponse(read(body, 0, length), 200, {**headers, "Content-Length": str(length)}, kind)
+            return Response(path.read_bytes(), media_type=kind, headers=headers)
+        return StreamingResponse(read(path, 0, length), 200, {**headers, "Content-Length": str(length)}, kind)
     headers = {**headers, "Accept-Ranges": "bytes"}
     first = 0
     stop = length
@@ -190,16 +113,15 @@ def respond(body: Body, request: Request, headers: dict[str, str], film: bool) -
         status = 206
         headers["Content-Range"] = f"bytes {first}-{stop - 1}/{length}"
     return StreamingResponse(
-        read(body, first, stop), status, {**headers, "Content-Length": str(stop - first)}, "video/mp4"
+        read(path, first, stop), status, {**headers, "Content-Length": str(stop - first)}, "video/mp4"
     )
 
 
 class PreparedShapes:
     """Looks shapes up by the store's asset token. Thread-safe; its methods block.
 
-    In a blind study nothing is served before every shape is prepared, so that waiting tells nothing, and all
-    bodies have one length, so that neither size nor transfer time tells which generator a shape is from.
-    Assets differ more in size: there, those that meet have one.
+    In a blind study nothing is served before every shape is prepared, so that waiting tells nothing. Sizes of
+    files are not hidden: somebody who measures them may tell two generators apart.
     """
 
     def __init__(self, options: AppOptions, campaign: StoredCampaign):
@@ -210,8 +132,6 @@ class PreparedShapes:
         self._missing = dict(self.shapes)  # in order of the plan
         self._files: dict[str, Path] = {}
         self._failed: set[str] = set()  # cannot be drawn
-        self._lengths: dict[str, int] = {}  # of the bodies of a study, by asset token
-        self._pairs = options.store.pairs(campaign.id) if self.blind else []
         self._conditions: Mapping[str, Mapping] = campaign.settings.extra.get("conditions", {})
         self._looked = -POLL
         self._lock = threading.Lock()
@@ -237,15 +157,9 @@ class PreparedShapes:
         self._look()
         return not self._missing
 
-    def body(self, asset: str) -> Body:
-        if not self.blind:
-            return body_of(self._files[asset])
-        with self._lock:
-            self._lengths = self._lengths or self._common_lengths()
-        return body_of(self._files[asset], self._lengths[asset])
-
-    def film(self, asset: str) -> bool:
-        return self._files[asset].suffix == ".mp4"
+    def path(self, asset: str) -> Path:
+        """The prepared file."""
+        return self._files[asset]
 
     def prompt(self, asset: str, address: str) -> dict | None:
         condition = self._condition(asset)
@@ -262,24 +176,6 @@ class PreparedShapes:
     def _condition(self, asset: str) -> Mapping:
         shape = self.shapes.get(asset)
         return self._conditions.get(shape.condition, {}) if shape is not None else {}
-
-    def _common_lengths(self) -> dict[str, int]:
-        """One length for all shapes of generators, and for all assets that a chain of pairs links."""
-        group = {asset: asset for asset in self._files}
-
-        def first_of(asset: str) -> str:
-            while group[asset] != asset:
-                group[asset] = asset = group[group[asset]]
-            return asset
-
-        isosurfaces = [asset for asset in self._files if not self.shapes[asset].file]
-        for a, b in (*self._pairs, *itertools.pairwise(isosurfaces)):
-            if a in group and b in group:
-                group[first_of(a)] = first_of(b)
-        largest: dict[str, int] = defaultdict(int)
-        for asset, path in self._files.items():
-            largest[first_of(asset)] = max(largest[first_of(asset)], path.stat().st_size)
-        return {asset: (largest[first_of(asset)] // GRAIN + 2) * GRAIN for asset in self._files}
 
     def progress(self) -> dict:
         self._look()

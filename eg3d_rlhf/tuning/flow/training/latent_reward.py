@@ -119,13 +119,16 @@ class PlaceNetwork(nn.Module):
         """[N] of the places of N samples, [p, D] each, and conditions [N, E]. Differentiable in: rows,
         parameters.
         """
+        return self.head(self.embed(rows, condition)).squeeze(1)
+
+    def embed(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
+        """Average what is read of the places of each sample, [N, W]. Differentiable in: rows, parameters."""
         lengths = torch.tensor([len(x) for x in rows], device=condition.device)
         sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
         told = self.told(condition)
         # [P, W]
         places = self.place(torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, told[sample]], 1))
-        means = places.new_zeros(len(rows), places.shape[1]).index_add(0, sample, places) / lengths[:, None]
-        return self.head(means).squeeze(1)
+        return places.new_zeros(len(rows), places.shape[1]).index_add(0, sample, places) / lengths[:, None]
 
 
 class PlaceNetworks(nn.Module):
@@ -188,6 +191,18 @@ class LatentReward:
         """[N] float32 on the CPU: scores of latents of the stage; larger is better."""
         condition = self.told(conditions)
         return self.network(self.places(x_0, condition), pooled(condition)).float().cpu()
+
+    @torch.no_grad()
+    def of_members(self, x_0: Batch, conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return every member's scores [K, N] of latents of the stage, and all members' embeddings
+        [N, K * W], float32 on the CPU.
+        """
+        condition = self.told(conditions)
+        rows = self.places(x_0, condition)
+        members: list[Any] = [*self.network.members]
+        embeddings = [member.embed(rows, pooled(condition)) for member in members]
+        scores = [m.head(e).squeeze(1) for m, e in zip(members, embeddings, strict=True)]
+        return torch.stack(scores).float().cpu(), torch.cat(embeddings, 1).float().cpu()
 
     def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
         """As an AssetReward, of what the pipeline encodes finished assets to: for tables; tuning reads the

@@ -1,0 +1,186 @@
+"""Pairs on which an ensemble of rewards disagrees.
+
+The disagreement over a pair is the standard deviation, over the members, of the probability that the first
+item is better (Christiano et al. 2017, arXiv 1706.03741, 2.2.4), P = sigmoid((r_a - r_b) / T), with T the
+member's temperature. By itself that selects similar pairs again and again. Pairs are therefore chosen one by
+one, by disagreement and by their distance to the nearest pair already chosen, in the space of the rewards'
+embeddings (greedy max-min).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies import (
+    STRATEGIES,
+    Chosen,
+    Items,
+    PairStrategy,
+    Scored,
+    StrategyOptions,
+)
+from eg3d_rlhf.preferences.pair_strategies.random_pairs import balanced, meetings
+
+_MATCHINGS = 4  # random pairings of all seeds that candidates come from
+# (scores [K, N], pairs [C, 2]) -> what a pair is worth [C], 0 or larger
+Worth = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Pairs in the order in which they were chosen, and why."""
+
+    pairs: np.ndarray  # [P, 2]
+    worth: np.ndarray  # [P]
+    distance: np.ndarray  # [P] to the nearest pair chosen before; infinite for the first
+
+
+def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the standard deviation [C] over the members of P(first better) for pairs [C, 2], from scores
+    [K, N]. Swapping a pair changes nothing.
+    """
+    deviation: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
+    return deviation
+
+
+def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the middle and the distance of the standardised embeddings of pairs [C, 2], as [C, 2 M].
+    Swapping a pair changes nothing.
+    """
+    spread = embeddings.std(axis=0)
+    standard = np.divide(
+        embeddings - embeddings.mean(axis=0), spread, out=np.zeros_like(embeddings), where=spread > 0
+    )
+    a = standard[pairs[:, 0]]
+    b = standard[pairs[:, 1]]
+    features = np.concatenate([(a + b) / 2, np.abs(a - b) / 2], axis=1)
+    scaled: np.ndarray = features / np.sqrt(2 * embeddings.shape[1])
+    return scaled
+
+
+def candidates(items: Items, rng: np.random.Generator, most: int) -> np.ndarray:
+    """Return candidate pairs [C, 2], without repeats, ordered within the pair and among each other: several
+    random pairings of all seeds, or the pairs of finished assets that may be compared.
+
+    Args: most: pairs of each prompt and two generators.
+    """
+    count = len(items)
+    if items.unlimited:
+        rows = [rng.permutation(count)[: count - count % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
+    else:
+        rows = [np.array(pairs) for pairs in meetings(items, rng, most).values()]
+    every = np.concatenate(rows) if rows else np.empty((0, 2), dtype=np.int64)
+    return np.unique(np.sort(every, axis=1), axis=0)
+
+
+def select(
+    scored: Scored, pairs: np.ndarray, count: int, diversity: float, worth: Worth = disagreement
+) -> Selection:
+    """Choose `count` of the candidate pairs [C, 2], or all if there are fewer.
+
+    Each step takes the pair with the greatest (1 - diversity) * worth + diversity * distance, both as shares
+    of the greatest among the candidates left. The distance is that to the nearest pair chosen so far, and
+    counts from the second step on. Items are used evenly: an item is in at most ceil(2 count / N) pairs, so
+    in one where there are enough items, unless no other candidates are left.
+    Args: diversity: 0 (worth alone) .. 1 (after the first pair, distance alone).
+    """
+    values = worth(scored.scores, pairs)
+    features = pair_features(scored.embeddings, pairs)
+    nearest = np.full(len(pairs), np.inf)
+    unchosen = np.ones(len(pairs), dtype=bool)
+    used = np.zeros(len(scored.embeddings), dtype=np.int64)  # pairs that each item is in
+    most = -(-2 * count // len(used))
+    chosen: list[int] = []
+    distances: list[float] = []
+    for _ in range(min(count, len(pairs))):
+        while not (free := unchosen & (used[pairs] < most).all(axis=1)).any():
+            most += 1
+        merit = (1 - diversity) * _share(values, free)
+        if chosen:
+            merit += diversity * _share(nearest, free)
+        best = int(np.where(free, merit, -np.inf).argmax())
+        chosen.append(best)
+        distances.append(nearest[best])
+        nearest = np.minimum(nearest, np.linalg.norm(features - features[best], axis=1))
+        unchosen[best] = False
+        used[pairs[best]] += 1
+    return Selection(pairs[chosen], values[chosen], np.array(distances))
+
+
+def _share(values: np.ndarray, free: np.ndarray) -> np.ndarray:
+    greatest = values[free].max()
+    return values / greatest if greatest > 0 else np.zeros_like(values)
+
+
+class ScoredPairs(PairStrategy):
+    """Pairs by a quantity of their scores, `worth`, which reports call `name`."""
+
+    def __init__(self, name: str, worth: Worth, least_rewards: int):
+        self.name = name
+        self.worth = worth
+        self.least_rewards = least_rewards
+
+    def items_for(self, options: StrategyOptions) -> int:
+        return round(2 * options.pairs * options.pool)
+
+    def plan(
+        self,
+        items: Items,
+        answers: Sequence[Preference],
+        rng: np.random.Generator,
+        options: StrategyOptions,
+    ) -> Chosen:
+        """Choose a share of the pairs by their scores, and the others at random; the report says what sets
+        the chosen ones apart.
+        """
+        scored = items.scored()
+        table = candidates(items, rng, options.pairs)
+        if not len(table):
+            return Chosen(table)
+        count = max(1, round(options.pairs * options.doubtful))
+        selection = select(scored, table, count, options.diversity, self.worth)
+        pairs = selection.pairs
+        if count < options.pairs:
+            others = self._others(items, selection.pairs, rng, options.pairs)
+            pairs = np.concatenate([pairs, others])
+            pairs = pairs[rng.permutation(len(pairs))]
+        ensemble = items.ensemble
+        assert ensemble is not None
+        return Chosen(
+            pairs,
+            {
+                "rewards": ensemble.described,
+                "candidates": len(table),
+                f"{self.name}_candidates": float(self.worth(scored.scores, table).mean()),
+                f"{self.name}_chosen": float(selection.worth.mean()),
+                "why": [
+                    {
+                        "pair": pair,
+                        self.name: round(float(worth), 5),
+                        "distance": round(float(distance), 5) if np.isfinite(distance) else None,
+                    }
+                    for pair, worth, distance in zip(
+                        selection.pairs.tolist(), selection.worth, selection.distance, strict=True
+                    )
+                ],
+            },
+        )
+
+    def _others(self, items: Items, chosen: np.ndarray, rng: np.random.Generator, wanted: int) -> np.ndarray:
+        """Draw random pairs for what is left of the wanted ones: of seeds that are in none, or of assets
+        those that were not chosen.
+        """
+        left = wanted - len(chosen)
+        if items.unlimited:
+            free = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen))
+            return free[: 2 * left].reshape(-1, 2)
+        known = set(map(tuple, np.sort(chosen, axis=1).tolist()))
+        drawn = balanced(meetings(items, rng, wanted), rng)
+        others = [pair for pair in drawn if tuple(sorted(pair)) not in known]
+        return np.array(others[:left], dtype=np.int64).reshape(-1, 2)
+
+
+STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2))

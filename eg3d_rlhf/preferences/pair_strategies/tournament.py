@@ -1,0 +1,168 @@
+"""Tournaments: round robins in random order, then Swiss rounds by the answers to earlier ones.
+
+The first rounds are drawn without answers. Later rounds are Swiss: items of about equal standing are
+compared, and none with the same one twice. With fewer pairs than half of the items, the upper part of the
+table goes on, as in a knockout. Finished assets have a tournament for each prompt.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
+from itertools import combinations, zip_longest
+
+import numpy as np
+
+from eg3d_rlhf.preferences.labels import Preference
+from eg3d_rlhf.preferences.pair_strategies import (
+    STRATEGIES,
+    Chosen,
+    Items,
+    PairStrategy,
+    StrategyOptions,
+)
+
+Pair = tuple[int, int]
+
+
+def round_robin(count: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the first rounds of a tournament of each against each (the circle method), over an even number
+    of items in random order.
+
+    One item stays, the others move on by one place each round: no pair occurs twice, and any two successive
+    rounds connect all items.
+    Returns: [R, N/2, 2], each round holding 0..N-1 once.
+    """
+    order = rng.permutation(count)
+    moving = np.arange(1, count)
+    table = []
+    for _ in range(rounds):
+        circle = np.concatenate([[0], moving])
+        table.append(np.stack([circle[: count // 2], circle[::-1][: count // 2]], axis=1))
+        moving = np.roll(moving, 1)
+    rounds_made: np.ndarray = order[np.stack(table)]
+    return rounds_made
+
+
+def standings(results: Iterable[Preference], rng: np.random.Generator) -> list[int]:
+    """Order items from first to last: by points (a win 1, a tie 1/2), then by the points of those they were
+    compared with, then by lot.
+    """
+    points: dict[int, float] = defaultdict(float)
+    opponents: dict[int, list[int]] = defaultdict(list)
+    for result in results:
+        points[result.winner] += 0.5 if result.tie else 1.0
+        points[result.loser] += 0.5 if result.tie else 0.0
+        opponents[result.winner].append(result.loser)
+        opponents[result.loser].append(result.winner)
+    numbers = sorted(points)
+    lot = dict(zip(numbers, rng.permutation(len(numbers)).tolist(), strict=True))
+    return sorted(
+        numbers, key=lambda item: (-points[item], -sum(points[other] for other in opponents[item]), lot[item])
+    )
+
+
+def swiss_round(
+    results: Sequence[Preference],
+    pairs: int,
+    rng: np.random.Generator,
+    forbidden: Set[frozenset[int]] = frozenset(),
+) -> list[Pair]:
+    """Return the next round: the first 2 * `pairs` of the standings, each with the nearest one that it has
+    not been compared with.
+
+    Where that is not possible for the last ones, two pairs swap partners; items are compared again only where
+    no swap helps. `forbidden` pairs count as compared before.
+    Returns: disjoint pairs of items, at most `pairs`, the upper end of the table first.
+    """
+    table = standings(results, rng)
+    if len(table) < 2:
+        raise ValueError(
+            "swiss_round: expected the results of an earlier round, got none. Label the first round before."
+        )
+    met = {frozenset((result.winner, result.loser)) for result in results} | forbidden
+    waiting = table[: 2 * min(pairs, len(table) // 2)]
+    made: list[Pair] = []
+    while waiting:
+        first = waiting.pop(0)
+        fresh = next((i for i, other in enumerate(waiting) if frozenset((first, other)) not in met), None)
+        second = waiting.pop(0 if fresh is None else fresh)
+        made += [(first, second)] if fresh is not None else _swapped(first, second, made, met)
+    return made
+
+
+def _swapped(first: int, second: int, made: list[Pair], met: set[frozenset[int]]) -> list[Pair]:
+    """Pair two items that have met with the partners of the nearest pair that has two others for them; that
+    pair is taken out of `made`.
+    """
+    for i in range(len(made) - 1, -1, -1):
+        a, b = made[i]
+        for swap in ([(a, first), (b, second)], [(a, second), (b, first)]):
+            if not any(frozenset(pair) in met for pair in swap):
+                del made[i]
+                return swap
+    return [(first, second)]
+
+
+class Tournament(PairStrategy):
+    """A tournament of all seeds, or of the assets of each prompt."""
+
+    reads_answers = True
+
+    def items_for(self, options: StrategyOptions) -> int:
+        return 2 * (-(-options.pairs // options.rounds))
+
+    def plan(
+        self,
+        items: Items,
+        answers: Sequence[Preference],
+        rng: np.random.Generator,
+        options: StrategyOptions,
+    ) -> Chosen:
+        if answers:
+            drawn = self._later(items, answers, rng, options.pairs)
+        else:
+            if items.unlimited and len(items) <= options.rounds:
+                least = options.rounds * (options.rounds // 2) + 1
+                raise ValueError(
+                    f"plan: expected at least {least} pairs for {options.rounds} rounds, got"
+                    f" {options.pairs}. Plan fewer rounds."
+                )
+            drawn = self._first(items.groups(), rng, options.rounds)
+        pairs = np.array(drawn, dtype=np.int64).reshape(-1, 2)
+        return Chosen(items.allowed(pairs)[: options.pairs])
+
+    def _first(self, groups: list[list[int]], rng: np.random.Generator, rounds: int) -> list[Pair]:
+        """Draw the first rounds, round by round over all groups."""
+        tables = []
+        for group in groups:
+            even = len(group) + len(group) % 2  # with an odd number, one item of each round is left out
+            table = round_robin(even, min(rounds, even - 1), rng)
+            tables.append(
+                [[(group[a], group[b]) for a, b in row.tolist() if max(a, b) < len(group)] for row in table]
+            )
+        return [pair for row in zip_longest(*tables, fillvalue=[]) for part in row for pair in part]
+
+    def _later(
+        self, items: Items, answers: Sequence[Preference], rng: np.random.Generator, pairs: int
+    ) -> list[Pair]:
+        """Draw the next round of every group that has answers; the upper ends of the tables come first."""
+        groups = items.groups()
+        group_of = {item: number for number, group in enumerate(groups) for item in group}
+        results: dict[int, list[Preference]] = defaultdict(list)
+        for answer in answers:
+            results[group_of[answer.winner]].append(answer)
+        share = -(-pairs // len(results))
+        rounds = []
+        for number in sorted(results):
+            forbidden: set[frozenset[int]] = set()
+            if not items.unlimited:
+                every = np.array(list(combinations(groups[number], 2)), dtype=np.int64).reshape(-1, 2)
+                forbidden = _sets(every) - _sets(items.allowed(every))
+            rounds.append(swiss_round(results[number], share, rng, forbidden))
+        return [pair for row in zip_longest(*rounds) for pair in row if pair is not None]
+
+
+def _sets(pairs: np.ndarray) -> set[frozenset[int]]:
+    return {frozenset(pair) for pair in pairs.tolist()}
+
+
+STRATEGIES.add("tournament", Tournament())
