@@ -191,7 +191,7 @@ class GroupedCommand(click.Command):
 # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
 EXTRAS = {
     **dict.fromkeys(
-        ("fastapi", "starlette", "uvicorn", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"), "label"
+        ("fastapi", "starlette", "granian", "sqlalchemy", "jinja2", "segno", "confusable_homoglyphs"), "label"
     ),
     "psycopg": "postgres",
     "captum": "attribution",
