@@ -13,7 +13,9 @@ import resource
 import signal
 import socket
 import ssl
+import sys
 import threading
+import time
 from pathlib import Path
 
 from granian.constants import HTTPModes, Interfaces, SSLProtocols
@@ -82,6 +84,11 @@ def trusted_proxies(proxy: str) -> list[str] | str:
         ) from None
 
 
+def foreign_threads() -> set[int]:
+    """Return the threads that are in Python code and that Python has not started."""
+    return set(sys._current_frames()) - {thread.ident for thread in threading.enumerate()}
+
+
 class Server(embed.Server):
     """granian in this process, serving `app` on a socket that listens already; other arguments as `serve`."""
 
@@ -133,6 +140,11 @@ class Server(embed.Server):
     def run(self) -> None:
         """Serve until `stop` or a signal, which is raised again after the last answer."""
         number = asyncio.run(self._run())
+        # granian's thread returns from its last call into Python. If the interpreter ended meanwhile, the
+        # process would abort: this happened at one of four ends.
+        end = time.monotonic() + 1
+        while foreign_threads() and time.monotonic() < end:
+            time.sleep(0.01)
         if number is not None:
             signal.raise_signal(number)
 
