@@ -364,7 +364,7 @@ class GroupedGroup(GroupedCommand, click.Group):
 
 # packages that are imported when they are needed, and the extra of pyproject.toml that brings each
 EXTRAS = {
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "sqlalchemy", "jinja2", "segno"), "label"),
+    **dict.fromkeys(("fastapi", "starlette", "granian", "sqlalchemy", "jinja2", "segno"), "label"),
     "psycopg": "postgres",
     "captum": "attribution",
     "umap": "attribution",

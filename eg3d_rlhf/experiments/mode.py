@@ -245,7 +245,8 @@ class Mode(Generic[S]):
     def settings_of(self, flags: Flags) -> S:
         """Return the settings of a new run. Raises: ValueError for flags that do not fit."""
         if self.resolve is not None:
-            return self.resolve(flags)
+            resolved: S = self.resolve(flags)
+            return resolved
         of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
         return built(self.settings, {n: v for n, v in flags.items() if v is not None and n not in of_run})
 

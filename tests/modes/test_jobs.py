@@ -142,7 +142,7 @@ def test_scripts_are_jobs(script, monkeypatch):
 WITHOUT = """
 import sys
 # as where there are none
-sys.modules |= dict.fromkeys(("fastapi", "uvicorn", "sqlalchemy", "jinja2", "segno"))
+sys.modules |= dict.fromkeys(("fastapi", "granian", "sqlalchemy", "jinja2", "segno"))
 import runpy
 sys.argv = sys.argv[1:]
 run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
@@ -165,7 +165,7 @@ def test_a_missing_extra_is_named_with_its_command(words):
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and line.startswith("Error: "), done.stderr
     check_message(line, ("'eg3d-rlhf[label]'",))
-    assert re.search(r"\b(fastapi|uvicorn|sqlalchemy|jinja2|segno)\b", line), line
+    assert re.search(r"\b(fastapi|granian|sqlalchemy|jinja2|segno)\b", line), line
 
 
 HELP_AND_RUN = """

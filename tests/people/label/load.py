@@ -27,7 +27,7 @@ SLOWEST = 15.0
 
 
 class ServerProcess:
-    """The real server under uvicorn; `kill` ends it as a power cut would."""
+    """The real server; `kill` ends it as a power cut would."""
 
     def __init__(
         self,
@@ -37,12 +37,9 @@ class ServerProcess:
         static: Path,
         port: int,
         tls: tuple[Path, Path] | None = None,
-        files: int | None = None,
     ):
-        """`tls`: certificate and key. `files`: descriptors that it may have, at most."""
-        limit = ["prlimit", f"--nofile={files}:{files}"] if files else []
+        """`tls`: certificate and key."""
         self.command = [
-            *limit,
             sys.executable,
             "-m",
             "tests.people.label.load",

@@ -16,8 +16,8 @@ import numpy as np
 from fastapi import FastAPI
 
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
-from eg3d_rlhf.people.label.server.app import configure, create_app, listen
-from eg3d_rlhf.people.label.server.connections import Server
+from eg3d_rlhf.people.label.server.app import create_app
+from eg3d_rlhf.people.label.server.http_server import Server, listen
 from eg3d_rlhf.people.label.server.identity import kept_secret
 from eg3d_rlhf.people.label.server.options import AppOptions, Limits
 from eg3d_rlhf.people.label.server.served_shapes import Addresses
@@ -131,26 +131,32 @@ def login(client: httpx.Client, token: str):
 
 @contextlib.contextmanager
 def running(folder: Path, config: dict | None = None, **values) -> Iterator[Served]:
-    """`build` what the values say and serve it from a thread, with uvicorn as `configure` sets it up."""
+    """`build` what the values say and serve it from a thread; `config` as the arguments of `Server`."""
     served = build(folder, **values)
-    socket = listen("127.0.0.1", 0)
-    server = Server(
-        configure(served.app, **(config or {})), served.options.limits, (config or {}).get("proxy")
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    served.url = (
-        f"{'https' if config and 'certificate' in config else 'http'}://127.0.0.1:{socket.getsockname()[1]}"
-    )
+    listening = listen("127.0.0.1", 0, served.options.limits)
+    scheme = "https" if config and "certificate" in config else "http"
+    served.url = f"{scheme}://127.0.0.1:{listening.getsockname()[1]}"
     try:
-        yield served
+        with serve_in_thread(Server(served.app, listening, served.options.limits, **(config or {}))):
+            yield served
     finally:
-        server.should_exit = True
-        thread.join(10)
-        socket.close()
         served.store.close()
+
+
+@contextlib.contextmanager
+def serve_in_thread(server: Server) -> Iterator[None]:
+    """Run a server in a thread, from its first to its last answer."""
+    started = threading.Event()
+    server.hooks_startup.append(started.set)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield
+    finally:
+        server.stop()
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def build(

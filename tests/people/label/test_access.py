@@ -23,16 +23,17 @@ DEEP = b"[" * 30_000 + b"]" * 30_000
 LONG = b'{"key": "' + b"x" * 70_000 + b'"}'
 
 
-def raw(served, head: str, body: bytes = b"") -> tuple[int, bytes]:
+def raw(served, head: str, body: bytes = b"", close: bool = True) -> tuple[int, bytes]:
     """Status (0: the connection was cut) and everything that follows, of a request written byte by byte."""
     parts = urlsplit(served.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
         connection.sendall(
-            head.format(host=parts.netloc).replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n"
+            (head.format(host=parts.netloc) + "\nConnection: close" * close + "\n\n")
+            .replace("\n", "\r\n")
+            .encode("latin-1")
         )
         try:
             connection.sendall(body)
-            connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # refused before all was sent
         received = b""
@@ -343,20 +344,15 @@ RAW = {  # requests that no well-behaved client sends
         b"hello",
         400,
     ),
-    "length and chunks": (
-        "POST /login HTTP/1.1\nHost: {host}\nContent-Length: 99999999\nTransfer-Encoding: chunked",
-        b"0\r\n\r\n",
-        400,
-    ),
-    "short length and chunks": (
-        "POST /login HTTP/1.1\nHost: {host}\nContent-Length: 5\nTransfer-Encoding: chunked",
-        b"0\r\n\r\n",
-        400,
-    ),
     "huge declared length": (
-        "POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Length: " + "9" * 20,
+        "POST /login HTTP/1.1\nHost: {host}\nSec-Fetch-Site: same-origin\nContent-Length: " + "9" * 19,
         b"",
         413,
+    ),
+    "length of more than 64 bits": (
+        "POST /login HTTP/1.1\nHost: {host}\nContent-Length: " + "9" * 20,
+        b"",
+        400,
     ),
     "endless chunks": (
         (
@@ -392,6 +388,17 @@ def test_raw_requests_are_refused(local, case):
     answered, received = raw(local, head, body)
     assert answered in (status if isinstance(status, tuple) else (status,)), received[:500]
     assert local.client().get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_follows_a_length_and_chunks_is_no_request(local, order):
+    """A proxy may believe the length, and take a request that a client hides behind the chunks for a body."""
+    both = "\n".join(["Content-Length: 99", "Transfer-Encoding: chunked"][::order])
+    head = f"POST /login HTTP/1.1\nHost: {{host}}\n{both}"
+    status, received = raw(
+        local, head, b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", close=False
+    )
+    assert status in (400, 403) and received.count(b"HTTP/1.1 ") == 1
 
 
 def test_a_slow_body_is_given_up(tmp_path):

@@ -2,13 +2,14 @@
 else's are ever shown.
 """
 
-import threading
+import contextlib
 
 import pytest
-import uvicorn
 
-from eg3d_rlhf.people.label.server.app import configure, create_app, listen
+from eg3d_rlhf.people.label.server.app import create_app
+from eg3d_rlhf.people.label.server.http_server import Server, listen
 from tests.people.label.browser import ENGLISH, needs_chromium, plan, rows
+from tests.people.label.serving import serve_in_thread
 
 pytestmark = needs_chromium
 READY = (
@@ -27,17 +28,15 @@ class Switched:
         self.start()
 
     def start(self) -> None:
-        self.socket = listen("127.0.0.1", self.port)
-        self.port = self.socket.getsockname()[1]
-        self.server = uvicorn.Server(configure(create_app(self.served.options)))
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
-        self.thread.start()
+        listening = listen("127.0.0.1", self.port)
+        self.port = listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.stack = contextlib.ExitStack()
+        options = self.served.options
+        self.stack.enter_context(serve_in_thread(Server(create_app(options), listening, options.limits)))
 
     def stop(self) -> None:
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(10)
-        self.socket.close()
+        self.stack.close()
 
 
 def _kept(label, shapes: int = 4) -> None:

@@ -11,24 +11,22 @@ import html
 import json
 import mimetypes
 import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
 
-import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 
 from eg3d_rlhf.people.label.entities import StoredAnnotator
-from eg3d_rlhf.people.label.server.connections import Server
 from eg3d_rlhf.people.label.server.gate import COMMON_POLICY, FORGET, AccessLog, Gate
+from eg3d_rlhf.people.label.server.http_server import Server, listen
 from eg3d_rlhf.people.label.server.identity import COOKIE, Identities, csrf_token
 from eg3d_rlhf.people.label.server.models import Refusal, Withdrawn, add_handlers, note
-from eg3d_rlhf.people.label.server.options import AppOptions, Limits, is_loopback
+from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.server.routes import Admin, Context, Who, admin_api, label_api
 from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes
 
@@ -97,44 +95,6 @@ def create_app(options: AppOptions) -> FastAPI:
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises: OSError naming the flags."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # named: asyncio sets TCP_NODELAY only where it is
-    server = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        server.bind((host.strip("[]"), port))
-        server.listen(1024)
-    except OSError as error:
-        server.close()
-        raise OSError(
-            f"--host={host} --port={port}: expected a free port, got: {error.strerror or error}. Use"
-            " --port=0."
-        ) from error
-    return server
-
-
-def configure(
-    app: FastAPI, certificate: Path | None = None, key: Path | None = None, proxy: str | None = None
-) -> uvicorn.Config:
-    """uvicorn's settings; arguments as `serve`."""
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
-        proxy_headers=proxy is not None,
-        forwarded_allow_ips=proxy,
-        ws="none",
-        timeout_keep_alive=int(Limits.keep_seconds),
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=2 * Limits.headers,
-    )
-
-
 def serve(
     options: AppOptions,
     host: str = "127.0.0.1",
@@ -150,22 +110,23 @@ def serve(
         raise ValueError(
             f"serve: expected AppOptions(exposed=True) for host {host}, which other machines can reach."
         )
-    config = configure(create_app(options), certificate, key, proxy)
-    server = listen(host, port)
+    app = create_app(options)
+    listening = listen(host, port, options.limits)
     shown = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
     try:
+        server = Server(app, listening, options.limits, certificate, key, proxy)
         if options.preparation is not None:
             options.preparation.start()
-        on_listening(f"{'https' if certificate else 'http'}://{shown}:{server.getsockname()[1]}/")
+        on_listening(f"{'https' if certificate else 'http'}://{shown}:{listening.getsockname()[1]}/")
         gc.collect()
         # what is loaded by now stays: the garbage collector looks at requests and connections alone, often
         # and quickly
         gc.freeze()
-        Server(config, options.limits, proxy).run(sockets=[server])
+        server.run()
     finally:
         if options.preparation is not None:
             options.preparation.stop()
-        server.close()
+        listening.close()
 
 
 @dataclass(frozen=True)

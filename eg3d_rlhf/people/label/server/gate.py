@@ -41,7 +41,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eg3d_rlhf.people.label.server.connections import Connection
 from eg3d_rlhf.people.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
 from eg3d_rlhf.people.label.server.models import LOGGER, REMEDIES, Refusal, Withdrawn, no_database, too_many
 from eg3d_rlhf.people.label.server.options import LOOPBACK, AppOptions, Limits
@@ -62,6 +61,7 @@ POLICY = (
     f" worker-src 'self'; connect-src 'self' blob:; {COMMON_POLICY}"
 )
 FIXED = {
+    "Server": "-",  # granian names itself where nothing is sent
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -227,6 +227,8 @@ class Gate:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope.get("client") or ("", 0))[0]
+        # no 'http.response.pathsend': granian reads such a file after the application has removed it
+        scope["extensions"] = {}
         entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
@@ -289,18 +291,12 @@ class Gate:
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
         lengths = headers.getlist("content-length")  # looked at before a byte of the body is read
-        if lengths and "transfer-encoding" in headers:  # of the two, a proxy may believe the other
-            raise Refusal(
-                400, "Expected Content-Length or Transfer-Encoding, got both.", "Send one of them.", _CLOSE
-            )
         if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
             raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
         if lengths and int(lengths[0][:20]) > limits.body:
             raise _too_large(limits)
         state = scope.setdefault("state", {})
-        identity = state["identity"] = await self._identify(
-            headers, method, path, entry, state.get("connection")
-        )
+        identity = state["identity"] = await self._identify(headers, method, path, entry)
         if method not in SAFE_METHODS:
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
@@ -316,9 +312,7 @@ class Gate:
             raise Refusal(400, "Expected a body in UTF-8 without NUL.", "Send it in UTF-8.")
         return body
 
-    async def _identify(
-        self, headers: Headers, method: str, path: str, entry: Entry, connection: Connection | None
-    ) -> Identity | None:
+    async def _identify(self, headers: Headers, method: str, path: str, entry: Entry) -> Identity | None:
         """Who asks, within her rate; None only for what is open to everybody. Raises: Refusal 401, 429."""
         public = (method, path) in OPEN
         address = address_key(entry.address)
@@ -333,8 +327,6 @@ class Gate:
         if identity is not None:
             entry.annotator = identity.annotator.name
             entry.by = identity.by
-            if connection is not None:
-                connection.known_as(f"annotator {identity.annotator.id}")
         wait = self.annotators.take(str(identity.annotator.id)) if identity else self.strangers.take(address)
         if wait:
             raise too_many(wait)

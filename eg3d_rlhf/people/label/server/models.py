@@ -4,7 +4,9 @@ what to do.
 
 import logging
 import math
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Path, Request
@@ -86,6 +88,28 @@ class AnnotatorLine(BaseModel):
     role: str
     created: float
     revoked: float | None
+
+
+@dataclass(eq=False)
+class Sparing(logging.Filter):
+    """Filter that passes `burst` records of one wording in a period, and then says how many it left out."""
+
+    burst: int = 5
+    period: float = 60.0  # seconds
+    _seen: dict[tuple, list] = field(default_factory=dict)  # wording -> [since, count]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        seen = self._seen.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
+        if time.monotonic() - seen[0] > self.period:
+            if seen[1] > self.burst:
+                record.msg = f"{record.msg} (and {seen[1] - self.burst} more since the last such line)"
+            seen[:] = time.monotonic(), 0
+        seen[1] += 1
+        return seen[1] <= self.burst
+
+
+SPARING = Sparing()
+LOGGER.addFilter(SPARING)
 
 
 class Refusal(Exception):

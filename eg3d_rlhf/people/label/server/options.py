@@ -28,21 +28,9 @@ class Limits:
     strangers: tuple[float, float] = (20.0, 300.0)
     guesses: tuple[float, float] = (1 / 30, 10.0)  # of one address: wrong tokens
     session_seconds: float = 14 * 24 * 3600.0  # a login lasts so long
-    connections: int = 1000  # on which somebody was logged in; fewer where the system allows less
-    annotator_connections: int = 100  # of them, one annotator's
-    # others; as many again wait for their turn; half of them from one address
-    strangers_connections: int = 256
-    accepts: tuple[float, float] = (1000.0, 500.0)  # connections taken from the system
-    # of them, those that are begun with; handshakes take processor time
-    starts: tuple[float, float] = (100.0, 200.0)
-    # of one address where somebody was logged in of late, beyond those
-    regular_starts: tuple[float, float] = (20.0, 100.0)
-    handshake_seconds: float = 10.0  # for the handshake, and for waiting until it begins
-    # for a request's header, from its first byte; of a connection's first one, from the handshake
-    header_seconds: float = 10.0
-    idle_seconds: float = 15.0  # between two requests of a stranger's connection
-    answer_seconds: float = 30.0  # until a stranger has read the answer
-    keep_seconds: float = 120.0  # between two requests of a connection on which somebody was logged in
+    connections: int = 4096  # at once; fewer where the system allows fewer open files
+    header_seconds: float = 10.0  # for a request's header, and between two requests of a connection
+    answer_seconds: float = 30.0  # without the client's acknowledgement of a byte of the answer
 
 
 @dataclass(frozen=True, kw_only=True)
