@@ -245,10 +245,10 @@ class Mode(Generic[S]):
     def settings_of(self, flags: Flags) -> S:
         """Return the settings of a new run. Raises: ValueError for flags that do not fit."""
         if self.resolve is not None:
-            resolved: S = self.resolve(flags)
-            return resolved
+            return self.resolve(flags)
         of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
-        return built(self.settings, {n: v for n, v in flags.items() if v is not None and n not in of_run})
+        made: S = built(self.settings, {n: v for n, v in flags.items() if v is not None and n not in of_run})
+        return made
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
         """Return what --help takes the defaults of flags from."""

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from eg3d_rlhf.modes.door import main
 
 from eg3d_rlhf.core.registry import VARIABLE
+from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Choice, Kind
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from eg3d_rlhf.people.label.commands import main
 
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.people.label.assets.scores import mesh_ensemble
 from eg3d_rlhf.people.label.entities import Choice

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from eg3d_rlhf.people.label.commands import main
 
 from eg3d_rlhf.core.registry import VARIABLE
+from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label import asset_files as files
 from tests.rejections import rejected
