@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import torch
@@ -22,48 +21,30 @@ WATCH_LABELS = RUNS / "labels-watch.jsonl"
 WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
 
-def run(*command: str) -> None:
-    """Run a command of the project and print it first.
-
-    Raises: ValueError where it fails.
-    """
-    words = " ".join(command)
-    print("$ eg3d-rlhf " + words, flush=True)
-    code = subprocess.call([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT)
-    if code:
-        raise ValueError(
-            f"expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above."
-        )
-
-
-def run_together(*commands: tuple[str, ...]) -> None:
-    """Run commands of the project side by side, with one thread each. Raises: ValueError where one fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(*commands: tuple[str, ...], **environment: str) -> None:
+    """Print commands of the project and run them side by side. Raises: ValueError where one fails."""
     started = []
     for command in commands:
         print("$ eg3d-rlhf " + " ".join(command), flush=True)
         started.append(
-            subprocess.Popen([sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env=environment)
-        )
-    for command, code in [
-        (command, process.wait()) for command, process in zip(commands, started, strict=True)
-    ]:
-        if code:
-            words = " ".join(command)
-            raise ValueError(
-                f"expected `eg3d-rlhf {words}` to succeed, got exit code {code}. Its message stands above."
+            subprocess.Popen(
+                [sys.executable, "-m", "eg3d_rlhf", *command], cwd=ROOT, env={**os.environ, **environment}
             )
-
-
-def newest(pattern: str) -> Path:
-    return sorted(RUNS.glob(pattern))[-1]
+        )
+    codes = [process.wait() for process in started]
+    for command, code in zip(commands, codes, strict=True):
+        if code:
+            raise ValueError(
+                f"expected `eg3d-rlhf {' '.join(command)}` to succeed, got exit code {code}. Its message"
+                " stands above."
+            )
 
 
 def build_labels() -> None:
     """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread
     each.
     """
-    run_together(
+    run(
         ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
         (
             "label",
@@ -73,6 +54,7 @@ def build_labels() -> None:
             f"--first-seed={WATCH_SEEDS}",
             "--seed=1",
         ),
+        OMP_NUM_THREADS="1",
     )
 
 
@@ -91,7 +73,7 @@ def build_rewards() -> None:
             f"--cache={RUNS / name}-slabs",
         )
         commands.append(("reward", "train", *given))
-    run_together(*commands)
+    run(*commands, OMP_NUM_THREADS="1")
     for name in ("reward", "reward-watch"):
         for suffix in (".safetensors", ".json"):
             shutil.copyfile(RUNS / name / f"reward{suffix}", ASSETS / f"{name}{suffix}")
@@ -101,10 +83,10 @@ def build_control() -> None:
     """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared
     with.
     """
-    run("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control")
+    run(("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control"))
+    newest = max(RUNS.glob("*-control"))
     record, settings = (
-        json.loads((newest("*-control") / name).read_text())
-        for name in ("summary.json", "training_options.json")
+        json.loads((newest / name).read_text()) for name in ("summary.json", "training_options.json")
     )
     of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
     record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}

@@ -39,8 +39,6 @@ from training.heads import people
 from training.synthetic_heads import HeadsTruth, load_truth, resolve_dataset
 
 Damage = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-
-
 DAMAGE_RANGE = {  # in the units of DAMAGES
     "blur": (0.0, 2.5),
     "noise": (0.0, 0.4),

@@ -30,18 +30,15 @@ from training.heads.people import LATENT, LEVEL, density_of
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
 
+EDGES = (0.0, 0.015, 0.03)  # depths at which true heads are fully dense, by turns; 0: distances as they are
+BLURS = (0.5, 0.75, 1.0, 2.0)  # of the held-out heads, voxels of 64
+OnShape = Callable[[int], object] | None
+
 
 def mirrored(maps: torch.Tensor) -> torch.Tensor:
     """Maps [..., 4, R, R] of the mirror image: columns swapped, normals turned to the other side."""
     sign = maps.new_tensor([-1.0, 1.0, 1.0, 1.0])[:, None, None]
     return maps.flip(-1) * sign
-
-
-EDGES = (0.0, 0.015, 0.03)  # depths at which true heads are fully dense, by turns; 0: distances as they are
-BLURS = (0.5, 0.75, 1.0, 2.0)  # of the held-out heads, voxels of 64
-
-
-OnShape = Callable[[int], object] | None
 
 
 @dataclass(frozen=True, kw_only=True)

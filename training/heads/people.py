@@ -309,10 +309,10 @@ def rasterise(
         row = low[index, 1] + within // extent[index, 0]
         a, b, c = (corner[index, i] for i in range(3))
         p = np.stack([column, row], axis=1)
-        area = _cross(b - a, c - a)
+        area = cross_2d(b - a, c - a)
         area = np.where(np.abs(area) < 1e-12, np.inf, area)
         share = (
-            np.stack([_cross(c - b, p - b), _cross(a - c, p - c), _cross(b - a, p - a)], axis=1)
+            np.stack([cross_2d(c - b, p - b), cross_2d(a - c, p - c), cross_2d(b - a, p - a)], axis=1)
             / area[:, None]
         )
         inside = (share >= -1e-9).all(axis=1)
@@ -331,7 +331,8 @@ def rasterise(
     return owner.reshape(size, size), weights.reshape(size, size, 3), nearest.reshape(size, size)
 
 
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def cross_2d(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the third component of the cross products of [N, 2] and [N, 2]: [N]."""
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 

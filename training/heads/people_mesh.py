@@ -21,7 +21,7 @@ from scipy.ndimage import distance_transform_edt as edt
 from scipy.spatial import cKDTree
 
 from torch_utils.build import cache_dir
-from training.heads.people import ASSET, Head, bust_end, load_basis, named_people
+from training.heads.people import ASSET, Head, bust_end, cross_2d, load_basis, named_people
 from training.storage import write_atomic
 
 NEIGHBOURS = 10  # samples of the surface whose triangles may be nearest
@@ -254,8 +254,10 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     j = low[index, 1] + within % extent[index, 1]
     point = first + width * np.stack([i, j], axis=1) + 1e-7  # not through vertices
     a, b, c = (flat[index, corner] for corner in range(3))
-    area = _cross(b - a, c - a)
-    share = np.stack([_cross(c - b, point - b), _cross(a - c, point - c), _cross(b - a, point - a)], axis=1)
+    area = cross_2d(b - a, c - a)
+    share = np.stack(
+        [cross_2d(c - b, point - b), cross_2d(a - c, point - c), cross_2d(b - a, point - a)], axis=1
+    )
     hit = (np.abs(area) > 1e-15) & ((share * np.sign(area)[:, None]) >= 0).all(axis=1)
     weights = share[hit] / area[hit, None]
     place = ((weights * corners[index[hit], :, 2]).sum(axis=1) - first) / width
@@ -265,10 +267,6 @@ def crossings(corners: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.nd
     np.add.at(steps_up, (i[hit], j[hit], layer), -sign)  # normals to the back enter
     behind = steps_up.cumsum(axis=2)
     return behind[:, :, :n], (behind - behind[:, :, -1:])[:, :, :n]
-
-
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
 
 
 def head_grid(head: Head, resolution: int) -> np.ndarray:
