@@ -191,7 +191,7 @@ def _chosen(
         rng,
         options,
     )
-    pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs.tolist()]
+    pairs = [[seeds[a], seeds[b]] for a, b in chosen.pairs]
     return pairs, named_in(chosen.report, lambda a, b: {"seeds": [seeds[a], seeds[b]]})
 
 

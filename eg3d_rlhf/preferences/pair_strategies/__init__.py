@@ -16,6 +16,7 @@ import abc
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ from eg3d_rlhf.preferences.labels import Preference
 from training.config import check_knobs, knob
 
 Key = TypeVar("Key", bound=Hashable)
+Rng = np.random.Generator
+Answers = Sequence[Preference]  # winner and loser are numbers of items
 TITLE = "Pairs"  # of the flags
 _BATCH = 16  # items that are scored at once
 
@@ -103,7 +106,7 @@ class Items:
     def __len__(self) -> int:
         return len(self.members)
 
-    @property
+    @cached_property
     def sources(self) -> list[str]:
         return sorted({item.source for item in self.members})
 
@@ -118,20 +121,15 @@ class Items:
         """Group the items' numbers by prompt: only items of one group are compared."""
         return list(self.by(lambda item: item.prompt).values())
 
-    def allowed(self, pairs: np.ndarray) -> np.ndarray:
-        """Return those of the pairs [P, 2] of one prompt that may be compared: of different sources, if the
-        items have several, and of different contents.
+    def comparable(self, a: int, b: int) -> bool:
+        """Return whether two items of one prompt may be compared: they are of different sources, if the items
+        have several, and of different contents.
         """
-        if self.unlimited:
-            return pairs
-        several = len(self.sources) > 1
-        kept = [
-            (a, b)
-            for a, b in pairs.tolist()
-            if not (several and self.members[a].source == self.members[b].source)
-            and (not self.members[a].content or self.members[a].content != self.members[b].content)
-        ]
-        return np.array(kept, dtype=np.int64).reshape(-1, 2)
+        first = self.members[a]
+        second = self.members[b]
+        if first.content and first.content == second.content:
+            return False
+        return len(self.sources) < 2 or first.source != second.source
 
     def scored(self) -> Scored:
         """Score all items, in batches. The planner has checked that there is an ensemble."""
@@ -150,7 +148,7 @@ class Items:
 class Chosen:
     """Pairs in the order in which they are shown, and how they were chosen."""
 
-    pairs: np.ndarray  # [P, 2] int, numbers of items
+    pairs: Sequence[Sequence[int]]  # [P, 2], numbers of items
     report: Mapping[str, Any] = field(default_factory=dict)  # JSON, for the campaign's record
 
 
@@ -167,16 +165,10 @@ class PairStrategy(abc.ABC):
         return 2 * options.pairs
 
     @abc.abstractmethod
-    def plan(
-        self,
-        items: Items,
-        answers: Sequence[Preference],
-        rng: np.random.Generator,
-        options: StrategyOptions,
-    ) -> Chosen:
+    def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         """Choose at most `options.pairs` pairs; equal arguments give equal pairs.
 
-        Args: answers: to earlier pairs of these items; winner and loser are numbers of items.
+        Args: answers: to earlier pairs of these items.
         Raises: ValueError where the options do not fit the items.
         """
 
@@ -185,8 +177,8 @@ STRATEGIES: Registry[PairStrategy] = Registry(
     "--strategy",
     {
         "random": "eg3d_rlhf.preferences.pair_strategies.random_pairs",
-        "active": "eg3d_rlhf.preferences.pair_strategies.active",
-        "close": "eg3d_rlhf.preferences.pair_strategies.close",
+        "active": "eg3d_rlhf.preferences.pair_strategies.by_scores",
+        "close": "eg3d_rlhf.preferences.pair_strategies.by_scores",
         "tournament": "eg3d_rlhf.preferences.pair_strategies.tournament",
         "blocks": "eg3d_rlhf.preferences.pair_strategies.blocks",
     },

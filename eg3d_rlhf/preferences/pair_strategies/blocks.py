@@ -4,22 +4,22 @@ A block of finished assets is a prompt, a block of a study is a latent with a sh
 randomised complete block design). Seeds are divided into blocks at random.
 """
 
-from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 
-from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import (
     STRATEGIES,
+    Answers,
     Chosen,
     Items,
     PairStrategy,
+    Rng,
     StrategyOptions,
 )
 
 
-def blocks_of_pairs(count: int, block: int, rng: np.random.Generator) -> np.ndarray:
+def blocks_of_pairs(count: int, block: int, rng: Rng) -> np.ndarray:
     """Return `count` pairs [P, 2] of numbers from 0: all pairs of each block of `block` numbers. Blocks are
     drawn at random, and a split by block shares no sample.
     """
@@ -37,19 +37,13 @@ class Blocks(PairStrategy):
         block = options.rounds + 1  # of which each item is in `rounds` pairs
         return -(-options.pairs // (block * (block - 1) // 2)) * block
 
-    def plan(
-        self,
-        items: Items,
-        answers: Sequence[Preference],
-        rng: np.random.Generator,
-        options: StrategyOptions,
-    ) -> Chosen:
+    def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         if items.unlimited:
-            return Chosen(blocks_of_pairs(options.pairs, options.rounds + 1, rng))
+            return Chosen(blocks_of_pairs(options.pairs, options.rounds + 1, rng).tolist())
         groups = items.groups()
         order = range(len(groups)) if items.ordered else rng.permutation(len(groups))
-        pairs = [pair for i in order for pair in combinations(groups[i], 2)]
-        return Chosen(items.allowed(np.array(pairs, dtype=np.int64).reshape(-1, 2))[: options.pairs])
+        every = (pair for i in order for pair in combinations(groups[i], 2))
+        return Chosen(list(islice((pair for pair in every if items.comparable(*pair)), options.pairs)))
 
 
 STRATEGIES.add("blocks", Blocks())

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import (
     STRATEGIES,
+    Answers,
     Chosen,
     Items,
     PairStrategy,
+    Rng,
     StrategyOptions,
 )
 from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
@@ -21,7 +22,7 @@ T = TypeVar("T")
 G = TypeVar("G", bound=Hashable)
 
 
-def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
+def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator[T]:
     """Yield the members of buckets by (group, prompt): groups take turns, and each goes through its prompts
     in random order, again and again.
     """
@@ -38,15 +39,13 @@ def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: np.random.Genera
         lines = left
 
 
-def _in_turns(buckets: list[Sequence[T]], rng: np.random.Generator) -> Iterator[T]:
+def _in_turns(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
     for turn in range(max(map(len, buckets))):
         rest = [bucket for bucket in buckets if len(bucket) > turn]
         yield from (rest[i][turn] for i in rng.permutation(len(rest)))
 
 
-def meetings(
-    items: Items, rng: np.random.Generator, most: int
-) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
+def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
     """Group the pairs that may be compared by (sources of the two, prompt): at most `most` random ones of
     each group, in random order.
     """
@@ -55,35 +54,29 @@ def meetings(
     groups: dict[tuple[tuple[str, str], str], list[tuple[int, int]]] = {}
     for prompt in sorted({item.prompt for item in items.members}):
         for a, b in itertools.combinations(sources, 2) if len(sources) > 1 else [(sources[0],) * 2]:
-            first = np.array(sides.get((a, prompt), []), dtype=np.int64)
-            second = np.array(sides.get((b, prompt), []), dtype=np.int64)
+            first = sides.get((a, prompt), [])
+            second = sides.get((b, prompt), [])
             rows, columns = (
                 np.triu_indices(len(first), 1)
                 if a == b
                 else np.indices((len(first), len(second))).reshape(2, -1)
             )
             chosen = rng.permutation(len(rows))[:most]
-            pairs = items.allowed(np.stack([first[rows[chosen]], second[columns[chosen]]], axis=1))
-            if len(pairs):
-                groups[(a, b), prompt] = [(i, j) for i, j in pairs.tolist()]
+            pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
+            if pairs := [pair for pair in pairs if items.comparable(*pair)]:
+                groups[(a, b), prompt] = pairs
     return groups
 
 
 class RandomPairs(PairStrategy):
     """Random pairs."""
 
-    def plan(
-        self,
-        items: Items,
-        answers: Sequence[Preference],
-        rng: np.random.Generator,
-        options: StrategyOptions,
-    ) -> Chosen:
+    def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         if items.unlimited:
-            return Chosen(blocks_of_pairs(options.pairs, 2, rng))
+            return Chosen(blocks_of_pairs(options.pairs, 2, rng).tolist())
         # `balanced` draws as it goes: no more is taken from it than is used
-        drawn = itertools.islice(balanced(meetings(items, rng, options.pairs), rng), options.pairs)
-        return Chosen(np.array(list(drawn), dtype=np.int64).reshape(-1, 2))
+        drawn = balanced(meetings(items, rng, options.pairs), rng)
+        return Chosen(list(itertools.islice(drawn, options.pairs)))
 
 
 STRATEGIES.add("random", RandomPairs())

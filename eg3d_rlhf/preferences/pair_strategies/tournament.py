@@ -6,24 +6,27 @@ table goes on, as in a knockout. Finished assets have a tournament for each prom
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
-from itertools import combinations, zip_longest
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import (
     STRATEGIES,
+    Answers,
     Chosen,
     Items,
     PairStrategy,
+    Rng,
     StrategyOptions,
 )
 
 Pair = tuple[int, int]
+Comparable = Callable[[int, int], bool]
 
 
-def round_robin(count: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
+def round_robin(count: int, rounds: int, rng: Rng) -> np.ndarray:
     """Return the first rounds of a tournament of each against each (the circle method), over an even number
     of items in random order.
 
@@ -42,7 +45,7 @@ def round_robin(count: int, rounds: int, rng: np.random.Generator) -> np.ndarray
     return rounds_made
 
 
-def standings(results: Iterable[Preference], rng: np.random.Generator) -> list[int]:
+def standings(results: Iterable[Preference], rng: Rng) -> list[int]:
     """Order items from first to last: by points (a win 1, a tie 1/2), then by the points of those they were
     compared with, then by lot.
     """
@@ -63,14 +66,15 @@ def standings(results: Iterable[Preference], rng: np.random.Generator) -> list[i
 def swiss_round(
     results: Sequence[Preference],
     pairs: int,
-    rng: np.random.Generator,
-    forbidden: Set[frozenset[int]] = frozenset(),
+    rng: Rng,
+    comparable: Comparable = lambda a, b: True,
 ) -> list[Pair]:
     """Return the next round: the first 2 * `pairs` of the standings, each with the nearest one that it has
     not been compared with.
 
     Where that is not possible for the last ones, two pairs swap partners; items are compared again only where
-    no swap helps. `forbidden` pairs count as compared before.
+    no swap helps. Pairs that are not `comparable` count as
+    compared before.
     Returns: disjoint pairs of items, at most `pairs`, the upper end of the table first.
     """
     table = standings(results, rng)
@@ -78,25 +82,29 @@ def swiss_round(
         raise ValueError(
             "swiss_round: expected the results of an earlier round, got none. Label the first round before."
         )
-    met = {frozenset((result.winner, result.loser)) for result in results} | forbidden
+    met = {frozenset((result.winner, result.loser)) for result in results}
+
+    def fresh(a: int, b: int) -> bool:
+        return frozenset((a, b)) not in met and comparable(a, b)
+
     waiting = table[: 2 * min(pairs, len(table) // 2)]
     made: list[Pair] = []
     while waiting:
         first = waiting.pop(0)
-        fresh = next((i for i, other in enumerate(waiting) if frozenset((first, other)) not in met), None)
-        second = waiting.pop(0 if fresh is None else fresh)
-        made += [(first, second)] if fresh is not None else _swapped(first, second, made, met)
+        nearest = next((i for i, other in enumerate(waiting) if fresh(first, other)), None)
+        second = waiting.pop(0 if nearest is None else nearest)
+        made += [(first, second)] if nearest is not None else _swapped(first, second, made, fresh)
     return made
 
 
-def _swapped(first: int, second: int, made: list[Pair], met: set[frozenset[int]]) -> list[Pair]:
+def _swapped(first: int, second: int, made: list[Pair], fresh: Comparable) -> list[Pair]:
     """Pair two items that have met with the partners of the nearest pair that has two others for them; that
     pair is taken out of `made`.
     """
     for i in range(len(made) - 1, -1, -1):
         a, b = made[i]
         for swap in ([(a, first), (b, second)], [(a, second), (b, first)]):
-            if not any(frozenset(pair) in met for pair in swap):
+            if all(fresh(*pair) for pair in swap):
                 del made[i]
                 return swap
     return [(first, second)]
@@ -110,13 +118,7 @@ class Tournament(PairStrategy):
     def items_for(self, options: StrategyOptions) -> int:
         return 2 * (-(-options.pairs // options.rounds))
 
-    def plan(
-        self,
-        items: Items,
-        answers: Sequence[Preference],
-        rng: np.random.Generator,
-        options: StrategyOptions,
-    ) -> Chosen:
+    def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         if answers:
             drawn = self._later(items, answers, rng, options.pairs)
         else:
@@ -127,10 +129,10 @@ class Tournament(PairStrategy):
                     f" {options.pairs}. Plan fewer rounds."
                 )
             drawn = self._first(items.groups(), rng, options.rounds)
-        pairs = np.array(drawn, dtype=np.int64).reshape(-1, 2)
-        return Chosen(items.allowed(pairs)[: options.pairs])
+        allowed = [pair for pair in drawn if items.comparable(*pair)]
+        return Chosen(allowed[: options.pairs])
 
-    def _first(self, groups: list[list[int]], rng: np.random.Generator, rounds: int) -> list[Pair]:
+    def _first(self, groups: list[list[int]], rng: Rng, rounds: int) -> list[Pair]:
         """Draw the first rounds, round by round over all groups."""
         tables = []
         for group in groups:
@@ -141,9 +143,7 @@ class Tournament(PairStrategy):
             )
         return [pair for row in zip_longest(*tables, fillvalue=[]) for part in row for pair in part]
 
-    def _later(
-        self, items: Items, answers: Sequence[Preference], rng: np.random.Generator, pairs: int
-    ) -> list[Pair]:
+    def _later(self, items: Items, answers: Answers, rng: Rng, pairs: int) -> list[Pair]:
         """Draw the next round of every group that has answers; the upper ends of the tables come first."""
         groups = items.groups()
         group_of = {item: number for number, group in enumerate(groups) for item in group}
@@ -151,18 +151,8 @@ class Tournament(PairStrategy):
         for answer in answers:
             results[group_of[answer.winner]].append(answer)
         share = -(-pairs // len(results))
-        rounds = []
-        for number in sorted(results):
-            forbidden: set[frozenset[int]] = set()
-            if not items.unlimited:
-                every = np.array(list(combinations(groups[number], 2)), dtype=np.int64).reshape(-1, 2)
-                forbidden = _sets(every) - _sets(items.allowed(every))
-            rounds.append(swiss_round(results[number], share, rng, forbidden))
+        rounds = [swiss_round(results[number], share, rng, items.comparable) for number in sorted(results)]
         return [pair for row in zip_longest(*rounds) for pair in row if pair is not None]
-
-
-def _sets(pairs: np.ndarray) -> set[frozenset[int]]:
-    return {frozenset(pair) for pair in pairs.tolist()}
 
 
 STRATEGIES.add("tournament", Tournament())

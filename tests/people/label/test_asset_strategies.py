@@ -13,7 +13,7 @@ from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.people.label.assets.scores import mesh_ensemble
 from eg3d_rlhf.people.label.entities import Choice
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.preferences.pair_strategies.active import disagreement
+from eg3d_rlhf.preferences.pair_strategies.by_scores import disagreement
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS, load_mesh_reward
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of

@@ -6,8 +6,6 @@ a chain for each prompt.
 
 from itertools import pairwise
 
-import numpy as np
-
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Chosen, PairStrategy
 
 
@@ -19,7 +17,7 @@ class Neighbours(PairStrategy):
 
     def plan(self, items, answers, rng, options):
         pairs = [pair for group in items.groups() for pair in pairwise(rng.permutation(group).tolist())]
-        return Chosen(items.allowed(np.array(pairs).reshape(-1, 2))[: options.pairs])
+        return Chosen([pair for pair in pairs if items.comparable(*pair)][: options.pairs])
 
 
 STRATEGIES.add("neighbours", Neighbours())

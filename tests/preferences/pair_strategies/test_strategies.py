@@ -52,7 +52,7 @@ def assets(prompts: int = 6, sources: int = 3, each: int = 2) -> Items:
 
 def chosen(name: str, items: Items, options: StrategyOptions, seed: int = 0, answers=()) -> list:
     rng = np.random.default_rng(seed)
-    return list(map(tuple, STRATEGIES[name].plan(items, answers, rng, options).pairs.tolist()))
+    return list(map(tuple, STRATEGIES[name].plan(items, answers, rng, options).pairs))
 
 
 def allowed(items: Items) -> set[frozenset]:
@@ -126,7 +126,7 @@ def test_a_share_of_the_pairs_of_assets_is_random():
     options = StrategyOptions(pairs=12, doubtful=0.25, diversity=0.0)
     plan = STRATEGIES["active"].plan(items, [], np.random.default_rng(0), options)
     by_scores = {frozenset(entry["pair"]) for entry in plan.report["why"]}
-    every = [frozenset(pair) for pair in plan.pairs.tolist()]
+    every = [frozenset(pair) for pair in plan.pairs]
     assert len(set(every)) == len(every) == 12 and len(by_scores) == 3 and by_scores < set(every)
 
 

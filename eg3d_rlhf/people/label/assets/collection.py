@@ -439,7 +439,7 @@ def plan_assets(
     else:
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
         planned = STRATEGIES[options.strategy].plan(items, answers_of(collection, results), rng, options)
-        chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs.tolist()]
+        chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
         more = named_in(planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b]))
     if not chosen:
         raise ValueError(

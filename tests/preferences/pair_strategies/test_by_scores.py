@@ -5,8 +5,7 @@ import math
 import numpy as np
 
 from eg3d_rlhf.preferences.pair_strategies import Item, Items, Scored
-from eg3d_rlhf.preferences.pair_strategies.active import candidates, disagreement, select
-from eg3d_rlhf.preferences.pair_strategies.close import closeness
+from eg3d_rlhf.preferences.pair_strategies.by_scores import candidates, closeness, disagreement, select
 
 
 def scored(items: int = 40, members: int = 2, seed: int = 0) -> Scored:

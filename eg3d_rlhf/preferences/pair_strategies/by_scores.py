@@ -1,24 +1,28 @@
-"""Pairs on which an ensemble of rewards disagrees.
+"""Active pairs, on which an ensemble of rewards disagrees, and close pairs, whose scores are close.
 
 The disagreement over a pair is the standard deviation, over the members, of the probability that the first
 item is better (Christiano et al. 2017, arXiv 1706.03741, 2.2.4), P = sigmoid((r_a - r_b) / T), with T the
-member's temperature. By itself that selects similar pairs again and again. Pairs are therefore chosen one by
-one, by disagreement and by their distance to the nearest pair already chosen, in the space of the rewards'
-embeddings (greedy max-min).
+member's temperature. The closeness of a pair is 1 - |2 P - 1|, with the mean of P over the members: 1 for
+equal scores, 0 where the better one is certain.
+
+By themselves both select similar pairs again and again. Pairs are therefore chosen one by one, by that
+quantity and by their distance to the nearest pair already chosen, in the space of the rewards' embeddings
+(greedy max-min).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
 
-from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import (
     STRATEGIES,
+    Answers,
     Chosen,
     Items,
     PairStrategy,
+    Rng,
     Scored,
     StrategyOptions,
 )
@@ -46,6 +50,13 @@ def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return deviation
 
 
+def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return the closeness [C] of pairs [C, 2], from scores [K, N]. Swapping a pair changes nothing."""
+    better = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
+    close: np.ndarray = 1 - np.abs(2 * better - 1)
+    return close
+
+
 def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the middle and the distance of the standardised embeddings of pairs [C, 2], as [C, 2 M].
     Swapping a pair changes nothing.
@@ -61,7 +72,7 @@ def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def candidates(items: Items, rng: np.random.Generator, most: int) -> np.ndarray:
+def candidates(items: Items, rng: Rng, most: int) -> np.ndarray:
     """Return candidate pairs [C, 2], without repeats, ordered within the pair and among each other: several
     random pairings of all seeds, or the pairs of finished assets that may be compared.
 
@@ -126,20 +137,14 @@ class ScoredPairs(PairStrategy):
     def items_for(self, options: StrategyOptions) -> int:
         return round(2 * options.pairs * options.pool)
 
-    def plan(
-        self,
-        items: Items,
-        answers: Sequence[Preference],
-        rng: np.random.Generator,
-        options: StrategyOptions,
-    ) -> Chosen:
+    def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         """Choose a share of the pairs by their scores, and the others at random; the report says what sets
         the chosen ones apart.
         """
         scored = items.scored()
         table = candidates(items, rng, options.pairs)
         if not len(table):
-            return Chosen(table)
+            return Chosen([])
         count = max(1, round(options.pairs * options.doubtful))
         selection = select(scored, table, count, options.diversity, self.worth)
         pairs = selection.pairs
@@ -150,7 +155,7 @@ class ScoredPairs(PairStrategy):
         ensemble = items.ensemble
         assert ensemble is not None
         return Chosen(
-            pairs,
+            pairs.tolist(),
             {
                 "rewards": ensemble.described,
                 "candidates": len(table),
@@ -169,7 +174,7 @@ class ScoredPairs(PairStrategy):
             },
         )
 
-    def _others(self, items: Items, chosen: np.ndarray, rng: np.random.Generator, wanted: int) -> np.ndarray:
+    def _others(self, items: Items, chosen: np.ndarray, rng: Rng, wanted: int) -> np.ndarray:
         """Draw random pairs for what is left of the wanted ones: of seeds that are in none, or of assets
         those that were not chosen.
         """
@@ -184,3 +189,4 @@ class ScoredPairs(PairStrategy):
 
 
 STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2))
+STRATEGIES.add("close", ScoredPairs("closeness", closeness, least_rewards=1))
