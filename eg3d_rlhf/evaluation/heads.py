@@ -10,7 +10,6 @@ Letters: N latents, S training seeds; n grid points; R, C rows and columns of th
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 
@@ -207,18 +206,6 @@ TABLE = {  # figure: words and form
     "identity_kept": ("identity kept", ".0%"),
     "variety": ("variety, voxels", ".3f"),
 }
-
-
-def names_of(networks: Sequence[Path]) -> list[str]:
-    """As few last parts of the paths as tell them apart. Raises click.UsageError where one stands twice."""
-    parts = [
-        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
-    ]
-    for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
 
 
 def compare(

@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
-
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import snapshots
@@ -276,16 +274,20 @@ def make_shown(
             make(chains, jobs, threads, tell=tell)
 
 
+def _announce(title: str, command: Sequence[str]) -> None:
+    print(f"\n== {title}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
+
+
 def make_in_terminal(title: str, part: Part) -> None:
     """Make one part, if it is not finished, with its output in the terminal."""
     if not part.finished():
-        click.echo(f"\n== {title}: {shlex.join(['python', *part.continued()])}", err=True)
+        _announce(title, part.continued())
         make([[part]], quiet=False)
 
 
 def call(name: str, command: list[str]) -> float:
     """Run one of our scripts in the terminal; returns its seconds. Raises: ValueError where it failed."""
-    click.echo(f"\n== {name}: {shlex.join(['python', *command])}", err=True)
+    _announce(name, command)
     started = time.time()
     code = subprocess.call(_words(command))
     if code:

@@ -160,9 +160,12 @@ class Store:
             write_atomic(folder / ARRAYS, safetensors.numpy.save(values))
             return [folder / ARRAYS], {}
 
-        found: dict[str, np.ndarray] = safetensors.numpy.load_file(
-            self.make(kind, inputs, maker).folder / ARRAYS
-        )
+        self.make(kind, inputs, maker)
+        return self.load_arrays(kind, inputs)
+
+    def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Arrays that `arrays` has computed."""
+        found: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
         return found
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:

@@ -1,12 +1,13 @@
 """The commands `report heads` and `report solid`: tables of the shapes of several networks."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare, names_of
+from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare
 from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.modes.shared_flags import shared
@@ -18,6 +19,21 @@ TO_JSON = {
     "default": None,
     "help": "JSON to write.",
 }
+
+
+def names_of(networks: Sequence[Path]) -> list[str]:
+    """Name networks by as few last parts of their paths as tell them apart.
+
+    Raises: click.UsageError where one stands twice.
+    """
+    parts = [
+        path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
+    ]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
 
 
 @click.command("heads", cls=GroupedCommand)
@@ -118,10 +134,7 @@ def solid(
         path.parent if path.name.startswith("network-snapshot-") else path
         for path in map(Path.resolve, networks)
     ]
-    names = [path.stem if path.is_file() else path.name for path in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"networks: expected different names, got {', '.join(names)}. Rename a folder.")
-    named = dict(zip(names, networks, strict=True))
+    named = dict(zip(names_of(folders), networks, strict=True))
     where = choose_device(device)
     if pipeline is None:
         lines, how = compare_networks(named, before, n, psi, seed, where)

@@ -61,18 +61,7 @@ from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 @shared("jobs")
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def proof(
-    out: Path,
-    network: Path | None,
-    seeds: str,
-    rewards: int,
-    draws: int,
-    only: str,
-    latents: int,
-    labels: Path,
-    train: str,
-    jobs: int,
-    dry_run: bool,
-    more: tuple[str, ...],
+    seeds: str, only: str, train: str, jobs: int, dry_run: bool, more: tuple[str, ...], **given
 ) -> None:
     """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds,
     side by side: `make proof`.
@@ -86,23 +75,17 @@ def proof(
     Example:
         eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
     """
-    chosen = [name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}]
     plan = Plan(
-        out=out,
-        arms=chosen,
+        arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
-        rewards=rewards,
-        draws=draws,
-        latents=latents,
-        network=network,
-        labels=labels,
         train=tuple(shlex.split(train)),
         tune=more,
+        **given,
     )
     if dry_run:
         click.echo(json.dumps(commands(plan), indent=1))
         return
-    _tell(out, work_proof(plan, jobs))
+    _tell(plan.out, work_proof(plan, jobs))
 
 
 def _tell(out: Path, paths: list[Path]) -> None:

@@ -10,113 +10,52 @@ from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.evaluation.comparison import Sources
 
 PATH = click.Path(path_type=Path)
-_WHAT, _SAMPLES, _RUN = ({"group": group, "default": None} for group in ("What", "Samples", "Run"))
-_NETWORK = {**_WHAT, "metavar": "FILE|RUN", "type": PATH}
-_REWARD = {**_WHAT, "metavar": "FILE", "type": PATH}
-_SEED = {
-    "metavar": "INT",
-    "type": click.IntRange(min=0),
-    "default": Sources.seed,
-    "help": "Other held-out latents per seed.",
-}
+FOLDER = click.Path(path_type=Path, file_okay=False)
+_COUNT = click.IntRange(min=1)
+
+
+def _flag(group: str, metavar: str | None, kind: Any, text: str, default: Any = None, **more: Any) -> dict:
+    return {"group": group, "metavar": metavar, "type": kind, "help": text, "default": default, **more}
+
+
+def _network(text: str, shown: str) -> dict:
+    return _flag("What", "FILE|RUN", PATH, text, show_default=shown)
+
+
+def _reward(text: str) -> dict:
+    return _flag("What", "FILE", PATH, text, show_default="the run's own, else bundled")
+
+
 _FLAGS: dict[str, dict[str, Any]] = {
-    "before": {**_NETWORK, "show_default": "the bundled generator", "help": "Generator before tuning."},
-    "after": {**_NETWORK, "show_default": "newest snapshot of --run", "help": "Tuned generator."},
-    "run": {
-        **_WHAT,
-        "metavar": "RUN",
-        "type": PATH,
-        "show_default": "that of --after, else the newest in runs/",
-        "help": "Run folder.",
-    },
-    "control": {
-        **_NETWORK,
-        "show_default": "the matching run in runs/",
-        "help": "The same run with --lambda-r=0.",
-    },
-    "reward-ckpt": {**_REWARD, "show_default": "the run's own, else bundled"},
-    "reward-watch": {
-        **_REWARD,
-        "show_default": "the run's own, else bundled",
-        "help": "Second reward, never used in tuning.",
-    },
-    "data": {**_WHAT, "metavar": "ZIP|DIR|synthetic:people64", "show_default": "the run's own"},
-    "network": {
-        **_WHAT,
-        "metavar": "FILE|RUN",
-        "type": PATH,
-        "show_default": "the bundled generator",
-        "help": "Generator.",
-    },
-    "latents": {**_SAMPLES, "metavar": "LIST", "help": "Seeds of latents and ranges of them, such as 0,2-5."},
-    "psi": {
-        **_SAMPLES,
-        "metavar": "FLOAT",
-        "type": click.FloatRange(0, 2, min_open=True),
-        "default": Sources.psi,
-        "help": "Truncation.",
-    },
-    "cutoff": {
-        **_SAMPLES,
-        "metavar": "INT",
-        "type": click.IntRange(min=0),
-        "default": 14,
-        "help": "ws that truncation reaches.",
-    },
-    "n": {
-        **_SAMPLES,
-        "metavar": "LATENTS",
-        "type": click.IntRange(min=16),
-        "default": Sources.n,
-        "help": "Latents behind a figure.",
-    },
-    "seed": {**_SAMPLES, **_SEED},
-    "images": {
-        **_SAMPLES,
-        "metavar": "INT",
-        "type": click.IntRange(min=16),
-        "default": Sources.images,
-        "help": "Images per distance.",
-    },
-    "out": {
-        **_RUN,
-        "metavar": "FOLDER",
-        "type": click.Path(path_type=Path, file_okay=False),
-        "help": "Folder to write.",
-    },
-    "outdir": {
-        **_RUN,
-        "metavar": "FOLDER",
-        "type": click.Path(path_type=Path, file_okay=False),
-        "help": "Folder to write into.",
-    },
-    "batch": {
-        **_RUN,
-        "metavar": "INT",
-        "type": click.IntRange(min=1),
-        "default": Sources.batch,
-        "help": "Samples at once; bounds memory.",
-    },
-    "device": {
-        **_RUN,
-        "type": click.Choice(["auto", "cpu", "cuda"]),
-        "default": "auto",
-        "help": "Where to compute.",
-    },
-    "jobs": {
-        **_RUN,
-        "metavar": "INT",
-        "type": click.IntRange(min=1),
-        "default": min(2, os.cpu_count() or 1),
-        "show_default": "2, or the cores",
-        "help": "Trainings side by side.",
-    },
-    "dry-run": {
-        **_RUN,
-        "is_flag": True,
-        "default": False,
-        "help": "Print the resolved settings as JSON and stop.",
-    },
+    "before": _network("Generator before tuning.", "the bundled generator"),
+    "after": _network("Tuned generator.", "newest snapshot of --run"),
+    "run": _flag(
+        "What", "RUN", PATH, "Run folder.", show_default="that of --after, else the newest in runs/"
+    ),
+    "control": _network("The same run with --lambda-r=0.", "the matching run in runs/"),
+    "reward-ckpt": _reward(""),
+    "reward-watch": _reward("Second reward, never used in tuning."),
+    "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the run's own"),
+    "network": _network("Generator.", "the bundled generator"),
+    "latents": _flag("Samples", "LIST", None, "Seeds of latents and ranges of them, such as 0,2-5."),
+    "psi": _flag("Samples", "FLOAT", click.FloatRange(0, 2, min_open=True), "Truncation.", Sources.psi),
+    "cutoff": _flag("Samples", "INT", click.IntRange(min=0), "ws that truncation reaches.", 14),
+    "n": _flag("Samples", "LATENTS", click.IntRange(min=16), "Latents behind a figure.", Sources.n),
+    "seed": _flag("Samples", "INT", click.IntRange(min=0), "Other held-out latents per seed.", Sources.seed),
+    "images": _flag("Samples", "INT", click.IntRange(min=16), "Images per distance.", Sources.images),
+    "out": _flag("Run", "FOLDER", FOLDER, "Folder to write."),
+    "outdir": _flag("Run", "FOLDER", FOLDER, "Folder to write into."),
+    "batch": _flag("Run", "INT", _COUNT, "Samples at once; bounds memory.", Sources.batch),
+    "device": _flag("Run", None, click.Choice(["auto", "cpu", "cuda"]), "Where to compute.", "auto"),
+    "jobs": _flag(
+        "Run",
+        "INT",
+        _COUNT,
+        "Trainings side by side.",
+        min(2, os.cpu_count() or 1),
+        show_default="2, or the cores",
+    ),
+    "dry-run": _flag("Run", None, None, "Print the resolved settings as JSON and stop.", False, is_flag=True),
 }
 _SPELLINGS = {  # further ones; the flag's own name stays the parameter's
     "before": ("--network",),

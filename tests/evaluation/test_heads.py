@@ -132,7 +132,7 @@ def test_networks_stand_side_by_side(tmp_path):
 
 def test_networks_of_one_name_are_told_apart(tmp_path):
     runs = [tmp_path / arm / "00000-x" for arm in ("one", "two")]
-    assert heads.names_of(runs) == ["one/00000-x", "two/00000-x"]
-    assert heads.names_of([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]
+    assert report_shapes.names_of(runs) == ["one/00000-x", "two/00000-x"]
+    assert report_shapes.names_of([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]
     with pytest.raises(click.UsageError, match="twice"):
-        heads.names_of([runs[0], runs[0]])
+        report_shapes.names_of([runs[0], runs[0]])

@@ -1,0 +1,108 @@
+"""The method as one picture of four boxes, from real data: labels, reward, tuning, report."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.generators import load_generator, ws_of_seeds
+from eg3d_rlhf.rewards.reward import load_reward
+
+METHOD_POOL = JUDGE.take(40)  # latents among which the shown ones are looked for
+METHOD_PSI = 1.0
+
+
+def _shaded(field: Field, points: int = 128) -> np.ndarray:
+    """The one shape of a field, shaded, from behind, [R, R]."""
+    grid = SlabSpec.of(field.bounds, points)
+    return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
+
+
+def _method_lines(summary: dict) -> list[tuple[str, str]]:
+    """What the picture's last box says of a run: words and figure."""
+    lines = [("win rate by the judge,\nheld-out latents", f"{summary['win_rate']:.0%}")]
+    if summary.get("repaired") is not None:
+        lines = [
+            ("of the error of\nbroken heads gone", f"{summary['repaired']:.0%}"),
+            ("by the best filter\nwithout labels", f"{summary['repaired_by_filter']:.0%}"),
+            ("of whole heads\nmade worse", f"{summary['whole_made_worse']:.0%}"),
+        ]
+    return lines
+
+
+@torch.no_grad()
+def draw_method(run: Path, out: Path) -> None:
+    """Draw the picture, with the bundled generator and reward and a finished run of train.py --reward=sigma.
+
+    Raises: ValueError, FileNotFoundError naming --run.
+    """
+    with naming("--run"):
+        summary = json.loads((run / "summary.json").read_text())
+        before = load_generator().generator
+        after = load_generator(run).generator
+    reward = load_reward(bundled.REWARD)
+    ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
+    scores = reward.score(before.field(ws))
+    worst = int(scores.argmin())
+    best = int(scores.argmax())
+    low, high = (before.field(ws[i : i + 1]) for i in (worst, best))
+    tuned = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
+    with style.theme():
+        drawn, axes = style.figure(4, 1, (11, 4.6))
+        titles = (
+            "1 Labels\npeople say which shape is better",
+            "2 Reward\nlearns it from the density",
+            "3 Tuning\none more phase of the training",
+            "4 Report\nwhat changed",
+        )
+        for ax, title in zip(axes, titles, strict=True):
+            ax.set_title(title, loc="center", fontsize=10)
+            ax.set_box_aspect(1.5)
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+        for ax in axes[:-1]:
+            ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
+        axes[0].imshow(np.vstack([_shaded(high), _shaded(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
+        axes[0].text(
+            0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control")
+        )
+        axes[0].text(
+            0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after")
+        )
+        for half, field, index in ((0, high, best), (1, low, worst)):
+            seen = reward.observation.observe(field)[0, 0]
+            part = axes[1].inset_axes((0, 0.5 - 0.5 * half, 1, 0.5))
+            part.imshow(seen[:, :, seen.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
+            part.set(xticks=[], yticks=[])
+            part.text(
+                0.97,
+                0.06,
+                f"{float(scores[index]):+.1f}",
+                transform=part.transAxes,
+                ha="right",
+                size=12,
+                color="white",
+            )
+        axes[2].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
+        for height, text, role in ((0.52, "before", "before"), (0.03, "after", "after")):
+            axes[2].text(
+                0.98, height, text, transform=axes[2].transAxes, ha="right", color=style.colour(role)
+            )
+        axes[3].axis("off")
+        for place, (words, value) in enumerate(_method_lines(summary)):
+            axes[3].text(
+                0.5, 0.92 - 0.3 * place, value, transform=axes[3].transAxes, ha="center", va="top", size=17
+            )
+            axes[3].text(
+                0.5, 0.8 - 0.3 * place, words, transform=axes[3].transAxes, ha="center", va="top", size=8
+            )
+        style.save(drawn, out)
