@@ -20,7 +20,9 @@ def example_of(command: click.Command) -> str:
     blocks = re.findall(r"Example:\n((?:[ ]+.*\S.*\n)+)", text)
     assert len(blocks) == 1, text
     lines = [line.strip() for line in blocks[0].splitlines()]
-    assert len(lines) == 1 and re.match(r"python (tools/|train\.py )|eg3d-rlhf ", lines[0]), lines
+    assert len(lines) == 1 and re.match(r"python (tools/|train\.py |-m builders\.)|eg3d-rlhf ", lines[0]), (
+        lines
+    )
     return lines[0]
 
 
@@ -28,6 +30,8 @@ def arguments_of(words: list[str]) -> list[str]:
     """What starts a command line of ours from any folder:
     `python SCRIPT ...` or `eg3d-rlhf NOUN VERB ...`.
     """
+    if words[:2] == ["python", "-m"]:
+        return [sys.executable, *words[1:]]
     start = [str(REPO / words[1]), *words[2:]] if words[0] == "python" else ["-m", "eg3d_rlhf", *words[1:]]
     return [sys.executable, *start]
 
@@ -36,7 +40,7 @@ def flags_of(command: click.Command) -> list[str]:
     """What the example of a command's help passes to the command, which is the one that it names."""
     words = shlex.split(example_of(command))
     if words[0] == "python":
-        return words[2:]
+        return words[3:] if words[1] == "-m" else words[2:]
     count = 2 if " ".join(words[1:3]) in JOBS else 1
     assert command_of(" ".join(words[1 : 1 + count])) is command
     return words[1 + count :]

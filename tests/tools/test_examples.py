@@ -5,7 +5,8 @@ would.
 import pytest
 
 import train
-from eg3d_rlhf.modes import assets, image_sets, label_files, reward_files, reward_training
+from builders import build, features, shapes, toy_flow
+from eg3d_rlhf.modes import image_sets, label_files, reward_files, reward_training
 from tests.tools.examples import run_example
 from training.dataset import ImageFolderDataset
 
@@ -20,13 +21,13 @@ def test_labels_and_the_reward_that_is_trained_on_them(tmp_path):
 
 @pytest.mark.long
 def test_the_shape_features(tmp_path):
-    assert "Fréchet" in run_example(assets.shapes, tmp_path)
+    assert "Fréchet" in run_example(shapes.shapes, tmp_path)
     assert (tmp_path / "new.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     "command",
-    [assets.build, assets.toy_flow, pytest.param(assets.features, marks=pytest.mark.long)],
+    [build.build, toy_flow.toy_flow, pytest.param(features.features, marks=pytest.mark.long)],
     ids=lambda command: command.name,
 )
 def test_examples_that_only_print(command, tmp_path):
