@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from eg3d_rlhf.core.cli import naming, option, together
 from eg3d_rlhf.people.label.assets.collection import (
     Collection,
+    answers_of,
     conditions,
     plan_assets,
     read_collection,
@@ -126,9 +127,11 @@ def plan_campaign(
         if strategy.least_rewards:
             make = scorer or partial(mesh_ensemble, request.pairing.strategy, request.pairing.rewards)
             ensemble = make(collection)
-        with naming("--after" if chosen else "--assets"):
+        with naming("--after"):
             rows = kept_judgements(store, chosen, Mode.LABEL) if store and chosen else []
-            assets = plan_assets(request.pairing, collection, tell, rows, ensemble)
+            answers = answers_of(collection, rows)
+        with naming("--assets"):
+            assets = plan_assets(request.pairing, collection, tell, answers, ensemble)
         extra = {
             FLAGS: request.to_json(),
             "plan": assets.report,

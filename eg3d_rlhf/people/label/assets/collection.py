@@ -420,13 +420,13 @@ def plan_assets(
     options: PairingOptions,
     collection: Collection,
     tell: Callable[[str], None] = lambda text: None,
-    results: Sequence[JudgementRow] = (),
+    answers: Sequence[Preference] = (),
     ensemble: Ensemble | None = None,
 ) -> Plan:
     """Plan the pairs of a campaign, or the assets one by one.
 
-    Args: tell: prints what differs from what was asked for; results: answers to an earlier campaign on these
-        assets, for strategies that read answers; ensemble: scores the collection's assets by their numbers,
+    Args: tell: prints what differs from what was asked for; answers: see `answers_of`, for strategies that
+        read answers; ensemble: scores the collection's assets by their numbers,
         for strategies that read scores.
     """
     rng = np.random.default_rng(options.seed)
@@ -438,7 +438,7 @@ def plan_assets(
         chosen = [(i, i) for i in itertools.islice(balanced(buckets, rng), options.pairs)]
     else:
         check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
-        planned = STRATEGIES[options.strategy].plan(items, answers_of(collection, results), rng, options)
+        planned = STRATEGIES[options.strategy].plan(items, answers, rng, options)
         chosen = [(a, b) if rng.integers(2) else (b, a) for a, b in planned.pairs]
         more = named_in(planned.report, lambda a, b: _facts(collection.assets[a], collection.assets[b]))
     if not chosen:
@@ -475,7 +475,7 @@ def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
 
 
 def answers_of(collection: Collection, results: Sequence[JudgementRow]) -> list[Preference]:
-    """Turn answers on assets into preferences between their numbers in the collection.
+    """Turn answers to an earlier campaign into preferences between the assets' numbers in the collection.
 
     Raises: ValueError for answers on an asset that is not in it.
     """
