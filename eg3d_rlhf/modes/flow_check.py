@@ -16,7 +16,19 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.models.weights import shapes
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, family_of
+from eg3d_rlhf.tuning.flow.base.family import (
+    EmbedsImages,
+    EmbedsText,
+    Encodes,
+    Exports,
+    FitsRewards,
+    FlowFamily,
+    ListsNetworks,
+    Network,
+    Shows,
+    sized_stages,
+)
+from eg3d_rlhf.tuning.flow.families import family_of, released_sizes
 
 # columns; files and names that are listed
 WIDTH = 118
@@ -24,10 +36,10 @@ LISTED = 12
 FIRST = 8
 _LICENCE = ("licen", "notice")  # how names of such files begin
 DONE = {
-    "embed": "conditions of pictures",
-    "embed_texts": "conditions of texts",
-    "show": "draw",
-    "release": "export",
+    EmbedsImages: "conditions of pictures",
+    EmbedsText: "conditions of texts",
+    Shows: "draw",
+    Exports: "export",
 }
 
 
@@ -55,9 +67,9 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
         raise ValueError("flow check: expected the folder of a generator, got none. Name it.")
     told: list[str] = []
     family = family_of(root, told.append)
-    networks = list(family.networks(root)) if family.networks is not None else []
+    networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     problems = [problem for network in networks for problem in faults(network)]
-    if family.networks is None:
+    if not isinstance(family, ListsNetworks):
         family.load(root, None)  # raises for what does not fit
     for line in screen(root, family, networks, problems):
         click.echo(line)
@@ -69,13 +81,12 @@ def memory_of(root: Path | None) -> Iterator[str]:
     """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for
     each stage.
     """
-    from eg3d_rlhf.tuning.flow.families.released import RELEASED, of_folder
     from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, table  # only here: brings all families
 
     if root is not None:
-        yield table(estimate(of_folder(family_of(root), root), precision="bfloat16"))
+        yield table(estimate(sized_stages(family_of(root), root), precision="bfloat16"))
         return
-    for name, stages in RELEASED.items():
+    for name, stages in released_sizes().items():
         yield name
         yield f"{table(estimate(stages(), precision='bfloat16', name=name))}\n"
 
@@ -132,15 +143,21 @@ def screen(
         yield from rows("network", [_described(network)])
     yield from rows("licence", [family.notice or "see the publisher's"])
     yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
-    can = [words for hook, words in DONE.items() if getattr(family, hook) is not None]
+    can = [words for protocol, words in DONE.items() if isinstance(family, protocol)]
     lost = [
         f"{network.name} is not there: no {network.without}"
         for network in networks
         if network.without and not network.found
     ]
-    loop = ["no loop: stages one by one"] if family.judge is None else [] if lost else ["the loop"]
+    loop = (
+        ["no loop: stages one by one"]
+        if not isinstance(family, FitsRewards)
+        else []
+        if lost
+        else ["the loop"]
+    )
     yield from rows("can", [*can, f"tune {', '.join(family.stages)}", *loop])
-    if family.encoder is not None and not lost:
+    if isinstance(family, Encodes) and not lost:
         yield from rows("", ["pairs of assets of your own"])
     for line in lost:
         yield from rows("cannot", [line])

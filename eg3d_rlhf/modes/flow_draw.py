@@ -71,8 +71,8 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
             return
     for line in told(drawing, drawn):
         click.echo(line)
-    if family.remark is not None:
-        click.echo(family.remark(drawing.folder, work.lines(), drawing.pipeline))
+    if remark := family.remark(drawing.folder, work.lines(), drawing.pipeline):
+        click.echo(remark)
     click.echo(f"{len(work.names(TEST))} conditions are kept for the test")
     click.echo(f"next: eg3d-rlhf flow label {folder}")
 

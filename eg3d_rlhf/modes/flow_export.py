@@ -12,7 +12,8 @@ from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
 from eg3d_rlhf.tuning.flow.base.export import export
-from eg3d_rlhf.tuning.flow.families import check_stages, family_of
+from eg3d_rlhf.tuning.flow.base.family import check_stages
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -79,8 +80,8 @@ def export_command(
                 f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})"
             )
         return
-    click.echo(json.dumps(export(root, out, tuned), indent=1))
     family = family_of(root)
+    click.echo(json.dumps(export(family, root, out, tuned), indent=1))
     click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")
 
 

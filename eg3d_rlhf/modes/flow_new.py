@@ -4,7 +4,6 @@ go on.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -13,8 +12,16 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.modes.flow_check import faults, licences, rows
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditions, read_conditions, write_conditions
+from eg3d_rlhf.tuning.flow.base.family import (
+    EmbedsImages,
+    EmbedsText,
+    Encodes,
+    FlowFamily,
+    ListsNetworks,
+    sized_stages,
+)
 from eg3d_rlhf.tuning.flow.base.problem import PRECISIONS, chosen_precision
-from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
 from training.storage import write_atomic
 
@@ -128,9 +135,13 @@ def new(
     for line in rows("prompts" if pictures is None else "pictures", [f"{len(names)}: {counts}"]):
         click.echo(line)
     if given is None:
-        told: Any = list(names) if pictures is None else names
-        embed = family.embed_texts if pictures is None else family.embed
-        given = embed(Path(pipeline), told, where)  # type: ignore[misc]
+        if pictures is None:
+            assert isinstance(family, EmbedsText)  # or `conditions_of` had raised
+            given = family.embed_texts(Path(pipeline), list(names), where)
+        else:
+            assert isinstance(family, EmbedsImages)
+            images = {name: path for name, path in names.items() if path is not None}
+            given = family.embed_images(Path(pipeline), images, where)
     if pictures is None:
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
@@ -172,7 +183,7 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
 
     Raises: ValueError for a folder that cannot be used.
     """
-    networks = list(family.networks(root)) if family.networks is not None else []
+    networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     where = f"Fetch the folder again: {family.address}" if family.address else "Restore the folder."
     for problem in (problem for network in networks for problem in faults(network)):
         raise ValueError(f"--pipeline: {problem} {where}")
@@ -202,10 +213,9 @@ def takes(
 
     Raises: ValueError where a stage fits in no way.
     """
-    # its networks are small, or a plugin's that does not say
-    if family.bundled or family.encoder is None or family.told is None:
+    # its networks are small, or a plugin's that does not read meshes
+    if family.bundled or not isinstance(family, Encodes):
         return
-    from eg3d_rlhf.tuning.flow.families.released import of_folder
     from eg3d_rlhf.tuning.flow.training.memory_estimate import LARGE, free_bytes
     from eg3d_rlhf.tuning.flow.workspace.estimate import (  # only here: brings all families
         check_fits,
@@ -213,7 +223,7 @@ def takes(
         table,
     )
 
-    stages = of_folder(family, root)
+    stages = sized_stages(family, root)
     most = max(sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages)
     if most < LARGE:
         yield from rows("memory", [f"no concern: {most:,} parameters at most"])
@@ -245,18 +255,18 @@ def conditions_of(
         raise ValueError(
             "new: expected --prompts or --pictures, got neither or both. Name what the generator is told."
         )
-    if family.embed is None and family.embed_texts is None:
+    if not isinstance(family, (EmbedsImages, EmbedsText)):
         raise ValueError(
             f"new: expected --conditions for {family.name}, which has no encoder here. Name a file of"
             " embeddings."
         )
     if pictures is not None:
-        if family.embed is None:
+        if not isinstance(family, EmbedsImages):
             raise ValueError(
                 f"--pictures: expected --prompts for {family.name}, which is told texts. Name a file of them."
             )
         return dict(pictures_in(pictures))
-    if family.embed_texts is None:
+    if not isinstance(family, EmbedsText):
         raise ValueError(
             f"--prompts: expected --pictures for {family.name}, which is told pictures. Name their folder."
         )

@@ -13,8 +13,8 @@ from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
 from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
-from eg3d_rlhf.tuning.flow.families import FlowFamily, check_stages
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import FREE
 from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
@@ -195,7 +195,7 @@ def strip_of(work: Work, family: FlowFamily, problem: Problem, asked: Tuning) ->
     size = () if family.cells is None else (family.cells // 2,)  # coarse and quick
     return (
         Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size)
-        if names and family.show
+        if names and isinstance(family, Shows)
         else None
     )
 

@@ -17,6 +17,7 @@ from eg3d_rlhf.models.policies import ADAPTER
 from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 from tests.compat.making import Maker, norm_of
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import CONTENT, transformers_names
 
@@ -66,12 +67,12 @@ def content_of(said: dict) -> dict:
 
 def write_case(m: Maker, folder: Path, said: dict) -> None:
     whole = said["model"]["num_moe_layers"] > 0
-    root = folder / family.FOLDER
+    root = folder / layout.FOLDER
     root.mkdir(parents=True, exist_ok=True)
     content = content_of(said)
-    (root / family.CONFIG).write_text(yaml.safe_dump(content))
+    (root / layout.CONFIG).write_text(yaml.safe_dump(content))
     (root / "model.safetensors").touch()
-    files = family.read_files(root)
+    files = layout.read_files(root)
     model = m.fill(Denoiser(files.model))
     decoder = m.fill(ShapeDecoder(files.vae))
     encoder = m.fill(ShapeEncoder(files.vae))
@@ -81,12 +82,12 @@ def write_case(m: Maker, folder: Path, said: dict) -> None:
     state = {f"model.{name}": x for name, x in model.state_dict().items()}
     state |= {f"vae.{name}": x for half in (decoder, encoder) for name, x in half.state_dict().items()}
     named = transformers_names(dino).items()
-    state |= {f"conditioner.{family.ENCODER}{name}": x.contiguous() for name, x in named}
+    state |= {f"conditioner.{layout.ENCODER}{name}": x.contiguous() for name, x in named}
     save_file({name: x.clone() for name, x in state.items()}, root / "model.safetensors")
     facts = {
         "case": folder.name,
         "seed": m.seed,
-        "root": family.FOLDER,
+        "root": layout.FOLDER,
         "checkpoint": "model.safetensors",
         "pictures": [kind for kind, *_ in said["pictures"]],
         "samplings": {"one": {"points": 4, "guidance": 3.5}, "none": {"points": 5, "guidance": -1.0}},
@@ -137,7 +138,7 @@ def flow(m: Maker, model: Denoiser) -> None:
         hook.remove()
 
 
-def losses(m: Maker, files: family.ShapeFiles, model: Denoiser) -> None:
+def losses(m: Maker, files: layout.ShapeFiles, model: Denoiser) -> None:
     """Record the loss, with data at t = 1, with the term that balances experts and without it."""
     cond = torch.from_numpy(m.values["cond"])
     data = m.normal(2, model.config.input_size, model.config.in_channels)
@@ -173,14 +174,14 @@ def losses(m: Maker, files: family.ShapeFiles, model: Denoiser) -> None:
     model.requires_grad_(False)
 
 
-def moved(files: family.ShapeFiles, points: int) -> torch.Tensor:
+def moved(files: layout.ShapeFiles, points: int) -> torch.Tensor:
     """Return the sampler's times, which are 0 at the noise."""
     sampling = replace(family.sampling(files.shift), steps=points - 1)
     return 1 - torch.tensor([*times(sampling), 0.0], dtype=torch.float64)
 
 
 @torch.no_grad()
-def samplers(m: Maker, files: family.ShapeFiles, model: Denoiser, settings: dict) -> None:
+def samplers(m: Maker, files: layout.ShapeFiles, model: Denoiser, settings: dict) -> None:
     (stage,) = family.ShapePipeline(files, model, None, lambda name: None).stages
     noise = m.normal(1, model.config.input_size, model.config.in_channels)
     cond = m.normal(1, 6, model.config.context_dim)
@@ -196,7 +197,7 @@ def samplers(m: Maker, files: family.ShapeFiles, model: Denoiser, settings: dict
 
 
 @torch.no_grad()
-def pictures(m: Maker, files: family.ShapeFiles, dino: Dino, kinds: list) -> None:
+def pictures(m: Maker, files: layout.ShapeFiles, dino: Dino, kinds: list) -> None:
     for k, (kind, height, width) in enumerate(kinds):
         rgba = m.picture(height, width, kind)
         square = framed(rgba, files.border)
@@ -210,7 +211,7 @@ def pictures(m: Maker, files: family.ShapeFiles, dino: Dino, kinds: list) -> Non
 
 
 @torch.no_grad()
-def surface(m: Maker, files: family.ShapeFiles, decoder: ShapeDecoder) -> None:
+def surface(m: Maker, files: layout.ShapeFiles, decoder: ShapeDecoder) -> None:
     """Record a surface whose vertices are placed as published: index / n of n points."""
     cells = 12
     latents = m.normal(1, files.vae.num_latents, files.vae.embed_dim, scale=2)
@@ -230,7 +231,7 @@ def surface(m: Maker, files: family.ShapeFiles, decoder: ShapeDecoder) -> None:
 
 
 @torch.no_grad()
-def points(m: Maker, files: family.ShapeFiles, encoder: ShapeEncoder) -> None:
+def points(m: Maker, files: layout.ShapeFiles, encoder: ShapeEncoder) -> None:
     config = files.vae
     count = config.pc_size + config.pc_sharpedge_size
     places = torch.nn.functional.normalize(m.normal(count, 3), dim=1)

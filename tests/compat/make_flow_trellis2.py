@@ -21,6 +21,7 @@ from eg3d_rlhf.models.trellis2 import assets_of
 from eg3d_rlhf.models.vit import Dino3, Dino3Config
 from eg3d_rlhf.tuning.flow.base.sampling import sample, times, trajectory
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
+from eg3d_rlhf.tuning.flow.families import trellis2_assets as surfaces
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
@@ -85,7 +86,7 @@ def write_case(m: Maker, folder: Path, said: dict) -> None:
     stages = files.CHAINS[said["kind"]]
     root = folder / "MODEL"
     write_networks(m, folder, root, said)
-    pipeline = family.load_pipeline(root, None)
+    pipeline = family.FAMILY.load(root, None)
     decoder = pipeline._decoder()
     cells = {stage: pipeline.cells(stage) for stage in stages}
     facts = {
@@ -291,7 +292,7 @@ def run(m: Maker, pipeline, facts: dict) -> None:
         m.add({f"run/cond_{name}": m.normal(1, 4, width)})
     left = None
     for number, stage in enumerate(pipeline.stages):
-        cond = torch.from_numpy(m.values[f"run/cond_{pipeline.told(stage.name)}"])
+        cond = torch.from_numpy(m.values[f"run/cond_{pipeline.conditioning_key(stage.name)}"])
         if left is None:
             noise = latents(m, stage, (1,))
         else:
@@ -312,7 +313,7 @@ def run(m: Maker, pipeline, facts: dict) -> None:
     coords, slat = (torch.from_numpy(m.values[f"run/{pipeline.shape}/{name}"]) for name in ("coords", "slat"))
     made, logits = pipeline._decoder()(on(coords, slat))
     m.add({f"run/decoded/subdivision_{i}": each for i, each in enumerate(logits)})
-    vertices, faces = family.surface_of(asset)
+    vertices, faces = surfaces.surface_of(asset)
     m.add(
         {
             "run/decoded/coords": made.coords,
@@ -360,7 +361,7 @@ def decoders(m: Maker, pipeline, resolution: int) -> None:
     m.add({f"dec/subdivision_{i}": each for i, each in enumerate(logits)})
     m.add({"dec/childless": np.array([int((each <= 0).all(1).sum()) for each in logits])})
     for i, asset in enumerate(assets_of(made, None, resolution, decoder.config.voxel_margin)):
-        vertices, faces = family.surface_of(asset)
+        vertices, faces = surfaces.surface_of(asset)
         m.add({f"dec/vertices_{i}": vertices, f"dec/faces_{i}": faces})
 
 
@@ -371,7 +372,7 @@ def encoders(m: Maker, pipeline) -> None:
     vertices = torch.from_numpy(ball.vertices * [1.0, 0.8, 1.1])
     faces = torch.from_numpy(ball.faces)
     grid = dual_grid(vertices, faces, cells)
-    given = family.encoded_shape(grid.coords, grid.vertices, grid.crossed)
+    given = surfaces.encoded_shape(grid.coords, grid.vertices, grid.crossed)
     materials = 2 * torch.rand(len(grid.coords), 6, generator=m.generator) - 1
     made = {"mesh_vertices": vertices, "mesh_faces": faces, "coords": grid.coords, "resolution": cells}
     made |= {"dual_vertices": grid.vertices, "intersected": grid.crossed, "materials": materials}
@@ -389,7 +390,7 @@ def encoders(m: Maker, pipeline) -> None:
         crossed=grid.crossed,
         split=torch.ones(len(grid.coords)),
     )
-    m.add(made | {"back_faces": len(family.surface_of(asset)[1])}, "enc/")
+    m.add(made | {"back_faces": len(surfaces.surface_of(asset)[1])}, "enc/")
 
 
 def pictures(m: Maker, folder: Path, facts: dict) -> None:

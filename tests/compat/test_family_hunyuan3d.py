@@ -34,7 +34,9 @@ from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.sampling import generate, times, trajectory
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     at_least,
@@ -73,30 +75,30 @@ case = cases("flow_hunyuan3d")
 def root(case):
     """The folder as it is released: case.json names the one with config.yaml in it."""
     case.file(f"{case.fact('root')}/{case.fact('checkpoint')}")
-    return case.folder if case.fact("root") == family.FOLDER else case.folder / case.fact("root")
+    return case.folder if case.fact("root") == layout.FOLDER else case.folder / case.fact("root")
 
 
 @pytest.fixture(scope="module")
 def opened(root):
-    files = family.read_files(root)
-    return files, family.read_sections(files.checkpoint)
+    files = layout.read_files(root)
+    return files, layout.read_sections(files.checkpoint)
 
 
 @pytest.fixture
 def model(opened):
-    return family.denoiser(*opened)
+    return layout.denoiser(*opened)
 
 
 @pytest.fixture(scope="module")
 def decoder(opened):
-    return family.decoder(*opened)
+    return layout.decoder(*opened)
 
 
 def configured(path, tmp_path):
     """What config.yaml says, without a checkpoint."""
-    (tmp_path / family.CONFIG).write_text(yaml.safe_dump(json.loads(path.read_text())))
-    (tmp_path / family.CHECKPOINTS[0]).touch()
-    return family.read_files(tmp_path)
+    (tmp_path / layout.CONFIG).write_text(yaml.safe_dump(json.loads(path.read_text())))
+    (tmp_path / layout.CHECKPOINTS[0]).touch()
+    return layout.read_files(tmp_path)
 
 
 RELEASED = pytest.mark.parametrize("path", released("flow_hunyuan3d"))
@@ -116,8 +118,8 @@ def test_names_and_shapes_are_the_originals(path, section, tmp_path):
         assert not halves[0].keys() & halves[1].keys() and shapes(halves[0] | halves[1]) == want
     else:
         listed = {name: torch.empty(shape, device="meta") for name, shape in want.items()}
-        assert all(name.startswith(family.ENCODER) for name in listed)
-        assert shapes(hub_names(below(listed, family.ENCODER))) == shapes(
+        assert all(name.startswith(layout.ENCODER) for name in listed)
+        assert shapes(hub_names(below(listed, layout.ENCODER))) == shapes(
             empty(lambda: Dino(files.encoder)).state_dict()
         )
 
@@ -196,7 +198,7 @@ def test_gradients(case, model, recompute):
 def test_the_path_and_its_loss(case, root, model):
     data, noise, t, cond = case.of("fm_x0", "fm_noise", "fm_t", "cond")
     (stage,) = family.ShapePipeline(
-        family.read_files(root), model.requires_grad_(True).train(), None, lambda name: None
+        layout.read_files(root), model.requires_grad_(True).train(), None, lambda name: None
     ).stages
     ours = 1 - t
     x_t = stage.path.mix(data, ours, noise)
@@ -276,9 +278,9 @@ def test_samplers(case, opened, model):
 
 def picture_encoder(case, opened):
     """Load the encoder of pictures; skip the test where the checkpoint has none."""
-    if family.CONDITIONER not in opened[1]:
+    if layout.CONDITIONER not in opened[1]:
         pytest.skip(f"{case.folder.name} has no encoder of pictures in its checkpoint")
-    return family.image_encoder(*opened)
+    return layout.image_encoder(*opened)
 
 
 def test_pictures(case, opened):
@@ -320,13 +322,13 @@ def test_a_picture_becomes_the_tokens_that_files_of_conditions_hold(case, root, 
     for k in kinds:
         paths[str(k)] = tmp_path / f"{k}.png"
         Image.fromarray(case[f"pre{k}_rgba"].numpy()).save(paths[str(k)])
-    made = family.embed(root, paths, torch.device("cpu"))
+    made = family.FAMILY.embed_images(root, paths, torch.device("cpu"))
     for k in kinds:
         assert error(made.tokens[str(k)]["main"], case[f"pre{k}_tokens"][0]) < HALF
-    family.load(root, made)
+    family.FAMILY.load(root, made)
     other = made.encoder.replace("border", "margin")
     with raising("conditions:", made.encoder, other, "eg3d-rlhf"):
-        family.load(root, Conditions(tokens=made.tokens, encoder=other, zero_null=True))
+        family.FAMILY.load(root, Conditions(tokens=made.tokens, encoder=other, zero_null=True))
 
 
 def test_decoder_at_points(case, decoder):
@@ -384,7 +386,7 @@ def test_the_surface_is_the_originals_on_a_straight_grid(case, decoder):
 def test_encoder_from_chosen_points_on(case, opened, monkeypatch):
     """And latents as the flow sees them, which the decoder divides by scale_factor."""
     queries, points, mean = case.of("vae_query", "vae_data", "vae_mean")
-    network = family.encoder(*opened)
+    network = layout.encoder(*opened)
     monkeypatch.setattr(hunyuan3d, "chosen", lambda surface, config, draw: (queries[0], points[0]))
     assert error(network.latents(points[0], None) / network.config.scale_factor, mean[0]) < ENCODER
     with torch.no_grad():
@@ -443,12 +445,17 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(
 ):
     """Two files in the released subfolder, so that the original's loader finds them by the path alone."""
     files, sections = opened
-    report = export(root if whole else files.root, tmp_path / "TUNED", {"shape": adapter})
-    folder = tmp_path / "TUNED" / family.FOLDER
-    assert {path.name for path in folder.iterdir()} == {family.CONFIG, case.fact("checkpoint")}
+    report = export(
+        family_of(root if whole else files.root),
+        root if whole else files.root,
+        tmp_path / "TUNED",
+        {"shape": adapter},
+    )
+    folder = tmp_path / "TUNED" / layout.FOLDER
+    assert {path.name for path in folder.iterdir()} == {layout.CONFIG, case.fact("checkpoint")}
     assert (tmp_path / "TUNED" / "Notice").is_file() and 0 <= report["tuned"]["shape"]["rounding"] < 1
-    assert (folder / family.CONFIG).read_bytes() == (files.root / family.CONFIG).read_bytes()
-    made = family.read_sections(folder / case.fact("checkpoint"))
+    assert (folder / layout.CONFIG).read_bytes() == (files.root / layout.CONFIG).read_bytes()
+    made = layout.read_sections(folder / case.fact("checkpoint"))
     for section, state in sections.items():
         assert shapes(made[section]) == shapes(state)
         assert all(made[section][name].dtype == tensor.dtype for name, tensor in state.items())
@@ -463,7 +470,7 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(
     )
     x, t, cond = case.of("x", "t", "cond")
     with torch.no_grad():
-        again = family.denoiser(family.read_files(tmp_path / "TUNED"), made)
+        again = layout.denoiser(layout.read_files(tmp_path / "TUNED"), made)
         limit = rounding_of(sections["model"].values())
         assert error(again(x, t, {"main": cond}), case["lora_y"]) < limit
 
@@ -495,27 +502,27 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, opened, tmp_p
         called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
     assert called == ["new", "draw", "pairs", "train", "export"]
     read = read_conditions(Path("WORK"))
-    tuned = family.load(Path("TUNED"), read)
+    tuned = family.FAMILY.load(Path("TUNED"), read)
     assert generate(tuned, [read.names[0]], [0])[0].latent.isfinite().all()
 
 
 def test_a_checkpoint_in_float16_as_released(case, opened, adapter, tmp_path):
     files, sections = opened
-    (tmp_path / "ROOT" / family.FOLDER).mkdir(parents=True)
-    (tmp_path / "ROOT" / family.FOLDER / family.CONFIG).write_bytes((files.root / family.CONFIG).read_bytes())
+    (tmp_path / "ROOT" / layout.FOLDER).mkdir(parents=True)
+    (tmp_path / "ROOT" / layout.FOLDER / layout.CONFIG).write_bytes((files.root / layout.CONFIG).read_bytes())
     nested = {
         section: {name: tensor.half() for name, tensor in state.items()}
         for section, state in sections.items()
     }
-    torch.save(nested, tmp_path / "ROOT" / family.FOLDER / family.CHECKPOINTS[0])
-    export(tmp_path / "ROOT", tmp_path / "TUNED", {"shape": adapter})
-    made = family.read_files(tmp_path / "TUNED")
-    assert made.checkpoint == tmp_path / "TUNED" / family.FOLDER / "model.fp16.ckpt"
+    torch.save(nested, tmp_path / "ROOT" / layout.FOLDER / layout.CHECKPOINTS[0])
+    export(family_of(tmp_path / "ROOT"), tmp_path / "ROOT", tmp_path / "TUNED", {"shape": adapter})
+    made = layout.read_files(tmp_path / "TUNED")
+    assert made.checkpoint == tmp_path / "TUNED" / layout.FOLDER / "model.fp16.ckpt"
     x, t, cond = case.of("x", "t", "cond")
-    held = family.read_sections(made.checkpoint)
+    held = layout.read_sections(made.checkpoint)
     assert all(tensor.dtype == torch.float16 for state in held.values() for tensor in state.values())
     with torch.no_grad():
-        model = family.denoiser(made, held, torch.float32)
+        model = layout.denoiser(made, held, torch.float32)
         assert error(model(x, t, {"main": cond}), case["lora_y"]) < HALF
-        plain = family.denoiser(files, nested, torch.float32)
+        plain = layout.denoiser(files, nested, torch.float32)
         assert error(load_weights(plain, read_weights(adapter))(x, t, {"main": cond}), case["lora_y"]) < HALF

@@ -462,7 +462,7 @@ def cut_out(case):
 def conditions(case, root, tmp_path):
     """Of the case's pictures, by the command's own way."""
     paths = {str(k): written(case, tmp_path / "PICTURES", k, str(k)) for k in cut_out(case)}
-    return family.embed(root, paths, torch.device("cpu"))
+    return family.FAMILY.embed_images(root, paths, torch.device("cpu"))
 
 
 def test_pictures_become_conditions(case, root, conditions):
@@ -472,10 +472,10 @@ def test_pictures_become_conditions(case, root, conditions):
             assert error(told[stage], case[f"pre{name}_{short}_tokens"]) < TOKENS
         assert error(told[family.SCALE], case[f"pre{name}_ss/pointmap_scale"]) < INPUTS
         assert error(told[family.SHIFT], case[f"pre{name}_ss/pointmap_shift"]) < INPUTS
-    family.load(root, conditions)
+    family.FAMILY.load(root, conditions)
     other = conditions.encoder.replace("box", "side")
     with raising("conditions:", conditions.encoder, other, "eg3d-rlhf"):
-        family.load(root, Conditions(tokens=conditions.tokens, encoder=other, zero_null=True))
+        family.FAMILY.load(root, Conditions(tokens=conditions.tokens, encoder=other, zero_null=True))
 
 
 # Voxels, decoders, the pose.
@@ -623,7 +623,7 @@ def test_a_step_of_dpo(case, stages, flows, adapter):
 
 
 def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, file, adapter, tmp_path):
-    report = export(case.folder, tmp_path / "TUNED", {"structure": adapter})
+    report = export(family.FAMILY, case.folder, tmp_path / "TUNED", {"structure": adapter})
     made = tmp_path / "TUNED" / Path(root).relative_to(case.folder)
     assert {path.name for path in made.iterdir()} == {path.name for path in Path(root).iterdir()}
     assert 0 <= report["tuned"]["structure"]["rounding"] < 1
@@ -667,7 +667,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     called = run_section("SAM 3D Objects", root, Path(), FEW, look)
     assert called == ["new", "draw", "pairs", "train", "train", "export"]
     read = read_conditions(Path("WORK"))
-    base, tuned = (family.load(place, read) for place in (root, Path("TUNED")))
+    base, tuned = (family.FAMILY.load(place, read) for place in (root, Path("TUNED")))
     for one, other in zip(base.stages, tuned.stages, strict=True):
         both = zip(one.model.parameters(), other.model.parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in both), one.name

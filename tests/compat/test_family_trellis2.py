@@ -27,7 +27,9 @@ from eg3d_rlhf.modes import flow_check, flow_export
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.sampling import generate, sample, times, trajectory
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
+from eg3d_rlhf.tuning.flow.families import trellis2_assets as assets
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, find_model
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
@@ -75,7 +77,7 @@ def root(case):
 
 @pytest.fixture(scope="module")
 def pipeline(root):
-    return family.load_pipeline(root, None)
+    return family.FAMILY.load(root, None)
 
 
 EACH_STAGE = each("flow_trellis2", "stage", lambda case: case.facts.get("stages", {}))
@@ -374,7 +376,7 @@ def triangles(faces):
 
 def check_surface(asset, coords, vertices, faces):
     """The rows of ours may be in another order."""
-    made, told = family.surface_of(asset)
+    made, told = assets.surface_of(asset)
     (order,), (wanted,) = (rows(c, torch.arange(len(c)))[1:] for c in (asset.coords, coords))
     assert error(made[order], vertices[wanted]) < DECODED
     number = torch.empty(len(order), dtype=torch.int64)
@@ -383,7 +385,7 @@ def check_surface(asset, coords, vertices, faces):
 
 
 def told(case, pipeline, name):
-    return case[f"run/cond_{pipeline.told(name)}"]
+    return case[f"run/cond_{pipeline.conditioning_key(name)}"]
 
 
 def test_one_asset_from_the_recorded_noise(case, pipeline):
@@ -557,7 +559,7 @@ def test_the_dual_grid_of_a_mesh(case):
         crossed=made.crossed,
         split=torch.ones(len(made.coords)),
     )
-    assert len(family.surface_of(asset)[1]) == int(case["enc/back_faces"])
+    assert len(assets.surface_of(asset)[1]) == int(case["enc/back_faces"])
 
 
 def test_a_mesh_becomes_latents(case, pipeline):
@@ -565,7 +567,7 @@ def test_a_mesh_becomes_latents(case, pipeline):
     network = encoder(case, pipeline, files.SHAPE_ENCODER)
     made = dual_grid(case["enc/mesh_vertices"], case["enc/mesh_faces"], cells)
     with torch.no_grad():
-        mean, _ = network(family.encoded_shape(made.coords, made.vertices, made.crossed))
+        mean, _ = network(assets.encoded_shape(made.coords, made.vertices, made.crossed))
     # which grows with the three vertices that differ
     check_voxels(mean, case["enc/shape_coords"], case["enc/shape_mean"], 0.1)
 
@@ -685,7 +687,7 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
     tuned = {name: path for name in case.fact("stages") if (path := case.folder / "adapters" / name).is_dir()}
     if not tuned:
         pytest.skip(f"{case.folder.name} has no adapters")
-    report = export(root, tmp_path / "TUNED", tuned)
+    report = export(family_of(root), root, tmp_path / "TUNED", tuned)
     assert set(report["tuned"]) == set(tuned) and all(
         0 <= done["rounding"] < 0.1 for done in report["tuned"].values()
     )
@@ -713,7 +715,7 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
             if (root / f"{old['args']['models'][place]}.json").is_file():
                 assert value == old["args"]["models"][place]
         assert {**new, "args": {**new["args"], "models": 0}} == {**old, "args": {**old["args"], "models": 0}}
-    again = family.load_pipeline(tmp_path / "TUNED", None)
+    again = family.FAMILY.load(tmp_path / "TUNED", None)
     limit = HALF if case.facts.get("half") else ADAPTED  # updates of a bfloat16 file are rounded
     for stage in again.stages:
         x = at(case, stage, "x")
@@ -726,11 +728,11 @@ def test_an_exported_folder_is_the_originals_with_merged_weights(case, root, pip
 def test_conditions_of_another_encoder_or_preparation_are_refused(case, root, pipeline):
     size = {name: pipeline.configs[name].cond_channels for name in pipeline.configs}["structure"]
     tokens = {"a": {"512": torch.zeros(3, size), "1024": torch.zeros(5, size)}}
-    family.load_pipeline(
+    family.FAMILY.load(
         root, Conditions(tokens=tokens, encoder=family.source_of(pipeline.file), zero_null=True)
     )
     with raising("conditions:", family.source_of(pipeline.file), "eg3d-rlhf"):
-        family.load_pipeline(root, Conditions(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
+        family.FAMILY.load(root, Conditions(tokens=tokens, encoder=pipeline.file.encoder, zero_null=True))
 
 
 def test_a_texture_file_may_say_any_resolution(case, root, tmp_path):
@@ -740,7 +742,7 @@ def test_a_texture_file_may_say_any_resolution(case, root, tmp_path):
     content = json.loads(path.read_text())
     content["args"]["resolution"] = 3
     path.write_text(json.dumps(content))
-    shape, texture = family.load_pipeline(copied, None).stages[-2:]
+    shape, texture = family.FAMILY.load(copied, None).stages[-2:]
     assert texture.latents.resolution == shape.latents.resolution
 
 
@@ -796,6 +798,6 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     called(flow_export.export_command, "--out=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
         read = read_conditions(Path("WORK"))
-        pipeline = family.load(Path(folder), read)
+        pipeline = family.FAMILY.load(Path(folder), read)
         assert generate(pipeline, [read.names[0]], [0])[0].materials.isfinite().all()
     called(flow_check.check, "ALL")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eg3d_rlhf.modes.flow_new import takes
 from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
-from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d
+from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d_files
 from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
 from eg3d_rlhf.tuning.flow.workspace import estimate
 from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, SPLITS, Work
@@ -138,10 +138,11 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
     check_message(said, ("transformers", "'eg3d-rlhf[sd]'"))
     shapes = write_hunyuan3d(here / "SHAPES")
     sections = {
-        name: dict(tensors) for name, tensors in hunyuan3d.read_sections(shapes / "model.fp16.ckpt").items()
+        name: dict(tensors)
+        for name, tensors in hunyuan3d_files.read_sections(shapes / "model.fp16.ckpt").items()
     }
     held = {
-        name: {n: x.clone() for n, x in of.items() if not n.startswith(hunyuan3d.ENCODER_HALF)}
+        name: {n: x.clone() for n, x in of.items() if not n.startswith(hunyuan3d_files.ENCODER_HALF)}
         for name, of in sections.items()
     }
     torch.save(held, shapes / "model.fp16.ckpt")

@@ -70,7 +70,7 @@ def _first(pairs: list[PreferencePair], count: int) -> list[PreferencePair]:
 def shapes(root: Path, seed: int, conditions: int = 30, per_condition: int = 6) -> Problem:
     """A tiny Hunyuan3D folder; people prefer latents whose mean is higher."""
     names = [f"c{i:02d}" for i in range(conditions)]
-    pipeline = hunyuan3d.load(root, tokens(names))
+    pipeline = hunyuan3d.FAMILY.load(root, tokens(names))
     g = torch.Generator().manual_seed(seed)
     pairs = []
     for name in names:

@@ -13,14 +13,15 @@ from torch import nn
 
 from eg3d_rlhf.models.weights import write
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, FlowStage, Sampling, TokenSet
-from eg3d_rlhf.tuning.flow.families import FlowFamily, register
+from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families.folder import read_network
 from training.storage import write_atomic
 
 POINTS = 6
 CLASSES = 4
+CONDITION = {"kind": [1, CLASSES], "size": [1]}  # shapes of its tensors
 FILES = CONFIG, WEIGHTS = "points.json", "points.safetensors"
 
 
@@ -39,15 +40,8 @@ class PointNetwork(nn.Module):
     ) -> torch.Tensor:
         """Points [N, T, 3], sigma [N], kind [N, 1, E], size [N, 1] -> d points / d sigma."""
         # [N, T, 1 + E + 1]
-        said = torch.cat([sigma.view(-1, 1, 1), kind, size.unsqueeze(1)], 2).expand(-1, points.shape[1], -1)
-        return self.outer(torch.tanh(self.inner(torch.cat([points, said], 2))))
-
-
-def call(
-    module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """How a stage's arguments become the module's."""
-    return module(x_t, t, cond["kind"], cond["size"])
+        prompt = torch.cat([sigma.view(-1, 1, 1), kind, size.unsqueeze(1)], 2).expand(-1, points.shape[1], -1)
+        return self.outer(torch.tanh(self.inner(torch.cat([points, prompt], 2))))
 
 
 class PointPipeline:
@@ -56,13 +50,13 @@ class PointPipeline:
     def __init__(self, module: nn.Module, conditions: Conditions | None):
         self.tokens = conditions
         if conditions is not None:
-            conditions.check("conditions", {"kind": [1, CLASSES], "size": [1]}, "the classes of points.json")
+            conditions.check("conditions", CONDITION, "the classes of points.json")
         self.stages = [
             FlowStage(
                 name="points",
                 model=module,
                 latents=TokenSet(tokens=POINTS, channels=3),
-                call=call,
+                call=lambda module, x_t, t, cond: module(x_t, t, cond["kind"], cond["size"]),
                 data_at_one=True,
                 path=FlowPath(sigma_min=0.0, schedule="uniform"),
                 sampling=Sampling(steps=4, cfg_strength=1.0, cfg_interval=(0.0, 1.0)),
@@ -71,7 +65,7 @@ class PointPipeline:
         ]
 
     def conditions(self, names: Sequence[str], stage: str):
-        return self.tokens.of(names)
+        return self.tokens.select(names)
 
     def no_condition(self, n: int, stage: str):
         return self.tokens.null(n)
@@ -80,35 +74,35 @@ class PointPipeline:
         return [*x_0]
 
 
-def load(
-    root: Path, conditions: Conditions | None, *, dtype: torch.dtype = torch.float32, device="cpu"
-) -> PointPipeline:
-    """Strictly by name and shape."""
-    return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditions)
+class PointFamily(FlowFamily):
+    """Reads and writes folders of points.json and points.safetensors."""
+
+    name = "points"
+    layout = f"{CONFIG} and {WEIGHTS}"
+    stages = ("points",)
+
+    def recognises(self, root: Path) -> bool:
+        return (root / CONFIG).is_file()
+
+    def files(self, root: Path, stages=None) -> Mapping[str, Path]:
+        return {name: root / name for name in FILES}
+
+    def load(self, root: Path, conditions, *, stages=None, dtype=torch.float32, device="cpu"):
+        return PointPipeline(read_network(root, FILES, PointNetwork).to(device, dtype), conditions)
+
+    def condition(self, pipeline: PointPipeline, stage: str) -> Mapping[str, Sequence[int]]:
+        return CONDITION
+
+    def show(self, asset: torch.Tensor, path: Path) -> Path:
+        """Write an .xyz file."""
+        file = path.with_name(path.name + ".xyz")
+        write_atomic(file, "".join(f"{x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in asset.tolist()).encode())
+        return file
+
+    def release(self, root: Path, stages: Sequence[str]) -> Release:
+        """Describe the same folder with another network."""
+        stored = Stored(file=WEIGHTS, load=lambda dtype: read_network(root, FILES, PointNetwork), write=write)
+        return Release(files={CONFIG: root / CONFIG}, networks={"points": stored})
 
 
-def show(asset: torch.Tensor, path: Path) -> Path:
-    """An .xyz file."""
-    file = path.with_name(path.name + ".xyz")
-    write_atomic(file, "".join(f"{x:.6f} {y:.6f} {z:.6f}\n" for x, y, z in asset.tolist()).encode())
-    return file
-
-
-def release(root: Path, stages: Sequence[str]) -> Release:
-    """The same folder with another network."""
-    stored = Stored(file=WEIGHTS, load=lambda dtype: read_network(root, FILES, PointNetwork), write=write)
-    return Release(files={CONFIG: root / CONFIG}, networks={"points": stored})
-
-
-register(
-    FlowFamily(
-        name="points",
-        layout=f"{CONFIG} and {WEIGHTS}",
-        recognises=lambda root: (root / CONFIG).is_file(),
-        stages=("points",),
-        load=load,
-        files=lambda root: {name: root / name for name in FILES},
-        show=show,
-        release=release,
-    )
-)
+FAMILY = register(PointFamily())

@@ -150,8 +150,11 @@ class Conditions:
                 f" {encoder}."
             )
 
-    def of(self, names: Sequence[str]) -> Condition:
-        """[N, L, E], or by name [N, ...]. Raises: ValueError for names without an embedding."""
+    def select(self, names: Sequence[str]) -> Condition:
+        """Stack the conditions of these names: [N, L, E], or by name [N, ...].
+
+        Raises: ValueError for names without an embedding.
+        """
         missing = sorted({name for name in names if name not in self.tokens})
         if missing:
             raise ValueError(

@@ -151,8 +151,8 @@ def _named(record: Any, *keys: str) -> list[str]:
     return [*values.values()]
 
 
-def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
-    """A line whose latents are a file of `write_latents`.
+def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
+    """Read a line whose latents are a file of `write_latents`.
 
     Raises: ValueError, OSError for what does not fit.
     """
@@ -165,13 +165,13 @@ def drawn_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, r
 
 
 def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
-    """For families whose pipelines encode assets: a line may name an `asset` of one's own, which `read`
-    reads, in place of latents.
+    """Make a reader of lines that may name an `asset` of the user's own in place of latents; the pipeline
+    encodes what `read` reads.
     """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
-            return drawn_candidate(record, name, folder, pipeline, ranked)
+            return sampled_candidate(record, name, folder, pipeline, ranked)
         condition, file = _named(record, "condition", "asset")
         (latents,) = pipeline.encode([read(folder / file)])
         for stage, latent in latents.items():
@@ -199,7 +199,7 @@ def read_candidates(
     pipeline: Any,
     ranked: bool,
     on_asset: Callable[[], None] | None = None,
-    candidate: Candidates = drawn_candidate,
+    candidate: Candidates = sampled_candidate,
 ) -> list[Candidate]:
     """The assets of a list, with the latents of the same stages.
 
@@ -232,7 +232,7 @@ def read_ranking(
     path: Path,
     pipeline: Any,
     on_asset: Callable[[], None] | None = None,
-    candidate: Candidates = drawn_candidate,
+    candidate: Candidates = sampled_candidate,
 ) -> Imported:
     """Pairs of a ranked list.
 

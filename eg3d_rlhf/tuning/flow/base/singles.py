@@ -19,8 +19,8 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
     Candidate,
     Candidates,
-    drawn_candidate,
     read_candidates,
+    sampled_candidate,
 )
 
 
@@ -99,7 +99,7 @@ def read_labelled(
     assets: Path,
     labels: Path | None,
     pipeline: Any,
-    candidate: Candidates = drawn_candidate,
+    candidate: Candidates = sampled_candidate,
     on_asset: Callable[[], None] | None = None,
 ) -> Labelled:
     """The assets of a list, or of the folder that holds it, and what a file says of them; None: their own

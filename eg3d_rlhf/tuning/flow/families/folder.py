@@ -5,7 +5,7 @@ import functools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +16,9 @@ from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.models.sparse import Batch, Latent, feats_of
 from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, to_device
+from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.stage import refuse_empty
-from eg3d_rlhf.tuning.flow.families import tell
+from eg3d_rlhf.tuning.flow.families import print_notice
 from training.progress import tqdm
 from training.storage import load_strict
 
@@ -31,7 +32,7 @@ LARGE = 10**8  # parameters of a flow from which freed memory must go back to th
 
 
 class OpenedFolder:
-    """Half of a `Pipeline` whose networks lie in a folder of a published layout: what it is told, latents'
+    """Half of a `Pipeline` whose networks lie in a folder of a published layout: conditioning, latents'
     scales, decoders by name.
 
     Args:
@@ -57,8 +58,8 @@ class OpenedFolder:
             self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
         return self._loaded[name]
 
-    def told(self, stage: str) -> str | None:
-        """The tensor of a condition that a stage is told; None: all of it."""
+    def conditioning_key(self, stage: str) -> str | None:
+        """Return the name of the tensor of a condition that a stage reads; None: all of it."""
         return None
 
     def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
@@ -66,7 +67,7 @@ class OpenedFolder:
         if self.tokens is None:
             return
         form = self.tokens.form
-        name = self.told(stage)
+        name = self.conditioning_key(stage)
         shape = form if name is None else form.get(name) if isinstance(form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
@@ -74,20 +75,20 @@ class OpenedFolder:
             raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
-        """[N, L, E] of what a stage is told, or tensors by name.
+        """[N, L, E] of what a stage reads, or tensors by name.
 
         Raises: ValueError for names without an embedding.
         """
         assert self.tokens is not None
-        return self._told(self.tokens.of(names), stage)
+        return self._conditioning(self.tokens.select(names), stage)
 
     def no_condition(self, n: int, stage: str) -> Any:
         """[n, L, E], the empty condition, or its tensors by name."""
         assert self.tokens is not None
-        return self._told(self.tokens.null(n), stage)
+        return self._conditioning(self.tokens.null(n), stage)
 
-    def _told(self, condition: Any, stage: str) -> Any:
-        name = self.told(stage)
+    def _conditioning(self, condition: Any, stage: str) -> Any:
+        name = self.conditioning_key(stage)
         return to_device(condition if name is None else condition[name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
@@ -109,8 +110,8 @@ class EncodingFolder(OpenedFolder, ABC):
     """One that has encoders of every stage."""
 
     def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
-        """Per asset the latents of its stages, each computed when it is asked for."""
-        return [AssetLatents(self, asset) for asset in assets]
+        """Return per asset the latents of its stages, each computed when it is first asked for."""
+        return [Lazy(self.encodes(asset), functools.partial(self.encode_stage, asset)) for asset in assets]
 
     @abstractmethod
     def encodes(self, asset: Any) -> Sequence[str]:
@@ -121,29 +122,6 @@ class EncodingFolder(OpenedFolder, ABC):
         """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees
         it.
         """
-
-
-class AssetLatents(Mapping[str, Latent]):
-    """The latents of an asset by stage, computed once, when asked for."""
-
-    def __init__(self, pipeline: EncodingFolder, asset: Any):
-        self._pipeline = pipeline
-        self._asset = asset
-        self._stages = pipeline.encodes(asset)
-        self._known: dict[str, Latent] = {}
-
-    def __getitem__(self, stage: str) -> Latent:
-        if stage not in self._stages:
-            raise KeyError(stage)
-        if stage not in self._known:
-            self._known[stage] = self._pipeline.encode_stage(self._asset, stage)
-        return self._known[stage]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stages)
-
-    def __len__(self) -> int:
-        return len(self._stages)
 
 
 def embedding(things: Collection[T], unit: str) -> Iterable[T]:
@@ -229,14 +207,14 @@ def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
     """
     if not bool((logits > 0).any()):
         refuse_empty(who, ELSEWHERE)
-        tell_empty(who)
+        notice_empty(who)
     return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
 
 
 @functools.cache
-def tell_empty(who: str) -> None:
-    """Once in this process."""
-    tell(f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}")
+def notice_empty(who: str) -> None:
+    """Print the notice once in this process."""
+    print_notice(f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}")
 
 
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:

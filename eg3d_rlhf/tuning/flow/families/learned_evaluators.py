@@ -13,8 +13,8 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+from eg3d_rlhf.tuning.flow.base.stage import Pipeline
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import TrellisPipeline
 from training.progress import tqdm
 
 CELLS = 8  # per axis of the cube
@@ -72,7 +72,7 @@ class RewardOfPairs:
 
     def __init__(
         self,
-        pipeline: TrellisPipeline,
+        pipeline: Pipeline,
         pairs: Sequence[PreferencePair],
         title: str,
         ridge: float = 1.0,

@@ -12,12 +12,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
     PreferencePair,
@@ -27,7 +27,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 )
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource, chosen_precision
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
-from eg3d_rlhf.tuning.flow.families import COMMON, FAMILIES, FlowFamily, bundled_family, family_of
+from eg3d_rlhf.tuning.flow.families import FAMILIES, bundled_family, family_of
 
 
 def check_source(source: ProblemSource) -> None:
@@ -69,7 +69,7 @@ def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a bundled generator or a folder of any family; pairs of a stage are made or read once.
+    """Open the problem of a bundled generator, or of a folder of any family.
 
     Raises: ValueError or OSError for what is missing or does not fit, and for options that its family does
         not read.
@@ -84,7 +84,9 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     if source.pairs is None and not source.needs_pairs and not family.bundled:
         problem = open_conditions(family, source, device)
     else:
-        problem = family.open(source, device) if family.open else open_folder(family, source, device)
+        problem = (
+            family.open(source, device) if isinstance(family, Opens) else open_folder(family, source, device)
+        )
     precision = chosen_precision(source.precision, device)
     for stage in problem.pipeline.stages:
         stage.precision = precision
@@ -93,7 +95,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
 
 
 def pairs_in(family: FlowFamily, source: ProblemSource) -> dict[str, Path]:
-    """Folders of people's pairs by stage. Raises: see `pair_folders`."""
+    """Return the folders of pairs by stage. Raises: see `pair_folders`."""
     return pair_folders(Path(source.pairs or Path(source.pipeline) / "pairs"), family.stages)
 
 
@@ -101,31 +103,31 @@ def open_folder(
     family: FlowFamily,
     source: ProblemSource,
     device: str | torch.device = "cpu",
-    check: Callable[[Any, Path, str, Mapping], None] = lambda pipeline, folder, stage, meta: None,
+    stages: Sequence[str] | None = None,
+    rewards: bool = True,
 ) -> Problem:
-    """The problem of a folder and pairs of its stages, by what its family says of it.
+    """Open a folder and the pairs of its stages as a problem.
 
     Conditions are divided by a hash of their names: a share is held out, half of it to choose checkpoints on
-    where there are two or more. Where the family makes a reward of people's pairs of the last stage, three
-    are fitted to pairs of different conditions: one half of the trained (w1 and w2), the other half
-    (held-out win rate), the held-out (the final table). Where pairs of a stage are missing, there is the
-    first alone.
+    where there are two or more. Where the family fits rewards to pairs of the last stage, three are fitted to
+    pairs of different conditions: one half of the trained (w1 and w2), the other half (held-out win rate),
+    the held-out (the final table). Where pairs of a stage are missing, there is the first alone.
 
-    Args: check: refuses pairs of another pipeline, from the pipeline, the folder, the stage and what the
-        writer had to say.
+    Args: stages: see `FlowFamily.load`; rewards: False leaves the rewards out.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)
-    judge = family.judge
+    fit = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
     place = conditions_beside(folders, None if source.conditions is None else Path(source.conditions))
     tokens = read_conditions(place, zero_null=family.zero_null)
-    pipeline: Any = family.load(
-        Path(source.pipeline), tokens, dtype=getattr(torch, source.dtype), device=device
+    files = family.files(Path(source.pipeline), tuple(folders))  # raises for what the rewards would lack
+    pipeline = family.load(
+        Path(source.pipeline), tokens, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
-    files = _identity(family, source, place)
-    read = read_stages(folders, pipeline, functools.partial(check, pipeline))
+    identity = _identity(family, source, place, files)
+    read = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
     named = sorted({pair.condition for pairs in read.values() for pair in pairs})
-    tokens.of(named)  # raises for those that are missing
+    tokens.select(named)  # raises for those that are missing
     trained, choosing, held = map(list, source.splits or divided(named, source.seed, source.held_out))
     last = pipeline.stages[-1].name
 
@@ -133,11 +135,11 @@ def open_folder(
         return PairsByStage(folders, lambda stage: pairs_of_conditions(read[stage], names))
 
     def fitted(title: str, names: Sequence[str]) -> AssetReward | None:
-        if judge is None:
+        if fit is None:
             return None
-        return judge(pipeline, pairs_of_conditions(read.get(last, ()), names), title)
+        return fit(pipeline, pairs_of_conditions(read.get(last, ()), names), title)
 
-    judged = judge is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
+    judged = fit is not None and set(folders) == {stage.name for stage in pipeline.stages} and bool(held)
     halves = (trained[0::2], trained[1::2]) if len(trained) > 1 else (trained, [])
     return Problem(
         pipeline=pipeline,
@@ -151,12 +153,10 @@ def open_folder(
         final=fitted("final judge", held) if judged else None,
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         fit_reward=(
-            None
-            if judge is None or last not in folders
-            else lambda pairs, seed: judge(pipeline, pairs, "reward")
+            None if fit is None or last not in folders else lambda pairs, seed: fit(pipeline, pairs, "reward")
         ),
         identity={
-            **files,
+            **identity,
             "pairs": {stage: pairs_hash(folder) for stage, folder in folders.items()},
             "seed": source.seed,
             **(
@@ -169,7 +169,7 @@ def open_folder(
 
 
 def open_conditions(family: FlowFamily, source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
-    """The problem of a folder and of embeddings alone, for a reward from elsewhere; the empty condition is ''
+    """Open a folder and embeddings alone as a problem, for a reward from elsewhere; the empty condition is ''
     where the file has it.
 
     Raises: ValueError for no embeddings, or for options that are then not read.
@@ -186,7 +186,7 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     tokens = read_conditions(place, zero_null=family.zero_null)
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
-    identity = _identity(family, source, place)
+    identity = _identity(family, source, place, family.files(root))
     trained, choosing, held = divided(tokens.names, source.seed, source.held_out)
     return Problem(
         pipeline=pipeline,
@@ -198,8 +198,8 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     )
 
 
-def _identity(family: FlowFamily, source: ProblemSource, conditions: Path) -> dict:
-    hashes = {name: file_hash(path) for name, path in family.files(Path(source.pipeline)).items()}
+def _identity(family: FlowFamily, source: ProblemSource, conditions: Path, files: Mapping[str, Path]) -> dict:
+    hashes = {name: file_hash(path) for name, path in files.items()}
     return {"problem": family.name, "dtype": source.dtype, "conditions": hash_of(conditions), "files": hashes}
 
 

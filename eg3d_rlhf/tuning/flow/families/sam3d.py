@@ -11,7 +11,7 @@ of pictures h, w points, s the side of a square.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,16 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
-from eg3d_rlhf.models.sam3d import SHAPE
+from eg3d_rlhf.models.sam3d import SHAPE, LatentConfig, MixtureConfig, MixtureFlow, VoxelFlow, VoxelFlowConfig
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
-from eg3d_rlhf.models.weights import content, empty, fingerprint, in_types_of, read, rewrite, shapes
+from eg3d_rlhf.models.weights import empty, fingerprint, read
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
-from eg3d_rlhf.tuning.flow.base.export import Release, Stored
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate
-from eg3d_rlhf.tuning.flow.base.stage import Dictionary, FlowStage, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register
+from eg3d_rlhf.tuning.flow.base.stage import Dictionary, FlowStage, Sampling, SparseVoxels, Voxels
+from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
 from eg3d_rlhf.tuning.flow.families.folder import (
@@ -54,7 +53,6 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset, decoded, s
 ALL = "all"
 FILE = "file"
 POINTS = 512  # on a mesh, per square of the grid: some 100 in a voxel of its surface
-FOLDERS = ("checkpoints", "hf")  # of a repository
 TOKENS = {files.STRUCTURE: 7528, files.LATENT: 5496}  # of the released embedder, by stage
 MOST = 42000  # voxels that the second stage is given
 # kept beside the tokens of a condition
@@ -180,8 +178,8 @@ class Sam3dPipeline(OpenedFolder):
             common["path"] = replace(generator.path, weights=generator.weights)
         return FlowStage(latents=latents, lora_targets=targets_of(config, groups), **common)
 
-    def told(self, stage: str) -> str:
-        """Tokens of its own."""
+    def conditioning_key(self, stage: str) -> str:
+        """Return the stage's name: each reads tokens of its own."""
         return stage
 
     @torch.no_grad()
@@ -214,12 +212,12 @@ class Sam3dPipeline(OpenedFolder):
         """Where an object of the first stage is; None where the condition's file does not say its point map's
         scale and shift.
         """
-        told = None if self.tokens is None else self.tokens.tokens[condition]
-        if not isinstance(told, Mapping) or SCALE not in told:
+        tensors = None if self.tokens is None else self.tokens.tokens[condition]
+        if not isinstance(tensors, Mapping) or SCALE not in tensors:
             return None
         factor = self.structure(latents[SHAPE])[1]
         parts = {name: tensor[None].cpu() for name, tensor in latents.tensors.items()}
-        return pose.decoded(parts, self.file.pose, told[SCALE][None], told[SHIFT][None], factor)
+        return pose.decoded(parts, self.file.pose, tensors[SCALE][None], tensors[SHIFT][None], factor)
 
     @torch.no_grad()
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Latent]]:
@@ -288,64 +286,16 @@ def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
 
 
 REMEDY = "`eg3d-rlhf flow new` and these checkpoints"
-
-
-def load(
-    root: Path,
-    conditions: Conditions | None,
-    *,
-    dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu",
-    parts: str = ALL,
-) -> Sam3dPipeline:
-    """A pipeline from SAM 3D's files, to sample and to train: blocks are computed again in the backward pass.
-
-    Args:
-        conditions: None where nothing is sampled: flows then stay without weights.
-        dtype: of the flows' weights; None keeps the file's. Decoders are float32. parts: see
-            ProblemSource.parts.
-    Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
-    """
-    file = files.read_pipeline(root)
-    flows = dict[str, nn.Module]()
-    prints = []
-    for stage, generator in file.generators.items():
-        if conditions is None:
-            flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
-            continue
-        state = read(generator.checkpoint, "weights")  # the larger part of the memory: one at a time
-        flow: Any = files.load_flow(generator, dtype, device, state=state)
-        flows[stage] = flow
-        flow.recompute = True
-        prints.append(fingerprint(files.embedder_state(generator, state)))
-    if conditions is not None:
-        conditions.check_source("conditions", _source(file, prints), REMEDY)
-        spare_memory(flows.values(), device)
-    return Sam3dPipeline(
-        file, flows, conditions, lambda part: files.load_part(file, part, device), device, parts
-    )
+NOTICE = (
+    "SAM 3D Objects is under Meta's SAM License: what is derived is passed on under the same agreement alone,"
+    " with a copy, and for no military, nuclear, espionage or weapon ends (1.b): read the LICENSE beside its"
+    " weights."
+)
 
 
 def _source(file: files.PipelineFile, prints: Sequence[str]) -> str:
-    """What computes conditions, for their file."""
+    """Describe what computes conditions, for their file."""
     return f"SAM 3D's embedders {' '.join(prints)}, {file.preparation}"
-
-
-def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
-    """As any folder's; with the shape alone the pose is taken out of people's pairs."""
-    problem = open_folder(replace(FAMILY, load=partial(load, parts=source.parts)), source, device)
-    if source.parts == ALL:
-        return problem
-    identity = {**problem.identity, "parts": source.parts}
-    if source.parts != SHAPE:
-        return replace(problem, identity=identity)
-    assert problem.unseen_pairs is not None
-    return replace(
-        problem,
-        train_pairs=_without_pose(problem.train_pairs),
-        unseen_pairs=_without_pose(problem.unseen_pairs),
-        identity=identity,
-    )
 
 
 def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage:
@@ -358,13 +308,13 @@ def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage
     )
 
 
-# What the embedder is told. An object is a picture <name>.png or .webp whose opacity is its mask, with all
+# What the embedder reads. An object is a picture <name>.png or .webp whose opacity is its mask, with all
 # around it still in the colours, and a point map <name>.npy [h, w, 3] of the same picture: places, x left, y
 # up, z forward, not a number where there is none.
 
 
 def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]:
-    """What the embedder of a stage is told of an object, [., s, s] by name; see `object_inputs`.
+    """Read what the embedder of a stage reads of an object, [., s, s] by name; see `object_inputs`.
 
     Args: maps: with point maps.
 
@@ -373,10 +323,10 @@ def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]
     """
     points = _points(path.with_suffix(".npy")) if maps else None
 
-    def told(image: Image.Image) -> dict[str, torch.Tensor]:
+    def inputs(image: Image.Image) -> dict[str, torch.Tensor]:
         return object_inputs(np.asarray(image), points, cut)
 
-    given = read_cut_out(path, told)
+    given = read_cut_out(path, inputs)
     if points is not None and float(points[..., 2].nanmedian()) <= 0:
         raise ValueError(
             f"{path.with_suffix('.npy')}: expected places in front of the camera (z > 0), got others. Turn"
@@ -396,158 +346,167 @@ def _points(path: Path) -> torch.Tensor:
     return points
 
 
-@torch.no_grad()
-def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
-    """By the embedders of both checkpoints: pictures whose opacity is the mask, with point maps beside them;
-    see inputs_of.
-    """
-    file = files.read_pipeline(root)
-    tokens = {name: dict[str, torch.Tensor]() for name in pictures}
-    prints = []
-    for stage in files.STAGES:  # one at a time: each has a DINOv2 or two
-        embedder = files.load_embedder(file.generators[stage], device)
-        maps = any("pointmap" in name for name in embedder.names)
-        prints.append(fingerprint(embedder.state_dict()))
-        for name, path in embedding(pictures.items(), "picture"):
-            given = inputs_of(path, file.cuts[stage], maps)
-            tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
-            tokens[name][stage] = (
-                embedder({key: given[key][None].to(device) for key in embedder.names})[0].float().cpu()
-            )
-    return Conditions(tokens=tokens, encoder=_source(file, prints), zero_null=True)
+@dataclass(frozen=True)
+class Sam3d(FlowFamily):
+    """The family; its option says what of the first stage is learnt."""
 
+    parts: str = ALL  # see ProblemSource.parts
 
-def facts(pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
-    """The pose of a drawn object, for the list: quaternion (real part first), place and size in the camera's
-    space.
-    """
-    structure = latents[files.STRUCTURE]
-    where = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
-    if where is None:
-        return {}
-    values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
-    return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
+    name = "sam3d"
+    layout = f"{files.PIPELINE} of {files.PACKAGE}"
+    stages = files.STAGES
+    version = "SAM 3D Objects, shape with pose and Gaussians"
+    address = "https://huggingface.co/facebook/sam-3d-objects"
+    notice = NOTICE
+    up = "z"
+    options = ("parts",)
+    recognises = staticmethod(files.recognises)
+    read_asset = staticmethod(read_mesh)
+    networks = staticmethod(files.networks)
+    release = staticmethod(files.release)
+    show = staticmethod(show)
 
+    def files(self, root: Path, stages: Sequence[str] | None = None) -> Mapping[str, Path]:
+        return files.read_pipeline(root).files
 
-def release(root: Path, stages: Sequence[str]) -> Release:
-    """All files of the folder, and the repository's licence."""
-    file = files.read_pipeline(root)
-    root = Path(root)
-    tuned = {stage: file.generators[stage] for stage in stages}
-    changed = {generator.checkpoint.resolve() for generator in tuned.values()}
-    there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
-    kept = {
-        str(path.relative_to(root)): path
-        for path in there
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    }
-    above = root.resolve().parents[:2] if root.resolve().name in FOLDERS else ()
-    papers = {path.name: path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file()}
-    return Release(
-        files={**papers, **kept},
-        networks={
-            stage: Stored(
-                file=str(generator.checkpoint.relative_to(root)),
-                load=partial(files.load_flow, generator),
-                write=partial(write_checkpoint, generator.checkpoint),
-            )
-            for stage, generator in tuned.items()
-        },
-    )
+    def load(
+        self,
+        root: Path,
+        conditions: Conditions | None,
+        *,
+        stages: Sequence[str] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Sam3dPipeline:
+        """See `FlowFamily.load`; blocks are computed again in the backward pass. Decoders are float32.
 
+        Without conditions the first stage's latents are those of meshes, which have no pose.
+        """
+        file = files.read_pipeline(root)
+        flows = dict[str, nn.Module]()
+        prints = []
+        for stage, generator in file.generators.items():
+            if stages is not None and stage not in stages:
+                flows[stage] = empty(partial(files.network_of(generator.config), generator.config))
+                continue
+            state = read(generator.checkpoint, "weights")  # the larger part of the memory: one at a time
+            flow: Any = files.load_flow(generator, dtype, device, state=state)
+            flows[stage] = flow
+            flow.recompute = True
+            prints.append(fingerprint(files.embedder_state(generator, state)))
+        if conditions is not None and len(prints) == len(files.STAGES):
+            conditions.check_source("conditions", _source(file, prints), REMEDY)
+        spare_memory(flows.values(), device)
+        parts = SHAPE if conditions is None else self.parts
 
-def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """A generator's checkpoint again, all that it held, with its network replaced, every tensor in its old
-    type.
-    """
-    held = content(source, "export")
-    tensors = held.get("state_dict", held)
-    tensors |= in_types_of(tensors, {files.FLOW + name: tensor for name, tensor in state.items()})
-    rewrite(target, held)
+        def part(name: str) -> nn.Module:
+            return files.load_part(file, name, device)
 
+        return Sam3dPipeline(file, flows, conditions, part, device, parts)
 
-def networks(root: Path) -> list[Network]:
-    """Both flows with their embedders, and the autoencoders' halves."""
-    file = files.read_pipeline(root)
-    made = []
-    sizes = {
-        files.STRUCTURE: ((945, 964_156_437), (722, 634_485_760)),
-        files.LATENT: ((526, 600_432_520), (699, 626_054_144)),
-    }
-    for stage, generator in file.generators.items():
-        state = read(generator.checkpoint, "weights")
-        flow = files.flow_state(generator, state)
-        embedder = files.embedder_state(generator, state)
-        network = empty(partial(files.network_of(generator.config), generator.config))
-        both = (("flow", network, flow), ("embedder", files.embedder_of(generator, embedder), embedder))
-        for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
-            names = shapes(expected.state_dict())
-            made.append(
-                Network(
-                    name=f"{kind} of {stage}",
-                    file=generator.checkpoint,
-                    expected=names,
-                    found=found,
-                    released=released,
-                )
-            )
-    counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
-    for part in files.AUTOENCODERS:
-        try:
-            make, config, path = files.part_of(file, part)
-        except FileNotFoundError:
-            made.append(
-                Network(
-                    name=part,
-                    file=file.root / f"{files.ENCODER}.yaml",
-                    expected={},
-                    found={},
-                    without=OWN_SHAPES,
-                )
-            )
-            continue
-        names = shapes(empty(partial(make, config)).state_dict())
-        without = OWN_SHAPES if part == "structure encoder" else ""
-        made.append(
-            Network(
-                name=part,
-                file=path,
-                expected=names,
-                found=read(path, part),
-                without=without,
-                released=counts.get(part),
-            )
+    def condition(self, pipeline: Sam3dPipeline, stage: str) -> list[int]:
+        return [TOKENS[stage], pipeline.file.generators[stage].config.cond_channels]
+
+    def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
+        """Open a folder as any other's; with the shape alone the pose is taken out of the pairs."""
+        problem = open_folder(replace(self, parts=source.parts), source, device)
+        if source.parts == ALL:
+            return problem
+        identity = {**problem.identity, "parts": source.parts}
+        if source.parts != SHAPE:
+            return replace(problem, identity=identity)
+        assert problem.unseen_pairs is not None
+        return replace(
+            problem,
+            train_pairs=_without_pose(problem.train_pairs),
+            unseen_pairs=_without_pose(problem.unseen_pairs),
+            identity=identity,
         )
-    return made
+
+    @torch.no_grad()
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+        """Embed images whose opacity is the mask, with point maps beside them, by the embedders of both
+        checkpoints; see inputs_of.
+        """
+        file = files.read_pipeline(root)
+        tokens = {name: dict[str, torch.Tensor]() for name in images}
+        prints = []
+        for stage in files.STAGES:  # one at a time: each has a DINOv2 or two
+            embedder = files.load_embedder(file.generators[stage], device)
+            maps = any("pointmap" in name for name in embedder.names)
+            prints.append(fingerprint(embedder.state_dict()))
+            for name, path in embedding(images.items(), "picture"):
+                given = inputs_of(path, file.cuts[stage], maps)
+                tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
+                tokens[name][stage] = (
+                    embedder({key: given[key][None].to(device) for key in embedder.names})[0].float().cpu()
+                )
+        return Conditions(tokens=tokens, encoder=_source(file, prints), zero_null=True)
+
+    def facts(self, pipeline: Sam3dPipeline, condition: str, latents: Mapping[str, Latent]) -> dict:
+        """Return the pose of a sampled object, for the list: quaternion (real part first), place and size in
+        the camera's space.
+        """
+        structure = latents[files.STRUCTURE]
+        where = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
+        if where is None:
+            return {}
+        values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
+        return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
+
+    def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
+        return {"SAM 3D Objects": released_stages}
 
 
-OWN_SHAPES = "pairs of shapes of your own"
-NOTICE = (
-    "SAM 3D Objects is under Meta's SAM License: what is derived is passed on under the same agreement alone,"
-    " with a copy, and for no military, nuclear, espionage or weapon ends (1.b): read the LICENSE beside its"
-    " weights."
-)
-FAMILY = register(
-    FlowFamily(
-        name="sam3d",
-        layout=f"{files.PIPELINE} of {files.PACKAGE}",
-        recognises=files.recognises,
-        stages=files.STAGES,
-        load=load,
-        files=lambda root: files.read_pipeline(root).files,
-        options=("parts",),
-        open=open_problem,
-        embed=embed,
-        show=show,
-        facts=facts,
-        release=release,
-        encoder=partial(load, conditions=None, parts=SHAPE),
-        candidate=asset_candidate(read_mesh),
-        networks=networks,
-        told=lambda pipeline, stage: [TOKENS[stage], pipeline.file.generators[stage].config.cond_channels],
-        address="https://huggingface.co/facebook/sam-3d-objects",
-        up="z",
-        version="SAM 3D Objects, shape with pose and Gaussians",
-        notice=NOTICE,
+def released_stages() -> list[SizedStage]:
+    """Make the stages of SAM 3D Objects without weights."""
+    common: dict[str, Any] = dict(
+        model_channels=1024, cond_channels=1024, num_blocks=24, num_heads=16, qk_rms_norm=True
     )
-)
+    pose = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
+    latents = {SHAPE: LatentConfig(in_channels=8, tokens=4096, resolution=16)}
+    latents |= {name: LatentConfig(in_channels=channels, tokens=1) for name, channels in pose.items()}
+    first = MixtureConfig(
+        latents=latents,
+        latent_share_transformer={"6drotation_normalized": tuple(pose)},
+        is_shortcut_model=True,
+        **common,
+    )
+    second = VoxelFlowConfig(
+        resolution=64,
+        in_channels=8,
+        out_channels=8,
+        patch_size=2,
+        io_block_channels=(128,),
+        num_io_res_blocks=2,
+        **common,
+    )
+    sizes = {name: [latent.tokens, latent.in_channels] for name, latent in latents.items()}
+    return [
+        SizedStage(
+            conditioning=[TOKENS["structure"], 1024],
+            stage=FlowStage(
+                name="structure",
+                model=empty(partial(MixtureFlow, first)),
+                latents=Dictionary(shapes=sizes),
+                data_at_one=True,
+                call=call_mixture,
+                sampling=Sampling(cfg_strength=7.0),
+                lora_targets=targets_of(first),
+            ),
+        ),
+        SizedStage(
+            conditioning=[TOKENS["latent"], 1024],
+            stage=FlowStage(
+                name="latent",
+                model=empty(partial(VoxelFlow, second)),
+                latents=SparseVoxels(channels=8, resolution=64),
+                data_at_one=True,
+                call=call_voxels,
+                sampling=Sampling(rescale_t=1.0, cfg_strength=1.0),
+            ),
+        ),
+    ]
+
+
+FAMILY = register(Sam3d())

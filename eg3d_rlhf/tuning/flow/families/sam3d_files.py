@@ -15,8 +15,9 @@ name has the defaults of the original's code, which overwrite those of the gener
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,19 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureVAEConfig,
 )
 from eg3d_rlhf.models.vit import DinoConfig
-from eg3d_rlhf.models.weights import State, below, empty, fill, frozen, read
+from eg3d_rlhf.models.weights import (
+    State,
+    below,
+    content,
+    empty,
+    fill,
+    frozen,
+    in_types_of,
+    read,
+    rewrite,
+    shapes,
+)
+from eg3d_rlhf.tuning.flow.base.family import Network, Release, Stored
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, Sampling
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, mentions
 from eg3d_rlhf.tuning.flow.families.sam3d_pose import DECODERS, SHIFTED
@@ -65,6 +78,8 @@ PARTS = {
 # released beside those; pipeline.yaml does not name it
 ENCODER = "ss_encoder"
 ENDINGS = (".safetensors", ".ckpt")
+REPOSITORY = ("checkpoints", "hf")  # folders of a repository that hold the files
+OWN_SHAPES = "pairs of shapes of your own"  # which need the encoder
 STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance where pipeline.yaml names none
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
@@ -561,3 +576,95 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
     return make, config, checkpoint
+
+
+def release(root: Path, stages: Sequence[str]) -> Release:
+    """Describe all files of the folder, and the repository's licence."""
+    file = read_pipeline(root)
+    root = Path(root)
+    tuned = {stage: file.generators[stage] for stage in stages}
+    changed = {generator.checkpoint.resolve() for generator in tuned.values()}
+    there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
+    kept = {
+        str(path.relative_to(root)): path
+        for path in there
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    }
+    above = root.resolve().parents[:2] if root.resolve().name in REPOSITORY else ()
+    papers = {path.name: path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file()}
+    return Release(
+        files={**papers, **kept},
+        networks={
+            stage: Stored(
+                file=str(generator.checkpoint.relative_to(root)),
+                load=partial(load_flow, generator),
+                write=partial(write_checkpoint, generator.checkpoint),
+            )
+            for stage, generator in tuned.items()
+        },
+    )
+
+
+def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """A generator's checkpoint again, all that it held, with its network replaced, every tensor in its old
+    type.
+    """
+    held = content(source, "export")
+    tensors = held.get("state_dict", held)
+    tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
+    rewrite(target, held)
+
+
+def networks(root: Path) -> list[Network]:
+    """Return both flows with their embedders, and the autoencoders' halves."""
+    file = read_pipeline(root)
+    made = []
+    sizes = {
+        STRUCTURE: ((945, 964_156_437), (722, 634_485_760)),
+        LATENT: ((526, 600_432_520), (699, 626_054_144)),
+    }
+    for stage, generator in file.generators.items():
+        state = read(generator.checkpoint, "weights")
+        flow = flow_state(generator, state)
+        embedder = embedder_state(generator, state)
+        network = empty(partial(network_of(generator.config), generator.config))
+        both = (("flow", network, flow), ("embedder", embedder_of(generator, embedder), embedder))
+        for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
+            names = shapes(expected.state_dict())
+            made.append(
+                Network(
+                    name=f"{kind} of {stage}",
+                    file=generator.checkpoint,
+                    expected=names,
+                    found=found,
+                    released=released,
+                )
+            )
+    counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
+    for part in AUTOENCODERS:
+        try:
+            make, config, path = part_of(file, part)
+        except FileNotFoundError:
+            made.append(
+                Network(
+                    name=part,
+                    file=file.root / f"{ENCODER}.yaml",
+                    expected={},
+                    found={},
+                    without=OWN_SHAPES,
+                )
+            )
+            continue
+        names = shapes(empty(partial(make, config)).state_dict())
+        without = OWN_SHAPES if part == "structure encoder" else ""
+        made.append(
+            Network(
+                name=part,
+                file=path,
+                expected=names,
+                found=read(path, part),
+                without=without,
+                released=counts.get(part),
+            )
+        )
+    return made

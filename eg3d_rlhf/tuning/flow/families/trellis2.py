@@ -1,4 +1,4 @@
-"""TRELLIS.2 as a generator in stages: structure, shape on its voxels, the same again on finer voxels where it
+"""TRELLIS.2, a generator in stages: structure, shape on its voxels, the same again on finer voxels where it
 is a cascade, texture.
 
     structure -> occupancy of a grid, pooled to the shape's
@@ -9,14 +9,12 @@ Latents of the first stage have no normalisation, others are kept normalised, as
 
 The loop runs on structure and shape. Assets are encoded by way of their dual grids (geometry/dual_grid.py).
 
-Shape letters: N samples, C channels, v voxels of a sample, L tokens of a condition, E their size, W voxels
-and F triangles of an asset.
+Shape letters: N samples, C channels, v voxels of a sample, L tokens of a condition, E their size, W voxels of
+an asset.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +24,35 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.geometry.dual_grid import DualGrid, dual_grid
-from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.pictures import on_black_first, read_cut_out
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncoder, assets_of
 from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-from eg3d_rlhf.tuning.flow.base.export import Release
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
+from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families import FlowFamily, Network, register, tell
+from eg3d_rlhf.tuning.flow.families import print_notice, register
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.folder import (
     EncodingFolder,
     check_finite,
     embedding,
     never_empty,
-    read_mesh,
     spare_memory,
 )
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import RewardOfPairs
 from eg3d_rlhf.tuning.flow.families.opening import open_folder, pairs_in
+from eg3d_rlhf.tuning.flow.families.trellis2_assets import (
+    centred,
+    dual_grid_at,
+    dual_grid_of,
+    encoded_shape,
+    read_asset,
+    show,
+)
 from eg3d_rlhf.tuning.flow.families.trellis_files import (
     find_model,
     flows_of,
@@ -57,7 +61,7 @@ from eg3d_rlhf.tuning.flow.families.trellis_files import (
     release_of,
 )
 
-# names of a condition's tensors: edges in pixels of the picture that they are of
+# names of a condition's tensors: edges in pixels of the image that they are of
 SMALL = "512"
 LARGER = "1024"
 
@@ -126,8 +130,8 @@ class Trellis2Pipeline(EncodingFolder):
         )
         return FlowStage(name=name, model=model, latents=kind, path=path, sampling=self.file.sampling[name])
 
-    def told(self, stage: str) -> str:
-        """The tokens of which picture."""
+    def conditioning_key(self, stage: str) -> str:
+        """Return which image's tokens a stage reads."""
         fine = stage == files.HIGH or (stage == files.TEXTURE and files.HIGH in self.file.flows)
         return LARGER if fine else SMALL
 
@@ -303,46 +307,7 @@ def finer_voxels(
         asked -= SHRINK
 
 
-def load_pipeline(
-    root: Path,
-    conditions: Conditions | None,
-    *,
-    dtype: torch.dtype | None = torch.float32,
-    device: str | torch.device = "cpu",
-    sampled: bool = True,
-    coloured: bool = True,
-) -> Trellis2Pipeline:
-    """A pipeline from TRELLIS.2's files.
-
-    Args:
-        dtype: of the flows' weights; None keeps the file's. Decoders and encoders are float32.
-        sampled: False leaves the flows without weights: to encode and decode alone; coloured: False leaves
-            the texture's out.
-    Raises: FileNotFoundError or ValueError for files that are missing or do not fit; nothing is downloaded.
-    """
-    file = files.read_pipeline(root)
-    named = {stage: model for stage, model in file.flows.items() if coloured or stage != files.TEXTURE}
-    stems = {name: find_model(file, name) for name in (*named.values(), *files.DECODERS)}
-    of_stages = {stage: stems[model] for stage, model in named.items()}
-    flows = flows_of(of_stages, dtype, device, sampled, files.load_model, files.ARCHITECTURES)
-    for stage, flow in flows.items():
-        if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
-            got = type(flow).__name__
-            raise ValueError(
-                f"{file.flows[stage]}: expected a model of stage {stage!r}, got a {got}. Correct"
-                " pipeline.json."
-            )
-    spare_memory(flows.values(), device)
-    return Trellis2Pipeline(
-        file,
-        flows,
-        conditions,
-        lambda name: files.load_model(find_model(file, name), dtype=torch.float32, device=device),
-        device,
-    )
-
-
-# What it is told: DINOv3's tokens of a picture at two sizes. Weights are those on this machine; nothing is
+# Conditioning: DINOv3's tokens of an image at two sizes. Weights are those on this machine; nothing is
 # downloaded.
 
 
@@ -360,228 +325,128 @@ def picture_tokens(encoder: Dino3, pictures: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
 
-def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Conditions:
-    """Pictures with transparent backgrounds by name, at both sizes,
-    by the DINOv3 that pipeline.json names.
-    """
-    file = files.read_pipeline(root)
-    tokens = {}
-    encoder = read_dino3(file.encoder, device)
-    sizes = (SMALL, LARGER)
-    for name, path in embedding(pictures.items(), "picture"):
-        seen = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
-        tokens[name] = {
-            size: picture_tokens(encoder, picture[None])[0] for size, picture in zip(sizes, seen, strict=True)
-        }
-    return Conditions(tokens=tokens, encoder=source_of(file), zero_null=True)
+class Trellis2(FlowFamily):
+    name = "trellis2"
+    layout = f"pipeline.json of {files.NAME}"
+    stages = files.STAGES
+    version = "TRELLIS.2-4B, of images"
+    address = "https://huggingface.co/microsoft/TRELLIS.2-4B"
+    up = "z"
+    read_asset = staticmethod(read_asset)
+    show = staticmethod(show)
 
+    def recognises(self, root: Path) -> bool:
+        path = root / "pipeline.json"
+        try:
+            return path.is_file() and json.loads(path.read_text()).get("name") == files.NAME
+        except (ValueError, AttributeError):
+            return False
 
-# The surface of an asset: a vertex in every voxel, a face about every crossed edge that four voxels share
-# (dual contouring).
+    def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
+        return files.model_files(files.read_pipeline(root))
 
-
-def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
-    """The rows [F, 4] of the voxels about each crossed edge, in the original's order, along axis 1, along 2
-    and along 3.
-
-    A voxel's edge along an axis is the one at its far corner, which it shares with the next voxels along both
-    other axes. Faces lacking a voxel are left out. Their winding follows the axis, not the inside.
-    """
-    places = asset.coords.long()
-    side = asset.resolution + 1
-    strides = torch.tensor([side**2, side, 1], device=places.device)
-    codes = (places * strides).sum(1)
-    quads = list[torch.Tensor]()
-    known, rows = codes.sort()
-    for axis in range(3):
-        b, c = (strides[(axis + k) % 3] for k in (1, 2))
-        # [faces, 4] round the edge
-        wanted = codes[asset.crossed[:, axis], None] + torch.stack([torch.zeros_like(b), c, b + c, b])
-        at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-        quads.append(rows[at[(known[at] == wanted).all(1)]])
-    return quads
-
-
-def surface_of(asset: VoxelAsset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vertices [W, 3] in the cube of +-0.5 and triangles [F, 3] of their rows, z up. Not differentiable in:
-    crossed.
-
-    A face is cut along the diagonal whose ends have the larger product of `split`.
-    """
-    quads = torch.cat(faces_of(asset))
-    first, second, third, fourth = asset.split[quads].unbind(1)
-    cut = (first * third > second * fourth)[:, None]
-    halves = [(0, 1, 2), (0, 2, 3)], [(0, 1, 3), (3, 1, 2)]
-    triangles = [
-        torch.where(cut, quads[:, early], quads[:, late]) for early, late in zip(*halves, strict=True)
-    ]
-    return asset.means, torch.stack(triangles, 1).flatten(0, 1)
-
-
-def dual_grid_of(asset: VoxelAsset) -> tuple[DualGrid, torch.Tensor | None]:
-    """The voxels of an asset that lie about its faces, sorted, and the materials on them; of one without a
-    face all.
-    """
-    quads = faces_of(asset)
-    crossed = torch.zeros_like(asset.crossed)
-    for axis, about in enumerate(quads):
-        crossed[about[:, 0], axis] = True
-    kept = torch.unique(torch.cat(quads))
-    if not len(kept):
-        kept = torch.arange(len(asset.coords), device=asset.coords.device)
-        crossed = asset.crossed
-    places = asset.coords[kept].long()
-    kept = kept[((places[:, 0] << 42) + (places[:, 1] << 21) + places[:, 2]).argsort()]
-    grid = DualGrid(asset.coords[kept].cpu(), asset.vertices[kept].clamp(0, 1).cpu(), crossed[kept].cpu())
-    return grid, None if asset.materials is None else asset.materials[kept]
-
-
-def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
-    """By way of the asset's surface; of one that crosses no line, such as an untrained network makes, the
-    voxels alone.
-    """
-    vertices, faces = surface_of(asset)
-    try:
-        return dual_grid(vertices, faces, resolution)
-    except ValueError:
-        coords = torch.unique(asset.coords.cpu().long() * resolution // asset.resolution, dim=0).int()
-        return DualGrid(coords, torch.full(coords.shape, 0.5), torch.zeros(coords.shape, dtype=torch.bool))
-
-
-def encoded_shape(coords: torch.Tensor, vertices: torch.Tensor, crossed: torch.Tensor) -> SparseBatch:
-    """What the shape's encoder reads, [W, 6]."""
-    return SparseBatch.join(
-        [SparseSample(coords, torch.cat([vertices - 0.5, crossed.to(vertices) - 0.5], 1))]
-    )
-
-
-LONGEST = 0.99999  # side of a mesh that is encoded
-
-
-def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vertices and faces of a mesh within +-0.5."""
-    vertices = mesh.vertices.double()
-    low = vertices.amin(0)
-    high = vertices.amax(0)
-    if not float((high - low).max()) > 0:
-        raise ValueError("expected a mesh with a size, got a point. Export the surface as triangles.")
-    return (vertices - (low + high) / 2) * (LONGEST / (high - low).max()), mesh.faces
-
-
-def read_asset(path: Path) -> Mesh:
-    """A triangle mesh of one's own, z up; of glTF, which has y up, it is turned."""
-    mesh = read_mesh(path)
-    if path.suffix.lower() not in (".glb", ".gltf"):
-        return mesh
-    x, y, z = mesh.vertices.unbind(1)
-    return Mesh(torch.stack([x, -z, y], 1), mesh.faces)
-
-
-def recognises(root: Path) -> bool:
-    """Whether pipeline.json is TRELLIS.2's."""
-    path = root / "pipeline.json"
-    try:
-        return path.is_file() and json.loads(path.read_text()).get("name") == files.NAME
-    except (ValueError, AttributeError):
-        return False
-
-
-def networks(root: Path) -> list[Network]:
-    """All that are named; the encoders may be missing."""
-    file = files.read_pipeline(root)
-    models = (*file.flows.values(), *files.DECODERS, *files.ENCODERS)
-    return networks_of(
-        file,
-        models,
-        files.LOST,
-        released=files.RELEASED,
-        architectures=files.ARCHITECTURES,
-        prepare=files.prepared,
-    )
-
-
-def load(
-    root: Path,
-    conditions: Conditions | None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    coloured: bool = True,
-) -> Trellis2Pipeline:
-    """To sample and to train: blocks are computed again in the backward pass."""
-    pipeline = load_pipeline(root, conditions, dtype=dtype, device=device, coloured=coloured)
-    for stage in pipeline.stages:
-        if isinstance(stage.model, Flow):
-            stage.model.recompute = True
-    return pipeline
-
-
-def open_problem(source: ProblemSource, device: str | torch.device) -> Problem:
-    """Without pairs of the texture its flow is left out, and the loop can run: colours tell the stages before
-    them nothing.
-    """
-    folders = pairs_in(FAMILY, source)
-    coloured = files.TEXTURE in folders
-    file = files.read_pipeline(Path(source.pipeline))
-    lost = (
-        []
-        if coloured
-        else [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)]
-    )
-    if lost:
-        tell(f"{', '.join(lost)} not found: stages are tuned one by one, without the loop.")
-    judge = None if coloured or lost else RewardOfPairs
-    return open_folder(replace(FAMILY, load=partial(load, coloured=coloured), judge=judge), source, device)
-
-
-def show(asset: VoxelAsset, path: Path) -> Path:
-    """The surface with its base colours, .ply."""
-    vertices, faces = surface_of(asset)
-    colours = None if asset.materials is None else (255 * asset.colours).round().byte().cpu().numpy()
-    return save_mesh(path.with_name(path.name + ".ply"), vertices.cpu().numpy(), faces.cpu().numpy(), colours)
-
-
-def release(root: Path, stages: Sequence[str]) -> Release:
-    """See `release_of`; both pipelines' files, and the encoders."""
-    file = files.read_pipeline(root)
-    absent = sorted(set(stages) - set(file.flows))
-    if absent:
-        raise ValueError(
-            f"export: expected stages of {file.kind!r}, {', '.join(file.flows)}, got {', '.join(absent)}."
-            " Leave it out."
+    def load(
+        self,
+        root: Path,
+        conditions: Conditions | None,
+        *,
+        stages: Sequence[str] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Trellis2Pipeline:
+        """See `FlowFamily.load`; blocks are computed again in the backward pass. A texture that `stages` does
+        not name beside others is left out, and the shape is the last stage.
+        """
+        file = files.read_pipeline(root)
+        coloured = not stages or files.TEXTURE in stages
+        named = {stage: model for stage, model in file.flows.items() if coloured or stage != files.TEXTURE}
+        stems = {name: find_model(file, name) for name in (*named.values(), *files.DECODERS)}
+        flows = flows_of(
+            {stage: stems[model] for stage, model in named.items()},
+            dtype,
+            device,
+            stages,
+            files.load_model,
+            files.ARCHITECTURES,
         )
-    return release_of(
-        file,
-        stages,
-        file.flows,
-        files.load_model,
-        {*file.flows.values(), *files.DECODERS},
-        (files.TEXTURING,),
-    )
+        for stage, flow in flows.items():
+            if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
+                got = type(flow).__name__
+                raise ValueError(
+                    f"{file.flows[stage]}: expected a model of stage {stage!r}, got a {got}. Correct"
+                    " pipeline.json."
+                )
+            if isinstance(flow, Flow):
+                flow.recompute = True
+        spare_memory(flows.values(), device)
+
+        def part(name: str) -> nn.Module:
+            return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
+
+        return Trellis2Pipeline(file, flows, conditions, part, device)
+
+    def condition(self, pipeline: Trellis2Pipeline, stage: str) -> list[int]:
+        edge = int(pipeline.conditioning_key(stage))
+        return [5 + (edge // 16) ** 2, pipeline.configs[stage].cond_channels]
+
+    def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
+        """Open a folder; without pairs of the texture its flow is left out, and the loop can run, since
+        colours carry no signal for the stages before them.
+        """
+        file = files.read_pipeline(Path(source.pipeline))
+        if files.TEXTURE in pairs_in(self, source):
+            return open_folder(self, source, device, rewards=False)
+        lost = [name for name in (files.STRUCTURE_ENCODER, files.SHAPE_ENCODER) if not is_there(file, name)]
+        if lost:
+            print_notice(f"{', '.join(lost)} not found: stages are tuned one by one, without the loop.")
+        shape = [stage for stage in files.STAGES if stage != files.TEXTURE]
+        return open_folder(self, source, device, stages=shape, rewards=not lost)
+
+    def fit_reward(
+        self, pipeline: Trellis2Pipeline, pairs: Sequence[PreferencePair], title: str
+    ) -> RewardOfPairs:
+        return RewardOfPairs(pipeline, pairs, title)
+
+    def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
+        """Embed images with transparent backgrounds at both sizes, by the DINOv3 that pipeline.json names."""
+        file = files.read_pipeline(root)
+        tokens = {}
+        encoder = read_dino3(file.encoder, device)
+        sizes = (SMALL, LARGER)
+        for name, path in embedding(images.items(), "picture"):
+            seen = read_cut_out(path, lambda image: on_black_first(image, tuple(map(int, sizes))))
+            tokens[name] = {
+                size: picture_tokens(encoder, picture[None])[0]
+                for size, picture in zip(sizes, seen, strict=True)
+            }
+        return Conditions(tokens=tokens, encoder=source_of(file), zero_null=True)
+
+    def networks(self, root: Path) -> list[Network]:
+        """Return all that are named; the encoders may be missing."""
+        file = files.read_pipeline(root)
+        return networks_of(
+            file,
+            (*file.flows.values(), *files.DECODERS, *files.ENCODERS),
+            files.LOST,
+            released=files.RELEASED,
+            architectures=files.ARCHITECTURES,
+            prepare=files.prepared,
+        )
+
+    def release(self, root: Path, stages: Sequence[str]) -> Release:
+        """See `release_of`; both pipelines' files, and the encoders."""
+        file = files.read_pipeline(root)
+        absent = sorted(set(stages) - set(file.flows))
+        if absent:
+            raise ValueError(
+                f"export: expected stages of {file.kind!r}, {', '.join(file.flows)}, got {', '.join(absent)}."
+                " Leave it out."
+            )
+        needed = {*file.flows.values(), *files.DECODERS}
+        return release_of(file, stages, file.flows, files.load_model, needed, (files.TEXTURING,))
+
+    def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
+        return {"TRELLIS.2-4B": files.released_stages}
 
 
-FAMILY = register(
-    FlowFamily(
-        name="trellis2",
-        layout=f"pipeline.json of {files.NAME}",
-        recognises=recognises,
-        stages=files.STAGES,
-        load=load,
-        files=lambda root: files.model_files(files.read_pipeline(root)),
-        judge=RewardOfPairs,
-        open=open_problem,
-        embed=embed,
-        show=show,
-        release=release,
-        encoder=partial(load_pipeline, conditions=None, sampled=False),
-        candidate=asset_candidate(read_asset),
-        told=lambda pipeline, stage: [
-            5 + (int(pipeline.told(stage)) // 16) ** 2,
-            pipeline.configs[stage].cond_channels,
-        ],
-        networks=networks,
-        address="https://huggingface.co/microsoft/TRELLIS.2-4B",
-        up="z",
-        version="TRELLIS.2-4B, of images",
-    )
-)
+FAMILY = register(Trellis2())

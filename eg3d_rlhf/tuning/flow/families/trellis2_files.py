@@ -8,6 +8,7 @@ encoder is named in texturing_pipeline.json alone, that of materials and the str
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,9 @@ from eg3d_rlhf.models.trellis2 import (
     VoxelNetwork,
     angles_of,
 )
-from eg3d_rlhf.models.weights import State
-from eg3d_rlhf.tuning.flow.base.stage import Sampling
+from eg3d_rlhf.models.weights import State, empty
+from eg3d_rlhf.tuning.flow.base.family import SizedStage
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.families import trellis_files as files
 from eg3d_rlhf.tuning.flow.families.folder import are_scales
 
@@ -272,3 +274,44 @@ def model_files(file: PipelineFile) -> dict[str, Path]:
     paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
     models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
     return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
+
+
+DINO3 = {"512": 1029, "1024": 4101}  # tokens of DINOv3 by the image's edge
+
+
+def released_stages() -> list[SizedStage]:
+    """Make the stages of TRELLIS.2-4B without weights."""
+    made = []
+    for name, cells, channels, given, edge in (
+        ("structure", 16, 8, 0, "512"),
+        ("shape_512", 32, 32, 0, "512"),
+        ("shape_1024", 64, 32, 0, "1024"),
+        ("texture", 64, 32, 32, "1024"),
+    ):
+        config = FlowConfig(
+            resolution=cells,
+            in_channels=channels + given,
+            out_channels=channels,
+            model_channels=1536,
+            cond_channels=1024,
+            num_blocks=30,
+            num_heads=12,
+            mlp_ratio=5.3334,
+            pe_mode="rope",
+            share_mod=True,
+            qk_rms_norm=True,
+            qk_rms_norm_cross=True,
+        )
+        grid = dict(channels=channels, resolution=cells)
+        kind: Any = (
+            partial(DenseGrid, **grid) if name == "structure" else partial(SparseVoxels, given=given, **grid)
+        )
+        make = StructureFlow if name == "structure" else VoxelFlow
+        stage = FlowStage(
+            name=name,
+            model=empty(partial(make, config)),
+            latents=kind(),
+            sampling=Sampling(steps=12, cfg_strength=6.5),
+        )
+        made.append(SizedStage(stage=stage, conditioning=[DINO3[edge], 1024]))
+    return made

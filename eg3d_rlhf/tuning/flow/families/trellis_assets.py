@@ -49,7 +49,7 @@ class SplatAsset:
     opacities: torch.Tensor  # [G], 0..1
 
     @classmethod
-    def of(cls, gaussians: Gaussians) -> "SplatAsset":
+    def from_gaussians(cls, gaussians: Gaussians) -> "SplatAsset":
         return cls(
             means=gaussians.means,
             features_dc=gaussians.features_dc[:, 0],
@@ -174,7 +174,7 @@ def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[Spla
     for sample in x_0.samples():
         latent = SparseSample(sample.coords, pipeline.unnormalised(sample.feats.float()))
         (gaussians,) = pipeline.part(decoder)(SparseBatch.join([latent]).to(pipeline.device))
-        assets.append(SplatAsset.of(gaussians))
+        assets.append(SplatAsset.from_gaussians(gaussians))
     return assets
 
 

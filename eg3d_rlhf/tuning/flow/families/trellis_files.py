@@ -26,9 +26,8 @@ from eg3d_rlhf.models.trellis.autoencoders import (
 )
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.models.weights import State, empty, fill, in_types_of, read, shapes, write
-from eg3d_rlhf.tuning.flow.base.export import Release, Stored
-from eg3d_rlhf.tuning.flow.base.stage import Sampling
-from eg3d_rlhf.tuning.flow.families import Network
+from eg3d_rlhf.tuning.flow.base.family import Network, Release, SizedStage, Stored
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 
 # names of the stages
@@ -123,6 +122,11 @@ def read_pipeline(root: Path) -> PipelineFile:
         mean=tuple(map(float, norm["mean"])),
         std=tuple(map(float, norm["std"])),
     )
+
+
+def normalization(file: PipelineFile, stage: str) -> dict | None:
+    """Return how a stage's latents are normalised, in JSON types; None: not at all."""
+    return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
 def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
@@ -364,18 +368,18 @@ def flows_of(
     stems: Mapping[str, Path],
     dtype: torch.dtype | None,
     device: str | torch.device,
-    sampled: bool,
+    stages: Collection[str] | None = None,
     load: Callable[..., nn.Module] = load_model,
     architectures: Architectures = ARCHITECTURES,
 ) -> dict[str, nn.Module]:
-    """Networks by stage, from their paths without ending.
+    """Read networks by stage, from their paths without ending.
 
-    Args: sampled: False leaves them without weights.
+    Args: stages: of which weights are read; None: all.
     """
     return {
         stage: (
             load(stem, dtype=dtype, device=device)
-            if sampled
+            if stages is None or stage in stages
             else empty(partial(build_model, read_json(with_ending(stem, ".json")), stem.name, architectures))
         )
         for stage, stem in stems.items()
@@ -477,3 +481,32 @@ def release_of(
 
 def _rewritten(base: Path, path: Path, state: State) -> None:
     write(path, in_types_of(base_state(base), state))
+
+
+def released_stages(kind: str, width: int) -> list[SizedStage]:
+    """Make the stages of the published generators without weights.
+
+    Args: width: of the conditioning's tokens.
+    """
+    common: dict[str, Any] = dict(
+        in_channels=8,
+        out_channels=8,
+        model_channels=1024,
+        cond_channels=width,
+        num_blocks=24,
+        num_head_channels=64,
+        qk_rms_norm=True,
+    )
+    structure = StructureFlowConfig(resolution=16, patch_size=1, **common)
+    latent = LatentFlowConfig(resolution=64, patch_size=2, io_block_channels=(128,), **common)
+    stages = (
+        ("structure", partial(StructureFlow, structure), DenseGrid(channels=8, resolution=16)),
+        ("latent", partial(LatentFlow, latent), SparseVoxels(channels=8, resolution=64)),
+    )
+    return [
+        SizedStage(
+            conditioning=[TOKENS[kind], width],
+            stage=FlowStage(name=name, model=empty(make), latents=latents, sampling=KINDS[kind]),
+        )
+        for name, make, latents in stages
+    ]

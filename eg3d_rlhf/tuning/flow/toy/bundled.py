@@ -15,15 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.cli import ASSETS, file_hash
-from eg3d_rlhf.geometry.mesh_export import save_mesh
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-from eg3d_rlhf.tuning.flow.base.export import Release, Stored
 from eg3d_rlhf.tuning.flow.base.pairs import Lazy, PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families import FlowFamily, register
 from eg3d_rlhf.tuning.flow.toy.judges import (
     ChooserOracle,
     FinalOracle,
@@ -44,7 +40,6 @@ from eg3d_rlhf.tuning.flow.toy.pipeline import (
     TRAINED,
     VOXELS,
     R,
-    ToyAsset,
     ToyPipeline,
     draw_drafts,
 )
@@ -73,8 +68,8 @@ class Packing:
     keep: torch.Tensor  # [N, 1, 1, L] bool, where there is a row
 
     @classmethod
-    def of(cls, batch: SparseBatch) -> "Packing":
-        """Of a batch's voxels; kept in its cache."""
+    def from_batch(cls, batch: SparseBatch) -> "Packing":
+        """Pack a batch's voxels; the result is kept in its cache."""
         if "packing" not in batch.cache:
             lengths = batch.lengths
             n = batch.size
@@ -194,7 +189,7 @@ class VoxelFlow(nn.Module):
         around = surroundings(x_t)
         x, y, z = x_t.coords[:, 1:].long().unbind(1)
         tokens = torch.cat([x_t.feats, around.to(x_t.feats.dtype)], dim=1)
-        packing = Packing.of(x_t)
+        packing = Packing.from_batch(x_t)
         position = self.trunk.position.index_select(0, (x * R + y) * R + z)
         out = self.out_layer(self.trunk(packing.pad(tokens), packing.pad(position), t, cond, packing.keep))
         return x_t.with_feats(packing.flat(out))
@@ -407,77 +402,3 @@ def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
         RewardTraining(seed=seed),
         torch.Generator().manual_seed(seed),
     )
-
-
-def embed_texts(root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
-    """The tokens that the toy makes of its conditions' names."""
-    tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
-    return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
-
-
-def show(asset: ToyAsset, path: Path) -> Path:
-    """Coloured cubes, .ply, the faces between two of them left out;
-    z is up, and the grid is one unit wide.
-    """
-    filled = F.pad(asset.occupancy, (1, 1) * 3)
-    # counter-clockwise in the two axes that follow a third
-    square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
-    corners = []
-    colours = []
-    for axis in range(3):
-        for side in (0, 1):
-            places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
-            face = torch.full((4, 3), side)
-            face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
-            corners.append((places[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
-            colours.append(asset.colours[places.unbind(1)].repeat_interleave(4, 0))
-    vertices = (torch.cat(corners).double() / R - 0.5).numpy()
-    quads = torch.arange(len(vertices)).view(-1, 4)
-    faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
-    return save_mesh(
-        path.with_name(path.name + ".ply"), vertices, faces, (255 * torch.cat(colours)).round().byte().numpy()
-    )
-
-
-def release(root: Path, stages: Sequence[str]) -> Release:
-    """Both stages' networks as the package has them."""
-
-    def stored(name: str) -> Stored:
-        def load(dtype: torch.dtype | None) -> nn.Module:
-            return load_network(name).to(dtype or torch.float16)
-
-        meta = read_tensors(path_of(name), KIND)[1]
-        return Stored(
-            file=path_of(name).name,
-            load=load,
-            write=lambda path, state: write_network(path, name, state, meta),
-        )
-
-    kept = {path_of(name).name: path_of(name) for name in (STRUCTURE, VOXELS) if name not in stages}
-    return Release(files=kept, networks={name: stored(name) for name in stages})
-
-
-register(
-    FlowFamily(
-        name="toy",
-        layout="the bundled toy, called by that name",
-        bundled=True,
-        recognises=lambda root: False,
-        stages=(STRUCTURE, VOXELS),
-        load=lambda root, conditions, *, dtype, device: ToyPipeline(
-            load_network(STRUCTURE), load_network(VOXELS), device
-        ),
-        files=lambda root: {name: path_of(name) for name in NETWORKS},
-        common=("pipeline", "seed", "precision"),
-        options=("labelled",),
-        open=lambda source, device: toy_problem(source.seed, device, labelled=source.labelled),
-        embed_texts=embed_texts,
-        show=show,
-        up="z",
-        version="the bundled toy",
-        prompts=CONDITIONS,
-        batch=32,
-        release=release,
-        loaded_by='toy.bundled.load_network(name, Path("{out}"))',
-    )
-)

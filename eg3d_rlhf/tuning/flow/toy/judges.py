@@ -45,7 +45,7 @@ class _Views:
     colour_error: torch.Tensor  # [N, P, 3], 0 where nothing is filled
 
     @classmethod
-    def of(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
+    def from_assets(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
         assert len(assets) == len(conditions) > 0
         shapes, colours = toy.targets(conditions)
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
@@ -84,7 +84,7 @@ class LabelOracle(_Oracle):
     """Geometry 4 IoU, colour -4 RMSE."""
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.of(assets, conditions)
+        views = _Views.from_assets(assets, conditions)
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
         return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
 
@@ -95,7 +95,7 @@ class ChooserOracle(_Oracle):
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        views = _Views.of(assets, conditions)
+        views = _Views.from_assets(assets, conditions)
         to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
         there = torch.einsum("np,nkp->nk", views.filled, to_shape) / views.filled.sum(1, keepdim=True)
@@ -111,7 +111,7 @@ class FinalOracle(_Oracle):
         """What it adds up, [N] each, larger is better: "overlap", "symmetry", "pieces" (beyond the first,
         negative) and "colour".
         """
-        views = _Views.of(assets, conditions)
+        views = _Views.from_assets(assets, conditions)
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
         # parts that hang together by faces
         more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])

@@ -21,6 +21,7 @@ import torch
 
 from eg3d_rlhf.preferences.goodness import read_goodness, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
@@ -31,7 +32,6 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     write_import,
 )
 from eg3d_rlhf.tuning.flow.base.singles import known_of
-from eg3d_rlhf.tuning.flow.families import FlowFamily
 from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, TRAIN, Work
 from training.progress import tqdm
@@ -39,7 +39,6 @@ from training.progress import tqdm
 PAIRS = "pairs"
 Encoding = Mapping[str, Any]  # given fields of EncodingSource
 NOTHING: Encoding = MappingProxyType({})
-DSO = "trellis"  # the family whose first stage DSO's samples are of
 CHOOSING = 1 / 3  # of the conditions to choose on
 
 
@@ -97,30 +96,26 @@ def _reader(
             f"--set {extra[0]}=VALUE: belongs to generators that encode assets so, not to {family.name}."
             " Leave it out."
         )
-    if family.encoder is None:
-        return family.load(Path(work.pipeline), None, dtype=torch.float32, device="cpu")
-    source = EncodingSource(**encoding)
-    more = {"share": source.voxel_share, "views": source.views} if "views" in family.options else {}
-    return family.encoder(Path(work.pipeline), device=device, **more)
+    where = device if isinstance(family, Encodes) else "cpu"
+    configured = family.configured(EncodingSource(**encoding))
+    return configured.load(Path(work.pipeline), None, stages=(), device=where)
 
 
 def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
     """Pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
     if not (folder / RANKING).is_file():
-        if family.name != DSO:
+        if not isinstance(family, ImportsSamples):
             raise ValueError(
                 f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one."
             )
-        from eg3d_rlhf.tuning.flow.families.trellis_pair_import import read_dso  # the family's own
-
-        return read_dso(folder, pipeline)
+        return family.read_samples(folder, pipeline)
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
     if not (folder / CONDITIONS).is_file():
         return imported  # of WORK's conditions
     read = read_conditions(folder / CONDITIONS, zero_null=family.zero_null)
     named = _conditions_in(imported)
-    read.of(named)  # raises for those that are missing
+    read.select(named)  # raises for those that are missing
     return replace(
         imported,
         conditions=replace(
@@ -159,8 +154,7 @@ def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
     shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
     report = dict(imported.report)
     pipeline = _reader(work, family)
-    meta = family.pair_meta or (lambda pipeline, stage, report: {"family": family.name})
-    write_import(work.folder / PAIRS, imported, lambda stage: meta(pipeline, stage, report))
+    write_import(work.folder / PAIRS, imported, lambda stage: family.pair_meta(pipeline, stage, report))
 
 
 def problem_of(
@@ -184,7 +178,7 @@ def problem_of(
     if not family.bundled:
         return open_problem(source, device)
     problem = open_folder(family, source, device)
-    own = family.open(ProblemSource(), device) if family.open else None
+    own = family.open(ProblemSource(), device) if isinstance(family, Opens) else None
     for stage in problem.pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
     return problem if own is None else replace(problem, reward=own.reward, fitted_to=own.fitted_to)

@@ -20,10 +20,10 @@ from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, SparseSample, separate
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
+from eg3d_rlhf.tuning.flow.base.family import SizedStage
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import guides, sample, times
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, SparseVoxels, Voxels
-from eg3d_rlhf.tuning.flow.families.released import Sized
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import SHARE, Cost, cost_of_update, fake_stage
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
@@ -50,16 +50,16 @@ class Row:
 class ZeroConditioning:
     """Conditioning of a stage's shape, all zeros."""
 
-    def __init__(self, sized: Sized):
-        self.told = sized.told
+    def __init__(self, sized: SizedStage):
+        self.conditioning = sized.conditioning
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
         return self.no_condition(len(names), stage)
 
     def no_condition(self, n: int, stage: str) -> Any:
-        if isinstance(self.told, dict):
-            return {name: torch.zeros(n, *shape) for name, shape in self.told.items()}
-        return torch.zeros(n, *self.told)
+        if isinstance(self.conditioning, dict):
+            return {name: torch.zeros(n, *shape) for name, shape in self.conditioning.items()}
+        return torch.zeros(n, *self.conditioning)
 
 
 def voxels_of(cells: int) -> int:
@@ -109,7 +109,7 @@ def pairs_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Pr
 
 
 def update(
-    sized: Sized,
+    sized: SizedStage,
     batch: int,
     recompute: bool,
     *,
@@ -128,7 +128,7 @@ def update(
     return cost_of_update(sized.stage, config, start, recompute, device)
 
 
-def drawing(sized: Sized, batch: int, voxels: int | None = None) -> Cost:
+def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
     """Of drawing a stage's latents, all steps of its sampler, `batch` at once."""
     sampling = sized.stage.sampling
     trace = MemoryTrace()
@@ -178,7 +178,7 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
 
 
 def estimate(
-    stages: Sequence[Sized],
+    stages: Sequence[SizedStage],
     *,
     precision: str = "float32",
     dtype: str = "float32",
@@ -215,7 +215,7 @@ def estimate(
             sized, stage=replace(sized.stage, precision="bfloat16" if dtype != "float32" else precision)
         )
 
-        def cost(batch: int, what: str = what, recompute: bool = recompute, twin: Sized = twin) -> Cost:
+        def cost(batch: int, what: str = what, recompute: bool = recompute, twin: SizedStage = twin) -> Cost:
             if what == "draw":
                 return drawing(twin, batch, voxels)
             return update(

@@ -15,8 +15,8 @@ import torch
 
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.geometry.files.ply import read_header, read_splats
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows
 from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline, with_models
-from eg3d_rlhf.tuning.flow.families import FlowFamily
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_or_empty
 from training.storage import write_atomic
 
@@ -37,7 +37,7 @@ class Strip:
     size: Sequence[int] = ()  # what the family's `show` takes besides
 
     def __call__(self, stage: str, model: torch.nn.Module, path: Path) -> Path:
-        assert self.family.show is not None
+        assert isinstance(self.family, Shows)
         pictures = []
         with (
             with_models(self.pipeline, {stage: model}),

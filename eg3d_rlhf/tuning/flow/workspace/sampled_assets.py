@@ -28,11 +28,11 @@ from eg3d_rlhf.models.policies import link, tuned_model
 from eg3d_rlhf.models.sparse import Latent, separate
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import PROMPTS
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, StatesFacts, WritesLatents
 from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_latents
 from eg3d_rlhf.tuning.flow.base.sampling import stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, refusing_empty
-from eg3d_rlhf.tuning.flow.families import FlowFamily
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from training.distributed import SINGLE, Ranks
@@ -163,19 +163,19 @@ class Drawing:
             else:
                 latents, asset = shown
                 self._write_latents(stem, latents)
-                # asked for where this is made
-                self.family.show(asset, self.folder / stem, *self.size)  # type: ignore[misc]
+                assert isinstance(self.family, Shows)  # asked for where this is made
+                self.family.show(asset, self.folder / stem, *self.size)
             on_asset(1)
 
     def _files(self, stem: str) -> dict[str, str]:
         """Names of the files of an asset's latents, as the list has them."""
-        if self.family.write_latent is None:
+        if not isinstance(self.family, WritesLatents):
             return {"latents": f"{stem}.safetensors"}
         return {stage: f"{stem}-{stage}.safetensors" for stage in self.family.stages}
 
     def _write_latents(self, stem: str, latents: Mapping[str, Latent]) -> None:
         files = self._files(stem)
-        if self.family.write_latent is None:
+        if not isinstance(self.family, WritesLatents):
             write_latents(self.folder / files["latents"], latents)
             return
         for stage, latent in latents.items():
@@ -193,11 +193,9 @@ class Drawing:
             if shown[stem].suffix != NOTHING:
                 files = self._files(stem)
                 facts = (
-                    {}
-                    if self.family.facts is None
-                    else self.family.facts(
-                        self.pipeline, condition, read_latents(self.folder / files["latents"])
-                    )
+                    self.family.facts(self.pipeline, condition, read_latents(self.folder / files["latents"]))
+                    if isinstance(self.family, StatesFacts)
+                    else {}
                 )
                 lines.append(
                     {
@@ -294,7 +292,7 @@ def drawing_of(
     Args: each: assets per condition; cells, few_steps: see the command.
     Raises: ValueError for a family that cannot draw, or what it does not read.
     """
-    if family.show is None:
+    if not isinstance(family, Shows):
         raise ValueError(
             f"draw: expected a family that shows assets, got {family.name}. See docs/extending.md for a"
             " `show` of its own."

@@ -31,8 +31,9 @@ from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import JudgementRow, Kind, Mode
 from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, Conditions, read_conditions
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING
-from eg3d_rlhf.tuning.flow.families import FlowFamily, family_of
+from eg3d_rlhf.tuning.flow.families import family_of
 from training.storage import write_atomic
 
 FORMAT = 1
@@ -200,7 +201,7 @@ class Work:
         """Embeddings of the conditions of splits and of the empty one, and of no others."""
         read = read_conditions(self.conditions_file)
         wanted = self.names(*splits)
-        read.of(wanted)  # raises for those that are missing
+        read.select(wanted)  # raises for those that are missing
         tokens = {name: read.tokens[name] for name in (*wanted, NULL) if name in read.tokens}
         return Conditions(tokens=tokens, encoder=read.encoder, zero_null=read.zero_null)
 

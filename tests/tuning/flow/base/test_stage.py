@@ -339,7 +339,7 @@ class OneStage:
         self.tokens = Conditions(tokens=tokens, zero_null=True)
 
     def conditions(self, names, stage):
-        return self.tokens.of(names)
+        return self.tokens.select(names)
 
     def no_condition(self, n, stage):
         return self.tokens.null(n)
@@ -468,7 +468,7 @@ def test_conditions_by_name(tmp_path):
     write_conditions(tmp_path / "c.safetensors", made)
     again = read_conditions(tmp_path / "c.safetensors")
     assert again.form == made.form == {"a": [2, 3], "b": [4]} and again.names == ("x", "y")
-    cond = again.of(["y", "x"])
+    cond = again.select(["y", "x"])
     assert rows(cond) == 2 and cond["a"][0].unique().tolist() == [1.0]
     dropped = where(torch.tensor([True, False]), again.null(1), cond)
     assert dropped["b"].sum(1).tolist() == [0.0, 4.0]

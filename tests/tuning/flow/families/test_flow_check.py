@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.modes import flow_check
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.families import family_of, trellis2
-from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 from tests.rejections import check_message, rejected
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import CONTENT, write_hunyuan3d
 from tests.tuning.flow.families.trellis.tiny_trellis import write_trellis
@@ -40,7 +40,7 @@ def row(text, title):
 def changed(root, **sections):
     held = {
         section: {n: x.clone() for n, x in of.items()}
-        for section, of in family.read_sections(root / "model.fp16.ckpt").items()
+        for section, of in layout.read_sections(root / "model.fp16.ckpt").items()
     }
     torch.save(
         {**held, **{section: change(held[section]) for section, change in sections.items()}},
@@ -57,7 +57,7 @@ def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
         assert word in text, word
     assert family_of(root).notice in " ".join(text.split())
     assert all(word in row(text, "can ") for word in ("shape", "pairs", "export")) and not row(text, "cannot")
-    network = family.read_sections(root / "model.fp16.ckpt")["model"]
+    network = layout.read_sections(root / "model.fp16.ckpt")["model"]
     size = sum(tensor.numel() for tensor in network.values())
     assert f" {len(network)} " in text and f" {size:,} " in " ".join(text.split())
 
@@ -75,8 +75,7 @@ def test_sizes_are_held_against_the_released_ones(root, monkeypatch):
         ((count + 1, size), True, True),
     ):
         networks = [replace(network, released=released)]
-        made = replace(known, networks=lambda root, networks=networks: networks)
-        monkeypatch.setattr(flow_check, "family_of", lambda root, say, made=made: made)
+        monkeypatch.setattr(type(known), "networks", lambda self, root, networks=networks: networks)
         said = row(looked(root)[1], "network")
         assert ("released" in said) == marked and bool(unlike.search(said)) == odd, (released, said)
 
@@ -97,7 +96,7 @@ def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
     assert looked(root)[0] == 0
     changed(
         root,
-        vae=lambda state: {name: x for name, x in state.items() if not name.startswith(family.ENCODER_HALF)},
+        vae=lambda state: {name: x for name, x in state.items() if not name.startswith(layout.ENCODER_HALF)},
     )
     code, text = looked(root)
     (lost,) = [network for network in family_of(root).networks(root) if not network.found]
@@ -112,8 +111,8 @@ def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
 
 def test_another_version_and_no_generator_are_refused_in_one_line(root, tmp_path):
     model = {**CONTENT["model"], "target": "hy3dshape.models.Hunyuan3DDiT"}
-    (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, "model": model}))
-    rejected(CliRunner().invoke(check, [str(root)]), family.CONFIG, "Hunyuan3DDiT")
+    (root / layout.CONFIG).write_text(yaml.safe_dump({**CONTENT, "model": model}))
+    rejected(CliRunner().invoke(check, [str(root)]), layout.CONFIG, "Hunyuan3DDiT")
     assert looked(tmp_path / "none")[0] == 2
 
 
@@ -132,7 +131,11 @@ def test_a_family_without_a_list_of_networks_is_opened(tmp_path, monkeypatch):
     code, text = looked(root)
     assert code == 0 and "structure" in row(text, "can ") and "loop" in row(text, "can ")
     assert "shape_slat_encoder: " in text
-    monkeypatch.setattr(flow_check, "family_of", lambda root, say: replace(trellis2.FAMILY, networks=None))
+
+    class Unlisted(trellis2.Trellis2):
+        networks = None
+
+    monkeypatch.setattr(flow_check, "family_of", lambda root, say: Unlisted())
     code, text = looked(root)
     assert code == 0 and "structure" in row(text, "can ") and "shape_slat_encoder" not in text
 

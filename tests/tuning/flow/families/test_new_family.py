@@ -82,7 +82,7 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     assert later.run().count == 2
     flow("export", run, f"--out={tmp_path / 'TUNED'}")
     latents = read_latents(later.folder / "00000-0.safetensors")["points"]
-    merged = generate(point_family.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
+    merged = generate(point_family.FAMILY.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
     torch.testing.assert_close(merged, latents)
     nothing = flow("export", model, f"--out={tmp_path / 'X'}", code=2)
     check_message(nothing, ("WORK", "--weights"))

@@ -152,12 +152,12 @@ def test_patches_go_back_to_where_they_came_from(cond):
 
 def test_packing_goes_both_ways():
     batch = voxels(3, 1, 4)
-    packing = Packing.of(batch)
+    packing = Packing.from_batch(batch)
     padded = packing.pad(batch.feats)
     assert (
         padded.shape == (3, 4, 4)
         and torch.equal(packing.flat(padded), batch.feats)
-        and Packing.of(batch) is packing
+        and Packing.from_batch(batch) is packing
     )
     assert packing.keep.squeeze().sum(1).tolist() == [3, 1, 4] and not padded[1, 1:].any()
 

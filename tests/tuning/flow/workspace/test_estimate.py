@@ -14,10 +14,11 @@ from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.models.trellis import flows
 from eg3d_rlhf.models.weights import empty
+from eg3d_rlhf.tuning.flow.base.family import SizedStage
 from eg3d_rlhf.tuning.flow.base.sampling import stage_noise
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels, TokenSet
+from eg3d_rlhf.tuning.flow.families import released_sizes
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
-from eg3d_rlhf.tuning.flow.families.released import RELEASED, Sized
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
@@ -31,7 +32,7 @@ from training.distributed import SINGLE
 # A quarter of the published widths, fewer tokens and blocks.
 
 
-def shape_set(make) -> Sized:
+def shape_set(make) -> SizedStage:
     config = hunyuan3d.DenoiserConfig(
         input_size=256,
         in_channels=64,
@@ -55,7 +56,7 @@ def shape_set(make) -> Sized:
         lora_targets=LORA_TARGETS,
         sampling=Sampling(steps=2),
     )
-    return Sized(stage=stage, told={MAIN: [100, 256]})
+    return SizedStage(stage=stage, conditioning={MAIN: [100, 256]})
 
 
 COMMON = dict(
@@ -69,21 +70,21 @@ COMMON = dict(
 )
 
 
-def structure(make) -> Sized:
+def structure(make) -> SizedStage:
     model = make(
         partial(flows.StructureFlow, flows.StructureFlowConfig(resolution=8, patch_size=1, **COMMON))
     )
-    return Sized(
-        told=[100, 256],
+    return SizedStage(
+        conditioning=[100, 256],
         stage=FlowStage(name="structure", model=model, latents=DenseGrid(channels=8, resolution=8)),
     )
 
 
-def voxels(make) -> Sized:
+def voxels(make) -> SizedStage:
     config = flows.LatentFlowConfig(resolution=16, patch_size=2, io_block_channels=(32,), **COMMON)
     model = make(partial(flows.LatentFlow, config))
-    return Sized(
-        told=[100, 256],
+    return SizedStage(
+        conditioning=[100, 256],
         stage=FlowStage(name="latent", model=model, latents=SparseVoxels(channels=8, resolution=16)),
     )
 
@@ -179,7 +180,7 @@ def test_multiplications_are_counted_as_by_hand():
     assert trace.peak >= 4 * (3 * width * width + 3 * width + tokens * 4 * width)
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", released_sizes())
 def test_published_generators_have_their_published_sizes(name):
     numbers = {
         "TRELLIS-text-large": [547_154_952, 587_849_608],
@@ -188,9 +189,9 @@ def test_published_generators_have_their_published_sizes(name):
         "Hunyuan3D-2.1": [3_050_758_720],
         "SAM 3D Objects": [959_962_133 + 4096 * 1024, 600_432_520],
     }
-    assert [sum(t.numel() for t in s.stage.model.state_dict().values()) for s in RELEASED[name]()] == numbers[
-        name
-    ]
+    assert [
+        sum(t.numel() for t in s.stage.model.state_dict().values()) for s in released_sizes()[name]()
+    ] == numbers[name]
 
 
 def test_shells_are_thin_and_of_the_size_asked_for():

@@ -20,6 +20,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, check_convention
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 from tests.modes.flow_works import flow
 from tests.rejections import check_message, raising, rejected
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import (
@@ -46,7 +47,7 @@ def read(path):
     """The sections, apart from the file that they came from, which may then be written anew."""
     return {
         section: {name: x.clone() for name, x in of.items()}
-        for section, of in family.read_sections(path / "model.fp16.ckpt").items()
+        for section, of in layout.read_sections(path / "model.fp16.ckpt").items()
     }
 
 
@@ -82,9 +83,9 @@ def run(tmp_path):
 def test_it_is_known_by_its_config_also_within_its_repository_and_says_its_licence(root, tmp_path):
     assert family_of(root).name == "hunyuan3d" and "European Union" in family_of(root).notice
     (tmp_path / "REPO").mkdir()
-    root.rename(tmp_path / "REPO" / family.FOLDER)
+    root.rename(tmp_path / "REPO" / layout.FOLDER)
     assert family_of(tmp_path / "REPO").name == "hunyuan3d"
-    assert family.read_files(tmp_path / "REPO").tokens == [L, E]
+    assert layout.read_files(tmp_path / "REPO").tokens == [L, E]
 
 
 def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
@@ -92,30 +93,30 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     done = run(tmp_path)
     assert done.exit_code == 0, done.output
     (out,) = (tmp_path / "runs").glob("00000-*")
-    pipeline = family.load(root, tokens())
+    pipeline = family.FAMILY.load(root, tokens())
     tuned = tuned_model(pipeline.stages[0].model, out / "shape")
     before, after = (generate(pipeline, ["lamp"], [0], models)[0].latent for models in ({}, {"shape": tuned}))
     assert after.shape == (LATENTS, C) and not torch.equal(before, after)
     (root / "LICENSE").write_text("terms")
-    report = export(root, tmp_path / "TUNED", {"shape": out / "shape"})
+    report = export(family_of(root), root, tmp_path / "TUNED", {"shape": out / "shape"})
     assert (
-        report["kept"] == ["LICENSE", f"{family.FOLDER}/{family.CONFIG}"]
+        report["kept"] == ["LICENSE", f"{layout.FOLDER}/{layout.CONFIG}"]
         and (tmp_path / "TUNED" / "LICENSE").read_text() == "terms"
     )
     notice = (tmp_path / "TUNED" / "Notice").read_text()
-    assert family.FOLDER in notice and "LICENSE" in notice and 0 < report["tuned"]["shape"]["rounding"] < 0.5
+    assert layout.FOLDER in notice and "LICENSE" in notice and 0 < report["tuned"]["shape"]["rounding"] < 0.5
     old, new = (
-        family.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / family.FOLDER)
+        layout.read_sections(path / "model.fp16.ckpt") for path in (root, tmp_path / "TUNED" / layout.FOLDER)
     )
     assert all(torch.equal(old[s][n], new[s][n]) for s in ("vae", "conditioner") for n in old[s])
     changed = {name for name in old["model"] if not torch.equal(old["model"][name], new["model"][name])}
     assert changed and {name.split(".")[-2] for name in changed} == {"to_q", "to_k", "to_v", "out_proj"}
-    again = generate(family.load(tmp_path / "TUNED", tokens()), ["lamp"], [0])[0].latent
+    again = generate(family.FAMILY.load(tmp_path / "TUNED", tokens()), ["lamp"], [0])[0].latent
     torch.testing.assert_close(again, after, atol=0.05, rtol=0.05)  # merged into float16
 
 
 def test_a_network_with_its_data_at_the_other_end_is_refused(root):
-    pipeline = family.load(root, tokens())
+    pipeline = family.FAMILY.load(root, tokens())
     (stage,) = pipeline.stages
     x_0 = torch.full([4, LATENTS, C], 0.5)
     # towards data at 1, where all is 0.5
@@ -172,9 +173,9 @@ def test_configs_of_other_networks_are_refused(root):
         entry = {**CONTENT.get(section, {"target": "a.ImageProcessorV2", "params": {}}), **changes}
         if "params" in changes:
             entry["params"] = {**CONTENT.get(section, {"params": {}})["params"], **changes["params"]}
-        (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
+        (root / layout.CONFIG).write_text(yaml.safe_dump({**CONTENT, section: entry}))
         with raising(*names):
-            family.read_files(root)
+            layout.read_files(root)
 
     refused("model", "HunYuanDiTPlain", "Other", target="a.Other")
     refused("model", "Hunyuan3D-2.1", "use_pos_emb=True", params={"use_pos_emb": True})
@@ -190,12 +191,12 @@ def test_configs_of_other_networks_are_refused(root):
     refused("vae", "geo_decoder_downsample_ratio", params={"geo_decoder_downsample_ratio": 2})
     refused("conditioner", "DinoImageEncoder", "'Clip'", params={"main_image_encoder": {"type": "Clip"}})
     refused("conditioner", "DinoImageEncoder", "None", params={"main_image_encoder": ["Dino"]})
-    (root / family.CONFIG).write_text("a: [")
-    with raising(family.CONFIG, "YAML"):
-        family.read_files(root)
-    (root / family.CONFIG).unlink()
+    (root / layout.CONFIG).write_text("a: [")
+    with raising(layout.CONFIG, "YAML"):
+        layout.read_files(root)
+    (root / layout.CONFIG).unlink()
     with raising("config.yaml", "model.fp16.ckpt", kind=FileNotFoundError):
-        family.read_files(root)
+        layout.read_files(root)
 
 
 def picture(path, box=(20, 10, 60, 50)):
@@ -207,27 +208,27 @@ def picture(path, box=(20, 10, 60, 50)):
 
 def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
     picture(tmp_path / "chair.png")
-    made = family.embed(root, {"chair": tmp_path / "chair.png"}, torch.device("cpu"))
+    made = family.FAMILY.embed_images(root, {"chair": tmp_path / "chair.png"}, torch.device("cpu"))
     assert made.form == {"main": [L, E]} and made.zero_null and made.null(2)["main"].abs().max() == 0
-    family.load(root, made)
+    family.FAMILY.load(root, made)
     assert "512" in made.encoder and "0.15" in made.encoder  # pixels, and the border's share
     other = {
         **CONTENT,
         "image_processor": {"target": "a.ImageProcessorV2", "params": {"size": 64, "border_ratio": 0.3}},
     }
-    (root / family.CONFIG).write_text(yaml.safe_dump(other))
-    assert family.read_files(root).picture == 64
+    (root / layout.CONFIG).write_text(yaml.safe_dump(other))
+    assert layout.read_files(root).picture == 64
     with raising("64", "512"):
-        family.load(root, made)
+        family.FAMILY.load(root, made)
     Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
     with raising("plain.png", "background"):
-        family.embed(root, {"plain": tmp_path / "plain.png"}, torch.device("cpu"))
+        family.FAMILY.embed_images(root, {"plain": tmp_path / "plain.png"}, torch.device("cpu"))
 
 
 def test_settings_that_change_nothing_are_accepted(root):
     def written(**sections):
-        (root / family.CONFIG).write_text(yaml.safe_dump({**CONTENT, **sections}))
-        return family.read_files(root)
+        (root / layout.CONFIG).write_text(yaml.safe_dump({**CONTENT, **sections}))
+        return layout.read_files(root)
 
     params = {**CONTENT["model"]["params"], "mlp_ratio": 2.0, "windows": 3}
     assert written(model={**CONTENT["model"], "params": params}).model == written().model
@@ -248,26 +249,26 @@ def test_settings_that_change_nothing_are_accepted(root):
 def test_sections_that_are_not_needed_may_be_missing(root):
     sections = read(root)
     half = {
-        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)
+        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(layout.ENCODER_HALF)
     }
     write(root, {"model": sections["model"], "vae": {**half, "more": torch.zeros(1)}})
-    pipeline = family.load(root, tokens())
+    pipeline = family.FAMILY.load(root, tokens())
     assert generate(pipeline, ["lamp"], [0])[0].latent.isfinite().all()
     with raising("model.fp16.ckpt", "conditioner"):
-        family.embed(root, {}, torch.device("cpu"))
-    with raising(family.VAE_FOLDER, kind=FileNotFoundError):
+        family.FAMILY.embed_images(root, {}, torch.device("cpu"))
+    with raising(layout.VAE_FOLDER, kind=FileNotFoundError):
         pipeline.encode([None])
 
 
 def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     """Lines with an asset in place of latents; the encoder may lie in the autoencoder's own folder."""
     sections = read(root)
-    (tmp_path / "REPO" / family.VAE_FOLDER).mkdir(parents=True)
-    torch.save(dict(sections["vae"]), tmp_path / "REPO" / family.VAE_FOLDER / "model.fp16.ckpt")
+    (tmp_path / "REPO" / layout.VAE_FOLDER).mkdir(parents=True)
+    torch.save(dict(sections["vae"]), tmp_path / "REPO" / layout.VAE_FOLDER / "model.fp16.ckpt")
     half = {
-        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(family.ENCODER_HALF)
+        name: tensor for name, tensor in sections["vae"].items() if not name.startswith(layout.ENCODER_HALF)
     }
-    root = root.rename(tmp_path / "REPO" / family.FOLDER)
+    root = root.rename(tmp_path / "REPO" / layout.FOLDER)
     write(root, {**sections, "vae": half})
     (tmp_path / "ASSETS").mkdir()
     lines = []
@@ -281,11 +282,13 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     ranked = f"--labels={tmp_path / 'ASSETS'}"
     flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditions={tmp_path / 'ASSETS'}")
     assert re.search(r"\b1 .*\bshape\b", flow("tune", work, ranked, "--pairs-only"))
-    (pair,), _ = read_pairs(work / "pairs" / "shape", family.load(tmp_path / "REPO", tokens()).stages[0])
+    (pair,), _ = read_pairs(
+        work / "pairs" / "shape", family.FAMILY.load(tmp_path / "REPO", tokens()).stages[0]
+    )
     assert pair.preferred.shape == (LATENTS, C) and not torch.equal(pair.preferred, pair.rejected)
-    again = family.load(tmp_path / "REPO", None).encode([family.read_mesh(tmp_path / "ASSETS" / "1.obj")])[0][
-        "shape"
-    ]
+    again = family.FAMILY.load(tmp_path / "REPO", None).encode(
+        [family.read_mesh(tmp_path / "ASSETS" / "1.obj")]
+    )[0]["shape"]
     assert torch.equal(again, pair.preferred)
     check_message(flow("tune", work, ranked, "--set=views=3", code=2), ("--set views", "hunyuan3d"))
     lines[1]["asset"] = "none.obj"
@@ -294,7 +297,7 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
 
 
 def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
-    asset = family.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
+    asset = family.FAMILY.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
     asset.decoder.geo_decoder.output_proj.bias.data.zero_()
     wide = (asset.surface(cells)[0] for cells in (6, 12))
     few, many = (len(vertices) for vertices in wide)
@@ -302,15 +305,15 @@ def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
 
 
 def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(root, tmp_path):
-    asset = family.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
+    asset = family.FAMILY.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
     last = asset.decoder.geo_decoder.output_proj
     last.weight.data.zero_()
     last.bias.data.fill_(-1.0)
-    shown = family.show(asset, tmp_path / "a", 4)
+    shown = family.FAMILY.show(asset, tmp_path / "a", 4)
     assert shown.suffix == ".txt" and shown.read_text().strip()
     last.bias.data.fill_(torch.nan)
     with raising("extract_mesh"):
-        family.show(asset, tmp_path / "a", 4)
+        family.FAMILY.show(asset, tmp_path / "a", 4)
 
 
 def test_held_out_labels_of_one_stage_are_used_and_flags_that_do_nothing_refused(root, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder
 from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
+from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 
 LATENTS = 7
 C = 4
@@ -121,15 +121,15 @@ def transformers_names(dino):
 def write_hunyuan3d(root):
     """Both files, the checkpoint in float16; returns the folder."""
     root.mkdir(parents=True)
-    (root / family.CONFIG).write_text(yaml.safe_dump(CONTENT))
+    (root / layout.CONFIG).write_text(yaml.safe_dump(CONTENT))
     (root / "model.fp16.ckpt").write_bytes(b"")
-    found = family.read_files(root)
+    found = layout.read_files(root)
     torch.manual_seed(0)
     dino = transformers_names(Dino(found.encoder))
     sections = {
         "model": Denoiser(found.model).state_dict(),
         "vae": ShapeDecoder(found.vae).state_dict(),
-        "conditioner": {family.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in dino.items()},
+        "conditioner": {layout.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in dino.items()},
     }
     sections["vae"] |= ShapeEncoder(found.vae).state_dict()
     sections = {

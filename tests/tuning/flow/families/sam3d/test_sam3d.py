@@ -71,7 +71,7 @@ def tokens(width: int, names=NAMES, **more) -> Conditions:
 
 @pytest.fixture(scope="module")
 def pipeline(released, width):
-    return family.load(released, tokens(width))
+    return family.FAMILY.load(released, tokens(width))
 
 
 def changed(root, file, change):
@@ -258,7 +258,7 @@ def test_the_repositorys_licence_is_passed_on(root, pipeline, tmp_path):
     save_policy(check_one_dpo_step(pipeline, "latent", NAMES[:2]), tmp_path / "latent", {})
     for given, kept in ((tmp_path / "REPO", "checkpoints"), (place, "")):
         out = tmp_path / f"TUNED{kept}"
-        assert "LICENSE" in export(given, out, {"latent": tmp_path / "latent"})["kept"]
+        assert "LICENSE" in export(family_of(given), given, out, {"latent": tmp_path / "latent"})["kept"]
         assert (out / "LICENSE").read_text() == "terms" and (out / kept / "slat_generator.ckpt").is_file()
 
 
@@ -296,7 +296,7 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
     people = write_people(tmp_path / "PAIRS", "structure", both.preferred, both.rejected, tokens(width))
 
     def opened(parts):
-        return family.open_problem(
+        return family.FAMILY.open(
             ProblemSource(pipeline=str(released), pairs=str(people), parts=parts), "cpu"
         )
 
@@ -395,7 +395,7 @@ def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, m
     done = CliRunner().invoke(train.main, [*training, "--set=parts=shape"])
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("0*")
-    export(root, tmp_path / "TUNED", {"structure": run / "structure"})
+    export(family_of(root), root, tmp_path / "TUNED", {"structure": run / "structure"})
     old, new = (
         files.load_flow(files.read_pipeline(place).generators["structure"]).state_dict()
         for place in (root, tmp_path / "TUNED")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from tests.tuning.flow.families.trellis import tiny_trellis
 
 
@@ -15,4 +15,4 @@ def trellis_root(tmp_path_factory):
 @pytest.fixture
 def pipeline(trellis_root):
     """Opened anew."""
-    return load_pipeline(trellis_root, tiny_trellis.tokens())
+    return FAMILY.load(trellis_root, tiny_trellis.tokens())

@@ -22,7 +22,7 @@ def test_one_file_of_all(tmp_path):
     write_conditions(tmp_path / "c.safetensors", given)
     got = read_conditions(tmp_path / "c.safetensors")
     assert got.names == (name,) and got.encoder == "clip"
-    assert torch.equal(got.of([name]), TOKENS[None])
+    assert torch.equal(got.select([name]), TOKENS[None])
     assert torch.equal(got.null(2), (TOKENS + 1).expand(2, -1, -1))
 
 
@@ -32,7 +32,7 @@ def test_a_folder_of_files(tmp_path):
     np.savez(tmp_path / "c.npz", cond=TOKENS.numpy())
     save_file({"tokens": TOKENS}, tmp_path / "d.safetensors")
     got = read_conditions(tmp_path)
-    assert got.names == ("a", "b", "c", "d") and torch.equal(got.of("abcd"), TOKENS.expand(4, -1, -1))
+    assert got.names == ("a", "b", "c", "d") and torch.equal(got.select("abcd"), TOKENS.expand(4, -1, -1))
     assert not got.null(1).any()
     torch.save(TOKENS, tmp_path / "null.pt")
     assert torch.equal(read_conditions(tmp_path, zero_null=False).null(1), TOKENS[None])
@@ -48,7 +48,7 @@ def test_what_is_refused(tmp_path):
     with raising("[2, 4], [3, 4]"):
         Conditions(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
     with raising("conditions", "'x'"):
-        Conditions(tokens={"a": TOKENS}, zero_null=True).of(["a", "x"])
+        Conditions(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])
 
 
 def test_arrays_that_are_refused(tmp_path):
@@ -131,7 +131,7 @@ def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
     found = encoders.TextEncoder("clip").conditions(["chair", "boat", "chair"])
     assert (
         found.names == ("chair", "boat")
-        and float(found.of(["chair"])[0, 0, 0]) == 5
+        and float(found.select(["chair"])[0, 0, 0]) == 5
         and not found.null(1).any()
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.flow.base.sampling import generate
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from tests.tuning.flow.documented_commands import run_section
 from tests.tuning.flow.families.trellis.tiny_trellis import NAMES, tokens
 
@@ -30,7 +30,7 @@ def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path,
     (tmp_path / "FILE").write_text("\n".join(NAMES))
     called = run_section("TRELLIS", trellis_root, tmp_path, FEW, each=4)
     assert called == ["new", "draw", "pairs", "train", "export"]
-    base, tuned = (load_pipeline(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
+    base, tuned = (FAMILY.load(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
     weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]
     assert any(not torch.equal(a, b) for of_stage in weights for a, b in of_stage)

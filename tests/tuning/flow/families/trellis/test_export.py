@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from eg3d_rlhf.models.lora import LoraConfig, add_lora
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.tuning.flow.base.export import export
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, load_model
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from tests.tuning.flow.families.trellis.tiny_trellis import PIPELINE, tokens
 
 
@@ -36,7 +37,9 @@ def velocity(model, cond):
 
 def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_path):
     model = adapted(pipeline, tmp_path / "adapter")
-    report = export(trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
+    report = export(
+        family_of(trellis_root), trellis_root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"}
+    )
     assert report["elsewhere"] == ["slat_decoder_mesh"]
     # stock TRELLIS needs them not, the loop does
     encoders = {"ss_enc_conv3d_16l8_fp16", "slat_enc_swin8_B_64l8_fp16"}
@@ -56,7 +59,7 @@ def test_adapters_are_merged_and_the_rest_is_kept(pipeline, trellis_root, tmp_pa
     assert changed and all(
         k.endswith((".to_qkv.weight", ".to_q.weight", ".to_kv.weight", ".to_out.weight")) for k in changed
     )
-    cond = pipeline.tokens.of(["a lamp", "a tree"])
+    cond = pipeline.tokens.select(["a lamp", "a tree"])
     merged = load_model(tmp_path / "out" / "ckpts" / "ss_flow", dtype=torch.float32)
     base = velocity(pipeline.stages[0].model, cond)
     assert torch.allclose(velocity(merged, cond), velocity(model, cond), atol=2e-3 * float(base.abs().max()))
@@ -68,9 +71,9 @@ def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
     with torch.no_grad():
         model.out_layer.bias += 1
     save_policy(model, tmp_path / "full", {})
-    report = export(trellis_root, tmp_path / "out", {LATENT: tmp_path / "full"})
+    report = export(family_of(trellis_root), trellis_root, tmp_path / "out", {LATENT: tmp_path / "full"})
     assert report["tuned"][LATENT]["rounding"] == 0
-    opened = load_pipeline(tmp_path / "out", tokens())  # whole: with its encoders
+    opened = FAMILY.load(tmp_path / "out", tokens())  # whole: with its encoders
     assert torch.equal(opened.stages[1].model.out_layer.bias, model.out_layer.bias)
     assert torch.equal(
         opened.advance(STRUCTURE, torch.ones(1, 2, 4, 4, 4))[0],
@@ -86,5 +89,5 @@ def test_encoders_that_are_not_there_are_said_to_be_elsewhere(pipeline, trellis_
     root = shutil.copytree(trellis_root, tmp_path / "root")
     for path in root.glob("ckpts/*enc*"):
         path.unlink()
-    report = export(root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
+    report = export(family_of(root), root, tmp_path / "out", {STRUCTURE: tmp_path / "adapter"})
     assert report["elsewhere"] == ["slat_decoder_mesh", "sparse_structure_encoder", "slat_encoder"]

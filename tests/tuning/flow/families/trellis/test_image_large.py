@@ -14,8 +14,8 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions,
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import Sampling
 from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_files import STRUCTURE
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from tests.modes.flow_works import flow
 from tests.rejections import check_message
 from tests.tuning.flow.documented_commands import run_section
@@ -47,7 +47,7 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     flow("new", "WORK", f"--pipeline={root}", "--pictures=PICTURES")
     tokens = read_conditions(Path("WORK"))
     assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
-    pipeline = load_pipeline(root, tokens)
+    pipeline = FAMILY.load(root, tokens)
     assert not pipeline.no_condition(2, STRUCTURE).any()
     for stage in pipeline.stages:
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
@@ -67,7 +67,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
     assert called == ["new", "draw", "pairs", "train", "export"]
     tokens = read_conditions(Path("WORK"))
-    base, tuned = (load_pipeline(path, tokens) for path in (root, Path("TUNED")))
+    base, tuned = (FAMILY.load(path, tokens) for path in (root, Path("TUNED")))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
     weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]
     assert any(not torch.equal(a, b) for of_stage in weights for a, b in of_stage)

@@ -15,10 +15,10 @@ from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, pair_up
 from eg3d_rlhf.tuning.flow.base.ranking import read_ranking as read_any_ranking
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
-from eg3d_rlhf.tuning.flow.families import trellis_pair_import as pair_import
+from eg3d_rlhf.tuning.flow.families import trellis_pairs as pair_import
 from eg3d_rlhf.tuning.flow.families.trellis_assets import write_ply
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE
-from eg3d_rlhf.tuning.flow.families.trellis_pair_import import read_dso
+from eg3d_rlhf.tuning.flow.families.trellis_pairs import read_dso
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import E, voxels, write_imported
 
@@ -183,7 +183,7 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert imported.conditions.names == ("000", "001") and not imported.conditions.null(1).any()
     write_imported(tmp_path / "out", imported, pipeline.file)
     assert torch.equal(
-        read_conditions(tmp_path / "out" / "conditions.safetensors").of(["001"]), torch.ones(1, 3, E)
+        read_conditions(tmp_path / "out" / "conditions.safetensors").select(["001"]), torch.ones(1, 3, E)
     )
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 

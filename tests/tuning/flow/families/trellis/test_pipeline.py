@@ -12,10 +12,10 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, SparseVoxels
 from eg3d_rlhf.tuning.flow.families import folder
-from eg3d_rlhf.tuning.flow.families import trellis_pipeline as module
+from eg3d_rlhf.tuning.flow.families import trellis as module
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import NAMES, E, R, tokens, voxels
 
@@ -60,7 +60,7 @@ def test_the_gap_is_the_sign_of_the_decoded_structure(pipeline):
 def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel_and_says_so_once(
     pipeline, monkeypatch, capsys
 ):
-    folder.tell_empty.cache_clear()
+    folder.notice_empty.cache_clear()
     logits = -torch.arange(1.0, 513).view(1, 1, 8, 8, 8)
     monkeypatch.setattr(pipeline, "part", lambda name: lambda x_0: logits)
     (places,) = pipeline.advance(STRUCTURE, torch.zeros(1, 2, 4, 4, 4))
@@ -136,22 +136,22 @@ def test_latents_that_are_not_finite_are_refused(pipeline):
 def test_embeddings_of_another_encoder_are_refused(trellis_root):
     wide = Conditions(tokens={"a": torch.zeros(3, E + 1)}, encoder="dinov2", zero_null=True)
     with raising("'structure'", "dinov2", "openai/clip"):
-        load_pipeline(trellis_root, wide)
+        FAMILY.load(trellis_root, wide)
 
 
 def test_a_missing_model_file_is_refused_at_once(trellis_root, tmp_path):
     root = shutil.copytree(trellis_root, tmp_path / "root")
     (root / "ckpts" / "slat_dec_gs.safetensors").unlink()
     with raising("slat_decoder_gs", ".json", ".safetensors", "slat_dec_gs", kind=FileNotFoundError):
-        load_pipeline(root, tokens())
-    assert load_pipeline(root, tokens(), whole=False).stages
+        FAMILY.files(root)  # of a problem with pairs of all stages
+    assert FAMILY.files(root, ["structure"]) and FAMILY.load(root, tokens()).stages
     (root / "ckpts" / "slat_flow.json").unlink()
     with raising("slat_flow_model", ".json", kind=FileNotFoundError):
-        load_pipeline(root, tokens(), whole=False)
+        FAMILY.load(root, tokens())
 
 
 def test_without_the_flows_weights_it_still_encodes_and_decodes(trellis_root, pipeline):
-    light = load_pipeline(trellis_root, None, sampled=False)
+    light = FAMILY.load(trellis_root, None, stages=())
     assert all(p.is_meta for stage in light.stages for p in stage.model.parameters())
     batch = SparseBatch.join([latent(4, 60)])
     assert torch.equal(light.decode(batch)[0].means, pipeline.decode(batch)[0].means)

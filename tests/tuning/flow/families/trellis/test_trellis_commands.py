@@ -12,8 +12,8 @@ from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_condi
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of
 from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
 from tests.modes.flow_works import flow
@@ -127,7 +127,7 @@ def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
     assert {*problem.train_conditions, *problem.held_out_conditions} <= set(work.names(*SHOWN))
     imported = read_ranking(path, pipeline)
     assert imported.report["pairs"] == {"structure": 5, "latent": 5}
-    pipeline = load_pipeline(trellis_root, tokens())
+    pipeline = FAMILY.load(trellis_root, tokens())
     pipeline.stages[0].model = tuned_model(pipeline.stages[0].model, tmp_path / "adapter")
     name = rows[3]["condition"]
     ((latents, asset),) = draw(pipeline, [name], [1])

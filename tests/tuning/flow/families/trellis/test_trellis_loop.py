@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import train
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
 from tests.modes.flow_works import flow
 from tests.tuning.flow.families.trellis.test_trellis_problem import write_people
 from tests.tuning.flow.families.trellis.tiny_trellis import tokens
@@ -52,7 +52,7 @@ def test_the_loop_tunes_both_stages(run):
 def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
     said = flow("export", run, f"--out={tmp_path / 'out'}")
     assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
-    tuned, base = (load_pipeline(root, tokens(), whole=False) for root in (tmp_path / "out", trellis_root))
+    tuned, base = (FAMILY.load(root, tokens()) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):
         moved = [
             not torch.equal(a, b)

@@ -41,7 +41,7 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
 
 
 def trellis_problem(root, pairs=None, **more):
-    return family.open_problem(
+    return family.FAMILY.open(
         ProblemSource(pipeline=str(root), pairs=None if pairs is None else str(pairs), **more), "cpu"
     )
 
@@ -177,7 +177,7 @@ def test_pairs_of_one_stage_train_that_stage_alone(trellis_root, pipeline, tmp_p
     assert problem.train_pairs[STRUCTURE] and problem.chooser is None and problem.final is None
     with raising("pairs", "'latent'", "structure"):
         problem.train_pairs[LATENT]
-    with raising("reward", "last stage"):
+    with raising("reward", "pairs"):
         problem.reward([], [])
     with raising("pairs", "'mesh'", "structure"):
         problem.train_pairs["mesh"]

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
 from eg3d_rlhf.tuning.flow.base.ranking import write_import
-from eg3d_rlhf.tuning.flow.families.trellis_files import build_model
-from eg3d_rlhf.tuning.flow.families.trellis_pair_import import normalization
+from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, normalization
 
 NAMES = ("a red chair", "a blue chair", "a lamp", "a tree", "a house", "a boat")
 R = 8

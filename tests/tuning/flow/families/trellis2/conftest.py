@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from eg3d_rlhf.tuning.flow.families.trellis2 import load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis2 import FAMILY
 from tests.tuning.flow.families.trellis2 import tiny_trellis2
 
 
@@ -17,7 +17,7 @@ def trellis2_root(tmp_path_factory):
 @pytest.fixture
 def pipeline(trellis2_root):
     """Opened anew."""
-    return load_pipeline(trellis2_root, tiny_trellis2.tokens())
+    return FAMILY.load(trellis2_root, tiny_trellis2.tokens())
 
 
 @pytest.fixture

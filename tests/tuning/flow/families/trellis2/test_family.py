@@ -22,8 +22,11 @@ from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import read_ranking
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
+from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
-from eg3d_rlhf.tuning.flow.families.trellis2 import load_pipeline, surface_of
+from eg3d_rlhf.tuning.flow.families import trellis2_assets as surfaces
+from eg3d_rlhf.tuning.flow.families.trellis2 import FAMILY
+from eg3d_rlhf.tuning.flow.families.trellis2_assets import surface_of
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from tests.rejections import raising
 from tests.tuning.flow import labelled
@@ -80,7 +83,9 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
         for parameter in lora_parameters(model):
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     save_policy(model, tmp_path / "adapter", {})
-    report = export(trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"})
+    report = export(
+        family_of(trellis2_root), trellis2_root, tmp_path / "out", {"texture": tmp_path / "adapter"}
+    )
     assert (
         report["tuned"]["texture"]["file"] == "ckpts/tex_1024.safetensors"
         and 0 < report["tuned"]["texture"]["rounding"] < 0.1
@@ -103,12 +108,12 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
             "cross_attn.to_out",
         )
     }
-    opened = load_pipeline(tmp_path / "out", tokens())  # whole, by itself
+    opened = FAMILY.load(tmp_path / "out", tokens())  # whole, by itself
     runs = (opened, {}), (pipeline, {"texture": model.eval()}), (pipeline, {})
     merged, adapted, base = (generate(p, NAMES[:1], [0], models)[0].materials for p, models in runs)
     assert 10 * (merged - adapted).abs().mean() < (adapted - base).abs().mean()  # rounded to bfloat16
     with raising("export", "structure", "texture", "paint"):
-        export(trellis2_root, tmp_path / "out2", {"paint": tmp_path})
+        export(family_of(trellis2_root), trellis2_root, tmp_path / "out2", {"paint": tmp_path})
 
 
 def test_what_train_refuses(trellis2_root, tmp_path):
@@ -180,7 +185,7 @@ def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, 
         tmp_path / "PAIRS", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens()
     )
     source = ProblemSource(pipeline=str(copied), pairs=str(pairs))
-    problem = family.open_problem(source, "cpu")
+    problem = family.FAMILY.open(source, "cpu")
     assert "sparse_structure_encoder" not in capsys.readouterr().err
     assert problem.reward is not None and [stage.name for stage in problem.pipeline.stages] == [
         "structure",
@@ -190,25 +195,25 @@ def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, 
     for path in (copied.parent / "trellis" / "ckpts").glob("ss_enc*"):
         path.unlink()
     assert (
-        family.open_problem(source, "cpu").reward is None
+        family.FAMILY.open(source, "cpu").reward is None
         and "sparse_structure_encoder" in capsys.readouterr().err
     )
     with raising("line 1", "sparse_structure_encoder"):
         read_ranking(
             tmp_path / "MESHES" / "ranking.jsonl",
-            family.FAMILY.encoder(copied),
+            family.FAMILY.load(copied, None, stages=()),
             candidate=family.FAMILY.candidate,
         )
 
 
 def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):
     write_meshes(tmp_path / "MESHES")
-    pipeline = family.FAMILY.encoder(trellis2_root, device="cpu")
+    pipeline = family.FAMILY.load(trellis2_root, None, stages=())
     lying = tmp_path / "y_up.glb"
     upright_file = tmp_path / "MESHES" / "0-1.ply"
     turn = trimesh.transformations.rotation_matrix(-np.pi / 2, [1, 0, 0])
     trimesh.load_mesh(upright_file).apply_transform(turn).export(lying)
-    (upright,), (glb,) = (pipeline.encode([family.read_asset(path)]) for path in (upright_file, lying))
+    (upright,), (glb,) = (pipeline.encode([surfaces.read_asset(path)]) for path in (upright_file, lying))
     assert list(upright) == list(glb) == ["structure", "shape_512", "shape_1024"]
     for stage in pipeline.stages[:-1]:
         stage.check(stage.name, upright[stage.name])

@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import read_latents, write_latents
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
-from eg3d_rlhf.tuning.flow.families.trellis2 import finer_voxels, load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis2 import FAMILY, finer_voxels
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis2.tiny_trellis2 import (
@@ -176,7 +176,7 @@ def test_every_stage_is_told_of_its_own_picture(pipeline):
     [("512", ["structure", "shape_512", "texture"]), ("1024", ["structure", "shape_1024", "texture"])],
 )
 def test_without_a_cascade(copied, kind, names):
-    opened = load_pipeline(write_pipeline(copied, default_pipeline_type=kind), tokens())
+    opened = FAMILY.load(write_pipeline(copied, default_pipeline_type=kind), tokens())
     assert [s.name for s in opened.stages] == names
     side = 16 if kind == "1024" else 8
     assert generate(opened, NAMES[:1], [0])[0].resolution == side
@@ -184,7 +184,7 @@ def test_without_a_cascade(copied, kind, names):
 
 
 def test_a_wider_cascade_is_made_narrower_where_voxels_are_many(copied, monkeypatch):
-    opened = load_pipeline(write_pipeline(copied, default_pipeline_type="1536_cascade"), tokens())
+    opened = FAMILY.load(write_pipeline(copied, default_pipeline_type="1536_cascade"), tokens())
     assert [s.latents.resolution for s in opened.stages] == [4, 4, 12, 12]
     monkeypatch.setattr(family, "SHRINK", 4)
     for most, cells in ((10**6, 12), (1, 8)):
@@ -211,18 +211,18 @@ def test_conditions_that_are_refused(trellis2_root):
         type(flat)(tokens={n: t["512"] for n, t in flat.tokens.items()}, zero_null=True),
     ):
         with raising("conditions", "[L, 6]", "'512'", "'structure'", "dinov3-"):
-            load_pipeline(trellis2_root, given)
+            FAMILY.load(trellis2_root, given)
 
 
 def test_models_that_do_not_fit_each_other(copied):
     models = PIPELINE["args"]["models"]
     with raising("'structure'", "VoxelFlow"):
-        load_pipeline(
+        FAMILY.load(
             write_pipeline(copied, models={**models, "sparse_structure_flow_model": "ckpts/tex_512"}),
             tokens(),
         )
     with raising("sparse_structure_decoder", ".json", kind=FileNotFoundError):
-        load_pipeline(
+        FAMILY.load(
             write_pipeline(
                 copied, models={**models, "sparse_structure_decoder": "someone/else/ckpts/ss_dec"}
             ),

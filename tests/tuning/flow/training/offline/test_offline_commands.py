@@ -205,7 +205,7 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     done = run(*folders, f"--labels={assets / 'thumbs.jsonl'}", *few)
     assert done.exit_code == 0, (done.output, done.exception)
     (folder,) = (tmp_path / "runs").glob("*-offline-nft-ROOT-points")
-    pipeline = point_family.load(root, conditions())
+    pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (
         torch.stack([asset[:, 0].mean() for asset in generate(pipeline, names, seeds, models)]).mean()

@@ -50,7 +50,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
     found = json.loads((run / "online.json").read_text())
     assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
-    pipeline = point_family.load(root, conditions())
+    pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (
         to_the_right(generate(pipeline, names, seeds, models), names).mean()

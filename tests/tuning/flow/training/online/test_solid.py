@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import load_pipeline
+from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.toy.pipeline import R, ToyAsset
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
 from eg3d_rlhf.tuning.flow.training.online.online_arms import reward_of
@@ -67,4 +67,4 @@ def test_assets_of_trellis_are_read_by_its_own_voxels(pipeline):
 
 @pytest.fixture
 def pipeline(tmp_path):
-    return load_pipeline(tiny_trellis.write_trellis(tmp_path / "TRELLIS-text-tiny"), tiny_trellis.tokens())
+    return FAMILY.load(tiny_trellis.write_trellis(tmp_path / "TRELLIS-text-tiny"), tiny_trellis.tokens())

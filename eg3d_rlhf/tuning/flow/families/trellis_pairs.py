@@ -20,6 +20,7 @@ ranked list.
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,19 +31,13 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array, read
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, file_of, pair_up, rank_of
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
-from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, PipelineFile
-from eg3d_rlhf.tuning.flow.families.trellis_pipeline import TrellisPipeline
+from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE
 from training.storage import write_atomic
 
 STANDS = 20.0  # degrees of tilt below which DSO says that an asset stands
 
 
-def normalization(file: PipelineFile, stage: str) -> dict | None:
-    """How a stage's latents are normalised, in JSON types; None: not at all."""
-    return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
-
-
-def candidate(record: dict, name: str, folder: Path, pipeline: TrellisPipeline, ranked: bool) -> Candidate:
+def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
     """A line of a ranked list. Raises: ValueError, OSError for what does not fit."""
     condition = record.get("condition") if isinstance(record, dict) else None
     if not isinstance(condition, str) or not condition or not {STRUCTURE, LATENT, "asset"} & set(record):
@@ -81,7 +76,7 @@ def read_structure(path: Path) -> torch.Tensor:
     return grid[0] if grid.ndim == 5 and len(grid) == 1 else grid
 
 
-def read_dso(root: Path, pipeline: TrellisPipeline) -> Imported:
+def read_dso(root: Path, pipeline: Any) -> Imported:
     """Pairs of the first stage from DSO's samples: an asset that stands (tilt below STANDS degrees) is
     preferred to one that falls.
 
@@ -159,7 +154,7 @@ def _plain(number: object) -> str:
     return str(int(text)) if text.isdecimal() else text
 
 
-def write_latent(path: Path, pipeline: TrellisPipeline, stage: str, latent: Latent) -> None:
+def write_latent(path: Path, pipeline: Any, latent: Latent) -> None:
     """A stage's latent of a drawn asset, as TRELLIS's data tools write it."""
     if isinstance(latent, SparseSample):
         tensors = {"coords": latent.coords, "feats": pipeline.unnormalised(latent.feats)}

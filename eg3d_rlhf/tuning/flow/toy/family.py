@@ -1,0 +1,114 @@
+"""The bundled toy as a family of flow generators, called by its name in place of a folder's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.geometry.mesh_export import save_mesh
+from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
+from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.families import register
+from eg3d_rlhf.tuning.flow.toy.bundled import (
+    KIND,
+    NETWORKS,
+    STAGES,
+    load_network,
+    path_of,
+    toy_problem,
+    write_network,
+)
+from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, STRUCTURE, VOXELS, R, ToyAsset, ToyPipeline
+from training.storage import read_tensors
+
+
+class Toy(FlowFamily):
+    name = "toy"
+    layout = "the bundled toy, called by that name"
+    stages = STAGES
+    version = "the bundled toy"
+    loaded_by = 'toy.bundled.load_network(name, Path("{out}"))'
+    up = "z"
+    batch = 32
+    bundled = True
+    prompts = CONDITIONS
+    common = ("pipeline", "seed", "precision")
+    options = ("labelled",)
+
+    def recognises(self, root: Path) -> bool:
+        return False
+
+    def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
+        return {name: path_of(name) for name in NETWORKS}
+
+    def load(
+        self,
+        root: Path,
+        conditions: Conditions | None,
+        *,
+        stages: Sequence[str] | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> ToyPipeline:
+        """Read both networks, which are small, in float32."""
+        return ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device)
+
+    def condition(self, pipeline: ToyPipeline, stage: str) -> list[int]:
+        return list(pipeline.no_condition(1, stage).shape[1:])
+
+    def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
+        return toy_problem(source.seed, device, labelled=source.labelled)
+
+    def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
+        """Make the tokens that the toy has for its conditions' names."""
+        tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
+        return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
+
+    def show(self, asset: ToyAsset, path: Path) -> Path:
+        """Write coloured cubes, .ply, without the faces between two of them; z is up, and the grid is one
+        unit wide.
+        """
+        filled = F.pad(asset.occupancy, (1, 1) * 3)
+        # counter-clockwise in the two axes that follow a third
+        square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
+        corners = []
+        colours = []
+        for axis in range(3):
+            for side in (0, 1):
+                places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
+                face = torch.full((4, 3), side)
+                face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
+                corners.append((places[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
+                colours.append(asset.colours[places.unbind(1)].repeat_interleave(4, 0))
+        vertices = (torch.cat(corners).double() / R - 0.5).numpy()
+        quads = torch.arange(len(vertices)).view(-1, 4)
+        faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
+        return save_mesh(
+            path.with_name(path.name + ".ply"),
+            vertices,
+            faces,
+            (255 * torch.cat(colours)).round().byte().numpy(),
+        )
+
+    def release(self, root: Path, stages: Sequence[str]) -> Release:
+        """Describe both stages' networks as the package has them."""
+
+        def stored(name: str) -> Stored:
+            def load(dtype: torch.dtype | None) -> nn.Module:
+                return load_network(name).to(dtype or torch.float16)
+
+            meta = read_tensors(path_of(name), KIND)[1]
+            return Stored(
+                file=path_of(name).name,
+                load=load,
+                write=lambda path, state: write_network(path, name, state, meta),
+            )
+
+        kept = {path_of(name).name: path_of(name) for name in (STRUCTURE, VOXELS) if name not in stages}
+        return Release(files=kept, networks={name: stored(name) for name in stages})
+
+
+register(Toy())
