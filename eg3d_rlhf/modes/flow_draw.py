@@ -69,7 +69,7 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
         drawn = drawn_with_bar(drawing)
         if not ranks.main:
             return
-    for line in told(drawing, drawn):
+    for line in lines_of(drawing, drawn):
         click.echo(line)
     if remark := family.remark(drawing.folder, work.lines(), drawing.pipeline):
         click.echo(remark)
@@ -91,8 +91,8 @@ def drawn_with_bar(drawing: Drawing) -> Drawn:
     return done
 
 
-def told(drawing: Drawing, drawn: Drawn) -> list[str]:
-    """What was drawn and left out."""
+def lines_of(drawing: Drawing, drawn: Drawn) -> list[str]:
+    """Return the lines that say what was drawn and left out."""
     lines = [f"{drawn.count} assets in {drawing.folder}"]
     if drawn.left_out:
         lines.append(f"{len(drawn.left_out)} more have no surface and are left out: {drawn.left_out[0]}")

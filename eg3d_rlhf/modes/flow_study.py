@@ -23,7 +23,14 @@ from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes import study as study_job
-from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, drawing_flags, drawn_with_bar, told, work_argument
+from eg3d_rlhf.modes.flow_draw import (
+    AGAIN,
+    device_flag,
+    drawing_flags,
+    drawn_with_bar,
+    lines_of,
+    work_argument,
+)
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
 from eg3d_rlhf.people.study import planning as studies
@@ -166,7 +173,7 @@ def study(
                 work, family, name, [TEST], where, ranks, tuned=weights, cells=cells, few_steps=few_steps
             )
             drawn = drawn_with_bar(drawing)
-            for line in told(drawing, drawn) if ranks.main else ():
+            for line in lines_of(drawing, drawn) if ranks.main else ():
                 click.echo(line)
         if not ranks.main:
             return

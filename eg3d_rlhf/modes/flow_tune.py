@@ -158,7 +158,7 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> N
     imported = imported_of(work, family, flags["labels"], where, encoding)
     if ranks.main:
         write_pairs(work, family, imported)
-        for line in told(imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}):
+        for line in lines_of(imported.report, {stage: len(pairs) for stage, pairs in imported.pairs.items()}):
             click.echo(line)
     if flags["pairs_only"]:
         return
@@ -220,8 +220,8 @@ def decided(record: Mapping) -> dict:
     }
 
 
-def told(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
-    """What was said, and what it makes."""
+def lines_of(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
+    """Return the lines that say what the labels are, and how many pairs they make."""
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [
         facts,

@@ -25,7 +25,7 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     nft_loss,
     outside_clip,
 )
-from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, diverse, several
+from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, several
 from eg3d_rlhf.tuning.flow.training.online.snapshot import decay
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, divergence, log_density
 from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
@@ -100,12 +100,9 @@ def advantage_files(draw) -> tuple[dict, dict]:
         turned = -given.double()
         masks.append(gate(turned[0], turned[1:]))
         shares.append(gate.share)
-    embedding = torch.from_numpy(draw.standard_normal((groups * size, 4))).float()
     values |= {
         "gardo/gate": torch.stack(masks),
         "gardo/share": np.array(shares),
-        "gardo/embedding": embedding,
-        "gardo/advantages_diverse": diverse(rewards[0], embedding.view(groups, size, -1)),
     }
     return {"groups": groups, "group": size, "weights": weights, "gate": {"share": 0.15}}, stored(values)
 

@@ -12,8 +12,7 @@ import torch
 from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, add_lora
 from eg3d_rlhf.models.policies import META, save_policy, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import feats_of
-from eg3d_rlhf.tuning.flow.base.stage import with_models
-from tests.models.adaptable_flow import AdaptableFlow, inputs, shake, stage
+from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
 from tests.rejections import raising
 
 
@@ -110,27 +109,3 @@ def test_refusals(tmp_path):
     with raising("blocks.0.to_q.lora_B.weight", "finite"):
         save_policy(model, tmp_path, {})
     assert os.listdir(tmp_path) == []
-
-
-class Two:
-    def __init__(self):
-        self.stages = [stage(False), stage(True)]
-
-
-def test_a_pipeline_gets_its_own_networks_back():
-    pipeline = Two()
-    other = AdaptableFlow(seed=4)
-    own = [s.model for s in pipeline.stages]
-    with with_models(pipeline, {"voxels": other}) as same:
-        assert same is pipeline and [s.model for s in pipeline.stages] == [own[0], other]
-    assert [s.model for s in pipeline.stages] == own
-    with pytest.raises(KeyError), with_models(pipeline, {"structure": other, "voxels": other}):
-        raise KeyError
-    assert [s.model for s in pipeline.stages] == own
-    wrong = {"structure": other, "mesh": other}
-    with (
-        raising("structure", "voxels", "'mesh'"),
-        with_models(pipeline, wrong),
-    ):
-        pass
-    assert [s.model for s in pipeline.stages] == own

@@ -218,7 +218,7 @@ def generate(
         stage_of(pipeline, name)
     first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
     assert len(given) == len(seeds)
-    *before, last = _stages(pipeline, models)[names.index(first) :]
+    *before, last = stages_with(pipeline, models)[names.index(first) :]
     assets: list[Asset] = []
     for i in range(0, len(seeds), batch):
         part = slice(i, i + batch)
@@ -238,7 +238,7 @@ def voxels_for(
     """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need
     no more of the others.
     """
-    before = _stages(pipeline, models)[
+    before = stages_with(pipeline, models)[
         : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
     ]
     parts = [slice(i, i + batch) for i in range(0, len(seeds), batch)]
@@ -250,7 +250,8 @@ def voxels_for(
     ]
 
 
-def _stages(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
+def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
+    """Return the stages with other networks in place of their own."""
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 

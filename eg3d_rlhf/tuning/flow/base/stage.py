@@ -496,23 +496,6 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
     raise ValueError(f"stage: expected one of {names}, got {name!r}. Name a stage of this pipeline.")
 
 
-@contextlib.contextmanager
-def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> Iterator[Pipeline]:
-    """Within it these stages have these networks; afterwards their own again.
-
-    Raises: ValueError for a stage that is not there.
-    """
-    stages = {name: stage_of(pipeline, name) for name in models}
-    kept = {name: stage.model for name, stage in stages.items()}
-    try:
-        for name, stage in stages.items():
-            stage.model = models[name]
-        yield pipeline
-    finally:
-        for name, stage in stages.items():
-            stage.model = kept[name]
-
-
 @torch.no_grad()
 def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far

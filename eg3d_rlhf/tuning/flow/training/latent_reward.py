@@ -155,7 +155,8 @@ class LatentReward:
         self.base = FrozenModel(shared_copy(stage.model))
         self.device = next(stage.model.parameters()).device
 
-    def told(self, names: Sequence[str]) -> Condition:
+    def conditioning(self, names: Sequence[str]) -> Condition:
+        """Return the conditioning tensors of names, on the device."""
         return to_device(self.pipeline.conditions(list(names), self.stage.name), self.device)
 
     @torch.no_grad()
@@ -189,7 +190,7 @@ class LatentReward:
     @torch.no_grad()
     def of_latents(self, x_0: Batch, conditions: Sequence[str]) -> torch.Tensor:
         """[N] float32 on the CPU: scores of latents of the stage; larger is better."""
-        condition = self.told(conditions)
+        condition = self.conditioning(conditions)
         return self.network(self.places(x_0, condition), pooled(condition)).float().cpu()
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class LatentReward:
         """Return every member's scores [K, N] of latents of the stage, and all members' embeddings
         [N, K * W], float32 on the CPU.
         """
-        condition = self.told(conditions)
+        condition = self.conditioning(conditions)
         rows = self.places(x_0, condition)
         members: list[Any] = [*self.network.members]
         embeddings = [member.embed(rows, pooled(condition)) for member in members]
@@ -333,7 +334,7 @@ def teach(
         "decoded": decoded is not None,
         "training": asdict(training),
     }
-    rows, told = _read(reward, pairs)
+    rows, conditions = _read(reward, pairs)
     every = torch.cat([x for sides in rows[:256] for x in sides])
     mean = every.mean(0)
     std = every.std(0).clamp(min=0.05)
@@ -351,7 +352,7 @@ def teach(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
         for chosen in order:
             preferred, rejected = (
-                network([rows[i][side] for i in chosen.tolist()], told[chosen]) for side in (0, 1)
+                network([rows[i][side] for i in chosen.tolist()], conditions[chosen]) for side in (0, 1)
             )
             if decoded is None:
                 loss = preference_loss(preferred - rejected).mean()
@@ -405,10 +406,10 @@ def _read(
 ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
     """Places of both latents of each pair, and all conditions [n, E]."""
     rows = list[list[torch.Tensor]]()
-    told = []
+    conditions = []
     for i in range(0, len(pairs), BATCH):
         part = pairs[i : i + BATCH]
-        condition = reward.told([pair.condition for pair in part])
+        condition = reward.conditioning([pair.condition for pair in part])
         sides = [[getattr(pair, side) for pair in part] for side in ("preferred", "rejected")]
         for latent in (*sides[0], *sides[1]):
             reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
@@ -416,8 +417,8 @@ def _read(
             list(places)
             for places in zip(*(reward.places(collate(side), condition) for side in sides), strict=True)
         ]
-        told.append(pooled(condition))
-    return rows, torch.cat(told)
+        conditions.append(pooled(condition))
+    return rows, torch.cat(conditions)
 
 
 # Files.

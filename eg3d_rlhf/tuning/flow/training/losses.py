@@ -155,25 +155,13 @@ CURVATURE = 1.0  # b
 Mean = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
-def goodness(advantage: torch.Tensor, clip: float = ADVANTAGE_CLIP, mode: str = "continuous") -> torch.Tensor:
+def goodness(advantage: torch.Tensor, clip: float = ADVANTAGE_CLIP) -> torch.Tensor:
     """Compute r = 1/2 + clip(A, ±C) / (2 C) of advantages of any shape: how good a sample is, in 0..1.
-
-    Args: mode: "positive_only" and "negative_only" take A of the other sign as 0; "one_only" takes 1 where A
-        > 0 and 0 elsewhere; "binary" takes the sign. As in published code these are divided by 2 C as well,
-        and so stay close to 1/2.
 
     >>> goodness(torch.tensor([-7.0, -2.5, 0.0, 1.0]))
     tensor([0.0000, 0.2500, 0.5000, 0.6000])
     """
-    bounded = advantage.clamp(-clip, clip)
-    bounded = {
-        "continuous": lambda: bounded,
-        "positive_only": lambda: bounded.clamp(min=0),
-        "negative_only": lambda: bounded.clamp(max=0),
-        "one_only": lambda: (bounded > 0).to(bounded),
-        "binary": bounded.sign,
-    }[mode]()
-    return (0.5 + bounded / (2 * clip)).clamp(0, 1)
+    return (0.5 + advantage.clamp(-clip, clip) / (2 * clip)).clamp(0, 1)
 
 
 class NftErrors(NamedTuple):

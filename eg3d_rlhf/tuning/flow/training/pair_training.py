@@ -44,8 +44,6 @@ from eg3d_rlhf.tuning.flow.training.trainer import (
     ANCHOR,
     NOTHING,
     Descent,
-    Draw,
-    Judge,
     StageResult,
     StageTraining,
     recomputing,
@@ -423,23 +421,18 @@ def train_stage(
     config: TrainConfig,
     out: Path,
     *,
-    held_out: Judge | None = None,
     unseen: Sequence[PreferencePair] = (),
     ranks: Ranks = SINGLE,
-    resume: bool = False,
     say: Callable[[str], None] = print,
-    samples: Draw | None = None,
+    **common: Any,
 ) -> StageResult:
     """Train a copy of a stage's network on pairs; the stage's own is left as it is, and is the reference.
 
     Args:
-        pairs: of that stage. held_out: called with the network every `held_out_every` updates; the parameters
-            with the best win rate are kept, those before the first update among them.
-        unseen: pairs of conditions that are not trained on: accuracy and margin on them are logged as often,
-            and without `held_out` the parameters with the best accuracy are kept. Without either the last
-            ones are.
-        out: folder for everything written, see the module; resume: go on with the run in it, if there is one.
-        say: prints the status lines; samples: draws a picture at every evaluation.
+        pairs: of that stage. unseen: pairs of conditions that are not trained on: accuracy and margin on them
+            are logged at every evaluation, and without `held_out` the parameters with the best accuracy are
+            kept. Without either the last ones are.
+        out: folder for everything written, see trainer.py; ranks, say, common: see trainer.train.
     Raises: ValueError, before anything is written, for no pairs, pairs of another stage, ids that occur
         twice, latents that the stage cannot have, and a network whose data lie at the other end of time; for
         settings or folders that do not fit, and losses that are not finite; StoppedError after a signal.
@@ -473,19 +466,7 @@ def train_stage(
         else None
     )
     known = ranks.broadcast(origin)
-    return train(
-        stage,
-        config,
-        known,
-        start,
-        Path(out),
-        held_out=held_out,
-        ranks=ranks,
-        resume=resume,
-        say=say,
-        shards=True,
-        samples=samples,
-    )
+    return train(stage, config, known, start, Path(out), ranks=ranks, say=say, shards=True, **common)
 
 
 def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) -> None:

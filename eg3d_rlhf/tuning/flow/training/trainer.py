@@ -422,12 +422,14 @@ def train(
     shards: bool = False,
     samples: Draw | None = None,
 ) -> StageResult:
-    """Train a copy of a stage's network as the Descent does it that `start` makes of the run, the copy and
-    its reference.
+    """Train a copy of a stage's network with the Descent that `start` makes of the run, the copy and its
+    reference.
 
     Args: known: JSON of all that decides the training besides the config; shards: whether the Descent takes a
-        network whose parameters are divided over ranks, as all of them are then trained; others: see
-        train_stage.
+        network whose parameters are divided over ranks, as all of them are then trained. held_out: called
+        with the network every `held_out_every` updates: the parameters with the best win rate are kept, those
+        before the first update among them. resume: resume the run in the folder, if there is one; say: prints
+        the status lines; samples: draws a picture at every evaluation.
     Raises: see train_stage.
     """
     device = next(stage.model.parameters()).device

@@ -16,7 +16,7 @@ import torch
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.geometry.files.ply import read_header, read_splats
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows
-from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline, with_models
+from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure, Pipeline
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw_or_empty
 from training.storage import write_atomic
 
@@ -40,12 +40,11 @@ class Strip:
         assert isinstance(self.family, Shows)
         pictures = []
         with (
-            with_models(self.pipeline, {stage: model}),
             torch.no_grad(),
             tempfile.TemporaryDirectory() as folder,
         ):
             for name in self.conditions:  # one by one: memory is training's
-                (shown,) = draw_or_empty(self.pipeline, [name], [0])
+                (shown,) = draw_or_empty(self.pipeline, [name], [0], {stage: model})
                 try:
                     file = (
                         None

@@ -31,7 +31,7 @@ from eg3d_rlhf.people.label.assets.collection import PROMPTS
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, StatesFacts, WritesLatents
 from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_latents
-from eg3d_rlhf.tuning.flow.base.sampling import stage_latents
+from eg3d_rlhf.tuning.flow.base.sampling import Models, stage_latents, stages_with
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, refusing_empty
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
 from eg3d_rlhf.tuning.flow.workspace.work import Work
@@ -45,7 +45,7 @@ Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
 
 
 def draw(
-    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int]
+    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[tuple[dict[str, Latent], Asset]]:
     """Assets of conditions and seeds, [N] each, as generate.generate draws them, with the latents that they
     came from, by stage.
@@ -54,7 +54,7 @@ def draw(
     """
     given: Sequence[Voxels] = [None] * len(seeds)
     latents: list[dict[str, Latent]] = [{} for _ in seeds]
-    for number, stage in enumerate(pipeline.stages, 1):
+    for number, stage in enumerate(stages_with(pipeline, models), 1):
         x_0 = stage_latents(pipeline, stage, conditions, seeds, given)
         for of_asset, latent in zip(latents, separate(x_0), strict=True):
             of_asset[stage.name] = latent
@@ -64,17 +64,19 @@ def draw(
     return list(zip(latents, pipeline.decode(x_0), strict=True))
 
 
-def draw_or_empty(pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int]) -> list[Shown]:
-    """The same; a structure without a voxel leaves its error in the asset's place."""
+def draw_or_empty(
+    pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
+) -> list[Shown]:
+    """Sample as `draw` does; a structure without a voxel leaves its error in the asset's place."""
     try:
-        return list(draw(pipeline, conditions, seeds))
+        return list(draw(pipeline, conditions, seeds, models))
     except EmptyStructure as error:
         if len(seeds) == 1:
             return [error]
     return [
         shown
         for name, seed in zip(conditions, seeds, strict=True)
-        for shown in draw_or_empty(pipeline, [name], [seed])
+        for shown in draw_or_empty(pipeline, [name], [seed], models)
     ]
 
 
@@ -213,13 +215,13 @@ class Drawing:
                 f"draw: expected assets with a surface, got none of {len(shown)}: {why} Check the generator's"
                 " folder."
             )
-        told = []
+        prompts = []
         for prompt in self.prompts:
             if "image" in prompt:
                 link(Path(prompt["image"]), self.folder / "inputs" / Path(prompt["image"]).name)
                 prompt = {**prompt, "image": f"inputs/{Path(prompt['image']).name}"}
-            told.append(json.dumps(prompt, ensure_ascii=False) + "\n")
-        write_atomic(self.folder / PROMPTS, "".join(told).encode())
+            prompts.append(json.dumps(prompt, ensure_ascii=False) + "\n")
+        write_atomic(self.folder / PROMPTS, "".join(prompts).encode())
         write_atomic(self.folder / RANKING, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     @contextlib.contextmanager
@@ -302,13 +304,13 @@ def drawing_of(
             f"--cells: belongs to families that read meshes on a grid, not to {family.name}. Leave it out."
         )
     pipeline = open_pipeline(work, family, device, *splits, tuned=tuned)
-    told = [stage for stage in pipeline.stages if stage.call_step is not None]
-    if few_steps and not told:
+    shortened = [stage for stage in pipeline.stages if stage.call_step is not None]
+    if few_steps and not shortened:
         raise ValueError(
             f"--few-steps: expected a network that reads how long a step is, got none of {family.name}. Leave"
             " it out."
         )
-    for stage in told if few_steps else ():
+    for stage in shortened if few_steps else ():
         stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
     names = work.names(*splits)
     more = {"cells": cells, "few_steps": few_steps}

@@ -1,7 +1,7 @@
 """WORK: the folder in which a flow generator is drawn from, labelled, tuned, tested and exported, and which
 remembers all of it.
 
-    work.json                   what `new` was told and chose: pipeline, conditions of each split, campaign,
+    work.json                   what `new` was given and chose: pipeline, conditions of each split, campaign,
                                 seeds
     inputs/                     the pictures, or prompts.txt
     conditions.safetensors      embeddings of all conditions, by the generator's own encoder
@@ -166,8 +166,8 @@ class Work:
                 f"WORK: expected a new folder, got {self.folder} with a {FILE}. Go on with it, or name"
                 " another."
             )
-        told = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_atomic(path, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+        fields = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_atomic(path, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:

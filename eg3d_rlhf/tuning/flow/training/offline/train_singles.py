@@ -10,10 +10,11 @@ Shape letters as in sparse.py; K assets of a group.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,6 @@ from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_los
 from eg3d_rlhf.tuning.flow.training.pair_training import Example, PassConfig, Passes, latents_checksum
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import (
-    Judge,
     StageResult,
     train,
     train_knob,
@@ -155,8 +155,8 @@ class Velocities:
         )
         return nft_loss(errors, r, 1.0, trust)
 
-    def told(self, r: torch.Tensor) -> torch.Tensor:
-        """Sums over samples [5]: how many; distance; the reference's error; how many are not even; and of
+    def totals(self, r: torch.Tensor) -> torch.Tensor:
+        """Sum over samples, [5]: how many; distance; the reference's error; how many are not even; and of
         these how many the policy knows for better or worse than the reference does, ties half. Without
         gradient.
         """
@@ -188,9 +188,11 @@ class LabelPasses(Passes[Example]):
         assert self.reference is not None
         return Velocities(self.stage, draw, self.policy, self.reference)
 
-    def back(self, losses: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    def back(self, losses: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
         losses.sum().backward()
-        return torch.cat([torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), told])
+        return torch.cat(
+            [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
+        )
 
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
         """Samples; distance from the reference, and what share it is of the reference's own error (left);
@@ -230,7 +232,7 @@ class SingleUpdates(LabelPasses[Single]):
         found = self.velocities(examples, [one.id for one in examples], epoch, dropout)
         r = torch.tensor([one.r for one in examples], device=self.device)
         return self.back(
-            found.nft(r, self.config.trust) + self.config.distance * found.distance, found.told(r)
+            found.nft(r, self.config.trust) + self.config.distance * found.distance, found.totals(r)
         )
 
 
@@ -268,7 +270,7 @@ class GroupUpdates(LabelPasses[Ranked]):
             advantage = torch.from_numpy(normal_scores(of_group.cpu().numpy())).to(errors)
             margin = dgpo_loss(errors[None], ref_errors[None], advantage[None], self.config.beta)[0]
             losses.append(margin + self.config.distance * distance.mean())
-        return self.back(torch.stack(losses), found.told(r))
+        return self.back(torch.stack(losses), found.totals(r))
 
 
 # The training.
@@ -280,15 +282,13 @@ def train_singles(
     config: SinglesConfig,
     out: Path,
     *,
-    held_out: Judge | None = None,
     ranks: Ranks = SINGLE,
-    resume: bool = False,
-    say: Callable[[str], None] = print,
+    **common: Any,
 ) -> StageResult:
     """Train a copy of a stage's network on single assets; the stage's own is left as it is, and is the
     reference.
 
-    Args: singles: of that stage; others: see train_stage.
+    Args: singles: of that stage; ranks, common: see trainer.train.
     Raises: ValueError, before anything is written, for assets that cannot be trained on; further as
         train_stage.
     """
@@ -307,18 +307,7 @@ def train_singles(
     known = ranks.broadcast(
         {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.main else None
     )
-    return train(
-        stage,
-        config,
-        known,
-        start,
-        Path(out),
-        held_out=held_out,
-        ranks=ranks,
-        resume=resume,
-        say=say,
-        shards=True,
-    )
+    return train(stage, config, known, start, Path(out), ranks=ranks, shards=True, **common)
 
 
 def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:

@@ -1,6 +1,6 @@
 """From rewards of groups to advantages: one reward, several, and a gate for those that nobody else confirms.
 
-Shape letters: R rewards, G groups, K samples of a group, N = G K, E numbers of an embedding.
+Shape letters: R rewards, G groups, K samples of a group, N = G K.
 """
 
 import math
@@ -95,19 +95,6 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
     share = ((above > 0).double().sum(2) + ties / 2 + 0.5) / rewards.shape[1]
     scores = torch.special.ndtri(share)
     return (scores - scores.mean(1, keepdim=True)).float()
-
-
-def diverse(rewards: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """GARDO's: (r - mean), times, where it is above 0, the sample's nearest cosine distance in its group over
-    their mean, [G, K] -> [G, K].
-
-    Args: embeddings: [G, K, E] of the samples.
-    """
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=2)
-    distance = 1 - unit @ unit.transpose(1, 2)  # [G, K, K]
-    nearest = distance.masked_fill(torch.eye(rewards.shape[1], dtype=torch.bool), math.inf).amin(2)
-    centred = rewards.double() - rewards.double().mean(1, keepdim=True)
-    return torch.where(centred > 0, centred * nearest / nearest.mean(1, keepdim=True), centred)
 
 
 def as_used(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torch.Tensor:

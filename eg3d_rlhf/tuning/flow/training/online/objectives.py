@@ -71,8 +71,8 @@ class OnSteps:
     def draw(self, conditions: Sequence[str], seeds: Sequence[int], step: int) -> list[Drawn]:
         return self.explorer.draw(conditions, seeds, *self.steps_of(step))
 
-    def told(self, drawn: Sequence[Drawn]) -> Totals:
-        """Sums of what the draw itself tells, by name; "moves" is how many."""
+    def totals_of(self, drawn: Sequence[Drawn]) -> Totals:
+        """Sum figures of the samples themselves, by name; "moves" is how many."""
         rows = []
         for samples in drawn:
             for move in samples.moves:
@@ -140,7 +140,7 @@ class OnLatents:
         with self.old.active():
             return self.explorer.draw(conditions, seeds)
 
-    def told(self, drawn: Sequence[Drawn]) -> Totals:
+    def totals_of(self, drawn: Sequence[Drawn]) -> Totals:
         return {}
 
     def add(

@@ -45,22 +45,23 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
     """Where the trained reward has risen, and every watched one has fallen by as much of its own rise and
     fall over the run: means of the first lines and the last.
     """
-    told = [line for line in lines if "reward" in line]
-    names = [name for name in told[0] if name.startswith("watched/")] if told else []
-    if len(told) < 2 * LINES or not names:
+    rewarded = [line for line in lines if "reward" in line]
+    names = [name for name in rewarded[0] if name.startswith("watched/")] if rewarded else []
+    if len(rewarded) < 2 * LINES or not names:
         return None
 
     def risen(name: str) -> float:
-        values = [line[name] for line in told]
+        values = [line[name] for line in rewarded]
         start, end = (sum(part) / LINES for part in (values[:LINES], values[-LINES:]))
         return (end - start) / max(max(values) - min(values), 1e-12)
 
     if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in names):
         shown = ", ".join(
-            f"{name.removeprefix('watched/')} {told[-1][name]:.3g} from {told[0][name]:.3g}" for name in names
+            f"{name.removeprefix('watched/')} {rewarded[-1][name]:.3g} from {rewarded[0][name]:.3g}"
+            for name in names
         )
         return (
-            f"step {told[-1]['step']}: the trained reward rises and those that are not trained on fall:"
+            f"step {rewarded[-1]['step']}: the trained reward rises and those that are not trained on fall:"
             f" {shown}. {CALM}"
         )
     return None

@@ -16,8 +16,9 @@ one of the losses.
 Shape letters as in sparse.py; R rewards, G groups of a process, B of all, K samples of a group.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,8 +39,8 @@ from eg3d_rlhf.tuning.flow.training.online.signs import online_signs, too_far
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot, decay
 from eg3d_rlhf.tuning.flow.training.pair_training import Order
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.training.trainer import Descent, Judge, StageResult, train
-from training.distributed import SINGLE, Ranks
+from eg3d_rlhf.tuning.flow.training.trainer import Descent, StageResult, train
+from training.distributed import Ranks
 from training.phases import derive_seed, sum_over_ranks
 
 # names of states
@@ -95,7 +96,7 @@ class OnlineUpdates(Descent):
         rewards, watched = self._scored(drawn)
         advantage = self._advantage(as_used(rewards, config.use, seeds))
         held, figures = self._held(rewards, watched)
-        figures |= {"samples": config.batch * K, **self._told(rewards, watched, advantage, drawn)}
+        figures |= {"samples": config.batch * K, **self._reward_figures(rewards, watched, advantage, drawn)}
         own, held_own = (values[mine].flatten().to(self.device) for values in (advantage, held))
         sums = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
         for number in range(config.passes):
@@ -158,7 +159,7 @@ class OnlineUpdates(Descent):
         gated = self.gate((weights * rewards.flatten(1)).sum(0), others).float()
         return (gated / gated.mean()).view(rewards[0].shape), {"gated": float(gated.mean())}
 
-    def _told(
+    def _reward_figures(
         self,
         rewards: torch.Tensor,
         watched: Mapping[str, torch.Tensor],
@@ -175,10 +176,10 @@ class OnlineUpdates(Descent):
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
             figures |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
-        if told := self.objective.told(drawn):
-            sums = torch.stack(list(told.values())).to(self.device)
+        if totals := self.objective.totals_of(drawn):
+            sums = torch.stack(list(totals.values())).to(self.device)
             sum_over_ranks(self.ranks, [], [sums])
-            found = dict(zip(told, sums, strict=True))
+            found = dict(zip(totals, sums, strict=True))
             figures |= {
                 "kl": found["kl"] / found["moves"],
                 "away": found["away"] / found["missing"].clamp(min=1e-12),
@@ -246,16 +247,12 @@ def train_online(
     config: OnlineConfig,
     out: Path,
     known: Mapping,
-    *,
-    held_out: Judge | None = None,
-    ranks: Ranks = SINGLE,
-    resume: bool = False,
-    say: Callable[[str], None] = print,
+    **common: Any,
 ) -> StageResult:
     """Train a copy of a stage's network on its own samples, as pair_training.py trains on pairs: the same
     folder, lines, states and resume.
 
-    Args: known: JSON that names the rewards and the networks of the other stages; others: see train_stage.
+    Args: known: JSON that names the rewards and the networks of the other stages; common: see trainer.train.
     Raises: ValueError for no conditions, or settings that do not fit; further as train_stage.
     """
     config.sampling(task.stage)  # validates
@@ -272,6 +269,4 @@ def train_online(
         "gate": list(task.gate),
         **known,
     }
-    return train(
-        task.stage, config, options, start, Path(out), held_out=held_out, ranks=ranks, resume=resume, say=say
-    )
+    return train(task.stage, config, options, start, Path(out), **common)

@@ -64,6 +64,14 @@ def test_three_steps_from_back_to_front_that_leave_the_base_alone(tmp_path, trai
     assert set(only_last) == {"voxels"}  # the first step has nothing to say of the structure
 
 
+def test_artefacts_keep_their_names(tmp_path):
+    """Recorded at 52ebe99: a change of these hashes makes every network of every user again."""
+    loop = loop_in(tmp_path)
+    made = [loop.from_people("voxels"), loop.from_people("structure", supervised=True)]
+    names = ["voxels-human-7d10d09826d8875d", "structure-human-fc1ae42c868803ab"]
+    assert [artefact.folder.name for artefact in made] == names
+
+
 def test_a_later_round_with_nothing_to_learn_from_ends_the_loop(tmp_path, monkeypatch):
     kept = []
 
