@@ -402,7 +402,7 @@ def embed(root: Path, pictures: Mapping[str, Path], device: torch.device) -> Con
     for stage in files.STAGES:  # one at a time: each has a DINOv2 or two
         embedder = files.load_embedder(file.generators[stage], device)
         maps = any("pointmap" in name for name in embedder.names)
-        prints.append(fingerprint(embedder.state_dict()))
+        prints.append(fingerprint(files.embedder_state(file.generators[stage])))
         for name, path in embedding(pictures.items(), "picture"):
             given = inputs_of(path, file.cuts[stage], maps)
             tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}
@@ -466,15 +466,16 @@ def networks(root: Path) -> list[Network]:
     file = files.read_pipeline(root)
     made = []
     sizes = {
-        files.STRUCTURE: ((945, 964_156_437), (722, 634_485_760)),
-        files.LATENT: ((526, 600_432_520), (699, 626_054_144)),
+        files.STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
+        files.LATENT: ((526, 600_432_520), (891, 626_054_144)),
     }
     for stage, generator in file.generators.items():
         state = read(generator.checkpoint, "weights")
         flow = files.flow_state(generator, state)
         embedder = files.embedder_state(generator, state)
         network = empty(partial(files.network_of(generator.config), generator.config))
-        both = (("flow", network, flow), ("embedder", files.embedder_of(generator, embedder), embedder))
+        encoders = files.embedder_of(generator, embedder)
+        both = (("flow", network, flow), ("embedder", encoders, files.of_embedder(encoders, embedder)))
         for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
             names = shapes(expected.state_dict())
             made.append(
