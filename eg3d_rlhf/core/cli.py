@@ -371,7 +371,7 @@ EXTRAS = {
     "manifold3d": "solid",
     "igl": "solid",
     "diffusers": "sd",
-    "transformers": "sd",
+    "transformers": "vision",
     "anny": "assets",
     "roma": "assets",
     "warp": "assets",

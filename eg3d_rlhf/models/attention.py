@@ -1,11 +1,8 @@
-"""What all transformers here are built of: attention, and two layers with GELU, under whichever names a
-checkpoint gives them.
+"""Parts of the transformers in this project: attention, two layers with GELU, and a block of both.
 
 Shape letters: N samples, T tokens that ask, L tokens that are asked, C channels, H heads, D channels of a
 head.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +24,10 @@ def attend(
 class SelfAttention(nn.Module):
     """Attention among tokens, [N, T, C] -> [N, T, C]; named as in vision transformers."""
 
-    def __init__(self, width: int, heads: int, bias: bool = True):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,8 +49,17 @@ class Mlp(nn.Module):
         return last(F.gelu(first(x)))
 
 
-def tree(**modules: nn.Module) -> Any:
-    holder = nn.Module()
-    for name, module in modules.items():
-        holder.add_module(name, module)
-    return holder
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, L, E] -> [N, L, E]; keep [N, 1, 1, L] bool: which tokens are there."""
+        x = x + self.attn(self.norm1(x), keep)
+        return x + self.mlp(self.norm2(x))

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.models.attention import attend
+from eg3d_rlhf.models.attention import Block, attend
+from eg3d_rlhf.models.dino import Dino, DinoConfig, standardised
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
-from eg3d_rlhf.models.vit import Block, Dino, DinoConfig
 
 SHAPE = "shape"  # the tensor of the dictionary that is protected, a group by itself
 Tokens = dict[str, torch.Tensor]  # by group [N, T_g, C], or by name of the dictionary [N, S, A]
@@ -351,11 +351,11 @@ class Pictures(nn.Module):
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear")
         x = x.expand(-1, 3, -1, -1)  # a mask is a grey picture
-        x = self.backbone.tokens(self.backbone.normalised(x) if self.normalised else x)
+        x = self.backbone.tokens(standardised(x, self.backbone.layernorm.weight) if self.normalised else x)
         if self.before_norm:
             return F.layer_norm(x, x.shape[-1:])
-        x = self.backbone.norm(x)
-        return torch.cat([x[:, :1], x[:, 1 + self.backbone.registers :]], 1)
+        x = self.backbone.layernorm(x)
+        return torch.cat([x[:, :1], x[:, 1 + self.backbone.config.num_register_tokens :]], 1)
 
 
 @dataclass(frozen=True, kw_only=True)

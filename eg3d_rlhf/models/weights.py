@@ -30,7 +30,6 @@ from torch import nn
 
 from training.storage import check_fit, write_atomic
 
-EXTRA = "pip install 'eg3d-rlhf[sd]'"
 # a counted buffer of older transformers: the only entry of a published network that may be in a file alone
 SKIPPED = "position_ids"
 DAMAGED = (  # what the libraries raise for files of other bytes than they expect
@@ -126,6 +125,26 @@ def read(path: str | Path, who: str) -> State:
 
 def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str, str]]) -> State:
+    """Rename the entries of a vision transformer to those of transformers; unknown names stay.
+
+    Args: names: regular expressions and their replacements, applied in turn. Besides, a fused `.attn.qkv.`
+    becomes query, key and value.
+    """
+    renamed: State = {}
+    for name, tensor in state.items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        stem, fused, leaf = name.partition(".attn.qkv.")
+        if fused:
+            kinds = ("query", "key", "value")
+            parts = zip(kinds, tensor.chunk(3), strict=False)  # a misshapen one is an error when it is filled
+            renamed |= {f"{stem}.attention.attention.{kind}.{leaf}": part for kind, part in parts}
+        else:
+            renamed[name] = tensor
+    return renamed
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -280,13 +299,17 @@ def one_line(who: str, remedy: str) -> Iterator[None]:
 
 
 def require_extra(flag: str, *modules: str) -> None:
+    """Import modules of the extra `vision`, or, with diffusers, of `sd`. Raises: ValueError where one is not
+    installed.
+    """
+    extra = "sd" if "diffusers" in modules else "vision"
     for name in modules:
         try:
             __import__(name)
         except ImportError as error:
             raise ValueError(
                 f"{flag}: expected {' and '.join(modules)} for these files, got: {first_line(error)}. Run"
-                f" {EXTRA}"
+                f" pip install 'eg3d-rlhf[{extra}]'"
             ) from error
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.generators.assets.views import network_cameras, to_z_up, unit_distance, views_at
-from eg3d_rlhf.models.blip import BlipSizes
+from eg3d_rlhf.models.blip import VISION, BlipSizes
 from eg3d_rlhf.models.clip_inputs import clip_preprocess
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
@@ -33,6 +33,7 @@ from eg3d_rlhf.tuning.distill.methods import PRESETS
 from eg3d_rlhf.tuning.distill.schedule import STEPS, NoiseSchedule, Ramp, TimeWindow, betas_of, ddim_times
 from tests.compat.distill_reference import Pictures, Recorded, StandIn, filled, seen_by
 from tests.compat.making import Maker
+from tests.models.published_names import published
 
 VIEWS = 2
 SCALE = 0.3127  # of latents
@@ -51,7 +52,8 @@ def make(root: Path, seed: int) -> None:
         (root / "distill" / f"{name}.json").write_text(json.dumps(content, indent=1))
     (root / "distill" / "params").mkdir(exist_ok=True)
     network = empty(lambda: Reward3dNetwork("Scorer", BlipSizes()))
-    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    state = published(network.state_dict(), VISION)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     shapes["blip.text_encoder.embeddings.position_ids"] = [1, 512]
     rows = [f"{name}\t{'x'.join(map(str, shape))}" for name, shape in shapes.items()]
     (root / "distill" / "params" / "Reward3D_Scorer.tsv").write_text("\n".join(rows) + "\n")

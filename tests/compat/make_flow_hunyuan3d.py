@@ -11,15 +11,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
 from eg3d_rlhf.models.pictures import framed, on_white, over_white
 from eg3d_rlhf.models.policies import ADAPTER
-from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 from tests.compat.making import Maker, norm_of
-from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import CONTENT, transformers_names
+from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import CONTENT
 
 MODEL = {"input_size": 10, "in_channels": 3, "context_dim": 12, "hidden_size": 24, "depth": 3, "num_heads": 3}
 VAE = {"num_latents": 10, "embed_dim": 3, "width": 12, "heads": 3, "num_freqs": 4, "num_decoder_layers": 1}
@@ -81,7 +81,7 @@ def write_case(m: Maker, folder: Path, said: dict) -> None:
         surface(m, files, decoder)
     state = {f"model.{name}": x for name, x in model.state_dict().items()}
     state |= {f"vae.{name}": x for half in (decoder, encoder) for name, x in half.state_dict().items()}
-    named = transformers_names(dino).items()
+    named = dino.state_dict().items()
     state |= {f"conditioner.{layout.ENCODER}{name}": x.contiguous() for name, x in named}
     save_file({name: x.clone() for name, x in state.items()}, root / "model.safetensors")
     facts = {

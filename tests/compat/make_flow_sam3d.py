@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from eg3d_rlhf.models.dino import DinoConfig
 from eg3d_rlhf.models.lora import adapters_off, lora_parameters
 from eg3d_rlhf.models.pictures import object_inputs
 from eg3d_rlhf.models.sam3d import SHAPE, Embedder, Pictures, PointConfig, PointPatches
@@ -18,13 +19,13 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureDecoder,
     StructureVAEConfig,
 )
-from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
 from tests.compat.making import Maker, as_the_references, norm_of, on
+from tests.models.published_names import published
 
 HERE = "sam3d_objects"
 WIDTH = 40  # of a condition
@@ -222,6 +223,7 @@ def embedder_of(content: dict) -> Embedder:
                 image_size=21,
                 patch_size=7,
                 num_register_tokens=2,
+                shown=28,
             )
             encoders.append((Pictures(dino, 28, entry["prenorm_features"]), 64, named))
         else:
@@ -244,7 +246,11 @@ def write_files(m: Maker, root: Path, quoted: dict) -> None:
                 layers.out_layer.bias.detach().add_(3)
         state = {files.FLOW + name: tensor for name, tensor in flow.state_dict().items()}
         embedder = m.fill(embedder_of(quoted[part]))
-        state |= {files.EMBEDDERS[0] + name: tensor for name, tensor in embedder.state_dict().items()}
+        tensors = embedder.state_dict()
+        for number, encoder in enumerate(embedder.module_list):
+            if isinstance(encoder, Pictures):
+                tensors = published(tensors, f"module_list.{number}.backbone.")
+        state |= {files.EMBEDDERS[0] + name: tensor for name, tensor in tensors.items()}
         torch.save({"state_dict": state}, root / f"{part}.ckpt")
     halves = {
         "ss_decoder": (StructureDecoder, StructureVAEConfig),

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eg3d_rlhf.geometry.dual_grid import dual_grid
+from eg3d_rlhf.models.dino import Dino3
 from eg3d_rlhf.models.lora import adapters_off, lora_parameters
 from eg3d_rlhf.models.pictures import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.policies import PREFIX
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.models.trellis2 import assets_of
-from eg3d_rlhf.models.vit import Dino3, Dino3Config
 from eg3d_rlhf.tuning.flow.base.sampling import sample, times, trajectory
 from eg3d_rlhf.tuning.flow.families import trellis2 as family
 from eg3d_rlhf.tuning.flow.families import trellis2_assets as surfaces
@@ -394,6 +394,8 @@ def encoders(m: Maker, pipeline) -> None:
 
 
 def pictures(m: Maker, folder: Path, facts: dict) -> None:
+    from transformers import DINOv3ViTConfig
+
     width = m.values["run/cond_512"].shape[-1]
     content = {
         "hidden_size": width,
@@ -402,7 +404,7 @@ def pictures(m: Maker, folder: Path, facts: dict) -> None:
         "num_attention_heads": 1,
     }
     content |= {"num_register_tokens": 4, "patch_size": 16, "model_type": "dinov3_vit", "rope_theta": 50.0}
-    network = m.fill(Dino3(Dino3Config.of(content)))
+    network = m.fill(Dino3(DINOv3ViTConfig.from_dict(content)))
     (folder / "dino").mkdir()
     save_file(network.state_dict(), folder / "dino" / "model.safetensors")
     (folder / "dino" / "config.json").write_text(json.dumps(content))

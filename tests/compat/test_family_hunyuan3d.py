@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from eg3d_rlhf.models import hunyuan3d
+from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
 from eg3d_rlhf.models.lora import adapter_state, merged_state
 from eg3d_rlhf.models.pictures import framed, on_white, over_white
@@ -28,7 +29,6 @@ from eg3d_rlhf.models.policies import (
     tuned_model,
     write_adapter,
 )
-from eg3d_rlhf.models.vit import Dino, hub_names
 from eg3d_rlhf.models.weights import below, content, empty, shapes
 from eg3d_rlhf.modes.flow_check import check
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions
@@ -119,7 +119,7 @@ def test_names_and_shapes_are_the_originals(path, section, tmp_path):
     else:
         listed = {name: torch.empty(shape, device="meta") for name, shape in want.items()}
         assert all(name.startswith(layout.ENCODER) for name in listed)
-        assert shapes(hub_names(below(listed, layout.ENCODER))) == shapes(
+        assert shapes(below(listed, layout.ENCODER)) == shapes(
             empty(lambda: Dino(files.encoder)).state_dict()
         )
 

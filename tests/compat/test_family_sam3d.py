@@ -373,7 +373,8 @@ def test_names_and_shapes_of_generators(path, short, tmp_path):
     assert shapes(empty(lambda: files.network_of(generator.config)(generator.config)).state_dict()) == shapes(
         flow
     )
-    assert shapes(files.embedder_of(generator, embedder).state_dict()) == shapes(embedder)
+    encoders = files.embedder_of(generator, embedder)
+    assert shapes(encoders.state_dict()) == shapes(files.of_embedder(encoders, embedder))
 
 
 @RELEASED

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 import train
 from eg3d_rlhf.geometry.dual_grid import dual_grid
+from eg3d_rlhf.models.dino import read_dino3
 from eg3d_rlhf.models.lora import adapter_state, adapters_off, lora_parameters, merged_state
 from eg3d_rlhf.models.pictures import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.policies import PREFIX, read_weights, tuned_model, write_adapter
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelEncoder, assets_of
-from eg3d_rlhf.models.vit import read_dino3
 from eg3d_rlhf.models.weights import empty, shapes
 from eg3d_rlhf.modes import flow_check, flow_export
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_conditions

@@ -131,11 +131,12 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
     shutil.rmtree(here / "torch")
     said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
     check_message(said, ("dinov2_vitl14_reg", str(here / "torch"), "facebook/dinov2-with-registers-large"))
-    monkeypatch.setitem(sys.modules, "transformers", None)
     texts = write_trellis(here / "TEXTS")
     prompts = write_prompts(here / "p.txt")
-    said = flow("new", "WORK", f"--pipeline={texts}", f"--prompts={prompts}", code=2)
-    check_message(said, ("transformers", "'eg3d-rlhf[sd]'"))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "transformers", None)
+        said = flow("new", "WORK", f"--pipeline={texts}", f"--prompts={prompts}", code=2)
+    check_message(said, ("transformers", "'eg3d-rlhf[vision]'"))
     shapes = write_hunyuan3d(here / "SHAPES")
     sections = {
         name: dict(tensors)

@@ -20,7 +20,7 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Patches
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.models.vit import Block
+from eg3d_rlhf.models.attention import Block
 from eg3d_rlhf.rewards.meshes.patches import PatchOptions
 from training.storage import read_tensors, write_atomic, write_tensors
 

@@ -78,7 +78,7 @@ def reward_costs(path: str | Path, pictures: int, noises: int = 1) -> Costs:
     state = read(file, FLAG)
     if _is_blip(state, file):
         blip = Reward3dNetwork.of(state, f"{FLAG}: {file.name}")
-        return _costs(blip, blip.blip.visual_encoder, pictures, noises, blip.blip.visual_encoder.side)
+        return _costs(blip, blip.blip.seen, pictures, noises, blip.blip.side)
     return _costs_of_clip(hpsv2_network(state, f"{FLAG}: {file.name}"), pictures, noises)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.interfaces import Modality
-from eg3d_rlhf.models.blip import Blip, BlipSizes
+from eg3d_rlhf.models.blip import Blip, BlipSizes, from_published
 from eg3d_rlhf.models.clip_inputs import Tokenize, bert_tokenizer, clip_preprocess
 from eg3d_rlhf.models.weights import adopt, empty, frozen, read
 
@@ -151,7 +151,7 @@ class BlipReward:
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores [B] of pictures [B, 3, h, w] in 0..1, a prompt each; see `denoiser.told`."""
         tokens, mask = (x.to(self.device) for x in self.tokenize(prompts))
-        pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.visual_encoder.side)
+        pictures = clip_preprocess(pixels.to(self.device).float(), self.network.blip.side)
         features = self.network.blip(pictures, tokens, mask)
         return self.network.head(features).repeat_interleave(self.views)
 
@@ -165,8 +165,8 @@ def load_blip_reward(
     who = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
     network = Reward3dNetwork.of(state, who)
-    adopt(network, state, who)
-    words = network.blip.text_encoder.vocabulary
+    adopt(network, from_published(state), who)
+    words = network.blip.text_encoder.config.vocab_size
     return BlipReward(
         network, bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], words), device
     )

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tests.models.published_names import published
+
 LATENT = 8  # pixels per side
 
 
@@ -235,7 +237,7 @@ def write_mvdream(folder: Path, form: str) -> Path:
 
 def write_blip_reward(folder: Path, kind: str) -> Path:
     """ImageReward.pt or Reward3D_*.pt with BERT's tokenizer/ beside it -> the file."""
-    from eg3d_rlhf.models.blip import BlipSizes
+    from eg3d_rlhf.models.blip import VISION, BlipSizes
     from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 
     words = write_bert_tokenizer(folder / "tokenizer") + 2
@@ -250,7 +252,7 @@ def write_blip_reward(folder: Path, kind: str) -> Path:
         positions=128,
         projection=16,
     )
-    state = dict(randomise(Reward3dNetwork(kind, sizes)).state_dict())
+    state = published(randomise(Reward3dNetwork(kind, sizes)).state_dict(), VISION)
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(128)[None]
     torch.save(state, folder / f"{kind}.pt")
     return folder / f"{kind}.pt"

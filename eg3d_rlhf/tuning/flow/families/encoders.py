@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from eg3d_rlhf.models.dino import read_dino
 from eg3d_rlhf.models.pictures import on_black, read_cut_out
-from eg3d_rlhf.models.vit import read_dino
+from eg3d_rlhf.models.weights import require_extra
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
 from eg3d_rlhf.tuning.flow.families.folder import embedding
 
@@ -20,13 +21,9 @@ TEXT_TOKENS = 77
 
 def pretrained(kind: str, name: str):
     """Class and weights from the local cache."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError(
-            f"{name}: expected the transformers package to embed texts, got none. Install it: pip install"
-            " 'eg3d-rlhf[sd]'"
-        ) from None
+    require_extra(name, "transformers")
+    import transformers
+
     try:
         return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -72,7 +69,7 @@ class ImageEncoder:
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
-        return self.model(images.to(self.model.norm.weight.device), normed=False)
+        return self.model(images.to(self.model.layernorm.weight.device), normed=False)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """[N, E, 37, 37] of the patches alone."""

@@ -19,6 +19,7 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.geometry.mesh import extract_mesh_blockwise
 from eg3d_rlhf.geometry.mesh_export import save_mesh
+from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import (
     BOUND,
     AutoencoderConfig,
@@ -28,7 +29,6 @@ from eg3d_rlhf.models.hunyuan3d import (
     ShapeEncoder,
 )
 from eg3d_rlhf.models.pictures import on_white, read_cut_out, short_side
-from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.plain_yaml import read_yaml
+from eg3d_rlhf.models.dino import Dino, DinoConfig, load_dino
 from eg3d_rlhf.models.hunyuan3d import (
     AutoencoderConfig,
     Denoiser,
@@ -21,7 +22,6 @@ from eg3d_rlhf.models.hunyuan3d import (
     ShapeDecoder,
     ShapeEncoder,
 )
-from eg3d_rlhf.models.vit import Dino, DinoConfig, hub_names, load_dino
 from eg3d_rlhf.models.weights import (
     below,
     content,
@@ -214,7 +214,7 @@ def _picture_encoder(params: Mapping) -> tuple[DinoConfig, bool]:
             " Name its file."
         )
     config = {"image_size": SHOWN, **inner["config"], "shown": inner.get("image_size", SHOWN)}
-    return DinoConfig.of({**config, "antialias": False}), bool(inner.get("use_cls_token", True))
+    return DinoConfig.of(config), bool(inner.get("use_cls_token", True))
 
 
 def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
@@ -328,7 +328,7 @@ def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.dev
         )
     return load_dino(
         files.encoder,
-        hub_names(below(sections[CONDITIONER], ENCODER)),
+        below(sections[CONDITIONER], ENCODER),
         f"{files.checkpoint}, {CONDITIONER}",
         device,
     )
@@ -401,7 +401,7 @@ def networks(root: Path) -> list[Network]:
     decoding = _shapes(lambda: ShapeDecoder(files.vae))
     half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
     half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half
-    pictures = hub_names(below(sections.get(CONDITIONER, {}), ENCODER))
+    pictures = below(sections.get(CONDITIONER, {}), ENCODER)
     return [
         Network(
             name="flow of shapes",
@@ -431,7 +431,7 @@ def networks(root: Path) -> list[Network]:
             expected=_shapes(lambda: Dino(files.encoder)),
             found=pictures,
             without="conditions of pictures",
-            released=(343, 304_368_640),
+            released=(439, 304_368_640),
         ),
     ]
 

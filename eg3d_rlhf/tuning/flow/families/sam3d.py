@@ -434,7 +434,7 @@ class Sam3d(FlowFamily):
         for stage in files.STAGES:  # one at a time: each has a DINOv2 or two
             embedder = files.load_embedder(file.generators[stage], device)
             maps = any("pointmap" in name for name in embedder.names)
-            prints.append(fingerprint(embedder.state_dict()))
+            prints.append(fingerprint(files.embedder_state(file.generators[stage])))
             for name, path in embedding(images.items(), "picture"):
                 given = inputs_of(path, file.cuts[stage], maps)
                 tokens[name] |= {key: given[key] for key in (SCALE, SHIFT) if key in given}

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from eg3d_rlhf.core.plain_yaml import read_yaml
+from eg3d_rlhf.models.dino import DinoConfig, from_hub
 from eg3d_rlhf.models.pictures import ObjectCut
 from eg3d_rlhf.models.sam3d import (
     Embedder,
@@ -44,7 +45,6 @@ from eg3d_rlhf.models.trellis.autoencoders import (
     StructureEncoder,
     StructureVAEConfig,
 )
-from eg3d_rlhf.models.vit import DinoConfig
 from eg3d_rlhf.models.weights import (
     State,
     below,
@@ -497,7 +497,21 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
     """What turns pictures, masks and point maps into a stage's condition, strictly by name and shape."""
     state = embedder_state(file)
     who = str(file.checkpoint)
-    return frozen(fill(embedder_of(file, state), state, who, types=torch.float32, device=device), device)
+    embedder = embedder_of(file, state)
+    renamed = of_embedder(embedder, state)
+    return frozen(fill(embedder, renamed, who, types=torch.float32, device=device), device)
+
+
+def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
+    """Return the embedder's tensors with those of its DINOv2s under the names of transformers."""
+    renamed = dict(state)
+    for number, encoder in enumerate(embedder.module_list):
+        if isinstance(encoder, Pictures):
+            prefix = f"module_list.{number}.backbone."
+            part = from_hub(below(state, prefix), encoder.backbone.config)
+            renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(prefix)}
+            renamed |= {prefix + name: tensor for name, tensor in part.items()}
+    return renamed
 
 
 def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
@@ -532,9 +546,11 @@ def _encoder(
     names = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if kind == "Dino":
-            config = DinoConfig.of_state(below(state, f"module_list.{number}.backbone."), "embedder")
+            size = int(content.get("input_size", 224))
+            backbone = below(state, f"module_list.{number}.backbone.")
+            config = DinoConfig.of_state(backbone, "embedder", shown=size)
             flags = bool(content.get("prenorm_features", False)), bool(content.get("normalize_images", True))
-            return Pictures(config, int(content.get("input_size", 224)), *flags), config.hidden_size, names
+            return Pictures(config, size, *flags), config.hidden_size, names
         if kind == "PointPatchEmbed":
             known = {field.name for field in dataclasses.fields(PointConfig)}
             points = PointConfig(**{name: value for name, value in content.items() if name in known})
@@ -620,15 +636,16 @@ def networks(root: Path) -> list[Network]:
     file = read_pipeline(root)
     made = []
     sizes = {
-        STRUCTURE: ((945, 964_156_437), (722, 634_485_760)),
-        LATENT: ((526, 600_432_520), (699, 626_054_144)),
+        STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
+        LATENT: ((526, 600_432_520), (891, 626_054_144)),
     }
     for stage, generator in file.generators.items():
         state = read(generator.checkpoint, "weights")
         flow = flow_state(generator, state)
         embedder = embedder_state(generator, state)
         network = empty(partial(network_of(generator.config), generator.config))
-        both = (("flow", network, flow), ("embedder", embedder_of(generator, embedder), embedder))
+        encoders = embedder_of(generator, embedder)
+        both = (("flow", network, flow), ("embedder", encoders, of_embedder(encoders, embedder)))
         for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
             names = shapes(expected.state_dict())
             made.append(

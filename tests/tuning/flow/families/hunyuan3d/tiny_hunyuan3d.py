@@ -2,13 +2,11 @@
 channels, pictures of 28 pixels.
 """
 
-import re
-
 import torch
 import yaml
 
+from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder
-from eg3d_rlhf.models.vit import Dino
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
 
@@ -93,31 +91,6 @@ CONTENT = {
 }
 
 
-def transformers_names(dino):
-    """The state dict of a DINOv2 as transformers has it."""
-    names = (
-        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-        (r"^pos_embed$", "embeddings.position_embeddings"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-        (r"^blocks\.", "encoder.layer."),
-        (r"^norm\.", "layernorm."),
-        (r"\.attn\.proj\.", ".attention.output.dense."),
-        (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-    )
-    state = {}
-    for name, tensor in dino.state_dict().items():
-        for ours, theirs in names:
-            name = re.sub(ours, theirs, name)
-        stem, fused, leaf = name.partition(".attn.qkv.")
-        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-        state |= (
-            {f"{stem}.attention.attention.{kind}.{leaf}": part for kind, part in parts}
-            if fused
-            else {name: tensor}
-        )
-    return state
-
-
 def write_hunyuan3d(root):
     """Both files, the checkpoint in float16; returns the folder."""
     root.mkdir(parents=True)
@@ -125,7 +98,7 @@ def write_hunyuan3d(root):
     (root / "model.fp16.ckpt").write_bytes(b"")
     found = layout.read_files(root)
     torch.manual_seed(0)
-    dino = transformers_names(Dino(found.encoder))
+    dino = Dino(found.encoder).state_dict()
     sections = {
         "model": Denoiser(found.model).state_dict(),
         "vae": ShapeDecoder(found.vae).state_dict(),

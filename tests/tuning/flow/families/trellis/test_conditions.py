@@ -70,7 +70,7 @@ def test_arrays_that_are_refused(tmp_path):
 
 def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with raising("transformers", "eg3d-rlhf[sd]"):
+    with raising("transformers", "eg3d-rlhf[vision]"):
         encoders.TextEncoder("openai/clip-vit-large-patch14")
 
     for name in ("TORCH_HOME", "HF_HOME"):
@@ -97,7 +97,7 @@ def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(imag
     )
     assert torch.equal(image_encoder.patches(images)[0, :, 1, 0], before[0, 7])
     model = image_encoder.model
-    torch.testing.assert_close(model(images), model.norm(before))  # what is read is before the last norm
+    torch.testing.assert_close(model(images), model.layernorm(before))  # what is read is before the last norm
 
 
 def test_pictures_by_name_are_cut_out_and_their_empty_condition_is_zeros(image_encoder, tmp_path):
@@ -140,7 +140,7 @@ def test_dinov2s_files_that_do_not_fit(tmp_path):
     path = write_hub(tmp_path / "dinov2.pth")
     state = torch.load(path, weights_only=True)
     torch.save({name: x for name, x in state.items() if name != "blocks.1.norm1.bias"}, path)
-    with raising("missing: blocks.1.norm1.bias"):
+    with raising("missing: encoder.layer.1.norm1.bias"):
         encoders.ImageEncoder(str(path))
     torch.save({"blocks.0.mlp.w12.weight": torch.ones(2, 2)}, path)
     with raising("DINOv2", "blocks"):

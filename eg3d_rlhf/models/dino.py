@@ -1,0 +1,313 @@
+"""DINOv2 and DINOv3: networks of transformers that read the published files of either, in all layouts.
+
+transformers builds the layers from a configuration; this module finds the files on this machine, reads them
+strictly and standardises the images. Its parameter names are those of transformers. Files of DINOv2 from
+torch hub have other names and are renamed when they are read. Nothing is downloaded. transformers is imported
+only when a network is built (extra `vision`).
+
+Sources: Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers; Simeoni et al. 2025 for DINOv3.
+
+Shape letters: N images, S pixels per side, p pixels per side of a patch, G = S / p, L = 1 + registers + G^2
+tokens (class token, registers, patches), E channels of a token.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eg3d_rlhf.core.shapes import check_shape
+from eg3d_rlhf.models.weights import State, empty, fill, frozen, read, require_extra, to_transformers
+
+# of ImageNet's images in 0..1, per channel
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+HEAD = 64  # channels of a head in every published DINOv2
+
+
+def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return (images - MEAN) / STD per channel, [N, 3, h, w], in the type and on the device of `like`."""
+    mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (images.to(like) - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig:
+    """Settings of a DINOv2 as its config.json states them; the defaults are those of the large one."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    mlp_ratio: float = 4
+    image_size: int = 518  # pixels per side that the position embeddings were learnt at
+    patch_size: int = 14
+    num_register_tokens: int = 0
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+    shown: int | None = None  # pixels per side of the images that it is given; None: image_size
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"DinoConfig: expected patches and heads that divide image and channels, got {self}."
+                " Correct it."
+            )
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
+        """Read the content of a config.json; other settings than the fields are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in known and value is not None})
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None) -> "DinoConfig":
+        """Read the sizes of a state dict in torch hub's names. Raises: ValueError for another network's.
+
+        Without registers, torch hub interpolates positions in a way of its own; `from_hub` does so once, and
+        image_size is then the size of the images.
+        """
+        try:
+            size = state["cls_token"].shape[-1]
+            patch = state["patch_embed.proj.weight"].shape[-1]
+            grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+            hidden = len(state["blocks.0.mlp.fc1.weight"])
+        except (KeyError, IndexError) as error:
+            raise ValueError(
+                f"{who}: expected a DINOv2 with blocks of two layers, got none of {error}. Name another"
+                " checkpoint."
+            ) from None
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        return cls(
+            hidden_size=size,
+            num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            num_attention_heads=max(1, size // HEAD),
+            mlp_ratio=hidden / size,
+            image_size=patch * grid if registers or shown is None else shown,
+            patch_size=patch,
+            num_register_tokens=registers,
+            shown=shown,
+        )
+
+    @property
+    def pixels(self) -> int:
+        """S of the images that it is given."""
+        return self.shown or self.image_size
+
+    @property
+    def tokens(self) -> int:
+        """L at this size."""
+        return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
+
+
+class Dino(nn.Module):
+    """DINOv2: images [N, 3, S, S] of 0..1 -> tokens [N, L, E], before the last norm or after it. S is the
+    config's. Differentiable in the images.
+    """
+
+    def __init__(self, config: DinoConfig):
+        super().__init__()
+        require_extra("DINOv2", "transformers")
+        import transformers
+
+        kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
+        settings = asdict(config)
+        # transformers rounds channels * ratio down, and the ratio of a state dict's shapes may be below
+        settings["mlp_ratio"] += 1e-9
+        network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+        self.config = config
+        # its parts, not the whole, whose only output is that of the last norm
+        self.embeddings = network.embeddings
+        self.encoder = network.encoder
+        self.layernorm = network.layernorm
+
+    def tokens(self, standard: torch.Tensor) -> torch.Tensor:
+        """Return the tokens before the last norm of images that `standardised` has made."""
+        return self.encoder(self.embeddings(standard)).last_hidden_state
+
+    def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
+        size = self.config.pixels
+        check_shape("Dino.images", images, ["N", 3, size, size], "Scale them to its size.")
+        x = self.tokens(standardised(images, self.layernorm.weight))
+        return self.layernorm(x) if normed else x
+
+
+HUB = {  # torch hub's name -> that of transformers' weights
+    f"dinov2_vit{letter}14{reg}": f"facebook/dinov2{'-with-registers' if reg else ''}-{size}"
+    for letter, size in (("s", "small"), ("b", "base"), ("l", "large"))
+    for reg in ("", "_reg")
+}
+HUB_NAMES = (  # torch hub -> transformers, in turn
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"^norm\.", "layernorm."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+)
+
+
+def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
+    """Return a state dict of torch hub under the names of transformers, its positions interpolated to the
+    config's image_size.
+    """
+    renamed = to_transformers(state, HUB_NAMES)
+    positions = "embeddings.position_embeddings"
+    if positions in renamed:
+        renamed[positions] = _positions(renamed[positions], config.image_size // config.patch_size)
+    return renamed
+
+
+def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
+    """[1, 1 + G^2, E] -> [1, 1 + side^2, E], as torch hub's DINOv2 without registers interpolates: bicubic,
+    not antialiased, by the factor (side + 0.1) / G, which decides where it samples.
+    """
+    learnt = math.isqrt(positions.shape[1] - 1)
+    if side == learnt:
+        return positions
+    grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (learnt, learnt))
+    grid = F.interpolate(grid, scale_factor=[(side + 0.1) / learnt] * 2, mode="bicubic")
+    return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
+
+
+def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
+    """Read the DINOv2 of a name of torch hub, of a folder of transformers, or of a checkpoint of torch hub;
+    frozen, in float32.
+
+    Raises: FileNotFoundError naming the places; ValueError for weights that do not fit.
+    """
+    path = _weights(name)
+    state = read(path, name)
+    if path.suffix == ".pth":
+        config = DinoConfig.of_state(state, str(path))
+        state = from_hub(state, config)
+    else:
+        config = _read_config(name, path, "dinov2", _dino)
+    return load_dino(config, state, str(path), device)
+
+
+def _weights(name: str) -> Path:
+    places = list(_places(name))
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        looked = ", ".join(map(str, places))
+        hub = HUB.get(name, name)
+        fetch = f"hf download {hub} (https://huggingface.co/{hub})"
+        raise FileNotFoundError(
+            f"{name}: expected its weights on this machine, got none at {looked or 'no place'}. Fetch them:"
+            f" {fetch}"
+        )
+    return path
+
+
+def load_dino(
+    config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu"
+) -> Dino:
+    """Build the DINOv2 of a state dict in the names of transformers, strictly; frozen, in float32."""
+    return frozen(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
+
+
+def _places(name: str) -> Iterator[Path]:
+    path = Path(name)
+    if path.suffix == ".pth":
+        yield path
+        return
+    folders = [path] if path.is_dir() else []
+    if name in HUB:
+        home = Path(
+            os.environ.get("TORCH_HOME")
+            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
+        )
+        yield (
+            home
+            / "hub"
+            / "checkpoints"
+            / f"{name.removesuffix('_reg')}{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth"
+        )
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
+    )
+    folders += sorted((cache / f"models--{HUB.get(name, name).replace('/', '--')}" / "snapshots").glob("*"))
+    yield from (folder / "model.safetensors" for folder in folders)
+
+
+def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    path = weights.with_name("config.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name}: expected config.json beside {weights.name}, got none. Restore the folder."
+        )
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
+            raise ValueError(f"its model_type is not {kind}")
+        return make(content)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the settings of a {kind.replace('dino', 'DINO')}, got: {error}. Restore the"
+            " file."
+        ) from None
+
+
+def _dino(content: Mapping[str, Any]) -> DinoConfig:
+    registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
+    return DinoConfig.of({"num_register_tokens": registers, **content})
+
+
+class Dino3(nn.Module):
+    """DINOv3, whose positions are rotary: images [N, 3, h, w] of 0..1, of whole patches -> tokens [N, L, E]
+    BEFORE the last norm. Differentiable in the images.
+    """
+
+    def __init__(self, config: Any):
+        """Args: config: transformers' DINOv3ViTConfig."""
+        super().__init__()
+        from transformers import DINOv3ViTModel
+
+        network = DINOv3ViTModel(config)
+        self.embeddings = network.embeddings
+        self.rope_embeddings = network.rope_embeddings
+        self.layer = network.layer
+        self.norm = network.norm
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        standard = standardised(images, self.norm.weight)
+        x = self.embeddings(standard)
+        angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
+        for layer in self.layer:
+            x = layer(x, position_embeddings=angles)
+        return x
+
+
+def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
+    """Read the DINOv3 of a folder of transformers, or of a name in the hub's cache; frozen, in float32.
+
+    Raises: as `read_dino`.
+    """
+    path = _weights(name)
+    require_extra(name, "transformers")
+    config = _read_config(name, path, "dinov3", _dino3)
+    network = empty(lambda: Dino3(config))
+    fill(network, read(path, name), str(path), types=torch.float32, device=device)
+    # its frequencies are in no file, and were built on the meta device
+    network.rope_embeddings = type(network.rope_embeddings)(config)
+    return frozen(network, device)
+
+
+def _dino3(content: Mapping[str, Any]) -> Any:
+    from transformers import DINOv3ViTConfig
+
+    config = DINOv3ViTConfig.from_dict(dict(content))
+    if config.hidden_size % (4 * config.num_attention_heads):
+        raise ValueError(f"{config.hidden_size} channels are not heads of four channels or a multiple")
+    return config
