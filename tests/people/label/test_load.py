@@ -71,6 +71,11 @@ def figures(work: Work, **more) -> dict:
     return {**more, **counts, "p50": p50, "p95": p95, "p99": p99}
 
 
+def test_nothing_is_lost_where_the_server_is_killed(tmp_path):
+    work = run(tmp_path, f"sqlite:///{tmp_path / 'labels.db'}", annotators=8, each=6, kills=1, look=0.05)
+    assert len(work.acknowledged) == 48
+
+
 @pytest.mark.long
 def test_fifty_annotators_at_work_while_the_server_is_killed_five_times(tmp_path, database_url, capsys):
     annotators = 50
