@@ -13,6 +13,7 @@ from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, flag, refuse_to
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import check_source, open_problem
@@ -335,6 +336,12 @@ def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
 
 
+def shown_by_help(flags: Flags) -> list[object]:
+    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    run = resolve(flags)
+    return [{"artefacts": run.artefacts}, *of_circular(run.circular), run]
+
+
 def open_circular(settings: CircularRun, run: Run) -> Problem:
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
     refuse_torchrun(settings.groups is not None, "--ablate")
@@ -366,6 +373,7 @@ CIRCULAR_DPO = Mode(
     title=title,
     flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,
+    defaults=shown_by_help,
     **kept(CircularRun, "circular-dpo"),
     shown=lambda settings: {
         **asdict(settings),

@@ -15,6 +15,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
 from eg3d_rlhf.modes.circular_dpo import OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_defaults import of_offline
 from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
@@ -152,6 +153,7 @@ OFFLINE = mode_of_arms(
     lambda settings: settings.singles.loss,
     open_run,
     resolve=resolve,
+    defaults=lambda flags: of_offline(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, table_flags),
     help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
     (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the

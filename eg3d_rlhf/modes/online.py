@@ -9,6 +9,7 @@ from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.arms import check_arms, fields_of, mode_of_arms, names_of, stage_flag, table_flags
 from eg3d_rlhf.modes.circular_dpo import EARLY, OWN, TOY, WHAT, source_of, tuned_as, tuning_flags
+from eg3d_rlhf.modes.flow_defaults import of_online
 from eg3d_rlhf.tuning.flow.base.problem import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource, Opened
 from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
@@ -235,6 +236,7 @@ def mode_named(name: str, preset: str) -> Mode:
         open_online,
         flags=together(what_flags, train_flags, arms_flag, table_flags),
         resolve=lambda flags: resolve(flags, preset),
+        defaults=lambda flags: of_online(resolve(flags, preset)),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
         where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
