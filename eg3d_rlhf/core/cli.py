@@ -251,7 +251,8 @@ class GroupedCommand(click.Command):
             return None
         if not ctx.params:  # a context of its own, as the documentation makes it
             ctx.params = dict(self.make_context(ctx.info_name, [], resilient_parsing=True).params)
-            ctx.params |= {name: option.default for name, option in self.rare.items()}
+            if self.rare:
+                self._take_rare(ctx)
         try:
             ctx.meta[VALUES] = HelpValues(self.resolved(ctx))
         except (ValueError, OSError) as error:
