@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import eg3d_rlhf  # noqa: E402 (of this checkout, installed or not)
+from eg3d_rlhf.core.cli import GroupedCommand  # noqa: E402
 from eg3d_rlhf.modes import MODES, gan  # noqa: E402
 from eg3d_rlhf.modes.jobs import JOBS, PROGRAM, command_of  # noqa: E402
 
@@ -52,7 +53,10 @@ def commands() -> Iterator[tuple[str, str, click.Command]]:
 
 
 def context_of(name: str, command: click.Command) -> click.Context:
-    return click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+    if isinstance(command, GroupedCommand):
+        command.prepare_help(context)  # the defaults that this command uses
+    return context
 
 
 class Commands(SphinxDirective):
@@ -77,9 +81,9 @@ class RareSettings(SphinxDirective):
             if rare:
                 lines += [f"### {name}", "", "| setting | value | meaning |", "| --- | --- | --- |"]
             with context_of(name, command) as context:
-                for setting in rare.values():
-                    words = " ".join(setting.get_help_record(context)[1].split())
-                    cells = (f"`{setting.name}`", f"`{setting.make_metavar(context)}`", words)
+                for setting, words in command.rare_records(context) if rare else ():
+                    name, _, value = setting.partition("=")
+                    cells = (f"`{name}`", f"`{value}`", " ".join(words.split()))
                     lines.append(
                         "| " + " | ".join(re.sub(r"([|<*])", r"\\\1", cell) for cell in cells) + " |"
                     )

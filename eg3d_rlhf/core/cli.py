@@ -251,7 +251,8 @@ class GroupedCommand(click.Command):
             return None
         if not ctx.params:  # a context of its own, as the documentation makes it
             ctx.params = dict(self.make_context(ctx.info_name, [], resilient_parsing=True).params)
-            ctx.params |= {name: option.default for name, option in self.rare.items()}
+            if self.rare:
+                self._take_rare(ctx)
         try:
             ctx.meta[VALUES] = HelpValues(self.resolved(ctx))
         except (ValueError, OSError) as error:
@@ -516,11 +517,9 @@ def rarely(names: Sequence[str], decorator: Decorator) -> Decorator:
     return decorate
 
 
-def options_of(*kinds: type, everywhere: str | None = None) -> Decorator:
+def options_of(*kinds: type) -> Decorator:
     """One option for every knob of settings dataclasses, one alone where several share it; None where it is
     not given, so that a preset may decide. Rare knobs are told to `GroupedCommand`.
-
-    Args: everywhere: has no effect, and goes when the flow's modes no longer pass it.
     """
     made: dict[str, Any] = {}
     for field, hint, knob in (triple for kind in kinds for triple in knobs_of(kind) if triple[2].flag):

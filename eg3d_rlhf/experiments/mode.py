@@ -247,8 +247,9 @@ class Mode(Generic[S]):
         if self.resolve is not None:
             return self.resolve(flags)
         of_run = {"outdir", "desc", "resume", "dry_run", "timeout"}
-        made: S = built(self.settings, {n: v for n, v in flags.items() if v is not None and n not in of_run})
-        return made
+        given = {n: v for n, v in flags.items() if v is not None and n not in of_run}
+        settings: S = built(self.settings, given)
+        return settings
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
         """Return what --help takes the defaults of flags from."""

@@ -24,7 +24,6 @@ database = option(
     "--db",
     metavar="URL",
     default=None,
-    show_default=f"{DB}; of a study, its own",
     help=DATABASE,
     callback=lambda ctx, _, given: given or ctx.obj or DB,
 )
@@ -184,4 +183,11 @@ def _date(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def known_database(context: click.Context) -> list[object]:
+    """Return what --help takes the default of --db from."""
+    return [{"db": context.params["db"]}]
+
+
 PEOPLE = {command.name: command for command in (add_annotator, new_token, revoke, annotators, status)}
+for command in PEOPLE.values():
+    command.resolved = known_database

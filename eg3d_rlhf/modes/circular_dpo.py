@@ -11,11 +11,11 @@ from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_flags import (
     COUNT,
     EARLY,
     LOOP,
-    OWN,
     TOY,
     WHAT,
     WHOLE,
@@ -121,7 +121,7 @@ what_flags = together(
 )
 train_flags = together(
     tuning_flags,
-    options_of(TrainConfig, everywhere=OWN),
+    options_of(TrainConfig),
 )
 table_flags = together(
     unset_option(
@@ -185,6 +185,12 @@ def resolve(flags: Flags) -> CircularRun:
     return run
 
 
+def shown_by_help(flags: Flags) -> list[object]:
+    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    run = resolve(flags)
+    return [{"artefacts": run.artefacts}, *of_circular(run.circular), run]
+
+
 def open_circular(settings: CircularRun, run: Run) -> Problem:
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
     refuse_torchrun(settings.groups is not None, "--ablate")
@@ -222,6 +228,7 @@ CIRCULAR_DPO = Mode(
         "problem": dict(problem.identity),
     },
     recorded=reader_of(CircularRun, "circular-dpo"),
+    defaults=shown_by_help,
     shown=lambda settings: {
         **asdict(settings),
         **({} if settings.groups is None else {"tasks": settings.plan.tasks()}),

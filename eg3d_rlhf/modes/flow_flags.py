@@ -135,7 +135,7 @@ loop_flags = together(
     unset_option(
         "--loop-steps", LOOP, "UPDATES", COUNT, "Length of training on the loop's pairs.", AS_STEP, rare=True
     ),
-    options_of(LoopPairsConfig, Weighing, everywhere=OWN),
+    options_of(LoopPairsConfig, Weighing),
 )
 
 
@@ -203,7 +203,7 @@ arms_table_flags = together(
         rare=True,
     ),
     option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run."),
-    options_of(Judging, everywhere=OWN),
+    options_of(Judging),
 )
 
 

@@ -11,6 +11,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of
 from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import default_settings
+from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
 from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
@@ -96,7 +97,7 @@ what_flags = together(
     what_flags,
     device_flag,
     options_of(EncodingSource),
-    rarely(RARE, together(tuning_flags, options_of(TrainConfig, everywhere="its own"), loop_flags)),
+    rarely(RARE, together(tuning_flags, options_of(TrainConfig), loop_flags)),
 )
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
@@ -127,6 +128,18 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
         return
     with running(device, flags["timeout"], AGAIN) as ranks:
         run(work, asked, flags, device, ranks)
+
+
+def shown_by_help(context: click.Context) -> list[object]:
+    """Return what --help takes defaults from. Raises: ValueError without WORK, whose generator decides."""
+    if context.params["folder"] is None:
+        raise ValueError("WORK: add the folder, whose generator decides them.")
+    work = Work.open(context.params["folder"])
+    asked = asked_of(Flags({**context.params, "choose_noises": None}), work)
+    return [{"seed": work.seed}, *of_circular(asked.circular)]
+
+
+tune_command.resolved = shown_by_help
 
 
 def asked_of(flags: Flags, work: Work) -> Tuning:

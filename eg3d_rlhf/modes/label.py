@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
-from eg3d_rlhf.modes.annotators import PEOPLE, database
+from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
 from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
@@ -166,12 +166,17 @@ def main(
     check_extra(EXTRA)
     request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
     wanted = request.to_json()
-    path = sqlite_file(db)
-    server = launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
+    server = server_of(flags, db)
     if dry_run:
         click.echo(json.dumps(_dry_run(db, request, server, wanted, given), indent=1, default=str))
         return
     _start(db, request, server, wanted, given)
+
+
+def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
+    """Return how the server is reached; its log is beside the database."""
+    path = sqlite_file(db)
+    return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
 
 
 def _request(
@@ -451,5 +456,7 @@ def _check(store: "Store", campaign: str | None) -> None:
         )
 
 
+main.resolved = lambda context: [{"access_log": server_of(context.params, context.params["db"]).access_log}]
 for command in (*PEOPLE.values(), export, import_, leaderboard):
+    command.resolved = known_database
     main.add_command(command)

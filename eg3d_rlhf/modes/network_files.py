@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, file_hash, option
-from eg3d_rlhf.generators import find_network, load_networks, of, pickles, ws_of_seeds
-from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
-from training import networks
+
+if TYPE_CHECKING:
+    import torch
+
+    from training import networks
 
 
 def describe_file(source: str | Path | None) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
 
     Raises: FileNotFoundError; ValueError for a pickle that is refused, naming what it asks for.
     """
+    from eg3d_rlhf.generators import find_network, pickles
+
     path = find_network(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a network file, got nothing there. Check the path.")
@@ -30,6 +33,8 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
 
 def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
     """The networks in the file, with statistics of w over `seeds` latents. Raises: as `load_networks`."""
+    from eg3d_rlhf.generators import find_network, load_networks, of
+
     nets = load_networks(find_network(source))
     G = nets.G_ema
     general = {
@@ -68,10 +73,14 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
     }
 
 
-def describe_module(module: torch.nn.Module) -> dict[str, Any]:
+def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
     """Class, tensors, numbers of parameters and of buffer elements, elements that are not finite, hash of the
     state.
     """
+    import torch
+
+    from training import networks
+
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     return {
@@ -84,7 +93,7 @@ def describe_module(module: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
+def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
     """How far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg), conditioned on the
     frontal camera.
 
@@ -92,6 +101,8 @@ def psi_statistics(nets: networks.Networks, seeds: int) -> dict[str, float]:
         centre_error = |mean w - w_avg|, small against distance_mean where w_avg is the mean for this camera;
         component_std, the mean deviation of a component of w.
     """
+    from eg3d_rlhf.generators import ws_of_seeds
+
     G_ema: Any = nets.G_ema
     w_avg = G_ema.backbone.mapping.w_avg
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
@@ -177,6 +188,9 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
+    from eg3d_rlhf.generators import find_network, load_networks
+    from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
+
     check_suffix(out)
     if out.exists() and not overwrite:
         raise ValueError(

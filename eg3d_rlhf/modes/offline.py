@@ -13,8 +13,8 @@ from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_defaults import of_offline
 from eg3d_rlhf.modes.flow_flags import (
-    OWN,
     TOY,
     WHAT,
     arms_table_flags,
@@ -105,7 +105,7 @@ what_flags = together(
     ),
     stage_flag,
 )
-train_flags = together(tuning_flags, options_of(SinglesConfig, everywhere=OWN))
+train_flags = together(tuning_flags, options_of(SinglesConfig))
 arms_flag = option(
     "--arms",
     group=TABLE,
@@ -194,6 +194,7 @@ OFFLINE = mode_of_arms(
     open_offline,
     check_opened,
     resolve=resolve,
+    defaults=lambda flags: of_offline(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
     help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
     (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the

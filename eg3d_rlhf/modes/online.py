@@ -7,9 +7,9 @@ from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.lora import LoraConfig
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.flow_defaults import of_online
 from eg3d_rlhf.modes.flow_flags import (
     EARLY,
-    OWN,
     TOY,
     WHAT,
     arms_table_flags,
@@ -154,7 +154,7 @@ what_flags = together(
         ),
     ),
 )
-train_flags = together(tuning_flags, options_of(OnlineConfig, everywhere=OWN))
+train_flags = together(tuning_flags, options_of(OnlineConfig))
 arms_flag = option(
     "--arms",
     group=TABLE,
@@ -253,6 +253,7 @@ def mode_named(name: str, preset: str) -> Mode:
         check_opened,
         flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
+        defaults=lambda flags: of_online(resolve(flags, preset)),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
         where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 

@@ -161,6 +161,7 @@ def viewer(out: Path) -> str:
 )
 @option(
     "--permutations",
+    default=Settings.permutations,
     rare=True,
     group="How",
     type=click.IntRange(min=2),
@@ -168,22 +169,43 @@ def viewer(out: Path) -> str:
 )
 @option(
     "--steps",
+    default=Settings.steps,
     rare=True,
     group="How",
     type=click.IntRange(min=2),
     help="Of Integrated Gradients at first; they double.",
 )
-@option("--most-steps", rare=True, group="How", type=click.IntRange(min=2), help="Where the doubling ends.")
+@option(
+    "--most-steps",
+    default=Settings.most_steps,
+    rare=True,
+    group="How",
+    type=click.IntRange(min=2),
+    help="Where the doubling ends.",
+)
 @option(
     "--gap-bound",
+    default=Settings.gap_bound,
     rare=True,
     group="How",
     type=click.FloatRange(min=0, min_open=True),
     help="Largest efficiency gap, as a share.",
 )
-@option("--draws", rare=True, group="How", type=click.IntRange(min=2), help="Rewards with re-drawn weights.")
 @option(
-    "--checked", rare=True, group="How", type=click.IntRange(min=1), help="Latents that those rewards see."
+    "--draws",
+    default=Settings.draws,
+    rare=True,
+    group="How",
+    type=click.IntRange(min=2),
+    help="Rewards with re-drawn weights.",
+)
+@option(
+    "--checked",
+    default=Settings.checked,
+    rare=True,
+    group="How",
+    type=click.IntRange(min=1),
+    help="Latents that those rewards see.",
 )
 @shared(
     "n out device dry-run",
@@ -207,15 +229,8 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     Example:
         python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
-    rare = {
-        name: flags.pop(name)
-        for name in ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
-    }
-    how = {
-        "method": method,
-        "landmarks": landmarks,
-        **{name: value for name, value in rare.items() if value is not None},
-    }
+    names = ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
+    how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # a wrong flag is named before networks are loaded
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
     psi = flags.pop("psi")

@@ -297,5 +297,20 @@ def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags)
     }
 
 
+def shown_by_help(context: click.Context) -> list[object]:
+    """Return what --help takes defaults from."""
+    flags = launch.filled(context.params, StudyDesign, PowerOptions)
+    folder = Folder(flags["outdir"], flags["db"])
+    return [
+        {
+            "db": folder.url,
+            "name": flags["name"] or folder.path.resolve().name,
+            "access_log": launch.ServerFlags.of(flags, folder.path).access_log,
+            "annotators_per_pair": power_options(flags).annotators_per_pair,
+        }
+    ]
+
+
+main.resolved = shown_by_help
 for command in (report, power, simulate, add_annotator, new_token, revoke, annotators):
     main.add_command(command)

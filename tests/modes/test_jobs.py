@@ -53,21 +53,20 @@ def test_a_job_opens_its_command(job):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "job"),
     [
-        ("sample mesh", "`samples mesh`"),
-        ("samples mehs", "`samples mesh`"),
-        ("report evalaute", "`report evaluate`"),
-        ("chek-assets FOLDER", "`check-assets`"),
-        ("lable", "`label`"),
-        ("flw", "`flow`"),
+        ("sample mesh", "samples/mesh"),
+        ("samples mehs", "samples/mesh"),
+        ("report evalaute", "report/evaluate"),
+        ("chek-assets FOLDER", "check-assets"),
+        ("lable", "label"),
+        ("flw", "flow"),
         ("qqq", None),
     ],
 )
-def test_a_mistyped_job_is_told_the_nearest(typed, meant):
-    result = CliRunner().invoke(main, typed.split())
-    line = rejected(result, "--help")
-    assert ("Did you mean" in line) == (meant is not None) and (meant or "") in line
+def test_a_mistyped_job_is_told_the_nearest(typed, job):
+    line = rejected(CliRunner().invoke(main, typed.split()), "--help")
+    assert re.findall("`([a-z/-]+)`", line.replace(" ", "/")) == ([] if job is None else [job])
 
 
 @pytest.mark.parametrize("job", ["", *JOBS, "label add-annotator"])
@@ -92,7 +91,7 @@ for words in sys.argv[1:]:
     env = {"_EG3D_RLHF_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["eg3d-rlhf", *before, last])}
     done = CliRunner(env={**env, "COMP_CWORD": str(len(before) + 1)}).invoke(main, prog_name="eg3d-rlhf")
     print(done.exit_code, *(line.partition(",")[2] for line in done.stdout.splitlines()))
-print(*{"torch", "numpy", "scipy"} & sys.modules.keys())
+print(*{"torch"} & sys.modules.keys())
 """
 
 
@@ -111,10 +110,10 @@ def test_the_shell_completes_jobs_and_flags_without_torch():
     )
     nouns, samples, *of_samples, label, flags, modes, heavy = done.stdout.splitlines()
     assert nouns.split()[1:] == list(dict.fromkeys(job.split()[0] for job in JOBS))
-    assert samples == "0 samples"
-    assert of_samples == ["0 images videos mesh sheet", "0 mesh"]
+    assert samples.split() == ["0", "samples"]
+    assert [line.split()[1:] for line in of_samples] == [["images", "videos", "mesh", "sheet"], ["mesh"]]
     assert {"synthetic", "elo", "export", "add-annotator"} <= set(label.split())
-    assert flags == "0 --qr" and {"--lambda-r", "--lambda-sigma"} <= set(modes.split())
+    assert flags.split() == ["0", "--qr"] and {"--lambda-r", "--lambda-sigma"} <= set(modes.split())
     assert heavy == "", done.stderr
 
 
