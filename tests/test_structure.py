@@ -7,6 +7,8 @@ import functools
 import re
 from pathlib import Path
 
+from tests import flow_arrows
+
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf", "builders")
 FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imports upwards
@@ -134,6 +136,13 @@ def test_nobody_imports_upwards():
 def test_nobody_imports_builders():
     """A wheel does not have them."""
     assert [users for (_, there), users in arrows().items() if there == "builders"] == []
+
+
+def test_folders_of_flow_import_downwards():
+    """And so few arrows are between them that the order can be kept in mind."""
+    found = flow_arrows.arrows()
+    assert flow_arrows.upward(found) == []
+    assert len(found) <= flow_arrows.MOST, sorted(found)
 
 
 def test_every_room_has_its_floor():
