@@ -214,8 +214,9 @@ def _sources() -> str:
     """Hash of our code and assets: whatever changes in them may change a value."""
     root = Path(__file__).resolve().parents[2]
     code = (path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*"))
-    files = [path for path in code if path.suffix in (".py", ".cpp", ".h")]
-    return json_hash({str(path): file_hash(path) for path in (*files, *ASSETS.glob("*.safetensors"))})
+    files = {str(path.relative_to(root)): path for path in code if path.suffix in (".py", ".cpp", ".h")}
+    files |= {path.name: path for path in ASSETS.glob("*.safetensors")}
+    return json_hash({name: file_hash(path) for name, path in files.items()})
 
 
 # Figures of before against after.

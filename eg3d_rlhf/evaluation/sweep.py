@@ -7,7 +7,6 @@ Letters: N latents, S seeds.
 """
 
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,8 +135,7 @@ def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Findi
         title="Reward, distance and geometry",
         compute=partial(front, c, by_cell),
         plots=plots,
-        # as text: a measure may be NaN, which JSON does not have
-        inputs={cell.name: json_hash(json.dumps(finding.data)) for cell, finding in by_cell.items()},
+        inputs={cell.name: json_hash(finding.data) for cell, finding in by_cell.items()},
     )
 
 

@@ -20,13 +20,12 @@ from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
-from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import seed_range
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import figure_table, write
+from eg3d_rlhf.experiments.table import figure_table, plot_rates, write
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -199,37 +198,15 @@ def record(
 
 def plot(data: Mapping):
     """Accuracy on held-out pairs with its interval, and the judge's rate, for each reward."""
-    drawn, axes = style.figure(size=(6.4, 3.2))
-    names = list(data["rewards"])
-    for y, name in enumerate(names):
-        row = data["rewards"][name]
-        at = row["accuracy"]
-        judged = row["judge_rate"]
-        axes.errorbar(
-            [at],
-            [y - 0.12],
-            xerr=[[at - row["ci95"][0]], [row["ci95"][1] - at]],
-            fmt="o",
-            capsize=4,
-            color="#2b6ca3",
-        )
-        low, high = row["judge_range"]
-        axes.errorbar(
-            [judged],
-            [y + 0.12],
-            xerr=[[max(0.0, judged - low)], [max(0.0, high - judged)]],
-            fmt="s",
-            capsize=4,
-            color="#b4561f",
-        )
-    axes.axvline(0.5, color="#999999", lw=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(xlabel="share", xlim=(0.4, 1.02))
-    axes.set_title(
-        "blue: accuracy on held-out pairs; orange: judge prefers the tuned shape", fontsize="small"
-    )
-    return drawn
+    accuracy = {
+        name: {"win_rate": row["accuracy"], "ci95": row["ci95"]} for name, row in data["rewards"].items()
+    }
+    judge = {
+        name: {"win_rate": row["judge_rate"], "ci95": row["judge_range"]}
+        for name, row in data["rewards"].items()
+    }
+    panels = [("accuracy on held-out pairs", accuracy), ("judge prefers the tuned shape", judge)]
+    return plot_rates(panels, "95 %, Wilson; of several training seeds the judge's least and greatest rate")
 
 
 COLUMNS = {  # of the table: words and form

@@ -67,7 +67,7 @@ def json_hash(values: object) -> str:
 
     Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
     """
-    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -260,4 +260,4 @@ def _text(values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
     """A record keeps its order, so that what is made from one that was found equals what is made from a fresh
     one.
     """
-    return (json.dumps(values, indent=1, sort_keys=sort_keys, allow_nan=False) + "\n").encode()
+    return (json.dumps(values, indent=1, sort_keys=sort_keys) + "\n").encode()

@@ -19,6 +19,7 @@ from eg3d_rlhf.evaluation.proof import ARMS, LABELS, Plan, commands
 from eg3d_rlhf.evaluation.proof import work as work_proof
 from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
+from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.modes.shared_flags import shared
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
@@ -257,15 +258,13 @@ def sweep(
         before=before, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
     )
     finding = measure_cells(parts, sources, out)
-    click.echo(f"{'setting':<26} " + " ".join(f"{name:>28}" for name in GOALS) + "  front")
-    for row in finding.data["rows"]:
-        texts = [
-            f"{m['mean']:.3g} [{m['lo']:.3g}, {m['hi']:.3g}]"
-            for m in (row["measures"][name] for name in GOALS)
-        ]
-        click.echo(
-            f"{row['setting']:<26} "
-            + " ".join(f"{text:>28}" for text in texts)
-            + f"  {'on the front' if row['on_front'] else '-'}"
-        )
+    rows = {
+        row["setting"] + (" (on the front)" if row["on_front"] else ""): {
+            **{name: row["measures"][name]["mean"] for name in GOALS},
+            **{f"{name}_ci95": [row["measures"][name][end] for end in ("lo", "hi")] for name in GOALS},
+        }
+        for row in finding.data["rows"]
+    }
+    columns = {name: (name, ".3g") for name in GOALS}
+    click.echo("\n".join(figure_table("setting", rows, columns, intervals=GOALS)))
     click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")

@@ -5,7 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation.zoo import ENTRIES, record
+from eg3d_rlhf.evaluation.zoo import ENTRIES, markdown, plot, record
+from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.modes import report_studies
 
 
@@ -44,6 +45,22 @@ def test_several_training_seeds_show_their_spread():
     line = record(Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "repaired": 0.7}], {}, 600.0)
     assert line["judge_rate"] == pytest.approx(0.95) and line["judge_range"] == [0.9, 1.0]
     assert line["repaired"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
+
+
+def test_table_and_figure_are_made_of_the_json_alone(tmp_path):
+    second = {**TUNED, "repaired": 0.7, "win_rate": 1.0}
+    lines = {
+        "sigma": record(Learnt(test_accuracy=TEST), [TUNED, second], {"seed0": 5.0}, 600.0),
+        "depth": record(Learnt(test_accuracy=TEST), [{**TUNED, "repaired": None}], {"seed0": 5.0}, 600.0),
+    }
+    paths = write({"rewards": lines, "full": False, "kimg": 0.3}, tmp_path, "zoo", markdown, plot)
+    assert [path.name for path in paths] == ["zoo.json", "zoo.md", "zoo.png"]
+    sigma, depth = (
+        line for line in paths[1].read_text().splitlines() if line.startswith(("| sigma", "| depth"))
+    )
+    cells = [cell.strip() for cell in sigma.strip("|").split("|")]
+    assert cells[1:5] == ["0.800 [0.750, 0.840]", "97", "95.0% [90.0%, 100.0%]", "60% (50% to 70%)"]
+    assert depth.strip("|").split("|")[4].strip() == ""
 
 
 def planned(*flags: str) -> dict:

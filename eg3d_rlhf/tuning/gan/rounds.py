@@ -100,6 +100,8 @@ class Ledger:
                 f"{self.path}: expected the ledger as the run wrote it, got another. Restore the file, or"
                 " start a new run."
             )
+        final = self.store
+        self.store = Store(self.folder / "ledger.tmp", hashed=False)  # all or nothing
         for entry in rounds:
             for step in (step for step in STEPS if step in entry):
                 changed = [
@@ -113,6 +115,9 @@ class Ledger:
                         " none. Restore it, or start a new run."
                     )
                 self._finish(entry, step)
+        if self._last:
+            self.store.root.rename(final.root)
+        self.store = final
         self._last = ""
 
     @staticmethod
