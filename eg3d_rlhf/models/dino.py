@@ -38,6 +38,14 @@ def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return (images.to(like) - mean) / std
 
 
+def _check_layers(act: str, gated: bool, channels: int) -> None:
+    if act != "gelu" or gated or channels != 3:
+        raise ValueError(
+            f"expected layers with gelu, no gates and 3 channels, got {act!r}, {gated} and {channels}. Others"
+            " are not read."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DinoConfig:
     """Settings of a DINOv2 as its config.json states them; the defaults are those of the large one."""
@@ -50,12 +58,14 @@ class DinoConfig:
     patch_size: int = 14
     num_register_tokens: int = 0
     layer_norm_eps: float = 1e-6
+    num_channels: int = 3
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     use_swiglu_ffn: bool = False
     shown: int | None = None  # pixels per side of the images that it is given; None: image_size
 
     def __post_init__(self):
+        _check_layers(self.hidden_act, self.use_swiglu_ffn, self.num_channels)
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"DinoConfig: expected patches and heads that divide image and channels, got {self}."
@@ -308,6 +318,7 @@ def _dino3(content: Mapping[str, Any]) -> Any:
     from transformers import DINOv3ViTConfig
 
     config = DINOv3ViTConfig.from_dict(dict(content))
+    _check_layers(config.hidden_act, config.use_gated_mlp, config.num_channels)
     if config.hidden_size % (4 * config.num_attention_heads):
         raise ValueError(f"{config.hidden_size} channels are not heads of four channels or a multiple")
     return config

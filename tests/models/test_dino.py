@@ -77,8 +77,13 @@ def test_names_are_those_of_torch_hub_and_sizes_those_of_the_tensors():
     assert SMALL.tokens == 7
     with raising("'cls_token'"):
         DinoConfig.of_state({}, "x")
-    with raising("image_size=9"):
-        DinoConfig.of({**vars(SMALL), "image_size": 9})
+    for changes, name in (
+        ({"hidden_act": "relu"}, "'relu'"),
+        ({"use_swiglu_ffn": True}, "True"),
+        ({"image_size": 9}, "image_size=9"),
+    ):
+        with raising(name):
+            DinoConfig.of({**vars(SMALL), **changes})
 
 
 def test_a_file_of_torch_hub_is_the_same_network():
@@ -192,6 +197,8 @@ def test_dinov3_keeps_its_frequencies_and_refuses_odd_heads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     x = torch.rand(1, 3, 32, 48)
     assert torch.equal(read_dino3(str(tmp_path))(x), model(x)) and model(x).shape == (1, 2 + 6, 32)
-    (tmp_path / "config.json").write_text(json.dumps(content | {"num_attention_heads": 16}))
-    with raising("config.json", "four"):
-        read_dino3(str(tmp_path))
+    odd = ({"num_attention_heads": 16}, "four"), ({"use_gated_mlp": True}, "True"), ({"hidden_size": "x"}, "")
+    for changes, name in odd:
+        (tmp_path / "config.json").write_text(json.dumps(content | changes))
+        with raising("config.json", name):
+            read_dino3(str(tmp_path))
