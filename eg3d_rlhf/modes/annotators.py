@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, together
-from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
-from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
-from eg3d_rlhf.people.label.entities import LOCAL
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -76,6 +74,9 @@ def _hand_over(
     name: str, address: str | None, qr: Path | None, db: str, create: bool, make: Callable[["Store"], str]
 ) -> None:
     """Print a new token on stdout, and on stderr what goes with it."""
+    from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
+    from eg3d_rlhf.people.label.db_flag import open_store
+
     with naming("--address"):
         server = check_address(address) if address else ""
     with naming("--qr"):
@@ -107,6 +108,9 @@ def revoke(name: str, db: str) -> None:
     """Withdraw an annotator's token, link and sessions; the judgements stay.
     `new-token` lets her in again.
     """
+    from eg3d_rlhf.people.label.db_flag import open_store
+    from eg3d_rlhf.people.label.entities import LOCAL
+
     with open_store(db, create=False) as store:
         store.revoke_annotator(name)
         left = [
@@ -125,6 +129,8 @@ def revoke(name: str, db: str) -> None:
 @database
 def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
+    from eg3d_rlhf.people.label.db_flag import open_store
+
     with open_store(db, create=False) as store:
         people = store.annotators()
     rows = [
@@ -149,6 +155,8 @@ def annotators(as_json: bool, db: str) -> None:
 @database
 def status(as_json: bool, db: str) -> None:
     """Show campaigns, pairs, judgements and annotators."""
+    from eg3d_rlhf.people.label.db_flag import open_store
+
     with open_store(db, create=False) as store:
         known = store.annotators()
         work = store.tally()

@@ -12,17 +12,10 @@ from click.shell_completion import CompletionItem
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
-from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB
+from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
-from eg3d_rlhf.people.label.store_labels import (
-    export_assets,
-    export_labels,
-    export_unpaired,
-    without_password,
-)
-from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -159,6 +152,8 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
+    from eg3d_rlhf.people.label.db_flag import EXTRA
+
     ctx.obj = db
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
@@ -175,6 +170,8 @@ def main(
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
     """Return how the server is reached; its log is beside the database."""
+    from eg3d_rlhf.people.label.db_flag import sqlite_file
+
     path = sqlite_file(db)
     return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
 
@@ -188,6 +185,8 @@ def _request(
     rewards: tuple,
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
+    from eg3d_rlhf.people.label.entities import parse_questions
+
     given = launch.given_flags(ctx)
     if assets is not None:
         _refuse_generators_flags(ctx, given)
@@ -195,6 +194,8 @@ def _request(
         raise ValueError(
             "--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out."
         )
+    from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
+
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
         names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
@@ -250,6 +251,9 @@ def _refuse_generators_flags(ctx: click.Context, given: set[str]) -> None:
 def _dry_run(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> dict:
+    from eg3d_rlhf.people.label.db_flag import open_store, store_exists
+    from eg3d_rlhf.people.label.store_labels import without_password
+
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
@@ -270,6 +274,8 @@ def _dry_run(
 def _start(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> None:
+    from eg3d_rlhf.people.label.db_flag import open_store, store_exists
+
     planned = None
     if not store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
@@ -344,6 +350,8 @@ def export(
     ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
 ) -> None:
     """Write labels or judgements to FILE."""
+    from eg3d_rlhf.people.label.db_flag import open_store
+
     if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
         raise ValueError(
             f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}."
@@ -384,6 +392,8 @@ def export(
 @database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
+    from eg3d_rlhf.people.label.db_flag import open_store
+
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(
             f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it."
@@ -420,6 +430,9 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @database
 def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
+    from eg3d_rlhf.people.label.db_flag import open_store
+    from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
+
     with open_store(db, create=False) as store:
         _check(store, campaign)
         rows = list(store.judgements(campaign))
@@ -441,6 +454,8 @@ def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: s
 
 
 def _check(store: "Store", campaign: str | None) -> None:
+    from eg3d_rlhf.people.label.entities import Mode
+
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
         raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")

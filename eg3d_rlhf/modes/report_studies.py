@@ -14,9 +14,9 @@ from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation import over_seeds
 from eg3d_rlhf.evaluation import zoo as rewards
-from eg3d_rlhf.evaluation.comparison import Sources
 from eg3d_rlhf.evaluation.proof import ARMS, LABELS, Plan, commands
 from eg3d_rlhf.evaluation.proof import work as work_proof
+from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import figure_table

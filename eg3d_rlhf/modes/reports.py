@@ -14,9 +14,10 @@ from eg3d_rlhf.evaluation.attribution import report as attribution
 from eg3d_rlhf.evaluation.attribution.report import PAGE
 from eg3d_rlhf.evaluation.attribution.shapley import METHODS
 from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, PEOPLE, Settings, Study
-from eg3d_rlhf.evaluation.comparison import Sources, load_comparison
+from eg3d_rlhf.evaluation.comparison import load_comparison
 from eg3d_rlhf.evaluation.method_figure import draw_method
 from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
+from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.pages import write_page

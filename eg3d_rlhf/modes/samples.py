@@ -12,8 +12,8 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
 from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
-from eg3d_rlhf.evaluation.comparison import Sources
 from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
+from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.experiments.media import rendering
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
 from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds

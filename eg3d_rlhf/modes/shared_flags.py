@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from eg3d_rlhf.core.cli import option, together
-from eg3d_rlhf.evaluation.comparison import Sources
+from eg3d_rlhf.evaluation.sources import Sources
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)

@@ -4,33 +4,19 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
-from eg3d_rlhf.people.label.store_labels import without_password
-from eg3d_rlhf.people.study import design as designs
-from eg3d_rlhf.people.study import report as reports
 from eg3d_rlhf.people.study.design import StudyDesign
-from eg3d_rlhf.people.study.planning import (
-    OUTDIR,
-    Folder,
-    flagged,
-    make_design,
-    power_options,
-    prepare,
-    study_rows,
-)
-from eg3d_rlhf.people.study.power import (
-    PowerOptions,
-    SimulationOptions,
-    coverage,
-    exact_power,
-    sample_size,
-)
+from eg3d_rlhf.people.study.planning import OUTDIR
+from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.study.planning import Folder
 
 
 @click.command("report", cls=GroupedCommand)
@@ -59,6 +45,9 @@ from eg3d_rlhf.people.study.power import (
 )
 def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) -> None:
     """Analyse a finished study as designed: report.html and report.json."""
+    from eg3d_rlhf.people.study import report as reports
+    from eg3d_rlhf.people.study.planning import Folder, study_rows
+
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
     design, rows = study_rows(folder)
@@ -101,6 +90,9 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
+    from eg3d_rlhf.people.study.planning import flagged, power_options
+    from eg3d_rlhf.people.study.power import exact_power, sample_size
+
     with flagged(options):
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
     record = asdict(size)
@@ -144,6 +136,9 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it,
     and how often each finds a difference.
     """
+    from eg3d_rlhf.people.study.planning import flagged
+    from eg3d_rlhf.people.study.power import coverage
+
     with flagged(options):
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
     result = coverage(resolved, bootstrap_studies)
@@ -242,6 +237,9 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
+    from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
+    from eg3d_rlhf.people.study.planning import Folder, prepare
+
     flags = launch.filled(flags, StudyDesign, PowerOptions)
     folder = Folder(outdir, db)
     name = name or outdir.resolve().name
@@ -281,7 +279,11 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
     return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
 
 
-def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags) -> dict:
+def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
+    from eg3d_rlhf.people.label.store_labels import without_password
+    from eg3d_rlhf.people.study import design as designs
+    from eg3d_rlhf.people.study.planning import make_design
+
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
     design = made or designs.read_design(folder.design)
@@ -299,6 +301,8 @@ def _dry_run(folder: Folder, name: str, flags: dict, server: launch.ServerFlags)
 
 def shown_by_help(context: click.Context) -> list[object]:
     """Return what --help takes defaults from."""
+    from eg3d_rlhf.people.study.planning import Folder, power_options
+
     flags = launch.filled(context.params, StudyDesign, PowerOptions)
     folder = Folder(flags["outdir"], flags["db"])
     return [

@@ -37,7 +37,17 @@ def test_help_names_every_job_on_one_screen():
     assert listed == list(JOBS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["samples"], ["label", "annotators", "--help"]])
+QUICK = (  # other commands have settings in modules that import torch
+    "--help",
+    "samples",
+    "label annotators --help",
+    "train --reward=sigma --help-all",
+    "generator inspect --help",
+    "generator convert --help",
+)
+
+
+@pytest.mark.parametrize("arguments", [words.split() for words in QUICK], ids=" ".join)
 def test_help_loads_no_torch(arguments):
     done = subprocess.run([sys.executable, "-c", QUIET, *arguments], cwd=REPO, capture_output=True, text=True)
     modules, seconds = re.fullmatch(r"\[(.*)\] ([\d.]+)", done.stderr.splitlines()[-1]).groups()

@@ -42,7 +42,7 @@ def test_flags_follow_from_the_fields():
     given = {"kind": "b", "steps": 4, "lr": 0.1, "share": None, "file": Path("x"), "mirror": True}
     assert result.stdout.strip() == repr(sorted(given.items()))
     text = CliRunner().invoke(command, ["--help"]).stdout
-    assert text.index("Data:") < text.index("Training:") and "Updates.  [default: 3]" in text
+    assert text.index("Data:") < text.index("Training:") and "Updates.  [default: 3" in text
     assert "[default: a]" in text
     assert "hidden" not in text and "[default: by preset]" in text and "UPDATES" in text
 

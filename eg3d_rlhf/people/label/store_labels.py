@@ -16,26 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
-
-from eg3d_rlhf.people.label.entities import (
-    Choice,
-    JudgementRow,
-    Kind,
-    Mode,
-    Shape,
-    answers_to,
-    parse_questions,
-)
-from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
-from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
-from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
-from training.storage import write_atomic
+from eg3d_rlhf.people.label.entities import Kind, Mode
 
 if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.entities import JudgementRow, Shape
     from eg3d_rlhf.people.label.store import Store
+    from eg3d_rlhf.preferences.bradley_terry import Comparison
+    from eg3d_rlhf.preferences.labels import LabelSource, Preference
+    from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
 # gold and training pairs have known answers and damaged shapes
@@ -105,8 +93,10 @@ class LabelFilters:
                 f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so."
             ) from None
 
-    def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
+    def keep(self, rows: "Iterable[JudgementRow]", mode: Mode = Mode.LABEL) -> "list[JudgementRow]":
         """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
+        from eg3d_rlhf.people.label.entities import Choice, answers_to
+
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [
             row
@@ -137,11 +127,13 @@ class LabelFilters:
         return kept if self.question is None else answers_to(self.question, kept)
 
 
-def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
+def label_source(source: str | Path, filters: LabelFilters | None = None) -> "LabelSource":
     """Labels by the name of their file or the URL of their store.
 
     Raises: ValueError when a file is to be filtered.
     """
+    from eg3d_rlhf.preferences.labels import LabelSource
+
     if is_store_url(source):
         name = without_password(str(source))
         filters = filters or LabelFilters()
@@ -164,10 +156,13 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
     return LabelSource.of_file(Path(source))
 
 
-def to_preference(row: JudgementRow) -> Preference:
+def to_preference(row: "JudgementRow") -> "Preference":
     """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so
     that CSV holds them too.
     """
+    from eg3d_rlhf.people.label.entities import Choice
+    from eg3d_rlhf.preferences.labels import Preference
+
     left = row.left
     right = row.right
     refuse_assets(row, "asset-pairs")
@@ -196,7 +191,7 @@ def to_preference(row: JudgementRow) -> Preference:
     )
 
 
-def _known(row: JudgementRow) -> dict:
+def _known(row: "JudgementRow") -> dict:
     shape = row.left
     return {
         "campaign": row.campaign,
@@ -213,10 +208,13 @@ def _known(row: JudgementRow) -> dict:
     }
 
 
-def to_unpaired(row: JudgementRow, shape: Shape) -> UnpairedPreference:
+def to_unpaired(row: "JudgementRow", shape: "Shape") -> "UnpairedPreference":
     """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either:
     not good.
     """
+    from eg3d_rlhf.people.label.entities import Choice
+    from eg3d_rlhf.preferences.unpaired import UnpairedPreference
+
     score = float(row.choice.value) if row.choice.value.isdigit() else None
     label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
     refuse_assets(row, "asset-scores")
@@ -232,7 +230,7 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> UnpairedPreference:
     )
 
 
-def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
+def refuse_assets(row: "JudgementRow", kind: str = "asset-pairs") -> None:
     """Raises: ValueError for a judgement of files, which seeds cannot name."""
     if row.left.file or row.right.file:
         raise ValueError(
@@ -241,18 +239,20 @@ def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
         )
 
 
-def _drawn(shape: Shape) -> tuple:
+def _drawn(shape: "Shape") -> tuple:
     values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
     return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
-def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
+def preferences_of(store: "Store", filters: LabelFilters | None = None) -> "list[Preference]":
     """Labels of a store in order of receipt."""
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
-def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
+def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> "list[JudgementRow]":
     """The judgements that become labels, of campaigns of one mode."""
+    from eg3d_rlhf.people.label.entities import parse_questions
+
     if chosen.campaign is not None:
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
@@ -282,7 +282,7 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
     return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
 
 
-def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
+def read_preferences(url: str, filters: LabelFilters | None = None) -> "list[Preference]":
     """Labels of the store at a URL, in order of receipt."""
     try:
         from eg3d_rlhf.people.label.store import Store
@@ -305,6 +305,8 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     """Write .jsonl or .csv in the open label format, with everything known of each judgement as further
     fields. Returns the path.
     """
+    from eg3d_rlhf.preferences.labels import write_labels
+
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
 
 
@@ -312,6 +314,9 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields.
     Returns the path.
     """
+    from eg3d_rlhf.people.label.entities import Choice
+    from eg3d_rlhf.preferences.unpaired import write_unpaired
+
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
     shown = [(row, row.left) for row in rows]
     if from_pairs:
@@ -340,6 +345,9 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the
     path.
     """
+    from eg3d_rlhf.people.label.entities import Choice
+    from training.storage import write_atomic
+
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
@@ -371,13 +379,15 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     return path
 
 
-def prompt_of(row: JudgementRow, texts: Mapping[str, Mapping]) -> str:
+def prompt_of(row: "JudgementRow", texts: Mapping[str, Mapping]) -> str:
     """The prompt's text; its name where it is a picture alone."""
     return texts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
 
 
-def to_pair(row: JudgementRow, prompt: str, where: Where) -> dict:
+def to_pair(row: "JudgementRow", prompt: str, where: Where) -> dict:
     """A judgement of two assets."""
+    from eg3d_rlhf.people.label.entities import Choice
+
     winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
     known = {
         "condition": row.left.condition,
@@ -391,7 +401,7 @@ def to_pair(row: JudgementRow, prompt: str, where: Where) -> dict:
     return {**known, "choice": row.choice.value, **_provenance(row)}
 
 
-def to_score(row: JudgementRow, prompt: str, where: Where) -> dict:
+def to_score(row: "JudgementRow", prompt: str, where: Where) -> dict:
     """A judgement of one asset."""
     said: dict = (
         {"score": float(row.choice.value)}
@@ -411,7 +421,7 @@ def to_score(row: JudgementRow, prompt: str, where: Where) -> dict:
 KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
-def _provenance(row: JudgementRow) -> dict:
+def _provenance(row: "JudgementRow") -> dict:
     known = {
         "annotator": row.annotator,
         "time": row.received_at,
@@ -425,13 +435,16 @@ def _provenance(row: JudgementRow) -> dict:
     }
 
 
-def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
+def rankings(rows: "Sequence[JudgementRow]", where: Where = str) -> list[dict]:
     """A line per asset that was compared, best first within its prompt: ranks by Bradley-Terry strengths,
     equal ones for equal strengths.
 
     Of assets that no chain of comparisons links, those of the largest group alone are ranked: their strengths
     say nothing of each other.
     """
+    from eg3d_rlhf.people.label.entities import Choice, JudgementRow
+    from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
+
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         by_condition[row.left.condition].append(row)
@@ -466,8 +479,12 @@ def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
     return lines
 
 
-def largest_group(comparisons: Sequence[Comparison]) -> list[Comparison]:
+def largest_group(comparisons: "Sequence[Comparison]") -> "list[Comparison]":
     """The comparisons within the largest group of items that a chain of comparisons links."""
+    import numpy as np
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     items = {
         item: i
         for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
@@ -484,7 +501,7 @@ class _Drawn:
     def __init__(self):
         self._lists: dict[Path, dict[str, dict]] = {}
 
-    def of(self, shape: Shape, where: Where) -> dict:
+    def of(self, shape: "Shape", where: Where) -> dict:
         path = Path(shape.source)
         if path.parent not in self._lists:
             self._lists[path.parent] = {

@@ -11,11 +11,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import expit, logit, ndtri
-from scipy.stats import binom
 
-from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
 from training.config import check_knobs, knob
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
@@ -95,6 +91,8 @@ def exact_power(n, true_rate: float, alpha: float = 0.05):
     Under 0.5 the distribution is symmetric, so the test rejects at k <= c and k >= n - c with the largest c
     for which 2 P(K <= c) <= alpha; never where not even c = 0 will do.
     """
+    from scipy.stats import binom
+
     c = binom.ppf(alpha / 2, n, 0.5).astype(np.int64)  # smallest with P >= alpha / 2
     c = np.where(binom.cdf(c, n, 0.5) <= alpha / 2, c, c - 1)
     return np.where(c < 0, 0.0, binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate))
@@ -104,6 +102,8 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
     """Fewest decided trials from which on the power never falls below the wanted one again; the power saws up
     and down with n.
     """
+    from scipy.special import ndtri
+
     # by the normal approximation
     roughly = (ndtri(1 - alpha / 2) + ndtri(power)) ** 2 / (4 * (true_rate - 0.5) ** 2)
     if roughly > _MOST:
@@ -216,6 +216,8 @@ def centre(preference: float, bias: float, sd: float) -> float:
 
     Solves mean over sides s = +-1 and normal u of sigmoid(centre + s bias + sd u) = preference.
     """
+    from scipy.optimize import brentq
+    from scipy.special import expit
 
     def rate(mu: float) -> float:
         return float(
@@ -227,6 +229,8 @@ def centre(preference: float, bias: float, sd: float) -> float:
 
 def simulate(options: SimulationOptions) -> SimulatedTrials:
     """Draw the trials of all studies; the same seed gives the same trials."""
+    from scipy.special import expit, logit
+
     o = options
     rng = np.random.default_rng(options.seed)
     annotator, latent = allocation(o.annotators, o.latents, o.annotators_per_pair)
@@ -251,6 +255,8 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
     """How often each interval covers the truth, and how often each rejects 0.5: power, or the false alarms
     where preference is 0.5.
     """
+    from eg3d_rlhf.people.study.analysis import cluster_bootstrap, win_rate
+
     trials = simulate(options)
     rates = win_rate(trials.scores, trials.annotator, trials.latent)
     truth = options.truth

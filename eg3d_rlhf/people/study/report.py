@@ -12,14 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.experiments.pages import data_uri
-from eg3d_rlhf.people.label.entities import JudgementRow
-from eg3d_rlhf.people.study.analysis import analyse
-from eg3d_rlhf.people.study.design import Contender, StudyDesign
-from training.storage import write_atomic
-
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
+    from eg3d_rlhf.people.label.entities import JudgementRow
+    from eg3d_rlhf.people.study.design import Contender, StudyDesign
 
 STATIC = Path(__file__).parent / "static"
 BINS = 11  # of the latents' win rates, the middle one about one half
@@ -30,8 +26,8 @@ YAW = 0.35  # radians: the face and one side
 
 
 def compute(
-    design: StudyDesign,
-    rows: Iterable[JudgementRow],
+    design: "StudyDesign",
+    rows: "Iterable[JudgementRow]",
     interim: bool = False,
     pictures: int = 6,
     device: str = "cpu",
@@ -41,6 +37,8 @@ def compute(
 
     Args: pictures: pairs shown of either end; 0 needs no generator.
     """
+    from eg3d_rlhf.people.study.analysis import analyse
+
     analysis = analyse(design, rows, interim, now)
     # shown are those that went most for b and for a
     best = analysis["pairs"]
@@ -63,7 +61,7 @@ def compute(
     }
 
 
-def load_contender(of: Contender, device: str = "cpu") -> "LoadedGenerator":
+def load_contender(of: "Contender", device: str = "cpu") -> "LoadedGenerator":
     """The generator of a design.
 
     Raises: FileNotFoundError; ValueError where the file holds other weights than were designed.
@@ -81,7 +79,7 @@ def load_contender(of: Contender, device: str = "cpu") -> "LoadedGenerator":
     return loaded
 
 
-def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
+def draw(design: "StudyDesign", of: "Contender", seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
     """Shaded pictures of latents, PNG data addresses by seed; camera, light, level and crop are the same for
     every generator.
     """
@@ -90,6 +88,7 @@ def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str =
 
     from eg3d_rlhf.core.spec import SlabSpec
     from eg3d_rlhf.experiments.media.sheet import shade
+    from eg3d_rlhf.experiments.pages import data_uri
     from eg3d_rlhf.generators import ws_of_seeds
 
     generator = load_contender(of, device).generator
@@ -134,6 +133,8 @@ def page(report: dict) -> str:
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
     """report.json and report.html in a folder; interim ones are named so."""
+    from training.storage import write_atomic
+
     name = "interim-report" if report["interim"] else "report"
     text = json.dumps(report, indent=1, allow_nan=False)
     paths = folder / f"{name}.json", folder / f"{name}.html"
