@@ -496,7 +496,7 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
 
 @contextlib.contextmanager
 def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> Iterator[Pipeline]:
-    """Give stages other networks within the context, and their own again afterwards.
+    """Within it these stages have these networks; afterwards their own again.
 
     Raises: ValueError for a stage that is not there.
     """
@@ -513,8 +513,8 @@ def with_models(pipeline: Pipeline, models: Mapping[str, torch.nn.Module]) -> It
 
 @torch.no_grad()
 def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
-    """Reject a model that was trained with its data at the other end: read that way, it explains data x_0
-    far better.
+    """Refuse a model that was trained with its data at the other end: read that way, it explains data x_0 far
+    better.
 
     Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
     """
