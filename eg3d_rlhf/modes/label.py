@@ -186,6 +186,7 @@ def _request(
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
     from eg3d_rlhf.people.label.entities import parse_questions
+    from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
     given = launch.given_flags(ctx)
     if assets is not None:
@@ -194,8 +195,6 @@ def _request(
         raise ValueError(
             "--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out."
         )
-    from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
-
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
         names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
