@@ -7,6 +7,8 @@ import functools
 import re
 from pathlib import Path
 
+from tests import flow_arrows
+
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dnnlib", "torch_utils", "training", "eg3d_rlhf")
 FLOORS = (  # from the ground; rooms of eg3d_rlhf by their own names. Nobody imports upwards
@@ -128,6 +130,13 @@ def test_nobody_imports_upwards():
         (here, there) for here, there in arrows() if RANK[here] == RANK[there] and (there, here) in arrows()
     ]
     assert level == [], "two rooms on one floor may import each other in one direction"
+
+
+def test_folders_of_flow_import_downwards():
+    """And so few arrows are between them that the order can be kept in mind."""
+    found = flow_arrows.arrows()
+    assert flow_arrows.upward(found) == []
+    assert len(found) <= flow_arrows.MOST, sorted(found)
 
 
 def test_every_room_has_its_floor():

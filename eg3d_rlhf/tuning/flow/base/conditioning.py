@@ -1,5 +1,7 @@
-"""What a flow is told: one tensor of tokens, or several tensors by name, a row per sample; embeddings of
-conditions by name, and the files that keep them: ours, or those of other programs, one file per condition.
+"""Conditioning of flows: one tensor of tokens, or several tensors by name, with a row per sample.
+
+Embeddings are kept by the names of conditions, in a file of ours, or in those of other programs, one file per
+condition.
 
 Shape letters: N samples, L tokens, E their size.
 """
@@ -15,9 +17,6 @@ import torch
 
 from eg3d_rlhf.models import weights
 from training.storage import read_tensors, write_tensors
-
-# What a flow is told: one tensor of tokens, or several tensors by name, a row per sample.
-
 
 Condition = torch.Tensor | Mapping[str, torch.Tensor]  # [N, L, E], or by name [N, ...]
 
@@ -42,12 +41,12 @@ def to_device(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def tensor_of(condition: Condition) -> torch.Tensor:
-    """One of its tensors, for the device that all are on."""
+    """Return one of its tensors, for the device that all are on."""
     return condition if isinstance(condition, torch.Tensor) else next(iter(condition.values()))
 
 
 def rows(condition: Condition) -> int:
-    """N. Raises: ValueError where tensors differ in it."""
+    """Return N. Raises: ValueError where tensors differ in it."""
     if isinstance(condition, torch.Tensor):
         return len(condition)
     counts = {name: len(tensor) for name, tensor in condition.items()}
@@ -59,19 +58,19 @@ def rows(condition: Condition) -> int:
 
 
 def expanded(empty: Condition, condition: Condition) -> Condition:
-    """The empty condition, given once or for each sample, as many times as the other has rows."""
+    """Repeat an empty condition that is given once for each row of the other."""
     return each(lambda null, full: null.expand_as(full) if len(null) == 1 else null, empty, condition)
 
 
 def where(mask: torch.Tensor, yes: Condition, no: Condition) -> Condition:
-    """Row by row, `yes` where mask [N] is true."""
+    """Choose row by row: `yes` where mask [N] is true."""
     return each(
         lambda a, b: torch.where(mask.to(b.device).view(-1, *[1] * (b.ndim - 1)), a.to(b), b), yes, no
     )
 
 
 def twice(condition: Condition) -> Condition:
-    """All rows, then all again."""
+    """Repeat all rows once more behind them."""
     return each(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)), condition)
 
 
@@ -126,7 +125,7 @@ class Conditions:
 
     @property
     def form(self) -> Mapping[str, list[int]] | list[int]:
-        """Shape of each, or shapes by name."""
+        """The shape of each embedding, or shapes by name."""
         return form_of(next(iter(self.tokens.values())))
 
     def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
@@ -138,8 +137,8 @@ class Conditions:
             )
 
     def check_source(self, who: str, source: str, encoder: str) -> None:
-        """Raise ValueError where another encoder or another preparation made them; those of an unknown source
-        are taken.
+        """Raise ValueError where another encoder or another preparation made them; an unknown source is
+        accepted.
 
         Args: source: what they must state; with * in front whatever ends so.
         """
@@ -197,8 +196,8 @@ def write_conditions(path: Path, conditions: Conditions) -> None:
 
 
 def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
-    """A file of `write_conditions`, its folder, or one of <name>.pt, .npy, .npz or .safetensors with one
-    tensor [L, E] or [1, L, E] each.
+    """Read a file of `write_conditions`, its folder, or a folder of <name>.pt, .npy, .npz or .safetensors
+    with one tensor [L, E] or [1, L, E] each.
 
     Args:
         zero_null: for a folder: the empty condition is zeros, as for images, rather than the embedding of ''
@@ -232,7 +231,7 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
 
 
 def read_embedding(path: Path) -> torch.Tensor:
-    """One condition's tokens [L, E] as float32."""
+    """Read one condition's tokens [L, E] as float32."""
     embedding = read_array(path)
     if embedding.ndim == 3 and len(embedding) == 1:
         embedding = embedding[0]
@@ -244,7 +243,7 @@ def read_embedding(path: Path) -> torch.Tensor:
 
 
 def read_array(path: Path, key: str | None = None) -> torch.Tensor:
-    """The one array of a .pt, .npy, .npz or .safetensors file, or the one called `key` in a file of several.
+    """Read the one array of a .pt, .npy, .npz or .safetensors file, or of several the one called `key`.
 
     Raises: FileNotFoundError; ValueError for a damaged file, one that would run code, or one without that
         array.

@@ -32,7 +32,7 @@ class Choosing:
     def held_out(
         self, problem: Problem, stage: str, others: Models, against: Models, ranks: Ranks = SINGLE
     ) -> HeldOut | None:
-        """The judge of a stage's training; None for a problem that has none to choose by.
+        """Make the evaluator of a stage's training; None for a problem that has none to choose by.
 
         Args: others, against, ranks: see HeldOut.
         """
@@ -76,7 +76,7 @@ class Judging:
         check_knobs(self)
 
     def crossed(self, problem: Problem) -> tuple[list[str], list[int]]:
-        """Every held-out condition per noise, and the noises' seeds, [C S] each."""
+        """Return every held-out condition per noise, and the noises' seeds, [C S] each."""
         pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
         return [name for name, _ in pairs], [
             derive_seed("table", self.seed, name, k) % 2**31 for name, k in pairs
@@ -91,7 +91,7 @@ def judged(
     spreads: bool = False,
     given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> dict:
-    """Scores of the held-out conditions' assets, as JSON: {"conditions": [C], "scores":
+    """Score the held-out conditions' assets; returns JSON: {"conditions": [C], "scores":
     {judge or part: [C][S]}}.
 
     Judges: those of JUDGES that the problem has, and the parts of its table. The noises are the same whatever
@@ -145,8 +145,8 @@ def judged(
 
 
 def spread(latents: Sequence[Latent]) -> float:
-    """How far assets of one condition differ: standard deviation over them, of every number, in the mean; 0
-    where all are alike.
+    """Measure how far assets of one condition differ: the standard deviation over them of every number, in
+    the mean; 0 where all are alike.
 
     On voxels, of the mean features, since they lie in different places.
     """

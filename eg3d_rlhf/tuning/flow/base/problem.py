@@ -100,8 +100,8 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 
 
 def chosen_precision(precision: str, device: str | torch.device) -> str:
-    """bfloat16 or float32. Where float32 is not asked for, CUDA multiplies what is left of it in TF32, from
-    now on in this process.
+    """Choose bfloat16 or float32. Where float32 is not asked for, CUDA multiplies what is left of it in TF32,
+    from now on in this process.
     """
     cuda = torch.device(device).type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cuda and precision != "float32"
@@ -160,7 +160,7 @@ class ProblemSource(EncodingSource):
     held_out: float = _what(
         0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True
     )
-    # conditions to train on, to choose on, to tell by; None: divided by a hash
+    # conditions to train on, to choose on and to hold out; None: divided by a hash
     splits: tuple[tuple[str, ...], ...] | None = None
     parts: str = _what(
         "all",

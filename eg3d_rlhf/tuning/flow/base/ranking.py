@@ -35,7 +35,7 @@ class Candidate:
     file: Path | None = None  # what people look at
 
 
-# what people said of two assets: for the first, and for the second
+# votes of people on two assets: for the first, and for the second
 Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 

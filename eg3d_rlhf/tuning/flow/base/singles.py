@@ -1,5 +1,5 @@
-"""Which assets a stage is tuned by: a list of drawn assets with their latents, and labels of any kind that
-speak of them.
+"""Assets with labels that a stage is tuned by: a list of sampled assets with their latents, and labels of any
+kind of them.
 
 The list is what `eg3d-rlhf flow draw` wrote, or one of assets of your own (ranking.py); labels are a file
 (preferences/goodness.py), and without one the list's own ranks. The toy draws its assets and has people of
@@ -49,20 +49,20 @@ class Labelled:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Hash of what was said of which assets; their latents are the training's to hash."""
+        """The hash of the labels by asset; latents are hashed where they are trained on."""
         return json_hash(
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
 
     def said_by(self, labels: Path) -> "Labelled":
-        """The same assets with what a file says of them. Raises: see `read_goodness`."""
+        """Return the same assets with the labels of a file. Raises: see `read_goodness`."""
         return replace(self, goodness=read_goodness(labels, known_of(self.assets)))
 
     def singles(
         self, stage: str, conditions: Collection[str] | None = None, use: str = "labels", seed: int = 0
     ) -> list[Single]:
-        """A stage's latents of the judged assets that are not alone in their condition, with r as it is or as
-        a control's.
+        """Select a stage's latents of the judged assets that are not alone in their condition, with r as it
+        is or as a control's.
 
         Args: conditions: to train on; None: all; use, seed: see `as_used`.
         Raises: ValueError where none is left, or the assets have no latents of the stage.
@@ -102,7 +102,7 @@ def read_labelled(
     candidate: Candidates = sampled_candidate,
     on_asset: Callable[[], None] | None = None,
 ) -> Labelled:
-    """The assets of a list, or of the folder that holds it, and what a file says of them; None: their own
+    """Read the assets of a list, or of the folder that holds it, and the labels of a file; None: their own
     ranks in the list.
 
     Args: candidate: reads a line; on_asset: called after each.
@@ -118,7 +118,7 @@ def read_labelled(
 
 
 def known_of(candidates: Sequence[Candidate]) -> Known:
-    """What labels may call these assets: by their numbers in the list, or by what people look at."""
+    """Return the names that labels may use for these assets: numbers in the list, or shown files."""
     return Known(
         conditions={asset.name: asset.condition for asset in candidates},
         files={asset.file.resolve(): asset.name for asset in candidates if asset.file is not None},

@@ -1,5 +1,5 @@
-"""What a generator in stages is to everything else here: stages, each a flow over latents of one kind, with
-gaps between them that no gradient passes.
+"""Interface of a generator in stages, each a flow over latents of one kind. Decoding between stages is not
+differentiable.
 
 A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux,
 SD3).
@@ -53,8 +53,8 @@ _REFUSED = contextvars.ContextVar("refused", default=False)
 
 @contextlib.contextmanager
 def refusing_empty() -> Iterator[None]:
-    """Within it an empty structure is an error; elsewhere its likeliest voxel stands for it, so that tuning
-    goes on.
+    """Make an empty structure an error within the context. Elsewhere its likeliest voxel stands for it, so
+    that tuning continues.
     """
     token = _REFUSED.set(True)
     try:
@@ -77,7 +77,7 @@ Voxels = torch.Tensor | SparseSample | None
 
 
 class LatentKind(Protocol):
-    """What is asked of a kind; `who` speaks in messages, `remedy` ends them."""
+    """Interface of a kind of latents. Messages begin with `who` and end with `remedy`."""
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a
@@ -269,11 +269,11 @@ class FlowPath:
             )
 
     def sigma(self, t: Any) -> Any:
-        """Noise in x_t, s + (1 - s) t, of one time or of a tensor of them."""
+        """Return the noise in x_t, s + (1 - s) t, of one time or of a tensor of them."""
         return self.sigma_min + (1 - self.sigma_min) * t
 
     def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Times to train on, [n], drawn on the generator's device."""
+        """Sample times to train on, [n], on the generator's device."""
         if self.schedule == "uniform":
             return torch.rand(n, generator=generator, device=generator.device)
         return torch.sigmoid(
@@ -281,7 +281,7 @@ class FlowPath:
         )
 
     def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
-        """x_t at times t [N] in 0..1.
+        """Mix x_t at times t [N] in 0..1.
 
         Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
         """
@@ -294,35 +294,35 @@ class FlowPath:
         return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
 
     def velocity(self, x_0: Batch, eps: Batch) -> Batch:
-        """v, the same at all times."""
+        """Return v, which is the same at all times."""
         return with_feats(x_0, (1 - self.sigma_min) * feats_of(eps) - feats_of(x_0))
 
     def data(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
-        """The x_0 that x_t and v speak of: (1 - s) x_t - (s + (1 - s) t) v."""
+        """Return the x_0 that follows from x_t and v: (1 - s) x_t - (s + (1 - s) t) v."""
         time = spread(t, x_t)
         return with_feats(x_t, (1 - self.sigma_min) * feats_of(x_t) - self.sigma(time) * feats_of(v))
 
     def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
-        """The v that speaks of x_0 at x_t: inverse of `data`, at times above 0."""
+        """Return the v that leads to x_0 at x_t: inverse of `data`, at times above 0."""
         time = spread(t, x_t)
         return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / self.sigma(time))
 
     def noise(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
-        """The eps that x_t and v speak of: x_t + (1 - t) v."""
+        """Return the eps that follows from x_t and v: x_t + (1 - t) v."""
         return with_feats(x_t, feats_of(x_t) + (1 - spread(t, x_t)) * feats_of(v))
 
     def errors(self, v: Batch, x_0: Batch, eps: Batch) -> torch.Tensor:
-        """Flow-matching error of predicted velocities, mean over everything of a sample -> [N].
+        """Compute the flow-matching error of predicted velocities, mean over everything of a sample -> [N].
         Differentiable in: v.
         """
         return self.apart(v, self.velocity(x_0, eps))
 
     def apart(self, a: Batch, b: Batch) -> torch.Tensor:
-        """Squared distance, mean over everything of a sample -> [N]. Differentiable in: a, b."""
+        """Compute the squared distance, mean over everything of a sample -> [N]. Differentiable in: a, b."""
         return self.per_sample((feats_of(a) - feats_of(b)).square(), a)
 
     def per_sample(self, values: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean over everything of a sample [N] of `values` like `feats_of(batch)`, by the weights.
+        """Average over everything of a sample [N] `values` like `feats_of(batch)`, by the weights.
         Differentiable in: values.
         """
         if self.weights is None:
@@ -333,9 +333,7 @@ class FlowPath:
 
 
 def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
-    """Times and velocities in the convention that has its data at t = 1, from ours,
-    or the other way about.
-    """
+    """Convert times and velocities to the convention that has its data at t = 1, or back."""
     return 1 - t, with_feats(v, -feats_of(v))
 
 
@@ -354,7 +352,7 @@ class Sampling:
     rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
     # share of a guided x_0 that is brought to the standard deviation of the one without guidance
     cfg_rescale: float = 0.0
-    shortcut: bool = False  # tell the network how long a step is: 1 / steps; it then need not take many
+    shortcut: bool = False  # the network reads the length of a step, 1 / steps, and so needs few
     # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
     time_scale: float | None = None
     single: bool = False  # times are made in float32 from 1 - t, as some of these programs make them
@@ -379,7 +377,7 @@ class Sampling:
 
 
 def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
-    """The call of a module that takes what a stage gives."""
+    """Call a module that takes what a stage gives."""
     return module(x_t, t, cond)
 
 
@@ -393,7 +391,7 @@ class FlowStage:
     model: torch.nn.Module
     latents: LatentKind
     call: Call = as_is  # of the module; times and sign as the module has them
-    call_step: CallStep | None = None  # of a module that can be told how long a step is; None: it cannot
+    call_step: CallStep | None = None  # of a module that reads the length of a step; None: it does not
     data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
@@ -411,9 +409,9 @@ class FlowStage:
     ) -> Batch:
         """v in this package's convention, by the stage's module or another of its kind in its place.
 
-        Args: t: [N] in 0..1, 1 is noise; step: how long a step will be made of v, where the module can be
-            told; None: v as trained.
-        Raises: ValueError for a step where the module cannot be told. Differentiable in: x_t, the module's
+        Args: t: [N] in 0..1, 1 is noise; step: length of the step that will be made of v, where the module
+            reads it; None: v as trained.
+        Raises: ValueError for a step where the module does not read it. Differentiable in: x_t, the module's
             parameters.
         """
         model = self.model if model is None else model
@@ -440,7 +438,7 @@ class FlowStage:
 
     @property
     def hash(self) -> str:
-        """Of the network's weights and class."""
+        """The hash of the network's weights and class."""
         return checksum(self.model.state_dict(), type(self.model).__name__)
 
     def check(self, who: str, latent: Latent) -> None:
@@ -485,7 +483,7 @@ class AssetReward(Protocol):
 
 
 def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
-    """The stage of that name.
+    """Return the stage of a name.
 
     Raises: ValueError naming those there are.
     """

@@ -35,13 +35,13 @@ def register(family: Family) -> Family:
 
 
 def bundled_family(name: str) -> FlowFamily | None:
-    """The family that comes with this package under a name, if there is one."""
+    """Return the family that comes with this package under a name, if there is one."""
     family = FAMILIES[name] if name in FAMILIES else None
     return family if family is not None and family.bundled else None
 
 
 def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFamily:
-    """The family of a folder, or the bundled one of that name; its notice is said once.
+    """Return the family of a folder, or the bundled one of that name; its notice is printed once.
 
     Raises: FileNotFoundError for no folder, or one of no known family.
     """

@@ -1,7 +1,7 @@
-"""Judges of finished assets that are learned from people's pairs.
+"""Rewards of finished assets that are fitted to preference pairs.
 
-They see where an asset is filled and which colours it has there. They know nothing of conditions: they
-compare assets of one condition, as w1, w2 and win rates do.
+They read where an asset is filled and which colours it has there. They do not read conditions: they compare
+assets of one condition, as w1, w2 and win rates do.
 
 Shape letters: N assets, P pairs, F features, K cells per axis.
 """
@@ -63,8 +63,8 @@ class LinearReward:
         self.weight.requires_grad_(False)
 
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
-        found = torch.stack([features(asset) for asset in assets]).double()
-        return (((found - self.mean) / self.std) @ self.weight).float()
+        observed = torch.stack([features(asset) for asset in assets]).double()
+        return (((observed - self.mean) / self.std) @ self.weight).float()
 
 
 class RewardOfPairs:

@@ -31,7 +31,7 @@ from eg3d_rlhf.tuning.flow.families import FAMILIES, bundled_family, family_of
 
 
 def check_source(source: ProblemSource) -> None:
-    """Refuse what has no effect on a problem, or lacks, as far as its names tell.
+    """Reject options that have no effect on a problem, and a folder without pairs, by names alone.
 
     Raises: ValueError naming it.
     """
@@ -54,7 +54,7 @@ def check_source(source: ProblemSource) -> None:
 
 
 def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
-    """Options that are given though they are not read."""
+    """List options that are given though they are not read."""
     return ", ".join(
         f"--{f.name.replace('_', '-')}"
         for f in fields(source)
@@ -232,8 +232,8 @@ def read_stages(
 
 
 def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str], list[str], list[str]]:
-    """Conditions to train on, one at least; and of a share that is held out, those to choose on and the
-    table's, by a hash of names.
+    """Divide conditions by a hash of their names: one or more to train on; and of a share that is held out
+    those to choose on and those of the table.
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     count = min(max(1, round(held_out * len(order))), len(order) - 1)
@@ -241,7 +241,7 @@ def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str]
 
 
 def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
-    """Pair folders by stage, in a folder that holds one for each, or of one such.
+    """Return pair folders by stage, in a folder that holds one for each, or of one such.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -271,7 +271,7 @@ def _stage_in(path: Path) -> str:
 
 
 def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) -> Path:
-    """The file of embeddings: the one that is given, else that beside the pairs.
+    """Return the file of embeddings: the one that is given, else that beside the pairs.
 
     Raises: FileNotFoundError.
     """
@@ -287,7 +287,7 @@ def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) ->
 
 
 def hash_of(path: Path) -> str:
-    """Of a file, or of a folder's names and bytes."""
+    """Hash a file, or a folder's names and bytes."""
     if path.is_file():
         return file_hash(path)
     digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """SAM 3D Objects' files: pipeline.yaml, and per part a YAML file beside a checkpoint. Nothing is downloaded
 or run.
 
-A generator's checkpoint is a larger state dict. Its network and the embedder of what it is told lie under
+A generator's checkpoint is a larger state dict. Its network and the embedder of its conditioning lie under
 prefixes:
 
     _base_models.generator.reverse_fn.backbone.X      the flow's network
@@ -139,7 +139,7 @@ class PipelineFile:
     @property
     def preparation(self) -> str:
         """What is done to pictures, in words that files of conditions state."""
-        said = [
+        parts = [
             f"{cut.size} pixels, box {cut.box_size_factor:g}, border"
             f" {cut.padding_factor:g}{', cut out' if cut.rembg else ''}"
             for cut in self.cuts.values()
@@ -150,7 +150,7 @@ class PipelineFile:
             if points.moments_alone
             else f"by {points.normaliser}{'' if points.scene_scale else ' of the object'}"
         )
-        return f"{'; '.join(dict.fromkeys(said))}, points {how}"
+        return f"{'; '.join(dict.fromkeys(parts))}, points {how}"
 
 
 def folder_of(root: Path) -> Path:

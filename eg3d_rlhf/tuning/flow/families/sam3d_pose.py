@@ -1,8 +1,8 @@
-"""Where an object is: what the first stage says of its pose, in the camera's space, x left, y up, z forward.
+"""The pose of an object from the first stage's latents, in the camera's space: x left, y up, z forward.
 
-Points of the object's own frame, z up, are rows p; they go to (s p) R + T. The flow says six numbers of the
-rotation, whose mean and deviation are the original's, T and s in units of the point map that it was told, of
-which scale and shift are kept beside its tokens.
+Points of the object's own frame, z up, are rows p; they go to (s p) R + T. The flow gives six numbers of the
+rotation, whose mean and standard deviation are the original's, T and s in units of the point map of its
+conditioning, of which scale and shift are kept beside its tokens.
 
 Shape letters: N samples.
 """

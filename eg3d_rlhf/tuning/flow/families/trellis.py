@@ -17,7 +17,6 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.families import register
@@ -158,6 +157,7 @@ class Trellis(FlowFamily):
     read_asset = staticmethod(read_ply)
     read_samples = staticmethod(read_dso)
     show = staticmethod(show)
+    fit_reward = staticmethod(RewardOfPairs)
 
     def recognises(self, root: Path) -> bool:
         """Return whether pipeline.json is TRELLIS's, or no JSON at all, which the reader then rejects."""
@@ -198,7 +198,8 @@ class Trellis(FlowFamily):
         return TrellisPipeline(file, flows, conditions, part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
-        return [files.TOKENS[pipeline.file.kind], _config_of(pipeline, stage).cond_channels]
+        model: Any = stage_of(pipeline, stage).model
+        return [files.TOKENS[pipeline.file.kind], model.config.cond_channels]
 
     def configured(self, source: EncodingSource) -> "Trellis":
         return replace(self, encoding=Encoding(share=source.voxel_share, views=source.views))
@@ -222,11 +223,6 @@ class Trellis(FlowFamily):
 
     def pair_meta(self, pipeline: TrellisPipeline, stage: str, report: Mapping) -> Mapping:
         return {"normalization": files.normalization(pipeline.file, stage), "report": report}
-
-    def fit_reward(
-        self, pipeline: TrellisPipeline, pairs: Sequence[PreferencePair], title: str
-    ) -> RewardOfPairs:
-        return RewardOfPairs(pipeline, pairs, title)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
         return ImageEncoder(_of_kind(root, "image").encoder, device).conditions(images)
@@ -269,10 +265,6 @@ class Trellis(FlowFamily):
             "TRELLIS-text-large": partial(files.released_stages, "text", 768),
             "TRELLIS-image-large": partial(files.released_stages, "image", 1024),
         }
-
-
-def _config_of(pipeline: TrellisPipeline, stage: str) -> Any:
-    return stage_of(pipeline, stage).model.config
 
 
 def _of_kind(root: Path, kind: str) -> files.PipelineFile:

@@ -31,7 +31,6 @@ from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncod
 from eg3d_rlhf.models.vit import Dino3, read_dino3
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.families import print_notice, register
@@ -334,6 +333,7 @@ class Trellis2(FlowFamily):
     up = "z"
     read_asset = staticmethod(read_asset)
     show = staticmethod(show)
+    fit_reward = staticmethod(RewardOfPairs)
 
     def recognises(self, root: Path) -> bool:
         path = root / "pipeline.json"
@@ -401,11 +401,6 @@ class Trellis2(FlowFamily):
             print_notice(f"{', '.join(lost)} not found: stages are tuned one by one, without the loop.")
         shape = [stage for stage in files.STAGES if stage != files.TEXTURE]
         return open_folder(self, source, device, stages=shape, rewards=not lost)
-
-    def fit_reward(
-        self, pipeline: Trellis2Pipeline, pairs: Sequence[PreferencePair], title: str
-    ) -> RewardOfPairs:
-        return RewardOfPairs(pipeline, pairs, title)
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
         """Embed images with transparent backgrounds at both sizes, by the DINOv3 that pipeline.json names."""

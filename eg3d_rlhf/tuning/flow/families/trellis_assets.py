@@ -121,7 +121,7 @@ def calibrated(
     assert len(assets) == len(voxels)
     if not assets:
         raise ValueError("--list: expected assets, got none. Draw some.")
-    found = torch.zeros(len(SHARES), dtype=torch.float64)
+    overlaps = torch.zeros(len(SHARES), dtype=torch.float64)
     for asset, own in zip(assets, voxels, strict=True):
         x, y, z = own.cpu().long().unbind(1)
         wanted = torch.zeros(resolution**3, dtype=torch.bool)
@@ -129,8 +129,8 @@ def calibrated(
         mass, usual = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
             filled = (mass >= share * usual) & (mass > 0)
-            found[i] += (filled & wanted).sum() / (filled | wanted).sum()
-    ious = (found / len(assets)).tolist()
+            overlaps[i] += (filled & wanted).sum() / (filled | wanted).sum()
+    ious = (overlaps / len(assets)).tolist()
     best = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
         "share": SHARES[best],

@@ -123,8 +123,8 @@ class FinalOracle(_Oracle):
         }
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        found = self.measures(assets, conditions)
-        return {"geometry": found["overlap"] + found["symmetry"] + found["pieces"], "colour": found["colour"]}
+        parts = self.measures(assets, conditions)
+        return {"geometry": parts["overlap"] + parts["symmetry"] + parts["pieces"], "colour": parts["colour"]}
 
 
 @functools.cache
