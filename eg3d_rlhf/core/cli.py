@@ -255,7 +255,7 @@ class GroupedCommand(click.Command):
                 self._take_rare(ctx)
         try:
             ctx.meta[VALUES] = HelpValues(self.resolved(ctx))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             ctx.meta[VALUES] = HelpValues(None)
             return self._as_typed(str(error).strip())
         return None

@@ -15,7 +15,7 @@ from training.config import check_knobs, knob
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner:
     steps: int = knob(3, "Updates.", "Training", metavar="UPDATES", low=1)
-    lr: float | None = knob(None, "Learning rate.", "Training", above=0, shown="by preset")
+    lr: float | None = knob(None, "Learning rate.", "Training", above=0, shown="twice")
     share: float = knob(0.5, "Held out.", "Data", above=0, below=1)
 
     def __post_init__(self):
@@ -42,9 +42,13 @@ def test_flags_follow_from_the_fields():
     given = {"kind": "b", "steps": 4, "lr": 0.1, "share": None, "file": Path("x"), "mirror": True}
     assert result.stdout.strip() == repr(sorted(given.items()))
     text = CliRunner().invoke(command, ["--help"]).stdout
-    assert text.index("Data:") < text.index("Training:") and "Updates.  [default: 3" in text
-    assert "[default: a]" in text
-    assert "hidden" not in text and "[default: by preset]" in text and "UPDATES" in text
+    assert (
+        text.index("Data:") < text.index("Training:")
+        and "Updates.  [default: 3; x>=1]" in text
+        and "[default: twice; x>0]" in text
+        and "Kind.  [default: a]" in text
+    )
+    assert "hidden" not in text and "UPDATES" in text
 
 
 @pytest.mark.parametrize("flag", ["--steps=0", "--lr=0", "--share=1", "--kind=c"])
