@@ -234,7 +234,8 @@ class GroupedCommand(click.Command):
         names = {
             flag: name for name, setting in self.rare.items() for flag in map(_with_dashes, setting.opts)
         }
-        near = difflib.get_close_matches(typed, [*names, *(error.possibilities or ())], n=1)
+        # nearly: a slip of the keys, not the flag of another mode, which `ModeCommand` names
+        near = difflib.get_close_matches(typed, [*names, *(error.possibilities or ())], n=1, cutoff=0.8)
         name = names.get(near[0]) if near else None
         if name is None:
             return

@@ -101,11 +101,9 @@ def test_everything_is_drawn(tiny_comparison, unchanged, tmp_path):
 @pytest.mark.parametrize("change", [{"n": 17}, {"psi": 0.5}, {"seed": 1}, {"reward_hash": "other"}])
 def test_identity_follows_what_matters(tiny_comparison, change):
     other = Comparison(**{**vars(tiny_comparison), **change})
-    assert rewards.jobs(tiny_comparison)[0].identity() != rewards.jobs(other)[0].identity()
-    assert (
-        rewards.jobs(tiny_comparison)[0].identity()
-        == rewards.jobs(Comparison(**{**vars(tiny_comparison), "batch": 3}))[0].identity()
-    )
+    batched = Comparison(**{**vars(tiny_comparison), "batch": 3})
+    assert rewards.jobs(tiny_comparison)[0].inputs != rewards.jobs(other)[0].inputs
+    assert rewards.jobs(tiny_comparison)[0].inputs == rewards.jobs(batched)[0].inputs
 
 
 TIMES = np.array([0.0, 0.06, 0.12, 0.24])

@@ -23,12 +23,7 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture
 def count(tmp_path, monkeypatch):
     """The mode of docs/extending.md as a plugin; returns a function that runs it."""
-    text = (
-        (REPO / "docs" / "extending.md")
-        .read_text()
-        .partition("## A new mode\n")[2]
-        .partition("## Three walks")[0]
-    )
+    text = (REPO / "docs" / "extending.md").read_text().partition("## A new mode\n")[2].partition("\n## ")[0]
     code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     (tmp_path / "count_mode.py").write_text(code)
     monkeypatch.setenv(registry.VARIABLE, str(tmp_path / "count_mode.py"))
