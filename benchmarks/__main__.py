@@ -48,7 +48,6 @@ RESULTS = Path(__file__).parent / "results"
     "--repeats",
     metavar="ROUNDS",
     type=click.IntRange(1, 1000),
-    default=None,
     group="How",
     show_default="what fits into 15 s, at least 2",
     help="Rounds of every row; both paths run in each.",
@@ -87,7 +86,6 @@ RESULTS = Path(__file__).parent / "results"
     "--compare",
     metavar="OLD.json",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    default=None,
     group="Results",
     help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.",
 )

@@ -32,7 +32,6 @@ from training.progress import tqdm
 @option(
     "--by",
     metavar="REGEX",
-    default=None,
     show_default="first folder below FOLDER",
     help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.",
 )

@@ -94,7 +94,6 @@ artefact_flags = together(
         rare=True,
         metavar="DIR",
         type=FOLDER,
-        default=None,
         show_default="artefacts in --outdir",
         help="Finished steps, by the hash of all that they depend on; runs share them.",
     ),

@@ -87,7 +87,6 @@ flags = together(
         "--method",
         group=METHOD,
         type=click.Choice(list(METHODS)),
-        default=None,
         show_default="that of --preset, or the arms of --compare",
         help="How assets are made.",
     ),
@@ -95,7 +94,6 @@ flags = together(
         "--compare",
         group=METHOD,
         metavar="ARM,...",
-        default=None,
         show_default="none",
         help=(
             "Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward"
@@ -107,7 +105,6 @@ flags = together(
         "--preset",
         group=METHOD,
         type=click.Choice(sorted(PRESETS)),
-        default=None,
         show_default="none",
         help="Settings of a method by name; those of public code among them. Brings its method.",
     ),
@@ -115,14 +112,12 @@ flags = together(
     option(
         "--tau",
         type=float,
-        default=None,
         rare=True,
         help="Gap of rewards from which the loser is pushed away, see tau_mode; inf: never.",
     ),
     option(
         "--weight",
         metavar="RAMP",
-        default=None,
         rare=True,
         help="Weight of DreamReward's gradient: a number, or a ramp over steps s0,v0,v1,s1.",
     ),

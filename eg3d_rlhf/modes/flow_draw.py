@@ -21,7 +21,6 @@ drawing_flags = together(
         rare=True,
         metavar="N",
         type=click.IntRange(2),
-        default=None,
         show_default="the family's",
         help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.",
     ),
@@ -30,7 +29,6 @@ drawing_flags = together(
         rare=True,
         metavar="N",
         type=click.IntRange(1),
-        default=None,
         help=(
             "Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's"
             " structure)."

@@ -27,7 +27,6 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     "--tune",
     "name",
     metavar="NAME",
-    default=None,
     show_default="the latest",
     help="Of WORK: a training, such as tune-00.",
 )
@@ -36,7 +35,6 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     "root",
     metavar="ROOT",
     type=FOLDER,
-    default=None,
     show_default="as it was tuned",
     help="Folder of the generator.",
 )

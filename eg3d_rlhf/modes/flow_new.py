@@ -45,14 +45,12 @@ LONGEST = 2000  # characters of a prompt that the page shows
     "--prompts",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
     help="Texts, one per line, for generators of texts; the toy has its own.",
 )
 @option(
     "--pictures",
     metavar="DIR",
     type=FOLDER,
-    default=None,
     help="Pictures with transparent backgrounds, for generators of pictures.",
 )
 @option(
@@ -60,7 +58,6 @@ LONGEST = 2000  # characters of a prompt that the page shows
     "embeddings",
     metavar="FILE|DIR",
     type=click.Path(path_type=Path),
-    default=None,
     help="Embeddings that others made, by name, in place of the generator's encoder.",
 )
 @option(
@@ -98,7 +95,6 @@ LONGEST = 2000  # characters of a prompt that the page shows
     rare=True,
     metavar="N",
     type=click.IntRange(1),
-    default=None,
     help="Assets drawn at once, pairs in one pass.",
 )
 @option("--up", rare=True, type=click.Choice(["y", "z"]), default=None, help="Axis of assets that points up.")

@@ -99,7 +99,6 @@ class Study:
 @option(
     "--against",
     type=click.Choice([BASE, CONTROL]),
-    default=None,
     show_default="base, then control",
     help="What the tuned generator is compared with.",
 )
@@ -107,7 +106,6 @@ class Study:
     "--n",
     metavar="INT",
     type=click.IntRange(1),
-    default=None,
     show_default="all test assets",
     help="Pairs after which it is over.",
 )
@@ -118,7 +116,6 @@ class Study:
     "--tune",
     rare=True,
     metavar="NAME",
-    default=None,
     show_default="the latest",
     help="Training, such as tune-00.",
 )

@@ -41,7 +41,6 @@ from training.synthetic_heads import resolve_dataset
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="all",
     group="Images",
     help="Take the first so many, in the order of their names.",
@@ -49,7 +48,6 @@ from training.synthetic_heads import resolve_dataset
 @option(
     "--transform",
     type=click.Choice(TRANSFORMS),
-    default=None,
     show_default="none",
     group="Images",
     help="See above.",
@@ -57,7 +55,6 @@ from training.synthetic_heads import resolve_dataset
 @option(
     "--resolution",
     metavar="WxH",
-    default=None,
     show_default="as they are",
     group="Images",
     help="Size of the result, pixels.",
@@ -81,7 +78,6 @@ from training.synthetic_heads import resolve_dataset
     "jobs",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="cores",
     help="Processes; no effect on the result.",
 )
@@ -154,7 +150,6 @@ def convert(
     "--inception",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    default=None,
     show_default="the bundled features",
     group="What",
     help="TorchScript detector: net(uint8 images, return_features=True).",

@@ -65,7 +65,6 @@ class LabelGroup(GroupedGroup):
 @option(
     "--network",
     metavar="PATH",
-    default=None,
     show_default="the bundled generator",
     help="Network file or run folder.",
     group="Pairs",
@@ -73,7 +72,6 @@ class LabelGroup(GroupedGroup):
 @option(
     "--assets",
     metavar="PATH",
-    default=None,
     show_default="a generator's shapes",
     group="Pairs",
     help=(
@@ -100,7 +98,6 @@ class LabelGroup(GroupedGroup):
 @option(
     "--after",
     metavar="NAME",
-    default=None,
     group="Pairs",
     help="Tournament: campaign whose results decide this next round.",
 )
@@ -322,14 +319,12 @@ def _start(
     "--least-gold-accuracy",
     metavar="0..1",
     type=click.FloatRange(0, 1),
-    default=None,
     help="Leave out annotators below it.",
 )
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
 @option(
     "--question",
     metavar="NAME",
-    default=None,
     show_default="which is better",
     help="Take the votes on this question as the answers.",
 )
@@ -374,7 +369,6 @@ def export(
 @option(
     "--campaign",
     metavar="NAME",
-    default=None,
     show_default="the file's name",
     help="Of ranked seeds: campaign to make.",
 )
@@ -405,14 +399,12 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @option(
     "--campaign",
     metavar="NAME",
-    default=None,
     show_default="all that collect preferences",
     help="One campaign alone.",
 )
 @option(
     "--question",
     metavar="NAME",
-    default=None,
     show_default="which is better",
     help="The votes on this question.",
 )

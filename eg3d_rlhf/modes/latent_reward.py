@@ -23,7 +23,6 @@ from training.progress import tqdm
     "--stage",
     group="What is trained",
     metavar="NAME",
-    default=None,
     show_default="the last",
     help="Whose latents are read.",
 )

@@ -33,7 +33,6 @@ flags = together(
         group="Run",
         metavar="INT",
         type=click.IntRange(min=1),
-        default=None,
         show_default="off",
         help=(
             "Train every arm (lambda 1 and 0, shuffled, areas alone) with so many seeds and print their"

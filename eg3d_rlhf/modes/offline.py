@@ -89,7 +89,6 @@ what_flags = together(
         group=WHAT,
         metavar="DIR|FILE",
         type=FILE,
-        default=None,
         show_default="the toy's own",
         help="The folder that `eg3d-rlhf flow draw` wrote, or its list.",
     ),
@@ -97,7 +96,6 @@ what_flags = together(
         "--labels",
         group=WHAT,
         metavar="FILE",
-        default=None,
         show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
         help=(
             "What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."

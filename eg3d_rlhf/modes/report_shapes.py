@@ -73,14 +73,12 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 @option(
     "--pipeline",
     metavar="toy|DIR",
-    default=None,
     show_default="none: generators of fields",
     help="Flow generator whose tuned runs are named.",
 )
 @option(
     "--conditions",
     metavar="FILE|DIR",
-    default=None,
     type=click.Path(path_type=Path, exists=True),
     show_default="those of the runs",
     help="With --pipeline=DIR: embeddings of its conditions.",
@@ -88,7 +86,6 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 @option(
     "--stage",
     metavar="NAME",
-    default=None,
     show_default="the first",
     help="With --pipeline: the stage that was tuned.",
 )

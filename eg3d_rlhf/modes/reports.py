@@ -56,7 +56,6 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     "--only",
     group="Run",
     metavar="KEYS",
-    default=None,
     show_default="all",
     help="Parts to make, comma-separated; see --dry-run.",
 )
@@ -144,7 +143,6 @@ def viewer(out: Path) -> str:
     "--regions",
     group="Regions",
     metavar="people|boxes|landmarks|head|FILE",
-    default=None,
     show_default="people for heads of people, landmarks with --landmarks, else boxes",
     help=(
         "Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight"
@@ -333,7 +331,6 @@ def embed(out, dry_run, device, **sources) -> None:
     "--pairs",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     help=(
         "Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of"
         " people)."

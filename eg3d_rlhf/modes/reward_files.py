@@ -43,7 +43,6 @@ _written = option(
     "--strength",
     metavar="FLOAT",
     type=click.FloatRange(min=0, min_open=True),
-    default=None,
     show_default="1, 0.5, 0.5",
     help="k of lcb, lambda of uwo, beta of softmin.",
 )

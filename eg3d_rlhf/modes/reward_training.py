@@ -41,7 +41,6 @@ flags_of_rewards = together(
         group="Data",
         metavar="FILE|URL",
         type=labels_source,
-        default=None,
         help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
     ),
     option(
@@ -104,7 +103,6 @@ flags_of_rewards = together(
         "--campaign",
         group=STORE,
         metavar="NAME",
-        default=None,
         show_default="all that collect preferences",
         help="Campaign.",
     ),
@@ -124,7 +122,6 @@ flags_of_rewards = together(
         rare=True,
         metavar="0..1",
         type=click.FloatRange(0, 1),
-        default=None,
         show_default="any",
         help="Leave out annotators who got fewer gold checks right, or answered none.",
     ),
@@ -148,7 +145,6 @@ flags_of_rewards = together(
         group=STORE,
         rare=True,
         metavar="TIME",
-        default=None,
         show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.",
     ),
@@ -157,7 +153,6 @@ flags_of_rewards = together(
         group=STORE,
         rare=True,
         metavar="NAME",
-        default=None,
         show_default="which is better",
         help="Take the votes on this question.",
     ),
@@ -165,7 +160,6 @@ flags_of_rewards = together(
         "--preset",
         group="Network",
         metavar="NAME",
-        default=None,
         help=(
             "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
             " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
@@ -205,7 +199,6 @@ flags_of_rewards = together(
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        default=None,
         show_default="a numbered one in --outdir",
         help="The run's folder itself.",
     ),
@@ -214,7 +207,6 @@ flags_of_rewards = together(
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        default=None,
         show_default="RAM alone",
         help="Keep what is drawn here between runs.",
     ),

@@ -27,7 +27,6 @@ from eg3d_rlhf.modes.shared_flags import PATH, shared
     group="What",
     metavar="FILE",
     type=PATH,
-    default=None,
     show_default="the bundled one",
     help="Reward.",
 )
@@ -36,7 +35,6 @@ from eg3d_rlhf.modes.shared_flags import PATH, shared
     group="What",
     metavar="FILE|RUN",
     type=PATH,
-    default=None,
     show_default="the bundled generator",
     help="Generator whose shapes the reward knows.",
 )

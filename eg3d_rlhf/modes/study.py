@@ -38,14 +38,12 @@ from eg3d_rlhf.people.study.power import (
     "--outdir",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    default=None,
     show_default=str(OUTDIR),
     help="The study's folder; the report goes there.",
 )
 @option(
     "--db",
     metavar="URL",
-    default=None,
     show_default="study.db in the folder",
     help="Database of the answers.",
 )
@@ -86,7 +84,6 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     group="Power",
     show_default="2 where there are several",
     help="To judge each pair.",
@@ -95,7 +92,6 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     help="Also give the power of so many independent decided trials.",
 )
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -165,7 +161,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--a",
     metavar="PATH",
-    default=None,
     show_default="the bundled generator",
     group="Study",
     help="Network file or run folder; or a folder of finished assets, PROMPT.glb.",
@@ -173,7 +168,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--b",
     metavar="PATH",
-    default=None,
     show_default="the bundled generator",
     group="Study",
     help="The one it is compared with.",
@@ -181,7 +175,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--label-a",
     metavar="NAME",
-    default=None,
     show_default="the file's name",
     group="Study",
     rare=True,
@@ -190,7 +183,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--label-b",
     metavar="NAME",
-    default=None,
     show_default="the file's name",
     group="Study",
     rare=True,
@@ -200,7 +192,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="from the power calculation",
     group="Study",
     help="Trials after which the study is over.",
@@ -209,7 +200,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="2 where there are several",
     group="Study",
     help="Different annotators to judge each pair.",
@@ -228,7 +218,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--db",
     metavar="URL",
-    default=None,
     show_default="study.db in the folder",
     help="Database of the answers.",
 )
