@@ -141,14 +141,10 @@ def grown(solid: np.ndarray, radius: float) -> np.ndarray:
     return ndimage.distance_transform_edt(~solid) <= radius if solid.any() else solid
 
 
-def _eroded(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What is outside the grid is background."""
-    return ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius
-
-
 def opening(solid: np.ndarray, radius: float) -> np.ndarray:
     """The union of the balls that fit inside."""
-    return grown(_eroded(solid, radius), radius) & solid
+    # What is outside the grid is background
+    return grown(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
 
 
 def closing(solid: np.ndarray, radius: float) -> np.ndarray:

@@ -200,14 +200,6 @@ class Step:
             blocks * len(self.items) + len(self.shapes),
         )
 
-    def block_draws(self) -> contextlib.AbstractContextManager:
-        """Inside: those of blocks of pairs."""
-        return (
-            contextlib.nullcontext()
-            if self.ranks.world == 1
-            else RowDraws(self.of_items.rows, len(self.items), blocks=True)
-        )
-
 
 TRAINING = "Training"  # title of its flags
 MOMENTUM = 0.9  # of the divergence's bandwidth over steps
@@ -511,7 +503,12 @@ def _step(
     if paired is not None:
         count = len(batch.of_items.rows)
         of_pairs = out.rows(0, rows)
-        with batch.block_draws():
+        # Inside: those of blocks of pairs
+        with (
+            contextlib.nullcontext()
+            if batch.ranks.world == 1
+            else RowDraws(batch.of_items.rows, len(batch.items), blocks=True)
+        ):
             terms = loss(
                 of_pairs,
                 *paired[1:],
