@@ -1,5 +1,6 @@
 """The command `check-assets`: how many meshes of a folder are solids."""
 
+import functools
 import os
 import re
 from dataclasses import asdict
@@ -26,6 +27,8 @@ from eg3d_rlhf.measures.meshes.measure import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import solid_library
 from training.progress import tqdm
 
+_measures_option = functools.partial(option, group="Measures")
+
 
 @click.command("check-assets", cls=GroupedCommand)
 @click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -35,52 +38,39 @@ from training.progress import tqdm
     show_default="first folder below FOLDER",
     help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.",
 )
-@option(
+@_measures_option(
     "--weld",
     metavar="FLOAT",
     type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    group="Measures",
     help="Corners nearer than this share of the longest edge are one.",
 )
-@option(
-    "--up",
-    type=click.Choice(UPS),
-    default="y",
-    group="Measures",
-    help="Axis that points up: y in glTF, z in most STL.",
+@_measures_option(
+    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL."
 )
-@option(
+@_measures_option(
     "--samples",
     metavar="INT",
     type=click.IntRange(100),
     default=MeasureOptions.samples,
-    group="Measures",
     help="Points on each surface that see what is hidden, buried and thin.",
 )
-@option(
+@_measures_option(
     "--thin",
     metavar="FLOAT",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=MeasureOptions.thin,
-    group="Measures",
     help="Walls below this share of the longest edge are thin.",
 )
-@option(
+@_measures_option(
     "--leak",
     metavar="FLOAT",
     type=click.FloatRange(0, 0.25),
     default=MeasureOptions.leak,
-    group="Measures",
     help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.",
 )
-@option(
-    "--hull-mass",
-    is_flag=True,
-    group="Measures",
-    help="Stand by the convex hull's centre of mass, as DSO does.",
-)
-@option("--seed", metavar="INT", type=click.IntRange(0), default=0, group="Measures", help="Of the samples.")
+@_measures_option("--hull-mass", is_flag=True, help="Stand by the convex hull's centre of mass, as DSO does.")
+@_measures_option("--seed", metavar="INT", type=click.IntRange(0), default=0, help="Of the samples.")
 @option(
     "--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes."
 )

@@ -2,6 +2,7 @@
 generator's images.
 """
 
+import functools
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm
 from training.synthetic_heads import resolve_dataset
 
+_images_option = functools.partial(option, group="Images")
+
 
 @click.command("convert", cls=GroupedCommand)
 @option(
@@ -37,32 +40,18 @@ from training.synthetic_heads import resolve_dataset
     required=True,
     help="Zip to write, or a new or empty folder.",
 )
-@option(
+@_images_option(
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="all",
-    group="Images",
     help="Take the first so many, in the order of their names.",
 )
-@option(
-    "--transform",
-    type=click.Choice(TRANSFORMS),
-    show_default="none",
-    group="Images",
-    help="See above.",
-)
-@option(
-    "--resolution",
-    metavar="WxH",
-    show_default="as they are",
-    group="Images",
-    help="Size of the result, pixels.",
-)
-@option(
+@_images_option("--transform", type=click.Choice(TRANSFORMS), show_default="none", help="See above.")
+@_images_option("--resolution", metavar="WxH", show_default="as they are", help="Size of the result, pixels.")
+@_images_option(
     "--mirror",
     is_flag=True,
-    group="Images",
     help="Write every image mirrored as well, right after itself, with its pose mirrored.",
 )
 @option(

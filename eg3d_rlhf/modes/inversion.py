@@ -1,5 +1,6 @@
 """Inversion as a mode: from flags to what they open, a run of many inversions, pictures and a page."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from eg3d_rlhf.rewards.reward import check_reward, load_reward
 FILE = click.Path(path_type=Path, dir_okay=False)
 PRESETS = {"small": {}, "published": PUBLISHED}
 WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # of the strip
+_target_option = functools.partial(option, group="Target")
 
 
 def parse_weights(text: str) -> list[float]:
@@ -203,33 +205,20 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
 
 
 _FLAGS = together(
-    option(
-        "--image",
-        group="Target",
-        metavar="FILE",
-        type=FILE,
-        help="Image of the generator's size.",
+    _target_option("--image", metavar="FILE", type=FILE, help="Image of the generator's size."),
+    _target_option(
+        "--mask", metavar="FILE", type=FILE, show_default="all counts", help="Grey image: white counts."
     ),
-    option(
-        "--mask",
-        group="Target",
-        metavar="FILE",
-        type=FILE,
-        show_default="all counts",
-        help="Grey image: white counts.",
-    ),
-    option(
+    _target_option(
         "--camera",
-        group="Target",
         metavar="YAW,PITCH|25 NUMBERS|JSON",
         show_default="frontal",
         help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics.",
     ),
-    option(
+    _target_option(
         "--latents",
         "--seeds",
         "latents",
-        group="Target",
         metavar="LIST",
         help="Samples of the generator as targets, such as 0,2-5.",
     ),

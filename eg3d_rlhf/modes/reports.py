@@ -1,5 +1,6 @@
 """Jobs that say what tuning changed: evaluation, attribution and embedding of a run, and pictures of it."""
 
+import functools
 import html
 import json
 from dataclasses import replace
@@ -23,6 +24,8 @@ from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.modes.shared_flags import PATH, shared
 from training.progress import tqdm
 from training.storage import write_atomic
+
+_rare_how_option = functools.partial(option, group="How", rare=True)
 
 
 def _keep_summary(out: Path, words: list[str]) -> None:
@@ -157,53 +160,32 @@ def viewer(out: Path) -> str:
     default="exact",
     help="How Shapley values are computed.",
 )
-@option(
+@_rare_how_option(
     "--permutations",
     default=Settings.permutations,
-    rare=True,
-    group="How",
     type=click.IntRange(min=2),
     help="Orders of the sampled methods.",
 )
-@option(
+@_rare_how_option(
     "--steps",
     default=Settings.steps,
-    rare=True,
-    group="How",
     type=click.IntRange(min=2),
     help="Of Integrated Gradients at first; they double.",
 )
-@option(
-    "--most-steps",
-    default=Settings.most_steps,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=2),
-    help="Where the doubling ends.",
+@_rare_how_option(
+    "--most-steps", default=Settings.most_steps, type=click.IntRange(min=2), help="Where the doubling ends."
 )
-@option(
+@_rare_how_option(
     "--gap-bound",
     default=Settings.gap_bound,
-    rare=True,
-    group="How",
     type=click.FloatRange(min=0, min_open=True),
     help="Largest efficiency gap, as a share.",
 )
-@option(
-    "--draws",
-    default=Settings.draws,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=2),
-    help="Rewards with re-drawn weights.",
+@_rare_how_option(
+    "--draws", default=Settings.draws, type=click.IntRange(min=2), help="Rewards with re-drawn weights."
 )
-@option(
-    "--checked",
-    default=Settings.checked,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=1),
-    help="Latents that those rewards see.",
+@_rare_how_option(
+    "--checked", default=Settings.checked, type=click.IntRange(min=1), help="Latents that those rewards see."
 )
 @shared(
     "n out device dry-run",

@@ -6,6 +6,7 @@ With no flags: the bundled labels of the bundled generator, slabs of its density
 cores, into runs/NNNNN-reward-labels-heads-s0.
 """
 
+import functools
 from pathlib import Path
 
 import click
@@ -34,18 +35,18 @@ Example:
 """
 STORE = "Labels of a store"
 FOLDER = click.Path(path_type=Path, file_okay=False)
+_rare_store_option = functools.partial(option, group=STORE, rare=True)
+_data_option = functools.partial(option, group="Data")
 
 flags_of_rewards = together(
-    option(
+    _data_option(
         "--labels",
-        group="Data",
         metavar="FILE|URL",
         type=labels_source,
         help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
     ),
-    option(
+    _data_option(
         "--observation",
-        group="Data",
         metavar="KIND",
         default="sigma",
         help=(
@@ -53,9 +54,8 @@ flags_of_rewards = together(
             " lifted-points or published-points, a cloud lifted from depth."
         ),
     ),
-    option(
+    _data_option(
         "--crop",
-        group="Data",
         metavar="X X Y Y Z Z",
         type=click.FloatRange(0, 0.9),
         nargs=6,
@@ -63,25 +63,19 @@ flags_of_rewards = together(
         show_default="that of the observation",
         help="Shares trimmed from each face of the cube.",
     ),
-    option(
-        "--any-generator",
-        group="Data",
-        is_flag=True,
-        rare=True,
-        help="Accept labels that name another generator.",
+    _data_option(
+        "--any-generator", is_flag=True, rare=True, help="Accept labels that name another generator."
     ),
-    option(
+    _data_option(
         "--wrong-faces",
-        group="Data",
         is_flag=True,
         help=(
             "A control: read other shapes than those that were labelled. Accuracy must then be near one half."
         ),
     ),
-    option(
+    _data_option(
         "--more-network",
         "more_networks",
-        group="Data",
         rare=True,
         metavar="FILE",
         type=click.Path(path_type=Path),
@@ -89,9 +83,8 @@ flags_of_rewards = together(
         show_default="none",
         help="A further generator that labels name; may be given again.",
     ),
-    option(
+    _data_option(
         "--fractions",
-        group="Data",
         rare=True,
         metavar="TRAIN VAL TEST",
         type=click.FloatRange(0, 1),
@@ -106,55 +99,35 @@ flags_of_rewards = together(
         show_default="all that collect preferences",
         help="Campaign.",
     ),
-    option(
+    _rare_store_option(
         "--annotator",
         "annotators",
-        group=STORE,
-        rare=True,
         metavar="NAME",
         multiple=True,
         help="Annotator; may be given again.",
         show_default="all",
     ),
-    option(
+    _rare_store_option(
         "--least-gold-accuracy",
-        group=STORE,
-        rare=True,
         metavar="0..1",
         type=click.FloatRange(0, 1),
         show_default="any",
         help="Leave out annotators who got fewer gold checks right, or answered none.",
     ),
-    option(
-        "--drop-repeats",
-        group=STORE,
-        rare=True,
-        is_flag=True,
-        help="Keep each annotator's first answer to a pair alone.",
+    _rare_store_option(
+        "--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone."
     ),
-    option(
-        "--min-milliseconds",
-        group=STORE,
-        rare=True,
-        metavar="MS",
-        type=click.IntRange(min=0),
-        help="Leave out faster answers.",
+    _rare_store_option(
+        "--min-milliseconds", metavar="MS", type=click.IntRange(min=0), help="Leave out faster answers."
     ),
-    option(
+    _rare_store_option(
         "--since",
-        group=STORE,
-        rare=True,
         metavar="TIME",
         show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.",
     ),
-    option(
-        "--question",
-        group=STORE,
-        rare=True,
-        metavar="NAME",
-        show_default="which is better",
-        help="Take the votes on this question.",
+    _rare_store_option(
+        "--question", metavar="NAME", show_default="which is better", help="Take the votes on this question."
     ),
     option(
         "--preset",

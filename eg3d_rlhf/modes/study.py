@@ -1,6 +1,7 @@
 """`eg3d-rlhf study`: design and serve a blind study, report on it, and the calculations beside it."""
 
 import contextlib
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,8 @@ from eg3d_rlhf.people.study.power import (
     exact_power,
     sample_size,
 )
+
+_study_option = functools.partial(option, group="Study")
 
 
 @click.command("report", cls=GroupedCommand)
@@ -158,50 +161,33 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 
 
 @click.command("study", cls=GroupedGroup, invoke_without_command=True)
-@option(
+@_study_option(
     "--a",
     metavar="PATH",
     show_default="the bundled generator",
-    group="Study",
     help="Network file or run folder; or a folder of finished assets, PROMPT.glb.",
 )
-@option(
-    "--b",
-    metavar="PATH",
-    show_default="the bundled generator",
-    group="Study",
-    help="The one it is compared with.",
+@_study_option(
+    "--b", metavar="PATH", show_default="the bundled generator", help="The one it is compared with."
 )
-@option(
-    "--label-a",
-    metavar="NAME",
-    show_default="the file's name",
-    group="Study",
-    rare=True,
-    help="How reports call a.",
+@_study_option(
+    "--label-a", metavar="NAME", show_default="the file's name", rare=True, help="How reports call a."
 )
-@option(
-    "--label-b",
-    metavar="NAME",
-    show_default="the file's name",
-    group="Study",
-    rare=True,
-    help="How reports call b.",
+@_study_option(
+    "--label-b", metavar="NAME", show_default="the file's name", rare=True, help="How reports call b."
 )
-@option(
+@_study_option(
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="from the power calculation",
-    group="Study",
     help="Trials after which the study is over.",
 )
-@option(
+@_study_option(
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="2 where there are several",
-    group="Study",
     help="Different annotators to judge each pair.",
 )
 @options_of(StudyDesign, PowerOptions)
