@@ -41,8 +41,8 @@ SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tu
 NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose
 DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
 _rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
-_rare_reward_knob = functools.partial(knob, group=REWARD, rare=True)
-_reward_knob = functools.partial(knob, group=REWARD)
+_reward_knob = functools.partial(knob, group=REWARD, control=False)
+_rare_reward_knob = functools.partial(_reward_knob, rare=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,22 +87,16 @@ class DataConfig:
 class RewardConfig:
     """Settings of the reward phase."""
 
-    lambda_r: float = _reward_knob(
-        10.0, "Reward weight; 0 is the GAN run, bit for bit.", low=0, control=False
-    )
-    lambda_sigma: float = _reward_knob(0.01, "Density consistency weight.", low=0, control=False)
-    lambda_front: float = _rare_reward_knob(0.0, "Front-growth penalty weight.", low=0, control=False)
+    lambda_r: float = _reward_knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", low=0)
+    lambda_sigma: float = _reward_knob(0.01, "Density consistency weight.", low=0)
+    lambda_front: float = _rare_reward_knob(0.0, "Front-growth penalty weight.", low=0)
     lambda_nose: float = _rare_reward_knob(
-        0.0,
-        "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.",
-        low=0,
-        control=False,
+        0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", low=0
     )
     nose_floor: str = _rare_reward_knob(
         "window",
         "Its mean, over the window's pixels or the violators alone (published).",
         choices=NOSE_FLOORS,
-        control=False,
     )
     anchor_gate: float = _reward_knob(
         1.0,
@@ -111,26 +105,18 @@ class RewardConfig:
         metavar="SHARE",
         low=0,
         high=1,
-        control=False,
     )
     reward_clip: str = _reward_knob(
         "-10,10",
         "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.",
         metavar="LOW,HIGH|iqr|none",
-        control=False,
     )
-    reward_shaping: str = _reward_knob(
-        "none", "How the score enters the loss.", choices=SHAPINGS, control=False
-    )
+    reward_shaping: str = _reward_knob("none", "How the score enters the loss.", choices=SHAPINGS)
     anchor_resolution: int = _reward_knob(
-        64,
-        "Grid points per edge of the whole cube that is held to the reference.",
-        low=2,
-        flag=False,
-        control=False,
+        64, "Grid points per edge of the whole cube that is held to the reference.", low=2, flag=False
     )
     anchor_psi: float = _rare_reward_knob(
-        0.7, "Truncation of the samples that are held to the reference.", metavar="PSI", low=0, control=False
+        0.7, "Truncation of the samples that are held to the reference.", metavar="PSI", low=0
     )
     truncation_psi: float = 1.0  # of the samples that are scored
 
@@ -195,7 +181,6 @@ class EarlyStopConfig:
         metavar="STANDARD-ERRORS",
         low=0,
         shown="off: the last",
-        control=False,
     )
     early_stop_distance: float | None = _rare_reward_knob(
         None,
@@ -203,7 +188,6 @@ class EarlyStopConfig:
         metavar="DISTANCE",
         above=0,
         shown="any",
-        control=False,
     )
 
     def __post_init__(self):
@@ -262,37 +246,30 @@ class RoundConfig:
 class RewardSettings:
     """Which reward tunes, what watches it, and how."""
 
-    reward: str = _reward_knob(
+    reward: str = knob(
         "none",
         "What scores the generator: a reward that reads sigma, or another observation.",
+        REWARD,
         metavar="none|KIND",
     )
-    reward_ckpt: str | None = _reward_knob(
-        None, "Trained reward.", metavar="FILE", shown="bundled", control=False
-    )
+    reward_ckpt: str | None = _reward_knob(None, "Trained reward.", metavar="FILE", shown="bundled")
     reward_watch: str | None = _reward_knob(
         None,
         "Second reward, never trained on, that must not fall while the first rises.",
         metavar="FILE",
         shown="bundled",
-        control=False,
     )
     reference: str | None = _reward_knob(
-        None,
-        "Network that the tuned one is held to and compared with.",
-        flag=False,
-        shown="the initial one",
-        control=False,
+        None, "Network that the tuned one is held to and compared with.", flag=False, shown="the initial one"
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = _rare_reward_knob(0.0025, "Reward optimiser's learning rate.", above=0, control=False)
+    rlr: float = _rare_reward_knob(0.0025, "Reward optimiser's learning rate.", above=0)
     control: str | None = _reward_knob(
         None,
         "Summary of the lambda_r = 0 run to quote.",
         metavar="RUN|FILE",
         shown="recorded in assets, where it is one",
-        control=False,
     )
 
     def __post_init__(self):
