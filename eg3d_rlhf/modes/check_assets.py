@@ -25,6 +25,7 @@ from eg3d_rlhf.evaluation.census_page import write_census
 from eg3d_rlhf.measures.meshes.clean import MOST_TOLERANCE, TOLERANCE, UPS
 from eg3d_rlhf.measures.meshes.measure import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import solid_library
+from eg3d_rlhf.modes.shared_flags import FOLDER, count_option
 from training.progress import tqdm
 
 _measures_option = functools.partial(option, group="Measures")
@@ -71,13 +72,11 @@ _measures_option = functools.partial(option, group="Measures")
 )
 @_measures_option("--hull-mass", is_flag=True, help="Stand by the convex hull's centre of mass, as DSO does.")
 @_measures_option("--seed", metavar="INT", type=click.IntRange(0), default=0, help="Of the samples.")
-@option(
-    "--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes."
-)
+@count_option("--jobs", default=None, show_default="cores", help="Processes.")
 @option(
     "--out",
     metavar="PATH",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("census"),
     help="Folder for index.html and data/*.csv, *.json.",
 )

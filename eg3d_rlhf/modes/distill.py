@@ -14,6 +14,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.shared_flags import rare_option
 from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import (
     ASSETS,
@@ -109,16 +110,14 @@ flags = together(
         help="Settings of a method by name; those of public code among them. Brings its method.",
     ),
     options_of(*OF_METHODS),
-    option(
+    rare_option(
         "--tau",
         type=float,
-        rare=True,
         help="Gap of rewards from which the loser is pushed away, see tau_mode; inf: never.",
     ),
-    option(
+    rare_option(
         "--weight",
         metavar="RAMP",
-        rare=True,
         help="Weight of DreamReward's gradient: a number, or a ramp over steps s0,v0,v1,s1.",
     ),
     options_of(LoopConfig),

@@ -11,12 +11,11 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
+from eg3d_rlhf.modes.shared_flags import FOLDER
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
-
-FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command("export", cls=GroupedCommand)

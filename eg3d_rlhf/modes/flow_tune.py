@@ -13,8 +13,9 @@ from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_defaults import of_circular
-from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
+from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
+from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
@@ -25,7 +26,6 @@ from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, Tuning, tune
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
 from training.distributed import Ranks
 
-PATH = click.Path(path_type=Path)
 LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
 LOOP_ONLY = (
     "rounds",
@@ -70,14 +70,7 @@ what_flags = together(
         help="Of everything that is drawn.",
     ),
     _what_is_tuned_option("-n", "--dry-run", is_flag=True, help="Print the settings as JSON and stop."),
-    option(
-        "--timeout",
-        rare=True,
-        metavar="MINUTES",
-        type=click.FloatRange(min=0, min_open=True),
-        default=30,
-        help="With torchrun: longest wait for another process.",
-    ),
+    timeout_flag,
 )
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -17,7 +16,7 @@ from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, shared
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm
@@ -36,7 +35,7 @@ _images_option = functools.partial(option, group="Images")
 @option(
     "--dest",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="Zip to write, or a new or empty folder.",
 )
@@ -61,15 +60,7 @@ _images_option = functools.partial(option, group="Images")
     group="Labels",
     help="Check them, and refuse a set in which only some images have one; or write none.",
 )
-@option(
-    "--jobs",
-    "--workers",
-    "jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    show_default="cores",
-    help="Processes; no effect on the result.",
-)
+@count_option("--jobs", "--workers", "jobs", show_default="cores", help="Processes; no effect on the result.")
 @option("--overwrite", is_flag=True, help="Replace a zip that exists.")
 @shared("dry-run")
 def convert(
@@ -138,7 +129,7 @@ def convert(
 @option(
     "--inception",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=PATH,
     show_default="the bundled features",
     group="What",
     help="TorchScript detector: net(uint8 images, return_features=True).",

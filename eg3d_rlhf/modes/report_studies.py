@@ -21,27 +21,15 @@ from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, p
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import count_option, shared
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 
 
 @click.command(cls=GroupedCommand)
 @shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
-@option(
-    "--rewards",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Rewards for each draw of labels, with seeds 0, 1, ...",
-)
-@option(
-    "--draws",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Draws of labels; the first are the bundled ones.",
-)
+@count_option("--rewards", default=2, help="Rewards for each draw of labels, with seeds 0, 1, ...")
+@count_option("--draws", default=2, help="Draws of labels; the first are the bundled ones.")
 @option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
 @option(
     "--latents",

@@ -21,7 +21,7 @@ from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_c
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.pages import write_page
-from eg3d_rlhf.modes.shared_flags import PATH, shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, rare_option, shared
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -40,18 +40,14 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     reward_ckpt="Reward that tuned.",
     data="Images to measure distances to.",
 )
-@option(
-    "--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True)."
-)
-@option(
+@rare_option("--inception", type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
+@rare_option(
     "--lpips",
-    rare=True,
     type=PATH,
     help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.",
 )
-@option(
+@rare_option(
     "--identity",
-    rare=True,
     type=PATH,
     help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.",
 )
@@ -152,7 +148,7 @@ def viewer(out: Path) -> str:
         " parts about landmarks, or a label volume (.npy; names in the .json beside it)."
     ),
 )
-@option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view.")
+@rare_option("--landmarks", type=PATH, help="JSON of 98 WFLW points in the frontal view.")
 @option(
     "--method",
     group="How",
@@ -309,10 +305,8 @@ def embed(out, dry_run, device, **sources) -> None:
 
 @click.command("pictures", cls=GroupedCommand)
 @shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
-@option(
+@count_option(
     "--pairs",
-    metavar="INT",
-    type=click.IntRange(min=1),
     help=(
         "Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of"
         " people)."

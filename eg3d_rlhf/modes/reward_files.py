@@ -3,7 +3,6 @@
 import json
 import statistics
 import tempfile
-from pathlib import Path
 
 import click
 
@@ -12,24 +11,22 @@ from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import PATH, file_option, shared
 from eg3d_rlhf.rewards.ensembles import CHOICES
 from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.reward import join as joined
 from training.progress import tqdm
 
-_written = option(
+_written = file_option(
     "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="Reward to write (.safetensors; its description is written beside it as .json).",
 )
 
 
 @click.command("join", cls=GroupedCommand)
-@click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=PATH)
 @_written
 @option(
     "--aggregate",

@@ -15,6 +15,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
@@ -34,7 +35,6 @@ Example:
     python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/reward
 """
 STORE = "Labels of a store"
-FOLDER = click.Path(path_type=Path, file_okay=False)
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
 _data_option = functools.partial(option, group="Data")
 
@@ -78,7 +78,7 @@ flags_of_rewards = together(
         "more_networks",
         rare=True,
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=PATH,
         multiple=True,
         show_default="none",
         help="A further generator that labels name; may be given again.",
@@ -140,10 +140,9 @@ flags_of_rewards = together(
         ),
     ),
     options_of(RewardRun),
-    option(
+    rare_option(
         "--bootstrap/--no-bootstrap",
         group="Network",
-        rare=True,
         default=None,
         help="Draw the training pairs with replacement, for each member by its own seed.",
     ),
@@ -153,17 +152,12 @@ flags_of_rewards = together(
         is_flag=True,
         help="Train one network first, from which all members go on; --aggregate=warm does so anyway.",
     ),
-    option(
-        "--cosine/--no-cosine",
-        group="Training",
-        rare=True,
-        default=None,
-        help="Let the learning rate fall to 0.",
+    rare_option(
+        "--cosine/--no-cosine", group="Training", default=None, help="Let the learning rate fall to 0."
     ),
-    option(
+    rare_option(
         "--mirror/--no-mirror",
         group="Training",
-        rare=True,
         default=None,
         help="Augment what is read at random: slabs are flipped left-right.",
     ),

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import click
 
@@ -24,7 +23,7 @@ from eg3d_rlhf.geometry.mesh_export import (
     save_shape,
     shape_suffix,
 )
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import count_option, file_option, rare_option, shared
 from training.dataset import ImageFolderDataset
 from training.heads.people import LATENT
 from training.progress import tqdm
@@ -44,9 +43,8 @@ _sampling = together(
         latents={"required": True},
         psi=_PSI,
     ),
-    option(
+    rare_option(
         "--noise-mode",
-        rare=True,
         type=click.Choice(NOISE_MODES),
         default="const",
         help="Noise of the synthesis; random is drawn from the (first) seed.",
@@ -95,10 +93,9 @@ def _shapes(rare: bool = False):
     help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
 )
 @_shapes()
-@option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option(
+@rare_option("--shape-level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option(
     "--shape-border",
-    rare=True,
     type=click.FloatRange(0, 0.5, max_open=True),
     help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.",
 )
@@ -178,27 +175,15 @@ def images(
     group="Film",
 )
 @option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
-@option(
+@rare_option(
     "--num-keyframes",
     "keyframes",
-    rare=True,
     type=click.IntRange(min=1),
     help="Latents that a cell walks through; else seeds / cells.",
 )
-@option(
-    "--w-frames",
-    "frames",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=120,
-    help="Frames between two keyframes.",
-    group="Film",
-)
-@option(
-    "--shuffle-seed",
-    rare=True,
-    type=click.IntRange(0, 2**32 - 1),
-    help="Seed of the order of the seeds; else as given.",
+@count_option("--w-frames", "frames", default=120, help="Frames between two keyframes.", group="Film")
+@rare_option(
+    "--shuffle-seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given."
 )
 @option(
     "--image_mode",
@@ -218,20 +203,17 @@ def images(
     show_default="the network's own camera",
     help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
 )
-@option(
+@rare_option(
     "--sample_mult",
     "--sample-mult",
     "sample_mult",
-    rare=True,
     type=click.FloatRange(0, min_open=True),
     default=2.0,
     help="Times the samples per ray.",
 )
-@option(
-    "--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own."
-)
-@option("--fps", rare=True, type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
-@option("--bitrate", rare=True, default="10M", help="Of the mp4, in ffmpeg's notation.")
+@rare_option("--nrr", type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
+@rare_option("--fps", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
+@rare_option("--bitrate", default="10M", help="Of the mp4, in ffmpeg's notation.")
 @_shapes(rare=True)
 @shared("device dry-run")
 def videos(
@@ -319,13 +301,7 @@ def videos(
 
 
 @click.command("mesh", cls=GroupedCommand)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="Mesh to write (.ply, .obj, .glb).",
-)
+@file_option("--out", required=True, help="Mesh to write (.ply, .obj, .glb).")
 @shared(
     "network seed psi",
     "cutoff",
@@ -342,17 +318,15 @@ def videos(
     help="Grid points per axis.",
     group="Surface",
 )
-@option("--level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option(
+@rare_option("--level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option(
     "--border",
-    rare=True,
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
     help="Share of the cube to trim from each face.",
 )
-@option(
+@rare_option(
     "--component",
-    rare=True,
     type=click.Choice(["largest", "all"]),
     default=SURFACE.component,
     help="Parts to keep: the one of largest volume, or all.",
@@ -365,9 +339,7 @@ def videos(
     group="Surface",
     show_default="all",
 )
-@option(
-    "--colors", rare=True, type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field."
-)
+@rare_option("--colors", type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     """Turn one sample of a generator into a closed triangle mesh, and check it.

@@ -10,6 +10,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
 from eg3d_rlhf.people.label.store_labels import without_password
@@ -35,21 +36,20 @@ from eg3d_rlhf.people.study.power import (
 
 _study_option = functools.partial(option, group="Study")
 
+database = option(
+    "--db", metavar="URL", show_default="study.db in the folder", help="Database of the answers."
+)
+
 
 @click.command("report", cls=GroupedCommand)
 @option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     show_default=str(OUTDIR),
     help="The study's folder; the report goes there.",
 )
-@option(
-    "--db",
-    metavar="URL",
-    show_default="study.db in the folder",
-    help="Database of the answers.",
-)
+@database
 @option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
 @option(
     "--pictures",
@@ -75,28 +75,14 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
 
 @click.command("power", cls=GroupedCommand)
 @options_of(PowerOptions)
-@option(
-    "--annotators",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=1,
-    group="Power",
-    help="People who are asked.",
-)
-@option(
+@count_option("--annotators", default=1, group="Power", help="People who are asked.")
+@count_option(
     "--annotators-per-pair",
-    metavar="INT",
-    type=click.IntRange(min=1),
     group="Power",
     show_default="2 where there are several",
     help="To judge each pair.",
 )
-@option(
-    "--n",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    help="Also give the power of so many independent decided trials.",
-)
+@count_option("--n", help="Also give the power of so many independent decided trials.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
@@ -123,19 +109,17 @@ def power(n: int | None, as_json: bool, **options) -> None:
 
 @click.command("simulate", cls=GroupedCommand)
 @options_of(SimulationOptions)
-@option(
+@rare_option(
     "--random-sides/--fixed-sides",
     default=True,
     group="Truth",
-    rare=True,
     help="No: b is always on the left, which no study may do.",
 )
-@option(
+@rare_option(
     "--bootstrap-studies",
     metavar="INT",
     type=click.IntRange(min=0),
     default=0,
-    rare=True,
     help="Evaluate the bootstraps on so many.",
 )
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -194,19 +178,12 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 @option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=OUTDIR,
     help="The study's folder.",
 )
-@option(
-    "--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.", rare=True
-)
-@option(
-    "--db",
-    metavar="URL",
-    show_default="study.db in the folder",
-    help="Database of the answers.",
-)
+@rare_option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
+@database
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
 @launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
 @click.pass_context
