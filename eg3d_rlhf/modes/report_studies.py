@@ -2,6 +2,7 @@
 and `sweep`.
 """
 
+import functools
 import json
 import shlex
 import sys
@@ -23,6 +24,8 @@ from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import find_network
 from eg3d_rlhf.modes.shared_flags import count_option, shared
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+
+_grid_option = functools.partial(option, group="Grid")
 
 
 @click.command(cls=GroupedCommand)
@@ -143,26 +146,21 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     before="Initial networks.",
     reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
 )
-@option(
-    "--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control."
-)
-@option(
+@_grid_option("--lambda-r", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
+@_grid_option(
     "--lambda-sigma",
-    group="Grid",
     metavar="LIST",
     default="0,0.01,10",
     help="Density-consistency weights; 0 leaves the term out.",
 )
-@option(
+@_grid_option(
     "--seeds",
-    group="Grid",
     metavar="LIST",
     default="0",
     help="Training seeds of every cell; two or more give intervals over runs.",
 )
-@option(
+@_grid_option(
     "--kimg",
-    group="Grid",
     metavar="KIMG",
     type=click.FloatRange(min=0, min_open=True),
     default=0.24,

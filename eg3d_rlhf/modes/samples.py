@@ -1,5 +1,6 @@
 """Jobs that draw from a generator: pictures, films, meshes, contact sheets."""
 
+import functools
 import json
 import re
 import sys
@@ -50,33 +51,32 @@ _sampling = together(
         help="Noise of the synthesis; random is drawn from the (first) seed.",
     ),
 )
+_shapes_option = functools.partial(option, group="Shapes")
+_film_option = functools.partial(option, group="Film")
 
 
 def _shapes(rare: bool = False):
     return together(
-        option(
+        _shapes_option(
             "--shapes",
             metavar="BOOL",
             type=bool,
             default=False,
-            group="Shapes",
             help="Write shapes too; of a film, of every frame's first cell.",
         ),
-        option(
+        _shapes_option(
             "--shape-res",
             rare=rare,
             metavar="POINTS",
             type=click.IntRange(16, 1024),
             default=512,
-            group="Shapes",
             help="Grid points per axis.",
         ),
-        option(
+        _shapes_option(
             "--shape-format",
             rare=rare,
             metavar="NAME",
             default=".mrc",
-            group="Shapes",
             help=".mrc (density), .ply, .obj or .glb (surface).",
         ),
     )
@@ -166,15 +166,14 @@ def images(
 
 @click.command("videos", cls=GroupedCommand)
 @_sampling
-@option(
+@_film_option(
     "--interpolate",
     metavar="BOOL",
     type=bool,
     default=True,
     help="Walk through the seeds, or film each on its own.",
-    group="Film",
 )
-@option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
+@_film_option("--grid", metavar="WxH", default="1x1", help="Cells across and down.")
 @rare_option(
     "--num-keyframes",
     "keyframes",
@@ -185,21 +184,19 @@ def images(
 @rare_option(
     "--shuffle-seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given."
 )
-@option(
+@_film_option(
     "--image_mode",
     "--image-mode",
     "mode",
     metavar="NAME",
     type=click.Choice(rendering.MODES),
     default="image",
-    group="Film",
     help="image, image_depth or image_raw.",
 )
-@option(
+@_film_option(
     "--cfg",
     metavar="NAME",
     type=click.Choice(list(rendering.CAMERAS), case_sensitive=False),
-    group="Film",
     show_default="the network's own camera",
     help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
 )

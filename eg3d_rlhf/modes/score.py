@@ -1,5 +1,6 @@
 """The command `score`: generators of any family by one reward."""
 
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,29 +11,22 @@ from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
 from eg3d_rlhf.evaluation.foreign_scores import ScoreOptions, trial_of, write
 from eg3d_rlhf.modes.shared_flags import PATH, shared
 
+_what_option = functools.partial(option, group="What")
+
 
 @click.command(cls=GroupedCommand)
-@option(
+@_what_option(
     "--network",
     "networks",
-    group="What",
     metavar="FILE|RUN",
     type=PATH,
     multiple=True,
     show_default="the reference",
     help="Generator to score, of any family; may be given again.",
 )
-@option(
-    "--reward",
-    group="What",
-    metavar="FILE",
-    type=PATH,
-    show_default="the bundled one",
-    help="Reward.",
-)
-@option(
+@_what_option("--reward", metavar="FILE", type=PATH, show_default="the bundled one", help="Reward.")
+@_what_option(
     "--reference",
-    group="What",
     metavar="FILE|RUN",
     type=PATH,
     show_default="the bundled generator",
