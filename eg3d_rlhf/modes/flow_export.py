@@ -2,7 +2,6 @@
 train.py.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
-from eg3d_rlhf.modes.shared_flags import FOLDER
+from eg3d_rlhf.modes.shared_flags import FOLDER, print_json
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -78,7 +77,7 @@ def export_command(
             )
         return
     family = family_of(root)
-    click.echo(json.dumps(export(family, root, out, tuned), indent=1))
+    print_json(export(family, root, out, tuned))
     click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")
 
 

@@ -16,7 +16,7 @@ from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
-from eg3d_rlhf.modes.shared_flags import PATH, count_option, shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, shared
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm
@@ -96,11 +96,8 @@ def convert(
     count = min(count, max_images or count)
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if dry_run:
-        click.echo(
-            json.dumps(
-                {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)},
-                indent=1,
-            )
+        print_json(
+            {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}
         )
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:

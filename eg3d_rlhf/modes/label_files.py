@@ -9,7 +9,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import FILE, file_option, shared
+from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
 from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.bradley_terry import DRAWS, markdown, read_judgements
 from eg3d_rlhf.preferences.bradley_terry import elo as ratings
@@ -59,7 +59,7 @@ def synthetic(
             "shuffled": shuffled,
             "device": device,
         }
-        click.echo(json.dumps({**resolved, **asdict(options)}, indent=1))
+        print_json({**resolved, **asdict(options)})
         return
     generator = load_generator(network, choose_device(device))
     with tqdm(total=len(options.seeds), unit="seed", desc="judging") as bar:

@@ -3,7 +3,6 @@ and `sweep`.
 """
 
 import functools
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, p
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.modes.shared_flags import count_option, shared
+from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 
 _grid_option = functools.partial(option, group="Grid")
@@ -75,7 +74,7 @@ def proof(
         **given,
     )
     if dry_run:
-        click.echo(json.dumps(commands(plan), indent=1))
+        print_json(commands(plan))
         return
     _tell(plan.out, work_proof(plan, jobs))
 
@@ -108,7 +107,7 @@ def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) 
     if dry_run:
         plans = rewards.plans_of(out, wanted, numbers, full)
         shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
-        click.echo(json.dumps(shown, indent=1))
+        print_json(shown)
         return
     _tell(out, rewards.work(out, wanted, numbers, full, jobs))
 
@@ -129,11 +128,8 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     """
     parts = over_seeds.trainings(out, seeds, more)
     if dry_run:
-        click.echo(
-            json.dumps(
-                {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()},
-                indent=1,
-            )
+        print_json(
+            {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()}
         )
         return
     figures = over_seeds.work(out, parts, [*over_seeds.DEMO, *more])
@@ -228,7 +224,7 @@ def sweep(
             "device": str(where),
             **sampling,
         }
-        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
+        print_json({**shared, "out": str(out), "cells": states})
         return
     click.echo(
         f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"

@@ -21,7 +21,7 @@ from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_c
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.pages import write_page
-from eg3d_rlhf.modes.shared_flags import PATH, count_option, rare_option, shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -89,7 +89,7 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
             "images": c.images,
             "out": str(out),
         }
-        click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
+        print_json({**c.resolved(), **more, "parts": [job.key for job in parts]})
         return
     comparison_page.check_files(c)
     findings = pages.run(parts, out)
@@ -224,7 +224,7 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     study = Study(c, chosen, progress=tqdm.write)
     if dry_run:
         paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
-        click.echo(json.dumps({**c.resolved(), **vars(chosen), **paths}, indent=1))
+        print_json({**c.resolved(), **vars(chosen), **paths})
         return
     parts = attribution.jobs(study)
     findings = pages.run(parts[:1], out)
@@ -286,7 +286,7 @@ def embed(out, dry_run, device, **sources) -> None:
     """
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
-        click.echo(json.dumps({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)}, indent=1))
+        print_json({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)})
         return
     findings = embedding.write(c, out)
     for row in findings[embedding.MAP].data["ranks"]:
@@ -326,7 +326,7 @@ def pictures(out, device, dry_run, pairs, **sources) -> None:
     folder = out or c.run
     assert folder is not None
     if dry_run:
-        click.echo(json.dumps({**c.resolved(), "out": str(folder)}, indent=1))
+        print_json({**c.resolved(), "out": str(folder)})
         return
     if pairs is not None:
         write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))

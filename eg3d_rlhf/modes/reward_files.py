@@ -1,6 +1,5 @@
 """Jobs on rewards' files: several joined into one, and the paper's release read."""
 
-import json
 import statistics
 import tempfile
 
@@ -11,7 +10,7 @@ from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import PATH, file_option, shared
+from eg3d_rlhf.modes.shared_flags import PATH, file_option, print_json, shared
 from eg3d_rlhf.rewards.ensembles import CHOICES
 from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
@@ -70,7 +69,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
         reward = joined(members, generator, aggregate, strength, batch, bar.update)
     if dry_run:
-        click.echo(json.dumps(reward.describe(), indent=1))
+        print_json(reward.describe())
         return
     path = reward.save(out)
     known = reward.provenance
@@ -126,7 +125,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
         )
     if dry_run:
-        click.echo(json.dumps(reward.describe(), indent=1))
+        print_json(reward.describe())
         return
     with naming("--out"):
         path = reward.save(out)

@@ -1,7 +1,6 @@
 """Jobs that draw from a generator: pictures, films, meshes, contact sheets."""
 
 import functools
-import json
 import re
 import sys
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from eg3d_rlhf.geometry.mesh_export import (
     save_shape,
     shape_suffix,
 )
-from eg3d_rlhf.modes.shared_flags import count_option, file_option, rare_option, shared
+from eg3d_rlhf.modes.shared_flags import count_option, file_option, print_json, rare_option, shared
 from training.dataset import ImageFolderDataset
 from training.heads.people import LATENT
 from training.progress import tqdm
@@ -145,7 +144,7 @@ def images(
             "shape_border": shape_border,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
@@ -271,7 +270,7 @@ def videos(
             "shape_format": suffix,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     check_mp4(outdir / "interpolation.mp4")
     with naming("--network"):
@@ -360,7 +359,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
             "device": device,
             **asdict(options),
         }
-        click.echo(json.dumps(resolved, indent=1))
+        print_json(resolved)
         return
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
@@ -426,7 +425,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             "psi": psi,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator

@@ -1,6 +1,7 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ COUNT = click.IntRange(min=1)
 rare_option = functools.partial(option, rare=True)
 count_option = functools.partial(option, metavar="INT", type=COUNT)
 file_option = functools.partial(option, metavar="FILE", type=FILE)
+
+
+def print_json(values: Any) -> None:
+    """Print values as indented JSON, as --dry-run and --json do."""
+    click.echo(json.dumps(values, indent=1))
 
 
 def _flag(group: str, metavar: str | None, kind: Any, text: str, default: Any = None, **more: Any) -> dict:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
-from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, rare_option
+from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
 from eg3d_rlhf.people.label.store_labels import without_password
@@ -95,7 +94,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
             "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
         }
     if as_json:
-        click.echo(json.dumps(record, indent=1))
+        print_json(record)
         return
     click.echo(f"{size.trials} trials, {size.per_annotator} for each of {size.options.annotators} annotators")
     click.echo(
@@ -131,7 +130,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
     result = coverage(resolved, bootstrap_studies)
     if as_json:
-        click.echo(json.dumps(result, indent=1))
+        print_json(result)
         return
     means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
     click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
@@ -205,7 +204,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
     if dry_run:
-        click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
+        print_json(_dry_run(folder, name, flags, server))
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:
