@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 from eg3d_rlhf.people.label.entities import (
     Choice,
     JudgementRow,
