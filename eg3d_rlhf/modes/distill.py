@@ -14,7 +14,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.shared_flags import rare_option
+from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
 from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import (
     ASSETS,
@@ -66,14 +66,7 @@ OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySetting
 SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
 flags = together(
-    option(
-        "--show",
-        group="Run",
-        metavar="INT",
-        type=click.IntRange(min=0),
-        default=4,
-        help="Assets in pictures, film and meshes.",
-    ),
+    whole_option("--show", group="Run", default=4, help="Assets in pictures, film and meshes."),
     option(
         "--prompt",
         "prompts",

@@ -10,7 +10,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
-from eg3d_rlhf.modes.shared_flags import FOLDER, print_json
+from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
@@ -21,13 +21,7 @@ from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
 @click.argument("sources", metavar="[WORK|RUN...]", nargs=-1, type=FOLDER)
 @option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder to write.")
 @option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
-@option(
-    "--tune",
-    "name",
-    metavar="NAME",
-    show_default="the latest",
-    help="Of WORK: a training, such as tune-00.",
-)
+@name_option("--tune", "name", show_default="the latest", help="Of WORK: a training, such as tune-00.")
 @option(
     "--pipeline",
     "root",

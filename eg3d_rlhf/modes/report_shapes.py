@@ -10,7 +10,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare
 from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
 from eg3d_rlhf.experiments.table import figure_table
-from eg3d_rlhf.modes.shared_flags import PATH, shared
+from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
 from training.storage import write_atomic
 
 TO_JSON = {
@@ -83,12 +83,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     show_default="those of the runs",
     help="With --pipeline=DIR: embeddings of its conditions.",
 )
-@option(
-    "--stage",
-    metavar="NAME",
-    show_default="the first",
-    help="With --pipeline: the stage that was tuned.",
-)
+@name_option("--stage", show_default="the first", help="With --pipeline: the stage that was tuned.")
 @shared(
     "before n psi seed out device",
     before="Generator before tuning.",

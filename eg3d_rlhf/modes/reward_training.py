@@ -15,7 +15,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, rare_option
+from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
@@ -92,13 +92,7 @@ flags_of_rewards = together(
         default=None,
         help="Shares of the labels per split.",
     ),
-    option(
-        "--campaign",
-        group=STORE,
-        metavar="NAME",
-        show_default="all that collect preferences",
-        help="Campaign.",
-    ),
+    name_option("--campaign", group=STORE, show_default="all that collect preferences", help="Campaign."),
     _rare_store_option(
         "--annotator",
         "annotators",
@@ -129,10 +123,9 @@ flags_of_rewards = together(
     _rare_store_option(
         "--question", metavar="NAME", show_default="which is better", help="Take the votes on this question."
     ),
-    option(
+    name_option(
         "--preset",
         group="Network",
-        metavar="NAME",
         help=(
             "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
             " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"

@@ -17,7 +17,9 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 COUNT = click.IntRange(min=1)
 rare_option = functools.partial(option, rare=True)
 count_option = functools.partial(option, metavar="INT", type=COUNT)
+whole_option = functools.partial(option, metavar="INT", type=click.IntRange(min=0))
 file_option = functools.partial(option, metavar="FILE", type=FILE)
+name_option = functools.partial(option, metavar="NAME")
 
 
 def print_json(values: Any) -> None:
