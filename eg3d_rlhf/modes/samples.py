@@ -52,6 +52,8 @@ _sampling = together(
 )
 _shapes_option = functools.partial(option, group="Shapes")
 _film_option = functools.partial(option, group="Film")
+_surface_option = functools.partial(option, group="Surface")
+_samples_option = functools.partial(option, group="Samples")
 
 
 def _shapes(rare: bool = False):
@@ -83,12 +85,11 @@ def _shapes(rare: bool = False):
 
 @click.command("images", cls=GroupedCommand)
 @_sampling
-@option(
+@_samples_option(
     "--fov-deg",
     metavar="DEGREES",
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
     default=rendering.FFHQ_FOV,
-    group="Samples",
     help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
 )
 @_shapes()
@@ -304,7 +305,7 @@ def videos(
     seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."},
     psi=_PSI,
 )
-@option(
+@_surface_option(
     "--resolution",
     "--shape-res",
     "resolution",
@@ -312,7 +313,6 @@ def videos(
     type=click.IntRange(16, 1024),
     default=SURFACE.resolution,
     help="Grid points per axis.",
-    group="Surface",
 )
 @rare_option("--level", type=float, help="Raw density of the surface; else the generator's own.")
 @rare_option(
@@ -327,12 +327,11 @@ def videos(
     default=SURFACE.component,
     help="Parts to keep: the one of largest volume, or all.",
 )
-@option(
+@_surface_option(
     "--faces",
     metavar="INT",
     type=click.IntRange(min=4),
     help="Decimate to about so many faces.",
-    group="Surface",
     show_default="all",
 )
 @rare_option("--colors", type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
@@ -396,12 +395,11 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
     psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
 )
-@option(
+@_samples_option(
     "--shapes",
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    group="Samples",
     help="How many of the seeds to show as shapes.",
 )
 @shared("device dry-run")

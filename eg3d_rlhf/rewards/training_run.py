@@ -63,6 +63,7 @@ REPORT = "report.json"
 KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
 MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
 _data_knob = functools.partial(knob, group="Data")
+_network_knob = functools.partial(knob, group="Network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +107,16 @@ class RewardRun:
     split_seed: int = _data_knob(0, "Which labels are held out, whatever --seed is.", low=0, rare=True)
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
     slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, rare=True)
-    members: int = knob(1, "Train so many networks with different seeds, and join them.", "Network", low=1)
-    aggregate: str | None = knob(
+    members: int = _network_knob(1, "Train so many networks with different seeds, and join them.", low=1)
+    aggregate: str | None = _network_knob(
         None,
         "What members become. Their scores are standardised, but for the default; warm is the mean of their"
         " weights.",
-        "Network",
         choices=CHOICES,
         shown="the mean of raw scores",
     )
-    strength: float | None = knob(
-        None,
-        "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.",
-        "Network",
-        above=0,
-        shown="1, 0.5, 0.5",
+    strength: float | None = _network_knob(
+        None, "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.", above=0, shown="1, 0.5, 0.5"
     )
     shared_start: bool = False  # members go on from one network that is trained first
     train: TrainOptions = field(default_factory=TrainOptions)

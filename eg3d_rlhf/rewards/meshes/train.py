@@ -54,6 +54,7 @@ TRAIN = "Training"
 MOMENTUM = 0.9
 TINY = 1e-3
 _rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
+_net_knob = functools.partial(knob, group=NET, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +77,18 @@ class MeshRewardTraining:
     )
     held_out: float = knob(0.25, "Share of the meshes for the figures.", DATA, above=0, below=1, rare=True)
     resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128, rare=True)
-    patchifier: str = knob(
-        "regions", "How meshes become patches.", NET, choices=tuple(PATCHIFIERS), rare=True
-    )
-    patches: int = knob(64, "Patches of a mesh.", NET, low=4, rare=True)
-    faces: int = knob(64, "Faces of a patch.", NET, low=1, rare=True)
-    area: str = knob("share", "Areas as shares of the mesh's, or as they are.", NET, choices=AREAS, rare=True)
-    place: str = knob(
+    patchifier: str = _net_knob("regions", "How meshes become patches.", choices=tuple(PATCHIFIERS))
+    patches: int = _net_knob(64, "Patches of a mesh.", low=4)
+    faces: int = _net_knob(64, "Faces of a patch.", low=1)
+    area: str = _net_knob("share", "Areas as shares of the mesh's, or as they are.", choices=AREAS)
+    place: str = _net_knob(
         "centre",
         "Where centres are measured from: the surface's, its box's least corner, the origin.",
-        NET,
         choices=PLACES,
-        rare=True,
     )
-    width: int = knob(64, "Width of the encoder.", NET, low=4, rare=True)
-    depth: int = knob(3, "Blocks of the encoder.", NET, low=0, rare=True)
-    heads: int = knob(4, "Heads of attention.", NET, low=1, rare=True)
+    width: int = _net_knob(64, "Width of the encoder.", low=4)
+    depth: int = _net_knob(3, "Blocks of the encoder.", low=0)
+    heads: int = _net_knob(4, "Heads of attention.", low=1)
     divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
     divergence_ramp: float = _rare_train_knob(
         0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", low=0, high=1
