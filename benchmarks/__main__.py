@@ -1,5 +1,6 @@
 """Measure the speed of the project against straightforward EG3D; see `python -m benchmarks --help`."""
 
+import functools
 from pathlib import Path
 
 import click
@@ -11,84 +12,74 @@ from benchmarks.session import Options, run, select
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 
 RESULTS = Path(__file__).parent / "results"
+_how_option = functools.partial(option, group="How")
+_results_option = functools.partial(option, group="Results")
+_what_option = functools.partial(option, group="What")
 
 
 @click.command(
     cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140}
 )
-@option(
+@_what_option(
     "--rows",
     "patterns",
     metavar="PATTERN",
     multiple=True,
-    group="What",
     show_default="all",
     help="Rows whose name contains this, or fits it as a shell pattern. May be given more than once.",
 )
-@option(
+@_what_option(
     "--size",
     type=click.Choice(["bundled", "full", "both"]),
     default="both",
-    group="What",
     help="The bundled generator, ffhq512-128, or both.",
 )
-@option("--list", "list_rows", is_flag=True, group="What", help="Print the rows and their targets, and stop.")
-@option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", group="How", help="Where both paths run."
-)
-@option(
+@_what_option("--list", "list_rows", is_flag=True, help="Print the rows and their targets, and stop.")
+@_how_option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where both paths run.")
+@_how_option(
     "--threads",
     metavar="INT",
     type=click.IntRange(1, 256),
     default=2,
-    group="How",
     help="CPU threads; the targets hold for 2.",
 )
-@option(
+@_how_option(
     "--repeats",
     metavar="ROUNDS",
     type=click.IntRange(1, 1000),
-    default=None,
-    group="How",
     show_default="what fits into 15 s, at least 2",
     help="Rounds of every row; both paths run in each.",
 )
-@option(
+@_how_option(
     "--quick",
     is_flag=True,
-    group="How",
     help="Tiny inputs and two rounds: shows that every row works. Writes quick.json and quick.md.",
 )
-@option(
+@_how_option(
     "--memory/--no-memory",
     default=None,
-    group="How",
     show_default="on; off with --quick",
     help="Measure the peak memory of each path in a process of its own.",
 )
-@option(
+@_how_option(
     "--torch-compile",
     is_flag=True,
-    group="How",
     help=(
         "Op rows: time plain torch, torch.compile of the reference and torch.compile of plain torch as well."
     ),
 )
-@option(
+@_results_option(
     "--out",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
     default=RESULTS,
-    group="Results",
     show_default="benchmarks/results",
     help="Folder of latest.json and latest.md.",
 )
-@option(
+@_results_option(
     "--compare",
     metavar="OLD.json",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    default=None,
-    group="Results",
     help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.",
 )
 def main(

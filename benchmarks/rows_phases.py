@@ -275,6 +275,7 @@ def _row(name: str, function: str, seconds: float, target: Target | None = None)
     )
 
 
+_full_row = functools.partial(Row, size="full", gradient_tolerance=1e-3)
 ROWS = [
     _row("Gmain forward + backward", "g_main", 20, Target(at_least=2.6, aim=3)),
     _row("Greg forward + backward", "g_reg", 3),
@@ -288,32 +289,26 @@ ROWS = [
         target=Target(at_least=2.5, aim=3),
         tolerance=_BOTH_PATHS_STEP,
     ),
-    Row(
+    _full_row(
         name="reward network, forward + backward to the slab",
-        size="full",
         make=reward_network,
         seconds=6,
         target=Target(at_least=2, aim=3),
         tolerance=1e-4,
-        gradient_tolerance=1e-3,
     ),
-    Row(
+    _full_row(
         name="reward training, one pair, forward + backward",
-        size="full",
         make=reward_training,
         seconds=30,
         target=Target(at_least=3, aim=4),
         tolerance=1e-4,
-        gradient_tolerance=1e-3,
     ),
-    Row(
+    _full_row(
         name="one RLHF iteration of the published method",
-        size="full",
         make=published_iteration,
         seconds=20,
         target=Target(at_least=4.5, aim=6),
         tolerance=1e-3,
-        gradient_tolerance=1e-3,
     ),
     Row(
         name="Shapley coalitions of 12 regions, full-size reward",

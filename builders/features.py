@@ -5,6 +5,7 @@ Every kind of damage takes a strength per image [N], 0 = unchanged, and is deter
 Shape letters: N images, H x W pixels, F features, K factors.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -116,6 +117,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {
     "squeeze": (squeeze, (0.05, 0.1, 0.15, 0.2, 0.3), "of width"),
     "ghost": (ghost, (0.05, 0.1, 0.2, 0.3, 0.5), "blend"),
 }
+_training_option = functools.partial(option, group="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,28 +301,22 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
 
 @click.command("python -m builders.features", cls=GroupedCommand)
 @command.out(feature_files.DEFAULT_ASSET)
-@option(
-    "--data",
-    metavar="NAME",
-    default="synthetic:people64@n=6000,seed=71",
-    help="Heads of people to train on.",
-    group="Training",
+@_training_option(
+    "--data", metavar="NAME", default="synthetic:people64@n=6000,seed=71", help="Heads of people to train on."
 )
-@option(
+@_training_option(
     "--epochs",
     metavar="INT",
     type=click.IntRange(min=1),
     default=FeatureTraining.epochs,
     help="Passes over them.",
-    group="Training",
 )
-@option(
+@_training_option(
     "--seed",
     metavar="INT",
     type=click.IntRange(min=0),
     default=0,
     help="Seed of initialisation, order and damage.",
-    group="Training",
 )
 @option(
     "--check-data",

@@ -1,5 +1,6 @@
 """Train the bundled networks of the toy flow generator: python -m builders.toy_flow"""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -119,6 +120,7 @@ def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
 
 
 TOY_PARTS = (STRUCTURE, VOXELS, "reward")
+_training_option = functools.partial(option, group="Training")
 
 
 def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
@@ -148,21 +150,15 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
     group="Run",
     help="Folder to write the networks into.",
 )
-@option(
+@_training_option(
     "--steps",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="as the bundled ones",
     help="Steps of each stage.",
-    group="Training",
 )
-@option(
-    "--seed",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Seed of initialisation and data.",
-    group="Training",
+@_training_option(
+    "--seed", metavar="INT", type=click.IntRange(min=0), default=0, help="Seed of initialisation and data."
 )
 @command.dry_run
 def toy_flow(parts: tuple[str, ...], outdir: Path, steps: int | None, seed: int, dry_run: bool) -> None:

@@ -5,6 +5,7 @@ eg3d_rlhf/modes/gan.py.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import types
@@ -50,6 +51,9 @@ def knob(default: object, help: str, group: str, **more) -> typing.Any:
     >>> gamma: float = knob(1.0, "R1 weight.", "GAN losses", low=0)
     """
     return dataclasses.field(default=default, metadata={"knob": Knob(help=help, group=group, **more)})
+
+
+_gan_knob = functools.partial(knob, group=GAN)
 
 
 def knobs_of(kind: type) -> list[tuple[dataclasses.Field, type, Knob]]:
@@ -164,57 +168,42 @@ class LoopConfig:
 class GanConfig:
     """The GAN game: losses, what fades with the images seen, optimisers, moving average, augmentation."""
 
-    gamma: float = knob(10.0, "R1 weight.", GAN, low=0, shown="required")
-    aug: str = knob("noaug", "Augmentation of D's inputs.", GAN, choices=("noaug", "ada", "fixed"))
-    p: float = knob(0.2, "Probability for --aug=fixed.", GAN, low=0, high=1)
-    target: float = knob(0.6, "Target of sign(D(real)) for --aug=ada.", GAN, low=0, high=1)
-    style_mixing_prob: float = knob(0.0, "Probability of style mixing.", GAN, low=0, high=1)
-    gen_pose_cond: bool = knob(True, "Condition G on the camera.", GAN)
-    gpc_reg_prob: float = knob(0.5, "Probability of swapping the conditioning camera.", GAN, low=0, high=1)
-    gpc_reg_fade_kimg: float = knob(
-        1000.0,
-        "Length of the fade of --gpc-reg-prob from 1, in thousands of images.",
-        GAN,
-        metavar="KIMG",
-        low=0,
+    gamma: float = _gan_knob(10.0, "R1 weight.", low=0, shown="required")
+    aug: str = _gan_knob("noaug", "Augmentation of D's inputs.", choices=("noaug", "ada", "fixed"))
+    p: float = _gan_knob(0.2, "Probability for --aug=fixed.", low=0, high=1)
+    target: float = _gan_knob(0.6, "Target of sign(D(real)) for --aug=ada.", low=0, high=1)
+    style_mixing_prob: float = _gan_knob(0.0, "Probability of style mixing.", low=0, high=1)
+    gen_pose_cond: bool = _gan_knob(True, "Condition G on the camera.")
+    gpc_reg_prob: float = _gan_knob(0.5, "Probability of swapping the conditioning camera.", low=0, high=1)
+    gpc_reg_fade_kimg: float = _gan_knob(
+        1000.0, "Length of the fade of --gpc-reg-prob from 1, in thousands of images.", metavar="KIMG", low=0
     )
-    blur_fade_kimg: float = knob(
-        200.0,
-        "Length of the fade of the blur of D's inputs, in thousands of images.",
-        GAN,
-        metavar="KIMG",
-        low=0,
+    blur_fade_kimg: float = _gan_knob(
+        200.0, "Length of the fade of the blur of D's inputs, in thousands of images.", metavar="KIMG", low=0
     )
-    nrr_initial: int = knob(
-        64,
-        "Rendered resolution.",
-        GAN,
-        metavar="PIXELS",
-        low=4,
-        flags=("--neural-rendering-resolution-initial",),
+    nrr_initial: int = _gan_knob(
+        64, "Rendered resolution.", metavar="PIXELS", low=4, flags=("--neural-rendering-resolution-initial",)
     )
-    nrr_final: int | None = knob(
+    nrr_final: int | None = _gan_knob(
         None,
         "Rendered resolution after the fade.",
-        GAN,
         metavar="PIXELS",
         low=4,
         flags=("--neural-rendering-resolution-final",),
     )
-    nrr_fade_kimg: float = knob(
+    nrr_fade_kimg: float = _gan_knob(
         1000.0,
         "Length of the resolution fade, in thousands of images.",
-        GAN,
         metavar="KIMG",
         low=0,
         flags=("--neural-rendering-resolution-fade-kimg",),
     )
-    density_reg: float = knob(0.25, "Density regularisation weight; 0: off.", GAN, low=0)
-    density_reg_every: int = knob(4, "Interval of the density regulariser.", GAN, metavar="ITERATIONS", low=1)
-    density_reg_p_dist: float = knob(
-        0.004, "Perturbation of the density regulariser, world units.", GAN, low=0
+    density_reg: float = _gan_knob(0.25, "Density regularisation weight; 0: off.", low=0)
+    density_reg_every: int = _gan_knob(4, "Interval of the density regulariser.", metavar="ITERATIONS", low=1)
+    density_reg_p_dist: float = _gan_knob(
+        0.004, "Perturbation of the density regulariser, world units.", low=0
     )
-    reg_type: str = knob("l1", "Type of the density regulariser.", GAN, choices=REG_TYPES)
+    reg_type: str = _gan_knob("l1", "Type of the density regulariser.", choices=REG_TYPES)
     glr: float = knob(0.0025, "G learning rate.", OPT, above=0)
     dlr: float = knob(0.002, "D learning rate.", OPT, above=0)
     ema_kimg: float = knob(

@@ -266,35 +266,6 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         moved[:, [3, 7, 11]] += self.t_mapping(z, c)[:, 0]
         return moved
 
-    def forward(
-        self,
-        z,
-        c,
-        truncation_psi=1.0,
-        truncation_cutoff=None,
-        neural_rendering_resolution=None,
-        update_emas=False,
-        cache_backbone=False,
-        use_cached_backbone=False,
-        *,
-        c_render=None,
-        **synthesis_kwargs,
-    ) -> dict[str, torch.Tensor]:
-        """Map z [N, Z] conditioned on camera c [N, 25] and render from c_render (default: the same), as
-        `moved_camera` has it.
-        """
-        ws = self.mapping(z, c, truncation_psi, truncation_cutoff, update_emas)
-        c = self.moved_camera(z, c if c_render is None else c_render)
-        return self.synthesis(
-            ws,
-            c,
-            neural_rendering_resolution,
-            update_emas,
-            cache_backbone=cache_backbone,
-            use_cached_backbone=use_cached_backbone,
-            **synthesis_kwargs,
-        )
-
     def render(
         self, planes, ws, c, resolution, options, noise_mode="random", **sr_kwargs
     ) -> dict[str, torch.Tensor]:

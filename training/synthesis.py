@@ -291,12 +291,3 @@ class Generator(torch.nn.Module):
         self.mapping = MappingNetwork(
             z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, **(mapping_kwargs or {})
         )
-
-    def forward(
-        self, z, c, truncation_psi=1.0, truncation_cutoff=None, update_emas=False, **synthesis_kwargs
-    ) -> torch.Tensor:
-        """z [N, Z], c [N, K] -> [N, img_channels, R, R]."""
-        ws = self.mapping(
-            z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
-        )
-        return self.synthesis(ws, **synthesis_kwargs)

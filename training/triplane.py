@@ -276,6 +276,10 @@ class TriPlaneGenerator(torch.nn.Module):
             planes, self.decoder, coordinates, directions, options, sigma_only=sigma_only
         )
 
+    def moved_camera(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """Return the cameras [N, 25] from which `forward` renders latents z [N, Z]: c itself."""
+        return c
+
     def forward(
         self,
         z,
@@ -288,13 +292,15 @@ class TriPlaneGenerator(torch.nn.Module):
         use_cached_backbone=False,
         **synthesis_kwargs,
     ) -> dict[str, torch.Tensor]:
-        """Map z [N, Z] conditioned on camera c [N, 25] and render from the same camera; see `synthesis`."""
+        """Map z [N, Z] conditioned on camera c [N, 25] and render from the same camera, as `moved_camera` has
+        it; see `synthesis`.
+        """
         ws = self.mapping(
             z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
         )
         return self.synthesis(
             ws,
-            c,
+            self.moved_camera(z, c),
             neural_rendering_resolution=neural_rendering_resolution,
             update_emas=update_emas,
             cache_backbone=cache_backbone,

@@ -173,6 +173,7 @@ STEADY = 0.8  # least rank correlation under a change that should not matter
 # of a mesh in a strip; meshes in a row
 PIXELS = 160
 STRIP = 5
+_rare_samples_knob = functools.partial(knob, group="Samples", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,25 +182,21 @@ class ScoreOptions:
 
     n: int = knob(100, "Latents that are scored.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count)
     psi: float = knob(0.7, "Truncation.", "Samples", above=0, high=2)
-    cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0, rare=True)
-    seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0, rare=True)
-    fit: int = knob(
+    cutoff: int = _rare_samples_knob(14, "Layers that truncation reaches.", low=0)
+    seed: int = _rare_samples_knob(0, "Other held-out latents per seed.", low=0)
+    fit: int = _rare_samples_knob(
         64,
         "Further latents behind alignment and calibration.",
-        "Samples",
         metavar="LATENTS",
         low=8,
         high=ALIGNMENT.count,
-        rare=True,
     )
-    known: int = knob(
+    known: int = _rare_samples_knob(
         256,
         "Further latents of the reference that show what the reward knows.",
-        "Samples",
         metavar="LATENTS",
         low=16,
         high=ALIGNMENT.count,
-        rare=True,
     )
     resolution: int = knob(
         64,

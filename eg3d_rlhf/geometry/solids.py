@@ -8,7 +8,7 @@ transform: grown by r is distance <= r, eroded by r is distance > r.
 
 Alone the score is useless: a ball is a perfect solid. It is paired with fidelity to the shape before
 (`reward`).
-Reduce large grids first (`reduced`): the score takes .1 s at 64^3, all measures half a minute at 256^3.
+Reduce large grids first (`reduced`): the score takes .1 s at 64^3.
 """
 
 import itertools
@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial import ConvexHull
 
 EDGE = 64  # voxels per edge that the score is meant for
 MOST = 256  # voxels per edge that are measured
 LEAK = 0.05  # of the edge: the radius that bridges holes
-LEAST = 8  # voxels of a part that is more than a crumb
 CRUMB = 0.05  # share of the exposed faces under which a part is no part of the repaired shape
 GATE = (0.75, 0.95)  # fidelity below which the reward is 0, and above which it is whole
 FLOOR = 0.01  # least value of a term in the mean
@@ -96,21 +95,19 @@ def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
     return padded.reshape(x, k, y, k, z, k).mean(axis=(1, 3, 5), dtype=np.float32) > 0.5
 
 
-def _checked(solid: np.ndarray, who: str) -> np.ndarray:
-    """Raises: ValueError for what is no grid, for one that is too large, and for an empty one."""
+def _checked(solid: np.ndarray) -> np.ndarray:
+    """Raises: ValueError for what is no grid, and for one that is too large."""
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
         got = f"{solid.dtype} {list(solid.shape)}"
         raise ValueError(
-            f"{who}: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level."
+            f"solid: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level."
         )
     if max(solid.shape) > MOST:
         raise ValueError(
-            f"{who}: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to"
+            f"solid: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to"
             f" {EDGE}^3 first."
         )
-    if not solid.any():
-        raise ValueError(f"{who}: expected a shape, got an empty grid. Lower the level.")
     return solid
 
 
@@ -141,14 +138,10 @@ def grown(solid: np.ndarray, radius: float) -> np.ndarray:
     return ndimage.distance_transform_edt(~solid) <= radius if solid.any() else solid
 
 
-def _eroded(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What is outside the grid is background."""
-    return ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius
-
-
 def opening(solid: np.ndarray, radius: float) -> np.ndarray:
     """The union of the balls that fit inside."""
-    return grown(_eroded(solid, radius), radius) & solid
+    # What is outside the grid is background
+    return grown(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
 
 
 def closing(solid: np.ndarray, radius: float) -> np.ndarray:
@@ -240,70 +233,6 @@ def tip(solid: np.ndarray) -> tuple[float, float]:
     return math.degrees(math.atan2(margin, centre[1] - floor)), margin
 
 
-def lost(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What is too thin: voxels further than one from all balls of this radius that fit inside."""
-    return solid & ~grown(opening(solid, radius), 1)
-
-
-def _solidity(points: np.ndarray) -> float:
-    """Share of the volume of the hull of the voxels' corners."""
-    corners = np.unique(
-        np.concatenate([points + step for step in itertools.product((0, 1), repeat=3)]), axis=0
-    )
-    try:
-        return len(points) / ConvexHull(corners).volume
-    except QhullError:  # cannot be: one voxel has a volume
-        return 1.0
-
-
-def measure_grid(solid: np.ndarray, rules: Rules = OBJECTS) -> dict:
-    """All measures of a grid, as JSON values: shares are 0..1, lengths shares of the longest edge.
-
-    volume, surface; parts, parts_least (of LEAST voxels or more), main (largest part's share of the exposed
-    faces), main_volume; cavities, cavity_volume, cavity_share, leak_share (hollows behind holes), inner
-    (all of them; share of the filled shape); euler; thin (share lost); ridge (5 and 50 % of the thicknesses
-    along the middle, low by up to a voxel); tip_angle, margin; cut (voxels on the grid's faces that are
-    solid); solidity; symmetry (IoU with the mirror image, along each axis).
-    Raises: ValueError for an empty, a foreign and a gigantic grid.
-    """
-    solid = _checked(solid, "measure_grid")
-    edge = max(solid.shape)
-    count = int(solid.sum())
-    labels, parts = ndimage.label(solid)
-    faces = exposed(labels, parts)
-    sizes = np.bincount(labels.ravel())[1:]
-    holes = enclosed(solid)
-    filled = fill(solid, rules.bridge(solid)) | holes
-    depth = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1]
-    ridge = (2 * depth[(ndimage.maximum_filter(depth, size=3) == depth) & solid] - 1) / edge
-    angle, margin = tip(solid)
-    mirrored = [
-        (solid & np.flip(solid, axis)).sum() / (solid | np.flip(solid, axis)).sum() for axis in range(3)
-    ]
-    shell = count - int(solid[1:-1, 1:-1, 1:-1].sum())
-    return {
-        "volume": count / solid.size,
-        "surface": int(faces.sum()) / edge**2,
-        "parts": parts,
-        "parts_least": int((sizes >= LEAST).sum()),
-        "main": float(faces.max() / faces.sum()),
-        "main_volume": float(sizes.max() / count),
-        "cavities": int(ndimage.label(holes)[1]),
-        "cavity_volume": int(holes.sum()) / solid.size,
-        "cavity_share": float(holes.sum() / (holes.sum() + count)),
-        "leak_share": float((filled & ~solid & ~holes).sum() / filled.sum()),
-        "inner": 1 - count / float(filled.sum()),
-        "euler": euler(solid),
-        "thin": 0.0 if rules.thin is None else float(lost(solid, rules.thin).sum() / count),
-        "ridge": np.quantile(ridge, (0.05, 0.5)).tolist(),
-        "tip_angle": angle,
-        "margin": margin / edge,
-        "cut": shell,
-        "solidity": _solidity(np.argwhere(solid)),
-        "symmetry": [float(value) for value in mirrored],
-    }
-
-
 # The score, and its pair.
 
 
@@ -335,7 +264,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
     """
     if solid.ndim == 3 and solid.dtype == bool and not solid.any():
         return NOTHING
-    solid = _checked(solid, "solid")
+    solid = _checked(solid)
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
     solid = _box(solid, 0)[0]
     main = main_share(solid)

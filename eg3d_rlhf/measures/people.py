@@ -91,7 +91,8 @@ def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
     head = surface_points(whole)
     found: dict[str, float] = {}
     for suffix, place in (("", behind), ("_front", in_front)):
-        ways = _ways(shape, head, place)
+        # Distances of the shape's points at a place to the head, and of the head's to the shape
+        ways = _away(shape, head, place), _away(head, shape, place)
         found |= {
             f"fscore{suffix}": _fscore(ways, VOXEL),
             f"fine{suffix}": _fscore(ways, FINE),
@@ -99,11 +100,6 @@ def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
             f"distance{suffix}": float(np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in ways])),
         }
     return found
-
-
-def _ways(shape: np.ndarray, head: np.ndarray, place) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of the shape's points at a place to the head, and of the head's to the shape."""
-    return _away(shape, head, place), _away(head, shape, place)
 
 
 def _fscore(ways: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:

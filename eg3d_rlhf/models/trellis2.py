@@ -243,17 +243,13 @@ class StructureFlow(Flow):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        check_shape(
-            "StructureFlow.x_t",
+        blocks.check_inputs(
+            "StructureFlow",
             x_t,
             ["N", config.in_channels, *[config.resolution] * 3],
-            "Give latents of this model's size.",
-        )
-        check_shape(
-            "StructureFlow.cond",
             cond,
-            [len(x_t), "L", config.cond_channels],
-            "Use embeddings of the encoder it was trained with.",
+            len(x_t),
+            config.cond_channels,
         )
         v = self.transform(
             x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()
@@ -271,14 +267,8 @@ class VoxelFlow(Flow):
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
         config = self.config
-        check_shape(
-            "VoxelFlow.x_t", x_t.feats, ["V", config.out_channels], "Give latents of this model's size."
-        )
-        check_shape(
-            "VoxelFlow.cond",
-            cond,
-            [x_t.size, "L", config.cond_channels],
-            "Use embeddings of the encoder it was trained with.",
+        blocks.check_inputs(
+            "VoxelFlow", x_t.feats, ["V", config.out_channels], cond, x_t.size, config.cond_channels
         )
         x = x_t.feats
         width = 0 if x_t.given is None else x_t.given.shape[1]

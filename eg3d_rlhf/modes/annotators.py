@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 database = option(
     "--db",
     metavar="URL",
-    default=None,
     help=DATABASE,
     callback=lambda ctx, _, given: given or ctx.obj or DB,
 )
 address = option(
     "--address",
     metavar="URL",
-    default=None,
     help="Where annotators reach the server, as https://host:8000: for the link.",
     show_default="a link without it",
 )
@@ -36,7 +34,6 @@ qr = option(
     "--qr",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
     help="The link's QR code as a new .svg or .png; needs --address.",
 )
 handed_over = together(address, qr)

@@ -1,12 +1,10 @@
 """The command `reward best-of-n`: how far a reward can be trusted, before any tuning."""
 
-import json
-
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import print_json, shared
 
 
 @click.command(cls=GroupedCommand)
@@ -62,11 +60,7 @@ def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampli
             "judge": "annotator" if trial.judge is None else "reward",
             "arms": [*single, *joined],
         }
-        click.echo(
-            json.dumps(
-                {**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)}, indent=1
-            )
-        )
+        print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)})
         return
     finding = write(trial, out)
     click.echo("\n".join(finding.says))

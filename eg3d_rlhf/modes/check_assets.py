@@ -1,5 +1,6 @@
 """The command `check-assets`: how many meshes of a folder are solids."""
 
+import functools
 import os
 import re
 from dataclasses import asdict
@@ -24,7 +25,10 @@ from eg3d_rlhf.evaluation.census_page import write_census
 from eg3d_rlhf.measures.meshes.clean import MOST_TOLERANCE, TOLERANCE, UPS
 from eg3d_rlhf.measures.meshes.measure import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import solid_library
+from eg3d_rlhf.modes.shared_flags import FOLDER, count_option
 from training.progress import tqdm
+
+_measures_option = functools.partial(option, group="Measures")
 
 
 @click.command("check-assets", cls=GroupedCommand)
@@ -32,63 +36,47 @@ from training.progress import tqdm
 @option(
     "--by",
     metavar="REGEX",
-    default=None,
     show_default="first folder below FOLDER",
     help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.",
 )
-@option(
+@_measures_option(
     "--weld",
     metavar="FLOAT",
     type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    group="Measures",
     help="Corners nearer than this share of the longest edge are one.",
 )
-@option(
-    "--up",
-    type=click.Choice(UPS),
-    default="y",
-    group="Measures",
-    help="Axis that points up: y in glTF, z in most STL.",
+@_measures_option(
+    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL."
 )
-@option(
+@_measures_option(
     "--samples",
     metavar="INT",
     type=click.IntRange(100),
     default=MeasureOptions.samples,
-    group="Measures",
     help="Points on each surface that see what is hidden, buried and thin.",
 )
-@option(
+@_measures_option(
     "--thin",
     metavar="FLOAT",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=MeasureOptions.thin,
-    group="Measures",
     help="Walls below this share of the longest edge are thin.",
 )
-@option(
+@_measures_option(
     "--leak",
     metavar="FLOAT",
     type=click.FloatRange(0, 0.25),
     default=MeasureOptions.leak,
-    group="Measures",
     help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.",
 )
-@option(
-    "--hull-mass",
-    is_flag=True,
-    group="Measures",
-    help="Stand by the convex hull's centre of mass, as DSO does.",
-)
-@option("--seed", metavar="INT", type=click.IntRange(0), default=0, group="Measures", help="Of the samples.")
-@option(
-    "--jobs", metavar="INT", type=click.IntRange(1), default=None, show_default="cores", help="Processes."
-)
+@_measures_option("--hull-mass", is_flag=True, help="Stand by the convex hull's centre of mass, as DSO does.")
+@_measures_option("--seed", metavar="INT", type=click.IntRange(0), default=0, help="Of the samples.")
+@count_option("--jobs", default=None, show_default="cores", help="Processes.")
 @option(
     "--out",
     metavar="PATH",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=Path("census"),
     help="Folder for index.html and data/*.csv, *.json.",
 )

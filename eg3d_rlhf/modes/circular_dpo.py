@@ -27,6 +27,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
     unset_option,
 )
+from eg3d_rlhf.modes.shared_flags import rare_option
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
@@ -88,20 +89,17 @@ def default_settings(pipeline: str) -> CircularSettings:
 
 
 artefact_flags = together(
-    option(
+    rare_option(
         "--artefacts",
         group=RUN,
-        rare=True,
         metavar="DIR",
         type=FOLDER,
-        default=None,
         show_default="artefacts in --outdir",
         help="Finished steps, by the hash of all that they depend on; runs share them.",
     ),
-    option(
+    rare_option(
         "--no-summary",
         group=RUN,
-        rare=True,
         is_flag=True,
         help="Skip the table that ends a run of the loop or of one stage.",
     ),

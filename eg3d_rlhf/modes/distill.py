@@ -14,6 +14,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
 from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import (
     ASSETS,
@@ -65,14 +66,7 @@ OF_METHODS = (*(method.settings for method in METHODS.values()), GeometrySetting
 SETTINGS = (SceneConfig, *OF_METHODS, LoopConfig)
 
 flags = together(
-    option(
-        "--show",
-        group="Run",
-        metavar="INT",
-        type=click.IntRange(min=0),
-        default=4,
-        help="Assets in pictures, film and meshes.",
-    ),
+    whole_option("--show", group="Run", default=4, help="Assets in pictures, film and meshes."),
     option(
         "--prompt",
         "prompts",
@@ -87,7 +81,6 @@ flags = together(
         "--method",
         group=METHOD,
         type=click.Choice(list(METHODS)),
-        default=None,
         show_default="that of --preset, or the arms of --compare",
         help="How assets are made.",
     ),
@@ -95,7 +88,6 @@ flags = together(
         "--compare",
         group=METHOD,
         metavar="ARM,...",
-        default=None,
         show_default="none",
         help=(
             "Arms on the same seeds and one table against sds: methods, with +geometry for --geometry-reward"
@@ -107,23 +99,18 @@ flags = together(
         "--preset",
         group=METHOD,
         type=click.Choice(sorted(PRESETS)),
-        default=None,
         show_default="none",
         help="Settings of a method by name; those of public code among them. Brings its method.",
     ),
     options_of(*OF_METHODS),
-    option(
+    rare_option(
         "--tau",
         type=float,
-        default=None,
-        rare=True,
         help="Gap of rewards from which the loser is pushed away, see tau_mode; inf: never.",
     ),
-    option(
+    rare_option(
         "--weight",
         metavar="RAMP",
-        default=None,
-        rare=True,
         help="Weight of DreamReward's gradient: a number, or a ramp over steps s0,v0,v1,s1.",
     ),
     options_of(LoopConfig),

@@ -6,44 +6,41 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.experiments.mode import running
+from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn, drawing_of
 from eg3d_rlhf.tuning.flow.workspace.work import BASE, SHOWN, TEST, Work
 from training.progress import tqdm
 
 AGAIN = "The same command"
-work_argument = click.argument("folder", metavar="WORK", type=click.Path(path_type=Path, file_okay=False))
+work_argument = click.argument("folder", metavar="WORK", type=FOLDER)
 device_flag = option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run."
 )
+timeout_flag = rare_option(
+    "--timeout",
+    metavar="MINUTES",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30,
+    help="With torchrun: longest wait for another process.",
+)
 drawing_flags = together(
-    option(
+    rare_option(
         "--cells",
-        rare=True,
         metavar="N",
         type=click.IntRange(2),
-        default=None,
         show_default="the family's",
         help="Per axis of the grid that meshes are read on: 128 for Hunyuan3D-2.1, 384 as published.",
     ),
-    option(
+    rare_option(
         "--few-steps",
-        rare=True,
         metavar="N",
         type=click.IntRange(1),
-        default=None,
         help=(
             "Draw in N steps, without guidance, where a network reads how long a step is (SAM 3D's"
             " structure)."
         ),
     ),
-    option(
-        "--timeout",
-        rare=True,
-        metavar="MINUTES",
-        type=click.FloatRange(min=0, min_open=True),
-        default=30,
-        help="With torchrun: longest wait for another process.",
-    ),
+    timeout_flag,
 )
 
 

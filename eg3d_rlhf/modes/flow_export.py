@@ -2,7 +2,6 @@
 train.py.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,32 +10,23 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
+from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
-
-FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 @click.command("export", cls=GroupedCommand)
 @click.argument("sources", metavar="[WORK|RUN...]", nargs=-1, type=FOLDER)
 @option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder to write.")
 @option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
-@option(
-    "--tune",
-    "name",
-    metavar="NAME",
-    default=None,
-    show_default="the latest",
-    help="Of WORK: a training, such as tune-00.",
-)
+@name_option("--tune", "name", show_default="the latest", help="Of WORK: a training, such as tune-00.")
 @option(
     "--pipeline",
     "root",
     metavar="ROOT",
     type=FOLDER,
-    default=None,
     show_default="as it was tuned",
     help="Folder of the generator.",
 )
@@ -81,7 +71,7 @@ def export_command(
             )
         return
     family = family_of(root)
-    click.echo(json.dumps(export(family, root, out, tuned), indent=1))
+    print_json(export(family, root, out, tuned))
     click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")
 
 

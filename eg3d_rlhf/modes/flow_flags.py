@@ -13,6 +13,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
 from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import check_source
@@ -28,7 +29,6 @@ WHAT = "What is trained"
 TRAIN = "Training"
 OWN = "the problem's own"
 TOY = ProblemSource.pipeline  # the bundled generator, which a run is of where no folder is named
-COUNT = click.IntRange(min=1)
 WHOLE = click.IntRange(min=0)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
@@ -202,7 +202,7 @@ arms_table_flags = together(
         " last is.",
         rare=True,
     ),
-    option("--no-summary", group=RUN, rare=True, is_flag=True, help="Skip the table that ends a run."),
+    rare_option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run."),
     options_of(Judging),
 )
 

@@ -25,7 +25,6 @@ SECONDS = 8  # that an answer takes
     "--pairs",
     metavar="N",
     type=click.IntRange(1),
-    default=None,
     show_default="as many as assets",
     help="How many are compared.",
 )
@@ -43,7 +42,6 @@ SECONDS = 8  # that an answer takes
     "--campaign",
     rare=True,
     metavar="NAME",
-    default=None,
     show_default="WORK's",
     help="Another one, of labels.db.",
 )

@@ -11,6 +11,7 @@ import torch
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
 from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.modes.flow_check import faults, licences, rows
+from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
@@ -25,7 +26,6 @@ from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
 from training.storage import write_atomic
 
-FOLDER = click.Path(path_type=Path, file_okay=False)
 # files of pictures, and of what may lie beside one under its name
 PICTURES = (".png", ".webp")
 MAPS = ".npy"
@@ -41,26 +41,18 @@ LONGEST = 2000  # characters of a prompt that the page shows
     required=True,
     help="Folder of a generator that is known (docs/reference/families.md), or toy.",
 )
-@option(
-    "--prompts",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=None,
-    help="Texts, one per line, for generators of texts; the toy has its own.",
-)
+@file_option("--prompts", help="Texts, one per line, for generators of texts; the toy has its own.")
 @option(
     "--pictures",
     metavar="DIR",
     type=FOLDER,
-    default=None,
     help="Pictures with transparent backgrounds, for generators of pictures.",
 )
 @option(
     "--conditions",
     "embeddings",
     metavar="FILE|DIR",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=PATH,
     help="Embeddings that others made, by name, in place of the generator's encoder.",
 )
 @option(
@@ -71,37 +63,24 @@ LONGEST = 2000  # characters of a prompt that the page shows
     help="Assets that are drawn per condition, to compare.",
 )
 @option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where networks run.")
-@option(
+@rare_option(
     "--seed",
-    rare=True,
     metavar="INT",
     type=click.IntRange(0),
     default=0,
     help="Divides the conditions, plans the pairs.",
 )
-@option(
+@rare_option(
     "--split",
-    rare=True,
     metavar="SHARES",
     default=",".join(f"{share:g}" for share in SHARES),
     help="Of the conditions, to train, to choose and to test on.",
 )
-@option(
-    "--precision",
-    rare=True,
-    type=click.Choice(list(PRECISIONS)),
-    default="auto",
-    help="Of drawing and training.",
+@rare_option(
+    "--precision", type=click.Choice(list(PRECISIONS)), default="auto", help="Of drawing and training."
 )
-@option(
-    "--batch",
-    rare=True,
-    metavar="N",
-    type=click.IntRange(1),
-    default=None,
-    help="Assets drawn at once, pairs in one pass.",
-)
-@option("--up", rare=True, type=click.Choice(["y", "z"]), default=None, help="Axis of assets that points up.")
+@rare_option("--batch", metavar="N", type=click.IntRange(1), help="Assets drawn at once, pairs in one pass.")
+@rare_option("--up", type=click.Choice(["y", "z"]), default=None, help="Axis of assets that points up.")
 def new(
     folder: Path,
     pipeline: str,

@@ -31,6 +31,7 @@ from eg3d_rlhf.modes.flow_draw import (
     lines_of,
     work_argument,
 )
+from eg3d_rlhf.modes.shared_flags import count_option, name_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
 from eg3d_rlhf.people.study import planning as studies
@@ -99,29 +100,14 @@ class Study:
 @option(
     "--against",
     type=click.Choice([BASE, CONTROL]),
-    default=None,
     show_default="base, then control",
     help="What the tuned generator is compared with.",
 )
-@option(
-    "--n",
-    metavar="INT",
-    type=click.IntRange(1),
-    default=None,
-    show_default="all test assets",
-    help="Pairs after which it is over.",
-)
-@option("--annotators", metavar="INT", type=click.IntRange(1), default=1, help="People who are asked.")
+@count_option("--n", show_default="all test assets", help="Pairs after which it is over.")
+@count_option("--annotators", default=1, help="People who are asked.")
 @option("--again", is_flag=True, help="A new study of the same training.")
 @option("--interim", is_flag=True, help="With --report: before the study is over, and marked so.")
-@option(
-    "--tune",
-    rare=True,
-    metavar="NAME",
-    default=None,
-    show_default="the latest",
-    help="Training, such as tune-00.",
-)
+@name_option("--tune", rare=True, show_default="the latest", help="Training, such as tune-00.")
 @device_flag
 @drawing_flags
 @launch.server_options("access.jsonl in the study's folder")

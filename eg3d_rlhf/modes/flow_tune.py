@@ -1,5 +1,6 @@
 """`eg3d-rlhf flow tune`: stages learn from people's answers, if these teach anything."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ from eg3d_rlhf.experiments.mode import Flags, running
 from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_defaults import of_circular
-from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, work_argument
+from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
+from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
 from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
@@ -24,7 +26,6 @@ from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, Tuning, tune
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
 from training.distributed import Ranks
 
-PATH = click.Path(path_type=Path)
 LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
 LOOP_ONLY = (
     "rounds",
@@ -39,55 +40,37 @@ LOOP_ONLY = (
 # where none is given: at 1, the papers' DPO, networks run away from the rejected ones (docs/results/flows.md)
 LOSER_WEIGHT = 0.5
 RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
+_what_is_tuned_option = functools.partial(option, group="What is tuned")
 what_flags = together(
-    option("--loop", group="What is tuned", is_flag=True, help=LOOP_SAYS),
-    option(
+    _what_is_tuned_option("--loop", is_flag=True, help=LOOP_SAYS),
+    _what_is_tuned_option(
         "--stage",
         "stages",
-        group="What is tuned",
         metavar="NAME",
         multiple=True,
         show_default="all",
         help="This stage; may be given again.",
     ),
-    option(
+    _what_is_tuned_option(
         "--labels",
-        group="What is tuned",
         metavar="FILE|DIR",
         type=PATH,
-        default=None,
         show_default=False,
         help="Of WORK's assets, or a folder of others, ranked.",
     ),
-    option(
-        "--pairs-only", group="What is tuned", is_flag=True, help="Make WORK/pairs, for train.py, and stop."
+    _what_is_tuned_option("--pairs-only", is_flag=True, help="Make WORK/pairs, for train.py, and stop."),
+    _what_is_tuned_option(
+        "--no-control", is_flag=True, help="Skip the same training on shuffled labels: half the time."
     ),
-    option(
-        "--no-control",
-        group="What is tuned",
-        is_flag=True,
-        help="Skip the same training on shuffled labels: half the time.",
-    ),
-    option(
+    _what_is_tuned_option(
         "--seed",
-        group="What is tuned",
         metavar="INT",
         type=click.IntRange(0),
-        default=None,
         show_default="WORK's",
         help="Of everything that is drawn.",
     ),
-    option(
-        "-n", "--dry-run", group="What is tuned", is_flag=True, help="Print the settings as JSON and stop."
-    ),
-    option(
-        "--timeout",
-        rare=True,
-        metavar="MINUTES",
-        type=click.FloatRange(min=0, min_open=True),
-        default=30,
-        help="With torchrun: longest wait for another process.",
-    ),
+    _what_is_tuned_option("-n", "--dry-run", is_flag=True, help="Print the settings as JSON and stop."),
+    timeout_flag,
 )
 
 

@@ -6,6 +6,7 @@ differs from the knobs' own defaults (training/config.py, eg3d_rlhf/tuning/gan/s
 consists of is built in eg3d_rlhf/tuning/gan/run.py.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Mapping
@@ -355,19 +356,16 @@ _IGNORED = (  # EG3D's flags that have no effect here: name, type, why
     ("--sr-first-stopband", float, "Ignored, as in EG3D."),
 )
 _OF_EG3D = ("gpus", *(name.removeprefix("--").replace("-", "_") for name, _, _ in _IGNORED))
+_run_option = functools.partial(option, group=RUN)
 
 gan_flags = together(
-    option(
+    _run_option(
         "--resume-previous",
-        group=RUN,
         is_flag=True,
         help="With --resume: use the previous checkpoint where the newest is damaged.",
     ),
-    option(
-        "--no-summary",
-        group=RUN,
-        is_flag=True,
-        help="Skip the before/after evaluation that ends a reward run.",
+    _run_option(
+        "--no-summary", is_flag=True, help="Skip the before/after evaluation that ends a reward run."
     ),
     options_of(*GROUPS),
     option(

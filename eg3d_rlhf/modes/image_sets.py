@@ -2,11 +2,11 @@
 generator's images.
 """
 
+import functools
 import json
 import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
@@ -16,11 +16,13 @@ from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, shared
 from training.dataset import ImageFiles, ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
 from training.progress import tqdm
 from training.synthetic_heads import resolve_dataset
+
+_images_option = functools.partial(option, group="Images")
 
 
 @click.command("convert", cls=GroupedCommand)
@@ -33,39 +35,22 @@ from training.synthetic_heads import resolve_dataset
 @option(
     "--dest",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="Zip to write, or a new or empty folder.",
 )
-@option(
+@_images_option(
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="all",
-    group="Images",
     help="Take the first so many, in the order of their names.",
 )
-@option(
-    "--transform",
-    type=click.Choice(TRANSFORMS),
-    default=None,
-    show_default="none",
-    group="Images",
-    help="See above.",
-)
-@option(
-    "--resolution",
-    metavar="WxH",
-    default=None,
-    show_default="as they are",
-    group="Images",
-    help="Size of the result, pixels.",
-)
-@option(
+@_images_option("--transform", type=click.Choice(TRANSFORMS), show_default="none", help="See above.")
+@_images_option("--resolution", metavar="WxH", show_default="as they are", help="Size of the result, pixels.")
+@_images_option(
     "--mirror",
     is_flag=True,
-    group="Images",
     help="Write every image mirrored as well, right after itself, with its pose mirrored.",
 )
 @option(
@@ -75,16 +60,7 @@ from training.synthetic_heads import resolve_dataset
     group="Labels",
     help="Check them, and refuse a set in which only some images have one; or write none.",
 )
-@option(
-    "--jobs",
-    "--workers",
-    "jobs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=None,
-    show_default="cores",
-    help="Processes; no effect on the result.",
-)
+@count_option("--jobs", "--workers", "jobs", show_default="cores", help="Processes; no effect on the result.")
 @option("--overwrite", is_flag=True, help="Replace a zip that exists.")
 @shared("dry-run")
 def convert(
@@ -120,11 +96,8 @@ def convert(
     count = min(count, max_images or count)
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if dry_run:
-        click.echo(
-            json.dumps(
-                {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)},
-                indent=1,
-            )
+        print_json(
+            {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}
         )
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
@@ -153,8 +126,7 @@ def convert(
 @option(
     "--inception",
     metavar="FILE",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=PATH,
     show_default="the bundled features",
     group="What",
     help="TorchScript detector: net(uint8 images, return_features=True).",

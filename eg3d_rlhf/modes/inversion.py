@@ -1,5 +1,6 @@
 """Inversion as a mode: from flags to what they open, a run of many inversions, pictures and a page."""
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,12 @@ from eg3d_rlhf.experiments.media.video import check_mp4
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
-FILE = click.Path(path_type=Path, dir_okay=False)
 PRESETS = {"small": {}, "published": PUBLISHED}
 WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # of the strip
+_target_option = functools.partial(option, group="Target")
 
 
 def parse_weights(text: str) -> list[float]:
@@ -203,42 +204,25 @@ def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
 
 
 _FLAGS = together(
-    option(
-        "--image",
-        group="Target",
-        metavar="FILE",
-        type=FILE,
-        default=None,
-        help="Image of the generator's size.",
+    _target_option("--image", metavar="FILE", type=FILE, help="Image of the generator's size."),
+    _target_option(
+        "--mask", metavar="FILE", type=FILE, show_default="all counts", help="Grey image: white counts."
     ),
-    option(
-        "--mask",
-        group="Target",
-        metavar="FILE",
-        type=FILE,
-        default=None,
-        show_default="all counts",
-        help="Grey image: white counts.",
-    ),
-    option(
+    _target_option(
         "--camera",
-        group="Target",
         metavar="YAW,PITCH|25 NUMBERS|JSON",
-        default=None,
         show_default="frontal",
         help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics.",
     ),
-    option(
+    _target_option(
         "--latents",
         "--seeds",
         "latents",
-        group="Target",
         metavar="LIST",
-        default=None,
         help="Samples of the generator as targets, such as 0,2-5.",
     ),
-    option("--psi", rare=True, type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
-    option("--start", rare=True, type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
+    rare_option("--psi", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
+    rare_option("--start", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
     shared(
         "network reward-ckpt reward-watch",
         "data",
@@ -250,11 +234,8 @@ _FLAGS = together(
         },
         data="What the generator was trained on; else the run's own.",
     ),
-    option(
-        "--perceptual",
-        rare=True,
-        type=FILE,
-        help="TorchScript network (the projectors' VGG16) or .safetensors of ours.",
+    rare_option(
+        "--perceptual", type=FILE, help="TorchScript network (the projectors' VGG16) or .safetensors of ours."
     ),
     option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward."),
     option(
@@ -266,21 +247,16 @@ _FLAGS = together(
         help="small, or published: the projectors' own; flags below go before it.",
     ),
     options_of(InversionConfig),
-    option(
+    rare_option(
         "--shown",
-        rare=True,
         type=click.IntRange(min=0),
         default=1,
         help="Targets with strip, orbit, meshes and kept generators.",
     ),
-    option(
-        "--shape-res",
-        rare=True,
-        type=click.IntRange(0, 1024),
-        default=128,
-        help="Of meshes, per axis; 0: none.",
+    rare_option(
+        "--shape-res", type=click.IntRange(0, 1024), default=128, help="Of meshes, per axis; 0: none."
     ),
-    option("--turns", rare=True, type=click.IntRange(min=0), default=12, help="Views of the orbit; 0: none."),
+    rare_option("--turns", type=click.IntRange(min=0), default=12, help="Views of the orbit; 0: none."),
 )
 HELP = """From one image to a shape, with a reward on geometry: a latent for the image, then a generator
 around it for each weight.

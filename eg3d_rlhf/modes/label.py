@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
         for kind in ("asset-pairs", "rankings", "asset-scores")
     },
 }
+_pairs_option = functools.partial(option, group="Pairs")
 
 
 class LabelGroup(GroupedGroup):
@@ -55,75 +56,53 @@ class LabelGroup(GroupedGroup):
 
 
 @click.command("label", cls=LabelGroup, invoke_without_command=True)
-@option(
-    "--network",
-    metavar="PATH",
-    default=None,
-    show_default="the bundled generator",
-    help="Network file or run folder.",
-    group="Pairs",
+@_pairs_option(
+    "--network", metavar="PATH", show_default="the bundled generator", help="Network file or run folder."
 )
-@option(
+@_pairs_option(
     "--assets",
     metavar="PATH",
-    default=None,
     show_default="a generator's shapes",
-    group="Pairs",
     help=(
         "Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl)."
     ),
 )
-@option(
-    "--up",
-    type=click.Choice(["y", "z"]),
-    default="y",
-    group="Pairs",
-    help="Of finished assets: the axis that points up.",
+@_pairs_option(
+    "--up", type=click.Choice(["y", "z"]), default="y", help="Of finished assets: the axis that points up."
 )
 @options_of(PairingOptions)
-@option(
+@_pairs_option(
     "--reward",
     "rewards",
     metavar="FILE",
     multiple=True,
     show_default="the bundled two",
-    group="Pairs",
     help="Active, close: a reward of the ensemble; may be given again.",
 )
-@option(
-    "--after",
-    metavar="NAME",
-    default=None,
-    group="Pairs",
-    help="Tournament: campaign whose results decide this next round.",
-)
+@_pairs_option("--after", metavar="NAME", help="Tournament: campaign whose results decide this next round.")
 @options_of(CampaignSettings)
-@option(
+@_pairs_option(
     "--show-render/--no-show-render",
     default=False,
-    group="Pairs",
     rare=True,
     help="Whether the RGB picture may be asked for.",
 )
-@option(
+@_pairs_option(
     "--both-bad/--no-both-bad",
     default=True,
-    group="Pairs",
     rare=True,
     help="Whether 'both are bad' may be answered; no with --single.",
 )
-@option(
+@_pairs_option(
     "--questions",
     metavar="LIST",
     default="",
     show_default="none",
-    group="Pairs",
     help=f"Asked besides which is better, with commas between: {', '.join(QUESTIONS)}, or NAME=TEXT.",
 )
-@option(
+@_pairs_option(
     "--reveal/--no-reveal",
     default=False,
-    group="Pairs",
     rare=True,
     help="Whether the generators' names are told after each answer.",
 )
@@ -327,14 +306,12 @@ def _start(
     "--least-gold-accuracy",
     metavar="0..1",
     type=click.FloatRange(0, 1),
-    default=None,
     help="Leave out annotators below it.",
 )
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
 @option(
     "--question",
     metavar="NAME",
-    default=None,
     show_default="which is better",
     help="Take the votes on this question as the answers.",
 )
@@ -381,7 +358,6 @@ def export(
 @option(
     "--campaign",
     metavar="NAME",
-    default=None,
     show_default="the file's name",
     help="Of ranked seeds: campaign to make.",
 )
@@ -414,14 +390,12 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @option(
     "--campaign",
     metavar="NAME",
-    default=None,
     show_default="all that collect preferences",
     help="One campaign alone.",
 )
 @option(
     "--question",
     metavar="NAME",
-    default=None,
     show_default="which is better",
     help="The votes on this question.",
 )

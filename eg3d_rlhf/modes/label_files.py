@@ -9,7 +9,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
 from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.bradley_terry import DRAWS, markdown, read_judgements
 from eg3d_rlhf.preferences.bradley_terry import elo as ratings
@@ -21,13 +21,7 @@ from training.storage import write_atomic
 
 
 @click.command("synthetic", cls=GroupedCommand)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="Labels to write (.jsonl or .csv).",
-)
+@file_option("--out", required=True, help="Labels to write (.jsonl or .csv).")
 @shared("network", network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample."})
 @options_of(AnnotationOptions)
 @option(
@@ -65,7 +59,7 @@ def synthetic(
             "shuffled": shuffled,
             "device": device,
         }
-        click.echo(json.dumps({**resolved, **asdict(options)}, indent=1))
+        print_json({**resolved, **asdict(options)})
         return
     generator = load_generator(network, choose_device(device))
     with tqdm(total=len(options.seeds), unit="seed", desc="judging") as bar:
@@ -110,27 +104,15 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
 
 
 @click.command("elo", cls=GroupedCommand)
-@click.argument(
-    "files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path, dir_okay=False)
-)
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
 @option(
     "--draws",
     type=click.Choice(DRAWS),
     default="both",
     help="A draw is a win for both, as GPTEval3D has it, or Davidson's tie.",
 )
-@option(
-    "--held",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Ratings that stay (an --out file): only new methods move.",
-)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the ratings as JSON, too.",
-)
+@file_option("--held", help="Ratings that stay (an --out file): only new methods move.")
+@file_option("--out", help="Write the ratings as JSON, too.")
 def elo(files, draws, held, out) -> None:
     """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a
     judge's.

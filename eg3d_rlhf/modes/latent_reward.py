@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, together
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.modes.flow_flags import source_of
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import count_option, file_option, name_option, shared, whole_option
 from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
@@ -19,38 +19,10 @@ from training.progress import tqdm
 
 @click.command("latent", cls=GroupedCommand)
 @together(options_of(ProblemSource))
-@option(
-    "--stage",
-    group="What is trained",
-    metavar="NAME",
-    default=None,
-    show_default="the last",
-    help="Whose latents are read.",
-)
-@option(
-    "--seed",
-    group="Run",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=0,
-    help="First training seed, whose reward is written.",
-)
-@option(
-    "--seeds",
-    group="Run",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=3,
-    help="Trainings, from --seed on.",
-)
-@option(
-    "--out",
-    group="Run",
-    metavar="FILE",
-    required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Reward to write, .safetensors.",
-)
+@name_option("--stage", group="What is trained", show_default="the last", help="Whose latents are read.")
+@whole_option("--seed", group="Run", default=0, help="First training seed, whose reward is written.")
+@count_option("--seeds", group="Run", default=3, help="Trainings, from --seed on.")
+@file_option("--out", group="Run", required=True, help="Reward to write, .safetensors.")
 @shared("device")
 def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **source) -> None:
     """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then

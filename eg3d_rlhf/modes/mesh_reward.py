@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 import torch
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import Run, recorded, recorded_by
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.shared_flags import count_option
 from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
 from eg3d_rlhf.rewards.meshes.train import (
     REWARD,
@@ -28,12 +29,9 @@ NAME = "mesh-reward"
 
 flags = together(
     options_of(MeshRewardTraining),
-    option(
+    count_option(
         "--seeds",
         group="Run",
-        metavar="INT",
-        type=click.IntRange(min=1),
-        default=None,
         show_default="off",
         help=(
             "Train every arm (lambda 1 and 0, shuffled, areas alone) with so many seeds and print their"

@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
-
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.run import Run
@@ -27,6 +25,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuned_as,
     tuning_flags,
 )
+from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
 from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -81,23 +80,20 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
     return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), judging=Judging(batch=4))
 
 
-FILE = click.Path(path_type=Path)
 what_flags = together(
     options_of(OfflineSource),
     option(
         "--assets",
         group=WHAT,
-        metavar="DIR|FILE",
-        type=FILE,
-        default=None,
+        metavar="DIR|PATH",
+        type=PATH,
         show_default="the toy's own",
         help="The folder that `eg3d-rlhf flow draw` wrote, or its list.",
     ),
     option(
         "--labels",
         group=WHAT,
-        metavar="FILE",
-        default=None,
+        metavar="PATH",
         show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
         help=(
             "What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."

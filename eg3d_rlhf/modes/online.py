@@ -148,7 +148,6 @@ what_flags = together(
         "--gate",
         group=WHAT,
         metavar="LIST",
-        default=None,
         help=(
             "Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."
         ),
@@ -159,7 +158,6 @@ arms_flag = option(
     "--arms",
     group=TABLE,
     metavar="LIST",
-    default=None,
     show_default="--loss alone",
     help=(
         f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted"

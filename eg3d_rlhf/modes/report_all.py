@@ -2,7 +2,6 @@
 four reports of them.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, some_of
 from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, make_in_terminal
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import print_json, shared
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
@@ -74,7 +73,7 @@ def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> N
             f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()
         }
         folders = {role: part.run or part.folder for role, part in parts.items()}
-        click.echo(json.dumps({**planned, **report_commands(out, folders, seed, chosen)}, indent=1))
+        print_json({**planned, **report_commands(out, folders, seed, chosen)})
         return
     started = time.time()
     times = dict[str, float]()

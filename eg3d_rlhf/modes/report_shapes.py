@@ -10,7 +10,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare
 from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
 from eg3d_rlhf.experiments.table import figure_table
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
 from training.storage import write_atomic
 
 TO_JSON = {
@@ -37,7 +37,7 @@ def names_of(networks: Sequence[Path]) -> list[str]:
 
 
 @click.command("heads", cls=GroupedCommand)
-@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=PATH)
 @shared(
     "before n out",
     before="Generator before tuning.",
@@ -73,25 +73,17 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 @option(
     "--pipeline",
     metavar="toy|DIR",
-    default=None,
     show_default="none: generators of fields",
     help="Flow generator whose tuned runs are named.",
 )
 @option(
     "--conditions",
     metavar="FILE|DIR",
-    default=None,
     type=click.Path(path_type=Path, exists=True),
     show_default="those of the runs",
     help="With --pipeline=DIR: embeddings of its conditions.",
 )
-@option(
-    "--stage",
-    metavar="NAME",
-    default=None,
-    show_default="the first",
-    help="With --pipeline: the stage that was tuned.",
-)
+@name_option("--stage", show_default="the first", help="With --pipeline: the stage that was tuned.")
 @shared(
     "before n psi seed out device",
     before="Generator before tuning.",

@@ -2,7 +2,7 @@
 and `sweep`.
 """
 
-import json
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -21,27 +21,17 @@ from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, p
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import find_network
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+
+_grid_option = functools.partial(option, group="Grid")
 
 
 @click.command(cls=GroupedCommand)
 @shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
-@option(
-    "--rewards",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Rewards for each draw of labels, with seeds 0, 1, ...",
-)
-@option(
-    "--draws",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=2,
-    help="Draws of labels; the first are the bundled ones.",
-)
+@count_option("--rewards", default=2, help="Rewards for each draw of labels, with seeds 0, 1, ...")
+@count_option("--draws", default=2, help="Draws of labels; the first are the bundled ones.")
 @option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
 @option(
     "--latents",
@@ -84,7 +74,7 @@ def proof(
         **given,
     )
     if dry_run:
-        click.echo(json.dumps(commands(plan), indent=1))
+        print_json(commands(plan))
         return
     _tell(plan.out, work_proof(plan, jobs))
 
@@ -117,7 +107,7 @@ def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) 
     if dry_run:
         plans = rewards.plans_of(out, wanted, numbers, full)
         shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
-        click.echo(json.dumps(shown, indent=1))
+        print_json(shown)
         return
     _tell(out, rewards.work(out, wanted, numbers, full, jobs))
 
@@ -138,11 +128,8 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     """
     parts = over_seeds.trainings(out, seeds, more)
     if dry_run:
-        click.echo(
-            json.dumps(
-                {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()},
-                indent=1,
-            )
+        print_json(
+            {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()}
         )
         return
     figures = over_seeds.work(out, parts, [*over_seeds.DEMO, *more])
@@ -155,26 +142,21 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     before="Initial networks.",
     reward_ckpt={"help": "Reward that tunes.", "show_default": "bundled"},
 )
-@option(
-    "--lambda-r", group="Grid", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control."
-)
-@option(
+@_grid_option("--lambda-r", metavar="LIST", default="0,1,10", help="Reward weights; 0 is the control.")
+@_grid_option(
     "--lambda-sigma",
-    group="Grid",
     metavar="LIST",
     default="0,0.01,10",
     help="Density-consistency weights; 0 leaves the term out.",
 )
-@option(
+@_grid_option(
     "--seeds",
-    group="Grid",
     metavar="LIST",
     default="0",
     help="Training seeds of every cell; two or more give intervals over runs.",
 )
-@option(
+@_grid_option(
     "--kimg",
-    group="Grid",
     metavar="KIMG",
     type=click.FloatRange(min=0, min_open=True),
     default=0.24,
@@ -242,7 +224,7 @@ def sweep(
             "device": str(where),
             **sampling,
         }
-        click.echo(json.dumps({**shared, "out": str(out), "cells": states}, indent=1))
+        print_json({**shared, "out": str(out), "cells": states})
         return
     click.echo(
         f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"

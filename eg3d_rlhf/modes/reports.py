@@ -1,5 +1,6 @@
 """Jobs that say what tuning changed: evaluation, attribution and embedding of a run, and pictures of it."""
 
+import functools
 import html
 import json
 from dataclasses import replace
@@ -21,9 +22,11 @@ from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.pages import write_page
-from eg3d_rlhf.modes.shared_flags import PATH, shared
+from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
 from training.progress import tqdm
 from training.storage import write_atomic
+
+_rare_how_option = functools.partial(option, group="How", rare=True)
 
 
 def _keep_summary(out: Path, words: list[str]) -> None:
@@ -38,18 +41,14 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     reward_ckpt="Reward that tuned.",
     data="Images to measure distances to.",
 )
-@option(
-    "--inception", rare=True, type=PATH, help="TorchScript detector: net(uint8 images, return_features=True)."
-)
-@option(
+@rare_option("--inception", type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
+@rare_option(
     "--lpips",
-    rare=True,
     type=PATH,
     help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.",
 )
-@option(
+@rare_option(
     "--identity",
-    rare=True,
     type=PATH,
     help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.",
 )
@@ -57,7 +56,6 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     "--only",
     group="Run",
     metavar="KEYS",
-    default=None,
     show_default="all",
     help="Parts to make, comma-separated; see --dry-run.",
 )
@@ -92,7 +90,7 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
             "images": c.images,
             "out": str(out),
         }
-        click.echo(json.dumps({**c.resolved(), **more, "parts": [job.key for job in parts]}, indent=1))
+        print_json({**c.resolved(), **more, "parts": [job.key for job in parts]})
         return
     comparison_page.check_files(c)
     findings = pages.run(parts, out)
@@ -145,14 +143,13 @@ def viewer(out: Path) -> str:
     "--regions",
     group="Regions",
     metavar="people|boxes|landmarks|head|FILE",
-    default=None,
     show_default="people for heads of people, landmarks with --landmarks, else boxes",
     help=(
         "Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight"
         " parts about landmarks, or a label volume (.npy; names in the .json beside it)."
     ),
 )
-@option("--landmarks", rare=True, type=PATH, help="JSON of 98 WFLW points in the frontal view.")
+@rare_option("--landmarks", type=PATH, help="JSON of 98 WFLW points in the frontal view.")
 @option(
     "--method",
     group="How",
@@ -160,53 +157,32 @@ def viewer(out: Path) -> str:
     default="exact",
     help="How Shapley values are computed.",
 )
-@option(
+@_rare_how_option(
     "--permutations",
     default=Settings.permutations,
-    rare=True,
-    group="How",
     type=click.IntRange(min=2),
     help="Orders of the sampled methods.",
 )
-@option(
+@_rare_how_option(
     "--steps",
     default=Settings.steps,
-    rare=True,
-    group="How",
     type=click.IntRange(min=2),
     help="Of Integrated Gradients at first; they double.",
 )
-@option(
-    "--most-steps",
-    default=Settings.most_steps,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=2),
-    help="Where the doubling ends.",
+@_rare_how_option(
+    "--most-steps", default=Settings.most_steps, type=click.IntRange(min=2), help="Where the doubling ends."
 )
-@option(
+@_rare_how_option(
     "--gap-bound",
     default=Settings.gap_bound,
-    rare=True,
-    group="How",
     type=click.FloatRange(min=0, min_open=True),
     help="Largest efficiency gap, as a share.",
 )
-@option(
-    "--draws",
-    default=Settings.draws,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=2),
-    help="Rewards with re-drawn weights.",
+@_rare_how_option(
+    "--draws", default=Settings.draws, type=click.IntRange(min=2), help="Rewards with re-drawn weights."
 )
-@option(
-    "--checked",
-    default=Settings.checked,
-    rare=True,
-    group="How",
-    type=click.IntRange(min=1),
-    help="Latents that those rewards see.",
+@_rare_how_option(
+    "--checked", default=Settings.checked, type=click.IntRange(min=1), help="Latents that those rewards see."
 )
 @shared(
     "n out device dry-run",
@@ -249,7 +225,7 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     study = Study(c, chosen, progress=tqdm.write)
     if dry_run:
         paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
-        click.echo(json.dumps({**c.resolved(), **vars(chosen), **paths}, indent=1))
+        print_json({**c.resolved(), **vars(chosen), **paths})
         return
     parts = attribution.jobs(study)
     findings = pages.run(parts[:1], out)
@@ -311,7 +287,7 @@ def embed(out, dry_run, device, **sources) -> None:
     """
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
-        click.echo(json.dumps({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)}, indent=1))
+        print_json({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)})
         return
     findings = embedding.write(c, out)
     for row in findings[embedding.MAP].data["ranks"]:
@@ -330,11 +306,8 @@ def embed(out, dry_run, device, **sources) -> None:
 
 @click.command("pictures", cls=GroupedCommand)
 @shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
-@option(
+@count_option(
     "--pairs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=None,
     help=(
         "Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of"
         " people)."
@@ -354,7 +327,7 @@ def pictures(out, device, dry_run, pairs, **sources) -> None:
     folder = out or c.run
     assert folder is not None
     if dry_run:
-        click.echo(json.dumps({**c.resolved(), "out": str(folder)}, indent=1))
+        print_json({**c.resolved(), "out": str(folder)})
         return
     if pairs is not None:
         write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))

@@ -1,9 +1,7 @@
 """Jobs on rewards' files: several joined into one, and the paper's release read."""
 
-import json
 import statistics
 import tempfile
-from pathlib import Path
 
 import click
 
@@ -12,24 +10,22 @@ from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import PATH, file_option, print_json, shared
 from eg3d_rlhf.rewards.ensembles import CHOICES
 from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.reward import join as joined
 from training.progress import tqdm
 
-_written = option(
+_written = file_option(
     "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="Reward to write (.safetensors; its description is written beside it as .json).",
 )
 
 
 @click.command("join", cls=GroupedCommand)
-@click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("rewards", metavar="REWARD...", nargs=-1, required=True, type=PATH)
 @_written
 @option(
     "--aggregate",
@@ -43,7 +39,6 @@ _written = option(
     "--strength",
     metavar="FLOAT",
     type=click.FloatRange(min=0, min_open=True),
-    default=None,
     show_default="1, 0.5, 0.5",
     help="k of lcb, lambda of uwo, beta of softmin.",
 )
@@ -74,7 +69,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
         reward = joined(members, generator, aggregate, strength, batch, bar.update)
     if dry_run:
-        click.echo(json.dumps(reward.describe(), indent=1))
+        print_json(reward.describe())
         return
     path = reward.save(out)
     known = reward.provenance
@@ -130,7 +125,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
         )
     if dry_run:
-        click.echo(json.dumps(reward.describe(), indent=1))
+        print_json(reward.describe())
         return
     with naming("--out"):
         path = reward.save(out)

@@ -6,6 +6,7 @@ With no flags: the bundled labels of the bundled generator, slabs of its density
 cores, into runs/NNNNN-reward-labels-heads-s0.
 """
 
+import functools
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.modes import MODES
+from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import LabelSource
 from eg3d_rlhf.preferences.unpaired import source_of_unpaired
@@ -33,20 +35,18 @@ Example:
     python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/reward
 """
 STORE = "Labels of a store"
-FOLDER = click.Path(path_type=Path, file_okay=False)
+_rare_store_option = functools.partial(option, group=STORE, rare=True)
+_data_option = functools.partial(option, group="Data")
 
 flags_of_rewards = together(
-    option(
+    _data_option(
         "--labels",
-        group="Data",
         metavar="FILE|URL",
         type=labels_source,
-        default=None,
         help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
     ),
-    option(
+    _data_option(
         "--observation",
-        group="Data",
         metavar="KIND",
         default="sigma",
         help=(
@@ -54,9 +54,8 @@ flags_of_rewards = together(
             " lifted-points or published-points, a cloud lifted from depth."
         ),
     ),
-    option(
+    _data_option(
         "--crop",
-        group="Data",
         metavar="X X Y Y Z Z",
         type=click.FloatRange(0, 0.9),
         nargs=6,
@@ -64,35 +63,28 @@ flags_of_rewards = together(
         show_default="that of the observation",
         help="Shares trimmed from each face of the cube.",
     ),
-    option(
-        "--any-generator",
-        group="Data",
-        is_flag=True,
-        rare=True,
-        help="Accept labels that name another generator.",
+    _data_option(
+        "--any-generator", is_flag=True, rare=True, help="Accept labels that name another generator."
     ),
-    option(
+    _data_option(
         "--wrong-faces",
-        group="Data",
         is_flag=True,
         help=(
             "A control: read other shapes than those that were labelled. Accuracy must then be near one half."
         ),
     ),
-    option(
+    _data_option(
         "--more-network",
         "more_networks",
-        group="Data",
         rare=True,
         metavar="FILE",
-        type=click.Path(path_type=Path),
+        type=PATH,
         multiple=True,
         show_default="none",
         help="A further generator that labels name; may be given again.",
     ),
-    option(
+    _data_option(
         "--fractions",
-        group="Data",
         rare=True,
         metavar="TRAIN VAL TEST",
         type=click.FloatRange(0, 1),
@@ -100,72 +92,40 @@ flags_of_rewards = together(
         default=None,
         help="Shares of the labels per split.",
     ),
-    option(
-        "--campaign",
-        group=STORE,
-        metavar="NAME",
-        default=None,
-        show_default="all that collect preferences",
-        help="Campaign.",
-    ),
-    option(
+    name_option("--campaign", group=STORE, show_default="all that collect preferences", help="Campaign."),
+    _rare_store_option(
         "--annotator",
         "annotators",
-        group=STORE,
-        rare=True,
         metavar="NAME",
         multiple=True,
         help="Annotator; may be given again.",
         show_default="all",
     ),
-    option(
+    _rare_store_option(
         "--least-gold-accuracy",
-        group=STORE,
-        rare=True,
         metavar="0..1",
         type=click.FloatRange(0, 1),
-        default=None,
         show_default="any",
         help="Leave out annotators who got fewer gold checks right, or answered none.",
     ),
-    option(
-        "--drop-repeats",
-        group=STORE,
-        rare=True,
-        is_flag=True,
-        help="Keep each annotator's first answer to a pair alone.",
+    _rare_store_option(
+        "--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone."
     ),
-    option(
-        "--min-milliseconds",
-        group=STORE,
-        rare=True,
-        metavar="MS",
-        type=click.IntRange(min=0),
-        help="Leave out faster answers.",
+    _rare_store_option(
+        "--min-milliseconds", metavar="MS", type=click.IntRange(min=0), help="Leave out faster answers."
     ),
-    option(
+    _rare_store_option(
         "--since",
-        group=STORE,
-        rare=True,
         metavar="TIME",
-        default=None,
         show_default="the beginning",
         help="Received from then on: ISO 8601, or seconds since 1970.",
     ),
-    option(
-        "--question",
-        group=STORE,
-        rare=True,
-        metavar="NAME",
-        default=None,
-        show_default="which is better",
-        help="Take the votes on this question.",
+    _rare_store_option(
+        "--question", metavar="NAME", show_default="which is better", help="Take the votes on this question."
     ),
-    option(
+    name_option(
         "--preset",
         group="Network",
-        metavar="NAME",
-        default=None,
         help=(
             "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
             " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
@@ -173,10 +133,9 @@ flags_of_rewards = together(
         ),
     ),
     options_of(RewardRun),
-    option(
+    rare_option(
         "--bootstrap/--no-bootstrap",
         group="Network",
-        rare=True,
         default=None,
         help="Draw the training pairs with replacement, for each member by its own seed.",
     ),
@@ -186,17 +145,12 @@ flags_of_rewards = together(
         is_flag=True,
         help="Train one network first, from which all members go on; --aggregate=warm does so anyway.",
     ),
-    option(
-        "--cosine/--no-cosine",
-        group="Training",
-        rare=True,
-        default=None,
-        help="Let the learning rate fall to 0.",
+    rare_option(
+        "--cosine/--no-cosine", group="Training", default=None, help="Let the learning rate fall to 0."
     ),
-    option(
+    rare_option(
         "--mirror/--no-mirror",
         group="Training",
-        rare=True,
         default=None,
         help="Augment what is read at random: slabs are flipped left-right.",
     ),
@@ -205,7 +159,6 @@ flags_of_rewards = together(
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        default=None,
         show_default="a numbered one in --outdir",
         help="The run's folder itself.",
     ),
@@ -214,7 +167,6 @@ flags_of_rewards = together(
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        default=None,
         show_default="RAM alone",
         help="Keep what is drawn here between runs.",
     ),

@@ -1,10 +1,9 @@
 """Jobs that draw from a generator: pictures, films, meshes, contact sheets."""
 
-import json
+import functools
 import re
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import click
 
@@ -24,7 +23,7 @@ from eg3d_rlhf.geometry.mesh_export import (
     save_shape,
     shape_suffix,
 )
-from eg3d_rlhf.modes.shared_flags import shared
+from eg3d_rlhf.modes.shared_flags import count_option, file_option, print_json, rare_option, shared
 from training.dataset import ImageFolderDataset
 from training.heads.people import LATENT
 from training.progress import tqdm
@@ -44,41 +43,41 @@ _sampling = together(
         latents={"required": True},
         psi=_PSI,
     ),
-    option(
+    rare_option(
         "--noise-mode",
-        rare=True,
         type=click.Choice(NOISE_MODES),
         default="const",
         help="Noise of the synthesis; random is drawn from the (first) seed.",
     ),
 )
+_shapes_option = functools.partial(option, group="Shapes")
+_film_option = functools.partial(option, group="Film")
+_surface_option = functools.partial(option, group="Surface")
+_samples_option = functools.partial(option, group="Samples")
 
 
 def _shapes(rare: bool = False):
     return together(
-        option(
+        _shapes_option(
             "--shapes",
             metavar="BOOL",
             type=bool,
             default=False,
-            group="Shapes",
             help="Write shapes too; of a film, of every frame's first cell.",
         ),
-        option(
+        _shapes_option(
             "--shape-res",
             rare=rare,
             metavar="POINTS",
             type=click.IntRange(16, 1024),
             default=512,
-            group="Shapes",
             help="Grid points per axis.",
         ),
-        option(
+        _shapes_option(
             "--shape-format",
             rare=rare,
             metavar="NAME",
             default=".mrc",
-            group="Shapes",
             help=".mrc (density), .ply, .obj or .glb (surface).",
         ),
     )
@@ -86,19 +85,17 @@ def _shapes(rare: bool = False):
 
 @click.command("images", cls=GroupedCommand)
 @_sampling
-@option(
+@_samples_option(
     "--fov-deg",
     metavar="DEGREES",
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
     default=rendering.FFHQ_FOV,
-    group="Samples",
     help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
 )
 @_shapes()
-@option("--shape-level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option(
+@rare_option("--shape-level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option(
     "--shape-border",
-    rare=True,
     type=click.FloatRange(0, 0.5, max_open=True),
     help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.",
 )
@@ -148,7 +145,7 @@ def images(
             "shape_border": shape_border,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
@@ -169,70 +166,51 @@ def images(
 
 @click.command("videos", cls=GroupedCommand)
 @_sampling
-@option(
+@_film_option(
     "--interpolate",
     metavar="BOOL",
     type=bool,
     default=True,
     help="Walk through the seeds, or film each on its own.",
-    group="Film",
 )
-@option("--grid", metavar="WxH", default="1x1", help="Cells across and down.", group="Film")
-@option(
+@_film_option("--grid", metavar="WxH", default="1x1", help="Cells across and down.")
+@rare_option(
     "--num-keyframes",
     "keyframes",
-    rare=True,
     type=click.IntRange(min=1),
     help="Latents that a cell walks through; else seeds / cells.",
 )
-@option(
-    "--w-frames",
-    "frames",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=120,
-    help="Frames between two keyframes.",
-    group="Film",
+@count_option("--w-frames", "frames", default=120, help="Frames between two keyframes.", group="Film")
+@rare_option(
+    "--shuffle-seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given."
 )
-@option(
-    "--shuffle-seed",
-    rare=True,
-    type=click.IntRange(0, 2**32 - 1),
-    help="Seed of the order of the seeds; else as given.",
-)
-@option(
+@_film_option(
     "--image_mode",
     "--image-mode",
     "mode",
     metavar="NAME",
     type=click.Choice(rendering.MODES),
     default="image",
-    group="Film",
     help="image, image_depth or image_raw.",
 )
-@option(
+@_film_option(
     "--cfg",
     metavar="NAME",
     type=click.Choice(list(rendering.CAMERAS), case_sensitive=False),
-    default=None,
-    group="Film",
     show_default="the network's own camera",
     help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
 )
-@option(
+@rare_option(
     "--sample_mult",
     "--sample-mult",
     "sample_mult",
-    rare=True,
     type=click.FloatRange(0, min_open=True),
     default=2.0,
     help="Times the samples per ray.",
 )
-@option(
-    "--nrr", rare=True, type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own."
-)
-@option("--fps", rare=True, type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
-@option("--bitrate", rare=True, default="10M", help="Of the mp4, in ffmpeg's notation.")
+@rare_option("--nrr", type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
+@rare_option("--fps", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
+@rare_option("--bitrate", default="10M", help="Of the mp4, in ffmpeg's notation.")
 @_shapes(rare=True)
 @shared("device dry-run")
 def videos(
@@ -293,7 +271,7 @@ def videos(
             "shape_format": suffix,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     check_mp4(outdir / "interpolation.mp4")
     with naming("--network"):
@@ -320,20 +298,14 @@ def videos(
 
 
 @click.command("mesh", cls=GroupedCommand)
-@option(
-    "--out",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="Mesh to write (.ply, .obj, .glb).",
-)
+@file_option("--out", required=True, help="Mesh to write (.ply, .obj, .glb).")
 @shared(
     "network seed psi",
     "cutoff",
     seed={"type": click.IntRange(0, 2**32 - 1), "help": "Seed of the latent."},
     psi=_PSI,
 )
-@option(
+@_surface_option(
     "--resolution",
     "--shape-res",
     "resolution",
@@ -341,35 +313,28 @@ def videos(
     type=click.IntRange(16, 1024),
     default=SURFACE.resolution,
     help="Grid points per axis.",
-    group="Surface",
 )
-@option("--level", rare=True, type=float, help="Raw density of the surface; else the generator's own.")
-@option(
+@rare_option("--level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option(
     "--border",
-    rare=True,
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
     help="Share of the cube to trim from each face.",
 )
-@option(
+@rare_option(
     "--component",
-    rare=True,
     type=click.Choice(["largest", "all"]),
     default=SURFACE.component,
     help="Parts to keep: the one of largest volume, or all.",
 )
-@option(
+@_surface_option(
     "--faces",
     metavar="INT",
     type=click.IntRange(min=4),
-    default=None,
     help="Decimate to about so many faces.",
-    group="Surface",
     show_default="all",
 )
-@option(
-    "--colors", rare=True, type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field."
-)
+@rare_option("--colors", type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     """Turn one sample of a generator into a closed triangle mesh, and check it.
@@ -393,7 +358,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
             "device": device,
             **asdict(options),
         }
-        click.echo(json.dumps(resolved, indent=1))
+        print_json(resolved)
         return
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
@@ -430,12 +395,11 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
     psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
 )
-@option(
+@_samples_option(
     "--shapes",
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    group="Samples",
     help="How many of the seeds to show as shapes.",
 )
 @shared("device dry-run")
@@ -459,7 +423,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
             "psi": psi,
             "device": device,
         }
-        click.echo(json.dumps(settings, indent=1))
+        print_json(settings)
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator

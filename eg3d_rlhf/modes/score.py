@@ -1,6 +1,6 @@
 """The command `score`: generators of any family by one reward."""
 
-import json
+import functools
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,35 +8,26 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
 from eg3d_rlhf.evaluation.foreign_scores import ScoreOptions, trial_of, write
-from eg3d_rlhf.modes.shared_flags import PATH, shared
+from eg3d_rlhf.modes.shared_flags import PATH, print_json, shared
+
+_what_option = functools.partial(option, group="What")
 
 
 @click.command(cls=GroupedCommand)
-@option(
+@_what_option(
     "--network",
     "networks",
-    group="What",
     metavar="FILE|RUN",
     type=PATH,
     multiple=True,
     show_default="the reference",
     help="Generator to score, of any family; may be given again.",
 )
-@option(
-    "--reward",
-    group="What",
-    metavar="FILE",
-    type=PATH,
-    default=None,
-    show_default="the bundled one",
-    help="Reward.",
-)
-@option(
+@_what_option("--reward", metavar="FILE", type=PATH, show_default="the bundled one", help="Reward.")
+@_what_option(
     "--reference",
-    group="What",
     metavar="FILE|RUN",
     type=PATH,
-    default=None,
     show_default="the bundled generator",
     help="Generator whose shapes the reward knows.",
 )
@@ -57,16 +48,13 @@ def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **s
     trial = trial_of(networks, reward, reference, device, options)
     if dry_run:
         shown = {name: str(one.path) for name, one in trial.networks.items()}
-        click.echo(
-            json.dumps(
-                {
-                    "networks": shown,
-                    "reference": str(trial.reference.path),
-                    "out": str(out),
-                    **asdict(options),
-                },
-                indent=1,
-            )
+        print_json(
+            {
+                "networks": shown,
+                "reference": str(trial.reference.path),
+                "out": str(out),
+                **asdict(options),
+            }
         )
         return
     for name, finding in write(trial, out).items():

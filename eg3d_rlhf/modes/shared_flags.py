@@ -1,5 +1,7 @@
 """Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
 
+import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,19 @@ from eg3d_rlhf.core.cli import option, together
 from eg3d_rlhf.evaluation.sources import Sources
 
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
-_COUNT = click.IntRange(min=1)
+COUNT = click.IntRange(min=1)
+rare_option = functools.partial(option, rare=True)
+count_option = functools.partial(option, metavar="INT", type=COUNT)
+whole_option = functools.partial(option, metavar="INT", type=click.IntRange(min=0))
+file_option = functools.partial(option, metavar="FILE", type=FILE)
+name_option = functools.partial(option, metavar="NAME")
+
+
+def print_json(values: Any) -> None:
+    """Print values as indented JSON, as --dry-run and --json do."""
+    click.echo(json.dumps(values, indent=1))
 
 
 def _flag(group: str, metavar: str | None, kind: Any, text: str, default: Any = None, **more: Any) -> dict:
@@ -45,12 +58,12 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "images": _flag("Samples", "INT", click.IntRange(min=16), "Images per distance.", Sources.images),
     "out": _flag("Run", "FOLDER", FOLDER, "Folder to write."),
     "outdir": _flag("Run", "FOLDER", FOLDER, "Folder to write into."),
-    "batch": _flag("Run", "INT", _COUNT, "Samples at once; bounds memory.", Sources.batch),
+    "batch": _flag("Run", "INT", COUNT, "Samples at once; bounds memory.", Sources.batch),
     "device": _flag("Run", None, click.Choice(["auto", "cpu", "cuda"]), "Where to compute.", "auto"),
     "jobs": _flag(
         "Run",
         "INT",
-        _COUNT,
+        COUNT,
         "Trainings side by side.",
         min(2, os.cpu_count() or 1),
         show_default="2, or the cores",

@@ -1,7 +1,7 @@
 """`eg3d-rlhf study`: design and serve a blind study, report on it, and the calculations beside it."""
 
 import contextlib
-import json
+import functools
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose_device, option, options_of
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
+from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.study.design import StudyDesign
 from eg3d_rlhf.people.study.planning import OUTDIR
@@ -18,23 +19,22 @@ from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions
 if TYPE_CHECKING:
     from eg3d_rlhf.people.study.planning import Folder
 
+_study_option = functools.partial(option, group="Study")
+
+database = option(
+    "--db", metavar="URL", show_default="study.db in the folder", help="Database of the answers."
+)
+
 
 @click.command("report", cls=GroupedCommand)
 @option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=None,
+    type=FOLDER,
     show_default=str(OUTDIR),
     help="The study's folder; the report goes there.",
 )
-@option(
-    "--db",
-    metavar="URL",
-    default=None,
-    show_default="study.db in the folder",
-    help="Database of the answers.",
-)
+@database
 @option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
 @option(
     "--pictures",
@@ -63,30 +63,14 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
 
 @click.command("power", cls=GroupedCommand)
 @options_of(PowerOptions)
-@option(
-    "--annotators",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=1,
-    group="Power",
-    help="People who are asked.",
-)
-@option(
+@count_option("--annotators", default=1, group="Power", help="People who are asked.")
+@count_option(
     "--annotators-per-pair",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=None,
     group="Power",
     show_default="2 where there are several",
     help="To judge each pair.",
 )
-@option(
-    "--n",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Also give the power of so many independent decided trials.",
-)
+@count_option("--n", help="Also give the power of so many independent decided trials.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
@@ -102,7 +86,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
             "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
         }
     if as_json:
-        click.echo(json.dumps(record, indent=1))
+        print_json(record)
         return
     click.echo(f"{size.trials} trials, {size.per_annotator} for each of {size.options.annotators} annotators")
     click.echo(
@@ -116,19 +100,17 @@ def power(n: int | None, as_json: bool, **options) -> None:
 
 @click.command("simulate", cls=GroupedCommand)
 @options_of(SimulationOptions)
-@option(
+@rare_option(
     "--random-sides/--fixed-sides",
     default=True,
     group="Truth",
-    rare=True,
     help="No: b is always on the left, which no study may do.",
 )
-@option(
+@rare_option(
     "--bootstrap-studies",
     metavar="INT",
     type=click.IntRange(min=0),
     default=0,
-    rare=True,
     help="Evaluate the bootstraps on so many.",
 )
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -143,7 +125,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
     result = coverage(resolved, bootstrap_studies)
     if as_json:
-        click.echo(json.dumps(result, indent=1))
+        print_json(result)
         return
     means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
     click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
@@ -157,76 +139,45 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 
 
 @click.command("study", cls=GroupedGroup, invoke_without_command=True)
-@option(
+@_study_option(
     "--a",
     metavar="PATH",
-    default=None,
     show_default="the bundled generator",
-    group="Study",
     help="Network file or run folder; or a folder of finished assets, PROMPT.glb.",
 )
-@option(
-    "--b",
-    metavar="PATH",
-    default=None,
-    show_default="the bundled generator",
-    group="Study",
-    help="The one it is compared with.",
+@_study_option(
+    "--b", metavar="PATH", show_default="the bundled generator", help="The one it is compared with."
 )
-@option(
-    "--label-a",
-    metavar="NAME",
-    default=None,
-    show_default="the file's name",
-    group="Study",
-    rare=True,
-    help="How reports call a.",
+@_study_option(
+    "--label-a", metavar="NAME", show_default="the file's name", rare=True, help="How reports call a."
 )
-@option(
-    "--label-b",
-    metavar="NAME",
-    default=None,
-    show_default="the file's name",
-    group="Study",
-    rare=True,
-    help="How reports call b.",
+@_study_option(
+    "--label-b", metavar="NAME", show_default="the file's name", rare=True, help="How reports call b."
 )
-@option(
+@_study_option(
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="from the power calculation",
-    group="Study",
     help="Trials after which the study is over.",
 )
-@option(
+@_study_option(
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
-    default=None,
     show_default="2 where there are several",
-    group="Study",
     help="Different annotators to judge each pair.",
 )
 @options_of(StudyDesign, PowerOptions)
 @option(
     "--outdir",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     default=OUTDIR,
     help="The study's folder.",
 )
-@option(
-    "--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.", rare=True
-)
-@option(
-    "--db",
-    metavar="URL",
-    default=None,
-    show_default="study.db in the folder",
-    help="Database of the answers.",
-)
+@rare_option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
+@database
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
 @launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
 @click.pass_context
@@ -251,7 +202,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
     if dry_run:
-        click.echo(json.dumps(_dry_run(folder, name, flags, server), indent=1))
+        print_json(_dry_run(folder, name, flags, server))
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
     if server.exposed:

@@ -92,7 +92,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     {'a': 0.667, 'b': 0.333}
     """
     found: dict[str, float] = {}
-    for group in _linked(comparisons):
+    for group in linked(comparisons):
         names = list(dict.fromkeys(str(name) for c in group for name in (c.winner, c.loser)))
         if len(names) == 2:
             won = sum(0.5 if c.tie else float(c.winner == names[0]) for c in group)
@@ -113,7 +113,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     return centred({name: 2 * r - 1 for name, r in found.items()})
 
 
-def _linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     """The comparisons, apart where no chain of them links their items."""
     items = {
         item: i

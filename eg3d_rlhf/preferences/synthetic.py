@@ -4,6 +4,7 @@ annotator.
 Shape letters: S = seeds, P = pairs, N = latents, Z = 64 coordinates; n points along x, y, z.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,6 +40,7 @@ KINDS = ("pairs", "thumbs", "scores")
 PSI = 1.0  # a truncated latent names no head any more
 RESOLUTION = 64  # points along an edge of the judged cube
 SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
+_judgement_knob = functools.partial(knob, group="Judgement")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +54,14 @@ class AnnotationOptions:
     first_seed: int = knob(
         0, "First of the seeds, of which there are as many as blocks need.", "Samples", low=0
     )
-    resolution: int = knob(
-        RESOLUTION,
-        "Points along an edge of the judged cube.",
-        "Judgement",
-        metavar="VOXELS",
-        low=16,
-        high=256,
+    resolution: int = _judgement_knob(
+        RESOLUTION, "Points along an edge of the judged cube.", metavar="VOXELS", low=16, high=256
     )
-    kind: str = knob(
-        "pairs", "Judge pairs, or single shapes by thumbs or scores.", "Judgement", choices=KINDS
+    kind: str = _judgement_knob("pairs", "Judge pairs, or single shapes by thumbs or scores.", choices=KINDS)
+    flip_rate: float = _judgement_knob(
+        0.12, "Expected share of labels against the noise-free order.", metavar="0..0.5", low=0, below=0.5
     )
-    flip_rate: float = knob(
-        0.12,
-        "Expected share of labels against the noise-free order.",
-        "Judgement",
-        metavar="0..0.5",
-        low=0,
-        below=0.5,
-    )
-    seed: int = knob(0, "Seed of pairing and noise.", "Judgement", low=0)
+    seed: int = _judgement_knob(0, "Seed of pairing and noise.", low=0)
     batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
 
     def __post_init__(self) -> None:

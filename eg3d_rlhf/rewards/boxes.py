@@ -86,10 +86,6 @@ class Prompt:
     sides: tuple[Side, Side]
 
 
-def _janus(body: str, nose: str) -> Prompt:
-    return Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
-
-
 def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
     text = f"a {body} box, each side with a {first[1]} {first[0]} rather than a {second[1]} {second[0]}"
     return Prompt(text, "mode", body, (Side(emblem=first), Side(emblem=second)))
@@ -98,7 +94,7 @@ def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
 _HUES = ("red", "green", "blue", "yellow")
 PROMPTS: tuple[Prompt, ...] = (
     *(
-        _janus(body, nose)
+        Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
         for body, nose in [
             ("white", "red"),
             ("white", "green"),

@@ -6,6 +6,7 @@ Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks,
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -200,18 +201,11 @@ class Step:
             blocks * len(self.items) + len(self.shapes),
         )
 
-    def block_draws(self) -> contextlib.AbstractContextManager:
-        """Inside: those of blocks of pairs."""
-        return (
-            contextlib.nullcontext()
-            if self.ranks.world == 1
-            else RowDraws(self.of_items.rows, len(self.items), blocks=True)
-        )
-
 
 TRAINING = "Training"  # title of its flags
 MOMENTUM = 0.9  # of the divergence's bandwidth over steps
 LEAST_BANDWIDTH = 1e-3  # embeddings that fall together have no distance
+_training_knob = functools.partial(knob, group=TRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,29 +220,24 @@ class TrainOptions:
         metavar="FILE",
         shown="none",
     )
-    epochs: int = knob(10, "Passes, at most.", TRAINING, low=1)
-    patience: int = knob(
+    epochs: int = _training_knob(10, "Passes, at most.", low=1)
+    patience: int = _training_knob(
         5,
         "Stop after so many epochs without a better validation accuracy.",
-        TRAINING,
         metavar="EPOCHS",
         low=1,
         rare=True,
     )
-    batch: int = knob(16, "Pairs per step.", TRAINING, metavar="PAIRS", low=1)
-    unpaired_batch: int = knob(
-        64, "Unpaired labels per step, half of them preferred.", TRAINING, metavar="SHAPES", low=2, rare=True
+    batch: int = _training_knob(16, "Pairs per step.", metavar="PAIRS", low=1)
+    unpaired_batch: int = _training_knob(
+        64, "Unpaired labels per step, half of them preferred.", metavar="SHAPES", low=2, rare=True
     )
-    lr: float = knob(2e-3, "Adam's learning rate at the start.", TRAINING, above=0, high=1)
+    lr: float = _training_knob(2e-3, "Adam's learning rate at the start.", above=0, high=1)
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
-    weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0, rare=True)
+    weight_decay: float = _training_knob(1e-4, "L2 inside Adam.", low=0, rare=True)
     decoupled: bool = False  # AdamW: decay apart from the gradient
-    anchors: int = knob(
-        0,
-        "High-quality anchors (psi 0.25) that should beat every labelled shape.",
-        TRAINING,
-        metavar="SEEDS",
-        low=0,
+    anchors: int = _training_knob(
+        0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", metavar="SEEDS", low=0
     )
     # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
     mirror: bool = True
@@ -511,7 +500,12 @@ def _step(
     if paired is not None:
         count = len(batch.of_items.rows)
         of_pairs = out.rows(0, rows)
-        with batch.block_draws():
+        # Inside: those of blocks of pairs
+        with (
+            contextlib.nullcontext()
+            if batch.ranks.world == 1
+            else RowDraws(batch.of_items.rows, len(batch.items), blocks=True)
+        ):
             terms = loss(
                 of_pairs,
                 *paired[1:],

@@ -2,6 +2,7 @@
 curves out.
 """
 
+import functools
 import json
 import sys
 from collections import Counter
@@ -61,75 +62,61 @@ STATE = "state.pt"
 REPORT = "report.json"
 KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
 MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
+_data_knob = functools.partial(knob, group="Data")
+_network_knob = functools.partial(knob, group="Network")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRun:
     """What a training reads; `train` decides the rest."""
 
-    network: Path | None = knob(
+    network: Path | None = _data_knob(
         None,
         "Generator of the labelled seeds: a network file or a run folder.",
-        "Data",
         metavar="FILE",
         shown="the bundled generator",
     )
     more_networks: tuple[Path, ...] = ()  # of further generators that labels name
     labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
-    unpaired: Path | None = knob(
-        None, "Labels of single shapes, .jsonl.", "Data", metavar="FILE", shown="none"
-    )
+    unpaired: Path | None = _data_knob(None, "Labels of single shapes, .jsonl.", metavar="FILE", shown="none")
     observation: str = "sigma"  # kind of what the reward reads
-    resolution: int | None = knob(
+    resolution: int | None = _data_knob(
         None,
         "Of the observation: grid points per axis of the whole cube, before the crop; pixels.",
-        "Data",
         metavar="POINTS",
         low=16,
         high=512,
         shown="that of the observation",
     )
-    points: int | None = knob(
+    points: int | None = _data_knob(
         None,
         "Of an observation of points: points of a cloud.",
-        "Data",
         low=1,
         high=16384,
         shown="that of the observation",
     )
     # of the observation: trimmed shares (x, x, y, y, z, z)
     crop: tuple[float, float, float, float, float, float] | None = None
-    psi: float | None = knob(
-        None,
-        "Truncation of the labelled shapes.",
-        "Data",
-        low=0,
-        high=2,
-        shown="the labels', else 1",
-        rare=True,
+    psi: float | None = _data_knob(
+        None, "Truncation of the labelled shapes.", low=0, high=2, shown="the labels', else 1", rare=True
     )
-    cutoff: int = knob(14, "Layers that truncation reaches.", "Data", metavar="LAYERS", low=0, rare=True)
+    cutoff: int = _data_knob(14, "Layers that truncation reaches.", metavar="LAYERS", low=0, rare=True)
     any_generator: bool = False  # accept labels made with another generator
     wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
-    split_seed: int = knob(0, "Which labels are held out, whatever --seed is.", "Data", low=0, rare=True)
+    split_seed: int = _data_knob(0, "Which labels are held out, whatever --seed is.", low=0, rare=True)
     cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
     slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, rare=True)
-    members: int = knob(1, "Train so many networks with different seeds, and join them.", "Network", low=1)
-    aggregate: str | None = knob(
+    members: int = _network_knob(1, "Train so many networks with different seeds, and join them.", low=1)
+    aggregate: str | None = _network_knob(
         None,
         "What members become. Their scores are standardised, but for the default; warm is the mean of their"
         " weights.",
-        "Network",
         choices=CHOICES,
         shown="the mean of raw scores",
     )
-    strength: float | None = knob(
-        None,
-        "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.",
-        "Network",
-        above=0,
-        shown="1, 0.5, 0.5",
+    strength: float | None = _network_knob(
+        None, "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.", above=0, shown="1, 0.5, 0.5"
     )
     shared_start: bool = False  # members go on from one network that is trained first
     train: TrainOptions = field(default_factory=TrainOptions)

@@ -10,9 +10,9 @@ from builders import people_basis
 from builders.people_pool import POINT_STEP, PoolOptions, draw_points
 from builders.people_training import FrontTraining, PeopleTraining, Pool, train, train_discriminator
 from tests.rejections import raising
-from tests.training.test_people import heads, latents
+from tests.training.test_people import head_distance, heads, latents
 from training import networks
-from training.heads import people, people_mesh
+from training.heads import people
 
 __all__ = ["heads", "latents"]
 
@@ -40,9 +40,7 @@ def pool(tmp_path_factory, latents, heads):
         np.round(draw_points(head, people.load_basis(), sizes, rng) / POINT_STEP).astype(np.int16)
         for head in heads[:2]
     ]
-    distance = [
-        people_mesh.head_distance(head, at * POINT_STEP) for head, at in zip(heads, stored, strict=False)
-    ]
+    distance = [head_distance(head, at * POINT_STEP) for head, at in zip(heads, stored, strict=False)]
     colour = rng.integers(256, size=(2, sizes.total, 3)).astype(np.uint8)
     columns = {
         "z": latents[:2].astype(np.float32),

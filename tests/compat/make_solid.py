@@ -12,6 +12,7 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.measures.meshes.clean import clean_mesh
 from eg3d_rlhf.measures.meshes.measure import MeasureOptions, measure_mesh
 from tests.compat.test_solid_meshes import ANGLES, COUNTS, LENGTHS, SIZES
+from tests.geometry.grid_measures import measure_grid
 from tests.references.solid import recipes
 
 SAMPLED = {"sheet", "buried", "inverted", "thin", "overhang"}
@@ -105,7 +106,7 @@ def grids(folder: Path, random: np.random.RandomState) -> None:
     rules = solids.Rules(thin=recipe["r_thin"], leak=recipe["r_leak"])
     made = heads(edge, random)
     for name, solid in made.items():
-        measures = solids.measure_grid(solid, rules)
+        measures = measure_grid(solid, rules)
         measures["main"] = measures.pop("main_volume")
         recipe["shapes"][name] = measures
     write(folder / "grids", recipe, {name: packed(solid) for name, solid in made.items()})

@@ -13,6 +13,7 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.rewards.solid import solid_loss
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, arrays, of_set, read_json
+from tests.geometry.grid_measures import measure_grid
 
 FOLDER = ROOT / "solid"
 GRIDS = [
@@ -56,7 +57,7 @@ def test_measures_of_a_grid(path, name):
     recipe = read_json(path)
     (bits,) = of_set(arrays(path.with_suffix(".npz")), name)
     solid = unpacked(bits, recipe["R"])
-    found = solids.measure_grid(solid, rules_of(recipe))
+    found = measure_grid(solid, rules_of(recipe))
     found["main"] = found["main_volume"]  # in these files the share of the volume
     assert found["euler"] == euler_number(solid, connectivity=3)
     for key, value in recipe["shapes"][name].items():

@@ -210,16 +210,6 @@ def nearest_places(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray,
     return triangle, weights, distance
 
 
-def head_distance(head: Head, points: np.ndarray) -> np.ndarray:
-    """Signed distance [P] of the whole head, closed below by a rounded cylinder, at points [P, 3]; negative
-    inside, world units.
-    """
-    corners = head.vertices[load_basis().triangles].astype(np.float64)
-    _, _, distance = nearest_places(corners, points)
-    inside = winding_number(corners, points) > 0.5
-    return np.maximum(np.where(inside, -distance, distance), bust_end(points))
-
-
 def grid_points(resolution: int) -> np.ndarray:
     """Middles [n, n, n, 3] of the voxels of the cube, axes x, y, z."""
     steps = (np.arange(resolution) + 0.5) / resolution - 0.5
@@ -273,7 +263,7 @@ def head_grid(head: Head, resolution: int) -> np.ndarray:
     """Signed distance of the whole head, closed below, at the middles of the cube's voxels [n, n, n];
     negative inside, world units.
 
-    As `head_distance` within BAND voxels of the surface; beyond, right to a voxel, and to four about the end
+    Exact within BAND voxels of the surface; beyond, right to a voxel, and to four about the end
     of the bust. Where lines along z do not tell the side, as at open lids, the winding number does.
     """
     corners = head.vertices[load_basis().triangles].astype(np.float64)

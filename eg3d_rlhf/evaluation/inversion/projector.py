@@ -14,6 +14,7 @@ Letters: N images or shapes, L layers of ws, W w_dim, R, H, W pixels, F features
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,7 @@ LATENT_SEED = 123
 FADED = 0.75
 RISING = 0.05
 FALLING = 0.25
+_loss_knob = functools.partial(knob, group=LOSS, rare=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,29 +202,15 @@ class InversionConfig:
     fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
     sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
     seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0, flag=False)  # that of the run
-    lambda_mse: float = knob(
-        10.0, "Weight of the mean squared error, images in [-1, 1].", LOSS, low=0, rare=True
+    lambda_mse: float = _loss_knob(10.0, "Weight of the mean squared error, images in [-1, 1].", low=0)
+    lambda_w: float = _loss_knob(0.03, "Weight of the mean squared distance to the mean latent.", low=0)
+    lambda_sigma: float = _loss_knob(
+        0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", low=0
     )
-    lambda_w: float = knob(
-        0.03, "Weight of the mean squared distance to the mean latent.", LOSS, low=0, rare=True
+    reward_every: int = _loss_knob(
+        2, "Steps between two looks at the density; its terms count as often as they are left out.", low=1
     )
-    lambda_sigma: float = knob(
-        0.01,
-        "Weight of the density's change from the pivot, where the reward's is above 0.",
-        LOSS,
-        low=0,
-        rare=True,
-    )
-    reward_every: int = knob(
-        2,
-        "Steps between two looks at the density; its terms count as often as they are left out.",
-        LOSS,
-        low=1,
-        rare=True,
-    )
-    reward_in_w: bool = knob(
-        False, "Let the reward act in the second half of the first stage, too.", LOSS, rare=True
-    )
+    reward_in_w: bool = _loss_knob(False, "Let the reward act in the second half of the first stage, too.")
 
     def __post_init__(self):
         check_knobs(self)

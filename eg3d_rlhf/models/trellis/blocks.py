@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import attend
 from eg3d_rlhf.models.sparse import SparseBatch
 from torch_utils.ops.linear import Linear
@@ -65,6 +66,15 @@ class TransformerConfig:
     def heads(self) -> int:
         """Of every attention."""
         return self.num_heads or self.model_channels // self.num_head_channels
+
+
+def check_inputs(
+    who: str, x_t: torch.Tensor, shape: list[int | str], cond: torch.Tensor, samples: int, channels: int
+) -> None:
+    """Raise ValueError unless latents have this shape, and the conditioning [samples, L, channels]."""
+    check_shape(f"{who}.x_t", x_t, shape, "Give latents of this model's size.")
+    remedy = "Use embeddings of the encoder it was trained with."
+    check_shape(f"{who}.cond", cond, [samples, "L", channels], remedy)
 
 
 class Layout(Protocol):

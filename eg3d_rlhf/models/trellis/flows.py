@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel, SparseResBlock
@@ -121,17 +120,13 @@ class StructureFlow(nn.Module):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        check_shape(
-            "StructureFlow.x_t",
+        blocks.check_inputs(
+            "StructureFlow",
             x_t,
             ["N", config.in_channels, *[config.resolution] * 3],
-            "Give latents of this model's size.",
-        )
-        check_shape(
-            "StructureFlow.cond",
             cond,
-            [len(x_t), "L", config.cond_channels],
-            "Use embeddings of the encoder it was trained with.",
+            len(x_t),
+            config.cond_channels,
         )
         dtype = blocks.torso_dtype(self.blocks)
         layout = blocks.DenseLayout()
@@ -231,14 +226,8 @@ class LatentFlow(nn.Module):
         self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor, *step: torch.Tensor | None
     ) -> SparseBatch:
         config = self.config
-        check_shape(
-            "LatentFlow.x_t", x_t.feats, ["V", config.in_channels], "Give latents of this model's size."
-        )
-        check_shape(
-            "LatentFlow.cond",
-            cond,
-            [x_t.size, "L", config.cond_channels],
-            "Use embeddings of the encoder it was trained with.",
+        blocks.check_inputs(
+            "LatentFlow", x_t.feats, ["V", config.in_channels], cond, x_t.size, config.cond_channels
         )
         dtype = blocks.torso_dtype(self.blocks)
         time = self.time(t, *step)

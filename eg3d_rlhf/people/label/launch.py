@@ -2,6 +2,7 @@
 server's flags.
 """
 
+import functools
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -44,6 +45,7 @@ SETTINGS = (
     "reveal",
 )
 FLAGS = "flags"  # where a campaign's `extra` keeps what it was planned from
+_server_option = functools.partial(option, group="Server")
 
 
 def filled(flags: Mapping, *kinds: type) -> dict:
@@ -211,69 +213,45 @@ def server_options(access_log: str, title: str = "Heading of the page."):
     file = click.Path(path_type=Path, dir_okay=False)
     pem = click.Path(path_type=Path, exists=True, dir_okay=False)
     flags = (
-        option(
+        _server_option(
             "--host",
             metavar="ADDRESS",
             default="127.0.0.1",
-            group="Server",
             help="Address to bind to. Any but loopback makes annotators' tokens compulsory.",
         ),
-        option(
-            "--port",
-            metavar="INT",
-            type=click.IntRange(0, 65535),
-            default=8000,
-            help="0: a free one.",
-            group="Server",
+        _server_option(
+            "--port", metavar="INT", type=click.IntRange(0, 65535), default=8000, help="0: a free one."
         ),
-        option(
-            "--certificate",
-            metavar="FILE",
-            type=pem,
-            default=None,
-            group="Server",
-            help="PEM file; with --key, the server speaks https.",
+        _server_option(
+            "--certificate", metavar="FILE", type=pem, help="PEM file; with --key, the server speaks https."
         ),
-        option(
-            "--key",
-            metavar="FILE",
-            type=pem,
-            default=None,
-            group="Server",
-            help="PEM file of the certificate's key.",
-        ),
-        option(
+        _server_option("--key", metavar="FILE", type=pem, help="PEM file of the certificate's key."),
+        _server_option(
             "--proxy",
             metavar="ADDRESS",
-            default=None,
-            group="Server",
             help="Reverse proxy whose X-Forwarded headers are believed; makes tokens compulsory.",
         ),
-        option(
+        _server_option(
             "--access-log",
             metavar="FILE",
             type=file,
-            default=None,
-            group="Server",
             show_default=access_log,
             rare=True,
             help="Requests as JSON lines, without tokens.",
         ),
-        option(
+        _server_option(
             "--cache",
             metavar="DIR",
             type=click.Path(path_type=Path, file_okay=False),
             default=DEFAULT_FOLDER,
-            group="Server",
             help="Where shapes are kept.",
             rare=True,
         ),
-        option(
+        _server_option(
             "--title",
             metavar="TEXT",
             default=AppOptions.title,
             help=title,
-            group="Server",
             show_default="the question, in the annotator's language",
         ),
     )

@@ -4,6 +4,7 @@ pairs.
 Equal options and generators give equal plans.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ _GOLD_EVERY = 25
 _LEAST_GOLD = 4
 BROKEN = "This one was broken on purpose: {}. It is not a good shape."
 EXPLANATION = "One of the two was broken on purpose: {}. The other one is better."
+_rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +52,14 @@ class PairingOptions(StrategyOptions):
     seed: int = knob(0, "Decides pairs, order, sides, repeats.", TITLE, low=0, high=MAX_SEED)
     # the bundled labels are about 0..3999
     first_seed: int = knob(10_000, "Shapes are seeds from here on.", TITLE, low=0, high=MAX_SEED)
-    psi: float = knob(1.0, "Truncation.", TITLE, metavar="0..2", low=0, high=2, flags=("--trunc",), rare=True)
-    level: float | None = knob(
-        None, "Raw density of the surface.", TITLE, shown="the generator's own", rare=True
+    psi: float = _rare_title_knob(1.0, "Truncation.", metavar="0..2", low=0, high=2, flags=("--trunc",))
+    level: float | None = _rare_title_knob(None, "Raw density of the surface.", shown="the generator's own")
+    resolution: int = _rare_title_knob(128, "Grid points per axis.", metavar="POINTS", low=16, high=512)
+    triangles: int = _rare_title_knob(30_000, "Per shape, about.", low=100, high=10**6)
+    gold: int | None = _rare_title_knob(
+        None, "Pairs with a known answer.", low=0, high=10**5, shown="one for 25, at least 4"
     )
-    resolution: int = knob(128, "Grid points per axis.", TITLE, metavar="POINTS", low=16, high=512, rare=True)
-    triangles: int = knob(30_000, "Per shape, about.", TITLE, low=100, high=10**6, rare=True)
-    gold: int | None = knob(
-        None,
-        "Pairs with a known answer.",
-        TITLE,
-        low=0,
-        high=10**5,
-        shown="one for 25, at least 4",
-        rare=True,
-    )
-    training: int = knob(3, "Explained examples at the start.", TITLE, low=0, high=100, rare=True)
+    training: int = _rare_title_knob(3, "Explained examples at the start.", low=0, high=100)
     rewards: tuple[str, ...] = ()  # reward files of the ensemble; none: the bundled two
     single: str | None = knob(
         None,

@@ -481,20 +481,11 @@ def rankings(rows: "Sequence[JudgementRow]", where: Where = str) -> list[dict]:
 
 def largest_group(comparisons: "Sequence[Comparison]") -> "list[Comparison]":
     """The comparisons within the largest group of items that a chain of comparisons links."""
-    import numpy as np
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
+    from eg3d_rlhf.preferences.goodness import linked
 
-    items = {
-        item: i
-        for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
-    }
-    ends = [items[c.winner] for c in comparisons], [items[c.loser] for c in comparisons]
-    _, group = connected_components(
-        coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
+    return max(
+        linked(comparisons), key=lambda part: len({item for c in part for item in (c.winner, c.loser)})
     )
-    largest = np.bincount(group).argmax()
-    return [c for c in comparisons if group[items[c.winner]] == largest]
 
 
 class _Drawn:

@@ -2,6 +2,7 @@
 a hash; and its campaign.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -55,6 +56,7 @@ PLAN = (
     "Exclusions by the rules written here and no others; the result without them is shown beside.",
     "The report is made once, after the stopping rule is met; what is looked at before is marked as interim.",
 )
+_out_knob = functools.partial(knob, group=_OUT, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +72,16 @@ class Contender:
 class ExclusionRules:
     """Who and what is left out of the primary result."""
 
-    gold_accuracy: float = knob(
-        0.75,
-        "Annotators below it on gold checks are left out.",
-        _OUT,
-        metavar="0..1",
-        low=0,
-        high=1,
-        rare=True,
+    gold_accuracy: float = _out_knob(
+        0.75, "Annotators below it on gold checks are left out.", metavar="0..1", low=0, high=1
     )
-    gold_least: int = knob(3, "... after so many checks.", _OUT, low=1, rare=True)
-    fast_milliseconds: int = knob(600, "Faster trials are left out.", _OUT, low=0, rare=True)
-    fast_share: float = knob(
-        0.25, "Annotators with more fast trials are left out.", _OUT, metavar="0..1", low=0, high=1, rare=True
+    gold_least: int = _out_knob(3, "... after so many checks.", low=1)
+    fast_milliseconds: int = _out_knob(600, "Faster trials are left out.", low=0)
+    fast_share: float = _out_knob(
+        0.25, "Annotators with more fast trials are left out.", metavar="0..1", low=0, high=1
     )
-    least_share: float = knob(
-        0.5,
-        "Annotators who did less of their share are left out.",
-        _OUT,
-        metavar="0..1",
-        low=0,
-        high=1,
-        rare=True,
+    least_share: float = _out_knob(
+        0.5, "Annotators who did less of their share are left out.", metavar="0..1", low=0, high=1
     )
 
     def __post_init__(self):
@@ -132,7 +122,7 @@ class StudyDesign:
         rare=True,
     )
     confidence: float = 0.95
-    resamples: int = knob(4000, "Of the bootstraps in the report.", _OUT, low=100, rare=True)
+    resamples: int = _out_knob(4000, "Of the bootstraps in the report.", low=100)
     shapes: int | None = None  # of generators whose shapes can be counted: seeds 0 to shapes - 1 name them
     # finished assets in place of generators: seed i is {"prompt", "seed", "a": {"file", "hash", "kind"}, "b":
     # the same}

@@ -7,6 +7,7 @@ annotators, and latents that differ.
 Letters: S studies, N trials, A annotators, L latents.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 
@@ -17,6 +18,7 @@ from training.config import check_knobs, knob
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(80)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # of a standard normal
 _MOST = 100_000  # decided trials; beyond, the difference is not one that a study can show
+_rare_power_knob = functools.partial(knob, group="Power", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,34 +28,20 @@ class PowerOptions:
     true_rate: float = knob(
         0.6, "Win rate among decided trials that must be shown.", "Power", metavar="0..1", low=0, high=1
     )
-    alpha: float = knob(
-        0.05,
-        "False alarms; intervals are of 1 - alpha.",
-        "Power",
-        metavar="0..1",
-        above=0,
-        below=1,
-        rare=True,
+    alpha: float = _rare_power_knob(
+        0.05, "False alarms; intervals are of 1 - alpha.", metavar="0..1", above=0, below=1
     )
-    power: float = knob(
-        0.8, "Chance of showing the true rate.", "Power", metavar="0..1", above=0, below=1, rare=True
-    )
-    tie_share: float = knob(
-        0.1, "Share of ties that is expected.", "Power", metavar="0..1", low=0, below=1, rare=True
+    power: float = _rare_power_knob(0.8, "Chance of showing the true rate.", metavar="0..1", above=0, below=1)
+    tie_share: float = _rare_power_knob(
+        0.1, "Share of ties that is expected.", metavar="0..1", low=0, below=1
     )
     annotators: int = 1
     annotators_per_pair: int = 1
-    annotator_icc: float = knob(
-        0.01,
-        "Correlation within annotators that is expected.",
-        "Power",
-        metavar="0..1",
-        low=0,
-        below=1,
-        rare=True,
+    annotator_icc: float = _rare_power_knob(
+        0.01, "Correlation within annotators that is expected.", metavar="0..1", low=0, below=1
     )
-    latent_icc: float = knob(
-        0.2, "Correlation within pairs that is expected.", "Power", metavar="0..1", low=0, below=1, rare=True
+    latent_icc: float = _rare_power_knob(
+        0.2, "Correlation within pairs that is expected.", metavar="0..1", low=0, below=1
     )
 
     def __post_init__(self):

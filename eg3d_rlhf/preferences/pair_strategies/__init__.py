@@ -13,6 +13,7 @@ Letters: N items, P pairs, C candidate pairs, K members of an ensemble, M entrie
 """
 
 import abc
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ Rng = np.random.Generator
 Answers = Sequence[Preference]  # winner and loser are numbers of items
 TITLE = "Pairs"  # of the flags
 _BATCH = 16  # items that are scored at once
+_rare_title_knob = functools.partial(knob, group=TITLE, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +39,25 @@ class StrategyOptions:
     """Settings of the strategies."""
 
     pairs: int = knob(1000, "Pairs to label; with --single, shapes.", TITLE, low=1, high=10**6)
-    pool: float = knob(
-        2.0, "Active, close: seeds that are scored for each one used.", TITLE, low=2, high=100, rare=True
+    pool: float = _rare_title_knob(
+        2.0, "Active, close: seeds that are scored for each one used.", low=2, high=100
     )
-    doubtful: float = knob(
+    doubtful: float = _rare_title_knob(
         1.0,
         "Active, close: share of the pairs that is chosen by scores; the others are random.",
-        TITLE,
         metavar="0..1",
         above=0,
         high=1,
-        rare=True,
     )
-    diversity: float = knob(
+    diversity: float = _rare_title_knob(
         0.5,
         "Active, close: weight of a pair's distance to those chosen before; 0: scores alone.",
-        TITLE,
         metavar="0..1",
         low=0,
         high=1,
-        rare=True,
     )
     # the last round is cut
-    rounds: int = knob(
-        4, "Tournament, blocks: pairs that each shape is in.", TITLE, low=1, high=1000, rare=True
-    )
+    rounds: int = _rare_title_knob(4, "Tournament, blocks: pairs that each shape is in.", low=1, high=1000)
 
     def __post_init__(self) -> None:
         check_knobs(self)

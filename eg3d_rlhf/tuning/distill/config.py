@@ -2,6 +2,7 @@
 each kind of prior.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,8 @@ METHODS: Registry[Method] = Registry(
         "best-of-n": "eg3d_rlhf.tuning.distill.guidance.sds",
     },
 )
+_assets_knob = functools.partial(knob, group=ASSETS)
+_rare_opt_knob = functools.partial(knob, group=OPT, rare=True)
 
 
 @dataclass(frozen=True)
@@ -89,44 +92,27 @@ class LoopConfig:
     """How assets are optimised, whatever the method."""
 
     steps: int = knob(100, "Steps of each asset.", OPT, low=1)
-    batch: int = knob(
-        55,
-        "Assets that are optimised together; processes share the batches.",
-        OPT,
-        low=1,
-        rare=True,
+    batch: int = _rare_opt_knob(55, "Assets that are optimised together; processes share the batches.", low=1)
+    lr: float = _rare_opt_knob(0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", above=0)
+    lr_end: float = _rare_opt_knob(
+        0.05, "Learning rates at the end, as a share of those at the start; linear in between.", low=0, high=1
     )
-    lr: float = knob(
-        0.05, "Learning rate of voxels or planes (Adam, betas 0.9 and 0.99).", OPT, above=0, rare=True
+    decoder_lr: float = _rare_opt_knob(0.001, "Learning rate of decoders.", above=0)
+    t_min: str = _rare_opt_knob(
+        "0.02", "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.", metavar="RAMP"
     )
-    lr_end: float = knob(
-        0.05,
-        "Learning rates at the end, as a share of those at the start; linear in between.",
-        OPT,
-        low=0,
-        high=1,
-        rare=True,
+    t_max: str = _rare_opt_knob("0.98", "Largest time, likewise.", metavar="RAMP")
+    shared_time: bool = _rare_opt_knob(
+        True, "One time for all views of an asset; priors that see views together need it."
     )
-    decoder_lr: float = knob(0.001, "Learning rate of decoders.", OPT, above=0, rare=True)
-    t_min: str = knob(
-        "0.02",
-        "Least time, as a share of 1000: a number, or a ramp over steps s0,v0,v1,s1.",
-        OPT,
-        metavar="RAMP",
-        rare=True,
+    sparsity: str = _rare_opt_knob(
+        "0", "Weight of the mean opacity along rays: a number or a ramp.", metavar="RAMP"
     )
-    t_max: str = knob("0.98", "Largest time, likewise.", OPT, metavar="RAMP", rare=True)
-    shared_time: bool = knob(
-        True, "One time for all views of an asset; priors that see views together need it.", OPT, rare=True
+    opacity: str = _rare_opt_knob(
+        "0", "Weight of the entropy of the opacity: a number or a ramp.", metavar="RAMP"
     )
-    sparsity: str = knob(
-        "0", "Weight of the mean opacity along rays: a number or a ramp.", OPT, metavar="RAMP", rare=True
-    )
-    opacity: str = knob(
-        "0", "Weight of the entropy of the opacity: a number or a ramp.", OPT, metavar="RAMP", rare=True
-    )
-    tick: int = knob(20, "Steps between two lines of stats.jsonl.", OPT, low=1, rare=True)
-    checkpoint_ticks: int = knob(3, "Lines between two states to go on from.", OPT, low=1, rare=True)
+    tick: int = _rare_opt_knob(20, "Steps between two lines of stats.jsonl.", low=1)
+    checkpoint_ticks: int = _rare_opt_knob(3, "Lines between two states to go on from.", low=1)
 
     def __post_init__(self) -> None:
         check_knobs(self)
@@ -147,41 +133,32 @@ class LoopConfig:
 class SceneConfig:
     """What is made, and who has a say in it."""
 
-    prior: str = knob(
+    prior: str = _assets_knob(
         "bundled",
         "Diffusion model of pictures: the bundled problem's, in closed form or as a U-Net that learned it, "
         "the heads of people's, a Stable Diffusion folder, or an MVDream file.",
-        ASSETS,
         metavar="bundled|bundled-unet|heads|DIR|FILE",
     )
-    reward: str | None = knob(
+    reward: str | None = _assets_knob(
         None,
         "What prefers: one-face, mode-distance, symmetry or mean-pixel with the bundled prior; a file of "
         "ImageReward, Reward3D or HPSv2, or a CLIP folder.",
-        ASSETS,
         metavar="NAME|FILE",
         shown="none",
     )
-    judge: str | None = knob(
+    judge: str | None = _assets_knob(
         None,
         "Ranks pairs in the reward's place, for dreamdpo and psd: questions, with the bundled prior.",
-        ASSETS,
         metavar="NAME",
         shown="none",
     )
-    geometry_reward: str = knob(
+    geometry_reward: str = _assets_knob(
         "none",
         "A reward on the shape itself, beside the method: sigma is the bundled reward of densities, "
         "solid closes leaks; with the bundled prior also one-nose and floaters, in closed form.",
-        ASSETS,
         metavar="none|NAME|FILE",
     )
-    assets: int = knob(
-        1,
-        "Assets of each prompt, of different seeds.",
-        ASSETS,
-        low=1,
-    )
+    assets: int = _assets_knob(1, "Assets of each prompt, of different seeds.", low=1)
     views: int = knob(4, "Views of each asset in a step.", REAL, low=1, rare=True)
     resolution: int = knob(
         64, "Rendered pixels per edge; the prior sees them enlarged to its own size.", REAL, low=8, rare=True

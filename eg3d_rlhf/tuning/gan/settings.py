@@ -40,6 +40,9 @@ LAST = "last"
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
 NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose
 DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
+_rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
+_reward_knob = functools.partial(knob, group=REWARD, control=False)
+_rare_reward_knob = functools.partial(_reward_knob, rare=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,63 +87,36 @@ class DataConfig:
 class RewardConfig:
     """Settings of the reward phase."""
 
-    lambda_r: float = knob(
-        10.0, "Reward weight; 0 is the GAN run, bit for bit.", REWARD, low=0, control=False
+    lambda_r: float = _reward_knob(10.0, "Reward weight; 0 is the GAN run, bit for bit.", low=0)
+    lambda_sigma: float = _reward_knob(0.01, "Density consistency weight.", low=0)
+    lambda_front: float = _rare_reward_knob(0.0, "Front-growth penalty weight.", low=0)
+    lambda_nose: float = _rare_reward_knob(
+        0.0, "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.", low=0
     )
-    lambda_sigma: float = knob(0.01, "Density consistency weight.", REWARD, low=0, control=False)
-    lambda_front: float = knob(0.0, "Front-growth penalty weight.", REWARD, low=0, rare=True, control=False)
-    lambda_nose: float = knob(
-        0.0,
-        "Weight of the nose floor: no face nearer to the frontal camera than any untuned one.",
-        REWARD,
-        low=0,
-        rare=True,
-        control=False,
-    )
-    nose_floor: str = knob(
+    nose_floor: str = _rare_reward_knob(
         "window",
         "Its mean, over the window's pixels or the violators alone (published).",
-        REWARD,
         choices=NOSE_FLOORS,
-        rare=True,
-        control=False,
     )
-    anchor_gate: float = knob(
+    anchor_gate: float = _reward_knob(
         1.0,
         "Share of the consistency weight for shapes that scored below the clip's HIGH before tuning; 1: the"
         " same for all.",
-        REWARD,
         metavar="SHARE",
         low=0,
         high=1,
-        control=False,
     )
-    reward_clip: str = knob(
+    reward_clip: str = _reward_knob(
         "-10,10",
         "Trust region of the shaped reward; qSHARE is a quantile of untuned ones, as in -10,q0.55.",
-        REWARD,
         metavar="LOW,HIGH|iqr|none",
-        control=False,
     )
-    reward_shaping: str = knob(
-        "none", "How the score enters the loss.", REWARD, choices=SHAPINGS, control=False
+    reward_shaping: str = _reward_knob("none", "How the score enters the loss.", choices=SHAPINGS)
+    anchor_resolution: int = _reward_knob(
+        64, "Grid points per edge of the whole cube that is held to the reference.", low=2, flag=False
     )
-    anchor_resolution: int = knob(
-        64,
-        "Grid points per edge of the whole cube that is held to the reference.",
-        REWARD,
-        low=2,
-        flag=False,
-        control=False,
-    )
-    anchor_psi: float = knob(
-        0.7,
-        "Truncation of the samples that are held to the reference.",
-        REWARD,
-        metavar="PSI",
-        low=0,
-        rare=True,
-        control=False,
+    anchor_psi: float = _rare_reward_knob(
+        0.7, "Truncation of the samples that are held to the reference.", metavar="PSI", low=0
     )
     truncation_psi: float = 1.0  # of the samples that are scored
 
@@ -198,25 +174,20 @@ def _bound(part: str, quantile: Callable[[float], float]) -> float:
 class EarlyStopConfig:
     """Whether a run keeps another snapshot than its last, and which."""
 
-    early_stop: float | None = knob(
+    early_stop: float | None = _reward_knob(
         None,
         "Keep the snapshot that the second reward and the distance choose; a further one must gain more than"
         " this.",
-        REWARD,
         metavar="STANDARD-ERRORS",
         low=0,
         shown="off: the last",
-        control=False,
     )
-    early_stop_distance: float | None = knob(
+    early_stop_distance: float | None = _rare_reward_knob(
         None,
         "With --early-stop: largest mean |σ - σ_ref| of a snapshot that is kept, raw density.",
-        REWARD,
         metavar="DISTANCE",
         above=0,
         shown="any",
-        rare=True,
-        control=False,
     )
 
     def __post_init__(self):
@@ -245,35 +216,26 @@ class RoundConfig:
         ROUNDS,
         choices=(SYNTHETIC, PEOPLE),
     )
-    round_doubtful: float = knob(
+    round_doubtful: float = _rare_rounds_knob(
         0.5,
         "Share of pairs over which the last round's rewards disagree; the others, and the first round's, are"
         " random.",
-        ROUNDS,
         metavar="0..1",
         low=0,
         high=1,
-        rare=True,
     )
-    round_members: int = knob(5, "Rewards in an ensemble.", ROUNDS, low=1, high=100, rare=True)
-    round_preset: str | None = knob(
-        None,
-        "Rewards' architecture, see tools/train_reward.py.",
-        ROUNDS,
-        metavar="NAME",
-        shown="its default",
-        rare=True,
+    round_members: int = _rare_rounds_knob(5, "Rewards in an ensemble.", low=1, high=100)
+    round_preset: str | None = _rare_rounds_knob(
+        None, "Rewards' architecture, see tools/train_reward.py.", metavar="NAME", shown="its default"
     )
-    round_aggregate: str | None = knob(
+    round_aggregate: str | None = _rare_rounds_knob(
         None,
         "What the ensemble's scores become.",
-        ROUNDS,
         metavar="NAME",
         shown="the mean of raw scores; see tools/train_reward.py",
-        rare=True,
     )
-    round_start: str = knob(
-        PRETRAINED, "Network that tuning starts from.", ROUNDS, choices=(PRETRAINED, LAST), rare=True
+    round_start: str = _rare_rounds_knob(
+        PRETRAINED, "Network that tuning starts from.", choices=(PRETRAINED, LAST)
     )
 
     def __post_init__(self):
@@ -290,35 +252,24 @@ class RewardSettings:
         REWARD,
         metavar="none|KIND",
     )
-    reward_ckpt: str | None = knob(
-        None, "Trained reward.", REWARD, metavar="FILE", shown="bundled", control=False
-    )
-    reward_watch: str | None = knob(
+    reward_ckpt: str | None = _reward_knob(None, "Trained reward.", metavar="FILE", shown="bundled")
+    reward_watch: str | None = _reward_knob(
         None,
         "Second reward, never trained on, that must not fall while the first rises.",
-        REWARD,
         metavar="FILE",
         shown="bundled",
-        control=False,
     )
-    reference: str | None = knob(
-        None,
-        "Network that the tuned one is held to and compared with.",
-        REWARD,
-        flag=False,
-        shown="the initial one",
-        control=False,
+    reference: str | None = _reward_knob(
+        None, "Network that the tuned one is held to and compared with.", flag=False, shown="the initial one"
     )
     terms: RewardConfig = RewardConfig()
     keeping: EarlyStopConfig = EarlyStopConfig()
-    rlr: float = knob(0.0025, "Reward optimiser's learning rate.", REWARD, above=0, rare=True, control=False)
-    control: str | None = knob(
+    rlr: float = _rare_reward_knob(0.0025, "Reward optimiser's learning rate.", above=0)
+    control: str | None = _reward_knob(
         None,
         "Summary of the lambda_r = 0 run to quote.",
-        REWARD,
         metavar="RUN|FILE",
         shown="recorded in assets, where it is one",
-        control=False,
     )
 
     def __post_init__(self):

@@ -177,7 +177,8 @@ def kind_of(head: bytes, name: str) -> str:
         return "glb"
     if head[:3] == b"ply" and head[3:4] in b"\r\n":
         return "ply"
-    if is_film(head):
+    # Whether a file begins as MP4, WebM or Matroska do
+    if head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3":
         return "film"
     if kind_of_picture(head):
         return "picture"
@@ -338,11 +339,6 @@ _ENCODED = (
     "-vf",
     "pad=ceil(iw/2)*2:ceil(ih/2)*2",
 )
-
-
-def is_film(head: bytes) -> bool:
-    """Whether a file begins as MP4, WebM or Matroska do."""
-    return head[4:8] == b"ftyp" or head[:4] == b"\x1a\x45\xdf\xa3"
 
 
 def examine_film(path: Path) -> tuple[str, str]:

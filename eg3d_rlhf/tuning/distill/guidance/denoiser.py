@@ -5,6 +5,7 @@ Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negati
 and entries of a condition.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ def _decay(constants: tuple[float, float, float], r: float) -> float:
 
 PRIOR = "Asking the prior"  # title of the flags
 FORMS = ("sds", "sjc", "sjc-plain", "recon")
+_rare_prior_knob = functools.partial(knob, group=PRIOR, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,28 +99,17 @@ class DenoiserSettings:
     """How the prior is asked, and how its answer becomes a gradient."""
 
     guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
-    negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT", rare=True)
-    form: str = knob(
-        "sds",
-        "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.",
-        PRIOR,
-        choices=FORMS,
-        rare=True,
+    negative_prompt: str = _rare_prior_knob("", "What the pictures should not be.", metavar="TEXT")
+    form: str = _rare_prior_knob(
+        "sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", choices=FORMS
     )
-    weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS, rare=True)
-    rescale: float = knob(
-        0.5,
-        "Share of x0 whose spread is the unguided one's, of the form recon.",
-        PRIOR,
-        low=0,
-        high=1,
-        rare=True,
+    weighting: str = _rare_prior_knob("sds", "Weight of times, of the form sds.", choices=WEIGHTINGS)
+    rescale: float = _rare_prior_knob(
+        0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", low=0, high=1
     )
-    view_prompts: bool = knob(
-        False, "Say the side that the camera looks from in the prompt.", PRIOR, rare=True
-    )
-    perp_neg: bool = knob(
-        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR, rare=True
+    view_prompts: bool = _rare_prior_knob(False, "Say the side that the camera looks from in the prompt.")
+    perp_neg: bool = _rare_prior_knob(
+        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others."
     )
 
     def __post_init__(self):

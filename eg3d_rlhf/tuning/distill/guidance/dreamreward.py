@@ -4,6 +4,7 @@ distillation.
 Letters: A assets, V views, B = A V pictures.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from training.config import check_knobs, knob
 
 DREAMREWARD = "DreamReward"
 ALONE = 1e6  # weight of the reward in the released code's last steps
+_dreamreward_knob = functools.partial(knob, group=DREAMREWARD, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,35 +29,24 @@ class DreamRewardSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
     weight: Ramp = Ramp(0.3)
-    balance: str = knob(
+    balance: str = _dreamreward_knob(
         "grad-norm",
         "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
         "printed losses as in DreamReward's code, or nothing.",
-        DREAMREWARD,
         choices=("grad-norm", "digits", "none"),
-        rare=True,
     )
-    ceiling: float | None = knob(
-        None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True
-    )
-    through: str = knob(
+    ceiling: float | None = _dreamreward_knob(None, "Reward above which nothing is gained.", shown="none")
+    through: str = _dreamreward_knob(
         "latents",
         "Where the reward's gradient goes: to the latents, or to the rendered pictures.",
-        DREAMREWARD,
         choices=("latents", "images"),
-        rare=True,
     )
-    x0_until: int = knob(
-        999,
-        "Largest time at which the estimate is scored; above, the render.",
-        DREAMREWARD,
-        low=-1,
-        high=999,
-        rare=True,
+    x0_until: int = _dreamreward_knob(
+        999, "Largest time at which the estimate is scored; above, the render.", low=-1, high=999
     )
-    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0, rare=True)
-    reward_only_from: int | None = knob(
-        None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never", rare=True
+    reward_from: int = _dreamreward_knob(0, "First step with the reward.", metavar="STEP", low=0)
+    reward_only_from: int | None = _dreamreward_knob(
+        None, "First step without distillation.", metavar="STEP", low=0, shown="never"
     )
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ Letters: A assets.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from training.config import check_knobs, knob
 from training.storage import read_meta
 
 GEOMETRY = "Geometry reward"  # title of the flags
+_geometry_knob = functools.partial(knob, group=GEOMETRY, rare=True)
 
 
 @runtime_checkable
@@ -114,19 +116,13 @@ def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
 class GeometrySettings:
     """How strongly, and from when on, a geometry reward pulls."""
 
-    geometry_weight: float = knob(
-        0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True
+    geometry_weight: float = _geometry_knob(
+        0.3, "Its gradient's norm at the end, in norms of the distillation's.", low=0
     )
-    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
-    geometry_start: float = knob(
-        0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True
-    )
-    geometry_every: int = knob(
-        10,
-        "Steps between two looks at the shapes; the gradient stays the same in between.",
-        GEOMETRY,
-        low=1,
-        rare=True,
+    geometry_weight_from: float = _geometry_knob(0.0, "The same where it sets in.", low=0)
+    geometry_start: float = _geometry_knob(0.1, "Share of the run after which it sets in.", low=0, high=1)
+    geometry_every: int = _geometry_knob(
+        10, "Steps between two looks at the shapes; the gradient stays the same in between.", low=1
     )
 
     def __post_init__(self):

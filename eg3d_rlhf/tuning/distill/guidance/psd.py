@@ -6,6 +6,7 @@ loser has.
 Letters: K = 2 noises, A assets, V views, B = A V pictures; n the null embedding [A, T, D].
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,7 @@ PSD = "Preference score distillation"
 NEGATIVE_BETA = 1000.0  # of the preference loss, per unit of squared error
 PREDICTORS = ("cond", "cfg")
 NEGATIVES = ("auto", "reward", "preference", "none")
+_psd_knob = functools.partial(knob, group=PSD, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +41,24 @@ class PsdSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
-    eta: float = knob(1.0, "Weight of the push.", PSD, low=0, rare=True)
-    predictor: str = knob(
+    eta: float = _psd_knob(1.0, "Weight of the push.", low=0)
+    predictor: str = _psd_knob(
         "cond",
         "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.",
-        PSD,
         choices=PREDICTORS,
-        rare=True,
     )
-    negative_update: str = knob(
+    negative_update: str = _psd_knob(
         "auto",
         "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
         "allows, or not.",
-        PSD,
         choices=NEGATIVES,
-        rare=True,
     )
-    negative_rate: float = knob(
-        1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True
+    negative_rate: float = _psd_knob(
+        1e-3, "Largest step of an entry, in root mean squares of the embedding.", low=0
     )
-    negative_ball: float = knob(
-        0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True
-    )
-    negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0, rare=True)
-    negative_every: int = knob(4, "Steps between its changes.", PSD, low=1, rare=True)
+    negative_ball: float = _psd_knob(0.5, "Largest distance from where it began, in its norm.", above=0)
+    negative_from: int = _psd_knob(0, "First step that changes it.", metavar="STEP", low=0)
+    negative_every: int = _psd_knob(4, "Steps between its changes.", low=1)
 
     def __post_init__(self):
         check_knobs(self)

@@ -2,6 +2,7 @@
 prior makes of it.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, DenoiserSetti
 from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
 from training.config import check_knobs, knob
 
+_noises_knob = functools.partial(knob, group=NOISES, rare=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSdsSettings:
@@ -21,32 +24,20 @@ class RewardSdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
-    noises: int = knob(8, "Per step and asset.", NOISES, low=1, rare=True)
-    until: int | None = knob(
-        None,
-        "Step from which it is plain distillation with one noise.",
-        NOISES,
-        metavar="STEP",
-        low=0,
-        shown="never",
-        rare=True,
+    noises: int = _noises_knob(8, "Per step and asset.", low=1)
+    until: int | None = _noises_knob(
+        None, "Step from which it is plain distillation with one noise.", metavar="STEP", low=0, shown="never"
     )
-    explore_steps: int = knob(
+    explore_steps: int = _noises_knob(
         1,
         "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.",
-        NOISES,
         high=1000,
         low=1,
-        rare=True,
     )
-    explore_end: str = knob(
-        "x0",
-        "Score the estimate, or the latent at t = 0 as RewardSDS's code does.",
-        NOISES,
-        choices=("x0", "t0"),
-        rare=True,
+    explore_end: str = _noises_knob(
+        "x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", choices=("x0", "t0")
     )
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES, rare=True)
+    standardise: bool = _noises_knob(True, "Scores in deviations of the last 200 steps' scores.")
 
     def __post_init__(self):
         check_knobs(self)

@@ -16,6 +16,7 @@ ON_LATENTS = ("nft", "dgpo")  # losses on finished samples, by any sampler
 LOSSES = (*ON_LATENTS, *ON_STEPS)
 OVER = ("batch", "group", "ranks")
 _online = functools.partial(knob, group="Online")
+_rare_online = functools.partial(_online, rare=True)
 NUMBERS = 1e-2  # times 1 / sqrt(numbers of a sample): the clip of ratios, 1e-4 at ten thousand
 
 
@@ -35,15 +36,10 @@ class OnlineConfig(StageTraining):
     )
     group: int = _online(8, "Samples of one condition, compared with each other.", low=2)
     batch: int = _online(8, "Conditions per update, over all processes.", metavar="GROUPS", low=1)
-    batch_gpu: int | None = _online(
-        None,
-        "Per pass: decides memory, not the result.",
-        metavar="SAMPLES",
-        low=1,
-        shown="all of a process",
-        rare=True,
+    batch_gpu: int | None = _rare_online(
+        None, "Per pass: decides memory, not the result.", metavar="SAMPLES", low=1, shown="all of a process"
     )
-    passes: int = _online(1, "Steps of the optimiser on the samples of an update.", low=1, rare=True)
+    passes: int = _rare_online(1, "Steps of the optimiser on the samples of an update.", low=1)
     kl: float = _online(
         0.03,
         "Weight of the distance from the untuned network: of velocities, or the divergence of steps.",
@@ -55,27 +51,23 @@ class OnlineConfig(StageTraining):
         "an update, or of its group's; ranks: normal scores in the group.",
         choices=OVER,
     )
-    adv_clip: float = _online(
-        5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0, rare=True
-    )
-    max_away: float | None = _online(
+    adv_clip: float = _rare_online(5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0)
+    max_away: float | None = _rare_online(
         0.4,
         "Mean square of what the velocity has moved, relative to its error at the reference, above "
         "which training stops.",
         above=0,
         shown="0.4",
-        rare=True,
     )
-    reset: int | None = _online(
+    reset: int | None = _rare_online(
         None,
         "After which the network of the moment is the reference.",
         metavar="UPDATES",
         low=1,
         shown="never",
-        rare=True,
     )
-    sampler_steps: int | None = _online(
-        None, "Of the sampler in training.", low=2, shown="the stage's own", rare=True
+    sampler_steps: int | None = _rare_online(
+        None, "Of the sampler in training.", low=2, shown="the stage's own"
     )
     # on the sampler's steps
     window: int | None = _online(
@@ -85,52 +77,38 @@ class OnlineConfig(StageTraining):
         low=1,
         shown="all but the last",
     )
-    window_end: int | None = _online(
-        None,
-        "Where windows end at the latest.",
-        metavar="STEP",
-        low=1,
-        shown="after two fifths of the steps",
-        rare=True,
+    window_end: int | None = _rare_online(
+        None, "Where windows end at the latest.", metavar="STEP", low=1, shown="after two fifths of the steps"
     )
-    window_moves: str = _online(
+    window_moves: str = _rare_online(
         "random",
         "How windows move: anew for every update, or from noisy steps to quiet ones and again.",
         choices=("random", "progressive"),
-        rare=True,
     )
-    window_updates: int = _online(
-        25, "Of a progressive window at one place.", metavar="UPDATES", low=1, rare=True
-    )
-    trained_steps: int | None = _online(
+    window_updates: int = _rare_online(25, "Of a progressive window at one place.", metavar="UPDATES", low=1)
+    trained_steps: int | None = _rare_online(
         None,
         "Without a window: how many of the steps are trained on, drawn for every update.",
         low=1,
         shown="all but the last",
-        rare=True,
     )
-    sde_step: str = _online("exact", "Kind of the steps that draw.", choices=tuple(KINDS), rare=True)
-    noise: float = _online(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0, rare=True)
-    clip_range: float | None = _online(
+    sde_step: str = _rare_online("exact", "Kind of the steps that draw.", choices=tuple(KINDS))
+    noise: float = _rare_online(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0)
+    clip_range: float | None = _rare_online(
         None,
         "Of ratios of densities (of their mean over a sample's numbers), about 1; dppo: of the "
         "divergence; dgpo: of errors.",
         above=0,
         shown="by the numbers of a sample",
-        rare=True,
     )
     # on finished samples
-    curvature: float = _online(
-        1.0, "nft: b, of the network that draws; large: stays near it.", above=0, rare=True
-    )
-    plain: bool = _online(False, "nft: without the weight that divides by the error.", rare=True)
-    group_beta: float = _online(100.0, "dgpo: beta, per unit of error.", above=0, rare=True)
-    draws: int = _online(2, "nft, dgpo: times and noises per sample.", low=1, rare=True)
-    decay: str = _online(
-        "slow", "nft, dgpo: how the network that draws follows.", choices=tuple(DECAYS), rare=True
-    )
-    guided: bool = _online(
-        False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it.", rare=True
+    curvature: float = _rare_online(1.0, "nft: b, of the network that draws; large: stays near it.", above=0)
+    plain: bool = _rare_online(False, "nft: without the weight that divides by the error.")
+    group_beta: float = _rare_online(100.0, "dgpo: beta, per unit of error.", above=0)
+    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1)
+    decay: str = _rare_online("slow", "nft, dgpo: how the network that draws follows.", choices=tuple(DECAYS))
+    guided: bool = _rare_online(
+        False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it."
     )
     use: str = "reward"  # as it is, or a control's: shuffled, inverted
 
