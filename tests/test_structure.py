@@ -145,6 +145,48 @@ def test_folders_of_flow_import_downwards():
     assert len(found) <= flow_arrows.MOST, sorted(found)
 
 
+# where hashlib is used and why; work is done once by its hash in experiments/store.py alone
+HASHES = {
+    "builders.features": "identity of the images that features were trained on",
+    "eg3d_rlhf.core.cli": "file_hash, for everybody",
+    "eg3d_rlhf.core.spec": "identity of what a reward reads",
+    "eg3d_rlhf.experiments.logs": "a run's name in wandb and trackio",
+    "eg3d_rlhf.experiments.store": "the store, and json_hash for everybody",
+    "eg3d_rlhf.models.weights": "identity of tensors",
+    "eg3d_rlhf.people.label.archive": "provenance of an imported table; which side is shown first",
+    "eg3d_rlhf.people.label.assets.reading": "identity of an asset and its companion files",
+    "eg3d_rlhf.people.label.assignments": "which annotator is given what, without a state",
+    "eg3d_rlhf.people.label.preparation": "name of the file that states the progress of a campaign",
+    "eg3d_rlhf.people.label.server.app": "content security policy, version of the page, ETag",
+    "eg3d_rlhf.people.label.server.identity": "signed cookies",
+    "eg3d_rlhf.people.label.server.served_shapes": "addresses that do not tell what is served",
+    "eg3d_rlhf.people.label.shape_files": "names of prepared shapes, which the server reads while they are made",
+    "eg3d_rlhf.people.label.store": "secrets of annotators",
+    "eg3d_rlhf.people.study.design": "the design's own hash, which its answers state",
+    "eg3d_rlhf.preferences.labels": "identity of labels",
+    "eg3d_rlhf.rewards.pictures.judges": "which picture is shown first",
+    "eg3d_rlhf.tuning.flow.base.pairs": "a folder of pairs is whole",
+    "eg3d_rlhf.tuning.flow.families.opening": "identity of a folder; splits of conditions",
+    "eg3d_rlhf.tuning.flow.workspace.answers": "splits of conditions",
+    "eg3d_rlhf.tuning.flow.workspace.work": "splits of conditions",
+    "torch_utils.build": "names of compiled ops",
+    "training.heads.people_mesh": "cache of grids, below the store in the order of imports",
+    "training.networks": "identity of a network",
+    "training.phases": "derived seeds",
+    "training.storage": "checksum in a file's header",
+    "training.synthetic_heads": "name of a set of pictures, below the store in the order of imports",
+}
+
+
+def test_every_use_of_hashes_has_a_reason():
+    users = {
+        module
+        for module, path in modules().items()
+        if any("hashlib" in imported(node) for node in ast.walk(tree(path)))
+    }
+    assert users == set(HASHES)
+
+
 def test_every_room_has_its_floor():
     assert {room_of(module) for module in modules() if module.startswith("eg3d_rlhf.")} <= RANK.keys()
 
