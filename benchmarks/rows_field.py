@@ -17,7 +17,8 @@ from benchmarks.rows import Agreement, Case, Outcome, Row, Target
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, of
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part, vertex_normals
-from eg3d_rlhf.geometry.mesh_export import Mesh, MeshOptions, check_mesh, export_mesh
+from eg3d_rlhf.geometry.mesh_export import Mesh, check_mesh, export_mesh
+from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.geometry.slab import DecoderWeights, plane_features, sigma_from_planes, tri_grid_density
 from training.fullhead import sample_tri_grid
 from training.rendering.renderer import generate_planes

@@ -21,7 +21,8 @@ from eg3d_rlhf.generators import Generator, of
 from eg3d_rlhf.preferences.losses import PreferenceLoss
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.rewards.slab_network import PAPER, PRESETS, RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import PAPER, PRESETS, RewardArch
 from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardTerms, density_l1, reward_phase
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range

@@ -17,8 +17,9 @@ from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
 from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
-from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
+from eg3d_rlhf.rewards.meshes.model import RewardCS
+from eg3d_rlhf.rewards.meshes.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry

@@ -17,7 +17,8 @@ import torch_utils  # noqa: F401 (before torch: says how threads wait)
 if TYPE_CHECKING:
     from eg3d_rlhf.core.field import Field
     from eg3d_rlhf.generators import load_generator, ws_of_seeds
-    from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+    from eg3d_rlhf.geometry.mesh_export import export_mesh
+    from eg3d_rlhf.geometry.settings import MeshOptions
     from eg3d_rlhf.modes.gan import tune
     from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
     from eg3d_rlhf.preferences.losses import preference_loss
@@ -42,7 +43,7 @@ __all__ = [
 
 _MODULES = {
     "Field": "core.field",
-    "MeshOptions": "geometry.mesh_export",
+    "MeshOptions": "geometry.settings",
     "Preference": "preferences.labels",
     "Reward": "rewards.reward",
     "export_mesh": "geometry.mesh_export",

@@ -8,7 +8,8 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import RewardArch
 from tests import tiny_runs
 from tests.compat.reference import ROOT
 from training import networks

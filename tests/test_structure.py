@@ -160,7 +160,7 @@ HASHES = {
     "eg3d_rlhf.people.label.server.app": "content security policy, version of the page, ETag",
     "eg3d_rlhf.people.label.server.identity": "signed cookies",
     "eg3d_rlhf.people.label.server.served_shapes": "addresses that do not tell what is served",
-    "eg3d_rlhf.people.label.shape_files": "names of prepared shapes, which the server reads while they are made",
+    "eg3d_rlhf.people.label.shape_files": "names of prepared shapes, read while others are made",
     "eg3d_rlhf.people.label.store": "secrets of annotators",
     "eg3d_rlhf.people.study.design": "the design's own hash, which its answers state",
     "eg3d_rlhf.preferences.labels": "identity of labels",

@@ -19,6 +19,7 @@ DATA = "Data"
 NET = "Networks"
 GAN = "GAN losses and schedule"
 OPT = "Optimisation"
+NOISE_MODES = ("const", "random", "none")  # of the synthesis network
 REG_TYPES = ("l1", "monotonic-detach", "monotonic-fixed")
 
 

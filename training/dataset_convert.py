@@ -24,55 +24,12 @@ import numpy as np
 import PIL.Image
 import torch
 
+from training.convert_settings import ConvertOptions
 from training.dataset import LABELS_FILE, ImageFiles, in_order, label_array
 from training.rendering.cameras import LABEL_NUMBERS, POSE_NUMBERS, mirror_label
 
-TRANSFORMS = ("center-crop", "center-crop-wide")
 ZIP_DATE = (2020, 1, 1, 0, 0, 0)  # constant, so that equal options give equal bytes
 _CHUNK = 8  # images per task of a worker
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """What happens to every image and label."""
-
-    transform: str | None = None  # None: the whole image; else one of TRANSFORMS
-    resolution: tuple[int, int] | None = None  # (width, height) in pixels; None keeps the size
-    max_images: int | None = None  # the first so many in the order of names
-    mirror: bool = False  # write every image mirrored as well, right after itself, with its pose mirrored
-    labels: str = "check"  # 'check': all images or none have a label; 'drop': write none
-
-    def __post_init__(self) -> None:
-        if self.transform is not None and self.transform not in TRANSFORMS:
-            raise ValueError(
-                f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of"
-                " them."
-            )
-        if self.labels not in ("check", "drop"):
-            raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
-        if (
-            self.resolution is not None
-            and min(self.resolution) < 1
-            or self.max_images is not None
-            and self.max_images < 1
-        ):
-            raise ValueError(
-                f"--resolution, --max-images: expected at least 1, got {self.resolution}, {self.max_images}."
-                " Raise it."
-            )
-        if self.transform is not None and self.resolution is None:
-            raise ValueError(
-                f"--transform={self.transform}: expected --resolution=WxH with it, got none. Add it."
-            )
-        if self.transform == "center-crop-wide" and self.size[0] < self.size[1]:
-            got = "x".join(map(str, self.size))
-            raise ValueError(f"--resolution: expected W >= H for center-crop-wide, got {got}. Swap them.")
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """The resolution, which goes with every transform."""
-        assert self.resolution is not None
-        return self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)

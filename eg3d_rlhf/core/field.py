@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 LEVEL = 10.0  # raw density of the surface, as EG3D's shape extraction has it
 EMPTY = LEVEL - 1000.0  # raw density where certainly nothing is
-NOISE_MODES = ("const", "random", "none")
 
 
 @dataclass(frozen=True)

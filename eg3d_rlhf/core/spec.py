@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # they bring torch, which --help is spared
+    import torch
 
-from eg3d_rlhf.core.field import Bounds
+    from eg3d_rlhf.core.field import Bounds
 
 LATTICES = ("straight", "skewed")
 _LATER = {"lattice", "centre"}  # fields that descriptions of the first version lack
@@ -98,7 +99,7 @@ class SlabSpec:
         return cls(resolution=resolution, crop=(0.0,) * 6, box_warp=box_warp)
 
     @classmethod
-    def of(cls, bounds: Bounds, resolution: int, **place: Any) -> "SlabSpec":
+    def of(cls, bounds: "Bounds", resolution: int, **place: Any) -> "SlabSpec":
         """A grid in the bounds of a field or generator: the whole cube, or what `crop` and the other fields
         leave of it.
         """
@@ -132,11 +133,13 @@ class SlabSpec:
         """Distance between neighbouring grid points, world units."""
         return self.box_warp / (self.resolution - 1)
 
-    def axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def axes(self) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
         """World coordinates of a straight lattice's points: x [W], y [H], z [D], float32, increasing.
 
         Raises: ValueError for a skewed lattice, whose coordinates do not depend on one index each.
         """
+        import torch
+
         if self.lattice != "straight":
             raise ValueError(
                 f"SlabSpec.axes: expected a straight lattice, got {self.lattice!r}. Use points(), or"
@@ -149,11 +152,13 @@ class SlabSpec:
         )
         return x, y, z
 
-    def points(self) -> torch.Tensor:
+    def points(self) -> "torch.Tensor":
         """World coordinates [D, H, W, 3] float32, components x, y, z, of every point of either lattice.
 
         The skewed ones are rounded as the authors' helper rounds them: index * voxel - box_warp/2 in float32.
         """
+        import torch
+
         if self.lattice == "straight":
             x, y, z = self.axes()
             return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)

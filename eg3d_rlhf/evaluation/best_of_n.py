@@ -27,8 +27,9 @@ from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
+from eg3d_rlhf.rewards.aggregates import AVERAGE, KINDS, Aggregate
 from eg3d_rlhf.rewards.cache import untuned
-from eg3d_rlhf.rewards.ensembles import AVERAGE, KINDS, Aggregate, RewardEnsemble, Standard, average_weights
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import OBSERVATIONS, Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.phase import CUTOFF

@@ -15,7 +15,8 @@ import numpy as np
 from eg3d_rlhf.experiments.process import serve_requests
 from eg3d_rlhf.geometry.files.triangles import read_triangles
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
-from eg3d_rlhf.measures.meshes.measure import MeasureOptions, measure_mesh
+from eg3d_rlhf.measures.meshes.measure import measure_mesh
+from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import Space
 
 # of a file

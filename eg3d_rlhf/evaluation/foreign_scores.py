@@ -24,6 +24,7 @@ from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.core.seeds import ALIGNMENT, LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import RANK_INTERVAL, spearman
+from eg3d_rlhf.evaluation.settings import ScoreOptions
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
@@ -32,7 +33,6 @@ from eg3d_rlhf.generators.placed import Place, Placed, Similarity, scaled_densit
 from eg3d_rlhf.geometry.level_set import LevelSet
 from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
-from training.config import check_knobs, knob
 from training.storage import write_atomic
 
 # Where a foreign generator's shapes lie, and on what scale its density is, against the generator that a
@@ -173,43 +173,6 @@ STEADY = 0.8  # least rank correlation under a change that should not matter
 # of a mesh in a strip; meshes in a row
 PIXELS = 160
 STRIP = 5
-_rare_samples_knob = functools.partial(knob, group="Samples", rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions:
-    """How many latents, and what is fitted on how many others."""
-
-    n: int = knob(100, "Latents that are scored.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count)
-    psi: float = knob(0.7, "Truncation.", "Samples", above=0, high=2)
-    cutoff: int = _rare_samples_knob(14, "Layers that truncation reaches.", low=0)
-    seed: int = _rare_samples_knob(0, "Other held-out latents per seed.", low=0)
-    fit: int = _rare_samples_knob(
-        64,
-        "Further latents behind alignment and calibration.",
-        metavar="LATENTS",
-        low=8,
-        high=ALIGNMENT.count,
-    )
-    known: int = _rare_samples_knob(
-        256,
-        "Further latents of the reference that show what the reward knows.",
-        metavar="LATENTS",
-        low=16,
-        high=ALIGNMENT.count,
-    )
-    resolution: int = knob(
-        64,
-        "Edge of the cubes in which surfaces are looked for.",
-        "Samples",
-        metavar="VOXELS",
-        low=24,
-        high=256,
-    )
-    batch: int = knob(8, "Shapes at once; bounds memory.", "Run", low=1, rare=True)
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
 
 
 class Seen(NamedTuple):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.seeds import JUDGE, VALIDATION
 from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
@@ -195,7 +194,6 @@ def _mean(values: np.ndarray) -> float | None:
 
 # Networks side by side: ablations, and further training seeds.
 
-PLACES = {"judge": JUDGE, "validation": VALIDATION}
 TABLE = {  # figure: words and form
     "repaired": ("of the error of broken heads gone", ".1%"),
     "error_broken": ("volume error, broken", ".3f"),

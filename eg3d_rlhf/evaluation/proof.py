@@ -21,6 +21,7 @@ from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
 from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pool import run_tasks
@@ -30,21 +31,10 @@ from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.measures.shape_features import DEFAULT_ASSET, ShapeFeatures
 from eg3d_rlhf.preferences.labels import Preference, load_labels, write_labels
 from eg3d_rlhf.rewards.reward import Reward, load_reward
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
 from training.progress import tqdm
 
-LABELS = "labels"
-ARMS = {  # words of the table
-    LABELS: "labels",
-    "no-reward": "no reward (λ_r 0)",
-    "filter": "best label-free filter that spares whole heads",
-    "truncation": "truncation, as many whole",
-    "smoothness": "a reward that likes smooth surfaces",
-    "permuted": "the reward, weights permuted",
-    "coin": "labels by coin",
-    "turned": "labels turned over",
-}
 BY_LABELS = (LABELS, "coin", "turned")  # a reward for each draw of labels and each seed of its training
 PRIMARIES = ("error_broken", "shape_frechet")  # lower is better; fixed before the run
 HARM = 0.02  # share of whole latents that an arm may make worse and still count as harmless

@@ -23,6 +23,7 @@ from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval, paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import filters
+from eg3d_rlhf.evaluation.settings import CHOOSE
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.experiments.table import figure_table
 from eg3d_rlhf.generators import Generator, load_generator, ws_of_seeds
@@ -41,7 +42,6 @@ from training.progress import tqdm
 
 CUTOFF = 14
 AT_ONCE = 8
-CHOOSE = 4  # untuned shapes that the best is chosen of
 UNTUNED = "untuned"
 
 Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z]

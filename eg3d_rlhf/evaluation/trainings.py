@@ -28,7 +28,7 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import sigterm_interrupts
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.experiments.store import DONE, INPUTS, Artefact, Store, json_hash
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from training import checkpoint
 from training.progress import tqdm
 

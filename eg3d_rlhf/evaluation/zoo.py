@@ -6,7 +6,6 @@ Train and tune -> compute -> zoo.json -> zoo.md, zoo.png: `make zoo`. Letters: N
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
+from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import seed_range
@@ -28,7 +28,7 @@ from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import figure_table, plot_rates, write
 from eg3d_rlhf.generators import LoadedGenerator, camera, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -36,65 +36,6 @@ from training.storage import write_atomic
 PICTURE = "zoo-latents.png"
 HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One reward of the zoo."""
-
-    words: str  # what it reads, and what taught it
-    train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
-    tune: tuple[str, ...]  # flags of train.py
-    minutes: float  # about, of the short table on one core: the longest is begun first
-    # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
-    label: tuple[str, ...] = ()
-    short: tuple[str, ...] = ()  # more flags of its training in the short table
-
-
-# the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in
-# units of the score
-UNPAIRED = (
-    "--set=pairs=0",
-    "--set=scalar=0",
-    "--set=bradley_terry=0",
-    "--anchors=0",
-    "--regression=25",
-    "--divergence=1",
-)
-ENTRIES = {
-    "sigma": Entry(
-        words="density slab, bundled", minutes=1, train=None, tune=("--reward=sigma", "--lambda-r=10")
-    ),
-    "depth": Entry(
-        words="depth from the front",
-        minutes=4,
-        train=("--observation=depth",),
-        tune=("--reward=depth",),
-        short=("--preset=coarse",),
-    ),
-    "lifted-points": Entry(
-        words="points lifted from depth, PointNet",
-        minutes=10,
-        train=("--observation=lifted-points", "--preset=pointnet"),
-        tune=("--reward=lifted-points", "--lambda-r=10"),
-        short=("--epochs=12",),
-    ),
-    "points": Entry(
-        words="points on the level set, PointNet",
-        minutes=4,
-        train=("--observation=points", "--preset=pointnet"),
-        tune=("--reward=points", "--lambda-r=10"),
-        short=("--epochs=12",),
-    ),
-    "thumbs": Entry(
-        words="density slab, taught by thumbs up or down alone",
-        minutes=5,
-        label=("--kind=thumbs", "--pairs=1000", "--block=2"),
-        train=UNPAIRED,
-        tune=("--reward=sigma", "--lambda-r=10"),
-        short=("--epochs=8",),
-    ),
-}
 
 
 def length_of(full: bool) -> float:

@@ -73,7 +73,7 @@ class Generator(Protocol):
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
         """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see
-        `eg3d_rlhf.core.field.NOISE_MODES`.
+        `training.config.NOISE_MODES`.
         """
 
 

@@ -3,7 +3,6 @@
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
 from eg3d_rlhf.modes.shared_flags import print_json, shared
 
 
@@ -52,6 +51,8 @@ def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampli
     Example:
         eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/best
     """
+    from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
+
     trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
     if dry_run:
         single, joined = arms(trial)

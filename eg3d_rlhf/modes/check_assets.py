@@ -9,22 +9,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, naming, option
-from eg3d_rlhf.evaluation.census import (
-    HIDDEN,
-    WALL,
-    WORST,
-    answers,
-    badness,
-    found_files,
-    generator_of,
-    medians,
-    paired,
-    shares,
-)
-from eg3d_rlhf.evaluation.census_page import write_census
-from eg3d_rlhf.measures.meshes.clean import MOST_TOLERANCE, TOLERANCE, UPS
-from eg3d_rlhf.measures.meshes.measure import MeasureOptions
-from eg3d_rlhf.measures.meshes.space import solid_library
+from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS, MeasureOptions
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option
 from training.progress import tqdm
 
@@ -88,6 +73,21 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
     Example:
         eg3d-rlhf check-assets assets --out=runs/census
     """
+    from eg3d_rlhf.evaluation.census import (
+        HIDDEN,
+        WALL,
+        WORST,
+        answers,
+        badness,
+        found_files,
+        generator_of,
+        medians,
+        paired,
+        shares,
+    )
+    from eg3d_rlhf.evaluation.census_page import write_census
+    from eg3d_rlhf.measures.meshes.space import solid_library
+
     solid_library("igl"), solid_library("manifold3d")
     try:
         re.compile(by or "")

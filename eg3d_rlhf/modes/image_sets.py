@@ -12,15 +12,9 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
-from eg3d_rlhf.experiments.run import OPTIONS
-from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.features import load_features
-from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, shared
-from training.dataset import ImageFiles, ImageFolderDataset
-from training.dataset_convert import TRANSFORMS, ConvertOptions, convert_dataset
+from training.convert_settings import TRANSFORMS, ConvertOptions
 from training.progress import tqdm
-from training.synthetic_heads import resolve_dataset
 
 _images_option = functools.partial(option, group="Images")
 
@@ -83,6 +77,10 @@ def convert(
     Example:
         eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
     """
+    from training.dataset import ImageFiles
+    from training.dataset_convert import convert_dataset
+    from training.synthetic_heads import resolve_dataset
+
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
         raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
@@ -172,6 +170,13 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     Example:
         python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
+    from eg3d_rlhf.experiments.run import OPTIONS
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.measures.features import load_features
+    from eg3d_rlhf.measures.image_metrics import MetricOptions, append_records, evaluate, training_options
+    from training.dataset import ImageFolderDataset
+    from training.synthetic_heads import resolve_dataset
+
     options = MetricOptions(
         metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
     )

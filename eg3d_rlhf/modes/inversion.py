@@ -4,38 +4,19 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming, numbers_of, option, options_of, together
-from eg3d_rlhf.evaluation.comparison import judged_by_annotator
-from eg3d_rlhf.evaluation.inversion import report
-from eg3d_rlhf.evaluation.inversion.projector import (
-    PUBLISHED,
-    Guidance,
-    InversionConfig,
-    load_perceptual,
-    prior_of,
-)
-from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup, write_json
-from eg3d_rlhf.evaluation.inversion.targets import (
-    Judges,
-    annotator_judge,
-    of_file,
-    of_seed,
-    parse_camera,
-    reward_judge,
-)
-from eg3d_rlhf.experiments import pages
-from eg3d_rlhf.experiments.media.rendering import parse_seeds
-from eg3d_rlhf.experiments.media.video import check_mp4
+from eg3d_rlhf.evaluation.inversion.settings import PUBLISHED, InversionConfig
 from eg3d_rlhf.experiments.mode import Flags, Mode
-from eg3d_rlhf.experiments.run import Run, recorded_by
-from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
-from eg3d_rlhf.rewards.reward import check_reward, load_reward
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
+    from eg3d_rlhf.experiments.run import Run
 
 PRESETS = {"small": {}, "published": PUBLISHED}
 WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # of the strip
@@ -106,17 +87,35 @@ def resolve(flags: Flags) -> InversionRun:
 
 def recorded(folder: Path, *_: object) -> InversionRun:
     """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    from eg3d_rlhf.experiments.run import recorded_by
+
     settings = recorded_by(folder, "inversion")["settings"]
     return InversionRun(
         **{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])}
     )
 
 
-def open_setup(s: InversionRun, run: Run) -> Setup:
+def open_setup(s: InversionRun, run: "Run") -> "Setup":
     """Load and check what the settings name; files by the names under which a run records them.
 
     Raises: ValueError naming the flag.
     """
+    from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+    from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
+    from eg3d_rlhf.evaluation.inversion.run import Setup
+    from eg3d_rlhf.evaluation.inversion.targets import (
+        Judges,
+        annotator_judge,
+        of_file,
+        of_seed,
+        parse_camera,
+        reward_judge,
+    )
+    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+    from eg3d_rlhf.experiments.media.video import check_mp4
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.rewards.reward import check_reward, load_reward
+
     if s.turns:
         check_mp4("orbit.mp4")
     with naming("--network"):
@@ -170,7 +169,9 @@ def open_setup(s: InversionRun, run: Run) -> Setup:
     )
 
 
-def work(s: InversionRun, setup: Setup, run: Run) -> None:
+def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
+    from eg3d_rlhf.evaluation.inversion.run import Inversions
+
     inversions = Inversions(run, setup)
     weights = ",".join(f"{weight:g}" for weight in s.weights)
     click.echo(
@@ -180,7 +181,11 @@ def work(s: InversionRun, setup: Setup, run: Run) -> None:
     finish(inversions, s.shape_res, s.turns)
 
 
-def finish(inversions: Inversions, shape_res: int, turns: int) -> None:
+def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
+    from eg3d_rlhf.evaluation.inversion import report
+    from eg3d_rlhf.evaluation.inversion.run import write_json
+    from eg3d_rlhf.experiments import pages
+
     setup = inversions.setup
     folder = inversions.run.folder
     for case in setup.cases[: setup.shown]:

@@ -8,14 +8,9 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, options_of
-from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.shared_flags import FILE, file_option, print_json, shared
-from eg3d_rlhf.preferences.annotator import Utility
-from eg3d_rlhf.preferences.bradley_terry import DRAWS, markdown, read_judgements
-from eg3d_rlhf.preferences.bradley_terry import elo as ratings
 from eg3d_rlhf.preferences.labels import write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
-from eg3d_rlhf.preferences.unpaired import write_unpaired
+from eg3d_rlhf.preferences.settings import DRAWS, AnnotationOptions
 from training.progress import tqdm
 from training.storage import write_atomic
 
@@ -43,6 +38,11 @@ def synthetic(
     Example:
         eg3d-rlhf label synthetic --pairs=100 --resolution=32 --out=runs/example/labels.jsonl
     """
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.preferences.annotator import Utility
+    from eg3d_rlhf.preferences.synthetic import annotate
+    from eg3d_rlhf.preferences.unpaired import write_unpaired
+
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if shuffled and options.kind == "pairs":
         raise ValueError(
@@ -125,6 +125,9 @@ def elo(files, draws, held, out) -> None:
     Example:
         eg3d-rlhf label elo runs/00000-distill/judgements.jsonl
     """
+    from eg3d_rlhf.preferences.bradley_terry import elo as ratings
+    from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
+
     by_criterion = defaultdict(list)
     for file in files:
         for judgement in read_judgements(file):

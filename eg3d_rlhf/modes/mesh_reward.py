@@ -5,25 +5,20 @@ or the table of its arms.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from eg3d_rlhf.core.cli import options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
-from eg3d_rlhf.experiments.run import Run, recorded, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import count_option
-from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
-from eg3d_rlhf.rewards.meshes.train import (
-    REWARD,
-    TABLE,
-    MeshRewardTraining,
-    MeshTraining,
-    run_table,
-    run_training,
-)
+from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from training.progress import tqdm
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.rewards.meshes.train import MeshTraining
 
 NAME = "mesh-reward"
 
@@ -67,6 +62,8 @@ def record(run: MeshRewardRun, opened: object) -> Mapping:
 
 def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     """Inverse of `record`. Raises: FileNotFoundError; ValueError for the folder of another mode."""
+    from eg3d_rlhf.experiments.run import recorded, recorded_by
+
     values = dict(recorded(folder))
     names = MeshRewardTraining.__dataclass_fields__
     if not set(names) <= values.keys():
@@ -77,15 +74,19 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     return MeshRewardRun(training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds)
 
 
-def open_training(run_settings: MeshRewardRun, run: Run) -> MeshTraining | None:
+def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | None":
     """The data and the network of a training; the table opens its own. Raises: ValueError, OSError."""
+    import torch
+
+    from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of
+
     torch.set_num_threads(1)  # the same command then writes the same bytes on the same machine
     options = run_settings.training
     run.inputs = {} if options.data is None else {"data": options.data}
     if run_settings.seeds is not None:
         return None
     with bar(options) as shapes:
-        return MeshTraining(options, options.meshes(shapes.update))
+        return MeshTraining(options, meshes_of(options, shapes.update))
 
 
 def bar(options: MeshRewardTraining) -> tqdm:
@@ -106,8 +107,11 @@ def lines(summary: dict[str, dict]) -> list[str]:
     return rows
 
 
-def work(run_settings: MeshRewardRun, training: MeshTraining | None, run: Run) -> None:
+def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run") -> None:
     """Do what is left of a run, and say what it gives."""
+    from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
+    from eg3d_rlhf.rewards.meshes.train import REWARD, TABLE, run_table, run_training
+
     if training is None:
         with bar(run_settings.training) as shapes:
             made = run_table(

@@ -5,20 +5,25 @@ four reports of them.
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, some_of
-from eg3d_rlhf.evaluation.trainings import DOOR, Part, call, make_in_terminal
 from eg3d_rlhf.modes.shared_flags import print_json, shared
 from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.evaluation.trainings import Part
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
 RUNS = {"tuned": "10", "control": "0"}  # lambda_r
 SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--set=images=128")
 
 
-def trainings(out: Path, kimg: float, seed: int) -> dict[str, Part]:
+def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
+    from eg3d_rlhf.evaluation.trainings import Part
+
     shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
     return {
         role: Part.keyed(f"{role}-s{seed}", out / "runs", ["--reward=sigma", f"--lambda-r={weight}", *shared])
@@ -27,6 +32,8 @@ def trainings(out: Path, kimg: float, seed: int) -> dict[str, Part]:
 
 
 def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
+    from eg3d_rlhf.evaluation.trainings import DOOR
+
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {
         "evaluate": [f"--run={runs['tuned']}", *pair],
@@ -66,6 +73,8 @@ def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> N
     Example:
         eg3d-rlhf report all --dry-run
     """
+    from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
+
     chosen = some_of("--only", only, REPORTS)
     parts = trainings(out, kimg, seed)
     if dry_run:

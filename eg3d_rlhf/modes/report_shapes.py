@@ -7,9 +7,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.evaluation.heads import PLACES, POINTS, TABLE, compare
-from eg3d_rlhf.evaluation.solids import CHOOSE, compare_networks, compare_stages, markdown, source_of
-from eg3d_rlhf.experiments.table import figure_table
+from eg3d_rlhf.evaluation.settings import CHOOSE, PLACES
 from eg3d_rlhf.modes.shared_flags import PATH, name_option, shared
 from training.storage import write_atomic
 
@@ -41,7 +39,7 @@ def names_of(networks: Sequence[Path]) -> list[str]:
 @shared(
     "before n out",
     before="Generator before tuning.",
-    n={"metavar": "LATENTS", "type": click.IntRange(min=2), "default": POINTS, "help": "How many."},
+    n={"metavar": "LATENTS", "type": click.IntRange(min=2), "default": 64, "help": "How many."},
     out=TO_JSON,
 )
 @option(
@@ -59,6 +57,9 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     Example:
         eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
     """
+    from eg3d_rlhf.evaluation.heads import TABLE, compare
+    from eg3d_rlhf.experiments.table import figure_table
+
     seeds = PLACES[place].take(n)
     columns, broken = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("repaired",))))
@@ -117,6 +118,8 @@ def solid(
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
+    from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
+
     for flag, value in (("--stage", stage), ("--conditions", conditions)):
         if value is not None and pipeline is None:
             raise ValueError(

@@ -12,17 +12,11 @@ import click
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
 from eg3d_rlhf.core.seeds import LATENTS
-from eg3d_rlhf.evaluation import over_seeds
-from eg3d_rlhf.evaluation import zoo as rewards
-from eg3d_rlhf.evaluation.proof import ARMS, LABELS, Plan, commands
-from eg3d_rlhf.evaluation.proof import work as work_proof
+from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.evaluation.sources import Sources
-from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
-from eg3d_rlhf.experiments.media.rendering import parse_seeds
-from eg3d_rlhf.experiments.table import figure_table
-from eg3d_rlhf.generators import find_network
+from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 
 _grid_option = functools.partial(option, group="Grid")
 
@@ -66,6 +60,10 @@ def proof(
     Example:
         eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
     """
+    from eg3d_rlhf.evaluation.proof import Plan, commands
+    from eg3d_rlhf.evaluation.proof import work as work_proof
+    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+
     plan = Plan(
         arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
@@ -86,7 +84,7 @@ def _tell(out: Path, paths: list[Path]) -> None:
 
 @click.command(cls=GroupedCommand)
 @shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
-@option("--only", metavar="LIST", default=",".join(rewards.ENTRIES), help="Rewards.")
+@option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
 @option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
 @option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
 @shared("jobs")
@@ -102,7 +100,10 @@ def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) 
     Example:
         eg3d-rlhf report zoo --only=points --dry-run
     """
-    wanted = some_of("--only", only, rewards.ENTRIES)
+    from eg3d_rlhf.evaluation import zoo as rewards
+    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+
+    wanted = some_of("--only", only, ENTRIES)
     numbers = list(dict.fromkeys(parse_seeds(seeds)))
     if dry_run:
         plans = rewards.plans_of(out, wanted, numbers, full)
@@ -126,6 +127,8 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     Example:
         eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
     """
+    from eg3d_rlhf.evaluation import over_seeds
+
     parts = over_seeds.trainings(out, seeds, more)
     if dry_run:
         print_json(
@@ -199,6 +202,10 @@ def sweep(
     Example:
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
     """
+    from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
+    from eg3d_rlhf.experiments.table import figure_table
+    from eg3d_rlhf.generators import find_network
+
     lists = (
         numbers_of("--lambda-r", lambda_r),
         numbers_of("--lambda-sigma", lambda_sigma),

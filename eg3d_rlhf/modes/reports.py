@@ -5,26 +5,20 @@ import html
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.core.seeds import JUDGE
-from eg3d_rlhf.evaluation import comparison_page, embedding
-from eg3d_rlhf.evaluation.attribution import report as attribution
-from eg3d_rlhf.evaluation.attribution.report import PAGE
-from eg3d_rlhf.evaluation.attribution.shapley import METHODS
-from eg3d_rlhf.evaluation.attribution.study import BOXES, HEAD, LANDMARKS, PEOPLE, Settings, Study
-from eg3d_rlhf.evaluation.comparison import load_comparison
-from eg3d_rlhf.evaluation.method_figure import draw_method
-from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
+from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.sources import Sources
-from eg3d_rlhf.experiments import pages
-from eg3d_rlhf.experiments.media.rendering import png
-from eg3d_rlhf.experiments.pages import write_page
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
 from training.progress import tqdm
 from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.evaluation.attribution.study import Study
 
 _rare_how_option = functools.partial(option, group="How", rare=True)
 
@@ -77,6 +71,11 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
     Example:
         python tools/evaluate.py --only=reward-shift,over-optimisation --n=16
     """
+    from eg3d_rlhf.evaluation import comparison_page
+    from eg3d_rlhf.evaluation.comparison import load_comparison
+    from eg3d_rlhf.experiments import pages
+    from eg3d_rlhf.experiments.pages import write_page
+
     c = load_comparison(Sources(device=choose_device(device), **sources))
     parts = comparison_page.select(c, only)
     if dry_run:
@@ -105,7 +104,7 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
     )
 
 
-def attribution_introduction(study: Study) -> str:
+def attribution_introduction(study: "Study") -> str:
     c = study.c
     return (
         f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A"
@@ -127,6 +126,8 @@ def attribution_summary(findings) -> list[str]:
 
 def viewer(out: Path) -> str:
     """The interactive surface as a frame of the page."""
+    from eg3d_rlhf.evaluation.attribution.report import PAGE
+
     path = out / "data" / PAGE
     if not path.is_file() or not path.stat().st_size:
         return ""
@@ -206,6 +207,13 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     Example:
         python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
+    from eg3d_rlhf.evaluation.attribution import report as attribution
+    from eg3d_rlhf.evaluation.attribution.report import PAGE
+    from eg3d_rlhf.evaluation.attribution.study import Study
+    from eg3d_rlhf.evaluation.comparison import load_comparison
+    from eg3d_rlhf.experiments import pages
+    from eg3d_rlhf.experiments.pages import write_page
+
     names = ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
     how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # a wrong flag is named before networks are loaded
@@ -285,6 +293,9 @@ def embed(out, dry_run, device, **sources) -> None:
     Example:
         eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    from eg3d_rlhf.evaluation import embedding
+    from eg3d_rlhf.evaluation.comparison import load_comparison
+
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
         print_json({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)})
@@ -323,6 +334,10 @@ def pictures(out, device, dry_run, pairs, **sources) -> None:
     Example:
         eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    from eg3d_rlhf.evaluation.comparison import load_comparison
+    from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
+    from eg3d_rlhf.experiments.media.rendering import png
+
     c = load_comparison(Sources(device=choose_device(device), **sources))
     folder = out or c.run
     assert folder is not None
@@ -357,5 +372,7 @@ def method(run: Path, out: Path) -> None:
     Example:
         eg3d-rlhf report method --run=runs/00000-heads64-sigma-lambda10 --out=out/method.png
     """
+    from eg3d_rlhf.evaluation.method_figure import draw_method
+
     draw_method(run, out)
     click.echo(f"{out}")

@@ -8,13 +8,8 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option
 from eg3d_rlhf.core.seeds import SCALES
 from eg3d_rlhf.core.spec import LATTICES
-from eg3d_rlhf.experiments.media.rendering import parse_seeds
-from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.shared_flags import PATH, file_option, print_json, shared
-from eg3d_rlhf.rewards.ensembles import CHOICES
-from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
-from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from eg3d_rlhf.rewards.reward import join as joined
+from eg3d_rlhf.rewards.aggregates import CHOICES
 from training.progress import tqdm
 
 _written = file_option(
@@ -58,6 +53,10 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     Example:
         eg3d-rlhf reward join assets/reward.safetensors assets/reward-watch.safetensors --out=both.safetensors
     """
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.rewards.reward import join as joined
+    from eg3d_rlhf.rewards.reward import load_reward
+
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
     twice = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
@@ -118,6 +117,11 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     Example:
         eg3d-rlhf reward import synthetic:reward --out=runs/example/imported.safetensors --latents=0-1
     """
+    from eg3d_rlhf.experiments.media.rendering import parse_seeds
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
+    from eg3d_rlhf.rewards.reward import check_reward
+
     with naming("--latents"):
         seeds = [] if latents == "none" else parse_seeds(latents)
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:

@@ -8,21 +8,23 @@ cores, into runs/NNNNN-reward-labels-heads-s0.
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
-from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, name_option, rare_option
 from eg3d_rlhf.people.label.store_labels import LabelFilters, label_source, labels_source, source_stem
 from eg3d_rlhf.preferences.labels import LabelSource
-from eg3d_rlhf.preferences.unpaired import source_of_unpaired
-from eg3d_rlhf.rewards.networks import preset as find_preset
-from eg3d_rlhf.rewards.train import default_options, with_changes
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS, STATE, TRAINING, RewardRun
-from training.distributed import SINGLE, Ranks, launch_identity
+from eg3d_rlhf.rewards.presets import preset as find_preset
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun, default_options, record, with_changes
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.rewards.training_run import Opened
+    from training.distributed import Ranks
 
 HELP = """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and
 the generator that drew them.
@@ -245,15 +247,31 @@ def source_named(
     Raises: ValueError.
     """
     source = label_source(labels, LabelFilters(**(filters or {})))
-    return (
-        source_of_unpaired(Path(labels), split_seed)
-        if unpaired is not None and Path(labels) == unpaired
-        else source
-    )
+    if unpaired is None or Path(labels) != unpaired:
+        return source
+    from eg3d_rlhf.preferences.unpaired import source_of_unpaired
+
+    return source_of_unpaired(Path(labels), split_seed)
 
 
-def settings_of(folder: Path, flags: Flags, ranks: Ranks) -> RewardRun:
+def open_run(settings: RewardRun, run: "Run") -> "Opened":
+    """Open labels and generators, as `open_training` does."""
+    from eg3d_rlhf.rewards.training_run import open_training
+
+    return open_training(settings, run)
+
+
+def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
+    """Train, and write the figures, as `train_and_judge` does."""
+    from eg3d_rlhf.rewards.training_run import train_and_judge
+
+    train_and_judge(settings, opened, run)
+
+
+def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     """Settings of a run's folder. Raises: FileNotFoundError, ValueError for another folder."""
+    from eg3d_rlhf.experiments.run import recorded
+
     del flags
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
     if not values:
@@ -279,9 +297,13 @@ class RewardMode(Mode[RewardRun]):
     """A mode whose run may have a folder of its own name, `--out`."""
 
     def start(
-        self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: Ranks | None = None
+        self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
         """As `Mode.start`. Raises: ValueError where --out is taken."""
+        from eg3d_rlhf.experiments.run import recorded
+        from eg3d_rlhf.rewards.training_run import STATE
+        from training.distributed import SINGLE, launch_identity
+
         folder = (flags or Flags()).get("out")
         ranks = ranks or SINGLE
         if folder is None:
@@ -305,20 +327,20 @@ class RewardMode(Mode[RewardRun]):
 MODES.add(
     "reward",
     RewardMode(
-        name=TRAINING.name,
+        name="reward",
         help=HELP,
         settings=RewardRun,
-        open=TRAINING.open,
-        work=TRAINING.work,
+        open=open_run,
+        work=work,
         flags=flags_of_rewards,
         resolve=resolve,
         title=lambda settings, _: (
             f"reward-{source_stem(settings.labels.settings['labels'])}"
             f"-{settings.train.preset}-s{settings.train.seed}"
         ),
-        record=TRAINING.record,
+        record=record,
         recorded=settings_of,
-        shown=TRAINING.shown,
+        shown=RewardRun.to_dict,
         defaults=shown_by_help,
         changes=None,
     ),

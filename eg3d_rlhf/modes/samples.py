@@ -9,26 +9,14 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
-from eg3d_rlhf.core.field import NOISE_MODES, RenderOptions
 from eg3d_rlhf.core.seeds import JUDGE
-from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
 from eg3d_rlhf.evaluation.sources import Sources
-from eg3d_rlhf.experiments.media import rendering
-from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
-from eg3d_rlhf.generators import check_seeds, load_generator, ws_of_seeds
-from eg3d_rlhf.geometry.mesh_export import (
-    MeshOptions,
-    check_mesh_suffix,
-    export_mesh,
-    save_shape,
-    shape_suffix,
-)
+from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
+from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.modes.shared_flags import count_option, file_option, print_json, rare_option, shared
-from training.dataset import ImageFolderDataset
-from training.heads.people import LATENT
+from training.config import NOISE_MODES
 from training.progress import tqdm
 from training.storage import write_atomic
-from training.synthetic_heads import resolve_dataset
 
 # radians, of the three views
 YAWS = (0.4, 0.0, -0.4)
@@ -89,7 +77,8 @@ def _shapes(rare: bool = False):
     "--fov-deg",
     metavar="DEGREES",
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
-    default=rendering.FFHQ_FOV,
+    default=FFHQ_FOV,
+    group="Samples",
     help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
 )
 @_shapes()
@@ -125,6 +114,10 @@ def images(
     Example:
         python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
     """
+    from eg3d_rlhf.experiments.media import rendering
+    from eg3d_rlhf.generators import check_seeds, load_generator
+    from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
+
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
     with naming("--shape-format"):
@@ -189,14 +182,16 @@ def images(
     "--image-mode",
     "mode",
     metavar="NAME",
-    type=click.Choice(rendering.MODES),
+    type=click.Choice(MODES),
     default="image",
     help="image, image_depth or image_raw.",
 )
 @_film_option(
     "--cfg",
     metavar="NAME",
-    type=click.Choice(list(rendering.CAMERAS), case_sensitive=False),
+    type=click.Choice(list(CAMERAS), case_sensitive=False),
+    default=None,
+    group="Film",
     show_default="the network's own camera",
     help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
 )
@@ -240,6 +235,12 @@ def videos(
     Example:
         python tools/gen_videos.py --seeds=0-3 --grid=2x2 --trunc=0.7 --w-frames=60 --outdir=out
     """
+    from eg3d_rlhf.core.field import RenderOptions
+    from eg3d_rlhf.experiments.media import rendering
+    from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
+    from eg3d_rlhf.generators import load_generator
+    from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
+
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
     with naming("--grid"):
@@ -277,7 +278,7 @@ def videos(
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
-    cameras = rendering.cameras_of(generator, **rendering.CAMERAS.get(cfg, {}))
+    cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
     look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
@@ -346,6 +347,10 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     Example:
         eg3d-rlhf samples mesh --seed=1 --trunc=0.7 --resolution=128 --out=out/head.glb
     """
+    from eg3d_rlhf.experiments.media import rendering
+    from eg3d_rlhf.generators import load_generator, ws_of_seeds
+    from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
+
     options = MeshOptions(**settings)
     with naming("--out"):
         check_mesh_suffix(out, "samples mesh")
@@ -411,6 +416,13 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     Example:
         eg3d-rlhf samples sheet --data=synthetic:people64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
+    from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
+    from eg3d_rlhf.experiments.media import rendering
+    from eg3d_rlhf.generators import load_generator
+    from training.dataset import ImageFolderDataset
+    from training.heads.people import LATENT
+    from training.synthetic_heads import resolve_dataset
+
     with naming("--latents"):
         seeds = rendering.parse_seeds(latents)
     if dry_run:

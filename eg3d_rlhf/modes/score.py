@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
-from eg3d_rlhf.evaluation.foreign_scores import ScoreOptions, trial_of, write
+from eg3d_rlhf.evaluation.settings import ScoreOptions
 from eg3d_rlhf.modes.shared_flags import PATH, print_json, shared
 
 _what_option = functools.partial(option, group="What")
@@ -44,6 +44,8 @@ def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **s
     Example:
         eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --out=runs/example/scores
     """
+    from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
+
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
     trial = trial_of(networks, reward, reference, device, options)
     if dry_run:

@@ -18,6 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import ndtri
 
 from eg3d_rlhf.preferences.labels import jsonl_records
+from eg3d_rlhf.preferences.settings import DRAWS
 
 _STEPS = 200
 _TOLERANCE = 1e-10
@@ -233,7 +234,6 @@ def cycles(comparisons: Iterable[Comparison]) -> dict[str, Any]:
 
 SCALE = 400 / math.log(10)  # Elo points of one unit of strength
 MEAN = 1000.0  # of all ratings
-DRAWS = ("both", "davidson")
 
 
 class Judgement(NamedTuple):

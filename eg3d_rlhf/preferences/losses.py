@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from training.config import check_knobs, knob
+from eg3d_rlhf.preferences.settings import LossWeights
 
 # How far two sets of embeddings lie apart. Letters: m, n members of the two sets, N samples, M entries of an
 # embedding.
@@ -67,9 +67,6 @@ def median_distance(points: torch.Tensor) -> torch.Tensor:
     number. Without gradient.
     """
     return F.pdist(points.detach()).quantile(0.5)
-
-
-TERMS = "Loss weights"  # title of their flags
 
 
 def preference_loss(
@@ -140,42 +137,6 @@ def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> tor
     o_low = o.amin(1, keepdim=True)
     span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
     return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the terms, defaults the paper's; 0 leaves the term out."""
-
-    pairs: float = knob(1.0, "Cross-entropy of the pair head.", TERMS, low=0, rare=True)
-    scalar: float = knob(1e-3, "Margin of the reward itself.", TERMS, low=0, rare=True)
-    bradley_terry: float = knob(1e-3, "Strengths.", TERMS, low=0, rare=True)
-    strength: float = knob(1e-8, "Norm of the strengths, without gradient.", TERMS, low=0, flag=False)
-    reconstruction: float = knob(
-        1e-2, "L1 between what is read and its reconstruction.", TERMS, low=0, rare=True
-    )
-    regression: float = knob(0.0, "Squared error of the reward on unpaired labels.", TERMS, low=0)
-    divergence: float = knob(
-        0.0,
-        "Cauchy-Schwarz divergence between embeddings of preferred and other unpaired shapes.",
-        TERMS,
-        low=0,
-    )
-    drawn_from_epoch: int = knob(
-        3, "Epoch (0-based) from which one presentation order is drawn per pair.", TERMS, low=0, flag=False
-    )
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
-        if self.divergence and not (self.regression or self.on_pairs):
-            raise ValueError(
-                "--divergence: expected --regression or a loss on pairs above 0 with it, got"
-                f" {self.divergence:g} alone. It says that two sets lie apart, not which is better."
-            )
-
-    @property
-    def on_pairs(self) -> bool:
-        """Whether pairs are learnt from, and not only tested on."""
-        return max(self.pairs, self.scalar, self.bradley_terry) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ annotator.
 Shape letters: S = seeds, P = pairs, N = latents, Z = 64 coordinates; n points along x, y, z.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.field import Bounds, Field
-from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import Generator, latents, ws_of_seeds
 from eg3d_rlhf.preferences import BAD, GOOD
@@ -31,48 +29,13 @@ from eg3d_rlhf.preferences.annotator import (
 )
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies.blocks import blocks_of_pairs
+from eg3d_rlhf.preferences.settings import RESOLUTION, AnnotationOptions
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference
-from training.config import check_knobs, knob
 from training.heads import people_mesh
 from training.heads.people import LATENT
 
-KINDS = ("pairs", "thumbs", "scores")
 PSI = 1.0  # a truncated latent names no head any more
-RESOLUTION = 64  # points along an edge of the judged cube
 SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
-_judgement_knob = functools.partial(knob, group="Judgement")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnnotationOptions:
-    """What is sampled and how noisy the judgement is."""
-
-    pairs: int = knob(2000, "Pairs.", "Samples", low=1)  # P
-    block: int = knob(
-        8, "Seeds of a block, all pairs of which are labelled; with 2 a seed is used once.", "Samples", low=2
-    )
-    first_seed: int = knob(
-        0, "First of the seeds, of which there are as many as blocks need.", "Samples", low=0
-    )
-    resolution: int = _judgement_knob(
-        RESOLUTION, "Points along an edge of the judged cube.", metavar="VOXELS", low=16, high=256
-    )
-    kind: str = _judgement_knob("pairs", "Judge pairs, or single shapes by thumbs or scores.", choices=KINDS)
-    flip_rate: float = _judgement_knob(
-        0.12, "Expected share of labels against the noise-free order.", metavar="0..0.5", low=0, below=0.5
-    )
-    seed: int = _judgement_knob(0, "Seed of pairing and noise.", low=0)
-    batch: int = knob(16, "Latents synthesised at once.", "General", low=1)
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
-        refuse_held_out(self.seeds, "--first-seed")
-
-    @property
-    def seeds(self) -> range:
-        """What is labelled: whole blocks."""
-        blocks = -(-self.pairs // (self.block * (self.block - 1) // 2))
-        return range(self.first_seed, self.first_seed + blocks * self.block)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from eg3d_rlhf.core.field import CameraFamily, Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.resnet50 import FEATURES, load_backbone
-from eg3d_rlhf.preferences.losses import LossWeights
+from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.rewards import networks, observations
-from eg3d_rlhf.rewards.networks import Preset, RewardNetwork
+from eg3d_rlhf.rewards.networks import RewardNetwork
+from eg3d_rlhf.rewards.presets import Preset
 from training.networks import state_hash
 
 if TYPE_CHECKING:

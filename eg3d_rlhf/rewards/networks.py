@@ -9,14 +9,15 @@ Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.rewards import observations
+from eg3d_rlhf.rewards.presets import PRESETS, Preset
 
 
 class MLP(nn.Module):
@@ -57,28 +58,6 @@ class MLP(nn.Module):
         for layer in self.hidden_layers[:-1]:
             x = layer(x)
         return self.output_layer(self.hidden_layers[-1](x + residual))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Sizes of a network and what it computes, as a reward's file states them."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Raises: ValueError for fields that are unknown, missing or out of range."""
-        try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
-        except TypeError as error:
-            raise ValueError(
-                f"{cls.__name__}: expected its own fields, got: {error}. Is the file from a later version?"
-            ) from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,62 +168,24 @@ class RewardNetwork(nn.Module, ABC):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """An architecture by name, with the settings that suit it."""
-
-    network: Mapping[str, Any]  # as `RewardNetwork.describe` gives it
-    train: Mapping[str, Any] = field(default_factory=dict)  # fields of TrainOptions
-    # settings of the observation, see `Observation.of`
-    observe: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Readers:
-    """The networks that read one kind of observation."""
-
-    build: Callable[[Mapping[str, Any]], RewardNetwork]  # from a description
-    presets: Mapping[str, Preset]  # the first is the default
-
+Build = Callable[[Mapping[str, Any]], RewardNetwork]  # a network from its description
 
 # an observation's file registers its networks, too; the slab's class stands elsewhere, since much reads it
 # that trains nothing
-READERS: Registry[Readers] = Registry(
-    "network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"}
-)
+READERS: Registry[Build] = Registry("network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"})
 
 
-def register(
-    kind: str, build: Callable[[Mapping[str, Any]], RewardNetwork], presets: Mapping[str, Preset]
-) -> None:
-    """Make the networks known that read an observation."""
-    READERS.add(kind, Readers(build, presets))
+def register(kind: str, build: Build, presets: Mapping[str, Preset]) -> None:
+    """Make the networks known that read an observation, and their presets."""
+    READERS.add(kind, build)
+    PRESETS.add(kind, presets)
 
 
-def readers_of(kind: str) -> Readers:
-    """The networks that read a kind.
+def builder_of(kind: str) -> Build:
+    """Return what builds the networks that read a kind.
 
     Raises: ValueError for an unknown kind, and one that no network reads.
     """
     # imports its file; says which are known, where there is none of this name
     observations.OBSERVATIONS[kind]
     return READERS[kind]
-
-
-def preset(name: str | None = None, kind: str = "sigma") -> Preset:
-    """A preset of the networks that read `kind`, the default one for None.
-
-    Raises: ValueError with the list of names.
-    """
-    presets = readers_of(kind).presets
-    if not presets:
-        raise ValueError(
-            f"reward preset: expected an observation whose networks learn, got {kind}. Use its score as"
-            " it is."
-        )
-    name = next(iter(presets)) if name is None else name
-    if name not in presets:
-        raise ValueError(
-            f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them."
-        )
-    return presets[name]

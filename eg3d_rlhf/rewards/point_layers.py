@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.rewards.networks import Architecture, RewardNetwork
+from eg3d_rlhf.rewards.networks import RewardNetwork
+from eg3d_rlhf.rewards.presets import Architecture
 
 NORMS = ("batch", "layer")
 # layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eg3d_rlhf.preferences.losses import LossWeights
-from eg3d_rlhf.rewards.networks import Preset
+from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.rewards.point_layers import (
     STARTS,
     PointArch,
@@ -29,6 +28,7 @@ from eg3d_rlhf.rewards.point_layers import (
     one_of,
     take,
 )
+from eg3d_rlhf.rewards.presets import Preset
 
 # CurveNet (Xiang et al. 2021, arXiv 2105.01288) as the published point reward has it: blocks that walk curves
 # over a cloud's features. First its curves: where they begin, how they walk from neighbour to neighbour, and

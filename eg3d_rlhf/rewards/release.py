@@ -33,7 +33,8 @@ from eg3d_rlhf.generators import Generator, ws_of_seeds
 from eg3d_rlhf.models.weights import read
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, fill_published
-from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import PAPER, RewardArch
 
 WEIGHTS = "best_model.pt"
 CONFIG_NAMES = ("release_config.yaml", "run_config.yaml")

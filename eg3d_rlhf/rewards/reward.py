@@ -20,11 +20,13 @@ from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.generators import Generator, LoadedGenerator
 from eg3d_rlhf.models.weights import Module, fill, read
 from eg3d_rlhf.rewards import observations
+from eg3d_rlhf.rewards.aggregates import AVERAGE, check_joining
 from eg3d_rlhf.rewards.cache import untuned
-from eg3d_rlhf.rewards.ensembles import AVERAGE, RewardEnsemble, build_network, check_joining, combine
-from eg3d_rlhf.rewards.networks import RewardNetwork, readers_of
+from eg3d_rlhf.rewards.ensembles import RewardEnsemble, build_network, combine
+from eg3d_rlhf.rewards.networks import RewardNetwork, builder_of
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
-from eg3d_rlhf.rewards.slab_network import PAPER
+from eg3d_rlhf.rewards.presets import presets_of
+from eg3d_rlhf.rewards.slab_presets import PAPER
 from training.networks import state_hash
 from training.storage import write_atomic
 
@@ -165,13 +167,12 @@ def untaught(kind: str, generator: Generator) -> Reward:
 
     Raises: ValueError for another kind.
     """
-    readers = readers_of(kind)
-    if readers.presets:
+    if presets_of(kind):
         raise ValueError(
             f"reward {kind}: expected a kind that learns nothing, got one that does. Name the file of a"
             " trained one."
         )
-    return Reward(observation_of(kind, generator), readers.build({})).eval().requires_grad_(False)
+    return Reward(observation_of(kind, generator), builder_of(kind)({})).eval().requires_grad_(False)
 
 
 def check_reward(reward: Reward, generator: Generator, who: str = "reward") -> None:
@@ -269,7 +270,7 @@ def join(
 
     Members are standardised on untuned samples of the generator under the truncation that the rewards state.
 
-    Args: rewards: by name, such as the file's; aggregate: one of ensembles.CHOICES; on_batch: hears how many
+    Args: rewards: by name, such as the file's; aggregate: one of aggregates.CHOICES; on_batch: hears how many
         samples were drawn.
     Raises: ValueError for fewer than two members, the same one twice, and members with different
     observations, generators or truncations, or of another generator; and for `warm` where members do not

@@ -6,7 +6,6 @@ Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks,
 """
 
 import contextlib
-import functools
 import io
 import json
 import math
@@ -22,19 +21,14 @@ import torch
 
 from eg3d_rlhf.experiments.process import StoppedError, StopRequest
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.preferences.losses import (
-    LossWeights,
-    PreferenceLoss,
-    UnpairedOutput,
-    median_distance,
-    reconstruction_loss,
-)
+from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, median_distance, reconstruction_loss
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of, redrawn
 from eg3d_rlhf.rewards.cache import ObservationCache
 from eg3d_rlhf.rewards.evaluation import auc, log_loss, margins, score_seeds
-from eg3d_rlhf.rewards.networks import RewardNetwork, RewardOutput, preset, readers_of
+from eg3d_rlhf.rewards.networks import RewardNetwork, RewardOutput, builder_of
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab
-from training.config import check_knobs, knob
+from eg3d_rlhf.rewards.presets import preset
+from eg3d_rlhf.rewards.settings import TrainOptions
 from training.distributed import SINGLE, Ranks
 from training.phases import RowDraws, sum_over_ranks
 from training.storage import checksum, write_atomic
@@ -202,72 +196,8 @@ class Step:
         )
 
 
-TRAINING = "Training"  # title of its flags
 MOMENTUM = 0.9  # of the divergence's bandwidth over steps
 LEAST_BANDWIDTH = 1e-3  # embeddings that fall together have no distance
-_training_knob = functools.partial(knob, group=TRAINING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Everything that decides a training run besides its data; the defaults are those of the small preset."""
-
-    preset: str = "small"  # architecture, see eg3d_rlhf.rewards.networks.preset
-    backbone: str = knob(
-        "",
-        "Weights of a frozen part that the preset has, such as resnet50.pth.",
-        "Network",
-        metavar="FILE",
-        shown="none",
-    )
-    epochs: int = _training_knob(10, "Passes, at most.", low=1)
-    patience: int = _training_knob(
-        5,
-        "Stop after so many epochs without a better validation accuracy.",
-        metavar="EPOCHS",
-        low=1,
-        rare=True,
-    )
-    batch: int = _training_knob(16, "Pairs per step.", metavar="PAIRS", low=1)
-    unpaired_batch: int = _training_knob(
-        64, "Unpaired labels per step, half of them preferred.", metavar="SHAPES", low=2, rare=True
-    )
-    lr: float = _training_knob(2e-3, "Adam's learning rate at the start.", above=0, high=1)
-    cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
-    weight_decay: float = _training_knob(1e-4, "L2 inside Adam.", low=0, rare=True)
-    decoupled: bool = False  # AdamW: decay apart from the gradient
-    anchors: int = _training_knob(
-        0, "High-quality anchors (psi 0.25) that should beat every labelled shape.", metavar="SEEDS", low=0
-    )
-    # augment what is observed, see Observation.augment; slabs are flipped along x with probability one half
-    mirror: bool = True
-    weights: LossWeights = field(
-        default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0)
-    )
-    seed: int = 0  # of initialisation, order, anchors, flips, bootstrap
-    bootstrap: bool = False  # train on as many pairs, drawn with replacement by the seed
-    start: str = ""  # SHA-256 of the network that training goes on from; '' begins anew
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.unpaired_batch % 2:
-            raise ValueError(
-                f"unpaired_batch: expected an even number, got {self.unpaired_batch}. Half of them are"
-                " preferred."
-            )
-        if self.anchors and not self.weights.on_pairs:
-            raise ValueError(
-                f"--anchors: expected 0 where nothing is learnt from pairs, got {self.anchors}. Leave it out."
-            )
-
-
-def default_options(name: str | None = None, kind: str = "sigma") -> TrainOptions:
-    """The settings that suit a preset of the networks that read `kind`.
-
-    Raises: ValueError for an unknown one.
-    """
-    chosen = preset(name, kind)
-    return TrainOptions(preset=name or next(iter(readers_of(kind).presets)), **chosen.train)
 
 
 def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
@@ -281,9 +211,7 @@ def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
             f"--backbone: expected none for preset {options.preset} of {kind}, got {options.backbone}. Leave"
             " it out."
         )
-    return readers_of(kind).build(
-        {**description, **({"backbone": options.backbone} if options.backbone else {})}
-    )
+    return builder_of(kind)({**description, **({"backbone": options.backbone} if options.backbone else {})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -628,12 +556,3 @@ def _batch(
             observed, share.of_blocks(rng.random(len(observed) // count * total))
         )
     return observed, torch.cat(better).to(device), torch.cat(worse).to(device)
-
-
-def with_changes(options: TrainOptions, **changes) -> TrainOptions:
-    """A copy with every change that is not None; names of LossWeights' fields (pairs, scalar, ...) change its
-    `weights`.
-    """
-    given = {k: v for k, v in changes.items() if v is not None}
-    weights = {k: given.pop(k) for k in list(given) if k in LossWeights.__dataclass_fields__}
-    return replace(options, weights=replace(options.weights, **weights), **given)

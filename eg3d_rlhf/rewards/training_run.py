@@ -2,18 +2,15 @@
 curves out.
 """
 
-import functools
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 
-from eg3d_rlhf.core.cli import ASSETS
 from eg3d_rlhf.core.seeds import refuse_held_out
 from eg3d_rlhf.experiments.mode import Mode
 from eg3d_rlhf.experiments.run import Run
@@ -28,10 +25,10 @@ from eg3d_rlhf.preferences.dataset import (
     split_by_seed,
 )
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, labels_hash, load_labels, write_labels
-from eg3d_rlhf.preferences.losses import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, load_unpaired, split_unpaired
+from eg3d_rlhf.rewards.aggregates import AVERAGE
 from eg3d_rlhf.rewards.cache import ObservationCache, cache_file, observe_seeds, untuned
-from eg3d_rlhf.rewards.ensembles import AVERAGE, CHOICES, check_joining, combine
+from eg3d_rlhf.rewards.ensembles import combine
 from eg3d_rlhf.rewards.evaluation import (
     APART,
     Network,
@@ -46,120 +43,22 @@ from eg3d_rlhf.rewards.evaluation import (
     too_few,
     too_few_shapes,
 )
-from eg3d_rlhf.rewards.networks import RewardNetwork, preset
+from eg3d_rlhf.rewards.networks import RewardNetwork
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
+from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.rewards.train import TrainData, TrainOptions, TrainState, new_network, train_reward
-from training.config import check_knobs, knob
+from eg3d_rlhf.rewards.settings import RewardRun, TrainOptions, record
+from eg3d_rlhf.rewards.train import TrainData, TrainState, new_network, train_reward
 from training.distributed import SINGLE, Ranks, leave
 from training.networks import state_hash
 from training.progress import tqdm
 from training.storage import write_atomic
 
-BUNDLED_LABELS = ASSETS / "labels.jsonl"
 # in the run's folder: of the first member; figures of the held-out pairs
 STATE = "state.pt"
 REPORT = "report.json"
 KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
 MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
-_data_knob = functools.partial(knob, group="Data")
-_network_knob = functools.partial(knob, group="Network")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardRun:
-    """What a training reads; `train` decides the rest."""
-
-    network: Path | None = _data_knob(
-        None,
-        "Generator of the labelled seeds: a network file or a run folder.",
-        metavar="FILE",
-        shown="the bundled generator",
-    )
-    more_networks: tuple[Path, ...] = ()  # of further generators that labels name
-    labels: LabelSource = LabelSource.of_file(BUNDLED_LABELS)
-    unpaired: Path | None = _data_knob(None, "Labels of single shapes, .jsonl.", metavar="FILE", shown="none")
-    observation: str = "sigma"  # kind of what the reward reads
-    resolution: int | None = _data_knob(
-        None,
-        "Of the observation: grid points per axis of the whole cube, before the crop; pixels.",
-        metavar="POINTS",
-        low=16,
-        high=512,
-        shown="that of the observation",
-    )
-    points: int | None = _data_knob(
-        None,
-        "Of an observation of points: points of a cloud.",
-        low=1,
-        high=16384,
-        shown="that of the observation",
-    )
-    # of the observation: trimmed shares (x, x, y, y, z, z)
-    crop: tuple[float, float, float, float, float, float] | None = None
-    psi: float | None = _data_knob(
-        None, "Truncation of the labelled shapes.", low=0, high=2, shown="the labels', else 1", rare=True
-    )
-    cutoff: int = _data_knob(14, "Layers that truncation reaches.", metavar="LAYERS", low=0, rare=True)
-    any_generator: bool = False  # accept labels made with another generator
-    wrong_faces: bool = False  # a control: each label is about other shapes than those that are read
-    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15)  # train, val, test shares of the labels
-    split_seed: int = _data_knob(0, "Which labels are held out, whatever --seed is.", low=0, rare=True)
-    cache: Path | None = None  # folder that keeps observations between runs; None keeps them in RAM
-    slab_batch: int = knob(16, "Shapes drawn at once.", "Run", low=1, rare=True)
-    members: int = _network_knob(1, "Train so many networks with different seeds, and join them.", low=1)
-    aggregate: str | None = _network_knob(
-        None,
-        "What members become. Their scores are standardised, but for the default; warm is the mean of their"
-        " weights.",
-        choices=CHOICES,
-        shown="the mean of raw scores",
-    )
-    strength: float | None = _network_knob(
-        None, "Of the aggregate: k of lcb, lambda of uwo, beta of softmin.", above=0, shown="1, 0.5, 0.5"
-    )
-    shared_start: bool = False  # members go on from one network that is trained first
-    train: TrainOptions = field(default_factory=TrainOptions)
-
-    def __post_init__(self):
-        check_knobs(self)
-        check_joining(self.aggregate, self.strength)
-        if self.unpaired is not None and self.more_networks:
-            raise ValueError(
-                f"--unpaired: expected labels of one generator, got more_networks={self.more_networks[0]}."
-                " Leave one out."
-            )
-        if self.unpaired is not None and self.wrong_faces:
-            raise ValueError(
-                f"--wrong-faces: expected pairs alone, got --unpaired={self.unpaired}. Leave one of the two"
-                " out."
-            )
-        if self.members < 2 and (self.aggregate is not None or self.shared_start):
-            flag = "--shared-start" if self.aggregate is None else f"--aggregate={self.aggregate}"
-            raise ValueError(
-                f"--members: expected 2 or more with {flag}, got {self.members}. Five are usual."
-            )
-
-    def to_dict(self) -> dict:
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
-        values["more_networks"] = [str(path) for path in self.more_networks]
-        return {**values, "network": values["network"] or "bundled", **self.labels.settings}
-
-    @classmethod
-    def from_dict(cls, values: Mapping, labels: LabelSource) -> Self:
-        """Inverse of `to_dict`; entries that are no settings are left out.
-
-        Args: labels: the source that it names.
-        """
-        names = cls.__dataclass_fields__.keys() & values.keys() - {"labels", "train"}
-        given: dict[str, Any] = {
-            name: tuple(value) if isinstance(value := values[name], list) else value for name in names
-        }
-        given |= {name: Path(given[name]) for name in ("unpaired", "cache") if given.get(name) is not None}
-        given["network"] = None if given["network"] == "bundled" else Path(given["network"])
-        given["more_networks"] = tuple(map(Path, given["more_networks"]))
-        train = {**values["train"], "weights": LossWeights(**values["train"]["weights"])}
-        return cls(labels=labels, train=TrainOptions(**train), **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -600,7 +499,7 @@ TRAINING: Mode[RewardRun] = Mode(
     settings=RewardRun,
     open=open_training,
     work=train_and_judge,
-    record=lambda settings, _: {"mode": "reward", **settings.to_dict()},
+    record=record,
     shown=RewardRun.to_dict,
     changes=None,
 )

@@ -19,8 +19,9 @@ from eg3d_rlhf.models.clip_inputs import clip_preprocess
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, MeshEncoder, masked_max
+from eg3d_rlhf.rewards.meshes.model import MeshEncoder, masked_max
 from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume
 from eg3d_rlhf.rewards.pictures.reward3d import MEAN, STD, Reward3dNetwork
 from eg3d_rlhf.tuning.distill import gradients

@@ -15,7 +15,8 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.geometry.slab import normalise_slab
 from eg3d_rlhf.preferences import losses
 from eg3d_rlhf.rewards.networks import MLP
-from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import PAPER, RewardArch
 from tests.compat import test_reward as tests
 from tests.compat.reference import crc_random
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import Mesh, Patches
-from eg3d_rlhf.rewards.meshes.model import NUMBERS, EncoderOptions, MeshEncoder, load_meshmae, masked_max
+from eg3d_rlhf.rewards.meshes.model import NUMBERS, MeshEncoder, load_meshmae, masked_max
 from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from tests.compat.absent import some
 from tests.compat.distill_reference import close, filled, needs, present, recipe, under
 

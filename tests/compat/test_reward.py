@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from eg3d_rlhf.preferences import losses
 from eg3d_rlhf.rewards.networks import MLP, RewardOutput
 from eg3d_rlhf.rewards.release import ReleaseConfig, arch_from_state
-from eg3d_rlhf.rewards.slab_network import PAPER, RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import PAPER, RewardArch
 from eg3d_rlhf.rewards.unet3d import slice_max_feature
 from tests.compat import reference
 from tests.compat.absent import some

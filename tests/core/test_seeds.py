@@ -11,8 +11,9 @@ from eg3d_rlhf.core.seeds import HELD_OUT, STRIDE, refuse_held_out
 from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.preferences.dataset import anchor_seeds
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, load_labels, write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions
-from eg3d_rlhf.rewards.training_run import BUNDLED_LABELS, TRAINING, RewardRun
+from eg3d_rlhf.preferences.settings import AnnotationOptions
+from eg3d_rlhf.rewards.settings import BUNDLED_LABELS, RewardRun
+from eg3d_rlhf.rewards.training_run import TRAINING
 from tests.rejections import raising, rejected
 
 

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import filters, heads, proof, trainings
-from eg3d_rlhf.evaluation.proof import ARMS, LABELS, PSIS, coin, permuted, truncated, turned, verdict
+from eg3d_rlhf.evaluation.proof import PSIS, coin, permuted, truncated, turned, verdict
+from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes import report_studies

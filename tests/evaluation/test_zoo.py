@@ -5,7 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation.zoo import ENTRIES, markdown, plot, record
+from eg3d_rlhf.evaluation.zoo import markdown, plot, record
+from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
 from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.modes import report_studies
 

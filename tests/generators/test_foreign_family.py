@@ -21,7 +21,8 @@ from eg3d_rlhf.generators import load_generator, load_networks, ws_of_seeds
 from eg3d_rlhf.modes import reports, samples
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
-from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import RewardArch
 from tests import tiny_runs
 from tests.rejections import raising, rejected
 from training import networks, storage

@@ -8,7 +8,8 @@ import torch
 from eg3d_rlhf.core.field import Field, ProductField, RenderOptions
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import FAMILIES, Generator, camera, of, ws_of_seeds
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from eg3d_rlhf.geometry.mesh_export import export_mesh
+from eg3d_rlhf.geometry.settings import MeshOptions
 from tests.generators.pickles.writer import HEAD_CLASSES, head_generator
 from tests.rejections import raising
 from torch_utils.ops.implementations import implementation

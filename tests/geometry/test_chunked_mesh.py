@@ -22,7 +22,8 @@ from eg3d_rlhf.geometry.mesh import (
     parts,
     vertex_normals,
 )
-from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, MeshOptions, export_mesh, save_mesh, write_mrc
+from eg3d_rlhf.geometry.mesh_export import OUTSIDE, FieldGrid, export_mesh, save_mesh, write_mrc
+from eg3d_rlhf.geometry.settings import MeshOptions
 from tests.geometry.stand_in import StandIn, sigma_grid
 from tests.rejections import raising
 

@@ -11,7 +11,8 @@ from eg3d_rlhf.core.field import Bounds, CameraFamily
 from eg3d_rlhf.preferences import synthetic
 from eg3d_rlhf.preferences.annotator import ANNOTATOR
 from eg3d_rlhf.preferences.labels import load_labels, write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate, judge_seeds, shape_values
+from eg3d_rlhf.preferences.settings import AnnotationOptions
+from eg3d_rlhf.preferences.synthetic import annotate, judge_seeds, shape_values
 from tests.rejections import raising
 
 RADIUS = 0.3

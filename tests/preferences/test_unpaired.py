@@ -10,7 +10,8 @@ import pytest
 from eg3d_rlhf.preferences.annotator import Utility
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import Preference, write_labels
-from eg3d_rlhf.preferences.synthetic import Annotation, AnnotationOptions
+from eg3d_rlhf.preferences.settings import AnnotationOptions
+from eg3d_rlhf.preferences.synthetic import Annotation
 from eg3d_rlhf.preferences.unpaired import (
     UnpairedPreference,
     batches_of,

@@ -12,6 +12,7 @@ from torch import nn
 
 from eg3d_rlhf.core.field import CameraFamily, RenderOptions
 from eg3d_rlhf.rewards import networks, observations
+from eg3d_rlhf.rewards.presets import Preset
 
 
 @observations.register
@@ -97,8 +98,6 @@ class DepthNetwork(networks.RewardNetwork):
 
 
 PRESETS = {
-    "depth": networks.Preset(
-        network={"resolution": 16}, train={"epochs": 8, "batch": 8}, observe={"resolution": 16}
-    )
+    "depth": Preset(network={"resolution": 16}, train={"epochs": 8, "batch": 8}, observe={"resolution": 16})
 }
 networks.register("frontal-depth", lambda description: DepthNetwork(**description), PRESETS)

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards import slab_network
+from eg3d_rlhf.rewards import slab_presets
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
-from eg3d_rlhf.rewards.slab_network import RewardArch, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import RewardArch
 from eg3d_rlhf.rewards.unet3d import slice_max_feature
 from tests.rejections import raising
 
-PRESETS = {name: RewardArch.from_dict(found.network) for name, found in slab_network.PRESETS.items()}
+PRESETS = {name: RewardArch.from_dict(found.network) for name, found in slab_presets.PRESETS.items()}
 SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
 SPEC = SlabSpec(resolution=32, crop=(0.25, 0.25, 0.2, 0.25, 0.3, 0.33))
 SHAPE = SPEC.shape  # odd and even sides

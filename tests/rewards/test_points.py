@@ -15,7 +15,6 @@ from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import reward_training
 from eg3d_rlhf.modes.label_files import synthetic
 from eg3d_rlhf.rewards import observations
-from eg3d_rlhf.rewards.networks import preset, readers_of
 from eg3d_rlhf.rewards.point_layers import ball, farthest_points, nearest
 from eg3d_rlhf.rewards.point_networks import PointNetArch, build
 from eg3d_rlhf.rewards.points import (
@@ -28,6 +27,7 @@ from eg3d_rlhf.rewards.points import (
     mirror,
     self_scaled,
 )
+from eg3d_rlhf.rewards.presets import preset, presets_of
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from tests.rejections import raising
 
@@ -105,11 +105,7 @@ def test_neighbours_of_a_line():
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        (kind, name)
-        for kind in ("points", "lifted-points", "published-points")
-        for name in readers_of(kind).presets
-    ],
+    [(kind, name) for kind in ("points", "lifted-points", "published-points") for name in presets_of(kind)],
 )
 def test_presets_are_rebuilt_from_json(kind, name):
     described = preset(name, kind).network

@@ -23,7 +23,8 @@ from eg3d_rlhf.rewards.release import (
     write_example,
 )
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.rewards.slab_network import PAPER, RewardModel
+from eg3d_rlhf.rewards.slab_network import RewardModel
+from eg3d_rlhf.rewards.slab_presets import PAPER
 from tests.compat.absent import some
 from tests.compat.reference import arrays, of_set
 from tests.compat.test_reward import RECIPE, REDUCED_FILES, arch_of, full_slabs, recipe_state, slabs_of

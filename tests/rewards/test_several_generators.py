@@ -13,12 +13,11 @@ from eg3d_rlhf.preferences.dataset import SPLITS, numbered, split_by_seed
 from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
 from eg3d_rlhf.rewards.cache import observe_seeds
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.rewards.train import default_options, with_changes
+from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
 from eg3d_rlhf.rewards.training_run import (
     REPORT,
     TRAINING,
     Opened,
-    RewardRun,
     collect_observations,
     open_generators,
     what_is_read,

@@ -5,7 +5,7 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards.networks import preset
+from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness, roughness
 from tests.rejections import raising

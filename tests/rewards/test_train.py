@@ -29,7 +29,8 @@ from eg3d_rlhf.rewards.evaluation import (
     too_few_shapes,
 )
 from eg3d_rlhf.rewards.reward import load_reward
-from eg3d_rlhf.rewards.train import TrainData, TrainOptions, default_options, train_reward, with_changes
+from eg3d_rlhf.rewards.settings import TrainOptions, default_options, with_changes
+from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests.rejections import raising, rejected
 
 SHAPE = (12, 14, 12)

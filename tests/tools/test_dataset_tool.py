@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from eg3d_rlhf.modes import image_sets
 from tests.pictures import camera, pixels, png, write_zip
 from tests.rejections import check_message
+from training.convert_settings import ConvertOptions
 from training.dataset import ImageFolderDataset
-from training.dataset_convert import ConvertOptions, transform_camera, transform_image
+from training.dataset_convert import transform_camera, transform_image
 from training.rendering.cameras import mirror_label
 
 COUNT = 11

@@ -13,6 +13,7 @@ import pytest
 import trimesh
 from click.testing import CliRunner
 
+from eg3d_rlhf.geometry import mesh_export
 from eg3d_rlhf.modes import samples
 from tests.rejections import check_message
 from tests.tools.examples import flags_of
@@ -146,12 +147,10 @@ def test_a_mesh_that_is_not_watertight_ends_with_1(tmp_path, monkeypatch):
     def torn(field, options, progress):
         mesh, _ = real(field, options, progress)
         object.__setattr__(mesh, "faces", mesh.faces[1:])
-        from eg3d_rlhf.geometry.mesh_export import check_mesh
+        return mesh, mesh_export.check_mesh(mesh, field, options, len(mesh.faces), 1)
 
-        return mesh, check_mesh(mesh, field, options, len(mesh.faces), 1)
-
-    real = samples.export_mesh
-    monkeypatch.setattr(samples, "export_mesh", torn)
+    real = mesh_export.export_mesh
+    monkeypatch.setattr(mesh_export, "export_mesh", torn)
     result = run(samples.mesh, "--resolution=32", f"--out={tmp_path / 'a.ply'}")
     assert result.exit_code == 1 and re.search(r"\b3 open\b.*\b0 shared\b", result.stdout)
     assert not json.loads((tmp_path / "a.ply.json").read_text())["watertight"]

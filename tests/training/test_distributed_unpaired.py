@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.preferences.unpaired import from_pairs
-from eg3d_rlhf.rewards.networks import Preset
-from eg3d_rlhf.rewards.slab_network import HEADS, PRESETS
-from eg3d_rlhf.rewards.train import TrainData, TrainOptions, train_reward, with_changes
+from eg3d_rlhf.rewards.presets import Preset
+from eg3d_rlhf.rewards.settings import TrainOptions, with_changes
+from eg3d_rlhf.rewards.slab_presets import HEADS, PRESETS
+from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests.rewards.test_train import SHAPE, filled, toy_labels
 from tests.training.test_distributed import REWARD, finish, in_float64, largest_difference, start
 from training.distributed import SINGLE, Ranks

@@ -18,8 +18,9 @@ from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.regions import BACKGROUND, OTHER, Partition
-from eg3d_rlhf.evaluation.attribution.shapley import BOUND, agreement, rank_correlation
-from eg3d_rlhf.evaluation.attribution.study import BOXES, CHECK_ORDERS, HEAD, LANDMARKS, PEOPLE, Study
+from eg3d_rlhf.evaluation.attribution.settings import BOUND, BOXES, HEAD, LANDMARKS, PEOPLE
+from eg3d_rlhf.evaluation.attribution.shapley import agreement, rank_correlation
+from eg3d_rlhf.evaluation.attribution.study import CHECK_ORDERS, Study
 from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png, tile

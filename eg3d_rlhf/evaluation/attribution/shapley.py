@@ -24,11 +24,11 @@ import torch
 
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, region_shape
+from eg3d_rlhf.evaluation.attribution.settings import BOUND, MOST_STEPS, STEPS
 from eg3d_rlhf.rewards.evaluation import Network
 
 Score = Callable[[torch.Tensor], torch.Tensor]  # slabs [B, 1, D, H, W] -> rewards [B]
 Value = Callable[[torch.Tensor], torch.Tensor]  # coalitions, bool [M, R] -> values [M] float64
-METHODS = ("exact", "permutation", "antithetic")
 
 
 class CoalitionValues:
@@ -250,11 +250,6 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: 
 
 # What Shapley values are held against: Integrated Gradients, occlusion, noise of the change's size, rewards
 # with re-drawn weights.
-
-
-BOUND = 0.01  # completeness gap, as a share of the reward difference
-STEPS = 32
-MOST_STEPS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

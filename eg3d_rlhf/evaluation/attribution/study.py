@@ -7,7 +7,6 @@ Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,48 +15,15 @@ from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution import regions
 from eg3d_rlhf.evaluation.attribution import shapley as game
+from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import depth_maps
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.heads import people
 
-BOXES = "boxes"
-LANDMARKS = "landmarks"
-HEAD = "head"
-PEOPLE = "people"
 CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
 _CUBE = 64  # grid points per axis of meshes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    method: str = "exact"
-    regions: str | Path = BOXES  # BOXES, LANDMARKS, HEAD, PEOPLE or a label volume
-    landmarks: Path | None = None  # JSON of 2-D points
-    permutations: int = 64  # of the sampled methods
-    steps: int = game.STEPS  # of the integral, at first
-    most_steps: int = game.MOST_STEPS
-    gap_bound: float = game.BOUND  # largest efficiency gap, as a share of the reward difference
-    draws: int = 8  # rewards with re-drawn weights
-    checked: int = 2  # latents behind that check
-
-    def __post_init__(self) -> None:
-        if self.method == "antithetic" and (self.permutations < 4 or self.permutations % 2):
-            raise ValueError(
-                f"--permutations: expected an even number >= 4 for antithetic pairs, got {self.permutations}."
-                " Change it."
-            )
-        if self.steps > self.most_steps:
-            raise ValueError(
-                f"--steps: expected at most --most-steps={self.most_steps}, got {self.steps}. It doubles by"
-                " itself."
-            )
-        if self.landmarks is not None and self.regions not in (LANDMARKS, HEAD):
-            raise ValueError(
-                f"--landmarks: expected --regions=landmarks or head beside it, got --regions={self.regions}."
-                " Change one."
-            )
 
 
 @dataclass

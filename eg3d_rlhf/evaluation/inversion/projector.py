@@ -13,8 +13,6 @@ Letters: N images or shapes, L layers of ws, W w_dim, R, H, W pixels, F features
 """
 
 import copy
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +26,12 @@ from torch.nn import functional
 from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.seeds import STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of
 from eg3d_rlhf.measures.features import RESOLUTION, HeadFactorFeatures, to_resolution
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
 from training.checkpoint import optimizer_tensors, restore_optimizer
-from training.config import check_knobs, knob
 
 # How far apart two images look: a network's features that gradients pass through, the bundled ones or a
 # TorchScript file's.
@@ -175,9 +173,6 @@ def moved(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
     return density_l1(field.density_grid(cube), pivot)
 
 
-# titles of flags
-STAGES = "Stages"
-LOSS = "Loss"
 # behind mean and deviation of w
 LATENTS = 10_000
 LATENT_SEED = 123
@@ -185,46 +180,6 @@ LATENT_SEED = 123
 FADED = 0.75
 RISING = 0.05
 FALLING = 0.25
-_loss_knob = functools.partial(knob, group=LOSS, rare=True)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InversionConfig:
-    """Settings of both stages; the defaults are those of the small bundled generator, `PUBLISHED` the
-    projectors' own.
-    """
-
-    w_steps: int = knob(128, "Steps on the latent.", STAGES, low=1, rare=True)
-    pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0, rare=True)
-    w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0, rare=True)
-    pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0, rare=True)
-    noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0, rare=True)
-    fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
-    sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
-    seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0, flag=False)  # that of the run
-    lambda_mse: float = _loss_knob(10.0, "Weight of the mean squared error, images in [-1, 1].", low=0)
-    lambda_w: float = _loss_knob(0.03, "Weight of the mean squared distance to the mean latent.", low=0)
-    lambda_sigma: float = _loss_knob(
-        0.01, "Weight of the density's change from the pivot, where the reward's is above 0.", low=0
-    )
-    reward_every: int = _loss_knob(
-        2, "Steps between two looks at the density; its terms count as often as they are left out.", low=1
-    )
-    reward_in_w: bool = _loss_knob(False, "Let the reward act in the second half of the first stage, too.")
-
-    def __post_init__(self):
-        check_knobs(self)
-
-
-PUBLISHED = {
-    "w_steps": 500,
-    "pivot_steps": 500,
-    "noise": 0.05,
-    "fresh_rays": True,
-    "sample_mult": 1.0,
-    "lambda_mse": 0.1,
-    "lambda_w": 1.0,
-}
 
 
 def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:

@@ -26,7 +26,8 @@ from eg3d_rlhf.experiments.media.video import check_mp4, write_mp4
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job
 from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.generators import Generator, load_generator
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from eg3d_rlhf.geometry.mesh_export import export_mesh
+from eg3d_rlhf.geometry.settings import MeshOptions
 from training import storage
 
 # What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit;

@@ -23,7 +23,8 @@ from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
 from eg3d_rlhf.measures.measure import Measure
 from eg3d_rlhf.preferences.annotator import utility
-from eg3d_rlhf.preferences.synthetic import RESOLUTION, shape_values
+from eg3d_rlhf.preferences.settings import RESOLUTION
+from eg3d_rlhf.preferences.synthetic import shape_values
 from eg3d_rlhf.rewards.reward import Reward
 from training.dataset import label_array
 from training.heads import people_mesh

@@ -14,16 +14,10 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
+from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
 
-FFHQ_FOV = 18.837  # degrees over the image's diagonal
-CAMERAS: dict[str, dict[str, Any]] = {  # by data set: pivot in world units, field of view in degrees
-    "FFHQ": {"pivot": (0.0, 0.0, 0.2), "fov": FFHQ_FOV},
-    "AFHQ": {"pivot": (0.0, 0.0, -0.06), "fov": FFHQ_FOV},
-    "Shapenet": {"pivot": (0.0, 0.0, 0.0), "fov": 45.0},
-}
-MODES = ("image", "image_depth", "image_raw")
 MOST_SEEDS = 100_000
 _LARGEST = 2**32 - 1  # of numpy's RandomState
 _SCALED = 10_000  # totals from here on are shown with k and M

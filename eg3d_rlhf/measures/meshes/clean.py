@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TOLERANCE = 1e-5  # of the longest edge: nearer corners are one
-MOST_TOLERANCE = 1e-4  # beyond, welding joins what only lies near and makes edges of three faces
-UPS = ("y", "z")
+from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ docs/guides/check-assets.md says of each what it means and what fools it. libigl
 Letters: V vertices, F faces, P parts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,30 +17,11 @@ from eg3d_rlhf.geometry.solids import fill
 from eg3d_rlhf.measures.meshes import standing
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges, bend, edge_measures
+from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
 VOXELS = 32  # per edge of the cube, for symmetry, hollows and the mass of open bodies
 MOST_BODIES = 256  # parts whose union is taken
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """How a mesh is measured."""
-
-    samples: int = 4000  # points on the surface; shares have a standard error of .8 % at most
-    rays: int = 64  # directions from each point
-    thin: float = 0.01  # of the longest edge: a wall below is thin
-    # of the longest edge: hollows behind holes that a ball of this radius does not pass are inner ones
-    leak: float = 0.05
-    hull_mass: bool = False  # whether a body stands is told by its hull's centre of mass, as DSO does
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.samples < 100 or self.rays < 1 or not 0 < self.thin < 1 or self.leak < 0:
-            raise ValueError(
-                "measures of meshes: expected samples >= 100, rays >= 1, 0 < thin < 1, leak >= 0, got"
-                f" {self}. Correct them."
-            )
 
 
 DEFAULT = MeasureOptions()

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Patches
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Block
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from training.storage import read_tensors, write_atomic, write_tensors
 
 # A mesh encoder of MeshMAE's shape (Liang et al. 2022), with its state-dict names. A patch of F faces becomes
@@ -41,23 +41,6 @@ _OTHERS = (
     "to_features",
     "build_up_points",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
-    """Size. MeshMAE's own: 64 faces, width 768, 12 blocks, 12 heads."""
-
-    faces: int = 64  # of a patch
-    width: int = 64
-    depth: int = 3
-    heads: int = 4
-
-    def __post_init__(self) -> None:
-        if min(self.faces, self.width, self.heads) < 1 or self.depth < 0 or self.width % self.heads:
-            raise ValueError(
-                f"EncoderOptions: expected positive numbers and a width that the heads divide, got {self}."
-                " Correct it."
-            )
 
 
 class MeshEncoder(nn.Module):

@@ -12,7 +12,6 @@ Letters: A assets, V vertices of the lattice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,6 @@ import torch
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import Mesh, Patches
 from eg3d_rlhf.rewards.meshes.patchifiers import (
-    AREAS,
-    PLACES,
     Owners,
     Plan,
     framed,
@@ -31,36 +28,20 @@ from eg3d_rlhf.rewards.meshes.patchifiers import (
     vertex_normals,
     whereabouts,
 )
+from eg3d_rlhf.rewards.meshes.settings import PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, Net, closed_level, crossed, densities, net, net_mesh
 
 PATCHIFIERS = {"regions": regions, "maps": maps}
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchOptions:
-    """What a reward of meshes reads; its file says so."""
+def plan_of(mesh: Mesh, options: PatchOptions) -> Plan:
+    """Assign the faces of a mesh to patches."""
+    return PATCHIFIERS[options.kind](mesh, options.patches, options.faces)
 
-    kind: str = "regions"  # of PATCHIFIERS
-    patches: int = 64
-    faces: int = 64  # of a patch; a power of 4 for maps
-    area: str = "share"  # of AREAS
-    place: str = "centre"  # of PLACES: where centres are measured from
 
-    def __post_init__(self) -> None:
-        for name, known in (("kind", tuple(PATCHIFIERS)), ("area", AREAS), ("place", PLACES)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"PatchOptions: expected {name} of {', '.join(known)}, got {getattr(self, name)!r}."
-                    " Choose one."
-                )
-
-    def plan(self, mesh: Mesh) -> Plan:
-        """Which faces stand in which patch."""
-        return PATCHIFIERS[self.kind](mesh, self.patches, self.faces)
-
-    def features(self, vertices: torch.Tensor, plan: Plan) -> Patches:
-        """Patches [1, ...] of vertices [N, 3]. Differentiable in them."""
-        return patch_features(vertices, plan, self.area, self.place)
+def features_of(vertices: torch.Tensor, plan: Plan, options: PatchOptions) -> Patches:
+    """Compute the patches [1, ...] of vertices [N, 3]. Differentiable in the vertices."""
+    return patch_features(vertices, plan, options.area, options.place)
 
 
 def stacked(patches: Sequence[Patches]) -> Patches:
@@ -70,7 +51,7 @@ def stacked(patches: Sequence[Patches]) -> Patches:
 
 def patches_of(meshes: Sequence[Mesh], options: PatchOptions) -> Patches:
     """Patches [A, ...] of meshes, with plans of their own. Differentiable in vertices."""
-    return stacked([options.features(mesh.vertices, options.plan(mesh)) for mesh in meshes])
+    return stacked([features_of(mesh.vertices, plan_of(mesh, options), options) for mesh in meshes])
 
 
 class Held(NamedTuple):
@@ -138,7 +119,7 @@ class MeshReader:
             same = past is not None and torch.equal(past.inside, levels < 0)
             known = past.net if past is not None and same else net(levels, self.lattice)
             mesh = net_mesh(levels, self.lattice, known)
-            plan = past.plan if past is not None and same else self.options.plan(mesh)
+            plan = past.plan if past is not None and same else plan_of(mesh, self.options)
             made.append(Held(levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
         return made
 

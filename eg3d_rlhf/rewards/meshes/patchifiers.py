@@ -25,8 +25,6 @@ from eg3d_rlhf.geometry.mesh import compact, decimate, parts
 from eg3d_rlhf.rewards.point_layers import farthest_points
 from training.heads.people_mesh import closest_on_triangles
 
-AREAS = ("share", "raw")
-PLACES = ("centre", "box", "world")
 TINY = 1e-7  # arguments of root and arc cosine keep this distance from where they have no slope
 
 

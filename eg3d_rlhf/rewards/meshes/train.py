@@ -7,10 +7,9 @@ those that stand with the wrong ones. The published width, learning rate and bat
 meshes, P patches, C width.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -19,17 +18,11 @@ import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.preferences.losses import (
-    LossWeights,
-    PreferenceLoss,
-    UnpairedOutput,
-    cs_divergence,
-    median_distance,
-)
+from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, cs_divergence, median_distance
+from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of
 from eg3d_rlhf.rewards.evaluation import auc, silhouette
 from eg3d_rlhf.rewards.meshes.dataset import (
-    SOURCES,
     MeshSet,
     OnShape,
     area_only,
@@ -39,116 +32,23 @@ from eg3d_rlhf.rewards.meshes.dataset import (
     shuffled,
     turned,
 )
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
-from eg3d_rlhf.rewards.meshes.patches import PATCHIFIERS, PatchOptions
-from eg3d_rlhf.rewards.meshes.patchifiers import AREAS, PLACES
+from eg3d_rlhf.rewards.meshes.model import RewardCS
+from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from training import checkpoint
-from training.config import check_knobs, knob
 from training.phases import derive_seed
 from training.storage import write_atomic
 
-DATA = "Data"
-NET = "Network"
-TRAIN = "Training"
 # of the bandwidth over steps; least distance in figures
 MOMENTUM = 0.9
 TINY = 1e-3
-_rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
-_net_knob = functools.partial(knob, group=NET, rare=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeshRewardTraining:
-    """One training; with one thread it repeats to the byte on the same machine."""
-
-    source: str = knob(
-        "heads", "Drawn meshes: smooth heads, or the default problem's objects.", DATA, choices=tuple(SOURCES)
-    )
-    data: Path | None = knob(
-        None,
-        "Meshes with scores or labels, .jsonl, in place of drawn ones.",
-        DATA,
-        metavar="FILE",
-        shown="none",
-    )
-    shapes: int = knob(840, "Drawn meshes; one in 20 lies between the thresholds.", DATA, low=20)
-    data_seed: int = knob(
-        0, "Of the drawn meshes and of which are held out, whatever --seed is.", DATA, low=0, rare=True
-    )
-    held_out: float = knob(0.25, "Share of the meshes for the figures.", DATA, above=0, below=1, rare=True)
-    resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128, rare=True)
-    patchifier: str = _net_knob("regions", "How meshes become patches.", choices=tuple(PATCHIFIERS))
-    patches: int = _net_knob(64, "Patches of a mesh.", low=4)
-    faces: int = _net_knob(64, "Faces of a patch.", low=1)
-    area: str = _net_knob("share", "Areas as shares of the mesh's, or as they are.", choices=AREAS)
-    place: str = _net_knob(
-        "centre",
-        "Where centres are measured from: the surface's, its box's least corner, the origin.",
-        choices=PLACES,
-    )
-    width: int = _net_knob(64, "Width of the encoder.", low=4)
-    depth: int = _net_knob(3, "Blocks of the encoder.", low=0)
-    heads: int = _net_knob(4, "Heads of attention.", low=1)
-    divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
-    divergence_ramp: float = _rare_train_knob(
-        0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", low=0, high=1
-    )
-    bandwidth: float = _rare_train_knob(
-        0.7, "Least width of the kernel; the batch's median distance where that is larger.", above=0
-    )
-    regression: float = _rare_train_knob(
-        25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", above=0
-    )
-    steps: int = knob(400, "Updates.", TRAIN, low=1)
-    batch: int = _rare_train_knob(64, "Meshes of an update, half of each kind.", low=4)
-    lr: float = knob(1e-3, "Of AdamW, after a warm-up, falling to 0 along a cosine.", TRAIN, above=0)
-    weight_decay: float = _rare_train_knob(0.05, "Of AdamW.", low=0)
-    forget: float = _rare_train_knob(0.25, "Share of prompts that are taken as unknown.", low=0, high=1)
-    turns: bool = _rare_train_knob(
-        True, "Turn meshes by random quarters about the upward axis, and mirror them."
-    )
-    shuffled: bool = _rare_train_knob(
-        False, "A control: deal the labels anew. AUC must then be near one half."
-    )
-    area_only: bool = _rare_train_knob(False, "A control: read areas alone. It must not see a second nose.")
-    seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0, flag=False)
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
-        if self.batch % 2:
-            raise ValueError(
-                f"--set batch: expected an even number, got {self.batch}. Half of each kind are drawn."
-            )
-        if self.turns and self.place == "box":
-            raise ValueError(
-                "place: expected centre or world with turns, got box, which no mesh is turned about. Add"
-                " --set turns=false."
-            )
-        self.encoder, self.read  # noqa: B018  their own checks
-
-    def to_dict(self) -> dict:
-        """JSON values."""
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
-        }
-
-    @property
-    def read(self) -> PatchOptions:
-        """How meshes become patches."""
-        return PatchOptions(
-            kind=self.patchifier, patches=self.patches, faces=self.faces, area=self.area, place=self.place
-        )
-
-    @property
-    def encoder(self) -> EncoderOptions:
-        """Sizes of the network."""
-        return EncoderOptions(faces=self.faces, width=self.width, depth=self.depth, heads=self.heads)
-
-    def meshes(self, on_shape: OnShape = None) -> MeshSet:
-        """The data."""
-        if self.data is not None:
-            return read(self.data, self.read, on_shape)
-        return drawn(self.source, self.shapes, self.read, self.resolution, self.data_seed, on_shape)
+def meshes_of(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
+    """Read or draw the meshes of a training."""
+    if options.data is not None:
+        return read(options.data, options.read, on_shape)
+    o = options
+    return drawn(o.source, o.shapes, o.read, o.resolution, o.data_seed, on_shape)
 
 
 class MeshTraining:
@@ -363,7 +263,7 @@ def run_table(
         raise ValueError(
             f"--resume: expected a table of the same settings, got another in {path}. Name another folder."
         )
-    meshes = options.meshes(on_shape)
+    meshes = meshes_of(options, on_shape)
     rows = known["rows"]
     for seed in range(seeds):
         for arm, changes in ARMS.items():

@@ -25,7 +25,8 @@ from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.experiments.table import plot_rates
 from eg3d_rlhf.generators.assets.asset import Asset, load_assets
 from eg3d_rlhf.generators.assets.views import FINISHED, evenly_around
-from eg3d_rlhf.geometry.mesh_export import MeshOptions, export_mesh
+from eg3d_rlhf.geometry.mesh_export import export_mesh
+from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.tuning.distill.compare import BASE, INTERVAL, compare, markdown
 from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.methods import of_arm

@@ -34,10 +34,11 @@ from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator
 from eg3d_rlhf.people.label.pairing import PairingOptions, Plan, plan, reward_ensemble
 from eg3d_rlhf.preferences.dataset import split_by_seed
 from eg3d_rlhf.preferences.labels import MAX_SEED, LabelSource, Preference, load_labels, write_labels
-from eg3d_rlhf.preferences.synthetic import AnnotationOptions, annotate
+from eg3d_rlhf.preferences.settings import AnnotationOptions
+from eg3d_rlhf.preferences.synthetic import annotate
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
-from eg3d_rlhf.rewards.train import default_options, with_changes
-from eg3d_rlhf.rewards.training_run import REPORT, TRAINING, RewardRun
+from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
+from eg3d_rlhf.rewards.training_run import REPORT, TRAINING
 from eg3d_rlhf.tuning.gan import run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings

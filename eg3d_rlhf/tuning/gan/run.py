@@ -10,8 +10,8 @@ import torch
 from eg3d_rlhf.core.cli import choose_device, naming
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import KEPT, Generator, find_network, load_networks, of
-from eg3d_rlhf.rewards.networks import readers_of
 from eg3d_rlhf.rewards.observations import OBSERVATIONS
+from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
@@ -100,7 +100,7 @@ def check_kind(s: Settings) -> None:
             f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g."
             " --reward=solid."
         )
-    if s.reward.reward_ckpt is None and readers_of(kind).presets:
+    if s.reward.reward_ckpt is None and presets_of(kind):
         raise ValueError(
             f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one"
             " knows heads alone. Name one, such as tools/train_reward.py writes."

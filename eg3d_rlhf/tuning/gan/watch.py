@@ -17,7 +17,8 @@ import torch
 
 from eg3d_rlhf.core.seeds import WATCH
 from eg3d_rlhf.generators import of, ws_of_seeds
-from eg3d_rlhf.preferences.synthetic import RESOLUTION, judge_seeds, names_people
+from eg3d_rlhf.preferences.settings import RESOLUTION
+from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
 PSI = 0.7  # of the latents that rewards score

@@ -21,7 +21,7 @@ from eg3d_rlhf.evaluation.attribution.shapley import agreement, redrawn
 from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.rewards.ensembles import build_network
-from eg3d_rlhf.rewards.networks import preset
+from eg3d_rlhf.rewards.presets import preset
 
 SPEC = SlabSpec(resolution=48)
 

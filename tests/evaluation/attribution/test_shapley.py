@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from eg3d_rlhf.evaluation.attribution.settings import BOUND
 from eg3d_rlhf.evaluation.attribution.shapley import (
-    BOUND,
     Attribution,
     CoalitionValues,
     all_coalitions,

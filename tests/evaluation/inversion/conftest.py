@@ -2,7 +2,8 @@
 
 import pytest
 
-from eg3d_rlhf.evaluation.inversion.projector import Guidance, InversionConfig, load_perceptual, prior_of
+from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
+from eg3d_rlhf.evaluation.inversion.settings import InversionConfig
 from eg3d_rlhf.evaluation.inversion.targets import of_seed
 from eg3d_rlhf.generators import camera, load_generator
 from eg3d_rlhf.rewards.reward import load_reward

@@ -7,6 +7,7 @@ import torch
 
 from eg3d_rlhf.core.field import Rendering, RenderOptions
 from eg3d_rlhf.experiments.media import rendering
+from eg3d_rlhf.experiments.media.settings import FFHQ_FOV
 from eg3d_rlhf.experiments.media.video import Film, FilmOptions, LatentWalk, write_mp4
 from eg3d_rlhf.generators import load_generator
 from tests.rejections import raising
@@ -18,7 +19,7 @@ def G(tiny_networks):
     return load_generator(tiny_networks).generator
 
 
-@pytest.mark.parametrize("fov", [rendering.FFHQ_FOV, 18, 45.0])
+@pytest.mark.parametrize("fov", [FFHQ_FOV, 18, 45.0])
 def test_the_cameras_of_a_generator_are_its_own(G, fov):
     """18 is the default of EG3D's tool: its cameras are had with --fov-deg=18."""
     G.module.rendering_kwargs.update(avg_camera_radius=1.7, avg_camera_pivot=[0, 0, -0.06])

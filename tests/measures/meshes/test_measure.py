@@ -11,7 +11,8 @@ import trimesh
 from eg3d_rlhf.measures.meshes import space as space_module
 from eg3d_rlhf.measures.meshes.clean import clean_mesh
 from eg3d_rlhf.measures.meshes.edges import Edges
-from eg3d_rlhf.measures.meshes.measure import MeasureOptions, measure_mesh
+from eg3d_rlhf.measures.meshes.measure import measure_mesh
+from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, directions, sample
 from eg3d_rlhf.measures.meshes.standing import inside_distance, verdict
 

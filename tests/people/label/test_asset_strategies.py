@@ -15,8 +15,9 @@ from eg3d_rlhf.people.label.entities import Choice
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.pair_strategies.by_scores import disagreement
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS, load_mesh_reward
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.model import RewardCS, load_mesh_reward
+from eg3d_rlhf.rewards.meshes.patches import patches_of
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from tests.people.label import asset_files as files
 from tests.people.label.plans import answer_all
 from tests.rejections import rejected

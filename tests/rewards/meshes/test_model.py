@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import MeshReward, Patches
-from eg3d_rlhf.rewards.meshes.model import (
-    EncoderOptions,
-    MeshEncoder,
-    PromptTokens,
-    RewardCS,
-    load_mesh_reward,
-    load_meshmae,
-)
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions
+from eg3d_rlhf.rewards.meshes.model import MeshEncoder, PromptTokens, RewardCS, load_mesh_reward, load_meshmae
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from tests.rejections import raising
 
 PROMPTS = ("a red head", "a box")

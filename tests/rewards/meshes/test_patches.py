@@ -5,9 +5,8 @@ import torch
 
 from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.interfaces import Mesh
-from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, features_of, patches_of, plan_of
 from eg3d_rlhf.rewards.meshes.patchifiers import (
-    PLACES,
     base,
     face_features,
     grown,
@@ -17,6 +16,7 @@ from eg3d_rlhf.rewards.meshes.patchifiers import (
     placed,
     regions,
 )
+from eg3d_rlhf.rewards.meshes.settings import PLACES, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import (
     closed_level,
     cube,
@@ -140,11 +140,11 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
     draw = torch.Generator().manual_seed(5)
     level = level_of(grid, floater=False).double()
     weights: list[torch.Tensor] = []
-    held = options.plan(marching_tetrahedra(level, grid)) if options.kind == "maps" else None
+    held = plan_of(marching_tetrahedra(level, grid), options) if options.kind == "maps" else None
 
     def value(level):
         mesh = marching_tetrahedra(level, grid)
-        patches = options.features(mesh.vertices, held or options.plan(mesh))
+        patches = features_of(mesh.vertices, held or plan_of(mesh, options), options)
         both = torch.cat([patches.features[..., 1:], patches.centres], dim=3)
         weights.append(
             weights[0] if weights else torch.randn(both.shape, generator=draw, dtype=torch.float64)

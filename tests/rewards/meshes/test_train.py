@@ -26,9 +26,10 @@ from eg3d_rlhf.rewards.meshes.dataset import (
     turned,
 )
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of
+from eg3d_rlhf.rewards.meshes.patches import features_of, patches_of, plan_of
+from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import closed_level, cube, marching_tetrahedra, signed_volume
-from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining, run_table
+from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of, run_table
 from tests.rejections import check_message, raising, rejected
 
 TINY = {
@@ -46,7 +47,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def meshes():
-    return MeshRewardTraining(**TINY).meshes()
+    return meshes_of(MeshRewardTraining(**TINY))
 
 
 def test_scores_follow_the_severity_and_the_split_rule_is_exact(meshes):
@@ -100,8 +101,8 @@ def test_turned_meshes_are_those_of_turned_surfaces():
     options = PatchOptions(patches=6, faces=8)
     level = SOURCES["heads"](lattice, "noise", 0.5, torch.Generator().manual_seed(1))[0]
     mesh = marching_tetrahedra(level, lattice)
-    plan = options.plan(mesh)
-    known = options.features(mesh.vertices, plan)
+    plan = plan_of(mesh, options)
+    known = features_of(mesh.vertices, plan, options)
     for quarters in range(4):
         angle = quarters * np.pi / 2
         turn = (
@@ -112,7 +113,7 @@ def test_turned_meshes_are_those_of_turned_surfaces():
         for mirrored in (False, True):
             vertices = mesh.vertices @ turn.T * torch.tensor([-1.0 if mirrored else 1.0, 1, 1])
             faces = plan._replace(faces=plan.faces.flip(1)) if mirrored else plan
-            wanted = options.features(vertices, faces)
+            wanted = features_of(vertices, faces, options)
             moved = turned(known, torch.tensor([quarters]), torch.tensor([mirrored]))
             torch.testing.assert_close(moved.features, wanted.features, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(moved.centres, wanted.centres, rtol=1e-4, atol=1e-4)

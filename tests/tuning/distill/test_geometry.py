@@ -7,7 +7,8 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.depth import Depth
-from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
+from eg3d_rlhf.rewards.meshes.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.settings import PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.pictures.analytic import OneNose
 from eg3d_rlhf.rewards.points import LevelSetPoints

@@ -18,8 +18,8 @@ import torch
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS
 from eg3d_rlhf.generators.assets.asset import load_assets
-from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
-from eg3d_rlhf.rewards.meshes.patches import PatchOptions
+from eg3d_rlhf.rewards.meshes.model import RewardCS
+from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.loop import signs
 from eg3d_rlhf.tuning.distill.outputs import notes

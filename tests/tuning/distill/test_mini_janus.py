@@ -7,8 +7,9 @@ import torch
 
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
+from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from eg3d_rlhf.rewards.meshes.surfaces import cube
-from eg3d_rlhf.rewards.meshes.train import MeshRewardTraining, MeshTraining
+from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of
 from eg3d_rlhf.rewards.pictures.analytic import ModeDistance, OneNose, occupancy
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
@@ -53,7 +54,7 @@ def learned():
         lr=3e-3,
         divergence=0.0,
     )
-    training = MeshTraining(options, options.meshes())
+    training = MeshTraining(options, meshes_of(options))
     training.run(options.steps)
     reward = training.finished().requires_grad_(False)
     return MeshGeometry(MeshReader(cube(options.resolution), reward.patches), reward)
