@@ -28,7 +28,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.modes.reward_training import train as reward_train
 from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.rewards import train, training_run
-from eg3d_rlhf.rewards.slab_presets import SMALL
+from eg3d_rlhf.rewards.slab_network import SMALL
 from tests import tiny_runs
 from tests.modes.flow_works import sides_of
 from tests.people.label.serving import SAME, answer

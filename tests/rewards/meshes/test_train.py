@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.geometry.mesh import count_edges, parts
 from eg3d_rlhf.modes.mesh_reward import main
-from eg3d_rlhf.rewards.meshes import dataset
+from eg3d_rlhf.rewards.meshes import dataset, patches, settings
 from eg3d_rlhf.rewards.meshes import train as run
 from eg3d_rlhf.rewards.meshes.dataset import (
     KINDS,
@@ -72,6 +72,11 @@ def test_shapes_depend_on_their_number_and_the_seed_alone(meshes):
         and again.prompts == meshes.prompts[:3]
     )
     assert not torch.equal(other.patches.features, again.patches.features)
+
+
+def test_flags_name_every_source_and_patchifier():
+    assert settings.SOURCE_NAMES == tuple(SOURCES)
+    assert settings.PATCHIFIER_NAMES == tuple(patches.PATCHIFIERS)
 
 
 @pytest.mark.parametrize("source", list(SOURCES))
