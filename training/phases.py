@@ -62,7 +62,6 @@ def lazy_adam(
     lr: float,
     interval: int | None = None,
     betas: tuple[float, float] = (0.0, 0.99),
-    eps: float = 1e-8,
 ) -> torch.optim.Adam:
     """Adam corrected for lazy regularisation (Karras et al. 2020, appendix B): with r = I/(I+1), lr*r and
     betas**r.
@@ -72,7 +71,7 @@ def lazy_adam(
     """
     r = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(
-        list(module.parameters()), lr=lr * r, betas=(betas[0] ** r, betas[1] ** r), eps=eps
+        list(module.parameters()), lr=lr * r, betas=(betas[0] ** r, betas[1] ** r), eps=1e-8
     )
 
 

@@ -182,8 +182,6 @@ def draw_subsets(
 def kernel_inception_distance(
     features_1: np.ndarray,
     features_2: np.ndarray,
-    subsets: int = SUBSETS,
-    size: int = SUBSET_SIZE,
     seed: int = 0,
     draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> tuple[float, float]:
@@ -193,7 +191,7 @@ def kernel_inception_distance(
     Args: draws: subsets to take in place of random ones.
     """
     chosen = list(
-        draw_subsets(len(features_1), len(features_2), subsets, size, seed) if draws is None else draws
+        draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed) if draws is None else draws
     )
     values = [kernel_distance(features_1[first], features_2[second]) for first, second in chosen]
     return float(np.mean(values)), float(np.std(values))

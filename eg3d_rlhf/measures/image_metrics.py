@@ -19,8 +19,7 @@ import torch
 from eg3d_rlhf.experiments.run import recorded
 from eg3d_rlhf.generators import Generator, LoadedGenerator, device_of, latents
 from eg3d_rlhf.measures.distances import collect, kernel_inception_distance
-from eg3d_rlhf.measures.faces import faces_found
-from eg3d_rlhf.measures.features import HeadFactorFeatures, InceptionFeatures
+from eg3d_rlhf.measures.features import HeadFactorFeatures, InceptionFeatures, to_resolution
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
@@ -197,3 +196,46 @@ def append_records(folder: Path, records: list[dict]) -> None:
         path = folder / f"metric-{record['metric']}.jsonl"
         before = path.read_text() if path.is_file() else ""
         write_atomic(path, (before + json.dumps(record) + "\n").encode())
+
+
+# Share of pictures in which an outside detector finds a face: scikit-image's cascade of local binary
+# patterns, which learnt from photographs and comes with the package.
+#
+# It is strict: of pictures of the family's true heads from in front, yaw and pitch drawn as for training, it
+# finds three in four. A share that falls says that faces were harmed. Images are float [N, 3, H, W] in
+# [-1, 1].
+
+FACE_PIXELS = 128  # of the pictures that it reads
+SMALLEST_FACE = 40  # of a face
+
+
+def faces_found(images: torch.Tensor) -> np.ndarray:
+    """Whether there is a face in each of images [N, 3, H, W]: [N] bool.
+
+    Raises: ValueError without scikit-image.
+    """
+    try:
+        from skimage.data import lbp_frontal_face_cascade_filename
+        from skimage.feature import Cascade
+    except ImportError:
+        raise ValueError(
+            "detector of faces: expected scikit-image, found none. Install it: pip install 'eg3d-rlhf[dev]'."
+        ) from None
+    detector = Cascade(lbp_frontal_face_cascade_filename())
+    pixels = (
+        (to_resolution(images, FACE_PIXELS) * 127.5 + 127.5)
+        .round()
+        .clamp(0, 255)
+        .byte()
+        .permute(0, 2, 3, 1)
+        .contiguous()
+        .cpu()
+        .numpy()
+    )
+    size = {"min_size": (SMALLEST_FACE, SMALLEST_FACE), "max_size": (FACE_PIXELS - 1, FACE_PIXELS - 1)}
+    return np.array(
+        [
+            bool(detector.detect_multi_scale(img=image, scale_factor=1.1, step_ratio=1, **size))
+            for image in pixels
+        ]
+    )

@@ -148,10 +148,10 @@ def sample_map(values: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def inner_foreground(foreground: Tensor, steps: int = 1) -> Tensor:
-    """Foreground [N, R, R] bool without the pixels within `steps` of its edge or of the image's."""
-    kept = F.max_pool2d((~foreground).float()[:, None], 2 * steps + 1, stride=1, padding=steps)[:, 0] == 0
-    kept[:, :steps], kept[:, -steps:], kept[:, :, :steps], kept[:, :, -steps:] = False, False, False, False
+def inner_foreground(foreground: Tensor) -> Tensor:
+    """Foreground [N, R, R] bool without the pixels at its edge or of the image's."""
+    kept = F.max_pool2d((~foreground).float()[:, None], 3, stride=1, padding=1)[:, 0] == 0
+    kept[:, :1], kept[:, -1:], kept[:, :, :1], kept[:, :, -1:] = False, False, False, False
     return kept
 
 

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
 
 # Sub-commands take it after their name or, from the command's context, before it.
-database = option(
-    "--db",
-    metavar="URL",
-    help=DATABASE,
-    callback=lambda ctx, _, given: given or ctx.obj or DB,
-)
+database = option("--db", metavar="URL", help=DATABASE, callback=lambda ctx, _, given: given or ctx.obj or DB)
 address = option(
     "--address",
     metavar="URL",

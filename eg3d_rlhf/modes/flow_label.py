@@ -38,13 +38,7 @@ SECONDS = 8  # that an answer takes
     ),
 )
 @device_flag
-@option(
-    "--campaign",
-    rare=True,
-    metavar="NAME",
-    show_default="WORK's",
-    help="Another one, of labels.db.",
-)
+@option("--campaign", rare=True, metavar="NAME", show_default="WORK's", help="Another one, of labels.db.")
 @launch.server_options("access.jsonl in WORK")
 @click.pass_context
 def label(

@@ -356,10 +356,7 @@ def export(
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option(
-    "--campaign",
-    metavar="NAME",
-    show_default="the file's name",
-    help="Of ranked seeds: campaign to make.",
+    "--campaign", metavar="NAME", show_default="the file's name", help="Of ranked seeds: campaign to make."
 )
 @option(
     "--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged."
@@ -387,18 +384,8 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 
 
 @click.command("leaderboard", cls=GroupedCommand)
-@option(
-    "--campaign",
-    metavar="NAME",
-    show_default="all that collect preferences",
-    help="One campaign alone.",
-)
-@option(
-    "--question",
-    metavar="NAME",
-    show_default="which is better",
-    help="The votes on this question.",
-)
+@option("--campaign", metavar="NAME", show_default="all that collect preferences", help="One campaign alone.")
+@option("--question", metavar="NAME", show_default="which is better", help="The votes on this question.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
 def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:

@@ -132,14 +132,13 @@ def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> l
 def anchor_seeds(
     count: int = 1000,
     fractions: Sequence[float] = (0.70, 0.15, 0.15),
-    start: int = ANCHORS,
     exclude: Iterable[int] = (),
 ) -> dict[str, tuple[int, ...]]:
-    """Seeds of the anchors per split, `count` consecutive ones from `start` on; seeds in `exclude`
+    """Seeds of the anchors per split, `count` consecutive ones from ANCHORS on; seeds in `exclude`
     (labelled ones) are skipped.
     """
     taken = set(exclude)
-    seeds = list(itertools.islice((seed for seed in itertools.count(start) if seed not in taken), count))
+    seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in taken), count))
     edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
 

@@ -27,6 +27,7 @@ from eg3d_rlhf.rewards.smoothness import AsSeen, WholeCube
 if TYPE_CHECKING:
     pass
 
+MARGIN = 1.0  # m of `solid_loss`
 REACH = 5.0  # voxels; bridges holes of radius h in walls w while REACH > (h^2 + w^2/4) / w
 
 
@@ -35,41 +36,36 @@ def solid_loss(
     level: float,
     *,
     reach: float = REACH,
-    margin: float = 1.0,
-    slope: float | None = None,
     hollows: bool = False,
 ) -> torch.Tensor:
     """What is wrong with densities [N, D, H, W] as [N]: floaters to go and leaks to close, 0 without either.
     Differentiable in density.
 
     (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / voxels that
-    are solid, d and the margin m in units of the density's slope per voxel. The masks are hard
+    are solid, d and the margin m in units of the density's slope per voxel at
+    its surface. The masks are hard
     (`solids.floaters`, `solids.caps`) and have no gradient: nothing else moves, so it grows no blob. Nothing
     pulls towards the shape before: hold the density to it beside this. Voxels that are solid on both sides of
     the level are found anew in every call.
 
-    Args: reach: radius in voxels of the ball that must not get in; slope: of the density; None: each shape's
-    own at its surface; hollows: fill closed cavities, too.
+    Args: reach: radius in voxels of the ball that must not get in; hollows: fill closed cavities, too.
     Raises: ValueError for densities that are not finite. An empty shape gives 0, and no gradient.
     Misses holes of radius h in walls w where reach < (h^2 + w^2/4) / w, and closes wanted openings that are
     narrower.
     """
-    return torch.stack([_loss(grid, level, reach, margin, slope, hollows) for grid in density])
+    return torch.stack([_loss(grid, level, reach, hollows) for grid in density])
 
 
-def _loss(
-    grid: torch.Tensor, level: float, reach: float, margin: float, slope: float | None, hollows: bool
-) -> torch.Tensor:
+def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torch.Tensor:
     solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
     if not solid.any():
         return grid.sum() * 0
-    unit = slope if slope is not None else slope_at(grid.detach(), level)
     grow = solids.caps(solid, reach)
     if hollows:
         grow |= solids.enclosed(solid)
-    d = (grid - level) / unit
+    d = (grid - level) / slope_at(grid.detach(), level)
     shrink_at, grow_at = (torch.from_numpy(mask).to(grid.device) for mask in (solids.floaters(solid), grow))
-    return (F.softplus(d[shrink_at] + margin).sum() + F.softplus(margin - d[grow_at]).sum()) / int(
+    return (F.softplus(d[shrink_at] + MARGIN).sum() + F.softplus(MARGIN - d[grow_at]).sum()) / int(
         solid.sum()
     )
 

@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.core.field import RenderOptions
 from eg3d_rlhf.core.seeds import IMAGES
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
-from eg3d_rlhf.measures.faces import faces_found
+from eg3d_rlhf.measures.image_metrics import faces_found
 from training.heads.people import named_people, picture
 from training.rendering.cameras import (
     FFHQ_FOCAL,

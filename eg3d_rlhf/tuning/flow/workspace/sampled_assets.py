@@ -285,13 +285,12 @@ def drawing_of(
     ranks: Ranks = SINGLE,
     *,
     tuned: Mapping[str, Path] | None = None,
-    each: int | None = None,
     cells: int | None = None,
     few_steps: int | None = None,
 ) -> Drawing:
     """What WORK draws under a name, of the conditions of some splits.
 
-    Args: each: assets per condition; cells, few_steps: see the command.
+    Args: cells, few_steps: see the command.
     Raises: ValueError for a family that cannot draw, or what it does not read.
     """
     if not isinstance(family, Shows):
@@ -318,7 +317,7 @@ def drawing_of(
         "files": {file: digest for file, (digest, *_) in work.files.items()},
         "conditions": hash_of(work.conditions_file),
         "names": names,
-        "each": each or work.each,
+        "each": work.each,
         "precision": work.precision,
         "batch": work.batch,
         "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
@@ -335,7 +334,7 @@ def drawing_of(
         family=family,
         conditions=names,
         identity=identity,
-        each=each or work.each,
+        each=work.each,
         batch=work.batch,
         size=() if cells is None else (cells,),
         prompts=prompts,

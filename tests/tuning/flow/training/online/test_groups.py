@@ -16,8 +16,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import crossed, scores
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.online.config import LOSSES, OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.draws import Explorer, Task
-from eg3d_rlhf.tuning.flow.training.online.signs import online_signs
-from eg3d_rlhf.tuning.flow.training.online.updates import OnlineUpdates, train_online
+from eg3d_rlhf.tuning.flow.training.online.updates import OnlineUpdates, online_signs, train_online
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target
