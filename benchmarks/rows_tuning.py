@@ -15,7 +15,8 @@ from benchmarks.random_flows import RandomConditions, Size, build_stage
 from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
@@ -25,8 +26,9 @@ from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import Updates
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.estimate import pairs_of
 from training.distributed import SINGLE
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage
 from eg3d_rlhf.tuning.flow.families import hunyuan3d

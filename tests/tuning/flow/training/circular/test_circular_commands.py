@@ -16,10 +16,9 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import circular_dpo as commands
 from eg3d_rlhf.modes.circular_dpo import default_settings, resolve
 from eg3d_rlhf.modes.flow_flags import circular_settings
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.circular.ablation import CircularRun
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularRun, CircularSettings
 from tests.rejections import raising, rejected
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.config import from_dict

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.experiments.table import with_interval
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
 from eg3d_rlhf.modes.flow_draw import draw
@@ -24,10 +24,9 @@ from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.offline import offline_arms as arms
-from eg3d_rlhf.tuning.flow.training.offline.train_singles import SinglesConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.offline.settings import SinglesConfig
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.rejections import rejected
 from tests.tuning.flow import point_family
