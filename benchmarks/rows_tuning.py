@@ -17,7 +17,7 @@ from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
 from eg3d_rlhf.models.lora import add_lora, lora_parameters
 from eg3d_rlhf.models.lora_settings import LoraConfig
-from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
@@ -111,9 +111,9 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
     )
     reward.to(device).eval().requires_grad_(False)
     settings = DistillSettings(
-        prompts=tuple(prompt.text for prompt in problem.PROMPTS),
+        prompts=tuple(prompt.text for prompt in box_prompts.PROMPTS),
         arms=("sds",),
-        scene=SceneConfig(assets=problem.SEEDS),
+        scene=SceneConfig(assets=box_prompts.SEEDS),
         loop=LoopConfig(batch=4) if tiny else LoopConfig(),
         guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
     )

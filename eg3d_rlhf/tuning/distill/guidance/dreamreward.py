@@ -4,69 +4,16 @@ distillation.
 Letters: A assets, V views, B = A V pictures.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, told
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, told
+from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings
+from eg3d_rlhf.tuning.distill.schedule import Streams
 
-DREAMREWARD = "DreamReward"
 ALONE = 1e6  # weight of the reward in the released code's last steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class DreamRewardSettings:
-    """How strong the reward's gradient is, where it is taken and where it goes."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
-    weight: Ramp = Ramp(0.3)
-    balance: str = knob(
-        "grad-norm",
-        "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
-        "printed losses as in DreamReward's code, or nothing.",
-        DREAMREWARD,
-        choices=("grad-norm", "digits", "none"),
-        rare=True,
-    )
-    ceiling: float | None = knob(
-        None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True
-    )
-    through: str = knob(
-        "latents",
-        "Where the reward's gradient goes: to the latents, or to the rendered pictures.",
-        DREAMREWARD,
-        choices=("latents", "images"),
-        rare=True,
-    )
-    x0_until: int = knob(
-        999,
-        "Largest time at which the estimate is scored; above, the render.",
-        DREAMREWARD,
-        low=-1,
-        high=999,
-        rare=True,
-    )
-    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0, rare=True)
-    reward_only_from: int | None = knob(
-        None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never", rare=True
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.through == "images" and self.balance == "grad-norm":
-            raise ValueError(
-                "--set through=images: expected latents with balance=grad-norm. Their norms do not compare;"
-                " use another."
-            )
-        if min(value for _, value in self.weight.knots()) < 0:
-            raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
 
 
 class DreamReward(Guided):
@@ -181,6 +128,3 @@ class DreamReward(Guided):
             return ALONE * d.views * ones
         distilled = float(0.5 * grad.square().sum() / len(grad))
         return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
-
-
-METHODS.add("dreamreward", Method(settings=DreamRewardSettings, guidance=DreamReward, noises=lambda s: 1))

@@ -31,11 +31,9 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.solid import Solid
 from eg3d_rlhf.tuning.distill.gradients import Balance
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
+from eg3d_rlhf.tuning.distill.ramps import Ramp
 from training.storage import read_meta
-
-GEOMETRY = "Geometry reward"  # title of the flags
 
 
 @runtime_checkable
@@ -108,29 +106,6 @@ def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
             weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight)
         )
     return dataclasses.replace(geometry, reward=dealt)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeometrySettings:
-    """How strongly, and from when on, a geometry reward pulls."""
-
-    geometry_weight: float = knob(
-        0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True
-    )
-    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
-    geometry_start: float = knob(
-        0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True
-    )
-    geometry_every: int = knob(
-        10,
-        "Steps between two looks at the shapes; the gradient stays the same in between.",
-        GEOMETRY,
-        low=1,
-        rare=True,
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 class ProgressiveGeometry:
