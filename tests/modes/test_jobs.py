@@ -26,7 +26,8 @@ try:
     import runpy
     runpy.run_module("eg3d_rlhf", run_name="__main__", alter_sys=True)
 except SystemExit:
-    print(sorted({"torch", "scipy", "numpy"} & set(sys.modules)), time.process_time(), file=sys.stderr)
+    heavy = {"torch", "scipy", "numpy", "PIL", "matplotlib"} & set(sys.modules)
+    print(sorted(heavy), time.process_time(), file=sys.stderr)
 """
 
 
@@ -44,14 +45,29 @@ QUICK = (  # other commands have settings in modules that import torch
     "train --reward=sigma --help-all",
     "generator inspect --help",
     "generator convert --help",
+    "train --mode=circular-dpo --help-all",
+    "train --mode=online --help-all",
+    "train --mode=grpo --help-all",
+    "train --mode=offline --help-all",
+    "train --mode=distill --help-all",
+    "train --mode=distill --prior=heads --help",
+    "reward latent --help",
+    "flow new --help",
+    "flow draw --help",
+    "flow tune --help",
+    "flow export --help",
+    "flow check --help",
 )
+WITH_NUMPY = ("label --help", "study --help", "flow label --help", "flow study --help")
 
 
-@pytest.mark.parametrize("arguments", [words.split() for words in QUICK], ids=" ".join)
-def test_help_loads_no_torch(arguments):
+@pytest.mark.parametrize("words", [*QUICK, *WITH_NUMPY])
+def test_help_loads_no_torch(words):
+    arguments = words.split()
     done = subprocess.run([sys.executable, "-c", QUIET, *arguments], cwd=REPO, capture_output=True, text=True)
     modules, seconds = re.fullmatch(r"\[(.*)\] ([\d.]+)", done.stderr.splitlines()[-1]).groups()
-    assert modules == "" and float(seconds) < 2  # 0.1 s on a quiet machine
+    allowed = "'numpy'" if words in WITH_NUMPY else ""
+    assert modules in ("", allowed) and float(seconds) < 2  # 0.1 s on a quiet machine
 
 
 @pytest.mark.parametrize("job", JOBS)
