@@ -17,12 +17,12 @@ from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_fla
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
+from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
-    from eg3d_rlhf.tuning.flow.workspace.tune import Tuning
     from training.distributed import Ranks
 
 PATH = click.Path(path_type=Path)
@@ -143,10 +143,8 @@ def shown_by_help(context: click.Context) -> list[object]:
 tune_command.resolved = shown_by_help
 
 
-def asked_of(flags: Flags, work: Work) -> "Tuning":
+def asked_of(flags: Flags, work: Work) -> Tuning:
     """The defaults of WORK's generator with what the flags change."""
-    from eg3d_rlhf.tuning.flow.workspace.tune import Tuning
-
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
     circular = replace(circular_settings(flags, default_settings(work.pipeline)), choosing=None)
     dpo = circular.human.dpo
@@ -166,7 +164,7 @@ def asked_of(flags: Flags, work: Work) -> "Tuning":
     )
 
 
-def run(work: Work, asked: "Tuning", flags: Flags, device: str, ranks: "Ranks") -> None:
+def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
     """One training, or what is left of it."""
     from eg3d_rlhf.experiments.run import Run, recorded
     from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
@@ -207,7 +205,7 @@ def run(work: Work, asked: "Tuning", flags: Flags, device: str, ranks: "Ranks") 
         click.echo((folder / f"{REPORT}.md").read_text())
 
 
-def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: "Tuning") -> "Strip | None":
+def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) -> "Strip | None":
     """Draws the first conditions to choose on; None where the family shows nothing, or none has answers."""
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 

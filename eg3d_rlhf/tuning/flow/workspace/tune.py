@@ -43,6 +43,7 @@ from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
+from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"
@@ -58,17 +59,6 @@ AWAY = (
     "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set"
     " loser_weight below 1, a lower --lr, a larger --set beta."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What is trained, and with what beside it."""
-
-    circular: CircularSettings  # `human` is how stages learn from people's pairs; the rest is the loop's
-    stages: tuple[str, ...] = ()  # none: all that have pairs
-    # stages before the last learn from what the one behind made better, in place of people's pairs
-    loop: bool = False
-    control: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
