@@ -15,19 +15,20 @@ from benchmarks.random_flows import RandomConditions, Size, build_stage
 from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
-from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.meshes.model import RewardCS
-from eg3d_rlhf.rewards.meshes.patches import MeshReader
-from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
+from eg3d_rlhf.rewards import box_prompts
+from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
+from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import Updates
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.estimate import pairs_of
 from training.distributed import SINGLE
 
@@ -110,9 +111,9 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
     )
     reward.to(device).eval().requires_grad_(False)
     settings = DistillSettings(
-        prompts=tuple(prompt.text for prompt in problem.PROMPTS),
+        prompts=tuple(prompt.text for prompt in box_prompts.PROMPTS),
         arms=("sds",),
-        scene=SceneConfig(assets=problem.SEEDS),
+        scene=SceneConfig(assets=box_prompts.SEEDS),
         loop=LoopConfig(batch=4) if tiny else LoopConfig(),
         guidance={"geometry_weight": _NO_WEIGHT, "geometry_weight_from": _NO_WEIGHT},
     )

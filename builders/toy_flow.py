@@ -18,7 +18,8 @@ from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.toy import pipeline as toy
 from eg3d_rlhf.tuning.flow.toy.bundled import FOLDER, StructureFlow, VoxelFlow, path_of, write_network
 from eg3d_rlhf.tuning.flow.toy.judges import Judged, LearnedReward, RewardTraining, fit, judge_drafts
-from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, STRUCTURE, VOXELS, ToyPipeline, draw_drafts
+from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline, draw_drafts
 
 
 @dataclass(frozen=True, kw_only=True)

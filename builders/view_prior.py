@@ -15,9 +15,10 @@ from builders import command
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.cli import GroupedCommand, options_of
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_cameras
-from eg3d_rlhf.rewards.boxes import PROMPTS, SIDES, modes
+from eg3d_rlhf.rewards.box_prompts import PROMPTS
+from eg3d_rlhf.rewards.boxes import SIDES, modes
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PIXEL_NOISE, TinyPrior, TinySizes, TinyUNet
-from eg3d_rlhf.tuning.distill.schedule import STEPS
+from eg3d_rlhf.tuning.distill.ramps import STEPS
 from training.config import check_knobs, knob
 
 TRAINING = "Training"

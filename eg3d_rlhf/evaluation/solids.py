@@ -35,8 +35,8 @@ from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
 from eg3d_rlhf.tuning.flow.training.online.solid import grid_of, rules_for
+from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from training.config import from_dict
 from training.progress import tqdm
 

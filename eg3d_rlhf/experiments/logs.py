@@ -18,9 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 TENSORBOARD = "tensorboard"
 NAMES = (TENSORBOARD, "wandb", "trackio")  # of packages, of extras, and as --log names them
 PROJECT = "eg3d-rlhf"
@@ -109,6 +106,9 @@ class Board:
         self.file.flush()
 
     def picture(self, name: str, path: Path, step: int) -> None:
+        import numpy as np
+        from PIL import Image
+
         with Image.open(path) as image:
             self.file.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 

@@ -4,12 +4,11 @@ as an ablation.
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
-from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_flags import (
@@ -28,19 +27,24 @@ from eg3d_rlhf.modes.flow_flags import (
     unset_option,
 )
 from eg3d_rlhf.modes.shared_flags import rare_option
-from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.circular import loop
-from eg3d_rlhf.tuning.flow.training.circular.ablation import ARMS, GROUPS, CircularRun, letters, work
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, supervised
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    ARMS,
+    GROUPS,
+    CircularRun,
+    CircularSettings,
+    LoopPairsConfig,
+    letters,
+    supervised,
+)
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
 
 
-def check_judges(flags: Flags, problem: Problem) -> None:
+def check_judges(flags: Flags, problem: "Problem") -> None:
     """Refuse flags of judging and of early stopping that a problem has no use for.
 
     Raises: ValueError naming them.
@@ -189,8 +193,12 @@ def shown_by_help(flags: Flags) -> list[object]:
     return [{"artefacts": run.artefacts}, *of_circular(run.circular), run]
 
 
-def open_circular(settings: CircularRun, run: Run) -> Problem:
+def open_circular(settings: CircularRun, run: "Run") -> "Problem":
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
+    from eg3d_rlhf.tuning.flow.base.stage import stage_of
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.training.circular import loop
+
     refuse_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)
     if isinstance(run.flags, Flags):
@@ -206,7 +214,15 @@ def open_circular(settings: CircularRun, run: Run) -> Problem:
     return problem
 
 
-def title(settings: CircularRun, problem: Problem) -> str:
+def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
+    """Do what is left to do of a run."""
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.training.circular import ablation
+
+    ablation.work(settings, problem, run, open_problem)
+
+
+def title(settings: CircularRun, problem: "Problem") -> str:
     named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
     what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"
@@ -216,7 +232,7 @@ CIRCULAR_DPO = Mode(
     name="circular-dpo",
     settings=CircularRun,
     open=open_circular,
-    work=lambda settings, problem, run: work(settings, problem, run, open_problem),
+    work=work,
     title=title,
     flags=together(artefact_flags, what_flags, train_flags, loop_flags, table_flags),
     resolve=resolve,

@@ -5,17 +5,14 @@ a comparison.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode, flag
-from eg3d_rlhf.experiments.run import Run, recorded_by
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.shared_flags import rare_option, whole_option
-from eg3d_rlhf.tuning.distill import outputs
 from eg3d_rlhf.tuning.distill.config import (
     ASSETS,
     METHOD,
@@ -26,12 +23,14 @@ from eg3d_rlhf.tuning.distill.config import (
     LoopConfig,
     SceneConfig,
 )
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometrySettings
+from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.methods import PRESETS, flat, owners, settings_of
-from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
-from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, open_scene
+from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from training.config import built, knobs_of
-from training.distributed import leave
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.distill.scene import Scene
 
 # The whole default run of each kind of prior. None: the method's own, or what must be said.
 KINDS = ("bundled", "bundled-unet", "heads", "files")
@@ -284,21 +283,29 @@ def refuse(given: Mapping, methods: set[str], shaped: bool, kind: str) -> None:
         )
 
 
-def open_run(run_settings: DistillRun, run: Run) -> Scene:
+def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
     """What a run works on. Raises: ValueError, OSError."""
+    import torch
+
+    from eg3d_rlhf.tuning.distill.scene import open_scene
+
     scene = open_scene(run_settings.settings, torch.device(run.device))
     run.inputs = dict(scene.inputs)
     return scene
 
 
-def title(run_settings: DistillRun, scene: Scene) -> str:
+def title(run_settings: DistillRun, scene: "Scene") -> str:
     """Of the run's folder."""
     settings = run_settings.settings
     arms = "compare" if len(settings.arms) > 1 else settings.arms[0]
     return f"distill-{Path(settings.scene.prior).stem}-{arms}"
 
 
-def work(run_settings: DistillRun, scene: Scene, run: Run) -> None:
+def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
+    from eg3d_rlhf.tuning.distill import outputs
+    from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
+    from training.distributed import leave
+
     settings = run_settings.settings
     if run.ranks.main:
         pairs = len(settings.pairs())
@@ -314,6 +321,8 @@ def work(run_settings: DistillRun, scene: Scene, run: Run) -> None:
 
 def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
     """The run of a folder. Raises: FileNotFoundError, ValueError for another folder."""
+    from eg3d_rlhf.experiments.run import recorded_by
+
     record = recorded_by(folder, "distill")
     return DistillRun(settings=DistillSettings.of(record["settings"]), show=record["show"])
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.models.weights import shapes
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
     EmbedsText,
@@ -93,6 +92,8 @@ def memory_of(root: Path | None) -> Iterator[str]:
 
 def faults(network: Network) -> list[str]:
     """What does not fit, a line each: missing, unexpected and misshapen tensors, the first eight of them."""
+    from eg3d_rlhf.models.weights import shapes
+
     if not network.found:
         return (
             []

@@ -4,11 +4,11 @@ run have: see `eg3d_rlhf.core.cli.HelpValues`.
 
 from typing import Any
 
-from eg3d_rlhf.models.lora import LoraConfig
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
-from eg3d_rlhf.tuning.flow.training.offline.offline_arms import OfflineRun
-from eg3d_rlhf.tuning.flow.training.online.online_arms import DPO, OnlineRun, divided
+from eg3d_rlhf.models.lora_settings import LoraConfig
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
+from eg3d_rlhf.tuning.flow.training.offline.settings import OfflineRun
+from eg3d_rlhf.tuning.flow.training.online.settings import DPO, OnlineRun, divided
+from eg3d_rlhf.tuning.flow.training.settings import ArmsRun
 
 
 def of_circular(settings: CircularSettings) -> list[object]:

@@ -1,15 +1,17 @@
 """`eg3d-rlhf flow draw`: assets of WORK's generator, to compare."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn, drawing_of
 from eg3d_rlhf.tuning.flow.workspace.work import BASE, SHOWN, TEST, Work
-from training.progress import tqdm
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn
 
 AGAIN = "The same command"
 work_argument = click.argument("folder", metavar="WORK", type=FOLDER)
@@ -58,6 +60,8 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
     Example:
         eg3d-rlhf flow draw WORK
     """
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+
     work = Work.open(folder)
     family = work.check_pipeline()
     with running(device, timeout, AGAIN) as ranks:
@@ -74,8 +78,10 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
     click.echo(f"next: eg3d-rlhf flow label {folder}")
 
 
-def drawn_with_bar(drawing: Drawing) -> Drawn:
+def drawn_with_bar(drawing: "Drawing") -> "Drawn":
     """Draw, with the time that is left."""
+    from training.progress import tqdm
+
     total = len(drawing.jobs)
     with tqdm(
         total=total,
@@ -88,7 +94,7 @@ def drawn_with_bar(drawing: Drawing) -> Drawn:
     return done
 
 
-def lines_of(drawing: Drawing, drawn: Drawn) -> list[str]:
+def lines_of(drawing: "Drawing", drawn: "Drawn") -> list[str]:
     """Return the lines that say what was drawn and left out."""
     lines = [f"{drawn.count} assets in {drawing.folder}"]
     if drawn.left_out:

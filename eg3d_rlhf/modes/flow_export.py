@@ -8,10 +8,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, option
-from eg3d_rlhf.experiments.run import recorded
-from eg3d_rlhf.models.policies import ADAPTER, CONFIG, META, link
 from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json
-from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
@@ -53,6 +50,9 @@ def export_command(
         eg3d-rlhf flow export WORK --out=ADAPTERS --adapter
         eg3d-rlhf flow export runs/00000-a runs/00001-b --out=TUNED
     """
+    from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
+    from eg3d_rlhf.tuning.flow.base.export import export
+
     root, tuned = tuned_of(sources, name, root, weights)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: expected a new folder, got {out} with files in it. Name another.")
@@ -79,6 +79,9 @@ def tuned_of(
     sources: Sequence[Path], name: str | None, given: Path | None, weights: Sequence[str]
 ) -> tuple[Path, dict[str, Path]]:
     """The generator that was tuned, and its tuned weights by stage. Raises: FileNotFoundError, ValueError."""
+    from eg3d_rlhf.experiments.run import recorded
+    from eg3d_rlhf.models.policies import META
+
     roots = [] if given is None else [given]
     found = list[tuple[str, Path]]()
     for source in sources:

@@ -5,24 +5,23 @@ offline.py, flow_tune.py and latent_reward.py.
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
-from eg3d_rlhf.experiments.run import OPTIONS, Run, recorded_by
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
-from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
-from eg3d_rlhf.tuning.flow.families.opening import check_source
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsRun, Opened, work
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig, Weighing
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.families.sources import check_source
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings, LoopPairsConfig, Weighing
+from eg3d_rlhf.tuning.flow.training.settings import ArmsRun, DpoConfig, TrainConfig
 from training.config import from_dict
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
 Source = TypeVar("Source", bound=ProblemSource)
 WHAT = "What is trained"
@@ -65,9 +64,13 @@ def source_of(kind: type[Source], flags: Flags) -> Source:
 
 def reader_of(kind: type, mode: str) -> Callable[[Path, Flags, Any], Any]:
     """Make a Mode's `recorded`: it reads settings of a kind from a run folder of the mode."""
-    return lambda folder, flags, ranks: from_dict(
-        kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS)
-    )
+
+    def recorded(folder: Path, flags: Flags, ranks: Any) -> Any:
+        from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
+
+        return from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
+
+    return recorded
 
 
 EARLY = ("held_out_every", "patience", "max_drop")
@@ -242,7 +245,7 @@ def names_of(flags: Flags) -> tuple[str, ...]:
     return tuple(name.strip() for name in flags["arms"].split(","))
 
 
-def record(mode: str, settings: ArmsRun, opened: Opened) -> dict:
+def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
     """Make the record of a run folder: the settings and what they opened."""
     problem, labelled = opened
     labels = {} if labelled is None else {"labels": labelled.identity}
@@ -253,8 +256,8 @@ def mode_of_arms(
     name: str,
     kind: type[ArmsRun],
     title: Callable[[Any], str],
-    open: Callable[[Any, str], Opened],
-    check: Callable[[Any, Opened, Run], None],
+    open: "Callable[[Any, str], Opened]",
+    check: "Callable[[Any, Opened, Run], None]",
     **more: Any,
 ) -> Mode:
     """Make a mode that trains arms.
@@ -265,13 +268,18 @@ def mode_of_arms(
         needs. more: see Mode.
     """
 
-    def opened(settings: ArmsRun, run: Run) -> Opened:
+    def opened(settings: ArmsRun, run: "Run") -> "Opened":
         refuse_torchrun(len(settings.arms) * len(settings.training_seeds) > 1, "--arms, --seeds")
         opened = open(settings, run.device)
         check(settings, opened, run)
         return opened
 
-    def titled(settings: ArmsRun, opened: Opened) -> str:
+    def work(settings: ArmsRun, opened: "Opened", run: "Run") -> None:
+        from eg3d_rlhf.tuning.flow.training import arm_runs
+
+        arm_runs.work(settings, opened, run, open)
+
+    def titled(settings: ArmsRun, opened: "Opened") -> str:
         generator = Path(settings.source.pipeline).name
         return f"{settings.NAME}-{title(settings)}-{generator}-{settings.stage_in(opened[0]).name}"
 
@@ -279,7 +287,7 @@ def mode_of_arms(
         name=name,
         settings=kind,
         open=opened,
-        work=lambda settings, opened, run: work(settings, opened, run, open),
+        work=work,
         title=titled,
         record=lambda settings, opened: record(name, settings, opened),
         recorded=reader_of(kind, name),

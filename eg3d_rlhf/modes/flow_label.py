@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,11 +11,11 @@ from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, optio
 from eg3d_rlhf.modes.flow_draw import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
-from eg3d_rlhf.people.label.entities import CampaignSettings, StoredCampaign
-from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
-from eg3d_rlhf.tuning.flow.workspace.sample_scores import REWARD, check_trained, latent_ensemble
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work import REWARD, Work
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.entities import StoredCampaign
 
 SECONDS = 8  # that an answer takes
 
@@ -57,6 +58,8 @@ def label(
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
+    from eg3d_rlhf.tuning.flow.workspace.sample_scores import check_trained, latent_ensemble
+
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
@@ -104,7 +107,7 @@ def tuning_on(work: Work, campaign: str) -> str:
     return f"eg3d-rlhf label export {file} --kind=asset-pairs --db={work.database} && {tune} --labels={file}"
 
 
-def check_same(stored: StoredCampaign, asked: Mapping, given: set[str]) -> None:
+def check_same(stored: "StoredCampaign", asked: Mapping, given: set[str]) -> None:
     """Raise ValueError for a flag that differs from what the stored campaign was planned with."""
     planned = stored.settings.extra[launch.FLAGS]
     for flag in sorted(given & set(asked)):
@@ -117,6 +120,9 @@ def check_same(stored: StoredCampaign, asked: Mapping, given: set[str]) -> None:
 
 def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
     """A campaign on what was drawn, as the labelling tool plans it."""
+    from eg3d_rlhf.people.label.entities import CampaignSettings
+    from eg3d_rlhf.people.label.pairing import PairingOptions
+
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     assets = str(work.drawn().resolve())

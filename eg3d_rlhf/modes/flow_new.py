@@ -4,15 +4,13 @@ go on.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, file_hash, option
-from eg3d_rlhf.models.policies import link
 from eg3d_rlhf.modes.flow_check import faults, licences, rows
 from eg3d_rlhf.modes.shared_flags import FOLDER, PATH, file_option, rare_option
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, Conditions, read_conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.family import (
     EmbedsImages,
     EmbedsText,
@@ -21,10 +19,14 @@ from eg3d_rlhf.tuning.flow.base.family import (
     ListsNetworks,
     sized_stages,
 )
-from eg3d_rlhf.tuning.flow.base.problem import PRECISIONS, chosen_precision
+from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
-from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 
 # files of pictures, and of what may lie beside one under its name
 PICTURES = (".png", ".webp")
@@ -96,6 +98,10 @@ def new(
     Example:
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --pictures=PICTURES
     """
+    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditions, write_conditions
+    from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
+    from training.storage import write_atomic
+
     if (folder / FILE).exists():
         raise ValueError(
             f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
@@ -186,7 +192,7 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
 
 
 def takes(
-    family: FlowFamily, root: Path, device: torch.device, precision: str, batches: Sequence[int]
+    family: FlowFamily, root: Path, device: "torch.device", precision: str, batches: Sequence[int]
 ) -> Iterator[str]:
     """Memory and time of drawing and of an update on this device.
 
@@ -215,7 +221,7 @@ def takes(
 
 
 def conditions_of(
-    family: FlowFamily, prompts: Path | None, pictures: Path | None, given: Conditions | None = None
+    family: FlowFamily, prompts: Path | None, pictures: Path | None, given: "Conditions | None" = None
 ) -> dict[str, Path | None]:
     """Names of conditions, with the files of pictures.
 
@@ -289,6 +295,8 @@ def pictures_in(folder: Path) -> dict[str, Path]:
 
 def copy_pictures(folder: Path, names: Mapping[str, Path | None]) -> None:
     """Into WORK/inputs, with the maps of points beside them."""
+    from eg3d_rlhf.models.policies import link
+
     for path in names.values():
         assert path is not None
         for source in (path, path.with_suffix(MAPS)):
@@ -296,8 +304,10 @@ def copy_pictures(folder: Path, names: Mapping[str, Path | None]) -> None:
                 link(source, folder / source.name)
 
 
-def chosen(work: Work, device: torch.device) -> Iterator[str]:
+def chosen(work: Work, device: "torch.device") -> Iterator[str]:
     """What was chosen, and how to go on."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield from rows("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
     count = work.each * len(work.names(*SHOWN))

@@ -15,12 +15,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
-from eg3d_rlhf.experiments.media.rendering import png
-from eg3d_rlhf.experiments.media.sheet import Row, sheet
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.modes.flow_draw import (
@@ -34,14 +33,10 @@ from eg3d_rlhf.modes.flow_draw import (
 from eg3d_rlhf.modes.shared_flags import count_option, name_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
-from eg3d_rlhf.people.study import planning as studies
-from eg3d_rlhf.people.study.analysis import sort_rows
-from eg3d_rlhf.people.study.design import read_sides, stopped
-from eg3d_rlhf.tuning.flow.base.ranking import RANKING
-from eg3d_rlhf.tuning.flow.workspace.sample_strips import picture
-from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 from eg3d_rlhf.tuning.flow.workspace.work import TEST, Work
-from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.study import planning as studies
 
 FILE = "study.json"
 PICTURES = "pictures.png"
@@ -73,6 +68,8 @@ class Study:
     @classmethod
     def of(cls, work: Work, tune: Path, again: bool) -> "Study":
         """The latest of a training, or a new one."""
+        from training.storage import write_atomic
+
         there = [study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name]
         if there and not again:
             return there[-1]
@@ -80,13 +77,19 @@ class Study:
         write_atomic(made.folder / FILE, (json.dumps({"tune": made.tune}) + "\n").encode())
         return made
 
-    def contest(self, against: str) -> studies.Folder:
+    def contest(self, against: str) -> "studies.Folder":
+        from eg3d_rlhf.people.study import planning as studies
+
         return studies.Folder(self.folder / against)
 
     def answered(self, against: str) -> tuple[int, int] | None:
         """Of one contest: trials that were answered, and that there are; None before it is designed. Over
         where both are equal.
         """
+        from eg3d_rlhf.people.study import planning as studies
+        from eg3d_rlhf.people.study.analysis import sort_rows
+        from eg3d_rlhf.people.study.design import stopped
+
         if not self.contest(against).design.is_file():
             return None
         design, rows = studies.study_rows(self.contest(against))
@@ -136,6 +139,8 @@ def study(
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
+    from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
+
     check_extra(EXTRA)
     work = Work.open(folder)
     training = work.training(tune)
@@ -192,6 +197,8 @@ def serve(
     server: Mapping[str, object],
 ) -> None:
     """Serve the contest that is named, or the first that is not over."""
+    from eg3d_rlhf.people.study.design import read_sides
+
     contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
     states = {name: study.answered(name) for name in contests}
     still = [name for name, state in states.items() if state is None or state[0] < state[1]]
@@ -251,6 +258,12 @@ def tell_report(work: Work, study: Study, against: str | None, interim: bool) ->
 
 def draw_pictures(work: Work, study: Study) -> Path:
     """Assets of evenly spaced test conditions, one noise for a column. Returns: the file."""
+    from eg3d_rlhf.experiments.media.rendering import png
+    from eg3d_rlhf.experiments.media.sheet import Row, sheet
+    from eg3d_rlhf.tuning.flow.base.ranking import RANKING
+    from eg3d_rlhf.tuning.flow.workspace.sample_strips import picture
+    from training.storage import write_atomic
+
     number = study.tune.rpartition("-")[2]
     arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
     files = {

@@ -5,26 +5,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, running
-from eg3d_rlhf.experiments.run import Run, recorded
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
-from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import FREE
-from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
-from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
-from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, Tuning, tune
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
+from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
-from training.distributed import Ranks
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
+    from training.distributed import Ranks
 
 LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
 LOOP_ONLY = (
@@ -146,8 +147,12 @@ def asked_of(flags: Flags, work: Work) -> Tuning:
     )
 
 
-def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> None:
+def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
     """One training, or what is left of it."""
+    from eg3d_rlhf.experiments.run import Run, recorded
+    from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
+    from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
+
     family = work.check_pipeline()
     where = choose_device(device) if ranks.world == 1 else ranks.device
     encoding = flags.of(EncodingSource)
@@ -183,8 +188,10 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: Ranks) -> N
         click.echo((folder / f"{REPORT}.md").read_text())
 
 
-def strip_of(work: Work, family: FlowFamily, problem: Problem, asked: Tuning) -> Strip | None:
+def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) -> "Strip | None":
     """Draws the first conditions to choose on; None where the family shows nothing, or none has answers."""
+    from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
+
     names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][
         : asked.circular.human.samples
     ]
@@ -200,6 +207,8 @@ def folder_of(work: Work, record: dict) -> Path:
     """The last training of WORK where it is the same but for what may change, which then goes on, else a new
     one.
     """
+    from eg3d_rlhf.experiments.run import recorded
+
     there = work.numbered("tune")
     asked = decided(record)
     if there and asked.items() <= decided(recorded(there[-1])).items():
@@ -209,6 +218,8 @@ def folder_of(work: Work, record: dict) -> Path:
 
 def decided(record: Mapping) -> dict:
     """What decides a training's result."""
+    from eg3d_rlhf.tuning.flow.training.trainer import FREE
+
     return {
         name: decided(value) if isinstance(value, Mapping) else value
         for name, value in record.items()

@@ -1,20 +1,18 @@
 """The job that teaches a reward to read a stage's latents, and holds it against one of finished assets."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
-from eg3d_rlhf.experiments.table import markdown_rows
 from eg3d_rlhf.modes.flow_flags import source_of
 from eg3d_rlhf.modes.shared_flags import count_option, file_option, name_option, shared, whole_option
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
-from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT, Beside, compared
-from eg3d_rlhf.tuning.flow.training.latent_reward import save
-from training.progress import tqdm
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import Beside
 
 
 @click.command("latent", cls=GroupedCommand)
@@ -36,6 +34,12 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
     Example:
         eg3d-rlhf reward latent --pipeline=toy --out=runs/latent.safetensors
     """
+    from eg3d_rlhf.tuning.flow.base.stage import stage_of
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import compared
+    from eg3d_rlhf.tuning.flow.training.latent_reward import save
+    from training.progress import tqdm
+
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
     problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
@@ -50,7 +54,10 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
     )
 
 
-def markdown(beside: Beside) -> list[str]:
+def markdown(beside: "Beside") -> list[str]:
+    from eg3d_rlhf.experiments.table import markdown_rows
+    from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT
+
     rows = []
     for kind, found in beside.kinds.items():
         accuracy = "{:.3f} [{:.3f}, {:.3f}]".format(*found.accuracy)

@@ -4,12 +4,11 @@ latents.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
-from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_defaults import of_offline
 from eg3d_rlhf.modes.flow_flags import (
@@ -26,27 +25,26 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
 )
 from eg3d_rlhf.modes.shared_flags import PATH
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
-from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.singles import Labelled, read_labelled
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
-from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.offline.offline_arms import (
+from eg3d_rlhf.tuning.flow.training.offline.settings import (
     ARMS,
     DPO,
     LABELS,
+    LOSSES,
+    NFT,
     OWN_KINDS,
     OfflineRun,
     OfflineSource,
+    SinglesConfig,
 )
-from eg3d_rlhf.tuning.flow.training.offline.train_singles import LOSSES, NFT, SinglesConfig, check_singles
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import StageTraining
-from training.progress import tqdm
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, StageTraining, TrainConfig
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.base.singles import Labelled
+    from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
 # The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
 # the table does not use.
@@ -140,8 +138,11 @@ def resolve(flags: Flags) -> OfflineRun:
     )
 
 
-def open_offline(settings: OfflineRun, device: str) -> Opened:
+def open_offline(settings: OfflineRun, device: str) -> "Opened":
     """Open the problem and the labelled assets of a run; see mode_of_arms."""
+    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+
     source = settings.source
     if settings.assets is not None and source.pairs is None and source.conditions is None:
         folder = Path(settings.assets)
@@ -150,8 +151,11 @@ def open_offline(settings: OfflineRun, device: str) -> Opened:
     return problem, labelled_of(settings, problem)
 
 
-def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
+def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
     """Read the assets and their labels, or take the toy's."""
+    from eg3d_rlhf.tuning.flow.base.singles import read_labelled
+    from training.progress import tqdm
+
     if settings.assets is None:
         if problem.labelled is None:
             raise ValueError(
@@ -166,8 +170,11 @@ def labelled_of(settings: OfflineRun, problem: Problem) -> Labelled:
         return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
 
 
-def check_opened(settings: OfflineRun, opened: Opened, run: Run) -> None:
+def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
     """Raise ValueError where a problem and its labels lack what the run needs."""
+    from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
+    from eg3d_rlhf.tuning.flow.training.offline.train_singles import check_singles
+
     if settings.labels is not None and settings.labels not in OWN_KINDS:
         run.inputs["labels"] = Path(settings.labels)
     bench = settings.bench(opened, settings.training_seeds[0])

@@ -1,11 +1,11 @@
 """`train.py --mode=online`: online tuning of a stage by rewards; `--mode=grpo` is its preset of one loss."""
 
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
-from eg3d_rlhf.experiments.run import Run
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_defaults import of_online
 from eg3d_rlhf.modes.flow_flags import (
@@ -22,15 +22,23 @@ from eg3d_rlhf.modes.flow_flags import (
     tuned_as,
     tuning_flags,
 )
-from eg3d_rlhf.tuning.flow.base.evaluation import TABLE, Choosing, Judging
-from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource, Opened
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.online.config import ON_LATENTS, OnlineConfig
-from eg3d_rlhf.tuning.flow.training.online.online_arms import ARMS, KINDS, Losses, OnlineRun, divided, weighed
-from eg3d_rlhf.tuning.flow.training.online.online_arms import OWN as OWN_REWARD
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
-from eg3d_rlhf.tuning.flow.training.trainer import StageTraining
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.training.online.settings import (
+    ARMS,
+    KINDS,
+    ON_LATENTS,
+    Losses,
+    OnlineConfig,
+    OnlineRun,
+    divided,
+    weighed,
+)
+from eg3d_rlhf.tuning.flow.training.online.settings import OWN as OWN_REWARD
+from eg3d_rlhf.tuning.flow.training.settings import ArmsSource, DpoConfig, StageTraining, TrainConfig
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.experiments.run import Run
+    from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
 # The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge
 # on CHOOSING, by training seed 20, which no table uses.
@@ -228,12 +236,14 @@ def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
     return replace(config, **changes)
 
 
-def open_online(settings: OnlineRun, device: str) -> Opened:
+def open_online(settings: OnlineRun, device: str) -> "Opened":
     """Open the problem of a run; see mode_of_arms."""
+    from eg3d_rlhf.tuning.flow.families.opening import open_problem
+
     return open_problem(settings.source, device), None
 
 
-def check_opened(settings: OnlineRun, opened: Opened, run: Run) -> None:
+def check_opened(settings: OnlineRun, opened: "Opened", run: "Run") -> None:
     """Raise ValueError where a problem lacks what the run needs."""
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in settings.arms:

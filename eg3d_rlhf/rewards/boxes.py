@@ -16,7 +16,6 @@ Letters: A assets, V = 4 views, B = A V, K modes, N voxels per edge, R = 16 pixe
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import four_views
+from eg3d_rlhf.rewards.box_prompts import PROMPTS, Prompt, Side, prompt_of
 
 RESOLUTION = 16
 SIDES = 4
@@ -66,76 +66,6 @@ _EMBLEMS: dict[str, Inside] = {  # 6 x 6 voxels at most: those beside it belong 
     "left half": lambda u, v: (u < 7.5) & (u > 4.5) & ((v - 7.5).abs() < 2.6),
     "right half": lambda u, v: (u > 7.5) & (u < 10.5) & ((v - 7.5).abs() < 2.6),
 }
-
-
-@dataclass(frozen=True)
-class Side:
-    """What one side shows: a nose of a colour and eyes, an emblem of a colour, or nothing."""
-
-    nose: str | None = None
-    emblem: tuple[str, str] | None = None  # name, colour
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and its two modes; the first is the face, or the preferred emblem."""
-
-    text: str
-    kind: str  # "janus" or "mode"
-    body: str  # colour
-    sides: tuple[Side, Side]
-
-
-def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
-    text = f"a {body} box, each side with a {first[1]} {first[0]} rather than a {second[1]} {second[0]}"
-    return Prompt(text, "mode", body, (Side(emblem=first), Side(emblem=second)))
-
-
-_HUES = ("red", "green", "blue", "yellow")
-PROMPTS: tuple[Prompt, ...] = (
-    *(
-        Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
-        for body, nose in [
-            ("white", "red"),
-            ("white", "green"),
-            ("white", "blue"),
-            ("grey", "red"),
-            ("grey", "green"),
-            ("grey", "blue"),
-            ("grey", "yellow"),
-            ("yellow", "red"),
-            ("yellow", "blue"),
-            ("blue", "red"),
-            ("green", "yellow"),
-        ]
-    ),
-    *(
-        _mode("grey", ("disc", a), ("disc", b))
-        for a, b in [("red", "blue"), ("green", "red"), ("blue", "green")]
-    ),
-    *(_mode("grey", ("upright bar", hue), ("level bar", hue)) for hue in _HUES),
-    *(_mode("grey", ("left half", hue), ("right half", hue)) for hue in _HUES),
-)
-SEEDS = 5  # of each prompt: 22 x 5 = 110 pairs, as many as GPTEval3D's prompts
-_BY_TEXT = {prompt.text: prompt for prompt in PROMPTS}
-
-
-def prompt_of(text: str) -> Prompt:
-    """The prompt of a text. Raises: ValueError for one that the problem does not know."""
-    if text not in _BY_TEXT:
-        example = PROMPTS[0].text
-        raise ValueError(
-            f"--prompt: expected one of the test problem's {len(PROMPTS)} prompts, got {text!r}. The first is"
-            f" {example!r}."
-        )
-    return _BY_TEXT[text]
-
-
-def pairs(seeds: int = SEEDS) -> list[tuple[str, int]]:
-    """(prompt, seed) of the default problem, kinds in turn so that any first part holds both."""
-    half = len(PROMPTS) // 2
-    order = [PROMPTS[i // 2 + half * (i % 2)] for i in range(len(PROMPTS))]
-    return [(prompt.text, seed) for seed in range(seeds) for prompt in order]
 
 
 @functools.cache

@@ -23,7 +23,8 @@ from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.compat.making import Maker, as_the_references, norm_of, on
 from tests.models.published_names import published
 

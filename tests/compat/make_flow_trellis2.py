@@ -24,7 +24,8 @@ from eg3d_rlhf.tuning.flow.families import trellis2 as family
 from eg3d_rlhf.tuning.flow.families import trellis2_assets as surfaces
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.compat.making import Maker, as_the_references, norm_of, on
 from tests.compat.test_family_trellis2 import sampling_of
 from tests.tuning.flow.families.trellis2.tiny_trellis2 import MODELS, PIPELINE, STRUCTURE

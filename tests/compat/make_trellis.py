@@ -23,7 +23,8 @@ from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, Structu
 from eg3d_rlhf.models.trellis.sparse_conv import downsample
 from eg3d_rlhf.tuning.flow.base.sampling import trajectory
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.compat.making import Maker, as_the_references, json_bytes, norm_of, on
 
 PATH = FlowPath(sigma_min=1e-5)

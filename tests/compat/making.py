@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import shared_copy, write_adapter
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis import blocks

@@ -28,7 +28,8 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate, guides, times, traject
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     at_least,

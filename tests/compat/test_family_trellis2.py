@@ -32,7 +32,8 @@ from eg3d_rlhf.tuning.flow.families import trellis2 as family
 from eg3d_rlhf.tuning.flow.families import trellis2_assets as assets
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, find_model
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import (
     cases,

@@ -13,7 +13,8 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, feats_of, spread, with_feats
 from eg3d_rlhf.tuning.flow.base.sampling import sample, trajectory
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.compat.absent import some
 from tests.compat.reference import array_names
 from tests.compat.trellis_reference import (

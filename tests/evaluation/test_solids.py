@@ -13,7 +13,7 @@ from eg3d_rlhf.evaluation import solids as report
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
 from eg3d_rlhf.modes.report_shapes import solid
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
+from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from tests.rejections import raising
 from tests.tuning.flow.tiny_points import write_folder
 

@@ -10,14 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eg3d_rlhf.models import lora
-from eg3d_rlhf.models.lora import (
-    LoraConfig,
-    LoraLinear,
-    adapters_off,
-    add_lora,
-    lora_parameters,
-    merged_state,
-)
+from eg3d_rlhf.models.lora import LoraLinear, adapters_off, add_lora, lora_parameters, merged_state
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import feats_of
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake
 from tests.rejections import raising

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, adapter_state, add_lora, merged_state
+from eg3d_rlhf.models.lora import adapted_layers, adapter_state, add_lora, merged_state
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import (
     ADAPTER,
     CONFIG,

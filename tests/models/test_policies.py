@@ -9,7 +9,8 @@ import os
 import pytest
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig, adapted_layers, add_lora
+from eg3d_rlhf.models.lora import adapted_layers, add_lora
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import META, save_policy, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import feats_of
 from tests.models.adaptable_flow import AdaptableFlow, inputs, shake

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig, add_lora
+from eg3d_rlhf.models.lora import add_lora
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.models.trellis.blocks import convert_torso
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig

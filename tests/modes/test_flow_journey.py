@@ -21,7 +21,7 @@ from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_condi
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, SHAPES
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES
 from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, SHOWN, TEST, TRAIN, Work
 from tests.modes.flow_works import (

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from eg3d_rlhf.experiments.media.sheet import MARGIN
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.modes.flow_study import SIDE
 from eg3d_rlhf.people.label.entities import Choice

@@ -20,7 +20,8 @@ from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, Pl
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
-from eg3d_rlhf.tuning.flow.toy.pipeline import COLOURS, ToyAsset, ToyPipeline
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS
+from eg3d_rlhf.tuning.flow.toy.pipeline import ToyAsset, ToyPipeline
 from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, splits_of
 from eg3d_rlhf.tuning.flow.workspace.sample_strips import SIDE
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of

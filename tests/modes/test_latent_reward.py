@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from click.testing import CliRunner
 
-from eg3d_rlhf.modes import latent_reward
 from eg3d_rlhf.modes.jobs import main
+from eg3d_rlhf.tuning.flow.families import opening
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training import latent_reward as networks
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward
@@ -18,7 +18,7 @@ def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     problem = toy_problem(pairs_per_condition=1)
     problem = replace(problem, held_out_conditions=problem.held_out_conditions[:8])
     monkeypatch.setattr(networks, "MEMBERS", 2)
-    monkeypatch.setattr(latent_reward, "open_problem", lambda source, device: problem)
+    monkeypatch.setattr(opening, "open_problem", lambda source, device: problem)
     path = tmp_path / "latent.safetensors"
     result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=2"])
     assert result.exit_code == 0, result.output

@@ -9,14 +9,15 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.generators.assets.views import FourViews
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.rejections import raising
 from tests.tuning.distill.problem_runs import BLACK, exact_prior, heads, shares
 
-HEAD = problem.PROMPTS[0]
-BOX = problem.PROMPTS[14]
+HEAD = box_prompts.PROMPTS[0]
+BOX = box_prompts.PROMPTS[14]
 FACES = torch.tensor(
     [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.float32
 )
@@ -27,10 +28,10 @@ def pictures(asset):
 
 
 def test_first_pairs_are_of_both_kinds_and_prompts_known():
-    kinds = [problem.prompt_of(text).kind for text, _ in problem.pairs()]
+    kinds = [box_prompts.prompt_of(text).kind for text, _ in box_prompts.pairs()]
     assert kinds.count("janus") == kinds.count("mode") == 55 and kinds[:6].count("janus") == 3
     with raising("--prompt"):
-        problem.prompt_of("a cat")
+        box_prompts.prompt_of("a cat")
 
 
 def test_what_a_side_shows_is_no_other_sides_business():
@@ -78,7 +79,7 @@ def test_the_prior_knows_the_prompts_and_looks_at_one_side():
     head = pictures(problem.build(HEAD, FACES))
     x = prior.encode(head)
     fits, other = (
-        prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, problem.PROMPTS[7])
+        prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, box_prompts.PROMPTS[7])
     )
     assert (fits > other + 20).all() and torch.allclose(prior.decode(x), head, atol=1e-6)
     t = torch.full((len(x),), 300)

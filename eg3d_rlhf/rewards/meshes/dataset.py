@@ -29,9 +29,9 @@ from eg3d_rlhf.preferences import BAD, GOOD
 from eg3d_rlhf.preferences.dataset import Splits
 from eg3d_rlhf.preferences.labels import jsonl_records
 from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference, split_unpaired
-from eg3d_rlhf.rewards.boxes import FLOOR, PROMPTS, build, nose_voxels, side_axes
-from eg3d_rlhf.rewards.meshes.patches import patches_of, stacked
-from eg3d_rlhf.rewards.meshes.settings import PatchOptions
+from eg3d_rlhf.rewards.box_prompts import PROMPTS
+from eg3d_rlhf.rewards.boxes import FLOOR, build, nose_voxels, side_axes
+from eg3d_rlhf.rewards.meshes.patches import PatchOptions, patches_of, stacked
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, closed_level, cube, net_mesh, signed_volume
 from training.phases import derive_seed
 

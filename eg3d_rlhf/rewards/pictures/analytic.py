@@ -16,7 +16,8 @@ import torch
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.interfaces import Modality, RewardModel
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.rewards.boxes import RESOLUTION, SIDES, modes_of, nose_voxels, prompt_of
+from eg3d_rlhf.rewards.box_prompts import prompt_of
+from eg3d_rlhf.rewards.boxes import RESOLUTION, SIDES, modes_of, nose_voxels
 
 # slope of the soft "this view is a face" in the difference of squared distances over that of the modes
 _SHARP = 6.0

@@ -22,7 +22,8 @@ import torch
 from eg3d_rlhf.experiments.media.rendering import png, tile
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FourViews
-from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, modes_of, noses, prompt_of
+from eg3d_rlhf.rewards.box_prompts import prompt_of
+from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, modes_of, noses
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 # (pictures [V, C, h, w], prompt, questions) -> a line for each

@@ -6,12 +6,14 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.core.interfaces import Guidance
 from eg3d_rlhf.core.registry import Registry
-from eg3d_rlhf.tuning.distill.schedule import Ramp, TimeWindow
+from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
 from training.config import built, check_knobs, knob
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.core.interfaces import Guidance
 
 ASSETS = "What is made"
 REAL = "With a prior from files"
@@ -27,7 +29,7 @@ class Method:
     """How assets are made: what a method's module adds to METHODS, and its presets to `methods.PRESETS`."""
 
     settings: type  # a dataclass of knobs
-    guidance: Callable[..., Guidance]  # (prior, settings, views=, streams=, and what the next two say)
+    guidance: "Callable[..., Guidance]"  # (prior, settings, views=, streams=, and what the next two say)
     noises: Callable[[Any], int]  # per step and picture, of its settings
     rewarded: bool = True  # takes reward=
     judged: bool = False  # takes judge=: a judge of pairs may rank in the reward's place
@@ -36,12 +38,12 @@ class Method:
 METHODS: Registry[Method] = Registry(
     "--method",
     {
-        "sds": "eg3d_rlhf.tuning.distill.guidance.sds",
-        "dreamdpo": "eg3d_rlhf.tuning.distill.guidance.dreamdpo",
-        "rewardsds": "eg3d_rlhf.tuning.distill.guidance.rewardsds",
-        "dreamreward": "eg3d_rlhf.tuning.distill.guidance.dreamreward",
-        "psd": "eg3d_rlhf.tuning.distill.guidance.psd",
-        "best-of-n": "eg3d_rlhf.tuning.distill.guidance.sds",
+        "sds": "eg3d_rlhf.tuning.distill.methods",
+        "dreamdpo": "eg3d_rlhf.tuning.distill.methods",
+        "rewardsds": "eg3d_rlhf.tuning.distill.methods",
+        "dreamreward": "eg3d_rlhf.tuning.distill.methods",
+        "psd": "eg3d_rlhf.tuning.distill.methods",
+        "best-of-n": "eg3d_rlhf.tuning.distill.methods",
     },
 )
 _assets_knob = functools.partial(knob, group=ASSETS)

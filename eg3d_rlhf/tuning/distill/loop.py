@@ -19,7 +19,7 @@ from eg3d_rlhf.tuning.distill.config import LoopConfig, ramp_of
 from eg3d_rlhf.tuning.distill.gradients import History, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.geometry import ProgressiveGeometry
 from eg3d_rlhf.tuning.distill.guidance.sds import BestOfN
-from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams, draw_times
 from training import checkpoint
 from training.phases import LossNotFiniteError
 
@@ -178,7 +178,8 @@ class Distillation:
         views, pictures = self.look("views", step)
         x = self.prior.encode(pictures.images)
         per_asset = len(x) // len(self.asset)
-        t = self.config.window.draw(
+        t = draw_times(
+            self.config.window,
             step,
             len(self.asset),
             per_asset,

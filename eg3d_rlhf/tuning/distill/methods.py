@@ -1,20 +1,83 @@
 """Settings and guidance of the methods by name, and their presets."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
-from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, ramp_of
-from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpoSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamRewardSettings
-from eg3d_rlhf.tuning.distill.guidance.psd import PsdSettings
-from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSdsSettings
-from eg3d_rlhf.tuning.distill.guidance.sds import SdsSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
+from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, Method, ramp_of
+from eg3d_rlhf.tuning.distill.guidance.settings import (
+    BestOfNSettings,
+    DenoiserSettings,
+    DreamDpoSettings,
+    DreamRewardSettings,
+    NoiseWeighting,
+    PsdSettings,
+    RankingSettings,
+    RewardSdsSettings,
+    SdsSettings,
+)
+from eg3d_rlhf.tuning.distill.ramps import Ramp
 from training.config import built
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, PairwiseJudge, RewardModel
+    from eg3d_rlhf.tuning.distill.schedule import Streams
+
+
+def imported(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
+    """Make the guidance of a method, whose module imports torch: `--help` is spared that."""
+    made: Guidance = getattr(importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name)(
+        *args, **kwargs
+    )
+    return made
+
+
+METHODS.add(
+    "sds",
+    Method(
+        settings=SdsSettings,
+        guidance=partial(imported, "sds", "Sds"),
+        noises=lambda s: s.samples,
+        rewarded=False,
+    ),
+)
+METHODS.add(
+    "dreamdpo",
+    Method(
+        settings=DreamDpoSettings,
+        guidance=partial(imported, "dreamdpo", "DreamDpo"),
+        noises=lambda s: 2,
+        judged=True,
+    ),
+)
+METHODS.add(
+    "rewardsds",
+    Method(
+        settings=RewardSdsSettings,
+        guidance=partial(imported, "rewardsds", "RewardSds"),
+        noises=lambda s: s.noises,
+    ),
+)
+METHODS.add(
+    "dreamreward",
+    Method(
+        settings=DreamRewardSettings,
+        guidance=partial(imported, "dreamreward", "DreamReward"),
+        noises=lambda s: 1,
+    ),
+)
+METHODS.add(
+    "psd",
+    Method(settings=PsdSettings, guidance=partial(imported, "psd", "Psd"), noises=lambda s: 2, judged=True),
+)
+METHODS.add(
+    "best-of-n",
+    Method(
+        settings=BestOfNSettings, guidance=partial(imported, "sds", "BestOfN"), noises=lambda s: s.samples
+    ),
+)
 
 # Presets by name: ours, and those of released code as far as it differs.
 
@@ -86,12 +149,12 @@ def flat(settings: Any) -> dict[str, Any]:
 def guidance_of(
     name: str,
     settings: Any,
-    prior: DiffusionPrior,
-    reward: RewardModel | None,
-    judge: PairwiseJudge | None,
+    prior: "DiffusionPrior",
+    reward: "RewardModel | None",
+    judge: "PairwiseJudge | None",
     views: int,
-    streams: Streams,
-) -> Guidance:
+    streams: "Streams",
+) -> "Guidance":
     """The guidance of a method. Raises: ValueError for a method without the reward that it needs."""
     method = METHODS[name]
     more = dict[str, Any]()

@@ -11,7 +11,6 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel, check_views
 from eg3d_rlhf.core.memory import Costs
-from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.grids import TriPlanes
 from eg3d_rlhf.generators.assets.views import CameraDraws, PerspectiveViews, Renderer
@@ -21,14 +20,15 @@ from eg3d_rlhf.tuning.distill.compare import FinalJudge
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import (
     GeometryReward,
-    GeometrySettings,
     ProgressiveGeometry,
     dealt_anew,
     load_geometry,
 )
+from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from eg3d_rlhf.tuning.distill.loop import Distillation
 from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
+from eg3d_rlhf.tuning.distill.scene_kinds import SCENES
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from training.config import built
 from training.phases import derive_seed
@@ -103,27 +103,6 @@ class Scene:
             return self.reward
         made = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
         return cast(RewardModel, made)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneKind:
-    """A kind of problem that needs no files: what its module adds to SCENES, by the name that --prior has."""
-
-    open: Callable[[DistillSettings, torch.device], Scene]
-    check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
-    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given.
-    Raises: ValueError.
-    """
-
-
-SCENES: Registry[SceneKind] = Registry(
-    "--prior",
-    {
-        "bundled": "eg3d_rlhf.tuning.distill.scene_boxes",
-        "bundled-unet": "eg3d_rlhf.tuning.distill.scene_boxes",
-        "heads": "eg3d_rlhf.tuning.distill.scene_heads",
-    },
-)
 
 
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:

@@ -13,6 +13,7 @@ from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.interfaces import RewardModel
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FourViews
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.pictures import analytic
@@ -21,7 +22,8 @@ from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GEOMETRY_REWARDS, NamedGeometry, load_geometry
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
-from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
+from eg3d_rlhf.tuning.distill.scene import Scene
+from eg3d_rlhf.tuning.distill.scene_kinds import PRIORS
 
 REWARD = "one-face"
 REWARDS: dict[str, Callable] = {
@@ -33,18 +35,6 @@ REWARDS: dict[str, Callable] = {
 _NARROW = 0.1
 _BROAD = 1.0
 _NEVER = -60.0  # logit of a component that a condition does not have
-PRIORS = ("bundled", "bundled-unet")  # exact, learned
-
-
-def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: the problem's own where none are given.
-
-    Raises: ValueError for a prompt that it does not know.
-    """
-    for text in prompts:
-        problem.prompt_of(text)
-    chosen = prompts or tuple(dict.fromkeys(text for text, _ in problem.pairs(1)))
-    return chosen, assets or (problem.SEEDS if comparison and not prompts else 1)
 
 
 def mixture() -> GmmPrior:
@@ -57,7 +47,7 @@ def mixture() -> GmmPrior:
     modes = problem.modes()
     k = len(modes)
     embeddings = {"": torch.cat([torch.full((k,), _NEVER), torch.zeros(k)])}
-    for i, prompt in enumerate(problem.PROMPTS):
+    for i, prompt in enumerate(box_prompts.PROMPTS):
         embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
     return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
@@ -107,7 +97,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Figures [A] of finished assets: noses of heads, preferred sides of boxes, RMS difference of pictures to
     the prior's nearest modes.
     """
-    heads = torch.tensor([problem.prompt_of(text).kind == "janus" for text in prompts])
+    heads = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
     counts = noses(asset).cpu()
     shares = {
         name: hit.double()
@@ -120,7 +110,5 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     }
 
 
-for _prior in PRIORS:
-    SCENES.add(_prior, SceneKind(open=bundled_scene, check=check))
 GEOMETRY_REWARDS.add("one-nose", NamedGeometry(analytic.OneNose, PRIORS))
 GEOMETRY_REWARDS.add("floaters", NamedGeometry(analytic.Floaters, PRIORS))

@@ -9,7 +9,6 @@ an edge of the cube.
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,15 +29,13 @@ from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry
 from eg3d_rlhf.tuning.distill.methods import METHODS
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.scene import SCENES, Scene, SceneKind
+from eg3d_rlhf.tuning.distill.scene import Scene
+from eg3d_rlhf.tuning.distill.scene_kinds import head_numbers
 from training.heads.people import Head, named_people, picture
 from training.heads.people_mesh import head_grid
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS
 from training.synthetic_heads import head_parameters, parse_name
 
-# of the default comparison
-HEADS = 8
-SEEDS = 2
 AZIMUTHS = (-12.0, 0.0, 12.0)  # degrees, of the K cameras: so few that pictures leave much of the shape open
 VIEWS = 1
 PIXELS = 32
@@ -49,28 +46,6 @@ _DATA = "synthetic:people64@seed=81"
 _WIDTH = 0.1  # deviation about a picture, in latents of -1..1
 _NEVER = -1e6  # logit of a component that a condition does not have: likelihoods differ by thousands of nats
 _SAME = 1e-3  # distance of two cam2world matrices that are one camera
-
-
-def check(prompts: tuple[str, ...], assets: int | None, comparison: bool) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: 'head 0' and following where none are given.
-
-    Raises: ValueError for another prompt.
-    """
-    head_numbers(prompts)
-    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or (
-        SEEDS if comparison and not prompts else 1
-    )
-
-
-def head_numbers(prompts: Sequence[str]) -> list[int]:
-    matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
-    for prompt, match in zip(prompts, matches, strict=True):
-        if match is None:
-            raise ValueError(
-                f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}."
-                " Name one."
-            )
-    return [int(match[1]) for match in matches if match is not None]
 
 
 @dataclass(frozen=True)
@@ -237,6 +212,3 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
         log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),
         inputs={"generator": bundled.GENERATOR},
     )
-
-
-SCENES.add("heads", SceneKind(open=heads_scene, check=check))

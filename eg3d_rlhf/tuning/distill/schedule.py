@@ -13,10 +13,8 @@ from typing import Literal
 
 import torch
 
+from eg3d_rlhf.tuning.distill.ramps import STEPS, TimeWindow
 from training.phases import derive_seed
-
-STEPS = 1000
-WEIGHTINGS = ("sds", "uniform", "fantasia3d")
 
 
 def betas_of(
@@ -110,6 +108,23 @@ class NoiseSchedule:
         return x_t
 
 
+def draw_times(
+    window: TimeWindow,
+    step: int,
+    assets: int,
+    views: int,
+    generator: torch.Generator,
+    *,
+    shared: bool = True,
+) -> torch.Tensor:
+    """Draw times [assets * views] from the window of a step: one per asset, the same for its views, or one
+    per view (single-view priors only).
+    """
+    low, high = window.at(step)
+    t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
+    return t.repeat_interleave(views) if shared else t
+
+
 def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading") -> list[int]:
     """n falling times of 0..999.
 
@@ -123,95 +138,6 @@ def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floo
     even = [(STEPS - 1) * i / max(n - 1, 1) for i in reversed(range(n))]
     assert spacing in ("linspace", "floor"), spacing
     return [round(time) if spacing == "linspace" else int(time) for time in even]
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """A number that may change with the step: for windows of time, weights of rewards and regularisers.
-
-    A constant; [v0, v1, s1] from step 0; [s0, v0, v1, s1]; or [s0, v0, v1, s1, v2, s2, ...]. Linear between
-    steps, held outside.
-    """
-
-    spec: float | tuple[float, ...]
-    log: bool = False  # linear in the logarithm
-
-    def __post_init__(self):
-        numbers = (self.spec,) if isinstance(self.spec, (int, float)) else tuple(self.spec)
-        knots = (
-            [step for step, _ in self.knots()]
-            if len(numbers) in (1, 3) or (len(numbers) >= 4 and len(numbers) % 2 == 0)
-            else []
-        )
-        if (
-            not knots
-            or not all(math.isfinite(n) for n in numbers)
-            or any(b <= a for a, b in itertools.pairwise(knots))
-        ):
-            raise ValueError(
-                "Ramp: expected a number, [v0, v1, s1] or [s0, v0, v1, s1, v2, s2, ...] with rising steps s,"
-                f" got {self.spec}. Correct it."
-            )
-
-    def knots(self) -> list[tuple[float, float]]:
-        if isinstance(self.spec, (int, float)):
-            return [(0, self.spec)]
-        start, first, *rest = self.spec if len(self.spec) > 3 else (0, *self.spec)
-        return [(start, first), *zip(rest[1::2], rest[::2], strict=True)]
-
-    def __call__(self, step: int) -> float:
-        knots = self.knots()
-        (s0, v0), (s1, v1) = (
-            (knots[0], knots[0])
-            if len(knots) == 1
-            else next(
-                (pair for pair in itertools.pairwise(knots) if step < pair[1][0]), (knots[-2], knots[-1])
-            )
-        )
-        share = 0.0 if s0 == s1 else max(min(1.0, (step - s0) / (s1 - s0)), 0.0)
-        return (
-            math.exp(math.log(v0) + (math.log(v1) - math.log(v0)) * share)
-            if self.log
-            else v0 + (v1 - v0) * share
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimeWindow:
-    """From which times t is drawn; the shares of 1000 are cut to integers, both ends count."""
-
-    low: Ramp = Ramp(0.02)
-    high: Ramp = Ramp(0.98)
-    # steps of the run: then t falls from high to low with the root of the step, and nothing is drawn (HiFA)
-    sqrt_anneal: int | None = None
-
-    def __post_init__(self):
-        ends = [ramp(int(step)) for ramp in (self.low, self.high) for step, _ in ramp.knots()]
-        if not all(0 <= end < 1 for end in ends):
-            raise ValueError(f"TimeWindow: expected shares from 0 to below 1, got {ends}. Correct them.")
-
-    def at(self, step: int) -> tuple[int, int]:
-        low = self.low(step)
-        high = self.high(step)
-        if self.sqrt_anneal is not None:
-            low = high = high - (high - low) * math.sqrt(min(step / self.sqrt_anneal, 1.0))
-        low = int(STEPS * low)
-        high = int(STEPS * high)
-        if low > high:
-            raise ValueError(
-                f"TimeWindow: expected low <= high, got {low} and {high} at step {step}. Correct the ramps."
-            )
-        return low, high
-
-    def draw(
-        self, step: int, assets: int, views: int, generator: torch.Generator, *, shared: bool = True
-    ) -> torch.Tensor:
-        """Times [assets * views]: one per asset, the same for its views, or one per view (single-view priors
-        only).
-        """
-        low, high = self.at(step)
-        t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
-        return t.repeat_interleave(views) if shared else t
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.tuning.distill.gradients import distillation_loss
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.schedule import Streams, TimeWindow
+from eg3d_rlhf.tuning.distill.ramps import TimeWindow
+from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
 
 B = 256
 PROMPT = "thing"
@@ -84,7 +86,7 @@ def optimise(
     adam = torch.optim.Adam([x], lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - 0.9 * step / steps)
     for step in range(steps):
-        t = window.draw(step, len(prompts) // made.views, made.views, streams.generator("t", step))
+        t = draw_times(window, step, len(prompts) // made.views, made.views, streams.generator("t", step))
         adam.zero_grad()
         (distillation_loss(x, guidance(x.detach(), t, list(prompts), None, step)) * len(prompts)).backward()
         adam.step()

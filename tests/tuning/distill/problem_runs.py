@@ -10,15 +10,17 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import FourViews
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 from eg3d_rlhf.rewards.pictures.judges import plausibility
 from eg3d_rlhf.tuning.distill.gradients import target_loss
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, GeometrySettings, ProgressiveGeometry
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, ProgressiveGeometry
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, GeometrySettings, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.schedule import Streams, TimeWindow
+from eg3d_rlhf.tuning.distill.ramps import TimeWindow
+from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
 
 BLACK = torch.zeros(3)
 
@@ -53,7 +55,7 @@ def exact_prior(std: float = 0.3) -> GmmPrior:
     """
     means = problem.modes()
     embeddings = {"": torch.zeros(len(means))}
-    for i, prompt in enumerate(problem.PROMPTS):
+    for i, prompt in enumerate(box_prompts.PROMPTS):
         embeddings[prompt.text] = torch.full((len(means),), -30.0)
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
     return GmmPrior(means, torch.full((len(means),), std), embeddings)
@@ -61,7 +63,7 @@ def exact_prior(std: float = 0.3) -> GmmPrior:
 
 def heads(count: int) -> list[str]:
     """Prompts of mini-Janus, in turn."""
-    texts = [prompt.text for prompt in problem.PROMPTS if prompt.kind == "janus"]
+    texts = [prompt.text for prompt in box_prompts.PROMPTS if prompt.kind == "janus"]
     return [texts[i % len(texts)] for i in range(count)]
 
 
@@ -96,7 +98,7 @@ def optimise(
     optimiser = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99), eps=1e-15)
     for step in range(steps):
         x = prior.encode(renderer.render(asset, views, BLACK).images)
-        t = TimeWindow().draw(step, len(asset), problem.SIDES, streams.generator("time", step))
+        t = draw_times(TimeWindow(), step, len(asset), problem.SIDES, streams.generator("time", step))
         output = method(x.detach(), t, texts, views.cameras[:, :16], step)
         optimiser.zero_grad()
         target_loss(x, output.grad).backward()

@@ -7,8 +7,9 @@ import torch
 
 from eg3d_rlhf.rewards.pictures.analytic import Inverted
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, direction_of, mixture
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.guidance.denoiser import direction_of, mixture
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
 from eg3d_rlhf.tuning.distill.methods import guidance_of, settings_of
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import Streams

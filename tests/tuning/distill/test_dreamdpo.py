@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
+from eg3d_rlhf.tuning.distill.guidance.settings import DreamDpoSettings, RankingSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.rejections import raising
 from tests.tuning.distill.particles import (

@@ -19,6 +19,7 @@ from eg3d_rlhf.people.label.drawing import surface
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
 from eg3d_rlhf.people.study.design import read_design, study_pairs
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
 from tests.rejections import check_message, raising
@@ -26,7 +27,7 @@ from tests.rejections import check_message, raising
 REPO = Path(__file__).resolve().parents[3]
 COUNT = 12
 PSI = 0.7
-PAIRS = [(problem.PROMPTS[0].text, seed) for seed in range(COUNT)]
+PAIRS = [(box_prompts.PROMPTS[0].text, seed) for seed in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
     """A run's folder with assets of two arms: heads with one nose, and with three."""
     folder = tmp_path_factory.mktemp("run")
     for arm, shares in (("dreamdpo", (1.0, 0.0, 0.0, 0.0)), ("sds", (1.0, 1.0, 0.0, 1.0))):
-        asset = problem.build(problem.PROMPTS[0], torch.tensor(shares).repeat(COUNT, 1))
+        asset = problem.build(box_prompts.PROMPTS[0], torch.tensor(shares).repeat(COUNT, 1))
         asset.shape += torch.linspace(0, 0.1, COUNT).view(-1, 1, 1, 1)
         asset.save(folder / f"assets-{arm}.safetensors", PAIRS)
     return folder
@@ -143,10 +144,11 @@ def test_the_documented_commands(tmp_path, monkeypatch):
     drawn = torch.Generator().manual_seed(0)
     for arm in ("sds", "dreamdpo"):
         asset = problem.build(
-            problem.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float()
+            box_prompts.PROMPTS[0], (torch.rand(100, 4, generator=drawn) < problem.FACE_PROBABILITY).float()
         )
         asset.save(
-            tmp_path / f"assets-{arm}.safetensors", [(problem.PROMPTS[0].text, seed) for seed in range(100)]
+            tmp_path / f"assets-{arm}.safetensors",
+            [(box_prompts.PROMPTS[0].text, seed) for seed in range(100)],
         )
     tools = {
         "study.py": study.main,

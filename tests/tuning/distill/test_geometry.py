@@ -16,11 +16,11 @@ from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.guidance.geometry import (
     GEOMETRY_REWARDS,
     GeometryReward,
-    GeometrySettings,
     MeshGeometry,
     ObservedGeometry,
     ProgressiveGeometry,
 )
+from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
 from tests.generators.assets.test_grids import balls, random_voxels
 from tests.rejections import raising
 

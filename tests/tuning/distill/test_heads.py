@@ -22,6 +22,7 @@ from eg3d_rlhf.tuning.distill import scene_heads as heads
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, dealt_anew
 from eg3d_rlhf.tuning.distill.scene import open_scene
+from eg3d_rlhf.tuning.distill.scene_kinds import HEAD_SEEDS, HEADS, check_heads
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 from tests.rejections import raising, rejected
 from training.heads.people_mesh import head_grid
@@ -79,7 +80,7 @@ def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
     )
     assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
     with raising("--prompt", "'a cube'"):
-        heads.check(("a cube",), None, comparison=False)
+        check_heads(("a cube",), None, comparison=False)
 
 
 def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
@@ -129,7 +130,7 @@ def test_flags_of_the_heads():
     assert settings["arms"] == ["sds", "sds+geometry", "sds+geometry-inverted", "sds+geometry-random"]
     scene = settings["scene"]
     assert (
-        len(settings["prompts"]) * scene["assets"] == heads.HEADS * heads.SEEDS
+        len(settings["prompts"]) * scene["assets"] == HEADS * HEAD_SEEDS
         and scene["geometry_reward"] == "sigma"
     )
     assert json.loads(run("-n", "--prompt=head 7").stdout)["arms"] == ["sds"]

@@ -13,20 +13,27 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.interfaces import RewardModel
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.pictures.analytic import Inverted, ModeDistance, Random
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
-from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
+from eg3d_rlhf.tuning.distill.guidance.psd import Psd
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import (
+    DenoiserSettings,
+    DreamDpoSettings,
+    PsdSettings,
+    SdsSettings,
+)
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams, TimeWindow
+from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import optimise
 from tests.tuning.distill.problem_runs import exact_prior
 
 pytestmark = pytest.mark.long
 
-BOXES = [prompt.text for prompt in problem.PROMPTS if prompt.kind == "mode"] * 3  # 33 assets
+BOXES = [prompt.text for prompt in box_prompts.PROMPTS if prompt.kind == "mode"] * 3  # 33 assets
 VIEWS = [text for text in BOXES for _ in range(problem.SIDES)]  # 132 pictures
 SCALE = 1.5
 STEPS = 200

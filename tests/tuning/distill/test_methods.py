@@ -12,15 +12,25 @@ import torch
 from eg3d_rlhf.core.interfaces import Guidance
 from eg3d_rlhf.modes.distill import method_of
 from eg3d_rlhf.tuning.distill.config import METHODS
-from eg3d_rlhf.tuning.distill.gradients import STRATEGIES, NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, RankingSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo, DreamDpoSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
-from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
-from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
+from eg3d_rlhf.tuning.distill.guidance.psd import Psd
+from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import (
+    STRATEGIES,
+    DenoiserSettings,
+    DreamDpoSettings,
+    DreamRewardSettings,
+    NoiseWeighting,
+    PsdSettings,
+    RankingSettings,
+    RewardSdsSettings,
+    SdsSettings,
+)
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
+from eg3d_rlhf.tuning.distill.ramps import Ramp
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.rejections import raising
 from tests.tuning.distill.particles import PROMPT, Along, Prefers, Towards, optimise, prior, some
 

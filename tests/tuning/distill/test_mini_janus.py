@@ -11,9 +11,9 @@ from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of
 from eg3d_rlhf.rewards.pictures.analytic import ModeDistance, OneNose, occupancy
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, DreamRewardSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.problem_runs import heads, optimise, sds, shares
 

@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.distill.guidance.denoiser import RankingSettings
-from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward, DreamRewardSettings
-from eg3d_rlhf.tuning.distill.guidance.psd import Psd, PsdSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
+from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
+from eg3d_rlhf.tuning.distill.guidance.psd import Psd
+from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings, PsdSettings, RankingSettings
+from eg3d_rlhf.tuning.distill.ramps import Ramp
+from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import (
     BRIEF,
     Along,

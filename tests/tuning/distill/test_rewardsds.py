@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from eg3d_rlhf.tuning.distill.gradients import NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds, RewardSdsSettings
+from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, NoiseWeighting, RewardSdsSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Towards, gain, optimise, plain, prior, some
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.distill.gradients import distillation_loss, target_loss
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings
-from eg3d_rlhf.tuning.distill.guidance.sds import Sds, SdsSettings
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams, TimeWindow
+from eg3d_rlhf.tuning.distill.guidance.sds import Sds
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
+from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
+from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
 from tests.rejections import raising
 from tests.tuning.distill.particles import PROMPT, optimise, prior
 
@@ -123,12 +124,12 @@ def test_draws_depend_on_seed_stream_and_step_alone():
 def test_times():
     draws = torch.Generator().manual_seed(0)
     window = TimeWindow(low=Ramp(0.02), high=Ramp((0, 0.98, 0.04, 10)))
-    late = torch.cat([window.draw(10, 50, 4, draws) for _ in range(20)])
+    late = torch.cat([draw_times(window, 10, 50, 4, draws) for _ in range(20)])
     # both ends count
     assert (late.view(-1, 4) == late.view(-1, 4)[:, :1]).all() and late.unique().tolist() == list(
         range(20, 41)
     )
-    assert len(window.draw(0, 2, 100, draws, shared=False).unique()) > 50
+    assert len(draw_times(window, 0, 2, 100, draws, shared=False).unique()) > 50
     with raising("TimeWindow", "low", "high", "500", "20", "10"):
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
 

@@ -8,18 +8,19 @@ import torch
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.core.interfaces import DiffusionPrior
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around
+from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import TinyPrior, TinySizes, TinyUNet, load_view_prior
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
 from tests.rejections import raising
 
-TEXTS = [problem.PROMPTS[0].text] * 4 + [problem.PROMPTS[14].text] * 4
+TEXTS = [box_prompts.PROMPTS[0].text] * 4 + [box_prompts.PROMPTS[14].text] * 4
 
 
 def small() -> TinyPrior:
     torch.manual_seed(0)
     network = TinyUNet(
-        TinySizes(fine=8, coarse=8, width=8, embedding=4), [prompt.text for prompt in problem.PROMPTS]
+        TinySizes(fine=8, coarse=8, width=8, embedding=4), [prompt.text for prompt in box_prompts.PROMPTS]
     )
     for block in (network.fine, network.coarse, network.late):  # blocks begin as nothing
         torch.nn.init.normal_(block.second.weight, std=0.1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, feats_of, latent_of, parts_of
 from eg3d_rlhf.modes.flow_tune import LOSER_WEIGHT
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
@@ -18,12 +18,11 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import turned
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace import tune as tuning_module
-from eg3d_rlhf.tuning.flow.workspace.tune import Tuning
+from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from tests.modes import flow_works
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed

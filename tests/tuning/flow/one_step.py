@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig, adapters_off, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import adapters_off, add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, draw_pairs, pair_loss
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 
 

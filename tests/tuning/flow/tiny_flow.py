@@ -7,12 +7,11 @@ asset is a SparseSample.
 
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 
 R = 2
 NAMES = ("a", "b", "c")

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of, spread, with_feats
-from eg3d_rlhf.tuning.flow.base.evaluation import Choosing
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import Choosing
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings, anchored, supervised
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairsConfig
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    CircularSettings,
+    LoopPairsConfig,
+    anchored,
+    supervised,
+)
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 
 R = 4
 CHANNELS = 3

@@ -4,12 +4,12 @@ import os
 import signal
 from pathlib import Path
 
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, likes_target, tiny_config, voxel_pairs
 from training.distributed import SINGLE
 

@@ -5,9 +5,7 @@ Letters: K noises, A assets, V views of an asset, B = A V pictures, Q = 2 negati
 and entries of a condition.
 """
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +13,8 @@ import torch
 from eg3d_rlhf.core.interfaces import DiffusionPrior, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import History, Window, norm_per_asset
-from eg3d_rlhf.tuning.distill.schedule import WEIGHTINGS, NoiseSchedule, Streams
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, RankingSettings
+from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams
 
 # From which side a camera looks, in words for the prompt, and Perp-Neg's mixture of prompts (Armandpour et
 # al. 2023). In degrees; azimuth 0 is the front, elevation up.
@@ -87,37 +85,6 @@ def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[st
 def _decay(constants: tuple[float, float, float], r: float) -> float:
     a, b, c = constants
     return a * math.exp(-b * r) + c
-
-
-PRIOR = "Asking the prior"  # title of the flags
-FORMS = ("sds", "sjc", "sjc-plain", "recon")
-_rare_prior_knob = functools.partial(knob, group=PRIOR, rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserSettings:
-    """How the prior is asked, and how its answer becomes a gradient."""
-
-    guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
-    negative_prompt: str = _rare_prior_knob("", "What the pictures should not be.", metavar="TEXT")
-    form: str = _rare_prior_knob(
-        "sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", choices=FORMS
-    )
-    weighting: str = _rare_prior_knob("sds", "Weight of times, of the form sds.", choices=WEIGHTINGS)
-    rescale: float = _rare_prior_knob(
-        0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", low=0, high=1
-    )
-    view_prompts: bool = _rare_prior_knob(False, "Say the side that the camera looks from in the prompt.")
-    perp_neg: bool = _rare_prior_knob(
-        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others."
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.perp_neg and not self.view_prompts:
-            raise ValueError(
-                "--set perp_neg=True: expected --set view_prompts=True with it, got none. Turn both on."
-            )
 
 
 class Conditions(NamedTuple):
@@ -345,32 +312,6 @@ class Guided:
 
 # Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures
 # where views are ranked alone.
-
-RANKING = "Ranking two noises"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankingSettings:
-    """What makes one noise the winner."""
-
-    pair_level: str = knob(
-        "asset",
-        "Rank assets, or each view alone as DreamDPO's code does.",
-        RANKING,
-        choices=("asset", "view"),
-        rare=True,
-    )
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING, rare=True)
-    judge_mode: str = knob(
-        "replace",
-        "A judge's answer replaces the reward's, or is OR-ed as in DreamDPO's code.",
-        RANKING,
-        choices=("replace", "or"),
-        rare=True,
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 class Ranks(NamedTuple):

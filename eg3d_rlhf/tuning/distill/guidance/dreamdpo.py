@@ -3,54 +3,18 @@ better, away from the other.
 """
 
 import warnings
-from dataclasses import dataclass, field
 
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
-from eg3d_rlhf.tuning.distill.gradients import History, NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, Ranking, RankingSettings
+from eg3d_rlhf.tuning.distill.gradients import History
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Ranking
+from eg3d_rlhf.tuning.distill.guidance.settings import (
+    DreamDpoSettings,
+    NoiseWeighting,
+)
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from training.config import check_knobs, knob
-
-DREAMDPO = "DreamDPO"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DreamDpoSettings:
-    """Two noises, a winner, and how far the loser is pushed away."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    ranking: RankingSettings = field(default_factory=RankingSettings)
-    # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may
-    # be infinite
-    tau: float = 0.001
-    tau_mode: str = knob(
-        "gap",
-        "tau is a gap of scores, or a quantile of the last 200 steps' gaps.",
-        DREAMDPO,
-        choices=("gap", "quantile"),
-        rare=True,
-    )
-    lose_guidance_scale: float | None = knob(
-        1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="the winner's", rare=True
-    )
-    subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
-
-    def __post_init__(self):
-        check_knobs(self)
-        top = 1.0 if self.tau_mode == "quantile" else float("inf")
-        if not 0 <= self.tau <= top:
-            raise ValueError(
-                f"--set tau={self.tau}: expected 0 to {top:g} with tau_mode={self.tau_mode}. Correct it."
-            )
-        if self.prior.form != "sds":
-            raise ValueError(
-                f"--set form={self.prior.form}: expected sds with dreamdpo, whose gradient is a difference of"
-                " noises. Use it."
-            )
 
 
 class DreamDpo(Guided):
@@ -123,6 +87,3 @@ class DreamDpo(Guided):
             return self.settings.tau
         self.gaps.add(gap)
         return self.gaps.quantile(self.settings.tau)
-
-
-METHODS.add("dreamdpo", Method(settings=DreamDpoSettings, guidance=DreamDpo, noises=lambda s: 2, judged=True))

@@ -4,60 +4,16 @@ distillation.
 Letters: A assets, V views, B = A V pictures.
 """
 
-import functools
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, told
-from eg3d_rlhf.tuning.distill.schedule import Ramp, Streams
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, told
+from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings
+from eg3d_rlhf.tuning.distill.schedule import Streams
 
-DREAMREWARD = "DreamReward"
 ALONE = 1e6  # weight of the reward in the released code's last steps
-_dreamreward_knob = functools.partial(knob, group=DREAMREWARD, rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DreamRewardSettings:
-    """How strong the reward's gradient is, where it is taken and where it goes."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
-    weight: Ramp = Ramp(0.3)
-    balance: str = _dreamreward_knob(
-        "grad-norm",
-        "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
-        "printed losses as in DreamReward's code, or nothing.",
-        choices=("grad-norm", "digits", "none"),
-    )
-    ceiling: float | None = _dreamreward_knob(None, "Reward above which nothing is gained.", shown="none")
-    through: str = _dreamreward_knob(
-        "latents",
-        "Where the reward's gradient goes: to the latents, or to the rendered pictures.",
-        choices=("latents", "images"),
-    )
-    x0_until: int = _dreamreward_knob(
-        999, "Largest time at which the estimate is scored; above, the render.", low=-1, high=999
-    )
-    reward_from: int = _dreamreward_knob(0, "First step with the reward.", metavar="STEP", low=0)
-    reward_only_from: int | None = _dreamreward_knob(
-        None, "First step without distillation.", metavar="STEP", low=0, shown="never"
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.through == "images" and self.balance == "grad-norm":
-            raise ValueError(
-                "--set through=images: expected latents with balance=grad-norm. Their norms do not compare;"
-                " use another."
-            )
-        if min(value for _, value in self.weight.knots()) < 0:
-            raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
 
 
 class DreamReward(Guided):
@@ -172,6 +128,3 @@ class DreamReward(Guided):
             return ALONE * d.views * ones
         distilled = float(0.5 * grad.square().sum() / len(grad))
         return 10.0 ** (digits(distilled) - digits(loss)) * d.views * ones
-
-
-METHODS.add("dreamreward", Method(settings=DreamRewardSettings, guidance=DreamReward, noises=lambda s: 1))

@@ -11,7 +11,6 @@ Letters: A assets.
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,9 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.solid import Solid
 from eg3d_rlhf.tuning.distill.gradients import Balance
-from eg3d_rlhf.tuning.distill.schedule import Ramp
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
+from eg3d_rlhf.tuning.distill.ramps import Ramp
 from training.storage import read_meta
-
-GEOMETRY = "Geometry reward"  # title of the flags
-_geometry_knob = functools.partial(knob, group=GEOMETRY, rare=True)
 
 
 @runtime_checkable
@@ -110,23 +106,6 @@ def dealt_anew(geometry: GeometryReward, seed: int) -> GeometryReward:
             weight.flatten()[torch.randperm(weight.numel(), generator=rng).to(weight.device)].view_as(weight)
         )
     return dataclasses.replace(geometry, reward=dealt)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeometrySettings:
-    """How strongly, and from when on, a geometry reward pulls."""
-
-    geometry_weight: float = _geometry_knob(
-        0.3, "Its gradient's norm at the end, in norms of the distillation's.", low=0
-    )
-    geometry_weight_from: float = _geometry_knob(0.0, "The same where it sets in.", low=0)
-    geometry_start: float = _geometry_knob(0.1, "Share of the run after which it sets in.", low=0, high=1)
-    geometry_every: int = _geometry_knob(
-        10, "Steps between two looks at the shapes; the gradient stays the same in between.", low=1
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 class ProgressiveGeometry:

@@ -6,67 +6,16 @@ loser has.
 Letters: K = 2 noises, A assets, V views, B = A V pictures; n the null embedding [A, T, D].
 """
 
-import functools
-from dataclasses import dataclass, field
-
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
-from eg3d_rlhf.tuning.distill.guidance.denoiser import (
-    Conditions,
-    DenoiserSettings,
-    Guided,
-    Prediction,
-    Ranking,
-    RankingSettings,
-    Ranks,
-    told,
-)
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Guided, Prediction, Ranking, Ranks, told
+from eg3d_rlhf.tuning.distill.guidance.settings import PsdSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from training.config import check_knobs, knob
 
-PSD = "Preference score distillation"
 NEGATIVE_BETA = 1000.0  # of the preference loss, per unit of squared error
-PREDICTORS = ("cond", "cfg")
-NEGATIVES = ("auto", "reward", "preference", "none")
-_psd_knob = functools.partial(knob, group=PSD, rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PsdSettings:
-    """The push, its predictor, and the null embedding."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    ranking: RankingSettings = field(default_factory=RankingSettings)
-    eta: float = _psd_knob(1.0, "Weight of the push.", low=0)
-    predictor: str = _psd_knob(
-        "cond",
-        "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.",
-        choices=PREDICTORS,
-    )
-    negative_update: str = _psd_knob(
-        "auto",
-        "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
-        "allows, or not.",
-        choices=NEGATIVES,
-    )
-    negative_rate: float = _psd_knob(
-        1e-3, "Largest step of an entry, in root mean squares of the embedding.", low=0
-    )
-    negative_ball: float = _psd_knob(0.5, "Largest distance from where it began, in its norm.", above=0)
-    negative_from: int = _psd_knob(0, "First step that changes it.", metavar="STEP", low=0)
-    negative_every: int = _psd_knob(4, "Steps between its changes.", low=1)
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.prior.form != "sds":
-            raise ValueError(
-                f"--set form={self.prior.form}: expected sds with psd, whose push is a difference of noises."
-                " Use it."
-            )
 
 
 class Psd(Guided):
@@ -215,6 +164,3 @@ class Psd(Guided):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         super().load_state_dict(state)
         self.moved = state["moved"].clone() if "moved" in state else None
-
-
-METHODS.add("psd", Method(settings=PsdSettings, guidance=Psd, noises=lambda s: 2, judged=True))

@@ -2,49 +2,14 @@
 prior makes of it.
 """
 
-import functools
-from dataclasses import dataclass, field
-
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
-from eg3d_rlhf.tuning.distill.gradients import NOISES, History, NoiseWeighting
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, DenoiserSettings, Guided, told
+from eg3d_rlhf.tuning.distill.gradients import History
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Guided, told
+from eg3d_rlhf.tuning.distill.guidance.settings import RewardSdsSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
-from training.config import check_knobs, knob
-
-_noises_knob = functools.partial(knob, group=NOISES, rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSdsSettings:
-    """How many noises, how they are explored, and what their rewards weigh."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
-    noises: int = _noises_knob(8, "Per step and asset.", low=1)
-    until: int | None = _noises_knob(
-        None, "Step from which it is plain distillation with one noise.", metavar="STEP", low=0, shown="never"
-    )
-    explore_steps: int = _noises_knob(
-        1,
-        "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.",
-        high=1000,
-        low=1,
-    )
-    explore_end: str = _noises_knob(
-        "x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", choices=("x0", "t0")
-    )
-    standardise: bool = _noises_knob(True, "Scores in deviations of the last 200 steps' scores.")
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.explore_end == "t0" and self.explore_steps == 1:
-            raise ValueError(
-                "--set explore_end=t0: expected x0 with one step of exploration. Raise explore_steps."
-            )
 
 
 class RewardSds(Guided):
@@ -127,6 +92,3 @@ class RewardSds(Guided):
     def _score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         scores = self.denoiser.per_asset(self.denoiser.score(self.reward, images, prompts))
         return self.history.standardised(scores) if self.settings.standardise else scores
-
-
-METHODS.add("rewardsds", Method(settings=RewardSdsSettings, guidance=RewardSds, noises=lambda s: s.noises))

@@ -5,37 +5,13 @@ No preference enters a gradient of best of n: it is what any tuning has to beat,
 A assets, S starts of each, V views.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 
 from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.config import METHODS, Method
-from eg3d_rlhf.tuning.distill.guidance.denoiser import DenoiserSettings, Guided, told
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, told
+from eg3d_rlhf.tuning.distill.guidance.settings import BestOfNSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from training.config import check_knobs, knob
-
-SDS = "Score distillation"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SdsSettings:
-    """Score distillation of the prior alone."""
-
-    prior: DenoiserSettings = field(default_factory=DenoiserSettings)
-    samples: int = knob(1, "Noises per step, averaged.", SDS, low=1, rare=True)
-    image_loss: float = knob(
-        0.0, "Weight of HiFA's loss on pictures, of the form sds.", SDS, low=0, rare=True
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        if self.image_loss and self.prior.form != "sds":
-            raise ValueError(
-                f"--set image_loss={self.image_loss:g}: expected the form sds, got {self.prior.form}. Choose"
-                " one of them."
-            )
 
 
 class Sds(Guided):
@@ -70,19 +46,6 @@ class Sds(Guided):
         return output
 
 
-@dataclass(frozen=True, kw_only=True)
-class BestOfNSettings(SdsSettings):
-    """How many there are to choose from."""
-
-    starts: int = knob(
-        4,
-        "Assets that are optimised for each one that is kept: as many times the work of sds.",
-        "Best of n",
-        low=1,
-        rare=True,
-    )
-
-
 class BestOfN(Sds):
     """Distillation of S x A assets; those of start s stand at s A to (s + 1) A - 1."""
 
@@ -114,7 +77,3 @@ class BestOfN(Sds):
         assets = len(scores) // self.starts
         chosen = scores.unflatten(0, (self.starts, assets)).argmax(0).cpu()  # [A]
         return (chosen * assets + torch.arange(assets)).tolist()
-
-
-METHODS.add("sds", Method(settings=SdsSettings, guidance=Sds, noises=lambda s: s.samples, rewarded=False))
-METHODS.add("best-of-n", Method(settings=BestOfNSettings, guidance=BestOfN, noises=lambda s: s.samples))

@@ -1,86 +1,15 @@
 """Scores of samples on held-out conditions, by which checkpoints are chosen and the final table is made."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, Models, crossed, generate
+from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
+from eg3d_rlhf.tuning.flow.base.settings import JUDGES, Judging
 from eg3d_rlhf.tuning.flow.base.stage import Voxels
-from training.config import check_knobs, knob
-from training.distributed import SINGLE, Ranks
-from training.phases import derive_seed
 from training.progress import tqdm
-
-TABLE = "Judging and ablation"  # title of its flags
-JUDGES = ("final", "chooser", "reward")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choosing:
-    """On what the win rate is measured that chooses checkpoints and stops training early."""
-
-    per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, rare=True)
-    seed: int = 0  # of the noises, which are not those of the table
-
-    def __post_init__(self):
-        check_knobs(self)
-
-    def held_out(
-        self, problem: Problem, stage: str, others: Models, against: Models, ranks: Ranks = SINGLE
-    ) -> HeldOut | None:
-        """Make the evaluator of a stage's training; None for a problem that has none to choose by.
-
-        Args: others, against, ranks: see HeldOut.
-        """
-        if problem.chooser is None:
-            return None
-        conditions, seeds = crossed(problem.choosing, self.per_condition, self.seed)
-        return HeldOut(
-            pipeline=problem.pipeline,
-            stage=stage,
-            reward=problem.chooser,
-            conditions=conditions,
-            seeds=seeds,
-            others=others,
-            against=against,
-            batch=self.batch,
-            ranks=ranks,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judging:
-    """What is generated for the table: the same noises whatever is judged, so that generators are compared
-    pair by pair.
-    """
-
-    per_condition: int = knob(
-        8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2
-    )
-    batch: int = knob(
-        64,
-        "Assets at once; bounds memory.",
-        TABLE,
-        name="judge_batch",
-        low=1,
-        shown="the problem's own",
-        rare=True,
-    )
-    seed: int = 0  # of the noises, apart from those that are trained or chosen on
-
-    def __post_init__(self):
-        check_knobs(self)
-
-    def crossed(self, problem: Problem) -> tuple[list[str], list[int]]:
-        """Return every held-out condition per noise, and the noises' seeds, [C S] each."""
-        pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
-        return [name for name, _ in pairs], [
-            derive_seed("table", self.seed, name, k) % 2**31 for name, k in pairs
-        ]
 
 
 def judged(

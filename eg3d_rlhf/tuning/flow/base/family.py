@@ -17,21 +17,25 @@ only some families can do has a protocol of its own, and callers ask for it by `
     ListsNetworks     says which networks a folder holds and should hold
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # families are looked up for --help, which is spared torch
+    import torch
+    from torch import nn
 
-from eg3d_rlhf.models.sparse import Latent
-from eg3d_rlhf.models.weights import State
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
-from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource
-from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, asset_candidate, sampled_candidate
-from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
+    from eg3d_rlhf.models.sparse import Latent
+    from eg3d_rlhf.models.weights import State
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported
+    from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
+    from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 
 Family = TypeVar("Family", bound="FlowFamily")
 # fields of ProblemSource that every family reads
@@ -115,7 +119,7 @@ class FlowFamily(Protocol):
         conditions: Conditions | None,
         *,
         stages: Sequence[str] | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | None = ...,
         device: str | torch.device = "cpu",
     ) -> Any:
         """Read a `Pipeline` from a folder, strictly by name and shape.
@@ -124,7 +128,7 @@ class FlowFamily(Protocol):
             conditions: None where nothing is sampled.
             stages: whose flows are needed; other flows may stay without weights, and a last stage may be left
                 out. None: all. An empty list suffices to encode, to decode, and to estimate memory.
-            dtype: of the flows' weights; None keeps the file's.
+            dtype: of the flows' weights, by default float32; None keeps the file's.
         Raises: FileNotFoundError, ValueError for what is missing, unexpected or misshapen.
         """
 
@@ -146,6 +150,8 @@ class FlowFamily(Protocol):
 
     def candidate(self, record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
         """Read a line of a ranked list, by default of sampled assets or of the user's own."""
+        from eg3d_rlhf.tuning.flow.base.ranking import asset_candidate, sampled_candidate
+
         read = asset_candidate(self.read_asset) if isinstance(self, Encodes) else sampled_candidate
         return read(record, name, folder, pipeline, ranked)
 

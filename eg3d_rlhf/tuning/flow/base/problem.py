@@ -4,18 +4,15 @@ A `Problem` holds a pipeline, preference pairs by stage, the conditions of each 
 reads no files: `open_problem` (families/opening.py) makes it from a `ProblemSource`.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import ClassVar
 
 import torch
 
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_of_conditions
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
-from training.config import check_knobs, knob
 from training.phases import derive_seed
 
 MOST_TO_CHOOSE = 128  # pairs on which a network is evaluated while it trains
@@ -95,11 +92,6 @@ class Problem:
         return [] if self.unseen_pairs is None else pairs_of_conditions(self.unseen_pairs[stage], names)
 
 
-_what = functools.partial(knob, group="What is trained")
-_rare_what = functools.partial(_what, rare=True)
-PRECISIONS = ("auto", "bfloat16", "float32")
-
-
 def chosen_precision(precision: str, device: str | torch.device) -> str:
     """Choose bfloat16 or float32. Where float32 is not asked for, CUDA multiplies what is left of it in TF32,
     from now on in this process.
@@ -107,62 +99,3 @@ def chosen_precision(precision: str, device: str | torch.device) -> str:
     cuda = torch.device(device).type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cuda and precision != "float32"
     return ("bfloat16" if cuda else "float32") if precision == "auto" else precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodingSource:
-    """How TRELLIS's assets become latents again."""
-
-    voxel_share: float = _rare_what(
-        0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0
-    )
-    views: int = _rare_what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProblemSource(EncodingSource):
-    """What a problem is read from."""
-
-    pipeline: str = _what(
-        "toy",
-        "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).",
-        metavar="toy|DIR",
-    )
-    pairs: str | None = _what(
-        None,
-        "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow tune --pairs-only makes.",
-        metavar="DIR",
-        shown="the toy's own",
-    )
-    labelled: str = _rare_what(
-        "others",
-        "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
-        " defects.",
-        choices=("own", "others"),
-    )
-    seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
-    conditions: str | None = _what(
-        None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs"
-    )
-    dtype: str = _rare_what(
-        "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16")
-    )
-    precision: str = _rare_what(
-        "auto",
-        "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser"
-        " stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
-        choices=PRECISIONS,
-    )
-    held_out: float = _rare_what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
-    # conditions to train on, to choose on and to hold out; None: divided by a hash
-    splits: tuple[tuple[str, ...], ...] | None = None
-    parts: str = _rare_what(
-        "all",
-        "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its"
-        " weights.",
-        choices=("all", "shape", "file"),
-    )
-    needs_pairs: ClassVar[bool] = True
-
-    def __post_init__(self):
-        check_knobs(self)

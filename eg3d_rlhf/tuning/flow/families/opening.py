@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,47 +25,11 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
     pairs_of_conditions,
     read_pairs,
 )
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource, chosen_precision
+from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
-from eg3d_rlhf.tuning.flow.families import FAMILIES, bundled_family, family_of
-
-
-def check_source(source: ProblemSource) -> None:
-    """Reject options that have no effect on a problem, and a folder without pairs, by names alone.
-
-    Raises: ValueError naming it.
-    """
-    family = bundled_family(source.pipeline)
-    if family is not None:
-        _refuse(
-            source,
-            (*family.common, *family.options),
-            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
-        )
-        return
-    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read = [f.name for f in fields(source) if f.name not in alone]
-    _refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
-    if source.pairs is None and source.needs_pairs:
-        raise ValueError(
-            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
-            " brings its own."
-        )
-
-
-def _beyond(source: ProblemSource, read: Sequence[str]) -> str:
-    """List options that are given though they are not read."""
-    return ", ".join(
-        f"--{f.name.replace('_', '-')}"
-        for f in fields(source)
-        if f.name not in read and getattr(source, f.name) != f.default
-    )
-
-
-def _refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
-    extra = _beyond(source, read)
-    if extra:
-        raise ValueError(f"{extra}: {why}. Leave it out.")
+from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families.sources import beyond, check_source, refuse
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
@@ -76,7 +40,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     """
     check_source(source)
     family = family_of(Path(source.pipeline))
-    _refuse(
+    refuse(
         source,
         (*family.common, *family.options),
         f"belongs to other generators, and would have no effect on {family.name}",
@@ -174,7 +138,7 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
 
     Raises: ValueError for no embeddings, or for options that are then not read.
     """
-    extra = _beyond(source, COMMON)
+    extra = beyond(source, COMMON)
     if source.conditions is None or extra:
         got = f"{extra} beside none" if extra else "none"
         raise ValueError(

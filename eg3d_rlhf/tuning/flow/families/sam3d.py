@@ -32,7 +32,8 @@ from eg3d_rlhf.models.weights import empty, fingerprint, read
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import Dictionary, FlowStage, Sampling, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files

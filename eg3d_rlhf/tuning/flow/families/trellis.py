@@ -17,7 +17,8 @@ from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, read_array
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
-from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, SparseVoxels, Voxels, stage_of
 from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families import trellis_files as files

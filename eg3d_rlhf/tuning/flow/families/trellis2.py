@@ -31,7 +31,8 @@ from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncoder, assets_of
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Network, Release, SizedStage
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, LatentKind, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.families import print_notice, register
 from eg3d_rlhf.tuning.flow.families import trellis2_files as files

@@ -28,18 +28,8 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
     human_pairs,
     human_singles,
 )
-from eg3d_rlhf.tuning.flow.toy.pipeline import (
-    CHOOSING,
-    COLOURS,
-    DEFECTS,
-    HELD_OUT,
-    SHAPES,
-    STRUCTURE,
-    TRAINED,
-    VOXELS,
-    R,
-    ToyPipeline,
-)
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES, STAGES, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
 from training.storage import read_tensors, write_tensors
 
 PATCH = 2  # places per axis of one token of the structure
@@ -222,7 +212,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "reward": LearnedReward,
 }
 KIND = "toy-flow"
-STAGES = (STRUCTURE, VOXELS)
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:

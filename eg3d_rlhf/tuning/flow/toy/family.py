@@ -1,28 +1,23 @@
 """The bundled toy as a family of flow generators, called by its name in place of a folder's."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from eg3d_rlhf.geometry.mesh_export import save_mesh
-from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Release, Stored
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
 from eg3d_rlhf.tuning.flow.families import register
-from eg3d_rlhf.tuning.flow.toy.bundled import (
-    KIND,
-    NETWORKS,
-    STAGES,
-    load_network,
-    path_of,
-    toy_problem,
-    write_network,
-)
-from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, STRUCTURE, VOXELS, R, ToyAsset, ToyPipeline
-from training.storage import read_tensors
+from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STAGES, STRUCTURE, VOXELS
+
+if TYPE_CHECKING:  # this family is looked up for --help, which is spared torch
+    import torch
+    from torch import nn
+
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
+    from eg3d_rlhf.tuning.flow.toy.pipeline import ToyAsset, ToyPipeline
 
 
 class Toy(FlowFamily):
@@ -42,6 +37,8 @@ class Toy(FlowFamily):
         return False
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
+        from eg3d_rlhf.tuning.flow.toy.bundled import NETWORKS, path_of
+
         return {name: path_of(name) for name in NETWORKS}
 
     def load(
@@ -50,20 +47,30 @@ class Toy(FlowFamily):
         conditions: Conditions | None,
         *,
         stages: Sequence[str] | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> ToyPipeline:
         """Read both networks, which are small, in float32."""
+        from eg3d_rlhf.tuning.flow.toy.bundled import load_network
+        from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline
+
         return ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device)
 
     def condition(self, pipeline: ToyPipeline, stage: str) -> list[int]:
         return list(pipeline.no_condition(1, stage).shape[1:])
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
+        from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
+
         return toy_problem(source.seed, device, labelled=source.labelled)
 
     def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
         """Make the tokens that the toy has for its conditions' names."""
+        from torch import nn
+
+        from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
+        from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline
+
         tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
         return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
 
@@ -71,6 +78,12 @@ class Toy(FlowFamily):
         """Write coloured cubes, .ply, without the faces between two of them; z is up, and the grid is one
         unit wide.
         """
+        import torch
+        import torch.nn.functional as F
+
+        from eg3d_rlhf.geometry.mesh_export import save_mesh
+        from eg3d_rlhf.tuning.flow.toy.pipeline import R
+
         filled = F.pad(asset.occupancy, (1, 1) * 3)
         # counter-clockwise in the two axes that follow a third
         square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
@@ -95,6 +108,10 @@ class Toy(FlowFamily):
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
         """Describe both stages' networks as the package has them."""
+        import torch
+
+        from eg3d_rlhf.tuning.flow.toy.bundled import KIND, load_network, path_of, write_network
+        from training.storage import read_tensors
 
         def stored(name: str) -> Stored:
             def load(dtype: torch.dtype | None) -> nn.Module:

@@ -16,22 +16,9 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, separate
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowPath, FlowStage, Sampling, SparseVoxels, Voxels
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, CONDITIONS, SHAPES, STRUCTURE, VOXELS
 
 R = 8  # grid points per axis
-COLOURS = {
-    "red": (0.85, 0.15, 0.15),
-    "orange": (0.95, 0.55, 0.10),
-    "yellow": (0.95, 0.90, 0.20),
-    "lime": (0.65, 0.90, 0.25),
-    "green": (0.15, 0.55, 0.20),
-    "cyan": (0.15, 0.80, 0.80),
-    "blue": (0.15, 0.25, 0.85),
-    "purple": (0.50, 0.20, 0.75),
-    "pink": (0.95, 0.55, 0.75),
-    "brown": (0.50, 0.30, 0.15),
-    "grey": (0.55, 0.55, 0.55),
-    "white": (0.95, 0.95, 0.95),
-}
 DARKEST = 0.65  # brightness at the bottom, as a share of that at the top
 
 Grid = torch.Tensor
@@ -78,11 +65,8 @@ def shapes_at(x: Grid, y: Grid, z: Grid, size: int) -> dict[str, Grid]:
     }
 
 
-_NOWHERE = torch.zeros(0)
-SHAPES = tuple(shapes_at(_NOWHERE, _NOWHERE, _NOWHERE, 0))  # their names
 # small and large, at both heights that a shape may stand at
 VARIANTS = tuple((size, lift) for size in (0, 1) for lift in (0, 1))
-CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 _PART = {
     f"{colour} {shape}": (5 * i + j) % len(COLOURS)
     for i, shape in enumerate(SHAPES)
@@ -227,8 +211,6 @@ def neighbours(grid: torch.Tensor) -> torch.Tensor:
     return total
 
 
-STRUCTURE = "structure"
-VOXELS = "voxels"
 TO_GROW = 2  # growing neighbours that an empty place needs to be filled
 PATH = FlowPath(mean=0.0)
 GUIDANCE = {STRUCTURE: 1.0, VOXELS: 0.0}  # colours come out right without

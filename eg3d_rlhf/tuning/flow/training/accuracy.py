@@ -29,8 +29,9 @@ from eg3d_rlhf.models.sparse import single
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairDraw, PairErrors, draw_pairs
+from eg3d_rlhf.tuning.flow.training.dpo import PairDraw, PairErrors, draw_pairs
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from training.phases import derive_seed
 
 DRAWS = 4  # times and noises of a pair

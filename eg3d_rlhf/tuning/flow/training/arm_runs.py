@@ -16,10 +16,10 @@ Shape letters: K training seeds, C conditions, S noises per condition.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,32 +29,23 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.experiments.table import INTERVAL, Table, markdown_rows, of_seeds, with_interval, write
+from eg3d_rlhf.experiments.table import INTERVAL, Table, write
 from eg3d_rlhf.models.policies import link, tuned_model
-from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES, Choosing, Judging, judged
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.evaluation import judged
+from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
+from eg3d_rlhf.tuning.flow.base.settings import JUDGES
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
-from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels, stage_of
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels
+from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult
 from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
 BASE = "base"  # the task of the untuned network
-CONTROLS = ("shuffled", "inverted")  # how their names end
 Opened = tuple[Problem, Labelled | None]  # assets that people judged, where arms learn from such
 # (settings, device) -> what arms are trained on; pickled by name
 Open = Callable[[Any, str], Opened]
-# by title, a cell of an arm's name and its row of the table
-Columns = Mapping[str, Callable[[str, Mapping], Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmsSource(ProblemSource):
-    """What a problem is read from; pairs are not needed."""
-
-    needs_pairs: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -79,100 +70,6 @@ class Bench(ABC):
     @abstractmethod
     def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         """What is known of a training besides its scores, JSON. Args: seed: of the table's noises."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmsRun(ABC):
-    """Settings of a run, and what its table says."""
-
-    NAME: ClassVar[str]  # of the table's files
-    TITLE: ClassVar[str]
-    MORE: ClassVar[str] = ""  # facts after those that every table states
-    BEFORE: ClassVar[Columns]  # columns before and behind those of what the judge says
-    BEHIND: ClassVar[Columns] = {}
-    ARMS: ClassVar[Collection[str]]  # all that there are
-    LISTED: ClassVar[str]  # the same in words
-    MEETING: ClassVar[bool] = False  # controls are compared with other arms, too
-
-    dpo: TrainConfig  # of the arms that train on pairs
-    source: ArmsSource = field(default_factory=ArmsSource)
-    stage: str | None = None  # None: the last
-    arms: tuple[str, ...] = ()
-    training_seeds: tuple[int, ...] = (0,)
-    choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
-    judging: Judging = Judging()  # of the table that ends a run
-    summary: bool = True  # end with it
-
-    def __post_init__(self):
-        if (
-            any(arm not in self.ARMS for arm in self.arms)
-            or not self.arms
-            or len(set(self.arms)) < len(self.arms)
-        ):
-            got = ", ".join(self.arms) or "none"
-            raise ValueError(f"--arms: expected some of {self.LISTED}, each once, got {got}. Name them.")
-
-    @abstractmethod
-    def bench(self, opened: Opened, seed: int) -> Bench:
-        """Of a training seed."""
-
-    @abstractmethod
-    def has_table(self, problem: Problem) -> bool:
-        """Whether there is something to judge by."""
-
-    @abstractmethod
-    def row(
-        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
-    ) -> dict:
-        """More of an arm's row, JSON, from its trainings, its rates against the base, its scores and the
-        base's by judge.
-        """
-
-    def stage_in(self, problem: Problem) -> FlowStage:
-        """The stage that is tuned. Raises: ValueError for one that is not there."""
-        return stage_of(problem.pipeline, self.stage or problem.pipeline.stages[-1].name)
-
-    def markdown(self, data: Mapping) -> str:
-        """Of the table: arms, what nobody trained on, and arms against each other, where there are such."""
-        judge = data["judge"]
-        seeds = [f"seed {seed}" for seed in data["training_seeds"]]
-        rows = []
-        for name, arm in data["arms"].items():
-            won = arm["judges"][judge]
-            before, behind = (
-                [cell(name, arm) for cell in columns.values()] for columns in (self.BEFORE, self.BEHIND)
-            )
-            rows.append(
-                [*before, with_interval(won), *of_seeds(won), *behind, ", ".join(map(str, arm["kept_step"]))]
-            )
-        facts = (
-            f"Stage {data['stage']}; {data['conditions']} held-out conditions x {data['noises']} noises x"
-            f" {len(seeds)} training seeds; ties count half. Brackets: {data['interval']}.{self.MORE}"
-        )
-        head = [*self.BEFORE, f"{judge} judge, wins against base", *seeds, *self.BEHIND, "kept"]
-        lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(head, rows)]
-        if measures := next(iter(data["arms"].values())).get("measures"):
-            rows = [
-                [name, *map(with_interval, arm["measures"].values())] for name, arm in data["arms"].items()
-            ]
-            lines += [
-                "",
-                "## What nobody trained on, wins against base",
-                "",
-                *markdown_rows(["arm", *measures], rows),
-            ]
-        if data["pairwise"]:
-            rows = [
-                [*name.split("_vs_"), with_interval(rated), *of_seeds(rated)]
-                for name, rated in data["pairwise"].items()
-            ]
-            lines += [
-                "",
-                f"## Pair by pair, {judge} judge",
-                "",
-                *markdown_rows(["arm", "against", "wins", *seeds], rows),
-            ]
-        return "\n".join(lines) + "\n"
 
 
 def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:

@@ -4,7 +4,6 @@ what is logged of it.
 Shape letters as in sparse.py and stage.py; P pairs.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,53 +14,12 @@ from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, rows, to_device, twice, where
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from training.phases import derive_seed
 
-KINDS = ("sigmoid", "sft", "dro")
 TIME_BINS = 10  # of equal width on 0..1, in what is logged
 # logged as sums over the pairs of each time bin
 BINNED = ("pairs", "implicit_accuracy", "margin", "w_diff", "l_diff")
-_loss = functools.partial(knob, group="Preference loss")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DpoConfig:
-    """The loss of a batch of pairs; the path decides the times."""
-
-    kind: str = _loss(
-        "sigmoid",
-        "Of the margin; sft: flow matching on the preferred; dro: preferred minus --loser-weight x rejected "
-        "error, which no reference and no lower bound holds.",
-        name="loss",
-        choices=KINDS,
-    )
-    beta: float = _loss(
-        250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0
-    )
-    loser_weight: float = _loss(
-        1.0,
-        "Of the rejected half of the margin; below 1 keeps a policy from running away from it.",
-        low=0,
-        rare=True,
-    )
-    sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0, rare=True)
-    condition_dropout: float = _loss(
-        0.0, "Share of pairs trained without their condition.", low=0, high=1, rare=True
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
-        for name in ("loser_weight", "sft_weight") if self.kind == "sft" else ():
-            if getattr(self, name) != getattr(DpoConfig, name):
-                raise ValueError(
-                    f"DpoConfig.{name}: expected it unset with {self.kind}, got {getattr(self, name)}. Leave"
-                    " it out."
-                )
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kind == "sigmoid"
 
 
 @dataclass(frozen=True, kw_only=True)

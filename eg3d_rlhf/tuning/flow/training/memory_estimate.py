@@ -13,7 +13,8 @@ from torch import nn
 from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.training.trainer import Descent, StageTraining, policy_and_reference, recomputing
+from eg3d_rlhf.tuning.flow.training.settings import StageTraining
+from eg3d_rlhf.tuning.flow.training.trainer import Descent, policy_and_reference, recomputing
 from torch_utils.ops.implementations import implementation
 from training.distributed import Ranks
 

@@ -11,7 +11,7 @@ Shape letters as in sparse.py; P pairs, B time bins.
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Generic, TypeVar
@@ -30,7 +30,6 @@ from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import (
     BINNED,
     TIME_BINS,
-    DpoConfig,
     PairDraw,
     PairErrors,
     draw_pairs,
@@ -39,52 +38,21 @@ from eg3d_rlhf.tuning.flow.training.dpo import (
 )
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Start, fit_passes
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
     ANCHOR,
     NOTHING,
     Descent,
     StageResult,
-    StageTraining,
     recomputing,
     train,
-    train_knob,
     win_rate_signs,
     win_rates,
 )
 from training.distributed import SINGLE, Ranks
 from training.phases import GradientSum, Layout, derive_seed, sum_over_ranks
 from training.storage import checksum
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassConfig(StageTraining):
-    """A training whose updates are batches of examples, taken in passes."""
-
-    batch: int = 4  # examples per update, over all processes and passes
-    batch_gpu: int | None = None  # per pass and process; decides memory, not the result
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.batch_gpu is not None and self.batch % self.batch_gpu:
-            got = f"batch={self.batch}, got {self.batch_gpu}"
-            raise ValueError(f"{type(self).__name__}.batch_gpu: expected a divisor of {got}. Choose one.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(PassConfig):
-    """Everything that decides a training on pairs besides its networks and pairs."""
-
-    dpo: DpoConfig = field(default_factory=DpoConfig)  # what is minimised
-    batch: int = train_knob(4, "Per update, over all processes and passes.", metavar="PAIRS", low=1)
-    batch_gpu: int | None = train_knob(
-        None, "Per pass and process: decides memory, not the result.", metavar="PAIRS", low=1, shown="batch"
-    )
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.dpo.needs_reference
-
 
 Item = tuple[int, PreferencePair]  # the pass over the pairs, and one of them
 Example = TypeVar("Example")

@@ -17,29 +17,27 @@ uninterrupted one bit for bit, and neither passes per batch nor ranks change wha
 """
 
 import copy
-import functools
 import importlib
 import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from eg3d_rlhf.experiments import logs
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS, Run, recorded
-from eg3d_rlhf.models.lora import LoraConfig, add_lora
+from eg3d_rlhf.models.lora import add_lora
 from eg3d_rlhf.models.policies import save_policy, shared_copy
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import StageTraining
 from eg3d_rlhf.tuning.flow.training.sharding import gathered, like, shard, sharded, whole
 from training import checkpoint
-from training.config import check_knobs, knob
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
 from training.storage import read_tensors, write_tensors
@@ -51,75 +49,6 @@ SAMPLES = "samples"
 # settings that a resumed run may change
 FREE = ("batch_gpu", "checkpoint_every", "log", "recompute", "samples")
 KEPT = "kept parameters"
-
-train_knob = functools.partial(knob, group="Training")
-_rare_train_knob = functools.partial(train_knob, rare=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageTraining:
-    """Settings of any training of a stage; the defaults suit TRELLIS."""
-
-    # adapters to train; None trains every parameter
-    lora: LoraConfig | None = field(default_factory=LoraConfig)
-    steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
-    lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
-    recompute: str = _rare_train_knob(
-        "auto",
-        "Compute blocks again in the backward pass: less memory, a third more time. auto: where "
-        "memory needs it.",
-        choices=("auto", "on", "off"),
-    )
-    schedule: str = _rare_train_knob(
-        "constant",
-        "Of the learning rate after its rise; cosine: down to 2 % of it at the last update.",
-        choices=("constant", "cosine"),
-    )
-    optimizer: str = _rare_train_knob(
-        "adamw",
-        "adamw8bit: bitsandbytes' AdamW, whose state takes a quarter of the memory.",
-        choices=("adamw", "adamw8bit"),
-    )
-    warmup: int = _rare_train_knob(
-        100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0
-    )
-    weight_decay: float = _rare_train_knob(0.01, "AdamW's, apart from the gradient.", low=0)
-    clip: float = _rare_train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0)
-    held_out_every: int = _rare_train_knob(
-        100,
-        "Between evaluations: win rate, accuracy on held-out pairs. One comes before the first.",
-        metavar="UPDATES",
-        low=1,
-    )
-    patience: int = _rare_train_knob(
-        5, "Evaluations in a row without a new best, after which training stops.", low=1
-    )
-    max_drop: float = _rare_train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0)
-    log: str = train_knob("", "Beside stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
-    samples: int = _rare_train_knob(
-        4,
-        "In a strip of pictures at every evaluation, in the run's folder samples/.",
-        metavar="ASSETS",
-        low=0,
-    )
-    log_every: int = _rare_train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1)
-    checkpoint_every: int = _rare_train_knob(200, "Between resumable states.", metavar="UPDATES", low=1)
-    seed: int = 0  # >= 0: of everything that is drawn
-
-    def __post_init__(self):
-        check_knobs(self)
-        logs.named(self.log)
-
-    def at(self, stage: FlowStage, seed: int) -> Self:
-        """With a seed, and adapters on the stage's own layers unless others were asked for."""
-        lora = self.lora
-        if lora is not None and lora.targets == LoraConfig().targets:
-            lora = replace(lora, targets=stage.lora_targets)
-        return replace(self, lora=lora, seed=seed)
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
 
 
 class Descent(ABC):

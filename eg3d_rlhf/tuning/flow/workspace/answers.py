@@ -22,7 +22,7 @@ import torch
 from eg3d_rlhf.preferences.goodness import read_goodness, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
-from eg3d_rlhf.tuning.flow.base.problem import EncodingSource, Problem, ProblemSource, chosen_precision
+from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.ranking import (
     RANKING,
     Imported,
@@ -31,6 +31,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     read_ranking,
     write_import,
 )
+from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.singles import known_of
 from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
 from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, TRAIN, Work

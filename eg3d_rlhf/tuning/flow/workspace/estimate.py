@@ -17,7 +17,7 @@ import torch
 
 from eg3d_rlhf.core.cli import aligned
 from eg3d_rlhf.core.memory import GIB, MemoryTrace
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import Latent, SparseSample, separate
 from eg3d_rlhf.models.trellis.blocks import DenseLayout, ModulatedBlock
 from eg3d_rlhf.tuning.flow.base.family import SizedStage
@@ -26,7 +26,8 @@ from eg3d_rlhf.tuning.flow.base.sampling import guides, sample, times
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, SparseVoxels, Voxels
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import SHARE, Cost, cost_of_update, fake_stage
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import Updates
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE
 from training.progress import tqdm

@@ -23,9 +23,9 @@ from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import markdown_rows, write
 from eg3d_rlhf.models.policies import link_folder, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import collate
-from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import JUDGES
 from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
     Accuracy,
@@ -36,18 +36,14 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     turned_by_coin,
     verdict,
 )
-from eg3d_rlhf.tuning.flow.training.circular.loop import (
-    CircularLoop,
-    CircularSettings,
-    check,
-    run_loop,
-    whole_weights,
-)
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import PAIRS, SHUFFLED
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, check, run_loop, whole_weights
+from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, SHUFFLED, CircularSettings
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, train_stage
+from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
+from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"
@@ -63,17 +59,6 @@ AWAY = (
     "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set"
     " loser_weight below 1, a lower --lr, a larger --set beta."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What is trained, and with what beside it."""
-
-    circular: CircularSettings  # `human` is how stages learn from people's pairs; the rest is the loop's
-    stages: tuple[str, ...] = ()  # none: all that have pairs
-    # stages before the last learn from what the one behind made better, in place of people's pairs
-    loop: bool = False
-    control: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

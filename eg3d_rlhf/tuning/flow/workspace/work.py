@@ -23,21 +23,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.models.policies import META
-from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.db_flag import open_store
-from eg3d_rlhf.people.label.entities import JudgementRow, Kind, Mode
-from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, Conditions, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily
-from eg3d_rlhf.tuning.flow.base.ranking import RANKING
 from eg3d_rlhf.tuning.flow.families import family_of
-from training.storage import write_atomic
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.people.label.entities import JudgementRow
+    from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 
 FORMAT = 1
 FILE = "work.json"
+REWARD = "latent-reward.safetensors"  # ensemble that scores samples
 BASE = "base"  # name of what the untuned generator drew
 TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
 SHOWN = (TRAIN, CHOOSE)  # what annotators see
@@ -159,6 +158,8 @@ class Work:
 
     def write(self) -> "Work":
         """Make the folder's file. Raises: ValueError where there is one, or for splits that leave nothing."""
+        from training.storage import write_atomic
+
         _check_splits(self.splits)
         path = self.folder / FILE
         if path.exists():
@@ -197,8 +198,10 @@ class Work:
         """Conditions of splits, all by default, in their order."""
         return tuple(name for split in splits or SPLITS for name in self.splits[split])
 
-    def conditions(self, *splits: str) -> Conditions:
+    def conditions(self, *splits: str) -> "Conditions":
         """Embeddings of the conditions of splits and of the empty one, and of no others."""
+        from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions, read_conditions
+
         read = read_conditions(self.conditions_file)
         wanted = self.names(*splits)
         read.select(wanted)  # raises for those that are missing
@@ -207,6 +210,8 @@ class Work:
 
     @property
     def conditions_file(self) -> Path:
+        from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+
         return self.folder / CONDITIONS
 
     # ---- places
@@ -238,6 +243,8 @@ class Work:
         """Tuned weights of a training such as tune-00, or of its control, by stage; empty where it kept
         nothing.
         """
+        from eg3d_rlhf.models.policies import META
+
         place = tune / "control" if control else tune
         return {stage: place / stage for stage in self.stages if (place / stage / META).is_file()}
 
@@ -264,6 +271,8 @@ class Work:
 
     def lines(self, name: str = BASE) -> list[dict]:
         """The list of drawn assets. Raises: FileNotFoundError for none."""
+        from eg3d_rlhf.tuning.flow.base.ranking import RANKING
+
         path = self.drawn(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
@@ -276,6 +285,9 @@ class Work:
 
         Raises: FileNotFoundError or ValueError for none, or for those of other assets or of test conditions.
         """
+        from eg3d_rlhf.people.label.entities import Mode
+        from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements
+
         if not (self.folder / "labels.db").is_file():
             raise FileNotFoundError(
                 f"WORK: expected people's answers, got none yet. Label: eg3d-rlhf flow label {self.folder}"
@@ -296,8 +308,10 @@ class Work:
         return Labels(answers, self.drawn())
 
     def _answers(
-        self, rows: Sequence[JudgementRow], drawn: Mapping[tuple[str, int], str]
+        self, rows: "Sequence[JudgementRow]", drawn: Mapping[tuple[str, int], str]
     ) -> Iterator[Answer]:
+        from eg3d_rlhf.people.label.entities import Kind
+
         shown = set(self.names(*SHOWN))
         known: dict[tuple[str, str], bool] = {}
         for row in rows:
@@ -326,6 +340,8 @@ class Work:
 
 def _is(path: Path, digest: str) -> bool:
     """Whether a file is the one that was shown; an .obj is shown with its companions."""
+    from eg3d_rlhf.people.label.assets import reading
+
     if not path.is_file():
         return False
     if file_hash(path) == digest:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import (
     NamedBatch,
@@ -47,8 +47,8 @@ from eg3d_rlhf.tuning.flow.base.stage import (
     opposite,
 )
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.rejections import raising
 from tests.tuning.flow import closed_forms
 from tests.tuning.flow.closed_forms import Field, dense, pair_of, stage_of, tokens, voxels

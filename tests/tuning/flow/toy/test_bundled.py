@@ -18,7 +18,8 @@ from eg3d_rlhf.tuning.flow.toy.bundled import (
     toy_problem,
 )
 from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
-from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, R
+from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
+from eg3d_rlhf.tuning.flow.toy.pipeline import R
 from tests.tuning.flow.toy.drawing import drawn
 
 

@@ -14,7 +14,8 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
     human_pairs,
     judge_drafts,
 )
-from eg3d_rlhf.tuning.flow.toy.pipeline import CONDITIONS, TRAINED, Defects
+from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
+from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED, Defects
 from tests.tuning.flow.toy.drawing import drawn, perfect
 
 ORACLES = [LabelOracle(), ChooserOracle(), FinalOracle()]

@@ -11,11 +11,10 @@ from scipy import ndimage
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.toy.bundled import StructureFlow, VoxelFlow, Width
 from eg3d_rlhf.tuning.flow.toy.judges import LabelOracle
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, CONDITIONS
 from eg3d_rlhf.tuning.flow.toy.pipeline import (
     CARVED,
     CHOOSING,
-    COLOURS,
-    CONDITIONS,
     GROWING,
     HELD_OUT,
     KEPT,

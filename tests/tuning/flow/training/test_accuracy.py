@@ -23,8 +23,9 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     verdict,
 )
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, draw_pairs
+from eg3d_rlhf.tuning.flow.training.dpo import draw_pairs
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, policy_and_reference
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, tiny_config, voxel_pairs

@@ -8,14 +8,8 @@ import torch
 
 from eg3d_rlhf.models.sparse import feats_of, separate
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.training.dpo import (
-    TIME_BINS,
-    DpoConfig,
-    PairErrors,
-    draw_pairs,
-    pair_loss,
-    pair_stats,
-)
+from eg3d_rlhf.tuning.flow.training.dpo import TIME_BINS, PairErrors, draw_pairs, pair_loss, pair_stats
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.rejections import raising
 from tests.tuning.flow.closed_forms import PerChannel, pair_of, stage_of, tokens
 

@@ -8,8 +8,9 @@ import torch
 from eg3d_rlhf.models.policies import ADAPTER
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.models.weights import read
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource, chosen_precision
+from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
 from eg3d_rlhf.tuning.flow.base.sampling import stage_latents
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.workspace.tune import tune

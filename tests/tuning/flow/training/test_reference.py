@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import feats_of
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, PairErrors, draw_pairs, pair_loss
+from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, draw_pairs, pair_loss
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
 from tests.models.adaptable_flow import AdaptableFlow, inputs, pairs, stage
 
 KINDS = pytest.mark.parametrize("sparse", [False, True], ids=["dense", "voxels"])

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig, draw_pairs
-from eg3d_rlhf.tuning.flow.training.pair_training import Order, TrainConfig, Updates, pair_signs
+from eg3d_rlhf.tuning.flow.training.dpo import draw_pairs
+from eg3d_rlhf.tuning.flow.training.pair_training import Order, Updates, pair_signs
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import NAMES, TinyPipeline, structure_pairs, tiny_config, voxel_pairs

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from eg3d_rlhf.core.memory import GIB, MemoryTrace
 from eg3d_rlhf.models import hunyuan3d
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.trellis import flows
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.base.family import SizedStage
@@ -21,7 +21,8 @@ from eg3d_rlhf.tuning.flow.families import released_sizes
 from eg3d_rlhf.tuning.flow.families.hunyuan3d import LORA_TARGETS, MAIN, call
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.memory_estimate import Cost, cheapest
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import Updates
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference, recomputing, trained
 from eg3d_rlhf.tuning.flow.workspace import estimate
 from eg3d_rlhf.tuning.flow.workspace.estimate import ZeroConditioning, pairs_of

@@ -10,14 +10,13 @@ Shape letters: K training seeds, C conditions, S noises per condition.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.experiments.table import (
@@ -31,139 +30,23 @@ from eg3d_rlhf.experiments.table import (
     write,
 )
 from eg3d_rlhf.models.policies import link_folder
-from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES, Judging
-from eg3d_rlhf.tuning.flow.base.problem import Problem, ProblemSource
+from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import JUDGES, ProblemSource
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
-from eg3d_rlhf.tuning.flow.training.circular.loop import (
-    CircularLoop,
-    CircularSettings,
-    Lineage,
-    run_loop,
-    whole_weights,
-)
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
-    ANCHOR,
-    PAIRS,
-    PEOPLES,
-    SHUFFLED,
-    TURNED,
-    WINNERS,
-    NoPairsError,
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, Lineage, run_loop, whole_weights
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import NoPairsError
+from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    ALL,
+    BASE,
+    LOOP,
+    PEOPLE,
+    SUPERVISED,
+    AblationPlan,
+    CircularRun,
+    Group,
 )
 from training.distributed import SINGLE, Ranks, leave
 from training.progress import tqdm
-
-BASE = "base"
-PEOPLE = "people"
-LOOP = "loop"
-SUPERVISED = "supervised"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """What one row of the table trains."""
-
-    title: str
-    first: str = BASE  # what the stages before the last learn from
-    last: str = BASE  # what the last stage learns from
-    use_w1: bool = True
-    use_w2: bool = True
-    use: str = PAIRS  # what of the loop's pairs
-
-
-GROUPS = {
-    "a": Group(title="full loop", first=LOOP, last=PEOPLE),
-    "b": Group(title="both stages on people's pairs, no loop", first=PEOPLE, last=PEOPLE),
-    "c": Group(title="first stage alone, people's pairs", first=PEOPLE),
-    "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
-    "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
-    "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
-    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
-    "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
-    "i": Group(title="base"),
-}
-# (a), but for what the stages before the last learn: controls of what the loop's preferences are worth
-ARMS = {
-    "anchor": Group(
-        title="full loop, the anchor without the preference term", first=LOOP, last=PEOPLE, use=ANCHOR
-    ),
-    "shuffled": Group(
-        title="full loop, each pair turned over by the toss of a coin", first=LOOP, last=PEOPLE, use=SHUFFLED
-    ),
-    "turned": Group(title="full loop, each pair turned over", first=LOOP, last=PEOPLE, use=TURNED),
-    "fed_winners": Group(
-        title="full loop, fine-tuning on the preferred of its pairs", first=LOOP, last=PEOPLE, use=WINNERS
-    ),
-    "people_first": Group(
-        title="full loop, on the people's pairs that its pairs come from",
-        first=LOOP,
-        last=PEOPLE,
-        use=PEOPLES,
-    ),
-}
-ALL = GROUPS | ARMS
-
-
-def letters(text: str) -> list[str]:
-    """ "a..i", "a,d,i" or "a..d,anchor" as groups in order, the base always among them since all are compared
-    with it.
-
-    Raises: ValueError for other text.
-    """
-    found: set[str] = {"i"}
-    for part in text.replace(" ", "").split(","):
-        low, dots, high = part.partition("..")
-        ends = [low, high if dots else low]
-        if part in ARMS:
-            found.add(part)
-            continue
-        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
-            arms = ", ".join(ARMS)
-            raise ValueError(
-                f"groups: expected letters of a..i such as a,b,d or a..i, and arms among {arms}, got"
-                f" {text!r}. Correct it."
-            )
-        found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
-    return [name for name in ALL if name in found]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AblationPlan:
-    """Which groups are trained, how often, and how they are judged."""
-
-    groups: tuple[str, ...] = tuple(GROUPS)
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
-    judging: Judging = Judging()
-
-    def tasks(self) -> dict[str, list[str]]:
-        """What is to be done, and what each waits for, in an order that lets what others wait for start
-        early.
-
-        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own
-        training and scores.
-        """
-        wanted = [ALL[letter] for letter in self.groups]
-        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
-        shared = [
-            (kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)
-        ]
-        looping = any(group.first == LOOP for group in wanted)
-        tasks: dict[str, list[str]] = {}
-        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
-            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
-            if (kind, part) == (PEOPLE, "last") and looping:
-                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
-        for letter in self.groups:
-            for seed in self.seeds if letter != "i" else self.seeds[:1]:
-                group = ALL[letter]
-                first = ALL[letter].first
-                needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
-                needs += (
-                    [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
-                )
-                tasks[f"{seed}/{letter}"] = needs
-        return tasks
-
 
 # The table.
 
@@ -320,30 +203,6 @@ def plot(data: Mapping):
 # The run.
 
 RESULT = "result.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircularRun:
-    circular: CircularSettings
-    source: ProblemSource = ProblemSource()  # networks and people's pairs
-    stage: str | None = None  # train this stage alone, on people's pairs
-    groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
-    training_seeds: tuple[int, ...] = ()  # of the ablation
-    judging: Judging = Judging()  # for the table that ends a run
-    summary: bool = True  # end a run with that table, where the problem has a judge for it
-    artefacts: str = "runs/artefacts"  # folder that runs share
-
-    @property
-    def plan(self) -> AblationPlan:
-        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
-
-    def facts(self, problem: Problem) -> dict:
-        return {
-            "problem": dict(problem.identity),
-            "settings": asdict(self.circular),
-            "judging": asdict(self.judging),
-            "versions": versions(),
-        }
 
 
 def loop_of(

@@ -18,63 +18,32 @@ import torch
 
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import save_policy, tuned_model
-from eg3d_rlhf.tuning.flow.base.evaluation import Choosing, Judging, judged
+from eg3d_rlhf.tuning.flow.base.evaluation import judged
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.base.problem import Problem
+from eg3d_rlhf.tuning.flow.base.settings import Judging
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
-    ANCHOR,
-    PAIRS,
-    WINNERS,
     LoopPairMaker,
-    LoopPairsConfig,
     NoPairsError,
-    Weighing,
     make_in_chunks,
     stage_behind,
     used,
     weighed,
 )
+from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    ANCHOR,
+    PAIRS,
+    WINNERS,
+    CircularSettings,
+    Weighing,
+)
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, train_stage
+from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import ACCURACY, FREE
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
-
-
-def anchored(config: TrainConfig) -> TrainConfig:
-    """The same training with the loop's anchors: its pairs part so soon that plain DPO runs away from both
-    sides.
-
-    Half a weight on the rejected, half the preferred's own error, four times the beta; see docs of `--loop-*`
-    for other anchors.
-    """
-    dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
-    return replace(config, dpo=dpo)
-
-
-def supervised(config: TrainConfig) -> TrainConfig:
-    """Plain flow matching on the preferred ones, trained otherwise alike."""
-    return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CircularSettings:
-    """Everything that decides a run besides the problem."""
-
-    human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
-    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
-    # of the ablation's supervised groups
-    sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))
-    loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
-    weighing: Weighing = field(default_factory=Weighing)
-    # None: no win rate while training; the last update is kept
-    choosing: Choosing | None = field(default_factory=Choosing)
-    # of the whole loop; each starts from the networks of the one before, which are then the reference
-    rounds: int = 1
-    seed: int = 0  # of everything drawn; also the trainings'
-
 
 # per stage the trainings behind its network, oldest first; a missing stage is the base's
 Lineage = Mapping[str, tuple[Artefact, ...]]

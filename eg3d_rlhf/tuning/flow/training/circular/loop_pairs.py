@@ -21,7 +21,6 @@ Deviates: one sentence of appendix C.3 pairs generated assets with the original 
 and equation 11, un-op is the reference's sample.
 """
 
-import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -41,53 +40,18 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
-from training.config import check_knobs, knob
+from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    PEOPLES,
+    REWARD,
+    SHUFFLED,
+    TURNED,
+    LoopPairsConfig,
+    Weighing,
+)
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
 SAME = "same_structure"  # in a pair's provenance
-REWARD = "reward"
-ROLES = ("op", REWARD)
-# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
-# turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
-PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
-    "pairs",
-    "anchor",
-    "shuffled",
-    "turned",
-    "winners",
-    "people",
-)
-_loop = functools.partial(knob, group="The loop")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopPairsConfig:
-    per_pair: int = _loop(
-        1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True
-    )
-    batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
-    chunk: int = 64  # human pairs between what is kept of an interrupted making
-
-    def __post_init__(self):
-        check_knobs(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weighing:
-    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
-
-    use_w1: bool = True  # drop pairs whose op is not rewarded more
-    use_w2: bool = True  # weigh the others by how much more
-    roles: str = _loop(
-        "op",
-        "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.",
-        choices=ROLES,
-        rare=True,
-    )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 def stage_behind(stages: Sequence[str], stage: str) -> str:

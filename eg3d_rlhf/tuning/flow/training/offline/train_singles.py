@@ -12,7 +12,6 @@ Shape letters as in sparse.py; K assets of a group.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,66 +26,17 @@ from eg3d_rlhf.tuning.flow.base.singles import Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.training.pair_training import Example, PassConfig, Passes, latents_checksum
+from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, NFT, SinglesConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import Example, Passes, latents_checksum
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from eg3d_rlhf.tuning.flow.training.trainer import (
-    StageResult,
-    train,
-    train_knob,
-    win_rate_signs,
-    win_rates,
-)
-from training.config import knob
+from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_signs, win_rates
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
-NFT, DGPO = LOSSES = ("nft", "dgpo")
 LEAST_TIME = 0.02
 EVEN = 1e-9  # of r from 1/2, which teaches nothing
 FAR = 0.9  # of the reference's own error, as far as its velocities may be left behind
 CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
-_loss = partial(knob, group="Loss of single assets")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SinglesConfig(PassConfig):
-    """Everything that decides a training besides its networks and assets;
-    the defaults suit large generators.
-    """
-
-    loss: str = _loss(
-        NFT,
-        "nft: DiffusionNFT of each asset; dgpo: of up to --group assets of a condition together, by their"
-        " order.",
-        choices=LOSSES,
-    )
-    trust: float = _loss(
-        0.3, "nft: C b, how tightly a flow is held to the one that drew the assets.", above=0
-    )
-    beta: float = _loss(
-        100.0, "dgpo: multiplies the margin of a group, per unit of error.", name="group_beta", above=0
-    )
-    kl: float | None = _loss(
-        None,
-        "Weight of the squared distance from the untuned velocities.",
-        low=0,
-        shown="nft 0.03, dgpo 0.01",
-    )
-    group: int = _loss(
-        8, "dgpo: most assets of a condition that are compared at once, drawn anew in every pass.", low=2
-    )
-    steps: int = train_knob(1000, "Length of a stage's training.", metavar="UPDATES", low=1)
-    batch: int = train_knob(
-        8, "Per update, over all processes and passes; of dgpo groups.", metavar="ASSETS", low=1
-    )
-    batch_gpu: int | None = train_knob(
-        None, "Per pass and process: decides memory, not the result.", metavar="ASSETS", low=1, shown="batch"
-    )
-
-    @property
-    def distance(self) -> float:
-        """The weight that applies."""
-        return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import (
 )
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage, Pipeline, Voxels
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward
-from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
+from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.training.online.steps import Step, divergence, log_density, steps_of, without_noise
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel

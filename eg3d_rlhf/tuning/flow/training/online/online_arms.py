@@ -11,27 +11,33 @@ Each is trained from the same network and ends in a folder of weights. What a ru
 arms keep: see flow/arms.py.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import separate, to_cpu
-from eg3d_rlhf.tuning.flow.base.evaluation import JUDGES
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
-from eg3d_rlhf.tuning.flow.training.arm_runs import CONTROLS, ArmsRun, Bench, Columns, Opened
+from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
-from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.draws import Explorer, Task
+from eg3d_rlhf.tuning.flow.training.online.settings import (
+    DPO,
+    OWN,
+    Losses,
+    OnlineConfig,
+    OnlineRun,
+    divided,
+    weighed,
+)
 from eg3d_rlhf.tuning.flow.training.online.solid import solid_reward
 from eg3d_rlhf.tuning.flow.training.online.updates import train_online
 from eg3d_rlhf.tuning.flow.training.pair_training import Order, train_stage
@@ -40,37 +46,6 @@ from eg3d_rlhf.tuning.flow.training.trainer import StageResult
 from training.distributed import Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
-
-DPO = "dpo"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Losses:
-    """Settings of each arm that draws samples."""
-
-    nft: OnlineConfig
-    grpo: OnlineConfig
-    grpo_plain: OnlineConfig
-    grpo_guard: OnlineConfig
-    dppo: OnlineConfig
-    dgpo: OnlineConfig
-
-    def of(self, arm: str) -> OnlineConfig:
-        return getattr(self, arm.replace("-", "_"))
-
-
-KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
-ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
-
-
-def divided(arm: str) -> tuple[str, str]:
-    """Kind and use of the rewards of an arm.
-
-    >>> divided("grpo-guard-shuffled"), divided("dpo")
-    (('grpo-guard', 'shuffled'), ('dpo', 'reward'))
-    """
-    kind, _, use = arm.rpartition("-")
-    return (kind, use) if use in CONTROLS else (arm, "reward")
 
 
 @dataclass(frozen=True)
@@ -203,7 +178,6 @@ def drift(
 
 # Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
-OWN = "own"
 CHOOSER = "chooser"
 # by name: makes it, once in a process
 REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}
@@ -237,27 +211,6 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     return REWARDS[name](problem)
 
 
-def weighed(text: str) -> dict[str, float]:
-    """Weights by name. Raises: ValueError for what is none.
-
-    >>> weighed("own,solid:0.5")
-    {'own': 1.0, 'solid': 0.5}
-    """
-    found = {}
-    for part in text.split(","):
-        name, colon, weight = part.strip().partition(":")
-        try:
-            found[name] = float(weight) if colon else 1.0
-        except ValueError:
-            found[name] = 0.0
-        if not name or not 0 < found[name] < float("inf"):
-            raise ValueError(
-                f"--reward: expected names with commas, each with :WEIGHT above 0 or without, got {text!r}."
-                " Correct it."
-            )
-    return found
-
-
 def watch_of(
     problem: Problem, trained: Sequence[str]
 ) -> Callable[[Sequence, Sequence[str]], dict[str, torch.Tensor]]:
@@ -278,92 +231,38 @@ def watch_of(
 # Settings of a run.
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnlineRun(ArmsRun):
-    NAME: ClassVar[str] = "online"
-    TITLE: ClassVar[str] = "Online tuning against its base"
-    MORE: ClassVar[str] = (
-        " In brackets behind a mean reward the untuned network's. Samples: drawn by a training. KL: of the"
-        " steps of one sampler from the untuned network's, mean over numbers, steps and samples."
+def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
+    """Make what the arms of a run are trained on, by one training seed."""
+    problem = opened[0]
+    weights = weighed(run.reward)
+    stage = run.stage_in(problem)
+    rewards = {name: reward_of(name, problem, stage) for name in weights}
+    # nothing is decoded
+    latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not run.gate
+    task = Task(
+        pipeline=problem.pipeline,
+        stage=stage,
+        rewards=rewards,
+        weights=tuple(weights.values()),
+        conditions=problem.train_conditions,
+        watched=None if latent else watch_of(problem, list(weights)),
+        gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
-    BEFORE: ClassVar[Columns] = {
-        "arm": lambda name, arm: name,
-        "samples": lambda name, arm: np.mean(arm["samples"]).round().astype(int),
-        "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of conditions",
-        "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
-    }
-    BEHIND: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
-    ARMS: ClassVar[Collection[str]] = ARMS
-    LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
-    losses: Losses
-    reward: str = OWN  # names, with weights
-    gate: str | None = None  # names of watched rewards
-    arms: tuple[str, ...] = ("nft",)
+    def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
+        scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
+        return torch.stack(scores).sum(0)
 
-    def __post_init__(self):
-        weighed(self.reward)
-        super().__post_init__()
-
-    def bench(self, opened: Opened, seed: int) -> OnlineBench:
-        problem = opened[0]
-        weights = weighed(self.reward)
-        stage = self.stage_in(problem)
-        rewards = {name: reward_of(name, problem, stage) for name in weights}
-        # nothing is decoded
-        latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not self.gate
-        task = Task(
-            pipeline=problem.pipeline,
-            stage=stage,
-            rewards=rewards,
-            weights=tuple(weights.values()),
-            conditions=problem.train_conditions,
-            watched=None if latent else watch_of(problem, list(weights)),
-            gate=tuple(name.strip() for name in self.gate.split(",")) if self.gate else (),
-        )
-
-        def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
-            scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
-            return torch.stack(scores).sum(0)
-
-        losses = replace(
-            self.losses,
-            **{field.name: getattr(self.losses, field.name).at(stage, seed) for field in fields(Losses)},
-        )
-        of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
-        return OnlineBench(
-            of_total,
-            stage,
-            self.dpo.at(stage, seed),
-            task,
-            losses,
-            {**problem.identity, "reward": self.reward},
-        )
-
-    def has_table(self, problem: Problem) -> bool:
-        return bool(problem.held_out_conditions)
-
-    def row(
-        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
-    ) -> dict:
-        own = scores["reward"]
-        untuned = base["reward"]
-        up = (own.mean(2) > untuned.mean(2)).mean(1)  # [K], share of conditions
-        return {
-            "samples": [training["samples"] for training in trainings],
-            "kl": [training["kl"] for training in trainings],
-            "reward": {
-                "up": float(up.mean()),
-                "up_seeds": up.tolist(),
-                "mean": float(own.mean()),
-                "mean_seeds": own.mean((1, 2)).tolist(),
-                "base": float(untuned.mean()),
-            },
-            "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},
-        }
-
-
-def mean_of(values: Sequence[float | None]) -> str:
-    """In two digits; nothing where none was measured."""
-    known = [value for value in values if value is not None]
-    return f"{np.mean(known):.2g}" if known else ""
+    losses = replace(
+        run.losses,
+        **{field.name: getattr(run.losses, field.name).at(stage, seed) for field in fields(Losses)},
+    )
+    of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
+    return OnlineBench(
+        of_total,
+        stage,
+        run.dpo.at(stage, seed),
+        task,
+        losses,
+        {**problem.identity, "reward": run.reward},
+    )

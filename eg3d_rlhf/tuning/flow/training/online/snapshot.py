@@ -12,14 +12,7 @@ from eg3d_rlhf.models.sparse import Batch
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition
 from eg3d_rlhf.tuning.flow.base.sampling import evaluating
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
-
-DECAYS = {  # by name, as DiffusionNFT has them; of the number n of optimiser steps
-    "copy": lambda n: 0.0,
-    "slow": lambda n: min(0.001 * n, 0.5),
-    "late": lambda n: 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999),
-    "dgpo": lambda n: min(0.001 * n, 0.3),
-    "frozen": lambda n: 1.0,  # offline: samples stay those of the network that drew them
-}
+from eg3d_rlhf.tuning.flow.training.online.settings import DECAYS
 
 
 def decay(name: str, steps: int) -> float:

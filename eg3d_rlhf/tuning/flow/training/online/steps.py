@@ -35,6 +35,7 @@ import torch
 from eg3d_rlhf.models.sparse import Batch, count, feats_of, mean_per_sample, with_feats
 from eg3d_rlhf.tuning.flow.base.sampling import times
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath, Sampling
+from eg3d_rlhf.tuning.flow.training.online.settings import STEPS
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class DanceStep(SdeStep):
         return self.level
 
 
-KINDS: dict[str, type[Step]] = {"exact": ExactStep, "cps": CpsStep, "sde": SdeStep, "dance": DanceStep}
+KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, DanceStep), strict=True))
 
 
 def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exact") -> list[Step]:

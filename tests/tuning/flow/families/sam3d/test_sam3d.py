@@ -21,12 +21,12 @@ from eg3d_rlhf.models.sparse import NamedBatch, NamedSample
 from eg3d_rlhf.models.trellis.autoencoders import StructureEncoder, StructureVAEConfig
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
-from eg3d_rlhf.tuning.flow.families.opening import check_source
+from eg3d_rlhf.tuning.flow.families.sources import check_source
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.compat.family_reference import Case, folders

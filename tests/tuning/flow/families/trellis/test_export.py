@@ -7,7 +7,8 @@ import shutil
 import torch
 from safetensors.torch import load_file
 
-from eg3d_rlhf.models.lora import LoraConfig, add_lora
+from eg3d_rlhf.models.lora import add_lora
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.families import family_of

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from benchmarks import random_flows
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.trellis import flows
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, Updates
+from eg3d_rlhf.tuning.flow.training.pair_training import Updates
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.estimate import pairs_of
 from torch_utils.ops import linear, transformer
 from torch_utils.ops.implementations import implementation

@@ -9,8 +9,8 @@ import torch
 from eg3d_rlhf.experiments.run import OPTIONS
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions, write_conditions
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.sampling import generate
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import train
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline

@@ -10,14 +10,15 @@ import torch
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs, write_pairs
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, Imported, pair_up
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from eg3d_rlhf.tuning.flow.families import trellis as family
 from eg3d_rlhf.tuning.flow.families.learned_evaluators import LinearReward, features
 from eg3d_rlhf.tuning.flow.families.trellis_assets import SplatAsset
 from eg3d_rlhf.tuning.flow.families.trellis_files import LATENT, STRUCTURE, read_pipeline
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker, LoopPairsConfig
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker
+from eg3d_rlhf.tuning.flow.training.circular.settings import LoopPairsConfig
 from tests.rejections import raising
 from tests.tuning.flow.families.trellis.tiny_trellis import NAMES, tokens, voxels, write_imported
 

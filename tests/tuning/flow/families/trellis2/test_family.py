@@ -12,15 +12,16 @@ import torch
 import trimesh
 from safetensors.torch import load_file, save_file
 
-from eg3d_rlhf.models.lora import LoraConfig, add_lora, lora_parameters
+from eg3d_rlhf.models.lora import add_lora, lora_parameters
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.models.sparse import SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelAsset
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
 from eg3d_rlhf.tuning.flow.base.ranking import read_ranking
 from eg3d_rlhf.tuning.flow.base.sampling import generate
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import trellis2 as family

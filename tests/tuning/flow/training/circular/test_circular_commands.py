@@ -16,10 +16,10 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import circular_dpo as commands
 from eg3d_rlhf.modes.circular_dpo import default_settings, resolve
 from eg3d_rlhf.modes.flow_flags import circular_settings
-from eg3d_rlhf.tuning.flow.base.problem import ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
+from eg3d_rlhf.tuning.flow.families import opening
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
-from eg3d_rlhf.tuning.flow.training.circular.ablation import CircularRun
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularSettings
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularRun, CircularSettings
 from tests.rejections import raising, rejected
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.config import from_dict
@@ -149,7 +149,7 @@ def test_settings_survive_json():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    monkeypatch.setattr(commands, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(opening, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_settings", lambda pipeline: SETTINGS)
 
     def go(*flags: str):
@@ -229,7 +229,7 @@ def test_resume_refuses_other_inputs_and_other_modes(tiny, tmp_path, monkeypatch
     tiny()
     folder = tmp_path / "00000-circular-dpo-toy-loop"
     monkeypatch.setattr(
-        commands, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"})
+        opening, "open_problem", lambda source, device: tiny_problem(identity={"problem": "else"})
     )
     rejected(run(f"--resume={folder}"), str(folder), "problem.problem", "else", "tiny")
     rejected(run("--mode=gan", f"--resume={folder}"), "--resume", "--mode=circular-dpo")

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.circular_dpo import TOY_RUN
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, scores, wins
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.circular import loop as circular_loop
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, anchored, run_loop
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SAME, NoPairsError, Weighing, weighed
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig, train_stage
+from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SAME, NoPairsError, weighed
+from eg3d_rlhf.tuning.flow.training.circular.settings import Weighing, anchored
+from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
+from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from tests.rejections import raising
 from tests.tuning.flow.tiny_problem import HUMAN, SETTINGS, tiny_problem
 

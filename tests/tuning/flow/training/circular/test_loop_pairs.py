@@ -14,7 +14,6 @@ from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     SAME,
     LoopPairMaker,
-    LoopPairsConfig,
     figures,
     make_in_chunks,
     same_structure,
@@ -23,6 +22,7 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     win_shares,
     with_roles,
 )
+from eg3d_rlhf.tuning.flow.training.circular.settings import LoopPairsConfig
 from tests.rejections import raising
 from tests.tuning.flow.closed_forms import dense, pair_of, voxels
 from tests.tuning.flow.tiny_problem import TinyAsset, full, tiny_problem

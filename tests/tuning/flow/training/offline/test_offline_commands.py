@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.experiments.table import with_interval
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
 from eg3d_rlhf.modes.flow_draw import draw
@@ -23,11 +23,10 @@ from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.families import opening
 from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.offline import offline_arms as arms
-from eg3d_rlhf.tuning.flow.training.offline.train_singles import SinglesConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.offline.settings import ARMS, OfflineRun, SinglesConfig
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests.rejections import rejected
 from tests.tuning.flow import point_family
@@ -117,14 +116,14 @@ def people(kind: str) -> Labelled:
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
     monkeypatch.setattr(
-        commands,
+        opening,
         "open_problem",
         lambda source, device: replace(tiny_problem(), labelled=Lazy(("thumbs", "ranks"), people)),
     )
     monkeypatch.setattr(
         commands,
         "default_run",
-        lambda pipeline, loss: arms.OfflineRun(
+        lambda pipeline, loss: OfflineRun(
             singles=SinglesConfig(loss=loss, **SHORT), dpo=TrainConfig(dpo=DpoConfig(beta=20.0), **SHORT)
         ),
     )
@@ -159,7 +158,7 @@ def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
     result = tiny("--arms=labels,shuffled,inverted,dpo,dpo-shuffled,dpo-inverted", "--seeds=2", "--jobs=1")
     found = json.loads((tmp_path / "00000-offline-nft-toy-voxels" / "offline.json").read_text())
     assert (
-        list(found["arms"]) == list(arms.ARMS)
+        list(found["arms"]) == list(ARMS)
         and len(found["pairwise"]) == 15
         and found["training_seeds"] == [0, 1]
     )

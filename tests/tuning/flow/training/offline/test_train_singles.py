@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.preferences.goodness import as_used, normal_scores, of_ranks
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
+from eg3d_rlhf.tuning.flow.training.offline.settings import SinglesConfig
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import (
     GroupUpdates,
     Single,
-    SinglesConfig,
     SingleUpdates,
     Velocities,
     draw_singles,

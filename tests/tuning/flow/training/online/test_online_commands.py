@@ -9,23 +9,17 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.experiments.table import with_interval
-from eg3d_rlhf.models.lora import LoraConfig
+from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.modes import online as commands
 from eg3d_rlhf.modes.online import TOY_RUN, default_run
+from eg3d_rlhf.tuning.flow.families import opening
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.arm_runs import BASE, Worker, table
-from eg3d_rlhf.tuning.flow.training.dpo import DpoConfig
-from eg3d_rlhf.tuning.flow.training.online.config import OnlineConfig
-from eg3d_rlhf.tuning.flow.training.online.online_arms import (
-    Losses,
-    OnlineRun,
-    divided,
-    ranked_pairs,
-    weighed,
-)
-from eg3d_rlhf.tuning.flow.training.pair_training import TrainConfig
+from eg3d_rlhf.tuning.flow.training.online.online_arms import ranked_pairs
+from eg3d_rlhf.tuning.flow.training.online.settings import Losses, OnlineConfig, OnlineRun, divided, weighed
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from tests.rejections import raising, rejected
 from tests.tuning.flow.tiny_problem import full, tiny_problem
 
@@ -135,7 +129,7 @@ def test_weights_of_rewards():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The command on the tiny problem."""
-    monkeypatch.setattr(commands, "open_problem", lambda source, device: tiny_problem())
+    monkeypatch.setattr(opening, "open_problem", lambda source, device: tiny_problem())
     monkeypatch.setattr(commands, "default_run", lambda pipeline, preset: TINY)
 
     def go(*flags: str):

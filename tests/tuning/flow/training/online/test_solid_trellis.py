@@ -16,7 +16,7 @@ from eg3d_rlhf.evaluation.solids import CONTROLS
 from eg3d_rlhf.modes.jobs import main
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.families.opening import divided
-from eg3d_rlhf.tuning.flow.training.arm_runs import ArmsSource
+from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from tests.tuning.flow.families.trellis.tiny_trellis import tokens, write_trellis
 
 NAMES = tuple(

@@ -1,20 +1,36 @@
-"""Settings of online tuning: one flat set for all losses, since most of it is common to them."""
+"""Settings of online tuning: one flat set for all losses, since most of it is common to them; and the arms of
+its runs. This file imports no torch, so that `--help` is quick.
+"""
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
 
-from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Sampling
-from eg3d_rlhf.tuning.flow.training.online.snapshot import DECAYS
-from eg3d_rlhf.tuning.flow.training.online.steps import KINDS
+from eg3d_rlhf.tuning.flow.base.settings import JUDGES
 from eg3d_rlhf.tuning.flow.training.online.windows import check_window
-from eg3d_rlhf.tuning.flow.training.trainer import StageTraining, train_knob
+from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, Columns, StageTraining, train_knob
 from training.config import knob
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Sampling
+    from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
+    from eg3d_rlhf.tuning.flow.training.online.online_arms import OnlineBench
 
 ON_STEPS = ("grpo", "grpo-guard", "dppo")  # losses on the density of the sampler's steps
 ON_LATENTS = ("nft", "dgpo")  # losses on finished samples, by any sampler
 LOSSES = (*ON_LATENTS, *ON_STEPS)
 OVER = ("batch", "group", "ranks")
+STEPS = ("exact", "cps", "sde", "dance")  # kinds of the sampler's steps that draw noise (steps.py)
+DECAYS = {  # by name, as DiffusionNFT has them; of the number n of optimiser steps
+    "copy": lambda n: 0.0,
+    "slow": lambda n: min(0.001 * n, 0.5),
+    "late": lambda n: 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999),
+    "dgpo": lambda n: min(0.001 * n, 0.3),
+    "frozen": lambda n: 1.0,  # offline: samples stay those of the network that drew them
+}
 _online = functools.partial(knob, group="Online")
 _rare_online = functools.partial(_online, rare=True)
 NUMBERS = 1e-2  # times 1 / sqrt(numbers of a sample): the clip of ratios, 1e-4 at ten thousand
@@ -92,9 +108,9 @@ class OnlineConfig(StageTraining):
         low=1,
         shown="all but the last",
     )
-    sde_step: str = _rare_online("exact", "Kind of the steps that draw.", choices=tuple(KINDS))
-    noise: float = _rare_online(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0)
-    clip_range: float | None = _rare_online(
+    sde_step: str = _online("exact", "Kind of the steps that draw.", choices=STEPS, rare=True)
+    noise: float = _online(0.7, "Level of the sampler's noise, a.", name="sde_noise", above=0, rare=True)
+    clip_range: float | None = _online(
         None,
         "Of ratios of densities (of their mean over a sample's numbers), about 1; dppo: of the "
         "divergence; dgpo: of errors.",
@@ -142,7 +158,7 @@ class OnlineConfig(StageTraining):
         fixed = {"dppo": 1e-5, "dgpo": 1e-2}  # neither is of a mean over numbers that noise moves
         return fixed.get(self.loss, NUMBERS / numbers**0.5 * (std if self.loss == "grpo-guard" else 1.0))
 
-    def sampling(self, stage: FlowStage) -> Sampling:
+    def sampling(self, stage: "FlowStage") -> "Sampling":
         """Of the sampler in training: the stage's own guidance and spacing of times.
 
         Raises: ValueError for steps that it has not.
@@ -167,3 +183,129 @@ class OnlineConfig(StageTraining):
         """
         assert self.window is not None
         return self.window_end or max(self.window, math.ceil(0.4 * steps))
+
+
+DPO = "dpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Settings of each arm that draws samples."""
+
+    nft: OnlineConfig
+    grpo: OnlineConfig
+    grpo_plain: OnlineConfig
+    grpo_guard: OnlineConfig
+    dppo: OnlineConfig
+    dgpo: OnlineConfig
+
+    def of(self, arm: str) -> OnlineConfig:
+        return getattr(self, arm.replace("-", "_"))
+
+
+KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
+ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
+
+
+def divided(arm: str) -> tuple[str, str]:
+    """Kind and use of the rewards of an arm.
+
+    >>> divided("grpo-guard-shuffled"), divided("dpo")
+    (('grpo-guard', 'shuffled'), ('dpo', 'reward'))
+    """
+    kind, _, use = arm.rpartition("-")
+    return (kind, use) if use in CONTROLS else (arm, "reward")
+
+
+OWN = "own"
+
+
+def weighed(text: str) -> dict[str, float]:
+    """Weights by name. Raises: ValueError for what is none.
+
+    >>> weighed("own,solid:0.5")
+    {'own': 1.0, 'solid': 0.5}
+    """
+    found = {}
+    for part in text.split(","):
+        name, colon, weight = part.strip().partition(":")
+        try:
+            found[name] = float(weight) if colon else 1.0
+        except ValueError:
+            found[name] = 0.0
+        if not name or not 0 < found[name] < float("inf"):
+            raise ValueError(
+                f"--reward: expected names with commas, each with :WEIGHT above 0 or without, got {text!r}."
+                " Correct it."
+            )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineRun(ArmsRun):
+    NAME: ClassVar[str] = "online"
+    TITLE: ClassVar[str] = "Online tuning against its base"
+    MORE: ClassVar[str] = (
+        " In brackets behind a mean reward the untuned network's. Samples: drawn by a training. KL: of the"
+        " steps of one sampler from the untuned network's, mean over numbers, steps and samples."
+    )
+    BEFORE: ClassVar[Columns] = {
+        "arm": lambda name, arm: name,
+        "samples": lambda name, arm: rounded_mean(arm["samples"]),
+        "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of conditions",
+        "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
+    }
+    BEHIND: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
+    ARMS: ClassVar[Collection[str]] = ARMS
+    LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
+
+    losses: Losses
+    reward: str = OWN  # names, with weights
+    gate: str | None = None  # names of watched rewards
+    arms: tuple[str, ...] = ("nft",)
+
+    def __post_init__(self):
+        weighed(self.reward)
+        super().__post_init__()
+
+    def bench(self, opened: "Opened", seed: int) -> "OnlineBench":
+        from eg3d_rlhf.tuning.flow.training.online.online_arms import bench_of
+
+        return bench_of(self, opened, seed)
+
+    def has_table(self, problem: "Problem") -> bool:
+        return bool(problem.held_out_conditions)
+
+    def row(
+        self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
+    ) -> dict:
+        own = scores["reward"]
+        untuned = base["reward"]
+        up = (own.mean(2) > untuned.mean(2)).mean(1)  # [K], share of conditions
+        return {
+            "samples": [training["samples"] for training in trainings],
+            "kl": [training["kl"] for training in trainings],
+            "reward": {
+                "up": float(up.mean()),
+                "up_seeds": up.tolist(),
+                "mean": float(own.mean()),
+                "mean_seeds": own.mean((1, 2)).tolist(),
+                "base": float(untuned.mean()),
+            },
+            "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},
+        }
+
+
+def mean_of(values: Sequence[float | None]) -> str:
+    """In two digits; nothing where none was measured."""
+    import numpy as np
+
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.2g}" if known else ""
+
+
+def rounded_mean(values: Sequence[int]) -> int:
+    """Return the mean, rounded to an integer."""
+    import numpy as np
+
+    return int(np.mean(values).round())

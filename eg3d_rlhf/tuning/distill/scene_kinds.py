@@ -1,0 +1,93 @@
+"""Kinds of problems that need no files, by the name that `--prior` has. This file imports no torch, so that
+`--help` is quick.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eg3d_rlhf.core.registry import Registry
+from eg3d_rlhf.rewards import box_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+    from eg3d_rlhf.tuning.distill.config import DistillSettings
+    from eg3d_rlhf.tuning.distill.scene import Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneKind:
+    """A kind of problem that needs no files: what its module adds to SCENES, by the name that --prior has."""
+
+    open: "Callable[[DistillSettings, torch.device], Scene]"
+    check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
+    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given.
+    Raises: ValueError.
+    """
+
+
+# of the default comparison on heads
+HEADS = 8
+HEAD_SEEDS = 2  # of each head
+
+
+def head_numbers(prompts: Sequence[str]) -> list[int]:
+    matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
+    for prompt, match in zip(prompts, matches, strict=True):
+        if match is None:
+            raise ValueError(
+                f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}."
+                " Name one."
+            )
+    return [int(match[1]) for match in matches if match is not None]
+
+
+PRIORS = ("bundled", "bundled-unet")  # exact, learned
+
+
+SCENES: Registry[SceneKind] = Registry("--prior", {})
+
+
+def check_boxes(
+    prompts: tuple[str, ...], assets: int | None, comparison: bool
+) -> tuple[tuple[str, ...], int]:
+    """Prompts and assets of each: the problem's own where none are given.
+
+    Raises: ValueError for a prompt that it does not know.
+    """
+    for text in prompts:
+        box_prompts.prompt_of(text)
+    chosen = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
+    return chosen, assets or (box_prompts.SEEDS if comparison and not prompts else 1)
+
+
+def check_heads(
+    prompts: tuple[str, ...], assets: int | None, comparison: bool
+) -> tuple[tuple[str, ...], int]:
+    """Prompts and assets of each: 'head 0' and following where none are given.
+
+    Raises: ValueError for another prompt.
+    """
+    head_numbers(prompts)
+    return prompts or tuple(f"head {i}" for i in range(HEADS)), assets or (
+        HEAD_SEEDS if comparison and not prompts else 1
+    )
+
+
+def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":
+    from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
+
+    return bundled_scene(settings, device)
+
+
+def open_heads(settings: "DistillSettings", device: "torch.device") -> "Scene":
+    from eg3d_rlhf.tuning.distill.scene_heads import heads_scene
+
+    return heads_scene(settings, device)
+
+
+for _prior in PRIORS:
+    SCENES.add(_prior, SceneKind(open=open_boxes, check=check_boxes))
+SCENES.add("heads", SceneKind(open=open_heads, check=check_heads))

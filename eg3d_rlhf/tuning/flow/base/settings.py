@@ -1,0 +1,164 @@
+"""Settings that say where a tuning problem is read from and how samples are judged.
+
+This file imports no torch, so that `--help` is quick.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from training.config import check_knobs, knob
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+    from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, Models
+    from training.distributed import Ranks
+
+TABLE = "Judging and ablation"  # title of its flags
+JUDGES = ("final", "chooser", "reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """On what the win rate is measured that chooses checkpoints and stops training early."""
+
+    per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, rare=True)
+    seed: int = 0  # of the noises, which are not those of the table
+
+    def __post_init__(self):
+        check_knobs(self)
+
+    def held_out(
+        self,
+        problem: "Problem",
+        stage: str,
+        others: "Models",
+        against: "Models",
+        ranks: "Ranks | None" = None,
+    ) -> "HeldOut | None":
+        """Make the evaluator of a stage's training; None for a problem that has none to choose by.
+
+        Args: others, against, ranks: see HeldOut.
+        """
+        from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, crossed
+        from training.distributed import SINGLE
+
+        if problem.chooser is None:
+            return None
+        conditions, seeds = crossed(problem.choosing, self.per_condition, self.seed)
+        return HeldOut(
+            pipeline=problem.pipeline,
+            stage=stage,
+            reward=problem.chooser,
+            conditions=conditions,
+            seeds=seeds,
+            others=others,
+            against=against,
+            batch=self.batch,
+            ranks=ranks or SINGLE,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """What is generated for the table: the same noises whatever is judged, so that generators are compared
+    pair by pair.
+    """
+
+    per_condition: int = knob(
+        8, "Assets per held-out condition and training behind the table.", TABLE, name="table_noises", low=2
+    )
+    batch: int = knob(
+        64,
+        "Assets at once; bounds memory.",
+        TABLE,
+        name="judge_batch",
+        low=1,
+        shown="the problem's own",
+        rare=True,
+    )
+    seed: int = 0  # of the noises, apart from those that are trained or chosen on
+
+    def __post_init__(self):
+        check_knobs(self)
+
+    def crossed(self, problem: "Problem") -> tuple[list[str], list[int]]:
+        """Return every held-out condition per noise, and the noises' seeds, [C S] each."""
+        from training.phases import derive_seed
+
+        pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
+        return [name for name, _ in pairs], [
+            derive_seed("table", self.seed, name, k) % 2**31 for name, k in pairs
+        ]
+
+
+_what = functools.partial(knob, group="What is trained")
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingSource:
+    """How TRELLIS's assets become latents again."""
+
+    voxel_share: float = _what(
+        0.25,
+        "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.",
+        above=0,
+        rare=True,
+    )
+    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemSource(EncodingSource):
+    """What a problem is read from."""
+
+    pipeline: str = _what(
+        "toy",
+        "The bundled toy, or a folder of a generator's networks (docs/reference/families.md).",
+        metavar="toy|DIR",
+    )
+    pairs: str | None = _what(
+        None,
+        "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow tune --pairs-only makes.",
+        metavar="DIR",
+        shown="the toy's own",
+    )
+    labelled: str = _what(
+        "others",
+        "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
+        " defects.",
+        choices=("own", "others"),
+        rare=True,
+    )
+    seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
+    conditions: str | None = _what(
+        None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs"
+    )
+    dtype: str = _what(
+        "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"), rare=True
+    )
+    precision: str = _what(
+        "auto",
+        "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser"
+        " stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
+        choices=PRECISIONS,
+        rare=True,
+    )
+    held_out: float = _what(
+        0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True
+    )
+    # conditions to train on, to choose on and to hold out; None: divided by a hash
+    splits: tuple[tuple[str, ...], ...] | None = None
+    parts: str = _what(
+        "all",
+        "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its"
+        " weights.",
+        choices=("all", "shape", "file"),
+        rare=True,
+    )
+    needs_pairs: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_knobs(self)

@@ -1,0 +1,227 @@
+"""Settings of the loop, and the groups of the paper's table 2. This file imports no torch, so that `--help`
+is quick.
+"""
+
+import functools
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.tuning.flow.base.settings import Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
+from training.config import check_knobs, knob
+
+if TYPE_CHECKING:
+    from eg3d_rlhf.tuning.flow.base.problem import Problem
+
+REWARD = "reward"
+ROLES = ("op", REWARD)
+# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
+# turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
+PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
+    "pairs",
+    "anchor",
+    "shuffled",
+    "turned",
+    "winners",
+    "people",
+)
+_loop = functools.partial(knob, group="The loop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPairsConfig:
+    per_pair: int = _loop(
+        1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True
+    )
+    batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
+    chunk: int = 64  # human pairs between what is kept of an interrupted making
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing:
+    """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
+
+    use_w1: bool = True  # drop pairs whose op is not rewarded more
+    use_w2: bool = True  # weigh the others by how much more
+    roles: str = _loop(
+        "op",
+        "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.",
+        choices=ROLES,
+        rare=True,
+    )
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
+def anchored(config: TrainConfig) -> TrainConfig:
+    """The same training with the loop's anchors: its pairs part so soon that plain DPO runs away from both
+    sides.
+
+    Half a weight on the rejected, half the preferred's own error, four times the beta; see docs of `--loop-*`
+    for other anchors.
+    """
+    dpo = replace(config.dpo, loser_weight=0.5, sft_weight=0.5, beta=4 * config.dpo.beta)
+    return replace(config, dpo=dpo)
+
+
+def supervised(config: TrainConfig) -> TrainConfig:
+    """Plain flow matching on the preferred ones, trained otherwise alike."""
+    return replace(config, dpo=DpoConfig(kind="sft", condition_dropout=config.dpo.condition_dropout))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularSettings:
+    """Everything that decides a run besides the problem."""
+
+    human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
+    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
+    # of the ablation's supervised groups
+    sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))
+    loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)
+    weighing: Weighing = field(default_factory=Weighing)
+    # None: no win rate while training; the last update is kept
+    choosing: Choosing | None = field(default_factory=Choosing)
+    # of the whole loop; each starts from the networks of the one before, which are then the reference
+    rounds: int = 1
+    seed: int = 0  # of everything drawn; also the trainings'
+
+
+BASE = "base"
+PEOPLE = "people"
+LOOP = "loop"
+SUPERVISED = "supervised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What one row of the table trains."""
+
+    title: str
+    first: str = BASE  # what the stages before the last learn from
+    last: str = BASE  # what the last stage learns from
+    use_w1: bool = True
+    use_w2: bool = True
+    use: str = PAIRS  # what of the loop's pairs
+
+
+GROUPS = {
+    "a": Group(title="full loop", first=LOOP, last=PEOPLE),
+    "b": Group(title="both stages on people's pairs, no loop", first=PEOPLE, last=PEOPLE),
+    "c": Group(title="first stage alone, people's pairs", first=PEOPLE),
+    "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
+    "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
+    "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
+    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
+    "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
+    "i": Group(title="base"),
+}
+# (a), but for what the stages before the last learn: controls of what the loop's preferences are worth
+ARMS = {
+    "anchor": Group(
+        title="full loop, the anchor without the preference term", first=LOOP, last=PEOPLE, use=ANCHOR
+    ),
+    "shuffled": Group(
+        title="full loop, each pair turned over by the toss of a coin", first=LOOP, last=PEOPLE, use=SHUFFLED
+    ),
+    "turned": Group(title="full loop, each pair turned over", first=LOOP, last=PEOPLE, use=TURNED),
+    "fed_winners": Group(
+        title="full loop, fine-tuning on the preferred of its pairs", first=LOOP, last=PEOPLE, use=WINNERS
+    ),
+    "people_first": Group(
+        title="full loop, on the people's pairs that its pairs come from",
+        first=LOOP,
+        last=PEOPLE,
+        use=PEOPLES,
+    ),
+}
+ALL = GROUPS | ARMS
+
+
+def letters(text: str) -> list[str]:
+    """ "a..i", "a,d,i" or "a..d,anchor" as groups in order, the base always among them since all are compared
+    with it.
+
+    Raises: ValueError for other text.
+    """
+    found: set[str] = {"i"}
+    for part in text.replace(" ", "").split(","):
+        low, dots, high = part.partition("..")
+        ends = [low, high if dots else low]
+        if part in ARMS:
+            found.add(part)
+            continue
+        if not all(end in GROUPS for end in ends) or ends[0] > ends[1]:
+            arms = ", ".join(ARMS)
+            raise ValueError(
+                f"groups: expected letters of a..i such as a,b,d or a..i, and arms among {arms}, got"
+                f" {text!r}. Correct it."
+            )
+        found.update(letter for letter in GROUPS if ends[0] <= letter <= ends[1])
+    return [name for name in ALL if name in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationPlan:
+    """Which groups are trained, how often, and how they are judged."""
+
+    groups: tuple[str, ...] = tuple(GROUPS)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
+    judging: Judging = Judging()
+
+    def tasks(self) -> dict[str, list[str]]:
+        """What is to be done, and what each waits for, in an order that lets what others wait for start
+        early.
+
+        Names: "<seed>/<what is trained>/<stages>", "<seed>/pairs", "<seed>/<letter>" for a group's own
+        training and scores.
+        """
+        wanted = [ALL[letter] for letter in self.groups]
+        shared = [(kind, part) for part in ("last", "first") for kind in (PEOPLE, SUPERVISED)]
+        shared = [
+            (kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)
+        ]
+        looping = any(group.first == LOOP for group in wanted)
+        tasks: dict[str, list[str]] = {}
+        for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it
+            tasks |= {f"{seed}/{kind}/{part}": [] for seed in self.seeds}
+            if (kind, part) == (PEOPLE, "last") and looping:
+                tasks |= {f"{seed}/pairs": [f"{seed}/{PEOPLE}/last"] for seed in self.seeds}
+        for letter in self.groups:
+            for seed in self.seeds if letter != "i" else self.seeds[:1]:
+                group = ALL[letter]
+                first = ALL[letter].first
+                needs = [f"{seed}/{group.last}/last"] if group.last != BASE else []
+                needs += (
+                    [f"{seed}/pairs" if first == LOOP else f"{seed}/{first}/first"] if first != BASE else []
+                )
+                tasks[f"{seed}/{letter}"] = needs
+        return tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CircularRun:
+    circular: CircularSettings
+    source: ProblemSource = ProblemSource()  # networks and people's pairs
+    stage: str | None = None  # train this stage alone, on people's pairs
+    groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
+    training_seeds: tuple[int, ...] = ()  # of the ablation
+    judging: Judging = Judging()  # for the table that ends a run
+    summary: bool = True  # end a run with that table, where the problem has a judge for it
+    artefacts: str = "runs/artefacts"  # folder that runs share
+
+    @property
+    def plan(self) -> AblationPlan:
+        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
+
+    def facts(self, problem: "Problem") -> dict:
+        return {
+            "problem": dict(problem.identity),
+            "settings": asdict(self.circular),
+            "judging": asdict(self.judging),
+            "versions": versions(),
+        }
