@@ -16,7 +16,8 @@ REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?")  # file, anchor
 PATH = re.compile(
-    r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|builders|training|torch_utils|eg3d_rlhf)/[\w/.-]*\w"
+    r"(?<![\w/.<*-])((?:tools|tests|docs|benchmarks|assets|builders|training|torch_utils|eg3d_rlhf)"
+    r"/[\w/.-]*\w"
     r"\.(?:py|md|json|jsonl|png|cu|cpp|h|safetensors))\b"
 )
 

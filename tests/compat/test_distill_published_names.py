@@ -111,9 +111,15 @@ def test_stable_diffusion_folders(form, tmp_path):
     for part, config in (("unet", unet), ("vae", vae), ("text_encoder", text_config(form))):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
-    from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, meta_prior, prior_costs
+    from eg3d_rlhf.tuning.distill.priors.latent_diffusion import (
+        LatentPrior,
+        PriorOptions,
+        meta_networks,
+        prior_costs,
+    )
 
-    prior = meta_prior(tmp_path, PriorOptions(device="meta", half=True))
+    options = PriorOptions(device="meta", half=True)
+    prior = LatentPrior(meta_networks(tmp_path), None, torch.empty(1000, device="meta"), "epsilon", options)
     assert shapes(prior.unet) == published(f"{form}_unet")
     assert shapes(prior.vae) == published("sd_vae") and shapes(prior.text) == published(
         f"{form}_text_encoder"
