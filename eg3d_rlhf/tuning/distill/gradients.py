@@ -136,10 +136,6 @@ def psd(
     return anchors.mean(0) + strength.view(-1, 1, 1, 1) * push
 
 
-# From scores of several noises to their weights in the gradient: RewardSDS's strategies, and DreamDPO's push
-# as the case of two.
-
-
 # From a gradient on pictures to a loss, and how two gradients of different size are brought together.
 
 

@@ -1,4 +1,6 @@
-"""Quantities that change with the step. This file imports no torch, so that `--help` is quick."""
+"""Quantities that change with the step, and the window of times. This file imports no torch, so that `--help`
+is quick.
+"""
 
 import itertools
 import math

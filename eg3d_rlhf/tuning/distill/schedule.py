@@ -1,5 +1,4 @@
-"""How noise is mixed into pictures, which times are drawn, quantities that change with the step, and where
-random draws come from.
+"""How noise is mixed into pictures, which times are drawn, and where random draws come from.
 
 Letters: B pictures, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a
 x + s e.

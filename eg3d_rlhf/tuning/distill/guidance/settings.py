@@ -79,6 +79,9 @@ class RankingSettings:
         check_knobs(self)
 
 
+# From scores of several noises to their weights in the gradient: RewardSDS's strategies, and DreamDPO's push
+# as the case of two.
+
 NOISES = "Noises and rewards"
 STRATEGIES = ("min-max", "best", "weighted", "none", "push")
 

@@ -1,4 +1,4 @@
-"""A tuning problem as plain data, and the settings that say what it is read from.
+"""A tuning problem as plain data.
 
 A `Problem` holds a pipeline, preference pairs by stage, the conditions of each split and the rewards. It
 reads no files: `open_problem` (families/opening.py) makes it from a `ProblemSource`.

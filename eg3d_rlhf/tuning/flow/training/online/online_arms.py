@@ -228,9 +228,6 @@ def watch_of(
     return watch
 
 
-# Settings of a run.
-
-
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     """Make what the arms of a run are trained on, by one training seed."""
     problem = opened[0]
