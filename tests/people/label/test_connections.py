@@ -240,6 +240,7 @@ def test_the_end_waits_for_answers_and_for_nothing_else():
         asked.settimeout(5)
         assert asked.recv(4096).endswith(b"done")
     assert time.monotonic() - began < 2 and not is_open(silent, 1)
+    server.stop()  # once more, after the end
     listen(*address).close()  # the port is free again
 
 

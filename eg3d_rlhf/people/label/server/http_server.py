@@ -149,9 +149,10 @@ class Server(embed.Server):
             signal.raise_signal(number)
 
     def stop(self) -> None:
-        """Make `run` return; from any thread."""
+        """Make `run` return; from any thread, and without effect where it has returned."""
         assert self.running_loop is not None
-        self.running_loop.call_soon_threadsafe(self.stopping.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.running_loop.call_soon_threadsafe(self.stopping.set)
 
     async def _run(self) -> signal.Signals | None:
         self.running_loop = asyncio.get_running_loop()
