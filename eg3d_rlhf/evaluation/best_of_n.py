@@ -385,27 +385,14 @@ def plot_judge(axes, data: dict):
     colours = _colours(data)
     fine = np.linspace(0, kl[-1], 200)
     for name, arm in data["arms"].items():
+        means = [step["mean"] for step in arm["steps"]]
         if "member" in name:
-            axes.plot(
-                kl,
-                [step["mean"] for step in arm["steps"]],
-                "-",
-                color=colours[name],
-                linewidth=0.8,
-                label=name,
-            )
+            axes.plot(kl, means, "-", color=colours[name], linewidth=0.8, label=name)
             continue
         if alone:
             style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
         else:  # bands would hide each other; the intervals at the largest n stand in plot_peaks
-            axes.plot(
-                kl,
-                [step["mean"] for step in arm["steps"]],
-                "o",
-                color=colours[name],
-                label=name,
-                markersize=3,
-            )
+            axes.plot(kl, means, "o", color=colours[name], label=name, markersize=3)
         axes.plot(
             fine,
             np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)),

@@ -338,10 +338,7 @@ def shapes(c: Comparison) -> dict:
         return {"shapes_missing": why, "geometry": []}
     both = [seen(c, "normal maps", role)["features"] for role in ROLES]
     true = ShapeFeatures.load().true.double().numpy()
-    distances = [
-        FeatureStatistics(true.shape[1]).update(part).distance(FeatureStatistics(true.shape[1]).update(true))
-        for part in both
-    ]
+    distances = [heads.shape_frechet(part, true) for part in both]
     change = frechet_change_interval(both[0], both[1], true, RESAMPLES)
     paired = {
         "mean": change.mean,

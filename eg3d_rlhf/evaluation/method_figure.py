@@ -39,6 +39,11 @@ def _method_lines(summary: dict) -> list[tuple[str, str]]:
     return lines
 
 
+def _write(axes, x: float, y: float, text: str, **look) -> None:
+    """Write at a place given in shares of the axes."""
+    axes.text(x, y, text, transform=axes.transAxes, **look)
+
+
 @torch.no_grad()
 def draw_method(run: Path, out: Path) -> None:
     """Draw the picture, with the bundled generator and reward and a finished run of train.py --reward=sigma.
@@ -70,39 +75,21 @@ def draw_method(run: Path, out: Path) -> None:
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
         for ax in axes[:-1]:
-            ax.text(1.08, 0.5, "→", transform=ax.transAxes, ha="center", va="center", size=16)
+            _write(ax, 1.08, 0.5, "→", ha="center", va="center", size=16)
         axes[0].imshow(np.vstack([_shaded(high), _shaded(low)]), cmap="gray", vmin=0, vmax=1, aspect="equal")
-        axes[0].text(
-            0.98, 0.52, "✓", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("control")
-        )
-        axes[0].text(
-            0.98, 0.03, "✗", transform=axes[0].transAxes, ha="right", size=20, color=style.colour("after")
-        )
+        _write(axes[0], 0.98, 0.52, "✓", ha="right", size=20, color=style.colour("control"))
+        _write(axes[0], 0.98, 0.03, "✗", ha="right", size=20, color=style.colour("after"))
         for half, field, index in ((0, high, best), (1, low, worst)):
             seen = reward.observation.observe(field)[0, 0]
             part = axes[1].inset_axes((0, 0.5 - 0.5 * half, 1, 0.5))
             part.imshow(seen[:, :, seen.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
             part.set(xticks=[], yticks=[])
-            part.text(
-                0.97,
-                0.06,
-                f"{float(scores[index]):+.1f}",
-                transform=part.transAxes,
-                ha="right",
-                size=12,
-                color="white",
-            )
+            _write(part, 0.97, 0.06, f"{float(scores[index]):+.1f}", ha="right", size=12, color="white")
         axes[2].imshow(np.vstack([_shaded(low), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
-        for height, text, role in ((0.52, "before", "before"), (0.03, "after", "after")):
-            axes[2].text(
-                0.98, height, text, transform=axes[2].transAxes, ha="right", color=style.colour(role)
-            )
+        for height, role in ((0.52, "before"), (0.03, "after")):
+            _write(axes[2], 0.98, height, role, ha="right", color=style.colour(role))
         axes[3].axis("off")
         for place, (words, value) in enumerate(_method_lines(summary)):
-            axes[3].text(
-                0.5, 0.92 - 0.3 * place, value, transform=axes[3].transAxes, ha="center", va="top", size=17
-            )
-            axes[3].text(
-                0.5, 0.8 - 0.3 * place, words, transform=axes[3].transAxes, ha="center", va="top", size=8
-            )
+            _write(axes[3], 0.5, 0.92 - 0.3 * place, value, ha="center", va="top", size=17)
+            _write(axes[3], 0.5, 0.8 - 0.3 * place, words, ha="center", va="top", size=8)
         style.save(drawn, out)

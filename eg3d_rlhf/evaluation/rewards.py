@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from eg3d_rlhf.core import statistics
 from eg3d_rlhf.core.cli import file_hash
@@ -335,8 +336,6 @@ def plot_psi(axes, data: dict):
 
 
 def plot_ranks(data: dict):
-    from scipy.stats import rankdata
-
     drawn, axes = style.figure(columns=2)
     high, low = data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):

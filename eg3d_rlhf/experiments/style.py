@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from training.storage import write_atomic
+
 if TYPE_CHECKING:  # matplotlib is imported where something is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -78,8 +82,6 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
 
 def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
     """(figure, [axes]) of `count` plots, three in a row of this height in inches."""
-    import numpy as np
-
     rows = -(-count // 3)
     drawn, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
     flat = list(np.atleast_1d(axes).ravel())
@@ -148,8 +150,6 @@ def band(
 
 def save(drawn: "Figure", path: Path) -> None:
     """Write one figure; .svg without date, .png at 144 dots per inch on white."""
-    from training.storage import write_atomic
-
     buffer = io.BytesIO()
     kind = path.suffix.lstrip(".")
     extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 144, "facecolor": "white"}

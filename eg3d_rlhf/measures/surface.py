@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from eg3d_rlhf.core.field import LEVEL
@@ -179,9 +181,6 @@ def _next(corner: np.ndarray) -> np.ndarray:
 
 
 def _connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     rows, columns = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
     number, labels = connected_components(graph, directed=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, naming, option, together
-from eg3d_rlhf.people.label.db_flag import DATABASE, DB
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB, open_store
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -67,7 +67,6 @@ def _hand_over(
 ) -> None:
     """Print a new token on stdout, and on stderr what goes with it."""
     from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
-    from eg3d_rlhf.people.label.db_flag import open_store
 
     with naming("--address"):
         server = check_address(address) if address else ""
@@ -100,7 +99,6 @@ def revoke(name: str, db: str) -> None:
     """Withdraw an annotator's token, link and sessions; the judgements stay.
     `new-token` lets her in again.
     """
-    from eg3d_rlhf.people.label.db_flag import open_store
     from eg3d_rlhf.people.label.entities import LOCAL
 
     with open_store(db, create=False) as store:
@@ -121,8 +119,6 @@ def revoke(name: str, db: str) -> None:
 @database
 def annotators(as_json: bool, db: str) -> None:
     """List annotators, roles and revocations."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-
     with open_store(db, create=False) as store:
         people = store.annotators()
     rows = [
@@ -147,8 +143,6 @@ def annotators(as_json: bool, db: str) -> None:
 @database
 def status(as_json: bool, db: str) -> None:
     """Show campaigns, pairs, judgements and annotators."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-
     with open_store(db, create=False) as store:
         known = store.annotators()
         work = store.tally()

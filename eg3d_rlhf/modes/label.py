@@ -12,10 +12,15 @@ from click.shell_completion import CompletionItem
 from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, naming, option, options_of
 from eg3d_rlhf.modes.annotators import PEOPLE, database, known_database
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.db_flag import DATABASE, DB
-from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings
+from eg3d_rlhf.people.label.db_flag import DATABASE, DB, EXTRA, open_store, sqlite_file, store_exists
+from eg3d_rlhf.people.label.entities import QUESTIONS, CampaignSettings, Mode, parse_questions
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.store_labels import export_assets, export_labels, export_unpaired
+from eg3d_rlhf.people.label.store_labels import (
+    export_assets,
+    export_labels,
+    export_unpaired,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -131,8 +136,6 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
-    from eg3d_rlhf.people.label.db_flag import EXTRA
-
     ctx.obj = db
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
@@ -149,8 +152,6 @@ def main(
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
     """Return how the server is reached; its log is beside the database."""
-    from eg3d_rlhf.people.label.db_flag import sqlite_file
-
     path = sqlite_file(db)
     return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
 
@@ -164,7 +165,6 @@ def _request(
     rewards: tuple,
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
-    from eg3d_rlhf.people.label.entities import parse_questions
     from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
     given = launch.given_flags(ctx)
@@ -229,9 +229,6 @@ def _refuse_generators_flags(ctx: click.Context, given: set[str]) -> None:
 def _dry_run(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> dict:
-    from eg3d_rlhf.people.label.db_flag import open_store, store_exists
-    from eg3d_rlhf.people.label.store_labels import without_password
-
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
@@ -252,8 +249,6 @@ def _dry_run(
 def _start(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> None:
-    from eg3d_rlhf.people.label.db_flag import open_store, store_exists
-
     planned = None
     if not store_exists(db):  # whatever is wrong comes to light before a database is made
         if server.exposed:
@@ -326,8 +321,6 @@ def export(
     ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
 ) -> None:
     """Write labels or judgements to FILE."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-
     if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
         raise ValueError(
             f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}."
@@ -364,8 +357,6 @@ def export(
 @database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
     """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(
             f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it."
@@ -390,7 +381,6 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @database
 def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
-    from eg3d_rlhf.people.label.db_flag import open_store
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
     with open_store(db, create=False) as store:
@@ -414,8 +404,6 @@ def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: s
 
 
 def _check(store: "Store", campaign: str | None) -> None:
-    from eg3d_rlhf.people.label.entities import Mode
-
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
         raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")

@@ -176,21 +176,7 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
     dry_run="Print the cells and what is left to train as JSON and stop.",
 )
-def sweep(
-    before,
-    reward_ckpt,
-    data,
-    lambda_r,
-    lambda_sigma,
-    seeds,
-    kimg,
-    train_flags,
-    jobs,
-    out,
-    device,
-    dry_run,
-    **sampling,
-) -> None:
+def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_run, **more) -> None:
     """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance
     and geometry.
 
@@ -206,11 +192,9 @@ def sweep(
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
 
-    lists = (
-        numbers_of("--lambda-r", lambda_r),
-        numbers_of("--lambda-sigma", lambda_sigma),
-        numbers_of("--seeds", seeds, int),
-    )
+    kinds = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
+    lists = [numbers_of(f"--{name.replace('_', '-')}", more[name], kind) for name, kind in kinds.items()]
+    sampling = {name: value for name, value in more.items() if name not in kinds}
     where = choose_device(device)
     network = find_network(before)
     given = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}

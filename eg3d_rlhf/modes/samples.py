@@ -89,22 +89,7 @@ def _shapes(rare: bool = False):
     help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.",
 )
 @shared("device dry-run")
-def images(
-    outdir,
-    network,
-    latents,
-    psi,
-    cutoff,
-    noise_mode,
-    fov_deg,
-    shapes,
-    shape_res,
-    shape_format,
-    shape_level,
-    shape_border,
-    device,
-    dry_run,
-) -> None:
+def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **look) -> None:
     """Render samples of a generator: three views per seed side by side, and their shapes on request.
 
     Writes seedXXXX.png into the output folder, seen from yaw +0.4, 0 and -0.4 at pitch -0.2; --shapes adds
@@ -129,32 +114,30 @@ def images(
             "seeds": seeds,
             "trunc": psi,
             "trunc_cutoff": cutoff,
-            "noise_mode": noise_mode,
-            "fov_deg": fov_deg,
-            "shapes": shapes,
-            "shape_res": shape_res,
+            **look,
             "shape_format": suffix,
-            "shape_level": shape_level,
-            "shape_border": shape_border,
             "device": device,
         }
         print_json(settings)
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
-    border = generator.bounds.border if shape_border is None else shape_border
-    surface = MeshOptions(resolution=shape_res, level=shape_level, border=border, component="all")
+    border = generator.bounds.border if look["shape_border"] is None else look["shape_border"]
+    surface = MeshOptions(
+        resolution=look["shape_res"], level=look["shape_level"], border=border, component="all"
+    )
     check_seeds(generator, max(seeds), "--seeds")
-    cameras = rendering.cameras_of(generator, fov_deg)
+    cameras = rendering.cameras_of(generator, look["fov_deg"])
     labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        pictures = rendering.render(generator, ws, labels, seed, noise_mode)
+        pictures = rendering.render(generator, ws, labels, seed, look["noise_mode"])
         write_atomic(outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(pictures, len(labels))))
-        if shapes:
+        if look["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as bar:
-                save_shape(outdir / f"seed{seed:04d}{suffix}", generator.field(ws, noise_mode), surface, bar)
-    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if shapes else ''}")
+                field = generator.field(ws, look["noise_mode"])
+                save_shape(outdir / f"seed{seed:04d}{suffix}", field, surface, bar)
+    click.echo(f"{outdir}: {len(seeds)} images{f' and {suffix} shapes' if look['shapes'] else ''}")
 
 
 @click.command("videos", cls=GroupedCommand)

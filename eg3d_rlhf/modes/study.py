@@ -4,7 +4,6 @@ import contextlib
 import functools
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,11 +12,16 @@ from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, rev
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.study.design import StudyDesign
-from eg3d_rlhf.people.study.planning import OUTDIR
-from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions
-
-if TYPE_CHECKING:
-    from eg3d_rlhf.people.study.planning import Folder
+from eg3d_rlhf.people.study.planning import (
+    OUTDIR,
+    Folder,
+    flagged,
+    make_design,
+    power_options,
+    prepare,
+    study_rows,
+)
+from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, coverage, exact_power, sample_size
 
 _study_option = functools.partial(option, group="Study")
 
@@ -46,7 +50,6 @@ database = option(
 def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) -> None:
     """Analyse a finished study as designed: report.html and report.json."""
     from eg3d_rlhf.people.study import report as reports
-    from eg3d_rlhf.people.study.planning import Folder, study_rows
 
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
@@ -74,9 +77,6 @@ def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) ->
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
     """How many trials a study needs."""
-    from eg3d_rlhf.people.study.planning import flagged, power_options
-    from eg3d_rlhf.people.study.power import exact_power, sample_size
-
     with flagged(options):
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
     record = asdict(size)
@@ -118,9 +118,6 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     """Studies with a known truth: how often each interval covers it,
     and how often each finds a difference.
     """
-    from eg3d_rlhf.people.study.planning import flagged
-    from eg3d_rlhf.people.study.power import coverage
-
     with flagged(options):
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
     result = coverage(resolved, bootstrap_studies)
@@ -169,13 +166,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     help="Different annotators to judge each pair.",
 )
 @options_of(StudyDesign, PowerOptions)
-@option(
-    "--outdir",
-    metavar="DIR",
-    type=FOLDER,
-    default=OUTDIR,
-    help="The study's folder.",
-)
+@option("--outdir", metavar="DIR", type=FOLDER, default=OUTDIR, help="The study's folder.")
 @rare_option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
 @database
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
@@ -189,7 +180,6 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
     from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
-    from eg3d_rlhf.people.study.planning import Folder, prepare
 
     flags = launch.filled(flags, StudyDesign, PowerOptions)
     folder = Folder(outdir, db)
@@ -233,7 +223,6 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
 def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
     from eg3d_rlhf.people.label.store_labels import without_password
     from eg3d_rlhf.people.study import design as designs
-    from eg3d_rlhf.people.study.planning import make_design
 
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
@@ -252,8 +241,6 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
 
 def shown_by_help(context: click.Context) -> list[object]:
     """Return what --help takes defaults from."""
-    from eg3d_rlhf.people.study.planning import Folder, power_options
-
     flags = launch.filled(context.params, StudyDesign, PowerOptions)
     folder = Folder(flags["outdir"], flags["db"])
     return [

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -38,6 +38,16 @@ from eg3d_rlhf.preferences.labels import jsonl_records
 
 PRIOR = 2.0  # votes that an asset's share of good ones begins with, shared out as its condition's are
 Goodness = Mapping[str, float]  # r by asset, of those that were judged
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """Collect the values of each key, in order of appearance."""
+    groups: dict[Key, list[Value]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
 
 
 # One condition's judgements -> r of its assets.
@@ -64,9 +74,7 @@ def of_votes(votes: Iterable[tuple[str, bool]]) -> dict[str, float]:
     >>> {name: round(r, 3) for name, r in of_votes([("a", True), ("b", False)]).items()}
     {'a': 0.667, 'b': 0.333}
     """
-    said: dict[str, list[bool]] = defaultdict(list)
-    for name, good in votes:
-        said[name].append(good)
+    said = _grouped(votes)
     share = float(np.mean([good for one in said.values() for good in one]))
     return centred(
         {name: (2 * (sum(one) + PRIOR * share) / (len(one) + PRIOR)) - 1 for name, one in said.items()}
@@ -77,10 +85,7 @@ def of_probabilities(given: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Mean of the P(good) of each asset, not P of a mean: members of an ensemble that differ leave it near
     1/2; A = 2 p - 1, centred.
     """
-    said: dict[str, list[float]] = defaultdict(list)
-    for name, p in given:
-        said[name].append(p)
-    return centred({name: 2 * float(np.mean(one)) - 1 for name, one in said.items()})
+    return centred({name: 2 * float(np.mean(one)) - 1 for name, one in _grouped(given).items()})
 
 
 def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
@@ -123,20 +128,14 @@ def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
     _, group = connected_components(
         coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
     )
-    parts: dict[int, list[Comparison]] = defaultdict(list)
-    for c in comparisons:
-        parts[int(group[items[c.winner]])].append(c)
-    return list(parts.values())
+    return list(_grouped((int(group[items[c.winner]]), c) for c in comparisons).values())
 
 
 def of_scores(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
     """A = half the mean of an asset's scores, which are in their raters' deviations already (`by_rater`),
     centred.
     """
-    said: dict[str, list[float]] = defaultdict(list)
-    for name, score in scores:
-        said[name].append(score)
-    return centred({name: float(np.mean(one)) / 2 for name, one in said.items()})
+    return centred({name: float(np.mean(one)) / 2 for name, one in _grouped(scores).items()})
 
 
 def by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
@@ -144,10 +143,7 @@ def by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
     one who never differs.
     """
     given = list(scores)
-    said: dict[str, list[float]] = defaultdict(list)
-    for rater, score in given:
-        said[rater].append(score)
-    of = {rater: (float(np.mean(one)), float(np.std(one))) for rater, one in said.items()}
+    of = {rater: (float(np.mean(one)), float(np.std(one))) for rater, one in _grouped(given).items()}
     return [(score - of[rater][0]) / of[rater][1] if of[rater][1] > 1e-9 else 0.0 for rater, score in given]
 
 
@@ -196,10 +192,7 @@ def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: i
 
 
 def _by_condition(names: Iterable[str], conditions: Mapping[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[conditions[name]].append(name)
-    return groups
+    return _grouped((conditions[name], name) for name in names)
 
 
 # Files.
@@ -345,9 +338,8 @@ def _of_lines(lines: Sequence[Said], conditions: Mapping[str, str], file: str) -
         if kind == "score"
         else [line.value for line in lines]
     )
-    groups: dict[str, list[tuple[Said, float]]] = defaultdict(list)
-    for line, value in zip(lines, values, strict=True):
-        groups[conditions[line.asset]].append((line, value))
+    judged = zip(lines, values, strict=True)
+    groups = _grouped((conditions[line.asset], (line, value)) for line, value in judged)
     makers: dict[str, Callable[[list[tuple[Said, float]]], dict[str, float]]] = {
         "thumb": lambda group: of_votes([(line.asset, bool(value)) for line, value in group]),
         "score": lambda group: of_scores([(line.asset, value) for line, value in group]),

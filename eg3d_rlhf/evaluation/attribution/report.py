@@ -259,32 +259,19 @@ def jobs(study: Study) -> list[Job]:
     base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)
     shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
     integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
-    head = (
-        [
-            Job(
-                key="whole-head",
-                title="The whole head in eight parts",
-                compute=lambda folder: shapley(study.of_the_head(), folder),
-                inputs=shared,
-                plots={"regions": plot_regions, "latents": plot_latents},
-            ),
-        ]
-        if s.regions == LANDMARKS
-        else []
+    divided = partial(Job, inputs=shared, plots={"regions": plot_regions, "latents": plot_latents})
+    head = divided(
+        key="whole-head",
+        title="The whole head in eight parts",
+        compute=lambda folder: shapley(study.of_the_head(), folder),
     )
     places = [
         Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)
     ] * study.reads_slabs
     return [
         Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
-        Job(
-            key="shapley",
-            title="Shapley values of the regions",
-            compute=partial(shapley, study),
-            inputs=shared,
-            plots={"regions": plot_regions, "latents": plot_latents},
-        ),
-        *head,
+        divided(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study)),
+        *[head] * (s.regions == LANDMARKS),
         Job(
             key="methods",
             title="Do other methods agree?",
@@ -504,11 +491,8 @@ def methods(study: Study, folder: Path) -> Finding:
         f" {len(ig)} latents (largest gap {worst:.2%}) with {min(steps)} to {max(steps)} steps; the count"
         f" rose from {study.settings.steps} by itself for {sum(len(entry['tried']) > 1 for entry in ig)}."
     )
-    text += (
-        ""
-        if complete == len(ig)
-        else " The others stay incomplete: raise --most-steps, or read them with that doubt."
-    )
+    if complete < len(ig):
+        text += " The others stay incomplete: raise --most-steps, or read them with that doubt."
     says = [text, *_pair_says(pairs)]
     says.append(
         "Noise has each region's change shuffled among its voxels: the same amount of change without its"

@@ -21,6 +21,7 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from scipy.stats import kendalltau, spearmanr
 
 from eg3d_rlhf.core.statistics import bootstrap_mean_interval
 from eg3d_rlhf.evaluation.attribution.regions import MOST_EXACT, region_shape
@@ -340,8 +341,6 @@ def rank_correlation(first: np.ndarray, second: np.ndarray, kind: str = "spearma
     """Spearman's rho or Kendall's tau-b of two attributions [R]; None where one of them is constant and has
     no ranks.
     """
-    from scipy.stats import kendalltau, spearmanr
-
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first, second).statistic)

@@ -271,13 +271,11 @@ def jobs(inversions: Inversions) -> list[Job]:
     strips = {case.name: inversions.folder(case) / STRIP for case in shown}
     inputs = {"records": records}
 
-    def measured(folder: Path) -> Finding:
-        del folder
+    def measured(_folder: Path) -> Finding:
         summary = summarise(records, setup.weights)
         return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
 
-    def stepped(folder: Path) -> Finding:
-        del folder
+    def stepped(_folder: Path) -> Finding:
         found = curves(inversions.run.folder)
         rows = [
             {"stage": stage, "measure": name, "step": step, "mean": value}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from eg3d_rlhf.core.field import OWN, CameraFamily, Rendering, RenderOptions, render_each
@@ -110,8 +111,6 @@ def to_uint8(image: torch.Tensor) -> np.ndarray:
 
 def png(picture: np.ndarray) -> bytes:
     """A picture, uint8 [H, B, 3], as a PNG file."""
-    import PIL.Image
-
     buffer = io.BytesIO()
     PIL.Image.fromarray(picture).save(buffer, format="png")
     return buffer.getvalue()

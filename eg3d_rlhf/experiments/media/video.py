@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.interpolate import interp1d
 
 from eg3d_rlhf import generators
 from eg3d_rlhf.core.field import OWN, CameraFamily, RenderOptions
@@ -69,8 +70,6 @@ class LatentWalk:
     """
 
     def __init__(self, ws: torch.Tensor):
-        from scipy.interpolate import interp1d
-
         count = len(ws)
         times = np.arange(-count * _WRAPS, count * (_WRAPS + 1))
         self._ws = ws

@@ -11,6 +11,8 @@ Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belo
 import functools
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from eg3d_rlhf.geometry.mesh import face_volumes
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
@@ -147,9 +149,6 @@ def _after(half: np.ndarray) -> np.ndarray:
 
 
 def _components(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     number, label = connected_components(
         coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count)), directed=False
     )

@@ -11,6 +11,7 @@ Letters: V vertices, F faces, P parts.
 from dataclasses import replace
 
 import numpy as np
+from scipy.spatial import ConvexHull, QhullError
 
 from eg3d_rlhf.geometry.mesh import compact, face_volumes
 from eg3d_rlhf.geometry.solids import fill
@@ -82,8 +83,6 @@ def signed_volume(mesh: CleanMesh) -> float:
 
 def hull_of(mesh: CleanMesh) -> CleanMesh | None:
     """The convex hull, wound outwards; None of a flat mesh."""
-    from scipy.spatial import ConvexHull, QhullError
-
     try:
         hull = ConvexHull(mesh.vertices)
     except (QhullError, ValueError):

@@ -11,6 +11,7 @@ import importlib
 from types import ModuleType
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges
@@ -154,8 +155,6 @@ def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 def directions(count: int, seed: int) -> np.ndarray:
     """Unit vectors [K, 3]: a Fibonacci sphere under a random rotation."""
-    from scipy.spatial.transform import Rotation
-
     height = 1 - (2 * np.arange(count) + 1) / count
     angle = np.pi * (3 - 5**0.5) * np.arange(count)
     ring = np.sqrt(1 - height**2)

@@ -10,6 +10,7 @@ Letters: V vertices, F faces, P points of the foot.
 import math
 
 import numpy as np
+from scipy.spatial import ConvexHull, QhullError
 
 from eg3d_rlhf.geometry.mesh import face_volumes
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
@@ -37,8 +38,6 @@ def inside_distance(foot: np.ndarray, point: np.ndarray) -> float:
     """Distance of a point [2] to the border of the convex hull of points [P, 2]: positive inside, negative or
     0 outside and of a line.
     """
-    from scipy.spatial import ConvexHull, QhullError
-
     foot = np.unique(foot, axis=0)
     try:
         hull = ConvexHull(foot)

@@ -271,9 +271,9 @@ class Submitted:
 
     judgement: int  # id
     duplicate: bool  # the key was known: nothing was written, this is the first result
-    training: bool
-    correct: bool | None  # of training pairs with a known answer, unless skipped
-    explanation: str  # of training pairs, else ''
+    training: bool = False
+    correct: bool | None = None  # of training pairs with a known answer, unless skipped
+    explanation: str = ""  # of training pairs
     better: str | None = None  # the known answer of training pairs: 'left', 'right', 'up' or 'down'
     # the generators' names, left and right, where the campaign tells them
     reveal: tuple[str, str] | None = None

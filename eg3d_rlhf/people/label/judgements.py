@@ -33,6 +33,10 @@ MAX_VIEWS = 64
 MAX_MILLISECONDS = 2**53
 PAGE = 2000  # judgements read at once
 FIRST = 2**31 - 1  # above every sequence
+# columns that a `JudgementRow` holds as they are, under the same names
+OF_JUDGEMENT = ("id", "reason", "milliseconds", "answered_at", "received_at", "page_version", "comment")
+OF_ASSIGNMENT = ("sequence",)
+AS_STORED = (*OF_JUDGEMENT, *OF_ASSIGNMENT, "annotator", "campaign")
 
 # built once: building a statement takes longer than running it
 BY_KEY = select(j).where(j.c.annotator_id == bindparam("annotator"), j.c.key == bindparam("key"))
@@ -226,14 +230,7 @@ def _assignment(c: Connection, campaign_id: int, annotator_id: int, token: str) 
 def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicate: bool) -> Submitted:
     if assigned.kind != Kind.TRAINING:
         names = revealed(plan, assigned, choice)
-        return Submitted(
-            judgement=judgement,
-            duplicate=duplicate,
-            training=False,
-            correct=None,
-            explanation="",
-            reveal=names,
-        )
+        return Submitted(judgement=judgement, duplicate=duplicate, reveal=names)
     pair = plan.pairs[assigned.pair_id]
     expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
     correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
@@ -268,22 +265,8 @@ def read_judgements(
         second.c[name].label(f"second_{name}") for name in FIELDS
     ]
     columns = (
-        j.c.id,
-        j.c.choice,
-        j.c.reason,
-        j.c.milliseconds,
-        j.c.views,
-        j.c.answered_at,
-        j.c.received_at,
-        j.c.page_version,
-        j.c.votes,
-        j.c.comment,
-        a.c.token,
-        a.c.sequence,
-        a.c.kind,
-        a.c.first_is_left,
-        a.c.answered,
-        a.c.pair_id,
+        *(j.c[name] for name in (*OF_JUDGEMENT, "choice", "views", "votes")),
+        *(a.c[name] for name in (*OF_ASSIGNMENT, "token", "kind", "first_is_left", "answered", "pair_id")),
         pairs.c.expected,
         annotators.c.name.label("annotator"),
         campaigns.c.name.label("campaign"),
@@ -333,28 +316,19 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
     second = shape_of(row, "second_")
     left, right = (first, second) if first_is_left else (second, first)
     return JudgementRow(
-        id=row.id,
-        campaign=row.campaign,
+        **{name: row._mapping[name] for name in AS_STORED},
         mode=modes[row.campaign],
-        annotator=row.annotator,
         assignment=row.token,
-        sequence=row.sequence,
         pair=row.pair_id,
         kind=Kind(row.kind),
         left=left,
         right=right,
         first_is_left=first_is_left,
         choice=Choice(row.choice),
-        reason=row.reason,
         expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])),
-        milliseconds=row.milliseconds,
         views=tuple(json.loads(row.views)),
-        answered_at=row.answered_at,
-        received_at=row.received_at,
-        page_version=row.page_version,
         undone=row.answered != row.id,
         votes=json.loads(row.votes) if row.votes else {},
-        comment=row.comment,
     )
 
 

@@ -16,13 +16,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.people.label.entities import Kind, Mode
+from eg3d_rlhf.people.label.entities import (
+    Choice,
+    JudgementRow,
+    Kind,
+    Mode,
+    Shape,
+    answers_to,
+    parse_questions,
+)
+from eg3d_rlhf.preferences.labels import LabelSource, Preference, write_labels
+from training.storage import write_atomic
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.people.label.entities import JudgementRow, Shape
     from eg3d_rlhf.people.label.store import Store
-    from eg3d_rlhf.preferences.bradley_terry import Comparison
-    from eg3d_rlhf.preferences.labels import LabelSource, Preference
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
@@ -93,10 +100,8 @@ class LabelFilters:
                 f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so."
             ) from None
 
-    def keep(self, rows: "Iterable[JudgementRow]", mode: Mode = Mode.LABEL) -> "list[JudgementRow]":
+    def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
         """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
-        from eg3d_rlhf.people.label.entities import Choice, answers_to
-
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [
             row
@@ -127,13 +132,11 @@ class LabelFilters:
         return kept if self.question is None else answers_to(self.question, kept)
 
 
-def label_source(source: str | Path, filters: LabelFilters | None = None) -> "LabelSource":
+def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
     """Labels by the name of their file or the URL of their store.
 
     Raises: ValueError when a file is to be filtered.
     """
-    from eg3d_rlhf.preferences.labels import LabelSource
-
     if is_store_url(source):
         name = without_password(str(source))
         filters = filters or LabelFilters()
@@ -156,13 +159,10 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> "La
     return LabelSource.of_file(Path(source))
 
 
-def to_preference(row: "JudgementRow") -> "Preference":
+def to_preference(row: JudgementRow) -> Preference:
     """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so
     that CSV holds them too.
     """
-    from eg3d_rlhf.people.label.entities import Choice
-    from eg3d_rlhf.preferences.labels import Preference
-
     left = row.left
     right = row.right
     refuse_assets(row, "asset-pairs")
@@ -191,7 +191,7 @@ def to_preference(row: "JudgementRow") -> "Preference":
     )
 
 
-def _known(row: "JudgementRow") -> dict:
+def _known(row: JudgementRow) -> dict:
     shape = row.left
     return {
         "campaign": row.campaign,
@@ -208,11 +208,10 @@ def _known(row: "JudgementRow") -> dict:
     }
 
 
-def to_unpaired(row: "JudgementRow", shape: "Shape") -> "UnpairedPreference":
+def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
     """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either:
     not good.
     """
-    from eg3d_rlhf.people.label.entities import Choice
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
     score = float(row.choice.value) if row.choice.value.isdigit() else None
@@ -230,7 +229,7 @@ def to_unpaired(row: "JudgementRow", shape: "Shape") -> "UnpairedPreference":
     )
 
 
-def refuse_assets(row: "JudgementRow", kind: str = "asset-pairs") -> None:
+def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
     """Raises: ValueError for a judgement of files, which seeds cannot name."""
     if row.left.file or row.right.file:
         raise ValueError(
@@ -239,20 +238,18 @@ def refuse_assets(row: "JudgementRow", kind: str = "asset-pairs") -> None:
         )
 
 
-def _drawn(shape: "Shape") -> tuple:
+def _drawn(shape: Shape) -> tuple:
     values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
     return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
-def preferences_of(store: "Store", filters: LabelFilters | None = None) -> "list[Preference]":
+def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
     """Labels of a store in order of receipt."""
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
-def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> "list[JudgementRow]":
+def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
     """The judgements that become labels, of campaigns of one mode."""
-    from eg3d_rlhf.people.label.entities import parse_questions
-
     if chosen.campaign is not None:
         campaign = store.campaign(chosen.campaign)
         if campaign is None:
@@ -282,7 +279,7 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> "list[J
     return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
 
 
-def read_preferences(url: str, filters: LabelFilters | None = None) -> "list[Preference]":
+def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
     """Labels of the store at a URL, in order of receipt."""
     try:
         from eg3d_rlhf.people.label.store import Store
@@ -305,8 +302,6 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     """Write .jsonl or .csv in the open label format, with everything known of each judgement as further
     fields. Returns the path.
     """
-    from eg3d_rlhf.preferences.labels import write_labels
-
     return write_labels(path, preferences_of(store, LabelFilters(**filters)))
 
 
@@ -314,7 +309,6 @@ def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, 
     """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields.
     Returns the path.
     """
-    from eg3d_rlhf.people.label.entities import Choice
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
@@ -345,9 +339,6 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the
     path.
     """
-    from eg3d_rlhf.people.label.entities import Choice
-    from training.storage import write_atomic
-
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
@@ -379,15 +370,13 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     return path
 
 
-def prompt_of(row: "JudgementRow", texts: Mapping[str, Mapping]) -> str:
+def prompt_of(row: JudgementRow, texts: Mapping[str, Mapping]) -> str:
     """The prompt's text; its name where it is a picture alone."""
     return texts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
 
 
-def to_pair(row: "JudgementRow", prompt: str, where: Where) -> dict:
+def to_pair(row: JudgementRow, prompt: str, where: Where) -> dict:
     """A judgement of two assets."""
-    from eg3d_rlhf.people.label.entities import Choice
-
     winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
     known = {
         "condition": row.left.condition,
@@ -401,7 +390,7 @@ def to_pair(row: "JudgementRow", prompt: str, where: Where) -> dict:
     return {**known, "choice": row.choice.value, **_provenance(row)}
 
 
-def to_score(row: "JudgementRow", prompt: str, where: Where) -> dict:
+def to_score(row: JudgementRow, prompt: str, where: Where) -> dict:
     """A judgement of one asset."""
     said: dict = (
         {"score": float(row.choice.value)}
@@ -421,7 +410,7 @@ def to_score(row: "JudgementRow", prompt: str, where: Where) -> dict:
 KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
-def _provenance(row: "JudgementRow") -> dict:
+def _provenance(row: JudgementRow) -> dict:
     known = {
         "annotator": row.annotator,
         "time": row.received_at,
@@ -435,15 +424,15 @@ def _provenance(row: "JudgementRow") -> dict:
     }
 
 
-def rankings(rows: "Sequence[JudgementRow]", where: Where = str) -> list[dict]:
+def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
     """A line per asset that was compared, best first within its prompt: ranks by Bradley-Terry strengths,
     equal ones for equal strengths.
 
     Of assets that no chain of comparisons links, those of the largest group alone are ranked: their strengths
     say nothing of each other.
     """
-    from eg3d_rlhf.people.label.entities import Choice, JudgementRow
     from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
+    from eg3d_rlhf.preferences.goodness import linked
 
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
@@ -452,19 +441,13 @@ def rankings(rows: "Sequence[JudgementRow]", where: Where = str) -> list[dict]:
     drawn = _Drawn()
     for condition, judged in by_condition.items():
         assets = {shape.source: shape for row in judged for shape in (row.left, row.right)}
-        comparisons = largest_group(
-            [
-                Comparison(
-                    *(
-                        (row.right.source, row.left.source)
-                        if row.choice is Choice.RIGHT
-                        else (row.left.source, row.right.source)
-                    ),
-                    tie=row.choice not in (Choice.LEFT, Choice.RIGHT),
-                )
-                for row in judged
-            ]
-        )
+        compared = []
+        for row in judged:
+            winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
+            tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
+            compared.append(Comparison(winner.source, loser.source, tie))
+        # within the largest group of items that a chain of comparisons links
+        comparisons = max(linked(compared), key=lambda part: len({end for c in part for end in c[:2]}))
         fit = bradley_terry(comparisons)
         strengths = dict(zip(map(str, fit.items), fit.strength.round(9).tolist(), strict=True))
         for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
@@ -479,20 +462,11 @@ def rankings(rows: "Sequence[JudgementRow]", where: Where = str) -> list[dict]:
     return lines
 
 
-def largest_group(comparisons: "Sequence[Comparison]") -> "list[Comparison]":
-    """The comparisons within the largest group of items that a chain of comparisons links."""
-    from eg3d_rlhf.preferences.goodness import linked
-
-    return max(
-        linked(comparisons), key=lambda part: len({item for c in part for item in (c.winner, c.loser)})
-    )
-
-
 class _Drawn:
     def __init__(self):
         self._lists: dict[Path, dict[str, dict]] = {}
 
-    def of(self, shape: "Shape", where: Where) -> dict:
+    def of(self, shape: Shape, where: Where) -> dict:
         path = Path(shape.source)
         if path.parent not in self._lists:
             self._lists[path.parent] = {

@@ -1,7 +1,6 @@
 """The analysis that the design prescribes: from judgements to win rates, tests, annotators and exclusions, as
 JSON types.
 
-from typing import TYPE_CHECKING
 What is known about a win rate follows from scores alone; the same code serves one study and a thousand
 simulated ones. A score is 1 where b was preferred, 0 where a was, 0.5 for a tie that counts half, NaN for a
 trial that does not count.
@@ -14,15 +13,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import ndtri
+from scipy.stats import t as student
 
-from eg3d_rlhf.people.label.entities import JudgementRow
-
-if TYPE_CHECKING:
-    from eg3d_rlhf.core.statistics import Interval
-    from eg3d_rlhf.people.study.design import StudyDesign
+from eg3d_rlhf.core.statistics import Interval, binomial_test, wilson_ends, wilson_interval
+from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind, Mode
+from eg3d_rlhf.people.label.quality import agreement, side_free
+from eg3d_rlhf.people.study.design import StudyDesign, stopped
 
 _CELLS = 2_000_000  # resampled values held at once
 _LEAST = 0.05  # of the variance of independent trials: no design is so lucky
@@ -40,12 +39,9 @@ class Sorted:
 
 
 def analyse(
-    design: "StudyDesign", rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None
+    design: StudyDesign, rows: Iterable[JudgementRow], interim: bool = False, now: datetime | None = None
 ) -> dict:
     """All figures of a study."""
-    from eg3d_rlhf.people.label.quality import agreement
-    from eg3d_rlhf.people.study.design import stopped
-
     rows = [r for r in rows if not r.undone]
     _check(design, rows)
     parts = sort_rows(design, rows)
@@ -83,10 +79,8 @@ def analyse(
     }
 
 
-def sort_rows(design: "StudyDesign", rows: Sequence[JudgementRow]) -> Sorted:
+def sort_rows(design: StudyDesign, rows: Sequence[JudgementRow]) -> Sorted:
     """Trials, gold checks and exclusions, by the design's rules."""
-    from eg3d_rlhf.people.label.entities import Choice, Kind
-
     answers = sorted((r for r in rows if r.kind == Kind.PAIR), key=lambda r: r.id)
     end = datetime.fromisoformat(design.until).timestamp() if design.until else np.inf
     trials = [r for r in answers if r.received_at <= end][: design.trials]
@@ -114,8 +108,6 @@ def sort_rows(design: "StudyDesign", rows: Sequence[JudgementRow]) -> Sorted:
 
 def is_fast(row: JudgementRow, milliseconds: int) -> bool:
     """Whether a trial was answered too soon to have been looked at; skipping may be quick."""
-    from eg3d_rlhf.people.label.entities import Choice
-
     return row.choice != Choice.SKIP and row.milliseconds < milliseconds
 
 
@@ -123,8 +115,6 @@ def score(row: JudgementRow, ties: str) -> float:
     """1 where b (the pair's second shape) was preferred, 0 where a was; ties by the rule; NaN where the trial
     does not count.
     """
-    from eg3d_rlhf.people.label.quality import side_free
-
     return {"first": 0.0, "second": 1.0, "tie": 0.5 if ties == "half" else np.nan, "skip": np.nan}[
         side_free(row)
     ]
@@ -138,9 +128,6 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
     """Win rate with every interval and test that the design names; figures are None without a trial that
     counts.
     """
-    from eg3d_rlhf.core.statistics import binomial_test
-    from eg3d_rlhf.people.label.entities import Choice
-
     scores = np.array([score(r, ties) for r in rows])  # [N]
     choices = Counter(r.choice for r in rows)
     decided = [s for s, r in zip(scores, rows, strict=True) if r.choice in (Choice.LEFT, Choice.RIGHT)]
@@ -184,9 +171,7 @@ def estimate(rows: Sequence[JudgementRow], ties: str, confidence: float = 0.95, 
     return out
 
 
-def _check(design: "StudyDesign", rows: Sequence[JudgementRow]) -> None:
-    from eg3d_rlhf.people.label.entities import Kind, Mode
-
+def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
     foreign = {r.campaign for r in rows if r.campaign != design.name or r.mode != Mode.STUDY}
     if foreign:
         names = ", ".join(sorted(foreign))
@@ -212,9 +197,6 @@ def _check(design: "StudyDesign", rows: Sequence[JudgementRow]) -> None:
 
 
 def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
-    from eg3d_rlhf.core.statistics import binomial_test, wilson_interval
-    from eg3d_rlhf.people.label.entities import Choice
-
     out: dict = {"b_left": sum(not r.first_is_left for r in rows), "n": len(rows)}
     out["p_random"] = binomial_test(out["b_left"], out["n"])
     for name, b_left in (("win_rate_b_left", True), ("win_rate_b_right", False)):
@@ -229,10 +211,7 @@ def _sides(rows: Sequence[JudgementRow], ties: str) -> dict:
     }
 
 
-def _annotators(design: "StudyDesign", parts: Sorted) -> list[dict]:
-    from eg3d_rlhf.core.statistics import wilson_interval
-    from eg3d_rlhf.people.label.entities import Choice
-
+def _annotators(design: StudyDesign, parts: Sorted) -> list[dict]:
     table = []
     for name in sorted({r.annotator for r in parts.trials}):
         mine = [r for r in parts.trials if r.annotator == name]
@@ -321,10 +300,6 @@ def win_rate(
     quantile with min(A, L) - 1 degrees of freedom: the variance is known no better than from so many
     clusters. With one annotator V_annotators is left out: it then speaks of that annotator alone.
     """
-    from scipy.special import ndtri
-    from scipy.stats import t as student
-
-    from eg3d_rlhf.core.statistics import wilson_ends
 
     scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     counted = ~np.isnan(scores)
@@ -392,8 +367,6 @@ def cluster_bootstrap(
     weighted by the product; wider than needed where trials differ more than clusters do). Args: scores [N]
     and the rest as in `win_rate`.
     """
-    from eg3d_rlhf.core.statistics import Interval
-
     scores = np.asarray(scores, dtype=np.float64)
     keep = ~np.isnan(scores)
     sides = {"annotators": [annotator], "latents": [latent], "both": [annotator, latent]}[over]

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
-from eg3d_rlhf.people.study.power import PowerOptions
+from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, sample_size
 from training.config import knobs_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
     from eg3d_rlhf.people.label.entities import JudgementRow
     from eg3d_rlhf.people.label.store import Store
-    from eg3d_rlhf.people.study.power import SampleSize
 
 OUTDIR = Path("runs/study")
 RULES, POWER, OWN = (
@@ -54,8 +53,6 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
     """The number of trials: --n, or what the power calculation asks for;
     warns where --n falls short of it.
     """
-    from eg3d_rlhf.people.study.power import sample_size
-
     try:
         size = sample_size(power_options(flags))
     except ValueError as error:

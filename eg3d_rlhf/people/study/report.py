@@ -10,12 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from eg3d_rlhf.generators import LoadedGenerator
-    from eg3d_rlhf.people.label.entities import JudgementRow
-    from eg3d_rlhf.people.study.design import Contender, StudyDesign
+import jinja2
+import PIL.Image
+import torch
+
+from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments.media.sheet import shade
+from eg3d_rlhf.experiments.pages import data_uri
+from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
+from eg3d_rlhf.people.label.entities import JudgementRow
+from eg3d_rlhf.people.study.analysis import analyse
+from eg3d_rlhf.people.study.design import Contender, StudyDesign
+from training.storage import write_atomic
 
 STATIC = Path(__file__).parent / "static"
 BINS = 11  # of the latents' win rates, the middle one about one half
@@ -26,8 +33,8 @@ YAW = 0.35  # radians: the face and one side
 
 
 def compute(
-    design: "StudyDesign",
-    rows: "Iterable[JudgementRow]",
+    design: StudyDesign,
+    rows: Iterable[JudgementRow],
     interim: bool = False,
     pictures: int = 6,
     device: str = "cpu",
@@ -37,8 +44,6 @@ def compute(
 
     Args: pictures: pairs shown of either end; 0 needs no generator.
     """
-    from eg3d_rlhf.people.study.analysis import analyse
-
     analysis = analyse(design, rows, interim, now)
     # shown are those that went most for b and for a
     best = analysis["pairs"]
@@ -61,13 +66,11 @@ def compute(
     }
 
 
-def load_contender(of: "Contender", device: str = "cpu") -> "LoadedGenerator":
+def load_contender(of: Contender, device: str = "cpu") -> LoadedGenerator:
     """The generator of a design.
 
     Raises: FileNotFoundError; ValueError where the file holds other weights than were designed.
     """
-    from eg3d_rlhf.generators import load_generator
-
     loaded = load_generator(of.source or None, device)
     if loaded.hash != of.generator:
         wanted = of.generator[:12]
@@ -79,17 +82,10 @@ def load_contender(of: "Contender", device: str = "cpu") -> "LoadedGenerator":
     return loaded
 
 
-def draw(design: "StudyDesign", of: "Contender", seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
+def draw(design: StudyDesign, of: Contender, seeds: Sequence[int], device: str = "cpu") -> dict[int, str]:
     """Shaded pictures of latents, PNG data addresses by seed; camera, light, level and crop are the same for
     every generator.
     """
-    import PIL.Image
-    import torch
-
-    from eg3d_rlhf.core.spec import SlabSpec
-    from eg3d_rlhf.experiments.media.sheet import shade
-    from eg3d_rlhf.experiments.pages import data_uri
-    from eg3d_rlhf.generators import ws_of_seeds
 
     generator = load_contender(of, device).generator
     out = {}
@@ -109,8 +105,6 @@ def draw(design: "StudyDesign", of: "Contender", seeds: Sequence[int], device: s
 
 def page(report: dict) -> str:
     """The report as one HTML file, from what `compute` gives alone; static/report.html says how it looks."""
-    import jinja2
-
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share),
@@ -133,8 +127,6 @@ def page(report: dict) -> str:
 
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
     """report.json and report.html in a folder; interim ones are named so."""
-    from training.storage import write_atomic
-
     name = "interim-report" if report["interim"] else "report"
     text = json.dumps(report, indent=1, allow_nan=False)
     paths = folder / f"{name}.json", folder / f"{name}.html"

@@ -195,13 +195,11 @@ def _examined(collection: Collection, tell: Callable[[str], None], lenient: bool
             f"{wrong[0]}: expected pictures as prompts and assets as assets, got the other. Correct the list."
         )
     assets = [
-        Asset(**{**vars(asset), "kind": known[asset.path].kind, "hash": known[asset.path].hash})
+        replace(asset, kind=known[asset.path].kind, hash=known[asset.path].hash)
         for asset in collection.assets
     ]
     prompts = {
-        name: Prompt(
-            text=prompt.text, image=prompt.image, hash=known[prompt.image].hash if prompt.image else None
-        )
+        name: replace(prompt, hash=known[prompt.image].hash if prompt.image else None)
         for name, prompt in collection.prompts.items()
     }
     return Collection(assets, prompts)

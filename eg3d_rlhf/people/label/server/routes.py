@@ -93,13 +93,6 @@ def _progress(context: Context, who: Identity) -> dict:
     return asdict(context.store.progress(context.campaign.id, who.annotator.id, context.shapes.lost))
 
 
-def _practice_lost(context: Context) -> int:
-    return sum(
-        context.shapes.lost(pair.first) or context.shapes.lost(pair.second)
-        for pair in context.store.training(context.campaign.id)
-    )
-
-
 def _judge(context: Context, who: Identity) -> None:
     """Refuse, in a study, answers of those who can see results."""
     if context.shapes.blind and who.admin:
@@ -138,7 +131,7 @@ def _work(router: APIRouter, context: Context) -> None:
         """The next pairs; those that are open come first. None and not waiting: finished."""
         _judge(context, who)
         shapes = context.shapes
-        settled = context.shapes.settled()
+        settled = shapes.settled()
         pairs = context.store.assignments(
             context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost
         )
@@ -149,12 +142,15 @@ def _work(router: APIRouter, context: Context) -> None:
             and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         )
         shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
+        practice = context.store.training(context.campaign.id)
         return JSONResponse(
             {
                 "assignments": shown,
                 "progress": progress,
                 "waiting": waiting,
-                "practice_lost": _practice_lost(context),
+                "practice_lost": sum(
+                    shapes.lost(pair.first) or shapes.lost(pair.second) for pair in practice
+                ),
                 "preparation": shapes.progress(),
             }
         )
