@@ -5,7 +5,6 @@ Every kind of damage takes a strength per image [N], 0 = unchanged, and is deter
 Shape letters: N images, H x W pixels, F features, K factors.
 """
 
-import functools
 import hashlib
 import io
 import itertools
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders import command
-from eg3d_rlhf.core.cli import GroupedCommand, option
+from eg3d_rlhf.core.cli import GroupedCommand, option, options_of
 from eg3d_rlhf.measures import features as feature_files
 from eg3d_rlhf.measures.distances import FeatureNetwork, FeatureStatistics
 from eg3d_rlhf.measures.features import (
@@ -36,6 +35,7 @@ from eg3d_rlhf.measures.features import (
     HeadFactorNet,
     to_resolution,
 )
+from training.config import Knobs, knob
 from training.heads import people
 from training.synthetic_heads import HeadsTruth, load_truth, resolve_dataset
 
@@ -117,18 +117,17 @@ DAMAGES: dict[str, tuple[Damage, tuple[float, ...], str]] = {
     "squeeze": (squeeze, (0.05, 0.1, 0.15, 0.2, 0.3), "of width"),
     "ghost": (ghost, (0.05, 0.1, 0.2, 0.3, 0.5), "blend"),
 }
-_training_option = functools.partial(option, group="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureTraining:
+class FeatureTraining(Knobs):
     """Settings of one run; a run repeats exactly on the same machine and number of threads."""
 
-    epochs: int = 20
+    epochs: int = knob(20, "Passes over them.", "Training", low=1)
     batch: int = 64
     learning_rate: float = 2e-3  # Adam, decayed to zero along a cosine
     held_out: float = 0.1  # last share of the images, for the record only
-    seed: int = 0
+    seed: int = knob(0, "Seed of initialisation, order and damage.", "Training", low=0)
 
 
 def read_images(path: Path, count: int | None = None) -> Tensor:
@@ -301,23 +300,14 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
 
 @click.command("python -m builders.features", cls=GroupedCommand)
 @command.out(feature_files.DEFAULT_ASSET)
-@_training_option(
-    "--data", metavar="NAME", default="synthetic:people64@n=6000,seed=71", help="Heads of people to train on."
+@option(
+    "--data",
+    metavar="NAME",
+    default="synthetic:people64@n=6000,seed=71",
+    help="Heads of people to train on.",
+    group="Training",
 )
-@_training_option(
-    "--epochs",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=FeatureTraining.epochs,
-    help="Passes over them.",
-)
-@_training_option(
-    "--seed",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Seed of initialisation, order and damage.",
-)
+@options_of(FeatureTraining)
 @option(
     "--check-data",
     metavar="NAME",
@@ -332,9 +322,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
     help="Print the table for the network at --out (also a TorchScript Inception) without training.",
 )
 @command.dry_run
-def features(
-    out: Path, data: str, check_data: str, epochs: int, seed: int, check_only: bool, dry_run: bool
-) -> None:
+def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: bool, **settings) -> None:
     """Train the bundled feature network on pictures of heads and print how its distances respond to damage
     (a few minutes on two cores).
 
@@ -342,7 +330,7 @@ def features(
     Example:
         python -m builders.features --check-only --check-data=synthetic:people64@n=256
     """
-    options = FeatureTraining(epochs=epochs, seed=seed)
+    options = FeatureTraining(**{name: value for name, value in settings.items() if value is not None})
     if dry_run:
         click.echo(
             json.dumps({"out": out.name, "data": data, "check_data": check_data, **asdict(options)}, indent=1)

@@ -24,7 +24,7 @@ from eg3d_rlhf.core.seeds import TRUE_HEADS
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures import shape_features
 from eg3d_rlhf.measures.shape_features import FEATURES, IDENTITY, MapNet, ShapeFeatures, normal_maps
-from training.config import check_knobs, knob
+from training.config import Knobs, knob
 from training.heads import people, people_damage
 from training.heads.people import LATENT, LEVEL, density_of
 from training.heads.people_mesh import grid_points, whole_grids
@@ -42,7 +42,7 @@ def mirrored(maps: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapeTraining:
+class ShapeTraining(Knobs):
     """One run; it repeats to the byte on the same machine with one thread."""
 
     heads: int = knob(
@@ -60,9 +60,6 @@ class ShapeTraining:
         1.5e-3, "Of Adam, decayed to zero along a cosine.", "Training", above=0, rare=True
     )
     seed: int = knob(0, "Of initialisation, order, blur and mirroring.", "Training", low=0)
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
 
 
 def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray:

@@ -19,7 +19,7 @@ from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import SIDES, modes
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PIXEL_NOISE, TinyPrior, TinySizes, TinyUNet
 from eg3d_rlhf.tuning.distill.ramps import STEPS
-from training.config import check_knobs, knob
+from training.config import Knobs, knob
 
 TRAINING = "Training"
 _COLOUR_JITTER = 0.05  # of the training images, in latents of -1..1
@@ -29,7 +29,7 @@ _FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of no
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTraining:
+class PriorTraining(Knobs):
     """How the network is trained."""
 
     steps: int = knob(1500, "Steps.", TRAINING, low=1)
@@ -41,9 +41,6 @@ class PriorTraining:
         0.15, "Share of assets whose prompt is withheld.", TRAINING, low=0, high=1, rare=True
     )
     seed: int = knob(0, "Of weights and data.", TRAINING, low=0)
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

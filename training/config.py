@@ -133,6 +133,13 @@ def check_knobs(settings: typing.Any) -> None:
                 raise ValueError(f"{field.name} must be {sign} {limit:g}, got {value}")
 
 
+class Knobs:
+    """A settings dataclass that has nothing to check but its knobs."""
+
+    def __post_init__(self):
+        check_knobs(self)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """The training loop, whatever it trains."""
@@ -166,7 +173,7 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GanConfig:
+class GanConfig(Knobs):
     """The GAN game: losses, what fades with the images seen, optimisers, moving average, augmentation."""
 
     gamma: float = _gan_knob(10.0, "R1 weight.", low=0, shown="required")
@@ -226,12 +233,9 @@ class GanConfig:
     filter_mode: str = "antialiased"
     grid: tuple[int, int] = (8, 4)  # columns and rows of image snapshots
 
-    def __post_init__(self):
-        check_knobs(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(Knobs):
     """Which networks: a preset's, or those of a file."""
 
     cfg: str = knob("heads64", "Preset.", NET, choices=("ffhq", "afhq", "shapenet", "heads64"))
@@ -253,9 +257,6 @@ class NetworkConfig:
     c_scale: float = knob(1.0, "Scale of the conditioning label.", NET)
     disc_c_noise: float = knob(0.0, "Label noise for D, in label standard deviations.", NET, low=0)
     decoder_lr_mul: float = knob(1.0, "Learning-rate multiplier of the decoder.", NET, above=0)
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 _RENDERING = {

@@ -65,15 +65,17 @@ class Observation(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, `kind` among them."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        values: dict[str, Any] = {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        return values if "spec" not in values else {**values, "spec": self.spec.to_dict()}  # type: ignore[attr-defined]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`, without `kind`. Raises: ValueError for fields that are missing or unknown."""
+        made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        if "spec" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            made["spec"] = SlabSpec.from_dict(values.get("spec", {}))
         try:
-            return cls(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-            )
+            return cls(**made)
         except TypeError as error:
             raise ValueError(
                 f"observation {cls.kind}: expected its own fields, got: {error}. Is the file from a later"

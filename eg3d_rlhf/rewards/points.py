@@ -11,8 +11,7 @@ points along z, y, x.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 import torch
@@ -223,13 +222,6 @@ class LevelSetPoints(Observation):
     def misfits(self, generator: "Generator") -> list[str]:
         """The scene cube must be the generator's."""
         return SigmaSlab(self.spec).misfits(generator)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "spec": self.spec.to_dict(), "points": self.points, "seed": self.seed}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return super().from_dict({**values, "spec": SlabSpec.from_dict(values.get("spec", {}))})
 
 
 @observations.register

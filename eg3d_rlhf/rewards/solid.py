@@ -9,8 +9,7 @@ Letters: N shapes; D, H, W = grid points along z, y, x.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -94,13 +93,6 @@ class Solid(WholeCube):
     def observe(self, field: Field) -> torch.Tensor:
         return -solid_loss(field.density_grid(self.spec), field.level, reach=self.reach)[:, None]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "spec": self.spec.to_dict(), "reach": self.reach}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return super().from_dict({**values, "spec": SlabSpec.from_dict(values["spec"])})
-
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +111,6 @@ class Soundness(WholeCube):
         rules = solids.Rules(weights=self.weights)
         grids = occupancy(field, self.spec)
         return torch.tensor([[solids.reward(grid, grid, rules).reward] for grid in grids])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "spec": self.spec.to_dict(), "weights": list(self.weights)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return super().from_dict({**values, "spec": SlabSpec.from_dict(values["spec"])})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.registry import Registry
 from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
-from training.config import built, check_knobs, knob
+from training.config import Knobs, built, check_knobs, knob
 
 if TYPE_CHECKING:
     from eg3d_rlhf.core.interfaces import Guidance
@@ -132,7 +132,7 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneConfig:
+class SceneConfig(Knobs):
     """What is made, and who has a say in it."""
 
     prior: str = _assets_knob(
@@ -173,9 +173,6 @@ class SceneConfig:
         choices=("auto", "off", "half"),
         rare=True,
     )
-
-    def __post_init__(self) -> None:
-        check_knobs(self)
 
 
 @dataclass(frozen=True, kw_only=True)

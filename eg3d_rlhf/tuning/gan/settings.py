@@ -15,6 +15,7 @@ from training.config import (
     DATA,
     RUN,
     GanConfig,
+    Knobs,
     LoopConfig,
     NetworkConfig,
     built,
@@ -200,7 +201,7 @@ class EarlyStopConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundConfig:
+class RoundConfig(Knobs):
     """How many rounds there are, and what one consists of."""
 
     rounds: int = knob(
@@ -238,12 +239,9 @@ class RoundConfig:
         PRETRAINED, "Network that tuning starts from.", choices=(PRETRAINED, LAST)
     )
 
-    def __post_init__(self):
-        check_knobs(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardSettings:
+class RewardSettings(Knobs):
     """Which reward tunes, what watches it, and how."""
 
     reward: str = knob(
@@ -271,9 +269,6 @@ class RewardSettings:
         metavar="RUN|FILE",
         shown="recorded in assets, where it is one",
     )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

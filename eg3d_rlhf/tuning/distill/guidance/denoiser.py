@@ -310,6 +310,17 @@ class Guided:
             window.rows = state[name].clone()
 
 
+class Rewarded(Guided):
+    """A method that asks a reward of so many views as an asset has, or of a share of them."""
+
+    def __init__(
+        self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams, reward: RewardModel
+    ):
+        super().__init__(prior, settings, views=views, streams=streams)
+        self.denoiser.check_reward(reward)
+        self.reward = reward
+
+
 # Which of K = 2 noises gave the better pictures: by a reward, by a judge, or by both. N assets, or pictures
 # where views are ranked alone.
 

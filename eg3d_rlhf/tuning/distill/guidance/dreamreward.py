@@ -4,42 +4,32 @@ distillation.
 Letters: A assets, V views, B = A V pictures.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill.gradients import Balance, digits, norm_per_asset
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, told
-from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings
-from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Rewarded, told
 
 ALONE = 1e6  # weight of the reward in the released code's last steps
 
 
-class DreamReward(Guided):
+class DreamReward(Rewarded):
     """Distillation, and minus the gradient of the mean reward of an asset."""
 
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        settings: DreamRewardSettings,
-        *,
-        views: int,
-        streams: Streams,
-        reward: RewardModel,
-    ):
-        if not reward.differentiable:
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        if not self.reward.differentiable:
             raise ValueError(
                 "--reward: expected a differentiable one with dreamreward, got one without. Use dreamdpo or"
                 " rewardsds."
             )
-        super().__init__(prior, settings, views=views, streams=streams)
-        self.denoiser.check_reward(reward)
-        self.reward = reward
         self.balance = Balance()
         self.kept = {"norms": self.balance}
-        if isinstance(reward, torch.nn.Module):
-            reward.eval()  # dropout would make its gradients noisy
+        if isinstance(self.reward, torch.nn.Module):
+            self.reward.eval()  # dropout would make its gradients noisy
 
     def __call__(
         self,

@@ -2,31 +2,22 @@
 prior makes of it.
 """
 
+from typing import Any
+
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import History
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Guided, told
-from eg3d_rlhf.tuning.distill.guidance.settings import RewardSdsSettings
-from eg3d_rlhf.tuning.distill.schedule import Streams, ddim_times
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditions, Rewarded, told
+from eg3d_rlhf.tuning.distill.schedule import ddim_times
 
 
-class RewardSds(Guided):
+class RewardSds(Rewarded):
     """Sum over noises of weight times distillation gradient."""
 
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        settings: RewardSdsSettings,
-        *,
-        views: int,
-        streams: Streams,
-        reward: RewardModel,
-    ):
-        super().__init__(prior, settings, views=views, streams=streams)
-        self.denoiser.check_reward(reward)
-        self.reward = reward
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
         self.history = History()
         self.kept = {"rows": self.history}
 

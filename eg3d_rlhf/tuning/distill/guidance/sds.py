@@ -7,11 +7,9 @@ A assets, S starts of each, V views.
 
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, RewardModel
+from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, told
-from eg3d_rlhf.tuning.distill.guidance.settings import BestOfNSettings
-from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, told
 
 
 class Sds(Guided):
@@ -46,22 +44,8 @@ class Sds(Guided):
         return output
 
 
-class BestOfN(Sds):
+class BestOfN(Rewarded, Sds):
     """Distillation of S x A assets; those of start s stand at s A to (s + 1) A - 1."""
-
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        settings: BestOfNSettings,
-        *,
-        views: int,
-        streams: Streams,
-        reward: RewardModel,
-    ):
-        super().__init__(prior, settings, views=views, streams=streams)
-        self.denoiser.check_reward(reward)
-        self.starts = settings.starts
-        self.reward = reward
 
     @torch.no_grad()
     def best(self, images: torch.Tensor, prompts: list[str], cameras: torch.Tensor) -> list[int]:
@@ -74,6 +58,7 @@ class BestOfN(Sds):
         d = self.denoiser
         # [S A]
         scores = d.per_asset(d.score(self.reward, images[None], told(self.reward, prompts, cameras)))[0]
-        assets = len(scores) // self.starts
-        chosen = scores.unflatten(0, (self.starts, assets)).argmax(0).cpu()  # [A]
+        starts = self.settings.starts
+        assets = len(scores) // starts
+        chosen = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]
         return (chosen * assets + torch.arange(assets)).tolist()

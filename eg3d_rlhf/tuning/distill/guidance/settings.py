@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.tuning.distill.ramps import Ramp
-from training.config import check_knobs, knob
+from training.config import Knobs, check_knobs, knob
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ RANKING = "Ranking two noises"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingSettings:
+class RankingSettings(Knobs):
     """What makes one noise the winner."""
 
     pair_level: str = knob(
@@ -75,9 +75,6 @@ class RankingSettings:
         rare=True,
     )
 
-    def __post_init__(self):
-        check_knobs(self)
-
 
 # From scores of several noises to their weights in the gradient: RewardSDS's strategies, and DreamDPO's push
 # as the case of two.
@@ -87,7 +84,7 @@ STRATEGIES = ("min-max", "best", "weighted", "none", "push")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseWeighting:
+class NoiseWeighting(Knobs):
     """Weights of noises: mean of the best, softmax, best minus worst, all alike, or winner minus loser. One
     noise always weighs 1.
     """
@@ -104,9 +101,6 @@ class NoiseWeighting:
     worst_weight: float = knob(
         0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True
     )
-
-    def __post_init__(self):
-        check_knobs(self)
 
     def __call__(self, scores: "torch.Tensor", push: "torch.Tensor | None" = None) -> "torch.Tensor":
         """Weights [K, N] of scores [K, N].
@@ -353,7 +347,7 @@ GEOMETRY = "Geometry reward"  # title of the flags
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeometrySettings:
+class GeometrySettings(Knobs):
     """How strongly, and from when on, a geometry reward pulls."""
 
     geometry_weight: float = knob(
@@ -370,6 +364,3 @@ class GeometrySettings:
         low=1,
         rare=True,
     )
-
-    def __post_init__(self):
-        check_knobs(self)

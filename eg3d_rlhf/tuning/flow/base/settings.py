@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from training.config import check_knobs, knob
+from training.config import Knobs, knob
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -19,15 +19,12 @@ JUDGES = ("final", "chooser", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosing:
+class Choosing(Knobs):
     """On what the win rate is measured that chooses checkpoints and stops training early."""
 
     per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
     batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, rare=True)
     seed: int = 0  # of the noises, which are not those of the table
-
-    def __post_init__(self):
-        check_knobs(self)
 
     def held_out(
         self,
@@ -61,7 +58,7 @@ class Choosing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging:
+class Judging(Knobs):
     """What is generated for the table: the same noises whatever is judged, so that generators are compared
     pair by pair.
     """
@@ -79,9 +76,6 @@ class Judging:
         rare=True,
     )
     seed: int = 0  # of the noises, apart from those that are trained or chosen on
-
-    def __post_init__(self):
-        check_knobs(self)
 
     def crossed(self, problem: "Problem") -> tuple[list[str], list[int]]:
         """Return every held-out condition per noise, and the noises' seeds, [C S] each."""
@@ -111,7 +105,7 @@ class EncodingSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemSource(EncodingSource):
+class ProblemSource(EncodingSource, Knobs):
     """What a problem is read from."""
 
     pipeline: str = _what(
@@ -159,6 +153,3 @@ class ProblemSource(EncodingSource):
         rare=True,
     )
     needs_pairs: ClassVar[bool] = True
-
-    def __post_init__(self):
-        check_knobs(self)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from eg3d_rlhf.core.cli import versions
 from eg3d_rlhf.tuning.flow.base.settings import Choosing, Judging, ProblemSource
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
-from training.config import check_knobs, knob
+from training.config import Knobs, knob
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -30,19 +30,16 @@ _loop = functools.partial(knob, group="The loop")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopPairsConfig:
+class LoopPairsConfig(Knobs):
     per_pair: int = _loop(
         1, "New pairs, so noises, for each human pair.", name="loop_pairs", low=1, rare=True
     )
     batch: int = 16  # assets at once; bounds memory, and does not change the result beyond rounding
     chunk: int = 64  # human pairs between what is kept of an interrupted making
 
-    def __post_init__(self):
-        check_knobs(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Weighing:
+class Weighing(Knobs):
     """Which of the loop's pairs are kept and how much each counts: views of one set of pairs."""
 
     use_w1: bool = True  # drop pairs whose op is not rewarded more
@@ -53,9 +50,6 @@ class Weighing:
         choices=ROLES,
         rare=True,
     )
-
-    def __post_init__(self):
-        check_knobs(self)
 
 
 def anchored(config: TrainConfig) -> TrainConfig:
