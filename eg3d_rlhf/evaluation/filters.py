@@ -4,7 +4,7 @@ A filter takes the values [n, n, n] of a shape, negative inside, and gives value
 nothing the surface keeps its place between the grid's points. Radii are voxels of 64^3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, reduce
 
 import numpy as np
@@ -73,11 +73,7 @@ def hull(values: np.ndarray) -> np.ndarray:
 
 def chain(*filters: Filter) -> Filter:
     """One filter after another."""
-    return partial(_run, filters)
-
-
-def _run(filters: Sequence[Filter], values: np.ndarray) -> np.ndarray:
-    return reduce(lambda shape, step: step(shape), filters, values)
+    return lambda values: reduce(lambda shape, step: step(shape), filters, values)
 
 
 FILTERS: dict[str, Filter] = {

@@ -160,10 +160,8 @@ def work(c: Comparison, folder: Path, processes: int) -> None:
             networks.save(
                 paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
             )
-        sampling = {
-            name: getattr(c, name)
-            for name in ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
-        }
+        names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
+        sampling = {name: getattr(c, name) for name in names}
         sampling["memory"] = {CHOSEN: chosen(c)}  # by the reward, which the workers do not have
 
         def done(task: str, result: Any) -> None:

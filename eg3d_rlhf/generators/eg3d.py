@@ -179,6 +179,7 @@ class EG3D:
 
     architecture = "eg3d"
     level = LEVEL
+    field_class = PlaneField
 
     def __init__(self, module: TriPlaneGenerator):
         self.module = module
@@ -220,7 +221,7 @@ class EG3D:
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> PlaneField:
         """See `Generator`."""
-        return PlaneField(self.module, ws, noise_mode)
+        return self.field_class(self.module, ws, noise_mode)
 
 
 def bounds_of(G: Any) -> Bounds:

@@ -72,16 +72,12 @@ class HeadField(PlaneField):
 class FullHead(EG3D):
     """`Generator` around a full-head network."""
 
-    field_class: type[HeadField] = HeadField
+    field_class = HeadField
 
     @property
     def cameras(self) -> CameraFamily:
         """They look at the origin, where these heads are, whatever avg_camera_pivot says."""
         return dataclasses.replace(super().cameras, pivot=(0.0, 0.0, 0.0))
-
-    def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Any:
-        """See `Generator`."""
-        return self.field_class(self.module, ws, noise_mode)
 
 
 class TriGridField(HeadField):

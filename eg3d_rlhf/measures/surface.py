@@ -58,7 +58,7 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     here = np.flatnonzero(partner >= 0)
     there = partner[here]  # runs the other way: its start is our end
     # the point [C] that each corner is
-    point, points = _connected([(here, _next(there)), (_next(here), there)], len(partner))
+    point, points = connected([(here, _next(there)), (_next(here), there)], len(partner))
     surface, surfaces = _surfaces(partner)
     first = surface[0::3]  # [F] surface of each face
     opened = partner < 0
@@ -180,7 +180,8 @@ def _next(corner: np.ndarray) -> np.ndarray:
     return np.where(corner % 3 == 2, corner - 2, corner + 1)
 
 
-def _connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
+def connected(pairs: list[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
+    """Number the groups of 0..count-1 that pairs of these link, [count], and count the groups."""
     rows, columns = (np.concatenate([pair[i] for pair in pairs]) for i in range(2))
     graph = coo_array((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(count, count))
     number, labels = connected_components(graph, directed=False)
@@ -191,7 +192,7 @@ def _surfaces(partner: np.ndarray) -> tuple[np.ndarray, int]:
     """The connected surface [C] of each corner, and their number."""
     here = np.flatnonzero(partner >= 0)
     corner = np.arange(len(partner))
-    return _connected([(here, partner[here]), (corner, _next(corner))], len(partner))
+    return connected([(here, partner[here]), (corner, _next(corner))], len(partner))
 
 
 def _rims(
@@ -203,7 +204,7 @@ def _rims(
     edge = np.flatnonzero(opened)
     if len(edge) == 0:
         return np.zeros(surfaces, dtype=np.int64)
-    label, number = _connected([(point[edge], point[_next(edge)])], points)
+    label, number = connected([(point[edge], point[_next(edge)])], points)
     on_rim = np.zeros(points, dtype=bool)
     on_rim[point[edge]] = True
     loops, first = np.unique(label[on_rim], return_index=True)

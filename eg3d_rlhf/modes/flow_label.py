@@ -1,9 +1,7 @@
 """`eg3d-rlhf flow label`: what people say of the assets that were drawn."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -11,11 +9,10 @@ from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, optio
 from eg3d_rlhf.modes.flow_draw import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
+from eg3d_rlhf.people.label.entities import CampaignSettings
+from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 from eg3d_rlhf.tuning.flow.workspace.work import REWARD, Work
-
-if TYPE_CHECKING:
-    from eg3d_rlhf.people.label.entities import StoredCampaign
 
 SECONDS = 8  # that an answer takes
 
@@ -80,7 +77,8 @@ def label(
             stored = store.campaign(name)
             assert stored is not None
         else:
-            check_same(stored, {"pairs": pairs, "strategy": strategy}, launch.given_flags(ctx))
+            asked = {"pairs": pairs, "strategy": strategy}
+            launch.check_resumed(stored, asked, launch.given_flags(ctx), "--set campaign=NAME")
         answered = sum(1 for _ in store.judgements(name))
         click.echo(
             f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s each; {answered}"
@@ -107,22 +105,8 @@ def tuning_on(work: Work, campaign: str) -> str:
     return f"eg3d-rlhf label export {file} --kind=asset-pairs --db={work.database} && {tune} --labels={file}"
 
 
-def check_same(stored: "StoredCampaign", asked: Mapping, given: set[str]) -> None:
-    """Raise ValueError for a flag that differs from what the stored campaign was planned with."""
-    planned = stored.settings.extra[launch.FLAGS]
-    for flag in sorted(given & set(asked)):
-        if asked[flag] != planned[flag]:
-            raise ValueError(
-                f"--{flag}: expected {planned[flag]}, as campaign {stored.settings.name!r} was planned, got"
-                f" {asked[flag]}. Leave it out, or plan another with --set campaign=NAME."
-            )
-
-
 def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
     """A campaign on what was drawn, as the labelling tool plans it."""
-    from eg3d_rlhf.people.label.entities import CampaignSettings
-    from eg3d_rlhf.people.label.pairing import PairingOptions
-
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     assets = str(work.drawn().resolve())

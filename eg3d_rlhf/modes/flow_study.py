@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -33,10 +32,10 @@ from eg3d_rlhf.modes.flow_draw import (
 from eg3d_rlhf.modes.shared_flags import count_option, name_option
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
+from eg3d_rlhf.people.study import planning as studies
+from eg3d_rlhf.people.study.design import read_sides, stopped
 from eg3d_rlhf.tuning.flow.workspace.work import TEST, Work
-
-if TYPE_CHECKING:
-    from eg3d_rlhf.people.study import planning as studies
+from training.storage import write_atomic
 
 FILE = "study.json"
 PICTURES = "pictures.png"
@@ -68,8 +67,6 @@ class Study:
     @classmethod
     def of(cls, work: Work, tune: Path, again: bool) -> "Study":
         """The latest of a training, or a new one."""
-        from training.storage import write_atomic
-
         there = [study for study in map(cls.open, work.numbered("study")) if study.tune == tune.name]
         if there and not again:
             return there[-1]
@@ -77,18 +74,14 @@ class Study:
         write_atomic(made.folder / FILE, (json.dumps({"tune": made.tune}) + "\n").encode())
         return made
 
-    def contest(self, against: str) -> "studies.Folder":
-        from eg3d_rlhf.people.study import planning as studies
-
+    def contest(self, against: str) -> studies.Folder:
         return studies.Folder(self.folder / against)
 
     def answered(self, against: str) -> tuple[int, int] | None:
         """Of one contest: trials that were answered, and that there are; None before it is designed. Over
         where both are equal.
         """
-        from eg3d_rlhf.people.study import planning as studies
         from eg3d_rlhf.people.study.analysis import sort_rows
-        from eg3d_rlhf.people.study.design import stopped
 
         if not self.contest(against).design.is_file():
             return None
@@ -168,18 +161,8 @@ def study(
                 click.echo(line)
         if not ranks.main:
             return
-    given = {
-        name for name in server if ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-    }
-    serve(
-        work,
-        Study.of(work, training, again),
-        list(arms),
-        against,
-        n,
-        annotators,
-        {name: server[name] for name in given},
-    )
+    given = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
+    serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given)
 
 
 def numbered(what: str, tune: Path) -> str:
@@ -197,8 +180,6 @@ def serve(
     server: Mapping[str, object],
 ) -> None:
     """Serve the contest that is named, or the first that is not over."""
-    from eg3d_rlhf.people.study.design import read_sides
-
     contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
     states = {name: study.answered(name) for name in contests}
     still = [name for name, state in states.items() if state is None or state[0] < state[1]]
@@ -262,7 +243,6 @@ def draw_pictures(work: Work, study: Study) -> Path:
     from eg3d_rlhf.experiments.media.sheet import Row, sheet
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import picture
-    from training.storage import write_atomic
 
     number = study.tune.rpartition("-")[2]
     arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}

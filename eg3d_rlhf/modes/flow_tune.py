@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
-from eg3d_rlhf.experiments.mode import Flags, running
+from eg3d_rlhf.experiments.mode import Flags, flags_of, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
 from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, timeout_flag, work_argument
@@ -92,11 +92,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
     Example:
         eg3d-rlhf flow tune WORK
     """
-    source = click.core.ParameterSource.COMMANDLINE
-    flags = Flags(
-        {**given, "choose_noises": None},
-        {name for name in given if context.get_parameter_source(name) == source},
-    )
+    flags = Flags({**given, "choose_noises": None}, flags_of(context).written)
     flags.belong(LOOP_ONLY, flags["loop"], "--loop")
     check_tuning(flags)
     if flags["loop"] and flags["stages"]:

@@ -21,6 +21,7 @@ from eg3d_rlhf.people.label.store_labels import (
     export_unpaired,
     without_password,
 )
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.store import Store
@@ -165,7 +166,6 @@ def _request(
     rewards: tuple,
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
-    from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 
     given = launch.given_flags(ctx)
     if assets is not None:

@@ -11,6 +11,9 @@ from eg3d_rlhf.core.cli import GroupedCommand, GroupedGroup, check_extra, choose
 from eg3d_rlhf.modes.annotators import add_annotator, annotators, new_token, revoke
 from eg3d_rlhf.modes.shared_flags import FOLDER, count_option, print_json, rare_option
 from eg3d_rlhf.people.label import launch
+from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
+from eg3d_rlhf.people.label.store_labels import without_password
+from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study.design import StudyDesign
 from eg3d_rlhf.people.study.planning import (
     OUTDIR,
@@ -179,8 +182,6 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     Example:
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
-    from eg3d_rlhf.people.label.db_flag import EXTRA, open_store, store_exists
-
     flags = launch.filled(flags, StudyDesign, PowerOptions)
     folder = Folder(outdir, db)
     name = name or outdir.resolve().name
@@ -221,9 +222,6 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
 
 
 def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
-    from eg3d_rlhf.people.label.store_labels import without_password
-    from eg3d_rlhf.people.study import design as designs
-
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
     design = made or designs.read_design(folder.design)

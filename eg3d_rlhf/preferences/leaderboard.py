@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from scipy.special import expit
 from scipy.stats import t as student
 
-from eg3d_rlhf.preferences.bradley_terry import MEAN, SCALE
+from eg3d_rlhf.preferences.bradley_terry import MEAN, SCALE, Comparison
+from eg3d_rlhf.preferences.goodness import linked
 
 # Intervals that allow for comparisons sharing annotators and prompts, and that hold for few. A score is 1
 # where the first of a cell's two generators was preferred, 0 where the second was, 0.5 for a tie. The same
@@ -342,7 +341,9 @@ def leaderboard(games: Iterable[Game]) -> Leaderboard:
         if len(fewer) == len(kept):
             break
         kept = fewer
-    groups = [_standings([g for g in kept if g.first in group]) for group in _groups(kept)]
+    met = linked([Comparison(g.first, g.second) for g in kept]) if kept else []
+    names_of_groups = [{name for c in part for name in c[:2]} for part in met]
+    groups = [_standings([g for g in kept if g.first in names]) for names in names_of_groups]
     few = [_standing(games, name, None) for name in sorted(_names(games) - _names(kept))]
     return Leaderboard(
         groups=tuple(sorted(groups, key=lambda group: (-len(group), group[0].name))),
@@ -360,17 +361,6 @@ def _names(games: Iterable[Game]) -> set[str]:
 def _enough(games: Sequence[Game], name: str) -> bool:
     mine = [g for g in games if name in (g.first, g.second)]
     return len(mine) >= LEAST_GAMES and len({g.prompt for g in mine}) >= LEAST_PROMPTS
-
-
-def _groups(games: Sequence[Game]) -> list[set[str]]:
-    names = {name: i for i, name in enumerate(sorted(_names(games)))}
-    if not names:
-        return []
-    ends = [names[g.first] for g in games], [names[g.second] for g in games]
-    place = connected_components(
-        coo_matrix((np.ones(len(games)), ends), shape=(len(names), len(names))), directed=False
-    )[1]
-    return [{name for name, i in names.items() if place[i] == group} for group in range(place.max() + 1)]
 
 
 def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:

@@ -11,12 +11,10 @@ Letters: V vertices, F faces, E unique edges, C = 3F corners (corner 3f + i belo
 import functools
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from eg3d_rlhf.geometry.mesh import face_volumes
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
-from eg3d_rlhf.measures.surface import topology
+from eg3d_rlhf.measures.surface import connected, topology
 
 
 class Edges:
@@ -69,7 +67,7 @@ class Edges:
     def part(self) -> tuple[np.ndarray, int]:
         """The part [F] of each face, and their number."""
         a, b = self.neighbours
-        return _components(a // 3, b // 3, len(self.mesh.faces))
+        return connected([(a // 3, b // 3)], len(self.mesh.faces))
 
     @functools.cached_property
     def fan(self) -> tuple[np.ndarray, int]:
@@ -81,7 +79,7 @@ class Edges:
         after_b = _after(b)
         ours = np.concatenate([a, after_a])
         theirs = np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
-        return _components(ours, theirs, 3 * len(self.mesh.faces))
+        return connected([(ours, theirs)], 3 * len(self.mesh.faces))
 
     def rims(self) -> int:
         """Loops of open edges; those that touch at a pinched vertex are two."""
@@ -92,7 +90,7 @@ class Edges:
         ends = np.stack([label[half], label[_after(half)]])
         names, ends = np.unique(ends, return_inverse=True)
         ends = ends.reshape(2, -1)
-        return _components(ends[0], ends[1], len(names))[1]
+        return connected([(ends[0], ends[1])], len(names))[1]
 
 
 def edge_measures(edges: Edges) -> dict:
@@ -146,10 +144,3 @@ def bend(edges: Edges) -> float:
 
 def _after(half: np.ndarray) -> np.ndarray:
     return np.where(half % 3 == 2, half - 2, half + 1)
-
-
-def _components(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, int]:
-    number, label = connected_components(
-        coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count)), directed=False
-    )
-    return label.astype(np.int64), int(number)

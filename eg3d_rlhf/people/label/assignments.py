@@ -43,18 +43,8 @@ TRAINING = Kind.TRAINING.value
 # built once: building a statement takes longer than running it
 MINE = and_(a.c.campaign_id == bindparam("campaign"), a.c.annotator_id == bindparam("annotator"))
 OPEN = and_(a.c.answered.is_(None), or_(a.c.released.is_(None), a.c.undone.is_not(None)))
-HELD = (
-    a.c.id,
-    a.c.token,
-    a.c.pair_id,
-    a.c.sequence,
-    a.c.kind,
-    a.c.first_is_left,
-    a.c.leased,
-    a.c.released,
-    a.c.answered,
-    a.c.undone,
-)
+_NAMES = ("id", "token", "pair_id", "sequence", "kind", "first_is_left", "leased", "released")
+HELD = [a.c[name] for name in (*_NAMES, "answered", "undone")]
 ROOM = and_(
     pairs.c.campaign_id == bindparam("campaign"), pairs.c.kind == PAIR, pairs.c.taken < pairs.c.places
 )

@@ -332,13 +332,10 @@ judgements = sa.Table(
 REFUSAL = "judgements are append-only: take one back with a further record"
 
 SQLITE_TRIGGERS = (
-    (
-        "CREATE TRIGGER judgements_no_update BEFORE UPDATE ON judgements BEGIN SELECT RAISE(ABORT,"
-        f" '{REFUSAL}'); END"
-    ),
-    (
-        "CREATE TRIGGER judgements_no_delete BEFORE DELETE ON judgements BEGIN SELECT RAISE(ABORT,"
-        f" '{REFUSAL}'); END"
+    *(
+        f"CREATE TRIGGER judgements_no_{change.lower()} BEFORE {change} ON judgements BEGIN SELECT"
+        f" RAISE(ABORT, '{REFUSAL}'); END"
+        for change in ("UPDATE", "DELETE")
     ),
     # OR REPLACE
     (

@@ -50,16 +50,8 @@ CLOSE = (
 )
 CLOSE = CLOSE.returning(a.c.released)
 OWN = select(
-    a.c.sequence,
-    a.c.token,
-    a.c.pair_id,
-    a.c.first_is_left,
-    a.c.kind,
-    j.c.choice,
-    j.c.reason,
-    j.c.votes,
-    j.c.comment,
-    j.c.received_at,
+    *(a.c[name] for name in ("sequence", "token", "pair_id", "first_is_left", "kind")),
+    *(j.c[name] for name in ("choice", "reason", "votes", "comment", "received_at")),
 ).join_from(a, j, j.c.id == a.c.answered)
 OWN = OWN.where(MINE, a.c.kind != Kind.TRAINING.value, a.c.sequence < bindparam("before"))
 OWN = OWN.order_by(a.c.sequence.desc()).limit(bindparam("count"))

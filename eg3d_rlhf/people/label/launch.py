@@ -79,8 +79,10 @@ class Request:
         return CampaignSettings(name=self.name, seed=self.pairing.seed, extra=dict(extra), **settings)
 
 
-def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) -> dict:
-    """The flags that a stored campaign was planned from."""
+def check_resumed(
+    campaign: StoredCampaign, wanted: Mapping, given: set[str], another: str = "--campaign=NAME"
+) -> dict:
+    """The flags that a stored campaign was planned from. Args: another: the flag that names another one."""
     name = campaign.settings.name
     stored = campaign.settings.extra.get(FLAGS)
     if stored is None:
@@ -94,8 +96,7 @@ def check_resumed(campaign: StoredCampaign, wanted: Mapping, given: set[str]) ->
                 f"expected {stored.get(flag)}, with which campaign {name!r} was planned, got {wanted[flag]}"
             )
             raise ValueError(
-                f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or begin another with"
-                " --campaign=NAME."
+                f"--{flag.replace('_', '-')}: {wrong}. Leave the flag out, or begin another with {another}."
             )
     return stored
 

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.cli import naming
+from eg3d_rlhf.people.label.assets.collection import is_asset_folder
+from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
+from eg3d_rlhf.people.label.db_flag import open_store, store_exists
+from eg3d_rlhf.people.label.entities import JudgementRow, Kind
+from eg3d_rlhf.people.study import design as designs
 from eg3d_rlhf.people.study.design import ExclusionRules, StudyDesign
 from eg3d_rlhf.people.study.power import PowerOptions, SampleSize, sample_size
 from training.config import knobs_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import LoadedGenerator
-    from eg3d_rlhf.people.label.entities import JudgementRow
     from eg3d_rlhf.people.label.store import Store
 
 OUTDIR = Path("runs/study")
@@ -71,8 +75,6 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
 def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> StudyDesign:
     """The design that the flags describe; loads both generators for their hashes."""
     from eg3d_rlhf.generators import load_generator
-    from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS
-    from eg3d_rlhf.people.study import design as designs
 
     with flagged(flags):
         trials, size = planned_trials(flags, warn)
@@ -128,8 +130,6 @@ def _name_of(network: Path) -> str:
 
 def of_assets(flags: Mapping) -> bool:
     """Whether --a and --b are folders of finished assets. Raises: ValueError where one of them alone is."""
-    from eg3d_rlhf.people.label.assets.collection import is_asset_folder
-
     known = [flags[side] is not None and is_asset_folder(Path(flags[side])) for side in ("a", "b")]
     if known[0] != known[1]:
         raise ValueError(
@@ -176,8 +176,6 @@ def prepare(
     The design file comes first, then the campaign, which keeps the design's hash; neither is ever written
     again.
     """
-    from eg3d_rlhf.people.label.db_flag import open_store, store_exists
-    from eg3d_rlhf.people.study import design as designs
     from eg3d_rlhf.people.study import report as reports
     from eg3d_rlhf.people.study.analysis import sort_rows
 
@@ -230,8 +228,6 @@ def prepare(
 
 def checked_design(folder: Folder, store: "Store", name: str | None = None) -> StudyDesign:
     """The folder's design, held against the hash that the store's campaign keeps."""
-    from eg3d_rlhf.people.study import design as designs
-
     design = designs.read_design(folder.design)
     if name is not None and design.name != name:
         raise ValueError(
@@ -279,10 +275,6 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
 
 def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
     """The design and the judgements of a folder. Raises: ValueError, FileNotFoundError."""
-    from eg3d_rlhf.people.label.db_flag import open_store
-    from eg3d_rlhf.people.label.entities import Kind
-    from eg3d_rlhf.people.study import design as designs
-
     designs.read_design(folder.design)
     with open_store(folder.url, create=False) as store:
         design = checked_design(folder, store)
