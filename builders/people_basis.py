@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from builders.people_pool import ray_hits, warp_mesh
+from eg3d_rlhf.geometry.mesh import parts
 from training import storage
 from training.heads.people import COMPONENTS, EYE, HAIR_FIELDS, KIND, UNIT, VERSION, ramp, vertex_normals
 
@@ -160,18 +161,9 @@ def _normalised(heads: np.ndarray, eyes: np.ndarray, skull: np.ndarray) -> np.nd
 
 def _largest_part(triangles: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Triangles of the largest connected part, and of those that touch `keep`."""
-    import scipy.sparse
-    import scipy.sparse.csgraph
-
-    n = triangles.max() + 1
-    rows = triangles[:, [0, 1, 2]].ravel()
-    columns = triangles[:, [1, 2, 0]].ravel()
-    _, label = scipy.sparse.csgraph.connected_components(
-        scipy.sparse.coo_matrix((np.ones(len(rows)), (rows, columns)), (n, n))
-    )
-    largest = np.bincount(label[triangles[:, 0]]).argmax()
-    wanted = np.isin(label, [largest, *label[keep]])
-    return wanted[triangles[:, 0]]
+    _, part = parts(triangles, int(triangles.max()) + 1)
+    kept = part[np.isin(triangles, keep).any(axis=1)]
+    return np.isin(part, [np.bincount(part).argmax(), *kept])
 
 
 def _sky(vertices: np.ndarray, triangles: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -322,16 +322,7 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
     """
     folder = Path(folder)
     adapted = bool(adapted_layers(model))
-    bad = [
-        name
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if bad:
-        raise ValueError(
-            f"save_policy: expected finite weights, got others in {', '.join(bad[:4])}. Lower the learning"
-            " rate."
-        )
+    check_finite(model.state_dict(), "save_policy")
     try:
         text = json.dumps(
             {"kind": "adapters" if adapted else "full", "meta": dict(meta)}, indent=1, sort_keys=True

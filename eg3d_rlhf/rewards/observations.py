@@ -65,8 +65,11 @@ class Observation(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, `kind` among them."""
-        values: dict[str, Any] = {"kind": self.kind, **dataclasses.asdict(self)}  # type: ignore[call-overload]
-        return values if "spec" not in values else {**values, "spec": self.spec.to_dict()}  # type: ignore[attr-defined]
+        values: dict[str, Any] = {"kind": self.kind}
+        values |= dataclasses.asdict(self)  # type: ignore[call-overload]
+        if "spec" in values:
+            values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

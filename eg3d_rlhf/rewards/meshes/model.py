@@ -22,7 +22,7 @@ from eg3d_rlhf.core.interfaces import Patches
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Block
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
-from training.storage import read_tensors, write_atomic, write_tensors
+from training.storage import load_strict, read_tensors, write_atomic, write_tensors
 
 # A mesh encoder of MeshMAE's shape (Liang et al. 2022), with its state-dict names. A patch of F faces becomes
 # one token: LayerNorm(Linear(10 F numbers, face by face)) + MLP(mean of the face centres). Pre-norm
@@ -88,14 +88,8 @@ def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> l
     """
     given = {name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()}
     left = sorted(name for name in given if name.startswith(_OTHERS))
-    try:
-        encoder.load_state_dict({name: value for name, value in given.items() if name not in left})
-    except RuntimeError as error:
-        words = " ".join(str(error).split())
-        raise ValueError(
-            f"load_meshmae: expected MeshMAE's trunk of {encoder.options}, got: {words[:300]}. Choose its"
-            " sizes."
-        ) from error
+    trunk = {name: value for name, value in given.items() if name not in left}
+    load_strict(encoder, trunk, f"MeshMAE, of {encoder.options}")
     return left
 
 

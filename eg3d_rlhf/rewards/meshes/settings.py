@@ -2,6 +2,7 @@
 training. Imports no torch.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,8 +51,11 @@ class EncoderOptions:
 
 
 DATA = "Data"
+_rare_data_knob = functools.partial(knob, group=DATA, rare=True)
 NET = "Network"
+_rare_net_knob = functools.partial(knob, group=NET, rare=True)
 TRAIN = "Training"
+_rare_train_knob = functools.partial(knob, group=TRAIN, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,62 +73,45 @@ class MeshRewardTraining:
         shown="none",
     )
     shapes: int = knob(840, "Drawn meshes; one in 20 lies between the thresholds.", DATA, low=20)
-    data_seed: int = knob(
-        0, "Of the drawn meshes and of which are held out, whatever --seed is.", DATA, low=0, rare=True
+    data_seed: int = _rare_data_knob(
+        0, "Of the drawn meshes and of which are held out, whatever --seed is.", low=0
     )
-    held_out: float = knob(0.25, "Share of the meshes for the figures.", DATA, above=0, below=1, rare=True)
-    resolution: int = knob(20, "Cells of the lattice per edge.", DATA, low=4, high=128, rare=True)
-    patchifier: str = knob("regions", "How meshes become patches.", NET, choices=PATCHIFIER_NAMES, rare=True)
-    patches: int = knob(64, "Patches of a mesh.", NET, low=4, rare=True)
-    faces: int = knob(64, "Faces of a patch.", NET, low=1, rare=True)
-    area: str = knob("share", "Areas as shares of the mesh's, or as they are.", NET, choices=AREAS, rare=True)
-    place: str = knob(
+    held_out: float = _rare_data_knob(0.25, "Share of the meshes for the figures.", above=0, below=1)
+    resolution: int = _rare_data_knob(20, "Cells of the lattice per edge.", low=4, high=128)
+    patchifier: str = _rare_net_knob("regions", "How meshes become patches.", choices=PATCHIFIER_NAMES)
+    patches: int = _rare_net_knob(64, "Patches of a mesh.", low=4)
+    faces: int = _rare_net_knob(64, "Faces of a patch.", low=1)
+    area: str = _rare_net_knob("share", "Areas as shares of the mesh's, or as they are.", choices=AREAS)
+    place: str = _rare_net_knob(
         "centre",
         "Where centres are measured from: the surface's, its box's least corner, the origin.",
-        NET,
         choices=PLACES,
-        rare=True,
     )
-    width: int = knob(64, "Width of the encoder.", NET, low=4, rare=True)
-    depth: int = knob(3, "Blocks of the encoder.", NET, low=0, rare=True)
-    heads: int = knob(4, "Heads of attention.", NET, low=1, rare=True)
+    width: int = _rare_net_knob(64, "Width of the encoder.", low=4)
+    depth: int = _rare_net_knob(3, "Blocks of the encoder.", low=0)
+    heads: int = _rare_net_knob(4, "Heads of attention.", low=1)
     divergence: float = knob(1.0, "Weight lambda of the Cauchy-Schwarz term.", TRAIN, low=0)
-    divergence_ramp: float = knob(
-        0.5,
-        "Share of the steps over which lambda rises from 0: scores are learnt first.",
-        TRAIN,
-        low=0,
-        high=1,
-        rare=True,
+    divergence_ramp: float = _rare_train_knob(
+        0.5, "Share of the steps over which lambda rises from 0: scores are learnt first.", low=0, high=1
     )
-    bandwidth: float = knob(
-        0.7,
-        "Least width of the kernel; the batch's median distance where that is larger.",
-        TRAIN,
-        above=0,
-        rare=True,
+    bandwidth: float = _rare_train_knob(
+        0.7, "Least width of the kernel; the batch's median distance where that is larger.", above=0
     )
-    regression: float = knob(
-        25.0,
-        "Weight of the squared error of score / 5: 25 counts it in units of the score.",
-        TRAIN,
-        above=0,
-        rare=True,
+    regression: float = _rare_train_knob(
+        25.0, "Weight of the squared error of score / 5: 25 counts it in units of the score.", above=0
     )
     steps: int = knob(400, "Updates.", TRAIN, low=1)
-    batch: int = knob(64, "Meshes of an update, half of each kind.", TRAIN, low=4, rare=True)
+    batch: int = _rare_train_knob(64, "Meshes of an update, half of each kind.", low=4)
     lr: float = knob(1e-3, "Of AdamW, after a warm-up, falling to 0 along a cosine.", TRAIN, above=0)
-    weight_decay: float = knob(0.05, "Of AdamW.", TRAIN, low=0, rare=True)
-    forget: float = knob(0.25, "Share of prompts that are taken as unknown.", TRAIN, low=0, high=1, rare=True)
-    turns: bool = knob(
-        True, "Turn meshes by random quarters about the upward axis, and mirror them.", TRAIN, rare=True
+    weight_decay: float = _rare_train_knob(0.05, "Of AdamW.", low=0)
+    forget: float = _rare_train_knob(0.25, "Share of prompts that are taken as unknown.", low=0, high=1)
+    turns: bool = _rare_train_knob(
+        True, "Turn meshes by random quarters about the upward axis, and mirror them."
     )
-    shuffled: bool = knob(
-        False, "A control: deal the labels anew. AUC must then be near one half.", TRAIN, rare=True
+    shuffled: bool = _rare_train_knob(
+        False, "A control: deal the labels anew. AUC must then be near one half."
     )
-    area_only: bool = knob(
-        False, "A control: read areas alone. It must not see a second nose.", TRAIN, rare=True
-    )
+    area_only: bool = _rare_train_knob(False, "A control: read areas alone. It must not see a second nose.")
     seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0, flag=False)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
+from eg3d_rlhf.models.weights import below
 from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, cs_divergence, median_distance
 from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, batches_of
@@ -145,10 +146,7 @@ class MeshTraining:
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         """Inverse of `state`."""
-        prefix = "reward."
-        self.reward.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        )
+        self.reward.load_state_dict(below(tensors, "reward."))
         checkpoint.restore_optimizer("optim", self.optimizer, dict(tensors))
         self.done = meta["done"]
         self.bandwidth = meta["bandwidth"]

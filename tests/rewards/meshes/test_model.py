@@ -98,5 +98,5 @@ def test_files_keep_everything(reward, tmp_path):
 def test_bad_sizes_are_named():
     with raising("width", "10", "4", "heads"):
         EncoderOptions(width=10, heads=4)
-    with raising("MeshMAE", "Missing key"):
+    with raising("MeshMAE", "missing", "blocks.0.attn.qkv.weight"):
         load_meshmae(MeshEncoder(EncoderOptions(width=8, heads=2, depth=1)), {"cls_token": torch.zeros(1)})

@@ -1,5 +1,6 @@
 """Settings of the methods. This file imports no torch, so that `--help` is quick."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 WEIGHTINGS = ("sds", "uniform", "fantasia3d")
 
 PRIOR = "Asking the prior"  # title of the flags
+_rare_prior_knob = functools.partial(knob, group=PRIOR, rare=True)
 FORMS = ("sds", "sjc", "sjc-plain", "recon")
 
 
@@ -20,28 +22,17 @@ class DenoiserSettings:
     """How the prior is asked, and how its answer becomes a gradient."""
 
     guidance_scale: float = knob(7.5, "Of the prompt; 1: the prompt alone.", PRIOR, low=0)
-    negative_prompt: str = knob("", "What the pictures should not be.", PRIOR, metavar="TEXT", rare=True)
-    form: str = knob(
-        "sds",
-        "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.",
-        PRIOR,
-        choices=FORMS,
-        rare=True,
+    negative_prompt: str = _rare_prior_knob("", "What the pictures should not be.", metavar="TEXT")
+    form: str = _rare_prior_knob(
+        "sds", "Gradient: SDS, score Jacobian chaining, or MVDream's reconstruction.", choices=FORMS
     )
-    weighting: str = knob("sds", "Weight of times, of the form sds.", PRIOR, choices=WEIGHTINGS, rare=True)
-    rescale: float = knob(
-        0.5,
-        "Share of x0 whose spread is the unguided one's, of the form recon.",
-        PRIOR,
-        low=0,
-        high=1,
-        rare=True,
+    weighting: str = _rare_prior_knob("sds", "Weight of times, of the form sds.", choices=WEIGHTINGS)
+    rescale: float = _rare_prior_knob(
+        0.5, "Share of x0 whose spread is the unguided one's, of the form recon.", low=0, high=1
     )
-    view_prompts: bool = knob(
-        False, "Say the side that the camera looks from in the prompt.", PRIOR, rare=True
-    )
-    perp_neg: bool = knob(
-        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others.", PRIOR, rare=True
+    view_prompts: bool = _rare_prior_knob(False, "Say the side that the camera looks from in the prompt.")
+    perp_neg: bool = _rare_prior_knob(
+        False, "Perp-Neg: mix the prompts of neighbouring sides, away from the others."
     )
 
     def __post_init__(self):
@@ -53,26 +44,21 @@ class DenoiserSettings:
 
 
 RANKING = "Ranking two noises"
+_rare_ranking_knob = functools.partial(knob, group=RANKING, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankingSettings(Knobs):
     """What makes one noise the winner."""
 
-    pair_level: str = knob(
-        "asset",
-        "Rank assets, or each view alone as DreamDPO's code does.",
-        RANKING,
-        choices=("asset", "view"),
-        rare=True,
+    pair_level: str = _rare_ranking_knob(
+        "asset", "Rank assets, or each view alone as DreamDPO's code does.", choices=("asset", "view")
     )
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", RANKING, rare=True)
-    judge_mode: str = knob(
+    standardise: bool = _rare_ranking_knob(True, "Scores in deviations of the last 200 steps' scores.")
+    judge_mode: str = _rare_ranking_knob(
         "replace",
         "A judge's answer replaces the reward's, or is OR-ed as in DreamDPO's code.",
-        RANKING,
         choices=("replace", "or"),
-        rare=True,
     )
 
 
@@ -80,6 +66,7 @@ class RankingSettings(Knobs):
 # as the case of two.
 
 NOISES = "Noises and rewards"
+_rare_noises_knob = functools.partial(knob, group=NOISES, rare=True)
 STRATEGIES = ("min-max", "best", "weighted", "none", "push")
 
 
@@ -95,11 +82,11 @@ class NoiseWeighting(Knobs):
         NOISES,
         choices=STRATEGIES,
     )
-    best: int = knob(2, "Noises counted as the best.", NOISES, low=1, rare=True)
-    worst: int = knob(2, "Noises counted as the worst.", NOISES, low=1, rare=True)
-    best_weight: float = knob(0.9, "Weight of the best ones' mean, of min-max.", NOISES, low=0, rare=True)
-    worst_weight: float = knob(
-        0.1, "Weight of the worst ones' mean, of min-max, subtracted.", NOISES, low=0, rare=True
+    best: int = _rare_noises_knob(2, "Noises counted as the best.", low=1)
+    worst: int = _rare_noises_knob(2, "Noises counted as the worst.", low=1)
+    best_weight: float = _rare_noises_knob(0.9, "Weight of the best ones' mean, of min-max.", low=0)
+    worst_weight: float = _rare_noises_knob(
+        0.1, "Weight of the worst ones' mean, of min-max, subtracted.", low=0
     )
 
     def __call__(self, scores: "torch.Tensor", push: "torch.Tensor | None" = None) -> "torch.Tensor":
@@ -168,6 +155,7 @@ class BestOfNSettings(SdsSettings):
 
 
 DREAMDPO = "DreamDPO"
+_rare_dreamdpo_knob = functools.partial(knob, group=DREAMDPO, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,17 +167,15 @@ class DreamDpoSettings:
     # gap from which the loser is pushed away: in scores, or a share of the gaps with tau_mode quantile; may
     # be infinite
     tau: float = 0.001
-    tau_mode: str = knob(
+    tau_mode: str = _rare_dreamdpo_knob(
         "gap",
         "tau is a gap of scores, or a quantile of the last 200 steps' gaps.",
-        DREAMDPO,
         choices=("gap", "quantile"),
-        rare=True,
     )
-    lose_guidance_scale: float | None = knob(
-        1.0, "Guidance scale of the loser.", DREAMDPO, low=0, shown="the winner's", rare=True
+    lose_guidance_scale: float | None = _rare_dreamdpo_knob(
+        1.0, "Guidance scale of the loser.", low=0, shown="the winner's"
     )
-    subtract_noise: bool = knob(True, "Subtract the noise where only the winner counts.", DREAMDPO, rare=True)
+    subtract_noise: bool = _rare_dreamdpo_knob(True, "Subtract the noise where only the winner counts.")
 
     def __post_init__(self):
         check_knobs(self)
@@ -206,6 +192,7 @@ class DreamDpoSettings:
 
 
 DREAMREWARD = "DreamReward"
+_rare_dreamreward_knob = functools.partial(knob, group=DREAMREWARD, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,35 +202,26 @@ class DreamRewardSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     # k: share of the distillation gradient's norm (grad-norm), or factor of the reward's loss; 0: no reward
     weight: Ramp = Ramp(0.3)
-    balance: str = knob(
+    balance: str = _rare_dreamreward_knob(
         "grad-norm",
         "What makes the weight comparable: the norms of both gradients over 50 steps, the digits of the "
         "printed losses as in DreamReward's code, or nothing.",
-        DREAMREWARD,
         choices=("grad-norm", "digits", "none"),
-        rare=True,
     )
-    ceiling: float | None = knob(
-        None, "Reward above which nothing is gained.", DREAMREWARD, shown="none", rare=True
+    ceiling: float | None = _rare_dreamreward_knob(
+        None, "Reward above which nothing is gained.", shown="none"
     )
-    through: str = knob(
+    through: str = _rare_dreamreward_knob(
         "latents",
         "Where the reward's gradient goes: to the latents, or to the rendered pictures.",
-        DREAMREWARD,
         choices=("latents", "images"),
-        rare=True,
     )
-    x0_until: int = knob(
-        999,
-        "Largest time at which the estimate is scored; above, the render.",
-        DREAMREWARD,
-        low=-1,
-        high=999,
-        rare=True,
+    x0_until: int = _rare_dreamreward_knob(
+        999, "Largest time at which the estimate is scored; above, the render.", low=-1, high=999
     )
-    reward_from: int = knob(0, "First step with the reward.", DREAMREWARD, metavar="STEP", low=0, rare=True)
-    reward_only_from: int | None = knob(
-        None, "First step without distillation.", DREAMREWARD, metavar="STEP", low=0, shown="never", rare=True
+    reward_from: int = _rare_dreamreward_knob(0, "First step with the reward.", metavar="STEP", low=0)
+    reward_only_from: int | None = _rare_dreamreward_knob(
+        None, "First step without distillation.", metavar="STEP", low=0, shown="never"
     )
 
     def __post_init__(self):
@@ -263,32 +241,20 @@ class RewardSdsSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     weighting: NoiseWeighting = field(default_factory=NoiseWeighting)
-    noises: int = knob(8, "Per step and asset.", NOISES, low=1, rare=True)
-    until: int | None = knob(
-        None,
-        "Step from which it is plain distillation with one noise.",
-        NOISES,
-        metavar="STEP",
-        low=0,
-        shown="never",
-        rare=True,
+    noises: int = _rare_noises_knob(8, "Per step and asset.", low=1)
+    until: int | None = _rare_noises_knob(
+        None, "Step from which it is plain distillation with one noise.", metavar="STEP", low=0, shown="never"
     )
-    explore_steps: int = knob(
+    explore_steps: int = _rare_noises_knob(
         1,
         "DDIM steps over the whole range before a noise is scored; 1: the one-step estimate.",
-        NOISES,
         high=1000,
         low=1,
-        rare=True,
     )
-    explore_end: str = knob(
-        "x0",
-        "Score the estimate, or the latent at t = 0 as RewardSDS's code does.",
-        NOISES,
-        choices=("x0", "t0"),
-        rare=True,
+    explore_end: str = _rare_noises_knob(
+        "x0", "Score the estimate, or the latent at t = 0 as RewardSDS's code does.", choices=("x0", "t0")
     )
-    standardise: bool = knob(True, "Scores in deviations of the last 200 steps' scores.", NOISES, rare=True)
+    standardise: bool = _rare_noises_knob(True, "Scores in deviations of the last 200 steps' scores.")
 
     def __post_init__(self):
         check_knobs(self)
@@ -299,6 +265,7 @@ class RewardSdsSettings:
 
 
 PSD = "Preference score distillation"
+_rare_psd_knob = functools.partial(knob, group=PSD, rare=True)
 PREDICTORS = ("cond", "cfg")
 NEGATIVES = ("auto", "reward", "preference", "none")
 
@@ -309,30 +276,24 @@ class PsdSettings:
 
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
-    eta: float = knob(1.0, "Weight of the push.", PSD, low=0, rare=True)
-    predictor: str = knob(
+    eta: float = _rare_psd_knob(1.0, "Weight of the push.", low=0)
+    predictor: str = _rare_psd_knob(
         "cond",
         "Whose estimate is ranked and pushed: the prompt's alone, or the guided one.",
-        PSD,
         choices=PREDICTORS,
-        rare=True,
     )
-    negative_update: str = knob(
+    negative_update: str = _rare_psd_knob(
         "auto",
         "Learning the null embedding: by the reward's gradient, by preference, by the one that the reward "
         "allows, or not.",
-        PSD,
         choices=NEGATIVES,
-        rare=True,
     )
-    negative_rate: float = knob(
-        1e-3, "Largest step of an entry, in root mean squares of the embedding.", PSD, low=0, rare=True
+    negative_rate: float = _rare_psd_knob(
+        1e-3, "Largest step of an entry, in root mean squares of the embedding.", low=0
     )
-    negative_ball: float = knob(
-        0.5, "Largest distance from where it began, in its norm.", PSD, above=0, rare=True
-    )
-    negative_from: int = knob(0, "First step that changes it.", PSD, metavar="STEP", low=0, rare=True)
-    negative_every: int = knob(4, "Steps between its changes.", PSD, low=1, rare=True)
+    negative_ball: float = _rare_psd_knob(0.5, "Largest distance from where it began, in its norm.", above=0)
+    negative_from: int = _rare_psd_knob(0, "First step that changes it.", metavar="STEP", low=0)
+    negative_every: int = _rare_psd_knob(4, "Steps between its changes.", low=1)
 
     def __post_init__(self):
         check_knobs(self)
@@ -344,23 +305,20 @@ class PsdSettings:
 
 
 GEOMETRY = "Geometry reward"  # title of the flags
+_rare_geometry_knob = functools.partial(knob, group=GEOMETRY, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometrySettings(Knobs):
     """How strongly, and from when on, a geometry reward pulls."""
 
-    geometry_weight: float = knob(
-        0.3, "Its gradient's norm at the end, in norms of the distillation's.", GEOMETRY, low=0, rare=True
+    geometry_weight: float = _rare_geometry_knob(
+        0.3, "Its gradient's norm at the end, in norms of the distillation's.", low=0
     )
-    geometry_weight_from: float = knob(0.0, "The same where it sets in.", GEOMETRY, low=0, rare=True)
-    geometry_start: float = knob(
-        0.1, "Share of the run after which it sets in.", GEOMETRY, low=0, high=1, rare=True
+    geometry_weight_from: float = _rare_geometry_knob(0.0, "The same where it sets in.", low=0)
+    geometry_start: float = _rare_geometry_knob(
+        0.1, "Share of the run after which it sets in.", low=0, high=1
     )
-    geometry_every: int = knob(
-        10,
-        "Steps between two looks at the shapes; the gradient stays the same in between.",
-        GEOMETRY,
-        low=1,
-        rare=True,
+    geometry_every: int = _rare_geometry_knob(
+        10, "Steps between two looks at the shapes; the gradient stays the same in between.", low=1
     )

@@ -88,6 +88,7 @@ class Judging(Knobs):
 
 
 _what = functools.partial(knob, group="What is trained")
+_rare_what = functools.partial(_what, rare=True)
 PRECISIONS = ("auto", "bfloat16", "float32")
 
 
@@ -95,13 +96,10 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 class EncodingSource:
     """How TRELLIS's assets become latents again."""
 
-    voxel_share: float = _what(
-        0.25,
-        "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.",
-        above=0,
-        rare=True,
+    voxel_share: float = _rare_what(
+        0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0
     )
-    views: int = _what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1, rare=True)
+    views: int = _rare_what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,37 +117,32 @@ class ProblemSource(EncodingSource, Knobs):
         metavar="DIR",
         shown="the toy's own",
     )
-    labelled: str = _what(
+    labelled: str = _rare_what(
         "others",
         "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
         " defects.",
         choices=("own", "others"),
-        rare=True,
     )
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(
         None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs"
     )
-    dtype: str = _what(
-        "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16"), rare=True
+    dtype: str = _rare_what(
+        "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16")
     )
-    precision: str = _what(
+    precision: str = _rare_what(
         "auto",
         "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser"
         " stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
         choices=PRECISIONS,
-        rare=True,
     )
-    held_out: float = _what(
-        0.2, "Share of the conditions that is never trained on.", above=0, below=1, rare=True
-    )
+    held_out: float = _rare_what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
     # conditions to train on, to choose on and to hold out; None: divided by a hash
     splits: tuple[tuple[str, ...], ...] | None = None
-    parts: str = _what(
+    parts: str = _rare_what(
         "all",
         "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its"
         " weights.",
         choices=("all", "shape", "file"),
-        rare=True,
     )
     needs_pairs: ClassVar[bool] = True

@@ -36,23 +36,15 @@ from eg3d_rlhf.tuning.flow.families.folder import are_scales
 NAME = "Trellis2ImageTo3DPipeline"
 TEXTURING = "texturing_pipeline.json"
 STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
-_CASCADE = {
+_CASCADE = {  # models in pipeline.json
     STRUCTURE: "sparse_structure_flow_model",
     LOW: "shape_slat_flow_model_512",
     HIGH: "shape_slat_flow_model_1024",
     TEXTURE: "tex_slat_flow_model_1024",
 }
 CHAINS = {  # pipeline_type -> its stages, and their models in pipeline.json
-    "512": {
-        STRUCTURE: "sparse_structure_flow_model",
-        LOW: "shape_slat_flow_model_512",
-        TEXTURE: "tex_slat_flow_model_512",
-    },
-    "1024": {
-        STRUCTURE: "sparse_structure_flow_model",
-        HIGH: "shape_slat_flow_model_1024",
-        TEXTURE: "tex_slat_flow_model_1024",
-    },
+    "512": {STRUCTURE: _CASCADE[STRUCTURE], LOW: _CASCADE[LOW], TEXTURE: "tex_slat_flow_model_512"},
+    "1024": {stage: model for stage, model in _CASCADE.items() if stage != LOW},
     "1024_cascade": _CASCADE,
     "1536_cascade": _CASCADE,
 }
@@ -66,20 +58,16 @@ STRUCTURE_ENCODER, SHAPE_ENCODER, TEXTURE_ENCODER = ENCODERS = (
     "shape_slat_encoder",
     "tex_slat_encoder",
 )
-USUAL_STEMS = dict(
-    zip(
-        ENCODERS,
-        ("ss_enc_conv3d_16l8_fp16", "shape_enc_next_dc_f16c32_fp16", "tex_enc_next_dc_f16c32_fp16"),
-        strict=True,
-    )
-)
-LOST = dict(
-    zip(
-        ENCODERS,
-        ("meshes of your own, no loop", "meshes of your own, no loop", "latents of materials of assets"),
-        strict=True,
-    )
-)
+USUAL_STEMS = {
+    STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16",
+    SHAPE_ENCODER: "shape_enc_next_dc_f16c32_fp16",
+    TEXTURE_ENCODER: "tex_enc_next_dc_f16c32_fp16",
+}
+LOST = {
+    STRUCTURE_ENCODER: "meshes of your own, no loop",
+    SHAPE_ENCODER: "meshes of your own, no loop",
+    TEXTURE_ENCODER: "latents of materials of assets",
+}
 RELEASED = {  # tensors and numbers
     "sparse_structure_flow_model": (640, 1_292_179_976),
     "shape_slat_flow_model_512": (640, 1_292_253_728),

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample
-from eg3d_rlhf.models.trellis.autoencoders import Gaussians
 from eg3d_rlhf.tuning.flow.families.encoders import ImageEncoder
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite
 from training.storage import write_atomic
@@ -47,16 +46,6 @@ class SplatAsset:
     scales: torch.Tensor  # [G, 3], standard deviations along their axes, > 0
     rotations: torch.Tensor  # [G, 4], unit quaternions, real part first
     opacities: torch.Tensor  # [G], 0..1
-
-    @classmethod
-    def from_gaussians(cls, gaussians: Gaussians) -> "SplatAsset":
-        return cls(
-            means=gaussians.means,
-            features_dc=gaussians.features_dc[:, 0],
-            scales=gaussians.scales,
-            rotations=gaussians.rotations,
-            opacities=gaussians.opacities[:, 0],
-        )
 
     def __post_init__(self):
         for name, shape in SHAPES.items():
@@ -174,7 +163,15 @@ def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[Spla
     for sample in x_0.samples():
         latent = SparseSample(sample.coords, pipeline.unnormalised(sample.feats.float()))
         (gaussians,) = pipeline.part(decoder)(SparseBatch.join([latent]).to(pipeline.device))
-        assets.append(SplatAsset.from_gaussians(gaussians))
+        assets.append(
+            SplatAsset(
+                means=gaussians.means,
+                features_dc=gaussians.features_dc[:, 0],
+                scales=gaussians.scales,
+                rotations=gaussians.rotations,
+                opacities=gaussians.opacities[:, 0],
+            )
+        )
     return assets
 
 

@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
 )
 from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES, STAGES, STRUCTURE, VOXELS
 from eg3d_rlhf.tuning.flow.toy.pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
-from training.storage import read_tensors, write_tensors
+from training.storage import load_strict, read_tensors, write_tensors
 
 PATCH = 2  # places per axis of one token of the structure
 FREQUENCIES = 32  # of the embedding of the time
@@ -236,16 +236,8 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
             f"{path}: expected the network {name!r}, got {meta.get('name')!r}. Restore the file."
         )
     network = NETWORKS[name]()
-    try:
-        network.load_state_dict(
-            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"{path}: expected the weights of this version's {name!r}, got others ({reason}). Train them"
-            " again."
-        ) from None
+    single = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    load_strict(network, single, str(path))
     return network.eval()
 
 

@@ -43,7 +43,7 @@ from eg3d_rlhf.tuning.flow.base.stage import (
     stage_of,
 )
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
-from training.storage import read_tensors, write_tensors
+from training.storage import load_strict, read_tensors, write_tensors
 
 TIMES = (0.2, 0.5, 0.9, 0.9, 0.9)
 KIND = "latent-reward"
@@ -453,14 +453,5 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
                 " of this stage."
             )
     network = _new(pipeline, expected, condition, 0)
-    wanted, found = (
-        {name: list(x.shape) for name, x in state.items()} for state in (network.state_dict(), tensors)
-    )
-    if wanted != found:
-        odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        raise ValueError(
-            f"{path}: expected the weights of this version, got others in {', '.join(odd[:3])}. Train it"
-            " again."
-        )
-    network.load_state_dict(tensors)
+    load_strict(network, tensors, str(path))
     return LatentReward(pipeline, stage, network, meta["taught"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 
 train_knob = functools.partial(knob, group="Training")
+_rare_train_knob = functools.partial(train_knob, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,53 +30,46 @@ class StageTraining:
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     steps: int = train_knob(3000, "Length of a stage's training.", metavar="UPDATES", low=1)
     lr: float = train_knob(5e-6, "AdamW's learning rate.", above=0)
-    recompute: str = train_knob(
+    recompute: str = _rare_train_knob(
         "auto",
         "Compute blocks again in the backward pass: less memory, a third more time. auto: where "
         "memory needs it.",
         choices=("auto", "on", "off"),
-        rare=True,
     )
-    schedule: str = train_knob(
+    schedule: str = _rare_train_knob(
         "constant",
         "Of the learning rate after its rise; cosine: down to 2 % of it at the last update.",
         choices=("constant", "cosine"),
-        rare=True,
     )
-    optimizer: str = train_knob(
+    optimizer: str = _rare_train_knob(
         "adamw",
         "adamw8bit: bitsandbytes' AdamW, whose state takes a quarter of the memory.",
         choices=("adamw", "adamw8bit"),
-        rare=True,
     )
-    warmup: int = train_knob(
-        100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0, rare=True
+    warmup: int = _rare_train_knob(
+        100, "Over which the learning rate rises from 0.", metavar="UPDATES", low=0
     )
-    weight_decay: float = train_knob(0.01, "AdamW's, apart from the gradient.", low=0, rare=True)
-    clip: float = train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0, rare=True)
-    held_out_every: int = train_knob(
+    weight_decay: float = _rare_train_knob(0.01, "AdamW's, apart from the gradient.", low=0)
+    clip: float = _rare_train_knob(1.0, "Largest norm of the gradient over all parameters.", above=0)
+    held_out_every: int = _rare_train_knob(
         100,
         "Between evaluations: win rate, accuracy on held-out pairs. One comes before the first.",
         metavar="UPDATES",
         low=1,
-        rare=True,
     )
-    patience: int = train_knob(
-        5, "Evaluations in a row without a new best, after which training stops.", low=1, rare=True
+    patience: int = _rare_train_knob(
+        5, "Evaluations in a row without a new best, after which training stops.", low=1
     )
-    max_drop: float = train_knob(
-        0.2, "Below the best win rate, at which it stops at once.", above=0, rare=True
-    )
+    max_drop: float = _rare_train_knob(0.2, "Below the best win rate, at which it stops at once.", above=0)
     log: str = train_knob("", "Beside stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
-    samples: int = train_knob(
+    samples: int = _rare_train_knob(
         4,
         "In a strip of pictures at every evaluation, in the run's folder samples/.",
         metavar="ASSETS",
         low=0,
-        rare=True,
     )
-    log_every: int = train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1, rare=True)
-    checkpoint_every: int = train_knob(200, "Between resumable states.", metavar="UPDATES", low=1, rare=True)
+    log_every: int = _rare_train_knob(10, "Per line of stats.jsonl.", metavar="UPDATES", low=1)
+    checkpoint_every: int = _rare_train_knob(200, "Between resumable states.", metavar="UPDATES", low=1)
     seed: int = 0  # >= 0: of everything that is drawn
 
     def __post_init__(self):
@@ -96,6 +90,7 @@ class StageTraining:
 
 KINDS = ("sigmoid", "sft", "dro")
 _loss = functools.partial(knob, group="Preference loss")
+_rare_loss = functools.partial(_loss, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +107,12 @@ class DpoConfig:
     beta: float = _loss(
         250.0, "Multiplies the margin, as one number: any factor 1/2 or number of steps included.", above=0
     )
-    loser_weight: float = _loss(
-        1.0,
-        "Of the rejected half of the margin; below 1 keeps a policy from running away from it.",
-        low=0,
-        rare=True,
+    loser_weight: float = _rare_loss(
+        1.0, "Of the rejected half of the margin; below 1 keeps a policy from running away from it.", low=0
     )
-    sft_weight: float = _loss(0.0, "Of the preferred's own error, added.", low=0, rare=True)
-    condition_dropout: float = _loss(
-        0.0, "Share of pairs trained without their condition.", low=0, high=1, rare=True
+    sft_weight: float = _rare_loss(0.0, "Of the preferred's own error, added.", low=0)
+    condition_dropout: float = _rare_loss(
+        0.0, "Share of pairs trained without their condition.", low=0, high=1
     )
 
     def __post_init__(self):

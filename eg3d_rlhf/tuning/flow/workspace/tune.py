@@ -30,7 +30,6 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
     Accuracy,
     PairAccuracy,
-    Verdict,
     accuracy_of,
     confidence_of,
     turned_by_coin,
@@ -276,10 +275,21 @@ def _verdicts(
         own = _measured(measured, arm, confidence)
         other = _measured(measured, control[stage], confidence) if stage in control else None
         said = verdict(arm.kept_step, own, other, conditions, confidence)
-        stages[stage] = _stage_report(stage, arm, own, other, said, len(of_stage.train))
+        stages[stage] = {
+            "learnt": said.learnt,
+            "runs_away": said.runs_away,
+            "why": said.why,
+            "pairs": len(of_stage.train),
+            "kept_step": arm.kept_step,
+            "held_out": own.shown(),
+            "control": None if other is None else other.shown(),
+            "above_control": None if said.above_control is None else list(said.above_control),
+            "warnings": list(arm.warnings),
+            "weights": stage if said.learnt else None,
+        }
         say(f"Stage {stage!r}: {'learnt' if said.learnt else NOTHING}: {said.why}.")
         if said.runs_away:
-            say(f"Stage {stage!r}: {AWAY.format(_rise(stages[stage]['held_out']))}")
+            say(f"Stage {stage!r}: {AWAY.format(_rise(own.shown()))}")
         if said.learnt:
             link_folder(arm.weights, folder / stage)
         if stage in control:
@@ -299,24 +309,6 @@ def _measured(measured: PairAccuracy, arm: StageResult, confidence: float) -> Ac
     return accuracy_of(
         found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred
     )
-
-
-def _stage_report(
-    stage: str, arm: StageResult, own: Accuracy, other: Accuracy | None, said: Verdict, pairs: int
-) -> dict:
-    above = said.above_control
-    return {
-        "learnt": said.learnt,
-        "runs_away": said.runs_away,
-        "why": said.why,
-        "pairs": pairs,
-        "kept_step": arm.kept_step,
-        "held_out": own.shown(),
-        "control": None if other is None else other.shown(),
-        "above_control": None if above is None else list(above),
-        "warnings": list(arm.warnings),
-        "weights": stage if said.learnt else None,
-    }
 
 
 def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:

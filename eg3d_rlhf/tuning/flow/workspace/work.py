@@ -152,8 +152,13 @@ class Work:
                 )
             made = cls(folder=Path(folder), **{**written, "stages": tuple(written["stages"])})
             _check_splits(made.splits)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: {_reason(error)}.") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: expected what `flow new` writes, got a file that lacks or adds something ({error})."
+                " Restore it."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}.") from None
         return made
 
     def write(self) -> "Work":
@@ -176,7 +181,7 @@ class Work:
 
         Raises: ValueError, FileNotFoundError.
         """
-        family = family_of(Path(self.pipeline), say=_said)
+        family = family_of(Path(self.pipeline), say=lambda licence: None)  # `flow new` has shown it
         files = family.files(Path(self.pipeline))
         if family.name != self.family or set(files) != set(self.files):
             raise self._changed(f"{family.name} with {', '.join(sorted(files))[:120]}")
@@ -391,10 +396,6 @@ def _check_splits(splits: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def _said(notice: str) -> None:
-    """A licence's notice, which `flow new` has shown."""
-
-
 def stamp_of(path: Path) -> list[int]:
     """Size and time of last change: as long as they stay, a large file is not read again."""
     status = path.stat()
@@ -404,12 +405,3 @@ def stamp_of(path: Path) -> list[int]:
 def hashes(files: Mapping[str, Path]) -> dict[str, list]:
     """Of a pipeline's files, as `Work.files` has them."""
     return {name: [file_hash(path), *stamp_of(path)] for name, path in files.items()}
-
-
-def _reason(error: Exception) -> str:
-    missing = isinstance(error, (TypeError, KeyError, AttributeError))
-    return (
-        f"expected what `flow new` writes, got a file that lacks or adds something ({error}). Restore it"
-        if missing
-        else str(error)
-    )

@@ -11,8 +11,9 @@ Each is trained from the same network and ends in a folder of weights. What a ru
 arms keep: see flow/arms.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,21 +212,17 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     return REWARDS[name](problem)
 
 
-def watch_of(
-    problem: Problem, trained: Sequence[str]
-) -> Callable[[Sequence, Sequence[str]], dict[str, torch.Tensor]]:
+def watch(
+    problem: Problem, trained: Collection[str], assets: Sequence, conditions: Sequence[str]
+) -> dict[str, torch.Tensor]:
     """Scores of a problem that nothing is trained on, by name; its final judge is kept for the table."""
-
-    def watch(assets: Sequence, conditions: Sequence[str]) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        if problem.reward is not None and OWN not in trained:
-            found[OWN] = problem.reward(assets, conditions)
-        if problem.chooser is not None:
-            found[CHOOSER] = problem.chooser(assets, conditions)
-        measures = problem.measures or problem.parts
-        return found | dict(measures(assets, conditions) if measures is not None else {})
-
-    return watch
+    found: dict[str, torch.Tensor] = {}
+    if problem.reward is not None and OWN not in trained:
+        found[OWN] = problem.reward(assets, conditions)
+    if problem.chooser is not None:
+        found[CHOOSER] = problem.chooser(assets, conditions)
+    measures = problem.measures or problem.parts
+    return found | dict(measures(assets, conditions) if measures is not None else {})
 
 
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
@@ -242,7 +239,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         rewards=rewards,
         weights=tuple(weights.values()),
         conditions=problem.train_conditions,
-        watched=None if latent else watch_of(problem, list(weights)),
+        watched=None if latent else partial(watch, problem, weights),
         gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
 from eg3d_rlhf.tuning.flow.base.settings import JUDGES
@@ -251,7 +252,7 @@ class OnlineRun(ArmsRun):
     )
     BEFORE: ClassVar[Columns] = {
         "arm": lambda name, arm: name,
-        "samples": lambda name, arm: rounded_mean(arm["samples"]),
+        "samples": lambda name, arm: round(fmean(arm["samples"])),
         "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of conditions",
         "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
     }
@@ -302,10 +303,3 @@ def mean_of(values: Sequence[float | None]) -> str:
 
     known = [value for value in values if value is not None]
     return f"{np.mean(known):.2g}" if known else ""
-
-
-def rounded_mean(values: Sequence[int]) -> int:
-    """Return the mean, rounded to an integer."""
-    import numpy as np
-
-    return int(np.mean(values).round())
