@@ -34,14 +34,17 @@ class FullyConnectedLayer(torch.nn.Module):
         self,
         in_features: int,
         out_features: int,
+        bias: bool = True,
         activation: str = "linear",
         lr_multiplier: float = 1.0,
         bias_init: float = 0.0,
     ):
         super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
         self.activation = activation
         self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) / lr_multiplier)
-        self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init)))
+        self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
 
@@ -49,8 +52,10 @@ class FullyConnectedLayer(torch.nn.Module):
         """Weight as it multiplies the input. Returns [O, I]."""
         return self.weight.to(dtype or self.weight.dtype) * self.weight_gain
 
-    def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Bias as it is added. Returns [O]."""
+    def effective_bias(self, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """Bias as it is added. Returns [O], or None."""
+        if self.bias is None:
+            return None
         bias = self.bias.to(dtype or self.bias.dtype)
         return bias if self.bias_gain == 1 else bias * self.bias_gain
 
@@ -61,6 +66,11 @@ class FullyConnectedLayer(torch.nn.Module):
         if self.activation == "linear":
             return torch.nn.functional.linear(x, weight, bias)
         return bias_act.bias_act(x.matmul(weight.t()), bias, act=self.activation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+        )
 
 
 class Conv2dLayer(torch.nn.Module):

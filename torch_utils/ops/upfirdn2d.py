@@ -23,21 +23,36 @@ SEPARABLE_FROM = 8  # shorter 1-D filters become their outer product: one small 
 def setup_filter(
     f: torch.Tensor | np.ndarray | Sequence | float | None,
     device: torch.device | str = "cpu",
+    normalize: bool = True,
+    flip_filter: bool = False,
+    gain: float = 1,
+    separable: bool | None = None,
 ) -> torch.Tensor:
-    """Prepare a FIR filter for the functions below: taps of sum 1.
+    """Prepare a FIR filter for the functions below.
 
     Args:
         f: scalar, [K] taps or [KH, KW] taps; None is the identity.
         device: where the result lives.
+        normalize: scale the taps to sum 1.
+        flip_filter: reverse the taps.
+        gain: overall factor of the two-dimensional filter.
+        separable: keep 1-D taps as such; None does so from 8 taps on.
     Returns: float32 [K] (applied along both axes) or [KH, KW].
     """
     given = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
     taps = torch.as_tensor(given, dtype=torch.float32, device="cpu")
     assert taps.ndim <= 2 and taps.numel() > 0
     taps = taps.reshape(1) if taps.ndim == 0 else taps
-    if taps.ndim == 1 and taps.numel() < SEPARABLE_FROM:
+    if separable is None:
+        separable = taps.ndim == 1 and taps.numel() >= SEPARABLE_FROM
+    assert not (separable and taps.ndim == 2)
+    if taps.ndim == 1 and not separable:
         taps = torch.outer(taps, taps)
-    return (taps / taps.sum()).to(device)
+    if normalize:
+        taps = taps / taps.sum()
+    if flip_filter:
+        taps = taps.flip(list(range(taps.ndim)))
+    return (taps * gain ** (taps.ndim / 2)).to(device)
 
 
 def upfirdn2d(
