@@ -179,7 +179,7 @@ def printed(*words: str, **more: Any) -> str:
 
 
 def lines_of(text: str) -> dict[str, str]:
-    """What help says of each flag and rare setting, by its first spelling or its name."""
+    """Read the help of each flag and rare setting, by its first spelling or its name."""
     said: dict[str, str] = {}
     name = ""
     for line in text.splitlines():
@@ -207,7 +207,7 @@ def options_of(command: click.Command) -> dict[str, click.Option]:
 
 
 def value_in(record: Any, words: str, option: click.Option) -> tuple[bool, Any]:
-    """Whether --dry-run prints an option, and its value."""
+    """Find whether --dry-run prints an option, and its value."""
     field = getattr(option, "field", None)
     names = [option.name, field and field.name, NAMES.get(option.name)]
     if option.name in PATHS:
@@ -240,7 +240,7 @@ def anywhere(record: Any, name: str) -> Iterator[Any]:
 
 
 def agrees(shown: str | None, value: Any, option: click.Option) -> bool:
-    """Whether a default that help shows is the value; words stand for what is not a value."""
+    """Compare a default that help shows with the value; words stand for what is not a value."""
     field = getattr(option, "field", None)
     words = field.metadata["knob"].shown if field is not None else option.show_default
     if shown is None or isinstance(words, str) and shown == words:
@@ -294,7 +294,7 @@ def test_help_shows_what_the_command_uses(words, beside, files, monkeypatch, tmp
 
 
 def record_of(text: str) -> Any:
-    """What --dry-run printed: JSON, or lines of other things before it."""
+    """Parse what --dry-run printed: JSON, or lines of other things before it."""
     start = text.find("{")
     try:
         return json.loads(text[start:]) if start >= 0 else {}

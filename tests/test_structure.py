@@ -164,7 +164,6 @@ HASHES = {
     "eg3d_rlhf.people.label.store": "secrets of annotators",
     "eg3d_rlhf.people.study.design": "the design's own hash, which its answers state",
     "eg3d_rlhf.preferences.labels": "identity of labels",
-    "eg3d_rlhf.rewards.pictures.judges": "which picture is shown first",
     "eg3d_rlhf.tuning.flow.base.pairs": "a folder of pairs is whole",
     "eg3d_rlhf.tuning.flow.families.opening": "identity of a folder; splits of conditions",
     "eg3d_rlhf.tuning.flow.workspace.answers": "splits of conditions",

@@ -196,7 +196,7 @@ class Trial:
 
     @property
     def shared(self) -> dict:
-        """What every network's scores depend on."""
+        """Return what every network's scores depend on."""
         return {**asdict(self.options), "reward": self.reward_hash, "reference": self.reference.hash}
 
     @property

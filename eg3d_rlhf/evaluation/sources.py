@@ -1,4 +1,4 @@
-"""What a user names of a comparison: networks, rewards, data and samples. Imports no torch."""
+"""Settings of a comparison: networks, rewards, data and samples. Imports no torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

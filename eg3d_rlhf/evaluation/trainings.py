@@ -97,7 +97,7 @@ class Part:
         return Store(self.folder.parent, hashed=False, renew=True)
 
     def found(self) -> Artefact | None:
-        """What was made with this command from these files, with its cost; None where it is not finished."""
+        """Find what was made with this command from these files, with its cost; None if it is unfinished."""
         return self.store.find(self.folder.name, self.inputs())
 
     def finished(self) -> bool:

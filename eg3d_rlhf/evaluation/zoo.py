@@ -250,7 +250,7 @@ def _tuned(c: Comparison, _folder: Path) -> tuple[list[Path], dict]:
 
 
 def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:
-    """What makes every reward and tunes by it."""
+    """List the parts that make every reward and tune by it."""
     return {name: parts_of(out, name, seeds, full, length_of(full)) for name in names}
 
 

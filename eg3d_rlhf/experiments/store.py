@@ -169,7 +169,7 @@ class Store:
         return found
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether a folder holds an artefact of these inputs, finished or not."""
+        """Tell whether a folder holds an artefact of these inputs, finished or not."""
         return _stated(self.folder(kind, inputs)) == json_hash(inputs)
 
     @staticmethod

@@ -1,5 +1,5 @@
-"""What --help shows as the defaults of flags of flow tuning that are no knobs, or that several trainings of a
-run have: see `eg3d_rlhf.core.cli.HelpValues`.
+"""Values that --help shows as defaults of flags of flow tuning that are no knobs, or that several trainings
+of a run have: see `eg3d_rlhf.core.cli.HelpValues`.
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""How the scores of members that were trained apart become one reward. Imports no torch: `--help` lists them.
+"""Ways to make one reward of the scores of members that were trained apart.
+
+The module imports no torch, since `--help` lists them.
 
 Letters: N samples, E members.
 """

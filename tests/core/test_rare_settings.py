@@ -107,7 +107,7 @@ def test_help_all_lists_them_and_help_names_help_all():
 
 
 def test_help_shows_what_the_command_resolves_to(monkeypatch):
-    """What stands beside --help counts, rare settings among it; a command that is rejected has no values."""
+    """Flags beside --help count, rare settings among them; a command that is rejected has no values."""
 
     def resolved(context: click.Context):
         if context.params["radius"] == 7:

@@ -1,4 +1,4 @@
-"""What renderings and films may show, by the names of their flags; imports no torch."""
+"""Names of what renderings and films may show, as flags take them; imports no torch."""
 
 from typing import Any
 

@@ -82,7 +82,7 @@ class Ensemble:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What decides which items an item may be compared with."""
+    """Properties that decide which items an item may be compared with."""
 
     prompt: str = ""  # items of one prompt are compared; for a study's items, the latent
     source: str = ""  # the generator

@@ -1,4 +1,4 @@
-"""How noise is mixed into pictures, which times are drawn, and where random draws come from.
+"""Schedules of noise and of times, and the streams of random draws.
 
 Letters: B pictures, C, H, W of latents. a = sqrt(alphas_cumprod[t]), s = sqrt(1 - alphas_cumprod[t]); x_t = a
 x + s e.

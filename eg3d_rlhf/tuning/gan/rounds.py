@@ -57,7 +57,7 @@ Tune = Callable[[Settings, Path], Any]  # settings, folder of a round's tuning
 
 
 class Ledger:
-    """What the rounds of a run have done: every step is an artefact of a store in <folder>/ledger, which
+    """Record of the rounds of a run: every step is an artefact of a store in <folder>/ledger, which
     depends on the step before it. ledger.json shows all of them, with the hash of every file that later steps
     read; a run of version 0.1 has that file alone.
 

@@ -1,4 +1,4 @@
-"""Which settings the control, the run with lambda_r = 0, shares with the run that it is the control of."""
+"""Test which settings the control, the run with lambda_r = 0, shares with its run."""
 
 import pytest
 
