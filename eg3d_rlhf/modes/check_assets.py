@@ -73,7 +73,7 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
     Example:
         eg3d-rlhf check-assets assets --out=runs/census
     """
-    from eg3d_rlhf.evaluation.census import (
+    from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
         WALL,
         WORST,
@@ -85,7 +85,7 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
         paired,
         shares,
     )
-    from eg3d_rlhf.evaluation.census_page import write_census
+    from eg3d_rlhf.evaluation.mesh_validation_page import write_census
     from eg3d_rlhf.measures.meshes.space import solid_library
 
     solid_library("igl"), solid_library("manifold3d")

@@ -23,9 +23,9 @@ import torch
 from eg3d_rlhf.core.seeds import WATCH
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
+from eg3d_rlhf.tuning.gan.heldout_metrics import PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
-from eg3d_rlhf.tuning.gan.watch import PSI
 from training import networks
 from training.networks import RENDERED, Networks
 
