@@ -1,1 +1,1 @@
-"""Plain networks of other people's checkpoints, and the reading of their weights."""
+"""Networks of published checkpoints, written in plain PyTorch, and the code that reads their weights."""

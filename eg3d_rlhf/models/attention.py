@@ -1,7 +1,6 @@
-"""Parts of the transformers in this project: attention, two layers with GELU, and a block of both.
+"""Shared transformer parts: attention, a two-layer perceptron with GELU, and a block that combines both.
 
-Shape letters: N samples, T tokens that ask, L tokens that are asked, C channels, H heads, D channels of a
-head.
+Shape letters: N samples, T query tokens, L key and value tokens, C channels, H heads, D channels of one head.
 """
 
 import torch
@@ -12,17 +11,23 @@ from torch import nn
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v: q [N, T, H, D], k and v [N, L, H, D] -> [N, T, H, D]. Differentiable in: q,
-    k, v.
+    """Compute scaled dot-product attention, softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1).
 
-    Args: keep: [N, 1, 1, L] bool, which tokens are there.
+    Args:
+        q: queries [N, T, H, D]. k, v: keys and values [N, L, H, D].
+        keep: [N, 1, 1, L] bool, True for tokens that may be attended to; None: all of them.
+    Returns: [N, T, H, D].
+    Differentiable in: q, k, v.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N, H, T, D]
+    # torch expects heads before tokens. Its fused kernels never store the [T, L] matrix of weights.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
-    """Attention among tokens, [N, T, C] -> [N, T, C]; named as in vision transformers."""
+    """Self-attention over tokens, [N, T, C] -> [N, T, C]. Parameters have the usual names of vision
+    transformers.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -31,16 +36,21 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        # One linear layer computes all three: its outputs are ordered [q | k | v], then by head.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # [N, T, H, D] each
         return self.proj(attend(q, k, v, keep).flatten(-2))
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, [..., C] -> [..., C]. Args: names: of the linear layers."""
+    """Linear layer, GELU, linear layer: [..., C] -> [..., C].
+
+    Args: names: attribute names of the two linear layers, as the checkpoint spells them.
+    """
 
     def __init__(self, width: int, hidden: int, names: tuple[str, str] = ("fc1", "fc2")):
         super().__init__()
         self.names = names
+        # Checkpoints disagree on the names of the two layers, so they are registered under given names.
         for name, layer in zip(names, (nn.Linear(width, hidden), nn.Linear(hidden, width)), strict=True):
             self.add_module(name, layer)
 
@@ -60,6 +70,6 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, L, E] -> [N, L, E]; keep [N, 1, 1, L] bool: which tokens are there."""
+        """Apply the block to tokens [N, L, C]; keep [N, 1, 1, L] bool is True for tokens that exist."""
         x = x + self.attn(self.norm1(x), keep)
         return x + self.mlp(self.norm2(x))

@@ -1,8 +1,9 @@
-"""The BLIP trunk of ImageReward and Reward3D (2201.12086), by transformers' networks: a ViT for the image,
-and a BERT whose every layer also attends to the image.
+"""BLIP trunk of ImageReward and Reward3D (arXiv 2201.12086), built from transformers' networks.
 
-The text encoder's parameters have the published names (params/Reward3D_*.tsv); those of the image encoder are
-renamed to transformers'. transformers is imported only when a trunk is built (extra `vision`).
+An image goes through a ViT. A prompt goes through a BERT in which every layer also cross-attends to the image
+features. The text encoder's parameters have the published names (params/Reward3D_*.tsv). Those of the image
+encoder are renamed to transformers' names. transformers is imported only when a trunk is built (extra
+`vision`).
 
 Shape letters: B images, T tokens of a prompt, D text width.
 """
@@ -32,35 +33,41 @@ VISION_NAMES = (  # published -> transformers, in turn
 
 
 def from_published(state: Mapping[str, torch.Tensor]) -> State:
-    """Return a published state dict with its image encoder under the names of transformers."""
+    """Return a published state dict with the entries of its image encoder renamed to transformers' names."""
     vision = to_transformers(below(state, VISION), VISION_NAMES)
+    # The text encoder is transformers' own BERT already, so its names stay.
     others = {name: tensor for name, tensor in state.items() if not name.startswith(VISION)}
     return others | {VISION + name: tensor for name, tensor in vision.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlipSizes:
-    """Sizes of a trunk; the defaults are BLIP-large."""
+    """Sizes of a trunk. The defaults are those of BLIP-large."""
 
     image: int = 224  # pixels per side
     patch: int = 16  # pixels per side
-    vision_width: int = 1024
+    vision_width: int = 1024  # channels of an image token
     vision_layers: int = 24
     text_width: int = 768
     text_layers: int = 12
-    text_hidden: int = 3072
-    vocabulary: int = 30524  # BERT's and two marks
-    positions: int = 512
+    text_hidden: int = 3072  # channels inside the feed-forward layers
+    vocabulary: int = 30524  # BERT's 30522 words and two special tokens
+    positions: int = 512  # largest number of tokens of a prompt
     projection: int = 256  # of a contrastive head that scoring does not use
 
     @classmethod
     def of(cls, state: Mapping[str, torch.Tensor], who: str) -> "BlipSizes":
-        """The sizes that a file's shapes tell. Raises: ValueError for another network's file."""
+        """Derive the sizes from the shapes in a published state dict.
+
+        Args: who: name that error messages begin with.
+        Raises: ValueError for the file of another network.
+        """
         text = "blip.text_encoder."
         width, _, patch, _ = shape_of(state, f"{VISION}patch_embed.proj.weight", who, 4)
         _, tokens, _ = shape_of(state, f"{VISION}pos_embed", who, 3)
         vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
         return cls(
+            # One position is the class token's; the others form a square grid of patches.
             image=round((tokens - 1) ** 0.5) * patch,
             patch=patch,
             vision_width=width,
@@ -75,16 +82,17 @@ class BlipSizes:
 
 
 class Blip(nn.Module):
-    """The trunk. It has no dropout: the rewards that use it are only ever evaluated."""
+    """Image encoder and text encoder. There is no dropout, because rewards only evaluate this network."""
 
     def __init__(self, sizes: BlipSizes):
         super().__init__()
         require_extra("--reward", "transformers")
         from transformers import BlipTextConfig, BlipTextModel, ViTConfig, ViTModel
 
-        # the same network as transformers' BlipVisionModel, which has no fused attention
+        # transformers' BlipVisionModel computes the same, but without fused attention.
         vision = ViTConfig(
             hidden_size=sizes.vision_width,
+            # The published file's ViT has this usual ratio; it is not among the sizes.
             intermediate_size=4 * sizes.vision_width,
             num_hidden_layers=sizes.vision_layers,
             num_attention_heads=max(sizes.vision_width // HEAD, 1),
@@ -106,27 +114,33 @@ class Blip(nn.Module):
         )
         self.visual_encoder = ViTModel(vision, add_pooling_layer=False)
         self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
-        # in the files; scoring does not use the two
+        # Scoring does not use these two heads. They exist so that the files load strictly.
         self.vision_proj = nn.Linear(sizes.vision_width, sizes.projection)
         self.text_proj = nn.Linear(sizes.text_width, sizes.projection)
 
     @property
     def side(self) -> int:
-        """Pixels per side of the images."""
+        """Number of pixels per side of the images."""
         return self.visual_encoder.config.image_size
 
     def seen(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode normalised images [B, 3, side, side] as features [B, patches + 1, width], the class token
-        first. Differentiable.
+        first.
+
+        Differentiable in: pixels.
         """
         return self.visual_encoder(pixel_values=pixels).last_hidden_state
 
     def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the feature [B, D] of each prompt's class token, which has attended to its image.
+        """Return the text feature [B, D] of each prompt's class token, which has attended to the prompt's
+        image.
 
-        Args: tokens [B, T]: numbers of the prompts' tokens; mask [B, T] bool: True where there is one.
+        Args: pixels: normalised images [B, 3, side, side]. tokens: token ids [B, T]. mask: [B, T] bool, True
+        for
+            tokens of the prompt and False for padding.
         """
         text = self.text_encoder(
             input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.seen(pixels)
         )
+        # The class token is the first one. [B, T, D] -> [B, D]
         return text.last_hidden_state[:, 0]

@@ -1,9 +1,9 @@
-"""Scores that are cosines of a picture's and a prompt's embedding: CLIP score from a transformers folder,
-HPSv2 from its published file.
+"""Image rewards that are the cosine similarity of an image and a prompt: the CLIP score and HPSv2.
 
-HPSv2's network is open_clip's ViT-H/14. It is run by transformers' CLIPModel, under whose names its entries
-are put.
-Shape letters: B pictures, D of the embedding.
+The CLIP score is read from a transformers folder, HPSv2 from its published file. HPSv2's network is
+open_clip's ViT-H/14; transformers' CLIPModel runs it, after its entries are renamed.
+
+Shape letters: B images, h, w rows and columns, D channels of the joint embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,9 +22,10 @@ FLAG = "--reward"
 
 
 def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
-    """transformers' CLIPModel of the sizes that an open_clip file's shapes tell, on the meta device.
+    """Build transformers' CLIPModel with the sizes of an open_clip state dict, on the meta device.
 
-    Raises: ValueError.
+    Args: who: name that error messages begin with.
+    Raises: ValueError for the file of another network.
     """
     require_extra(FLAG, "transformers")
     from transformers import CLIPConfig, CLIPModel
@@ -35,7 +36,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": count(state, "visual.transformer.resblocks."),
-        # ViT-H's heads have 80 numbers
+        # No entry states the number of heads. ViT-H/14 has heads of 80 channels, smaller networks of 64.
         "num_attention_heads": max(width // (80 if width % 80 == 0 else 64), 1),
         "image_size": round((shape_of(state, "visual.positional_embedding", who, 2)[0] - 1) ** 0.5) * patch,
         "patch_size": patch,
@@ -48,6 +49,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "num_hidden_layers": count(state, "transformer.resblocks."),
         "num_attention_heads": max(text_width // 64, 1),
         "hidden_act": "gelu",
+        # CLIP's vocabulary ends with the start and the end token
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
@@ -58,9 +60,11 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
 
 
 class CosineReward:
-    """Cosine of picture and prompt. Differentiable in the pictures.
+    """Cosine similarity of image and prompt in the joint embedding space. Differentiable in the images.
 
-    Args: network: transformers' CLIPModel; prepare: pictures in 0..1 and a size -> what the network sees.
+    Args: network: transformers' CLIPModel. prepare: converts images of values 0..1 and a size in pixels to
+    the
+        network's input. tokenize: converts prompts to token ids.
     """
 
     modality: Modality = "image"
@@ -78,40 +82,49 @@ class CosineReward:
         self.prepare = prepare
         self.tokenize = tokenize
         self.device = torch.device(device)
-        self._embedded: dict[str, torch.Tensor] = {}  # by prompt
+        self._embedded: dict[str, torch.Tensor] = {}  # cache: prompt -> unit embedding [D]
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Cosines [B] (not times 100) of pictures [B, 3, h, w] in 0..1, a prompt each."""
+        """Compute cosines [B] in -1..1 (not multiplied by 100) of images and prompts.
+
+        Args: pixels: [B, 3, h, w] of values 0..1. prompts: one for each image.
+        """
         for prompt in prompts:
             if prompt not in self._embedded:
                 with torch.no_grad():
+                    # One prompt at a time: the result then does not depend on which prompts share a batch.
                     tokens = self.tokenize([prompt])[0].to(self.device)
                     self._embedded[prompt] = F.normalize(
                         self.network.get_text_features(input_ids=tokens)[0], dim=-1
                     )
         texts = torch.stack([self._embedded[prompt] for prompt in prompts])
-        seen = self.prepare(pixels.to(self.device).float(), self.network.config.vision_config.image_size)
-        return (F.normalize(self.network.get_image_features(pixel_values=seen), dim=-1) * texts).sum(-1)
+        inputs = self.prepare(pixels.to(self.device).float(), self.network.config.vision_config.image_size)
+        # Both embeddings have length 1, so their dot product is the cosine. [B, D] -> [B]
+        return (F.normalize(self.network.get_image_features(pixel_values=inputs), dim=-1) * texts).sum(-1)
 
 
 def load_hpsv2(
     path: Path, state: Mapping[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> CosineReward:
-    """HPS_v2*.pt ({"state_dict": open_clip's ViT-H/14}), with CLIP's tokenizer in the folder tokenizer/
-    beside it.
+    """Build the HPSv2 reward from HPS_v2*.pt, a dict {"state_dict": open_clip's ViT-H/14}.
 
-    Args: state: the file's tensors. Raises: FileNotFoundError, ValueError.
+    CLIP's tokenizer must lie in the folder tokenizer/ beside the file.
+
+    Args: state: the tensors of the file.
+    Raises: FileNotFoundError, ValueError.
     """
     who = f"{FLAG}: {path.name}"
     network = hpsv2_network(state, who)
     adopt(network, to_transformers_clip(state), who)
+    # open_clip pads with 0, not with the end token as OpenAI's CLIP does.
     tokenize = clip_tokenizer(path.parent / "tokenizer", FLAG, network.config.text_config.vocab_size, pad=0)
     return CosineReward(network, pad_preprocess, tokenize, device)
 
 
 def load_clip_score(folder: Path, device: str | torch.device = "cpu") -> CosineReward:
-    """CLIP score from a folder of transformers' CLIPModel with its tokenizer: the cosine, as the literature
-    reports it (.22-.29).
+    """Build the CLIP score from a folder with transformers' CLIPModel and its tokenizer.
+
+    The score is the cosine as the literature reports it; matching images and prompts give 0.22 to 0.29.
 
     Raises: FileNotFoundError, ValueError.
     """

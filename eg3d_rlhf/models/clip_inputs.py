@@ -1,7 +1,8 @@
-"""What published scorers are fed: pictures as they expect them, differentiable and without torchvision, and
-prompts as token numbers.
+"""Inputs of published scorers: preprocessed images and tokenized prompts.
 
-Shape letters: B pictures, h, w of the pictures, S side that the scorer sees.
+Images are resized and normalised differentiably and without torchvision.
+
+Shape letters: B images, h, w rows and columns of the images, S pixels per side of the scorer's input.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,63 +18,76 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
-    """Short side to `size` (bicubic, antialiased; the long side is truncated to a whole number), centre cut,
-    CLIP's statistics.
+    """Preprocess images as CLIP does: resize, crop the centre, normalise.
 
-    Args: images [B, 3, h, w] in 0..1. Returns: [B, 3, S, S], a new tensor. Differentiable in images.
-    Equals torchvision's Resize - CenterCrop - Normalize bit for bit (reference case `preprocess`).
+    The short side is resized to `size` (bicubic, antialiased). The long side is truncated to a whole number
+    of
+    pixels. Equals torchvision's Resize - CenterCrop - Normalize bitwise (reference case `preprocess`).
+
+    Args: images: [B, 3, h, w] of values 0..1.
+    Returns: [B, 3, S, S], a new tensor.
+    Differentiable in: images.
     """
     height, width = images.shape[-2:]
     short = min(height, width)
     resized = _resize(
         images, (size, size * width // short) if height <= width else (size * height // short, size)
     )
+    # round() takes halves to the even number, as torchvision's CenterCrop does.
     top, left = (round((side - size) / 2) for side in resized.shape[-2:])
     return normalise(resized[..., top : top + size, left : left + size])
 
 
 def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
-    """Long side to `size`, black bars about the short one, CLIP's statistics: open_clip's ResizeMaxSize, as
-    HPSv2 sees pictures.
+    """Preprocess images as HPSv2 does (open_clip's ResizeMaxSize): resize, pad with black bars, normalise.
 
-    Args: images [B, 3, h, w] in 0..1. Returns: [B, 3, S, S], a new tensor. Differentiable in images.
+    The long side is resized to `size`; the bars are on both sides of the short axis.
+
+    Args: images: [B, 3, h, w] of values 0..1.
+    Returns: [B, 3, S, S], a new tensor.
+    Differentiable in: images.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
+    # At least one pixel: a very long image would otherwise round to none.
     rows = max(round(height * scale), 1)
     columns = max(round(width * scale), 1)
     top = (size - rows) // 2
     left = (size - columns) // 2
     return normalise(
+        # Padding comes before normalisation, so the bars are black and not of the mean colour.
         F.pad(_resize(images, (rows, columns)), (left, size - columns - left, top, size - rows - top))
     )
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / deviation of CLIP's data, per channel; the argument is left as it is."""
+    """Return (images - mean) / standard deviation per channel, with CLIP's statistics, as a new tensor."""
     mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
 
 def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    # Interpolation to the same size is not exactly the identity.
     if images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
-# Prompts as token numbers, by tokenizers in local folders. transformers is imported inside functions: it
-# takes seconds.
+# Tokenizers, read from local folders. transformers is imported inside functions because that takes seconds.
 
 
-CLIP_TOKENS = 77
-# B prompts -> numbers [B, T], mask [B, T] bool
+CLIP_TOKENS = 77  # length of CLIP's text input, with start and end token
+# B prompts -> token ids [B, T] and mask [B, T] bool, True for tokens of the prompt
 Tokenize = Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Tokenize:
-    """BERT's tokenizer (vocab.txt), cutting at `limit` tokens; T is the longest prompt's.
+    """Load BERT's tokenizer (vocab.txt). It truncates at `limit` tokens; T is the length of the longest
+    prompt.
 
-    Raises: ValueError where transformers or the folder is missing, or has more words than the network.
+    Args: flag: option that error messages name. vocabulary: number of words that the network embeds.
+    Raises: ValueError if transformers or the folder is missing, or if the tokenizer has more words than the
+        network.
     """
     tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased's")
     if len(tokenizer) > vocabulary:
@@ -83,34 +97,38 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
         )
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = tokenizer(
+        encoded = tokenizer(
             list(prompts), padding="longest", truncation=True, max_length=limit, return_tensors="pt"
         )
-        return found.input_ids, found.attention_mask.bool()
+        return encoded.input_ids, encoded.attention_mask.bool()
 
     return tokenize
 
 
 def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | None = None) -> Tokenize:
-    """CLIP's tokenizer (vocab.json, merges.txt); T = 77.
+    """Load CLIP's tokenizer (vocab.json, merges.txt); T is always 77.
 
     Args:
-        pad: number that fills up: 0 as in open_clip; own: the folder's; None as in OpenAI's CLIP: the end
-            mark.
-    Raises: ValueError where transformers or the folder is missing, or its end mark is not the network's last
+        flag: option that error messages name. vocabulary: number of words that the network embeds.
+        pad: token id that fills up short prompts: 0 as in open_clip; "own": the folder's padding token; None:
+            the
+            end token, as in OpenAI's CLIP.
+    Raises: ValueError if transformers or the folder is missing, or if the end token is not the network's last
         word.
     """
     tokenizer = _load("CLIPTokenizer", folder, flag, ("vocab.json", "merges.txt"), "CLIP's")
+    # The network reads its output at the end token, which it recognises by this id.
     end = tokenizer.eos_token_id
     if end != vocabulary - 1:
         raise ValueError(
-            f"{flag}: expected {vocabulary} words in {folder}, the end mark last, got it as {end}. Use CLIP's"
-            " tokenizer."
+            f"{flag}: expected {vocabulary} words in {folder} with the end token last, but the end token has"
+            f" the id {end}. Use CLIP's tokenizer."
         )
 
     fill = end if pad is None else tokenizer.pad_token_id if pad == "own" else pad
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        # Padded here and not by the tokenizer, whose padding token is not the one that `pad` asks for.
         rows = [tokenizer(prompt, truncation=True, max_length=CLIP_TOKENS).input_ids for prompt in prompts]
         filled = [row + [fill] * (CLIP_TOKENS - len(row)) for row in rows]
         lengths = torch.tensor([len(row) for row in rows])
@@ -128,5 +146,6 @@ def _load(name: str, folder: Path, flag: str, files: Sequence[str], whose: str):
         )
     import transformers
 
+    # The library raises many kinds of errors for damaged files; all become one line.
     with one_line(f"{flag}: {folder.name}", f"Copy {whose} tokenizer again."):
         return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True)

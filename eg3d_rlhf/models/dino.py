@@ -1,9 +1,9 @@
-"""DINOv2 and DINOv3: networks of transformers that read the published files of either, in all layouts.
+"""DINOv2 and DINOv3: transformers' networks, filled from the published files of either in every layout.
 
-transformers builds the layers from a configuration; this module finds the files on this machine, reads them
-strictly and standardises the images. Its parameter names are those of transformers. Files of DINOv2 from
-torch hub have other names and are renamed when they are read. Nothing is downloaded. transformers is imported
-only when a network is built (extra `vision`).
+transformers builds the layers from a configuration. This module finds the files on this machine, reads them
+strictly and standardises the images. Parameter names are those of transformers. Files of DINOv2 from torch
+hub have other names and are renamed when they are read. Nothing is downloaded. transformers is imported only
+when a network is built (extra `vision`).
 
 Sources: Oquab et al. 2023 for DINOv2; Darcet et al. 2023 for registers; Simeoni et al. 2025 for DINOv3.
 
@@ -26,14 +26,14 @@ from torch import nn
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.weights import State, empty, fill, frozen, read, require_extra, to_transformers
 
-# of ImageNet's images in 0..1, per channel
+# Statistics of ImageNet's images of values 0..1, per channel (R, G, B).
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 HEAD = 64  # channels of a head in every published DINOv2
 
 
 def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return (images - MEAN) / STD per channel, [N, 3, h, w], in the type and on the device of `like`."""
+    """Return (images - MEAN) / STD per channel, [N, 3, h, w], in the dtype and on the device of `like`."""
     mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images.to(like) - mean) / std
 
@@ -41,28 +41,28 @@ def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _check_layers(act: str, gated: bool, channels: int) -> None:
     if act != "gelu" or gated or channels != 3:
         raise ValueError(
-            f"expected layers with gelu, no gates and 3 channels, got {act!r}, {gated} and {channels}. Others"
-            " are not read."
+            f"expected layers with gelu, no gates and 3 channels, got {act!r}, {gated} and {channels}. Other"
+            " variants are not supported: name the weights of a standard DINO."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DinoConfig:
-    """Settings of a DINOv2 as its config.json states them; the defaults are those of the large one."""
+    """Settings of a DINOv2 as its config.json states them. The defaults are those of the large network."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     mlp_ratio: float = 4
-    image_size: int = 518  # pixels per side that the position embeddings were learnt at
-    patch_size: int = 14
+    image_size: int = 518  # pixels per side at which the position embeddings were learnt
+    patch_size: int = 14  # pixels per side
     num_register_tokens: int = 0
     layer_norm_eps: float = 1e-6
     num_channels: int = 3
     hidden_act: str = "gelu"
     qkv_bias: bool = True
     use_swiglu_ffn: bool = False
-    shown: int | None = None  # pixels per side of the images that it is given; None: image_size
+    shown: int | None = None  # pixels per side of the input images; None: image_size
 
     def __post_init__(self):
         _check_layers(self.hidden_act, self.use_swiglu_ffn, self.num_channels)
@@ -74,20 +74,26 @@ class DinoConfig:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "DinoConfig":
-        """Read the content of a config.json; other settings than the fields are ignored."""
+        """Read the content of a config.json. Settings that are no fields of this class are ignored."""
+        # Null values count as absent, so that the class's default applies.
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in known and value is not None})
 
     @classmethod
     def of_state(cls, state: Mapping[str, torch.Tensor], who: str, shown: int | None = None) -> "DinoConfig":
-        """Read the sizes of a state dict in torch hub's names. Raises: ValueError for another network's.
+        """Derive the sizes from a state dict with torch hub's names.
 
-        Without registers, torch hub interpolates positions in a way of its own; `from_hub` does so once, and
-        image_size is then the size of the images.
+        Without registers, torch hub interpolates the position embeddings in a way of its own. `from_hub`
+        applies it
+        once, and image_size is then the size of the input images.
+
+        Args: who: name that error messages begin with. shown: pixels per side of the input images.
+        Raises: ValueError for the state dict of another network.
         """
         try:
             size = state["cls_token"].shape[-1]
             patch = state["patch_embed.proj.weight"].shape[-1]
+            # One position is the class token's; the others form a square grid of patches.
             grid = math.isqrt(state["pos_embed"].shape[1] - 1)
             hidden = len(state["blocks.0.mlp.fc1.weight"])
         except (KeyError, IndexError) as error:
@@ -109,18 +115,19 @@ class DinoConfig:
 
     @property
     def pixels(self) -> int:
-        """S of the images that it is given."""
+        """S, the number of pixels per side of the input images."""
         return self.shown or self.image_size
 
     @property
     def tokens(self) -> int:
-        """L at this size."""
+        """L, the number of tokens for images of this size."""
         return 1 + self.num_register_tokens + (self.pixels // self.patch_size) ** 2
 
 
 class Dino(nn.Module):
-    """DINOv2: images [N, 3, S, S] of 0..1 -> tokens [N, L, E], before the last norm or after it. S is the
-    config's. Differentiable in the images.
+    """DINOv2: images [N, 3, S, S] of values 0..1 -> tokens [N, L, E], before or after the last norm.
+
+    S is the config's `pixels`. Differentiable in the images.
     """
 
     def __init__(self, config: DinoConfig):
@@ -130,22 +137,24 @@ class Dino(nn.Module):
 
         kind = "Dinov2WithRegisters" if config.num_register_tokens else "Dinov2"
         settings = asdict(config)
-        # transformers rounds channels * ratio down, and the ratio of a state dict's shapes may be below
+        # transformers truncates channels * ratio. A ratio derived from shapes may be below by rounding, which
+        # would lose a channel.
         settings["mlp_ratio"] += 1e-9
         network = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
         self.config = config
-        # its parts, not the whole, whose only output is that of the last norm
+        # The parts are kept and not the model itself, because that returns only the output after the last
+        # norm.
         self.embeddings = network.embeddings
         self.encoder = network.encoder
         self.layernorm = network.layernorm
 
     def tokens(self, standard: torch.Tensor) -> torch.Tensor:
-        """Return the tokens before the last norm of images that `standardised` has made."""
+        """Return the tokens before the last norm, for images that `standardised` has prepared."""
         return self.encoder(self.embeddings(standard)).last_hidden_state
 
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
         size = self.config.pixels
-        check_shape("Dino.images", images, ["N", 3, size, size], "Scale them to its size.")
+        check_shape("Dino.images", images, ["N", 3, size, size], "Resize the images to this size.")
         x = self.tokens(standardised(images, self.layernorm.weight))
         return self.layernorm(x) if normed else x
 
@@ -167,8 +176,8 @@ HUB_NAMES = (  # torch hub -> transformers, in turn
 
 
 def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
-    """Return a state dict of torch hub under the names of transformers, its positions interpolated to the
-    config's image_size.
+    """Rename a torch hub state dict to transformers' names and interpolate its positions to the config's
+    size.
     """
     renamed = to_transformers(state, HUB_NAMES)
     positions = "embeddings.position_embeddings"
@@ -178,25 +187,33 @@ def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
 
 
 def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
-    """[1, 1 + G^2, E] -> [1, 1 + side^2, E], as torch hub's DINOv2 without registers interpolates: bicubic,
-    not antialiased, by the factor (side + 0.1) / G, which decides where it samples.
+    """Interpolate position embeddings [1, 1 + G^2, E] -> [1, 1 + side^2, E] as torch hub's DINOv2 does.
+
+    That is bicubic and not antialiased, by the factor (side + 0.1) / G. The 0.1 shifts where it samples, so
+    it
+    must be kept.
     """
     learnt = math.isqrt(positions.shape[1] - 1)
     if side == learnt:
+        # Published sizes need no interpolation; even the factor 1 would change the numbers.
         return positions
+    # [1, G^2, E] -> [1, E, G, G], without the class token's position
     grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (learnt, learnt))
     grid = F.interpolate(grid, scale_factor=[(side + 0.1) / learnt] * 2, mode="bicubic")
     return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
 
 
 def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
-    """Read the DINOv2 of a name of torch hub, of a folder of transformers, or of a checkpoint of torch hub;
-    frozen, in float32.
+    """Read a DINOv2 by a torch hub name, from a transformers folder, or from a torch hub checkpoint.
 
-    Raises: FileNotFoundError naming the places; ValueError for weights that do not fit.
+    Args: name: such as dinov2_vitl14_reg, a folder, or a .pth file.
+    Returns: the frozen network in float32.
+    Raises: FileNotFoundError that lists the places that were searched; ValueError for weights that do not
+    fit.
     """
     path = _weights(name)
     state = read(path, name)
+    # Only torch hub's files have no config.json beside them: their sizes follow from the shapes.
     if path.suffix == ".pth":
         config = DinoConfig.of_state(state, str(path))
         state = from_hub(state, config)
@@ -222,7 +239,7 @@ def _weights(name: str) -> Path:
 def load_dino(
     config: DinoConfig, state: Mapping[str, torch.Tensor], who: str, device: str | torch.device = "cpu"
 ) -> Dino:
-    """Build the DINOv2 of a state dict in the names of transformers, strictly; frozen, in float32."""
+    """Build a DINOv2 from a state dict with transformers' names, strictly. Returns it frozen, in float32."""
     return frozen(fill(empty(lambda: Dino(config)), state, who, types=torch.float32, device=device), device)
 
 
@@ -231,8 +248,10 @@ def _places(name: str) -> Iterator[Path]:
     if path.suffix == ".pth":
         yield path
         return
+    # Order of the search: a folder given by path, torch hub's cache, then the Hugging Face cache.
     folders = [path] if path.is_dir() else []
     if name in HUB:
+        # The same environment variables and defaults as torch.hub and huggingface_hub use.
         home = Path(
             os.environ.get("TORCH_HOME")
             or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
@@ -264,23 +283,26 @@ def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[st
         return make(content)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected the settings of a {kind.replace('dino', 'DINO')}, got: {error}. Restore the"
-            " file."
+            f"{path}: this file does not hold the settings of a {kind.replace('dino', 'DINO')}: {error}."
+            " Restore the file."
         ) from None
 
 
 def _dino(content: Mapping[str, Any]) -> DinoConfig:
+    # transformers leaves settings at their default out of the file; 4 is its default with registers.
     registers = 4 if content["model_type"] == "dinov2_with_registers" else 0
     return DinoConfig.of({"num_register_tokens": registers, **content})
 
 
 class Dino3(nn.Module):
-    """DINOv3, whose positions are rotary: images [N, 3, h, w] of 0..1, of whole patches -> tokens [N, L, E]
-    BEFORE the last norm. Differentiable in the images.
+    """DINOv3, which has rotary position embeddings: images -> tokens [N, L, E] BEFORE the last norm.
+
+    Images are [N, 3, h, w] of values 0..1 whose sides are multiples of the patch size. Differentiable in the
+    images.
     """
 
     def __init__(self, config: Any):
-        """Args: config: transformers' DINOv3ViTConfig."""
+        """Build the layers of transformers' DINOv3ViTConfig `config`."""
         super().__init__()
         from transformers import DINOv3ViTModel
 
@@ -294,14 +316,18 @@ class Dino3(nn.Module):
         standard = standardised(images, self.norm.weight)
         x = self.embeddings(standard)
         angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
+        # Layer by layer: what `hidden_states[-1]` holds, before or after the norm, differs between releases
+        # of
+        # transformers (4.56.2 to 5.23.0), without an error.
         for layer in self.layer:
             x = layer(x, position_embeddings=angles)
         return x
 
 
 def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
-    """Read the DINOv3 of a folder of transformers, or of a name in the hub's cache; frozen, in float32.
+    """Read a DINOv3 from a transformers folder or, by its name, from the Hugging Face cache.
 
+    Returns: the frozen network in float32.
     Raises: as `read_dino`.
     """
     path = _weights(name)
@@ -309,7 +335,7 @@ def read_dino3(name: str, device: str | torch.device = "cpu") -> Dino3:
     config = _read_config(name, path, "dinov3", _dino3)
     network = empty(lambda: Dino3(config))
     fill(network, read(path, name), str(path), types=torch.float32, device=device)
-    # its frequencies are in no file, and were built on the meta device
+    # The rotary frequencies are in no file, and `empty` built them on the meta device, without values.
     network.rope_embeddings = type(network.rope_embeddings)(config)
     return frozen(network, device)
 
@@ -320,5 +346,6 @@ def _dino3(content: Mapping[str, Any]) -> Any:
     config = DINOv3ViTConfig.from_dict(dict(content))
     _check_layers(config.hidden_act, config.use_gated_mlp, config.num_channels)
     if config.hidden_size % (4 * config.num_attention_heads):
-        raise ValueError(f"{config.hidden_size} channels are not heads of four channels or a multiple")
+        # Rotary positions turn pairs of channels, half of them by rows and half by columns.
+        raise ValueError(f"{config.hidden_size} channels cannot be divided into heads of a multiple of four")
     return config

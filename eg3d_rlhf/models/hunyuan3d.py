@@ -1,14 +1,17 @@
-"""Hunyuan3D-2.1's networks: the flow of shapes, a transformer over a set of latent vectors with skips between
-its halves and mixtures of experts in its last blocks; and the autoencoder: points of a surface become a set
-of latents, and a transformer over the set, then cross-attention from points to it, says what is inside.
+"""Hunyuan3D-2.1's networks: the flow of shapes and the autoencoder of shapes.
 
-Data lie at t = 1. Written from the architecture as it is published (technical report arXiv:2506.15442; names
-of parameters and settings as its checkpoints and config.yaml have them), and equal to the original's own
-classes with random weights (tests/compat).
+The flow is a transformer over a set of latent vectors. Skips connect its two halves, and its last blocks use
+mixtures of experts. The encoder maps points on a surface to the set of latents. The decoder is a transformer
+over the set, followed by cross-attention from query points to it, which predicts whether a point is inside.
 
-Shape letters: N samples, T latent tokens, S = T + 1 with the token of the time, C channels of a latent, W
-width, L tokens of a condition, E their size, H heads, D width of a head, X experts, k of them per token, P
-points, M of them kept, R points per axis of a grid, F frequencies of a coordinate.
+Data lie at t = 1. Written from the published architecture (technical report arXiv:2506.15442); names of
+parameters and settings are those of its checkpoints and config.yaml. With random weights the results equal
+those of the original's own classes (tests/compat).
+
+Shape letters: N samples, T latent tokens, S = T + 1 tokens including that of the time, C channels of a
+latent, W width, L conditioning tokens, E channels of a conditioning token, H heads, D width of a head, X
+experts, k experts per token, P points, M points that are kept, R points per axis of a grid, F frequencies of
+a coordinate.
 """
 
 import math
@@ -23,30 +26,35 @@ from torch.utils.checkpoint import checkpoint
 from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.attention import Mlp, attend
 
-EPS = 1e-6
-# Of bfloat16 passes with float32 weights: the norms of q and k then run unfused, with the exact result
-# rounded to bfloat16.
+EPS = 1e-6  # of all layer norms of the flow
+# torch warns in bfloat16 passes with float32 weights. The norms of q and k then run unfused, with the exact
+# result rounded to bfloat16, as intended.
 warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """What config.yaml calls model.params, with the defaults of HunYuanDiTPlain, which passes over other
-    names, mlp_ratio among them.
+    """Settings of the flow's network: `model.params` of config.yaml.
+
+    The defaults are those of the original's HunYuanDiTPlain. That class ignores unknown names, `mlp_ratio`
+    among
+    them.
     """
 
-    input_size: int = 1024  # T
-    in_channels: int = 4  # C
+    input_size: int = 1024  # T, latent tokens
+    in_channels: int = 4  # C, channels of a latent
     hidden_size: int = 1024  # W
-    context_dim: int = 1024  # E
-    depth: int = 24
+    context_dim: int = 1024  # E, channels of a conditioning token
+    depth: int = 24  # number of blocks
     num_heads: int = 16
-    text_len: int = 257  # L
+    text_len: int = 257  # L, conditioning tokens
     qk_norm: bool = False
     qkv_bias: bool = True
-    num_moe_layers: int = 6  # of the last blocks
-    num_experts: int = 8
-    moe_top_k: int = 2
+    num_moe_layers: int = 6  # number of last blocks that have a mixture of experts
+    num_experts: int = 8  # X
+    moe_top_k: int = 2  # k, experts per token
+    # The settings below exist in the original's class, but only the values that Hunyuan3D-2.1 uses are
+    # implemented here.
     norm_type: str = "layer"
     qk_norm_type: str = "rms"
     use_pos_emb: bool = False
@@ -55,7 +63,8 @@ class DenoiserConfig:
     guidance_cond_proj_dim: int | None = None
 
     def __post_init__(self):
-        read = {
+        # Any other value would build another network, so it is rejected with an error.
+        supported = {
             "norm_type": "layer",
             "qk_norm_type": "rms",
             "use_pos_emb": False,
@@ -63,13 +72,15 @@ class DenoiserConfig:
             "with_decoupled_ca": False,
             "guidance_cond_proj_dim": None,
         }
-        odd = [
-            f"{name}={getattr(self, name)!r}" for name, value in read.items() if getattr(self, name) != value
+        unsupported = [
+            f"{name}={getattr(self, name)!r}"
+            for name, value in supported.items()
+            if getattr(self, name) != value
         ]
-        if odd:
+        if unsupported:
             raise ValueError(
-                f"config.yaml, model: expected Hunyuan3D-2.1's form, got {', '.join(odd)}. Others are not"
-                " read."
+                f"config.yaml, model: Hunyuan3D-2.1 does not use {', '.join(unsupported)}, and other variants"
+                " are not supported. Name the files of Hunyuan3D-2.1."
             )
         sizes = (
             self.input_size,
@@ -92,7 +103,7 @@ class DenoiserConfig:
 
 
 class TimeEmbedder(nn.Module):
-    """Sines and cosines of t, then two linear layers -> a token [N, 1, W]."""
+    """Sinusoidal embedding of t followed by two linear layers, [N] -> one token [N, 1, W]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -100,8 +111,10 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
+        # t itself is embedded, in 0..1, not 1000 t as in TRELLIS and SAM 3D.
         half = self.width // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        # In float32 also when the network runs in half precision; only the result is rounded.
         angles = t.float()[:, None] * rates  # [N, W / 2]
         return self.mlp(torch.cat([angles.sin(), angles.cos()], 1).to(next(self.mlp.parameters()).dtype))[
             :, None
@@ -109,16 +122,17 @@ class TimeEmbedder(nn.Module):
 
 
 def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
-    """Projections [N, S, W] each, side by side, dealt to the heads in turn -> [N, S, H, D] each.
+    """Concatenate projections [N, S, W] and split them among the heads in turn, into [N, S, H, D] each.
 
-    Head h takes channels h m D to (h + 1) m D of the m projections in a row, so that its keys may come from
-    what is called to_v.
+    Of m projections side by side, head h takes the channels h m D to (h + 1) m D. A head's keys may therefore
+    come from the layer called to_v. Released weights were trained this way.
     """
+    # [N, S, m W] -> [N, S, H, m D] -> m times [N, S, H, D]
     return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
 
 
 class Attention(nn.Module):
-    """Over the tokens themselves, or over those of a condition."""
+    """Self-attention over the latent tokens, or cross-attention to the conditioning tokens."""
 
     def __init__(self, config: DenoiserConfig, context: int | None = None):
         super().__init__()
@@ -132,11 +146,13 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             nn.RMSNorm(size, eps=EPS) if config.qk_norm else nn.Identity() for _ in range(2)
         )
+        # The output layer always has a bias, even without qkv_bias.
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x [N, S, W]; y: x again, or a condition [N, L, E] -> [N, S, W]."""
+        """Attend from x [N, S, W] to y, which is x again or conditioning tokens [N, L, E]. Returns [N, S, W]."""
         if self.cross:
+            # Queries alone are split among the heads as usual; keys and values are interleaved in pairs.
             (q,) = interleaved(self.heads, self.to_q(x))
             k, v = interleaved(self.heads, self.to_k(y), self.to_v(y))
         else:
@@ -145,7 +161,7 @@ class Attention(nn.Module):
 
 
 class Projected(nn.Module):
-    """A linear layer and GELU."""
+    """A linear layer followed by GELU."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -156,10 +172,11 @@ class Projected(nn.Module):
 
 
 class Expert(nn.Module):
-    """Two layers, under other names."""
+    """Linear layer, GELU, linear layer, with the parameter names that experts have in the checkpoint."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
+        # The identity stands where the original has dropout, so that the last layer is net.2.
         self.net = nn.Sequential(Projected(width, inner), nn.Identity(), nn.Linear(inner, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,7 +184,7 @@ class Expert(nn.Module):
 
 
 class Gate(nn.Module):
-    """Which experts a token goes to, and with what weight."""
+    """Router of a mixture of experts: the experts of each token, and their weights."""
 
     def __init__(self, width: int, experts: int, top_k: int):
         super().__init__()
@@ -175,15 +192,18 @@ class Gate(nn.Module):
         self.top_k = top_k
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, W] -> weights [R, k], which need not sum to 1, and numbers [R, k]. Differentiable in: the
-        weights.
+        """Route tokens [R, W] to experts.
+
+        Returns: weights [R, k], which need not sum to 1, and the numbers [R, k] of the chosen experts.
+        Differentiable in: the weights.
         """
+        # The softmax is over all experts, and the k largest are not normalised again.
         weights, numbers = F.linear(x, self.weight).softmax(-1).topk(self.top_k, -1)
         return weights, numbers
 
 
 class Mixture(nn.Module):
-    """k of X experts for each token, and one for all."""
+    """Mixture of experts: k of X routed experts for each token, plus one shared expert for all tokens."""
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
@@ -196,15 +216,23 @@ class Mixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, 1)  # [R, W]
         weights, numbers = self.gate(rows)
+        # One expert after the other, each on the tokens that chose it. Gradients flow through routed experts,
+        # whereas
+        # the original blocks them in eval mode; it also has a balancing term, which is left out here.
         total = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
+            # row: tokens that chose this expert; place: 0..k-1, whether as their first choice or a later one
             row, place = (numbers == number).nonzero(as_tuple=True)
             total = total.index_add(0, row, (expert(rows[row]) * weights[row, place, None]).to(total.dtype))
         return total.view_as(x) + self.shared_experts(x)
 
 
 class Block(nn.Module):
-    """Skip, self-attention, cross-attention, mlp or mixture; the time is a token among the others."""
+    """Transformer block: optional skip, self-attention, cross-attention, then a perceptron or a mixture of
+    experts.
+
+    The time is not modulated in: it is one of the tokens.
+    """
 
     def __init__(self, config: DenoiserConfig, skip: bool, mixture: bool):
         super().__init__()
@@ -223,9 +251,16 @@ class Block(nn.Module):
         self.mixture = mixture
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
-        """[N, S, W], [N, L, E], what an earlier block made -> [N, S, W]."""
+        """Apply the block.
+
+        Args: x: tokens [N, S, W]. cond: conditioning tokens [N, L, E]. skipped: output [N, S, W] of an
+        earlier block,
+            for blocks with a skip.
+        Returns: [N, S, W].
+        """
         if self.skip:
             assert skipped is not None
+            # Order as trained: the earlier output comes first, and the norm after the linear layer.
             x = self.skip_norm(self.skip_linear(torch.cat([skipped, x], -1)))
         h = self.norm1(x)
         x = x + self.attn1(h, h)
@@ -235,7 +270,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, then the latent's channels; the token of the time goes."""
+    """Norm, then a linear layer to the latent's channels. The token of the time is dropped."""
 
     def __init__(self, width: int, channels: int):
         super().__init__()
@@ -243,44 +278,51 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Token 0 is the time's: [N, S, W] -> [N, T, C]
         return self.linear(self.norm_final(x)[:, 1:])
 
 
 class Denoiser(nn.Module):
-    """model(x [N, T, C], t [N] in 0..1 with data at 1, {"main": tokens [N, L, E]}) -> velocity towards the
-    data, like x.
+    """Flow network: predict the velocity towards the data.
 
-    Differentiable in: everything but t and the choice of experts.
+        model(x [N, T, C], t [N] in 0..1 with data at 1, {"main": tokens [N, L, E]}) -> [N, T, C]
+
+    Differentiable in: everything except t and the choice of experts.
     """
 
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # blocks again in the backward pass, for less memory
+        self.recompute = False  # recompute blocks in the backward pass, which needs less memory
         self.x_embedder = nn.Linear(config.in_channels, config.hidden_size)
         self.t_embedder = TimeEmbedder(config.hidden_size)
         depth = config.depth
         self.blocks = nn.ModuleList(
-            Block(config, i > depth // 2, depth - i <= config.num_moe_layers) for i in range(depth)
+            # The second half takes skips; the last num_moe_layers blocks have experts.
+            Block(config, i > depth // 2, depth - i <= config.num_moe_layers)
+            for i in range(depth)
         )
         self.final_layer = FinalLayer(config.hidden_size, config.in_channels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, contexts: dict[str, torch.Tensor]) -> torch.Tensor:
         config = self.config
         cond = contexts["main"]
+        # The number of tokens is free here: latents are a set, without positions.
         check_shape("Denoiser.x", x, ["N", "T", config.in_channels], "Give latents of this model's size.")
         check_shape(
             "Denoiser.contexts['main']",
             cond,
             [len(x), "L", config.context_dim],
-            "Use the encoder it was trained with.",
+            "Use the image encoder that the model was trained with.",
         )
         dtype = self.x_embedder.weight.dtype
         half = config.depth // 2
+        # The time is the first token: [N, 1 + T, W]
         h = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
         cond = cond.to(dtype)
         kept: list[torch.Tensor] = []
         for number, block in enumerate(self.blocks):
+            # Last in, first out: the first block after the middle takes the output of the last one before it.
             args = (h, cond, kept.pop() if number > half else None)
             h = (
                 checkpoint(block, *args, use_reentrant=False)
@@ -292,50 +334,51 @@ class Denoiser(nn.Module):
         return self.final_layer(h).to(x.dtype)
 
 
-BOUND = 1.01  # half the edge of the cube that shapes lie in
-CHUNK = 8192  # points at once
-_MLP = ("c_fc", "c_proj")  # names of its layers
+BOUND = 1.01  # half the edge length of the cube on which shapes are evaluated
+CHUNK = 8192  # points that are decoded at a time; bounds the memory
+_MLP = ("c_fc", "c_proj")  # the checkpoint's names of the two layers of a perceptron
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What config.yaml calls vae.params, with the defaults of ShapeVAE."""
+    """Settings of the autoencoder: `vae.params` of config.yaml, with the defaults of the class ShapeVAE."""
 
-    num_latents: int  # T
-    embed_dim: int  # C
-    width: int
+    num_latents: int  # T, latent tokens
+    embed_dim: int  # C, channels of a latent
+    width: int  # W of the autoencoder
     heads: int
     num_decoder_layers: int
-    num_freqs: int = 8
-    include_pi: bool = True
+    num_freqs: int = 8  # F
+    include_pi: bool = True  # multiply the frequencies by pi
     qkv_bias: bool = True
     qk_norm: bool = False
-    geo_decoder_mlp_expand_ratio: int = 4
+    geo_decoder_mlp_expand_ratio: int = 4  # hidden width of the point decoder's perceptron, in widths
     geo_decoder_downsample_ratio: int = 1
     geo_decoder_ln_post: bool = True
-    scale_factor: float = 1.0  # latents are multiplied by it before the flow sees them
+    scale_factor: float = 1.0  # the flow's latents are the autoencoder's multiplied by this
     num_encoder_layers: int = 8
-    use_ln_post: bool = True  # of the encoder
-    pc_size: int = 5120  # points that are drawn on a surface
-    pc_sharpedge_size: int = 5120  # and on its sharp edges
-    # numbers of a point besides its place: the normal, and with 4 whether it lies on a sharp edge
+    use_ln_post: bool = True  # whether the encoder ends with a norm
+    pc_size: int = 5120  # points sampled uniformly on a surface
+    pc_sharpedge_size: int = 5120  # points sampled on its sharp edges
+    # Channels of a point besides its position: 3 for the normal; 4 with a flag for sharp edges.
     point_feats: int = 3
-    downsample_ratio: float = 20  # points are kept, so many for each latent
-    label_type: str = "binary"  # of training, as the next two are
+    downsample_ratio: float = 20  # number of points that are kept per latent token
+    label_type: str = "binary"  # concerns training only, as the next two settings do
     drop_path_rate: float = 0.0
     ckpt_path: str | None = None
 
     def __post_init__(self):
         if self.geo_decoder_downsample_ratio != 1 or not self.geo_decoder_ln_post:
+            # Both would add or remove layers; no release uses them.
             raise ValueError(
-                "config.yaml, vae: expected geo_decoder_downsample_ratio 1 and geo_decoder_ln_post, got"
-                " others. Not read."
+                "config.yaml, vae: only geo_decoder_downsample_ratio 1 with geo_decoder_ln_post true is"
+                " supported. Name the files of Hunyuan3D-2.1."
             )
         points = min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio)
         if self.point_feats not in (3, 4) or not self.use_ln_post or points < 1:
             raise ValueError(
-                f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post and points, got {self}. Others"
-                " are not read."
+                f"config.yaml, vae: expected point_feats 3 or 4, use_ln_post true and point counts >= 1, got"
+                f" {self}. Other variants are not supported: restore the file."
             )
         least = min(self.num_latents, self.embed_dim, self.heads, self.num_decoder_layers)
         if least < 1 or self.width % self.heads or self.scale_factor <= 0:
@@ -346,19 +389,19 @@ class AutoencoderConfig:
 
 
 class Heads(nn.Module):
-    """Norms of queries and keys, head by head."""
+    """Attention with optional layer norms of queries and keys, head by head."""
 
     def __init__(self, size: int, norm: bool):
         super().__init__()
         self.q_norm, self.k_norm = (nn.LayerNorm(size, eps=1e-6) if norm else nn.Identity() for _ in range(2))
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """[N, S, H, D] each -> [N, S, W]."""
+        """Attend with q, k, v of [N, S, H, D] each and join the heads: [N, S, W]."""
         return attend(self.q_norm(q), self.k_norm(k), v).flatten(2)
 
 
 class SelfAttention(nn.Module):
-    """One layer makes queries, keys and values, head by head."""
+    """Self-attention whose queries, keys and values come from one linear layer, head by head."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -369,11 +412,12 @@ class SelfAttention(nn.Module):
         self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # [N, S, 3 W] -> [N, S, H, 3 D] -> q, k, v: the three are side by side within each head.
         return self.c_proj(self.attention(*self.c_qkv(x).unflatten(-1, (self.heads, -1)).chunk(3, -1)))
 
 
 class CrossAttention(nn.Module):
-    """From points to latents."""
+    """Cross-attention from points to latents."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -385,12 +429,13 @@ class CrossAttention(nn.Module):
         self.attention = Heads(width // config.heads, config.qk_norm)
 
     def forward(self, x: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+        # q [N, P, H, D]; kv [N, S, H, 2 D], keys first
         q, kv = (y.unflatten(-1, (self.heads, -1)) for y in (self.c_q(x), self.c_kv(data)))
         return self.c_proj(self.attention(q, *kv.chunk(2, -1)))
 
 
 class ResidualBlock(nn.Module):
-    """Attention, mlp."""
+    """Pre-norm block: self-attention, then a perceptron."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -404,7 +449,7 @@ class ResidualBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention, mlp."""
+    """Pre-norm block: cross-attention from points x to latents `data`, then a perceptron."""
 
     def __init__(self, config: AutoencoderConfig, expand: int):
         super().__init__()
@@ -418,16 +463,20 @@ class CrossBlock(nn.Module):
 
 
 def embedded(points: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
-    """Places [..., 3] -> themselves, sines and cosines of 2^j times each coordinate, [..., 3 (2 F + 1)]."""
+    """Embed positions [..., 3] by themselves and the sines and cosines of 2^j times each coordinate.
+
+    Returns: [..., 3 (2 F + 1)]; with include_pi the frequencies are 2^j pi.
+    """
     rates = 2.0 ** torch.arange(config.num_freqs, dtype=torch.float32, device=points.device) * (
         torch.pi if config.include_pi else 1
     )
+    # Coordinate by coordinate: all F angles of x, then of y, then of z.
     angles = (points[..., None] * rates).flatten(-2)  # [..., 3 F]
     return torch.cat([points, angles.sin(), angles.cos()], -1)
 
 
 class PointDecoder(nn.Module):
-    """Points and latents -> a number, positive inside."""
+    """Decode points and latents to a scalar per point, positive inside the shape."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -438,13 +487,13 @@ class PointDecoder(nn.Module):
         self.output_proj = nn.Linear(config.width, 1)
 
     def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """[N, P, 3], [N, T, W] -> [N, P]."""
+        """Decode points [N, P, 3] with latents [N, T, W] to values [N, P]."""
         x = self.cross_attn_decoder(self.query_proj(embedded(points, self.config).to(latents.dtype)), latents)
         return self.output_proj(self.ln_post(x))[..., 0]
 
 
 class Transformer(nn.Module):
-    """Blocks in turn."""
+    """A sequence of residual blocks."""
 
     def __init__(self, config: AutoencoderConfig, layers: int):
         super().__init__()
@@ -457,7 +506,7 @@ class Transformer(nn.Module):
 
 
 class ShapeDecoder(nn.Module):
-    """The half of the autoencoder that makes shapes of latents."""
+    """The half of the autoencoder that decodes latents to shapes."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -467,28 +516,35 @@ class ShapeDecoder(nn.Module):
         self.geo_decoder = PointDecoder(config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents as the flow sees them, [N, T, C] -> what points are asked of, [N, T, W]."""
+        """Transform latents in the flow's scale [N, T, C] to the features [N, T, W] that the point decoder
+        reads.
+        """
         return self.transformer(self.post_kl(latents / self.config.scale_factor))
 
     @torch.no_grad()
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
-        """What `forward` made of one shape [1, T, W] -> numbers at the product of axis[x], axis and axis,
-        [., R, R] on the CPU.
+        """Evaluate one shape on a slice of a regular grid.
+
+        Args: decoded: what `forward` returned for the shape, [1, T, W]. axis: coordinates of the grid along
+        each
+            axis, [R]. x: the slice along the first axis.
+        Returns: values at the product of axis[x], axis and axis, [len(axis[x]), R, R], on the CPU.
         """
         side = len(axis)
         planes = len(axis[x])
         numbers = []
-        for some in torch.arange(planes * side**2, device=axis.device).split(CHUNK):
-            places = (axis[x][some // side**2], axis[some // side % side], axis[some % side])
+        # Flat numbers of grid points, the last axis fastest; each chunk is decoded and moved to the CPU.
+        for chunk in torch.arange(planes * side**2, device=axis.device).split(CHUNK):
+            places = (axis[x][chunk // side**2], axis[chunk // side % side], axis[chunk % side])
             numbers.append(self.geo_decoder(torch.stack(places, 1)[None], decoded)[0].float().cpu())
         return torch.cat(numbers).view(planes, side, side)
 
 
-# The way back: a surface's points -> latents.
+# The encoder: points on a surface -> latents.
 
 
 class PointEncoder(nn.Module):
-    """Points that ask, and points that are asked -> [N, T, W]."""
+    """Encode query points and data points to features [N, T, W]."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -499,15 +555,19 @@ class PointEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(config.width)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """[N, T, 3 + f] and [N, M, 3 + f]: places, normals, perhaps the flag of a sharp edge."""
-        seen = [torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1) for x in (queries, points)]
-        return self.ln_post(
-            self.self_attn(self.cross_attn(*(self.input_proj(x.to(self.input_proj.weight)) for x in seen)))
-        )
+        """Encode queries [N, T, 3 + f] that attend to points [N, M, 3 + f].
+
+        The channels are the position, the normal and, where the config has it, the flag of a sharp edge.
+        """
+        # Positions are embedded; normals and the flag enter as they are.
+        features = [torch.cat([embedded(x[..., :3], self.config), x[..., 3:]], -1) for x in (queries, points)]
+        # One input layer serves queries and points alike.
+        projected = [self.input_proj(x.to(self.input_proj.weight)) for x in features]
+        return self.ln_post(self.self_attn(self.cross_attn(*projected)))
 
 
 class ShapeEncoder(nn.Module):
-    """The half of the autoencoder that makes latents of a surface's points."""
+    """The half of the autoencoder that encodes points on a surface to latents."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -516,15 +576,19 @@ class ShapeEncoder(nn.Module):
         self.pre_kl = nn.Linear(config.width, 2 * config.embed_dim)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> mean and logarithm of the variance, [N, T, C] each, not yet as the flow sees them."""
+        """Compute the mean and the log-variance of the latents, [N, T, C] each, in the autoencoder's scale."""
         mean, logvar = self.pre_kl(self.encoder(queries, points)).chunk(2, -1)
         return mean, logvar.clamp(-30, 20)
 
     @torch.no_grad()
     def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Points of a surface [P, 3 + f], those on sharp edges last -> the mean [T, C] as the flow sees it;
-        which are kept is drawn.
+        """Encode a surface to the mean latent [T, C] in the flow's scale.
+
+        Args: surface: points [P, 3 + f], those on sharp edges last. draw: random generator that chooses the
+        points
+            that are kept.
         """
+        # The choice is made on the CPU, so that it does not depend on the device.
         device = self.pre_kl.weight.device
         queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
         return self(queries, points)[0][0] * self.config.scale_factor
@@ -533,25 +597,31 @@ class ShapeEncoder(nn.Module):
 def chosen(
     surface: torch.Tensor, config: AutoencoderConfig, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries [T, .] and kept points [M, .] of a surface's: from even ones and from those on sharp edges, to
-    each by their share.
+    """Choose query points [T, 3 + f] and data points [M, 3 + f] of a surface.
+
+    Uniform points and points on sharp edges each supply their share of both.
     """
     parts = surface.split([config.pc_size, config.pc_sharpedge_size])
     queries = []
     kept = []
     for part in parts:
-        wanted = len(part) / len(surface) * config.num_latents
-        some = part[torch.randperm(len(part), generator=draw)[: int(wanted * config.downsample_ratio)]]
-        queries.append(some[farthest(some[:, :3], math.ceil(wanted - 1e-6), draw)])
-        kept.append(some)
+        share = len(part) / len(surface) * config.num_latents  # queries of this part, not yet whole
+        subset = part[torch.randperm(len(part), generator=draw)[: int(share * config.downsample_ratio)]]
+        # The 1e-6 keeps a share that is whole but for rounding from gaining a query.
+        queries.append(subset[farthest(subset[:, :3], math.ceil(share - 1e-6), draw)])
+        kept.append(subset)
     return torch.cat(queries), torch.cat(kept)
 
 
 def farthest(points: torch.Tensor, count: int, draw: torch.Generator) -> torch.Tensor:
-    """Numbers [count] of points [P, 3], each the farthest from those before it; the first one is drawn."""
+    """Choose `count` of the points [P, 3] by farthest point sampling; the first one is random.
+
+    Returns: their numbers [count], each point the farthest from all those before it.
+    """
     numbers = torch.zeros(count, dtype=torch.int64)
     if count:
         numbers[0] = torch.randint(len(points), (), generator=draw)
+    # Squared distance of every point to the nearest chosen one, updated after each choice.
     nearest = torch.full([len(points)], torch.inf)
     for i in range(1, count):
         nearest = torch.minimum(nearest, (points - points[numbers[i - 1]]).square().sum(1))

@@ -1,7 +1,8 @@
-"""From the names of latent diffusion's own files to those of diffusers and transformers, and the sizes that a
-U-Net's shapes tell.
+"""Conversion of latent diffusion's published files to the names of diffusers and transformers.
 
-State dicts go in and come out; tensors are shared, but for 1 x 1 convolutions that become linear layers.
+State dicts are renamed; tensors are shared, except for 1 x 1 convolutions that become linear layers. The
+sizes of a U-Net are derived from the shapes of its tensors.
+
 Shape letters: C channels.
 """
 
@@ -14,6 +15,7 @@ import torch
 from eg3d_rlhf.models.weights import count, shape_of
 
 State = dict[str, torch.Tensor]
+# All tables: beginning of a name in latent diffusion's files -> beginning in diffusers.
 UNET = {
     "time_embed.0.": "time_embedding.linear_1.",
     "time_embed.2.": "time_embedding.linear_2.",
@@ -51,11 +53,11 @@ VAE_ATTENTION = {
     "proj_out.": "to_out.0.",
 }
 
-CLIP = (  # open_clip -> transformers, in turn
+CLIP = (  # regular expressions, open_clip -> transformers, applied one after the other
     (r"^visual\.(class_embedding)$", r"vision_model.embeddings.\1"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # spelled so in transformers
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
     (r"^visual\.proj$", "visual_projection.weight"),
@@ -72,17 +74,19 @@ CLIP = (  # open_clip -> transformers, in turn
 
 
 def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """New name of the beginning of every name: which block of LDM's flat lists is which part of diffusers'
-    tree.
+    """Map the beginnings of a U-Net's names to diffusers' names.
 
-    A level ends with the block that holds nothing but a resampling; an up block carries its upsampling as its
-    last part.
+    LDM numbers its blocks in flat lists, diffusers in a tree of levels. A level ends with the block that
+    holds
+    only a resampling. An up block carries its upsampling as its last part.
     """
     names = dict(UNET)
     level = 0
     part = 0
+    # Block 0 is the input convolution, which the table UNET renames.
     for i in range(1, count(state, "input_blocks.")):
         block = f"input_blocks.{i}."
+        # ".op" is a downsampling: it closes the level.
         if any(n.startswith(f"{block}0.op.") for n in state):
             names[f"{block}0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
             level = level + 1
@@ -101,6 +105,7 @@ def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
             f"up_blocks.{level}.attentions.{part}.",
         )
         part += 1
+        # The upsampling is part 1 of a block without attention, else part 2.
         resampled = [
             n[: -len("conv.weight")]
             for n in state
@@ -114,12 +119,14 @@ def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
-    """A U-Net's state dict (without the prefix model.diffusion_model.) under diffusers' names; unknown names
-    stay.
+    """Rename a U-Net's state dict (without the prefix model.diffusion_model.) to diffusers' names.
+
+    Unknown names stay as they are.
     """
     names = unet_names(state)
     new = {}
     for name, tensor in state.items():
+        # The longest match wins: an upsampling "output_blocks.2.1.conv." also begins with "output_blocks.2.1.".
         start = max((old for old in names if name.startswith(old)), key=len, default="")
         rest = name.removeprefix(start)
         if "resnets." in names.get(start, ""):
@@ -131,8 +138,9 @@ def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
-    """An autoencoder's state dict (without first_stage_model.) under diffusers' names. LDM counts up blocks
-    from the picture.
+    """Rename an autoencoder's state dict (without the prefix first_stage_model.) to diffusers' names.
+
+    LDM numbers up blocks from the image inwards, diffusers in the order of computation.
     """
     ups = count(state, "decoder.up.")
     new = {}
@@ -149,6 +157,7 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
         )
         for old, now in VAE.items():
             name = name.replace(old, now) if f".{old}" in name else name
+        # LDM's attention uses 1 x 1 convolutions [C, C, 1, 1], diffusers linear layers [C, C].
         before, mark, rest = name.partition("attentions.0.")
         if mark:
             rest = next(
@@ -160,24 +169,27 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def to_transformers_clip(state: Mapping[str, torch.Tensor]) -> State:
-    """open_clip's network as transformers' CLIPModel; unknown names stay."""
+    """Rename the state dict of open_clip's network to transformers' CLIPModel. Unknown names stay."""
     new: State = {}
     for name, tensor in state.items():
         for old, now in CLIP:
             name = re.sub(old, now, name)
+        # open_clip stacks the projections of queries, keys and values in one matrix [3 C, C].
         stem, mark, part = name.partition("attn.in_proj_")
         if mark:
             new |= {
                 f"{stem}self_attn.{q}_proj.{part}": x for q, x in zip("qkv", tensor.chunk(3), strict=True)
             }
         else:
+            # open_clip multiplies by its projections from the right, so they are transposed linear layers.
             new[name] = tensor.T if name.endswith("_projection.weight") else tensor
     return new
 
 
 def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> State:
-    """open_clip's text half (transformer.resblocks.*, ln_final, ...) as the first `layers` layers of
-    transformers' CLIPTextModel.
+    """Rename open_clip's text half to the first `layers` layers of transformers' CLIPTextModel.
+
+    The text half is transformer.resblocks.*, ln_final, ... Stable Diffusion 2 leaves out the last layer.
     """
     last = f"text_model.encoder.layers.{layers}."
     return {
@@ -188,19 +200,20 @@ def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> Stat
 
 
 def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) -> dict[str, Any]:
-    """Arguments of diffusers' UNet2DConditionModel that a state dict's shapes tell (LDM's names, without
-    their prefix).
+    """Derive the arguments of diffusers' UNet2DConditionModel from the shapes of a state dict.
 
-    Linear projections about the attention mean Stable Diffusion 2's form, heads of 64 channels; convolutions
-    that of 1.x, 8 heads.
+    The names are LDM's without their prefix. Linear projections around the attention mean the form of Stable
+    Diffusion 2, with heads of 64 channels. Convolutions mean that of 1.x, with 8 heads.
 
-    Args: image_size: pixels per side of the latents. Raises: ValueError for another network's file.
+    Args: who: name that error messages begin with. image_size: pixels per side of the latents.
+    Raises: ValueError for the file of another network.
     """
     first = shape_of(state, "input_blocks.0.0.weight", who, 4)
     names = unet_names(state)
     channels = {}
     attention = {}
     layers = 0
+    # Channels and attention are read per level, from the first block that shows them.
     for block, target in names.items():
         match = re.match(r"down_blocks\.(\d+)\.(resnets|attentions)\.(\d+)", target)
         if match and match[2] == "resnets":
@@ -210,11 +223,13 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
             attention[int(match[1])] = block
     if not channels or 0 not in attention and not attention:
         raise ValueError(
-            f"{who}: expected a U-Net with attention, got no such blocks. Is it another network's file?"
+            f"{who}: the file holds no attention blocks of a U-Net. It may belong to another network: name"
+            " the U-Net's file."
         )
     block = next(iter(attention.values()))
     linear = state[f"{block}proj_in.weight"].ndim == 2
     widths = [channels[level] for level in sorted(channels)]
+    # MVDream's network also embeds the camera, which diffusers treats as a class embedding.
     camera = state.get("camera_embed.0.weight")
     down = tuple(
         "CrossAttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(len(widths))
@@ -228,6 +243,7 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
         "down_block_types": down,
         "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)),
         "use_linear_projection": linear,
+        # diffusers calls the number of heads attention_head_dim here
         "attention_head_dim": tuple(max(width // 64, 1) for width in widths) if linear else 8,
         "cross_attention_dim": shape_of(state, f"{block}transformer_blocks.0.attn2.to_k.weight", who, 2)[1],
         "class_embed_type": None if camera is None else "projection",

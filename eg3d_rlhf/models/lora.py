@@ -1,11 +1,12 @@
-"""Low-rank adapters on named linear layers: the base stays as it is, and the same network with its adapters
-off is the reference.
+"""Low-rank adapters (LoRA) on named linear layers.
+
+The base weights stay unchanged. The same network with its adapters switched off is the reference model.
 
     y = W x + b + (alpha / rank) B A dropout(x)        Hu et al. 2021, LoRA, equation 3
 
 A [rank, in] is random and B [out, rank] zero at the start, so that an untrained adapter changes nothing.
-Parameters are called as PEFT calls them, less the name it gives an adapter: X.base_layer.weight,
-X.lora_A.weight, X.lora_B.weight.
+Parameters have PEFT's names without the name of an adapter: X.base_layer.weight, X.lora_A.weight,
+X.lora_B.weight.
 """
 
 import contextlib
@@ -24,14 +25,16 @@ BASE = ".base_layer"
 
 
 class _Adapted(torch.autograd.Function):
-    """W x + b + scale B A x of a frozen W and b."""
+    """Compute W x + b + scale B A x with a frozen W and b in one autograd node."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale):
+        # Neither y nor W x is kept for the backward pass: only the input and the low-rank product are.
         low = product(x, a)  # [..., rank]
         ctx.save_for_backward(x, low, weight, a, b)
         ctx.scale = scale
         y = product(x, weight, bias)
+        # In place, so that no second tensor of the output's size exists. [rows, rank] x [rank, out]
         y.view(-1, len(b)).addmm_(low.flatten(0, -2), b.t(), alpha=scale)
         return y
 
@@ -39,30 +42,38 @@ class _Adapted(torch.autograd.Function):
     @once("LoraLinear")
     def backward(ctx, grad):
         x, low, weight, a, b = ctx.saved_tensors
+        # All leading axes are rows: [..., out] -> [rows, out].
         rows = grad.flatten(0, -2)
         to_x = None
         to_low = ctx.scale * product(rows, b.t())  # [T, rank]
         if ctx.needs_input_grad[0]:
+            # dL/dx = W^T g + A^T (scale B^T g), summed in place
             to_x = product(rows, weight.t()).addmm_(to_low, a).view_as(x)
+        # dL/dA = (scale B^T g)^T x and dL/dB = scale g^T (A x)
         to_a = product(to_low.t(), x.flatten(0, -2).t())
         to_b = ctx.scale * product(rows.t(), low.flatten(0, -2).t())
         return to_x, None, None, to_a, to_b, None
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its adapter. The adapter, zero as made, computes in float32 at least, whatever the
-    base is in.
+    """A frozen linear layer with an adapter, whose B is zero at the start.
+
+    The adapter computes in float32 at least, also where the base is in half precision: small updates would
+    otherwise be lost to rounding.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         weight = base_layer.weight
+        # Adapters live on the base's device; half precision is widened to float32.
         kind = {
             "bias": False,
             "device": weight.device,
             "dtype": torch.promote_types(weight.dtype, torch.float32),
         }
         self.base_layer = base_layer
+        # skip_init draws nothing from torch's global random state, so adding adapters does not shift later
+        # draws.
         self.lora_A = nn.utils.skip_init(nn.Linear, base_layer.in_features, rank, **kind)
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **kind)
         nn.init.zeros_(self.lora_A.weight)
@@ -73,14 +84,18 @@ class LoraLinear(nn.Module):
         self.active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]; exactly the base layer where the adapter is off."""
+        """Apply the layer, [..., in] -> [..., out]. With the adapter off the result is exactly the base
+        layer's.
+        """
         base = self.base_layer
         scale = self.alpha / self.rank
         if self.active and fits(x, base.weight) and not (self.dropout and self.training):
+            # The fused node has no dropout and its base must be float32 on a CPU with oneDNN (`fits`).
             return _Adapted.apply(x, base.weight, base.bias, self.lora_A.weight, self.lora_B.weight, scale)
         y = base(x)
         if not self.active:
             return y
+        # The general path: the adapter's product is computed in its own precision and then rounded to y's.
         x = x.to(self.lora_A.weight.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
@@ -88,42 +103,51 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's, for networks that read its type or shape; computing with it leaves the adapter out."""
+        """Return the base's weight, for networks that read its dtype or shape.
+
+        A computation that uses it leaves the adapter out.
+        """
         return self.base_layer.weight
 
     def update(self) -> torch.Tensor:
-        """What the adapter adds to the weight, [out, in], in its own type."""
+        """Compute the matrix [out, in] that the adapter adds to the weight, in the adapter's dtype."""
         return self.alpha / self.rank * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
 
     def merged_weight(self) -> torch.Tensor:
-        """Weight and update in one, [out, in], rounded to the base's type."""
+        """Compute the sum of weight and update, [out, in], rounded to the base's dtype."""
         update = self.update()
         weight = self.base_layer.weight.detach()
+        # The sum is made in the adapter's precision and rounded once.
         return (weight.to(update.dtype) + update).to(weight.dtype)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
-    """Put adapters on the target layers, in place, and freeze everything else; returns the layers' names.
+    """Put adapters on the target layers, in place, and freeze everything else. Returns the names of the
+    layers.
 
-    A is uniform within 1 / sqrt(in) (He et al. 2015, as linear layers start), drawn on the CPU from `seed` in
-    the order of the layers.
-    Raises: ValueError for a target that is not there, or is no plain linear layer; for a model that has
-        adapters.
+    A is uniform within 1 / sqrt(in) (He et al. 2015, the initialisation of linear layers). It is drawn on the
+    CPU
+    from `seed` in the order of the layers, so that it does not depend on the device.
+
+    Raises: ValueError for a target that does not exist or is no ordinary linear layer, and for a model that
+        already has adapters.
     """
+    # Duplicates are kept: a layer that two parts share can be named by either of its names.
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [n for n in modules if any(matches(n, t) for t in config.targets)]
     missing = [t for t in config.targets if not any(matches(n, t) for n in names)]
     if missing:
-        there = (
+        available = (
             ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if _is_linear(m)})) or "none"
         )
         who = f"add_lora({type(model).__name__})"
         raise ValueError(
-            f"{who}: expected layers named {', '.join(missing)}, got linear layers named {there}. Name"
-            " targets among these."
+            f"{who}: no layer is named {', '.join(missing)}. The linear layers of this network are named"
+            f" {available}. Choose targets among these."
         )
     layers = attach(model, names, config.rank, config.alpha, config.dropout)
     generator = torch.Generator().manual_seed(seed)
+    # A shared layer appears under several names but has one adapter, so it is drawn once.
     for layer in dict.fromkeys(layers.values()):
         A = layer.lora_A.weight
         bound = 1 / math.sqrt(layer.base_layer.in_features)
@@ -135,51 +159,57 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
 def attach(
     model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> dict[str, LoraLinear]:
-    """Wrap the linear layers of these names, in place, with adapters that are zero; everything else is
-    frozen.
+    """Wrap the named linear layers with zero adapters, in place, and freeze everything else.
+
+    Returns: the wrapped layers by name.
+    Raises: ValueError for a network that already has adapters, and for layers that are not linear.
     """
     if adapted_layers(model):
         raise ValueError(
-            f"add_lora: expected a network without adapters, got one with {len(adapted_layers(model))}. Merge"
-            " them first (merged_state)."
+            f"add_lora: the network already has {len(adapted_layers(model))} adapters. Merge them first"
+            " (merged_state)."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     names = list(names)
-    odd = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
-    if odd:
+    unsuitable = [f"{n} ({type(modules[n]).__name__})" for n in names if not _is_linear(modules[n])]
+    if unsuitable:
         raise ValueError(
-            f"add_lora: expected linear layers on plain tensors, got {', '.join(odd[:4])}. Choose other"
-            " targets."
+            f"add_lora: expected linear layers on ordinary tensors, got {', '.join(unsuitable[:4])}. Choose"
+            " other targets."
         )
     model.requires_grad_(False)
     wrapped: dict[nn.Module, LoraLinear] = {}  # a layer that is used under two names keeps one adapter
     for name in names:
         if modules[name] not in wrapped:
+            # The wrapper inherits the mode: a network in training mode gets adapters with dropout.
             wrapped[modules[name]] = LoraLinear(modules[name], rank, alpha, dropout).train(
                 modules[name].training
             )
-        owner, _, own = name.rpartition(".")
-        setattr(modules[owner], own, wrapped[modules[name]])
+        owner, _, attribute = name.rpartition(".")
+        setattr(modules[owner], attribute, wrapped[modules[name]])
     return {name: wrapped[modules[name]] for name in names}
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it computes W x + b of tensors; subclasses may take other inputs."""
+    """Return whether a module computes W x + b of tensors.
+
+    Subclasses of nn.Linear with another `forward` may take other inputs and do not count.
+    """
     return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, Linear.forward)
 
 
 def matches(name: str, target: str) -> bool:
-    """Whether a layer's name is the target or ends in it, by whole parts."""
+    """Return whether a layer's name equals the target or ends in it, compared by whole parts between dots."""
     return name == target or name.endswith(f".{target}")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The layers with adapters, by the name that the layer had before."""
+    """Return the layers that have adapters, by the names that the layers had before."""
     return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoraLinear)}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, each once, in the order of the layers."""
+    """Return the parameters of all adapters, each once, in the order of the layers."""
     return [
         p
         for layer in dict.fromkeys(adapted_layers(model).values())
@@ -188,6 +218,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of all adapters by name, such as blocks.0.attn.to_q.lora_A.weight."""
     layers = adapted_layers(model).items()
     return {
         f"{name}.{part}.weight": getattr(layer, part).weight.detach()
@@ -198,16 +229,16 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the network computes as its base does, to the last bit. Nests; run no backward pass within
-    it.
+    """Switch all adapters off inside the block: the network then computes bitwise what its base does.
+
+    Blocks may be nested. No backward pass may run inside one.
 
     Raises: ValueError for a network without adapters.
     """
     layers = adapted_layers(model).values()
     if not layers:
-        raise ValueError(
-            "adapters_off: expected a network with adapters, got one without. Call add_lora first."
-        )
+        raise ValueError("adapters_off: the network has no adapters. Call add_lora first.")
+    # The former states are restored, not simply switched on, so that blocks may be nested.
     before = [(layer, layer.active) for layer in layers]
     try:
         for layer in layers:
@@ -219,30 +250,34 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict with the adapters worked into the weights, under the base's plain names and in its types and
-    order.
+    """Return a state dict in which the adapters are merged into the weights.
+
+    Names, dtypes and order are those of the base.
     """
     layers = adapted_layers(model)
     state = {}
     for key, value in model.state_dict().items():
+        # "X.base_layer.weight" is owner "X.base_layer" and leaf "weight"; the owner is stem "X" and part
+        # "base_layer".
         owner, _, leaf = key.rpartition(".")
         stem, _, part = owner.rpartition(".")
         if part == BASE[1:] and stem in layers:
             state[f"{stem}.{leaf}"] = layers[stem].merged_weight() if leaf == "weight" else value
+        # The adapters' own entries are dropped, all others pass unchanged.
         elif not (part in ("lora_A", "lora_B") and stem in layers):
             state[key] = value
     return state
 
 
 def merge_rounding(model: nn.Module) -> float:
-    """How much of the update is lost where weights are rounded to the base's type: norm of the rounding over
-    norm of the update.
+    """Compute the share of the update that is lost when weights are rounded to the base's dtype.
 
-    Near 0 for a float32 base. Training that moved float16 weights little may lose much of what it learned:
-    keep the adapter then.
+    It is the norm of the rounding error over the norm of the update, near 0 for a float32 base. Training that
+    moved float16 weights little may lose much of its effect: keep the adapter then, and do not merge.
     """
     lost = size = 0.0
     for layer in dict.fromkeys(adapted_layers(model).values()):
+        # In float64, so that the measurement adds no rounding of its own.
         update = layer.update().double()
         weight = layer.base_layer.weight.detach().double()
         lost += float((layer.merged_weight().double() - weight - update).square().sum())

@@ -1,8 +1,9 @@
-"""ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5: the stride is in the 3x3 convolution. As a
-frozen backbone, whose weights come from a local file in torchvision's format; torchvision itself is not
-needed and nothing is fetched.
+"""ResNet-50 (He et al. 2016, arXiv 1512.03385), version 1.5, as a frozen backbone.
 
-Letters: N samples, C channels, H, W = rows and columns.
+In version 1.5 the stride is in the 3x3 convolution. The weights come from a local file in torchvision's
+format. torchvision itself is not needed and nothing is downloaded.
+
+Shape letters: N samples, C channels, H, W rows and columns.
 """
 
 from pathlib import Path
@@ -15,13 +16,14 @@ from eg3d_rlhf.models.weights import fill, read
 from training.networks import state_hash
 
 FEATURES = 2048  # channels of the last stage
-_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, inner channels
-_CLASSIFIER = ("fc.weight", "fc.bias")  # the ImageNet classes, not used
+_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # per stage: number of blocks, inner channels
+_CLASSIFIER = ("fc.weight", "fc.bias")  # entries of the ImageNet classifier, which is not used
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride here), 1x1, each with batch normalisation, and a shortcut around them:
-    [N, C, H, W] -> [N, 4 * inner, ...].
+    """1x1, 3x3 (with the stride) and 1x1 convolution with batch normalisation, and a shortcut around them.
+
+    [N, C, H, W] -> [N, 4 * inner, H / stride, W / stride].
     """
 
     def __init__(self, channels: int, inner: int, stride: int):
@@ -33,6 +35,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(inner, 4 * inner, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * inner)
         self.downsample: nn.Module | None = None
+        # The shortcut needs a projection where the block changes the size or the number of channels.
         if stride != 1 or channels != 4 * inner:
             self.downsample = nn.Sequential(
                 nn.Conv2d(channels, 4 * inner, 1, stride, bias=False), nn.BatchNorm2d(4 * inner)
@@ -45,8 +48,9 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Images [N, 3, H, W] -> means over the last stage [N, 2048]. Names are torchvision's; there is no
-    classifier.
+    """Images [N, 3, H, W] -> features [N, 2048], the mean over positions of the last stage.
+
+    Parameter names are torchvision's. There is no classifier.
     """
 
     def __init__(self) -> None:
@@ -55,6 +59,7 @@ class ResNet50(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         channels = 64
         for number, (blocks, inner) in enumerate(_STAGES, 1):
+            # The first stage keeps the resolution, because max pooling has halved it already.
             strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
             stage = nn.Sequential()
             for stride in strides:
@@ -66,23 +71,23 @@ class ResNet50(nn.Module):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         for number in range(1, len(_STAGES) + 1):
             x = getattr(self, f"layer{number}")(x)
+        # Global average pooling: [N, 2048, H / 32, W / 32] -> [N, 2048]
         return x.mean(dim=(2, 3))
 
 
 def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
-    """A frozen ResNet-50 in eval mode with the weights of a state dict, a .pth or .safetensors file. Nothing
-    in it is executed.
+    """Load a frozen ResNet-50 in eval mode from a .pth or .safetensors state dict. Nothing in it is executed.
 
-    Args: sha256: of the backbone that a reward was trained on (`state_hash` of it); None accepts any.
-    Raises: FileNotFoundError; ValueError for another network's weights, and for those of another backbone
-        than `sha256`.
+    Args: sha256: `state_hash` of the backbone that a reward was trained on; None accepts any backbone.
+    Raises: FileNotFoundError; ValueError for the weights of another network, and for a backbone whose hash
+        differs from `sha256`.
     """
     path = Path(path)
     state = {name: value for name, value in read(path, "--backbone").items() if name not in _CLASSIFIER}
     network = fill(ResNet50(), state, f"--backbone={path}")
     if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(
-            f"--backbone={path}: expected the backbone {sha256[:12]}... that the reward was trained on, got"
-            f" {digest[:12]}... Its scores would mean nothing; name the right file."
+            f"--backbone={path}: the reward was trained on the backbone {sha256[:12]}..., but this file is"
+            f" {digest[:12]}... Its scores would be meaningless. Name the file of the right backbone."
         )
     return network.eval().requires_grad_(False)

@@ -1,17 +1,17 @@
-"""SAM 3D's networks: the flow of shape and pose, the flow on the shape's voxels, and what both are told of a
-picture.
+"""SAM 3D's networks: the flow of shape and pose, the flow on the shape's voxels, and their image embedder.
 
-In the first, the shape's tokens and those of the pose go through a transformer with layers for each
-(a mixture of transformers). Its latent is a dictionary of tensors. Each has an input layer, positions and an
-output layer of its own; those that share a transformer are one group of tokens. Self-attention is over the
-tokens of all groups, but the shape sees itself alone, and the others see its keys and values without
-gradient: the shape does not depend on the pose, and no error of the pose pulls at it (Chen et al. 2025, SAM
-3D; Liang et al. 2024, Mixture-of-Transformers). The step size d of a shortcut model (Frans et al. 2024) is
-embedded as the time is, and added to it; d = 0 is the plain flow.
+The first flow is a mixture of transformers: the tokens of the shape and those of the pose go through one
+transformer with separate layers for each. Its latent is a dictionary of tensors. Each tensor has its own
+input layer, positions and output layer; tensors that share a transformer form one group of tokens.
+Self-attention covers the tokens of all groups, with one exception. The shape attends only to itself, and the
+others read its keys and values without gradient. The shape therefore does not depend on the pose, and errors
+of the pose send no gradient into it (Chen et al. 2025, SAM 3D; Liang et al. 2024, Mixture-of-Transformers).
+The step size d of a shortcut model (Frans et al. 2024) is embedded as the time is and added to it; d = 0 is
+the ordinary flow.
 
-Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A its
-channels; of the embedder N samples, E channels of an encoder, W of the condition, p patch edge in pixels, h
-patches per side, L tokens.
+Shape letters as in trellis/blocks.py; T_g tokens of a group g, S tokens of a tensor of the dictionary, A
+channels of such a tensor. In the embedder: N samples, E channels of an encoder, W channels of a conditioning
+token, p pixels per side of a patch, h patches per side, L tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ from eg3d_rlhf.models.dino import Dino, DinoConfig, standardised
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig
 
-SHAPE = "shape"  # the tensor of the dictionary that is protected, a group by itself
-Tokens = dict[str, torch.Tensor]  # by group [N, T_g, C], or by name of the dictionary [N, S, A]
+SHAPE = "shape"  # the tensor of the dictionary that does not depend on the others; a group by itself
+Tokens = dict[str, torch.Tensor]  # group -> [N, T_g, C], or name in the dictionary -> [N, S, A]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """One tensor of the dictionary."""
+    """Size of one tensor of the dictionary."""
 
     in_channels: int  # A
     tokens: int  # S
-    # of the grid that the tokens lie on; None: on none, and their positions are learnt
+    # Points per axis of the grid on which the tokens lie. None: there is no grid, and positions are learnt.
     resolution: int | None = None
 
     def __post_init__(self):
@@ -46,31 +46,31 @@ class LatentConfig:
             self.resolution is not None and self.resolution**3 != self.tokens
         ):
             raise ValueError(
-                f"LatentConfig: expected channels, tokens >= 1, resolution^3 of them on a grid, got {self}."
-                " Correct it."
+                "LatentConfig: expected in_channels and tokens >= 1, and tokens = resolution^3 on a grid, got"
+                f" {self}. Correct the file of the generator."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """What the first flow's file says of its network."""
+    """Settings of the first flow's network, as its file states them."""
 
-    latents: Mapping[str, LatentConfig]  # in order
-    model_channels: int
-    cond_channels: int
+    latents: Mapping[str, LatentConfig]  # by name; the order is that of the tokens
+    model_channels: int  # C
+    cond_channels: int  # channels of a conditioning token
     num_blocks: int
     num_heads: int | None = None  # or model_channels / num_head_channels
     num_head_channels: int = 64
     mlp_ratio: float = 4
-    # group -> what is in it; others are alone
+    # Group -> names of its tensors. A tensor that is in no list forms a group by itself.
     latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    is_shortcut_model: bool = False  # whether it reads a step size
-    share_mod: bool = False
-    qk_rms_norm: bool = False  # the original cannot do without
+    is_shortcut_model: bool = False  # whether the network reads a step size
+    share_mod: bool = False  # one modulation for all blocks
+    qk_rms_norm: bool = False  # must be true; the original's code does not work without it
     qk_rms_norm_cross: bool = False
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
+    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
+    use_checkpoint: bool = False  # recompute blocks in the backward pass
+    time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
     def __post_init__(self):
         inside = [name for names in self.latent_share_transformer.values() for name in names]
@@ -79,6 +79,7 @@ class MixtureConfig:
             raise ValueError(
                 f"MixtureConfig: expected latents, each in one group at most, got {got}. Correct the file."
             )
+        # Attention treats the shape apart from all other groups, so it must be one by itself.
         if self.groups.get(SHAPE) != (SHAPE,) or self.model_channels % self.heads or not self.qk_rms_norm:
             got = f"{self.groups}, {self.model_channels} / {self.heads}, qk_rms_norm {self.qk_rms_norm}"
             raise ValueError(
@@ -88,22 +89,23 @@ class MixtureConfig:
 
     @property
     def heads(self) -> int:
-        """Of every attention."""
+        """Number of heads of every attention."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Names of the dictionary by group, in order."""
+        """Names of the dictionary's tensors by group, in the order of the tokens."""
         shared = {name: group for group, names in self.latent_share_transformer.items() for name in names}
         groups: dict[str, tuple[str, ...]] = {}
         for name in self.latents:
+            # A group stands where its first tensor stands.
             group = shared.get(name, name)
             groups.setdefault(group, tuple(self.latent_share_transformer.get(group, (name,))))
         return groups
 
 
 class LatentLayers(nn.Module):
-    """In and out of the transformer, for one tensor of the dictionary."""
+    """Input layer, positions and output layer of one tensor of the dictionary."""
 
     def __init__(self, config: LatentConfig, channels: int):
         super().__init__()
@@ -111,21 +113,24 @@ class LatentLayers(nn.Module):
         self.out_layer = nn.Linear(channels, config.in_channels)
         if config.resolution is None:
             self.pos_emb = nn.Parameter(torch.randn(config.tokens, channels) / channels**0.5)  # [S, C]
-        else:  # sines and cosines of the grid's points, in files all the same
+        else:
+            # Fixed sines and cosines of the grid's points. Checkpoints hold them nevertheless, so they are a
+            # buffer of the state dict.
             points = torch.cartesian_prod(*[torch.arange(config.resolution)] * 3)
             self.register_buffer("pos_emb", blocks.position_embedding(points, channels))
 
     def read(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, S, A] -> [N, S, C]."""
+        """Embed a tensor of the dictionary [N, S, A] as tokens [N, S, C]."""
         return self.input_layer(x) + self.pos_emb
 
     def write(self, h: torch.Tensor) -> torch.Tensor:
-        """[N, S, C] -> [N, S, A]."""
+        """Project tokens [N, S, C] to the tensor's channels [N, S, A]."""
+        # The last norm has no parameters, and torch's default eps of 1e-5, as in the original.
         return self.out_layer(F.layer_norm(h, h.shape[-1:]).to(self.out_layer.weight.dtype))
 
 
 class MixedAttention(nn.Module):
-    """Self-attention over several groups of tokens, with linear layers for each."""
+    """Self-attention over several groups of tokens, with separate linear layers for each group."""
 
     def __init__(self, channels: int, heads: int, groups: tuple[str, ...]):
         super().__init__()
@@ -141,23 +146,28 @@ class MixedAttention(nn.Module):
         k = Tokens()
         v = Tokens()
         for g, h in x.items():
-            # [N, T_g, H, D]
+            # [N, T_g, 3 C] -> three times [N, T_g, H, D]
             q[g], k[g], v[g] = self.to_qkv[g](h).unflatten(-1, (3, self.heads, -1)).unbind(-3)
             q[g] = self.q_rms_norm[g](q[g])
             k[g] = self.k_rms_norm[g](k[g])
-        seen = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
+        # The shape attends to itself alone.
+        attended = {SHAPE: attend(q[SHAPE], k[SHAPE], v[SHAPE])}
         others = [g for g in x if g != SHAPE]
         if others:
+            # All other groups attend to each other and to the shape, without gradient into the shape. The
+            # order of keys is that of the original.
             keys, values = (
                 torch.cat([*[part[g] for g in others], part[SHAPE].detach()], 1) for part in (k, v)
             )
-            seen |= {g: attend(q[g], keys, values) for g in others}
-        return {g: self.to_out[g](seen[g].flatten(-2)) for g in x}
+            attended |= {g: attend(q[g], keys, values) for g in others}
+        # [N, T_g, H, D] -> [N, T_g, C]
+        return {g: self.to_out[g](attended[g].flatten(-2)) for g in x}
 
 
 class MixedBlock(nn.Module):
-    """As `blocks.ModulatedBlock`, with layers for each group;
-    the modulation of the time is the same for all.
+    """Like `blocks.ModulatedBlock`, with separate layers for each group.
+
+    The modulation by the time is the same for all groups.
     """
 
     def __init__(self, config: MixtureConfig):
@@ -172,35 +182,44 @@ class MixedBlock(nn.Module):
             {g: blocks.CrossAttention(channels, config.cond_channels, heads, **layout) for g in groups}
         )
         self.mlp = nn.ModuleDict({g: blocks.FeedForward(channels, config.mlp_ratio) for g in groups})
-        self.norm = blocks.LayerNorm32(channels)  # without parameters: one will do
+        # This norm has no parameters, so one object serves both places and all groups.
+        self.norm = blocks.LayerNorm32(channels)
         if not config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.share_mod = config.share_mod
 
     def forward(self, x: Tokens, time: torch.Tensor, cond: torch.Tensor) -> Tokens:
-        """Tokens by group [N, T_g, C], time [N, C] (shared modulation: [N, 6 C]) and cond
-        [N, L, E] -> tokens.
+        """Apply the block to tokens by group.
+
+        Args: x: group -> [N, T_g, C]. time: [N, C], or [N, 6 C] with shared modulation. cond: conditioning
+        tokens
+            [N, L, E].
+        Returns: tokens by group, like x.
         """
         layout = blocks.DenseLayout()
+        # [N, 6 C]: shift, scale and gate of the attention, then of the perceptron.
         values = time if self.share_mod else self.adaLN_modulation(time)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             layout.per_token(v) for v in values.chunk(6, -1)
         )
         attended = self.self_attn({g: self.norm(h) * (1 + scale) + shift for g, h in x.items()})
-        found = Tokens()
+        output = Tokens()
         for g, h in x.items():
             h = h + gate * attended[g]
+            # Cross-attention is neither modulated nor gated.
             h = h + self.cross_attn[g](self.norm2[g](h), cond, layout)
-            found[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
-        return found
+            output[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
+        return output
 
 
 class MixtureFlow(nn.Module):
-    """model(x_t by name [N, S, A], t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocities, like x_t.
+    """First flow: predict the velocities of shape and pose.
 
-    The shape may be given alone: its velocity is the same to the bit. Times are the network's own: t = 1 is
-    data.
-    Differentiable in: everything but t and step; what is not the shape's, not in the shape's.
+        model(x_t by name [N, S, A], t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocities, like x_t
+
+    t = 1 is data, as in the original. The shape may be passed alone: its velocity is then bitwise the same.
+
+    Differentiable in: everything except t and step; the shape's velocity only in what belongs to the shape.
     """
 
     def __init__(self, config: MixtureConfig):
@@ -214,7 +233,7 @@ class MixtureFlow(nn.Module):
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.latent_mapping = nn.ModuleDict(
-            {name: LatentLayers(one, channels) for name, one in config.latents.items()}
+            {name: LatentLayers(latent, channels) for name, latent in config.latents.items()}
         )
         self.blocks = nn.ModuleList(MixedBlock(config) for _ in range(config.num_blocks))
         if config.use_fp16:
@@ -231,24 +250,25 @@ class MixtureFlow(nn.Module):
         if set(x_t) not in ({*config.latents}, {SHAPE}):
             expected, got = (", ".join(sorted(names)) for names in (config.latents, x_t))
             raise ValueError(
-                f"MixtureFlow.x_t: expected {expected} or the {SHAPE} alone, got {got}. Give latents of this"
-                " model."
+                f"MixtureFlow.x_t: expected {expected}, or only {SHAPE}, got {got}. Pass latents of this model."
             )
+        # Only the tensors that were passed; the shape alone leaves out the groups of the pose.
         latents = {name: latent for name, latent in config.latents.items() if name in x_t}
         groups = {group: names for group, names in config.groups.items() if names[0] in x_t}
-        for name, one in latents.items():
+        for name, latent in latents.items():
             check_shape(
                 f"MixtureFlow.x_t[{name!r}]",
                 x_t[name],
-                [len(t), one.tokens, one.in_channels],
-                "Give latents of its size.",
+                [len(t), latent.tokens, latent.in_channels],
+                "Pass latents of this model's size.",
             )
         check_shape(
             "MixtureFlow.cond",
             cond,
             [len(t), "L", config.cond_channels],
-            "Use embeddings of this model's own embedder.",
+            "Use the embedder that belongs to this model.",
         )
+        # Any: nn.ModuleDict is not generic, so the type checker would see plain modules.
         layers: Any = self.latent_mapping
         dtype = blocks.torso_dtype(self.blocks)
         time = embedded_time(self, t, step, config.time_scale)
@@ -256,54 +276,64 @@ class MixtureFlow(nn.Module):
             time = self.adaLN_modulation(time)
         time = time.to(dtype)
         cond = cond.to(dtype)
-        read = {name: layers[name].read(x_t[name].float()).to(dtype) for name in latents}
-        h = {g: torch.cat([read[name] for name in names], 1) for g, names in groups.items()}
+        # Input and output layers are float32; only the blocks compute in `dtype`.
+        tokens = {name: layers[name].read(x_t[name].float()).to(dtype) for name in latents}
+        # Tensors of a group are concatenated along the tokens: [N, T_g, C].
+        h = {g: torch.cat([tokens[name] for name in names], 1) for g, names in groups.items()}
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, recompute=self.recompute)
-        found = Tokens()
+        velocities = Tokens()
         for g, names in groups.items():
             parts = h[g].float().split([latents[name].tokens for name in names], 1)
-            found |= {
+            velocities |= {
                 name: layers[name].write(part).to(x_t[name].dtype)
                 for name, part in zip(names, parts, strict=True)
             }
-        return {name: found[name] for name in latents}
+        # In the order of the latents, not in that of the groups.
+        return {name: velocities[name] for name in latents}
 
 
 def embedded_time(flow: Any, t: torch.Tensor, step: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Times, and the step sizes of a shortcut model (None: 0), [N] each -> [N, C] float32.
+    """Embed times and, for a shortcut model, step sizes (None: 0), [N] each -> [N, C] float32.
 
-    Raises: ValueError for a step size where the model reads none.
+    Args: scale: factor of times and step sizes before they are embedded.
+    Raises: ValueError for a step size if the model reads none.
     """
+    # The embedder multiplies by TIME_SCALE itself.
     factor = scale / blocks.TIME_SCALE
     shortcut = hasattr(flow, "d_embedder")
     if step is not None and not shortcut:
         raise ValueError(
-            f"{type(flow).__name__}: expected no step size, since this model reads none, got {step.tolist()}."
-            " Leave it out."
+            f"{type(flow).__name__}: got the step size {step.tolist()}, but this model reads none. Leave it"
+            " out."
         )
     time = flow.t_embedder(factor * t)
-    return (
-        time + flow.d_embedder(factor * (torch.zeros_like(t) if step is None else step)) if shortcut else time
-    )
+    if not shortcut:
+        return time
+    # A step size of 0 is embedded, too: the embedding of 0 is not 0.
+    return time + flow.d_embedder(factor * (torch.zeros_like(t) if step is None else step))
 
 
-# The second flow: TRELLIS's over the latents on voxels, which may read a step size.
+# The second flow is TRELLIS's flow over latents on voxels; it may also read a step size.
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelFlowConfig(LatentFlowConfig):
-    """What its file says of its network."""
+    """Settings of the second flow's network, as its file states them."""
 
-    is_shortcut_model: bool = False  # whether it reads a step size
-    time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
+    is_shortcut_model: bool = False  # whether the network reads a step size
+    time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
 
 class VoxelFlow(LatentFlow):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocity on the same
-    voxels.
+    """Second flow: predict the velocity of latents on voxels.
 
-    Times are the network's own: t = 1 is data. Differentiable in: everything but t and step.
+        model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E], step [N] in 0..1) -> velocity on the same
+        voxels
+
+    t = 1 is data, as in the original.
+
+    Differentiable in: everything except t and step.
     """
 
     config: VoxelFlowConfig
@@ -314,33 +344,37 @@ class VoxelFlow(LatentFlow):
             self.d_embedder = blocks.TimeEmbedder(config.model_channels)
 
     def time(self, t: torch.Tensor, step: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed times and step sizes [N] as the blocks read them, [N, C] float32."""
         return embedded_time(self, t, step, self.config.time_scale)
 
 
-# What SAM 3D is told: tokens of a picture, of the object's mask and of a point map, each cut out about the
-# object and whole. Pictures and masks go through a DINOv2 each, points through a small transformer over the
-# points of a patch. Every kind has a gated feed-forward to the flow's width, and an offset that says whether
-# it is of the cutting or the whole; all tokens stand behind each other.
+# SAM 3D's conditioning: tokens of an image, of the object's mask and of a point map, each cropped around the
+# object and of the full frame. Images and masks go through a DINOv2 each, points through a small transformer
+# over the points of a patch. Every encoder is followed by a gated feed-forward to the flow's width and a
+# learnt offset that distinguishes the crop from the full frame. All tokens are concatenated.
 
 
 REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
-class Pictures(nn.Module):
-    """A DINOv2 under the name that the files give it: pictures, or masks of one channel, [N, ., ., .] of
-    0..1 -> tokens [N, L, E].
+class ImageEncoder(nn.Module):
+    """DINOv2 under the parameter names of SAM 3D's files, for images or for masks of one channel.
 
-    Args: size: pixels per side, to which pictures are brought; before_norm: tokens before the last norm,
-        normalised without parameters; else the last norm's, without registers; normalised: to DINOv2's mean
-        and deviation.
+    [N, 3 or 1, h, w] of values 0..1 -> tokens [N, L, E].
+
+    Args: size: pixels per side to which images are resized. before_norm: return the tokens before the last
+    norm,
+        normalised without parameters; otherwise after the last norm, without registers. normalised:
+        standardise
+        images to DINOv2's mean and standard deviation.
     """
 
     def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
         super().__init__()
         if size % config.patch_size:
             raise ValueError(
-                f"embedder: expected patches of {config.patch_size} that divide pictures, got pictures of"
-                f" {size}. Correct it."
+                f"embedder: expected an image size that is a multiple of {config.patch_size} pixels, got"
+                f" {size}. Correct the file of the generator."
             )
         self.size = size
         self.before_norm = before_norm
@@ -350,25 +384,26 @@ class Pictures(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear")
-        x = x.expand(-1, 3, -1, -1)  # a mask is a grey picture
+        x = x.expand(-1, 3, -1, -1)  # a mask of one channel is treated as a grey image
         x = self.backbone.tokens(standardised(x, self.backbone.layernorm.weight) if self.normalised else x)
         if self.before_norm:
             return F.layer_norm(x, x.shape[-1:])
+        # Class token and patches remain: [N, 1 + h^2, E].
         x = self.backbone.layernorm(x)
         return torch.cat([x[:, :1], x[:, 1 + self.backbone.config.num_register_tokens :]], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointConfig:
-    """What the file says of the points' network."""
+    """Settings of the point map's network, as the file states them."""
 
-    input_size: int = 256  # points per side, to which maps are brought
-    patch_size: int = 8  # p
+    input_size: int = 256  # points per side to which maps are resized
+    patch_size: int = 8  # p, points per side
     embed_dim: int = 768  # E
     num_heads: int = 16
     mlp_ratio: float = 2.0
     depth: int = 1
-    remap_output: str = "exp"  # what is done to coordinates first; see remapped
+    remap_output: str = "exp"  # how coordinates are transformed first; see `remapped`
 
     def __post_init__(self):
         if (
@@ -377,14 +412,14 @@ class PointConfig:
             or self.embed_dim % self.num_heads
         ):
             raise ValueError(
-                f"PointConfig: expected remap_output {', '.join(REMAPS)} and sizes that divide, got {self}."
-                " Correct the file."
+                f"PointConfig: expected remap_output among {', '.join(REMAPS)}, an input_size that patch_size"
+                f" divides and an embed_dim that num_heads divides, got {self}. Correct the file."
             )
 
 
 class PointPatches(nn.Module):
-    """Point maps [N, 3, ., .], not finite where there is no point -> tokens [N, h^2, E], one for the points
-    of each patch.
+    """Encoder of point maps: [N, 3, h', w'], not finite where there is no point -> tokens [N, h^2, E], one
+    per patch.
     """
 
     def __init__(self, config: PointConfig):
@@ -411,28 +446,34 @@ class PointPatches(nn.Module):
             if points.shape[2:] != (size, size)
             else points
         )
-        there = points.isfinite().all(1)  # [N, s, s]
-        # [N, s, s, 3]
-        places = remapped(points.where(there[:, None], 1.0), self.config.remap_output).movedim(1, -1)
+        valid = points.isfinite().all(1)  # [N, s, s]
+        # Missing points are set to 1 first, so that the transform stays finite. [N, s, s, 3]
+        places = remapped(points.where(valid[:, None], 1.0), self.config.remap_output).movedim(1, -1)
+        # A learnt token stands for every missing point. [N, s, s, E]
         h = torch.where(
-            there[..., None], self.point_proj(places.to(self.point_proj.weight.dtype)), self.invalid_xyz_token
+            valid[..., None], self.point_proj(places.to(self.point_proj.weight.dtype)), self.invalid_xyz_token
         )
-        # [N, h^2, p^2, E]
+        # Group the points by patch: [N, h^2, p^2, E]
         h = h.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         patches = h.shape[1]
+        # Each patch is a sequence of its own: [N h^2, 1 + p^2, E] with a class token in front.
         h = h.flatten(0, 1)
         h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos_embed_window
         for block in self.blocks:
             h = block(h)
+        # Only the class token of each patch is kept; it gets the patch's position.
         return h[:, 0].unflatten(0, (-1, patches)) + self.pos_embed.flatten(2).transpose(1, 2)
 
 
 def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
-    """Coordinates [N, 3, ...]: as they are, or larger ones nearer together."""
+    """Transform coordinates [N, 3, ...] so that large values are compressed; "linear" leaves them as they
+    are.
+    """
     if how == "linear":
         return points
     if how == "sinh":
         return points.asinh()
+    # The other kinds treat the depth z differently from x and y.
     flat = points[:, :2]
     z = points[:, 2:]
     kinds = {
@@ -444,7 +485,7 @@ def remapped(points: torch.Tensor, how: str) -> torch.Tensor:
 
 
 class GatedFeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
+    """Gated feed-forward layer (SwiGLU, Shazeer 2020): w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, channels: int, hidden: int, out_channels: int):
         super().__init__()
@@ -455,12 +496,12 @@ class GatedFeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-# in order (name of an input, frame: whether it is of the cutting or the whole, or neither)
+# Pairs in order: name of an input, and its frame (cropped or full), or None if it has no offset.
 Inputs = Sequence[tuple[str, str | None]]
 
 
 class Embedder(nn.Module):
-    """Pictures, masks and point maps by name [N, ., ., .] -> condition tokens [N, L, W]."""
+    """Embedder of images, masks and point maps, [N, ., ., .] by name -> conditioning tokens [N, L, W]."""
 
     def __init__(
         self,
@@ -471,9 +512,11 @@ class Embedder(nn.Module):
         *,
         random: bool = False,
     ):
-        """Args: encoders: with their channels and what goes through each; hidden: of their feed-forwards;
-            channels: W.
-        random: frames' offsets were drawn, not learnt, which files hold in another shape.
+        """Build the embedder from its encoders.
+
+        Args: encoders: each with its channels and its inputs. hidden: hidden channels of their feed-forwards.
+            channels: W. pre_norm: normalise tokens before the feed-forward.
+            random: the offsets of frames were random and not learnt; files hold these in another shape.
         """
         super().__init__()
         self.inputs = [inputs for _, _, inputs in encoders]
@@ -487,23 +530,25 @@ class Embedder(nn.Module):
             )
             for (_, size, _), width in zip(encoders, hidden, strict=True)
         )
-        # the last is nobody's
+        # Files hold one row more than there are frames; the original does not use it.
         self.idx_emb = nn.Parameter(torch.zeros(len(self.frames) + 1, *[1] * random, channels))
 
     @property
     def names(self) -> list[str]:
-        """Of what it is told."""
+        """Names of the inputs, in order."""
         return [name for inputs in self.inputs for name, _ in inputs]
 
     def forward(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         missing = [name for name in self.names if name not in given]
         if missing:
             raise ValueError(
-                f"conditions: expected {', '.join(self.names)}, got no {', '.join(missing)}. Give them all."
+                f"conditioning: expected the inputs {', '.join(self.names)}, but {', '.join(missing)} is"
+                " missing. Pass all of them."
             )
-        found = []
+        parts = []
         for encoder, project, inputs in zip(self.module_list, self.projection_nets, self.inputs, strict=True):
             for name, frame in inputs:
                 tokens = project(encoder(given[name]))
-                found.append(tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)])
-        return torch.cat(found, 1)
+                # An encoder may serve several inputs; the frame's offset distinguishes them.
+                parts.append(tokens if frame is None else tokens + self.idx_emb[self.frames.index(frame)])
+        return torch.cat(parts, 1)

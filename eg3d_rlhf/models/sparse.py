@@ -1,11 +1,11 @@
-"""Latents as one tensor, on voxels, or as several tensors by name, alone and in batches, behind the few
-functions that a flow needs.
+"""Latents and batches of latents in one interface: single tensors, features on voxels, or named tensors.
 
-A sample's latent is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`; a batch of
-them a tensor with N in front, a `SparseBatch`, or a `NamedBatch`.
+The latent of a sample is a tensor such as [C, R, R, R] or [T, C], a `SparseSample`, or a `NamedSample`. A
+batch is a tensor with N in front, a `SparseBatch`, or a `NamedBatch`. The functions below are all that a flow
+needs of them.
 
-Shape letters: N samples, V voxels of all samples of a batch, v voxels of one, C channels, R grid points per
-axis, T tokens, D numbers of a sample.
+Shape letters: N samples, V voxels of all samples of a batch, v voxels of one sample, C channels, G channels
+of given features, R grid points per axis, T tokens, D numbers of a sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from eg3d_rlhf.core.shapes import check_shape
 
 @dataclass(frozen=True)
 class SparseSample:
-    """One sample's features on its voxels."""
+    """Features of one sample on its voxels."""
 
     coords: torch.Tensor  # [v, 3] int32, voxel indices along axes 1, 2, 3 of the grid; each once
     feats: torch.Tensor  # [v, C]
-    # [v, G], what the stage before leaves on them besides, which the flow reads and does not make
+    # [v, G], features from the previous stage. The flow reads them but does not generate them.
     given: torch.Tensor | None = None
-    cells: int | None = None  # along an axis of its grid, where samples of a stage differ in it
+    cells: int | None = None  # grid cells per axis, if the samples of a stage differ in it
 
     def __post_init__(self):
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
@@ -41,22 +41,23 @@ class SparseSample:
 
     @property
     def places(self) -> torch.Tensor:
-        """[v] int64: one number per voxel, in the order of its indices."""
+        """One number per voxel, [v] int64; sorting by it sorts by the three indices."""
+        # 21 bits per index fit into 63 bits.
         x, y, z = self.coords.long().unbind(1)
         return (x << 42) + (y << 21) + z
 
 
 @dataclass(frozen=True)
 class SparseBatch:
-    """Several samples; rows are grouped by sample, in order."""
+    """Features of several samples on their voxels; rows are grouped by sample, in order."""
 
     coords: torch.Tensor  # [V, 4] int32, contiguous: number of the sample, then the three voxel indices
     feats: torch.Tensor  # [V, C]
-    size: int  # N; every sample has a voxel
-    # what depends on the coordinates alone, by name; shared
+    size: int  # N; every sample has at least one voxel
+    # Results that depend only on the coordinates, by name. Batches on the same voxels share this dictionary.
     cache: dict = field(default_factory=dict, compare=False, repr=False)
-    given: torch.Tensor | None = None  # [V, G], as of each sample
-    cells: tuple[int | None, ...] = ()  # likewise
+    given: torch.Tensor | None = None  # [V, G], see SparseSample
+    cells: tuple[int | None, ...] = ()  # one per sample, see SparseSample
 
     def __post_init__(self):
         check_shape(
@@ -68,6 +69,7 @@ class SparseBatch:
         check_shape(
             "SparseBatch.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
         )
+        # spconv reads strided coordinates wrongly, without an error.
         if not self.coords.is_contiguous():
             raise ValueError(
                 "SparseBatch.coords: expected contiguous rows, got strides of another layout. Call"
@@ -76,13 +78,17 @@ class SparseBatch:
 
     @classmethod
     def join(cls, samples: Sequence[SparseSample]) -> "SparseBatch":
-        """A batch of these samples."""
+        """Build a batch of samples.
+
+        Raises: ValueError if only some of the samples have given features.
+        """
+        # Column 0 becomes the number of the sample: [v, 3] -> [v, 4].
         coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
         given = [s.given for s in samples if s.given is not None]
         if given and len(given) < len(samples):
             raise ValueError(
-                f"collate: expected given features on all samples or none, got {len(given)} of"
-                f" {len(samples)}. Add them."
+                f"collate: {len(given)} of {len(samples)} samples have given features, but all or none must."
+                " Add them to the others."
             )
         feats = torch.cat([s.feats for s in samples])
         cells = tuple(s.cells for s in samples)
@@ -96,30 +102,31 @@ class SparseBatch:
 
     @property
     def sample(self) -> torch.Tensor:
-        """[V] int64: the number of each row's sample."""
+        """Number of the sample of each row, [V] int64."""
         return self.coords[:, 0].long()
 
     @property
     def lengths(self) -> torch.Tensor:
-        """[N] int64: voxels of each sample."""
+        """Number of voxels of each sample, [N] int64."""
         if "lengths" not in self.cache:
             self.cache["lengths"] = torch.bincount(self.sample, minlength=self.size)
         return self.cache["lengths"]
 
     def with_feats(self, feats: torch.Tensor) -> "SparseBatch":
-        """The same voxels with other features [V, C']; what is cached of the coordinates is shared."""
+        """Return a batch on the same voxels with other features [V, C']. The cache is shared."""
         return replace(self, feats=feats)
 
     def to(self, *args, **kwargs) -> "SparseBatch":
-        """On another device; a type applies to the features alone."""
+        """Return the batch on another device. A dtype applies only to the features."""
         feats = self.feats.to(*args, **kwargs)
         if feats.device == self.coords.device:
             return self.with_feats(feats)
+        # The cache holds tensors of the old device, so the new batch starts with an empty one.
         given = None if self.given is None else self.given.to(feats.device)
         return SparseBatch(self.coords.to(feats.device), feats, self.size, given=given, cells=self.cells)
 
     def samples(self) -> list[SparseSample]:
-        """Apart again; views."""
+        """Split the batch into its samples; their tensors are views."""
         counts = self.lengths.tolist()
         given = [None] * self.size if self.given is None else self.given.split(counts)
         parts = zip(
@@ -134,16 +141,17 @@ class SparseBatch:
 
 @dataclass(frozen=True)
 class NamedSample:
-    """One sample's tensors by name, kept in the order of their names."""
+    """Several tensors of one sample by name, sorted by name."""
 
     tensors: Mapping[str, torch.Tensor]
 
     def __post_init__(self):
         if not self.tensors or any(not name or "/" in name for name in self.tensors):
             raise ValueError(
-                f"{type(self).__name__}: expected tensors by names without '/', got {list(self.tensors)}."
-                " Name them."
+                f"{type(self).__name__}: expected one or more tensors with names without '/', got the names"
+                f" {list(self.tensors)}. Rename them."
             )
+        # Sorted, so that `feats` and noise do not depend on the order in which tensors were passed.
         object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -151,13 +159,13 @@ class NamedSample:
 
     @property
     def feats(self) -> torch.Tensor:
-        """[D], all of them in a row."""
+        """All numbers in one row, [D]."""
         return torch.cat([tensor.flatten() for tensor in self.tensors.values()])
 
 
 @dataclass(frozen=True)
 class NamedBatch(NamedSample):
-    """Several samples: tensors [N, ...] by name."""
+    """Several samples of named tensors, [N, ...] each."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,16 +177,17 @@ class NamedBatch(NamedSample):
 
     @property
     def size(self) -> int:
-        """N."""
+        """Number of samples, N."""
         return len(next(iter(self.tensors.values())))
 
     @property
     def feats(self) -> torch.Tensor:
-        """[N, D]."""
+        """All numbers of each sample in one row, [N, D]."""
         return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], 1)
 
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
-        """The same shapes with other numbers [N, D]."""
+        """Return a batch of the same shapes with other numbers [N, D]."""
+        # The inverse of `feats`: columns are divided among the tensors in the order of their names.
         parts = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
         return NamedBatch(
             {
@@ -188,21 +197,25 @@ class NamedBatch(NamedSample):
         )
 
     def like(self, tensors: Mapping[str, torch.Tensor]) -> "NamedBatch":
-        """A batch of these tensors. Raises: ValueError where names or shapes are not those of this one."""
+        """Build a batch from tensors that must have this batch's names and shapes.
+
+        Raises: ValueError if names or shapes differ.
+        """
         got = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         expected = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if got != expected:
             raise ValueError(
-                f"NamedBatch: expected {expected}, got {got}. Return a tensor for each, of its shape."
+                f"NamedBatch: expected tensors {expected}, got {got}. Return one tensor of the same shape for"
+                " each name."
             )
         return NamedBatch(tensors)
 
     def to(self, *args, **kwargs) -> "NamedBatch":
-        """On another device, or of another type."""
+        """Return the batch on another device or in another dtype."""
         return NamedBatch({name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def samples(self) -> list[NamedSample]:
-        """Apart again; views."""
+        """Split the batch into its samples; their tensors are views."""
         return [
             NamedSample({name: tensor[i] for name, tensor in self.tensors.items()}) for i in range(self.size)
         ]
@@ -213,13 +226,15 @@ Batch = torch.Tensor | SparseBatch | NamedBatch
 
 
 def collate(latents: Sequence[Latent]) -> Batch:
-    """A batch of latents of one kind."""
+    """Build a batch of latents of one kind.
+
+    Raises: ValueError for no latents, or latents of different kinds.
+    """
     kinds = {type(x) if isinstance(x, (SparseSample, NamedSample)) else torch.Tensor for x in latents}
     if len(kinds) != 1:
         got = sorted(kind.__name__ for kind in kinds) or "none"
         raise ValueError(
-            f"collate: expected latents of one kind, got {got}. Batch the stages apart, and one sample at"
-            " least."
+            f"collate: expected one or more latents of one kind, got {got}. Batch each stage separately."
         )
     named = [x for x in latents if isinstance(x, NamedSample)]
     if named:
@@ -233,10 +248,14 @@ def collate(latents: Sequence[Latent]) -> Batch:
 
 
 def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
-    """The tensors that a latent consists of, by name: "x" alone; coords, feats, maybe given, cells; or "/"
-    before each of its own names.
+    """Return the tensors that a latent consists of, by name.
+
+    A tensor is {"x"}. Features on voxels are {"coords", "feats"} and, where present, "given" and "cells".
+    Named
+    tensors have "/" before their names.
     """
     if isinstance(latent, SparseSample):
+        # A number becomes a tensor, since files hold tensors only.
         more = {"given": latent.given, "cells": None if latent.cells is None else torch.tensor(latent.cells)}
         return {
             "coords": latent.coords,
@@ -251,7 +270,7 @@ def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
 
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
-    """Inverse of parts_of."""
+    """Build a latent from its tensors; inverse of `parts_of`."""
     if "coords" in parts:
         return SparseSample(
             parts["coords"],
@@ -265,7 +284,7 @@ def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
 
 
 def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
-    """Latents by name from tensors that are called "name.part", or "name" for the part "x"."""
+    """Build latents by name from tensors that are called "name.part", or "name" for the part "x"."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
@@ -274,43 +293,43 @@ def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
 
 
 def to_cpu(latent: Latent) -> Latent:
-    """A latent to keep: on the CPU, without gradient."""
+    """Return a latent on the CPU and without gradient, to be kept."""
     return latent_of({name: tensor.detach().cpu() for name, tensor in parts_of(latent).items()})
 
 
 def separate(batch: Batch) -> list[Latent]:
-    """Inverse of collate."""
+    """Split a batch into its latents; inverse of `collate`."""
     return [*batch] if isinstance(batch, torch.Tensor) else [*batch.samples()]
 
 
 def count(batch: Batch) -> int:
-    """N."""
+    """Return the number of samples, N."""
     return len(batch) if isinstance(batch, torch.Tensor) else batch.size
 
 
 def feats_of(batch: Batch | Latent) -> torch.Tensor:
-    """The numbers of a batch, or of one latent: [N, ...], [V, C] on voxels, [N, D] of several tensors."""
+    """Return the numbers of a batch or a latent: [N, ...], [V, C] on voxels, or [N, D] of named tensors."""
     return batch if isinstance(batch, torch.Tensor) else batch.feats
 
 
 def with_feats(batch: Batch, feats: torch.Tensor) -> Batch:
-    """A batch like this one with other numbers."""
+    """Return a batch like this one with other numbers, of the form that `feats_of` gives."""
     return feats if isinstance(batch, torch.Tensor) else batch.with_feats(feats)
 
 
 def single(batch: Batch) -> Batch:
-    """The same numbers in float32. Differentiable in: batch."""
+    """Return the batch in float32 (single precision). Differentiable in: batch."""
     return with_feats(batch, feats_of(batch).float())
 
 
 def coords_of(latents: Sequence[Latent]) -> list[torch.Tensor | None]:
-    """[v, 3] of each latent; None of one that is not on voxels."""
+    """Return the voxel indices [v, 3] of each latent, or None for a latent that is not on voxels."""
     return [x.coords if isinstance(x, SparseSample) else None for x in latents]
 
 
 def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """One value per sample [N], in a shape that broadcasts against `feats_of(batch)`:
-    [N, 1, ...] or [V, 1].
+    """Expand one value per sample [N] to a shape that broadcasts against `feats_of(batch)`: [N, 1, ...] or
+    [V, 1].
     """
     if isinstance(batch, SparseBatch):
         return values[batch.sample].unsqueeze(1)
@@ -318,8 +337,11 @@ def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean over all that belongs to a sample, `values` like `feats_of(batch)` -> [N]; samples count alike,
-    however many voxels they have, and of several tensors each counts alike, however many numbers it has.
+    """Average `values`, which have the form of `feats_of(batch)`, over each sample: [N].
+
+    Samples count equally, whatever the number of their voxels. Of named tensors, each counts equally,
+    whatever
+    the number of its entries.
 
     Differentiable in: values.
     """
@@ -330,6 +352,6 @@ def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     if not isinstance(batch, SparseBatch):
         return values.flatten(1).mean(1)
     rows = values.mean(1)  # [V]
-    # thousands of rows: no error adds up
+    # A sample has thousands of rows: sums in float64 keep rounding errors from accumulating.
     sums = rows.new_zeros(batch.size, dtype=torch.float64).index_add(0, batch.sample, rows.double())
     return (sums / batch.lengths).to(rows.dtype)

@@ -58,7 +58,7 @@ def peft_full(model, adapter="default"):
 def test_adapters_come_back_as_they_were(model, tmp_path):
     assert write_adapter(model, tmp_path / "a", base="some/base") == tmp_path / "a"
     read = read_weights(tmp_path / "a")
-    assert (read.plain, read.alpha, read.dropout) == ({}, 8, 0.25)
+    assert (read.tensors, read.alpha, read.dropout) == ({}, 8, 0.25)
     again = load_weights(AdaptableFlow(), read)
     assert torch.equal(run(again), run(model))
     assert {n: p.requires_grad for n, p in again.named_parameters()} == {
@@ -120,7 +120,7 @@ def test_peft_s_full_layout_brings_base_and_adapters(model, tmp_path, file, wrap
         else torch.save({"state_dict": state}, tmp_path / file)
     )
     read = read_weights(tmp_path / file, alpha=8)
-    assert set(read.plain) == set(AdaptableFlow().state_dict()) and set(read.adapters) == set(
+    assert set(read.tensors) == set(AdaptableFlow().state_dict()) and set(read.adapters) == set(
         adapted_layers(model)
     )
     assert torch.equal(run(load_weights(AdaptableFlow(seed=7), read)), run(model))
@@ -129,7 +129,7 @@ def test_peft_s_full_layout_brings_base_and_adapters(model, tmp_path, file, wrap
 def test_plain_weights_come_back_as_they_were(model, tmp_path):
     path = write_merged(model, tmp_path / "merged.safetensors")
     read = read_weights(path)
-    assert (read.adapters, read.alpha) == ({}, None) and list(read.plain) == sorted(
+    assert (read.adapters, read.alpha) == ({}, None) and list(read.tensors) == sorted(
         AdaptableFlow().state_dict()
     )
     plain = load_weights(AdaptableFlow(seed=7), read)

@@ -1,1 +1,1 @@
-"""Trellis."""
+"""Networks of TRELLIS: its flows, its autoencoders and their building blocks."""

@@ -1,5 +1,7 @@
-"""TRELLIS's two flows: a transformer over the dense latent of an occupancy grid, and one over the latents of
-an object's voxels, between convolutions at full resolution.
+"""TRELLIS's two flows.
+
+The structure flow is a transformer over the dense latent of an occupancy grid. The latent flow is a
+transformer over the latents of an object's voxels, between sparse convolutions at full resolution.
 
 Shape letters as in blocks.py; R grid points per axis, p patch size, G = R / p, T = G^3 tokens.
 """
@@ -17,20 +19,20 @@ from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel, SparseResBlock
 from torch_utils.ops.linear import fits
 
-LARGE = 512  # tokens of a sample from which on it is worth a pass of its own
-LONG = 4096  # tokens of a sample from which on attention is worth its memory where blocks are recomputed
-KEPT = 2 / 3  # share of the blocks that then keep it: as much memory as passes of single samples save
+LARGE = 512  # tokens of a sample from which it pays to process samples one after the other
+LONG = 4096  # tokens of a sample from which it pays to keep the attention of recomputed blocks
+KEPT = 2 / 3  # share of the blocks that keep it: as much memory as processing single samples saves
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig(blocks.TransformerConfig):
-    """What a flow's JSON file calls args, as far as both flows have it."""
+    """Settings that the JSON files of both flows have in `args`."""
 
-    in_channels: int
-    cond_channels: int
-    out_channels: int
-    patch_size: int = 2  # edge of a token, in the latents' cells
-    share_mod: bool = False
+    in_channels: int  # channels of the latent
+    cond_channels: int  # E, channels of a conditioning token
+    out_channels: int  # channels of the velocity
+    patch_size: int = 2  # edge length of a token in grid cells of the latent
+    share_mod: bool = False  # one modulation for all blocks
     qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
@@ -43,7 +45,7 @@ class FlowConfig(blocks.TransformerConfig):
             )
 
     def blocks(self) -> nn.ModuleList:
-        """The transformer's."""
+        """Build the blocks of the transformer."""
         return nn.ModuleList(
             blocks.ModulatedBlock(
                 self.model_channels,
@@ -68,18 +70,22 @@ def run_blocks(
     *,
     recompute: bool,
 ) -> torch.Tensor:
-    """Tokens through blocks in turn; on a CPU large samples one after the other, so that they share working
-    memory.
+    """Apply blocks to tokens in turn.
 
-    Args: as a ModulatedBlock; lengths: [N], tokens of each sample.
+    On a CPU, large samples are processed one after the other, so that they share working memory.
+
+    Args: modules, x, time, cond, layout: as for `blocks.ModulatedBlock`. lengths: [N], tokens of each sample.
+        recompute: recompute the inside of blocks in the backward pass.
     """
     if min(lengths) < LARGE or not fits(x):
         for block in modules:
             x = blocks.run_block(block, x, time, cond, layout, recompute=recompute)
         return x
+    # [N, T, C] or [V, C] -> one tensor [1, tokens, C] per sample.
     parts = [part.view(1, -1, x.shape[-1]) for part in x.flatten(0, -2).split(lengths)]
     for place, block in enumerate(modules):
         for i, part in enumerate(parts):
+            # Recomputing attention over thousands of tokens costs more than keeping its result.
             keep = part.shape[1] >= LONG and place < KEPT * len(modules)
             passes = blocks.Passes(keep) if recompute and torch.is_grad_enabled() else None
             single = blocks.DenseLayout(passes=passes)
@@ -87,17 +93,21 @@ def run_blocks(
                 block, part, time[i : i + 1], cond[i : i + 1], single, recompute=recompute
             )
             if passes is not None:
+                # The block runs again only in the backward pass, and then finds that this is its second pass.
                 passes.second = True
     return torch.cat([part[0] for part in parts]).view_as(x)
 
 
 class StructureFlowConfig(FlowConfig):
-    """What its JSON file calls args."""
+    """Settings of the structure flow: `args` of its JSON file."""
 
 
 class StructureFlow(nn.Module):
-    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in:
-    everything but t.
+    """First stage: predict the velocity of a dense latent.
+
+        model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t
+
+    Differentiable in: everything except t.
     """
 
     def __init__(self, config: StructureFlowConfig):
@@ -107,10 +117,12 @@ class StructureFlow(nn.Module):
         channels = config.model_channels
         cells = config.patch_size**3
         grid = torch.arange(config.resolution // config.patch_size)
+        # The last axis varies fastest, as in `to_patches`.
         coords = torch.cartesian_prod(grid, grid, grid)  # [T, 3]
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
+        # Checkpoints hold the positions, so they are a persistent buffer.
         self.register_buffer("pos_emb", blocks.position_embedding(coords, channels))
         self.input_layer = nn.Linear(config.in_channels * cells, channels)
         self.blocks = config.blocks()
@@ -133,11 +145,13 @@ class StructureFlow(nn.Module):
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
+        # Input and output layers are float32; only the blocks compute in `dtype`.
         h = self.input_layer(to_patches(x_t.float(), config.patch_size)) + self.pos_emb
         h = h.to(dtype)
         time = time.to(dtype)
         cond = cond.to(dtype)
         h = run_blocks(self.blocks, h, time, cond, layout, [h.shape[1]] * len(h), recompute=self.recompute)
+        # A last norm without parameters, with torch's default eps of 1e-5, as in the original.
         h = F.layer_norm(h.to(x_t.dtype), h.shape[-1:])
         return from_patches(self.out_layer(h.to(self.out_layer.weight.dtype)), config.patch_size).to(
             x_t.dtype
@@ -145,29 +159,32 @@ class StructureFlow(nn.Module):
 
 
 def to_patches(x: torch.Tensor, p: int) -> torch.Tensor:
-    """[N, C, R, R, R] -> [N, T, C p^3], each row C x p x p x p."""
+    """Split a grid into patches: [N, C, R, R, R] -> [N, T, C p^3], each row of the order C x p x p x p."""
     for axis in (2, 4, 6):
-        x = x.unflatten(axis, (-1, p))  # in the end [N, C, G, p, G, p, G, p]
+        x = x.unflatten(axis, (-1, p))  # after the loop [N, C, G, p, G, p, G, p]
+    # [N, G, G, G, C, p, p, p] -> [N, T, C p^3]
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def from_patches(x: torch.Tensor, p: int) -> torch.Tensor:
-    """Inverse of to_patches."""
+    """Join patches to a grid; inverse of `to_patches`."""
     g = round(x.shape[1] ** (1 / 3))
     x = x.unflatten(1, (g, g, g)).unflatten(4, (-1, p, p, p))  # [N, G, G, G, C, p, p, p]
+    # [N, C, G, p, G, p, G, p] -> [N, C, R, R, R]
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentFlowConfig(FlowConfig):
-    """What its JSON file calls args; patch_size is a power of two."""
+    """Settings of the latent flow: `args` of its JSON file. patch_size must be a power of two."""
 
-    num_io_res_blocks: int = 2  # convolutional blocks per resolution, on either side
-    io_block_channels: tuple[int, ...] | None = None  # per halving, finest first; None where patch_size is 1
+    num_io_res_blocks: int = 2  # convolutional blocks per resolution, on each side of the transformer
+    io_block_channels: tuple[int, ...] | None = None  # per halving, finest first; None if patch_size is 1
     use_skip_connection: bool = True
-    sparse_conv: str = "auto"  # not in TRELLIS's files: backend of the convolutions, see sparse_conv.py
+    sparse_conv: str = "auto"  # backend of the convolutions, see sparse_conv.py; not in TRELLIS's files
 
     def __post_init__(self):
+        # Each halving of the resolution doubles the edge of a token.
         if self.patch_size != 2 ** len(self.io_channels) or self.num_io_res_blocks < 1:
             raise ValueError(
                 "LatentFlowConfig: expected patch_size 2^(number of io_block_channels) and num_io_res_blocks"
@@ -178,13 +195,16 @@ class LatentFlowConfig(FlowConfig):
 
     @property
     def io_channels(self) -> tuple[int, ...]:
-        """Channels at each resolution above the transformer's, finest first."""
+        """Channels at each resolution finer than the transformer's, finest first."""
         return tuple(self.io_block_channels or ())
 
 
 class LatentFlow(nn.Module):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable
-    in: everything but t.
+    """Second stage: predict the velocity of latents on voxels.
+
+        model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels
+
+    Differentiable in: everything except t.
     """
 
     def __init__(self, config: LatentFlowConfig):
@@ -199,15 +219,16 @@ class LatentFlow(nn.Module):
         self.input_layer = nn.Linear(config.in_channels, outer)
         block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
         kept = config.num_io_res_blocks - 1
+        # With skips, an output block reads the features of an input block beside its own.
         width = 2 if config.use_skip_connection else 1
-        # per resolution, finest first: blocks that keep it, then one that halves it
+        # Per resolution, finest first: blocks that keep the resolution, then one that halves it.
         self.input_blocks = nn.ModuleList()
         for finer, coarser in itertools.pairwise((*config.io_channels, channels)):
             self.input_blocks.extend(
                 [block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")]
             )
         self.blocks = config.blocks()
-        # coarsest first: one block that doubles it, then blocks that keep it
+        # Coarsest first: one block that doubles the resolution, then blocks that keep it.
         self.out_blocks = nn.ModuleList()
         for coarser, finer in itertools.pairwise((channels, *reversed(config.io_channels))):
             self.out_blocks.append(block(width * coarser, finer, resample="up"))
@@ -219,7 +240,7 @@ class LatentFlow(nn.Module):
             )
 
     def time(self, t: torch.Tensor) -> torch.Tensor:
-        """Times [N] as the blocks read them, [N, C] float32."""
+        """Embed times [N] as the blocks read them, [N, C] float32."""
         return self.t_embedder(t)
 
     def forward(
@@ -231,12 +252,14 @@ class LatentFlow(nn.Module):
         )
         dtype = blocks.torso_dtype(self.blocks)
         time = self.time(t, *step)
+        # Transformer blocks read the shared modulation [N, 6 C], convolutional blocks the time itself [N, C].
         shared = self.adaLN_modulation(time) if config.share_mod else time
         time = time.to(dtype)
         shared = shared.to(dtype)
         cond = cond.to(dtype)
         h = x_t.with_feats(self.input_layer(x_t.feats.float()).to(dtype))
-        # the features behind each input block, and the batch before each halving
+        # The features after each input block, and the batch before each halving, whose voxels the output
+        # blocks return to.
         skips = []
         finer = []
         for block in self.input_blocks:
@@ -244,13 +267,14 @@ class LatentFlow(nn.Module):
                 finer.append(h)
             h = blocks.run_block(block, h, time, recompute=self.recompute)
             skips.append(h.feats)
+        # Positions are those of the coarse voxels; the convolutions need none.
         feats = h.feats + blocks.position_embedding(h.coords[:, 1:], config.model_channels).to(dtype)
         layout = blocks.SparseLayout(h)
         feats = run_blocks(
             self.blocks, feats, shared, cond, layout, h.lengths.tolist(), recompute=self.recompute
         )
         h = h.with_feats(feats)
-        # which sees its input block's features beside its own
+        # The last input block belongs to the first output block.
         for block, skip in zip(self.out_blocks, reversed(skips), strict=True):
             if config.use_skip_connection:
                 h = h.with_feats(torch.cat([h.feats, skip], 1))

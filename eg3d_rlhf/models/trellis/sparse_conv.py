@@ -1,16 +1,15 @@
-"""Sparse grids: convolution, halving and doubling, and the residual block that TRELLIS's second flow makes of
-them.
+"""Sparse grids: convolution, halving and doubling of the resolution, and a residual block made of these.
 
-The convolution is submanifold, 3 x 3 x 3: outputs on the voxels of the input alone, from those neighbours
-that exist.
+The convolution is submanifold, 3 x 3 x 3: it computes outputs only on the voxels of the input, from those
+neighbours that exist.
 
     y[u] = b + sum over taps (i, j, k) of W[:, i, j, k, :] x[u + (i - 1, j - 1, k - 1)]
 
-That is a dense cross-correlation read off at the voxels (Graham, Engelcke and van der Maaten 2018). Weights
-lie as spconv stores them.
+This equals a dense cross-correlation, evaluated at the voxels (Graham, Engelcke and van der Maaten 2018).
+Weights have spconv's layout.
 
-Shape letters: N samples, V voxels, W voxels of the coarser grid, A channels in, B channels out, P pairs of
-neighbours at a tap.
+Shape letters: N samples, V voxels, W voxels of the coarser grid, A input channels, B output channels, P pairs
+of neighbours at a tap.
 """
 
 import functools
@@ -30,13 +29,13 @@ from torch_utils.ops.linear import Linear, fits, product
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27
-NUMBERS = 1 << 20  # features of one tap's pairs that are gathered at a time: bounds the working memory
+NUMBERS = 1 << 20  # numbers that are gathered at a time for one tap; bounds the working memory
 
-Pairs = tuple[torch.Tensor, torch.Tensor]  # rows written and rows read, [P] int64 each
+Pairs = tuple[torch.Tensor, torch.Tensor]  # output rows and input rows, [P] int64 each
 
 
 class SubmanifoldConv(nn.Module):
-    """The convolution with its parameters, `conv.weight` [B, 3, 3, 3, A] and `conv.bias` [B]."""
+    """Submanifold convolution with its parameters, `conv.weight` [B, 3, 3, 3, A] and `conv.bias` [B]."""
 
     def __init__(self, channels: int, out_channels: int, backend: str = "auto"):
         super().__init__()
@@ -49,10 +48,11 @@ class SubmanifoldConv(nn.Module):
 
 
 class Kernel(nn.Module):
-    """Parameters of a convolution."""
+    """Weight and bias of a convolution."""
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
+        # The usual initialisation of convolutions: uniform within 1 / sqrt(fan in).
         bound = (TAPS * channels) ** -0.5
         self.weight = nn.Parameter(torch.empty(out_channels, 3, 3, 3, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
@@ -65,16 +65,19 @@ def submanifold_conv(
     backend: str = "auto",
     coarse: torch.Tensor | None = None,
 ) -> SparseBatch:
-    """The formula above on the voxels of x, feats [V, A] -> [V, B]; in autocast's type where that is on.
+    """Apply the convolution above on the voxels of x, feats [V, A] -> [V, B].
+
+    Under autocast it computes in autocast's dtype.
 
     Args:
-        coarse: [W, A], features in place of those of x on the voxels of x halved; each voxel of x has those
-            of the one that it falls into.
-        weight: [B, 3, 3, 3, A]; bias: [B].
-        backend: "torch"; "spconv", which computes backwards on CUDA only; "auto": spconv on CUDA where it is
-            installed.
+        coarse: [W, A], features on the coarser voxels of x, used in place of those of x. Each voxel of x
+            reads
+            the features of the coarse voxel that contains it.
+        weight: [B, 3, 3, 3, A]. bias: [B].
+        backend: "torch"; "spconv", whose backward pass exists only on CUDA; "auto": spconv on CUDA if it is
+            installed, else torch.
     Differentiable in: feats, weight, bias (once).
-    Raises: ValueError where shapes disagree, a voxel comes twice, or spconv is asked for and missing.
+    Raises: ValueError if shapes disagree, if a voxel occurs twice, or if spconv is requested but missing.
     """
     feats = x.feats if coarse is None else coarse
     channels = feats.shape[1]
@@ -89,50 +92,56 @@ def submanifold_conv(
         return x.with_feats(_spconv(x, feats if coarse is None else feats[coarser(x).row], weight, bias))
     pairs = neighbours(x)
     if coarse is not None:
+        # Reading the coarse rows directly avoids copies of the features on all fine voxels.
         row = coarser(x).row
         pairs = [(written, row[read]) for written, read in pairs]
     return x.with_feats(_Convolve.apply(feats, weight.flatten(1, 3), pairs, len(x.coords)) + bias)
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for a name that is none, or spconv where it is not installed."""
+    """Raise ValueError for an unknown backend, or for spconv if it is not installed."""
     if backend not in BACKENDS:
         raise ValueError(
             f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one."
         )
     if backend == "spconv" and not has_spconv():
         raise ValueError(
-            "sparse convolution: expected the package spconv, got none. Install it for this CUDA version, or"
-            " use 'torch'."
+            "sparse convolution: the package spconv is not installed. Install it for your CUDA version, or"
+            " use the backend 'torch'."
         )
 
 
 def neighbours(x: SparseBatch) -> list[Pairs]:
-    """Per tap the pairs of voxels that it joins, in order of i, j, k; found once per set of coordinates.
+    """Find, per tap, the pairs of voxels that the tap connects, in the order of i, j, k.
 
-    The second half mirrors the first: if u reads w at a tap, w reads u at the opposite one.
+    The result is cached for a set of coordinates. The second half of the taps mirrors the first: if u reads w
+    at
+    a tap, then w reads u at the opposite tap.
     """
     if "neighbours" in x.cache:
         return x.cache["neighbours"]
     places = x.coords.long()
-    # a margin on either side: no neighbour is mistaken for one in the next row
+    # A margin on either side keeps a neighbour beyond the border from coding as a voxel of the next row.
     side = int(places[:, 1:].max()) + 3
     strides = torch.tensor([side**3, side**2, side, 1], device=places.device)
     codes = (places * strides).sum(1) + strides[1:].sum()
+    # Sorted codes allow a binary search for each neighbour instead of a hash table.
     known, rows = codes.sort()
     if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
         raise ValueError(
-            "sparse convolution: expected every voxel once and no negative index, got others. Remove the"
-            " repeated rows."
+            "sparse convolution: expected each voxel once and no negative index. Remove repeated rows and"
+            " shift the coordinates."
         )
     before = []
     for tap in range(TAPS // 2):
+        # Offsets -1, 0, 1 of the tap along the three axes; only the taps before the centre are searched.
         i = tap // 9 - 1
         j = tap // 3 % 3 - 1
         k = tap % 3 - 1
-        wanted = codes + (i * strides[1] + j * strides[2] + k)
-        at = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
-        written = (known[at] == wanted).nonzero().squeeze(1)
+        neighbour = codes + (i * strides[1] + j * strides[2] + k)
+        # Beyond the last code searchsorted gives one past the end; the comparison below rejects it.
+        at = torch.searchsorted(known, neighbour).clamp(max=len(known) - 1)
+        written = (known[at] == neighbour).nonzero().squeeze(1)
         before.append((written, rows[at[written]]))
     itself = torch.arange(len(codes), device=places.device)
     x.cache["neighbours"] = [
@@ -146,12 +155,14 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
 def _taps(
     pairs: list[Pairs], weight: torch.Tensor, rows: int
 ) -> Iterator[tuple[int, torch.Tensor, Pairs, bool]]:
-    """(tap, its weights [B, A], pairs, whether these are more than all `rows` of the input) of taps that have
-    any, as many pairs at a time as NUMBERS allows.
+    """Yield taps that have pairs, with as many pairs at a time as NUMBERS allows.
+
+    Yields: the tap, its weights [B, A], pairs, and whether the pairs are more than all `rows` of the input.
     """
     most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
     for tap, (written, read) in enumerate(pairs):
         kernel = weight[:, tap].contiguous()
+        # More pairs than rows occur with `coarse`: then each row is multiplied once, before it is gathered.
         many = len(read) >= rows
         count = max(len(read), 1) if many else most
         for pair in zip(written.split(count), read.split(count), strict=True):
@@ -160,34 +171,35 @@ def _taps(
 
 
 def _sums(rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Zeros to add up in: float32 at least."""
+    """Return zeros [rows, channels] for accumulation, in float32 at least."""
     return torch.zeros(
         rows, channels, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
     )
 
 
 class _Convolve(torch.autograd.Function):
-    """Gather, multiply, add, tap by tap; where a tap joins more pairs than there are rows to read, these are
-    multiplied once each.
+    """Gather, multiply and add features, tap by tap.
 
-    Both passes keep nothing but their arguments; a frozen kernel keeps no features.
+    If a tap connects more pairs than there are input rows, each row is multiplied once and then gathered.
+    Both
+    passes save only their arguments, and a frozen kernel saves no features.
     """
 
     @staticmethod
-    # weight [B, 27, A]
     def forward(
         ctx, feats: torch.Tensor, weight: torch.Tensor, pairs: list[Pairs], voxels: int
     ) -> torch.Tensor:
+        # weight [B, 27, A]. Features are needed in the backward pass only for the weight's gradient.
         ctx.save_for_backward(feats if ctx.needs_input_grad[1] else None, weight)
         ctx.pairs = pairs
         ctx.shape = feats.shape
         ctx.multiply = multiply = product if fits(feats, weight) else F.linear
         out = _sums(voxels, len(weight), feats)
-        for _, own, (written, read), many in _taps(pairs, weight, len(feats)):
+        for _, kernel, (written, read), many in _taps(pairs, weight, len(feats)):
             part = (
-                multiply(feats, own).index_select(0, read)
+                multiply(feats, kernel).index_select(0, read)
                 if many
-                else multiply(feats.index_select(0, read), own)
+                else multiply(feats.index_select(0, read), kernel)
             )
             out.index_add_(0, written, part.to(out.dtype))
         return out.to(feats.dtype)
@@ -201,14 +213,18 @@ class _Convolve(torch.autograd.Function):
         to_weight = (
             _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
         )
-        for tap, own, (written, read), many in _taps(ctx.pairs, weight, rows):
+        for tap, kernel, (written, read), many in _taps(ctx.pairs, weight, rows):
             part = grad.index_select(0, written)
             if many:
+                # Gradients of all pairs that read the same row are summed before they are multiplied.
                 total = _sums(rows, len(weight), grad)
                 part = total.index_add_(0, read, part.to(total.dtype)).to(grad.dtype)
             if to_feats is not None:
-                own_part = ctx.multiply(part, own.t()).to(to_feats.dtype)
-                to_feats = to_feats.add_(own_part) if many else to_feats.index_add_(0, read, own_part)
+                product_part = ctx.multiply(part, kernel.t()).to(to_feats.dtype)
+                if many:
+                    to_feats = to_feats.add_(product_part)
+                else:
+                    to_feats = to_feats.index_add_(0, read, product_part)
             if to_weight is not None:
                 to_weight[:, tap] += ctx.multiply(
                     part.t(), (feats if many else feats.index_select(0, read)).t()
@@ -218,38 +234,44 @@ class _Convolve(torch.autograd.Function):
 
 @functools.cache
 def has_spconv() -> bool:
-    """Whether the package is there; looking does not import it."""
+    """Return whether spconv is installed, without importing it."""
     return importlib.util.find_spec("spconv") is not None
 
 
 def _spconv(x: SparseBatch, feats: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same by spconv. Its indices must be contiguous int32: it reads others wrongly without a word."""
+    """Compute the convolution with spconv.
+
+    Its indices must be contiguous int32: it reads others wrongly, without an error.
+    """
     import spconv.pytorch as spconv
 
     shape = [int(s) + 1 for s in x.coords[:, 1:].amax(0)]
     tensor = spconv.SparseConvTensor(feats.contiguous(), x.coords.int().contiguous(), shape, x.size)
+    # spconv caches its own table of neighbours here; batches on the same voxels share it.
     tensor.indice_dict = x.cache.setdefault("spconv", tensor.indice_dict)
     with torch.device("meta"):
+        # On the meta device the layer allocates no weights: the given one is used in its place.
         layer = spconv.SubMConv3d(weight.shape[-1], weight.shape[0], 3, bias=False, indice_key="3")
     return torch.func.functional_call(layer, {"weight": weight}, (tensor,)).features + bias
 
 
 @dataclass(frozen=True)
 class Coarser:
-    """What halving a set of coordinates gives."""
+    """Halved coordinates of a batch of voxels."""
 
     coords: torch.Tensor  # [W, 4] int32, sorted: by sample, then by the three indices
-    row: torch.Tensor  # [V] which coarse voxel a voxel falls into
-    counts: torch.Tensor  # [W] voxels that fall into each
-    cache: dict = field(default_factory=dict)  # of the coarse batches
+    row: torch.Tensor  # [V], row of the coarse voxel that contains each voxel
+    counts: torch.Tensor  # [W], number of voxels in each coarse voxel
+    cache: dict = field(default_factory=dict)  # cache of all batches on the coarse voxels
 
 
 def coarser(x: SparseBatch) -> Coarser:
-    """Coordinates // 2, each once; kept in the batch's cache."""
+    """Halve the coordinates of a batch, each coarse voxel once. The result is cached in the batch."""
     if "coarser" not in x.cache:
         cells = x.coords.long()
         cells[:, 1:] //= 2
         side = int(cells[:, 1:].max()) + 1
+        # One integer per voxel: torch.unique on integers is much faster than on rows, and it sorts.
         codes = ((cells[:, 0] * side + cells[:, 1]) * side + cells[:, 2]) * side + cells[:, 3]
         kept, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)
         parts = [kept // side**3, kept // side**2 % side, kept // side % side, kept % side]
@@ -258,9 +280,12 @@ def coarser(x: SparseBatch) -> Coarser:
 
 
 def downsample(x: SparseBatch) -> SparseBatch:
-    """Per coarse voxel the sum of its n voxels / (n + 1), [V, C] -> [W, C]. Differentiable in: feats.
+    """Halve the resolution: per coarse voxel the sum of its n voxels / (n + 1), [V, C] -> [W, C].
 
-    Deviates: no mean. TRELLIS averages with the zero that the buffer began with, and its weights expect that.
+    Differentiable in: feats.
+
+    Deviates: this is not a mean. TRELLIS averages with the zero that its buffer starts with, and its weights
+    expect that.
     """
     to = coarser(x)
     sums = x.feats.new_zeros(len(to.coords), x.feats.shape[1]).index_add(0, to.row, x.feats)
@@ -268,25 +293,27 @@ def downsample(x: SparseBatch) -> SparseBatch:
 
 
 def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
-    """Features of the coarse voxels on the voxels of `fine`, whose downsampling gave x's; [W, C] -> [V, C].
-    Differentiable in: x's feats.
+    """Double the resolution: copy features of coarse voxels to the voxels of `fine`, [W, C] -> [V, C].
 
-    Raises: ValueError where x does not lie on the halved voxels of `fine`.
+    Downsampling `fine` must have given the voxels of x. Differentiable in: x's feats.
+
+    Raises: ValueError if x does not lie on the halved voxels of `fine`.
     """
     to = coarser(fine)
     if len(to.coords) != len(x.feats):
         raise ValueError(
-            f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Give the batch that was"
+            f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Pass the batch that was"
             " downsampled."
         )
     return fine.with_feats(x.feats[to.row])
 
 
 class SparseResBlock(nn.Module):
-    """Two convolutions beside a skip; the time scales and shifts between them. The grid is halved, doubled or
-    kept before both.
+    """Residual block of two sparse convolutions; the time scales and shifts the features between them.
 
     h = conv1(silu(norm1(x)));  y = skip(x) + conv2(silu(norm2(h) (1 + scale) + shift))
+
+    The resolution is halved, doubled or kept before both branches.
     """
 
     def __init__(
@@ -299,7 +326,7 @@ class SparseResBlock(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.resample = resample  # "down", "up" or neither
+        self.resample = resample  # "down", "up" or "" for neither
         self.norm1 = LayerNorm32(channels, affine=True)
         self.norm2 = LayerNorm32(out_channels)
         self.conv1 = SubmanifoldConv(channels, out_channels, backend)
@@ -308,13 +335,16 @@ class SparseResBlock(nn.Module):
         self.skip_connection = Linear(channels, out_channels) if channels != out_channels else nn.Identity()
 
     def forward(self, x: SparseBatch, time: torch.Tensor, fine: SparseBatch | None = None) -> SparseBatch:
-        """Features of a batch, time [N, C], and for "up" a batch on the voxels to return to."""
+        """Apply the block to a batch with times [N, C]; for "up", `fine` is a batch on the voxels to return
+        to.
+        """
         if self.resample == "down":
             x = downsample(x)
         scale, shift = self.emb_layers(time).chunk(2, -1)
         h = F.silu(self.norm1(x.feats))
         skip = self.skip_connection(x.feats)
-        if self.resample == "up":  # what is done row by row is done before rows are repeated
+        if self.resample == "up":
+            # Operations on single rows run before rows are repeated, on an eighth of the rows at best.
             assert fine is not None
             x = upsample(x.with_feats(skip), fine)
             coarse = h
@@ -322,5 +352,6 @@ class SparseResBlock(nn.Module):
             skip = x.feats
         else:
             h = self.conv1(x.with_feats(h)).feats
+        # Each row reads the scale and shift of its sample: [N, C] -> [V, C].
         h = self.norm2(h) * (1 + scale[x.sample]) + shift[x.sample]
         return x.with_feats(self.conv2(x.with_feats(F.silu(h))).feats + skip)
