@@ -21,8 +21,7 @@ def clip_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     """Preprocess images as CLIP does: resize, crop the centre, normalise.
 
     The short side is resized to `size` (bicubic, antialiased). The long side is truncated to a whole number
-    of
-    pixels. Equals torchvision's Resize - CenterCrop - Normalize bitwise (reference case `preprocess`).
+    of pixels. Equals torchvision's Resize - CenterCrop - Normalize bitwise (reference case `preprocess`).
 
     Args: images: [B, 3, h, w] of values 0..1.
     Returns: [B, 3, S, S], a new tensor.
@@ -111,8 +110,7 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     Args:
         flag: option that error messages name. vocabulary: number of words that the network embeds.
         pad: token id that fills up short prompts: 0 as in open_clip; "own": the folder's padding token; None:
-            the
-            end token, as in OpenAI's CLIP.
+            the end token, as in OpenAI's CLIP.
     Raises: ValueError if transformers or the folder is missing, or if the end token is not the network's last
         word.
     """

@@ -84,8 +84,7 @@ class DinoConfig:
         """Derive the sizes from a state dict with torch hub's names.
 
         Without registers, torch hub interpolates the position embeddings in a way of its own. `from_hub`
-        applies it
-        once, and image_size is then the size of the input images.
+        applies it once, and image_size is then the size of the input images.
 
         Args: who: name that error messages begin with. shown: pixels per side of the input images.
         Raises: ValueError for the state dict of another network.
@@ -190,8 +189,7 @@ def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
     """Interpolate position embeddings [1, 1 + G^2, E] -> [1, 1 + side^2, E] as torch hub's DINOv2 does.
 
     That is bicubic and not antialiased, by the factor (side + 0.1) / G. The 0.1 shifts where it samples, so
-    it
-    must be kept.
+    it must be kept.
     """
     learnt = math.isqrt(positions.shape[1] - 1)
     if side == learnt:

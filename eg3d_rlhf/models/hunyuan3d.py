@@ -37,8 +37,7 @@ class DenoiserConfig:
     """Settings of the flow's network: `model.params` of config.yaml.
 
     The defaults are those of the original's HunYuanDiTPlain. That class ignores unknown names, `mlp_ratio`
-    among
-    them.
+    among them.
     """
 
     input_size: int = 1024  # T, latent tokens
@@ -103,7 +102,7 @@ class DenoiserConfig:
 
 
 class TimeEmbedder(nn.Module):
-    """Sinusoidal embedding of t followed by two linear layers, [N] -> one token [N, 1, W]."""
+    """Sinusoidal embedding of t and two linear layers: [N] -> one token [N, 1, W]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -122,10 +121,12 @@ class TimeEmbedder(nn.Module):
 
 
 def interleaved(heads: int, *projected: torch.Tensor) -> list[torch.Tensor]:
-    """Concatenate projections [N, S, W] and split them among the heads in turn, into [N, S, H, D] each.
+    """Concatenate projections [N, S, W] and split them among the heads in turn.
 
     Of m projections side by side, head h takes the channels h m D to (h + 1) m D. A head's keys may therefore
     come from the layer called to_v. Released weights were trained this way.
+
+    Returns: one tensor [N, S, H, D] per projection.
     """
     # [N, S, m W] -> [N, S, H, m D] -> m times [N, S, H, D]
     return list(torch.cat(projected, -1).unflatten(-1, (heads, -1)).chunk(len(projected), -1))
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Attend from x [N, S, W] to y, which is x again or conditioning tokens [N, L, E]. Returns [N, S, W]."""
+        """Attend from x [N, S, W] to y, which is x or conditioning tokens [N, L, E]; returns [N, S, W]."""
         if self.cross:
             # Queries alone are split among the heads as usual; keys and values are interleaved in pairs.
             (q,) = interleaved(self.heads, self.to_q(x))
@@ -576,7 +577,7 @@ class ShapeEncoder(nn.Module):
         self.pre_kl = nn.Linear(config.width, 2 * config.embed_dim)
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the mean and the log-variance of the latents, [N, T, C] each, in the autoencoder's scale."""
+        """Compute mean and log-variance of the latents, [N, T, C] each, in the autoencoder's scale."""
         mean, logvar = self.pre_kl(self.encoder(queries, points)).chunk(2, -1)
         return mean, logvar.clamp(-30, 20)
 
@@ -599,7 +600,7 @@ def chosen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose query points [T, 3 + f] and data points [M, 3 + f] of a surface.
 
-    Uniform points and points on sharp edges each supply their share of both.
+    Uniform points and points on sharp edges each supply their share.
     """
     parts = surface.split([config.pc_size, config.pc_sharpedge_size])
     queries = []

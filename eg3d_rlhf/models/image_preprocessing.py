@@ -217,10 +217,9 @@ def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor
     """Place the object on a black square, as TRELLIS's pipeline does.
 
     With (l, t) and (r, b) the first and the last pixel of opacity above 0.8, the square around their middle
-    has
-    sides of 2 floor(floor(margin max(r - l, b - t)) / 2). Its corners are rounded to the nearest pixel,
-    halves to
-    the even one. After resizing by Lanczos, colours are multiplied by opacity and truncated to 8 bits.
+    has sides of 2 floor(floor(margin max(r - l, b - t)) / 2). Its corners are rounded to the nearest pixel,
+    halves to the even one. After resizing by Lanczos, colours are multiplied by opacity and truncated to 8
+    bits.
 
     Args: size: pixels per side of the result. margin: side of the square in sides of the object.
     Returns: [3, size, size] of values 0..1, in steps of 1/255.
@@ -233,8 +232,7 @@ def on_black_first(image: Image.Image, sizes: tuple[int, ...], largest: int = 10
     """Place the object on a black square, as TRELLIS.2's pipeline does, and resize it to several sizes.
 
     In contrast to `on_black` there is no margin, the image is blended over black before it is resized, and
-    its
-    longer side is first reduced to `largest` at most.
+    its longer side is first reduced to `largest` at most.
     """
     # The order matters: blending after resizing differs by up to 20 counts of 255 at edges.
     square = Image.fromarray(over_black(squared(at_most(image, largest), 1.0)))
@@ -303,8 +301,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
     """Compute the inputs of SAM 3D's embedders for one object, [C, s, s] each.
 
     `image`, `mask` and `pointmap` are cropped around the mask. `rgb_image`, `rgb_image_mask` and
-    `rgb_pointmap`
-    show the full frame, padded to a square.
+    `rgb_pointmap` show the full frame, padded to a square.
 
     Args:
         pixels: bytes [h, w, 4]. Alpha is the mask; the colours still contain the background.

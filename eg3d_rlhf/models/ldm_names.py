@@ -77,8 +77,7 @@ def unet_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Map the beginnings of a U-Net's names to diffusers' names.
 
     LDM numbers its blocks in flat lists, diffusers in a tree of levels. A level ends with the block that
-    holds
-    only a resampling. An up block carries its upsampling as its last part.
+    holds only a resampling. An up block carries its upsampling as its last part.
     """
     names = dict(UNET)
     level = 0
@@ -126,7 +125,8 @@ def to_diffusers_unet(state: Mapping[str, torch.Tensor]) -> State:
     names = unet_names(state)
     new = {}
     for name, tensor in state.items():
-        # The longest match wins: an upsampling "output_blocks.2.1.conv." also begins with "output_blocks.2.1.".
+        # The longest match wins: the name of an upsampling, "output_blocks.2.1.conv.", also begins with
+        # "output_blocks.2.1.".
         start = max((old for old in names if name.startswith(old)), key=len, default="")
         rest = name.removeprefix(start)
         if "resnets." in names.get(start, ""):

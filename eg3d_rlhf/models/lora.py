@@ -126,8 +126,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     layers.
 
     A is uniform within 1 / sqrt(in) (He et al. 2015, the initialisation of linear layers). It is drawn on the
-    CPU
-    from `seed` in the order of the layers, so that it does not depend on the device.
+    CPU from `seed` in the order of the layers, so that it does not depend on the device.
 
     Raises: ValueError for a target that does not exist or is no ordinary linear layer, and for a model that
         already has adapters.

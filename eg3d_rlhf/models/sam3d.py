@@ -250,7 +250,8 @@ class MixtureFlow(nn.Module):
         if set(x_t) not in ({*config.latents}, {SHAPE}):
             expected, got = (", ".join(sorted(names)) for names in (config.latents, x_t))
             raise ValueError(
-                f"MixtureFlow.x_t: expected {expected}, or only {SHAPE}, got {got}. Pass latents of this model."
+                f"MixtureFlow.x_t: expected {expected}, or only {SHAPE}, got {got}. Pass latents of this"
+                " model."
             )
         # Only the tensors that were passed; the shape alone leaves out the groups of the pose.
         latents = {name: latent for name, latent in config.latents.items() if name in x_t}

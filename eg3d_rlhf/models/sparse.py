@@ -251,8 +251,7 @@ def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
     """Return the tensors that a latent consists of, by name.
 
     A tensor is {"x"}. Features on voxels are {"coords", "feats"} and, where present, "given" and "cells".
-    Named
-    tensors have "/" before their names.
+    Named tensors have "/" before their names.
     """
     if isinstance(latent, SparseSample):
         # A number becomes a tensor, since files hold tensors only.
@@ -339,9 +338,8 @@ def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 def mean_per_sample(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Average `values`, which have the form of `feats_of(batch)`, over each sample: [N].
 
-    Samples count equally, whatever the number of their voxels. Of named tensors, each counts equally,
-    whatever
-    the number of its entries.
+    Samples count equally, independently of their number of voxels. Named tensors of a sample count equally,
+    too, independently of their size.
 
     Differentiable in: values.
     """

@@ -1,13 +1,12 @@
-"""TRELLIS.2's networks: its flows, over the cells of a grid and over the voxels of an object, and both halves
-of its autoencoders.
+"""TRELLIS.2's networks: flows over a grid and over the voxels of an object, and its autoencoders of voxels.
 
-Against TRELLIS: the flows have no convolutions or patches; positions are rotary; one modulation of the time
-is shared by all blocks, each of which adds a vector of its own to it; queries and keys are normalised in both
-attentions; a stage may read features on its voxels beside the latent ("concat_cond"), which makes the input
-layer wider and nothing else.
+Differences from TRELLIS: the flows have no convolutions or patches. Positions are rotary. One modulation by
+the time is shared by all blocks, and each block adds a learnt vector to it. Queries and keys are normalised
+in both attentions. A stage may read given features on its voxels beside the latent ("concat_cond"), which
+only makes the input layer wider.
 
-Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channels of the features beside the
-latent, P = D / 2 planes of a head, V voxels, W voxels after a split.
+Shape letters as in trellis/blocks.py; R grid points per axis, T = R^3, K channels of the given features, P =
+D / 2 planes of a head, V voxels, W voxels after a split.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,31 +23,37 @@ from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.blocks import LayerNorm32, Layout, convert_torso
 from eg3d_rlhf.models.trellis.sparse_conv import Kernel, coarser, submanifold_conv
 
-# Rotary positions in three dimensions: attention that knows of two tokens only how far apart they are.
+# Rotary position embedding in three dimensions: attention depends only on differences of coordinates.
 #
-# A head's D channels are D / 2 planes. For each axis n = D // 6 planes turn by coordinate * rate_i, rate_i =
-# f_0 / f_1^(i / n); planes left over do not turn. The product of a turned query and a turned key depends on
-# the difference of their angles alone, hence on that of their coordinates (Su et al. 2021, here per axis).
+# A head's D channels form D / 2 planes. For each axis, n = D // 6 planes are rotated by coordinate * rate_i
+# with rate_i = f_0 / f_1^(i / n); the remaining planes are not rotated. The product of a rotated query and a
+# rotated key depends only on the difference of their angles, and so on that of their coordinates (Su et al.
+# 2021, RoFormer, section 3.2; here per axis).
 
 
 def angles_of(
     coords: torch.Tensor, head_channels: int, freq: tuple[float, float] = (1.0, 10000.0)
 ) -> torch.Tensor:
-    """Angles of coordinates [V, 3] -> [V, P] float32: the planes of axis 1, of axis 2,
-    of axis 3, then zeros.
+    """Compute rotation angles from coordinates [V, 3]: [V, P] float32.
+
+    The planes of axis 1 come first, then those of axis 2 and of axis 3, then zeros.
+
+    Args: head_channels: D. freq: f_0 and f_1.
     """
     count = head_channels // 6
     rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
-    turned = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
-    return torch.nn.functional.pad(turned, (0, head_channels // 2 - turned.shape[1]))
+    angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
+    # An angle of zero leaves the remaining planes unrotated.
+    return torch.nn.functional.pad(angles, (0, head_channels // 2 - angles.shape[1]))
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the planes, channels 2 i and 2 i + 1, of heads [..., V, H, D] by angles [V, P]; in float32.
-    Differentiable in: x.
+    """Rotate the planes of heads [..., V, H, D] by angles [V, P], in float32.
+
+    Plane i consists of the channels 2 i and 2 i + 1. Differentiable in: x.
     """
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [..., V, H, P]
-    # [V, 1, P]
+    # One angle for all heads: [V, 1, P].
     cos = angles.cos()[:, None]
     sin = angles.sin()[:, None]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
@@ -56,12 +61,12 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RotaryLayout:
-    """A `Layout` whose tokens have places: self-attention turns queries and keys, attention to a condition
-    does not.
+    """Layout whose tokens have positions: self-attention rotates queries and keys, cross-attention does
+    not.
     """
 
     inner: Layout
-    angles: torch.Tensor  # [V, P], or [T, P] of the tokens that all samples have
+    angles: torch.Tensor  # [V, P] on voxels; [T, P] on a grid, where all samples have the same tokens
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         return self.inner.per_token(values)
@@ -73,7 +78,7 @@ class RotaryLayout:
         return self.inner.cross_attention(q, k, v)
 
 
-DTYPES = {
+DTYPES = {  # spellings of `dtype` in the JSON files
     "float32": torch.float32,
     "fp32": torch.float32,
     "f32": torch.float32,
@@ -87,25 +92,26 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What a flow's JSON file calls args."""
+    """Settings of a flow: `args` of its JSON file."""
 
-    # of the structure's grid; a flow on voxels does not use it, and files of the texture's say anything
+    # Grid points per axis of the structure. Flows on voxels do not use it; the texture's file may state any
+    # number.
     resolution: int
-    in_channels: int  # of the latent and of what is read beside it
-    model_channels: int
-    cond_channels: int
-    out_channels: int
+    in_channels: int  # channels of the latent and of the given features
+    model_channels: int  # C
+    cond_channels: int  # E, channels of a conditioning token
+    out_channels: int  # channels of the latent
     num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
+    num_heads: int | None = None  # None: model_channels / num_head_channels
     num_head_channels: int = 64
-    mlp_ratio: float = 4
-    pe_mode: str = "ape"
-    # f_0 and f_1 of `angles_of`; the structure's flow takes these whatever it says
+    mlp_ratio: float = 4  # hidden channels of the feed-forward layer, in model channels
+    pe_mode: str = "ape"  # kind of position embedding; only "rope" is supported
+    # f_0 and f_1 of `angles_of`. The structure's flow ignores it and uses these defaults.
     rope_freq: tuple[float, float] = (1.0, 10000.0)
-    dtype: str = "float32"  # of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    share_mod: bool = False
-    initialization: str = "vanilla"  # of weights that training starts from: no concern of trained ones
+    dtype: str = "float32"  # of new blocks; loaded files keep their own
+    use_checkpoint: bool = False  # recompute blocks in the backward pass
+    share_mod: bool = False  # one modulation for all blocks
+    initialization: str = "vanilla"  # of new weights in the original's training; not used here
     qk_rms_norm: bool = False
     qk_rms_norm_cross: bool = False
 
@@ -115,40 +121,38 @@ class FlowConfig:
         if self.pe_mode != "rope" or self.dtype not in DTYPES:
             got = f"{self.pe_mode!r} and {self.dtype!r}"
             raise ValueError(
-                f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. Others are in no"
-                " released model."
+                f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. No released model"
+                " uses other values: name a released model."
             )
         if self.model_channels % self.heads or self.given < 0:
             got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
-            expected = "model_channels to divide by heads and in_channels >= out_channels"
+            expected = "model_channels to be a multiple of the heads, and in_channels >= out_channels"
             raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             got = f"{self.head_channels} channels and {self.rope_freq}"
             raise ValueError(
                 f"{who}: expected heads of an even number of channels, 6 or more, and two rope_freq, got"
-                f" {got}. Correct it."
+                f" {got}. Correct the model's JSON file."
             )
 
     @property
     def heads(self) -> int:
-        """Of every attention."""
+        """Number of heads of every attention."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
     @property
     def head_channels(self) -> int:
-        """D."""
+        """D, channels of a head."""
         return self.model_channels // self.heads
 
     @property
     def given(self) -> int:
-        """K."""
+        """K, channels of the given features."""
         return self.in_channels - self.out_channels
 
 
 class Block(blocks.ModulatedBlock):
-    """TRELLIS's block with a vector of its own, `modulation` [6 C], on top of the modulation that all blocks
-    share.
-    """
+    """TRELLIS's block with a learnt vector `modulation` [6 C] that is added to the shared modulation."""
 
     def __init__(self, channels: int, *args, **kwargs):
         super().__init__(channels, *args, share_mod=True, **kwargs)
@@ -161,7 +165,7 @@ class Block(blocks.ModulatedBlock):
 
 
 class Flow(nn.Module):
-    """What both flows have in common: layers, their names, and the way of tokens through them."""
+    """Common part of both flows: layers, their names, and the path of tokens through them."""
 
     def __init__(self, config: FlowConfig):
         super().__init__()
@@ -188,7 +192,7 @@ class Flow(nn.Module):
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """By which tokens at coordinates [V, 3] turn the planes of a head, [V, P]."""
+        """Compute the angles [V, P] by which tokens at coordinates [V, 3] rotate the planes of a head."""
         return angles_of(coords, self.config.head_channels, self.config.rope_freq)
 
     def transform(
@@ -199,17 +203,21 @@ class Flow(nn.Module):
         coords: torch.Tensor,
         layout: blocks.Layout,
     ) -> torch.Tensor:
-        """Tokens [..., in_channels] at coordinates [V, 3] (or [T, 3]), t [N], cond [N, L, E] -> [...,
-        out_channels], in x's type.
+        """Apply the network to tokens.
+
+        Args: x: tokens [..., in_channels]. t: [N]. cond: [N, L, E]. coords: [V, 3], or [T, 3] on a grid.
+        Returns: [..., out_channels], in x's dtype.
         """
         config = self.config
         dtype = blocks.torso_dtype(self.blocks)
         time = self.t_embedder(t)
         if config.share_mod:
             time = self.adaLN_modulation(time)
+        # Input and output layers are float32; only the blocks compute in `dtype`.
         h = self.input_layer(x.float()).to(dtype)
         time = time.to(dtype)
         cond = cond.to(dtype)
+        # The rotation is part of the layout, so TRELLIS's blocks serve unchanged.
         layout = RotaryLayout(layout, self.angles(coords))
         for block in self.blocks:
             h = blocks.run_block(block, h, time, cond, layout, recompute=self.recompute)
@@ -218,27 +226,30 @@ class Flow(nn.Module):
 
 
 class StructureFlow(Flow):
-    """model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t. Differentiable in:
-    everything but t.
+    """First stage: predict the velocity of a dense latent.
+
+        model(x_t [N, C, R, R, R], t [N] in 0..1, cond [N, L, E]) -> velocity, like x_t
+
+    Differentiable in: everything except t.
     """
 
-    passes_over = True  # args that it does not know
+    passes_over = True  # unknown settings in the JSON file are ignored, as in the original
 
     def __init__(self, config: FlowConfig):
         super().__init__(config)
         if config.given:
             got = f"{config.in_channels} and {config.out_channels}"
             raise ValueError(
-                f"StructureFlow: expected in_channels = out_channels, got {got}. Correct the model's JSON"
-                " file."
+                f"StructureFlow: expected in_channels equal to out_channels, got {got}. Correct the model's"
+                " JSON file."
             )
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
-        """The original forgets rope_freq here."""
+        """Compute the angles with the default frequencies, because the original ignores rope_freq here."""
         return angles_of(coords, self.config.head_channels)
 
     def places(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Of the tokens, [T, 3]."""
+        """Return the coordinates of the tokens, [T, 3]; the last axis varies fastest."""
         return torch.cartesian_prod(*[torch.arange(self.config.resolution, device=device)] * 3)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
@@ -251,6 +262,7 @@ class StructureFlow(Flow):
             len(x_t),
             config.cond_channels,
         )
+        # [N, C, R, R, R] -> tokens [N, T, C]
         v = self.transform(
             x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()
         )
@@ -258,11 +270,14 @@ class StructureFlow(Flow):
 
 
 class VoxelFlow(Flow):
-    """model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels. Differentiable
-    in: everything but t.
+    """Later stages: predict the velocity of latents on voxels.
 
-    What is given on the voxels, [V, K], stands beside the latent in the input layer; it is neither noised nor
-    predicted.
+        model(x_t: SparseBatch, t [N] in 0..1, cond [N, L, E]) -> velocity on the same voxels
+
+    Given features on the voxels, [V, K], are concatenated to the latent before the input layer. They are
+    neither noised nor predicted.
+
+    Differentiable in: everything except t.
     """
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
@@ -273,53 +288,59 @@ class VoxelFlow(Flow):
         x = x_t.feats
         width = 0 if x_t.given is None else x_t.given.shape[1]
         if width != config.given:
-            remedy = "Give the features that the stage before leaves, where the model reads some."
+            remedy = "Pass the features of the previous stage if, and only if, the model reads them."
             raise ValueError(
                 f"VoxelFlow.x_t: expected {config.given} given features beside the latent, got {width}."
                 f" {remedy}"
             )
         if x_t.given is not None:
+            # The latent comes first.
             x = torch.cat([x, x_t.given.to(x)], 1)
         return x_t.with_feats(self.transform(x, t, cond, x_t.coords[:, 1:], blocks.SparseLayout(x_t)))
 
 
-# Autoencoders: features on fine voxels -> latents on coarse ones and back, in steps that merge eight children
-# into a voxel, or split it into those of them that are there. Which are there the shape's decoder says
-# itself; the one of materials is told.
+# Autoencoders: features on fine voxels -> latents on coarse ones and back. An encoder merges eight children
+# into a voxel step by step; a decoder splits a voxel into those of its eight children that exist. The shape's
+# decoder predicts which children exist; the decoder of materials receives the shape's prediction.
 #
-# A block is a submanifold convolution, a norm and a feed-forward beside a skip (as ConvNeXt); a split moves
-# channels into space, in the branch and in the skip, whose channels are repeated to the new number; a merge
-# moves space into channels, and means are taken (Xiang et al. 2025, sparse compression autoencoder). Child n
-# lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
+# A block consists of a submanifold convolution, a norm and a feed-forward layer beside a skip (as in
+# ConvNeXt). A split moves channels into space, in the branch and in the skip, whose channels are repeated to
+# the new number. A merge moves space into channels, and the skip takes means of them (Xiang et al. 2025,
+# sparse compression autoencoder). Child n lies at (n & 1, n >> 1 & 1, n >> 2 & 1) in its voxel.
 
 
-# published names, the only ones that are read
+# Published names of the blocks; only these are supported.
 BLOCK = "SparseConvNeXtBlock3d"
 SPLIT = "SparseResBlockC2S3d"
 MERGE = "SparseResBlockS2C3d"
-# of the shape's output: 3 place a vertex in its voxel, 3 say which edges are crossed, 1 how a face is split
+# Output channels of the shape: 3 for the vertex in its voxel, 3 for the crossed edges, 1 for how a face is
+# split.
 SHAPE_CHANNELS = 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelConfig:
-    """What the JSON files of both halves call args."""
+    """Settings that encoder and decoder have in common in `args` of their JSON files."""
 
-    model_channels: tuple[int, ...]  # per level, in the order of computation
+    model_channels: tuple[int, ...]  # channels of each level, in the order of computation
     latent_channels: int
-    num_blocks: tuple[int, ...]  # per level
-    block_type: tuple[str, ...]
-    block_args: tuple[Mapping, ...] = ()
-    resolution: int | None = None  # of the finest voxels in training: no concern of the network
-    use_fp16: bool = False
+    num_blocks: tuple[int, ...]  # blocks of each level
+    block_type: tuple[str, ...]  # published name of the block, per level
+    block_args: tuple[Mapping, ...] = ()  # arguments of `ConvBlock`, per level
+    resolution: int | None = None  # finest voxels per axis in training; the network does not use it
+    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
 
     def __post_init__(self):
         for name in ("model_channels", "num_blocks", "block_type", "block_args"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def check(self, between: Sequence[str], step: str, fits: Callable[[int, int], bool]) -> None:
-        """Raise ValueError for levels that are not alike, blocks of another kind, and channels of neighbours
-        that do not fit.
+        """Raise ValueError for inconsistent levels, unsupported blocks, or channels of neighbours that do not
+        fit.
+
+        Args: between: published names of the steps between levels. step: the only supported one. fits:
+        whether the
+            channels of a level and of the next one fit.
         """
         who = type(self).__name__
         levels = len(self.model_channels)
@@ -335,23 +356,25 @@ class VoxelConfig:
         foreign = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
         if foreign:
             raise ValueError(
-                f"{who}: expected blocks {BLOCK} and {step}, got {', '.join(foreign)}. Others are not read."
+                f"{who}: expected the blocks {BLOCK} and {step}, got {', '.join(foreign)}. Other blocks are"
+                " not supported: name a released model."
             )
         if not all(fits(a, b) for a, b in zip(self.model_channels, self.model_channels[1:], strict=False)):
             got = f"{list(self.model_channels)}"
             raise ValueError(
-                f"{who}: expected channels that eight children can share, got {got}. Correct its JSON file."
+                f"{who}: the model_channels {got} cannot be divided among eight children. Correct the model's"
+                " JSON file."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelDecoderConfig(VoxelConfig):
-    """Coarsest level first."""
+    """Settings of a decoder. Levels are listed coarsest first."""
 
     up_block_type: tuple[str, ...]  # between levels
     out_channels: int = SHAPE_CHANNELS  # the shape's file leaves it out
-    pred_subdiv: bool = True  # whether it says which children are there
-    voxel_margin: float = 0.5  # by which a vertex may leave its voxel
+    pred_subdiv: bool = True  # whether the decoder predicts which children exist
+    voxel_margin: float = 0.5  # how far a vertex may lie outside its voxel, in voxels
 
     def __post_init__(self):
         super().__post_init__()
@@ -360,16 +383,16 @@ class VoxelDecoderConfig(VoxelConfig):
 
     @property
     def finer(self) -> int:
-        """Voxels of the finest level along a side of one of the coarsest."""
+        """Number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.up_block_type)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelEncoderConfig(VoxelConfig):
-    """Finest level first."""
+    """Settings of an encoder. Levels are listed finest first."""
 
     down_block_type: tuple[str, ...]  # between levels
-    # the shape's file leaves it out: 3 of the vertex in its voxel, 3 of crossed edges, less a half each
+    # The shape's file leaves it out: 3 for the vertex in its voxel and 3 for crossed edges, minus 0.5 each.
     in_channels: int = 6
 
     def __post_init__(self):
@@ -379,22 +402,23 @@ class VoxelEncoderConfig(VoxelConfig):
 
     @property
     def coarser(self) -> int:
-        """Voxels of the finest level along a side of one of the coarsest."""
+        """Number of finest voxels along a side of a coarsest voxel."""
         return 2 ** len(self.down_block_type)
 
 
 class Conv(Kernel):
-    """A submanifold convolution, `weight` [B, 3, 3, 3, A] and `bias` [B]."""
+    """Submanifold convolution with `weight` [B, 3, 3, 3, A] and `bias` [B]."""
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         return submanifold_conv(x, self.weight, self.bias)
 
 
 class ConvBlock(nn.Module):
-    """x + mlp(norm(conv(x)))."""
+    """Residual block: x + mlp(norm(conv(x)))."""
 
     def __init__(self, channels: int, mlp_ratio: float = 4.0, use_checkpoint: bool = False):
         super().__init__()
+        # use_checkpoint is accepted because block_args of released files may name it.
         hidden = int(channels * mlp_ratio)
         self.norm = LayerNorm32(channels, affine=True)
         self.conv = Conv(channels, channels)
@@ -405,7 +429,10 @@ class ConvBlock(nn.Module):
 
 
 class SplitBlock(nn.Module):
-    """y = split(x), h = split(conv1(silu(norm1(x)))), result: repeat(y) + conv2(silu(norm2(h)))."""
+    """Block that splits voxels into their children.
+
+    y = split(x), h = split(conv1(silu(norm1(x)))), result: repeat(y) + conv2(silu(norm2(h))).
+    """
 
     def __init__(self, channels: int, out_channels: int, pred_subdiv: bool):
         super().__init__()
@@ -415,10 +442,14 @@ class SplitBlock(nn.Module):
         self.conv2 = Conv(out_channels, out_channels)
         if pred_subdiv:
             self.to_subdiv = nn.Linear(channels, 8)
+        # A child's skip has channels / 8 channels; each is repeated to reach out_channels.
         self.repeats = out_channels // (channels // 8)
 
     def subdivision(self, x: SparseBatch) -> torch.Tensor:
-        """Logits of the children, [V, 8]: those above 0 are there, and a voxel without any vanishes."""
+        """Compute logits of the children, [V, 8].
+
+        Children with a logit above 0 exist. A voxel without such a child vanishes.
+        """
         return self.to_subdiv(x.feats.to(self.to_subdiv.weight.dtype))
 
     def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
@@ -430,7 +461,10 @@ class SplitBlock(nn.Module):
 
 
 class MergeBlock(nn.Module):
-    """y = means of merge(x), h = merge(conv1(silu(norm1(x)))), result: y + conv2(silu(norm2(h)))."""
+    """Block that merges children into voxels.
+
+    y = means of merge(x), h = merge(conv1(silu(norm1(x)))), result: y + conv2(silu(norm2(h))).
+    """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -441,42 +475,49 @@ class MergeBlock(nn.Module):
 
     def forward(self, x: SparseBatch) -> SparseBatch:
         h = merge(self.conv1(x.with_feats(F.silu(self.norm1(x.feats)))))
+        # The skip averages consecutive groups of the merged channels: [V, 8 C] -> [V, C'].
         y = merge(x).feats.unflatten(1, (h.feats.shape[1], -1)).mean(2)
         return h.with_feats(y + self.conv2(h.with_feats(F.silu(self.norm2(h.feats)))).feats)
 
 
 def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
-    """Features [V, 8 C] on voxels -> [W, C] on their children; a voxel's channels are those of child 0, then
-    of child 1, ...
+    """Split voxels with features [V, 8 C] into their children with features [W, C].
 
-    Args: there: [V, 8] bool. Differentiable in: feats. Raises: ValueError where no child is left.
+    A voxel's channels are those of child 0, then of child 1, and so on.
+
+    Args: there: [V, 8] bool, True for children that exist.
+    Differentiable in: feats.
+    Raises: ValueError if no child exists.
     """
-    check_shape("split.there", there, [len(x.feats), 8], "Give the children of these voxels.")
+    check_shape("split.there", there, [len(x.feats), 8], "Pass the children of these voxels.")
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
     if not len(voxel):
         raise ValueError(
-            f"decode: expected voxels with children, got {len(x.feats)} without any. Use other latents or"
-            " weights."
+            f"decode: none of the {len(x.feats)} voxels has a child, so the shape is empty. Use other latents"
+            " or weights."
         )
-    bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)  # [W, 3]
+    # The first axis varies fastest among the children. [W, 3]
+    bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)
     coords = x.coords[voxel].clone()
     coords[:, 1:] = 2 * coords[:, 1:] + bits.int()
     return SparseBatch(coords.contiguous(), x.feats.unflatten(1, (8, -1))[voxel, child], x.size)
 
 
 def merge(x: SparseBatch) -> SparseBatch:
-    """Inverse of split: features [W, C] -> [V, 8 C] on the voxels that they lie in, sorted; zeros of children
-    that are absent.
+    """Merge features [W, C] into those of the voxels that contain them, [V, 8 C]; inverse of `split`.
+
+    Voxels are sorted. Children that do not exist contribute zeros.
     """
     to = coarser(x)
     bits = x.coords[:, 1:].long() & 1
     merged = x.feats.new_zeros(len(to.coords), 8, x.feats.shape[1])
+    # Child number = x + 2 y + 4 z of the lowest bits, as in `split`.
     merged = merged.index_put((to.row, bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2]), x.feats)
     return SparseBatch(to.coords, merged.flatten(1), x.size, to.cache)
 
 
 class VoxelNetwork(nn.Module):
-    """What both halves have in common."""
+    """Common part of encoders and decoders: blocks of all levels with a step between levels."""
 
     def __init__(self, config: VoxelConfig, step: Callable[[int, int], nn.Module]):
         super().__init__()
@@ -484,6 +525,7 @@ class VoxelNetwork(nn.Module):
         args = config.block_args or ({},) * len(config.model_channels)
         self.blocks = nn.ModuleList()
         for i, (width, count) in enumerate(zip(channels, config.num_blocks, strict=True)):
+            # The step to the next level is the last block of a level; the last level has none.
             level = [ConvBlock(width, **args[i]) for _ in range(count)]
             self.blocks.append(
                 nn.ModuleList([*level, *(step(width, after) for after in channels[i + 1 : i + 2])])
@@ -492,23 +534,24 @@ class VoxelNetwork(nn.Module):
             convert_torso([self.blocks], torch.float16, (nn.Linear, Kernel))
 
     def first(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
-        """Through a layer of full precision, and then of the blocks' type."""
+        """Apply the first layer in full precision and convert the result to the blocks' dtype."""
+        # Matrices and kernels have the blocks' dtype; norms stay in float32.
         dtype = next((p.dtype for p in self.blocks.parameters() if p.ndim > 1), torch.float32)
         check_shape(
             f"{type(self).__name__}.x",
             x.feats,
             ["V", layer.in_features],
-            "Give features of this model's size.",
+            "Pass features of this model's size.",
         )
         return x.with_feats(layer(x.feats.float()).to(dtype))
 
     def last(self, x: SparseBatch, layer: nn.Linear) -> SparseBatch:
-        """Normalised, and through a layer of full precision."""
+        """Normalise and apply the last layer in full precision."""
         return x.with_feats(layer(F.layer_norm(x.feats.float(), x.feats.shape[-1:])))
 
 
 class VoxelDecoder(VoxelNetwork):
-    """Latents on voxels -> features on the finest ones."""
+    """Decode latents on voxels to features on the finest voxels."""
 
     def __init__(self, config: VoxelDecoderConfig):
         super().__init__(config, lambda before, after: SplitBlock(before, after, config.pred_subdiv))
@@ -517,29 +560,31 @@ class VoxelDecoder(VoxelNetwork):
         self.output_layer = nn.Linear(config.model_channels[-1], config.out_channels)
 
     def forward(
-        self, x: SparseBatch, told: Sequence[torch.Tensor] | None = None, levels: int | None = None
+        self, x: SparseBatch, children: Sequence[torch.Tensor] | None = None, levels: int | None = None
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
-        """Latents [V, C] -> features on the finest voxels, and the children of every split as logits, [V, 8]
-        each.
+        """Decode latents [V, C] to features on the finest voxels.
 
-        Args: told: these, for a decoder that does not say; levels: stop behind so many splits, before the
-            output layer.
+        Args: children: logits of the children at every split, for a decoder that does not predict them.
+        levels: stop after this many splits, before the output layer.
+        Returns: features, and the logits of the children [V, 8] at every split.
+        Raises: ValueError if the decoder does not predict children and the logits are missing.
         """
         config = self.config
-        if not config.pred_subdiv and (told is None or len(told) != len(config.up_block_type)):
-            got = "None" if told is None else len(told)
+        if not config.pred_subdiv and (children is None or len(children) != len(config.up_block_type)):
+            got = "None" if children is None else len(children)
             raise ValueError(
-                f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Give"
-                " the shape's."
+                f"VoxelDecoder: expected the children of {len(config.up_block_type)} splits, got {got}. Pass"
+                " the logits that the shape's decoder returned."
             )
         h = self.first(x, self.from_latent)
         logits = list[torch.Tensor]()
         for level in self.blocks:
+            # As many logits as splits so far. The blocks of the level reached are not applied.
             if len(logits) == levels:
                 return h, logits
             for block in level:  # type: ignore[attr-defined]
                 if isinstance(block, SplitBlock):
-                    logits.append(block.subdivision(h) if told is None else told[len(logits)])
+                    logits.append(block.subdivision(h) if children is None else children[len(logits)])
                     h = block(h, logits[-1] > 0)
                 else:
                     h = block(h)
@@ -547,7 +592,7 @@ class VoxelDecoder(VoxelNetwork):
 
 
 class VoxelEncoder(VoxelNetwork):
-    """Features on fine voxels -> mean and log-variance of the latent on coarse ones, [V, C] each."""
+    """Encode features on fine voxels to mean and log-variance of the latent on coarse voxels, [V, C] each."""
 
     def __init__(self, config: VoxelEncoderConfig):
         super().__init__(config, MergeBlock)
@@ -567,27 +612,27 @@ class VoxelEncoder(VoxelNetwork):
 
 @dataclass(frozen=True, kw_only=True)
 class VoxelAsset:
-    """An object as TRELLIS.2 decodes it: a vertex per voxel, faces where edges are crossed, a material per
+    """Decoded object of TRELLIS.2: one vertex per voxel, faces where edges are crossed, one material per
     voxel.
     """
 
     coords: torch.Tensor  # [W, 3] int32
-    resolution: int  # of their grid
-    vertices: torch.Tensor  # [W, 3] places in the voxel: 0..1 inside, the margin beyond
-    # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner
+    resolution: int  # voxels per axis of the grid
+    vertices: torch.Tensor  # [W, 3], positions in the voxel: 0..1 inside, up to the margin outside
+    # [W, 3] bool: whether the surface crosses the voxel's edge along each axis, at its far corner.
     crossed: torch.Tensor
-    split: torch.Tensor  # [W] > 0: by which a face is cut into triangles
-    # [W, 6] base colour, metallic, roughness, alpha of 0..1; to be clipped
+    split: torch.Tensor  # [W] > 0: weights that decide along which diagonal a face is cut
+    # [W, 6]: base colour, metallic, roughness, alpha of 0..1; not clipped yet.
     materials: torch.Tensor | None = None
 
     @property
     def means(self) -> torch.Tensor:
-        """[W, 3], the vertices in the cube of +-0.5."""
+        """Vertices in the cube of +-0.5, [W, 3]."""
         return (self.coords + self.vertices) / self.resolution - 0.5
 
     @property
     def colours(self) -> torch.Tensor:
-        """[W, 3] of 0..1; grey where there are no materials."""
+        """Base colours of 0..1, [W, 3]; grey without materials."""
         return (
             torch.full_like(self.vertices, 0.5)
             if self.materials is None
@@ -596,11 +641,11 @@ class VoxelAsset:
 
     @property
     def opacities(self) -> torch.Tensor:
-        """[W] of 0..1."""
+        """Opacities of 0..1, [W]; 1 without materials."""
         return torch.ones_like(self.split) if self.materials is None else self.materials[:, 5].clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "VoxelAsset":
-        """On another device."""
+        """Return the asset on another device."""
         moved: dict[str, Any] = {
             name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()
         }
@@ -610,10 +655,14 @@ class VoxelAsset:
 def assets_of(
     shape: SparseBatch, materials: SparseBatch | None, resolution: int, margin: float
 ) -> list[VoxelAsset]:
-    """Assets of decoded features, shape [W, 7] and materials [W, 6] on the same voxels."""
+    """Build assets from decoded features, shape [W, 7] and materials [W, 6] on the same voxels.
+
+    Args: margin: how far a vertex may lie outside its voxel, in voxels.
+    """
     colours = [None] * shape.size if materials is None else [s.feats for s in materials.samples()]
     assets = []
     for sample, colour in zip(shape.samples(), colours, strict=True):
+        # The shape's channels: 3 for the vertex, 3 for crossed edges, 1 for the diagonal.
         place, crossed, cut = sample.feats.split([3, 3, 1], 1)
         assets.append(
             VoxelAsset(
@@ -622,6 +671,7 @@ def assets_of(
                 vertices=(1 + 2 * margin) * place.sigmoid() - margin,
                 crossed=crossed > 0,
                 split=F.softplus(cut[:, 0]),
+                # The decoder's range -1..1 becomes 0..1
                 materials=None if colour is None else 0.5 + 0.5 * colour,
             )
         )

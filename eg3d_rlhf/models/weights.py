@@ -1,9 +1,9 @@
-"""Weights of networks, from files of this machine: read without running anything, put into a network
-strictly, written back.
+"""Read, check and write weights of networks in files on this machine, without running anything in them.
 
-Every .safetensors, .ckpt, .pt and .pth that this project did not write goes through here (training/storage.py
-has those that it did; EG3D's pickles have generators/pickles). Nothing is fetched. An error names who asked
-(a flag or a file), what it expected and got, and the remedy.
+Every .safetensors, .ckpt, .pt and .pth file that this project did not write is read here. training/storage.py
+reads the files that it did write, and generators/pickles reads EG3D's pickles. Nothing is downloaded. Error
+messages begin with `who`, the flag or file that asked for the weights, and say what was expected, what was
+given and what to do.
 
     state = weights.read(path, "--prior")                        {name: tensor}
     vae = weights.empty(lambda: VAE(config))                     on the meta device, without memory
@@ -30,9 +30,10 @@ from torch import nn
 
 from training.storage import check_fit, write_atomic
 
-# a counted buffer of older transformers: the only entry of a published network that may be in a file alone
+# Older transformers stored this buffer, which only counts positions. It is the only entry of a file that a
+# network may lack.
 SKIPPED = "position_ids"
-DAMAGED = (  # what the libraries raise for files of other bytes than they expect
+DAMAGED = (  # exceptions that the libraries raise for damaged or foreign files
     safetensors.SafetensorError,
     RuntimeError,
     pickle.UnpicklingError,
@@ -52,21 +53,27 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def existing(path: str | Path, who: str) -> Path:
+    """Return the path as a Path. Raises: FileNotFoundError if nothing exists there."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{who}: expected a local file or folder, got none at {path}. Nothing is fetched: check the path."
+            f"{who}: expected a local file or folder, got none at {path}. Nothing is downloaded: check the"
+            " path."
         )
     return path
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its class, cut to 200 characters."""
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + "..."
 
 
 def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -> Path:
-    """A file, or a folder's only one with such a suffix. Raises: ValueError."""
+    """Return the file itself, or the only file in a folder that has one of the suffixes.
+
+    Raises: ValueError for a folder with none or several of them; `flag` and `expected` word the message.
+    """
     if path.is_file():
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
@@ -77,36 +84,41 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
 
 
 def content(path: str | Path, who: str) -> Any:
-    """All that a file holds, on the CPU: tensors by name of a .safetensors, what torch.save wrote of any
-    other.
+    """Read everything that a file holds, on the CPU: tensors by name from .safetensors, else what torch.save
+    wrote.
 
-    A pickle is read with weights_only: one that asks for more than tensors and plain containers is refused
-    before anything is called. Files in torch's zip format are mapped into memory, not copied.
-    Raises: FileNotFoundError; ValueError for what asks for more, is damaged or cut short.
+    Pickles are read with weights_only. A pickle that asks for more than tensors and plain containers is
+    rejected before anything is called. Files in torch's zip format are mapped into memory and not copied.
+
+    Raises: FileNotFoundError; ValueError for a file that asks for more, is damaged or cut short.
     """
     path = existing(path, who)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        # Files in the older format of torch.save are no zip archives and cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except DAMAGED as error:
-        operand = re.search(r"Unsupported operand \d+", str(error))  # no pickle at all
+        # torch reports this for a file that is no pickle at all, rather than for one that would run code.
+        operand = re.search(r"Unsupported operand \d+", str(error))
         if isinstance(error, pickle.UnpicklingError) and operand is None:
             raise ValueError(
-                f"{who}: expected {path.name} to hold weights alone, got a pickle that asks for more. It was"
-                " not run: get the file from its publisher, or save its state dict again."
+                f"{who}: expected {path.name} to hold only weights, got a pickle that asks for more. It was"
+                " not run. Get the file from its publisher, or save its state dict again."
             ) from error
         reason = operand[0] if operand else first_line(error)
         raise ValueError(
-            f"{who}: expected weights in {path.name}, got: {reason}. Truncated or foreign? Copy it again."
+            f"{who}: expected weights in {path.name}, got: {reason}. The file may be truncated or of another"
+            " kind. Copy it again."
         ) from error
 
 
 def read(path: str | Path, who: str) -> State:
-    """Tensors by name of a .safetensors file or of a state dict that torch.save wrote, there perhaps under
-    "state_dict".
+    """Read tensors by name from a .safetensors file or from a state dict that torch.save wrote.
 
-    Raises: as `content`; ValueError for what holds anything else than tensors.
+    The state dict may be nested under "state_dict".
+
+    Raises: as `content`; ValueError for a file that holds anything other than tensors by name.
     """
     held = content(path, who)
     held = held.get("state_dict", held) if isinstance(held, dict) else held
@@ -117,21 +129,23 @@ def read(path: str | Path, who: str) -> State:
     ):
         got = type(held).__name__
         raise ValueError(
-            f"{who}: expected tensors by name in {Path(path).name}, got {got}. Export the weights alone, or"
-            " copy it again."
+            f"{who}: expected tensors by name in {Path(path).name}, got {got}. Export only the weights, or"
+            " copy the file again."
         )
     return dict(held)
 
 
 def below(state: Mapping[str, torch.Tensor], prefix: str) -> State:
+    """Return the entries whose names begin with a prefix, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str, str]]) -> State:
-    """Rename the entries of a vision transformer to those of transformers; unknown names stay.
+    """Rename the entries of a vision transformer to transformers' names. Unknown names stay.
 
-    Args: names: regular expressions and their replacements, applied in turn. Besides, a fused `.attn.qkv.`
-    becomes query, key and value.
+    A fused `.attn.qkv.` is also split into query, key and value.
+
+    Args: names: regular expressions and their replacements, applied one after the other.
     """
     renamed: State = {}
     for name, tensor in state.items():
@@ -140,7 +154,8 @@ def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str
         stem, fused, leaf = name.partition(".attn.qkv.")
         if fused:
             kinds = ("query", "key", "value")
-            parts = zip(kinds, tensor.chunk(3), strict=False)  # a misshapen one is an error when it is filled
+            # Not strict: a misshapen tensor is reported later, when the network is filled.
+            parts = zip(kinds, tensor.chunk(3), strict=False)
             renamed |= {f"{stem}.attention.attention.{kind}.{leaf}": part for kind, part in parts}
         else:
             renamed[name] = tensor
@@ -148,20 +163,26 @@ def to_transformers(state: Mapping[str, torch.Tensor], names: Iterable[tuple[str
 
 
 def shapes(state: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Of tensors by name."""
+    """Return the shapes of tensors by name."""
     return {name: list(tensor.shape) for name, tensor in state.items()}
 
 
 def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) -> tuple[int, ...]:
-    """Shape of an entry of `axes` axes. Raises: ValueError where there is no such entry."""
+    """Return the shape of an entry that must have `axes` axes.
+
+    Raises: ValueError if there is no such entry.
+    """
     if name not in state or state[name].ndim != axes:
         got = list(state[name].shape) if name in state else "no such entry"
-        raise ValueError(f"{who}: expected {name} with {axes} axes, got {got}. Is it another network's file?")
+        raise ValueError(
+            f"{who}: expected {name} with {axes} axes, got {got}. The file may belong to another network:"
+            " name the right one."
+        )
     return tuple(state[name].shape)
 
 
 def count(names: Iterable[str], prefix: str) -> int:
-    """1 + the largest N in names prefix.N.rest; 0 for none."""
+    """Return 1 + the largest N in names of the form prefix.N.rest, or 0 if there is none."""
     return 1 + max(
         (int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)),
         default=-1,
@@ -169,21 +190,21 @@ def count(names: Iterable[str], prefix: str) -> int:
 
 
 def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
+    """Raise ValueError, beginning with `who`, for NaN or infinite values in floating-point tensors."""
     bad = [
         n
         for n, t in state.items()
         if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())
     ]
     if bad:
-        raise ValueError(
-            f"{who}: expected finite numbers, got others in {', '.join(bad[:8])}. Use an earlier checkpoint."
-        )
+        raise ValueError(f"{who}: NaN or infinite values in {', '.join(bad[:8])}. Use an earlier checkpoint.")
 
 
 def empty(make: Callable[[], Result]) -> Result:
-    """What `make` builds, on the meta device: without memory for its numbers."""
+    """Build a network with `make` on the meta device, without memory for its weights."""
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialisations that do nothing there
+        # torch warns about initialisations that have no effect on the meta device.
+        warnings.simplefilter("ignore")
         return make()
 
 
@@ -195,31 +216,36 @@ def fill(
     types: Mapping[str, torch.dtype] | torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Module:
-    """Copy tensors into a module, every entry of both; returns it.
+    """Copy tensors into a module; names must match exactly. Returns the module.
 
-    A module on the meta device is first given memory on `device`, in the type, or by name the types, that
-    `types` says, else in those of the state.
-    Raises: ValueError for missing, unexpected and misshapen entries, and for numbers that are not finite.
+    A module on the meta device first gets memory on `device`. Its dtypes are `types`, one for all or by name,
+    and otherwise those of the state.
+
+    Raises: ValueError for missing, unexpected or misshapen entries, and for values that are not finite.
     """
-    own = module.state_dict()
-    check_fit(own, state, who)
+    present = module.state_dict()
+    check_fit(present, state, who)
     check_finite(state, who)
-    if any(tensor.is_meta for tensor in own.values()):
-        known = dict.fromkeys(state, types) if isinstance(types, torch.dtype) else dict(types or {})
-        known = {name: tensor.dtype for name, tensor in state.items()} | known
+    if any(tensor.is_meta for tensor in present.values()):
+        dtypes = dict.fromkeys(state, types) if isinstance(types, torch.dtype) else dict(types or {})
+        dtypes = {name: tensor.dtype for name, tensor in state.items()} | dtypes
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name in known and tensor.is_floating_point():
-                tensor.data = tensor.data.to(known[name])
+            # Integer buffers keep their dtype; so do buffers that are in no file.
+            if name in dtypes and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtypes[name])
+        # Memory is allocated only now, in the final dtypes: a large network never exists twice.
         module.to_empty(device=device)
     module.load_state_dict(state)
     return module
 
 
 def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module:
-    """Have a module take tensors over as float32, without a copy where they are; every entry of both but
-    position_ids; returns it.
+    """Make a module use the given tensors as float32, without a copy where they are float32 already.
 
-    It may be on the meta device. Raises: as `fill`.
+    Names must match exactly, except for position_ids. The module may be on the meta device. Returns the
+    module.
+
+    Raises: as `fill`.
     """
     state = {
         name: t.float() if t.is_floating_point() else t
@@ -230,7 +256,8 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
     check_finite(state, who)
     module.load_state_dict(state, strict=False, assign=True)
     for name, counted in list(module.named_buffers()):
-        if name.endswith(SKIPPED):  # no file's business, so it may still be on the meta device
+        if name.endswith(SKIPPED):
+            # Files may lack this buffer, so it may still be on the meta device, without values.
             parent, _, leaf = name.rpartition(".")
             module.get_submodule(parent).register_buffer(
                 leaf, torch.arange(counted.shape[-1])[None], persistent=False
@@ -239,23 +266,28 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
 
 
 def frozen(module: Module, device: str | torch.device) -> Module:
+    """Return a module in eval mode, without gradients, on a device."""
     return module.eval().requires_grad_(False).to(device)
 
 
 def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
-    """Eight digits of names, shapes and the first numbers of each tensor, the same for float16 and float32
-    files of one network.
+    """Compute eight hexadecimal digits that identify a network by names, shapes and the first values of each
+    tensor.
+
+    They are the same for float16 and float32 files of one network.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
+        # Rounded to float16, so that the precision of the file does not matter.
         digest.update(tensor.flatten()[:16].to(torch.float16).cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
 def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> State:
-    """`stored` with the tensors of `state` in place of its own, in its types and on the CPU; others are
-    passed on.
+    """Replace tensors of `stored` by those of `state`, converted to the dtypes of `stored`, on the CPU.
+
+    Other entries of `stored` are passed on.
     """
     new = {
         name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone()
@@ -265,14 +297,16 @@ def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Te
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    # safetensors refuses shared storage
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    write_atomic(path, safetensors.torch.save(plain, metadata={"format": "pt"}))
+    """Write tensors by name as a .safetensors file, atomically."""
+    # safetensors rejects tensors that share memory, so each is copied.
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    write_atomic(path, safetensors.torch.save(copies, metadata={"format": "pt"}))
 
 
 def rewrite(path: Path, held: Any) -> None:
-    """What `content` gives, in a file of the path's kind, whole or not at all; large ones never stand in
-    memory twice.
+    """Write what `content` returned to a file of the path's format, atomically.
+
+    In contrast to `write`, large files are not copied in memory.
     """
     unfinished = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +315,7 @@ def rewrite(path: Path, held: Any) -> None:
             safetensors.torch.save_file(held, unfinished, metadata={"format": "pt"})
         else:
             torch.save(held, unfinished)
+        # The rename is atomic: readers see the old file or the complete new one.
         unfinished.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -289,7 +324,9 @@ def rewrite(path: Path, held: Any) -> None:
 
 @contextlib.contextmanager
 def one_line(who: str, remedy: str) -> Iterator[None]:
-    """Errors of libraries inside become one line. Raises: ValueError."""
+    """Turn errors that libraries raise inside the block into one ValueError of one line, which ends with
+    `remedy`.
+    """
     try:
         yield
     except DAMAGED as error:
@@ -299,8 +336,9 @@ def one_line(who: str, remedy: str) -> Iterator[None]:
 
 
 def require_extra(flag: str, *modules: str) -> None:
-    """Import modules of the extra `vision`, or, with diffusers, of `sd`. Raises: ValueError where one is not
-    installed.
+    """Import modules of the optional extra `vision`, or of `sd` if diffusers is among them.
+
+    Raises: ValueError if one of them is not installed.
     """
     extra = "sd" if "diffusers" in modules else "vision"
     for name in modules:
@@ -315,23 +353,28 @@ def require_extra(flag: str, *modules: str) -> None:
 
 @functools.cache
 def tell_once(text: str) -> None:
+    """Print a text once per process."""
     print(text, flush=True)
 
 
 def from_folder(cls: Any, folder: Path, flag: str) -> Any:
-    """A network of diffusers or transformers from its local folder: config.json and safetensors, every entry
-    read, float32, eval mode.
+    """Load a network of diffusers or transformers from a local folder: float32, eval mode, every entry read.
 
+    The folder must hold config.json and .safetensors files.
+
+    Args: cls: class of the library.
     Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are
-        missing or unknown.
+    missing
+        or unknown.
     """
     who = f"{flag}: {folder.parent.name}/{folder.name}"
     existing(folder / "config.json", flag)
+    # Half-precision files have "fp16" in their names, which the libraries call a variant.
     variant = None if any(folder.glob("*model.safetensors")) else "fp16"
     if not any(folder.glob("*model.fp16.safetensors" if variant else "*model.safetensors")):
         raise ValueError(
-            f"{who}: expected weights as .safetensors, got none. Pickles are not read: convert them, or get"
-            " the safetensors."
+            f"{who}: expected weights as .safetensors, got none. Pickles are not read. Convert them, or get"
+            " the .safetensors files."
         )
     with one_line(who, "Copy the folder again."):
         options = {
@@ -340,12 +383,16 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
             "output_loading_info": True,
             "variant": variant,
         }
-        if cls.__module__.startswith("diffusers."):  # it warns at length where it has to choose
+        if cls.__module__.startswith("diffusers."):
+            # diffusers prints a long warning if it has to choose this itself.
             options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
-        model, told = cls.from_pretrained(str(folder), **options)
+        model, loading_info = cls.from_pretrained(str(folder), **options)
+    # The libraries only warn about keys that do not match; here they are errors.
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in told.get(kind, ()) if not str(name).endswith(SKIPPED))
+        names = sorted(str(name) for name in loading_info.get(kind, ()) if not str(name).endswith(SKIPPED))
         if names:
             got = f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
-            raise ValueError(f"{who}: expected exactly {cls.__name__}'s tensors, got {got}. Copy it again.")
+            raise ValueError(
+                f"{who}: expected exactly the tensors of {cls.__name__}, got {got}. Copy the folder again."
+            )
     return model.float().eval().requires_grad_(False)

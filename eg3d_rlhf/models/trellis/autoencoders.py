@@ -1,8 +1,10 @@
-"""TRELLIS's autoencoders: of occupancy grids, 64^3 voxels <-> 16^3 points with 8 channels; and of objects,
-image features on voxels to latents on the same, and latents to a few Gaussians per voxel.
+"""TRELLIS's autoencoders of structures and of objects.
 
-Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c its channels; V
-voxels, F features of the image network, K Gaussians per voxel, M Gaussians of an object.
+The first encodes occupancy grids of 64^3 voxels to 16^3 points with 8 channels. The second encodes image
+features on voxels to latents on the same voxels, and decodes latents to a few Gaussians per voxel.
+
+Shape letters: N samples, C channels, R voxels per axis, r points per axis of a latent, c channels of a
+latent; V voxels, F features of the image network, K Gaussians per voxel, M Gaussians of an object.
 """
 
 import math
@@ -22,17 +24,19 @@ from eg3d_rlhf.models.trellis.blocks import convert_torso, torso_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class StructureVAEConfig:
-    """What the JSON files of both halves call args; an encoder has in_channels, a decoder out_channels."""
+    """Settings of both halves: `args` of their JSON files. An encoder has in_channels, a decoder
+    out_channels.
+    """
 
-    latent_channels: int
-    num_res_blocks: int
-    channels: tuple[int, ...]  # per level, in the order of computation
+    latent_channels: int  # c
+    num_res_blocks: int  # residual blocks per level
+    channels: tuple[int, ...]  # channels of each level, in the order of computation
     in_channels: int | None = None
     out_channels: int | None = None
-    num_res_blocks_middle: int = 2
-    # over the channels of a point, or "group": over 32 groups of channels and all points
+    num_res_blocks_middle: int = 2  # residual blocks at the lowest resolution
+    # "layer" normalises over the channels of a point, "group" over 32 groups of channels and all points.
     norm_type: str = "layer"
-    use_fp16: bool = False  # type of the inner convolutions as built; files bring their own
+    use_fp16: bool = False  # half precision for new inner convolutions; loaded files keep their own dtype
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -49,8 +53,8 @@ class StructureVAEConfig:
             )
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError(
-                "StructureVAEConfig: expected channels, and in_channels or out_channels, got others. Correct"
-                " the JSON file."
+                "StructureVAEConfig: expected channels, and either in_channels or out_channels. Correct the"
+                " JSON file."
             )
 
 
@@ -58,11 +62,12 @@ class ChannelNorm(nn.LayerNorm):
     """Layer norm over the channels of a volume, in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, C, R, R, R]
+        # nn.LayerNorm normalises the last axis.
         return super().forward(x.movedim(1, -1).float()).movedim(-1, 1).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Over 32 groups of channels with all their points, in float32."""
+    """Group norm over 32 groups of channels with all their points, in float32."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels)
@@ -76,7 +81,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": ChannelNorm, "group": G
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+    """Residual block: x + conv(silu(norm(conv(silu(norm(x))))))."""
 
     def __init__(self, channels: int, norm_type: str):
         super().__init__()
@@ -89,12 +94,15 @@ class ResBlock(nn.Module):
 
 
 def down(before: int, after: int) -> nn.Module:
-    """Half the points per axis, by a convolution of 2^3."""
+    """Build a layer that halves the points per axis by a convolution of 2^3."""
+    # Wrapped, because the checkpoint calls its parameters conv.weight and conv.bias.
     return nn.Sequential(OrderedDict(conv=nn.Conv3d(before, after, 2, stride=2)))
 
 
 class Up(nn.Module):
-    """Twice the points per axis: 8 channels of a convolution of 3^3 become 2^3 points."""
+    """Layer that doubles the points per axis: 8 channels of a convolution of 3^3 become 2^3 points (pixel
+    shuffle).
+    """
 
     def __init__(self, before: int, after: int):
         super().__init__()
@@ -102,10 +110,12 @@ class Up(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).unflatten(1, (-1, 2, 2, 2))  # [N, C, 2, 2, 2, R, R, R]
+        # [N, C, R, 2, R, 2, R, 2] -> [N, C, 2 R, 2 R, 2 R]
         return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module]) -> nn.ModuleList:
+    """Build the residual blocks of all levels, with a change of resolution between them."""
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
@@ -115,7 +125,9 @@ def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module])
 
 
 class StructureEncoder(nn.Module):
-    """Occupancy [N, 1, R, R, R] of 0 and 1 -> mean and log-variance of the latent, each [N, c, r, r, r]."""
+    """Encode occupancy [N, 1, R, R, R] of 0 and 1 to mean and log-variance of the latent, each [N, c, r, r,
+    r].
+    """
 
     def __init__(self, config: StructureVAEConfig):
         super().__init__()
@@ -140,8 +152,9 @@ class StructureEncoder(nn.Module):
             "StructureEncoder.x",
             x,
             ["N", self.config.in_channels or 1, "R", "R", "R"],
-            "Give occupancy grids.",
+            "Pass occupancy grids.",
         )
+        # The first and the last layer stay in float32.
         h = self.input_layer(x).to(torso_dtype(self.blocks))
         for block in self.blocks:
             h = block(h)
@@ -150,8 +163,9 @@ class StructureEncoder(nn.Module):
 
 
 class StructureDecoder(nn.Module):
-    """Latents [N, c, r, r, r] -> logits of occupancy [N, 1, R, R, R]; a voxel is there where its logit is
-    positive.
+    """Decode latents [N, c, r, r, r] to logits of occupancy [N, 1, R, R, R].
+
+    A voxel is occupied where its logit is positive.
     """
 
     def __init__(self, config: StructureVAEConfig):
@@ -175,7 +189,7 @@ class StructureDecoder(nn.Module):
             "StructureDecoder.x",
             x,
             ["N", self.config.latent_channels, "r", "r", "r"],
-            "Give latents of the first stage.",
+            "Pass latents of the first stage.",
         )
         h = self.middle_block(self.input_layer(x).to(torso_dtype(self.blocks)))
         for block in self.blocks:
@@ -184,14 +198,15 @@ class StructureDecoder(nn.Module):
 
 
 def voxels_of(logits: torch.Tensor) -> list[torch.Tensor]:
-    """The voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive.
+    """Return the voxels of each sample, [v, 3] int32, where logits [N, 1, R, R, R] are positive.
+
     Not differentiable.
     """
     return [(sample[0] > 0).nonzero().int().contiguous() for sample in logits]
 
 
 def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
-    """Occupancy [N, 1, R, R, R] of 0 and 1 from the voxels of each sample; inverse of `voxels_of`."""
+    """Build occupancy [N, 1, R, R, R] of 0 and 1 from the voxels of each sample; inverse of `voxels_of`."""
     grid = torch.zeros(len(voxels), 1, *[resolution] * 3)
     for sample, places in zip(grid, voxels, strict=True):
         x, y, z = places.cpu().long().unbind(1)
@@ -199,23 +214,23 @@ def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
     return grid
 
 
-# Objects: both halves are transformers with attention in windows, which every other block shifts: by half a
-# window ("swin" and "shift_sequence", the latter along the Z-order curve), or by CURVE_SHIFT voxels per axis,
-# which moves the curve itself ("shift_window").
+# Objects: both halves are transformers with attention in windows. Every other block shifts the windows: by
+# half a window ("swin" and "shift_sequence", the latter along the Z-order curve), or by CURVE_SHIFT voxels
+# per axis, which moves the curve itself ("shift_window").
 
 
 ATTENTION = ("swin", "full", "shift_window", "shift_sequence")
-CURVE_SHIFT = 16
+CURVE_SHIFT = 16  # voxels
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig(blocks.TransformerConfig):
-    """What encoder and decoder have in common of what their JSON files call args."""
+    """Settings that encoder and decoder of objects have in common in `args` of their JSON files."""
 
-    latent_channels: int
-    # in windows; "full": among all voxels of a sample; "shift_...": along a curve through them
+    latent_channels: int  # c
+    # "swin": in cubic windows; "full": among all voxels of a sample; "shift_...": along a curve through them.
     attn_mode: str = "swin"
-    window_size: int = 8  # voxels per axis, or along the curve
+    window_size: int = 8  # voxels per axis, or voxels along the curve
 
     def __post_init__(self):
         super().__post_init__()
@@ -224,12 +239,13 @@ class SwinConfig(blocks.TransformerConfig):
             who = type(self).__name__
             raise ValueError(
                 f"{who}: expected attn_mode {', '.join(ATTENTION)} and window_size >= 2, got {got}. Correct"
-                " the JSON file; the Hilbert curve of shift_order is in no released model."
+                " the JSON file. The Hilbert curve of shift_order is not supported, since no released model"
+                " uses it."
             )
 
 
 class SwinBlock(nn.Module):
-    """Self-attention and feed-forward."""
+    """Pre-norm transformer block: self-attention in windows and a feed-forward layer."""
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float, qk_rms_norm: bool):
         super().__init__()
@@ -244,7 +260,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinTransformer(nn.Module):
-    """Features [V, in] on voxels -> [V, out] on the same."""
+    """Transformer over voxels: features [V, in] -> [V, out] on the same voxels."""
 
     def __init__(self, config: SwinConfig, in_channels: int, out_channels: int):
         super().__init__()
@@ -260,19 +276,22 @@ class SwinTransformer(nn.Module):
             blocks.convert_torso(self.blocks, torch.float16)
 
     def transform(self, x: SparseBatch) -> SparseBatch:
-        """Input layer, positions, blocks, norm, output layer. Differentiable in: feats and parameters."""
+        """Apply input layer, positions, blocks, norm and output layer. Differentiable in: feats and
+        parameters.
+        """
         who = type(self).__name__
         config = self.config
         check_shape(
             f"{who}.feats",
             x.feats,
             ["V", self.input_layer.in_features],
-            "Give features of the kind that it was trained on.",
+            "Pass features of the kind that the model was trained on.",
         )
         h = self.input_layer(x.feats.float()) + blocks.position_embedding(
             x.coords[:, 1:], config.model_channels
         )
         h = h.to(blocks.torso_dtype(self.blocks))
+        # Two layouts alternate: without and with shifted windows.
         layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
@@ -280,7 +299,7 @@ class SwinTransformer(nn.Module):
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
     def _groups(self, x: SparseBatch, odd: int) -> blocks.Groups:
-        """Voxels that attend to each other in even blocks (0) or odd ones (1)."""
+        """Return the voxels that attend to each other in even blocks (odd = 0) or odd blocks (odd = 1)."""
         mode = self.config.attn_mode
         window = self.config.window_size
         if mode == "full":
@@ -294,24 +313,24 @@ class SwinTransformer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentEncoderConfig(SwinConfig):
-    """What its JSON file calls args."""
+    """Settings of the encoder of objects: `args` of its JSON file."""
 
-    in_channels: int  # F; 1024 of DINOv2
+    in_channels: int  # F; 1024 for DINOv2
 
 
 class LatentEncoder(SwinTransformer):
-    """Mean image features of every voxel [V, F] -> a normal distribution of latents [V, C]."""
+    """Encode the mean image features of every voxel [V, F] as a normal distribution of latents [V, c]."""
 
     def __init__(self, config: LatentEncoderConfig):
         super().__init__(config, config.in_channels, 2 * config.latent_channels)
 
     def forward(self, x: SparseBatch) -> tuple[SparseBatch, SparseBatch]:
-        """Mean and logarithm of the variance. Differentiable in: feats and parameters."""
+        """Compute mean and log-variance. Differentiable in: feats and parameters."""
         mean, logvar = self.transform(x).feats.chunk(2, -1)
         return x.with_feats(mean), x.with_feats(logvar)
 
 
-# numbers per Gaussian, in the order of the output
+# Numbers per Gaussian, in the order of the decoder's output.
 LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}
 SIZE = sum(LAYOUT.values())
 ACTIVATIONS = ("exp", "softplus")
@@ -319,17 +338,17 @@ ACTIVATIONS = ("exp", "softplus")
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianSettings:
-    """How numbers become Gaussians; `representation_config` of the JSON file."""
+    """Settings by which the decoder's output becomes Gaussians: `representation_config` of the JSON file."""
 
-    lr: Mapping[str, float]  # factor per attribute, by its name in LAYOUT
-    perturb_offset: bool  # spread the Gaussians of a voxel over it
-    voxel_size: float  # reach of an offset, in voxels
+    lr: Mapping[str, float]  # factor of each attribute, by its name in LAYOUT
+    perturb_offset: bool  # spread the Gaussians of a voxel over the voxel
+    voxel_size: float  # largest offset of a Gaussian, in voxels
     num_gaussians: int  # K
-    filter_2d: float  # blur in the image plane that the renderer should use, pixels
-    filter_3d: float  # least standard deviation, in edges of the cube
-    scaling_bias: float  # standard deviation that a raw scale of zero means
-    opacity_bias: float  # opacity that a raw opacity of zero means
-    scaling_activation: str
+    filter_2d: float  # blur in the image plane that the renderer should use, in pixels
+    filter_3d: float  # least standard deviation, in edge lengths of the cube
+    scaling_bias: float  # standard deviation for a raw scale of zero
+    opacity_bias: float  # opacity for a raw opacity of zero, in 0..1
+    scaling_activation: str  # "exp" or "softplus"
 
     def __post_init__(self):
         who = "GaussianSettings"
@@ -357,27 +376,30 @@ class GaussianSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianDecoderConfig(SwinConfig):
-    """What its JSON file calls args."""
+    """Settings of the Gaussian decoder: `args` of its JSON file."""
 
     representation_config: Mapping
 
     @property
     def gaussians(self) -> GaussianSettings:
+        """Settings of the Gaussians. Raises: ValueError for missing or unknown names."""
         values = self.representation_config
+        # Two names of the JSON file begin with a digit and cannot be fields.
         renamed = {"2d_filter_kernel_size": "filter_2d", "3d_filter_kernel_size": "filter_3d"}
         try:
             return GaussianSettings(**{renamed.get(name, name): value for name, value in values.items()})
         except TypeError as error:
             raise ValueError(
-                f"GaussianSettings: expected the names of representation_config, got {sorted(values)}:"
-                f" {error}."
+                f"GaussianSettings: representation_config has the names {sorted(values)}: {error}. Correct"
+                " the model's JSON file."
             ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussians:
-    """One object. The tensors are raw, as decoded; the properties are what a renderer draws. Differentiable
-    in: the tensors.
+    """Gaussians of one object. The tensors are raw decoder output; the properties are what a renderer reads.
+
+    Differentiable in: the tensors.
     """
 
     xyz: torch.Tensor  # [M, 3] in the cube 0..1
@@ -389,51 +411,56 @@ class Gaussians:
 
     @property
     def means(self) -> torch.Tensor:
-        """[M, 3] centres in the cube -0.5..0.5."""
+        """Centres in the cube -0.5..0.5, [M, 3]."""
         return self.xyz - 0.5
 
     @property
     def scales(self) -> torch.Tensor:
-        """[M, 3] standard deviations along the axes, in edges of the cube, > 0."""
+        """Standard deviations along the axes, [M, 3], in edge lengths of the cube, > 0."""
         bias = self.settings.scaling_bias
         if self.settings.scaling_activation == "exp":
             scales = (self.scaling + math.log(bias)).exp()
         else:
-            # softplus^-1(b) = b + log(1 - exp(-b))
+            # softplus^-1(b) = b + log(1 - exp(-b)), so that a raw scale of 0 gives `bias`
             scales = F.softplus(self.scaling + bias + math.log(-math.expm1(-bias)))
+        # Variances add: the 3D smoothing filter of Mip-Splatting (Yu et al. 2024).
         return (scales.square() + self.settings.filter_3d**2).sqrt()
 
     @property
     def rotations(self) -> torch.Tensor:
-        """[M, 4] unit quaternions, real part first; raw zeros mean no rotation."""
+        """Unit quaternions, [M, 4], real part first; raw zeros mean no rotation."""
         return F.normalize(self.rotation + self.rotation.new_tensor([1, 0, 0, 0]), dim=-1)
 
     @property
     def opacities(self) -> torch.Tensor:
-        """[M, 1] in 0..1."""
+        """Opacities in 0..1, [M, 1]."""
         bias = self.settings.opacity_bias
         return torch.sigmoid(self.opacity + math.log(bias / (1 - bias)))
 
 
 class GaussianDecoder(SwinTransformer):
-    """Latents [V, C], not normalised, -> the Gaussians of every sample. Differentiable in: feats and
-    parameters.
+    """Decode latents [V, c], not normalised, to the Gaussians of every sample.
+
+    Differentiable in: feats and parameters.
     """
 
     def __init__(self, config: GaussianDecoderConfig):
         settings = config.gaussians
         super().__init__(config, config.latent_channels, settings.num_gaussians * SIZE)
         self.settings = settings
+        # Persistent, because checkpoints hold it.
         self.register_buffer("offset_perturbation", perturbation(settings))
 
     def forward(self, x: SparseBatch) -> list[Gaussians]:
-        """xyz = voxel's centre + tanh(offset + perturbation) voxel_size / (2 resolution)."""
+        """Decode the Gaussians: xyz = centre of the voxel + tanh(offset + perturbation) voxel_size / (2
+        resolution).
+        """
         s = self.settings
         count = self.settings.num_gaussians
         objects = []
         for sample in self.transform(x).samples():
             parts = sample.feats.split([count * size for size in LAYOUT.values()], 1)
-            # [V, K, size]
+            # Each attribute of all K Gaussians of a voxel is contiguous: [V, K size] -> [V, K, size].
             raw = {
                 name: part.unflatten(1, (count, -1)) * s.lr[name]
                 for name, part in zip(LAYOUT, parts, strict=True)
@@ -441,6 +468,7 @@ class GaussianDecoder(SwinTransformer):
             offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
             reach = 0.5 * s.voxel_size / self.config.resolution
             centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
+            # [V, K, size] -> [M, size] with M = V K
             flat = {name: part.flatten(0, 1) for name, part in raw.items()}
             objects.append(
                 Gaussians(
@@ -456,10 +484,11 @@ class GaussianDecoder(SwinTransformer):
 
 
 def perturbation(settings: GaussianSettings) -> torch.Tensor:
-    """Offsets [K, 3] that put the Gaussians of a voxel on a Hammersley set over it:
-    atanh((2 point - 1) / voxel_size).
+    """Return offsets [K, 3] that spread the Gaussians of a voxel on a Hammersley set.
 
-    Raises: ValueError where voxel_size is at most 1, which leaves no offset for the set's first point.
+    The offsets are atanh((2 point - 1) / voxel_size).
+
+    Raises: ValueError if voxel_size is at most 1, because the set's first point then has no offset.
     """
     count = settings.num_gaussians
     points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
@@ -473,7 +502,7 @@ def perturbation(settings: GaussianSettings) -> torch.Tensor:
 
 
 def _radical_inverse(base: int, n: int) -> float:
-    """n's digits in a base, mirrored at the point: 6 = 110 in base 2 -> 0.011 = 3/8."""
+    """Mirror the digits of n in a base at the point: 6 = 110 in base 2 -> 0.011 = 3/8 (van der Corput)."""
     value = 0.0
     place = 1.0
     while n:

@@ -1,15 +1,15 @@
-"""The pieces that both of TRELLIS's flows are built of; parameters bear its names.
+"""Building blocks of TRELLIS's flows and autoencoders; parameters have TRELLIS's names.
 
-Tokens are [N, T, C] on a dense grid and [V, C] on voxels. What a block needs to know of the difference is a
-`Layout`.
+Tokens are [N, T, C] on a dense grid and [V, C] on voxels. A `Layout` hides the difference from the blocks.
 
-On voxels attention is within each sample, within windows of each sample, and to each sample's condition.
-Groups of tokens have lengths of their own. Groups of one length are attended to in one call of torch's fused
-attention, which keeps no matrix of weights; hence no padding, no mask, and memory linear in the number of
-voxels. Which rows go together depends on the coordinates alone and is kept in the batch's cache.
+On voxels, self-attention stays within each sample, or within windows of each sample, and cross-attention goes
+to the sample's conditioning tokens. Groups of tokens differ in length. All groups of one length are processed
+in one call of torch's fused attention, which never stores the matrix of weights. There is therefore no
+padding and no mask, and memory is linear in the number of voxels. The division into groups depends only on
+the coordinates and is kept in the batch's cache.
 
 Shape letters: N samples, T tokens or voxels of a dense batch, V voxels of a sparse one, C channels, H heads,
-D channels of a head, L tokens of a condition, E their size.
+D channels of a head, L conditioning tokens, E channels of a conditioning token.
 """
 
 import math
@@ -30,69 +30,72 @@ from torch_utils.ops.transformer import feed_forward, self_attention, tiled
 
 TIME_SCALE = 1000  # the networks read 1000 t
 TIME_FREQUENCIES = 256  # entries of the sinusoidal embedding of a time
-MAX_PERIOD = 10000
+MAX_PERIOD = 10000  # of sinusoidal embeddings (Vaswani et al. 2017, section 3.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What the JSON files of TRELLIS's transformers call args, as far as all have it."""
+    """Settings that the JSON files of all TRELLIS transformers have in `args`."""
 
-    resolution: int
-    model_channels: int
+    resolution: int  # grid cells per axis
+    model_channels: int  # C
     num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
+    num_heads: int | None = None  # None: model_channels / num_head_channels
     num_head_channels: int = 64
-    mlp_ratio: float = 4
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    qk_rms_norm: bool = False
+    mlp_ratio: float = 4  # hidden channels of the feed-forward layer, in model channels
+    pe_mode: str = "ape"  # kind of position embedding; "ape" is absolute
+    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
+    use_checkpoint: bool = False  # recompute blocks in the backward pass
+    qk_rms_norm: bool = False  # normalise queries and keys of the self-attention
 
     def __post_init__(self):
         who = type(self).__name__
         if self.pe_mode != "ape":
             raise ValueError(
-                f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are in no released"
-                " model."
+                f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are not supported: no"
+                " released model uses them. Name a released model."
             )
         if self.model_channels % self.heads:
             got = f"{self.model_channels} / {self.heads}"
             raise ValueError(
-                f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON"
-                " file."
+                f"{who}: expected model_channels to be a multiple of the number of heads, got {got}. Correct"
+                " the model's JSON file."
             )
 
     @property
     def heads(self) -> int:
-        """Of every attention."""
+        """Number of heads of every attention."""
         return self.num_heads or self.model_channels // self.num_head_channels
 
 
 def check_inputs(
     who: str, x_t: torch.Tensor, shape: list[int | str], cond: torch.Tensor, samples: int, channels: int
 ) -> None:
-    """Raise ValueError unless latents have this shape, and the conditioning [samples, L, channels]."""
+    """Raise ValueError unless x_t has this shape and the conditioning is [samples, L, channels]."""
     check_shape(f"{who}.x_t", x_t, shape, "Give latents of this model's size.")
     remedy = "Use embeddings of the encoder it was trained with."
     check_shape(f"{who}.cond", cond, [samples, "L", channels], remedy)
 
 
 class Layout(Protocol):
-    """How the tokens of a batch belong to samples."""
+    """Assignment of the tokens of a batch to its samples."""
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """One row per sample [N, C] in a shape that broadcasts against the tokens."""
+        """Expand one row per sample [N, C] to a shape that broadcasts against the tokens."""
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention among the tokens of each sample; all [..., H, D], as are the results."""
+        """Attend among the tokens of each sample. Arguments and result are [..., H, D]."""
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention from tokens [..., H, D] to their sample's condition, k and v [N, L, H, D]."""
+        """Attend from tokens [..., H, D] to their sample's conditioning tokens, k and v [N, L, H, D]."""
 
 
 class DenseLayout:
-    """Tokens [N, T, C], of which only those of `keep` [N, 1, 1, T] are there; None: all. Maybe of a block
-    that is passed twice.
+    """Layout of tokens [N, T, C].
+
+    Args: keep: [N, 1, 1, T] bool, True for tokens that exist; None: all of them. passes: state of a block
+    that is
+        run twice; see `Passes`.
     """
 
     def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
@@ -100,7 +103,7 @@ class DenseLayout:
         self.passes = passes
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        return values.unsqueeze(1)
+        return values.unsqueeze(1)  # [N, 1, C]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attend(q, k, v, self.keep)
@@ -110,9 +113,7 @@ class DenseLayout:
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the type of its input. Parameters only with
-    `elementwise_affine`.
-    """
+    """Layer norm that computes in float32 and returns the dtype of its input."""
 
     def __init__(self, channels: int, affine: bool = False, eps: float = 1e-6):
         super().__init__(channels, eps=eps, elementwise_affine=affine)
@@ -121,16 +122,18 @@ class LayerNorm32(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
     def modulated(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """norm(x) (1 + scale) + shift, of a norm without parameters; in one pass where that is one row
-        [1, 1, C] for all.
+        """Compute norm(x) (1 + scale) + shift for a norm without parameters.
+
+        It is one fused call if scale and shift are one row [1, 1, C] for all tokens.
         """
+        # One row for all tokens, so scale and shift can stand in for the norm's weight and bias.
         if x.dtype == scale.dtype == torch.float32 and scale.numel() == x.shape[-1]:
             return F.layer_norm(x, self.normalized_shape, 1 + scale.flatten(), shift.flatten(), self.eps)
         return self(x) * (1 + scale) + shift
 
 
 class HeadRMSNorm(nn.Module):
-    """x / |x| * gamma * sqrt(D), per head; in float32."""
+    """Normalise each head's vector: x / |x| * gamma * sqrt(D), in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, heads: int, size: int):
         super().__init__()
@@ -141,19 +144,20 @@ class HeadRMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
 
     def gain(self) -> torch.Tensor:
-        """[H, D], what normalised vectors are multiplied by."""
+        """Return the factors [H, D] of the normalised vectors."""
         return self.gamma * self.scale
 
 
 def time_rates(count: int) -> torch.Tensor:
-    """Angles per unit of scaled time, MAX_PERIOD^(-i / count) [count] float32: in float32 as released weights
-    were trained with.
+    """Return angles per unit of scaled time, MAX_PERIOD^(-i / count), [count] float32.
+
+    They are computed in float32, because released weights were trained so.
     """
     return torch.exp(-math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32) / count)
 
 
 class TimeEmbedder(nn.Module):
-    """Times in 0..1 [N] -> [N, C], float32."""
+    """Sinusoidal embedding of times in 0..1 and two linear layers, [N] -> [N, C], float32."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -162,24 +166,26 @@ class TimeEmbedder(nn.Module):
         )
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        # [N, half]
+        # [N, TIME_FREQUENCIES / 2]; cosines come first in TRELLIS.
         angles = (TIME_SCALE * t).float()[:, None] * time_rates(TIME_FREQUENCIES // 2).to(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
 def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
-    """Sines and cosines of coordinates, [V, 3] -> [V, channels] float32: per axis all sines, then all
-    cosines; zeros fill up the rest.
+    """Embed coordinates [V, 3] by sines and cosines, [V, channels] float32.
+
+    Per axis come all sines, then all cosines; zeros fill up the rest.
     """
     count = channels // 3 // 2
     rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = coords.float()[:, :, None] * rates  # [V, 3, count]
     embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    # channels need not be a multiple of 6
     return F.pad(embedded, (0, channels - embedded.shape[1]))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), linear."""
+    """Linear layer, GELU (tanh form), linear layer."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()
@@ -189,15 +195,19 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
-        """Tokens [..., C]; skip: nobody reads the result, as long as it has its gradients."""
+        """Apply the layers to tokens [..., C].
+
+        Args: skip: the caller does not read the result, only its gradients, so it need not be computed.
+        """
         first, _, last = self.mlp
-        if not (type(first) is type(last) is Linear):  # adapters
+        # Layers with adapters are no plain matrices; the fused function cannot take them.
+        if not (type(first) is type(last) is Linear):
             return self.mlp(x)
         return feed_forward(x, first.weight, first.bias, last.weight, last.bias, skip=skip)
 
 
 class SelfAttention(nn.Module):
-    """Attention among tokens."""
+    """Self-attention among the tokens of a layout."""
 
     def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
@@ -209,7 +219,8 @@ class SelfAttention(nn.Module):
         self.to_out = Linear(channels, channels)
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [..., 3, H, D]
+        # Long dense sequences on a CPU take the tiled implementation, which keeps no copy of q and k.
         if isinstance(layout, DenseLayout) and layout.keep is None and tiled(qkv):
             norms = (self.q_rms_norm, self.k_rms_norm)
             q_gain, k_gain = (norm.gain() if isinstance(norm, HeadRMSNorm) else None for norm in norms)
@@ -217,6 +228,7 @@ class SelfAttention(nn.Module):
                 qkv, q_gain, k_gain, None if layout.passes is None else layout.passes.attention
             )
             if layout.passes is not None and layout.passes.keep:
+                # The recomputation in the backward pass then finds the result instead of attending again.
                 layout.passes.attention = out.detach()
         else:
             q, k, v = qkv.unbind(-3)  # [..., H, D]
@@ -225,7 +237,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from tokens to a condition's."""
+    """Cross-attention from tokens to the conditioning tokens."""
 
     def __init__(self, channels: int, cond_channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
@@ -244,8 +256,10 @@ class CrossAttention(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward; the time shifts, scales and gates the first and the
-    last.
+    """Transformer block with self-attention, cross-attention and feed-forward layer (DiT, Peebles and Xie
+    2023).
+
+    The time shifts, scales and gates the first and the last of the three.
     """
 
     def __init__(
@@ -273,26 +287,34 @@ class ModulatedBlock(nn.Module):
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, cond: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
-        """Tokens [..., C], time [N, C] (shared modulation: [N, 6 C]) and cond [N, L, E] -> tokens."""
+        """Apply the block.
+
+        Args: x: tokens [..., C]. time: [N, C], or [N, 6 C] with shared modulation. cond: conditioning tokens
+            [N, L, E].
+        """
         values = time if self.share_mod else self.adaLN_modulation(time)
+        # [N, 6 C] -> six rows per sample, which broadcast against the tokens.
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             layout.per_token(v) for v in values.chunk(6, -1)
         )
         x = torch.addcmul(x, gate, self.self_attn(self.norm1.modulated(x, shift, scale), layout))
         x = x + self.cross_attn(self.norm2(x), cond, layout)
         again = isinstance(layout, DenseLayout) and layout.passes is not None and layout.passes.second
-        skip = again and not mlp_gate.requires_grad  # a gate's gradient reads what it gates
+        # In the second pass only gradients are needed. The gate's own gradient reads the result, so it may be
+        # skipped only if the gate needs none.
+        skip = again and not mlp_gate.requires_grad
         return torch.addcmul(x, mlp_gate, self.mlp(self.norm3.modulated(x, mlp_shift, mlp_scale), skip))
 
 
 def modulation(channels: int) -> nn.Sequential:
-    """Time embedding [N, C] -> shift, scale and gate of both branches [N, 6 C]."""
+    """Build the layers that map a time [N, C] to shift, scale and gate of both branches, [N, 6 C]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
 
 class Passes:
-    """A block's pass, and the second one through it in the backward pass, to which the first may leave its
-    attention.
+    """State of a block that is run twice: in the forward pass, and again in the backward pass.
+
+    With `keep` the first run leaves its attention to the second.
     """
 
     def __init__(self, keep: bool):
@@ -302,10 +324,11 @@ class Passes:
 
 
 def run_block(block: nn.Module, *args, recompute: bool) -> Any:
-    """A block's result; with `recompute` its inside is computed again in the backward pass instead of being
-    kept.
+    """Run a block. With `recompute`, its inside is computed again in the backward pass instead of being
+    stored.
     """
     if recompute and torch.is_grad_enabled():
+        # Without gradients there is nothing to store, so the block simply runs.
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
@@ -313,7 +336,10 @@ def run_block(block: nn.Module, *args, recompute: bool) -> Any:
 def convert_torso(
     modules: Iterable[nn.Module], dtype: torch.dtype, kinds: tuple[type, ...] = (nn.Linear, nn.Conv3d)
 ) -> None:
-    """Give linear layers and convolutions inside these modules another type, in place; norms keep theirs."""
+    """Convert linear layers and convolutions inside these modules to another dtype, in place.
+
+    Norms keep theirs.
+    """
     for module in modules:
         for part in module.modules():
             if isinstance(part, kinds):
@@ -321,8 +347,9 @@ def convert_torso(
 
 
 def torso_dtype(blocks: nn.Module) -> torch.dtype:
-    """The type that blocks compute in: that of the first linear layer or convolution. Read off, so that no
-    flag can disagree with it.
+    """Return the dtype in which blocks compute: that of their first linear layer or convolution.
+
+    It is read from the weights, so that no setting can contradict them.
     """
     for part in blocks.modules():
         if isinstance(part, (nn.Linear, nn.Conv3d)):
@@ -332,25 +359,26 @@ def torso_dtype(blocks: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of a batch, put in order such that groups are contiguous. A row may be in several: its result is
-    then that of one of them.
+    """Rows of a batch, reordered so that the groups that attend to each other are contiguous.
+
+    A row may be in several groups; its result is then taken from one of them.
     """
 
-    # (number of groups, rows of each), one entry per stretch of groups of one length
+    # Pairs (number of groups, rows of each group), one for every stretch of groups of the same length.
     runs: tuple[tuple[int, int], ...]
-    order: torch.Tensor | None = None  # [sum of sizes] rows in that order; None: as they are
-    inverse: torch.Tensor | None = None  # [V] where each row's result is
+    order: torch.Tensor | None = None  # [sum of sizes], rows in the new order; None: unchanged
+    inverse: torch.Tensor | None = None  # [V], position of each row's result in the new order
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each run."""
+        """Number of rows of each run."""
         return [count * length for count, length in self.runs]
 
 
 class SparseLayout:
-    """The `Layout` of blocks.py for tokens [V, C] of a sparse batch.
+    """Layout of tokens [V, C] of a sparse batch.
 
-    Self-attention stays within `groups` of its voxels; by default each sample is one.
+    Self-attention stays within `groups` of voxels; by default each sample is one group.
     """
 
     def __init__(self, batch: SparseBatch, groups: Groups | None = None):
@@ -358,26 +386,29 @@ class SparseLayout:
         self.groups = groups or samples(batch)
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
-        """[N, C] -> [V, C]."""
+        """Repeat each sample's row for its voxels, [N, C] -> [V, C]."""
         return values[self.batch.sample]
 
     def self_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """All [V, H, D] -> [V, H, D]."""
+        """Attend within groups; all tensors are [V, H, D]."""
         groups = self.groups
+        # One call per run: groups of one length form a dense batch.
         parts = zip(*(_runs(x, groups) for x in (q, k, v)), strict=True)
         out = torch.cat([attend(*part).flatten(0, 1) for part in parts])
+        # Back to the batch's order; a row that is in several groups takes one of its results.
         return out if groups.inverse is None else out[groups.inverse]
 
     def cross_attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [V, H, D], k and v [N, L, H, D] -> [V, H, D]."""
+        """Attend from q [V, H, D] to k and v [N, L, H, D] of the same sample: [V, H, D]."""
         groups = samples(self.batch)
+        # Consecutive samples with the same number of voxels share a call; k and v are split likewise.
         counts = [count for count, _ in groups.runs]
         parts = zip(_runs(q, groups), k.split(counts), v.split(counts), strict=True)
         return torch.cat([attend(*part).flatten(0, 1) for part in parts])
 
 
 def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
-    """[V, H, D] -> per run [groups, rows of each, H, D]."""
+    """Reorder rows [V, H, D] and split them into runs, each [groups, rows of a group, H, D]."""
     ordered = x if groups.order is None else x[groups.order]
     return [
         part.unflatten(0, run) for part, run in zip(ordered.split(groups.sizes), groups.runs, strict=True)
@@ -385,9 +416,10 @@ def _runs(x: torch.Tensor, groups: Groups) -> list[torch.Tensor]:
 
 
 def samples(batch: SparseBatch) -> Groups:
-    """One group per sample; the rows are in order already."""
+    """Return the groups in which each sample is one group. The rows are in this order already."""
     if "samples" not in batch.cache:
         runs: list[tuple[int, int]] = []
+        # Only neighbours of the same length share a run, so that no reordering is needed.
         for length in batch.lengths.tolist():
             if runs and runs[-1][1] == length:
                 runs[-1] = (runs[-1][0] + 1, length)
@@ -398,16 +430,20 @@ def samples(batch: SparseBatch) -> Groups:
 
 
 def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
-    """One group per window that has voxels: those of a sample with one value of (coordinate + shift) //
-    window on every axis.
+    """Return one group per window that contains voxels.
+
+    A window holds the voxels of a sample with the same value of (coordinate + shift) // window on every axis.
     """
     name = f"windows {window} {shift}"
     if name not in batch.cache:
+        # One integer per window: sample, then the window's three indices.
         cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
         side = int(cells.max()) + 1
         codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
         _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
-        order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)  # short windows first
+        # Windows are ordered by length, so that equal lengths are contiguous; rows of a window keep their
+        # order.
+        order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)
         length, count = (x.tolist() for x in torch.unique(lengths, return_counts=True))
@@ -416,13 +452,15 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
 
 
 def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 0) -> Groups:
-    """Stretches of the Z-order curve through each sample's voxels.
+    """Return groups that are stretches of the Z-order curve through each sample's voxels.
 
-    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. Each of
-    several sees the `window` voxels about its middle, over its own ends and round those of the curve; results
-    are kept of the part alone.
-    Args: window: voxels; shift: added to coordinates, which moves the curve; start: voxels by which the cuts
-        move along it.
+    A sample of n voxels is cut into m = ceil(n / window) parts of equal length along the curve. If there are
+    several, each part attends to the `window` voxels around its middle, beyond its own ends and cyclically
+    around those of the curve. Results are kept only for the part itself.
+
+    Args: window: number of voxels. shift: added to coordinates, which moves the curve. start: voxels by which
+    the
+        cuts move along the curve.
     """
     name = f"curve {window} {shift} {start}"
     if name not in batch.cache:
@@ -430,15 +468,16 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
         runs: list[tuple[int, int]] = []
         order: list[torch.Tensor] = []
         inverse = torch.empty_like(code)
-        first = 0
-        done = 0
+        first = 0  # row at which the sample begins
+        done = 0  # rows of the new order that are assigned
         for n in batch.lengths.tolist():
-            # this sample's rows in the order of the curve
+            # This sample's rows in the order of the curve.
             along = first + torch.argsort(code[first : first + n])
-            count = -(-n // window)
-            # rows seen and kept; the latter need not be whole
+            count = -(-n // window)  # rounded up
+            # Rows that a part attends to, and rows that it keeps; the latter need not be an integer.
             size, length = (n, n) if count <= 1 else (window, n / count)
             for i in range(count):
+                # The part keeps low..high and attends to `size` rows from `left` on, modulo n.
                 low, high = (0, n) if count == 1 else (math.floor((i + k) * length + start) for k in (0, 1))
                 left = 0 if count == 1 else math.floor((i + 0.5) * length + start - 0.5 * window)
                 order.append(along[torch.arange(left, left + size, device=along.device) % n])
@@ -454,8 +493,9 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
 
 
 def z_order(coords: torch.Tensor) -> torch.Tensor:
-    """Places on the Z-order curve, [V, 3] of 0..1023 -> [V] int64: the bits of x, y and z in turn, x's above
-    y's above z's.
+    """Return positions on the Z-order curve (Morton 1966), [V, 3] of 0..1023 -> [V] int64.
+
+    The bits of x, y and z are interleaved, x's above y's above z's.
     """
     code = coords.new_zeros(len(coords), dtype=torch.int64)
     for bit in range(10):

@@ -71,8 +71,7 @@ def submanifold_conv(
 
     Args:
         coarse: [W, A], features on the coarser voxels of x, used in place of those of x. Each voxel of x
-            reads
-            the features of the coarse voxel that contains it.
+            reads the features of the coarse voxel that contains it.
         weight: [B, 3, 3, 3, A]. bias: [B].
         backend: "torch"; "spconv", whose backward pass exists only on CUDA; "auto": spconv on CUDA if it is
             installed, else torch.
@@ -115,8 +114,7 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     """Find, per tap, the pairs of voxels that the tap connects, in the order of i, j, k.
 
     The result is cached for a set of coordinates. The second half of the taps mirrors the first: if u reads w
-    at
-    a tap, then w reads u at the opposite tap.
+    at a tap, then w reads u at the opposite tap.
     """
     if "neighbours" in x.cache:
         return x.cache["neighbours"]
@@ -181,8 +179,7 @@ class _Convolve(torch.autograd.Function):
     """Gather, multiply and add features, tap by tap.
 
     If a tap connects more pairs than there are input rows, each row is multiplied once and then gathered.
-    Both
-    passes save only their arguments, and a frozen kernel saves no features.
+    Both passes save only their arguments, and a frozen kernel saves no features.
     """
 
     @staticmethod
@@ -271,7 +268,7 @@ def coarser(x: SparseBatch) -> Coarser:
         cells = x.coords.long()
         cells[:, 1:] //= 2
         side = int(cells[:, 1:].max()) + 1
-        # One integer per voxel: torch.unique on integers is much faster than on rows, and it sorts.
+        # One integer per voxel, so that torch.unique compares numbers and not rows. It also sorts them.
         codes = ((cells[:, 0] * side + cells[:, 1]) * side + cells[:, 2]) * side + cells[:, 3]
         kept, row, counts = torch.unique(codes, return_inverse=True, return_counts=True)
         parts = [kept // side**3, kept // side**2 % side, kept // side % side, kept % side]
