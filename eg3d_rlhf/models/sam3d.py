@@ -206,7 +206,7 @@ class MixedBlock(nn.Module):
         output = Tokens()
         for g, h in x.items():
             h = h + gate * attended[g]
-            # Cross-attention is neither modulated nor gated.
+            # Cross-attention has neither modulation nor gate.
             h = h + self.cross_attn[g](self.norm2[g](h), cond, layout)
             output[g] = h + mlp_gate * self.mlp[g](self.norm(h) * (1 + mlp_scale) + mlp_shift)
         return output
@@ -358,7 +358,7 @@ class VoxelFlow(LatentFlow):
 REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
-class ImageEncoder(nn.Module):
+class Pictures(nn.Module):
     """DINOv2 under the parameter names of SAM 3D's files, for images or for masks of one channel.
 
     [N, 3 or 1, h, w] of values 0..1 -> tokens [N, L, E].

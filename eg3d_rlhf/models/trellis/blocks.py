@@ -441,8 +441,8 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
         side = int(cells.max()) + 1
         codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
         _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
-        # Windows are ordered by length, so that equal lengths are contiguous; rows of a window keep their
-        # order.
+        # Short windows come first, so that windows of equal length are contiguous. The sort is stable, which
+        # keeps the rows of a window as they were.
         order = torch.argsort(lengths[group] * len(lengths) + group, stable=True)
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(len(order), device=order.device)

@@ -1,8 +1,8 @@
-"""The registry of families of flow generators.
+"""Registry of the families of flow generators.
 
-A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md): it registers
-a `FlowFamily` (base/family.py), and `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then
-recognise its folders by what lies in them.
+A family is a module of this package that FAMILIES names, or a plugin's file (docs/extending.md). It registers
+a `FlowFamily` (base/family.py). `train.py --mode=circular-dpo --pipeline=ROOT` and `eg3d-rlhf flow` then
+recognise its folders by their content.
 """
 
 import sys
@@ -22,33 +22,38 @@ FAMILIES: Registry[FlowFamily] = Registry(
         "sam3d": "eg3d_rlhf.tuning.flow.families.sam3d",
     },
 )
-_noticed: set[str] = set()  # families whose notice was printed in this process
+_noticed: set[str] = set()  # names of families whose notice this process has printed
 
 
 def print_notice(text: str) -> None:
+    """Print a notice to stderr, so that it does not mix with results on stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
 def register(family: Family) -> Family:
+    """Add a family to the registry under its name, and return it."""
     FAMILIES.add(family.name, family)
     return family
 
 
 def bundled_family(name: str) -> FlowFamily | None:
-    """Return the family that comes with this package under a name, if there is one."""
+    """Return the bundled generator's family of this name, or None."""
     family = FAMILIES[name] if name in FAMILIES else None
     return family if family is not None and family.bundled else None
 
 
 def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFamily:
-    """Return the family of a folder, or the bundled one of that name; its notice is printed once.
+    """Return the family of a folder, or the bundled family of that name. Its notice is printed once per
+    process.
 
-    Raises: FileNotFoundError for no folder, or one of no known family.
+    Args: say: prints the notice.
+    Raises: FileNotFoundError for a missing folder, or a folder of no known family.
     """
     root, bundled = Path(root), bundled_family(str(root))
     if bundled is not None:
         return bundled
-    load_plugins()  # any of theirs may know the folder
+    # A plugin's family may recognise the folder, so plugins must be loaded before the search.
+    load_plugins()
     for family in FAMILIES.values():
         if root.is_dir() and family.recognises(root):
             if family.notice and family.name not in _noticed:
@@ -58,17 +63,21 @@ def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFami
     if not root.is_dir() or not any(root.iterdir()):
         got = "an empty folder" if root.is_dir() else "no such folder" if not root.exists() else "a file"
         addresses = [family.address for family in FAMILIES.values() if family.address]
+        # Someone who wrote the name of a published generator gets the address of just that one.
         same = [address for address in addresses if address.rpartition("/")[2].lower() == root.name.lower()]
         fetch = " or ".join(same or addresses)
         raise FileNotFoundError(
-            f"pipeline: expected a generator's folder, got {got}: {root}. Name it, or fetch one: {fetch}"
+            f"pipeline: expected a generator's folder, got {got}: {root}. Name the folder, or download one:"
+            f" {fetch}"
         )
     layouts = "; ".join(f"{family.name}: {family.layout}" for family in FAMILIES.values())
     raise FileNotFoundError(
-        f"pipeline: expected the folder of a known generator ({layouts}), got {root}. Name such a folder."
+        f"pipeline: {root} is not the folder of a known generator. Known are {layouts}. Name such a folder."
     )
 
 
 def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
-    """Return the sizes of all published generators by name, in the order of FAMILIES."""
+    """Return functions that build the stages of all published generators without weights, by generator
+    name.
+    """
     return {name: make for family in FAMILIES.values() for name, make in family.released().items()}

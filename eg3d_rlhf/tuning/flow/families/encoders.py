@@ -1,7 +1,8 @@
-"""Conditions computed by CLIP, where transformers is, or by DINOv2; of weights that are on this machine.
-Nothing is downloaded.
+"""Encoders of prompts and of images for conditioning: CLIP for texts, DINOv2 for images.
 
-Shape letters: N conditions, L tokens, E their size.
+They use weights on this machine; nothing is downloaded. CLIP needs the package transformers.
+
+Shape letters: N prompts or images, L tokens, E channels of a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,16 @@ from eg3d_rlhf.models.dino import read_dino
 from eg3d_rlhf.models.image_preprocessing import on_black, read_cut_out
 from eg3d_rlhf.models.weights import require_extra
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
-from eg3d_rlhf.tuning.flow.families.folder import embedding
+from eg3d_rlhf.tuning.flow.families.folder import embedding_progress
 
-TEXT_TOKENS = 77
+TEXT_TOKENS = 77  # length of CLIP's text input
 
 
 def pretrained(kind: str, name: str):
-    """Class and weights from the local cache."""
+    """Load a class of transformers with its weights from the local cache.
+
+    Raises: ValueError if they are not on this machine.
+    """
     require_extra(name, "transformers")
     import transformers
 
@@ -29,13 +33,13 @@ def pretrained(kind: str, name: str):
     except (OSError, ValueError) as error:
         first = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
-            f"{name}: expected its weights on this machine, got none ({first}). Fetch them: hf download"
+            f"{name}: the weights are not on this machine ({first}). Download them: hf download"
             f" {name}, https://huggingface.co/{name}"
         ) from None
 
 
 class TextEncoder:
-    """CLIP's last hidden states of texts, padded to 77 tokens, with no attention mask."""
+    """CLIP text encoder: the last hidden states of texts, padded to 77 tokens, without an attention mask."""
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
         self.name = name
@@ -44,22 +48,23 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """[N, 77, E] float32 on the CPU."""
+        """Encode texts as tokens [N, 77, E] float32 on the CPU."""
+        # No attention mask is passed, as in TRELLIS.
         ids = self.tokenizer(
             list(texts), max_length=TEXT_TOKENS, padding="max_length", truncation=True, return_tensors="pt"
         )["input_ids"]
         return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.float().cpu()
 
-    def conditions(self, texts: Sequence[str]) -> Conditions:
-        """Of texts by themselves, and of the empty one."""
+    def embed(self, texts: Sequence[str]) -> Conditions:
+        """Embed texts, named by themselves, and the empty text for guidance."""
         names = list(dict.fromkeys([*texts, NULL]))
         return Conditions(
-            tokens={name: self([name])[0] for name in embedding(names, "text")}, encoder=self.name
+            tokens={name: self([name])[0] for name in embedding_progress(names, "text")}, encoder=self.name
         )
 
 
 class ImageEncoder:
-    """DINOv2's tokens of images before its last norm: 1 for the whole, 4 registers, 37 x 37 patches."""
+    """DINOv2 as TRELLIS uses it: tokens before its last norm; 1 class token, 4 registers, 37 x 37 patches."""
 
     def __init__(self, name: str = "dinov2_vitl14_reg", device: str | torch.device = "cpu"):
         self.name = name
@@ -68,29 +73,31 @@ class ImageEncoder:
 
     @torch.no_grad()
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, 518, 518] of 0..1 -> [N, L, E] float32, before the last norm."""
+        """Encode images [N, 3, 518, 518] of values 0..1 as tokens [N, L, E] float32, before the last norm."""
         return self.model(images.to(self.model.layernorm.weight.device), normed=False)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, E, 37, 37] of the patches alone."""
+        """Encode images as maps of their patches' features, [N, E, 37, 37]."""
         config = self.model.config
         grid = config.image_size // config.patch_size
         return (
+            # Without class token and registers: [N, 37^2, E] -> [N, E, 37, 37]
             self.tokens(images)[:, 1 + config.num_register_tokens :]
             .transpose(1, 2)
             .unflatten(2, (grid, grid))
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Condition tokens [N, L, E] on the CPU: normalised without parameters."""
+        """Encode images as conditioning tokens [N, L, E] on the CPU, normalised without parameters."""
         tokens = self.tokens(images)
         return F.layer_norm(tokens, tokens.shape[-1:]).cpu()
 
-    def conditions(self, images: Mapping[str, Path]) -> Conditions:
-        """Of images with transparent backgrounds by name."""
-        seen = (
+    def embed(self, images: Mapping[str, Path]) -> Conditions:
+        """Embed images with transparent backgrounds, by name."""
+        # A generator: only one image is in memory at a time.
+        prepared = (
             (name, read_cut_out(path, lambda image: on_black(image, self.size)))
-            for name, path in embedding(images.items(), "picture")
+            for name, path in embedding_progress(images.items(), "image")
         )
-        tokens = {name: self(picture[None])[0] for name, picture in seen}
+        tokens = {name: self(image[None])[0] for name, image in prepared}
         return Conditions(tokens=tokens, encoder=self.name, zero_null=True)

@@ -1,4 +1,6 @@
-"""What the families of flow generators share: half of their pipelines, small files, meshes, memory."""
+"""Shared parts of the families of flow generators: a base class of their pipelines, files, meshes and
+memory.
+"""
 
 import ctypes
 import functools
@@ -23,59 +25,64 @@ from training.progress import tqdm
 from training.storage import load_strict
 
 T = TypeVar("T")
-LARGEST = 1 << 16  # bytes of a file that is looked into
+LARGEST = 1 << 16  # bytes; larger files are not searched for a word
 ELSEWHERE = (
-    "Where this is usual, the decoder is not the one that the flow was trained with: check its folder, and"
-    " the conditions."
+    "If this happens often, the decoder may not be the one that the flow was trained with: check its folder"
+    " and the conditioning."
 )
-LARGE = 10**8  # parameters of a flow from which freed memory must go back to the system at once
+LARGE = 10**8  # number of parameters of a flow from which freed memory must return to the system at once
 
 
 class OpenedFolder:
-    """Half of a `Pipeline` whose networks lie in a folder of a published layout: conditioning, latents'
-    scales, decoders by name.
+    """Base class of pipelines whose networks lie in a folder: conditioning, scales of latents, and decoders
+    by name.
 
     Args:
-        conditions: None where nothing is sampled; parts: reads a network, such as a decoder, by its name.
-        scales: mean and std per channel of the latents of stages that are normalised.
+        conditioning: None if nothing is sampled.
+        parts: reads a network, such as a decoder, by its name.
+        scales: mean and standard deviation per channel for each stage whose latents are normalised.
     """
 
     def __init__(
         self,
-        conditions: Conditions | None,
+        conditioning: Conditions | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device,
         scales: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     ):
-        self.tokens = conditions
+        self.tokens = conditioning
         self.device = device
         self.scales = scales
         self._parts = parts
         self._loaded = dict[str, nn.Module]()
 
     def part(self, name: str) -> Any:
+        """Return a network by its name, frozen and in eval mode. It is read at the first call and then
+        kept.
+        """
         if name not in self._loaded:
             self._loaded[name] = self._parts(name).eval().requires_grad_(False).to(self.device)
         return self._loaded[name]
 
     def conditioning_key(self, stage: str) -> str | None:
-        """Return the name of the tensor of a condition that a stage reads; None: all of it."""
+        """Return the name of the conditioning tensor that a stage reads; None: the stage reads all of it."""
         return None
 
     def check_tokens(self, stage: str, channels: int, remedy: str) -> None:
-        """Raise ValueError for conditions without tokens [L, channels] for a stage."""
+        """Raise ValueError if the conditioning holds no tokens [L, channels] for a stage."""
         if self.tokens is None:
             return
         form = self.tokens.form
         name = self.conditioning_key(stage)
+        # The form is a shape [L, E], or shapes by name if the conditioning has several tensors.
         shape = form if name is None else form.get(name) if isinstance(form, Mapping) else None
         if not isinstance(shape, list) or len(shape) != 2 or shape[-1] != channels:
             expected = f"tokens [L, {channels}]{f' named {name!r}' if name else ''} for stage {stage!r}"
             source = f" of {self.tokens.encoder}" if self.tokens.encoder else ""
-            raise ValueError(f"conditions: expected {expected}, got {form}{source}. {remedy}")
+            raise ValueError(f"conditioning: expected {expected}, got {form}{source}. {remedy}")
 
     def conditions(self, names: Sequence[str], stage: str) -> Any:
-        """[N, L, E] of what a stage reads, or tensors by name.
+        """Return what a stage reads for these prompts, tokens [N, L, E] or tensors by name.
 
         Raises: ValueError for names without an embedding.
         """
@@ -83,59 +90,65 @@ class OpenedFolder:
         return self._conditioning(self.tokens.select(names), stage)
 
     def no_condition(self, n: int, stage: str) -> Any:
-        """[n, L, E], the empty condition, or its tensors by name."""
+        """Return the empty conditioning for n samples, [n, L, E] or tensors by name."""
         assert self.tokens is not None
         return self._conditioning(self.tokens.null(n), stage)
 
     def _conditioning(self, condition: Any, stage: str) -> Any:
+        """Select the tensor that a stage reads and move it to the pipeline's device."""
         name = self.conditioning_key(stage)
         return to_device(condition if name is None else condition[name], self.device)
 
     def normalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
-        """Latents [v, C] as decoders read them -> as the flow of a stage sees them."""
+        """Convert latents [v, C] from the decoders' scale to the scale of a stage's flow."""
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return (feats - mean) / std
 
     def unnormalised(self, feats: torch.Tensor, stage: str = "latent") -> torch.Tensor:
+        """Convert latents [v, C] from the scale of a stage's flow to the decoders' scale; inverse of
+        `normalised`.
+        """
         mean, std = (feats.new_tensor(values) for values in self.scales[stage])
         return feats * std + mean
 
 
 def are_scales(mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether latents can be normalised by these, per channel."""
+    """Return whether these are means and standard deviations by which latents can be normalised, per
+    channel.
+    """
     return len(mean) == len(std) and all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)
 
 
 class EncodingFolder(OpenedFolder, ABC):
-    """One that has encoders of every stage."""
+    """Base class of pipelines that also have encoders for every stage."""
 
     def encode(self, assets: Sequence[Any]) -> Sequence[Mapping[str, Latent]]:
-        """Return per asset the latents of its stages, each computed when it is first asked for."""
+        """Return, per asset, the latents of its stages. Each is computed when it is first read."""
         return [Lazy(self.encodes(asset), functools.partial(self.encode_stage, asset)) for asset in assets]
 
     @abstractmethod
     def encodes(self, asset: Any) -> Sequence[str]:
-        """Names of the stages that `encode_stage` has latents of."""
+        """Return the names of the stages for which `encode_stage` can encode the asset."""
 
     @abstractmethod
     def encode_stage(self, asset: Any, stage: str) -> Latent:
-        """An asset's latent of one stage: the mean of the encoder's distribution, as the stage's flow sees
-        it.
+        """Encode an asset as the latent of one stage: the mean of the encoder's distribution, in the flow's
+        scale.
         """
 
 
-def embedding(things: Collection[T], unit: str) -> Iterable[T]:
-    """What is embedded, with a bar."""
-    return tqdm(things, desc="embedding", unit=unit, disable=None)
+def embedding_progress(items: Collection[T], unit: str) -> Iterable[T]:
+    """Iterate over the items to be embedded and show a progress bar."""
+    return tqdm(items, desc="embedding", unit=unit, disable=None)
 
 
 def mentions(path: Path, word: str) -> bool:
-    """Whether a small text file is there and has a word in it."""
+    """Return whether a small text file exists and contains a word."""
     return path.is_file() and path.stat().st_size <= LARGEST and word in path.read_text(errors="replace")
 
 
 def read_json(path: Path) -> dict:
-    """An object from a JSON file. Raises: ValueError with the path."""
+    """Read a JSON object from a file. Raises: ValueError with the path."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -146,8 +159,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Module]) -> nn.Module:
-    """The network of two files, its arguments as JSON and its tensors, strictly by name and shape.
+    """Build a network from two files: its arguments as JSON, and its tensors, which must match by name and
+    shape.
 
+    Args: files: names of the JSON file and the file of tensors in the folder.
     Raises: OSError, ValueError.
     """
     module = make(**read_json(root / files[0]))
@@ -157,8 +172,9 @@ def read_network(root: Path, files: tuple[str, str], make: Callable[..., nn.Modu
 
 
 def read_mesh(path: Path) -> Mesh:
-    """A triangle mesh of one's own; see `load_mesh`."""
-    from eg3d_rlhf.rewards.meshes.dataset import load_mesh  # only here: rewards take long to import
+    """Read a triangle mesh of the user's; see `load_mesh`."""
+    # Imported only here, because the package of rewards takes long to import.
+    from eg3d_rlhf.rewards.meshes.dataset import load_mesh
 
     return load_mesh(path)
 
@@ -166,59 +182,68 @@ def read_mesh(path: Path) -> Mesh:
 def even_points(
     mesh: Mesh, side: float, count: int, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points of a mesh's surface [P, 3] in a cube about 0 with the longest side of its box, and the normals
-    of their faces [P, 3]; float64.
+    """Sample points uniformly on a mesh's surface.
 
+    The mesh is moved and scaled so that its bounding box is centred at 0 and its longest side is `side`.
+
+    Args: count: P, number of points. draw: random generator.
+    Returns: points [P, 3] and the normals of their faces [P, 3], both float64.
     Raises: ValueError for a mesh without area.
     """
     vertices = mesh.vertices.double()
     low = vertices.amin(0)
     high = vertices.amax(0)
     corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
+    # The cross product has the normal's direction and twice the area as its length.
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     area = cross.norm(dim=1)
     if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
-        raise ValueError("expected a mesh with area, got one without. Export the surface as triangles.")
+        raise ValueError("expected a mesh with an area above 0. Export the surface as triangles.")
+    # A face is chosen with a probability proportional to its area, by inverting the cumulative sum.
     ends = area.cumsum(0)
     face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(
         max=len(ends) - 1
     )
     u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)
+    # The square root makes the points uniform in the triangle (Osada et al. 2002, equation 1).
     a, b, c = corners[face].unbind(1)
     return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
 
 
 def check_finite(who: str, x_0: Batch) -> None:
-    """Raise ValueError, in the name of `who`, for latents that are not finite."""
+    """Raise ValueError, beginning with `who`, for latents that are not finite."""
     values = feats_of(x_0)
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise ValueError(
-            f"{who}: expected finite latents, got {bad} of {values.numel()} NaN or infinite. Use an earlier"
-            " checkpoint."
+            f"{who}: {bad} of {values.numel()} latent values are NaN or infinite. Use an earlier checkpoint."
         )
 
 
 def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
-    """Occupancy of one structure with its likeliest voxel occupied at least; says so, the first time, where
-    there would be none.
+    """Return occupancy logits of one structure in which at least the likeliest voxel is occupied.
+
+    If no voxel was occupied, a notice is printed once per process.
 
     Raises: EmptyStructure within `refusing_empty`.
     """
     if not bool((logits > 0).any()):
         refuse_empty(who, ELSEWHERE)
         notice_empty(who)
+    # Where a voxel is occupied already, its largest logit may grow to 1, which does not change the occupancy.
     return logits.where(logits != logits.amax(), logits.amax().clamp_min(1.0))
 
 
 @functools.cache
 def notice_empty(who: str) -> None:
-    """Print the notice once in this process."""
-    print_notice(f"{who}: the decoded structure is empty, and its likeliest voxel stands for it. {ELSEWHERE}")
+    """Print the notice of an empty structure, once per process."""
+    print_notice(
+        f"{who}: a decoded structure is empty. Only its likeliest voxel is used in its place. {ELSEWHERE}"
+    )
 
 
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
-    """On a CPU have the memory that a large flow frees go back to the system at once."""
+    """Return freed memory to the system at once if a flow is large and runs on a CPU."""
     if (
         torch.device(device).type == "cpu"
         and max(sum(p.numel() for p in flow.parameters()) for flow in flows) > LARGE
@@ -227,17 +252,19 @@ def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None
 
 
 def return_freed_memory() -> bool:
-    """Have glibc return every freed tensor of 8 MiB or more to the system, from now on in this process. False
-    where there is no glibc.
+    """Make glibc return every freed block of 8 MiB or more to the system at once, for the rest of this
+    process.
 
-    By itself glibc comes to keep freed blocks of up to 32 MiB for later, in a heap that the few tensors kept
-    between a network's blocks then break into pieces too small to use: a pass over TRELLIS's flows grew by 15
-    times what it keeps. Smaller ones, such as tiles of attention, are made by the thousand, and up to 64 MiB
-    of free memory stay at hand for them.
+    By default glibc adapts its threshold and keeps freed blocks of up to 32 MiB in a heap. The few tensors
+    that are kept between a network's blocks then fragment this heap: a pass over TRELLIS's flows grew by 15
+    times what it keeps. Smaller blocks, such as tiles of attention, are made by the thousand; up to 64 MiB of
+    free memory stay available for them.
+
+    Returns: False if there is no glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of glibc's malloc.h; bytes
+    # Parameters -3 and -1 are M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's malloc.h, in bytes.
     return bool(mallopt(-3, 8 << 20) and mallopt(-1, 64 << 20))

@@ -1,6 +1,6 @@
-"""Hunyuan3D-2.1: a generator of shapes alone, a flow over a set of latent vectors in one stage.
+"""Hunyuan3D-2.1, a generator of untextured shapes: one flow over a set of latent vectors.
 
-Its paint stage is a diffusion model of images and no part of this.
+Its paint stage is a diffusion model of images and is not supported here.
 
 Shape letters as in models/hunyuan3d.py.
 """
@@ -38,20 +38,19 @@ from eg3d_rlhf.tuning.flow.families import register
 from eg3d_rlhf.tuning.flow.families.folder import (
     OpenedFolder,
     check_finite,
-    embedding,
+    embedding_progress,
     even_points,
     read_mesh,
 )
 
 SHAPE = "shape"  # name of the stage
-MAIN = "main"  # name of the only tensor of a condition
-# published: points of time, and s of v_null + s (v_cond - v_null)
+MAIN = "main"  # name of the only conditioning tensor
+# Published settings of the sampler: points of time, and s in v_null + s (v_cond - v_null).
 STEPS = 50
 SCALE = 5.0
-LORA_TARGETS = ("to_q", "to_k", "to_v", "out_proj")
-# per axis of the grid that a mesh to look at is read from
-CELLS = 128
-REACH = 2 * 0.9999  # longest side of a mesh that is encoded
+LORA_TARGETS = ("to_q", "to_k", "to_v", "out_proj")  # linear layers of both attentions
+CELLS = 128  # default cells per axis of the grid on which a mesh for viewing is extracted
+REACH = 2 * 0.9999  # longest side of a mesh before it is encoded, in the original's units
 NOTICE = (
     "Hunyuan3D-2.1 is under Tencent's community licence, which grants nothing in the European Union, the"
     " United Kingdom and South Korea, limits large services, and forbids to improve other AI models by its"
@@ -60,27 +59,30 @@ NOTICE = (
 
 
 class Unbounded(ValueError):
-    """A shape without a surface."""
+    """Error for a shape without a surface."""
 
 
 @dataclass(frozen=True)
 class ShapeAsset:
-    """A finished shape, read on a grid when it is asked for."""
+    """A finished shape. Its surface is extracted on a grid on demand."""
 
     latent: torch.Tensor  # [T, C]
     decoder: ShapeDecoder
 
     @torch.no_grad()
     def surface(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vertices [V, 3] within +-1.01 and faces [F, 3] counter-clockwise from outside; the grid is read
-        block by block.
+        """Extract vertices [V, 3] within +-1.01 and faces [F, 3], counter-clockwise seen from outside.
 
-        Deviates: on a straight grid; published vertices are index / n, not index / (n - 1), of n = cells + 1
-        points (a slip). Closed at the border.
-        Raises: Unbounded; ValueError for numbers that are not finite.
+        The grid is evaluated block by block, and the surface is closed at the border.
+
+        Deviates: the grid is regular. Published vertices are index / n instead of index / (n - 1) for n =
+        cells + 1 points, which is a mistake in the original.
+
+        Raises: Unbounded; ValueError for values that are not finite.
         """
         axis = torch.linspace(-BOUND, BOUND, cells + 1, device=self.latent.device)
         decoded = self.decoder(self.latent[None])
+        # Range of all values, for the error message if there is no surface.
         low = math.inf
         high = -math.inf
 
@@ -95,38 +97,41 @@ class ShapeAsset:
         try:
             return extract_mesh_blockwise(sample, [axis.double().cpu()] * 3, 0.0)
         except ValueError:
+            # Values that are not finite have another cause than a missing surface.
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise
             raise Unbounded(
-                f"No surface: all numbers lie between {low:g} and {high:g}; inside is above 0."
+                f"The shape has no surface: all values lie between {low:g} and {high:g}, and the surface is"
+                " at 0. Use a trained network or another latent."
             ) from None
 
 
 def call(
     module: nn.Module, x_t: torch.Tensor, t: torch.Tensor, cond: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """The network's own call; its t is 1 at the data."""
+    """Call the network with the original's arguments; its t is 1 at the data."""
     return module(x_t, t, contexts=dict(cond))
 
 
 class ShapePipeline(OpenedFolder):
-    """See stage.Pipeline; one stage, so nothing is advanced. Both halves of the autoencoder are loaded when
-    they are first needed.
+    """Pipeline of one stage; implements `Pipeline`, without `advance`.
+
+    Both halves of the autoencoder are read when they are first needed.
     """
 
     def __init__(
         self,
         file: files.ShapeFiles,
         model: Denoiser,
-        conditions: Conditions | None,
+        conditioning: Conditions | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
     ):
-        """Args: conditions: None where nothing is sampled."""
-        super().__init__(conditions, parts, device, {})
+        """Build the stage. Args: conditioning: None if nothing is sampled. parts: see `OpenedFolder`."""
+        super().__init__(conditioning, parts, device, {})
         self.file = file
-        if conditions is not None:
-            conditions.check("conditions", {MAIN: file.tokens}, REMEDY)
+        if conditioning is not None:
+            conditioning.check("conditioning", {MAIN: file.tokens}, REMEDY)
         self.stages = [
             FlowStage(
                 name=SHAPE,
@@ -141,42 +146,50 @@ class ShapePipeline(OpenedFolder):
         ]
 
     def decode(self, x_0: torch.Tensor) -> list[ShapeAsset]:
-        """Shapes of latents."""
+        """Decode latents [N, T, C] to shapes."""
         check_finite("decode", x_0)
         return [ShapeAsset(latent.detach().float(), self.part(DECODER_HALF)) for latent in x_0]
 
     def encode(self, assets: Sequence[Mesh]) -> list[dict[str, Any]]:
-        """Latents of meshes, the encoder's mean. Each mesh is brought into the cube first; points are drawn,
-        always alike.
+        """Encode meshes as latents, the encoder's mean. Each mesh is first fitted into the cube.
+
+        The points on a mesh are random but the same at every call.
         """
         network: ShapeEncoder = self.part(ENCODING_HALF)
         made: list[dict[str, Any]] = []
         for mesh in assets:
+            # One generator per mesh: the latent does not depend on the other meshes.
             draw = torch.Generator().manual_seed(0)
             made.append({SHAPE: network.latents(surface_points(mesh, self.file.vae, draw), draw).cpu()})
         return made
 
 
 def surface_points(mesh: Mesh, config: AutoencoderConfig, draw: torch.Generator) -> torch.Tensor:
-    """Even points of a mesh's surface [P, 3 + f]: place in the cube, the face's normal, where asked for the
-    flag of no sharp edge.
+    """Sample uniform points on a mesh's surface, [P, 3 + f]: position in the cube, the face's normal, and
+    optionally the flag of sharp edges, which is 0.
 
     Raises: ValueError for a mesh without area, or a config that asks for points on sharp edges.
     """
     if config.pc_sharpedge_size:
-        got = f"{config.pc_sharpedge_size}. How sharp edges are found is not known here: give latents"
-        raise ValueError(f"config.yaml, vae: expected pc_sharpedge_size 0 to encode meshes, got {got}.")
+        # The original does not publish how it finds sharp edges.
+        raise ValueError(
+            "config.yaml, vae: expected pc_sharpedge_size 0 to encode meshes, got"
+            f" {config.pc_sharpedge_size}. Sampling points on sharp edges is not supported: pass latents."
+        )
     places, normals = even_points(mesh, REACH, config.pc_size, draw)
     flag = torch.zeros(len(places), config.point_feats - 3, dtype=torch.float64)
     return torch.cat([places, normals, flag], 1).float()
 
 
 def sampling(shift: float = 1.0) -> Sampling:
-    """The published sampler in this package's terms.
+    """Return the published sampler in this package's convention.
 
-    Its times are 0 (noise) to 1 in STEPS points, so one step fewer, moved by t' = s t / (1 + (s - 1) t); here
-    time runs from 1 down and is moved by r t / (1 + (r - 1) t), the same with r = 1 / s. Its guidance
-    v_null + s (v - v_null) is w = s - 1 here, at all times.
+    The published times run from 0 (noise) to 1 in STEPS points, which is one step fewer, and are shifted by
+    t' = s t / (1 + (s - 1) t). Here time runs from 1 to 0 and is shifted by r t / (1 + (r - 1) t), which is
+    the same for r = 1 / s. The published guidance v_null + s (v - v_null) has the strength w = s - 1 here, at
+    all times.
+
+    Args: shift: s of the times.
     """
     return Sampling(steps=STEPS - 1, cfg_strength=SCALE - 1, cfg_interval=(0.0, 1.0), rescale_t=1 / shift)
 
@@ -188,17 +201,20 @@ PARTS: dict[str, Callable[..., nn.Module]] = {DECODER_HALF: files.decoder, ENCOD
 
 
 def as_picture(pixels: np.ndarray) -> torch.Tensor:
-    """Bytes [h, w, 3] -> [1, 3, h, w] of 0..1."""
+    """Convert bytes [h, w, 3] to an image [1, 3, h, w] of values 0..1."""
     return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def picture_tokens(file: files.ShapeFiles, network: Dino, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [N, 3, h, w] of 0..1 -> tokens [N, L, E] after the last norm."""
-    tokens = network(short_side(pictures, file.encoder.pixels))
+def picture_tokens(file: files.ShapeFiles, network: Dino, images: torch.Tensor) -> torch.Tensor:
+    """Encode images [N, 3, h, w] of values 0..1 as tokens [N, L, E], after the last norm."""
+    tokens = network(short_side(images, file.encoder.pixels))
+    # The class token is the first one.
     return (tokens if file.class_token else tokens[:, 1:]).float()
 
 
 class Hunyuan3d(FlowFamily):
+    """Family of Hunyuan3D-2.1; see `FlowFamily` for its attributes and methods."""
+
     name = "hunyuan3d"
     layout = "config.yaml of Hunyuan3D-2.1's shape and its checkpoint"
     stages = (SHAPE,)
@@ -213,6 +229,7 @@ class Hunyuan3d(FlowFamily):
     release = staticmethod(files.release)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
+        """Return config.yaml and the checkpoint, by name."""
         file = files.read_files(root)
         return {files.CONFIG: file.root / files.CONFIG, file.checkpoint.name: file.checkpoint}
 
@@ -225,23 +242,28 @@ class Hunyuan3d(FlowFamily):
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> ShapePipeline:
-        """See `FlowFamily.load`. Both halves of the autoencoder are read when they are first needed."""
+        """Read the pipeline; see `FlowFamily.load`. Both halves of the autoencoder are read when they are
+        first needed.
+        """
         file = files.read_files(root)
 
         def part(name: str) -> nn.Module:
             return PARTS[name](file, files.read_sections(file.checkpoint), device)
 
+        # Without its stage, the flow stays on the meta device, for encoding and decoding alone.
         if stages is not None and SHAPE not in stages:
             return ShapePipeline(file, empty(partial(Denoiser, file.model)), conditions, part, device)
         sections = files.read_sections(file.checkpoint)
         if conditions is not None:
             conditions.check_source("conditions", files.source_of(file, sections), REMEDY)
-        files.decoding_half(file, sections)  # of names and shapes, before anything is computed
+        # Checks names and shapes of the decoder now, before anything expensive is computed.
+        files.decoding_half(file, sections)
         model = files.denoiser(file, sections, dtype, device)
         model.recompute = True
         return ShapePipeline(file, model, conditions, part, device)
 
     def condition(self, pipeline: ShapePipeline, stage: str) -> dict[str, list[int]]:
+        """Return the shape of the conditioning, [L, E] of the only tensor."""
         return {MAIN: pipeline.file.tokens}
 
     @torch.no_grad()
@@ -251,16 +273,16 @@ class Hunyuan3d(FlowFamily):
         sections = files.read_sections(file.checkpoint, (files.CONDITIONER,))
         network = files.image_encoder(file, sections, device)
         tokens = {}
-        for name, path in embedding(images.items(), "picture"):
+        for name, path in embedding_progress(images.items(), "image"):
             pixels, _ = read_cut_out(path, lambda image: on_white(image, file.picture, file.border))
             tokens[name] = {MAIN: picture_tokens(file, network, as_picture(pixels).to(device))[0].cpu()}
         return Conditions(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
 
     def show(self, asset: ShapeAsset, path: Path, cells: int | None = None) -> Path:
-        """Write a mesh, .obj; a shape without a surface, such as an untrained network makes, leaves a text
-        that says so.
+        """Write a mesh as .obj. For a shape without a surface, as of an untrained network, write a text that
+        says so.
 
-        Raises: ValueError for numbers that are not finite.
+        Raises: ValueError for values that are not finite.
         """
         try:
             return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells or CELLS))
@@ -270,11 +292,12 @@ class Hunyuan3d(FlowFamily):
             return file
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
+        """Return the function that builds the published stage, by the generator's name."""
         return {"Hunyuan3D-2.1": released_stages}
 
 
 def released_stages() -> list[SizedStage]:
-    """Make the stage of Hunyuan3D-2.1 without weights."""
+    """Build the stage of Hunyuan3D-2.1 without weights, with the sizes of its config.yaml."""
     config = DenoiserConfig(
         input_size=4096,
         in_channels=64,

@@ -1,5 +1,7 @@
-"""Hunyuan3D-2.1's files: config.yaml beside one checkpoint with sections model, vae and conditioner, in a
-folder of the released repository. Nothing is downloaded or run.
+"""Files of Hunyuan3D-2.1: config.yaml and one checkpoint, in a folder of the released repository.
+
+The checkpoint has the sections model (the flow), vae (the autoencoder) and conditioner (the image encoder).
+Nothing is downloaded or run.
 
 Shape letters as in models/hunyuan3d.py.
 """
@@ -39,16 +41,17 @@ from training.storage import check_fit
 
 CONFIG = "config.yaml"
 CHECKPOINTS = tuple(f"model{half}{ending}" for half in (".fp16", "") for ending in (".ckpt", ".safetensors"))
-# of the shape's networks, and of the autoencoder alone, as released
+# Folders of the released repository: all networks of the shape, and the autoencoder alone.
 FOLDER = "hunyuan3d-dit-v2-1"
 VAE_FOLDER = "hunyuan3d-vae-v2-1"
+# Sections of config.yaml and of the checkpoint.
 MODEL = "model"
 VAE = "vae"
 CONDITIONER = "conditioner"
-ENCODER = "main_image_encoder.model."  # before the names of DINOv2
-ENCODER_HALF = ("encoder.", "pre_kl.")  # of the autoencoder
+ENCODER = "main_image_encoder.model."  # prefix of DINOv2's names in the section conditioner
+ENCODER_HALF = ("encoder.", "pre_kl.")  # prefixes of the encoder's names in the section vae
 TARGETS = {MODEL: "HunYuanDiTPlain", VAE: "ShapeVAE", CONDITIONER: "SingleImageEncoder"}
-# sections that may be missing: target, and the params that it takes
+# Sections of config.yaml that may be missing: section -> class and names of its params.
 SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": (
         "FlowMatchEulerDiscreteScheduler",
@@ -57,10 +60,10 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "image_processor": ("ImageProcessorV2", ("size", "border_ratio")),
     "pipeline": ("Hunyuan3DDiTFlowMatchingPipeline", ()),
 }
-# defaults of ImageProcessorV2: pixels, and the share of a side around what is shown
-PICTURE = 512
+# Defaults of ImageProcessorV2: pixels per side, and the share of a side that stays free around the object.
+IMAGE_SIZE = 512
 BORDER = 0.15
-SHOWN = 224  # default of DinoImageEncoder, and of a Dinov2Config: pixels
+ENCODER_SIZE = 224  # pixels per side; default of DinoImageEncoder and of a Dinov2Config
 LICENCES = ("LICENSE*", "License*", "NOTICE*", "Notice*")
 NOTICE_FILE = """Changed from the released Hunyuan3D-2.1: {file}: the weights of the flow of shapes \
 were tuned on preferences.
@@ -72,37 +75,41 @@ Sections = Mapping[str, Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeFiles:
-    """What config.yaml says."""
+    """Settings of config.yaml and the paths of the files."""
 
     root: Path  # the folder that holds it
     checkpoint: Path
     model: DenoiserConfig
     vae: AutoencoderConfig
     encoder: DinoConfig
-    class_token: bool = True  # whether the token of the whole picture is kept
-    shift: float = 1.0  # of the sampler's times
-    picture: int = PICTURE
-    border: float = BORDER
+    class_token: bool = True  # whether DINOv2's class token is kept
+    shift: float = 1.0  # s of the sampler's times
+    picture: int = IMAGE_SIZE  # pixels per side of a prepared image
+    border: float = BORDER  # share of a side that stays free around the object
 
     @property
     def tokens(self) -> list[int]:
-        """The shape of a condition."""
+        """Shape [L, E] of the conditioning tokens of one image."""
         return [self.encoder.tokens - (0 if self.class_token else 1), self.encoder.hidden_size]
 
     @property
     def preparation(self) -> str:
-        """What is done to pictures, in words that files of conditions state."""
+        """Description of the image preprocessing, which files of embeddings state.
+
+        These files are compared by this text, so it must not change.
+        """
         return f"pictures of {self.picture} pixels with a border of {self.border:g}, resized as by OpenCV"
 
 
 def folder_of(root: Path) -> Path:
-    """The folder with config.yaml: the one given, or the shape's in the whole repository."""
+    """Return the folder with config.yaml: the given one, or the shape's folder in the whole repository."""
     return root if (root / CONFIG).is_file() or not (root / FOLDER / CONFIG).is_file() else root / FOLDER
 
 
 def recognises(root: Path) -> bool:
-    """Whether config.yaml is there and names the network, or that of another version, which is then refused
-    by name.
+    """Return whether config.yaml exists and names the network of Hunyuan3D.
+
+    Other versions of Hunyuan3D count, too, so that an error can name them.
     """
     return any(mentions(folder_of(root) / CONFIG, name) for name in (TARGETS[MODEL], "Hunyuan3DDiT"))
 
@@ -110,25 +117,25 @@ def recognises(root: Path) -> bool:
 def read_files(root: Path) -> ShapeFiles:
     """Read config.yaml and find the checkpoint.
 
-    Raises: FileNotFoundError; ValueError for a config that is not Hunyuan3D-2.1's, or has settings that would
-        change the result.
+    Raises: FileNotFoundError; ValueError for a config that is not Hunyuan3D-2.1's, or that has settings which
+        would change the result.
     """
     folder = folder_of(Path(root))
     path = folder / CONFIG
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if not path.is_file() or checkpoint is None:
         raise FileNotFoundError(
-            f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)}, got less in {folder}. Restore"
-            " them."
+            f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)} in {folder}, but at least one is"
+            " missing. Restore the files."
         )
     written = read_yaml(path)
     try:
         params = {section: _params(written, section, target) for section, target in TARGETS.items()}
         settings = {section: _settings(written, section) for section in SETTINGS}
-        encoder, class_token = _picture_encoder(params[CONDITIONER])
+        encoder, class_token = _image_encoder_config(params[CONDITIONER])
         prepared = settings["image_processor"]
-        border = prepared.get("border_ratio")  # null: the pipeline's own
-        made = ShapeFiles(
+        border = prepared.get("border_ratio")  # null means the default
+        result = ShapeFiles(
             root=folder,
             checkpoint=checkpoint,
             model=_made(DenoiserConfig, params[MODEL], others=True),
@@ -136,40 +143,44 @@ def read_files(root: Path) -> ShapeFiles:
             encoder=encoder,
             class_token=class_token,
             shift=float(settings["scheduler"].get("shift", 1.0)),
-            picture=int(prepared.get("size", PICTURE)),
+            picture=int(prepared.get("size", IMAGE_SIZE)),
             border=BORDER if border is None else float(border),
         )
-        if not (made.shift > 0 and made.picture > 0 and 0 <= made.border < 1):
-            got = f"{made.shift}, {made.picture}, {made.border}"
+        if not (result.shift > 0 and result.picture > 0 and 0 <= result.border < 1):
+            got = f"{result.shift}, {result.picture}, {result.border}"
             raise ValueError(
-                f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore them."
+                f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore the file."
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    sizes = (made.vae.num_latents, made.vae.embed_dim, made.tokens[1])
-    expected = (made.model.input_size, made.model.in_channels, made.model.context_dim)
+    # The three networks must fit each other: tokens and channels of a latent, channels of the conditioning.
+    sizes = (result.vae.num_latents, result.vae.embed_dim, result.tokens[1])
+    expected = (result.model.input_size, result.model.in_channels, result.model.context_dim)
     if sizes != expected:
         raise ValueError(
-            f"{path}: expected latents and conditions of one size in model, vae and conditioner, got"
-            f" {expected} and {sizes}."
+            f"{path}: expected latents and conditioning of the same sizes in model, vae and conditioner, got"
+            f" {expected} and {sizes}. Restore the file."
         )
-    return made
+    return result
 
 
 def _params(written: Mapping, section: str, target: str) -> dict:
+    """Return the params of a required section. Raises: ValueError for another target."""
     entry = written.get(section)
     entry = entry if isinstance(entry, Mapping) else {}
     named = str(entry.get("target", "")).rpartition(".")[2]
     if named != target or not isinstance(entry.get("params"), Mapping):
         raise ValueError(
-            f"expected {section} of target {target} with params, got {named or 'none'}. Name Hunyuan3D-2.1's."
+            f"expected the section {section} with target {target} and params, got {named or 'none'}. Name the"
+            " file of Hunyuan3D-2.1."
         )
     return dict(entry["params"])
 
 
 def _settings(written: Mapping, section: str) -> dict:
-    """Params of a section that may be missing; other targets and other params would sample or cut out another
-    way.
+    """Return the params of a section that may be missing.
+
+    Raises: ValueError for another target or unknown params, which would sample or crop in another way.
     """
     target, known = SETTINGS[section]
     if section not in written:
@@ -179,26 +190,27 @@ def _settings(written: Mapping, section: str) -> dict:
     params = entry.get("params") or {}
     if named != target:
         raise ValueError(
-            f"expected {section} of target {target}, got {named or 'none'}. It samples another way: name"
-            " Hunyuan3D-2.1's."
+            f"expected the section {section} with target {target}, got {named or 'none'}, which would give"
+            " other results. Name the file of Hunyuan3D-2.1."
         )
-    odd = sorted(set(params) - set(known)) if isinstance(params, Mapping) and known else []
-    if odd or not isinstance(params, Mapping):
-        got = ", ".join(odd) or repr(params)
+    # A section without known params, such as `pipeline`, may have any.
+    unknown = sorted(set(params) - set(known)) if isinstance(params, Mapping) and known else []
+    if unknown or not isinstance(params, Mapping):
+        got = ", ".join(unknown) or repr(params)
         raise ValueError(
-            f"expected {section} with params {', '.join(known)}, got {got}. They may change the result: leave"
-            " them out."
+            f"expected the section {section} with the params {', '.join(known)}, got {got}. Others may change"
+            " the result: leave them out."
         )
     if params.get("use_dynamic_shifting"):
         raise ValueError(
-            f"expected {section} without use_dynamic_shifting, which its pipeline cannot sample, got it."
-            " Switch it off."
+            f"the section {section} has use_dynamic_shifting, which the original's pipeline cannot sample."
+            " Set it to false."
         )
     return dict(params)
 
 
-def _picture_encoder(params: Mapping) -> tuple[DinoConfig, bool]:
-    """And whether the token of the whole picture is kept."""
+def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
+    """Return the settings of the image encoder, and whether its class token is kept."""
     encoder = params.get("main_image_encoder")
     encoder = encoder if isinstance(encoder, Mapping) else {}
     kind = encoder.get("type")
@@ -211,14 +223,18 @@ def _picture_encoder(params: Mapping) -> tuple[DinoConfig, bool]:
     ):
         raise ValueError(
             f"expected one DinoImageEncoder with its config as conditioner, got {kind!r} in {sorted(params)}."
-            " Name its file."
+            " Name the file of Hunyuan3D-2.1."
         )
-    config = {"image_size": SHOWN, **inner["config"], "shown": inner.get("image_size", SHOWN)}
+    # `image_size` of the config is that of training; the one beside it is that of the input images.
+    config = {"image_size": ENCODER_SIZE, **inner["config"], "shown": inner.get("image_size", ENCODER_SIZE)}
     return DinoConfig.of(config), bool(inner.get("use_cls_token", True))
 
 
 def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
-    """A config of its params. Args: others: pass over unknown ones, as the class does."""
+    """Build a config from its params.
+
+    Args: others: ignore unknown params, as the original's class does.
+    """
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(params) - known)
     if unknown and not others:
@@ -230,13 +246,14 @@ def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
 
 
 def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str, dict[str, torch.Tensor]]:
-    """The checkpoint's sections: nested dicts of a .ckpt, or names such as model.x of a .safetensors.
+    """Read the checkpoint's sections: nested dicts of a .ckpt, or names such as model.x of a .safetensors.
 
-    Raises: ValueError for a damaged or foreign file, one that would run code, or one without a section that
-        is needed.
+    Raises: ValueError for a damaged or foreign file, one that would run code, or one that lacks a needed
+    section.
     """
     held = content(path, "checkpoint")
     if path.suffix == ".safetensors":
+        # The part before the first dot is the section; the inner dict removes duplicates and keeps the order.
         held = {
             section: below(held, f"{section}.") for section in {name.partition(".")[0]: None for name in held}
         }
@@ -245,15 +262,15 @@ def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str,
     ]
     if lacking:
         raise ValueError(
-            f"{path}: expected sections {', '.join(needed)}, got none for {', '.join(lacking)}. Use the"
+            f"{path}: expected the sections {', '.join(needed)}, but {', '.join(lacking)} is missing. Use the"
             " released checkpoint."
         )
-    there = [s for s in TARGETS if s in held]
-    odd = [f"{s}.{n}" for s in there for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
-    if odd:
+    present = [s for s in TARGETS if s in held]
+    foreign = [f"{s}.{n}" for s in present for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
+    if foreign:
         raise ValueError(
-            f"{path}: expected tensors by name, got others at {', '.join(map(str, odd[:8]))}. Use the"
-            " released checkpoint."
+            f"{path}: expected tensors by name, got other values at {', '.join(map(str, foreign[:8]))}. Use"
+            " the released checkpoint."
         )
     return held
 
@@ -264,13 +281,13 @@ def denoiser(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> Denoiser:
-    """The flow's network, strictly; dtype None keeps the file's."""
+    """Build the flow's network from the section model, strictly. dtype None keeps the file's dtypes."""
     return _loaded(Denoiser, files.model, sections[MODEL], f"{files.checkpoint}, {MODEL}", dtype, device)
 
 
 def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeDecoder:
-    """The autoencoder's half that makes shapes, in float32. What else the section holds is passed over, as in
-    the original.
+    """Build the decoder of the autoencoder in float32. Other entries of the section are ignored, as in the
+    original.
     """
     return _loaded(
         ShapeDecoder,
@@ -283,47 +300,55 @@ def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
 
 
 def decoding_half(files: ShapeFiles, sections: Sections) -> Mapping[str, torch.Tensor]:
-    """The tensors of this half. Raises: ValueError for missing or misshapen ones."""
+    """Return the decoder's tensors. Raises: ValueError for missing or misshapen tensors."""
     expected = empty(lambda: ShapeDecoder(files.vae)).state_dict()
     half = {name: tensor for name, tensor in sections[VAE].items() if not name.startswith(ENCODER_HALF)}
     if expected.keys() <= half.keys():
+        # Entries beyond the decoder's are dropped; if any is missing, the check below names it.
         half = {name: half[name] for name in expected}
     check_fit(expected, half, f"{files.checkpoint}, {VAE}")
     return half
 
 
 def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> ShapeEncoder:
-    """The half that makes latents of surfaces, in float32: of the checkpoint, or of the autoencoder's own
-    folder beside it.
+    """Build the encoder of the autoencoder in float32.
 
-    Raises: FileNotFoundError where neither has it.
+    It is read from the checkpoint, or else from the autoencoder's own folder beside it.
+
+    Raises: FileNotFoundError if neither holds it.
     """
     path, half = _encoding(files, sections[VAE])
     if not half:
         place = files.root.parent / VAE_FOLDER
         raise FileNotFoundError(
-            f"{path}: expected the autoencoder's encoder in it or in {place}, got neither. Fetch that folder."
+            f"{path}: neither this file nor {place} holds the encoder of the autoencoder. Download that"
+            " folder."
         )
     return _loaded(ShapeEncoder, files.vae, half, f"{path}, {VAE}", torch.float32, device)
 
 
 def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path, Mapping[str, torch.Tensor]]:
-    """File and tensors of that half: of the checkpoint, else of the autoencoder's own, which is released in a
-    folder beside it.
+    """Return the file and the tensors of the encoder.
+
+    The checkpoint is preferred to the autoencoder's own folder, which is released beside it.
     """
     there = [path for name in CHECKPOINTS if (path := files.root.parent / VAE_FOLDER / name).is_file()]
-    own = any(name.startswith(ENCODER_HALF) for name in vae) or not there
-    path, state = (files.checkpoint, vae) if own else (there[0], content(there[0], "checkpoint"))
+    in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae)
+    if in_checkpoint or not there:
+        path, state = files.checkpoint, vae
+    else:
+        # The autoencoder's own file is one flat state dict, without sections.
+        path, state = there[0], content(there[0], "checkpoint")
     return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
 
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
-    """The pictures' encoder, strictly, in float32."""
+    """Build the image encoder strictly, in float32."""
     foreign = [name for name in sections[CONDITIONER] if not name.startswith(ENCODER)]
     if foreign:
         where = f"{files.checkpoint}, {CONDITIONER}"
         raise ValueError(
-            f"{where}: expected names that begin with {ENCODER}, got {', '.join(foreign[:8])}. Use the"
+            f"{where}: expected only names that begin with {ENCODER}, got {', '.join(foreign[:8])}. Use the"
             " released checkpoint."
         )
     return load_dino(
@@ -342,11 +367,14 @@ def _loaded(
     dtype: torch.dtype | None,
     device: str | torch.device,
 ) -> Any:
+    """Build a network on the meta device, fill it strictly, freeze it and move it to the device."""
     return frozen(fill(empty(lambda: kind(config)), state, who, types=dtype, device=device), device)
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """The checkpoint again, with the flow's network replaced, every tensor in its old type."""
+    """Write a copy of the checkpoint in which the flow's network is replaced; every tensor keeps its
+    dtype.
+    """
     sections = read_sections(source, (MODEL,))
     held: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
     if target.suffix == ".safetensors":
@@ -359,16 +387,20 @@ def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tenso
 
 
 def source_of(files: ShapeFiles, sections: Sections) -> str:
-    """Describe what computes conditions, for their file; without the encoder's weights, the preparation."""
+    """Describe the encoder and the preprocessing of images, as files of embeddings state them.
+
+    Without the encoder's weights in the checkpoint, only the preprocessing is described.
+    """
+    # "*" matches any encoder; see `check_source` in base/conditioning.py.
     weights = sections.get(CONDITIONER)
     return f"DINOv2 {fingerprint(weights)}, {files.preparation}" if weights else f"*, {files.preparation}"
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
-    """Describe the released repository's folder of the shape, its autoencoder, licence, and a notice of the
+    """Describe the folder to export: the shape's folder, the autoencoder, the licence, and a notice of the
     change.
 
-    The original's loader opens it without an argument where the checkpoint has the released name,
+    The original's loader opens it without an argument if the checkpoint has the released name,
     model.fp16.ckpt.
     """
     files = read_files(root)
@@ -378,6 +410,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     papers = [
         path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))
     ]
+    # The licence requires a notice of every changed file; an earlier notice is replaced.
     kept = {path.name: path for path in papers if path.is_file() and path.name != "Notice"}
     notice = NOTICE_FILE.format(file=written, papers=", ".join(kept) or "LICENSE").encode()
     vae = {
@@ -393,7 +426,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
 
 
 def networks(root: Path) -> list[Network]:
-    """Return all four networks, the autoencoder's halves apart."""
+    """List all four networks with expected and present tensors; the autoencoder's halves count separately."""
     files = read_files(root)
     sections = read_sections(files.checkpoint, ())
     vae = sections.get(VAE, {})
@@ -401,7 +434,7 @@ def networks(root: Path) -> list[Network]:
     decoding = _shapes(lambda: ShapeDecoder(files.vae))
     half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
     half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half
-    pictures = below(sections.get(CONDITIONER, {}), ENCODER)
+    encoder_tensors = below(sections.get(CONDITIONER, {}), ENCODER)
     return [
         Network(
             name="flow of shapes",
@@ -422,19 +455,20 @@ def networks(root: Path) -> list[Network]:
             file=place,
             expected=_shapes(lambda: ShapeEncoder(files.vae)),
             found=encoding,
-            without="pairs of meshes of your own",
+            without="encoding your own meshes as pairs",
             released=(144, 113_533_312),
         ),
         Network(
             name="DINOv2",
             file=files.checkpoint,
             expected=_shapes(lambda: Dino(files.encoder)),
-            found=pictures,
-            without="conditions of pictures",
+            found=encoder_tensors,
+            without="embedding images",
             released=(439, 304_368_640),
         ),
     ]
 
 
 def _shapes(make: Callable[[], nn.Module]) -> dict[str, list[int]]:
+    """Return the shapes of a network's tensors by name, without allocating them."""
     return shapes(empty(make).state_dict())

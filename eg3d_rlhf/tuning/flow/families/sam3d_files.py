@@ -1,16 +1,15 @@
-"""SAM 3D Objects' files: pipeline.yaml, and per part a YAML file beside a checkpoint. Nothing is downloaded
-or run.
+"""Files of SAM 3D Objects: pipeline.yaml, and for each part a YAML file and a checkpoint.
 
-A generator's checkpoint is a larger state dict. Its network and the embedder of its conditioning lie under
-prefixes:
+Nothing is downloaded or run. A generator's checkpoint is a larger state dict. Its network and the embedder of
+its conditioning have these prefixes:
 
     _base_models.generator.reverse_fn.backbone.X      the flow's network
     _base_models.condition_embedder.X                 the embedder; or in the network, under
                                                       condition_embedder.
 
-Other names in it are passed over. What the YAML files say of training is passed over, too, but for times and
-weights; other settings that are not known are refused where they are switched on. What pipeline.yaml does not
-name has the defaults of the original's code, which overwrite those of the generators' files.
+Other names in it are ignored. Training settings in the YAML files are ignored, too, except for times and loss
+weights. Other unknown settings are rejected with an error if they are switched on. What pipeline.yaml does
+not name has the defaults of the original's code, which override those of the generators' files.
 """
 
 import dataclasses
@@ -65,31 +64,31 @@ from eg3d_rlhf.tuning.flow.families.trellis_files import filled
 
 PIPELINE = "pipeline.yaml"
 PACKAGE = "sam3d_objects"
-# where it lies: in its own folder, in the released one, where the set-up moves it
+# Places of pipeline.yaml: in the given folder, in the released repository, and where its set-up moves it.
 FOLDERS = ("", "checkpoints", "checkpoints/hf")
 STRUCTURE, LATENT = STAGES = ("structure", "latent")
-SHORT = {STRUCTURE: "ss", LATENT: "slat"}  # how pipeline.yaml calls the stages
-PARTS = {
+SHORT = {STRUCTURE: "ss", LATENT: "slat"}  # stage -> its prefix in pipeline.yaml
+PARTS = {  # network -> its prefix in pipeline.yaml
     STRUCTURE: "ss_generator",
     LATENT: "slat_generator",
     "structure decoder": "ss_decoder",
     "decoder": "slat_decoder_gs",
 }
-# released beside those; pipeline.yaml does not name it
+# The encoder is released beside those files, but pipeline.yaml does not name it.
 ENCODER = "ss_encoder"
 ENDINGS = (".safetensors", ".ckpt")
 REPOSITORY = ("checkpoints", "hf")  # folders of a repository that hold the files
-OWN_SHAPES = "pairs of shapes of your own"  # which need the encoder
-STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance where pipeline.yaml names none
+OWN_SHAPES = "encoding your own meshes as pairs"  # what needs the encoder, for `flow check`
+STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance strength if pipeline.yaml names none
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
-PLAIN = "FlowMatching"
-GENERATORS = ("ShortCut", PLAIN)  # both have their data at t = 1
+FLOW_MATCHING = "FlowMatching"
+GENERATORS = ("ShortCut", FLOW_MATCHING)  # both have their data at t = 1
 GUIDED = ("ClassifierFreeGuidance", "ClassifierFreeGuidanceWithExternalUnconditionalProbability")
-# what is done to pictures, masks and maps together
+# Transforms that are applied to image, mask and point map together.
 CROP, REMBG = CUTTING = ("crop_around_mask_with_padding", "rembg")
 NORMALISERS = ("ObjectCentricSSI", "SSIPointmapNormalizer", "ObjectApparentSizeSSI")
-PASSED = {  # settings of networks that concern training, or that others say
+PASSED = {  # settings that are ignored: they concern training, or are stated elsewhere as well
     "_target_",
     "condition_embedder",
     "attn_mode",
@@ -110,35 +109,38 @@ PASSED = {  # settings of networks that concern training, or that others say
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorFile:
-    """One stage: what its YAML file says."""
+    """Settings of one stage from its YAML file."""
 
     checkpoint: Path
     config: MixtureConfig | VoxelFlowConfig
-    embedder: Mapping  # what it says of the embedder
+    embedder: Mapping  # settings of the embedder, unparsed
     path: FlowPath
-    # of errors, by latent, as the network was trained last; None: it says none
+    # Loss weights by latent, as in the last training of the network; None: the file has none.
     weights: Mapping[str, float] | None
-    single: bool  # the original makes times of sampling in float32
-    guided: bool  # guidance has an empty condition
+    single: bool  # the original computes sampling times in float32
+    guided: bool  # the network has an empty conditioning for guidance
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFile:
-    """What pipeline.yaml and the generators' files say."""
+    """Settings of pipeline.yaml and of the generators' files."""
 
     root: Path
     generators: Mapping[str, GeneratorFile]  # by stage
     sampling: Mapping[str, Sampling]  # by stage
     mean: tuple[float, ...]  # of the second stage's latents, per channel
-    std: tuple[float, ...]
-    prune: int  # voxels on all sides, corners too, that make one inner, which is left out; 0: none is
-    cuts: Mapping[str, ObjectCut]  # by stage: how its pictures are cut out
-    pose: str  # how the pose is decoded; see pose.py
-    files: Mapping[str, Path]  # all that is read, by name
+    std: tuple[float, ...]  # likewise
+    prune: int  # voxels on all sides that make a voxel an inner one, which is removed; 0: none is
+    cuts: Mapping[str, ObjectCut]  # by stage: how its images are cropped
+    pose: str  # how the pose is decoded; see sam3d_pose.py
+    files: Mapping[str, Path]  # all files that are read, by name
 
     @property
     def preparation(self) -> str:
-        """What is done to pictures, in words that files of conditions state."""
+        """Description of the image preprocessing, which files of embeddings state.
+
+        These files are compared by this text, so it must not change.
+        """
         parts = [
             f"{cut.size} pixels, box {cut.box_size_factor:g}, border"
             f" {cut.padding_factor:g}{', cut out' if cut.rembg else ''}"
@@ -154,25 +156,25 @@ class PipelineFile:
 
 
 def folder_of(root: Path) -> Path:
-    """The folder with pipeline.yaml: the one given, or that of the checkpoints in it."""
+    """Return the folder with pipeline.yaml: the given one, or that of the checkpoints in it."""
     return next((place for place in (root / name for name in FOLDERS) if (place / PIPELINE).is_file()), root)
 
 
 def recognises(root: Path) -> bool:
-    """Whether pipeline.yaml is SAM 3D's."""
+    """Return whether pipeline.yaml is SAM 3D's."""
     return mentions(folder_of(root) / PIPELINE, PACKAGE)
 
 
 def read_pipeline(root: Path) -> PipelineFile:
     """Read <root>/pipeline.yaml and the YAML files that it names.
 
-    Raises: FileNotFoundError; ValueError for files that are not SAM 3D's, or of another convention.
+    Raises: FileNotFoundError; ValueError for files that are not SAM 3D's, or that follow another convention.
     """
     root = folder_of(Path(root))
     path = root / PIPELINE
     if not path.is_file():
         raise FileNotFoundError(
-            f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of its checkpoints."
+            f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of the checkpoints."
         )
     content = read_yaml(path)
     paths = {PIPELINE: path}
@@ -185,6 +187,7 @@ def read_pipeline(root: Path) -> PipelineFile:
                     f"{path}: expected {part}_{kind}_path to name a file, got {name!r}. Restore it."
                 )
             paths[f"{part}.{kind}"] = file
+    # The encoder is optional: it is needed only to encode meshes.
     encoder = [root / f"{ENCODER}{ending}" for ending in (".yaml", *ENDINGS)]
     if encoder[0].is_file() and (weights := next((file for file in encoder[1:] if file.is_file()), None)):
         paths |= {f"{ENCODER}.config": encoder[0], f"{ENCODER}.ckpt": weights}
@@ -204,31 +207,32 @@ def read_pipeline(root: Path) -> PipelineFile:
             f"{path}: expected slat_mean and slat_std per channel, finite and > 0, and downsample_ss_dist >="
             " 0, got others."
         )
-    odd = [
+    # The original cannot open a file with `use_stage...`; input mappings would change the conditioning.
+    unsupported = [
         name
         for name in content
         if name.startswith("use_stage") or (name.endswith("_condition_input_mapping") and content[name])
     ]
-    if odd:
-        got = (
-            f"{', '.join(odd)}. The original cannot open it so, or is told otherwise: leave it out; `draw"
-            " --few-steps` is for few steps"
+    if unsupported:
+        raise ValueError(
+            f"{path}: {', '.join(unsupported)} is not supported. Leave it out; to sample in few steps, use"
+            " --few-steps."
         )
-        raise ValueError(f"{path}: expected the released settings, got {got}.")
     pose = str(content.get("pose_decoder_name", SHIFTED))
     if pose not in DECODERS:
         raise ValueError(
-            f"{path}: expected pose_decoder_name {' or '.join(DECODERS)}, got {pose!r}. Others are not read."
+            f"{path}: expected pose_decoder_name {' or '.join(DECODERS)}, got {pose!r}. Others are not"
+            " supported: restore the file."
         )
     try:
         cuts = {stage: _cut(content[f"{SHORT[stage]}_preprocessor"], stage) for stage in STAGES}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        said = (
+        reason = (
             error
             if isinstance(error, ValueError)
-            else f"expected preprocessors of pictures, got none for {error}. Restore them."
+            else f"expected preprocessors of images, but {error} is missing. Restore the file."
         )
-        raise ValueError(f"{path}: {said}") from None
+        raise ValueError(f"{path}: {reason}") from None
     return PipelineFile(
         root=root,
         generators=generators,
@@ -243,11 +247,11 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _cut(content: Mapping, stage: str) -> ObjectCut:
-    """How a preprocessor cuts out.
+    """Read how a preprocessor crops images.
 
-    Raises: ValueError for one that does anything else; KeyError, TypeError for none.
+    Raises: ValueError for a preprocessor that does anything else; KeyError or TypeError for a missing one.
     """
-    maps = stage == STRUCTURE
+    maps = stage == STRUCTURE  # only the first stage reads point maps
     steps = content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]
     joint = {_kind(step): step for step in steps}
     rest = (
@@ -257,7 +261,7 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
     exact = True
     for kind in ("img", "mask", *(["pointmap"] if maps else [])):
         pad, resize = content[f"{kind}_transform"]["transforms"]
-        # of Pillow: 0 nearest, 2 bilinear
+        # Codes of Pillow: 0 is nearest, 2 is bilinear; colours default to bilinear.
         how = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))
         exact &= how and (_kind(pad), _kind(resize)) == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
@@ -268,20 +272,21 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
     if set(settings) != {"box_size_factor", "padding_factor"} or others or rest or not exact:
         got = ", ".join(map(_kind, [*steps, *(rest or ())])) or "nothing"
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected a cut about the mask and squares, got {got}. Others are"
-            " not read."
+            f"{SHORT[stage]}_preprocessor: expected a crop around the mask and padding to squares, got {got}."
+            " Other transforms are not supported: restore the file."
         )
     if len(sizes) != 1:
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected one size of pictures, masks and maps, got"
-            f" {sorted(sizes)}. Correct it."
+            f"{SHORT[stage]}_preprocessor: expected one size of images, masks and point maps, got"
+            f" {sorted(sizes)}. Correct the file."
         )
     normaliser = content.get("pointmap_normalizer") or {}
+    # Without an entry the original uses SSIPointmapNormalizer.
     named = _kind(normaliser) if normaliser else NORMALISERS[1]
     if named not in NORMALISERS:
         raise ValueError(
-            f"{SHORT[stage]}_preprocessor: expected a normaliser {', '.join(NORMALISERS)}, got {named}."
-            " Others are not read."
+            f"{SHORT[stage]}_preprocessor: expected a normaliser among {', '.join(NORMALISERS)}, got {named}."
+            " Others are not supported: restore the file."
         )
     return ObjectCut(
         size=sizes.pop(),
@@ -294,11 +299,12 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
 
 
 def _kind(entry: Mapping) -> str:
+    """Return the name of the class that an entry of a YAML file builds."""
     return str(entry["_target_"]).rpartition(".")[2]
 
 
 def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
-    """What a generator's file says. Raises: ValueError naming the file."""
+    """Read a generator's YAML file. Raises: ValueError naming the file."""
     try:
         module = read_yaml(path)["module"]
         flow = module["generator"]["backbone"]
@@ -307,22 +313,26 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         kinds = [str(part["_target_"]) for part in (flow, guided, network)]
     except (KeyError, TypeError) as error:
         expected = "module.generator.backbone with reverse_fn.backbone, each with a _target_"
-        raise ValueError(f"{path}: expected {expected}, got none for {error}. Name SAM 3D's file.") from None
+        raise ValueError(
+            f"{path}: expected {expected}, but {error} is missing. Name the file of SAM 3D Objects."
+        ) from None
     for kind, known in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
         if not kind.startswith(PACKAGE) or (known and kind.rpartition(".")[2] not in known):
             expected = f"{' or '.join(known or ('a network',))} of {PACKAGE}"
             raise ValueError(
-                f"{path}: expected {expected}, got {kind}. Others are not read: name SAM 3D's file."
+                f"{path}: expected {expected}, got {kind}. Others are not supported: name the file of SAM 3D"
+                " Objects."
             )
     if flow.get("reversed_timestamp"):
         raise ValueError(
-            f"{path}: expected data at t = 1, got reversed_timestamp on, which turns the sampler alone."
-            " Switch it off."
+            f"{path}: reversed_timestamp is on, which would reverse only the sampler's times and not the"
+            " path's. Switch it off."
         )
     drawn = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
     if "_target_" in drawn and _kind(drawn) != "lognorm_sampler":
         raise ValueError(
-            f"{path}: expected times of training by lognorm_sampler, got {_kind(drawn)}. Others are not read."
+            f"{path}: expected training times by lognorm_sampler, got {_kind(drawn)}. Others are not"
+            " supported: restore the file."
         )
     try:
         weights = {
@@ -331,6 +341,7 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             if name != "_target_"
         }
         embedder = (
+            # The embedder's settings are beside the network's, or inside them.
             (module.get("condition_embedder") or {}).get("backbone")
             or network.get("condition_embedder")
             or {}
@@ -341,24 +352,28 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         if not (0 < scale["time_scale"] < math.inf and 0 < std < math.inf and math.isfinite(mean)):
             raise ValueError(
                 f"expected a time_scale and a std of times above 0, got {scale['time_scale']} and {std}."
-                " Restore them."
+                " Restore the file."
             )
         config: Any = (
             _made(MixtureConfig, network, latents=_latents(network), **scale)
             if stage == STRUCTURE
             else _made(VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale)
         )
-        # The normal of the original is of its own time, which runs the other way.
+        # The original's logit-normal is in its own time, 1 - t of this package, which negates the mean.
         path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
         if weights and stage == STRUCTURE and set(weights) != set(config.latents):
             raise ValueError(
-                f"expected loss_weights of {', '.join(config.latents)}, got {', '.join(weights)}. Correct"
-                " them."
+                f"expected loss_weights for {', '.join(config.latents)}, got {', '.join(weights)}. Correct"
+                " the file."
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path}: {error}" if isinstance(error, ValueError) else f"{path}: expected sizes, got {error!r}."
+            f"{path}: {error}"
+            if isinstance(error, ValueError)
+            else f"{path}: expected the sizes of the network, got {error!r}. Restore the file."
         ) from None
+    # Only with both settings are the tokens of the empty conditioning zeros; with the flag alone the original
+    # leaves them unchanged and guidance has no effect.
     zeros = guided.get("unconditional_handling") == "add_flag" and bool(network.get("force_zeros_cond"))
     return GeneratorFile(
         checkpoint=checkpoint,
@@ -367,20 +382,21 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
         path=path_of,
         weights=weights or None,
         guided=zeros,
-        single=kinds[0].endswith(PLAIN),
+        single=kinds[0].endswith(FLOW_MATCHING),
     )
 
 
-# of the second network; the first says them of each latent
+# Settings of the second network's latent; the first network states them for each latent.
 SIZES = ("resolution", "in_channels", "out_channels", "patch_size", "pe_mode")
 
 
 def _made(kind: Any, content: Mapping, **more: Any) -> Any:
-    """A configuration of settings.
+    """Build a configuration from settings.
 
-    Raises: ValueError for unknown ones that are switched on, and for missing ones.
+    Raises: ValueError for unknown settings that are switched on, and for missing ones.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    # Unknown settings that are null or false change nothing, so they pass.
     passed = PASSED - set(more)
     unknown = sorted(
         name for name, value in content.items() if name not in fields and name not in PASSED and value
@@ -394,14 +410,14 @@ def _made(kind: Any, content: Mapping, **more: Any) -> Any:
     ]
     if unknown or missing:
         raise ValueError(
-            f"expected the settings of {kind.__name__}, got unknown {unknown[:8]}, missing {missing[:8]}."
-            " Name SAM 3D's file."
+            f"expected the settings of {kind.__name__}; unknown are {unknown[:8]}, missing are"
+            f" {missing[:8]}. Name the file of SAM 3D Objects."
         )
     return kind(**given)
 
 
 def _latents(network: Mapping) -> dict[str, LatentConfig]:
-    """The first stage's dictionary."""
+    """Read the sizes of the first stage's latents."""
     latents = {}
     for name, entry in network["latent_mapping"].items():
         places = entry.get("pos_embedder") or {}
@@ -409,7 +425,7 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
         if places.get("patch_size", 1) != 1:
             raise ValueError(
                 f"latent_mapping.{name}: expected patch_size 1, got {places['patch_size']}. Others are not"
-                " read."
+                " supported: restore the file."
             )
         tokens = int(resolution) ** 3 if resolution else int(places.get("token_len", 1))
         latents[name] = LatentConfig(
@@ -419,8 +435,10 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
 
 
 def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile) -> Sampling:
-    """Settings of a stage's sampler: times are there 0 at the noise and scaled, guidance is (1 + w)
-    v_cond - w v_null in both.
+    """Read the settings of a stage's sampler.
+
+    In the file, times are scaled and 0 at the noise. Guidance is (1 + w) v_cond - w v_null in both
+    conventions.
     """
     short = SHORT[stage]
     scale = generator.config.time_scale
@@ -430,6 +448,7 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
             steps=int(content.get(f"{short}_inference_steps", 25)),
             rescale_t=float(content.get(f"{short}_rescale_t", 3.0)),
             cfg_strength=float(content.get(f"{short}_cfg_strength", STRENGTH[stage])),
+            # Here time runs the other way, so the ends of the interval are swapped
             cfg_interval=(1 - high, 1 - low),
             time_scale=scale,
             single=generator.single,
@@ -439,8 +458,8 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
     if sampling.cfg_strength and not generator.guided:
         needs = "force_zeros_cond: true and unconditional_handling: add_flag in the generator's file"
         raise ValueError(
-            f"{path}, {short}: expected {needs} with guidance, got others. Set {short}_cfg_strength 0, or"
-            " restore them."
+            f"{path}, {short}: guidance needs {needs}. Set {short}_cfg_strength to 0, or restore the"
+            " generator's file."
         )
     return sampling
 
@@ -452,9 +471,9 @@ def load_flow(
     *,
     state: State | None = None,
 ) -> nn.Module:
-    """A stage's network, strictly by name and shape; dtype as in trellis.files.filled.
+    """Build a stage's network, strictly by name and shape.
 
-    Args: state: all that the checkpoint holds.
+    Args: dtype: as in trellis_files.filled. state: the content of the checkpoint, if it was read already.
     """
     return filled(
         network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device
@@ -462,12 +481,13 @@ def load_flow(
 
 
 def network_of(config: MixtureConfig | VoxelFlowConfig) -> Any:
-    """The class of a configuration."""
+    """Return the class of network for a configuration."""
     return MixtureFlow if isinstance(config, MixtureConfig) else VoxelFlow
 
 
 def flow_state(file: GeneratorFile, state: State | None = None) -> State:
-    """The network's tensors in a checkpoint."""
+    """Return the network's tensors in a checkpoint."""
+    # The embedder may lie inside the network.
     return {
         name: tensor
         for name, tensor in _under(file, (FLOW,), state).items()
@@ -476,12 +496,12 @@ def flow_state(file: GeneratorFile, state: State | None = None) -> State:
 
 
 def embedder_state(file: GeneratorFile, state: State | None = None) -> State:
-    """The embedder's."""
+    """Return the embedder's tensors in a checkpoint."""
     return _under(file, EMBEDDERS, state)
 
 
 def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) -> State:
-    """Tensors under the first prefix that has some, without it."""
+    """Return the tensors under the first of several prefixes that occurs, without the prefix."""
     state = read(file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
         if part := below(state, prefix):
@@ -494,7 +514,7 @@ def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) 
 
 
 def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Embedder:
-    """What turns pictures, masks and point maps into a stage's condition, strictly by name and shape."""
+    """Build the embedder of a stage's conditioning, strictly by name and shape, frozen, in float32."""
     state = embedder_state(file)
     who = str(file.checkpoint)
     embedder = embedder_of(file, state)
@@ -503,7 +523,7 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
 
 
 def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
-    """Return the embedder's tensors with those of its DINOv2s under the names of transformers."""
+    """Rename the tensors of the embedder's DINOv2 networks to transformers' names."""
     renamed = dict(state)
     for number, encoder in enumerate(embedder.module_list):
         if isinstance(encoder, Pictures):
@@ -515,12 +535,16 @@ def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
 
 
 def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embedder:
-    """An empty one; widths and the DINOv2 are those of its tensors. Raises: ValueError for what is none."""
+    """Build an embedder without weights; its widths and DINOv2 networks follow from the tensors.
+
+    Raises: ValueError for tensors that are not an embedder's.
+    """
     who = str(file.checkpoint)
     places = file.embedder.get("use_pos_embedding", "learned")
     if places not in ("learned", "random"):
         raise ValueError(
-            f"{who}: expected use_pos_embedding learned or random, got {places!r}. Others are not read."
+            f"{who}: expected use_pos_embedding learned or random, got {places!r}. Others are not supported:"
+            " restore the file."
         )
     try:
         encoders = [_encoder(i, entry, state) for i, entry in enumerate(file.embedder["embedder_list"])]
@@ -533,14 +557,15 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
             )
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"{who}: expected the embedder of SAM 3D, got none fit for {error}. Name its files."
+            f"{who}: expected the embedder of SAM 3D, but {error} is missing or does not fit. Name the files"
+            " of SAM 3D Objects."
         ) from None
 
 
 def _encoder(
     number: int, entry: Any, state: Mapping[str, torch.Tensor]
 ) -> tuple[nn.Module, int, list[tuple[str, str | None]]]:
-    """One of the embedder's encoders, empty, with its channels and what goes through it."""
+    """Build one encoder of the embedder without weights; returns it with its channels and its inputs."""
     content, inputs = entry
     kind = _kind(content)
     names = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
@@ -555,9 +580,13 @@ def _encoder(
             known = {field.name for field in dataclasses.fields(PointConfig)}
             points = PointConfig(**{name: value for name, value in content.items() if name in known})
             return PointPatches(points), points.embed_dim, names
-    raise ValueError(f"embedder_list: expected Dino or PointPatchEmbed, got {kind!r}. Others are not read.")
+    raise ValueError(
+        f"embedder_list: expected Dino or PointPatchEmbed, got {kind!r}. Others are not supported: restore"
+        " the file."
+    )
 
 
+# Part -> its prefix in pipeline.yaml, its class and the class of its configuration.
 AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
     "structure decoder": (PARTS["structure decoder"], StructureDecoder, StructureVAEConfig),
     "decoder": (PARTS["decoder"], GaussianDecoder, GaussianDecoderConfig),
@@ -566,39 +595,41 @@ AUTOENCODERS: dict[str, tuple[str, Any, Any]] = {
 
 
 def load_part(file: PipelineFile, part: str, device: str | torch.device = "cpu") -> nn.Module:
-    """A half of an autoencoder, which are TRELLIS's.
+    """Build a half of an autoencoder; these are TRELLIS's networks.
 
-    Raises: FileNotFoundError for an encoder that is not there.
+    Raises: FileNotFoundError for an encoder that is not on this machine.
     """
     make, config, checkpoint = part_of(file, part)
     return filled(make, config, read(checkpoint, "weights"), str(checkpoint), torch.float32, device)
 
 
 def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
-    """Class, configuration and checkpoint."""
+    """Return class, configuration and checkpoint of a half of an autoencoder."""
     name, make, kind = AUTOENCODERS[part]
     if f"{name}.ckpt" not in file.files:
         got = f"{name}.yaml and {' or '.join(f'{name}{ending}' for ending in ENDINGS)}"
         raise FileNotFoundError(
-            f"{part}: expected {got}, got less in {file.root}. Fetch them: they are released beside the"
-            " others."
+            f"{part}: expected {got} in {file.root}, but at least one is missing. Download them: they are"
+            " released beside the others."
         )
     config_file, checkpoint = (file.files[f"{name}.{which}"] for which in ("config", "ckpt"))
     content = read_yaml(config_file)
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
-        empty(lambda: make(config))  # whose sizes may not fit
+        # Building reports sizes that do not fit, with the file's name.
+        empty(lambda: make(config))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_file}: {error}") from None
     return make, config, checkpoint
 
 
 def release(root: Path, stages: Sequence[str]) -> Release:
-    """Describe all files of the folder, and the repository's licence."""
+    """Describe the folder to export: all its files, and the repository's licence."""
     file = read_pipeline(root)
     root = Path(root)
     tuned = {stage: file.generators[stage] for stage in stages}
+    # Files of tuned networks are written anew; all others stay.
     changed = {generator.checkpoint.resolve() for generator in tuned.values()}
     there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
     kept = {
@@ -622,19 +653,21 @@ def release(root: Path, stages: Sequence[str]) -> Release:
 
 
 def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """A generator's checkpoint again, all that it held, with its network replaced, every tensor in its old
-    type.
+    """Write a copy of a generator's checkpoint in which its network is replaced; every tensor keeps its
+    dtype.
     """
     held = content(source, "export")
+    # Updated in place, so that everything else in the checkpoint is written unchanged.
     tensors = held.get("state_dict", held)
     tensors |= in_types_of(tensors, {FLOW + name: tensor for name, tensor in state.items()})
     rewrite(target, held)
 
 
 def networks(root: Path) -> list[Network]:
-    """Return both flows with their embedders, and the autoencoders' halves."""
+    """List both flows, their embedders and the autoencoders' halves with expected and present tensors."""
     file = read_pipeline(root)
     made = []
+    # Tensors and numbers of the published networks: (flow, embedder) by stage.
     sizes = {
         STRUCTURE: ((945, 964_156_437), (914, 634_485_760)),
         LATENT: ((526, 600_432_520), (891, 626_054_144)),
@@ -646,14 +679,14 @@ def networks(root: Path) -> list[Network]:
         network = empty(partial(network_of(generator.config), generator.config))
         encoders = embedder_of(generator, embedder)
         both = (("flow", network, flow), ("embedder", encoders, of_embedder(encoders, embedder)))
-        for (kind, expected, found), released in zip(both, sizes[stage], strict=True):
+        for (kind, expected, present), released in zip(both, sizes[stage], strict=True):
             names = shapes(expected.state_dict())
             made.append(
                 Network(
                     name=f"{kind} of {stage}",
                     file=generator.checkpoint,
                     expected=names,
-                    found=found,
+                    found=present,
                     released=released,
                 )
             )

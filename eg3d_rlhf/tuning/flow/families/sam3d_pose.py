@@ -1,8 +1,8 @@
-"""The pose of an object from the first stage's latents, in the camera's space: x left, y up, z forward.
+"""Pose of an object from the first stage's latents, in the camera's space: x left, y up, z forward.
 
-Points of the object's own frame, z up, are rows p; they go to (s p) R + T. The flow gives six numbers of the
-rotation, whose mean and standard deviation are the original's, T and s in units of the point map of its
-conditioning, of which scale and shift are kept beside its tokens.
+Points of the object's own frame, with z up, are rows p. They are mapped to (s p) R + T. The flow predicts six
+numbers for the rotation, normalised by the original's mean and standard deviation. T and s are in units of
+the conditioning's point map, whose scale and shift are stored beside its tokens.
 
 Shape letters: N samples.
 """
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-# the rotation's name where its numbers are normalised; else they are taken as they are
+# Name of the rotation's latent if its numbers are normalised. Under any other name they are used unchanged.
 NORMALISED = "6drotation_normalized"
+# Published statistics of the six numbers.
 MEAN = (
     -0.06366084883674913,
     0.008438224692279752,
@@ -36,7 +37,7 @@ DECODERS = (SHIFTED, "ApparentSize")
 
 @dataclass(frozen=True)
 class Pose:
-    """Of N objects."""
+    """Poses of N objects."""
 
     rotation: torch.Tensor  # [N, 3, 3] R
     translation: torch.Tensor  # [N, 3] T
@@ -44,13 +45,14 @@ class Pose:
 
     @property
     def quaternion(self) -> torch.Tensor:
-        """[N, 4] of R, the real part first and not negative."""
+        """Unit quaternions of R, [N, 4], real part first and not negative."""
+        # In float64, because squares of small components are differences of large numbers.
         r = self.rotation.double()
         xx, yy, zz = r.diagonal(dim1=1, dim2=2).unbind(1)
-        # 4 q^2
+        # 4 q_i^2 for w, x, y, z (Shepperd 1978).
         squares = torch.stack([1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], 1)
         mixed = r - r.mT, r + r.mT
-        # 4 q_i q_j
+        # 4 q_i q_j of different components, from the antisymmetric and the symmetric part of R.
         wx = mixed[0][:, 2, 1]
         wy = mixed[0][:, 0, 2]
         wz = mixed[0][:, 1, 0]
@@ -65,9 +67,11 @@ class Pose:
             ],
             1,
         )
-        # the row with the largest number: nothing is divided by almost 0
+        # Each row is 4 q_i times the quaternion. The row of the largest component is the most accurate,
+        # because its length is never close to 0.
         best = rows[torch.arange(len(rows)), squares.argmax(1)]
         unit = best / best.norm(dim=1, keepdim=True)
+        # q and -q are the same rotation; the sign is fixed by the real part.
         return torch.where(unit[:, :1] < 0, -unit, unit).float()
 
 
@@ -78,28 +82,31 @@ def decoded(
     shift: torch.Tensor,
     factor: float = 1.0,
 ) -> Pose:
-    """What latents [N, 1, .] by name say.
+    """Decode the pose from latents [N, 1, .] by name.
 
-    Args: how: one of DECODERS; scale, shift: [N, 3] of the point maps; factor: by how much the shape was made
-        small to be drawn.
+    Args: how: one of DECODERS. scale, shift: [N, 3], of the point maps. factor: by how much the shape was
+    shrunk
+        before the second stage; see `sam3d.thinned`.
     Raises: ValueError for latents without a pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]
     missing = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
     if missing:
         raise ValueError(
-            f"pose: expected the latents of a pose, got no {', '.join(missing)}. Name SAM 3D's files."
+            f"pose: the latents lack {', '.join(missing)}. Sample with the files of SAM 3D Objects."
         )
     six, place, size, apparent = (
         latents[key][:, 0].float() for key in (name, "translation", "scale", "translation_scale")
     )
     if name == NORMALISED:
         six = six * six.new_tensor(STD) + six.new_tensor(MEAN)
+    # Gram-Schmidt: the six numbers are two columns of R (Zhou et al. 2019).
     first = torch.nn.functional.normalize(six[:, :3], dim=1)
     second = torch.nn.functional.normalize(
         six[:, 3:] - (first * six[:, 3:]).sum(1, keepdim=True) * first, dim=1
     )
     rotation = torch.stack([first, second, torch.linalg.cross(first, second)], 2)
     unit = scale if how == SHIFTED else scale * apparent.exp()
+    # The size is a logarithm; one mean for all axes, as in the original.
     sizes = (size.exp() * unit).mean(1, keepdim=True).expand(-1, 3)
     return Pose(rotation, place * unit + shift if how == SHIFTED else place * unit, factor * sizes)

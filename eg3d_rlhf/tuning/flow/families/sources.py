@@ -1,5 +1,6 @@
-"""Check of where a problem is read from, by names alone. This file imports no torch, so that `--help` is
-quick.
+"""Checks of a problem's source by option names, before any file is read.
+
+This module imports no torch, so that `--help` is quick.
 """
 
 from collections.abc import Sequence
@@ -10,30 +11,28 @@ from eg3d_rlhf.tuning.flow.families import FAMILIES, bundled_family
 
 
 def check_source(source: ProblemSource) -> None:
-    """Reject options that have no effect on a problem, and a folder without pairs, by names alone.
-
-    Raises: ValueError naming it.
-    """
+    """Raise ValueError for options that have no effect on a problem, or for a folder without pairs."""
     family = bundled_family(source.pipeline)
     if family is not None:
-        refuse(
+        reject_unread(
             source,
             (*family.common, *family.options),
-            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
+            f"only applies with --pipeline=DIR and has no effect on the bundled generator {family.name}",
         )
         return
-    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
-    read = [f.name for f in fields(source) if f.name not in alone]
-    refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
+    # The family of a folder is not known yet, so options of any other family pass here and are checked later.
+    bundled_only = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read = [f.name for f in fields(source) if f.name not in bundled_only]
+    reject_unread(source, read, "only applies to a bundled generator and has no effect with --pipeline=DIR")
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
-            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
-            " brings its own."
+            "--pairs: required with --pipeline=DIR. Name a folder of preference pairs; only the toy generator"
+            " has pairs of its own."
         )
 
 
-def beyond(source: ProblemSource, read: Sequence[str]) -> str:
-    """List options that are given though they are not read."""
+def unread_options(source: ProblemSource, read: Sequence[str]) -> str:
+    """List the flags of options that differ from their default but are not among those that are read."""
     return ", ".join(
         f"--{f.name.replace('_', '-')}"
         for f in fields(source)
@@ -41,8 +40,8 @@ def beyond(source: ProblemSource, read: Sequence[str]) -> str:
     )
 
 
-def refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
-    """Raise ValueError for options that are given though they are not read."""
-    extra = beyond(source, read)
+def reject_unread(source: ProblemSource, read: Sequence[str], why: str) -> None:
+    """Raise ValueError, with the reason `why`, for options that are given but not read."""
+    extra = unread_options(source, read)
     if extra:
         raise ValueError(f"{extra}: {why}. Leave it out.")

@@ -1,6 +1,6 @@
-"""TRELLIS: a generator in two stages, structure, then latents on its voxels, of texts or of images.
+"""TRELLIS, a generator in two stages, structure and then latents on its voxels, from texts or images.
 
-Shape letters: N samples, C channels, R grid points per axis, L tokens of a condition, E their size.
+Shape letters: N samples, C channels, R grid points per axis, L conditioning tokens, E channels of a token.
 """
 
 import json
@@ -37,39 +37,42 @@ from eg3d_rlhf.tuning.flow.families.trellis_assets import (
 )
 from eg3d_rlhf.tuning.flow.families.trellis_pairs import candidate, read_dso, write_latent
 
-LOOKED_AT = 32  # assets that the share of opacity is fitted to
+LOOKED_AT = 32  # largest number of assets to which the share of opacity is fitted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How finished assets become latents again."""
+    """Settings by which finished assets are encoded as latents."""
 
-    share: float = 0.25  # of the mean opacity of filled voxels, above which a voxel counts as filled
-    views: int = 150  # images per asset that features are averaged over
-    image_model: str = "dinov2_vitl14_reg"  # whose features the encoder of the second stage reads
+    # A voxel counts as filled above this share of the mean opacity of voxels that hold a Gaussian.
+    share: float = 0.25
+    views: int = 150  # renders per asset over which features are averaged
+    image_model: str = "dinov2_vitl14_reg"  # its features are the input of the second stage's encoder
 
 
 class TrellisPipeline(EncodingFolder):
-    """Implements `Pipeline`; assets are `SplatAsset`. Decoders and encoders are loaded when they are first
-    needed.
+    """Pipeline of both stages; implements `Pipeline`. Assets are `SplatAsset`.
 
-    Structures have no latent normalisation; the second stage's latents are kept normalised, as its flow sees
-    them.
+    Decoders and encoders are loaded when they are first needed. Latents of the first stage are not
+    normalised. Those of the second stage are stored normalised, in the scale of its flow.
     """
 
     def __init__(
         self,
         file: files.PipelineFile,
         flows: Mapping[str, Any],
-        conditions: Conditions | None,
+        conditioning: Conditions | None,
         parts: Callable[[str], nn.Module],
         device: str | torch.device = "cpu",
         encoding: Encoding | None = None,
     ):
-        """Args: flows by stage name; conditions: None where nothing is sampled; parts: decoders and encoders
-        by TRELLIS's names of them.
+        """Build the stages.
+
+        Args: flows: networks by stage name. conditioning: None if nothing is sampled. parts: reads a decoder
+        or an
+            encoder by its name in pipeline.json.
         """
-        super().__init__(conditions, parts, device, {files.LATENT: (file.mean, file.std)})
+        super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file = file
         self.encoding = encoding or Encoding()
         self._image_encoder: ImageEncoder | None = None
@@ -83,6 +86,7 @@ class TrellisPipeline(EncodingFolder):
             )
 
     def _stage(self, name: str, model: Any) -> FlowStage:
+        """Build a stage around its network."""
         config = model.config
         self.check_tokens(name, config.cond_channels, f"Embed them with {self.file.encoder}.")
         kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
@@ -96,20 +100,23 @@ class TrellisPipeline(EncodingFolder):
 
     @torch.no_grad()
     def advance(self, stage: str, x_0: Batch) -> list[Voxels]:
-        """Structures [N, C, R, R, R] -> the voxels of each, [v, 3] int32; of a structure without any, its
-        likeliest.
+        """Decode structures [N, C, R, R, R] to the voxels of each, [v, 3] int32.
+
+        A structure without any voxel gets its likeliest one.
         """
         assert stage == files.STRUCTURE
         check_finite("advance", x_0)
         assert isinstance(x_0, torch.Tensor)
         decoder = self.part(files.STRUCTURE_DECODER)
         voxels: list[Voxels] = []
-        for latent in x_0:  # one by one: 64^3 x 128 floats each
+        # One sample at a time, because the decoder needs 64^3 x 128 floats for each.
+        for latent in x_0:
             logits = decoder(latent[None].to(self.device, torch.float32))
             voxels += voxels_of(never_empty(logits, f"stage {stage!r}"))
         return voxels
 
     def decode(self, x_0: SparseBatch) -> list[SplatAsset]:
+        """Decode latents on voxels to Gaussians."""
         return decoded(self, files.GAUSSIAN_DECODER, x_0)
 
     def encodes(self, asset: SplatAsset) -> Sequence[str]:
@@ -120,13 +127,14 @@ class TrellisPipeline(EncodingFolder):
     def encode_stage(self, asset: SplatAsset, stage: str) -> Latent:
         """Encode an asset as a stage's latent; the second stage's is normalised.
 
-        Raises: FileNotFoundError or ValueError where the encoder or DINOv2 are not on this machine.
+        Raises: FileNotFoundError or ValueError if the encoder or DINOv2 is not on this machine.
         """
         voxels = self.voxels(asset)
         size = self.resolution
         if stage == files.STRUCTURE:
             return self.part(files.STRUCTURE_ENCODER)(grid_of([voxels], size).to(self.device))[0][0]
         encoder = self.part(files.LATENT_ENCODER)
+        # DINOv2 is loaded only if an asset is encoded for the second stage.
         if self._image_encoder is None:
             self._image_encoder = ImageEncoder(self.encoding.image_model, self.device)
         features = voxel_features(
@@ -136,15 +144,16 @@ class TrellisPipeline(EncodingFolder):
         return SparseSample(voxels, self.normalised(latent.feats).to(voxels.device))
 
     def voxels(self, asset: SplatAsset) -> torch.Tensor:
+        """Return the voxels [v, 3] that an asset fills; see `voxels_filled`."""
         return voxels_filled(asset, self.resolution, self.encoding.share)
 
 
 @dataclass(frozen=True)
 class Trellis(FlowFamily):
-    """The family; its options say how finished assets are encoded."""
+    """Family of TRELLIS. Its options say how finished assets are encoded."""
 
     encoding: Encoding = Encoding()
-    zero_null: bool = True  # of images; texts have an embedding of ''
+    zero_null: bool = True  # true for images; for texts the empty conditioning is the embedding of ''
 
     name = "trellis"
     layout = "pipeline.json of TrellisTextTo3DPipeline or TrellisImageTo3DPipeline"
@@ -161,7 +170,7 @@ class Trellis(FlowFamily):
     fit_reward = staticmethod(RewardOfPairs)
 
     def recognises(self, root: Path) -> bool:
-        """Return whether pipeline.json is TRELLIS's, or no JSON at all, which the reader then rejects."""
+        """Return whether pipeline.json is TRELLIS's, or is not JSON at all, which the reader then reports."""
         path = root / "pipeline.json"
         if not path.is_file():
             return False
@@ -172,7 +181,7 @@ class Trellis(FlowFamily):
         return any(str(name).lower() == f"trellis{kind}to3dpipeline" for kind in files.KINDS)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
-        """Return the flows' files by stage; of all stages those that the loop needs besides."""
+        """Return the flows' files by stage. For all stages, add the files that the loop needs."""
         file = files.read_pipeline(root)
         loop = stages is None or len(stages) == len(files.FLOWS)
         models = files.FLOWS | {name: name for name in files.NEEDED if loop}
@@ -187,7 +196,10 @@ class Trellis(FlowFamily):
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
     ) -> TrellisPipeline:
-        """See `FlowFamily.load`. Decoders and encoders are float32, and read when they are first needed."""
+        """Read the pipeline; see `FlowFamily.load`.
+
+        Decoders and encoders are float32 and are read when they are first needed.
+        """
         file = files.read_pipeline(root)
         stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
         flows = files.flows_of(stems, dtype, device, stages)
@@ -199,69 +211,79 @@ class Trellis(FlowFamily):
         return TrellisPipeline(file, flows, conditions, part, device, self.encoding)
 
     def condition(self, pipeline: TrellisPipeline, stage: str) -> list[int]:
+        """Return the shape [L, E] of a stage's conditioning."""
         model: Any = stage_of(pipeline, stage).model
         return [files.TOKENS[pipeline.file.kind], model.config.cond_channels]
 
     def configured(self, source: EncodingSource) -> "Trellis":
+        """Return the family with the encoding options of a source."""
         return replace(self, encoding=Encoding(share=source.voxel_share, views=source.views))
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
-        """Open a folder as any other's; blocks are computed again in the backward pass, for less memory."""
+        """Open a folder as a problem. Blocks are recomputed in the backward pass, which needs less memory."""
         zero_null = files.read_pipeline(Path(source.pipeline)).kind == "image"
         family = replace(self.configured(source), zero_null=zero_null)
         problem = open_folder(family, source, device)
         for stage in problem.pipeline.stages:
             stage.model.recompute = True  # type: ignore[assignment]
+        # The loop's latents depend on how assets are encoded.
         return replace(problem, identity={**problem.identity, "encoding": vars(family.encoding)})
 
     def check_pairs(self, pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
-        """Raise ValueError for latents that are normalised in another way."""
+        """Raise ValueError if the pairs' latents are normalised in another way."""
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
-                f"{folder}: expected latents normalised as {pipeline.file.root.name}/pipeline.json says, got"
-                " those of another model. Make the pairs again for this one."
+                f"{folder}: expected latents normalised as in {pipeline.file.root.name}/pipeline.json, got"
+                " those of another model. Make the pairs again for this model."
             )
 
     def pair_meta(self, pipeline: TrellisPipeline, stage: str, report: Mapping) -> Mapping:
+        """Return the normalisation and the report, which the pairs' meta.json states."""
         return {"normalization": files.normalization(pipeline.file, stage), "report": report}
 
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
-        return ImageEncoder(_of_kind(root, "image").encoder, device).conditions(images)
+        """Embed images with transparent backgrounds by DINOv2."""
+        return ImageEncoder(_of_kind(root, "image").encoder, device).embed(images)
 
     def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
-        return TextEncoder(_of_kind(root, "text").encoder, device).conditions(texts)
+        """Embed texts by CLIP."""
+        return TextEncoder(_of_kind(root, "text").encoder, device).embed(texts)
 
     def write_latent(self, path: Path, pipeline: TrellisPipeline, stage: str, latent: Latent) -> None:
+        """Write a latent in the format of TRELLIS's data tools."""
         write_latent(path, pipeline, latent)
 
     def remark(self, folder: Path, lines: Sequence[Mapping], pipeline: TrellisPipeline) -> str:
-        """Return the share of opacity at which the first assets fill the voxels that they were made on."""
+        """Return a line about the share of opacity at which sampled assets best fill the voxels they were
+        made on.
+        """
         lines = lines[:LOOKED_AT]
         assets = [read_ply(folder / line["look_at"]) for line in lines]
         voxels = [read_array(folder / line[files.LATENT], "coords") for line in lines]
         best = calibrated(assets, voxels, pipeline.resolution)
-        how = (
-            f"a share of opacity of {best['share']:g} (intersection over union {best['iou']:.2f}, of"
-            f" {len(assets)})"
-        )
         return (
-            f"assets fill the voxels that they were made on best at {how}: flow tune --loop --set"
-            f" voxel_share={best['share']:g}"
+            f"Assets best match the voxels that they were made on at a share of opacity of {best['share']:g}"
+            f" (mean intersection over union {best['iou']:.2f} over {len(assets)} assets). Use it with: flow"
+            f" tune --loop --set voxel_share={best['share']:g}"
         )
 
     def networks(self, root: Path) -> list[Network]:
-        """Return all that the loop needs; the second stage's encoder may be missing."""
+        """List all networks that the loop needs; the second stage's encoder may be missing."""
         models = (*files.FLOWS.values(), *files.NEEDED, files.LATENT_ENCODER)
-        lost = {files.LATENT_ENCODER: "assets of your own, no loop"}
+        lost = {files.LATENT_ENCODER: "encoding your own assets, and the loop"}
         return files.networks_of(files.read_pipeline(root), models, lost)
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """See `files.release_of`. What pipeline.json names in a folder that is there must be there."""
+        """Describe the folder to export; see `files.release_of`.
+
+        A model must exist if pipeline.json places it in a folder that exists.
+        """
         file = files.read_pipeline(root)
         needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
         return files.release_of(file, stages, files.FLOWS, files.load_model, needed)
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
+        """Return functions that build the published stages, by the generators' names."""
         return {
             "TRELLIS-text-large": partial(files.released_stages, "text", 768),
             "TRELLIS-image-large": partial(files.released_stages, "image", 1024),
@@ -269,11 +291,12 @@ class Trellis(FlowFamily):
 
 
 def _of_kind(root: Path, kind: str) -> files.PipelineFile:
+    """Read pipeline.json. Raises: ValueError if the pipeline is of the other kind, "text" or "image"."""
     file = files.read_pipeline(root)
     if file.kind != kind:
-        wanted, got = ({"image": "pictures", "text": "prompts"}[each] for each in (file.kind, kind))
+        flags = {"image": "--pictures", "text": "--prompts"}
         raise ValueError(
-            f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call."
+            f"{flags[kind]}: this pipeline is conditioned on {file.kind}s. Pass {flags[file.kind]} instead."
         )
     return file
 

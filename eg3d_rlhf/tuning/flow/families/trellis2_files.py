@@ -1,8 +1,8 @@
-"""TRELLIS.2's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing
-is downloaded or run.
+"""Files of TRELLIS.2: pipeline.json, and for each model a JSON file of its architecture and its weights.
 
-The structure's autoencoder is TRELLIS's own, and is named by reference into a folder of it. The shape's
-encoder is named in texturing_pipeline.json alone, that of materials and the structure's nowhere.
+Nothing is downloaded or run. The structure's autoencoder is TRELLIS's and is named by reference into a folder
+of TRELLIS. The shape's encoder is named only in texturing_pipeline.json. The encoders of materials and of the
+structure are named nowhere, so they are searched for under their usual names.
 """
 
 import re
@@ -36,13 +36,13 @@ from eg3d_rlhf.tuning.flow.families.folder import are_scales
 NAME = "Trellis2ImageTo3DPipeline"
 TEXTURING = "texturing_pipeline.json"
 STRUCTURE, LOW, HIGH, TEXTURE = STAGES = ("structure", "shape_512", "shape_1024", "texture")
-_CASCADE = {  # models in pipeline.json
+_CASCADE = {  # stage -> its model in pipeline.json
     STRUCTURE: "sparse_structure_flow_model",
     LOW: "shape_slat_flow_model_512",
     HIGH: "shape_slat_flow_model_1024",
     TEXTURE: "tex_slat_flow_model_1024",
 }
-CHAINS = {  # pipeline_type -> its stages, and their models in pipeline.json
+CHAINS = {  # default_pipeline_type -> its stages in order, and their models in pipeline.json
     "512": {STRUCTURE: _CASCADE[STRUCTURE], LOW: _CASCADE[LOW], TEXTURE: "tex_slat_flow_model_512"},
     "1024": {stage: model for stage, model in _CASCADE.items() if stage != LOW},
     "1024_cascade": _CASCADE,
@@ -58,17 +58,17 @@ STRUCTURE_ENCODER, SHAPE_ENCODER, TEXTURE_ENCODER = ENCODERS = (
     "shape_slat_encoder",
     "tex_slat_encoder",
 )
-USUAL_STEMS = {
+USUAL_STEMS = {  # models that no file names -> their published names, without ending
     STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16",
     SHAPE_ENCODER: "shape_enc_next_dc_f16c32_fp16",
     TEXTURE_ENCODER: "tex_enc_next_dc_f16c32_fp16",
 }
-LOST = {
-    STRUCTURE_ENCODER: "meshes of your own, no loop",
-    SHAPE_ENCODER: "meshes of your own, no loop",
-    TEXTURE_ENCODER: "latents of materials of assets",
+LOST = {  # encoder -> what cannot be done without it, for `flow check`
+    STRUCTURE_ENCODER: "encoding your own meshes, and the loop",
+    SHAPE_ENCODER: "encoding your own meshes, and the loop",
+    TEXTURE_ENCODER: "encoding materials of assets",
 }
-RELEASED = {  # tensors and numbers
+RELEASED = {  # number of tensors and of values in the published files
     "sparse_structure_flow_model": (640, 1_292_179_976),
     "shape_slat_flow_model_512": (640, 1_292_253_728),
     "shape_slat_flow_model_1024": (640, 1_292_253_728),
@@ -90,8 +90,8 @@ NORMALIZATIONS = {
     HIGH: "shape_slat_normalization",
     TEXTURE: "tex_slat_normalization",
 }
-ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # where pipeline.json names none
-ARCHITECTURES: files.Architectures = {  # published names of classes; "Elastic" in front changes nothing
+ENCODER = "facebook/dinov3-vitl16-pretrain-lvd1689m"  # default if pipeline.json names no image encoder
+ARCHITECTURES: files.Architectures = {  # published names of classes, without the prefix "Elastic"
     "SparseStructureFlowModel": (StructureFlow, FlowConfig),
     "SLatFlowModel": (VoxelFlow, FlowConfig),
     "SparseStructureDecoder": (StructureDecoder, StructureVAEConfig),
@@ -101,21 +101,21 @@ ARCHITECTURES: files.Architectures = {  # published names of classes; "Elastic" 
     "SparseUnetVaeDecoder": (VoxelDecoder, VoxelDecoderConfig),
     "SparseUnetVaeEncoder": (VoxelEncoder, VoxelEncoderConfig),
 }
-# as spconv names a convolution's tensors; others leave the second conv out
+# spconv names a convolution's tensors one level deeper than other backends.
 _NESTED = re.compile(r"\.(conv[12]?)\.conv\.(weight|bias)$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFile(files.ModelFolder):
-    """What pipeline.json says; its kind is one of CHAINS, its models are those of both pipelines' files."""
+    """Settings of pipeline.json. Its kind is one of CHAINS; its models are those of both pipelines' files."""
 
-    # mean and std per channel, by stage but the first
+    # Mean and standard deviation per channel, for each stage except the first.
     normalization: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
     usual: ClassVar[Mapping[str, str]] = USUAL_STEMS
 
     @property
     def flows(self) -> dict[str, str]:
-        """Models of the flows by stage, in order."""
+        """Names of the flows' models by stage, in order."""
         return CHAINS[self.kind]
 
 
@@ -142,17 +142,19 @@ def read_pipeline(root: Path) -> PipelineFile:
     kind = args.get("default_pipeline_type", "1024_cascade")
     if kind not in CHAINS:
         raise ValueError(
-            f"{path}: expected default_pipeline_type {', '.join(CHAINS)}, got {kind!r}. Write one of them."
+            f"{path}: expected default_pipeline_type among {', '.join(CHAINS)}, got {kind!r}. Write one of"
+            " them."
         )
     chain = CHAINS[kind]
     models = args["models"]
     missing = [model for model in (*chain.values(), *DECODERS) if model not in models]
     if missing:
         raise ValueError(
-            f"{path}: expected all models of {kind!r}, got none for {', '.join(missing[:8])}. Restore it."
+            f"{path}: the pipeline {kind!r} lacks the models {', '.join(missing[:8])}. Restore the file."
         )
     samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
     image = args.get("image_cond_model") or {}
+    # The second file names the shape's encoder; it may be missing.
     beside = root / TEXTURING
     texturing = files.read_json(beside).get("args") if beside.is_file() else None
     named = texturing.get("models") if isinstance(texturing, dict) else None
@@ -174,18 +176,22 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
-    """Settings and sigma_min; guidance_strength g is our 1 + w."""
+    """Read the settings of a sampler and sigma_min. The file's guidance_strength g is 1 + w here."""
 
     def read(name: str, params: Mapping) -> Sampling:
         foreign = sorted(str(k) for k in params if str(k).startswith("cfg_"))
         if foreign:
-            got = f"{', '.join(foreign)}, of which 0 is none in TRELLIS. Write which it is."
-            raise ValueError(f"expected guidance_strength, of which 1 is none, got {got}")
+            # TRELLIS's files mean w by cfg_strength, TRELLIS.2's mean 1 + w by guidance_strength.
+            raise ValueError(
+                f"expected guidance_strength, where 1 means no guidance, got {', '.join(foreign)}, where 0"
+                " means none. Rename the setting and convert its value."
+            )
         strength = float(params.get("guidance_strength", 3.0))
         low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
         if strength < 1:
             raise ValueError(
-                f"expected guidance_strength >= 1, got {strength}. Less is no guidance towards the condition."
+                f"expected guidance_strength >= 1, got {strength}. Smaller values would guide away from the"
+                " prompt. Correct the file."
             )
         return Sampling(
             steps=int(params.get("steps", 50)),
@@ -199,6 +205,10 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
 
 
 def _normalization(path: Path, args: Mapping, key: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Read the mean and the standard deviation per channel.
+
+    Raises: ValueError for missing or invalid numbers.
+    """
     content = args.get(key) or {}
     try:
         mean, std = (tuple(map(float, content[name])) for name in ("mean", "std"))
@@ -220,10 +230,10 @@ def load_model(
     weights: Path | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A model from <stem>.json and its weights, as trellis.files.load_model.
+    """Build a model from <stem>.json and its weights; see `trellis_files.load_model`.
 
-    Raises: ValueError also for a file with the angles of other rotary positions (`rope_phases`) than its JSON
-        file speaks of.
+    Raises: ValueError also for a file whose angles of rotary positions (`rope_phases`) do not match its JSON
+        file.
     """
     return files.load_model(
         stem, dtype, weights=weights, device=device, architectures=ARCHITECTURES, prepare=prepared
@@ -231,14 +241,17 @@ def load_model(
 
 
 def prepared(model: Any, config: Any, state: State, who: str) -> State:
-    """Convolutions in one spelling. Angles are computed; where a file has them, as complex numbers of length
-    1, they must be the same.
+    """Bring the tensors of a file to the names of this package.
+
+    Names of convolutions are unified. Angles of rotary positions are computed here; if a file holds them, as
+    complex numbers of length 1, they are compared and dropped.
     """
     if issubclass(model, VoxelNetwork):
         return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
     if model is StructureFlow and "rope_phases" in state:
         stored = state.pop("rope_phases")
         angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
+        # Stored angles may have been rounded to half precision, hence the tolerance of 1e-2.
         expected = torch.polar(torch.ones_like(angles), angles)
         if (
             not stored.is_complex()
@@ -248,14 +261,14 @@ def prepared(model: Any, config: Any, state: State, who: str) -> State:
             form = f"complex {list(expected.shape)}"
             got = f"{stored.dtype} {list(stored.shape)}"
             raise ValueError(
-                f"{who}: expected rope_phases of its resolution, {form}, got {got} of others. Correct its"
-                " JSON."
+                f"{who}: the stored rope_phases, {got}, are not those of the JSON file's resolution, {form}."
+                " Correct the model's JSON file."
             )
     return state
 
 
 def model_files(file: PipelineFile) -> dict[str, Path]:
-    """All files that the pipeline is read from, by name, encoders where they are there.
+    """Return all files that the pipeline is read from, by name; encoders only if they exist.
 
     Raises: FileNotFoundError.
     """
@@ -264,12 +277,13 @@ def model_files(file: PipelineFile) -> dict[str, Path]:
     return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
 
 
-DINO3 = {"512": 1029, "1024": 4101}  # tokens of DINOv3 by the image's edge
+DINO3 = {"512": 1029, "1024": 4101}  # pixels per side of the image -> number of DINOv3's tokens
 
 
 def released_stages() -> list[SizedStage]:
-    """Make the stages of TRELLIS.2-4B without weights."""
+    """Build the stages of TRELLIS.2-4B without weights, with the sizes of its JSON files."""
     made = []
+    # Stage, grid cells per axis, channels of the latent, channels of given features, pixels of the image.
     for name, cells, channels, given, edge in (
         ("structure", 16, 8, 0, "512"),
         ("shape_512", 32, 32, 0, "512"),

@@ -1,9 +1,10 @@
-"""TRELLIS's finished assets: Gaussians in a cube of side 1 about the origin, their files, and the voxels that
-they fill; their images in plain PyTorch, slow, exact, on any device; and what the encoder of the second stage
-reads off these.
+"""Finished assets of TRELLIS: Gaussians in a cube of side 1 about the origin.
+
+This module reads and writes their files, finds the voxels that they fill, renders them in plain PyTorch
+(slow, exact, on any device), and computes the image features that the encoder of the second stage reads.
 
 Shape letters: G Gaussians, R voxels per axis, S pixels per side, P pixels of a tile, K Gaussians that reach
-it, v voxels, E entries of a feature.
+the tile, v voxels, E channels of a feature.
 """
 
 import math
@@ -22,8 +23,8 @@ from eg3d_rlhf.tuning.flow.families.encoders import ImageEncoder
 from eg3d_rlhf.tuning.flow.families.folder import OpenedFolder, check_finite
 from training.storage import write_atomic
 
-SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic
-PLY_FIELDS = (
+SH_C0 = 0.28209479177387814  # value of the constant spherical harmonic, 1 / (2 sqrt(pi))
+PLY_FIELDS = (  # columns of the usual file of Gaussian splats, in order
     *("x", "y", "z", "nx", "ny", "nz"),
     *(f"f_dc_{i}" for i in range(3)),
     "opacity",
@@ -41,6 +42,8 @@ SHAPES: dict[str, list[int | str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SplatAsset:
+    """A finished asset: Gaussians with one colour each."""
+
     means: torch.Tensor  # [G, 3], centres
     features_dc: torch.Tensor  # [G, 3], colours as the constant spherical harmonic: colour = 0.5 + 0.282 f
     scales: torch.Tensor  # [G, 3], standard deviations along their axes, > 0
@@ -53,24 +56,26 @@ class SplatAsset:
 
     @property
     def colours(self) -> torch.Tensor:
-        """[G, 3] of 0..1, from every side."""
+        """Colours of 0..1, [G, 3], the same from every direction."""
         return (0.5 + SH_C0 * self.features_dc).clamp(0, 1)
 
     def to(self, device: str | torch.device) -> "SplatAsset":
+        """Return the asset on another device."""
         return SplatAsset(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) -> torch.Tensor:
-    """Voxels of an asset, [v, 3] int32 on the CPU, sorted.
+    """Return the voxels that an asset fills, [v, 3] int32 on the CPU, sorted.
 
-    Those whose Gaussians' opacities add up to at least `share` of the mean over voxels that hold a Gaussian's
-    centre.
+    A voxel is filled if the opacities of the Gaussians in it add up to at least `share` of the mean over
+    voxels that hold the centre of a Gaussian.
 
-    Deviates: TRELLIS's data tools voxelise a mesh's surface; see `calibrated` for the share that comes
-    nearest.
-    Raises: ValueError for an asset that fills none.
+    Deviates: TRELLIS's data tools voxelise a mesh's surface; `calibrated` finds the share that comes closest.
+
+    Raises: ValueError for an asset that fills no voxel.
     """
     mass, usual = _mass(asset, resolution)
+    # Voxels without opacity never count, also for a share of 0. Flat index = (x R + y) R + z.
     places = ((mass >= share * usual) & (mass > 0)).nonzero()[:, 0]
     return torch.stack(
         [places // resolution**2, places // resolution % resolution, places % resolution], 1
@@ -78,8 +83,9 @@ def voxels_filled(asset: SplatAsset, resolution: int = 64, share: float = 0.25) 
 
 
 def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Opacity in each voxel, [R^3], and its mean over voxels that hold any, []."""
-    asset = asset.to("cpu")  # sums there do not depend on the order of threads
+    """Sum the opacities in each voxel, [R^3], and average them over voxels that hold any, []."""
+    # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
+    asset = asset.to("cpu")
     cells = ((asset.means + 0.5) * resolution).floor().long()  # [G, 3]
     inside = ((cells >= 0) & (cells < resolution)).all(1) & torch.isfinite(asset.opacities)
     x, y, z = cells[inside].unbind(1)
@@ -89,7 +95,7 @@ def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tenso
     filled = mass > 0
     if not filled.any():
         raise ValueError(
-            "voxels: expected an asset with something within the cube -0.5..0.5, got nothing. Leave it out."
+            "voxels: the asset has no visible Gaussian within the cube -0.5..0.5. Leave the asset out."
         )
     return mass, mass[filled].mean()
 
@@ -100,25 +106,29 @@ SHARES = tuple(2.0**k for k in range(-8, 3))  # tried by `calibrated`
 def calibrated(
     assets: Sequence[SplatAsset], voxels: Sequence[torch.Tensor], resolution: int = 64
 ) -> dict[str, float | list]:
-    """The share at which assets fill the voxels that they were made on, as nearly as it can be had.
+    """Find the share at which assets best match the voxels that they were made on.
 
-    TRELLIS makes Gaussians on the voxels of a mesh's surface, so those voxels are what its data tools would
+    TRELLIS makes Gaussians on the voxels of a mesh's surface, so these voxels are what its data tools would
     find for such an asset.
+
     Args: voxels: [v, 3] of each asset.
-    Returns: {"share", "iou": mean intersection over union at it, "tried": [[share, iou], ...]}, JSON types.
+    Returns: {"share", "iou": mean intersection over union at this share, "tried": [[share, iou], ...]}, in
+    JSON
+        types.
     """
     assert len(assets) == len(voxels)
     if not assets:
-        raise ValueError("--list: expected assets, got none. Draw some.")
+        raise ValueError("--list: the list holds no assets. Sample some.")
     overlaps = torch.zeros(len(SHARES), dtype=torch.float64)
-    for asset, own in zip(assets, voxels, strict=True):
-        x, y, z = own.cpu().long().unbind(1)
-        wanted = torch.zeros(resolution**3, dtype=torch.bool)
-        wanted[(x * resolution + y) * resolution + z] = True
+    for asset, source_voxels in zip(assets, voxels, strict=True):
+        x, y, z = source_voxels.cpu().long().unbind(1)
+        target = torch.zeros(resolution**3, dtype=torch.bool)
+        target[(x * resolution + y) * resolution + z] = True
+        # The sums are the same for all shares, so they are computed once per asset.
         mass, usual = _mass(asset, resolution)
         for i, share in enumerate(SHARES):
             filled = (mass >= share * usual) & (mass > 0)
-            overlaps[i] += (filled & wanted).sum() / (filled | wanted).sum()
+            overlaps[i] += (filled & target).sum() / (filled | target).sum()
     ious = (overlaps / len(assets)).tolist()
     best = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
@@ -129,7 +139,8 @@ def calibrated(
 
 
 def write_ply(path: Path, asset: SplatAsset) -> None:
-    """The usual file of Gaussian splats: opacities as logits, scales as logarithms."""
+    """Write the usual file of Gaussian splats, with opacities as logits and scales as logarithms."""
+    # Clamped, so that opacities of 0 and 1 have finite logits.
     opacity = asset.opacities.clamp(1e-6, 1 - 1e-6).logit()[:, None]
     columns = [
         asset.means,
@@ -146,7 +157,7 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
 
 
 def show(asset: SplatAsset, path: Path) -> Path:
-    """Gaussian splats in the asset's own frame, .ply."""
+    """Write an asset as .ply, in its own frame."""
     file = path.with_name(path.name + ".ply")
     write_ply(file, asset)
     return file
@@ -154,9 +165,9 @@ def show(asset: SplatAsset, path: Path) -> Path:
 
 @torch.no_grad()
 def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[SplatAsset]:
-    """Latents of a pipeline's last stage -> assets, one by one.
+    """Decode latents of a pipeline's last stage to assets, one by one.
 
-    Args: decoder: name of the part that makes Gaussians of them.
+    Args: decoder: name of the part that decodes Gaussians.
     """
     check_finite("decode", x_0)
     assets = []
@@ -176,8 +187,9 @@ def decoded(pipeline: OpenedFolder, decoder: str, x_0: SparseBatch) -> list[Spla
 
 
 def read_ply(path: Path) -> SplatAsset:
-    """Inverse of `write_ply`; higher spherical harmonics, which change colours with the direction of view,
-    are left out.
+    """Read a file of `write_ply`, or of another program.
+
+    Higher spherical harmonics, which make colours depend on the viewing direction, are ignored.
 
     Raises: FileNotFoundError; ValueError for another kind of file.
     """
@@ -194,7 +206,9 @@ def read_ply(path: Path) -> SplatAsset:
         int(line.split()[2]) for line in lines if line.startswith("element ") and line.split()[2].isdigit()
     ]
     rows = data[end + len(b"end_header\n") :]
+    # Exactly one element, the vertices, and float32 columns alone: then rows have a fixed length.
     expected = len(names) * 4 * counts[0] if len(counts) == 1 else -1
+    # Normals are always zero and other programs may leave them out.
     needed = set(PLY_FIELDS) - {"nx", "ny", "nz"}
     if (
         "format binary_little_endian 1.0" not in lines
@@ -203,13 +217,13 @@ def read_ply(path: Path) -> SplatAsset:
         or len(rows) != expected
     ):
         raise ValueError(
-            f"{path}: expected a binary .ply of Gaussian splats, got another or a truncated one. Export it"
-            " again."
+            f"{path}: expected a binary little-endian .ply of Gaussian splats; the file is of another kind or"
+            " truncated. Export it again."
         )
     table = torch.from_numpy(np.frombuffer(rows, "<f4").reshape(counts[0], -1).astype(np.float32))
 
-    def columns(*wanted: str) -> torch.Tensor:
-        return table[:, [names.index(name) for name in wanted]]
+    def columns(*fields: str) -> torch.Tensor:
+        return table[:, [names.index(name) for name in fields]]
 
     scales = columns("scale_0", "scale_1", "scale_2").exp()
     rotations = columns("rot_0", "rot_1", "rot_2", "rot_3")
@@ -223,41 +237,46 @@ def read_ply(path: Path) -> SplatAsset:
 
 
 TILE = 14  # pixels per side
-# pixels^2 added to every Gaussian's variance on screen; its opacity is lowered to match (Yu et al. 2024,
-# Mip-Splatting)
+# Pixels^2 added to every Gaussian's variance on screen. Its opacity is lowered to match (Yu et al. 2024,
+# Mip-Splatting).
 BLUR = 0.1
 REACH = 3  # standard deviations beyond which a Gaussian is cut off
-NEAR = 0.1
-MAX_ALPHA = 0.99
+NEAR = 0.1  # smallest depth in front of the camera that is rendered
+MAX_ALPHA = 0.99  # largest opacity of a Gaussian at a pixel (Kerbl et al. 2023)
 
 
 @dataclass(frozen=True)
 class View:
-    """A pinhole camera; x to the right, y down, z forward."""
+    """Pinhole camera with x to the right, y down and z forward."""
 
     rotation: torch.Tensor  # [3, 3], world to camera
-    position: torch.Tensor  # [3], of the camera in the world
-    focal: float  # in sides of the image
+    position: torch.Tensor  # [3], camera centre in the world
+    focal: float  # focal length in sides of the image
 
     def camera(self, xyz: torch.Tensor) -> torch.Tensor:
-        """Points [G, 3] as the camera has them."""
+        """Transform points [G, 3] from the world to the camera's frame."""
         return (xyz - self.position.to(xyz)) @ self.rotation.to(xyz).T
 
     def project(self, xyz: torch.Tensor) -> torch.Tensor:
-        """Points [G, 3] -> [G, 2] on the image, 0..1 from its upper left corner."""
-        seen = self.camera(xyz)
-        return self.focal * seen[:, :2] / seen[:, 2:] + 0.5
+        """Project points [G, 3] to the image, [G, 2] of 0..1 from its upper left corner."""
+        in_camera = self.camera(xyz)
+        return self.focal * in_camera[:, :2] / in_camera[:, 2:] + 0.5
 
 
 def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
-    """Cameras spread evenly over a sphere, looking at its centre, z up; fov in degrees."""
+    """Place cameras evenly on a sphere around the origin, looking at it, with z up.
+
+    Args: radius: distance from the origin. fov: field of view in degrees.
+    """
     views = []
     for i in range(count):
+        # Fibonacci sphere: even heights, and turns by the golden angle.
         height = 1 - (2 * i + 1) / count
         turn = i * math.pi * (3 - math.sqrt(5))
         ring = math.sqrt(1 - height**2)
         position = torch.tensor([ring * math.cos(turn), ring * math.sin(turn), height])
         forward = -position
+        # At the poles z is the viewing direction, so another axis must be up.
         up = torch.tensor([0.0, 0.0, 1.0]) if abs(height) < 0.999 else torch.tensor([0.0, 1.0, 0.0])
         right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=0)
         rotation = torch.stack([right, torch.linalg.cross(forward, right), forward])
@@ -267,18 +286,20 @@ def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[Vie
 
 @torch.no_grad()
 def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
-    """An image over black, [3, S, S] of 0..1. Not differentiable."""
+    """Render an asset over black, [3, S, S] of 0..1. Not differentiable."""
     means, conics, alphas, reach, order = _on_screen(asset, view, size)
     colours = asset.colours[order]
-    # [G, 2], boxes on screen
+    # Bounding boxes on screen, [G, 2] each.
     low = means - reach[:, None]
     high = means + reach[:, None]
     image = means.new_zeros(3, size, size)
     for top in range(0, size, TILE):
         row = ((low[:, 1] < top + TILE) & (high[:, 1] > top)).nonzero()[:, 0]
         for left in range(0, size, TILE):
+            # Gaussians that reach this tile, still in the order of depth.
             near = row[(low[row, 0] < left + TILE) & (high[row, 0] > left)]
             if len(near):
+                # Pixel centres; the last tiles may be cut off by the border.
                 y, x = (
                     torch.arange(start, min(start + TILE, size), device=means.device) + 0.5
                     for start in (top, left)
@@ -291,32 +312,36 @@ def render(asset: SplatAsset, view: View, size: int) -> torch.Tensor:
 
 
 def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, ...]:
-    """Centres, inverse covariances and reach in pixels, opacities, and the order from front to back of those
-    in front of the camera.
+    """Project the Gaussians in front of the camera.
+
+    Returns: centres in pixels, inverse covariances, opacities, reach in pixels, and the order from front to
+    back.
     """
-    seen = view.camera(asset.means.float())
-    order = seen[:, 2].argsort()
-    order = order[seen[order, 2] > NEAR]
-    x, y, z = seen[order].unbind(1)
+    in_camera = view.camera(asset.means.float())
+    order = in_camera[:, 2].argsort()
+    order = order[in_camera[order, 2] > NEAR]
+    x, y, z = in_camera[order].unbind(1)
     f = view.focal * size
     zero = torch.zeros_like(z)
-    # of the projection
+    # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
     jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
     axes = (
         jacobian
-        @ view.rotation.to(seen)
+        @ view.rotation.to(in_camera)
         @ _rotations(asset.rotations[order].float())
         * asset.scales[order, None].float()
     )
-    sharp = axes @ axes.mT  # [G, 2, 2]
-    covariance = sharp + BLUR * torch.eye(2, device=seen.device)
+    sharp = axes @ axes.mT  # covariance on screen before the blur, [G, 2, 2]
+    covariance = sharp + BLUR * torch.eye(2, device=in_camera.device)
     determinant = covariance.det()
     a = covariance[:, 0, 0]
     b = covariance[:, 0, 1]
     d = covariance[:, 1, 1]
+    # Inverse of [[a, b], [b, d]] as its three numbers, and its largest eigenvalue.
     conics = torch.stack([d, -b, a], 1) / determinant[:, None]
     largest = (a + d) / 2 + ((a - d).square() / 4 + b.square()).sqrt()
     alphas = asset.opacities[order].float() * (sharp.det().clamp_min(0) / determinant).sqrt()
+    # In pixels; the image's centre is on the optical axis.
     means = torch.stack([f * x / z, f * y / z], 1) + size / 2
     return means, conics, alphas, REACH * largest.sqrt(), order
 
@@ -328,17 +353,19 @@ def _tile(
     alphas: torch.Tensor,
     colours: torch.Tensor,
 ) -> torch.Tensor:
-    """Colours [P, 3] of pixels [P, 2] behind Gaussians in order."""
+    """Blend Gaussians, ordered from front to back, to the colours [P, 3] of pixels [P, 2]."""
     dx, dy = (pixels[:, None] - means).unbind(-1)  # [P, K] each
     a, b, d = conics.unbind(1)
     alpha = (alphas * torch.exp(-0.5 * (a * dx * dx + d * dy * dy) - b * dx * dy)).clamp_max(MAX_ALPHA)
+    # Light that passes the Gaussians in front: the exclusive product of 1 - alpha (Kerbl et al. 2023, equation
+    # 3).
     passed = torch.cumprod(1 - alpha, 1)
-    left = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
-    return (alpha * left) @ colours
+    transmittance = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
+    return (alpha * transmittance) @ colours
 
 
 def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
-    """[G, 4] -> [G, 3, 3]."""
+    """Convert quaternions [G, 4], real part first, to rotation matrices [G, 3, 3]."""
     w, x, y, z = torch.nn.functional.normalize(quaternions, dim=1).unbind(1)
     rows = [
         1 - 2 * (y * y + z * z),
@@ -358,15 +385,18 @@ def _rotations(quaternions: torch.Tensor) -> torch.Tensor:
 def voxel_features(
     asset: SplatAsset, voxels: torch.Tensor, encoder: ImageEncoder, resolution: int = 64, views: int = 150
 ) -> torch.Tensor:
-    """[v, E] float32: features of the patches that a voxel's centre falls on, interpolated, mean over views,
-    hidden or not.
+    """Compute features [v, E] float32 of voxels: image features at the projections of their centres.
+
+    Features are interpolated between patches and averaged over views, whether the voxel is visible or not, as
+    TRELLIS does.
     """
     centres = (voxels.float() + 0.5) / resolution - 0.5  # [v, 3]
     total: Any = None
     for view in views_around(views):
         patches = encoder.patches(render(asset, view, encoder.size)[None])  # [1, E, 37, 37]
-        places = (2 * view.project(centres) - 1).to(patches)[None, :, None]  # [1, v, 1, 2]
-        seen = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
-        total = seen if total is None else total + seen
+        # grid_sample expects coordinates of -1..1: [1, v, 1, 2] -> [1, E, v, 1] -> [v, E].
+        places = (2 * view.project(centres) - 1).to(patches)[None, :, None]
+        sampled = F.grid_sample(patches, places, mode="bilinear", align_corners=False)[0, :, :, 0].T
+        total = sampled if total is None else total + sampled
     assert total is not None  # there is a view
     return total / views

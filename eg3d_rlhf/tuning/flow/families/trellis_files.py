@@ -1,5 +1,6 @@
-"""TRELLIS's files: pipeline.json, and per model a JSON file of its architecture beside its weights. Nothing
-is downloaded or run.
+"""Files of TRELLIS: pipeline.json, and for each model a JSON file of its architecture and its weights.
+
+Nothing is downloaded or run.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from eg3d_rlhf.tuning.flow.base.family import Network, Release, SizedStage, Stor
 from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, Sampling, SparseVoxels
 from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 
-# names of the stages
+# Names of the stages.
 STRUCTURE = "structure"
 LATENT = "latent"
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
@@ -39,14 +40,15 @@ STRUCTURE_DECODER = "sparse_structure_decoder"
 GAUSSIAN_DECODER = "slat_decoder_gs"
 STRUCTURE_ENCODER = "sparse_structure_encoder"
 LATENT_ENCODER = "slat_encoder"
-NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # besides the flows, by a whole pipeline
-# pipeline.json leaves them out
+NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # what the loop needs besides the flows
+# Encoders, which pipeline.json leaves out -> their published names, without ending.
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}
 WEIGHTS = (".safetensors", ".pt")
+# What a pipeline is conditioned on -> TRELLIS's default sampling.
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
-TOKENS = {"text": 77, "image": 1374}  # of a condition: CLIP's, DINOv2's with registers
-ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}
-NORMALIZATION = {  # of the released latents, where pipeline.json says nothing
+TOKENS = {"text": 77, "image": 1374}  # conditioning tokens: of CLIP, and of DINOv2 with registers
+ENCODERS = {"text": "openai/clip-vit-large-patch14", "image": "dinov2_vitl14_reg"}  # defaults
+NORMALIZATION = {  # statistics of the released latents, if pipeline.json has none
     "mean": (-2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394),
     "std": (2.37765, 2.38639, 2.12442, 2.17486, 2.66394, 2.37119, 2.62174, 2.68452),
 }
@@ -54,25 +56,26 @@ NORMALIZATION = {  # of the released latents, where pipeline.json says nothing
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """What a pipeline.json says, of TRELLIS or of those that came after it."""
+    """Settings of a pipeline.json, of TRELLIS or of its successors."""
 
-    root: Path  # the folder
-    kind: str
+    root: Path  # the folder of pipeline.json
+    kind: str  # variant of the pipeline; see the subclasses
     models: Mapping[str, str]  # model -> "ckpts/<stem>", or "owner/repo/<path>"
     sampling: Mapping[str, Sampling]  # by stage
     sigma_min: Mapping[str, float]  # by stage
-    encoder: str  # of the conditions
-    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS  # models that no file names -> their usual names
+    encoder: str  # name of the network that embeds prompts or images
+    usual: ClassVar[Mapping[str, str]] = USUAL_STEMS  # models that no file names -> their published names
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFile(ModelFolder):
-    """What pipeline.json says, with TRELLIS's defaults where it says nothing. Its kind is what conditions
-    are: "text" or "image".
+    """Settings of TRELLIS's pipeline.json, with TRELLIS's defaults for missing ones.
+
+    Its kind is what the pipeline is conditioned on, "text" or "image".
     """
 
     mean: tuple[float, ...]  # of the second stage's latents, per channel
-    std: tuple[float, ...]
+    std: tuple[float, ...]  # likewise
 
     def __post_init__(self):
         if not are_scales(self.mean, self.std):
@@ -107,8 +110,7 @@ def read_pipeline(root: Path) -> PipelineFile:
     missing = [stage for stage, model in FLOWS.items() if model not in args["models"]]
     if missing:
         raise ValueError(
-            f"{path}: expected both stages, got none for {', '.join(missing)} ({FLOWS[missing[0]]})."
-            " Restore it."
+            f"{path}: the stage {', '.join(missing)} is missing ({FLOWS[missing[0]]}). Restore the file."
         )
     samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
     norm = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
@@ -125,12 +127,16 @@ def read_pipeline(root: Path) -> PipelineFile:
 
 
 def normalization(file: PipelineFile, stage: str) -> dict | None:
-    """Return how a stage's latents are normalised, in JSON types; None: not at all."""
+    """Return how a stage's latents are normalised, in JSON types, or None if they are not."""
     return {"mean": list(file.mean), "std": list(file.std)} if stage == LATENT else None
 
 
 def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> tuple[Sampling, float]:
+    """Read the settings of a stage's sampler and sigma_min; `default` fills in missing settings."""
+
     def read(name: str, params: Mapping) -> Sampling:
+        # The class of the sampler decides about guidance: one without "GuidanceInterval" guides at all times,
+        # and FlowEulerSampler not at all.
         interval = params.get(
             "cfg_interval", default.cfg_interval if "GuidanceInterval" in name else (0.0, 1.0)
         )
@@ -149,17 +155,17 @@ def _sampler(path: Path, content: dict | None, key: str, default: Sampling) -> t
 def sampler_of(
     path: Path, content: Mapping | None, key: str, read: Callable[[str, Mapping], Sampling]
 ) -> tuple[Sampling, float]:
-    """Settings of a sampler in a pipeline.json, and sigma_min.
+    """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
-    Args: key: its name there; read: settings of its own name and params; raises ValueError, TypeError or
-        IndexError.
+    Args: key: name of the sampler in the file. read: parses the sampler's class name and params; may raise
+        ValueError, TypeError or IndexError.
     """
     content = content or {}
     name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
     if not name.startswith("FlowEuler"):
         raise ValueError(
             f"{path}: expected a FlowEuler sampler for {key} (t = 1 is noise), got {name!r}. Other"
-            " conventions are not read."
+            " conventions are not supported: restore the file."
         )
     try:
         return read(name, content.get("params") or {}), float(
@@ -170,13 +176,13 @@ def sampler_of(
 
 
 def find_model(file: ModelFolder, model: str) -> Path:
-    """The path, without ending, of a model's JSON file and weights.
+    """Find a model and return the path of its JSON file and weights, without ending.
 
-    Looks in the root; for "owner/repo/path" also beside the root (as repo or owner/repo), and in the local
-    cache of the Hugging Face hub. The encoders, which pipeline.json leaves out, are looked for under their
-    usual names beside what it names.
+    The search covers the root. For "owner/repo/path" it also covers the folder beside the root (as repo or
+    owner/repo) and the local cache of the Hugging Face hub. The encoders, which pipeline.json leaves out, are
+    searched for under their published names beside the models that it names.
 
-    Raises: FileNotFoundError naming the model and every place.
+    Raises: FileNotFoundError naming the model and every place that was searched.
     """
     places = list(_places(file, file.models[model])) if model in file.models else []
     if model in file.usual:
@@ -188,16 +194,16 @@ def find_model(file: ModelFolder, model: str) -> Path:
     for place in places:
         if with_ending(place, ".json").is_file() and find_weights(place) is not None:
             return place
-    looked = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
+    searched = ", ".join(dict.fromkeys(str(p) for p in places)) or "no place: pipeline.json does not name it"
     endings = " or ".join(WEIGHTS)
     raise FileNotFoundError(
-        f"{model}: expected its .json and {endings}, got none at {looked}. Put the files there, or name their"
-        " folder."
+        f"{model}: found no .json with {endings} beside it. Searched: {searched}. Put the files there, or"
+        " name their folder."
     )
 
 
 def is_there(file: ModelFolder, model: str) -> bool:
-    """Whether `find_model` finds a model."""
+    """Return whether `find_model` finds a model."""
     try:
         find_model(file, model)
     except FileNotFoundError:
@@ -206,7 +212,7 @@ def is_there(file: ModelFolder, model: str) -> bool:
 
 
 def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
-    """Both files of models, by their names here and "<name>.json". Raises: FileNotFoundError."""
+    """Return both files of models, by their names here and "<name>.json". Raises: FileNotFoundError."""
     stems = {name: find_model(file, model) for name, model in models.items()}
     return {
         key: path
@@ -216,32 +222,34 @@ def paths_of(file: ModelFolder, models: Mapping[str, str]) -> dict[str, Path]:
 
 
 def find_weights(stem: Path) -> Path | None:
-    """The weights of a model, where there are any."""
+    """Return the file of a model's weights, or None."""
     return next((p for ending in WEIGHTS if (p := with_ending(stem, ending)).is_file()), None)
 
 
 def _places(file: ModelFolder, value: str):
+    """Yield the places, without ending, where the value of a model in pipeline.json may lie."""
     yield file.root / value
+    # Padded by empty parts, so that a short value can be unpacked, too.
     owner, repo, *rest = [*Path(value).parts, "", ""]
-    below = "/".join(part for part in rest if part)
-    if not below:
+    inner = "/".join(part for part in rest if part)
+    if not inner:
         return
     beside = file.root.parent
-    yield from (beside / repo / below, beside / owner / repo / below, beside / below)
+    yield from (beside / repo / inner, beside / owner / repo / inner, beside / inner)
     cache = Path(
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface") / "hub"
     )
     for snapshot in sorted((cache / f"models--{owner}--{repo}" / "snapshots").glob("*")):
-        yield snapshot / below
+        yield snapshot / inner
 
 
 def with_ending(stem: Path, ending: str) -> Path:
-    """with_suffix would cut names that have dots."""
+    """Append an ending to a path. Path.with_suffix would cut names that contain dots."""
     return stem.with_name(stem.name + ending)
 
 
-# TRELLIS's names of classes; it also writes them with "Elastic" in front, which changes nothing here
+# TRELLIS's names of classes. It also writes them with the prefix "Elastic", which makes no difference here.
 ARCHITECTURES = {
     "SparseStructureFlowModel": (StructureFlow, StructureFlowConfig),
     "SparseStructureEncoder": (StructureEncoder, StructureVAEConfig),
@@ -258,22 +266,23 @@ Architectures = Mapping[str, tuple[type[nn.Module], type]]  # name of a class ->
 def architecture(
     content: Mapping, who: str, architectures: Architectures = ARCHITECTURES
 ) -> tuple[type[nn.Module], Any]:
-    """Class and configuration of what a JSON file describes: {"name": class, "args": {...}}.
+    """Return class and configuration of the model that a JSON file describes: {"name": class, "args": {...}}.
 
-    Raises: ValueError for another class, or arguments that it does not have.
+    Raises: ValueError for an unknown class, or arguments that it does not have.
     """
     name = content.get("name")
     args = content.get("args")
     entry = architectures.get(str(name).removeprefix("Elastic"))
     if entry is None or not isinstance(args, Mapping):
         raise ValueError(
-            f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name a file of"
-            " TRELLIS."
+            f"{who}: expected a name among {', '.join(architectures)} and args, got {name!r}. Name the file"
+            " of a supported model."
         )
     model, config = entry
     fields = dataclasses.fields(config)
     missing = dataclasses.MISSING
     known = {field.name for field in fields}
+    # Some classes of the original ignore unknown arguments.
     if getattr(model, "passes_over", False):
         args = {key: value for key, value in args.items() if key in known}
     foreign = sorted(set(args) - known)
@@ -282,14 +291,14 @@ def architecture(
     )
     if foreign or needed:
         raise ValueError(
-            f"{who}: expected the args of {name}, got unknown {foreign}, missing {needed}. Name a file of"
-            " TRELLIS."
+            f"{who}: expected the args of {name}; unknown are {foreign}, missing are {needed}. Name the file"
+            " of a supported model."
         )
     return model, config(**args)
 
 
 def build_model(content: Mapping, who: str, architectures: Architectures = ARCHITECTURES) -> nn.Module:
-    """An untrained model of `architecture`."""
+    """Build an untrained model; see `architecture`."""
     model, config = architecture(content, who, architectures)
     return model(config)
 
@@ -303,13 +312,14 @@ def load_model(
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> nn.Module:
-    """A model from <stem>.json and its weights, in evaluation mode.
+    """Build a model from <stem>.json and its weights, in eval mode.
 
     Args:
-        stem: path without ending; weights: another file for them, as a training checkpoint (.pt); dtype: see
-            `filled`.
-        prepare: (class, configuration, tensors of the file, its name) -> tensors of the model.
-
+        stem: path without ending. weights: another file of weights, such as a training checkpoint (.pt).
+            dtype:
+            see `filled`.
+        prepare: converts (class, configuration, tensors of the file, name of the file) to the model's
+            tensors.
     Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not
         finite.
     """
@@ -317,7 +327,7 @@ def load_model(
     weights = weights or find_weights(stem)
     if not json_file.is_file() or weights is None:
         raise FileNotFoundError(
-            f"{stem.name}: expected {json_file} and weights beside it, got one of them or neither. Restore"
+            f"{stem.name}: expected {json_file} and weights beside it, but at least one is missing. Restore"
             " the files."
         )
     state = base_state(weights)
@@ -336,10 +346,11 @@ def networks_of(
     architectures: Architectures = ARCHITECTURES,
     prepare: Callable[[Any, Any, State, str], State] | None = None,
 ) -> list[Network]:
-    """What models' weights hold and should hold, for `flow check`.
+    """List models with expected and present tensors, for `flow check`.
 
-    Args: lost: what cannot be done without those of them that may be missing; released: see Network; others:
-        as `load_model`.
+    Args: lost: model that may be missing -> what cannot be done without it. released: see `Network`. Others:
+    as
+        `load_model`.
     """
     made = []
     for name in models:
@@ -352,7 +363,7 @@ def networks_of(
         stem = find_model(file, name)
         json_file = with_ending(stem, ".json")
         weights = find_weights(stem)
-        assert weights is not None  # find_model looked
+        assert weights is not None  # find_model has checked it
         model, config = architecture(read_json(json_file), str(json_file), architectures)
         state = base_state(weights)
         state = state if prepare is None else prepare(model, config, state, str(weights))
@@ -372,9 +383,9 @@ def flows_of(
     load: Callable[..., nn.Module] = load_model,
     architectures: Architectures = ARCHITECTURES,
 ) -> dict[str, nn.Module]:
-    """Read networks by stage, from their paths without ending.
+    """Build the networks of stages from their paths without ending.
 
-    Args: stages: of which weights are read; None: all.
+    Args: stages: those whose weights are read; other networks stay on the meta device. None: all.
     """
     return {
         stage: (
@@ -394,14 +405,16 @@ def filled(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A model with the tensors of a file, strictly by name and shape, in evaluation mode.
+    """Build a model with the tensors of a file, strictly by name and shape, in eval mode.
 
-    Args: dtype: of the layers that are in half precision where it is built so, others are float32; None keeps
-        the types of the file.
-    Raises: ValueError in the name of `who` for missing, unexpected or misshapen tensors.
+    Args: dtype: for layers that the model computes in half precision; other layers are float32. None keeps
+    the
+        file's dtypes.
+    Raises: ValueError, beginning with `who`, for missing, unexpected or misshapen tensors.
     """
     types: dict[str, torch.dtype] = {}
     if dtype is not None:
+        # A half-precision model without memory shows which layers are converted.
         halves = {"dtype": "float16"} if hasattr(config, "dtype") else {"use_fp16": True}
         half = empty(lambda: make(dataclasses.replace(config, **halves))).state_dict()
         types = {
@@ -412,14 +425,14 @@ def filled(
 
 
 def base_state(path: Path) -> State:
-    """Named tensors of a model by itself, from a safetensors file or a training checkpoint.
+    """Read the tensors of a model without adapters, from a .safetensors file or a training checkpoint.
 
     Raises: FileNotFoundError; ValueError for a damaged file, adapters, or weights that are not finite.
     """
     state, adapters = split_state(read(path, "weights"), path.name)
     if adapters:
         raise ValueError(
-            f"{path}: expected the weights of a model, got adapters. Give them as tuned weights of their"
+            f"{path}: expected the weights of a model, got adapters. Pass them as tuned weights, beside their"
             " base."
         )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -433,12 +446,14 @@ def release_of(
     needed: Container[str],
     also: tuple[str, ...] = (),
 ) -> Release:
-    """pipeline.json and all models that are on this machine; those that are elsewhere ("owner/repo/path") and
-    not found stay references. What no file names, such as the encoders that the loop needs, comes along where
-    it is found.
+    """Describe the folder to export: pipeline.json and all models on this machine.
 
-    Args: stages: that are tuned; flows: names of the stages' models; load: (path without ending, dtype);
-        needed: models that must be there; also: further files like pipeline.json, where there are any.
+    Models that are elsewhere ("owner/repo/path") and were not found stay references. Models that no file
+    names, such as the encoders for the loop, are included if they were found.
+
+    Args: stages: those that are tuned. flows: stage -> name of its model. load: called with (path without
+    ending,
+        dtype). needed: models that must exist. also: further files like pipeline.json, if they exist.
     """
     placed = dict[str, str]()
     kept = dict[str, Path | bytes]()
@@ -454,14 +469,14 @@ def release_of(
                 raise
             elsewhere.append(name)
             continue
+        # All models are written to one folder, so their names must differ.
         if sources.setdefault(stem.name, stem) != stem:
             raise ValueError(
-                f"export: expected models of different names, got {stem} and {sources[stem.name]}. Rename"
-                " one."
+                f"export: the models {stem} and {sources[stem.name]} have the same name. Rename one of them."
             )
         placed[name] = f"ckpts/{stem.name}"
         base = find_weights(stem)
-        assert base is not None  # or there were no such model
+        assert base is not None  # find_model has checked it
         kept[f"{placed[name]}.json"] = with_ending(stem, ".json")
         if name in tuned:
             networks[tuned[name]] = Stored(
@@ -472,6 +487,7 @@ def release_of(
     for path in (file.root / name for name in ("pipeline.json", *also)):
         if path.is_file():
             content = read_json(path)
+            # Copied models are named by their place in the exported folder.
             content["args"]["models"] = {
                 name: placed.get(name, value) for name, value in content["args"]["models"].items()
             }
@@ -480,13 +496,14 @@ def release_of(
 
 
 def _rewritten(base: Path, path: Path, state: State) -> None:
+    """Write tuned tensors in the dtypes of the base's file."""
     write(path, in_types_of(base_state(base), state))
 
 
 def released_stages(kind: str, width: int) -> list[SizedStage]:
-    """Make the stages of the published generators without weights.
+    """Build the stages of the published generators without weights, with the sizes of their JSON files.
 
-    Args: width: of the conditioning's tokens.
+    Args: kind: "text" or "image". width: channels of the conditioning tokens.
     """
     common: dict[str, Any] = dict(
         in_channels=8,
