@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys, values in this order
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,6 +55,7 @@ class Mlp(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # By name, because the names differ between instances.
         first, last = (self.get_submodule(name) for name in self.names)
         return last(F.gelu(first(x)))
 
@@ -65,6 +66,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, *, eps: float = 1e-5):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
+        # The attribute names are those of vision transformers in timm.
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden)

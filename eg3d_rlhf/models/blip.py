@@ -63,7 +63,9 @@ class BlipSizes:
         Raises: ValueError for the file of another network.
         """
         text = "blip.text_encoder."
+        # A convolution with the patch as kernel: [width, 3, patch, patch]
         width, _, patch, _ = shape_of(state, f"{VISION}patch_embed.proj.weight", who, 4)
+        # [1, tokens, width]
         _, tokens, _ = shape_of(state, f"{VISION}pos_embed", who, 3)
         vocabulary, text_width = shape_of(state, f"{text}embeddings.word_embeddings.weight", who, 2)
         return cls(
@@ -71,6 +73,7 @@ class BlipSizes:
             image=round((tokens - 1) ** 0.5) * patch,
             patch=patch,
             vision_width=width,
+            # One more than the largest number of a block
             vision_layers=count(state, f"{VISION}blocks."),
             text_width=text_width,
             text_layers=count(state, f"{text}encoder.layer."),
@@ -139,6 +142,7 @@ class Blip(nn.Module):
         for
             tokens of the prompt and False for padding.
         """
+        # Every layer of BERT cross-attends to the features of the prompt's image.
         text = self.text_encoder(
             input_ids=tokens, attention_mask=mask, encoder_hidden_states=self.seen(pixels)
         )

@@ -30,6 +30,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
     require_extra(FLAG, "transformers")
     from transformers import CLIPConfig, CLIPModel
 
+    # Shapes: [width, 3, patch, patch], [vocabulary, text_width] and, below, [1 + patches, width].
     width, _, patch, _ = shape_of(state, "visual.conv1.weight", who, 4)
     vocabulary, text_width = shape_of(state, "token_embedding.weight", who, 2)
     vision = {
@@ -53,6 +54,7 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
+    # The projection is stored as [text_width, D].
     config = CLIPConfig(
         text_config=text, vision_config=vision, projection_dim=shape_of(state, "text_projection", who, 2)[1]
     )
@@ -131,6 +133,7 @@ def load_clip_score(folder: Path, device: str | torch.device = "cpu") -> CosineR
     require_extra(FLAG, "transformers")
     from transformers import CLIPModel
 
+    # The preprocessing is OpenAI's; pad=None fills with the end token, as its tokenizer does.
     network = from_folder(CLIPModel, folder, FLAG)
     return CosineReward(
         network, clip_preprocess, clip_tokenizer(folder, FLAG, network.config.text_config.vocab_size), device

@@ -61,6 +61,7 @@ def pad_preprocess(images: torch.Tensor, size: int = 224) -> torch.Tensor:
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Return (images - mean) / standard deviation per channel, with CLIP's statistics, as a new tensor."""
+    # [3, 1, 1], broadcast over rows and columns
     mean, std = (images.new_tensor(numbers).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
@@ -89,6 +90,7 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
         network.
     """
     tokenizer = _load("BertTokenizer", folder, flag, ("vocab.txt",), "bert-base-uncased's")
+    # A larger vocabulary would give ids beyond the network's table of embeddings.
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"{flag}: expected a vocabulary of at most {vocabulary} words, got {len(tokenizer)}. Use"
@@ -97,7 +99,12 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
 
     def tokenize(prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = tokenizer(
-            list(prompts), padding="longest", truncation=True, max_length=limit, return_tensors="pt"
+            # Padded to the longest prompt of this call only
+            list(prompts),
+            padding="longest",
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
         )
         return encoded.input_ids, encoded.attention_mask.bool()
 
@@ -129,7 +136,7 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
         # Padded here and not by the tokenizer, whose padding token is not the one that `pad` asks for.
         rows = [tokenizer(prompt, truncation=True, max_length=CLIP_TOKENS).input_ids for prompt in prompts]
         filled = [row + [fill] * (CLIP_TOKENS - len(row)) for row in rows]
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])  # [B], tokens before the padding
         return torch.tensor(filled), torch.arange(CLIP_TOKENS) < lengths[:, None]
 
     return tokenize

@@ -34,11 +34,13 @@ HEAD = 64  # channels of a head in every published DINOv2
 
 def standardised(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return (images - MEAN) / STD per channel, [N, 3, h, w], in the dtype and on the device of `like`."""
+    # [3, 1, 1], broadcast over rows and columns
     mean, std = (like.new_tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images.to(like) - mean) / std
 
 
 def _check_layers(act: str, gated: bool, channels: int) -> None:
+    # Other variants would need other layers.
     if act != "gelu" or gated or channels != 3:
         raise ValueError(
             f"expected layers with gelu, no gates and 3 channels, got {act!r}, {gated} and {channels}. Other"
@@ -66,6 +68,7 @@ class DinoConfig:
 
     def __post_init__(self):
         _check_layers(self.hidden_act, self.use_swiglu_ffn, self.num_channels)
+        # Positions form a grid of whole patches.
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"DinoConfig: expected patches and heads that divide image and channels, got {self}."
@@ -104,8 +107,10 @@ class DinoConfig:
         return cls(
             hidden_size=size,
             num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            # No entry states the number of heads; all published networks have heads of 64 channels
             num_attention_heads=max(1, size // HEAD),
             mlp_ratio=hidden / size,
+            # See the docstring: without registers, positions are interpolated to the input images
             image_size=patch * grid if registers or shown is None else shown,
             patch_size=patch,
             num_register_tokens=registers,
@@ -154,7 +159,7 @@ class Dino(nn.Module):
     def forward(self, images: torch.Tensor, normed: bool = True) -> torch.Tensor:
         size = self.config.pixels
         check_shape("Dino.images", images, ["N", 3, size, size], "Resize the images to this size.")
-        x = self.tokens(standardised(images, self.layernorm.weight))
+        x = self.tokens(standardised(images, self.layernorm.weight))  # [N, L, E]
         return self.layernorm(x) if normed else x
 
 
@@ -180,6 +185,7 @@ def from_hub(state: Mapping[str, torch.Tensor], config: DinoConfig) -> State:
     """
     renamed = to_transformers(state, HUB_NAMES)
     positions = "embeddings.position_embeddings"
+    # A missing entry is reported when the network is filled.
     if positions in renamed:
         renamed[positions] = _positions(renamed[positions], config.image_size // config.patch_size)
     return renamed
@@ -198,6 +204,7 @@ def _positions(positions: torch.Tensor, side: int) -> torch.Tensor:
     # [1, G^2, E] -> [1, E, G, G], without the class token's position
     grid = positions[:, 1:].float().transpose(1, 2).unflatten(2, (learnt, learnt))
     grid = F.interpolate(grid, scale_factor=[(side + 0.1) / learnt] * 2, mode="bicubic")
+    # [1, E, side, side] -> [1, side^2, E], with the class token's position in front again
     return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
 
 
@@ -225,6 +232,7 @@ def _weights(name: str) -> Path:
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         looked = ", ".join(map(str, places))
+        # The remedy names the repository from which the file can be downloaded.
         hub = HUB.get(name, name)
         fetch = f"hf download {hub} (https://huggingface.co/{hub})"
         raise FileNotFoundError(
@@ -276,6 +284,7 @@ def _read_config(name: str, weights: Path, kind: str, make: Callable[[Mapping[st
         )
     try:
         content = json.loads(path.read_text())
+        # "dinov2" also matches dinov2_with_registers.
         if not isinstance(content, dict) or not str(content.get("model_type")).startswith(kind):
             raise ValueError(f"its model_type is not {kind}")
         return make(content)
@@ -305,6 +314,7 @@ class Dino3(nn.Module):
         from transformers import DINOv3ViTModel
 
         network = DINOv3ViTModel(config)
+        # The layers are called one by one in `forward`, so the parts are kept instead of the model.
         self.embeddings = network.embeddings
         self.rope_embeddings = network.rope_embeddings
         self.layer = network.layer

@@ -47,8 +47,8 @@ class DenoiserConfig:
     depth: int = 24  # number of blocks
     num_heads: int = 16
     text_len: int = 257  # L, conditioning tokens
-    qk_norm: bool = False
-    qkv_bias: bool = True
+    qk_norm: bool = False  # normalise queries and keys of each head
+    qkv_bias: bool = True  # whether the layers of queries, keys and values have a bias
     num_moe_layers: int = 6  # number of last blocks that have a mixture of experts
     num_experts: int = 8  # X
     moe_top_k: int = 2  # k, experts per token
@@ -92,6 +92,7 @@ class DenoiserConfig:
         if (
             min(sizes) < 1
             or self.hidden_size % self.num_heads
+            # Even, because the embedding of the time consists of pairs of sine and cosine
             or self.hidden_size % 2
             or not 1 <= self.moe_top_k <= self.num_experts
         ):
@@ -209,6 +210,7 @@ class Mixture(nn.Module):
     def __init__(self, config: DenoiserConfig):
         super().__init__()
         width = config.hidden_size
+        # Fixed at 4: mlp_ratio has no effect in the original.
         inner = 4 * config.hidden_size
         self.experts = nn.ModuleList(Expert(width, inner) for _ in range(config.num_experts))
         self.gate = Gate(width, config.num_experts, config.moe_top_k)
@@ -216,7 +218,7 @@ class Mixture(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, 1)  # [R, W]
-        weights, numbers = self.gate(rows)
+        weights, numbers = self.gate(rows)  # [R, k] each
         # One expert after the other, each on the tokens that chose it. Gradients flow through routed experts,
         # whereas
         # the original blocks them in eval mode; it also has a balancing term, which is left out here.
@@ -239,8 +241,10 @@ class Block(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width, eps=EPS) for _ in range(3))
+        # attn1 is self-attention, attn2 cross-attention to the conditioning.
         self.attn1 = Attention(config)
         self.attn2 = Attention(config, config.context_dim)
+        # The skip's input is the earlier output and the current tokens side by side: 2 W channels.
         if skip:
             self.skip_linear = nn.Linear(2 * width, width)
             self.skip_norm = nn.LayerNorm(width, eps=EPS)
@@ -317,6 +321,7 @@ class Denoiser(nn.Module):
             "Use the image encoder that the model was trained with.",
         )
         dtype = self.x_embedder.weight.dtype
+        # Blocks before the middle keep their output, blocks after it take one.
         half = config.depth // 2
         # The time is the first token: [N, 1 + T, W]
         h = torch.cat([self.t_embedder(t), self.x_embedder(x.to(dtype))], 1)
@@ -332,6 +337,7 @@ class Denoiser(nn.Module):
             )
             if number < half:
                 kept.append(h)
+        # Back to the dtype of the latents, in which the sampler integrates.
         return self.final_layer(h).to(x.dtype)
 
 
@@ -347,17 +353,17 @@ class AutoencoderConfig:
     num_latents: int  # T, latent tokens
     embed_dim: int  # C, channels of a latent
     width: int  # W of the autoencoder
-    heads: int
-    num_decoder_layers: int
+    heads: int  # of every attention
+    num_decoder_layers: int  # self-attention blocks of the decoder
     num_freqs: int = 8  # F
     include_pi: bool = True  # multiply the frequencies by pi
-    qkv_bias: bool = True
-    qk_norm: bool = False
+    qkv_bias: bool = True  # whether the layers of queries, keys and values have a bias
+    qk_norm: bool = False  # normalise queries and keys of each head
     geo_decoder_mlp_expand_ratio: int = 4  # hidden width of the point decoder's perceptron, in widths
     geo_decoder_downsample_ratio: int = 1
     geo_decoder_ln_post: bool = True
     scale_factor: float = 1.0  # the flow's latents are the autoencoder's multiplied by this
-    num_encoder_layers: int = 8
+    num_encoder_layers: int = 8  # self-attention blocks of the encoder
     use_ln_post: bool = True  # whether the encoder ends with a norm
     pc_size: int = 5120  # points sampled uniformly on a surface
     pc_sharpedge_size: int = 5120  # points sampled on its sharp edges
@@ -375,6 +381,7 @@ class AutoencoderConfig:
                 "config.yaml, vae: only geo_decoder_downsample_ratio 1 with geo_decoder_ln_post true is"
                 " supported. Name the files of Hunyuan3D-2.1."
             )
+        # pc_sharpedge_size may be 0, as in the release.
         points = min(self.pc_size, self.pc_sharpedge_size + 1, self.downsample_ratio)
         if self.point_feats not in (3, 4) or not self.use_ln_post or points < 1:
             raise ValueError(
@@ -408,6 +415,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         width = config.width
+        # [3 W, W]; split per head in `forward`
         self.c_qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
@@ -425,6 +433,7 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         width = config.width
         self.c_q = nn.Linear(width, width, bias=config.qkv_bias)
+        # [2 W, W]; keys and values of a head are adjacent
         self.c_kv = nn.Linear(width, 2 * width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(width, width)
         self.attention = Heads(width // config.heads, config.qk_norm)
@@ -482,14 +491,16 @@ class PointDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)
+        self.query_proj = nn.Linear(3 * (2 * config.num_freqs + 1), config.width)  # input of `embedded`
         self.cross_attn_decoder = CrossBlock(config, config.geo_decoder_mlp_expand_ratio)
+        # torch's default eps of 1e-5 here, unlike 1e-6 in the blocks.
         self.ln_post = nn.LayerNorm(config.width)
         self.output_proj = nn.Linear(config.width, 1)
 
     def forward(self, points: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Decode points [N, P, 3] with latents [N, T, W] to values [N, P]."""
         x = self.cross_attn_decoder(self.query_proj(embedded(points, self.config).to(latents.dtype)), latents)
+        # [N, P, 1] -> [N, P]
         return self.output_proj(self.ln_post(x))[..., 0]
 
 
@@ -512,6 +523,7 @@ class ShapeDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        # Counterpart of the encoder's pre_kl: from latent channels to the width.
         self.post_kl = nn.Linear(config.embed_dim, config.width)
         self.transformer = Transformer(config, config.num_decoder_layers)
         self.geo_decoder = PointDecoder(config)
@@ -550,6 +562,7 @@ class PointEncoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
+        # Embedded position, normal, and perhaps the flag of a sharp edge.
         self.input_proj = nn.Linear(3 * (2 * config.num_freqs + 1) + config.point_feats, config.width)
         self.cross_attn = CrossBlock(config, 4)
         self.self_attn = Transformer(config, config.num_encoder_layers)
@@ -578,6 +591,7 @@ class ShapeEncoder(nn.Module):
 
     def forward(self, queries: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute mean and log-variance of the latents, [N, T, C] each, in the autoencoder's scale."""
+        # [N, T, 2 C] -> [N, T, C] each
         mean, logvar = self.pre_kl(self.encoder(queries, points)).chunk(2, -1)
         return mean, logvar.clamp(-30, 20)
 
@@ -592,6 +606,7 @@ class ShapeEncoder(nn.Module):
         # The choice is made on the CPU, so that it does not depend on the device.
         device = self.pre_kl.weight.device
         queries, points = (x.to(device)[None] for x in chosen(surface.cpu(), self.config, draw))
+        # The mean of the first and only sample, scaled as the flow expects it.
         return self(queries, points)[0][0] * self.config.scale_factor
 
 
@@ -602,6 +617,7 @@ def chosen(
 
     Uniform points and points on sharp edges each supply their share.
     """
+    # points on sharp edges are the last ones
     parts = surface.split([config.pc_size, config.pc_sharpedge_size])
     queries = []
     kept = []

@@ -63,6 +63,7 @@ def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
     """
     height, width = pixels.shape[:2]
     rows, columns = size
+    # OpenCV copies where the size does not change; its formulas would not be exact.
     if (height, width) == size:
         return pixels.copy()
     if how == "nearest":
@@ -78,6 +79,7 @@ def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
 
 def _weighted(values: np.ndarray, taps: Taps, axis: int) -> np.ndarray:
     """Sum source pixels with their weights along one axis."""
+    # the weights' shape, which broadcasts along `axis`
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
     total = np.zeros((), values.dtype)
     for pixel, weight in taps:
@@ -103,6 +105,7 @@ def _area(n: int, m: int) -> Taps:
     low = np.arange(m) * _step(n, m)
     high = np.minimum(low + _step(n, m), n)
     taps = []
+    # A target pixel overlaps at most this many source pixels.
     for k in range(int(_step(n, m)) + 2):
         pixel = np.floor(low).astype(int) + k
         # A target pixel covers the interval [low, high) of the source axis.
@@ -124,6 +127,7 @@ def _cubic(n: int, m: int) -> Taps:
         far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
         return np.where(x <= 1, near, far)
 
+    # Four taps; their weights sum to 1.
     return [((left + k).clip(0, n - 1), weight(np.abs(place - left - k))) for k in (-1, 0, 1, 2)]
 
 
@@ -179,6 +183,7 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
     Raises: ValueError for an image that shows no more than one row or column.
     """
     square = framed(np.asarray(image), border)
+    # The mask is taken from alpha and resized without interpolation.
     return opencv(over_white(square), (size, size), "cubic"), opencv(square[..., 3], (size, size), "nearest")
 
 
@@ -190,8 +195,9 @@ def framed(pixels: np.ndarray, border: float) -> np.ndarray:
     rows, columns = (np.flatnonzero(pixels[..., 3].any(axis)) for axis in (1, 0))
     # Last minus first, without + 1: this is what loses a row and a column.
     height, width = (int(places[-1] - places[0]) if len(places) else 0 for places in (rows, columns))
+    # The square is as large as the image's longer side, not as the object.
     side = max(pixels.shape[:2])
-    scale = int(side * (1 - border)) / max(height, width, 1)
+    scale = int(side * (1 - border)) / max(height, width, 1)  # magnification of the object
     size = int(height * scale), int(width * scale)
     if min(size) < 1:
         raise ValueError("expected an object larger than one pixel, got a smaller one. Choose another image.")
@@ -261,7 +267,7 @@ def squared(image: Image.Image, margin: float) -> Image.Image:
         raise ValueError(
             "expected an object larger than two pixels, got a smaller one. Choose another image."
         )
-    x = (left + right) / 2
+    x = (left + right) / 2  # centre of the object, which may lie between two pixels
     y = (top + bottom) / 2
     # Pillow fills what lies outside the image with transparent black.
     return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
@@ -325,7 +331,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
         # In this order of operations the result is bitwise that of the original.
         fitted = places if cut.moments_alone else places * unit - shift[:, None, None] * unit
         inputs = {"pointmap_scale": scale, "pointmap_shift": shift}
-    box = box_about(mask[0], cut.box_size_factor)
+    box = box_about(mask[0], cut.box_size_factor)  # top, bottom, left, right
     cropped_colours = _padded(_boxed(colours, box), cut, 0.0)
     cropped_mask = _padded(_boxed(mask, box), cut, 0.0)
     image = cropped_colours * cropped_mask if cut.rembg else cropped_colours
@@ -410,6 +416,7 @@ def in_square(x: torch.Tensor, around: float = 0.0) -> torch.Tensor:
     """Centre [C, h, w] in a square [C, s, s] with s = max(h, w); `around` fills the rest."""
     height, width = x.shape[1:]
     s = max(height, width)
+    # With an odd remainder, the larger part of the padding is below and on the right.
     top = (s - height) // 2
     left = (s - width) // 2
     return F.pad(x, (left, s - width - left, top, s - height - top), value=around)

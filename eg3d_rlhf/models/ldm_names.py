@@ -142,6 +142,7 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
 
     LDM numbers up blocks from the image inwards, diffusers in the order of computation.
     """
+    # diffusers' up block 0 is LDM's last one.
     ups = count(state, "decoder.up.")
     new = {}
     for name, tensor in state.items():
@@ -155,6 +156,7 @@ def to_diffusers_vae(state: Mapping[str, torch.Tensor]) -> State:
             lambda m: f".up_blocks.{ups - 1 - int(m[1])}." + (f"resnets.{m[2]}." if m[2] else ""),
             name,
         )
+        # Only at the start of a part of a name: "q." must not match inside another word.
         for old, now in VAE.items():
             name = name.replace(old, now) if f".{old}" in name else name
         # LDM's attention uses 1 x 1 convolutions [C, C, 1, 1], diffusers linear layers [C, C].
@@ -191,6 +193,7 @@ def to_transformers_text(state: Mapping[str, torch.Tensor], layers: int) -> Stat
 
     The text half is transformer.resblocks.*, ln_final, ... Stable Diffusion 2 leaves out the last layer.
     """
+    # The first layer beyond those that are kept.
     last = f"text_model.encoder.layers.{layers}."
     return {
         name: tensor
@@ -227,8 +230,8 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
             " the U-Net's file."
         )
     block = next(iter(attention.values()))
-    linear = state[f"{block}proj_in.weight"].ndim == 2
-    widths = [channels[level] for level in sorted(channels)]
+    linear = state[f"{block}proj_in.weight"].ndim == 2  # a matrix, or a 1 x 1 convolution
+    widths = [channels[level] for level in sorted(channels)]  # channels per level, finest first
     # MVDream's network also embeds the camera, which diffusers treats as a class embedding.
     camera = state.get("camera_embed.0.weight")
     down = tuple(

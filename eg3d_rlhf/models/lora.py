@@ -52,6 +52,7 @@ class _Adapted(torch.autograd.Function):
         # dL/dA = (scale B^T g)^T x and dL/dB = scale g^T (A x)
         to_a = product(to_low.t(), x.flatten(0, -2).t())
         to_b = ctx.scale * product(rows.t(), low.flatten(0, -2).t())
+        # W, b and the scale get no gradient: the base is frozen.
         return to_x, None, None, to_a, to_b, None
 
 
@@ -78,6 +79,7 @@ class LoraLinear(nn.Module):
         self.lora_B = nn.utils.skip_init(nn.Linear, rank, base_layer.out_features, **kind)
         nn.init.zeros_(self.lora_A.weight)
         nn.init.zeros_(self.lora_B.weight)
+        # Read when files are written: all adapters of a network must agree in these.
         self.rank = rank
         self.alpha = alpha
         self.dropout = dropout
@@ -111,6 +113,7 @@ class LoraLinear(nn.Module):
 
     def update(self) -> torch.Tensor:
         """Compute the matrix [out, in] that the adapter adds to the weight, in the adapter's dtype."""
+        # [out, rank] x [rank, in] -> [out, in]
         return self.alpha / self.rank * (self.lora_B.weight.detach() @ self.lora_A.weight.detach())
 
     def merged_weight(self) -> torch.Tensor:
@@ -134,6 +137,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     # Duplicates are kept: a layer that two parts share can be named by either of its names.
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [n for n in modules if any(matches(n, t) for t in config.targets)]
+    # Every target must match a layer; otherwise it is likely a misspelling.
     missing = [t for t in config.targets if not any(matches(n, t) for n in names)]
     if missing:
         available = (
@@ -150,6 +154,7 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int) -> list[str]:
     for layer in dict.fromkeys(layers.values()):
         A = layer.lora_A.weight
         bound = 1 / math.sqrt(layer.base_layer.in_features)
+        # Drawn in float32 on the CPU and then copied, so devices and dtypes do not matter.
         with torch.no_grad():
             A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
     return names
@@ -211,6 +216,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all adapters, each once, in the order of the layers."""
     return [
         p
+        # A layer that is used under two names counts once.
         for layer in dict.fromkeys(adapted_layers(model).values())
         for p in (layer.lora_A.weight, layer.lora_B.weight)
     ]
@@ -220,6 +226,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of all adapters by name, such as blocks.0.attn.to_q.lora_A.weight."""
     layers = adapted_layers(model).items()
     return {
+        # Detached: the tensors are written to a file
         f"{name}.{part}.weight": getattr(layer, part).weight.detach()
         for name, layer in layers
         for part in ("lora_A", "lora_B")
@@ -281,4 +288,5 @@ def merge_rounding(model: nn.Module) -> float:
         weight = layer.base_layer.weight.detach().double()
         lost += float((layer.merged_weight().double() - weight - update).square().sum())
         size += float(update.square().sum())
+    # Without any update nothing is lost.
     return math.sqrt(lost / size) if size else 0.0

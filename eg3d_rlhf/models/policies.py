@@ -93,12 +93,14 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
                 f"{path}: the folder holds several files of weights: {names}. Name one of the files."
             )
         file = files[0]
+    # Reads without executing anything; pickles are restricted to tensors.
     state = read(file, "weights")
     check_finite(state, file.name)
     tensors, adapters = split_state(state, file.name)
     if not adapters:
         return Weights(source=file.name, tensors=tensors, adapters={}, alpha=None)
     config = _read_config(file.with_name(CONFIG))
+    # The file's alpha has precedence; the argument fills in for a missing file.
     stated = config.get("lora_alpha", alpha)
     if stated is None:
         raise ValueError(
@@ -144,6 +146,7 @@ def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, 
         raise ValueError(
             f"{who}: expected one adapter, got several: {', '.join(called)}. Save only the one to be used."
         )
+    # For example DoRA's magnitudes or other kinds of adapters.
     foreign = [key for key in state if key not in adapter_keys and _FOREIGN.search(names[key])]
     if foreign:
         raise ValueError(
@@ -170,9 +173,11 @@ def split_state(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, 
 
 def _read_config(path: Path) -> dict:
     if not path.is_file():
+        # PEFT's full layout may come without this file.
         return {}
     try:
         config = json.loads(path.read_text())
+        # rank and alpha are read; the rest only has to be supported.
         fits = isinstance(config, dict) and config["r"] >= 1 and config["lora_alpha"] > 0
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -208,6 +213,7 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
     for name, (A, B) in weights.adapters.items():
         layer = modules.get(name)
         got = f"[{len(B)}, {A.shape[1]}]"
+        # B A must have the shape of the layer's weight, [out, in].
         expected = (
             f"[{layer.out_features}, {layer.in_features}]"
             if isinstance(layer, nn.Linear)
@@ -218,6 +224,7 @@ def load_weights(model: nn.Module, weights: Weights) -> nn.Module:
                 f"{weights.source}: the adapter of {name} is {got}, but in this network the layer is"
                 f" {expected}. Pass the network that the adapters were trained on."
             )
+    # The full layout holds the base's tensors besides the adapters.
     if weights.tensors:
         replace_state(model, weights.tensors, weights.source)
     if weights.adapters:
@@ -275,6 +282,7 @@ def write_adapter(model: nn.Module, folder: str | Path, base: str | None = None)
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+    # The weights come first, so that settings never describe missing weights.
     write(folder / ADAPTER, {f"{PREFIX}{name}": value for name, value in adapter_state(model).items()})
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
@@ -306,6 +314,7 @@ def write_merged(model: nn.Module, path: str | Path) -> Path:
     return Path(path)
 
 
+# Written beside the weights: the kind of policy and JSON values of the caller.
 META = "policy.json"
 
 
@@ -354,6 +363,7 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
     """
     folder = Path(folder)
     adapted = bool(adapted_layers(model))
+    # A run that diverged must not leave a policy behind.
     check_finite(model.state_dict(), "save_policy")
     try:
         text = json.dumps(

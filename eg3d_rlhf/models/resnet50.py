@@ -42,7 +42,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn1(self.conv1(x)))  # [N, inner, H, W]
         y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
@@ -68,6 +68,7 @@ class ResNet50(nn.Module):
             setattr(self, f"layer{number}", stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The stem divides rows and columns by 4.
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         for number in range(1, len(_STAGES) + 1):
             x = getattr(self, f"layer{number}")(x)
@@ -83,8 +84,10 @@ def load_backbone(path: str | Path, sha256: str | None = None) -> ResNet50:
         differs from `sha256`.
     """
     path = Path(path)
+    # torchvision's files include the classifier, which this network does not have.
     state = {name: value for name, value in read(path, "--backbone").items() if name not in _CLASSIFIER}
     network = fill(ResNet50(), state, f"--backbone={path}")
+    # A reward depends on its backbone's features, so another backbone gives other scores without an error.
     if sha256 is not None and (digest := state_hash(network)) != sha256:
         raise ValueError(
             f"--backbone={path}: the reward was trained on the backbone {sha256[:12]}..., but this file is"

@@ -42,6 +42,7 @@ class LatentConfig:
     resolution: int | None = None
 
     def __post_init__(self):
+        # On a grid there is one token per point.
         if min(self.in_channels, self.tokens) < 1 or (
             self.resolution is not None and self.resolution**3 != self.tokens
         ):
@@ -136,6 +137,7 @@ class MixedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.ModuleDict({g: nn.Linear(channels, 3 * channels) for g in groups})
+        # The normalisation is always there: MixtureConfig requires it.
         self.q_rms_norm, self.k_rms_norm = (
             nn.ModuleDict({g: blocks.HeadRMSNorm(heads, channels // heads) for g in groups}) for _ in range(2)
         )
@@ -176,6 +178,7 @@ class MixedBlock(nn.Module):
         heads = config.heads
         groups = tuple(config.groups)
         layout = dict(qk_rms_norm=config.qk_rms_norm_cross)
+        # Before cross-attention; the only layer norm with parameters.
         self.norm2 = nn.ModuleDict({g: blocks.LayerNorm32(channels, affine=True) for g in groups})
         self.self_attn = MixedAttention(channels, heads, groups)
         self.cross_attn = nn.ModuleDict(
@@ -228,6 +231,7 @@ class MixtureFlow(nn.Module):
         self.recompute = config.use_checkpoint
         channels = config.model_channels
         self.t_embedder = blocks.TimeEmbedder(channels)
+        # The step size has an embedder of its own.
         if config.is_shortcut_model:
             self.d_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
@@ -236,6 +240,7 @@ class MixtureFlow(nn.Module):
             {name: LatentLayers(latent, channels) for name, latent in config.latents.items()}
         )
         self.blocks = nn.ModuleList(MixedBlock(config) for _ in range(config.num_blocks))
+        # Only linear layers inside the blocks; embedders and norms stay in float32.
         if config.use_fp16:
             blocks.convert_torso(self.blocks, torch.float16)
 
@@ -272,7 +277,7 @@ class MixtureFlow(nn.Module):
         # Any: nn.ModuleDict is not generic, so the type checker would see plain modules.
         layers: Any = self.latent_mapping
         dtype = blocks.torso_dtype(self.blocks)
-        time = embedded_time(self, t, step, config.time_scale)
+        time = embedded_time(self, t, step, config.time_scale)  # [N, C]
         if config.share_mod:
             time = self.adaLN_modulation(time)
         time = time.to(dtype)
@@ -355,6 +360,7 @@ class VoxelFlow(LatentFlow):
 # learnt offset that distinguishes the crop from the full frame. All tokens are concatenated.
 
 
+# Transforms of coordinates before the network; see `remapped`.
 REMAPS = ("linear", "sinh", "exp", "exp_disparity", "sinh_exp")
 
 
@@ -372,6 +378,7 @@ class Pictures(nn.Module):
 
     def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
         super().__init__()
+        # The image must consist of whole patches.
         if size % config.patch_size:
             raise ValueError(
                 f"embedder: expected an image size that is a multiple of {config.patch_size} pixels, got"
@@ -383,10 +390,12 @@ class Pictures(nn.Module):
         self.backbone = Dino(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Bilinear without antialiasing, as in the original.
         if x.shape[2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear")
         x = x.expand(-1, 3, -1, -1)  # a mask of one channel is treated as a grey image
         x = self.backbone.tokens(standardised(x, self.backbone.layernorm.weight) if self.normalised else x)
+        # A norm without parameters, with torch's default eps of 1e-5.
         if self.before_norm:
             return F.layer_norm(x, x.shape[-1:])
         # Class token and patches remain: [N, 1 + h^2, E].
@@ -407,6 +416,7 @@ class PointConfig:
     remap_output: str = "exp"  # how coordinates are transformed first; see `remapped`
 
     def __post_init__(self):
+        # Patches must tile the map, and heads must tile the channels.
         if (
             self.remap_output not in REMAPS
             or self.input_size % self.patch_size
@@ -432,7 +442,9 @@ class PointPatches(nn.Module):
         self.point_proj = nn.Linear(3, channels)
         self.invalid_xyz_token = nn.Parameter(torch.zeros(channels))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
+        # Position of a point within its patch, with one more for the class token.
         self.pos_embed_window = nn.Parameter(torch.zeros(1, 1 + p * p, channels))
+        # Position of the patch in the map.
         self.pos_embed = nn.Parameter(torch.zeros(1, channels, side, side))
         hidden = int(config.mlp_ratio * channels)
         self.blocks = nn.ModuleList(
@@ -456,7 +468,7 @@ class PointPatches(nn.Module):
         )
         # Group the points by patch: [N, h^2, p^2, E]
         h = h.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        patches = h.shape[1]
+        patches = h.shape[1]  # h^2
         # Each patch is a sequence of its own: [N h^2, 1 + p^2, E] with a class token in front.
         h = h.flatten(0, 1)
         h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos_embed_window

@@ -27,6 +27,7 @@ class SparseSample:
     cells: int | None = None  # grid cells per axis, if the samples of a stage differ in it
 
     def __post_init__(self):
+        # Samples are built by plugins and from files, so shapes are checked here, once.
         check_shape("SparseSample.coords", self.coords, ["v", 3], "Give one row of three indices per voxel.")
         check_shape(
             "SparseSample.feats", self.feats, [len(self.coords), "C"], "Give one row of features per voxel."
@@ -84,6 +85,7 @@ class SparseBatch:
         """
         # Column 0 becomes the number of the sample: [v, 3] -> [v, 4].
         coords = [torch.nn.functional.pad(s.coords.int(), (1, 0), value=i) for i, s in enumerate(samples)]
+        # Either all samples have given features or none: a stage reads them or does not.
         given = [s.given for s in samples if s.given is not None]
         if given and len(given) < len(samples):
             raise ValueError(
@@ -93,6 +95,7 @@ class SparseBatch:
         feats = torch.cat([s.feats for s in samples])
         cells = tuple(s.cells for s in samples)
         return cls(
+            # Rows are then grouped by sample, in order
             torch.cat(coords).contiguous(),
             feats,
             len(samples),
@@ -127,6 +130,7 @@ class SparseBatch:
 
     def samples(self) -> list[SparseSample]:
         """Split the batch into its samples; their tensors are views."""
+        # One transfer from the device for all lengths.
         counts = self.lengths.tolist()
         given = [None] * self.size if self.given is None else self.given.split(counts)
         parts = zip(
@@ -188,6 +192,7 @@ class NamedBatch(NamedSample):
     def with_feats(self, feats: torch.Tensor) -> "NamedBatch":
         """Return a batch of the same shapes with other numbers [N, D]."""
         # The inverse of `feats`: columns are divided among the tensors in the order of their names.
+        # one [N, numbers of the tensor] per tensor
         parts = feats.split([tensor[0].numel() for tensor in self.tensors.values()], 1)
         return NamedBatch(
             {
@@ -201,6 +206,7 @@ class NamedBatch(NamedSample):
 
         Raises: ValueError if names or shapes differ.
         """
+        # Sorted by name, as the tensors of this batch are.
         got = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         expected = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
         if got != expected:
@@ -236,6 +242,7 @@ def collate(latents: Sequence[Latent]) -> Batch:
         raise ValueError(
             f"collate: expected one or more latents of one kind, got {got}. Batch each stage separately."
         )
+    # All latents are of one kind here, so either all are named or none is.
     named = [x for x in latents if isinstance(x, NamedSample)]
     if named:
         return NamedBatch({name: torch.stack([x[name] for x in named]) for name in named[0].tensors})
@@ -270,6 +277,7 @@ def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
     """Build a latent from its tensors; inverse of `parts_of`."""
+    # The names tell the three kinds apart; see `parts_of`.
     if "coords" in parts:
         return SparseSample(
             parts["coords"],
@@ -286,6 +294,7 @@ def latents_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Latent]:
     """Build latents by name from tensors that are called "name.part", or "name" for the part "x"."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        # Names of latents have no dot.
         name, _, part = key.partition(".")
         parts.setdefault(name, {})[part or "x"] = tensor
     return {name: latent_of(of_latent) for name, of_latent in parts.items()}
@@ -332,6 +341,7 @@ def spread(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """
     if isinstance(batch, SparseBatch):
         return values[batch.sample].unsqueeze(1)
+    # As many trailing axes of length 1 as the batch has.
     return values.view(-1, *[1] * (feats_of(batch).ndim - 1))
 
 

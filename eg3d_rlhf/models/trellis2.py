@@ -40,7 +40,7 @@ def angles_of(
 
     Args: head_channels: D. freq: f_0 and f_1.
     """
-    count = head_channels // 6
+    count = head_channels // 6  # planes per axis
     rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = (coords.float()[:, :, None] * rates).flatten(1)  # [V, 3 count]
     # An angle of zero leaves the remaining planes unrotated.
@@ -124,10 +124,12 @@ class FlowConfig:
                 f"{who}: expected pe_mode 'rope' and dtype {', '.join(DTYPES)}, got {got}. No released model"
                 " uses other values: name a released model."
             )
+        # given < 0 would mean fewer input channels than the latent has.
         if self.model_channels % self.heads or self.given < 0:
             got = f"{self.model_channels} / {self.heads}, {self.in_channels} and {self.out_channels}"
             expected = "model_channels to be a multiple of the heads, and in_channels >= out_channels"
             raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
+        # Rotation needs planes of two channels and at least one plane per axis.
         if self.head_channels % 2 or self.head_channels < 6 or len(self.rope_freq) != 2:
             got = f"{self.head_channels} channels and {self.rope_freq}"
             raise ValueError(
@@ -172,6 +174,7 @@ class Flow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
+        # Only with shared modulation does a block have a vector of its own.
         kind = Block if config.share_mod else blocks.ModulatedBlock
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
@@ -189,6 +192,7 @@ class Flow(nn.Module):
             for _ in range(config.num_blocks)
         )
         self.out_layer = nn.Linear(channels, config.out_channels)
+        # Input and output layers stay in float32.
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
     def angles(self, coords: torch.Tensor) -> torch.Tensor:
@@ -286,6 +290,7 @@ class VoxelFlow(Flow):
             "VoxelFlow", x_t.feats, ["V", config.out_channels], cond, x_t.size, config.cond_channels
         )
         x = x_t.feats
+        # Channels of the given features; 0 if there are none.
         width = 0 if x_t.given is None else x_t.given.shape[1]
         if width != config.given:
             remedy = "Pass the features of the previous stage if, and only if, the model reads them."
@@ -353,6 +358,7 @@ class VoxelConfig:
             got = f"{levels}, {len(self.num_blocks)}, {len(self.block_type)} and {len(between)}"
             expected = "model_channels, num_blocks and block_type for every level and a step between them"
             raise ValueError(f"{who}: expected {expected}, got {got}. Correct the model's JSON file.")
+        # Other published kinds of blocks have other parameters.
         foreign = sorted({*self.block_type} - {BLOCK} | {*between} - {step})
         if foreign:
             raise ValueError(
@@ -438,7 +444,7 @@ class SplitBlock(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm32(channels, affine=True)
         self.norm2 = LayerNorm32(out_channels)
-        self.conv1 = Conv(channels, 8 * out_channels)
+        self.conv1 = Conv(channels, 8 * out_channels)  # channels of all eight children
         self.conv2 = Conv(out_channels, out_channels)
         if pred_subdiv:
             self.to_subdiv = nn.Linear(channels, 8)
@@ -454,6 +460,7 @@ class SplitBlock(nn.Module):
 
     def forward(self, x: SparseBatch, there: torch.Tensor) -> SparseBatch:
         h = self.conv1(x.with_feats(F.silu(self.norm1(x.feats))))
+        # Both branches are split alike, so their voxels agree.
         y = split(x, there)
         h = split(h, there)
         h = self.conv2(y.with_feats(F.silu(self.norm2(h.feats))))
@@ -470,7 +477,7 @@ class MergeBlock(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm32(channels, affine=True)
         self.norm2 = LayerNorm32(out_channels)
-        self.conv1 = Conv(channels, out_channels // 8)
+        self.conv1 = Conv(channels, out_channels // 8)  # eight children of out_channels / 8 make out_channels
         self.conv2 = Conv(out_channels, out_channels)
 
     def forward(self, x: SparseBatch) -> SparseBatch:
@@ -509,7 +516,7 @@ def merge(x: SparseBatch) -> SparseBatch:
     Voxels are sorted. Children that do not exist contribute zeros.
     """
     to = coarser(x)
-    bits = x.coords[:, 1:].long() & 1
+    bits = x.coords[:, 1:].long() & 1  # [W, 3], position within the coarse voxel
     merged = x.feats.new_zeros(len(to.coords), 8, x.feats.shape[1])
     # Child number = x + 2 y + 4 z of the lowest bits, as in `split`.
     merged = merged.index_put((to.row, bits[:, 0] + 2 * bits[:, 1] + 4 * bits[:, 2]), x.feats)
@@ -634,6 +641,7 @@ class VoxelAsset:
     def colours(self) -> torch.Tensor:
         """Base colours of 0..1, [W, 3]; grey without materials."""
         return (
+            # Grey, as a renderer needs some colour
             torch.full_like(self.vertices, 0.5)
             if self.materials is None
             else self.materials[:, :3].clamp(0, 1)
@@ -659,6 +667,7 @@ def assets_of(
 
     Args: margin: how far a vertex may lie outside its voxel, in voxels.
     """
+    # one entry per sample
     colours = [None] * shape.size if materials is None else [s.feats for s in materials.samples()]
     assets = []
     for sample, colour in zip(shape.samples(), colours, strict=True):

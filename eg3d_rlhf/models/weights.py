@@ -65,6 +65,7 @@ def existing(path: str | Path, who: str) -> Path:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class, cut to 200 characters."""
+    # Libraries put stack dumps and hints into their messages; the first line names the cause.
     line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
     return line if len(line) <= 200 else line[:200] + "..."
 
@@ -76,6 +77,7 @@ def only_file(path: Path, suffixes: tuple[str, ...], flag: str, expected: str) -
     """
     if path.is_file():
         return path
+    # With several files it would be a guess which one is meant.
     files = sorted(file for file in path.iterdir() if file.suffix in suffixes)
     if len(files) != 1:
         got = ", ".join(file.name for file in files[:4]) or "neither"
@@ -121,6 +123,7 @@ def read(path: str | Path, who: str) -> State:
     Raises: as `content`; ValueError for a file that holds anything other than tensors by name.
     """
     held = content(path, who)
+    # Training checkpoints often nest the tensors under this key.
     held = held.get("state_dict", held) if isinstance(held, dict) else held
     if (
         not isinstance(held, dict)
@@ -172,6 +175,7 @@ def shape_of(state: Mapping[str, torch.Tensor], name: str, who: str, axes: int) 
 
     Raises: ValueError if there is no such entry.
     """
+    # Called while sizes are derived, before anything is built: the message is the first check of a file.
     if name not in state or state[name].ndim != axes:
         got = list(state[name].shape) if name in state else "no such entry"
         raise ValueError(
@@ -194,6 +198,7 @@ def check_finite(state: Mapping[str, torch.Tensor], who: str) -> None:
     bad = [
         n
         for n, t in state.items()
+        # Tensors on the meta device have no values
         if t.is_floating_point() and not t.is_meta and not bool(t.isfinite().all())
     ]
     if bad:
@@ -254,6 +259,7 @@ def adopt(module: Module, state: Mapping[str, torch.Tensor], who: str) -> Module
     }
     check_fit({name: t for name, t in module.state_dict().items() if not name.endswith(SKIPPED)}, state, who)
     check_finite(state, who)
+    # assign=True makes the tensors the module's own parameters, without a copy.
     module.load_state_dict(state, strict=False, assign=True)
     for name, counted in list(module.named_buffers()):
         if name.endswith(SKIPPED):
@@ -277,6 +283,7 @@ def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     They are the same for float16 and float32 files of one network.
     """
     digest = hashlib.sha256()
+    # Sorted, since files differ in the order of their entries.
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{list(tensor.shape)}".encode())
         # Rounded to float16, so that the precision of the file does not matter.
@@ -290,6 +297,7 @@ def in_types_of(stored: Mapping[str, torch.Tensor], state: Mapping[str, torch.Te
     Other entries of `stored` are passed on.
     """
     new = {
+        # clone() separates the tensors from the network that continues to train
         name: tensor.detach().cpu().to(stored[name].dtype).contiguous().clone()
         for name, tensor in state.items()
     }
@@ -329,6 +337,7 @@ def one_line(who: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    # Other errors are bugs and keep their traceback.
     except DAMAGED as error:
         raise ValueError(
             f"{who}: expected its published layout, got: {first_line(error)} {remedy}"
@@ -340,6 +349,7 @@ def require_extra(flag: str, *modules: str) -> None:
 
     Raises: ValueError if one of them is not installed.
     """
+    # diffusers is in another extra than transformers.
     extra = "sd" if "diffusers" in modules else "vision"
     for name in modules:
         try:

@@ -39,6 +39,7 @@ class StructureVAEConfig:
     use_fp16: bool = False  # half precision for new inner convolutions; loaded files keep their own dtype
 
     def __post_init__(self):
+        # A list from JSON becomes a tuple, so that the frozen object can be hashed.
         object.__setattr__(self, "channels", tuple(self.channels))
         if self.norm_type not in NORMS:
             got = self.norm_type
@@ -51,6 +52,7 @@ class StructureVAEConfig:
                 f"StructureVAEConfig: expected channels in multiples of {GROUPS} with norm_type 'group', got"
                 f" {list(self.channels)}. Correct the JSON file."
             )
+        # One configuration class serves both halves; exactly one of the two numbers says which half it is.
         if not self.channels or (self.in_channels is None) == (self.out_channels is None):
             raise ValueError(
                 "StructureVAEConfig: expected channels, and either in_channels or out_channels. Correct the"
@@ -76,7 +78,7 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-GROUPS = 32
+GROUPS = 32  # groups of channels of "group" norms
 NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": ChannelNorm, "group": GroupNorm}
 
 
@@ -106,7 +108,7 @@ class Up(nn.Module):
 
     def __init__(self, before: int, after: int):
         super().__init__()
-        self.conv = nn.Conv3d(before, 8 * after, 3, padding=1)
+        self.conv = nn.Conv3d(before, 8 * after, 3, padding=1)  # 8 channels per channel of the result
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x).unflatten(1, (-1, 2, 2, 2))  # [N, C, 2, 2, 2, R, R, R]
@@ -119,6 +121,7 @@ def _levels(config: StructureVAEConfig, change: Callable[[int, int], nn.Module])
     blocks: list[nn.Module] = []
     for i, channels in enumerate(config.channels):
         blocks += [ResBlock(channels, config.norm_type) for _ in range(config.num_res_blocks)]
+        # No change of resolution after the last level.
         if i + 1 < len(config.channels):
             blocks.append(change(channels, config.channels[i + 1]))
     return nn.ModuleList(blocks)
@@ -142,8 +145,10 @@ class StructureEncoder(nn.Module):
         self.out_layer = nn.Sequential(
             NORMS[config.norm_type](last),
             nn.SiLU(),
+            # Mean and log-variance side by side
             nn.Conv3d(last, 2 * config.latent_channels, 3, padding=1),
         )
+        # Input and output layer stay in float32.
         if config.use_fp16:
             convert_torso([self.blocks, self.middle_block], torch.float16)
 
@@ -191,6 +196,7 @@ class StructureDecoder(nn.Module):
             ["N", self.config.latent_channels, "r", "r", "r"],
             "Pass latents of the first stage.",
         )
+        # Blocks compute in their own dtype, the last layer in the input's.
         h = self.middle_block(self.input_layer(x).to(torso_dtype(self.blocks)))
         for block in self.blocks:
             h = block(h)
@@ -209,6 +215,7 @@ def grid_of(voxels: list[torch.Tensor], resolution: int) -> torch.Tensor:
     """Build occupancy [N, 1, R, R, R] of 0 and 1 from the voxels of each sample; inverse of `voxels_of`."""
     grid = torch.zeros(len(voxels), 1, *[resolution] * 3)
     for sample, places in zip(grid, voxels, strict=True):
+        # Built on the CPU; the caller moves it.
         x, y, z = places.cpu().long().unbind(1)
         sample[0, x, y, z] = 1
     return grid
@@ -287,6 +294,7 @@ class SwinTransformer(nn.Module):
             ["V", self.input_layer.in_features],
             "Pass features of the kind that the model was trained on.",
         )
+        # Input layer and positions are computed in float32.
         h = self.input_layer(x.feats.float()) + blocks.position_embedding(
             x.coords[:, 1:], config.model_channels
         )
@@ -295,6 +303,7 @@ class SwinTransformer(nn.Module):
         layouts = [blocks.SparseLayout(x, self._groups(x, odd)) for odd in range(2)]
         for i, block in enumerate(self.blocks):
             h = blocks.run_block(block, h, layouts[i % 2], recompute=self.recompute)
+        # A norm without parameters, with torch's default eps of 1e-5.
         h = F.layer_norm(h.float(), h.shape[-1:])
         return x.with_feats(self.out_layer(h.to(self.out_layer.weight.dtype)))
 
@@ -302,6 +311,7 @@ class SwinTransformer(nn.Module):
         """Return the voxels that attend to each other in even blocks (odd = 0) or odd blocks (odd = 1)."""
         mode = self.config.attn_mode
         window = self.config.window_size
+        # odd is 0 or 1, so even blocks are not shifted.
         if mode == "full":
             return blocks.samples(x)
         if mode == "swin":
@@ -326,14 +336,14 @@ class LatentEncoder(SwinTransformer):
 
     def forward(self, x: SparseBatch) -> tuple[SparseBatch, SparseBatch]:
         """Compute mean and log-variance. Differentiable in: feats and parameters."""
-        mean, logvar = self.transform(x).feats.chunk(2, -1)
+        mean, logvar = self.transform(x).feats.chunk(2, -1)  # [V, c] each
         return x.with_feats(mean), x.with_feats(logvar)
 
 
 # Numbers per Gaussian, in the order of the decoder's output.
 LAYOUT = {"_xyz": 3, "_features_dc": 3, "_scaling": 3, "_rotation": 4, "_opacity": 1}
 SIZE = sum(LAYOUT.values())
-ACTIVATIONS = ("exp", "softplus")
+ACTIVATIONS = ("exp", "softplus")  # of raw scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +363,7 @@ class GaussianSettings:
     def __post_init__(self):
         who = "GaussianSettings"
         advice = "Correct representation_config in the model's JSON file."
+        # Every attribute needs its factor.
         if set(self.lr) != set(LAYOUT):
             raise ValueError(
                 f"{who}: expected lr for {', '.join(LAYOUT)}, got {', '.join(self.lr) or 'none'}. {advice}"
@@ -363,6 +374,7 @@ class GaussianSettings:
                 f" {self.scaling_activation!r}. {advice}"
             )
         if (
+            # The biases enter logarithms, so they must be inside the open range.
             self.num_gaussians < 1
             or not 0 < self.opacity_bias < 1
             or self.scaling_bias <= 0
@@ -466,7 +478,7 @@ class GaussianDecoder(SwinTransformer):
                 for name, part in zip(LAYOUT, parts, strict=True)
             }
             offset = raw["_xyz"] + self.offset_perturbation if s.perturb_offset else raw["_xyz"]
-            reach = 0.5 * s.voxel_size / self.config.resolution
+            reach = 0.5 * s.voxel_size / self.config.resolution  # largest offset from the voxel's centre
             centre = (sample.coords + 0.5) / self.config.resolution  # [V, 3]
             # [V, K, size] -> [M, size] with M = V K
             flat = {name: part.flatten(0, 1) for name, part in raw.items()}
@@ -491,6 +503,7 @@ def perturbation(settings: GaussianSettings) -> torch.Tensor:
     Raises: ValueError if voxel_size is at most 1, because the set's first point then has no offset.
     """
     count = settings.num_gaussians
+    # Hammersley set: an even first coordinate, radical inverses in base 2 and 3 for the others.
     points = torch.tensor([[i / count, _radical_inverse(2, i), _radical_inverse(3, i)] for i in range(count)])
     if settings.perturb_offset and settings.voxel_size <= 1:
         got = settings.voxel_size
@@ -507,6 +520,7 @@ def _radical_inverse(base: int, n: int) -> float:
     place = 1.0
     while n:
         place /= base
+        # The lowest digit becomes the first one after the point.
         value += place * (n % base)
         n //= base
     return value

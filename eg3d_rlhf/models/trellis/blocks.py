@@ -50,6 +50,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         who = type(self).__name__
+        # Another value would need another position embedding.
         if self.pe_mode != "ape":
             raise ValueError(
                 f"{who}: expected pe_mode 'ape', got {self.pe_mode!r}. Rotary positions are not supported: no"
@@ -138,7 +139,7 @@ class HeadRMSNorm(nn.Module):
     def __init__(self, heads: int, size: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(heads, size))
-        self.scale = size**0.5
+        self.scale = size**0.5  # sqrt(D): a normalised vector then has the mean square 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., H, D]
         return (F.normalize(x.float(), dim=-1) * self.gamma * self.scale).to(x.dtype)
@@ -176,7 +177,7 @@ def position_embedding(coords: torch.Tensor, channels: int) -> torch.Tensor:
 
     Per axis come all sines, then all cosines; zeros fill up the rest.
     """
-    count = channels // 3 // 2
+    count = channels // 3 // 2  # frequencies per axis; a sine and a cosine for each
     rates = 1 / MAX_PERIOD ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
     angles = coords.float()[:, :, None] * rates  # [V, 3, count]
     embedded = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
@@ -189,6 +190,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, ratio: float):
         super().__init__()
+        # Truncated, as in the original: TRELLIS.2 has 5.3334 x 1536 = 8192.1 channels.
         hidden = int(channels * ratio)
         self.mlp = nn.Sequential(
             Linear(channels, hidden), nn.GELU(approximate="tanh"), Linear(hidden, channels)
@@ -212,7 +214,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, heads: int, qk_rms_norm: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_qkv = Linear(channels, 3 * channels)  # queries, keys, values in this order
         self.q_rms_norm, self.k_rms_norm = (
             HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
         )
@@ -243,7 +245,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = Linear(channels, channels)
-        self.to_kv = Linear(cond_channels, 2 * channels)
+        self.to_kv = Linear(cond_channels, 2 * channels)  # keys, then values
         self.q_rms_norm, self.k_rms_norm = (
             HeadRMSNorm(heads, channels // heads) if qk_rms_norm else nn.Identity() for _ in range(2)
         )
@@ -274,12 +276,14 @@ class ModulatedBlock(nn.Module):
         qk_rms_norm_cross: bool = False,
     ):
         super().__init__()
+        # norm1 and norm3 are modulated by the time, so they have no parameters of their own.
         self.norm1 = LayerNorm32(channels)
         self.norm2 = LayerNorm32(channels, affine=True)
         self.norm3 = LayerNorm32(channels)
         self.self_attn = SelfAttention(channels, heads, qk_rms_norm)
         self.cross_attn = CrossAttention(channels, cond_channels, heads, qk_rms_norm_cross)
         self.mlp = FeedForward(channels, mlp_ratio)
+        # With shared modulation the flow itself holds these layers.
         if not share_mod:
             self.adaLN_modulation = modulation(channels)
         self.share_mod = share_mod
@@ -438,7 +442,7 @@ def windows(batch: SparseBatch, window: int, shift: int = 0) -> Groups:
     if name not in batch.cache:
         # One integer per window: sample, then the window's three indices.
         cells = (batch.coords[:, 1:].long() + shift) // window  # [V, 3]
-        side = int(cells.max()) + 1
+        side = int(cells.max()) + 1  # windows per axis
         codes = ((batch.sample * side + cells[:, 0]) * side + cells[:, 1]) * side + cells[:, 2]
         _, group, lengths = torch.unique(codes, return_inverse=True, return_counts=True)
         # Short windows come first, so that windows of equal length are contiguous. The sort is stable, which
@@ -464,7 +468,7 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
     """
     name = f"curve {window} {shift} {start}"
     if name not in batch.cache:
-        code = z_order(batch.coords[:, 1:] + shift)
+        code = z_order(batch.coords[:, 1:] + shift)  # [V], position on the curve
         runs: list[tuple[int, int]] = []
         order: list[torch.Tensor] = []
         inverse = torch.empty_like(code)
@@ -498,6 +502,7 @@ def z_order(coords: torch.Tensor) -> torch.Tensor:
     The bits of x, y and z are interleaved, x's above y's above z's.
     """
     code = coords.new_zeros(len(coords), dtype=torch.int64)
+    # Bit b of x, y, z goes to the bits 3 b + 2, 3 b + 1 and 3 b.
     for bit in range(10):
         for axis in range(3):
             code |= (coords[:, axis].long() >> bit & 1) << (3 * bit + 2 - axis)

@@ -37,6 +37,7 @@ class FlowConfig(blocks.TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        # Patches must tile the grid.
         if self.resolution % self.patch_size:
             got = f"{self.resolution} / {self.patch_size}"
             raise ValueError(
@@ -46,6 +47,7 @@ class FlowConfig(blocks.TransformerConfig):
 
     def blocks(self) -> nn.ModuleList:
         """Build the blocks of the transformer."""
+        # Both flows have the same blocks; they differ in what is before and after.
         return nn.ModuleList(
             blocks.ModulatedBlock(
                 self.model_channels,
@@ -115,7 +117,7 @@ class StructureFlow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
-        cells = config.patch_size**3
+        cells = config.patch_size**3  # grid cells of a token
         grid = torch.arange(config.resolution // config.patch_size)
         # The last axis varies fastest, as in `to_patches`.
         coords = torch.cartesian_prod(grid, grid, grid)  # [T, 3]
@@ -142,7 +144,7 @@ class StructureFlow(nn.Module):
         )
         dtype = blocks.torso_dtype(self.blocks)
         layout = blocks.DenseLayout()
-        time = self.t_embedder(t)
+        time = self.t_embedder(t)  # [N, C], float32
         if config.share_mod:
             time = self.adaLN_modulation(time)
         # Input and output layers are float32; only the blocks compute in `dtype`.
@@ -212,13 +214,13 @@ class LatentFlow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
-        outer = config.io_channels[0] if config.io_channels else channels
+        outer = config.io_channels[0] if config.io_channels else channels  # channels at full resolution
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, outer)
         block = functools.partial(SparseResBlock, time_channels=channels, backend=config.sparse_conv)
-        kept = config.num_io_res_blocks - 1
+        kept = config.num_io_res_blocks - 1  # blocks per resolution that do not change it
         # With skips, an output block reads the features of an input block beside its own.
         width = 2 if config.use_skip_connection else 1
         # Per resolution, finest first: blocks that keep the resolution, then one that halves it.

@@ -28,7 +28,7 @@ from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
 
 BACKENDS = ("auto", "torch", "spconv")
-TAPS = 27
+TAPS = 27  # 3 x 3 x 3
 NUMBERS = 1 << 20  # numbers that are gathered at a time for one tap; bounds the working memory
 
 Pairs = tuple[torch.Tensor, torch.Tensor]  # output rows and input rows, [P] int64 each
@@ -85,9 +85,11 @@ def submanifold_conv(
     )
     check_backend(backend)
     device = feats.device.type
+    # A custom autograd function is not covered by autocast, so tensors are converted here.
     if torch.is_autocast_enabled(device):
         feats, weight, bias = (v.to(torch.get_autocast_dtype(device)) for v in (feats, weight, bias))
     if backend == "spconv" or (backend == "auto" and device == "cuda" and has_spconv()):
+        # spconv has no form that reads coarse rows, so the features are copied to the fine voxels.
         return x.with_feats(_spconv(x, feats if coarse is None else feats[coarser(x).row], weight, bias))
     pairs = neighbours(x)
     if coarse is not None:
@@ -122,7 +124,7 @@ def neighbours(x: SparseBatch) -> list[Pairs]:
     # A margin on either side keeps a neighbour beyond the border from coding as a voxel of the next row.
     side = int(places[:, 1:].max()) + 3
     strides = torch.tensor([side**3, side**2, side, 1], device=places.device)
-    codes = (places * strides).sum(1) + strides[1:].sum()
+    codes = (places * strides).sum(1) + strides[1:].sum()  # one integer per voxel
     # Sorted codes allow a binary search for each neighbour instead of a hash table.
     known, rows = codes.sort()
     if bool((known[1:] == known[:-1]).any()) or bool((places < 0).any()):
@@ -157,7 +159,7 @@ def _taps(
 
     Yields: the tap, its weights [B, A], pairs, and whether the pairs are more than all `rows` of the input.
     """
-    most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)
+    most = max(NUMBERS // max(len(weight), weight.shape[2]), 1)  # pairs at a time
     for tap, (written, read) in enumerate(pairs):
         kernel = weight[:, tap].contiguous()
         # More pairs than rows occur with `coarse`: then each row is multiplied once, before it is gathered.
@@ -211,7 +213,7 @@ class _Convolve(torch.autograd.Function):
             _sums(len(weight), TAPS * channels, grad).view(weight.shape) if ctx.needs_input_grad[1] else None
         )
         for tap, kernel, (written, read), many in _taps(ctx.pairs, weight, rows):
-            part = grad.index_select(0, written)
+            part = grad.index_select(0, written)  # [P, B]
             if many:
                 # Gradients of all pairs that read the same row are summed before they are multiplied.
                 total = _sums(rows, len(weight), grad)
@@ -297,6 +299,7 @@ def upsample(x: SparseBatch, fine: SparseBatch) -> SparseBatch:
     Raises: ValueError if x does not lie on the halved voxels of `fine`.
     """
     to = coarser(fine)
+    # The same number of rows is the only check that costs nothing; the order is that of `coarser`.
     if len(to.coords) != len(x.feats):
         raise ValueError(
             f"upsample: expected {len(to.coords)} coarse voxels, got {len(x.feats)}. Pass the batch that was"

@@ -29,8 +29,10 @@ def pretrained(kind: str, name: str):
     import transformers
 
     try:
+        # local_files_only: transformers would otherwise download what is missing.
         return getattr(transformers, kind).from_pretrained(name, local_files_only=True)
     except (OSError, ValueError) as error:
+        # Only the first line, because transformers explains at length.
         first = (str(error).splitlines() or [""])[0][:100]
         raise ValueError(
             f"{name}: the weights are not on this machine ({first}). Download them: hf download"
@@ -57,6 +59,7 @@ class TextEncoder:
 
     def embed(self, texts: Sequence[str]) -> Conditions:
         """Embed texts, named by themselves, and the empty text for guidance."""
+        # Each text once; '' is the empty conditioning.
         names = list(dict.fromkeys([*texts, NULL]))
         return Conditions(
             tokens={name: self([name])[0] for name in embedding_progress(names, "text")}, encoder=self.name

@@ -53,8 +53,8 @@ class OpenedFolder:
         self.tokens = conditioning
         self.device = device
         self.scales = scales
-        self._parts = parts
-        self._loaded = dict[str, nn.Module]()
+        self._parts = parts  # reads a network; called once per name
+        self._loaded = dict[str, nn.Module]()  # networks that were read, by name
 
     def part(self, name: str) -> Any:
         """Return a network by its name, frozen and in eval mode. It is read at the first call and then
@@ -153,6 +153,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}. Restore the file.") from None
+    # Valid JSON may also be a list or a number.
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}. Restore the file.")
     return content
@@ -196,7 +197,7 @@ def even_points(
     corners = ((vertices - (low + high) / 2) * (side / (high - low).max()))[mesh.faces]  # [F, 3, 3]
     # The cross product has the normal's direction and twice the area as its length.
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    area = cross.norm(dim=1)
+    area = cross.norm(dim=1)  # twice the area, which cancels in shares
     if not (bool(area.isfinite().all()) and float(area.sum()) > 0):
         raise ValueError("expected a mesh with an area above 0. Export the surface as triangles.")
     # A face is chosen with a probability proportional to its area, by inverting the cumulative sum.
@@ -204,7 +205,7 @@ def even_points(
     face = torch.searchsorted(ends, torch.rand(count, generator=draw, dtype=torch.float64) * ends[-1]).clamp(
         max=len(ends) - 1
     )
-    u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)
+    u, v = torch.rand(2, count, 1, generator=draw, dtype=torch.float64)  # [P, 1] each
     # The square root makes the points uniform in the triangle (Osada et al. 2002, equation 1).
     a, b, c = corners[face].unbind(1)
     return a + (1 - u.sqrt()) * (b - a) + u.sqrt() * v * (c - a), cross[face] / area[face, None]
@@ -212,6 +213,7 @@ def even_points(
 
 def check_finite(who: str, x_0: Batch) -> None:
     """Raise ValueError, beginning with `who`, for latents that are not finite."""
+    # NaN > 0 is false: a decoder would return an empty grid without an error.
     values = feats_of(x_0)
     bad = int((~torch.isfinite(values)).sum())
     if bad:
@@ -228,6 +230,7 @@ def never_empty(logits: torch.Tensor, who: str) -> torch.Tensor:
     Raises: EmptyStructure within `refusing_empty`.
     """
     if not bool((logits > 0).any()):
+        # Raises within `refusing_empty`, where an empty structure counts as a failed sample.
         refuse_empty(who, ELSEWHERE)
         notice_empty(who)
     # Where a voxel is occupied already, its largest logit may grow to 1, which does not change the occupancy.
@@ -245,6 +248,7 @@ def notice_empty(who: str) -> None:
 def spare_memory(flows: Iterable[nn.Module], device: str | torch.device) -> None:
     """Return freed memory to the system at once if a flow is large and runs on a CPU."""
     if (
+        # On a GPU, torch allocates without glibc's heap.
         torch.device(device).type == "cpu"
         and max(sum(p.numel() for p in flow.parameters()) for flow in flows) > LARGE
     ):

@@ -95,6 +95,7 @@ class ShapeAsset:
             return numbers
 
         try:
+            # The surface is at 0; inside is positive.
             return extract_mesh_blockwise(sample, [axis.double().cpu()] * 3, 0.0)
         except ValueError:
             # Values that are not finite have another cause than a missing surface.
@@ -136,9 +137,11 @@ class ShapePipeline(OpenedFolder):
             FlowStage(
                 name=SHAPE,
                 model=model,
+                # A set of tokens without positions
                 latents=TokenSet(tokens=file.model.input_size, channels=file.model.in_channels),
                 call=call,
                 data_at_one=True,
+                # As published: no noise at the data, uniform times
                 path=FlowPath(sigma_min=0.0, schedule="uniform"),
                 sampling=sampling(file.shift),
                 lora_targets=LORA_TARGETS,
@@ -259,6 +262,7 @@ class Hunyuan3d(FlowFamily):
         # Checks names and shapes of the decoder now, before anything expensive is computed.
         files.decoding_half(file, sections)
         model = files.denoiser(file, sections, dtype, device)
+        # Recomputing blocks saves the memory of their activations.
         model.recompute = True
         return ShapePipeline(file, model, conditions, part, device)
 
@@ -270,10 +274,12 @@ class Hunyuan3d(FlowFamily):
     def embed_images(self, root: Path, images: Mapping[str, Path], device: torch.device) -> Conditions:
         """Embed images with transparent backgrounds by the checkpoint's own DINOv2."""
         file = files.read_files(root)
+        # Only the image encoder is needed; the flow's section may be missing.
         sections = files.read_sections(file.checkpoint, (files.CONDITIONER,))
         network = files.image_encoder(file, sections, device)
         tokens = {}
         for name, path in embedding_progress(images.items(), "image"):
+            # The mask is not used: the network sees the object on white.
             pixels, _ = read_cut_out(path, lambda image: on_white(image, file.picture, file.border))
             tokens[name] = {MAIN: picture_tokens(file, network, as_picture(pixels).to(device))[0].cpu()}
         return Conditions(tokens=tokens, encoder=files.source_of(file, sections), zero_null=True)
@@ -285,6 +291,7 @@ class Hunyuan3d(FlowFamily):
         Raises: ValueError for values that are not finite.
         """
         try:
+            # Appended and not replaced as a suffix, because names may contain dots.
             return save_mesh(path.with_name(path.name + ".obj"), *asset.surface(cells or CELLS))
         except Unbounded as error:
             file = path.with_name(path.name + ".txt")
@@ -313,6 +320,7 @@ def released_stages() -> list[SizedStage]:
         moe_top_k=2,
         use_attention_pooling=False,
     )
+    # Only sizes matter for estimates, so the sampler's shift is left at its default.
     stage = FlowStage(
         name=SHAPE,
         model=empty(partial(Denoiser, config)),

@@ -40,6 +40,7 @@ from eg3d_rlhf.tuning.flow.families.folder import mentions
 from training.storage import check_fit
 
 CONFIG = "config.yaml"
+# Names of the checkpoint, in the order in which they are tried.
 CHECKPOINTS = tuple(f"model{half}{ending}" for half in (".fp16", "") for ending in (".ckpt", ".safetensors"))
 # Folders of the released repository: all networks of the shape, and the autoencoder alone.
 FOLDER = "hunyuan3d-dit-v2-1"
@@ -64,13 +65,14 @@ SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 IMAGE_SIZE = 512
 BORDER = 0.15
 ENCODER_SIZE = 224  # pixels per side; default of DinoImageEncoder and of a Dinov2Config
+# Patterns of files that must be passed on with changed weights.
 LICENCES = ("LICENSE*", "License*", "NOTICE*", "Notice*")
 NOTICE_FILE = """Changed from the released Hunyuan3D-2.1: {file}: the weights of the flow of shapes \
 were tuned on preferences.
 
 It stays under the agreement of the released repository: pass its {papers} on with this folder.
 """
-Sections = Mapping[str, Mapping[str, torch.Tensor]]
+Sections = Mapping[str, Mapping[str, torch.Tensor]]  # section -> tensors by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +124,17 @@ def read_files(root: Path) -> ShapeFiles:
     """
     folder = folder_of(Path(root))
     path = folder / CONFIG
+    # The first name that exists, in the order of CHECKPOINTS: half precision is preferred.
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if not path.is_file() or checkpoint is None:
         raise FileNotFoundError(
             f"Hunyuan3D: expected {CONFIG} and {' or '.join(CHECKPOINTS)} in {folder}, but at least one is"
             " missing. Restore the files."
         )
+    # Read as data: nothing that the file names is imported.
     written = read_yaml(path)
     try:
+        # Every section must name the class of Hunyuan3D-2.1; another one would compute something else.
         params = {section: _params(written, section, target) for section, target in TARGETS.items()}
         settings = {section: _settings(written, section) for section in SETTINGS}
         encoder, class_token = _image_encoder_config(params[CONDITIONER])
@@ -152,6 +157,7 @@ def read_files(root: Path) -> ShapeFiles:
                 f"expected shift and size above 0 and a border_ratio below 1, got {got}. Restore the file."
             )
     except (TypeError, ValueError) as error:
+        # The inner errors name the setting; the name of the file is added here.
         raise ValueError(f"{path}: {error}") from None
     # The three networks must fit each other: tokens and channels of a latent, channels of the conditioning.
     sizes = (result.vae.num_latents, result.vae.embed_dim, result.tokens[1])
@@ -167,7 +173,9 @@ def read_files(root: Path) -> ShapeFiles:
 def _params(written: Mapping, section: str, target: str) -> dict:
     """Return the params of a required section. Raises: ValueError for another target."""
     entry = written.get(section)
+    # A section that is no mapping is reported like a missing one.
     entry = entry if isinstance(entry, Mapping) else {}
+    # "hy3dshape.models...HunYuanDiTPlain": the module path may differ, the class may not.
     named = str(entry.get("target", "")).rpartition(".")[2]
     if named != target or not isinstance(entry.get("params"), Mapping):
         raise ValueError(
@@ -183,11 +191,13 @@ def _settings(written: Mapping, section: str) -> dict:
     Raises: ValueError for another target or unknown params, which would sample or crop in another way.
     """
     target, known = SETTINGS[section]
+    # Without the section the original uses its defaults.
     if section not in written:
         return {}
     entry = written[section] if isinstance(written[section], Mapping) else {}
     named = str(entry.get("target", "")).rpartition(".")[2]
     params = entry.get("params") or {}
+    # For example the consistency scheduler of distilled models uses other times.
     if named != target:
         raise ValueError(
             f"expected the section {section} with target {target}, got {named or 'none'}, which would give"
@@ -217,6 +227,7 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
     inner = encoder.get("kwargs")
     inner = inner if isinstance(inner, Mapping) else {}
     if (
+        # drop_ratio is the dropout of the conditioning in training.
         kind != "DinoImageEncoder"
         or set(params) - {"main_image_encoder", "drop_ratio"}
         or not isinstance(inner.get("config"), Mapping)
@@ -237,6 +248,7 @@ def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
     """
     known = {field.name for field in fields(kind)}
     unknown = sorted(set(params) - known)
+    # An unknown setting might build another network than the file's weights belong to.
     if unknown and not others:
         raise ValueError(
             f"expected the params of {TARGETS[VAE]}, got unknown {', '.join(unknown[:8])}. Name"
@@ -257,6 +269,7 @@ def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str,
         held = {
             section: below(held, f"{section}.") for section in {name.partition(".")[0]: None for name in held}
         }
+    # An empty section counts as missing.
     lacking = [
         s for s in needed if not (isinstance(held, dict) and isinstance(held.get(s), dict) and held[s])
     ]
@@ -266,6 +279,7 @@ def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str,
             " released checkpoint."
         )
     present = [s for s in TARGETS if s in held]
+    # Only the known sections are checked; a file may hold more.
     foreign = [f"{s}.{n}" for s in present for n, x in held[s].items() if not isinstance(x, torch.Tensor)]
     if foreign:
         raise ValueError(
@@ -289,6 +303,7 @@ def decoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     """Build the decoder of the autoencoder in float32. Other entries of the section are ignored, as in the
     original.
     """
+    # In float32, also where the file is in half precision.
     return _loaded(
         ShapeDecoder,
         files.vae,
@@ -319,6 +334,7 @@ def encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = 
     """
     path, half = _encoding(files, sections[VAE])
     if not half:
+        # The repository has both folders side by side.
         place = files.root.parent / VAE_FOLDER
         raise FileNotFoundError(
             f"{path}: neither this file nor {place} holds the encoder of the autoencoder. Download that"
@@ -344,6 +360,7 @@ def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path,
 
 def image_encoder(files: ShapeFiles, sections: Sections, device: str | torch.device = "cpu") -> Dino:
     """Build the image encoder strictly, in float32."""
+    # Weights of another encoder would otherwise be dropped without an error.
     foreign = [name for name in sections[CONDITIONER] if not name.startswith(ENCODER)]
     if foreign:
         where = f"{files.checkpoint}, {CONDITIONER}"
@@ -375,8 +392,10 @@ def write_checkpoint(source: Path, target: Path, state: Mapping[str, torch.Tenso
     """Write a copy of the checkpoint in which the flow's network is replaced; every tensor keeps its
     dtype.
     """
+    # All sections are read, not only the flow's, so that they are written again.
     sections = read_sections(source, (MODEL,))
     held: dict = {**sections, MODEL: in_types_of(sections[MODEL], state)}
+    # This format has no nesting: sections become prefixes again.
     if target.suffix == ".safetensors":
         held = {
             f"{section}.{name}": tensor
@@ -406,7 +425,9 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     files = read_files(root)
     sections = read_sections(files.checkpoint, (MODEL,))
     written = f"{FOLDER}/{files.checkpoint.name}"
+    # A flat folder without the released subfolder is its own repository.
     repository = files.root.parent if files.root.name == FOLDER else files.root
+    # Licence and notice files of both places; the file names are matched in two spellings.
     papers = [
         path for place in (files.root, repository) for kind in LICENCES for path in sorted(place.glob(kind))
     ]
@@ -416,6 +437,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     vae = {
         f"{VAE_FOLDER}/{path.name}": path for path in (repository / VAE_FOLDER).glob("*") if path.is_file()
     }
+    # The network is read and written only when the export runs.
     stored = Stored(
         file=written,
         load=partial(denoiser, files, sections),
@@ -428,9 +450,11 @@ def release(root: Path, stages: Sequence[str]) -> Release:
 def networks(root: Path) -> list[Network]:
     """List all four networks with expected and present tensors; the autoencoder's halves count separately."""
     files = read_files(root)
+    # Nothing is required here, so that missing networks are listed instead of raising an error.
     sections = read_sections(files.checkpoint, ())
     vae = sections.get(VAE, {})
     place, encoding = _encoding(files, vae)
+    # The section vae holds both halves, which are listed separately.
     decoding = _shapes(lambda: ShapeDecoder(files.vae))
     half = {name: tensor for name, tensor in vae.items() if not name.startswith(ENCODER_HALF)}
     half = {name: half[name] for name in decoding} if decoding.keys() <= half.keys() else half

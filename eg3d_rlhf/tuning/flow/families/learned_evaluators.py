@@ -28,12 +28,12 @@ def features(asset: SplatAsset, cells: int = CELLS) -> torch.Tensor:
     """
     # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
     asset = asset.to("cpu")
-    places = ((asset.means + 0.5) * cells).floor().long()
+    places = ((asset.means + 0.5) * cells).floor().long()  # [G, 3], cell of each Gaussian
     inside = ((places >= 0) & (places < cells)).all(1)
     x, y, z = places[inside].unbind(1)
-    cell = (x * cells + y) * cells + z
+    cell = (x * cells + y) * cells + z  # flat index of the cell
     opacity = asset.opacities[inside].float()
-    mass = opacity.new_zeros(cells**3).index_add(0, cell, opacity)
+    mass = opacity.new_zeros(cells**3).index_add(0, cell, opacity)  # [K^3], sum of opacities per cell
     colour = opacity.new_zeros(cells**3, 3).index_add(
         0, cell, opacity[:, None] * (asset.colours[inside].float() - 0.5)
     )
@@ -55,6 +55,7 @@ class LinearReward:
         self.std = both.std(0).clamp_min(1e-6) * both.shape[1] ** 0.5
         # The mean cancels in differences.
         gaps = (preferred - rejected).double() / self.std  # [P, F]
+        # In float64, so that the line search is not limited by rounding.
         self.weight = torch.zeros(gaps.shape[1], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.LBFGS([self.weight], max_iter=FITTING_STEPS, line_search_fn="strong_wolfe")
 
@@ -96,6 +97,7 @@ class RewardOfPairs:
         self._pairs = pairs
         self._title = title
         self._ridge = ridge
+        # fitted at the first call, because decoding all pairs takes long
         self._reward: LinearReward | None = None
 
     def __call__(self, assets: Sequence[SplatAsset], conditions: Sequence[str]) -> torch.Tensor:
@@ -110,6 +112,7 @@ class RewardOfPairs:
             known: dict[int, torch.Tensor] = {}
             # An asset may be in several pairs; it is decoded once.
             latents = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
+            # One by one: a decoded asset is large, its features are not.
             for key, latent in tqdm(
                 latents.items(), desc=self._title, unit="asset", leave=False, disable=None
             ):

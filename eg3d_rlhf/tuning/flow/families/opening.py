@@ -48,6 +48,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
         f"only applies to other generators and has no effect on {family.name}",
     )
     if source.pairs is None and not source.needs_pairs and not family.bundled:
+        # Only a reward from elsewhere is used, for example by online tuning.
         problem = open_embeddings(family, source, device)
     else:
         problem = (
@@ -88,12 +89,14 @@ def open_folder(
     folders = pairs_in(family, source)
     fit = family.fit_reward if rewards and isinstance(family, FitsRewards) else None
     place = embeddings_beside(folders, None if source.conditions is None else Path(source.conditions))
+    # Read before the networks, so that a missing file is reported within seconds.
     tokens = read_conditions(place, zero_null=family.zero_null)
     # Raises early for missing networks that only the rewards would need.
     files = family.files(Path(source.pipeline), tuple(folders))
     pipeline = family.load(
         Path(source.pipeline), tokens, stages=stages, dtype=getattr(torch, source.dtype), device=device
     )
+    # Hashes of all inputs; artefacts made from this problem are named by them.
     identity = _identity(family, source, place, files)
     read = read_stages(folders, pipeline, functools.partial(family.check_pairs, pipeline))
     prompts = sorted({pair.condition for pairs in read.values() for pair in pairs})
@@ -118,6 +121,7 @@ def open_folder(
         train_conditions=trained,
         held_out_conditions=held,
         choosing_conditions=choosing,
+        # Computed on access: pairs of a stage are filtered when the stage is trained
         train_pairs=pairs_under(trained),
         unseen_pairs=pairs_under([*choosing, *held]),
         reward=fitted("reward", halves[0]),
@@ -159,6 +163,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     root = Path(source.pipeline)
     place = Path(source.conditions)
     tokens = read_conditions(place, zero_null=family.zero_null)
+    # The file's embedding of '' is preferred to zeros.
     tokens = replace(tokens, zero_null=tokens.zero_null and NULL not in tokens.tokens)
     pipeline = family.load(root, tokens, dtype=getattr(torch, source.dtype), device=device)
     identity = _identity(family, source, place, family.files(root))
@@ -168,6 +173,7 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
         train_conditions=trained,
         held_out_conditions=held,
         choosing_conditions=choosing,
+        # Every stage exists, without pairs
         train_pairs={stage.name: [] for stage in pipeline.stages},
         identity={**identity, "seed": source.seed, "held_out": source.held_out},
     )
@@ -200,6 +206,7 @@ def read_stages(
                 " this program."
             )
         check(folder, stage, meta)
+    # Ids and prompts are compared across stages, in any order.
     (first, pairs), *others = read.items()
     expected = {(pair.id, pair.condition) for pair in pairs}
     for stage, pairs_there in others:
@@ -221,6 +228,7 @@ def divided(names: Sequence[str], seed: int, held_out: float) -> tuple[list[str]
     """
     # By hash, so that the order of the file does not matter.
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    # At least one is held out, and at least one is left to train on.
     count = min(max(1, round(held_out * len(order))), len(order) - 1)
     # A single held-out prompt goes to the table, because count // 2 is then 0.
     return order[count:], order[: count // 2], order[count // 2 : count]
@@ -232,6 +240,7 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
 
     Raises: FileNotFoundError, ValueError.
     """
+    # The path is the folder of one stage itself.
     if (path / "meta.json").is_file():
         folders = {_stage_in(path / "meta.json"): path}
     else:
@@ -242,6 +251,7 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
             f"pairs: {path} is no folder of pairs and has no subfolder {subfolders}. Make pairs: eg3d-rlhf"
             " flow tune WORK --pairs-only."
         )
+    # meta.json may name a stage of another family.
     unknown = sorted(set(folders) - set(stages))
     if unknown:
         raise ValueError(
@@ -253,6 +263,7 @@ def pair_folders(path: Path, stages: Sequence[str]) -> dict[str, Path]:
 
 def _stage_in(path: Path) -> str:
     try:
+        # meta.json was written together with the pairs.
         return str(json.loads(path.read_text())["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

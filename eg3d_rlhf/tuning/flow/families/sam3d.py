@@ -111,6 +111,7 @@ class ShapeAlone(Dictionary):
 def shape_alone(latent: Latent) -> Latent:
     """Return the latent without the pose."""
     return (
+        # Other kinds of latents, such as those of the second stage, pass unchanged.
         NamedSample({SHAPE: latent[SHAPE]})
         if isinstance(latent, NamedSample) and SHAPE in latent.tensors
         else latent
@@ -142,6 +143,7 @@ class Sam3dPipeline(OpenedFolder):
         self.file = file
         self.learnt = learnt
         self.stages = [self._stage(name, flows[name]) for name in files.STAGES]
+        # Checked here because the scales come from pipeline.yaml and the channels from the generator's file.
         channels = self._config(files.LATENT).in_channels
         if len(file.mean) != channels:
             raise ValueError(
@@ -174,11 +176,13 @@ class Sam3dPipeline(OpenedFolder):
             # Only a shortcut model reads the step size, which allows sampling in few steps.
             call_step=call if config.is_shortcut_model else None,
         )
+        # The second stage has no parts to choose from.
         if name == files.LATENT:
             return FlowStage(
                 latents=SparseVoxels(channels=config.in_channels, resolution=config.resolution), **common
             )
         sizes = {part: [latent.tokens, latent.in_channels] for part, latent in config.latents.items()}
+        # By default adapters sit on all groups and all latents have the same weight.
         groups: list[str] = list(config.groups)
         latents: Dictionary = ShapeAndPose(shapes=sizes)
         if self.learnt == SHAPE:
@@ -186,6 +190,7 @@ class Sam3dPipeline(OpenedFolder):
             # Adapters then sit only on layers of the shape, and the pose's layers stay unchanged.
             latents = ShapeAlone(shapes={SHAPE: sizes[SHAPE]})
         elif self.learnt == FILE:
+            # Published weights of the shape are 0: with this option only the pose is tuned.
             if not generator.weights or not any(generator.weights.values()):
                 raise ValueError(
                     f"--set parts={FILE}: the file of stage {name!r} has no loss_weights above 0. Set"
@@ -250,6 +255,7 @@ class Sam3dPipeline(OpenedFolder):
         made = list[dict[str, Latent]]()
         tokens = self._config(files.STRUCTURE).latents[SHAPE]
         for mesh in assets:
+            # The voxels of the surface are occupied, as TRELLIS's data tools define it.
             grid = grid_of([surface_voxels(mesh, resolution)], resolution)
             mean, _ = encoder(grid.to(self.device))  # [1, A, R, R, R]
             check_shape(
@@ -305,7 +311,7 @@ def thinned(voxels: torch.Tensor, most: int) -> tuple[torch.Tensor, int]:
         return voxels, 1
     low = int(voxels.min())
     high = int(voxels.max())
-    size = high - low
+    size = high - low  # one size for all axes
     # To half the size, centred; voxels that fall together become one.
     small = (voxels - low) / size * (size / 2 - 1) + low + size / 4
     kept = torch.unique(small.round().int().clamp(low, high), dim=0)
@@ -339,6 +345,7 @@ def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage
     """Return pairs whose latents have only the shape, computed on access."""
     return PairsByStage(
         pairs,
+        # Lazy: latents of a stage are read from disk only when it is trained.
         lambda stage: [
             replace(pair, preferred=shape_alone(pair.preferred), rejected=shape_alone(pair.rejected))
             for pair in pairs[stage]
@@ -381,6 +388,7 @@ def _points(path: Path) -> torch.Tensor:
             f"conditioning: expected a point map at {path}, got none. Compute it with a depth network and"
             " save it there."
         )
+    # Depth networks may write float16 or float64.
     points = read_array(path).float()
     check_shape(str(path), points, ["h", "w", 3], "Save one point per pixel.")
     return points
@@ -441,7 +449,9 @@ class Sam3d(FlowFamily):
         # Embeddings name both embedders, so they can be compared only if both checkpoints were read.
         if conditions is not None and len(prints) == len(files.STAGES):
             conditions.check_source("conditions", _source(file, prints), REMEDY)
+        # After both flows exist, because the larger one decides.
         spare_memory(flows.values(), device)
+        # Meshes have no pose, so latents without one must be accepted.
         parts = SHAPE if conditions is None else self.parts
 
         def part(name: str) -> nn.Module:
@@ -499,10 +509,12 @@ class Sam3d(FlowFamily):
         in the camera's space.
         """
         structure = latents[files.STRUCTURE]
+        # Latents of meshes, or embeddings without point maps, have no pose.
         where = pipeline.pose(condition, structure) if isinstance(structure, NamedSample) else None
         if where is None:
             return {}
         values = {"rotation": where.quaternion, "translation": where.translation, "scale": where.scale}
+        # Six decimals are below the accuracy of the pose and keep the list readable.
         return {"pose": {name: [round(x, 6) for x in value[0].tolist()] for name, value in values.items()}}
 
     def released(self) -> dict[str, Callable[[], list[SizedStage]]]:
@@ -515,11 +527,13 @@ def released_stages() -> list[SizedStage]:
     common: dict[str, Any] = dict(
         model_channels=1024, cond_channels=1024, num_blocks=24, num_heads=16, qk_rms_norm=True
     )
+    # Name and channels of the latents of the pose; each is one token.
     pose = {"6drotation_normalized": 6, "translation": 3, "scale": 3, "translation_scale": 1}
     latents = {SHAPE: LatentConfig(in_channels=8, tokens=4096, resolution=16)}
     latents |= {name: LatentConfig(in_channels=channels, tokens=1) for name, channels in pose.items()}
     first = MixtureConfig(
         latents=latents,
+        # The four tensors of the pose form one group
         latent_share_transformer={"6drotation_normalized": tuple(pose)},
         is_shortcut_model=True,
         **common,
@@ -543,6 +557,7 @@ def released_stages() -> list[SizedStage]:
                 latents=Dictionary(shapes=sizes),
                 data_at_one=True,
                 call=call_mixture,
+                # pipeline.yaml names no settings of the first stage: these are the code's defaults
                 sampling=Sampling(cfg_strength=7.0),
                 lora_targets=targets_of(first),
             ),

@@ -80,13 +80,16 @@ ENDINGS = (".safetensors", ".ckpt")
 REPOSITORY = ("checkpoints", "hf")  # folders of a repository that hold the files
 OWN_SHAPES = "encoding your own meshes as pairs"  # what needs the encoder, for `flow check`
 STRENGTH = {STRUCTURE: 7.0, LATENT: 5.0}  # guidance strength if pipeline.yaml names none
+# Prefixes in a checkpoint: of the network, and of the embedder in either place.
 FLOW = "_base_models.generator.reverse_fn.backbone."
 EMBEDDERS = ("_base_models.condition_embedder.", f"{FLOW}condition_embedder.")
 FLOW_MATCHING = "FlowMatching"
 GENERATORS = ("ShortCut", FLOW_MATCHING)  # both have their data at t = 1
+# Classes that add guidance around the network.
 GUIDED = ("ClassifierFreeGuidance", "ClassifierFreeGuidanceWithExternalUnconditionalProbability")
 # Transforms that are applied to image, mask and point map together.
 CROP, REMBG = CUTTING = ("crop_around_mask_with_padding", "rembg")
+# Normalisers of point maps; see `image_preprocessing.moments`.
 NORMALISERS = ("ObjectCentricSSI", "SSIPointmapNormalizer", "ObjectApparentSizeSSI")
 PASSED = {  # settings that are ignored: they concern training, or are stated elsewhere as well
     "_target_",
@@ -141,6 +144,7 @@ class PipelineFile:
 
         These files are compared by this text, so it must not change.
         """
+        # Both stages may crop alike; then one description is enough (dict.fromkeys below).
         parts = [
             f"{cut.size} pixels, box {cut.box_size_factor:g}, border"
             f" {cut.padding_factor:g}{', cut out' if cut.rembg else ''}"
@@ -176,9 +180,11 @@ def read_pipeline(root: Path) -> PipelineFile:
         raise FileNotFoundError(
             f"pipeline: expected SAM 3D's {PIPELINE}, got none in {root}. Name the folder of the checkpoints."
         )
+    # Read as data: no class that the file names is imported.
     content = read_yaml(path)
     paths = {PIPELINE: path}
     for part in PARTS.values():
+        # Paths are relative to the folder of pipeline.yaml.
         for kind in ("config", "ckpt"):
             name = content.get(f"{part}_{kind}_path")
             file = root / str(name)
@@ -197,8 +203,10 @@ def read_pipeline(root: Path) -> PipelineFile:
     }
     try:
         mean, std = (tuple(map(float, content[f"slat_{name}"])) for name in ("mean", "std"))
+        # Missing or null means 0: nothing is removed.
         prune = int(content.get("downsample_ss_dist") or 0)
     except (KeyError, TypeError, ValueError):
+        # Reported by the common error below.
         mean = ()
         std = ()
         prune = 0
@@ -218,6 +226,7 @@ def read_pipeline(root: Path) -> PipelineFile:
             f"{path}: {', '.join(unsupported)} is not supported. Leave it out; to sample in few steps, use"
             " --few-steps."
         )
+    # The decoder decides whether the pose is in units of the point map's scale and shift.
     pose = str(content.get("pose_decoder_name", SHIFTED))
     if pose not in DECODERS:
         raise ValueError(
@@ -253,18 +262,22 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
     """
     maps = stage == STRUCTURE  # only the first stage reads point maps
     steps = content[f"img_mask{'_pointmap' if maps else ''}_joint_transform"]
+    # By class name; a transform that occurs twice is detected below by the lengths.
     joint = {_kind(step): step for step in steps}
+    # The entry of the other form of input must be empty.
     rest = (
         content.get("img_mask_joint_transform") if maps else content.get("img_mask_pointmap_joint_transform")
     )
     sizes = set[int]()
     exact = True
     for kind in ("img", "mask", *(["pointmap"] if maps else [])):
+        # Exactly two transforms: padding to a square, then resizing.
         pad, resize = content[f"{kind}_transform"]["transforms"]
         # Codes of Pillow: 0 is nearest, 2 is bilinear; colours default to bilinear.
         how = resize.get("interpolation") in ((None, 2) if kind == "img" else (0,))
         exact &= how and (_kind(pad), _kind(resize)) == ("pad_to_square_centered", "Resize")
         sizes.add(int(resize["size"]))
+    # resize_all_to_same_size resizes the point map to the image, which `object_inputs` always does.
     others = set(joint) - {*CUTTING, "resize_all_to_same_size"} or len(steps) > len(joint)
     settings = {
         name: value for name, value in joint.get(CROP, {}).items() if name not in ("_target_", "_partial_")
@@ -292,6 +305,7 @@ def _cut(content: Mapping, stage: str) -> ObjectCut:
         size=sizes.pop(),
         rembg=REMBG in joint,
         normaliser=named,
+        # Without normalize_pointmap the map is unchanged, but scale and shift are still computed
         moments_alone=not content.get("normalize_pointmap", False),
         scene_scale=bool(normaliser.get("use_scene_scale", True)),
         **{name: float(value) for name, value in settings.items()},
@@ -306,6 +320,7 @@ def _kind(entry: Mapping) -> str:
 def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
     """Read a generator's YAML file. Raises: ValueError naming the file."""
     try:
+        # Generator -> path and times; reverse_fn -> guidance; backbone -> the network.
         module = read_yaml(path)["module"]
         flow = module["generator"]["backbone"]
         guided = flow["reverse_fn"]
@@ -317,6 +332,7 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             f"{path}: expected {expected}, but {error} is missing. Name the file of SAM 3D Objects."
         ) from None
     for kind, known in zip(kinds, (GENERATORS, GUIDED, None), strict=True):
+        # Classes of other packages may use another convention of the time.
         if not kind.startswith(PACKAGE) or (known and kind.rpartition(".")[2] not in known):
             expected = f"{' or '.join(known or ('a network',))} of {PACKAGE}"
             raise ValueError(
@@ -328,6 +344,7 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             f"{path}: reversed_timestamp is on, which would reverse only the sampler's times and not the"
             " path's. Switch it off."
         )
+    # The defaults of the original's code.
     drawn = flow.get("training_time_sampler_fn") or {"mean": -1.0, "std": 1.0}
     if "_target_" in drawn and _kind(drawn) != "lognorm_sampler":
         raise ValueError(
@@ -335,6 +352,7 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             " supported: restore the file."
         )
     try:
+        # Entries with an underscore belong to the file's own syntax.
         weights = {
             name: float(value)
             for name, value in (flow.get("loss_weights") or {}).items()
@@ -354,6 +372,7 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
                 f"expected a time_scale and a std of times above 0, got {scale['time_scale']} and {std}."
                 " Restore the file."
             )
+        # The second network has one latent, whose sizes are settings of the network itself.
         config: Any = (
             _made(MixtureConfig, network, latents=_latents(network), **scale)
             if stage == STRUCTURE
@@ -402,6 +421,7 @@ def _made(kind: Any, content: Mapping, **more: Any) -> Any:
         name for name, value in content.items() if name not in fields and name not in PASSED and value
     )
     given = {name: value for name, value in content.items() if name in fields and name not in passed} | more
+    # A field without any default must be in the file.
     nothing = dataclasses.MISSING
     missing = [
         n
@@ -427,6 +447,7 @@ def _latents(network: Mapping) -> dict[str, LatentConfig]:
                 f"latent_mapping.{name}: expected patch_size 1, got {places['patch_size']}. Others are not"
                 " supported: restore the file."
             )
+        # With a grid, one token per point; otherwise a stated number, by default 1.
         tokens = int(resolution) ** 3 if resolution else int(places.get("token_len", 1))
         latents[name] = LatentConfig(
             in_channels=int(entry["in_channels"]), tokens=tokens, resolution=resolution
@@ -443,6 +464,7 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
     short = SHORT[stage]
     scale = generator.config.time_scale
     try:
+        # Interval in scaled time, 0 at the noise; clipped to the end of the path.
         low, high = (min(float(t) / scale, 1.0) for t in content.get(f"{short}_cfg_interval", (0, 500)))
         sampling = Sampling(
             steps=int(content.get(f"{short}_inference_steps", 25)),
@@ -455,6 +477,7 @@ def _sampling(path: Path, content: Mapping, stage: str, generator: GeneratorFile
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, {short}: {error}") from None
+    # Guidance would otherwise compare the prompt with itself.
     if sampling.cfg_strength and not generator.guided:
         needs = "force_zeros_cond: true and unconditional_handling: add_flag in the generator's file"
         raise ValueError(
@@ -504,6 +527,7 @@ def _under(file: GeneratorFile, prefixes: tuple[str, ...], state: State | None) 
     """Return the tensors under the first of several prefixes that occurs, without the prefix."""
     state = read(file.checkpoint, "weights") if state is None else state
     for prefix in prefixes:
+        # The first prefix with any tensor wins.
         if part := below(state, prefix):
             return part
     got = ", ".join(sorted(state)[:8])
@@ -518,6 +542,7 @@ def load_embedder(file: GeneratorFile, device: str | torch.device = "cpu") -> Em
     state = embedder_state(file)
     who = str(file.checkpoint)
     embedder = embedder_of(file, state)
+    # Only DINOv2's names differ between torch hub and transformers.
     renamed = of_embedder(embedder, state)
     return frozen(fill(embedder, renamed, who, types=torch.float32, device=device), device)
 
@@ -528,7 +553,9 @@ def of_embedder(embedder: Embedder, state: Mapping[str, torch.Tensor]) -> State:
     for number, encoder in enumerate(embedder.module_list):
         if isinstance(encoder, Pictures):
             prefix = f"module_list.{number}.backbone."
+            # Positions may also be interpolated to the size of the input images.
             part = from_hub(below(state, prefix), encoder.backbone.config)
+            # The old names are removed, because filling is strict.
             renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(prefix)}
             renamed |= {prefix + name: tensor for name, tensor in part.items()}
     return renamed
@@ -549,6 +576,7 @@ def embedder_of(file: GeneratorFile, state: Mapping[str, torch.Tensor]) -> Embed
     try:
         encoders = [_encoder(i, entry, state) for i, entry in enumerate(file.embedder["embedder_list"])]
         nets = [f"projection_nets.{i}" for i in range(len(encoders))]
+        # The files state these widths only indirectly, so they are read from the tensors.
         hidden = [len(state[f"{net}.1.w1.weight"]) for net in nets]
         normed = bool(file.embedder.get("projection_pre_norm", True))
         with torch.device("meta"):
@@ -566,17 +594,20 @@ def _encoder(
     number: int, entry: Any, state: Mapping[str, torch.Tensor]
 ) -> tuple[nn.Module, int, list[tuple[str, str | None]]]:
     """Build one encoder of the embedder without weights; returns it with its channels and its inputs."""
+    # An entry is a pair: settings of the encoder, and its inputs with their frames.
     content, inputs = entry
     kind = _kind(content)
     names = [(str(name), None if frame is None else str(frame)) for name, frame in inputs]
     with torch.device("meta"):
         if kind == "Dino":
             size = int(content.get("input_size", 224))
+            # The sizes follow from the tensors and not from the YAML file.
             backbone = below(state, f"module_list.{number}.backbone.")
             config = DinoConfig.of_state(backbone, "embedder", shown=size)
             flags = bool(content.get("prenorm_features", False)), bool(content.get("normalize_images", True))
             return Pictures(config, size, *flags), config.hidden_size, names
         if kind == "PointPatchEmbed":
+            # Training settings of this encoder are ignored.
             known = {field.name for field in dataclasses.fields(PointConfig)}
             points = PointConfig(**{name: value for name, value in content.items() if name in known})
             return PointPatches(points), points.embed_dim, names
@@ -616,6 +647,7 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     content = read_yaml(config_file)
     known = {field.name for field in dataclasses.fields(kind)}
     try:
+        # Settings in PASSED are ignored in generators, but these networks need some of them.
         config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
         # Building reports sizes that do not fit, with the file's name.
         empty(lambda: make(config))
@@ -632,11 +664,13 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     # Files of tuned networks are written anew; all others stay.
     changed = {generator.checkpoint.resolve() for generator in tuned.values()}
     there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
+    # Hidden files, such as those of git or of downloads, stay behind.
     kept = {
         str(path.relative_to(root)): path
         for path in there
         if not any(part.startswith(".") for part in path.relative_to(root).parts)
     }
+    # The licence lies at the top of the repository, above its folder of checkpoints.
     above = root.resolve().parents[:2] if root.resolve().name in REPOSITORY else ()
     papers = {path.name: path for place in above for path in sorted(place.glob("LICENSE*")) if path.is_file()}
     return Release(
@@ -673,6 +707,7 @@ def networks(root: Path) -> list[Network]:
         LATENT: ((526, 600_432_520), (891, 626_054_144)),
     }
     for stage, generator in file.generators.items():
+        # One checkpoint at a time is in memory.
         state = read(generator.checkpoint, "weights")
         flow = flow_state(generator, state)
         embedder = embedder_state(generator, state)
@@ -690,10 +725,12 @@ def networks(root: Path) -> list[Network]:
                     released=released,
                 )
             )
+    # Published encoders were not available, so their sizes are not stated.
     counts = {"structure decoder": (74, 73_671_201), "decoder": (101, 85_369_120)}
     for part in AUTOENCODERS:
         try:
             make, config, path = part_of(file, part)
+        # Only the encoder may be missing; the others raise in read_pipeline.
         except FileNotFoundError:
             made.append(
                 Network(

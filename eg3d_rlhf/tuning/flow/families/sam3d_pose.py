@@ -31,6 +31,7 @@ STD = (
     0.39817973931717104,
     0.6176286868761914,
 )
+# Ways to decode a pose: in units of the point map, shifted, or by the apparent size.
 SHIFTED = "ScaleShiftInvariant"
 DECODERS = (SHIFTED, "ApparentSize")
 
@@ -51,7 +52,7 @@ class Pose:
         xx, yy, zz = r.diagonal(dim1=1, dim2=2).unbind(1)
         # 4 q_i^2 for w, x, y, z (Shepperd 1978).
         squares = torch.stack([1 + xx + yy + zz, 1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz], 1)
-        mixed = r - r.mT, r + r.mT
+        mixed = r - r.mT, r + r.mT  # antisymmetric and symmetric part, times 2
         # 4 q_i q_j of different components, from the antisymmetric and the symmetric part of R.
         wx = mixed[0][:, 2, 1]
         wy = mixed[0][:, 0, 2]
@@ -106,6 +107,7 @@ def decoded(
         six[:, 3:] - (first * six[:, 3:]).sum(1, keepdim=True) * first, dim=1
     )
     rotation = torch.stack([first, second, torch.linalg.cross(first, second)], 2)
+    # length of a unit of the latents in the camera's space
     unit = scale if how == SHIFTED else scale * apparent.exp()
     # The size is a logarithm; one mean for all axes, as in the original.
     sizes = (size.exp() * unit).mean(1, keepdim=True).expand(-1, 3)

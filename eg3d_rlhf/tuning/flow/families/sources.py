@@ -36,6 +36,7 @@ def unread_options(source: ProblemSource, read: Sequence[str]) -> str:
     return ", ".join(
         f"--{f.name.replace('_', '-')}"
         for f in fields(source)
+        # An option at its default counts as not given.
         if f.name not in read and getattr(source, f.name) != f.default
     )
 

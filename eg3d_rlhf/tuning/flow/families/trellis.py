@@ -79,6 +79,7 @@ class TrellisPipeline(EncodingFolder):
         self.stages = [self._stage(name, flows[name]) for name in (files.STRUCTURE, files.LATENT)]
         channels = flows[files.LATENT].config.in_channels
         self.resolution = flows[files.LATENT].config.resolution
+        # Scales come from pipeline.json, channels from the model's own JSON file.
         if len(file.mean) != channels:
             raise ValueError(
                 f"pipeline.json: expected slat_normalization of {channels} channels, got {len(file.mean)}."
@@ -89,6 +90,7 @@ class TrellisPipeline(EncodingFolder):
         """Build a stage around its network."""
         config = model.config
         self.check_tokens(name, config.cond_channels, f"Embed them with {self.file.encoder}.")
+        # The first stage is a dense grid, the second has features on voxels.
         kind: Any = SparseVoxels if name == files.LATENT else DenseGrid
         return FlowStage(
             name=name,
@@ -178,11 +180,13 @@ class Trellis(FlowFamily):
             name = json.loads(path.read_text()).get("name", "")
         except (ValueError, AttributeError):
             return True
+        # Compared without regard to case, as in `read_pipeline`.
         return any(str(name).lower() == f"trellis{kind}to3dpipeline" for kind in files.KINDS)
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
         """Return the flows' files by stage. For all stages, add the files that the loop needs."""
         file = files.read_pipeline(root)
+        # Only with pairs of both stages can the loop run.
         loop = stages is None or len(stages) == len(files.FLOWS)
         models = files.FLOWS | {name: name for name in files.NEEDED if loop}
         return {"pipeline.json": root / "pipeline.json", **files.paths_of(file, models)}
@@ -203,6 +207,7 @@ class Trellis(FlowFamily):
         file = files.read_pipeline(root)
         stems = {stage: files.find_model(file, model) for stage, model in files.FLOWS.items()}
         flows = files.flows_of(stems, dtype, device, stages)
+        # After all flows exist, because the largest one decides.
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
@@ -221,6 +226,7 @@ class Trellis(FlowFamily):
 
     def open(self, source: ProblemSource, device: str | torch.device) -> Problem:
         """Open a folder as a problem. Blocks are recomputed in the backward pass, which needs less memory."""
+        # The kind is known only from the folder: one family serves texts and images.
         zero_null = files.read_pipeline(Path(source.pipeline)).kind == "image"
         family = replace(self.configured(source), zero_null=zero_null)
         problem = open_folder(family, source, device)
@@ -231,6 +237,7 @@ class Trellis(FlowFamily):
 
     def check_pairs(self, pipeline: TrellisPipeline, folder: Path, stage: str, meta: Mapping) -> None:
         """Raise ValueError if the pairs' latents are normalised in another way."""
+        # Latents in another scale would be trained on without an error.
         if meta.get("normalization") != files.normalization(pipeline.file, stage):
             raise ValueError(
                 f"{folder}: expected latents normalised as in {pipeline.file.root.name}/pipeline.json, got"
@@ -257,6 +264,7 @@ class Trellis(FlowFamily):
         """Return a line about the share of opacity at which sampled assets best fill the voxels they were
         made on.
         """
+        # A few assets suffice, because only eleven shares are compared.
         lines = lines[:LOOKED_AT]
         assets = [read_ply(folder / line["look_at"]) for line in lines]
         voxels = [read_array(folder / line[files.LATENT], "coords") for line in lines]
@@ -279,6 +287,7 @@ class Trellis(FlowFamily):
         A model must exist if pipeline.json places it in a folder that exists.
         """
         file = files.read_pipeline(root)
+        # Other values are references into other repositories.
         needed = {name for name, value in file.models.items() if (file.root / value).parent.is_dir()}
         return files.release_of(file, stages, files.FLOWS, files.load_model, needed)
 
@@ -294,6 +303,7 @@ def _of_kind(root: Path, kind: str) -> files.PipelineFile:
     """Read pipeline.json. Raises: ValueError if the pipeline is of the other kind, "text" or "image"."""
     file = files.read_pipeline(root)
     if file.kind != kind:
+        # Both flags exist, so the other one is the remedy.
         flags = {"image": "--pictures", "text": "--prompts"}
         raise ValueError(
             f"{flags[kind]}: this pipeline is conditioned on {file.kind}s. Pass {flags[file.kind]} instead."

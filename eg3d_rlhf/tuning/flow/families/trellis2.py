@@ -158,9 +158,11 @@ class Trellis2Pipeline(EncodingFolder):
             )
         after = names[names.index(stage) + 1]
         check_finite("advance", x_0)
+        # The structure: a dense latent.
         if isinstance(x_0, torch.Tensor):
             return [self._pooled(latent, self.cells(after)) for latent in x_0]
         assert isinstance(x_0, SparseBatch)
+        # The texture lies on exactly the shape's voxels, and reads its normalised latents.
         if after == files.TEXTURE:
             return [SparseSample(s.coords, s.feats, cells=s.cells) for s in x_0.samples()]
         return [self._finer(sample, stage) for sample in x_0.samples()]
@@ -172,6 +174,7 @@ class Trellis2Pipeline(EncodingFolder):
         # One sample at a time: [1, 1, R, R, R].
         logits = self.part(files.STRUCTURE_DECODER)(latent[None].to(self.device, torch.float32))
         logits = never_empty(logits, f"stage {files.STRUCTURE!r}")
+        # voxels of the decoder's grid per voxel, along an axis
         factor, rest = divmod(logits.shape[-1], resolution)
         if rest or not factor:
             raise ValueError(
@@ -188,6 +191,7 @@ class Trellis2Pipeline(EncodingFolder):
         fine, _ = decoder(
             self._unnormalised(sample.coords, sample.feats, stage), levels=len(decoder.config.up_block_type)
         )
+        # voxels per axis of the decoder's finest grid
         side = self.configs[stage].resolution * decoder.config.finer
         finer = decoder.config.finer
         coords, cells = finer_voxels(
@@ -221,6 +225,7 @@ class Trellis2Pipeline(EncodingFolder):
             )
         # One sample at a time, because each decodes to millions of voxels.
         for sample in x_0.samples():
+            # A cascade may have lowered the resolution of this sample.
             resolution = (sample.cells or self.cells(self.shape)) * decoder.config.finer
             latent = sample.given if sample.given is not None else sample.feats
             surface, children = decoder(self._unnormalised(sample.coords, latent, self.shape))
@@ -294,8 +299,10 @@ class Trellis2Pipeline(EncodingFolder):
         The last grid is cached, because several stages request the same one.
         """
         known = self._last
+        # Compared by identity: assets are large and are not modified.
         if known is None or known[0] is not asset or known[1] != resolution:
             if not isinstance(asset, VoxelAsset):
+                # A mesh has no materials.
                 made: Any = dual_grid(*centred(asset), resolution), None
             else:
                 made = (
@@ -323,7 +330,7 @@ def finer_voxels(
     Returns: voxels [v, 3] int32, and grid cells per axis.
     """
     while True:
-        cells = asked // finer
+        cells = asked // finer  # grid cells per axis of the latents
         # Centres of the voxels, rescaled to the new grid; float64, so that no centre falls on a border.
         voxels = torch.unique(((coords.double() + 0.5) / side * cells).floor().int(), dim=0)
         if len(voxels) < most or asked <= least:
@@ -369,6 +376,7 @@ class Trellis2(FlowFamily):
         """Return whether pipeline.json names TRELLIS.2's pipeline."""
         path = root / "pipeline.json"
         try:
+            # Content that is no JSON object is not TRELLIS.2's.
             return path.is_file() and json.loads(path.read_text()).get("name") == files.NAME
         except (ValueError, AttributeError):
             return False
@@ -392,6 +400,7 @@ class Trellis2(FlowFamily):
         stage.
         """
         file = files.read_pipeline(root)
+        # With an empty list (estimates) the texture is kept, on the meta device.
         coloured = not stages or files.TEXTURE in stages
         named = {stage: model for stage, model in file.flows.items() if coloured or stage != files.TEXTURE}
         stems = {name: find_model(file, name) for name in (*named.values(), *files.DECODERS)}
@@ -404,6 +413,7 @@ class Trellis2(FlowFamily):
             files.ARCHITECTURES,
         )
         for stage, flow in flows.items():
+            # Both kinds of flows have the same parameter names, so a swapped entry could load unnoticed.
             if isinstance(flow, files.StructureFlow) != (stage == files.STRUCTURE):
                 got = type(flow).__name__
                 raise ValueError(
@@ -415,6 +425,7 @@ class Trellis2(FlowFamily):
         spare_memory(flows.values(), device)
 
         def part(name: str) -> nn.Module:
+            # Autoencoders always compute in float32.
             return files.load_model(find_model(file, name), dtype=torch.float32, device=device)
 
         return Trellis2Pipeline(file, flows, conditions, part, device)
@@ -432,6 +443,7 @@ class Trellis2(FlowFamily):
         signal for the stages before them.
         """
         file = files.read_pipeline(Path(source.pipeline))
+        # Stages are then tuned one by one, the texture among them.
         if files.TEXTURE in pairs_in(self, source):
             # The loop would need rewards of materials, which are not fitted here.
             return open_folder(self, source, device, rewards=False)
@@ -445,6 +457,7 @@ class Trellis2(FlowFamily):
         """Embed images with transparent backgrounds at both sizes, by the DINOv3 that pipeline.json names."""
         file = files.read_pipeline(root)
         tokens = {}
+        # One network for both sizes: rotary positions adapt to the number of patches.
         encoder = read_dino3(file.encoder, device)
         sizes = (SMALL, LARGER)
         for name, path in embedding_progress(images.items(), "image"):
@@ -478,6 +491,7 @@ class Trellis2(FlowFamily):
                 f"export: the pipeline {file.kind!r} has the stages {', '.join(file.flows)}, but not"
                 f" {', '.join(absent)}. Leave these out."
             )
+        # Encoders are exported only if they exist.
         needed = {*file.flows.values(), *files.DECODERS}
         return release_of(file, stages, file.flows, files.load_model, needed, (files.TEXTURING,))
 

@@ -29,7 +29,7 @@ def faces_of(asset: VoxelAsset) -> list[torch.Tensor]:
     # One integer per voxel; the extra cell keeps neighbours beyond the border from coding as other voxels.
     side = asset.resolution + 1
     strides = torch.tensor([side**2, side, 1], device=places.device)
-    codes = (places * strides).sum(1)
+    codes = (places * strides).sum(1)  # [W], one integer per voxel
     quads = list[torch.Tensor]()
     known, rows = codes.sort()
     for axis in range(3):
@@ -49,8 +49,9 @@ def surface_of(asset: VoxelAsset) -> tuple[torch.Tensor, torch.Tensor]:
     crossed.
     """
     quads = torch.cat(faces_of(asset))
-    first, second, third, fourth = asset.split[quads].unbind(1)
+    first, second, third, fourth = asset.split[quads].unbind(1)  # weights of the four corners, [F] each
     cut = (first * third > second * fourth)[:, None]
+    # The two triangles of either diagonal.
     halves = [(0, 1, 2), (0, 2, 3)], [(0, 1, 3), (3, 1, 2)]
     triangles = [
         torch.where(cut, quads[:, early], quads[:, late]) for early, late in zip(*halves, strict=True)
@@ -89,6 +90,7 @@ def dual_grid_at(asset: VoxelAsset, resolution: int) -> DualGrid:
     try:
         return dual_grid(vertices, faces, resolution)
     except ValueError:
+        # Vertices in the middle of their voxels and no crossed edges.
         coords = torch.unique(asset.coords.cpu().long() * resolution // asset.resolution, dim=0).int()
         return DualGrid(coords, torch.full(coords.shape, 0.5), torch.zeros(coords.shape, dtype=torch.bool))
 
@@ -113,6 +115,7 @@ def centred(mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
     high = vertices.amax(0)
     if not float((high - low).max()) > 0:
         raise ValueError("the mesh has no extent, only a point. Export the surface as triangles.")
+    # The longest side fills the cube; proportions are kept.
     return (vertices - (low + high) / 2) * (LONGEST / (high - low).max()), mesh.faces
 
 

@@ -79,12 +79,14 @@ RELEASED = {  # number of tensors and of values in the published files
     SHAPE_ENCODER: (284, 354_385_392),
     TEXTURE_ENCODER: (284, 354_385_392),
 }
+# Stage -> its sampler in pipeline.json; both shape stages share one.
 SAMPLERS = {
     STRUCTURE: "sparse_structure_sampler",
     LOW: "shape_slat_sampler",
     HIGH: "shape_slat_sampler",
     TEXTURE: "tex_slat_sampler",
 }
+# Stage -> its normalisation in pipeline.json; the structure has none.
 NORMALIZATIONS = {
     LOW: "shape_slat_normalization",
     HIGH: "shape_slat_normalization",
@@ -139,6 +141,7 @@ def read_pipeline(root: Path) -> PipelineFile:
             f"{path}: expected the name {NAME} and args.models, got {name!r}. Name the folder of a TRELLIS.2"
             " model."
         )
+    # The default of the original.
     kind = args.get("default_pipeline_type", "1024_cascade")
     if kind not in CHAINS:
         raise ValueError(
@@ -161,8 +164,10 @@ def read_pipeline(root: Path) -> PipelineFile:
     return PipelineFile(
         root=root,
         kind=kind,
+        # pipeline.json wins where both name a model
         models={**(named or {}), **models},
         encoder=(
+            # The entry is a mapping with arguments, or just a name
             str((image.get("args") or {}).get("model_name") or ENCODER)
             if isinstance(image, Mapping)
             else str(image)
@@ -187,6 +192,7 @@ def _sampler(path: Path, args: Mapping, key: str) -> tuple[Sampling, float]:
                 " means none. Rename the setting and convert its value."
             )
         strength = float(params.get("guidance_strength", 3.0))
+        # Here, too, t = 1 is noise, so the interval needs no conversion.
         low, high = (float(t) for t in params.get("guidance_interval", (0.0, 1.0)))
         if strength < 1:
             raise ValueError(
@@ -246,9 +252,11 @@ def prepared(model: Any, config: Any, state: State, who: str) -> State:
     Names of convolutions are unified. Angles of rotary positions are computed here; if a file holds them, as
     complex numbers of length 1, they are compared and dropped.
     """
+    # "conv1.conv.weight" -> "conv1.weight"
     if issubclass(model, VoxelNetwork):
         return {_NESTED.sub(r".\1.\2", name): tensor for name, tensor in state.items()}
     if model is StructureFlow and "rope_phases" in state:
+        # Removed, because the network here computes the angles and has no such buffer.
         stored = state.pop("rope_phases")
         angles = angles_of(torch.cartesian_prod(*[torch.arange(config.resolution)] * 3), config.head_channels)
         # Stored angles may have been rounded to half precision, hence the tolerance of 1e-2.
@@ -273,6 +281,7 @@ def model_files(file: PipelineFile) -> dict[str, Path]:
     Raises: FileNotFoundError.
     """
     paths = {name: file.root / name for name in ("pipeline.json", TEXTURING) if (file.root / name).is_file()}
+    # The files identify a problem, so all that is read must be among them.
     models = [*file.flows.values(), *DECODERS, *(name for name in ENCODERS if files.is_there(file, name))]
     return paths | files.paths_of(file, dict(zip(models, models, strict=True)))
 

@@ -87,6 +87,7 @@ def _mass(asset: SplatAsset, resolution: int) -> tuple[torch.Tensor, torch.Tenso
     # On the CPU, index_add sums in a fixed order; on a GPU the order of threads varies.
     asset = asset.to("cpu")
     cells = ((asset.means + 0.5) * resolution).floor().long()  # [G, 3]
+    # Gaussians outside the cube are ignored
     inside = ((cells >= 0) & (cells < resolution)).all(1) & torch.isfinite(asset.opacities)
     x, y, z = cells[inside].unbind(1)
     mass = asset.opacities.new_zeros(resolution**3).index_add(
@@ -129,7 +130,7 @@ def calibrated(
         for i, share in enumerate(SHARES):
             filled = (mass >= share * usual) & (mass > 0)
             overlaps[i] += (filled & target).sum() / (filled | target).sum()
-    ious = (overlaps / len(assets)).tolist()
+    ious = (overlaps / len(assets)).tolist()  # mean over assets, one per share
     best = max(range(len(SHARES)), key=lambda i: ious[i])
     return {
         "share": SHARES[best],
@@ -273,7 +274,7 @@ def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[Vie
         # Fibonacci sphere: even heights, and turns by the golden angle.
         height = 1 - (2 * i + 1) / count
         turn = i * math.pi * (3 - math.sqrt(5))
-        ring = math.sqrt(1 - height**2)
+        ring = math.sqrt(1 - height**2)  # radius of the circle at this height
         position = torch.tensor([ring * math.cos(turn), ring * math.sin(turn), height])
         forward = -position
         # At the poles z is the viewing direction, so another axis must be up.
@@ -321,7 +322,7 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     order = in_camera[:, 2].argsort()
     order = order[in_camera[order, 2] > NEAR]
     x, y, z = in_camera[order].unbind(1)
-    f = view.focal * size
+    f = view.focal * size  # focal length in pixels
     zero = torch.zeros_like(z)
     # Jacobian of the projection at the centre (Zwicker et al. 2001, EWA splatting): [G, 2, 3].
     jacobian = torch.stack([f / z, zero, -f * x / z**2, zero, f / z, -f * y / z**2], 1).view(-1, 2, 3)
@@ -357,8 +358,7 @@ def _tile(
     dx, dy = (pixels[:, None] - means).unbind(-1)  # [P, K] each
     a, b, d = conics.unbind(1)
     alpha = (alphas * torch.exp(-0.5 * (a * dx * dx + d * dy * dy) - b * dx * dy)).clamp_max(MAX_ALPHA)
-    # Light that passes the Gaussians in front: the exclusive product of 1 - alpha (Kerbl et al. 2023, equation
-    # 3).
+    # Light that passes the Gaussians in front (Kerbl et al. 2023, equation 3): an exclusive product.
     passed = torch.cumprod(1 - alpha, 1)
     transmittance = torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
     return (alpha * transmittance) @ colours

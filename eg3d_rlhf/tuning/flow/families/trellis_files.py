@@ -35,6 +35,7 @@ from eg3d_rlhf.tuning.flow.families.folder import are_scales, read_json
 STRUCTURE = "structure"
 LATENT = "latent"
 FLOWS = {STRUCTURE: "sparse_structure_flow_model", LATENT: "slat_flow_model"}  # their names in pipeline.json
+# Stage -> its sampler in pipeline.json.
 SAMPLERS = {STRUCTURE: "sparse_structure_sampler", LATENT: "slat_sampler"}
 STRUCTURE_DECODER = "sparse_structure_decoder"
 GAUSSIAN_DECODER = "slat_decoder_gs"
@@ -43,7 +44,7 @@ LATENT_ENCODER = "slat_encoder"
 NEEDED = (STRUCTURE_DECODER, GAUSSIAN_DECODER, STRUCTURE_ENCODER)  # what the loop needs besides the flows
 # Encoders, which pipeline.json leaves out -> their published names, without ending.
 USUAL_STEMS = {STRUCTURE_ENCODER: "ss_enc_conv3d_16l8_fp16", LATENT_ENCODER: "slat_enc_swin8_B_64l8_fp16"}
-WEIGHTS = (".safetensors", ".pt")
+WEIGHTS = (".safetensors", ".pt")  # endings, in the order in which they are tried
 # What a pipeline is conditioned on -> TRELLIS's default sampling.
 KINDS = {"text": Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95)), "image": Sampling()}
 TOKENS = {"text": 77, "image": 1374}  # conditioning tokens: of CLIP, and of DINOv2 with registers
