@@ -1,5 +1,6 @@
-"""A flow of a few hundred parameters, on dense latents and on voxels, whose layers bear the names that
-adapters look for; and its pairs.
+"""A flow of a few hundred parameters, on dense latents and on voxels, and preference pairs for it.
+
+Its layers have the names that adapters look for.
 """
 
 import torch
@@ -16,7 +17,7 @@ EMBEDDING = 5
 
 
 class Block(nn.Module):
-    """Mixes within a token, and with the mean of the condition's; no token sees another."""
+    """Layers within a token, and the mean of the conditioning tokens; no token attends to another."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -33,7 +34,7 @@ class Block(nn.Module):
 
 
 class AdaptableFlow(nn.Module):
-    """model(x_t, t, cond) -> velocity."""
+    """A small flow: model(x_t, t, cond) -> velocity."""
 
     def __init__(self, seed: int = 0, width: int = 8, blocks: int = 2):
         super().__init__()
@@ -65,7 +66,7 @@ class AdaptableFlow(nn.Module):
 
 
 def inputs(sparse: bool, n: int = 3, seed: int = 0):
-    """x_t, t, cond."""
+    """Return x_t, t and cond."""
     g = torch.Generator().manual_seed(seed)
     latents = [latent(sparse, g, i) for i in range(n)]
     x_t = SparseBatch.join(latents) if sparse else torch.stack(latents)
@@ -73,7 +74,7 @@ def inputs(sparse: bool, n: int = 3, seed: int = 0):
 
 
 def latent(sparse: bool, g: torch.Generator, i: int = 0):
-    """A latent of random numbers; voxels differ from one to the next in number and place."""
+    """Make a random latent; voxels differ between seeds in number and position."""
     if not sparse:
         return torch.randn(CHANNELS, *[RESOLUTION] * 3, generator=g)
     places = torch.randperm(RESOLUTION**3, generator=g)[: 5 + i]
@@ -84,21 +85,21 @@ def latent(sparse: bool, g: torch.Generator, i: int = 0):
 
 
 def stage(sparse: bool = False, seed: int = 0) -> FlowStage:
-    """A stage with this flow."""
+    """Make a stage with this flow."""
     name = "voxels" if sparse else "structure"
     kind = (SparseVoxels if sparse else DenseGrid)(channels=CHANNELS, resolution=RESOLUTION)
     return FlowStage(name=name, model=AdaptableFlow(seed), latents=kind)
 
 
 def pairs(of: FlowStage, n: int = 4) -> tuple[list[PreferencePair], torch.Tensor]:
-    """Pairs of a stage and their conditions' tokens [n, T, E]."""
+    """Make pairs of a stage and the conditioning tokens [n, T, E] of their prompts."""
     g = torch.Generator().manual_seed(1)
     both = [[latent(isinstance(of.latents, SparseVoxels), g, i + k) for k in range(2)] for i in range(n)]
-    found = [
+    made = [
         PreferencePair(id=f"p{i}", condition=f"c{i}", stage=of.name, preferred=a, rejected=b)
         for i, (a, b) in enumerate(both)
     ]
-    return found, torch.randn(n, TOKENS, EMBEDDING, generator=g)
+    return made, torch.randn(n, TOKENS, EMBEDDING, generator=g)
 
 
 def shake(model: nn.Module, seed: int = 5, size: float = 0.1) -> None:

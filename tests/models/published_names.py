@@ -1,4 +1,4 @@
-"""Put vision transformers back under the names of their published files, to write such files in tests."""
+"""Rename vision transformers back to the names of their published files, to write such files in tests."""
 
 import re
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ NAMES = (  # transformers -> torch hub's DINOv2 and BLIP's image encoder, in tur
 
 
 def published(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Return a state dict with the names below `prefix` as published; queries, keys and values are in one."""
+    """Return a state dict with the published names below `prefix`; queries, keys and values are fused."""
     renamed = {}
     for name, tensor in state.items():
         if not name.startswith(prefix):

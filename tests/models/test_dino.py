@@ -1,4 +1,4 @@
-"""DINOv2 and DINOv3 by transformers: a formula of our own, names and files in all layouts."""
+"""DINOv2 and DINOv3 by transformers: an independent formula, and names and files in all layouts."""
 
 import json
 import math
@@ -108,13 +108,13 @@ def test_hidden_widths_are_those_of_the_tensors():
 
 
 def test_dino_is_its_formula():
-    """Of one layer and one head, step by step; registers stand behind the first token."""
+    """One layer with one head, computed step by step; registers follow the class token."""
     model = randomised(
         Dino(DinoConfig.of({**vars(SMALL), "hidden_size": 4, "image_size": 4, "patch_size": 2})).double()
     )
     embeddings = model.embeddings
-    picture = torch.rand(1, 3, 4, 4, dtype=torch.float64)
-    x = (picture[0] - picture.new_tensor(MEAN)[:, None, None]) / picture.new_tensor(STD)[:, None, None]
+    image = torch.rand(1, 3, 4, 4, dtype=torch.float64)
+    x = (image[0] - image.new_tensor(MEAN)[:, None, None]) / image.new_tensor(STD)[:, None, None]
     weight = model.embeddings.patch_embeddings.projection.weight
     bias = model.embeddings.patch_embeddings.projection.bias
     patches = [
@@ -131,12 +131,12 @@ def test_dino_is_its_formula():
     )
     h = block.mlp.fc1(block.norm2(tokens))
     tokens = tokens + block.layer_scale2.lambda1 * block.mlp.fc2(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))))
-    torch.testing.assert_close(model(picture, normed=False)[0], tokens)
-    torch.testing.assert_close(model(picture)[0], model.layernorm(tokens))
+    torch.testing.assert_close(model(image, normed=False)[0], tokens)
+    torch.testing.assert_close(model(image)[0], model.layernorm(tokens))
 
 
-def test_the_parts_of_transformers_network_give_what_the_whole_gives():
-    whole = transformers.Dinov2WithRegistersModel(
+def test_the_parts_of_transformers_network_give_what_the_full_model_gives():
+    full_model = transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(
             hidden_size=64,
             num_hidden_layers=1,
@@ -149,9 +149,9 @@ def test_the_parts_of_transformers_network_give_what_the_whole_gives():
     ).eval()
     model = randomised(Dino(SMALL))
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    whole.load_state_dict(model.state_dict())
+    full_model.load_state_dict(model.state_dict())
     with torch.no_grad():
-        wanted = whole(pixel_values=standardised(x, x)).last_hidden_state
+        wanted = full_model(pixel_values=standardised(x, x)).last_hidden_state
     assert torch.equal(model(x), wanted)
 
 
@@ -163,11 +163,12 @@ def test_images_of_another_size_than_that_of_the_positions():
 
 
 def test_positions_without_registers_are_torch_hubs():
-    """Not antialiased, and by a factor of (G' + 0.1) / G: so in the network's code, and so in weights that
-    were trained with it.
+    """Interpolation is not antialiased and by a factor of (G' + 0.1) / G, as in the code with which weights
+    were
+    trained.
     """
-    plain = DinoConfig.of({**vars(SMALL), "num_register_tokens": 0, "image_size": 24})
-    state = published(randomised(Dino(plain)).state_dict())
+    without_registers = DinoConfig.of({**vars(SMALL), "num_register_tokens": 0, "image_size": 24})
+    state = published(randomised(Dino(without_registers)).state_dict())
     config = DinoConfig.of_state(state, "x", shown=16)
     assert (config.pixels, config.tokens) == (16, 17)
     grid = state["pos_embed"][:, 1:].transpose(1, 2).unflatten(2, (6, 6))
@@ -188,8 +189,8 @@ def test_without_transformers_the_remedy_is_named(monkeypatch):
         Dino(SMALL)
 
 
-def test_dinov3_keeps_its_frequencies_and_refuses_odd_heads(tmp_path):
-    """They are in no file, and the network is built without memory."""
+def test_dinov3_keeps_its_frequencies_and_rejects_odd_heads(tmp_path):
+    """The frequencies are in no file, and the network is built without memory."""
     content = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     content |= {"model_type": "dinov3_vit", "num_register_tokens": 1}
     model = randomised(Dino3(transformers.DINOv3ViTConfig.from_dict(content)))

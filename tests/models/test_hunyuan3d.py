@@ -1,4 +1,4 @@
-"""Hunyuan3D-2.1's autoencoder, where a choice is left to chance; its numbers are held in
+"""Random choices in Hunyuan3D-2.1's autoencoder. Its numbers are tested in
 tests/compat/test_family_hunyuan3d.py.
 """
 
@@ -34,18 +34,16 @@ def box(size=(2.0, 1.0, 0.5), place=(3.0, 4.0, 5.0)) -> Mesh:
     return Mesh(corners, torch.tensor([t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))]))
 
 
-def test_the_decoder_says_on_a_grid_what_it_says_at_points():
+def test_the_decoder_gives_the_same_values_on_a_grid_and_at_points():
     torch.manual_seed(4)
     model = ShapeDecoder(CONFIG).eval()
     axis = torch.linspace(-1.01, 1.01, 3)
     with torch.no_grad():
         decoded = model(torch.randn(1, 6, 4))
-        whole, part = (model.slab(decoded, axis, x) for x in (slice(0, 3), slice(1, 3)))
+        full, part = (model.slab(decoded, axis, x) for x in (slice(0, 3), slice(1, 3)))
         point = torch.tensor([[[-1.01, 0.0, 1.01]]])
-        assert float(whole[0, 1, 2]) == pytest.approx(
-            float(model.geo_decoder(point, decoded)[0, 0]), abs=1e-5
-        )
-    torch.testing.assert_close(part, whole[1:])
+        assert float(full[0, 1, 2]) == pytest.approx(float(model.geo_decoder(point, decoded)[0, 0]), abs=1e-5)
+    torch.testing.assert_close(part, full[1:])
 
 
 def test_points_are_even_on_a_mesh_that_fills_the_cube_with_outward_normals():
@@ -85,6 +83,6 @@ def test_a_surface_becomes_latents_in_the_scale_of_the_flow():
     models = [ShapeEncoder(config).eval() for config in (CONFIG, scaled)]
     models[1].load_state_dict(models[0].state_dict())
     surface = surface_points(box(), CONFIG, draw())
-    whole, half = (model.latents(surface, draw(1)) for model in models)
-    assert whole.shape == (6, 4)
-    torch.testing.assert_close(half, 0.5 * whole)
+    full, half = (model.latents(surface, draw(1)) for model in models)
+    assert full.shape == (6, 4)
+    torch.testing.assert_close(half, 0.5 * full)

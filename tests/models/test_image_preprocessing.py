@@ -1,4 +1,4 @@
-"""Pictures cut out and resized; the originals' own pixels are in tests/compat/test_family_*.py."""
+"""Cropping and resizing of images. The originals' own pixels are tested in tests/compat/test_family_*.py."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def shown(box=(20, 10, 60, 50), size=(100, 80)) -> Image.Image:
-    """A coloured box on nothing."""
+    """Make a coloured box on a transparent background."""
     image = Image.new("RGBA", size, (0, 0, 0, 0))
     image.paste((200, 100, 50, 255), box)
     return image
@@ -39,9 +39,9 @@ def test_resizing_keeps_what_is_even_and_both_axes_alike(how, size):
     even = np.full((16, 24, 4), 77, np.uint8)
     assert (opencv(even, size, how) == 77).all() and opencv(even, size, how).shape == (*size, 4)
     pixels = noise(16, 24)
-    turned = opencv(pixels.T.copy(), size[::-1], how).T
+    transposed = opencv(pixels.T.copy(), size[::-1], how).T
     # columns are first: rounded by another order
-    assert np.abs(opencv(pixels, size, how).astype(int) - turned).max() <= 1
+    assert np.abs(opencv(pixels, size, how).astype(int) - transposed).max() <= 1
     assert np.array_equal(opencv(pixels, (16, 24), how), pixels)
 
 
@@ -58,7 +58,7 @@ def test_cubic_goes_through_a_straight_line_within_the_border():
     assert (np.abs(np.diff(wide[4:-4]) - 5) <= 1).all()
 
 
-def test_palettes_with_transparency_are_taken_and_opaque_pictures_refused_by_name(tmp_path):
+def test_palettes_with_transparency_are_accepted_and_opaque_images_rejected_by_name(tmp_path):
     shown().quantize(16).save(tmp_path / "palette.png")
     assert Image.open(tmp_path / "palette.png").mode == "P"
     assert read_cut_out(tmp_path / "palette.png", lambda image: image.getchannel("A").getbbox()) == (
@@ -128,9 +128,9 @@ def test_the_square_and_its_pixels_are_those_of_trellis(place, crop):
     pixels[max(top - 1, 0), left : right + 1, 3] = np.maximum(
         pixels[max(top - 1, 0), left : right + 1, 3], 204
     )
-    room = np.pad(pixels, ((60, 60), (60, 60), (0, 0)))
+    padded = np.pad(pixels, ((60, 60), (60, 60), (0, 0)))
     x0, y0, x1, y1 = (v + 60 for v in crop)
-    square = Image.fromarray(room[y0:y1, x0:x1]).resize((518, 518), Image.Resampling.LANCZOS)
+    square = Image.fromarray(padded[y0:y1, x0:x1]).resize((518, 518), Image.Resampling.LANCZOS)
     rgb, alpha = (
         np.asarray(part, np.float32) / np.float32(255)
         for part in (square.convert("RGB"), square.getchannel("A"))
@@ -147,16 +147,16 @@ def test_an_object_is_cut_out_by_its_mask_with_its_places():
     points = torch.full([20, 30, 3], float("nan"))
     points[4:, :, :] = torch.rand(16, 30, 3) + torch.tensor([0.0, 0.0, 2.0])
     cut = ObjectCut(size=12)
-    told = object_inputs(pixels, points, cut)
+    inputs = object_inputs(pixels, points, cut)
     assert all(
-        told[name].shape == (channels, 12, 12)
+        inputs[name].shape == (channels, 12, 12)
         for name, channels in (("image", 3), ("mask", 1), ("pointmap", 3))
     )
     assert box_about(torch.from_numpy(pixels[..., 3]), 1.2) == (3, 15, 7, 19)
-    assert told["mask"].mean() > 0.4 and told["rgb_image_mask"].mean() < 0.2
-    assert told["pointmap_shift"][2] > 2 and told["rgb_pointmap"].isnan().any()
-    unit, shift = (told[f"pointmap_{name}"] for name in ("scale", "shift"))
-    seen = told["pointmap"].flatten(1) * unit[:, None] + shift[:, None]
+    assert inputs["mask"].mean() > 0.4 and inputs["rgb_image_mask"].mean() < 0.2
+    assert inputs["pointmap_shift"][2] > 2 and inputs["rgb_pointmap"].isnan().any()
+    unit, shift = (inputs[f"pointmap_{name}"] for name in ("scale", "shift"))
+    seen = inputs["pointmap"].flatten(1) * unit[:, None] + shift[:, None]
     assert seen[:, seen.isfinite().all(0)][2].median() == pytest.approx(2.5, abs=0.2)
     assert "pointmap" not in object_inputs(pixels, None, cut)
     with raising("mask"):

@@ -33,7 +33,7 @@ def tuned(config=SMALL, base=None):
 
 
 @KINDS
-def test_off_is_the_base_to_the_last_bit(sparse):
+def test_off_is_bitwise_the_base(sparse):
     want = run(AdaptableFlow(), sparse)
     model = tuned()
     assert not torch.equal(run(model, sparse), want)
@@ -53,11 +53,11 @@ def test_an_untrained_adapter_changes_nothing(sparse):
 @KINDS
 def test_merged_is_the_same_network_under_the_base_s_names(sparse):
     model = tuned()
-    plain = AdaptableFlow(seed=9)
+    base_network = AdaptableFlow(seed=9)
     state = merged_state(model)
-    assert list(state) == list(plain.state_dict())
-    plain.load_state_dict(state)
-    torch.testing.assert_close(run(plain, sparse), run(model, sparse), rtol=0, atol=5e-7)
+    assert list(state) == list(base_network.state_dict())
+    base_network.load_state_dict(state)
+    torch.testing.assert_close(run(base_network, sparse), run(model, sparse), rtol=0, atol=5e-7)
 
 
 def test_the_formula():
@@ -116,7 +116,7 @@ def test_off_nests_and_comes_back_after_an_error():
 
 
 def test_a_pass_without_adapters_between_forward_and_backward_changes_no_gradient():
-    """With checkpointing the inside is computed again in the backward pass: adapters must be on by then."""
+    """Checkpointing computes a block again in the backward pass, when its adapters must be on."""
     gradients = []
     for recompute in (False, True):
         model = tuned()
@@ -131,9 +131,9 @@ def test_a_pass_without_adapters_between_forward_and_backward_changes_no_gradien
 
 def test_dropout_acts_on_the_adapter_in_training_alone():
     model = tuned(LoraConfig(rank=2, alpha=8, dropout=0.5))
-    plain = tuned()
+    base_network = tuned()
     base = run(AdaptableFlow())
-    assert torch.equal(run(model.eval()), run(plain))
+    assert torch.equal(run(model.eval()), run(base_network))
     model.train()
     assert not torch.equal(run(model), run(model))
     with adapters_off(model):
@@ -176,16 +176,16 @@ def test_a_layer_of_two_names_keeps_one_adapter():
     assert add_lora(net, LoraConfig(targets=("first", "second"), rank=1), 0) == ["first", "second"]
     assert net.first is net.second and len(lora_parameters(net)) == 2
     shake(net)
-    plain = nn.Sequential()
-    plain.first = nn.Linear(2, 2)
-    plain.second = plain.first
-    plain.load_state_dict(merged_state(net))
+    base_network = nn.Sequential()
+    base_network.first = nn.Linear(2, 2)
+    base_network.second = base_network.first
+    base_network.load_state_dict(merged_state(net))
     x = torch.eye(2)
-    torch.testing.assert_close(plain(x), net(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(base_network(x), net(x), rtol=0, atol=1e-6)
 
 
 class VoxelLinear(nn.Linear):
-    """Takes something else than a tensor."""
+    """A linear layer whose input is not a tensor."""
 
     def forward(self, x):
         return x.with_feats(super().forward(x.feats))
@@ -213,12 +213,12 @@ class VoxelLinear(nn.Linear):
         (lambda m: LoraConfig(targets=()), ("targets", "[]")),
     ],
 )
-def test_refusals(change, names):
+def test_unsuitable_targets_are_rejected(change, names):
     with raising(*names):
         change(AdaptableFlow())
 
 
-def test_layers_on_voxels_are_refused_before_anything_changes():
+def test_layers_on_voxels_are_rejected_before_anything_changes():
     net = nn.ModuleDict({"to_q": nn.Linear(2, 2), "mlp": VoxelLinear(2, 2)})
     with raising("mlp (VoxelLinear)"):
         add_lora(net, LoraConfig(targets=("to_q", "mlp")), 0)

@@ -1,5 +1,5 @@
-"""Adapters and networks in files: three layouts read alike, what is written is read back, everything else is
-refused with its reason.
+"""Files of adapters and networks: three layouts give the same result, files can be read back, and everything
+else is rejected with a reason.
 """
 
 import json
@@ -45,14 +45,14 @@ def model():
 
 
 def peft_full(model, adapter="default"):
-    """The state dict of the network wrapped by PEFT."""
+    """Return the state dict of the network as PEFT wraps it."""
     names = {f".lora_{part}.weight": f".lora_{part}.{adapter}.weight" for part in "AB"}
-    found = {}
+    renamed = {}
     for name, value in model.state_dict().items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        found[PREFIX + name] = value.clone()
-    return found
+        renamed[PREFIX + name] = value.clone()
+    return renamed
 
 
 def test_adapters_come_back_as_they_were(model, tmp_path):
@@ -96,7 +96,7 @@ def test_what_is_written_is_what_peft_reads(model, tmp_path):
 
 
 def test_peft_gives_the_same_numbers(model, tmp_path):
-    """Both ways, where PEFT is installed: it reads our folder, and we read its folder and its state dict."""
+    """PEFT reads our folder, and we read PEFT's folder and state dict, where PEFT is installed."""
     peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     write_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(AdaptableFlow(), tmp_path / "ours")
@@ -132,12 +132,12 @@ def test_plain_weights_come_back_as_they_were(model, tmp_path):
     assert (read.adapters, read.alpha) == ({}, None) and list(read.tensors) == sorted(
         AdaptableFlow().state_dict()
     )
-    plain = load_weights(AdaptableFlow(seed=7), read)
+    loaded = load_weights(AdaptableFlow(seed=7), read)
     want = merged_state(model)
-    assert not adapted_layers(plain) and all(
-        torch.equal(value, want[name]) for name, value in plain.state_dict().items()
+    assert not adapted_layers(loaded) and all(
+        torch.equal(value, want[name]) for name, value in loaded.state_dict().items()
     )
-    torch.testing.assert_close(run(plain), run(model), rtol=0, atol=5e-7)
+    torch.testing.assert_close(run(loaded), run(model), rtol=0, atol=5e-7)
 
 
 def test_loading_leaves_networks_of_the_same_memory_alone(model, tmp_path):
@@ -163,9 +163,9 @@ def test_targets_are_short_where_they_mean_just_the_layers():
     )
     add_lora(net, LoraConfig(targets=("a.to_q",)), 0)
     assert targets_of(net) == ["a.to_q"]
-    whole = AdaptableFlow()
-    add_lora(whole, SMALL, 0)
-    assert targets_of(whole) == ["to_kv", "to_out", "to_q", "to_qkv"]
+    adapted_everywhere = AdaptableFlow()
+    add_lora(adapted_everywhere, SMALL, 0)
+    assert targets_of(adapted_everywhere) == ["to_kv", "to_out", "to_q", "to_qkv"]
 
 
 def changed_config(**values):
@@ -185,7 +185,7 @@ def changed_tensors(change):
     return write
 
 
-ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
+FIRST_A = f"{PREFIX}blocks.0.to_q.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -204,25 +204,27 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
         (changed_config(init_lora_weights="pissa"), (CONFIG, "init_lora_weights", "'pissa'")),
         (changed_config(r=3), (ADAPTER, "[2, 3]")),
         (
-            changed_tensors(lambda t: t.pop(ONE)),
+            changed_tensors(lambda t: t.pop(FIRST_A)),
             (ADAPTER, "A and B", "blocks.0.to_q"),
         ),
         (
-            changed_tensors(lambda t: t.__setitem__(ONE, t[ONE] / 0)),
-            (ADAPTER, ONE),
+            changed_tensors(lambda t: t.__setitem__(FIRST_A, t[FIRST_A] / 0)),
+            (ADAPTER, FIRST_A),
         ),
         (
-            changed_tensors(lambda t: t.__setitem__(ONE.replace("_A.", "_A.x."), t.pop(ONE))),
+            changed_tensors(lambda t: t.__setitem__(FIRST_A.replace("_A.", "_A.x."), t.pop(FIRST_A))),
             (ADAPTER, "x"),
         ),
         (
             changed_tensors(
-                lambda t: t.__setitem__(ONE.replace("lora_A", "lora_magnitude_vector"), t[ONE].clone())
+                lambda t: t.__setitem__(
+                    FIRST_A.replace("lora_A", "lora_magnitude_vector"), t[FIRST_A].clone()
+                )
             ),
             (ADAPTER, "lora_magnitude_vector"),
         ),
         (
-            changed_tensors(lambda t: t.__setitem__(ONE, t[ONE][:, :-1].clone())),
+            changed_tensors(lambda t: t.__setitem__(FIRST_A, t[FIRST_A][:, :-1].clone())),
             ("blocks.0.to_q", "[8, 8]", "[8, 7]"),
         ),
         (
@@ -240,14 +242,14 @@ ONE = f"{PREFIX}blocks.0.to_q.lora_A.weight"
         ),
     ],
 )
-def test_refusals(model, tmp_path, change, names):
+def test_unsupported_settings_and_tensors_are_rejected(model, tmp_path, change, names):
     write_adapter(model, tmp_path)
     change(tmp_path, model)
     with raising(*names):
         load_weights(AdaptableFlow(), read_weights(tmp_path))
 
 
-def test_more_refusals(model, tmp_path):
+def test_ambiguous_or_incomplete_files_are_rejected(model, tmp_path):
     with raising(str(tmp_path), ADAPTER, kind=FileNotFoundError):
         read_weights(tmp_path)
     with raising("add_lora"):
@@ -269,7 +271,7 @@ class Bomb:
         return os.system, ("echo ran",)
 
 
-def test_nothing_in_a_file_is_run(tmp_path, capfd):
+def test_no_code_in_a_file_is_run(tmp_path, capfd):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb()}, 2))
     with raising("adapter_model.bin"):
         read_weights(tmp_path)
@@ -277,5 +279,5 @@ def test_nothing_in_a_file_is_run(tmp_path, capfd):
 
 
 def test_adapter_tensors_without_peft_s_prefix_are_read_as_well(model):
-    plain, adapters = split_state(adapter_state(model), "state")
-    assert plain == {} and set(adapters) == set(adapted_layers(model))
+    loaded, adapters = split_state(adapter_state(model), "state")
+    assert loaded == {} and set(adapters) == set(adapted_layers(model))

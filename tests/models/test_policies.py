@@ -1,6 +1,4 @@
-"""Tuned networks kept and found again, on a base that is left alone, and pipelines that get their own
-networks back.
-"""
+"""Tuned networks are saved and loaded on a base that stays unchanged."""
 
 import copy
 import json
@@ -101,7 +99,7 @@ def test_another_kind_takes_the_place_of_the_old(tmp_path):
         assert torch.equal(run(tuned_model(AdaptableFlow(), tmp_path)), run(model))
 
 
-def test_refusals(tmp_path):
+def test_unsuitable_values_and_weights_are_rejected(tmp_path):
     model = adapted()
     with raising("JSON", "PosixPath"):
         save_policy(model, tmp_path, {"a": tmp_path})

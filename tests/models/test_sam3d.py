@@ -1,5 +1,5 @@
-"""SAM 3D's networks, beside the reference values (tests/compat/test_family_sam3d.py): batches, the step size,
-what points become.
+"""SAM 3D's networks apart from their reference values (tests/compat/test_family_sam3d.py): independence of
+batches, the step size, and the transforms of points.
 """
 
 import pytest
@@ -41,7 +41,10 @@ def flow(**changes):
 
 def drawn(size=2, seed=0):
     g = torch.Generator().manual_seed(seed)
-    x = {name: torch.randn(size, one.tokens, one.in_channels, generator=g) for name, one in LATENTS.items()}
+    x = {
+        name: torch.randn(size, latent.tokens, latent.in_channels, generator=g)
+        for name, latent in LATENTS.items()
+    }
     return x, torch.rand(size, generator=g), torch.randn(size, 3, 5, generator=g)
 
 
@@ -56,7 +59,7 @@ def test_a_sample_is_the_same_in_any_batch():
 
 
 @torch.no_grad()
-def test_latents_and_steps_that_are_refused():
+def test_latents_and_steps_that_do_not_fit_are_rejected():
     model = flow()
     x, t, cond = drawn()
     with raising("MixtureFlow.x_t", "6drotation_normalized", "scale, shape."):
@@ -69,7 +72,7 @@ def test_latents_and_steps_that_are_refused():
         flow(latent_share_transformer={"all": tuple(LATENTS)})
 
 
-def test_what_points_become():
+def test_points_are_transformed_by_their_formulas():
     x, y, z = point = (0.5, -2.0, 4.0)
 
     def asinh(v):

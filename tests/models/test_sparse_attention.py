@@ -1,4 +1,4 @@
-"""Attention over voxels against a masked softmax over all rows, written out."""
+"""Attention over voxels, against a masked softmax over all rows."""
 
 import math
 
@@ -25,7 +25,7 @@ def heads(rows, seed, n=3):
 
 
 def oracle(q, k, v, together):
-    """softmax over those rows that `together` [rows of q, rows of k] joins."""
+    """Compute a softmax over those rows that `together` [rows of q, rows of k] connects."""
     logits = torch.einsum("ahd,bhd->hab", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hab,bhd->ahd", logits.masked_fill(~together, -torch.inf).softmax(-1), v)
 
@@ -36,7 +36,7 @@ def same_window(x, window, shift):
 
 
 def along_curve(x, window, shift=0, start=0):
-    """Which rows each row sees, with bits and windows written out."""
+    """Return which rows each row attends to, computed bit by bit and window by window."""
 
     def code(row):
         return int(
@@ -85,7 +85,7 @@ def test_windows_along_the_curve_overlap_and_each_voxel_keeps_one_result(window,
 
 
 def assert_attends(x, groups, together):
-    """Results and gradients of self-attention within these groups."""
+    """Check results and gradients of self-attention within these groups."""
     q, k, v = (h.requires_grad_() for h in heads(len(x.coords), 1))
     out = SparseLayout(x, groups).self_attention(q, k, v)
     want = oracle(q, k, v, together)
@@ -104,8 +104,8 @@ def test_cross_attention_reads_the_tokens_of_its_sample():
     tokens = 5
     q = heads(len(x.coords), 1, 1)[0]
     k, v = (h.view(x.size, tokens, H, D) for h in heads(x.size * tokens, 2, 2))
-    own = x.sample[:, None] == torch.arange(x.size).repeat_interleave(tokens)
-    want = oracle(q, k.flatten(0, 1), v.flatten(0, 1), own)
+    same_sample = x.sample[:, None] == torch.arange(x.size).repeat_interleave(tokens)
+    want = oracle(q, k.flatten(0, 1), v.flatten(0, 1), same_sample)
     torch.testing.assert_close(SparseLayout(x).cross_attention(q, k, v), want)
 
 

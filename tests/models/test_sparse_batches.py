@@ -1,4 +1,4 @@
-"""Batches of voxels: every sample counts by itself, whatever it is batched with."""
+"""Batches of voxels: the result of a sample does not depend on the other samples of the batch."""
 
 import pytest
 import torch
@@ -36,15 +36,15 @@ def test_joining_and_parting_are_inverse():
 
 
 def test_errors_of_a_sample_do_not_depend_on_the_others():
-    """Bit for bit, in any company and any place."""
+    """Errors are bitwise the same in every batch and at every position."""
     noisy = [SparseSample(s.coords, s.feats + 0.1 * torch.randn_like(s.feats)) for s in SAMPLES]
     together = errors(collate(SAMPLES), collate(noisy))
     for i, (a, b) in enumerate(zip(SAMPLES, noisy, strict=True)):
         alone = errors(collate([a]), collate([b]))
         assert torch.equal(together[i : i + 1], alone)
         torch.testing.assert_close(alone[0], (a.feats - b.feats).square().mean())
-    turned = errors(collate(SAMPLES[::-1]), collate(noisy[::-1]))
-    assert torch.equal(turned.flip(0), together)
+    reversed_batch = errors(collate(SAMPLES[::-1]), collate(noisy[::-1]))
+    assert torch.equal(reversed_batch.flip(0), together)
 
 
 def test_a_large_sample_does_not_outweigh_a_small_one():
@@ -85,7 +85,7 @@ def test_other_features_share_what_the_coordinates_decide():
     )
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_rejected():
     with raising("coords", "[v, 3]", "[4, 2]"):
         SparseSample(torch.zeros(4, 2), torch.zeros(4, 1))
     with raising("SparseSample.feats", "[4, C]", "[3, 1]"):

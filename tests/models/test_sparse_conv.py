@@ -1,4 +1,4 @@
-"""Submanifold convolution against a dense one, and what it keeps for the backward pass."""
+"""Submanifold convolution against a dense one, and what it saves for the backward pass."""
 
 from collections import defaultdict
 
@@ -23,7 +23,7 @@ R = 6
 
 
 def random_batch(channels=3, share=0.4, size=2, seed=0, dtype=torch.float64):
-    """Random voxels of a grid of R^3, rows of each sample in random order."""
+    """Make random voxels of a grid of R^3, the rows of each sample in random order."""
     g = torch.Generator().manual_seed(seed)
     samples = []
     for _ in range(size):
@@ -43,7 +43,7 @@ def kernel(channels=3, out=4, seed=1, dtype=torch.float64):
 
 
 def dense_oracle(x, weight, bias):
-    """conv3d of the dense volumes, read off at the voxels."""
+    """Compute conv3d of the dense volumes and read it at the voxels."""
     place = x.coords.long().unbind(1)
     volume = x.feats.new_zeros(x.size, R, R, R, x.feats.shape[1]).index_put(place, x.feats)
     out = F.conv3d(volume.permute(0, 4, 1, 2, 3), weight.permute(0, 4, 1, 2, 3), bias, padding=1)
@@ -91,11 +91,11 @@ def test_features_of_halved_voxels_are_those_of_every_voxel_in_them(share):
 def test_opposite_borders_of_the_grid_are_no_neighbours():
     corners = torch.cartesian_prod(*[torch.tensor([0, R - 1])] * 3).int()
     x = SparseBatch.join([SparseSample(corners, torch.ones(8, 1, dtype=torch.float64))])
-    found = neighbours(x)
-    assert [len(written) for written, _ in found] == [0] * 13 + [8] + [0] * 13
+    pairs = neighbours(x)
+    assert [len(written) for written, _ in pairs] == [0] * 13 + [8] + [0] * 13
 
 
-def test_refuses_what_it_cannot_compute():
+def test_unsupported_inputs_are_rejected():
     weight, bias = kernel()
     twice = SparseBatch(torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.float64), 1)
     with raising("negative"):
@@ -111,7 +111,7 @@ def test_refuses_what_it_cannot_compute():
         SubmanifoldConv(3, 4, backend="dense")
 
 
-def test_refuses_spconv_where_it_is_not_installed(monkeypatch):
+def test_spconv_is_rejected_if_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(sparse_conv, "has_spconv", lambda: False)
     with raising("spconv", "'torch'"):
         SubmanifoldConv(3, 4, backend="spconv")

@@ -1,4 +1,4 @@
-"""TRELLIS.2's networks: names, rotary positions, features beside the latent, splits of voxels."""
+"""TRELLIS.2's networks: names, rotary positions, given features, splits of voxels."""
 
 from dataclasses import replace
 
@@ -123,11 +123,11 @@ def test_on_all_voxels_both_flows_are_the_same_network():
 
 
 def test_features_beside_the_latent_widen_the_input_and_nothing_else():
-    plain = built(VoxelFlow)
+    narrow = built(VoxelFlow)
     wide = built(VoxelFlow, in_channels=7)
-    changed = {name for name, shape in shapes(wide).items() if shape != shapes(plain)[name]}
+    changed = {name for name, shape in shapes(wide).items() if shape != shapes(narrow)[name]}
     assert changed == {"input_layer.weight"} and wide.input_layer.weight.shape == (24, 7)
-    state = plain.state_dict()
+    state = narrow.state_dict()
     wide.load_state_dict(
         state | {"input_layer.weight": torch.nn.functional.pad(state["input_layer.weight"], (0, 4))}
     )
@@ -135,9 +135,9 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
     t, cond = inputs()
     more = replace(x, given=torch.randn(len(x.feats), 4))
     with torch.no_grad():
-        assert torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)  # read by zeros
+        assert torch.equal(wide(more, t, cond).feats, narrow(x, t, cond).feats)  # read by zeros
         wide.input_layer.weight[:, 3:] = 1
-        assert not torch.equal(wide(more, t, cond).feats, plain(x, t, cond).feats)
+        assert not torch.equal(wide(more, t, cond).feats, narrow(x, t, cond).feats)
     with raising("VoxelFlow.x_t", " 4 ", " 0."):
         wide(x, t, cond)
 
@@ -152,7 +152,7 @@ def test_features_beside_the_latent_widen_the_input_and_nothing_else():
         ({"num_heads": 8}, ("rope_freq", "6", " 3 ")),
     ],
 )
-def test_flows_that_are_refused(changes, names):
+def test_unsupported_flows_are_rejected(changes, names):
     with raising(*names):
         FlowConfig(**{**FLOW, **changes})
 
@@ -183,17 +183,17 @@ def test_split_moves_channels_into_space_and_merge_back():
         split(x, torch.zeros(2, 8, dtype=torch.bool))
 
 
-def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
+def test_a_decoder_with_given_children_makes_the_voxels_of_the_one_that_predicts_them():
     torch.manual_seed(1)
-    says, told = (
+    predicting, receiving = (
         VoxelDecoder(VoxelDecoderConfig(**DECODER, **more))
         for more in ({}, dict(pred_subdiv=False, out_channels=6))
     )
     x = voxels()
     with torch.no_grad():
-        shape, children = says(x)
-        colours, _ = told(x, children)
-        coarse, none = says(x, levels=0)
+        shape, children = predicting(x)
+        colours, _ = receiving(x, children)
+        coarse, none = predicting(x, levels=0)
     assert (
         shape.feats.shape[1] == 7
         and colours.feats.shape[1] == 6
@@ -202,7 +202,7 @@ def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
     assert len(shape.coords) == int((children[0] > 0).sum()) and none == []
     assert torch.equal(coarse.coords, x.coords)
     with raising("VoxelDecoder", " 1 ", "None"):
-        told(x)
+        receiving(x)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_decoder_that_is_told_finds_the_voxels_of_the_one_that_says():
         ({"model_channels": (16, 7)}, ("7",)),
     ],
 )
-def test_decoders_that_are_refused(changes, names):
+def test_unsupported_decoders_are_rejected(changes, names):
     with raising(*names):
         VoxelDecoderConfig(**{**DECODER, **changes})
     changes = {name: value[::-1] if isinstance(value, tuple) else value for name, value in changes.items()}

@@ -1,4 +1,4 @@
-"""Encoder and Gaussian decoder: windows, activations, files that do not fit."""
+"""Encoder and Gaussian decoder: windows, activations, and settings that do not fit."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_encodes_every_voxel_and_trains_every_parameter(changes):
 
 
 def reached(blocks):
-    """Voxels along a full axis whose features the output at voxel 0 depends on."""
+    """Return the voxels along a full axis whose features the output at voxel 0 depends on."""
     coords = torch.zeros(R, 4, dtype=torch.int32)
     coords[:, 1] = torch.arange(R)
     feats = torch.randn(R, 3, requires_grad=True)
@@ -79,7 +79,7 @@ def reached(blocks):
     return torch.autograd.grad(mean.feats[0].sum(), feats)[0].abs().sum(1).nonzero().flatten().tolist()
 
 
-def test_every_other_block_sees_over_the_borders_of_windows():
+def test_every_other_block_attends_across_the_borders_of_windows():
     assert reached(1) == [0, 1]  # windows of two voxels
     assert reached(2) == [0, 1]  # shifted by one: voxel 0 is alone in its own
     assert reached(3) == [0, 1, 2, 3]
@@ -87,8 +87,8 @@ def test_every_other_block_sees_over_the_borders_of_windows():
 
 @pytest.mark.parametrize(("mode", "odd"), [("shift_window", {"shift": 16}), ("shift_sequence", {"start": 1})])
 def test_windows_along_the_curve_of_every_block(mode, odd):
-    """The whole encoder in float64 with masked attention;
-    every other block has a curve, or cuts, of its own.
+    """Compare the encoder in float64 with masked attention; every other block has another curve, or other
+    cuts.
     """
     x = random_batch(dtype=torch.float32)
     model = encoder(attn_mode=mode, window_size=3, num_blocks=3)
@@ -133,12 +133,12 @@ def test_zeros_mean_the_biases_of_the_file(activation):
 def test_gaussians_stay_within_reach_of_their_voxel():
     x = random_batch(dtype=torch.float32)
     model = decoder()
-    found = model(x)
-    assert [len(g.xyz) for g in found] == (4 * x.lengths).tolist()
+    objects = model(x)
+    assert [len(g.xyz) for g in objects] == (4 * x.lengths).tolist()
     centre = ((x.samples()[0].coords + 0.5) / R).repeat_interleave(4, 0)
-    assert (found[0].xyz - centre).abs().max() <= 0.5 * 1.5 / R
-    assert (found[0].scales > 0).all() and ((found[0].opacities > 0) & (found[0].opacities < 1)).all()
-    torch.testing.assert_close(found[0].rotations.norm(dim=1), torch.ones(len(found[0].xyz)))
+    assert (objects[0].xyz - centre).abs().max() <= 0.5 * 1.5 / R
+    assert (objects[0].scales > 0).all() and ((objects[0].opacities > 0) & (objects[0].opacities < 1)).all()
+    torch.testing.assert_close(objects[0].rotations.norm(dim=1), torch.ones(len(objects[0].xyz)))
 
 
 def test_without_offsets_gaussians_lie_on_a_hammersley_set():
@@ -160,7 +160,7 @@ def test_without_offsets_gaussians_lie_on_a_hammersley_set():
         ({"sh_degree": 3}, ("representation_config", "sh_degree")),
     ],
 )
-def test_refuses_settings_of_gaussians_that_do_not_fit(changes, names):
+def test_settings_of_gaussians_that_do_not_fit_are_rejected(changes, names):
     with raising(*names):
         decoder(**changes)
 
@@ -173,7 +173,7 @@ GRIDS = dict(latent_channels=3, num_res_blocks=1, num_res_blocks_middle=1, norm_
 
 
 class Oracle:
-    """Layers by their names in a state dict, float64."""
+    """The layers of a state dict by name, in float64."""
 
     def __init__(self, model):
         self.p = {name: value.double() for name, value in model.state_dict().items()}
@@ -182,7 +182,7 @@ class Oracle:
         return F.conv3d(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"], **options)
 
     def norm(self, x, name):
-        """Each sample's groups of C / 32 channels have mean 0 and deviation 1."""
+        """Normalise each sample's groups of C / 32 channels to mean 0 and standard deviation 1."""
         out = torch.empty_like(x)
         size = x.shape[1] // 32
         for sample, into in zip(x, out, strict=True):
@@ -202,7 +202,7 @@ class Oracle:
 
 
 def drawn(model, seed=0):
-    """Norms of a fresh network are the identity; here they are not."""
+    """Randomise the norms of a fresh network, which would otherwise be the identity."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -240,7 +240,7 @@ def test_decoder_with_group_norms():
         torch.testing.assert_close(model(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_norms_that_are_refused():
+def test_unsupported_norms_are_rejected():
     with raising("norm_type", "layer", "group", "'batch'"):
         StructureVAEConfig(in_channels=1, channels=(32,), **{**GRIDS, "norm_type": "batch"})
     with raising("channels", "32", "'group'", "[8, 32]"):

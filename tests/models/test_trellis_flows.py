@@ -1,4 +1,4 @@
-"""The second flow's properties: samples apart, recomputation, types, variants, adapters."""
+"""Properties of the second flow: independence of samples, recomputation, dtypes, variants, adapters."""
 
 import math
 
@@ -41,7 +41,7 @@ def inputs(size=2):
     )
 
 
-def test_samples_of_a_batch_know_nothing_of_each_other():
+def test_samples_of_a_batch_do_not_depend_on_each_other():
     flow = model()
     x, t, cond = inputs(3)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_samples_of_a_batch_know_nothing_of_each_other():
             torch.testing.assert_close(alone.feats, together[i].feats, rtol=1e-5, atol=1e-6)
 
 
-def test_recomputation_changes_no_bit():
+def test_recomputation_is_bitwise_identical():
     results = []
     for recompute in (False, True):
         flow = model(use_checkpoint=recompute)
@@ -59,8 +59,8 @@ def test_recomputation_changes_no_bit():
         loss = flow(x, t, cond).feats.square().mean()
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in flow.parameters())])
-    for plain, again in zip(*results, strict=True):
-        assert torch.equal(plain, again)
+    for stored, again in zip(*results, strict=True):
+        assert torch.equal(stored, again)
 
 
 def test_recomputation_keeps_less():
@@ -137,6 +137,6 @@ def test_time_reaches_the_output_as_a_thousandfold():
         (dict(sparse_conv="dense"), ("auto", "torch", "spconv", "'dense'")),
     ],
 )
-def test_refuses_architectures_that_do_not_fit(changes, names):
+def test_architectures_that_do_not_fit_are_rejected(changes, names):
     with raising(*names):
         model(**changes)

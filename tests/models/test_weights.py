@@ -1,4 +1,4 @@
-"""Weights of other people's networks: read without running anything, put in strictly, written back."""
+"""Weights of published networks: read without running anything, loaded strictly, and written back."""
 
 import os
 import pickle
@@ -49,14 +49,14 @@ def _bytes(content: bytes):
         (lambda path: torch.save({"a": Bomb()}, path), ("pickle",)),
     ],
 )
-def test_what_is_no_state_dict_is_refused_in_one_line_and_not_run(write, names, tmp_path, capfd):
+def test_a_file_that_is_no_state_dict_is_rejected_in_one_line_and_not_run(write, names, tmp_path, capfd):
     write(tmp_path / "a.pt")
     with raising("--x", "a.pt", *names):
         weights.read(tmp_path / "a.pt", "--x")
     assert "ran" not in capfd.readouterr().out
 
 
-def test_nothing_is_fetched(tmp_path):
+def test_nothing_is_downloaded(tmp_path):
     with raising("--x", "no.pt", kind=FileNotFoundError):
         weights.read(tmp_path / "no.pt", "--x")
 
@@ -77,7 +77,7 @@ def test_every_entry_goes_in_and_nothing_else(put, make, state):
             put(make(), tensors, "x")
 
 
-def test_types_are_the_files_or_those_asked_for(state):
+def test_dtypes_are_those_of_the_file_or_those_requested(state):
     half = {name: tensor.half() for name, tensor in state.items()}
     made = weights.fill(weights.empty(lambda: nn.Linear(2, 3)), half, "x", types={"bias": torch.float32})
     assert (made.weight.dtype, made.bias.dtype) == (torch.float16, torch.float32)
@@ -88,7 +88,7 @@ def test_types_are_the_files_or_those_asked_for(state):
 
 
 @pytest.mark.parametrize("name", ["b.safetensors", "b.ckpt"])
-def test_a_file_written_anew_is_whole_or_not_there(name, state, tmp_path, monkeypatch):
+def test_a_file_is_rewritten_completely_or_not_at_all(name, state, tmp_path, monkeypatch):
     weights.rewrite(tmp_path / "deep" / name, state)
     assert weights.read(tmp_path / "deep" / name, "x").keys() == state.keys()
     weights.write(tmp_path / "c.safetensors", {"a": state["bias"], "b": state["bias"]})  # shared memory
@@ -99,13 +99,13 @@ def test_a_file_written_anew_is_whole_or_not_there(name, state, tmp_path, monkey
 
 
 def test_parts_are_found_by_their_prefix(state):
-    whole = {f"model.0.{name}": tensor for name, tensor in state.items()} | {
+    nested = {f"model.0.{name}": tensor for name, tensor in state.items()} | {
         "model.11.a": torch.ones(1),
         "other": torch.ones(2),
     }
-    assert weights.below(whole, "model.0.").keys() == state.keys()
-    assert (weights.count(whole, "model."), weights.count(whole, "x.")) == (12, 0)
-    assert weights.shape_of(whole, "model.0.weight", "x", 2) == (3, 2)
+    assert weights.below(nested, "model.0.").keys() == state.keys()
+    assert (weights.count(nested, "model."), weights.count(nested, "x.")) == (12, 0)
+    assert weights.shape_of(nested, "model.0.weight", "x", 2) == (3, 2)
     for name, axes in (("no", 1), ("other", 2)):
         with raising(f" {name} ", f" {axes} "):
-            weights.shape_of(whole, name, "x", axes)
+            weights.shape_of(nested, name, "x", axes)

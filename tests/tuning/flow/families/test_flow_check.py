@@ -1,4 +1,4 @@
-"""`eg3d-rlhf flow check`: what a folder holds, on one screen, and exit code 0 only where all of it fits."""
+"""`eg3d-rlhf flow check`: the content of a folder on one screen, and exit code 0 only if all of it fits."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def looked(root):
 
 
 def row(text, title):
-    """The wrapped rows under a title in one line; '' without the title."""
+    """Return the wrapped rows under a title in one line, or '' without the title."""
     blocks = re.split(r"\n(?=\S)", text)
     return " ".join(" ".join(block.split()) for block in blocks if block.startswith(title)).strip()
 
@@ -48,7 +48,7 @@ def changed(root, **sections):
     )
 
 
-def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
+def test_a_folder_that_fits_is_described_with_its_uses(root):
     (root / "LICENSE").write_text("terms")
     (root / "more.bin").write_bytes(b"")
     code, text = looked(root)
@@ -62,7 +62,7 @@ def test_a_folder_that_fits_says_what_it_is_and_what_it_is_good_for(root):
     assert f" {len(network)} " in text and f" {size:,} " in " ".join(text.split())
 
 
-def test_sizes_are_held_against_the_released_ones(root, monkeypatch):
+def test_sizes_are_compared_with_the_released_ones(root, monkeypatch):
     unlike = re.compile(r"\b(other|not|no|differ\w*|unlike)\b")
     known = family_of(root)
     network = next(iter(known.networks(root)))
@@ -76,11 +76,11 @@ def test_sizes_are_held_against_the_released_ones(root, monkeypatch):
     ):
         networks = [replace(network, released=released)]
         monkeypatch.setattr(type(known), "networks", lambda self, root, networks=networks: networks)
-        said = row(looked(root)[1], "network")
-        assert ("released" in said) == marked and bool(unlike.search(said)) == odd, (released, said)
+        line = row(looked(root)[1], "network")
+        assert ("released" in line) == marked and bool(unlike.search(line)) == odd, (released, line)
 
 
-def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
+def test_tensors_that_do_not_fit_and_missing_networks_are_named(root):
     changed(
         root, model=lambda state: {name.replace("x_embedder.", "embedder."): x for name, x in state.items()}
     )
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named_and_what_may_be_missing_is_told(root):
     assert code == 1 and check_message(row(text, "FAULT"), ("misshapen: post_kl.bias", "model.fp16.ckpt"))
 
 
-def test_another_version_and_no_generator_are_refused_in_one_line(root, tmp_path):
+def test_another_version_and_no_generator_are_rejected_in_one_line(root, tmp_path):
     model = {**CONTENT["model"], "target": "hy3dshape.models.Hunyuan3DDiT"}
     (root / layout.CONFIG).write_text(yaml.safe_dump({**CONTENT, "model": model}))
     rejected(CliRunner().invoke(check, [str(root)]), layout.CONFIG, "Hunyuan3DDiT")
@@ -141,7 +141,7 @@ def test_a_family_without_a_list_of_networks_is_opened(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_memory_is_told_of_a_folder(root):
+def test_memory_is_estimated_for_a_folder(root):
     done = CliRunner().invoke(check, [str(root), "--memory"])
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines() if "bfloat16" in line]

@@ -1,4 +1,4 @@
-"""A flow family from outside the package is trained by its folder: tests/tuning/flow/point_family.py."""
+"""A flow family of a plugin is trained by its folder: tests/tuning/flow/point_family.py."""
 
 import json
 import re
@@ -32,7 +32,7 @@ FEW = "--steps=3 --batch=4 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --devi
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder of the family with pairs of its one stage."""
+    """Write a folder of the family with pairs of its only stage."""
     root = write_folder(tmp_path / "ROOT")
     g = torch.Generator().manual_seed(3)
     pairs = [
@@ -59,7 +59,7 @@ def call(tmp_path, *flags):
     return CliRunner().invoke(train.main, ["--mode=circular-dpo", *folders, *FEW, *flags])
 
 
-def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
+def test_its_files_lead_from_sampled_assets_to_a_tuned_folder(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
     made = flow("new", tmp_path / "WORK", model, f"--pictures={tmp_path}", code=2)
@@ -103,7 +103,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 
-def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
+def test_the_loop_and_foreign_options_are_rejected(root, tmp_path):
     for flags, names in (
         ([], ("circular", "--stage=points")),
         (["--stage=points", "--set=views=3"], ("--set views", "points")),
@@ -113,7 +113,7 @@ def test_the_loop_and_foreign_options_are_refused(root, tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-def test_files_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
+def test_files_that_do_not_fit_are_rejected_in_one_line(root, tmp_path):
     state = load_file(root / "points.safetensors")
     odd = {
         "inner.weight": state["inner.weight"].T.contiguous(),
@@ -125,7 +125,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     rejected(call(tmp_path, "--stage=points"), *names)
 
 
-def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
+def test_embeddings_and_latents_of_other_generators_are_rejected(root, tmp_path):
     grids = [
         PreferencePair(
             id=str(i),
@@ -147,8 +147,8 @@ def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
     rejected(call(tmp_path, "--stage=points"), *names)
 
 
-def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
-    """The network says noise less data, where data at t = 1 wants data less noise."""
+def test_a_convention_that_contradicts_the_files_is_rejected(root, tmp_path):
+    """The network predicts noise minus data, whereas data at t = 1 needs data minus noise."""
     pairs = [
         PreferencePair(
             id=str(i),
@@ -172,7 +172,7 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
     rejected(call(tmp_path, "--stage=points"), repr(CONVENTION), repr(other))
 
 
-def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
+def test_flags_of_trellis_are_rejected_elsewhere(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditions={tmp_path / 'c.safetensors'}")
     (tmp_path / "SAMPLES").mkdir()
@@ -184,18 +184,18 @@ def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
         check_message(flow("tune", tmp_path / "WORK", labels, "--pairs-only", *flags, code=2), names)
 
 
-def test_a_folder_of_no_family_is_refused_and_a_notice_is_said_once(root, tmp_path):
+def test_a_folder_of_no_family_is_rejected_and_a_notice_is_printed_once(root, tmp_path):
     (tmp_path / "none").mkdir()
     with raising(str(tmp_path / "none"), "https://huggingface.co/", kind=FileNotFoundError):
         family_of(tmp_path / "none")
     (tmp_path / "none" / "other.txt").touch()
     with raising(str(tmp_path / "none"), "points.json", "points.safetensors", kind=FileNotFoundError):
         family_of(tmp_path / "none")
-    said = []
+    printed = []
     family = FAMILIES["points"]
     object.__setattr__(family, "notice", "NOTICE")
     try:
-        assert family_of(root, said.append) is family_of(root, said.append) is family
+        assert family_of(root, printed.append) is family_of(root, printed.append) is family
     finally:
         object.__setattr__(family, "notice", "")
-    assert said == ["NOTICE"]
+    assert printed == ["NOTICE"]

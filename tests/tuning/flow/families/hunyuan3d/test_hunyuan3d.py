@@ -1,4 +1,4 @@
-"""Hunyuan3D-2.1's folder: read strictly, tuned, written again; and what is refused, in one line."""
+"""Hunyuan3D-2.1's folder: read strictly, tuned, exported; unsuitable files are rejected in one line."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def root(tmp_path, monkeypatch):
 
 
 def read(path):
-    """The sections, apart from the file that they came from, which may then be written anew."""
+    """Return the checkpoint's sections, copied so that the file may be overwritten."""
     return {
         section: {name: x.clone() for name, x in of.items()}
         for section, of in layout.read_sections(path / "model.fp16.ckpt").items()
@@ -55,7 +55,7 @@ def write(path, sections):
     torch.save(sections, path / "model.fp16.ckpt")
 
 
-def make_pairs(tmp_path, shape=(LATENTS, C), conditions=None):
+def make_pairs(tmp_path, shape=(LATENTS, C), embeddings=None):
     g = torch.Generator().manual_seed(3)
     pairs = [
         PreferencePair(
@@ -68,7 +68,7 @@ def make_pairs(tmp_path, shape=(LATENTS, C), conditions=None):
         for i in range(8)
     ]
     write_pairs(tmp_path / "PAIRS" / "shape", pairs, {"convention": CONVENTION})
-    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions or tokens())
+    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", embeddings or tokens())
 
 
 def run(tmp_path):
@@ -80,7 +80,7 @@ def run(tmp_path):
     return CliRunner().invoke(train.main, ["--mode=circular-dpo", "--stage=shape", *folders, *FEW])
 
 
-def test_it_is_known_by_its_config_also_within_its_repository_and_says_its_licence(root, tmp_path):
+def test_it_is_recognised_by_its_config_also_within_its_repository_and_prints_its_licence(root, tmp_path):
     assert family_of(root).name == "hunyuan3d" and "European Union" in family_of(root).notice
     (tmp_path / "REPO").mkdir()
     root.rename(tmp_path / "REPO" / layout.FOLDER)
@@ -115,7 +115,7 @@ def test_one_stage_is_tuned_kept_merged_and_sampled(root, tmp_path):
     torch.testing.assert_close(again, after, atol=0.05, rtol=0.05)  # merged into float16
 
 
-def test_a_network_with_its_data_at_the_other_end_is_refused(root):
+def test_a_network_with_its_data_at_t_0_is_rejected(root):
     pipeline = family.FAMILY.load(root, tokens())
     (stage,) = pipeline.stages
     x_0 = torch.full([4, LATENTS, C], 0.5)
@@ -127,7 +127,7 @@ def test_a_network_with_its_data_at_the_other_end_is_refused(root):
         check_convention(stage, x_0, pipeline.conditions(NAMES, "shape"))
 
 
-def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
+def test_tensors_that_do_not_fit_are_rejected_in_one_line(root, tmp_path):
     make_pairs(tmp_path)
     sections = read(root)
     for section, name in (("model", "blocks.4.moe.gate.weight"), ("vae", "post_kl.bias")):
@@ -156,20 +156,20 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(root, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_latents_and_conditions_of_others_are_refused(root, tmp_path):
+def test_latents_and_embeddings_of_other_generators_are_rejected(root, tmp_path):
     make_pairs(tmp_path, shape=(C, 2, 2, 2))
     rejected(run(tmp_path), f"[{LATENTS}, {C}]", f"[{C}, 2, 2, 2]")
     other = Conditions(
         tokens={name: {"main": torch.zeros(L, E + 1)} for name in NAMES}, encoder="CLIP", zero_null=True
     )
-    make_pairs(tmp_path, conditions=other)
+    make_pairs(tmp_path, embeddings=other)
     rejected(run(tmp_path), "CLIP")
-    make_pairs(tmp_path, conditions=Conditions(tokens=other.tokens, zero_null=True))
+    make_pairs(tmp_path, embeddings=Conditions(tokens=other.tokens, zero_null=True))
     rejected(run(tmp_path), "{'main': [5, 8]}", "{'main': [5, 9]}")
 
 
-def test_configs_of_other_networks_are_refused(root):
-    def refused(section, *names, **changes):
+def test_configs_of_other_networks_are_rejected(root):
+    def check_rejected(section, *names, **changes):
         entry = {**CONTENT.get(section, {"target": "a.ImageProcessorV2", "params": {}}), **changes}
         if "params" in changes:
             entry["params"] = {**CONTENT.get(section, {"params": {}})["params"], **changes["params"]}
@@ -177,20 +177,24 @@ def test_configs_of_other_networks_are_refused(root):
         with raising(*names):
             layout.read_files(root)
 
-    refused("model", "HunYuanDiTPlain", "Other", target="a.Other")
-    refused("model", "Hunyuan3D-2.1", "use_pos_emb=True", params={"use_pos_emb": True})
-    refused("vae", "ShapeVAE", "windows", params={"windows": 3})
+    check_rejected("model", "HunYuanDiTPlain", "Other", target="a.Other")
+    check_rejected("model", "Hunyuan3D-2.1", "use_pos_emb=True", params={"use_pos_emb": True})
+    check_rejected("vae", "ShapeVAE", "windows", params={"windows": 3})
     consistency = "ConsistencyFlowMatchEulerDiscreteScheduler"
-    refused("scheduler", " FlowMatchEulerDiscreteScheduler", consistency, target=f"a.{consistency}")
-    refused("scheduler", "use_dynamic_shifting", params={"use_dynamic_shifting": True})
-    refused("scheduler", "num_train_timesteps", "pcm_timesteps", params={"pcm_timesteps": 100})
-    refused("image_processor", " ImageProcessorV2", "MVImageProcessorV2", target="a.MVImageProcessorV2")
-    refused("image_processor", "border_ratio", "1", params={"border_ratio": 1.0})
-    refused("pipeline", "Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
-    refused("vae", "conditioner", "(7, 4, 8)", "(7, 5, 8)", params={"embed_dim": 5})
-    refused("vae", "geo_decoder_downsample_ratio", params={"geo_decoder_downsample_ratio": 2})
-    refused("conditioner", "DinoImageEncoder", "'Clip'", params={"main_image_encoder": {"type": "Clip"}})
-    refused("conditioner", "DinoImageEncoder", "None", params={"main_image_encoder": ["Dino"]})
+    check_rejected("scheduler", " FlowMatchEulerDiscreteScheduler", consistency, target=f"a.{consistency}")
+    check_rejected("scheduler", "use_dynamic_shifting", params={"use_dynamic_shifting": True})
+    check_rejected("scheduler", "num_train_timesteps", "pcm_timesteps", params={"pcm_timesteps": 100})
+    check_rejected(
+        "image_processor", " ImageProcessorV2", "MVImageProcessorV2", target="a.MVImageProcessorV2"
+    )
+    check_rejected("image_processor", "border_ratio", "1", params={"border_ratio": 1.0})
+    check_rejected("pipeline", "Hunyuan3DPaintPipeline", target="hy3dgen.texgen.Hunyuan3DPaintPipeline")
+    check_rejected("vae", "conditioner", "(7, 4, 8)", "(7, 5, 8)", params={"embed_dim": 5})
+    check_rejected("vae", "geo_decoder_downsample_ratio", params={"geo_decoder_downsample_ratio": 2})
+    check_rejected(
+        "conditioner", "DinoImageEncoder", "'Clip'", params={"main_image_encoder": {"type": "Clip"}}
+    )
+    check_rejected("conditioner", "DinoImageEncoder", "None", params={"main_image_encoder": ["Dino"]})
     (root / layout.CONFIG).write_text("a: [")
     with raising(layout.CONFIG, "YAML"):
         layout.read_files(root)
@@ -199,15 +203,15 @@ def test_configs_of_other_networks_are_refused(root):
         layout.read_files(root)
 
 
-def picture(path, box=(20, 10, 60, 50)):
-    """A coloured box on nothing."""
+def write_image(path, box=(20, 10, 60, 50)):
+    """Write a coloured box on a transparent background."""
     pixels = np.zeros((80, 100, 4), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = (200, 100, 50, 255)
     Image.fromarray(pixels).save(path)
 
 
-def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
-    picture(tmp_path / "chair.png")
+def test_images_become_tokens_and_the_file_states_their_source(root, tmp_path):
+    write_image(tmp_path / "chair.png")
     made = family.FAMILY.embed_images(root, {"chair": tmp_path / "chair.png"}, torch.device("cpu"))
     assert made.form == {"main": [L, E]} and made.zero_null and made.null(2)["main"].abs().max() == 0
     family.FAMILY.load(root, made)
@@ -220,9 +224,9 @@ def test_pictures_become_tokens_and_the_file_says_of_what(root, tmp_path):
     assert layout.read_files(root).picture == 64
     with raising("64", "512"):
         family.FAMILY.load(root, made)
-    Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
-    with raising("plain.png", "background"):
-        family.FAMILY.embed_images(root, {"plain": tmp_path / "plain.png"}, torch.device("cpu"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "opaque.png")
+    with raising("opaque.png", "background"):
+        family.FAMILY.embed_images(root, {"opaque": tmp_path / "opaque.png"}, torch.device("cpu"))
 
 
 def test_settings_that_change_nothing_are_accepted(root):
@@ -242,7 +246,7 @@ def test_settings_that_change_nothing_are_accepted(root):
     assert (made.picture, made.border) == (256, 0.15)
     kwargs = {"config": CONTENT["conditioner"]["params"]["main_image_encoder"]["kwargs"]["config"]}
     encoder = {"main_image_encoder": {"type": "DinoImageEncoder", "kwargs": kwargs}}
-    # pictures of 224 pixels
+    # images of 224 pixels
     assert written(conditioner={**CONTENT["conditioner"], "params": encoder}).tokens == [257, E]
 
 
@@ -260,8 +264,8 @@ def test_sections_that_are_not_needed_may_be_missing(root):
         pipeline.encode([None])
 
 
-def test_meshes_of_ones_own_become_pairs(root, tmp_path):
-    """Lines with an asset in place of latents; the encoder may lie in the autoencoder's own folder."""
+def test_meshes_of_the_user_become_pairs(root, tmp_path):
+    """The list has assets in place of latents; the encoder may lie in the autoencoder's own folder."""
     sections = read(root)
     (tmp_path / "REPO" / layout.VAE_FOLDER).mkdir(parents=True)
     torch.save(dict(sections["vae"]), tmp_path / "REPO" / layout.VAE_FOLDER / "model.fp16.ckpt")
@@ -296,7 +300,7 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
     check_message(flow("tune", work, ranked, code=2), ("ASSETS/ranking.jsonl, line 2", "none.obj"))
 
 
-def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
+def test_a_sampled_mesh_has_the_requested_resolution(root):
     asset = family.FAMILY.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
     asset.decoder.geo_decoder.output_proj.bias.data.zero_()
     wide = (asset.surface(cells)[0] for cells in (6, 12))
@@ -304,7 +308,7 @@ def test_a_drawn_mesh_is_as_fine_as_is_asked(root):
     assert many > 2 * few
 
 
-def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(root, tmp_path):
+def test_a_shape_without_a_surface_leaves_a_text_and_one_with_nan_an_error(root, tmp_path):
     asset = family.FAMILY.load(root, tokens()).decode(torch.randn(1, LATENTS, C))[0]
     last = asset.decoder.geo_decoder.output_proj
     last.weight.data.zero_()
@@ -316,9 +320,9 @@ def test_a_shape_without_a_surface_leaves_a_text_and_one_of_no_numbers_an_error(
         family.FAMILY.show(asset, tmp_path / "a", 4)
 
 
-def test_held_out_labels_of_one_stage_are_used_and_flags_that_do_nothing_refused(root, tmp_path):
-    """A fifth of the conditions used to be held out and never looked at; flags of a judge that is not there
-    were taken.
+def test_held_out_labels_of_one_stage_are_used_and_flags_without_effect_rejected(root, tmp_path):
+    """Regression: a fifth of the prompts was held out and never used, and flags of a missing evaluator were
+    accepted.
     """
     make_pairs(tmp_path)
     folders = [f"--pipeline={root}", f"--pairs={tmp_path / 'PAIRS'}", f"--outdir={tmp_path / 'runs'}"]

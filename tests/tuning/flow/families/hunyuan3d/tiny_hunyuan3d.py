@@ -1,5 +1,6 @@
-"""A Hunyuan3D-2.1 of random weights in its own files, small enough for a test: sets of 7 latents of 4
-channels, pictures of 28 pixels.
+"""A Hunyuan3D-2.1 with random weights in its published files, small enough for a test.
+
+It has sets of 7 latents of 4 channels and images of 28 pixels.
 """
 
 import torch
@@ -92,28 +93,29 @@ CONTENT = {
 
 
 def write_hunyuan3d(root):
-    """Both files, the checkpoint in float16; returns the folder."""
+    """Write both files, the checkpoint in float16; returns the folder."""
     root.mkdir(parents=True)
     (root / layout.CONFIG).write_text(yaml.safe_dump(CONTENT))
     (root / "model.fp16.ckpt").write_bytes(b"")
-    found = layout.read_files(root)
+    settings = layout.read_files(root)
     torch.manual_seed(0)
-    dino = Dino(found.encoder).state_dict()
+    dino = Dino(settings.encoder).state_dict()
     sections = {
-        "model": Denoiser(found.model).state_dict(),
-        "vae": ShapeDecoder(found.vae).state_dict(),
+        "model": Denoiser(settings.model).state_dict(),
+        "vae": ShapeDecoder(settings.vae).state_dict(),
         "conditioner": {layout.ENCODER + name: 0.1 * torch.randn_like(x) + x for name, x in dino.items()},
     }
-    sections["vae"] |= ShapeEncoder(found.vae).state_dict()
+    sections["vae"] |= ShapeEncoder(settings.vae).state_dict()
     sections = {
-        section: {name: tensor.half() for name, tensor in own.items()} for section, own in sections.items()
+        section: {name: tensor.half() for name, tensor in tensors.items()}
+        for section, tensors in sections.items()
     }
     torch.save(sections, root / "model.fp16.ckpt")
     return root
 
 
 def tokens(names=NAMES) -> Conditions:
-    """Random embeddings."""
+    """Make random embeddings."""
     g = torch.Generator().manual_seed(5)
     return Conditions(
         tokens={name: {"main": torch.randn(L, E, generator=g)} for name in names}, zero_null=True

@@ -1,5 +1,6 @@
-"""SAM 3D's folder: what is refused; both stages tuned, the shape alone; few steps. On the reference folder of
-the released form.
+"""SAM 3D's folder: rejected settings, tuning of both stages and of the shape alone, sampling in few steps.
+
+The tests use the reference folder of the released form.
 """
 
 import json
@@ -51,13 +52,13 @@ def released():
 
 @pytest.fixture
 def root(released, tmp_path):
-    """To be changed."""
+    """Return a copy of the folder that a test may change."""
     return shutil.copytree(released, tmp_path / "ROOT")
 
 
 @pytest.fixture(scope="module")
 def width(released):
-    """Of a token."""
+    """Return the number of channels of a conditioning token."""
     return files.read_pipeline(released).generators["structure"].config.cond_channels
 
 
@@ -201,24 +202,24 @@ def cut(content):
         ),
     ],
 )
-def test_settings_that_would_change_the_result_are_refused(root, file, change, names):
+def test_settings_that_would_change_the_result_are_rejected(root, file, change, names):
     with raising(*names):
         files.read_pipeline(changed(root, file, change))
 
 
-def test_without_guidance_no_empty_condition_is_needed(root):
+def test_without_guidance_no_empty_conditioning_is_needed(root):
     for short in files.SHORT.values():
         changed(root, f"{short}_generator.yaml", lambda c: network(c).update(force_zeros_cond=False))
     changed(root, "pipeline.yaml", lambda c: c.update(ss_cfg_strength=0, slat_cfg_strength=0))
     assert not any(sampling.cfg_strength for sampling in files.read_pipeline(root).sampling.values())
 
 
-def test_embedders_that_are_refused_and_those_that_are_read(root):
-    def told(change):
+def test_embedders_that_are_rejected_and_those_that_are_read(root):
+    def embedder_after(change):
         changed(root, "slat_generator.yaml", change)
         return files.load_embedder(files.read_pipeline(root).generators["latent"])
 
-    made = told(lambda c: embedder(c)["embedder_list"][0][1][0].__setitem__(1, None))
+    made = embedder_after(lambda c: embedder(c)["embedder_list"][0][1][0].__setitem__(1, None))
     assert made.frames == ["full", "cropped"]
     for change, names in (
         (lambda c: embedder(c).update(use_pos_embedding="rope"), ("use_pos_embedding", "learned", "random")),
@@ -229,7 +230,7 @@ def test_embedders_that_are_refused_and_those_that_are_read(root):
         ),
     ):
         with raising(*names):
-            told(change)
+            embedder_after(change)
         changed(root, "slat_generator.yaml", lambda c: embedder(c).update(use_pos_embedding="learned"))
 
 
@@ -244,7 +245,7 @@ def test_files_that_are_missing(root, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/hf"])
-def test_the_whole_release_is_known_too(root, tmp_path, place):
+def test_the_full_repository_is_recognised_too(root, tmp_path, place):
     shutil.copytree(root, tmp_path / "REPO" / place)
     assert (
         family_of(tmp_path / "REPO").name == "sam3d"
@@ -280,7 +281,7 @@ def test_one_dpo_step(pipeline, name):
 
 
 @pytest.mark.long
-def test_both_stages_learn_labels_and_are_held_against_a_control(
+def test_both_stages_learn_labels_and_are_compared_with_a_control(
     pipeline, released, width, tmp_path, monkeypatch
 ):
     like = draw(pipeline, NAMES[:1], [0])[0][0]
@@ -288,9 +289,10 @@ def test_both_stages_learn_labels_and_are_held_against_a_control(
     labelled.check_labels_are_learnt(released, like, tokens(width), ranked, tmp_path, monkeypatch)
 
 
-def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
-    """The shape alone: its pairs without the pose, its adapters alone, the same shapes drawn. By the file's
-    weights: as they are.
+def test_the_option_parts_selects_the_latents_that_are_tuned(released, pipeline, width, tmp_path):
+    """With the shape alone, pairs have no pose, only the shape has adapters, and the same shapes are sampled.
+    With the
+    file's weights, pairs are unchanged.
     """
     both = pairs_of(pipeline, "structure", NAMES[:1])[0]
     people = write_people(tmp_path / "PAIRS", "structure", both.preferred, both.rejected, tokens(width))
@@ -300,10 +302,10 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
             ProblemSource(pipeline=str(released), pairs=str(people), parts=parts), "cpu"
         )
 
-    shape, file, whole = (opened(parts) for parts in ("shape", "file", "all"))
+    shape, file, all_parts = (opened(parts) for parts in ("shape", "file", "all"))
     assert set(shape.train_pairs["structure"][0].preferred.tensors) == {"shape"}
     stage = shape.pipeline.stages[0]
-    as_trained = whole.pipeline.stages[0]
+    as_trained = all_parts.pipeline.stages[0]
     noise, given = (made.noise([3], [None]) for made in (stage, as_trained))
     assert torch.equal(noise["shape"], given["shape"])
     cond = pipeline.conditions(NAMES[:1], "structure")
@@ -316,15 +318,15 @@ def test_what_of_the_first_stage_is_learnt(released, pipeline, width, tmp_path):
     assert layers and all("shape" in layer.split(".") for layer in layers)
     assert (
         file.pipeline.stages[0].path.weights["translation"] == 1
-        and whole.pipeline.stages[0].path.weights is None
+        and all_parts.pipeline.stages[0].path.weights is None
     )
     assert set(file.train_pairs["structure"][0].preferred.tensors) == set(both.preferred.tensors)
-    assert len({json.dumps(problem.identity, sort_keys=True) for problem in (shape, file, whole)}) == 3
+    assert len({json.dumps(problem.identity, sort_keys=True) for problem in (shape, file, all_parts)}) == 3
     with raising("--parts", "--pipeline"):
         check_source(ProblemSource(parts="shape"))
 
 
-def test_errors_are_weighed_by_name():
+def test_errors_are_weighted_by_latent():
     g = torch.Generator().manual_seed(0)
     v, x_0, eps = (
         NamedBatch({"shape": torch.randn(3, 64, 2, generator=g), "scale": torch.randn(3, 1, 3, generator=g)})
@@ -337,9 +339,11 @@ def test_errors_are_weighed_by_name():
     torch.testing.assert_close(even.errors(v, x_0, eps), FlowPath(sigma_min=0.0).errors(v, x_0, eps))
 
 
-def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
-    told = tokens(width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])})
-    write_conditions(tmp_path / "conditions.safetensors", told)
+def test_sampling_in_few_steps_and_with_a_pose(released, width, tmp_path):
+    embeddings = tokens(
+        width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])}
+    )
+    write_conditions(tmp_path / "conditions.safetensors", embeddings)
     flow_works.flow(
         "new",
         tmp_path / "WORK",
@@ -359,7 +363,7 @@ def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
 
 
 def write_encoder(root):
-    """Of random weights, as the structure's decoder is sized."""
+    """Write an encoder with random weights and the sizes of the structure's decoder."""
     args = {
         "in_channels": 1,
         "latent_channels": 8,
@@ -374,7 +378,7 @@ def write_encoder(root):
     return root
 
 
-def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, monkeypatch):
+def test_the_shape_alone_is_tuned_on_meshes_of_the_user(root, width, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MESHES").mkdir()
     write_conditions(tmp_path / "MESHES" / "conditions.safetensors", tokens(width))
@@ -405,7 +409,7 @@ def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, m
 
 
 def test_voxels_of_a_surface():
-    """All around a box, none within."""
+    """The voxels are all around a box and none are inside."""
     voxels = family.surface_voxels(Mesh(*mesh_of(trimesh.creation.box((3, 3, 3)))), 8)
     inner = ((voxels > 0) & (voxels < 7)).all(1)
     assert len(voxels) == 8**3 - 6**3 and not inner.any() and voxels.dtype == torch.int32
@@ -417,7 +421,7 @@ def mesh_of(mesh):
     return torch.tensor(np.asarray(mesh.vertices)), torch.tensor(np.asarray(mesh.faces))
 
 
-def write_picture(folder, opaque=False, z=4.0):
+def write_image(folder, opaque=False, z=4.0):
     folder.mkdir(exist_ok=True)
     pixels = np.full((20, 30, 4), 90, np.uint8)
     pixels[..., 3] = 255 if opaque else 0
@@ -427,24 +431,24 @@ def write_picture(folder, opaque=False, z=4.0):
     return folder / "a.png"
 
 
-def test_pictures_that_are_refused(released, tmp_path):
+def test_unsuitable_images_are_rejected(released, tmp_path):
     what = files.read_pipeline(released).cuts["structure"]
     with raising("a.png", "opaque", "background"):
-        family.inputs_of(write_picture(tmp_path, opaque=True), what, True)
+        family.inputs_of(write_image(tmp_path, opaque=True), what, True)
     with raising("a.npy", "z > 0"):
-        family.inputs_of(write_picture(tmp_path, z=-1.0), what, True)
+        family.inputs_of(write_image(tmp_path, z=-1.0), what, True)
     (tmp_path / "a.npy").unlink()
     with raising(str(tmp_path / "a.npy"), kind=FileNotFoundError):
         family.inputs_of(tmp_path / "a.png", what, True)
     assert "pointmap" not in family.inputs_of(tmp_path / "a.png", what, False)
 
 
-def test_what_train_refuses(root, pipeline, width, tmp_path):
+def test_train_rejects_pairs_that_do_not_fit(root, pipeline, width, tmp_path):
     both = pairs_of(pipeline, "structure", NAMES[:1])[0]
     latents = both.preferred, both.rejected
     people = write_people(tmp_path / "a", "structure", *latents, tokens(width))
     narrow = write_people(tmp_path / "b", "structure", *latents, tokens(width - 1))
-    train_rejected(root, narrow, "structure", tmp_path, "conditions", f"[L, {width}]", "'structure'")
+    train_rejected(root, narrow, "structure", tmp_path, "conditioning", f"[L, {width}]", "'structure'")
     grids = write_people(
         tmp_path / "c", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens(width)
     )
@@ -455,8 +459,8 @@ def test_what_train_refuses(root, pipeline, width, tmp_path):
     less = write_people(tmp_path / "d", "structure", *some, tokens(width))
     train_rejected(root, less, "structure", tmp_path, "preferred", "6drotation_normalized", "scale")
     other = Conditions(tokens=tokens(width).tokens, encoder="another", zero_null=True)
-    told = write_people(tmp_path / "e", "structure", *latents, other)
-    train_rejected(root, told, "structure", tmp_path, "SAM 3D", "another")
+    pairs_of_another = write_people(tmp_path / "e", "structure", *latents, other)
+    train_rejected(root, pairs_of_another, "structure", tmp_path, "SAM 3D", "another")
     state = torch.load(root / "ss_generator.ckpt", weights_only=True)["state_dict"]
     torch.save(
         {"state_dict": {n.replace(".cross_attn.", ".attn2."): t for n, t in state.items()}},

@@ -1,4 +1,4 @@
-"""The tiny TRELLIS, written once."""
+"""The tiny TRELLIS, written once per session."""
 
 import pytest
 
@@ -8,11 +8,11 @@ from tests.tuning.flow.families.trellis import tiny_trellis
 
 @pytest.fixture(scope="session")
 def trellis_root(tmp_path_factory):
-    """Folder of its files; not to be changed."""
+    """Return the folder of its files, which tests must not change."""
     return tiny_trellis.write_trellis(tmp_path_factory.mktemp("trellis") / "TRELLIS-text-tiny")
 
 
 @pytest.fixture
 def pipeline(trellis_root):
-    """Opened anew."""
+    """Open the folder anew."""
     return FAMILY.load(trellis_root, tiny_trellis.tokens())

@@ -1,4 +1,4 @@
-"""Gaussians: their files, the voxels that they fill, and their images against closed forms."""
+"""Gaussians: their files, the voxels that they fill, and their renders against closed forms."""
 
 import math
 
@@ -33,7 +33,7 @@ def splats(means, colours=None, scales=0.02, opacities=0.5) -> SplatAsset:
 
 
 def front(focal=1.0) -> View:
-    """Two in front of the origin, looking along +z."""
+    """Return a camera two units in front of the origin, looking along +z."""
     return View(torch.eye(3), torch.tensor([0.0, 0.0, -2.0]), focal)
 
 
@@ -52,16 +52,16 @@ def test_ply_round_trip(tmp_path):
         assert torch.allclose(getattr(got, name), tensor, atol=1e-5), name
 
 
-def test_ply_files_that_are_refused(tmp_path):
+def test_unsuitable_ply_files_are_rejected(tmp_path):
     with raising(str(tmp_path / "a.ply"), kind=FileNotFoundError):
         read_ply(tmp_path / "a.ply")
     write_ply(tmp_path / "a.ply", splats([[0, 0, 0]]))
-    whole = (tmp_path / "a.ply").read_bytes()
+    intact = (tmp_path / "a.ply").read_bytes()
     for damaged in (
-        whole[:-4],
-        whole.replace(b"f_dc_0", b"red___"),
+        intact[:-4],
+        intact.replace(b"f_dc_0", b"red___"),
         b"solid",
-        whole.replace(b"binary_little_endian", b"ascii"),
+        intact.replace(b"binary_little_endian", b"ascii"),
     ):
         (tmp_path / "a.ply").write_bytes(damaged)
         with raising("a.ply"):
@@ -105,7 +105,7 @@ def test_an_image_of_one_gaussian_is_its_closed_form():
     assert float(image.max()) > 0.6
 
 
-def test_what_is_in_front_hides_what_is_behind():
+def test_gaussians_in_front_hide_those_at_larger_depth():
     both = splats([[0, 0, 0.2], [0, 0, -0.2]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]], 0.2, 0.99)
     image = render(both, front(), 15)
     assert float(image[0, 7, 7]) > 0.9 and float(image[1, 7, 7]) < 0.05
@@ -129,7 +129,7 @@ def test_cameras_look_at_the_centre_from_all_sides_upright():
 
 def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
     class Rows:
-        """Features: the row and column of a patch."""
+        """Encoder whose features are the row and the column of a patch."""
 
         size = 518
 
@@ -139,24 +139,24 @@ def test_features_of_a_voxel_are_those_of_its_place_on_the_images():
             return torch.stack(torch.meshgrid(grid, grid, indexing="ij"))[None]
 
     places = torch.tensor([[4, 4, 4], [4, 4, 6]]).int()
-    found = voxel_features(splats([[0.0, 0, 0]], scales=0.001), places, Rows(), resolution=9, views=4)
-    assert torch.allclose(found[0], torch.tensor([18.0, 18.0]), atol=1e-3)  # the middle of 37
-    assert float(found[1, 0]) < 17  # higher up: smaller rows
+    computed = voxel_features(splats([[0.0, 0, 0]], scales=0.001), places, Rows(), resolution=9, views=4)
+    assert torch.allclose(computed[0], torch.tensor([18.0, 18.0]), atol=1e-3)  # the middle of 37
+    assert float(computed[1, 0]) < 17  # higher up: smaller rows
 
 
 def test_the_share_is_that_at_which_assets_fill_the_voxels_they_were_made_on():
-    """Whole voxels hold ten times what strays hold beside them."""
+    """Voxels of the asset hold ten times the opacity of voxels with strays."""
     g = torch.Generator().manual_seed(2)
     assets = []
     voxels = []
     for _ in range(3):
         places = torch.randperm(8**3, generator=g)[:60]
-        own, strays = (torch.stack([p // 64, p // 8 % 8, p % 8], 1) for p in (places[:40], places[40:]))
-        means = (torch.cat([own, strays]) + 0.5) / 8 - 0.5
+        source, strays = (torch.stack([p // 64, p // 8 % 8, p % 8], 1) for p in (places[:40], places[40:]))
+        means = (torch.cat([source, strays]) + 0.5) / 8 - 0.5
         opacities = torch.cat([torch.full([40], 0.9), torch.full([20], 0.09)])
         assets.append(splats(means.tolist(), opacities=opacities))
-        voxels.append(own)
-    found = calibrated(assets, voxels, 8)
-    assert found["iou"] == 1.0 and 0.09 / 0.63 < found["share"] < 0.9 / 0.63
-    for asset, own in zip(assets, voxels, strict=True):
-        assert sorted(voxels_filled(asset, 8, found["share"]).tolist()) == sorted(own.tolist())
+        voxels.append(source)
+    best = calibrated(assets, voxels, 8)
+    assert best["iou"] == 1.0 and 0.09 / 0.63 < best["share"] < 0.9 / 0.63
+    for asset, source in zip(assets, voxels, strict=True):
+        assert sorted(voxels_filled(asset, 8, best["share"]).tolist()) == sorted(source.tolist())

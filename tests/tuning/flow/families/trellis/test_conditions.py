@@ -1,4 +1,4 @@
-"""Embeddings of conditions from files, and what CLIP and DINOv2 need to be there."""
+"""Embeddings of prompts and images from files, and the requirements of CLIP and DINOv2."""
 
 import sys
 
@@ -38,7 +38,7 @@ def test_a_folder_of_files(tmp_path):
     assert torch.equal(read_conditions(tmp_path, zero_null=False).null(1), TOKENS[None])
 
 
-def test_what_is_refused(tmp_path):
+def test_unsuitable_embeddings_are_rejected(tmp_path):
     with raising(".pt", ".npy", str(tmp_path), kind=FileNotFoundError):
         read_conditions(tmp_path)
     with raising("conditions", "''"):
@@ -51,7 +51,7 @@ def test_what_is_refused(tmp_path):
         Conditions(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])
 
 
-def test_arrays_that_are_refused(tmp_path):
+def test_unsuitable_arrays_are_rejected(tmp_path):
     np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
     with raising("two.npz", "mean", "'a', 'b'"):
         read_array(tmp_path / "two.npz", "mean")
@@ -81,7 +81,7 @@ def test_encoders_without_their_package_or_weights(monkeypatch, tmp_path):
 
 @pytest.fixture
 def image_encoder(monkeypatch, tmp_path):
-    """A DINOv2 of random weights, as torch hub keeps it, of pictures of 28 pixels."""
+    """Return a DINOv2 of random weights in torch hub's layout, for images of 28 pixels."""
     write_hub(tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_reg4_pretrain.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return encoders.ImageEncoder()
@@ -100,11 +100,11 @@ def test_image_tokens_are_normalised_without_parameters_and_patches_are_not(imag
     torch.testing.assert_close(model(images), model.layernorm(before))  # what is read is before the last norm
 
 
-def test_pictures_by_name_are_cut_out_and_their_empty_condition_is_zeros(image_encoder, tmp_path):
+def test_images_by_name_are_cut_out_and_their_empty_conditioning_is_zeros(image_encoder, tmp_path):
     image = Image.new("RGBA", (100, 60), (0, 0, 0, 0))
     image.paste((255, 0, 0, 255), (40, 20, 60, 40))
     image.save(tmp_path / "a.png")
-    made = image_encoder.conditions({"a": tmp_path / "a.png"})
+    made = image_encoder.embed({"a": tmp_path / "a.png"})
     assert made.zero_null and made.form == [9, 64]
 
 
@@ -128,11 +128,11 @@ def test_text_tokens_are_padded_and_include_the_empty_text(monkeypatch):
     monkeypatch.setattr(
         encoders, "pretrained", lambda kind, name: Tokenizer() if kind == "AutoTokenizer" else Clip()
     )
-    found = encoders.TextEncoder("clip").conditions(["chair", "boat", "chair"])
+    embedded = encoders.TextEncoder("clip").embed(["chair", "boat", "chair"])
     assert (
-        found.names == ("chair", "boat")
-        and float(found.select(["chair"])[0, 0, 0]) == 5
-        and not found.null(1).any()
+        embedded.names == ("chair", "boat")
+        and float(embedded.select(["chair"])[0, 0, 0]) == 5
+        and not embedded.null(1).any()
     )
 
 

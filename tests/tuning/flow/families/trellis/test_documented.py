@@ -1,4 +1,4 @@
-"""The commands of docs/reference/families.md for a TRELLIS folder, run as they stand, on the tiny one."""
+"""The commands of docs/reference/families.md for a TRELLIS folder, run as documented, on the tiny one."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ FEW += ["--set=loop_pairs=2", "--set=roles=reward", "--device=cpu"]
 
 
 class Clip:
-    """In place of weights that are not on this machine."""
+    """Stand-in for weights that are not on this machine."""
 
     def __init__(self, name, device):
         pass
 
-    def conditions(self, texts):
+    def embed(self, texts):
         assert tuple(texts) == NAMES
         return tokens()
 
@@ -32,6 +32,9 @@ def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path,
     assert called == ["new", "draw", "pairs", "train", "export"]
     base, tuned = (FAMILY.load(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
-    weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]
+    weights = [
+        zip(tuned_stage.model.parameters(), base_stage.model.parameters(), strict=True)
+        for tuned_stage, base_stage in both
+    ]
     assert any(not torch.equal(a, b) for of_stage in weights for a, b in of_stage)
     assert generate(tuned, [NAMES[0]], [0])[0].means.isfinite().all()

@@ -1,4 +1,4 @@
-"""Tuned flows back in the stock layout."""
+"""Export of tuned flows to the published layout."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from tests.tuning.flow.families.trellis.tiny_trellis import PIPELINE, tokens
 
 
 def adapted(pipeline, folder, stage=0):
-    """An adapter on a stage that does something; returns the tuned network."""
+    """Put an adapter that has an effect on a stage and write it; returns the tuned network."""
     stage = pipeline.stages[stage]
     model = copy.deepcopy(stage.model)
     add_lora(model, LoraConfig(rank=2, alpha=4, targets=stage.lora_targets), seed=0)
@@ -85,7 +85,7 @@ def test_a_whole_tuned_network(pipeline, trellis_root, tmp_path):
     )
 
 
-def test_encoders_that_are_not_there_are_said_to_be_elsewhere(pipeline, trellis_root, tmp_path):
+def test_missing_encoders_are_listed_as_elsewhere(pipeline, trellis_root, tmp_path):
     adapted(pipeline, tmp_path / "adapter")
     root = shutil.copytree(trellis_root, tmp_path / "root")
     for path in root.glob("ckpts/*enc*"):

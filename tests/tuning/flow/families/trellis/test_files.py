@@ -1,5 +1,5 @@
-"""pipeline.json and the models it names: what is read, what may be missing, where files are looked for, what
-is refused.
+"""pipeline.json and the models it names: what is read, what may be missing, where files are searched for, and
+what is rejected.
 """
 
 import copy
@@ -29,7 +29,7 @@ def copied(trellis_root, tmp_path):
     return shutil.copytree(trellis_root, tmp_path / "root")
 
 
-def test_what_pipeline_json_says(trellis_root):
+def test_settings_of_pipeline_json_are_read(trellis_root):
     file = files.read_pipeline(trellis_root)
     assert file.kind == "text" and file.encoder == "openai/clip-vit-large-patch14"
     assert file.sampling["structure"] == Sampling(
@@ -39,7 +39,7 @@ def test_what_pipeline_json_says(trellis_root):
     assert file.mean == (-2.0, 0.5, 0.0, 1.0) and file.std == (2.0, 1.5, 0.5, 1.0)
 
 
-def test_defaults_where_it_says_nothing(tmp_path):
+def test_missing_settings_have_trellis_defaults(tmp_path):
     models = PIPELINE["args"]["models"]
     for kind, expected in (
         ("Text", Sampling(cfg_strength=7.5, cfg_interval=(0.5, 0.95))),
@@ -81,7 +81,7 @@ def test_samplers_without_guidance_or_without_interval(tmp_path):
         ),
     ],
 )
-def test_pipelines_that_are_refused(tmp_path, args, names):
+def test_unsuitable_pipelines_are_rejected(tmp_path, args, names):
     with raising(*names):
         files.read_pipeline(write(tmp_path, **args))
 
@@ -97,7 +97,7 @@ def test_no_pipeline_and_foreign_ones(tmp_path):
         files.read_pipeline(tmp_path)
 
 
-def test_where_models_are_looked_for(copied, tmp_path, monkeypatch):
+def test_models_are_found_in_all_documented_places(copied, tmp_path, monkeypatch):
     file = files.read_pipeline(copied)
     assert files.find_model(file, "slat_flow_model") == copied / "ckpts" / "slat_flow"
     assert files.find_model(file, "sparse_structure_encoder").name == "ss_enc_conv3d_16l8_fp16"
@@ -152,7 +152,7 @@ def test_training_checkpoints(trellis_root, tmp_path):
         load_model(stem, weights=path)
 
 
-def test_models_that_are_refused(copied):
+def test_unsuitable_models_are_rejected(copied):
     stem = copied / "ckpts" / "ss_flow"
     state = load_file(f"{stem}.safetensors")
     save_file({name: t for name, t in state.items() if "out_layer" not in name}, f"{stem}.safetensors")
@@ -180,7 +180,7 @@ def test_models_that_are_refused(copied):
         ),
     ],
 )
-def test_architectures_that_are_refused(copied, content, names):
+def test_unsuitable_architectures_are_rejected(copied, content, names):
     (copied / "ckpts" / "ss_flow.json").write_text(json.dumps(content))
     with raising("ss_flow.json", *names):
         load_model(copied / "ckpts" / "ss_flow")

@@ -1,6 +1,4 @@
-"""TRELLIS of images in the layout of TRELLIS-image-large: from pictures to a tuned folder, as documented, and
-what is refused.
-"""
+"""TRELLIS of images in the layout of TRELLIS-image-large: from images to a tuned folder, as documented."""
 
 import json
 from pathlib import Path
@@ -42,7 +40,7 @@ def root(tmp_path, monkeypatch):
     return write_image_trellis(tmp_path / "ROOT")
 
 
-def test_settings_conditions_and_the_null_are_those_of_image_large(root):
+def test_settings_tokens_and_the_empty_conditioning_are_those_of_image_large(root):
     assert family_of(root).name == "trellis"
     flow("new", "WORK", f"--pipeline={root}", "--pictures=PICTURES")
     tokens = read_conditions(Path("WORK"))
@@ -51,24 +49,29 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     assert not pipeline.no_condition(2, STRUCTURE).any()
     for stage in pipeline.stages:
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
-    other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
-    write_conditions(Path("OTHER.safetensors"), other)
+    base_stage = Conditions(
+        tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True
+    )
+    write_conditions(Path("OTHER.safetensors"), base_stage)
     flow("new", "OTHER", f"--pipeline={root}", "--conditions=OTHER.safetensors")
     check_message(flow("draw", "OTHER", code=2), (f"[L, {DINO}]", "'structure'"))
 
 
 @pytest.mark.long
-def test_from_pictures_to_a_tuned_folder_as_documented(root):
+def test_from_images_to_a_tuned_folder_as_documented(root):
     def look(called, done):
         if called == "calibrate":
-            found = json.loads(done.stdout[done.stdout.index("{") :])
-            assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
+            shares = json.loads(done.stdout[done.stdout.index("{") :])
+            assert 0 < shares["iou"] <= 1 and [shares["share"], shares["iou"]] in shares["tried"]
 
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
     assert called == ["new", "draw", "pairs", "train", "export"]
     tokens = read_conditions(Path("WORK"))
     base, tuned = (FAMILY.load(path, tokens) for path in (root, Path("TUNED")))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
-    weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]
+    weights = [
+        zip(tuned_stage.model.parameters(), base_stage.model.parameters(), strict=True)
+        for tuned_stage, base_stage in both
+    ]
     assert any(not torch.equal(a, b) for of_stage in weights for a, b in of_stage)
     assert generate(tuned, [tokens.names[0]], [0])[0].means.isfinite().all()

@@ -1,5 +1,5 @@
-"""One update by the fast path and by the reference's: the same losses and gradients, whatever is trained and
-minimised.
+"""One update by the fast implementation and by the reference: the same losses and gradients for every
+objective.
 """
 
 import copy
@@ -27,7 +27,7 @@ LORA = LoraConfig(rank=4, targets=("to_qkv", "to_q", "to_kv", "to_out", "mlp.2")
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
-    """The ways of a large network, for a small one."""
+    """Make a small network use the implementations of a large one."""
     for module, limit in ((linear, 1 << 10), (transformer, 2), (flows, 2)):
         monkeypatch.setattr(module, "LARGE", limit)
     monkeypatch.setattr(transformer, "LARGE_HIDDEN", 0)
@@ -58,7 +58,7 @@ def updates(stage_name, lora, dpo):
 
 
 def outcome(work, parameters, impl):
-    """Losses, and all gradients."""
+    """Return losses and all gradients."""
     items = work.order.items(0)
     pairs = [pair for _, pair in items]
     for parameter in parameters:

@@ -32,7 +32,7 @@ def candidates(*ranks, condition="c"):
     ]
 
 
-def test_unequal_ranks_alone_are_paired():
+def test_only_unequal_ranks_are_paired():
     pairs = pair_up(candidates(1, 2, 2, 5))[STRUCTURE]
     assert [p.id for p in pairs] == [f"c/{name}" for name in ("0>1", "0>2", "0>3", "1>3", "2>3")]
     assert all(
@@ -41,14 +41,14 @@ def test_unequal_ranks_alone_are_paired():
     )
 
 
-def test_rankings_without_a_preference_are_refused():
+def test_rankings_without_a_preference_are_rejected():
     with raising("rank", "3"):
         pair_up(candidates(2, 2) + candidates(1, condition="d"))
 
 
 @pytest.fixture
 def ranked(tmp_path):
-    """Three assets of one condition, in the files of TRELLIS's data tools."""
+    """Write three assets of one prompt in the files of TRELLIS's data tools."""
     rows = []
     for i in range(3):
         np.savez(tmp_path / f"s{i}.npz", mean=np.full([2, 4, 4, 4], i, np.float32))
@@ -101,9 +101,9 @@ def test_other_forms_of_the_same_latents(ranked, pipeline):
     for row, rank in zip(rows, (1, 1, 2), strict=True):
         row["rank"] = rank
     imported = read_ranking(write_list(folder, rows), pipeline)
-    one = imported.pairs[LATENT][0].preferred
-    two = imported.pairs[LATENT][1].preferred
-    assert torch.equal(one.coords, two.coords) and torch.equal(one.feats, two.feats)
+    first = imported.pairs[LATENT][0].preferred
+    second = imported.pairs[LATENT][1].preferred
+    assert torch.equal(first.coords, second.coords) and torch.equal(first.feats, second.feats)
     assert torch.equal(imported.pairs[STRUCTURE][0].preferred, imported.pairs[STRUCTURE][1].preferred)
 
 
@@ -136,7 +136,7 @@ def test_assets_are_encoded(ranked, pipeline, monkeypatch):
         ({"latent": "far.npz"}, ("far.npz", "0 to 7", "0 to 8")),
     ],
 )
-def test_lists_that_are_refused(ranked, pipeline, change, names):
+def test_unsuitable_lists_are_rejected(ranked, pipeline, change, names):
     folder, rows = ranked
     np.savez(folder / "small.npz", mean=np.zeros([2, 2, 2, 2], np.float32))
     np.savez(folder / "nan.npz", mean=np.full([2, 4, 4, 4], np.nan, np.float32))
@@ -157,7 +157,7 @@ def test_lists_with_holes_and_no_lists(ranked, pipeline):
 
 @pytest.fixture
 def samples(tmp_path):
-    """Two images with three samples each, one failed simulation, and one image whose samples all stand."""
+    """Write two images with three samples each, a failed simulation, and an image whose samples all stand."""
     table = {"image_ids": [], "glb_ids": [], "angles": []}
     for image in range(3):
         torch.save(
@@ -188,13 +188,13 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 
 
-def test_of_two_columns_of_angles_the_larger_counts(samples, pipeline):
-    """An asset stands if it does in both; one that failed in either has no angle."""
+def test_the_larger_of_two_columns_of_angles_counts(samples, pipeline):
+    """An asset stands if it stands in both simulations; one that failed in either has no angle."""
     table = dict(np.load(samples / "model_info.npz"))
-    one = read_dso(samples, pipeline)
+    single_column = read_dso(samples, pipeline)
     angles = table.pop("angles")
     np.savez(samples / "model_info.npz", angles=angles[:, None], **table)
-    assert read_dso(samples, pipeline).report == one.report
+    assert read_dso(samples, pipeline).report == single_column.report
     other = np.zeros_like(angles)
     other[[2, 3]] = 45, math.nan  # image 0, sample 2; image 1, sample 0
     for columns in ([angles, other], [other, angles]):
@@ -217,7 +217,7 @@ def test_samples_in_folders_below_keep_their_names_apart(samples, pipeline, tmp_
     )
 
 
-def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):
+def test_unsuitable_samples_of_dso_are_rejected(samples, pipeline, tmp_path):
     (samples / "000_cond.pt").unlink()
     with raising("000_cond.pt", kind=FileNotFoundError):
         read_dso(samples, pipeline)
@@ -231,13 +231,13 @@ def test_samples_of_dso_that_are_refused(samples, pipeline, tmp_path):
         read_dso(tmp_path / "none", pipeline)
 
 
-def test_votes_take_the_place_of_ranks():
-    """The majority decides; draws and pairs across conditions make no pair."""
+def test_votes_replace_ranks():
+    """The majority decides; ties and pairs across prompts make no pair."""
     others = candidates(0, condition="d")
-    said = {("1", "0"): (2, 1), ("2", "3"): (1, 1), ("0", "2"): (1, 0)}
+    ballots = {("1", "0"): (2, 1), ("2", "3"): (1, 1), ("0", "2"): (1, 0)}
 
     def votes(a, b):
-        return said.get((a.name, b.name)) or said.get((b.name, a.name), (0, 0))[::-1]
+        return ballots.get((a.name, b.name)) or ballots.get((b.name, a.name), (0, 0))[::-1]
 
     pairs = pair_up([*candidates(0, 0, 0, 0), *others], judged=votes)[STRUCTURE]
     assert {p.id: p.provenance["votes"] for p in pairs} == {"c/1>0": [2, 1], "c/0>2": [1, 0]}

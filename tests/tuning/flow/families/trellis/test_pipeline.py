@@ -57,7 +57,7 @@ def test_the_gap_is_the_sign_of_the_decoded_structure(pipeline):
         assert torch.equal(places.long(), (sample[0] > 0).nonzero()) and places.dtype == torch.int32
 
 
-def test_a_structure_that_decodes_to_nothing_keeps_its_likeliest_voxel_and_says_so_once(
+def test_an_empty_structure_keeps_its_likeliest_voxel_and_a_notice_is_printed_once(
     pipeline, monkeypatch, capsys
 ):
     folder.notice_empty.cache_clear()
@@ -77,7 +77,7 @@ def test_no_gradient_passes_the_gap_or_the_decoder(pipeline):
     assert not asset.means.requires_grad
 
 
-def test_latents_are_normalised_for_the_flow_alone(pipeline):
+def test_latents_are_normalised_only_for_the_flow(pipeline):
     feats = latent(3).feats
     assert torch.allclose(pipeline.normalised(pipeline.unnormalised(feats)), feats, atol=1e-6)
     assert torch.allclose(
@@ -115,7 +115,7 @@ def test_latents_are_encoded_from_features_of_the_voxels(pipeline, monkeypatch):
     assert torch.allclose(pipeline.unnormalised(encoded.feats), mean.feats, atol=1e-5)
 
 
-def test_encoding_the_second_stage_says_what_it_lacks(pipeline):
+def test_encoding_the_second_stage_names_the_missing_network(pipeline):
     (asset,) = pipeline.decode(SparseBatch.join([latent(4, 60)]))
     with raising("dinov2_vitl14_reg", kind=FileNotFoundError):
         pipeline.encode([asset])[0][LATENT]
@@ -123,7 +123,7 @@ def test_encoding_the_second_stage_says_what_it_lacks(pipeline):
         pipeline.encode([asset])[0]["mesh"]
 
 
-def test_latents_that_are_not_finite_are_refused(pipeline):
+def test_latents_that_are_not_finite_are_rejected(pipeline):
     x_0 = torch.zeros(1, 2, 4, 4, 4)
     x_0[0, 1, 2, 3, 0] = float("nan")
     with raising("advance", "1 of 128"):
@@ -133,13 +133,13 @@ def test_latents_that_are_not_finite_are_refused(pipeline):
         pipeline.decode(batch.with_feats(batch.feats / 0))
 
 
-def test_embeddings_of_another_encoder_are_refused(trellis_root):
+def test_embeddings_of_another_encoder_are_rejected(trellis_root):
     wide = Conditions(tokens={"a": torch.zeros(3, E + 1)}, encoder="dinov2", zero_null=True)
     with raising("'structure'", "dinov2", "openai/clip"):
         FAMILY.load(trellis_root, wide)
 
 
-def test_a_missing_model_file_is_refused_at_once(trellis_root, tmp_path):
+def test_a_missing_model_file_is_reported_at_once(trellis_root, tmp_path):
     root = shutil.copytree(trellis_root, tmp_path / "root")
     (root / "ckpts" / "slat_dec_gs.safetensors").unlink()
     with raising("slat_decoder_gs", ".json", ".safetensors", "slat_dec_gs", kind=FileNotFoundError):
@@ -180,7 +180,7 @@ print(resident() - before)
 
 @pytest.mark.long  # a fresh process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and needs glibc")
-def test_what_is_kept_between_large_tensors_does_not_hold_them(repo):
+def test_small_tensors_do_not_keep_freed_large_tensors_in_memory(repo):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=repo, capture_output=True, text=True, check=True
     )

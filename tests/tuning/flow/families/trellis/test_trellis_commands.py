@@ -1,4 +1,4 @@
-"""Pairs of TRELLIS's assets and of DSO's samples, and what was tuned, by the commands."""
+"""Commands on TRELLIS's folders: pairs of assets and of DSO's samples, and exports of tuned networks."""
 
 import json
 import re
@@ -44,39 +44,50 @@ def work(trellis_root, tmp_path):
 def test_dso(work, samples):  # noqa: F811
     stale = work.folder / "pairs" / "latent"
     stale.mkdir(parents=True)
-    said = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
-    assert re.search(r"\b3 .*\bstructure\b", said) and not stale.exists()
+    printed = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
+    assert re.search(r"\b3 .*\bstructure\b", printed) and not stale.exists()
     assert read_conditions(work.folder / "pairs" / "conditions.safetensors").names == ("000", "001")
 
 
-def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
-    """In the run of a stage, named for the stage, or in a run beside another's; what is named for a stage
-    goes first.
+def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
+    """They are in the run of a stage, named for the stage, or in one run each; a path named for a stage has
+    precedence.
     """
-    for run, stage in (("one", "structure"), ("two", "latent")):
+    for run, stage in (("first_run", "structure"), ("second_run", "latent")):
         adapted(pipeline, tmp_path / run / stage, stage=["structure", "latent"].index(stage))
         (tmp_path / run / OPTIONS).write_text(
             json.dumps({"run": {"source": {"pipeline": str(trellis_root)}}})
         )
-    weights = f"--weights=structure={tmp_path / 'one' / 'structure'}"
+    weights = f"--weights=structure={tmp_path / 'first_run' / 'structure'}"
     root = f"--pipeline={trellis_root}"
-    calls = {"a": [tmp_path / "one"], "b": [root, weights], "c": [tmp_path / "one", tmp_path / "two"]}
+    calls = {
+        "a": [tmp_path / "first_run"],
+        "b": [root, weights],
+        "c": [tmp_path / "first_run", tmp_path / "second_run"],
+    }
     for name, flags in calls.items():
-        said = flow("export", *flags, f"--out={tmp_path / name}")
-        tuned = json.loads(said[: said.rindex("}") + 1])["tuned"]
+        printed = flow("export", *flags, f"--out={tmp_path / name}")
+        tuned = json.loads(printed[: printed.rindex("}") + 1])["tuned"]
         assert (
-            list(tuned) == ["structure", *(["latent"] if name == "c" else [])] and "from_pretrained" in said
+            list(tuned) == ["structure", *(["latent"] if name == "c" else [])]
+            and "from_pretrained" in printed
         )
     merged = [(tmp_path / name / "ckpts" / "ss_flow.safetensors").read_bytes() for name in calls]
     assert (
         merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
     )
-    flow("export", tmp_path / "one", tmp_path / "two", "--adapter", f"--out={tmp_path / 'adapters'}")
+    flow(
+        "export",
+        tmp_path / "first_run",
+        tmp_path / "second_run",
+        "--adapter",
+        f"--out={tmp_path / 'adapters'}",
+    )
     assert (tmp_path / "adapters/latent/adapter_model.safetensors").read_bytes() == (
-        tmp_path / "two/latent/adapter_model.safetensors"
+        tmp_path / "second_run/latent/adapter_model.safetensors"
     ).read_bytes()
     (tmp_path / "other").mkdir()
-    empty = [tmp_path / "one", f"--weights=structure={tmp_path / 'other'}"]
+    empty = [tmp_path / "first_run", f"--weights=structure={tmp_path / 'other'}"]
     check_message(flow("export", *empty, f"--out={tmp_path / 'd'}", code=2), (str(tmp_path / "other"),))
 
 
@@ -90,23 +101,23 @@ def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
         (["--pipeline=ROOT", "--weights=mesh=x"], ("export", "structure", "latent", "mesh")),
     ],
 )
-def test_exports_of_nothing_are_refused(trellis_root, tmp_path, flags, names):
+def test_exports_of_nothing_are_rejected(trellis_root, tmp_path, flags, names):
     filled = [flag.replace("ROOT", str(trellis_root)) for flag in flags]
     check_message(flow("export", *filled, f"--out={tmp_path / 'out'}", code=2), names)
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_of_nothing_are_refused(work, tmp_path):
+def test_labels_of_nothing_are_rejected(work, tmp_path):
     (tmp_path / "empty").mkdir()
     labels = f"--labels={tmp_path / 'empty'}"
     line = flow("tune", work.folder, labels, "--pairs-only", code=2)
     check_message(line, ("DSO", "model_info.npz", str(tmp_path / "empty")))
 
 
-def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
-    """Assets are drawn, people rank them, and their pairs are of the very latents that were drawn."""
+def test_ranked_samples_become_pairs_of_their_latents(pipeline, trellis_root, work, tmp_path):
+    """Assets are sampled and ranked; the pairs hold the very latents that were sampled."""
     adapted(pipeline, tmp_path / "adapter")
-    drawing = drawing_of(
+    sampling_task = drawing_of(
         work,
         work.check_pipeline(),
         "base",
@@ -114,15 +125,15 @@ def test_draw_rank_import(pipeline, trellis_root, work, tmp_path):
         torch.device("cpu"),
         tuned={"structure": tmp_path / "adapter"},
     )
-    assert drawing.run().count == 10
+    assert sampling_task.run().count == 10
     path = work.drawn() / "ranking.jsonl"
     with raising("line 1", "rank", "None"):
         read_ranking(path, pipeline)
     rows = work.lines()
     write_list(path.parent, [{**row, "rank": 2 - row["seed"]} for row in rows])
-    said = flow("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
-    assert re.search(r"\b5 .*\bstructure\b.*\b5 .*\blatent\b", said)
-    # with WORK's conditions
+    printed = flow("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
+    assert re.search(r"\b5 .*\bstructure\b.*\b5 .*\blatent\b", printed)
+    # with WORK's embeddings
     problem = open_problem(ProblemSource(pipeline=str(trellis_root), pairs=str(work.folder / "pairs")))
     assert {*problem.train_conditions, *problem.held_out_conditions} <= set(work.names(*SHOWN))
     imported = read_ranking(path, pipeline)

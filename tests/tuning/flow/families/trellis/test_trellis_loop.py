@@ -1,4 +1,4 @@
-"""From people's ranked assets to a tuned TRELLIS in its stock layout, by the command line alone."""
+"""From ranked assets to a tuned TRELLIS in its published layout, by the command line alone."""
 
 import json
 
@@ -27,7 +27,7 @@ def circular_dpo(*flags):
 
 @pytest.fixture(scope="module")
 def run(trellis_root, tmp_path_factory):
-    """A whole loop of few steps; returns its folder."""
+    """Run a loop of few steps; returns its folder."""
     folder = tmp_path_factory.mktemp("loop")
     pairs = write_people(folder / "pairs", read_pipeline(trellis_root))
     # the last stage must move far enough, in a few steps, that decoding fills other voxels
@@ -39,8 +39,8 @@ def run(trellis_root, tmp_path_factory):
         "--steps=12",
         "--set=roles=reward",
     )
-    (found,) = (folder / "runs").glob("00000-*")
-    return found
+    (folder_of_run,) = (folder / "runs").glob("00000-*")
+    return folder_of_run
 
 
 def test_the_loop_tunes_both_stages(run):
@@ -49,9 +49,9 @@ def test_the_loop_tunes_both_stages(run):
         assert any(float(t.abs().max()) > 0 for name, t in adapter.items() if "lora_B" in name)
 
 
-def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
-    said = flow("export", run, f"--out={tmp_path / 'out'}")
-    assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
+def test_the_result_is_exported_to_the_published_layout(run, trellis_root, tmp_path):
+    printed = flow("export", run, f"--out={tmp_path / 'out'}")
+    assert set(json.loads(printed[: printed.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
     tuned, base = (FAMILY.load(root, tokens()) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):
         moved = [

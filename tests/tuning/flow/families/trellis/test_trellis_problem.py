@@ -1,4 +1,4 @@
-"""TRELLIS as a problem: people's pairs, judges learned from them, and what is refused."""
+"""TRELLIS as a problem: preference pairs, rewards fitted to them, and rejected files."""
 
 import copy
 import json
@@ -24,8 +24,8 @@ from tests.tuning.flow.families.trellis.tiny_trellis import NAMES, tokens, voxel
 
 
 def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
-    """Three ranked assets per condition; better ones have a larger last channel."""
-    found = []
+    """Write three ranked assets per prompt; better ones have a larger last channel."""
+    assets = []
     for c, name in enumerate(NAMES):
         for rank in range(per_condition):
             generator = torch.Generator().manual_seed(10 * c + rank)
@@ -34,10 +34,10 @@ def write_people(folder, file, stages=(STRUCTURE, LATENT), per_condition=3):
                 STRUCTURE: torch.randn(2, 4, 4, 4, generator=generator),
                 LATENT: SparseSample(voxels(10 * c + rank), feats),
             }
-            found.append(
+            assets.append(
                 Candidate(name=str(rank), condition=name, rank=rank, latents={s: both[s] for s in stages})
             )
-    write_imported(folder, Imported(pairs=pair_up(found), conditions=tokens()), file)
+    write_imported(folder, Imported(pairs=pair_up(assets), conditions=tokens()), file)
     return folder
 
 
@@ -57,7 +57,7 @@ def problem(trellis_root, people):
     return trellis_problem(trellis_root, people, seed=1)
 
 
-def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, people):
+def test_prompts_are_divided_and_pairs_with_them(problem, trellis_root, people):
     held = set(problem.held_out_conditions)
     trained = set(problem.train_conditions)
     assert (
@@ -82,7 +82,7 @@ def test_conditions_are_divided_and_pairs_with_them(problem, trellis_root, peopl
     )
 
 
-def test_identity_names_all_that_it_came_from(problem, trellis_root, people, tmp_path):
+def test_the_identity_names_all_sources(problem, trellis_root, people, tmp_path):
     assert json.loads(json.dumps(problem.identity)) == problem.identity
     assert set(problem.identity["pairs"]) == {STRUCTURE, LATENT}
     assert {"pipeline.json", STRUCTURE, LATENT, "slat_decoder_gs", "sparse_structure_encoder"} <= set(
@@ -103,19 +103,19 @@ def test_pairs_beside_the_networks_and_one_folder_per_stage(problem, trellis_roo
     assert alone.final is None and alone.train_pairs[LATENT]
 
 
-def test_the_reward_orders_assets_as_people_did(problem):
+def test_the_reward_orders_assets_as_the_labels_do(problem):
     pairs = problem.train_pairs[LATENT]
-    for judge in (problem.reward, problem.chooser, problem.final):
-        assert judge is not None
+    for reward in (problem.reward, problem.chooser, problem.final):
+        assert reward is not None
         sides = [
             problem.pipeline.decode(SparseBatch.join([getattr(p, side) for p in pairs]))
             for side in ("preferred", "rejected")
         ]
-        scores = [judge(assets, [p.condition for p in pairs]) for assets in sides]
+        scores = [reward(assets, [p.condition for p in pairs]) for assets in sides]
         assert all(
             s.shape == (len(pairs),) and s.dtype == torch.float32 and s.isfinite().all() for s in scores
         )
-        if judge is problem.reward:
+        if reward is problem.reward:
             assert float((scores[0] > scores[1]).float().mean()) > 0.6
 
 
@@ -133,7 +133,7 @@ def test_the_learned_reward_is_the_optimum_of_its_loss():
     assert torch.allclose(swapped.weight, -reward.weight, atol=1e-3)
 
 
-def test_features_see_where_an_asset_is_and_its_colours():
+def test_features_contain_the_position_and_the_colours_of_an_asset():
     asset = SplatAsset(
         means=torch.tensor([[-0.4, -0.4, -0.4], [0.4, 0.4, 0.4], [0.9, 0, 0]]),
         scales=torch.ones(3, 3),
@@ -141,9 +141,9 @@ def test_features_see_where_an_asset_is_and_its_colours():
         features_dc=torch.tensor([[1.0, 0, 0], [0, 0, -1.0], [0, 0, 0]]),
         opacities=torch.tensor([0.5, 1.0, 1.0]),
     )
-    found = features(asset, 2)
-    mass = found[:8]
-    colour = found[8:].view(8, 3)
+    values = features(asset, 2)
+    mass = values[:8]
+    colour = values[8:].view(8, 3)
     assert torch.allclose(mass, torch.tensor([1.5, 1, 1, 1, 1, 1, 1, 2.0]).log())
     assert torch.allclose(colour[0], torch.tensor([0.28209, 0, 0]), atol=1e-4)
     assert torch.allclose(colour[7], torch.tensor([0, 0, -0.28209]), atol=1e-4)
@@ -172,7 +172,7 @@ def test_the_loop_makes_pairs_of_the_first_stage(problem):
     assert all(p.provenance["same_structure"] for p in same)
 
 
-def test_pairs_of_one_stage_train_that_stage_alone(trellis_root, pipeline, tmp_path):
+def test_pairs_of_one_stage_train_only_that_stage(trellis_root, pipeline, tmp_path):
     folder = write_people(tmp_path / "pairs", pipeline.file, stages=(STRUCTURE,))
     problem = trellis_problem(trellis_root, folder)
     assert problem.train_pairs[STRUCTURE] and problem.chooser is None and problem.final is None
@@ -194,13 +194,13 @@ def rewrite(folder, stage, change=lambda pairs: pairs, **meta):
     write_pairs(folder / stage, change(pairs), {**old, **meta})
 
 
-def test_mismatched_pair_files_are_refused(trellis_root, copied):
+def test_mismatched_pair_files_are_rejected(trellis_root, copied):
     rewrite(copied, LATENT, lambda pairs: pairs[:-1])
     with raising("'structure'", "'latent'", "1", "'a boat/1>2'"):
         trellis_problem(trellis_root, copied)
 
 
-def test_pairs_of_another_convention_or_model_are_refused(trellis_root, copied):
+def test_pairs_of_another_convention_or_model_are_rejected(trellis_root, copied):
     rewrite(copied, LATENT, normalization={"mean": [0.0] * 4, "std": [1.0] * 4})
     with raising("TRELLIS-text-tiny/pipeline.json"):
         trellis_problem(trellis_root, copied)
@@ -210,7 +210,7 @@ def test_pairs_of_another_convention_or_model_are_refused(trellis_root, copied):
         trellis_problem(trellis_root, copied)
 
 
-def test_pairs_without_embeddings_and_folders_without_pairs_are_refused(trellis_root, copied, tmp_path):
+def test_pairs_without_embeddings_and_folders_without_pairs_are_rejected(trellis_root, copied, tmp_path):
     few = Conditions(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
     write_conditions(copied / "conditions.safetensors", few)
     with raising("conditions", "'a lamp'"):

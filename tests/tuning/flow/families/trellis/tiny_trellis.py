@@ -1,8 +1,9 @@
-"""A TRELLIS of random weights in its own files, small enough for a test: structures [2, 4, 4, 4], voxels 8^3,
-latents of 4 channels.
+"""A TRELLIS with random weights in its published files, small enough for a test.
 
-Of texts, or of images: in the layout of TRELLIS-image-large, with a DINOv2 of 64 channels for pictures of 28
-pixels as torch hub keeps it.
+It has structures [2, 4, 4, 4], voxels 8^3 and latents of 4 channels. It is conditioned on texts, or on images
+in
+the layout of TRELLIS-image-large, with a DINOv2 of 64 channels for images of 28 pixels as torch hub stores
+it.
 """
 
 import json
@@ -128,7 +129,7 @@ STEMS = {  # of TRELLIS-image-large
 
 
 def write_image_trellis(root):
-    """The same of images, under the names of TRELLIS-image-large; returns the folder."""
+    """Write the variant for images under the names of TRELLIS-image-large; returns the folder."""
     changed = {
         "ss_flow": "cond_channels",
         "slat_flow": "cond_channels",
@@ -166,7 +167,7 @@ def write_image_trellis(root):
 
 
 def write_hub(path):
-    """A DINOv2 of random weights under torch hub's names; returns the path."""
+    """Write a DINOv2 of random weights under torch hub's names; returns the path."""
     g = torch.Generator().manual_seed(7)
 
     def values(*shape):
@@ -201,7 +202,7 @@ def write_hub(path):
 
 
 def write_trellis(root, models=MODELS, pipeline=PIPELINE):
-    """All files; returns the folder."""
+    """Write all files; returns the folder."""
     ckpts = root / "ckpts"
     ckpts.mkdir(parents=True)
     for i, (stem, content) in enumerate(models.items()):
@@ -213,7 +214,7 @@ def write_trellis(root, models=MODELS, pipeline=PIPELINE):
 
 
 def tokens(names=NAMES) -> Conditions:
-    """Random embeddings."""
+    """Make random embeddings."""
     generator = torch.Generator().manual_seed(5)
     return Conditions(
         tokens={name: torch.randn(TOKENS, E, generator=generator) for name in (*names, NULL)}, encoder="clip"
@@ -221,7 +222,7 @@ def tokens(names=NAMES) -> Conditions:
 
 
 def write_imported(folder, imported, file) -> dict[str, str]:
-    """Pairs as `flow tune` writes them."""
+    """Write pairs as `flow tune` does."""
     return write_import(
         folder,
         imported,
@@ -230,6 +231,6 @@ def write_imported(folder, imported, file) -> dict[str, str]:
 
 
 def voxels(seed: int, count: int = 40) -> torch.Tensor:
-    """[v, 3] int32, sorted."""
+    """Make voxels [v, 3] int32, sorted."""
     order = torch.randperm(R**3, generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return torch.stack([order // R**2, order // R % R, order % R], 1).int()

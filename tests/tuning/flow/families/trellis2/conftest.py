@@ -1,4 +1,4 @@
-"""The tiny TRELLIS.2, written once."""
+"""The tiny TRELLIS.2, written once per session."""
 
 import shutil
 
@@ -10,18 +10,18 @@ from tests.tuning.flow.families.trellis2 import tiny_trellis2
 
 @pytest.fixture(scope="session")
 def trellis2_root(tmp_path_factory):
-    """Folder of its files; not to be changed."""
+    """Return the folder of its files, which tests must not change."""
     return tiny_trellis2.write_trellis2(tmp_path_factory.mktemp("trellis2") / "TRELLIS.2-tiny")
 
 
 @pytest.fixture
 def pipeline(trellis2_root):
-    """Opened anew."""
+    """Open the folder anew."""
     return FAMILY.load(trellis2_root, tiny_trellis2.tokens())
 
 
 @pytest.fixture
 def copied(trellis2_root, tmp_path):
-    """To be changed."""
+    """Return a copy of the folder that a test may change."""
     shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
     return shutil.copytree(trellis2_root, tmp_path / "root")

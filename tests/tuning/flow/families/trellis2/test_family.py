@@ -1,5 +1,5 @@
-"""TRELLIS.2 as a family: surfaces to look at, one DPO step, the folder with adapters merged, meshes of one's
-own, and the loop.
+"""TRELLIS.2 as a family: surfaces, one DPO step, export with merged adapters, meshes of the user, and the
+loop.
 """
 
 import copy
@@ -37,7 +37,7 @@ from tests.tuning.flow.one_step import check_one_dpo_step
 from tests.tuning.flow.refused import train_rejected, write_people
 
 
-def test_a_face_about_every_crossed_edge_that_four_voxels_share():
+def test_every_crossed_edge_that_four_voxels_share_has_a_face():
     coords = torch.cartesian_prod(*[torch.arange(2)] * 3).int()
     crossed = torch.zeros(8, 3, dtype=torch.bool)
     crossed[0, 0] = crossed[0, 2] = crossed[7, 1] = True  # the last lacks its neighbours
@@ -68,7 +68,7 @@ def test_one_dpo_step(pipeline, name):
 
 
 @pytest.mark.long
-def test_every_stage_learns_labels_and_is_held_against_a_control(
+def test_every_stage_learns_labels_and_is_compared_with_a_control(
     pipeline, trellis2_root, tmp_path, monkeypatch
 ):
     like = draw(pipeline, NAMES[:1], [0])[0][0]
@@ -76,7 +76,7 @@ def test_every_stage_learns_labels_and_is_held_against_a_control(
     labelled.check_labels_are_learnt(trellis2_root, like, tokens(), tokens(names), tmp_path, monkeypatch)
 
 
-def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, tmp_path):
+def test_adapters_are_merged_in_the_dtypes_of_the_files(pipeline, trellis2_root, tmp_path):
     stage = pipeline.stages[-1]
     model = copy.deepcopy(stage.model)
     add_lora(model, LoraConfig(rank=2, targets=stage.lora_targets), seed=0)
@@ -117,7 +117,7 @@ def test_adapters_are_merged_into_the_files_own_types(pipeline, trellis2_root, t
         export(family_of(trellis2_root), trellis2_root, tmp_path / "out2", {"paint": tmp_path})
 
 
-def test_what_train_refuses(trellis2_root, tmp_path):
+def test_train_rejects_pairs_that_do_not_fit(trellis2_root, tmp_path):
     root = shutil.copytree(trellis2_root, tmp_path / "root")
     shutil.copytree(trellis2_root.parent / "trellis", tmp_path / "trellis")
     g = torch.Generator().manual_seed(0)
@@ -127,10 +127,10 @@ def test_what_train_refuses(trellis2_root, tmp_path):
     others = write_people(tmp_path / "b", "texture", *textures, tokens(size=7))
     form = "{'1024': [5, 7], '512': [3, 7]}"
     train_rejected(root, others, "texture", tmp_path, "[L, 6]", "'512'", "'structure'", form)
-    plain = write_people(
+    without_given = write_people(
         tmp_path / "c", "texture", *(SparseSample(x.coords, x.feats) for x in textures), tokens()
     )
-    train_rejected(root, plain, "texture", tmp_path, "preferred", "4 given", "0", "'texture'")
+    train_rejected(root, without_given, "texture", tmp_path, "preferred", "4 given", "0", "'texture'")
     write_pipeline(root, shape_slat_sampler={"name": "FlowEulerSampler", "params": {"cfg_strength": 3}})
     train_rejected(root, people, "texture", tmp_path, "guidance_strength", "cfg_strength")
     write_pipeline(root)
@@ -156,7 +156,7 @@ def test_what_train_refuses(trellis2_root, tmp_path):
 
 
 def write_meshes(folder):
-    """Boxes that people ranked by their height, with embeddings of the conditions."""
+    """Write boxes ranked by their height, with embeddings of the prompts."""
     folder.mkdir()
     lines = []
     for i, name in enumerate(NAMES):
@@ -180,7 +180,7 @@ def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_pa
     assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}
 
 
-def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, capsys):
+def test_without_encoders_there_is_no_loop_and_a_notice_is_printed(copied, tmp_path, capsys):
     write_meshes(tmp_path / "MESHES")
     pairs = write_people(
         tmp_path / "PAIRS", "structure", torch.zeros(2, 4, 4, 4), torch.ones(2, 4, 4, 4), tokens()
@@ -207,7 +207,7 @@ def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, 
         )
 
 
-def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):
+def test_a_mesh_of_the_user_becomes_latents_of_structure_and_shape(trellis2_root, tmp_path):
     write_meshes(tmp_path / "MESHES")
     pipeline = family.FAMILY.load(trellis2_root, None, stages=())
     lying = tmp_path / "y_up.glb"
@@ -223,7 +223,7 @@ def test_a_mesh_of_ones_own_becomes_latents_of_structure_and_shape(trellis2_root
         )
 
 
-def test_drawn_assets_are_encoded_with_their_materials(pipeline):
+def test_sampled_assets_are_encoded_with_their_materials(pipeline):
     (asset,) = generate(pipeline, NAMES[:1], [0])
     (latents,) = pipeline.encode([asset])
     assert list(latents) == ["structure", "shape_512", "shape_1024", "texture"]

@@ -1,4 +1,4 @@
-"""TRELLIS.2's folder: what is read, the four stages, what is refused."""
+"""TRELLIS.2's folder: what is read, the four stages, and what is rejected."""
 
 import json
 import shutil
@@ -45,12 +45,12 @@ from tests.tuning.flow.families.trellis2.tiny_trellis2 import (
         ({"tex_slat_normalization": None}, ("tex_slat_normalization", "mean")),
     ],
 )
-def test_pipelines_that_are_refused(tmp_path, args, names):
+def test_unsuitable_pipelines_are_rejected(tmp_path, args, names):
     with raising(*names):
         files.read_pipeline(write_pipeline(tmp_path, **args))
 
 
-def test_no_pipeline_and_trellis_own(tmp_path):
+def test_no_pipeline_and_a_pipeline_of_trellis_are_rejected(tmp_path):
     with raising("TRELLIS.2", "pipeline.json", str(tmp_path), kind=FileNotFoundError):
         files.read_pipeline(tmp_path)
     (tmp_path / "pipeline.json").write_text(json.dumps({**PIPELINE, "name": "TrellisImageTo3DPipeline"}))
@@ -74,7 +74,7 @@ def test_models_are_loaded_by_name_and_shape_with_their_own_types(trellis2_root,
     assert half and types == {name: torch.float64 if name in half else torch.float32 for name in stored}
 
 
-def test_models_that_are_refused(copied):
+def test_unsuitable_models_are_rejected(copied):
     stem = copied / "ckpts" / "tex_1024"
     state = load_file(f"{stem}.safetensors")
     renamed = {name.replace("mlp.mlp", "mlp.net"): tensor for name, tensor in state.items()}
@@ -107,7 +107,7 @@ def test_both_spellings_of_a_convolution(copied):
     )
 
 
-def test_angles_that_a_file_has_must_be_its_own(copied):
+def test_stored_angles_must_match_the_resolution(copied):
     stem = copied / "ckpts" / "ss_flow"
     model = files.load_model(stem)
     angles = model.angles(model.places())
@@ -121,7 +121,7 @@ def test_angles_that_a_file_has_must_be_its_own(copied):
             files.load_model(stem, weights=path)
 
 
-def test_the_stages_and_what_they_leave(pipeline):
+def test_every_stage_leaves_voxels_to_the_next(pipeline):
     structure, low, high, texture = pipeline.stages
     assert [s.name for s in pipeline.stages] == list(files.STAGES)
     assert (low.latents.resolution, high.latents.resolution, texture.latents.given) == (4, 8, 4)
@@ -139,25 +139,25 @@ def test_the_stages_and_what_they_leave(pipeline):
     latents = high.noise([1, 2], fine)
     left = pipeline.advance("shape_1024", latents)
     assert all(
-        isinstance(one, SparseSample) and torch.equal(one.coords, places.coords)
-        for one, places in zip(left, fine, strict=True)
+        isinstance(asset, SparseSample) and torch.equal(asset.coords, places.coords)
+        for asset, places in zip(left, fine, strict=True)
     )
     noise = texture.noise([3, 4], left)
     assert torch.equal(noise.given, latents.feats) and not torch.equal(noise.feats, latents.feats)
-    one, _ = pipeline.decode(noise)
+    asset, _ = pipeline.decode(noise)
     assert (
-        one.resolution == 16
-        and one.vertices.shape == one.crossed.shape == (len(one.coords), 3)
-        and one.materials.shape[1] == 6
+        asset.resolution == 16
+        and asset.vertices.shape == asset.crossed.shape == (len(asset.coords), 3)
+        and asset.materials.shape[1] == 6
     )
-    assert one.crossed.dtype == torch.bool and set(map(tuple, (one.coords // 2).tolist())) <= set(
+    assert asset.crossed.dtype == torch.bool and set(map(tuple, (asset.coords // 2).tolist())) <= set(
         map(tuple, fine[0].coords.tolist())
     )
     with raising("advance", "structure", "shape_512", "shape_1024", "'texture'"):
         pipeline.advance("texture", noise)
 
 
-def test_every_stage_is_told_of_its_own_picture(pipeline):
+def test_every_stage_reads_the_tokens_of_its_image_size(pipeline):
     lengths = {stage: pipeline.conditions(NAMES[:2], stage).shape for stage in files.STAGES}
     assert lengths == {
         "structure": (2, 3, E),
@@ -183,7 +183,7 @@ def test_without_a_cascade(copied, kind, names):
     assert opened.conditions(NAMES[:1], "texture").shape[1] == (5 if kind == "1024" else 3)
 
 
-def test_a_wider_cascade_is_made_narrower_where_voxels_are_many(copied, monkeypatch):
+def test_a_cascade_lowers_the_resolution_if_there_are_too_many_voxels(copied, monkeypatch):
     opened = FAMILY.load(write_pipeline(copied, default_pipeline_type="1536_cascade"), tokens())
     assert [s.latents.resolution for s in opened.stages] == [4, 4, 12, 12]
     monkeypatch.setattr(family, "SHRINK", 4)
@@ -204,13 +204,13 @@ def test_a_wider_cascade_is_made_narrower_where_voxels_are_many(copied, monkeypa
         )
 
 
-def test_conditions_that_are_refused(trellis2_root):
+def test_unsuitable_embeddings_are_rejected(trellis2_root):
     flat = tokens()
     for given in (
         tokens(size=7),
         type(flat)(tokens={n: t["512"] for n, t in flat.tokens.items()}, zero_null=True),
     ):
-        with raising("conditions", "[L, 6]", "'512'", "'structure'", "dinov3-"):
+        with raising("conditioning", "[L, 6]", "'512'", "'structure'", "dinov3-"):
             FAMILY.load(trellis2_root, given)
 
 

@@ -1,5 +1,6 @@
-"""A TRELLIS.2 of random weights in its own files, small enough for a test: structures [2, 4, 4, 4], a cascade
-from 4^3 to 8^3 voxels.
+"""A TRELLIS.2 with random weights in its published files, small enough for a test.
+
+It has structures [2, 4, 4, 4] and a cascade from 4^3 to 8^3 voxels.
 """
 
 import copy
@@ -125,7 +126,7 @@ PIPELINE = {
 
 
 def write_trellis2(root):
-    """All files, the structure's autoencoder in a folder beside; returns the folder."""
+    """Write all files, the structure's autoencoder in a folder beside; returns the folder."""
     for i, (stem, content) in enumerate({**MODELS, **STRUCTURE}.items()):
         ckpts = (root.parent / "trellis" if stem in STRUCTURE else root) / "ckpts"
         ckpts.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ def write_trellis2(root):
 
 
 def write_pipeline(root, **args):
-    """pipeline.json with some of its args changed."""
+    """Write pipeline.json with some of its args changed."""
     content = copy.deepcopy(PIPELINE)
     content["args"] |= args
     (root / "pipeline.json").write_text(json.dumps(content))
@@ -146,10 +147,10 @@ def write_pipeline(root, **args):
 
 
 def tokens(names=NAMES, size=E) -> Conditions:
-    """Random embeddings of two pictures each."""
+    """Make random embeddings of images at two sizes."""
     g = torch.Generator().manual_seed(5)
-    found = {
+    embeddings = {
         name: {"512": torch.randn(3, size, generator=g), "1024": torch.randn(5, size, generator=g)}
         for name in names
     }
-    return Conditions(tokens=found, zero_null=True)
+    return Conditions(tokens=embeddings, zero_null=True)
