@@ -14,7 +14,8 @@ def attend(
     """Compute scaled dot-product attention, softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, equation 1).
 
     Args:
-        q: queries [N, T, H, D]. k, v: keys and values [N, L, H, D].
+        q: queries [N, T, H, D].
+        k, v: keys and values [N, L, H, D].
         keep: [N, 1, 1, L] bool, True for tokens that may be attended to; None: all of them.
     Returns: [N, T, H, D].
     Differentiable in: q, k, v.

@@ -138,9 +138,10 @@ class Blip(nn.Module):
         """Return the text feature [B, D] of each prompt's class token, which has attended to the prompt's
         image.
 
-        Args: pixels: normalised images [B, 3, side, side]. tokens: token ids [B, T]. mask: [B, T] bool, True
-        for
-            tokens of the prompt and False for padding.
+        Args:
+            pixels: normalised images [B, 3, side, side].
+            tokens: token ids [B, T].
+            mask: [B, T] bool, True for tokens of the prompt and False for padding.
         """
         # Every layer of BERT cross-attends to the features of the prompt's image.
         text = self.text_encoder(

@@ -64,9 +64,10 @@ def hpsv2_network(state: Mapping[str, torch.Tensor], who: str) -> Any:
 class CosineReward:
     """Cosine similarity of image and prompt in the joint embedding space. Differentiable in the images.
 
-    Args: network: transformers' CLIPModel. prepare: converts images of values 0..1 and a size in pixels to
-    the
-        network's input. tokenize: converts prompts to token ids.
+    Args:
+        network: transformers' CLIPModel.
+        prepare: converts images of values 0..1 and a size in pixels to the network's input.
+        tokenize: converts prompts to token ids.
     """
 
     modality: Modality = "image"
@@ -89,7 +90,9 @@ class CosineReward:
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Compute cosines [B] in -1..1 (not multiplied by 100) of images and prompts.
 
-        Args: pixels: [B, 3, h, w] of values 0..1. prompts: one for each image.
+        Args:
+            pixels: [B, 3, h, w] of values 0..1.
+            prompts: one for each image.
         """
         for prompt in prompts:
             if prompt not in self._embedded:

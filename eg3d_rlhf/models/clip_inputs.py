@@ -85,7 +85,9 @@ def bert_tokenizer(folder: Path, flag: str, limit: int, vocabulary: int) -> Toke
     """Load BERT's tokenizer (vocab.txt). It truncates at `limit` tokens; T is the length of the longest
     prompt.
 
-    Args: flag: option that error messages name. vocabulary: number of words that the network embeds.
+    Args:
+        flag: option that error messages name.
+        vocabulary: number of words that the network embeds.
     Raises: ValueError if transformers or the folder is missing, or if the tokenizer has more words than the
         network.
     """
@@ -115,7 +117,8 @@ def clip_tokenizer(folder: Path, flag: str, vocabulary: int, pad: int | str | No
     """Load CLIP's tokenizer (vocab.json, merges.txt); T is always 77.
 
     Args:
-        flag: option that error messages name. vocabulary: number of words that the network embeds.
+        flag: option that error messages name.
+        vocabulary: number of words that the network embeds.
         pad: token id that fills up short prompts: 0 as in open_clip; "own": the folder's padding token; None:
             the end token, as in OpenAI's CLIP.
     Raises: ValueError if transformers or the folder is missing, or if the end token is not the network's last

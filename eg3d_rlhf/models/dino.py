@@ -89,7 +89,9 @@ class DinoConfig:
         Without registers, torch hub interpolates the position embeddings in a way of its own. `from_hub`
         applies it once, and image_size is then the size of the input images.
 
-        Args: who: name that error messages begin with. shown: pixels per side of the input images.
+        Args:
+            who: name that error messages begin with.
+            shown: pixels per side of the input images.
         Raises: ValueError for the state dict of another network.
         """
         try:
@@ -325,8 +327,7 @@ class Dino3(nn.Module):
         x = self.embeddings(standard)
         angles = self.rope_embeddings(standard)  # cosines and sines, [G^2, channels of a head] each
         # Layer by layer: what `hidden_states[-1]` holds, before or after the norm, differs between releases
-        # of
-        # transformers (4.56.2 to 5.23.0), without an error.
+        # of transformers (4.56.2 to 5.23.0), without an error.
         for layer in self.layer:
             x = layer(x, position_embeddings=angles)
         return x

@@ -220,8 +220,7 @@ class Mixture(nn.Module):
         rows = x.flatten(0, 1)  # [R, W]
         weights, numbers = self.gate(rows)  # [R, k] each
         # One expert after the other, each on the tokens that chose it. Gradients flow through routed experts,
-        # whereas
-        # the original blocks them in eval mode; it also has a balancing term, which is left out here.
+        # whereas the original blocks them in eval mode; it also has a balancing term, which is left out here.
         total = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
             # row: tokens that chose this expert; place: 0..k-1, whether as their first choice or a later one
@@ -258,9 +257,10 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, cond: torch.Tensor, skipped: torch.Tensor | None) -> torch.Tensor:
         """Apply the block.
 
-        Args: x: tokens [N, S, W]. cond: conditioning tokens [N, L, E]. skipped: output [N, S, W] of an
-        earlier block,
-            for blocks with a skip.
+        Args:
+            x: tokens [N, S, W].
+            cond: conditioning tokens [N, L, E].
+            skipped: output [N, S, W] of an earlier block, for blocks with a skip.
         Returns: [N, S, W].
         """
         if self.skip:
@@ -538,9 +538,10 @@ class ShapeDecoder(nn.Module):
     def slab(self, decoded: torch.Tensor, axis: torch.Tensor, x: slice) -> torch.Tensor:
         """Evaluate one shape on a slice of a regular grid.
 
-        Args: decoded: what `forward` returned for the shape, [1, T, W]. axis: coordinates of the grid along
-        each
-            axis, [R]. x: the slice along the first axis.
+        Args:
+            decoded: what `forward` returned for the shape, [1, T, W].
+            axis: coordinates of the grid along each axis, [R].
+            x: the slice along the first axis.
         Returns: values at the product of axis[x], axis and axis, [len(axis[x]), R, R], on the CPU.
         """
         side = len(axis)
@@ -599,9 +600,9 @@ class ShapeEncoder(nn.Module):
     def latents(self, surface: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """Encode a surface to the mean latent [T, C] in the flow's scale.
 
-        Args: surface: points [P, 3 + f], those on sharp edges last. draw: random generator that chooses the
-        points
-            that are kept.
+        Args:
+            surface: points [P, 3 + f], those on sharp edges last.
+            draw: random generator that chooses the points that are kept.
         """
         # The choice is made on the CPU, so that it does not depend on the device.
         device = self.pre_kl.weight.device

@@ -59,7 +59,7 @@ def opencv(pixels: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
     """Resize bytes [h, w, ...] to another size (h, w) as OpenCV does, with differences of at most 1 of 255.
 
     Args: how: "area"; "cubic", whose kernel is not widened when an image shrinks, so that it aliases;
-    "nearest".
+        "nearest".
     """
     height, width = pixels.shape[:2]
     rows, columns = size
@@ -178,7 +178,9 @@ def on_white(image: Image.Image, size: int, border: float) -> tuple[np.ndarray, 
 
     The object is the bounding box of all pixels that are not fully transparent.
 
-    Args: size: pixels per side of the result. border: share of the square's side that stays free.
+    Args:
+        size: pixels per side of the result.
+        border: share of the square's side that stays free.
     Returns: bytes [size, size, 3] and the mask [size, size].
     Raises: ValueError for an image that shows no more than one row or column.
     """
@@ -227,7 +229,9 @@ def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor
     nearest pixel, halves to the even one. After resizing by Lanczos, colours are multiplied by opacity and
     truncated to 8 bits.
 
-    Args: size: pixels per side of the result. margin: side of the square in sides of the object.
+    Args:
+        size: pixels per side of the result.
+        margin: side of the square in sides of the object.
     Returns: [3, size, size] of values 0..1, in steps of 1/255.
     Raises: ValueError for an image without visible pixels, or with an object of a pixel or two.
     """

@@ -208,7 +208,9 @@ def unet_config(state: Mapping[str, torch.Tensor], who: str, image_size: int) ->
     The names are LDM's without their prefix. Linear projections around the attention mean the form of Stable
     Diffusion 2, with heads of 64 channels. Convolutions mean that of 1.x, with 8 heads.
 
-    Args: who: name that error messages begin with. image_size: pixels per side of the latents.
+    Args:
+        who: name that error messages begin with.
+        image_size: pixels per side of the latents.
     Raises: ValueError for the file of another network.
     """
     first = shape_of(state, "input_blocks.0.0.weight", who, 4)

@@ -73,8 +73,7 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     """Read a file of any layout above, or the folder that holds it.
 
     Args: alpha: needed for PEFT's full layout without an adapter_config.json beside it (DSO trained with
-    twice
-        the rank).
+        twice the rank).
     Raises: FileNotFoundError; ValueError for a file that is damaged, foreign, not finite, or that uses a
     feature
         of PEFT that is not supported here.
@@ -339,7 +338,8 @@ def tuned_model(
     The base is not changed. Tensors that tuning has not changed share the base's memory.
 
     Args:
-        weights: adapters or a full state dict, in any layout above. alpha: see `read_weights`.
+        weights: adapters or a full state dict, in any layout above.
+        alpha: see `read_weights`.
         merge: merge adapters into the weights, so that others can be added. A later round starts from there.
     Raises: FileNotFoundError; ValueError for the weights of another network.
     """

@@ -194,9 +194,10 @@ class MixedBlock(nn.Module):
     def forward(self, x: Tokens, time: torch.Tensor, cond: torch.Tensor) -> Tokens:
         """Apply the block to tokens by group.
 
-        Args: x: group -> [N, T_g, C]. time: [N, C], or [N, 6 C] with shared modulation. cond: conditioning
-        tokens
-            [N, L, E].
+        Args:
+            x: group -> [N, T_g, C].
+            time: [N, C], or [N, 6 C] with shared modulation.
+            cond: conditioning tokens [N, L, E].
         Returns: tokens by group, like x.
         """
         layout = blocks.DenseLayout()
@@ -369,11 +370,11 @@ class Pictures(nn.Module):
 
     [N, 3 or 1, h, w] of values 0..1 -> tokens [N, L, E].
 
-    Args: size: pixels per side to which images are resized. before_norm: return the tokens before the last
-    norm,
-        normalised without parameters; otherwise after the last norm, without registers. normalised:
-        standardise
-        images to DINOv2's mean and standard deviation.
+    Args:
+        size: pixels per side to which images are resized.
+        before_norm: return the tokens before the last norm, normalised without parameters; otherwise after
+            the last norm, without registers.
+        normalised: standardise images to DINOv2's mean and standard deviation.
     """
 
     def __init__(self, config: DinoConfig, size: int, before_norm: bool = False, normalised: bool = True):
@@ -527,8 +528,11 @@ class Embedder(nn.Module):
     ):
         """Build the embedder from its encoders.
 
-        Args: encoders: each with its channels and its inputs. hidden: hidden channels of their feed-forwards.
-            channels: W. pre_norm: normalise tokens before the feed-forward.
+        Args:
+            encoders: each with its channels and its inputs.
+            hidden: hidden channels of their feed-forwards.
+            channels: W.
+            pre_norm: normalise tokens before the feed-forward.
             random: the offsets of frames were random and not learnt; files hold these in another shape.
         """
         super().__init__()

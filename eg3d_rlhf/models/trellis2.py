@@ -38,7 +38,9 @@ def angles_of(
 
     The planes of axis 1 come first, then those of axis 2 and of axis 3, then zeros.
 
-    Args: head_channels: D. freq: f_0 and f_1.
+    Args:
+        head_channels: D.
+        freq: f_0 and f_1.
     """
     count = head_channels // 6  # planes per axis
     rates = freq[0] / freq[1] ** (torch.arange(count, dtype=torch.float32, device=coords.device) / count)
@@ -209,7 +211,11 @@ class Flow(nn.Module):
     ) -> torch.Tensor:
         """Apply the network to tokens.
 
-        Args: x: tokens [..., in_channels]. t: [N]. cond: [N, L, E]. coords: [V, 3], or [T, 3] on a grid.
+        Args:
+            x: tokens [..., in_channels].
+            t: [N].
+            cond: [N, L, E].
+            coords: [V, 3], or [T, 3] on a grid.
         Returns: [..., out_channels], in x's dtype.
         """
         config = self.config
@@ -343,9 +349,10 @@ class VoxelConfig:
         """Raise ValueError for inconsistent levels, unsupported blocks, or channels of neighbours that do not
         fit.
 
-        Args: between: published names of the steps between levels. step: the only supported one. fits:
-        whether the
-            channels of a level and of the next one fit.
+        Args:
+            between: published names of the steps between levels.
+            step: the only supported one.
+            fits: whether the channels of a level and of the next one fit.
         """
         who = type(self).__name__
         levels = len(self.model_channels)
@@ -571,8 +578,9 @@ class VoxelDecoder(VoxelNetwork):
     ) -> tuple[SparseBatch, list[torch.Tensor]]:
         """Decode latents [V, C] to features on the finest voxels.
 
-        Args: children: logits of the children at every split, for a decoder that does not predict them.
-        levels: stop after this many splits, before the output layer.
+        Args:
+            children: logits of the children at every split, for a decoder that does not predict them.
+            levels: stop after this many splits, before the output layer.
         Returns: features, and the logits of the children [V, 8] at every split.
         Raises: ValueError if the decoder does not predict children and the logits are missing.
         """

@@ -94,9 +94,9 @@ class Layout(Protocol):
 class DenseLayout:
     """Layout of tokens [N, T, C].
 
-    Args: keep: [N, 1, 1, T] bool, True for tokens that exist; None: all of them. passes: state of a block
-    that is
-        run twice; see `Passes`.
+    Args:
+        keep: [N, 1, 1, T] bool, True for tokens that exist; None: all of them.
+        passes: state of a block that is run twice; see `Passes`.
     """
 
     def __init__(self, keep: torch.Tensor | None = None, passes: "Passes | None" = None):
@@ -293,8 +293,10 @@ class ModulatedBlock(nn.Module):
     ) -> torch.Tensor:
         """Apply the block.
 
-        Args: x: tokens [..., C]. time: [N, C], or [N, 6 C] with shared modulation. cond: conditioning tokens
-            [N, L, E].
+        Args:
+            x: tokens [..., C].
+            time: [N, C], or [N, 6 C] with shared modulation.
+            cond: conditioning tokens [N, L, E].
         """
         values = time if self.share_mod else self.adaLN_modulation(time)
         # [N, 6 C] -> six rows per sample, which broadcast against the tokens.
@@ -462,9 +464,10 @@ def curve_windows(batch: SparseBatch, window: int, shift: int = 0, start: int = 
     several, each part attends to the `window` voxels around its middle, beyond its own ends and cyclically
     around those of the curve. Results are kept only for the part itself.
 
-    Args: window: number of voxels. shift: added to coordinates, which moves the curve. start: voxels by which
-    the
-        cuts move along the curve.
+    Args:
+        window: number of voxels.
+        shift: added to coordinates, which moves the curve.
+        start: voxels by which the cuts move along the curve.
     """
     name = f"curve {window} {shift} {start}"
     if name not in batch.cache:

@@ -76,7 +76,9 @@ def run_blocks(
 
     On a CPU, large samples are processed one after the other, so that they share working memory.
 
-    Args: modules, x, time, cond, layout: as for `blocks.ModulatedBlock`. lengths: [N], tokens of each sample.
+    Args:
+        modules, x, time, cond, layout: as for `blocks.ModulatedBlock`.
+        lengths: [N], tokens of each sample.
         recompute: recompute the inside of blocks in the backward pass.
     """
     if min(lengths) < LARGE or not fits(x):

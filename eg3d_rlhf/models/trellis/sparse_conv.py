@@ -72,7 +72,8 @@ def submanifold_conv(
     Args:
         coarse: [W, A], features on the coarser voxels of x, used in place of those of x. Each voxel of x
             reads the features of the coarse voxel that contains it.
-        weight: [B, 3, 3, 3, A]. bias: [B].
+        weight: [B, 3, 3, 3, A].
+        bias: [B].
         backend: "torch"; "spconv", whose backward pass exists only on CUDA; "auto": spconv on CUDA if it is
             installed, else torch.
     Differentiable in: feats, weight, bias (once).

@@ -187,7 +187,9 @@ def even_points(
 
     The mesh is moved and scaled so that its bounding box is centred at 0 and its longest side is `side`.
 
-    Args: count: P, number of points. draw: random generator.
+    Args:
+        count: P, number of points.
+        draw: random generator.
     Returns: points [P, 3] and the normals of their faces [P, 3], both float64.
     Raises: ValueError for a mesh without area.
     """

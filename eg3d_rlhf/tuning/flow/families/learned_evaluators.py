@@ -90,8 +90,10 @@ class RewardOfPairs:
     ):
         """Store the pairs without reading them.
 
-        Args: pairs: of the last stage, whose latents are decoded. title: text of the progress bar. ridge: see
-            `LinearReward`.
+        Args:
+            pairs: of the last stage, whose latents are decoded.
+            title: text of the progress bar.
+            ridge: see `LinearReward`.
         """
         self._pipeline = pipeline
         self._pairs = pairs

@@ -83,7 +83,9 @@ def open_folder(
     rate), and to the held-out prompts (final table). If a stage has no pairs, only the first reward is
     fitted.
 
-    Args: stages: see `FlowFamily.load`. rewards: False leaves the rewards out.
+    Args:
+        stages: see `FlowFamily.load`.
+        rewards: False leaves the rewards out.
     Raises: FileNotFoundError or ValueError for files that are missing, damaged or do not fit each other.
     """
     folders = pairs_in(family, source)

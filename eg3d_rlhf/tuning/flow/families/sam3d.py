@@ -135,9 +135,11 @@ class Sam3dPipeline(OpenedFolder):
     ):
         """Build the stages.
 
-        Args: flows: networks by stage name. conditioning: None if nothing is sampled. parts: reads an
-        autoencoder by
-            its name in files.AUTOENCODERS. learnt: which latents are tuned; see ProblemSource.parts.
+        Args:
+            flows: networks by stage name.
+            conditioning: None if nothing is sampled.
+            parts: reads an autoencoder by its name in files.AUTOENCODERS.
+            learnt: which latents are tuned; see ProblemSource.parts.
         """
         super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file = file
@@ -361,7 +363,9 @@ def _without_pose(pairs: Mapping[str, Sequence[PreferencePair]]) -> PairsByStage
 def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]:
     """Read the inputs of a stage's embedder for one object, [., s, s] by name; see `object_inputs`.
 
-    Args: path: the image. maps: whether the embedder reads point maps.
+    Args:
+        path: the image.
+        maps: whether the embedder reads point maps.
     Raises: FileNotFoundError for a missing point map; ValueError for an image that shows nothing, or a point
     map
         of another shape.

@@ -496,7 +496,9 @@ def load_flow(
 ) -> nn.Module:
     """Build a stage's network, strictly by name and shape.
 
-    Args: dtype: as in trellis_files.filled. state: the content of the checkpoint, if it was read already.
+    Args:
+        dtype: as in trellis_files.filled.
+        state: the content of the checkpoint, if it was read already.
     """
     return filled(
         network_of(file.config), file.config, flow_state(file, state), str(file.checkpoint), dtype, device

@@ -85,9 +85,10 @@ def decoded(
 ) -> Pose:
     """Decode the pose from latents [N, 1, .] by name.
 
-    Args: how: one of DECODERS. scale, shift: [N, 3], of the point maps. factor: by how much the shape was
-    shrunk
-        before the second stage; see `sam3d.thinned`.
+    Args:
+        how: one of DECODERS.
+        scale, shift: [N, 3], of the point maps.
+        factor: by how much the shape was shrunk before the second stage; see `sam3d.thinned`.
     Raises: ValueError for latents without a pose.
     """
     name = NORMALISED if NORMALISED in latents else NORMALISED.partition("_")[0]

@@ -68,9 +68,10 @@ class TrellisPipeline(EncodingFolder):
     ):
         """Build the stages.
 
-        Args: flows: networks by stage name. conditioning: None if nothing is sampled. parts: reads a decoder
-        or an
-            encoder by its name in pipeline.json.
+        Args:
+            flows: networks by stage name.
+            conditioning: None if nothing is sampled.
+            parts: reads a decoder or an encoder by its name in pipeline.json.
         """
         super().__init__(conditioning, parts, device, {files.LATENT: (file.mean, file.std)})
         self.file = file

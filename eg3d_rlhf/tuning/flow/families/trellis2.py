@@ -81,9 +81,10 @@ class Trellis2Pipeline(EncodingFolder):
     ):
         """Build the stages.
 
-        Args: flows: networks by stage name, without that of the texture if only the shape is used.
-        conditioning: None if nothing is sampled. parts: reads a decoder or an encoder by its name in
-            pipeline.json.
+        Args:
+            flows: networks by stage name, without that of the texture if only the shape is used.
+            conditioning: None if nothing is sampled.
+            parts: reads a decoder or an encoder by its name in pipeline.json.
         """
         super().__init__(conditioning, parts, device, file.normalization)
         self.file = file
@@ -263,9 +264,9 @@ class Trellis2Pipeline(EncodingFolder):
             voxels = torch.unique(self._grid(asset, resolution)[0].coords.long() * side // resolution, dim=0)
             return network(grid_of([voxels], side).to(self.device))[0][0].cpu()
         network = self._encoder()
-        own_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
+        at_asset_resolution = stage in (self.shape, files.TEXTURE) and isinstance(asset, VoxelAsset)
         name = self.shape if stage == files.TEXTURE else stage
-        if own_resolution:
+        if at_asset_resolution:
             # An asset keeps its resolution, which a cascade may have lowered.
             resolution = asset.resolution  # type: ignore[union-attr]
         else:
@@ -324,9 +325,10 @@ def finer_voxels(
 ) -> tuple[torch.Tensor, int]:
     """Map the voxels [W, 3] of a grid of `side` to the sorted voxels of an asset's latents, for the cascade.
 
-    Args: asked: requested resolution of the asset; it is lowered while there are `most` voxels or more and it
-    is
-        above `least`. finer: side of a latent's voxel in voxels of the asset.
+    Args:
+        asked: requested resolution of the asset; it is lowered while there are `most` voxels or more and it
+            is above `least`.
+        finer: side of a latent's voxel in voxels of the asset.
     Returns: voxels [v, 3] int32, and grid cells per axis.
     """
     while True:

@@ -267,7 +267,9 @@ class View:
 def views_around(count: int, radius: float = 2.0, fov: float = 40.0) -> list[View]:
     """Place cameras evenly on a sphere around the origin, looking at it, with z up.
 
-    Args: radius: distance from the origin. fov: field of view in degrees.
+    Args:
+        radius: distance from the origin.
+        fov: field of view in degrees.
     """
     views = []
     for i in range(count):

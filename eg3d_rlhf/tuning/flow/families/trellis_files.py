@@ -158,8 +158,9 @@ def sampler_of(
 ) -> tuple[Sampling, float]:
     """Read the settings of a sampler in a pipeline.json, and sigma_min.
 
-    Args: key: name of the sampler in the file. read: parses the sampler's class name and params; may raise
-        ValueError, TypeError or IndexError.
+    Args:
+        key: name of the sampler in the file.
+        read: parses the sampler's class name and params; may raise ValueError, TypeError or IndexError.
     """
     content = content or {}
     name = str(content.get("name", "FlowEulerGuidanceIntervalSampler"))
@@ -316,9 +317,9 @@ def load_model(
     """Build a model from <stem>.json and its weights, in eval mode.
 
     Args:
-        stem: path without ending. weights: another file of weights, such as a training checkpoint (.pt).
-            dtype:
-            see `filled`.
+        stem: path without ending.
+        weights: another file of weights, such as a training checkpoint (.pt).
+        dtype: see `filled`.
         prepare: converts (class, configuration, tensors of the file, name of the file) to the model's
             tensors.
     Raises: FileNotFoundError; ValueError for files that do not fit each other, and for weights that are not
@@ -349,9 +350,10 @@ def networks_of(
 ) -> list[Network]:
     """List models with expected and present tensors, for `flow check`.
 
-    Args: lost: model that may be missing -> what cannot be done without it. released: see `Network`. Others:
-    as
-        `load_model`.
+    Args:
+        lost: model that may be missing -> what cannot be done without it.
+        released: see `Network`.
+        Others: as `load_model`.
     """
     made = []
     for name in models:
@@ -409,8 +411,7 @@ def filled(
     """Build a model with the tensors of a file, strictly by name and shape, in eval mode.
 
     Args: dtype: for layers that the model computes in half precision; other layers are float32. None keeps
-    the
-        file's dtypes.
+        the file's dtypes.
     Raises: ValueError, beginning with `who`, for missing, unexpected or misshapen tensors.
     """
     types: dict[str, torch.dtype] = {}
@@ -452,9 +453,12 @@ def release_of(
     Models that are elsewhere ("owner/repo/path") and were not found stay references. Models that no file
     names, such as the encoders for the loop, are included if they were found.
 
-    Args: stages: those that are tuned. flows: stage -> name of its model. load: called with (path without
-    ending,
-        dtype). needed: models that must exist. also: further files like pipeline.json, if they exist.
+    Args:
+        stages: those that are tuned.
+        flows: stage -> name of its model.
+        load: called with (path without ending, dtype).
+        needed: models that must exist.
+        also: further files like pipeline.json, if they exist.
     """
     placed = dict[str, str]()
     kept = dict[str, Path | bytes]()
@@ -504,7 +508,9 @@ def _rewritten(base: Path, path: Path, state: State) -> None:
 def released_stages(kind: str, width: int) -> list[SizedStage]:
     """Build the stages of the published generators without weights, with the sizes of their JSON files.
 
-    Args: kind: "text" or "image". width: channels of the conditioning tokens.
+    Args:
+        kind: "text" or "image".
+        width: channels of the conditioning tokens.
     """
     common: dict[str, Any] = dict(
         in_channels=8,
