@@ -216,7 +216,7 @@ def read_dino(name: str, device: str | torch.device = "cpu") -> Dino:
     Args: name: such as dinov2_vitl14_reg, a folder, or a .pth file.
     Returns: the frozen network in float32.
     Raises: FileNotFoundError that lists the places that were searched; ValueError for weights that do not
-    fit.
+        fit.
     """
     path = _weights(name)
     state = read(path, name)

@@ -318,8 +318,7 @@ def object_inputs(pixels: np.ndarray, points: torch.Tensor | None, cut: ObjectCu
         points: point map [h', w', 3] of the same image, x left, y up, z forward; NaN where there is no point.
             None: no point maps.
     Returns: the inputs by name; with points also pointmap_scale and pointmap_shift, [3] each: the points
-    became
-        (p - shift) / scale.
+        became (p - shift) / scale.
     Raises: ValueError for a mask of less than three rows or columns.
     """
     frame = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)  # [4, h, w]

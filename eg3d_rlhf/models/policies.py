@@ -75,8 +75,7 @@ def read_weights(path: str | Path, alpha: float | None = None) -> Weights:
     Args: alpha: needed for PEFT's full layout without an adapter_config.json beside it (DSO trained with
         twice the rank).
     Raises: FileNotFoundError; ValueError for a file that is damaged, foreign, not finite, or that uses a
-    feature
-        of PEFT that is not supported here.
+        feature of PEFT that is not supported here.
     """
     file = Path(path)
     if not file.is_file():

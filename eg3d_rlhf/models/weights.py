@@ -374,8 +374,7 @@ def from_folder(cls: Any, folder: Path, flag: str) -> Any:
 
     Args: cls: class of the library.
     Raises: FileNotFoundError; ValueError for missing files, pickles, other shapes, and entries that are
-    missing
-        or unknown.
+        missing or unknown.
     """
     who = f"{flag}: {folder.parent.name}/{folder.name}"
     existing(folder / "config.json", flag)

@@ -285,7 +285,7 @@ def downsample(x: SparseBatch) -> SparseBatch:
     Differentiable in: feats.
 
     Deviates: this is not a mean. TRELLIS averages with the zero that its buffer starts with, and its weights
-    expect that.
+        expect that.
     """
     to = coarser(x)
     sums = x.feats.new_zeros(len(to.coords), x.feats.shape[1]).index_add(0, to.row, x.feats)

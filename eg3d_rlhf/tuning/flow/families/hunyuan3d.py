@@ -76,7 +76,7 @@ class ShapeAsset:
         The grid is evaluated block by block, and the surface is closed at the border.
 
         Deviates: the grid is regular. Published vertices are index / n instead of index / (n - 1) for n =
-        cells + 1 points, which is a mistake in the original.
+            cells + 1 points, which is a mistake in the original.
 
         Raises: Unbounded; ValueError for values that are not finite.
         """

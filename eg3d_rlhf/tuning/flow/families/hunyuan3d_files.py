@@ -143,8 +143,8 @@ def read_files(root: Path) -> ShapeFiles:
         result = ShapeFiles(
             root=folder,
             checkpoint=checkpoint,
-            model=_made(DenoiserConfig, params[MODEL], others=True),
-            vae=_made(AutoencoderConfig, params[VAE]),
+            model=_build_config(DenoiserConfig, params[MODEL], others=True),
+            vae=_build_config(AutoencoderConfig, params[VAE]),
             encoder=encoder,
             class_token=class_token,
             shift=float(settings["scheduler"].get("shift", 1.0)),
@@ -241,7 +241,7 @@ def _image_encoder_config(params: Mapping) -> tuple[DinoConfig, bool]:
     return DinoConfig.of(config), bool(inner.get("use_cls_token", True))
 
 
-def _made(kind: Any, params: Mapping, others: bool = False) -> Any:
+def _build_config(kind: Any, params: Mapping, others: bool = False) -> Any:
     """Build a config from its params.
 
     Args: others: ignore unknown params, as the original's class does.
@@ -261,7 +261,7 @@ def read_sections(path: Path, needed: Sequence[str] = (MODEL, VAE)) -> dict[str,
     """Read the checkpoint's sections: nested dicts of a .ckpt, or names such as model.x of a .safetensors.
 
     Raises: ValueError for a damaged or foreign file, one that would run code, or one that lacks a needed
-    section.
+        section.
     """
     held = content(path, "checkpoint")
     if path.suffix == ".safetensors":

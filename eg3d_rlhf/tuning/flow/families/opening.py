@@ -36,8 +36,7 @@ def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> P
     """Open the problem of a bundled generator, or of a folder of any family.
 
     Raises: ValueError or OSError for files that are missing or do not fit, and for options that the family
-    does
-        not read.
+        does not read.
     """
     check_source(source)
     family = family_of(Path(source.pipeline))

@@ -279,7 +279,7 @@ def surface_voxels(mesh: Mesh, resolution: int) -> torch.Tensor:
     """Find the voxels [v, 3] int32 that a mesh's surface passes through, in a cube that the mesh fills.
 
     Deviates: they are found by random points, the same at every call, so a voxel that is barely touched may
-    be missing.
+        be missing.
     """
     # The 1e-6 keeps points on the upper border from falling into a voxel outside the grid.
     places, _ = even_points(mesh, 1 - 1e-6, POINTS * resolution**2, torch.Generator().manual_seed(0))
@@ -367,8 +367,7 @@ def inputs_of(path: Path, cut: ObjectCut, maps: bool) -> dict[str, torch.Tensor]
         path: the image.
         maps: whether the embedder reads point maps.
     Raises: FileNotFoundError for a missing point map; ValueError for an image that shows nothing, or a point
-    map
-        of another shape.
+        map of another shape.
     """
     points = _points(path.with_suffix(".npy")) if maps else None
 

@@ -374,9 +374,11 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
             )
         # The second network has one latent, whose sizes are settings of the network itself.
         config: Any = (
-            _made(MixtureConfig, network, latents=_latents(network), **scale)
+            _build_config(MixtureConfig, network, latents=_latents(network), **scale)
             if stage == STRUCTURE
-            else _made(VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale)
+            else _build_config(
+                VoxelFlowConfig, network, **{k: network[k] for k in SIZES if k in network}, **scale
+            )
         )
         # The original's logit-normal is in its own time, 1 - t of this package, which negates the mean.
         path_of = FlowPath(sigma_min=float(flow.get("sigma_min", 0.0)), mean=-mean, std=std)
@@ -409,14 +411,14 @@ def _generator(stage: str, path: Path, checkpoint: Path) -> GeneratorFile:
 SIZES = ("resolution", "in_channels", "out_channels", "patch_size", "pe_mode")
 
 
-def _made(kind: Any, content: Mapping, **more: Any) -> Any:
+def _build_config(kind: Any, content: Mapping, **more: Any) -> Any:
     """Build a configuration from settings.
 
     Raises: ValueError for unknown settings that are switched on, and for missing ones.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    # Unknown settings that are null or false change nothing, so they pass.
     passed = PASSED - set(more)
+    # Unknown settings that are null or false change nothing, so they are accepted.
     unknown = sorted(
         name for name, value in content.items() if name not in fields and name not in PASSED and value
     )
@@ -650,7 +652,9 @@ def part_of(file: PipelineFile, part: str) -> tuple[Any, Any, Path]:
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         # Settings in PASSED are ignored in generators, but these networks need some of them.
-        config = _made(kind, content, **{name: content[name] for name in known & PASSED & set(content)})
+        config = _build_config(
+            kind, content, **{name: content[name] for name in known & PASSED & set(content)}
+        )
         # Building reports sizes that do not fit, with the file's name.
         empty(lambda: make(config))
     except (TypeError, ValueError) as error:

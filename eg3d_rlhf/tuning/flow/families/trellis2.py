@@ -252,7 +252,7 @@ class Trellis2Pipeline(EncodingFolder):
         grid.
 
         Raises: FileNotFoundError if an encoder is not on this machine; ValueError for an asset without a
-        surface.
+            surface.
         """
         if stage == files.STRUCTURE:
             network = self.part(files.STRUCTURE_ENCODER)

@@ -114,8 +114,7 @@ def calibrated(
 
     Args: voxels: [v, 3] of each asset.
     Returns: {"share", "iou": mean intersection over union at this share, "tried": [[share, iou], ...]}, in
-    JSON
-        types.
+        JSON types.
     """
     assert len(assets) == len(voxels)
     if not assets:
@@ -318,7 +317,7 @@ def _on_screen(asset: SplatAsset, view: View, size: int) -> tuple[torch.Tensor, 
     """Project the Gaussians in front of the camera.
 
     Returns: centres in pixels, inverse covariances, opacities, reach in pixels, and the order from front to
-    back.
+        back.
     """
     in_camera = view.camera(asset.means.float())
     order = in_camera[:, 2].argsort()
