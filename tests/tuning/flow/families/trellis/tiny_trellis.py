@@ -1,8 +1,7 @@
 """A TRELLIS with random weights in its published files, small enough for a test.
 
 It has structures [2, 4, 4, 4], voxels 8^3 and latents of 4 channels. It is conditioned on texts, or on images
-in
-the layout of TRELLIS-image-large, with a DINOv2 of 64 channels for images of 28 pixels as torch hub stores
+in the layout of TRELLIS-image-large, with a DINOv2 of 64 channels for images of 28 pixels as torch hub stores
 it.
 """
 
