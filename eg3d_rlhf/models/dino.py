@@ -71,8 +71,8 @@ class DinoConfig:
         # Positions form a grid of whole patches.
         if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                "DinoConfig: expected an image_size that is a multiple of patch_size and a hidden_size that is a"
-                f" multiple of num_attention_heads, got {self}. Correct its config.json."
+                "DinoConfig: expected an image_size that is a multiple of patch_size and a hidden_size that"
+                f" is a multiple of num_attention_heads, got {self}. Correct its config.json."
             )
 
     @classmethod
