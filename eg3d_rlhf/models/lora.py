@@ -170,8 +170,8 @@ def attach(
     """
     if adapted_layers(model):
         raise ValueError(
-            f"add_lora: the network already has {len(adapted_layers(model))} adapters. Merge them first"
-            " (merged_state)."
+            f"add_lora: cannot add adapters to a network that already has {len(adapted_layers(model))}. Merge"
+            " them first (merged_state)."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     names = list(names)

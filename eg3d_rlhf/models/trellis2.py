@@ -507,8 +507,8 @@ def split(x: SparseBatch, there: torch.Tensor) -> SparseBatch:
     voxel, child = there.nonzero().unbind(1)  # [W]: children stay in the order of their voxels
     if not len(voxel):
         raise ValueError(
-            f"decode: none of the {len(x.feats)} voxels has a child, so the shape is empty. Use other latents"
-            " or weights."
+            f"decode: expected voxels with children, but none of the {len(x.feats)} voxels has any. Use other"
+            " latents or weights."
         )
     # The first axis varies fastest among the children. [W, 3]
     bits = torch.stack([child & 1, child >> 1 & 1, child >> 2 & 1], 1)

@@ -222,7 +222,8 @@ class Trellis2Pipeline(EncodingFolder):
         decoder = self._decoder()
         if coloured and x_0.given is None:
             raise ValueError(
-                "decode: the latents of the texture lack those of the shape. Sample both stages together."
+                "decode: expected latents of the texture with those of the shape, got only the texture's."
+                " Sample both stages together."
             )
         # One sample at a time, because each decodes to millions of voxels.
         for sample in x_0.samples():

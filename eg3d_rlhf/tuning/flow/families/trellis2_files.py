@@ -153,7 +153,8 @@ def read_pipeline(root: Path) -> PipelineFile:
     missing = [model for model in (*chain.values(), *DECODERS) if model not in models]
     if missing:
         raise ValueError(
-            f"{path}: the pipeline {kind!r} lacks the models {', '.join(missing[:8])}. Restore the file."
+            f"{path}: expected all models of {kind!r}, but {', '.join(missing[:8])} is missing. Restore the"
+            " file."
         )
     samplers = {stage: _sampler(path, args, SAMPLERS[stage]) for stage in chain}
     image = args.get("image_cond_model") or {}

@@ -111,7 +111,8 @@ def read_pipeline(root: Path) -> PipelineFile:
     missing = [stage for stage, model in FLOWS.items() if model not in args["models"]]
     if missing:
         raise ValueError(
-            f"{path}: the stage {', '.join(missing)} is missing ({FLOWS[missing[0]]}). Restore the file."
+            f"{path}: expected both stages, but {', '.join(missing)} is missing ({FLOWS[missing[0]]})."
+            " Restore the file."
         )
     samplers = {stage: _sampler(path, args.get(key), key, KINDS[kind]) for stage, key in SAMPLERS.items()}
     norm = {**NORMALIZATION, **(args.get("slat_normalization") or {})}
