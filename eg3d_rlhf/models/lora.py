@@ -243,7 +243,9 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """
     layers = adapted_layers(model).values()
     if not layers:
-        raise ValueError("adapters_off: the network has no adapters. Call add_lora first.")
+        raise ValueError(
+            "adapters_off: expected a network with adapters, got one without. Call add_lora first."
+        )
     # The former states are restored, not simply switched on, so that blocks may be nested.
     before = [(layer, layer.active) for layer in layers]
     try:

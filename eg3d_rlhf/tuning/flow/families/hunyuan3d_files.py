@@ -351,10 +351,12 @@ def _encoding(files: ShapeFiles, vae: Mapping[str, torch.Tensor]) -> tuple[Path,
     there = [path for name in CHECKPOINTS if (path := files.root.parent / VAE_FOLDER / name).is_file()]
     in_checkpoint = any(name.startswith(ENCODER_HALF) for name in vae)
     if in_checkpoint or not there:
-        path, state = files.checkpoint, vae
+        path = files.checkpoint
+        state = vae
     else:
         # The autoencoder's own file is one flat state dict, without sections.
-        path, state = there[0], content(there[0], "checkpoint")
+        path = there[0]
+        state = content(path, "checkpoint")
     return path, {name: tensor for name, tensor in state.items() if name.startswith(ENCODER_HALF)}
 
 

@@ -95,7 +95,8 @@ def decoded(
     missing = sorted({name, "translation", "scale", "translation_scale"} - set(latents))
     if missing:
         raise ValueError(
-            f"pose: the latents lack {', '.join(missing)}. Sample with the files of SAM 3D Objects."
+            f"pose: expected the latents of a pose, but {', '.join(missing)} is missing. Use the files of"
+            " SAM 3D Objects."
         )
     six, place, size, apparent = (
         latents[key][:, 0].float() for key in (name, "translation", "scale", "translation_scale")
