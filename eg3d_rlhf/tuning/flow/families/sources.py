@@ -26,8 +26,8 @@ def check_source(source: ProblemSource) -> None:
     reject_unread(source, read, "only applies to a bundled generator and has no effect with --pipeline=DIR")
     if source.pairs is None and source.needs_pairs:
         raise ValueError(
-            "--pairs: expected a folder of preference pairs with --pipeline=DIR, got none. Name the folder; only"
-            " the bundled toy has pairs of its own."
+            "--pairs: expected a folder of preference pairs with --pipeline=DIR, got none. Name the"
+            " folder; only the bundled toy has pairs of its own."
         )
 
 
