@@ -225,7 +225,7 @@ def on_black(image: Image.Image, size: int, margin: float = 1.2) -> torch.Tensor
     """Place the object on a black square, as TRELLIS's pipeline does.
 
     With (l, t) and (r, b) the first and the last pixel of opacity above 0.8, the square around their middle
-    has sides of 2 floor(k / 2) with k = floor(margin max(r - l, b - t)). Its corners are rounded to the
+    has sides of 2 int(k / 2) with k = int(margin max(r - l, b - t)). Its corners are rounded to the
     nearest pixel, halves to the even one. After resizing by Lanczos, colours are multiplied by opacity and
     truncated to 8 bits.
 

@@ -362,7 +362,7 @@ def save_policy(model: nn.Module, folder: str | Path, meta: Mapping) -> Path:
     """
     folder = Path(folder)
     adapted = bool(adapted_layers(model))
-    # A run that diverged must not leave a policy behind.
+    # A run that diverged must not write a policy.
     check_finite(model.state_dict(), "save_policy")
     try:
         text = json.dumps(

@@ -277,7 +277,7 @@ def parts_of(latent: Latent) -> dict[str, torch.Tensor]:
 
 def latent_of(parts: Mapping[str, torch.Tensor]) -> Latent:
     """Build a latent from its tensors; inverse of `parts_of`."""
-    # The names tell the three kinds apart; see `parts_of`.
+    # The names distinguish the three kinds; see `parts_of`.
     if "coords" in parts:
         return SparseSample(
             parts["coords"],

@@ -670,7 +670,7 @@ def release(root: Path, stages: Sequence[str]) -> Release:
     # Files of tuned networks are written anew; all others stay.
     changed = {generator.checkpoint.resolve() for generator in tuned.values()}
     there = (path for path in root.rglob("*") if path.is_file() and path.resolve() not in changed)
-    # Hidden files, such as those of git or of downloads, stay behind.
+    # Hidden files, such as those of git or of downloads, are not exported.
     kept = {
         str(path.relative_to(root)): path
         for path in there
