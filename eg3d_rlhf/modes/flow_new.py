@@ -21,7 +21,7 @@ from eg3d_rlhf.tuning.flow.base.family import (
 )
 from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
+from eg3d_rlhf.tuning.flow.workspace.work import SHARES, SHOWN, SPLITS, TEST, Work, check_new, divide, hashes
 
 if TYPE_CHECKING:
     import torch
@@ -102,10 +102,7 @@ def new(
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
-    if (folder / FILE).exists():
-        raise ValueError(
-            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
-        )
+    check_new(folder)
     family = family_of(Path(pipeline), say=lambda text: None)
     where = choose_device(device)
     for line in examined(family, Path(pipeline)):
