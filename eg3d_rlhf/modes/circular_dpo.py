@@ -10,7 +10,6 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_flags import (
     COUNT,
     EARLY,
@@ -21,6 +20,7 @@ from eg3d_rlhf.modes.flow_flags import (
     check_tuning,
     circular_settings,
     loop_flags,
+    of_circular,
     reader_of,
     source_of,
     tuning_flags,
@@ -121,10 +121,7 @@ what_flags = together(
         ),
     ),
 )
-train_flags = together(
-    tuning_flags,
-    options_of(TrainConfig),
-)
+train_flags = together(tuning_flags, options_of(TrainConfig))
 table_flags = together(
     unset_option(
         "--choose-noises",

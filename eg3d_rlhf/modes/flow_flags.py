@@ -14,7 +14,7 @@ from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
 from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
-from eg3d_rlhf.tuning.flow.families.sources import check_source
+from eg3d_rlhf.tuning.flow.families import check_source
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings, LoopPairsConfig, Weighing
 from eg3d_rlhf.tuning.flow.training.settings import ArmsRun, DpoConfig, TrainConfig
 from training.config import from_dict
@@ -95,6 +95,12 @@ def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
             " leave it out."
         )
     return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
+
+
+def adapters_shown(lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the values that --help shows of --tune and its flags."""
+    targets = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
+    return {"tune": "full" if lora is None else "lora", **targets}
 
 
 # The loop: circular_dpo.py, flow_tune.py.
@@ -182,6 +188,25 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     )
 
 
+def of_circular(settings: CircularSettings) -> list[object]:
+    """Return what --help shows of a loop: --lr and others are those of training on people's pairs."""
+    loop = settings.loop
+    choosing = settings.choosing
+    return [
+        {
+            **adapters_shown(settings.human.lora),
+            "rounds": settings.rounds,
+            "loop_beta": loop.dpo.beta,
+            "loop_loser_weight": loop.dpo.loser_weight,
+            "loop_sft_weight": loop.dpo.sft_weight,
+            "loop_lr": loop.lr,
+            "loop_steps": loop.steps,
+            "choose_noises": 0 if choosing is None else choosing.per_condition,
+        },
+        settings,
+    ]
+
+
 def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     """Change a training by flags, all but its loss."""
     return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
@@ -237,6 +262,16 @@ def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[st
         "choosing": choosing,
         "judging": replace(defaults.judging, **flags.of(Judging)),
         "summary": not flags["no_summary"],
+    }
+
+
+def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the values that --help shows of flags of a run of arms that are no knobs."""
+    return {
+        **adapters_shown(lora),
+        "arms": ",".join(run.arms),
+        "seeds": len(run.training_seeds),
+        "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
     }
 
 

@@ -55,7 +55,7 @@ def label(
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
-    from eg3d_rlhf.tuning.flow.workspace.sample_scores import check_trained, latent_ensemble
+    from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
     check_extra(EXTRA)
     work = Work.open(folder)

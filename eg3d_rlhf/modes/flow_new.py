@@ -22,12 +22,12 @@ from eg3d_rlhf.tuning.flow.base.family import (
 from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import (
-    FILE,
     SHARES,
     SHOWN,
     SPLITS,
     TEST,
     Work,
+    check_new,
     divide,
     hashes,
 )
@@ -111,10 +111,7 @@ def new(
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
-    if (folder / FILE).exists():
-        raise ValueError(
-            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
-        )
+    check_new(folder)
     family = family_of(Path(pipeline), say=lambda text: None)
     where = choose_device(device)
     for line in examined(family, Path(pipeline)):

@@ -10,10 +10,10 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_offline
 from eg3d_rlhf.modes.flow_flags import (
     TOY,
     WHAT,
+    arms_shown,
     arms_table_flags,
     check_arms,
     fields_of,
@@ -138,6 +138,11 @@ def resolve(flags: Flags) -> OfflineRun:
     )
 
 
+def shown_by_help(run: OfflineRun) -> list[object]:
+    """Return what --help takes defaults from: the settings of training on single assets."""
+    return [arms_shown(run, run.singles.lora), run.singles, run]
+
+
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
     """Open the problem and the labelled assets of a run; see mode_of_arms."""
     from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
@@ -157,11 +162,7 @@ def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
     from training.progress import tqdm
 
     if settings.assets is None:
-        if problem.labelled is None:
-            raise ValueError(
-                "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
-                " Name it."
-            )
+        assert problem.labelled is not None, "`check` refuses other generators without --assets"
         own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
@@ -197,7 +198,7 @@ OFFLINE = mode_of_arms(
     open_offline,
     check_opened,
     resolve=resolve,
-    defaults=lambda flags: of_offline(resolve(flags)),
+    defaults=lambda flags: shown_by_help(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
     help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
     (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the

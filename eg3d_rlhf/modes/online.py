@@ -7,11 +7,11 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_online
 from eg3d_rlhf.modes.flow_flags import (
     EARLY,
     TOY,
     WHAT,
+    arms_shown,
     arms_table_flags,
     check_arms,
     fields_of,
@@ -227,6 +227,13 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
     )
 
 
+def shown_by_help(run: OnlineRun) -> list[object]:
+    """Return what --help takes defaults from: the settings of the loss of the first arm."""
+    kind, _ = divided(run.arms[0])
+    config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
+    return [arms_shown(run, config.lora), config, run]
+
+
 def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
     """With what the flags change; of a window and steps drawn singly the one that was asked for stands."""
     if "window" in changes:
@@ -261,7 +268,7 @@ def mode_named(name: str, preset: str) -> Mode:
         check_opened,
         flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
-        defaults=lambda flags: of_online(resolve(flags, preset)),
+        defaults=lambda flags: shown_by_help(resolve(flags, preset)),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
         where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 

@@ -269,20 +269,13 @@ def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
 
 
 def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
-    """Settings of a run's folder. Raises: FileNotFoundError, ValueError for another folder."""
+    """Settings of a run's folder. Raises: ValueError for another folder."""
     from eg3d_rlhf.experiments.run import recorded
 
     del flags
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
-    if not values:
-        raise FileNotFoundError(
-            f"--resume: expected the folder of a reward's training, got {folder}. Check the path."
-        )
-    if "train" not in values or "labels" not in values:
-        raise ValueError(
-            f"--resume: expected the folder of a reward's training, got another run's, {folder}. Name"
-            " another."
-        )
+    if not {"train", "labels"} <= (values or {}).keys():
+        raise ValueError(f"--resume: expected the folder of a reward's training, got {folder}. Name another.")
     unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
     filters = values["filters"] and {
         **values["filters"],

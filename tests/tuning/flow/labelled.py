@@ -22,7 +22,7 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import turned
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace import tune as tuning_module
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from tests.modes import flow_works
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed

@@ -28,8 +28,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
-from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.sources import beyond, check_source, refuse
+from eg3d_rlhf.tuning.flow.families import beyond, check_source, family_of, refuse
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:

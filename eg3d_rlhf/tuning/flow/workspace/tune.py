@@ -42,7 +42,7 @@ from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"

@@ -29,6 +29,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily
 from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.entities import JudgementRow
@@ -42,6 +43,25 @@ TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
 SHOWN = (TRAIN, CHOOSE)  # what annotators see
 SHARES = (0.6, 0.2, 0.2)  # of the conditions
 KINDS = ("prompts", "pictures")
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError for a folder that is a WORK already."""
+    if (folder / FILE).exists():
+        raise ValueError(
+            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a training in WORK trains, and with what beside it."""
+
+    circular: CircularSettings  # `human` is how stages learn from people's pairs; the rest is the loop's
+    stages: tuple[str, ...] = ()  # none: all that have pairs
+    # stages before the last learn from what the one behind made better, in place of people's pairs
+    loop: bool = False
+    control: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +186,9 @@ class Work:
         from training.storage import write_atomic
 
         _check_splits(self.splits)
-        path = self.folder / FILE
-        if path.exists():
-            raise ValueError(
-                f"WORK: expected a new folder, got {self.folder} with a {FILE}. Go on with it, or name"
-                " another."
-            )
+        check_new(self.folder)
         fields = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_atomic(path, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(self.folder / FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:

@@ -15,8 +15,8 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.workspace import tune as module
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
 from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING, StageLabels, judge_accuracies, shuffled, tune
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from tests.rejections import raising
 from tests.tuning.flow import labelled
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d

@@ -13,7 +13,7 @@ from training.config import knob
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
-    from eg3d_rlhf.tuning.flow.training.offline.offline_arms import OfflineBench
+    from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
 NFT, DGPO = LOSSES = ("nft", "dgpo")
 _loss = functools.partial(knob, group="Loss of single assets")
@@ -113,7 +113,7 @@ class OfflineRun(ArmsRun):
         return self.labels or ("ranks" if self.singles.loss == DGPO else "thumbs")
 
     def bench(self, opened: "Opened", seed: int) -> "OfflineBench":
-        from eg3d_rlhf.tuning.flow.training.offline.offline_arms import OfflineBench
+        from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
         problem, labelled = opened
         assert labelled is not None

@@ -10,8 +10,8 @@ Shape letters as in sparse.py; K assets of a group.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from eg3d_rlhf.models.sparse import Batch, collate, coords_of, feats_of, single
 from eg3d_rlhf.preferences.label_scores import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
-from eg3d_rlhf.tuning.flow.base.single_labels import Single
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled, Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
+from eg3d_rlhf.tuning.flow.training.arm_runs import Bench
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import used
+from eg3d_rlhf.tuning.flow.training.circular.settings import SHUFFLED, TURNED
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, NFT, SinglesConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import Example, Passes, latents_checksum
+from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, DPO, NFT, SinglesConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import Example, Passes, latents_checksum, train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_signs, win_rates
 from training.distributed import SINGLE, Ranks
@@ -294,3 +297,46 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     some = singles[:8]
     cond = to_device(conditioned.conditions([one.condition for one in some]), device)
     check_convention(stage, collate([one.latent for one in some]).to(device), cond)
+
+
+@dataclass(frozen=True)
+class OfflineBench(Bench):
+    """What arms of an offline run learn from; they are judged on the same noises of held-out conditions.
+
+    labels                       the loss of single assets on what people said of them
+    shuffled, inverted           controls: r shuffled within conditions must do nothing, 1 - r must do harm
+    dpo                          DPO on the problem's pairs
+    dpo-shuffled, dpo-inverted   the same pairs, each turned over by a coin, or all of them
+    """
+
+    labelled: Labelled
+    singles: SinglesConfig
+
+    @property
+    def conditions(self) -> Collection[str] | None:
+        """To train on; None: all, where no judge is there to hold some for."""
+        judged = self.problem.final is not None or self.problem.chooser is not None
+        return self.problem.train_conditions if judged else None
+
+    def inputs(self) -> dict:
+        return {"labels": self.labelled.identity, "singles": asdict(self.singles)}
+
+    def answers(self, arm: str) -> list:
+        """The pairs or single assets that an arm learns from."""
+        if not arm.startswith(DPO):
+            return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
+        pairs = self.problem.train_pairs[self.stage.name]
+        if arm == DPO:
+            return list(pairs)
+        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
+
+    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
+        return (
+            train_stage(*what, self.dpo, out, **options)
+            if arm.startswith(DPO)
+            else train_singles(*what, self.singles, out, **options)
+        )
+
+    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+        return {"answers": len(self.answers(arm))}

@@ -27,10 +27,9 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     outside_clip,
 )
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Drawn, Explorer
-from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig
+from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig, progressive_window, random_window
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.training.online.steps import divergence, log_density
-from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
 from training.phases import derive_seed
 
 EARLIEST = 0.02  # time to train on: below it errors of finished samples teach next to nothing

@@ -23,10 +23,9 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families import check_source, family_of
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
-from eg3d_rlhf.tuning.flow.families.sources import check_source
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import Case, folders

@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import (
     normal_scores,
     several,
 )
-from eg3d_rlhf.tuning.flow.training.online.windows import check_window, progressive_window, random_window
+from eg3d_rlhf.tuning.flow.training.online.settings import check_window, progressive_window, random_window
 from tests.rejections import raising
 
 
