@@ -796,7 +796,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
         called(train.main, *whole)
         (run,) = Path(stage).glob("00000-*")
         tuned.append(run)
-    called(flow_export.export_command, "--out=ALL", *tuned)
+    called(flow_export.export_command, "--outdir=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
         read = read_conditions(Path("WORK"))
         pipeline = family.FAMILY.load(Path(folder), read)

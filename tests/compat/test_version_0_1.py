@@ -90,7 +90,7 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(folders):
 
 
 def test_a_reward_scores_as_before_in_the_report_of_a_finished_run(folders, job):
-    flags = ("--only=reward-shift", "--n=16", "--device=cpu", "--out=found")
+    flags = ("--only=reward-shift", "--n=16", "--device=cpu", "--outdir=found")
     job("report", "evaluate", "--before=network.safetensors", f"--run={FINISHED}", *flags)
     found = json.loads(Path("found/data/reward-shift.json").read_text())
     expected = json.loads(Path("expected/reward-shift.json").read_text())
@@ -112,13 +112,13 @@ def test_exported_judgements_go_into_a_new_store(folders, job):
 
 
 def test_labels_teach_a_new_reward(folders, job):
-    flags = ("--preset=tiny", "--epochs=1", "--resolution=16", "--device=cpu", "--out=new")
+    flags = ("--preset=tiny", "--epochs=1", "--resolution=16", "--device=cpu", "--run-dir=new")
     job("reward", "train", "--labels=labels.jsonl", "--network=network.safetensors", *flags)
     assert Path("new/reward.safetensors").is_file()
 
 
 def test_a_study_is_reported(folders, job):
-    job("study", "report", "--outdir=study", "--pictures=0")
+    job("study", "report", "--outdir=study", "--images=0")
     found = json.loads(Path("study/report.json").read_text())
     expected = json.loads(Path("expected/study.json").read_text())
     del expected["reported"]  # the time
@@ -155,5 +155,5 @@ def test_a_tuned_stage_is_found_by_its_hash_and_exported(folders, job):
     assert result.exit_code == 0, result.output
     assert contents(artefact) == before
     assert list(Path("stages/artefacts").glob("structure-human-*")) == [artefact]
-    job("flow", "export", "stages/00000-circular-dpo-toy-stage-structure", "--out=TUNED")
+    job("flow", "export", "stages/00000-circular-dpo-toy-stage-structure", "--outdir=TUNED")
     assert Path("TUNED/structure.safetensors").is_file()

@@ -67,11 +67,11 @@ def here(tmp_path, monkeypatch):
 
 
 def told(kind: str, here: Path) -> tuple[str, str]:
-    """--pipeline, and --prompts or --pictures."""
+    """--pipeline, and --prompts or --images."""
     if kind == "toy":
         return "--pipeline=toy", f"--prompts={write_prompts(here / 'prompts.txt', PROMPTS)}"
     root = {"trellis": write_image_trellis, "hunyuan3d": write_hunyuan3d}[kind](here / "ROOT")
-    return f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES', PICTURES)}"
+    return f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES', PICTURES)}"
 
 
 def goodness(work: Work, kind: str) -> dict[tuple[str, int], float]:
@@ -196,8 +196,8 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     assert [sum(against in line for line in lines) for against in ("base", "control")] == [1, 1], said
     check_conditions(work)
 
-    flow("export", "WORK", "--out=TUNED")
-    flow("export", "WORK", "--out=ADAPTERS", "--adapter")
+    flow("export", "WORK", "--outdir=TUNED")
+    flow("export", "WORK", "--outdir=ADAPTERS", "--adapter")
     assert {path.name for path in (here / "ADAPTERS").iterdir()} == set(report["kept"])
     if kind == "toy":
         changed = {

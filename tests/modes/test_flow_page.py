@@ -36,7 +36,7 @@ def here(tmp_path, monkeypatch):
 @needs_chromium
 def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here, browser):
     root = write_image_trellis(here / "ROOT")
-    flow("new", "WORK", f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES')}", "--each=2")
+    flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES')}", "--each=2")
     flow("draw", "WORK")
     work = Work.open(here / "WORK")
     seen = set()

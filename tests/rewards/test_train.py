@@ -224,7 +224,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
         path,
         "--labels",
         labels,
-        "--out",
+        "--run-dir",
         tmp_path / "run",
         "--preset",
         "tiny",
@@ -233,7 +233,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
         "--resolution",
         32,
     ]
-    result = invoke(*run, "--anchors", 10, "--cache", tmp_path / "cache")
+    result = invoke(*run, "--reference-samples", 10, "--cache", tmp_path / "cache")
     assert result.exit_code == 0, result.output
     assert any("360" in line for line in result.stderr.splitlines() if line.startswith("Warning: "))
     assert "360" in result.stdout.splitlines()[-2]
@@ -260,7 +260,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert f"{tested['correct']}/{tested['n']}" in result.stdout
     assert all(f"{end:.3f}" in result.stdout for end in tested["interval_95"])
     assert len((tmp_path / "run" / "stats.jsonl").read_text().splitlines()) == 2
-    again = invoke(*run, "--anchors", 10)
+    again = invoke(*run, "--reference-samples", 10)
     rejected(again, "--resume")
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
@@ -292,13 +292,13 @@ def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, ex
     labels = write_labels(
         tmp_path / "labels.csv", [Preference(winner=2 * i, loser=2 * i + 1, **common) for i in range(20)]
     )
-    result = invoke("--network", network[0], "--labels", labels, "--out", tmp_path / "run", *extra)
+    result = invoke("--network", network[0], "--labels", labels, "--run-dir", tmp_path / "run", *extra)
     rejected(result, *names)
 
 
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
     result = invoke(
-        "--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--out", tmp_path / "run"
+        "--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--run-dir", tmp_path / "run"
     )
     settings = json.loads(result.stdout)
     assert (

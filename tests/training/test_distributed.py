@@ -328,7 +328,7 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     flags.append("--set=slab_batch=5")
 
     def cached(folder: str) -> list[str]:
-        return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
+        return [*flags, f"--run-dir={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
 
     assert CliRunner().invoke(main, cached("one")).exit_code == 0
     (first, noted), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))

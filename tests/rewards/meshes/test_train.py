@@ -211,7 +211,7 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--seeds=2", "--set", "shuffled=true"], ("--seeds", "shuffled")),
+        (["--seeds=0,1", "--set", "randomised=true"], ("--seeds", "randomised")),
         (["--set=batch=7"], ("--set", "batch", "7")),
         (["--set=batch=400"], ("batch", "400")),
         (["--set", "width=11"], ("width", "11", "heads")),

@@ -11,9 +11,9 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 import train
-from eg3d_rlhf.modes.flow_draw import draw
 from eg3d_rlhf.modes.flow_export import export_command
 from eg3d_rlhf.modes.flow_new import new
+from eg3d_rlhf.modes.flow_sample import draw
 from eg3d_rlhf.modes.flow_tune import tune_command
 
 PAGES = Path(__file__).resolve().parents[3] / "docs"
@@ -21,7 +21,7 @@ FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
 COMMANDS = {
     "python train.py ": train.main,
     "eg3d-rlhf flow new ": new,
-    "eg3d-rlhf flow draw ": draw,
+    "eg3d-rlhf flow sample ": draw,
     "eg3d-rlhf flow tune ": tune_command,
     "eg3d-rlhf flow export ": export_command,
 }

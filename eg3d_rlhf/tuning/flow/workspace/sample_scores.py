@@ -31,7 +31,7 @@ def check_trained(work: Work, strategy: str) -> None:
         return
     train = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
     if bundled_family(work.pipeline) is None:
-        read = f"--pairs={work.folder / PAIRS} --conditions={work.conditions_file}"
+        read = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
         train = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {train} {read}"
     raise FileNotFoundError(
         f"--strategy={strategy}: expected rewards that score WORK's samples, got no {path}. Train them:"

@@ -44,7 +44,7 @@ def root(tmp_path, monkeypatch):
 
 def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     assert family_of(root).name == "trellis"
-    flow("new", "WORK", f"--pipeline={root}", "--pictures=PICTURES")
+    flow("new", "WORK", f"--pipeline={root}", "--images=PICTURES")
     tokens = read_conditions(Path("WORK"))
     assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
     pipeline = FAMILY.load(root, tokens)
@@ -53,7 +53,7 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
     other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
     write_conditions(Path("OTHER.safetensors"), other)
-    flow("new", "OTHER", f"--pipeline={root}", "--conditions=OTHER.safetensors")
+    flow("new", "OTHER", f"--pipeline={root}", "--conditioning=OTHER.safetensors")
     check_message(flow("draw", "OTHER", code=2), (f"[L, {DINO}]", "'structure'"))
 
 
