@@ -26,7 +26,7 @@ SMALL = {
         "--set=permutations=2",
         "--set=steps=2",
         "--set=gap_bound=1000",
-        "--set=draws=2",
+        "--set=randomisations=2",
         "--set=checked=1",
         "--outdir=why",
     ],

@@ -27,10 +27,7 @@ _OUTDIR = {"--out": "--outdir"}
 _HELDOUT = {"--reward-watch": "--heldout-reward"}
 _CRITERION = {"--question": "--criterion"}
 _FLOW = {"--conditions": "--conditioning", "--set judge_batch": "--set evaluation_batch"}
-_LOOP = {
-    "--set condition_dropout": "--set conditioning_dropout",
-    "--set judge_batch": "--set evaluation_batch",
-}
+_LOOP = {"--set condition_dropout": "--set conditioning_dropout"}
 _GAN = {
     **_HELDOUT,
     "--anchor-gate": "--consistency-gate",

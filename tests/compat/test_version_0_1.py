@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from eg3d_rlhf.tuning.flow.workspace.work import Work
 from tests import tiny_runs
 from tests.compat.reference import OURS
 
@@ -128,7 +129,7 @@ def test_a_study_is_reported(folders, job):
 
 def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job):
     before = contents(WORK)
-    job("flow", "draw", WORK, "--device=cpu")
+    job("flow", "sample", WORK, "--device=cpu")
     tune = ("--steps=2", "--batch=4", "--set=held_out_every=1", "--set=lora_rank=1", "--set=warmup=0")
     job("flow", "tune", WORK, "--device=cpu", "--stage=structure", *tune)
     left_out = {"report.json", "report.md"}
@@ -138,6 +139,35 @@ def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job
     }
     assert not list(WORK.glob("tune-01"))
     assert_near(json.loads(after["WORK/tune-00/report.json"]), json.loads(before["WORK/tune-00/report.json"]))
+
+
+def test_embeddings_are_found_under_their_old_name(folders):
+    assert Work.open(WORK).conditions_file == WORK / "conditions.safetensors"
+    (WORK / "conditions.safetensors").rename(WORK / "conditioning.safetensors")
+    assert Work.open(WORK).conditions_file == WORK / "conditioning.safetensors"
+
+
+def test_settings_of_a_reward_are_read_under_their_present_names(folders, job):
+    recorded = json.loads(Path("reward/training_options.json").read_text())
+    shown = json.loads(job("reward", "train", "--resume=reward", "--dry-run"))
+    assert shown["train"]["reference_samples"] == recorded["train"]["anchors"]
+    assert {**shown["train"], "anchors": None, "reference_samples": None} == {
+        **recorded["train"],
+        "anchors": None,
+        "reference_samples": None,
+    }
+
+
+def test_settings_of_a_run_are_read_under_their_present_names(folders):
+    recorded = json.loads((STOPPED / "training_options.json").read_text())
+    shown = json.loads(tiny_runs.run(f"--resume={STOPPED}", "--dry-run").stdout)
+    for old, now in (
+        ("anchor_gate", "consistency_gate"),
+        ("anchor_psi", "consistency_psi"),
+        ("anchor_resolution", "consistency_resolution"),
+        ("reward_watch", "heldout_reward"),
+    ):
+        assert shown[now] == recorded[old] and old not in shown
 
 
 def test_a_tuned_stage_is_found_by_its_hash_and_exported(folders, job):

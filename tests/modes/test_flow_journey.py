@@ -151,8 +151,8 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     said = flow("new", "WORK", *told(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
     work = Work.open(here / "WORK")
     assets = 4 * len(work.names(*SHOWN))
-    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "draw", "WORK")))
-    assert f"{assets} assets" in flow("draw", "WORK", "--device=cpu", *CELLS.get(kind, ()))
+    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "sample", "WORK")))
+    assert f"{assets} assets" in flow("sample", "WORK", "--device=cpu", *CELLS.get(kind, ()))
     liked = goodness(work, kind)
 
     def better(left: Shape, right: Shape) -> bool:
@@ -235,7 +235,7 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
             own = read_conditions(work.conditions_file)
             other = {key: x + 1 if key in work.names(TEST) else x for key, x in own.tokens.items()}
             write_conditions(work.conditions_file, replace(own, tokens=other))
-        flow("draw", name, "--device=cpu")
+        flow("sample", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
         scores = [
             {"asset": str(work.drawn() / line["look_at"]), "score": line["seed"]} for line in work.lines()

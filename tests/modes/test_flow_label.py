@@ -34,7 +34,7 @@ def drawn(tmp_path_factory):
     prompts = write_prompts(folder / "prompts.txt", NAMES)
     new = ("--pipeline=toy", f"--prompts={prompts}", "--each=4", "--device=cpu")
     flow("new", folder / "WORK", *new, "--set=split=0.4,0.4,0.2")
-    flow("draw", folder / "WORK", "--device=cpu")
+    flow("sample", folder / "WORK", "--device=cpu")
     return Work.open(folder / "WORK")
 
 
@@ -171,7 +171,7 @@ def test_the_printed_command_trains_the_ensemble_of_a_folder(tmp_path, monkeypat
     with_encoder(tmp_path, monkeypatch)
     root = write_image_trellis(tmp_path / "ROOT")
     flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(tmp_path / 'P', 12)}", "--each=3")
-    flow("draw", "WORK")
+    flow("sample", "WORK")
     flow("label", "WORK")
     said = flow("label", "WORK", "--strategy=active", "--set=campaign=more", code=2)
     pairs, train = said[said.index("eg3d-rlhf ") :].split(" && ")

@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     said = flow("new", "WORK", "--pipeline=toy")
     assert {"192", "116", "38"} <= set(re.findall(r"\d+", said)) and said.rstrip().endswith(
-        command("draw", "WORK")
+        command("sample", "WORK")
     )
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [116, 38, 38]
@@ -65,7 +65,7 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [4, 2, 2]
     assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
-    said = flow("draw", "WORK")
+    said = flow("sample", "WORK")
     assert "12 assets" in said and "2 conditions" in said
     prompts = {
         line["prompt"]: line["image"]
@@ -80,7 +80,7 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
     weights = next(root.rglob("*flow*.safetensors"))
     shutil.copyfile(weights, here / "copy")
     weights.write_bytes((here / "copy").read_bytes()[:-1] + b"\1")
-    check_message(flow("draw", "WORK", code=2), (str(root), weights.name, "WORK"))
+    check_message(flow("sample", "WORK", code=2), (str(root), weights.name, "WORK"))
 
 
 def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
@@ -159,8 +159,8 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
 def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
     flow("new", "WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}")
     check_message(flow("new", "WORK", "--pipeline=toy", code=2), ("WORK", "work.json"))
-    check_message(flow("draw", "NOWHERE", code=2), ("NOWHERE", "work.json", command("new")))
-    check_message(flow("label", "WORK", code=2), ("WORK", "ranking.jsonl", command("draw", "WORK")))
+    check_message(flow("sample", "NOWHERE", code=2), ("NOWHERE", "work.json", command("new")))
+    check_message(flow("label", "WORK", code=2), ("WORK", "ranking.jsonl", command("sample", "WORK")))
     check_message(flow("study", "WORK", code=2), ("WORK", command("tune", "WORK")))
     work = Work.open(here / "WORK")
     assert {name for split in SPLITS for name in work.splits[split]} == set(NAMES)

@@ -48,7 +48,7 @@ def made(tmp_path_factory):
         "--device=cpu",
         "--set=split=0.4,0.4,0.2",
     )
-    flow("draw", folder / "WORK", "--device=cpu")
+    flow("sample", folder / "WORK", "--device=cpu")
     return Work.open(folder / "WORK")
 
 
@@ -226,7 +226,7 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
     `pytest -s` prints them.
     """
     flow("new", tmp_path / "WORK", "--pipeline=toy", f"--set=seed={seed}")
-    flow("draw", tmp_path / "WORK")
+    flow("sample", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
     ranks = tmp_path / "ranks.jsonl"
     lines = sorted(work.lines(), key=lambda x: (x["condition"], x["seed"]))

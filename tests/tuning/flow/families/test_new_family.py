@@ -65,7 +65,7 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     made = flow("new", tmp_path / "WORK", model, f"--images={tmp_path}", code=2)
     check_message(made, ("--conditioning", "points"))
     flow("new", tmp_path / "WORK", model, f"--conditioning={tmp_path / 'c.safetensors'}", "--each=2")
-    flow("draw", tmp_path / "WORK")
+    flow("sample", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
     ranked = ("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
     check_message(flow(*ranked, code=2), ("ranking.jsonl, line 1", "rank", "None"))
@@ -99,7 +99,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
-    assert called == ["new", "draw", "pairs", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "export"]
     assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 

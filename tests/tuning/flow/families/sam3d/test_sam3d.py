@@ -347,7 +347,7 @@ def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
         f"--conditioning={tmp_path / 'conditioning.safetensors'}",
         "--each=2",
     )
-    flow_works.flow("draw", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
+    flow_works.flow("sample", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
     few = Work.open(tmp_path / "WORK").lines()
     assert {tuple(sorted(row["pose"])) for row in few} == {("rotation", "scale", "translation")} and len(
         few
