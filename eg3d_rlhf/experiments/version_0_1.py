@@ -57,8 +57,11 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in record.items():
         if name == "roles" and isinstance(value, str):
             value = next((now for now, old in HASHED_ROLES.items() if old == value), value)
-        if name in ("table_seeds",) and isinstance(value, int):
+        if name == "table_seeds" and isinstance(value, int):
             value = list(range(value))  # of --mode=mesh-reward: a number of trainings
+        if isinstance(value, str) and value.endswith(f"/{HELDOUT[1]}") and not Path(value).exists():
+            beside = Path(value).with_name(HELDOUT[0])  # the bundled file, which was renamed
+            value = str(beside) if beside.exists() else value
         made[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
     return made
 

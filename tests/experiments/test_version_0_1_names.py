@@ -31,6 +31,14 @@ def test_settings_are_read_at_any_depth():
     assert version_0_1.settings({"table_seeds": 2}) == version_0_1.settings({"table_seeds": [0, 1]})
 
 
+def test_the_bundled_heldout_reward_is_found_under_its_present_name(tmp_path):
+    old = bundled.WATCH.with_name("reward-watch.safetensors")
+    assert version_0_1.settings({"reward_watch": str(old)}) == {"heldout_reward": str(bundled.WATCH)}
+    own = tmp_path / old.name
+    own.touch()
+    assert version_0_1.settings({"reward_watch": str(own)}) == {"heldout_reward": str(own)}
+
+
 def test_present_settings_stay():
     present = {"heldout_reward": "w", "consistency_gate": 0.5, "roles": "tuned", "table_seeds": [3]}
     assert version_0_1.settings(present) == present

@@ -103,7 +103,7 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
     seeds = tuple(range(500, 500 + anchors))
     anchor_store = filled(toy_labels(anchors // 2, 500)) if anchors else None
     data = TrainData(train=train, val=val, store=store, anchors=seeds, anchor_store=anchor_store)
-    options = with_changes(OPTIONS, epochs=5, patience=5, anchors=anchors, reconstruction=0.01)
+    options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=anchors, reconstruction=0.01)
     straight = train_reward(data, options)
 
     class Stop(Exception):
@@ -141,7 +141,14 @@ def test_training_leaves_the_global_generator_alone():
 
 def test_paper_preset_has_the_papers_settings():
     o = default_options("paper")
-    assert (o.lr, o.weight_decay, o.batch, o.epochs, o.anchors, o.mirror) == (1e-5, 1e-4, 1, 10, 1000, False)
+    assert (o.lr, o.weight_decay, o.batch, o.epochs, o.reference_samples, o.mirror) == (
+        1e-5,
+        1e-4,
+        1,
+        10,
+        1000,
+        False,
+    )
     w = o.weights
     assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (
         1,

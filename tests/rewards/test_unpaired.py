@@ -127,7 +127,7 @@ def test_weights_and_labels_that_do_not_go_together_are_refused(data):
     with raising("--divergence", "--regression"):
         LossWeights(pairs=0, scalar=0, bradley_terry=0, divergence=1)
     with raising("--reference-samples", "4"):
-        with_changes(OPTIONS, **ALONE, anchors=4)
+        with_changes(OPTIONS, **ALONE, reference_samples=4)
     with raising("--regression", "--divergence", "--unpaired", "none") as one_kind:
         train_reward(
             replace(data, unpaired=[label for label in data.unpaired if label.label]),

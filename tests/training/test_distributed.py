@@ -271,7 +271,12 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     seeds = [s for p in anchors for s in (p.winner, p.loser)]
     PRESETS["rank-test"] = Preset(network=replace(HEADS, slab_shape=SHAPE).to_dict())
     options = with_changes(
-        TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=5, anchors=6, drawn_from_epoch=1
+        TrainOptions(preset="rank-test"),
+        epochs=2,
+        patience=2,
+        batch=5,
+        reference_samples=6,
+        drawn_from_epoch=1,
     )
     with in_float64() as cache:
         data = TrainData(

@@ -113,12 +113,12 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure")
     )
     rows = list(store.judgements())
-    labels = preferences_of(store, LabelFilters(question="geometry"))
+    labels = preferences_of(store, LabelFilters(criterion="geometry"))
     seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
     assert [(label.winner, label.tie) for label in labels] == list(
         zip(seeds, (False, False, True), strict=True)
     )
-    export_labels(store, tmp_path / "ears.csv", question="ears")
+    export_labels(store, tmp_path / "ears.csv", criterion="ears")
     assert (tmp_path / "ears.csv").read_text().count("\n") == 4
     figures = {entry["name"]: entry for entry in quality_report(rows)["questions"]}
     assert {k: figures["geometry"][k] for k in ("n", "left", "right", "tie", "decided", "as_overall")} == {
@@ -130,7 +130,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         "as_overall": 1,
     }
     with raising("question", "ears", "geometry", "'hair'"):
-        preferences_of(store, LabelFilters(question="hair"))
+        preferences_of(store, LabelFilters(criterion="hair"))
 
 
 def two_generators() -> list[PlannedPair]:

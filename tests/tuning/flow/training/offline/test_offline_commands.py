@@ -15,6 +15,7 @@ from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
 from eg3d_rlhf.modes.flow_new import new
+from eg3d_rlhf.modes.flow_sample import sample
 from eg3d_rlhf.modes.offline import default_run
 from eg3d_rlhf.preferences.goodness import of_votes
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
@@ -171,7 +172,8 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     root = write_folder(tmp_path / "ROOT")
     known = tmp_path / "c.safetensors"
     write_conditions(known, conditions())
-    for command, flags in ((new, [f"--pipeline={root}", f"--conditioning={known}", "--each=12"]), (sample, [])):
+    made = [f"--pipeline={root}", f"--conditioning={known}", "--each=12"]
+    for command, flags in ((new, made), (sample, [])):
         done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])
         assert done.exit_code == 0, (done.output, done.exception)
     assets = Work.open(tmp_path / "WORK").drawn()
