@@ -29,7 +29,7 @@ FLAGS = (
     "--no-summary",
     "--reward-shaping=none",
     "--reward-clip=-10,10",
-    "--anchor-gate=1",
+    "--consistency-gate=1",
 )
 
 
@@ -49,7 +49,7 @@ def write_networks(path: Path) -> Path:
 
 def flags(init: Path, watch: Path, outdir: Path, *more: str) -> list[str]:
     """Of a run of two rounds."""
-    return tiny_runs.train_flags(Path(DATA), init, outdir, f"--reward-watch={watch}", *FLAGS, *more)
+    return tiny_runs.train_flags(Path(DATA), init, outdir, f"--heldout-reward={watch}", *FLAGS, *more)
 
 
 def ledger_of(folder: Path) -> list[dict]:

@@ -43,7 +43,7 @@ class HeldOut:
 
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
 JUDGE = HeldOut(
-    "judge",
+    "evaluation",
     210_000,
     200,
     "a run's summary (judged pairs; pictures and meshes), pictures of reports",
@@ -81,10 +81,12 @@ ALIGNMENT = HeldOut(
     "scores across generators: where shapes lie, scale of density, what the reward knows",
 )
 INVERSION = HeldOut(
-    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --seeds)"
+    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --latents)"
 )
 DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on heads of people starts from")
-VALIDATION = HeldOut("validation", 590_000, 100, "the choice of filters and settings, before a proof")
+VALIDATION = HeldOut(
+    "validation", 590_000, 100, "the choice of filters and settings, before a controlled study"
+)
 HELD_OUT = (
     LATENTS,
     JUDGE,

@@ -455,7 +455,7 @@ def plot_peaks(data: dict):
     return drawn
 
 
-def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
+def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
     """Load what the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
     where = choose_device(device)
     with naming("--before"):
@@ -476,18 +476,18 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(path)
 
-    if reward_watch is None and not judged_by_annotator(generator, data):
+    if heldout_reward is None and not judged_by_annotator(generator, data):
         raise ValueError(
-            "--reward-watch: expected a reward as the judge, got none; the annotator judges synthetic heads"
+            "--heldout-reward: expected a reward as the judge, got none; the annotator judges synthetic heads"
             " alone. Name one."
         )
-    judge = None if reward_watch is None else load(reward_watch, "--reward-watch")
+    judge = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
     if judge is not None and any(
         digest == judge[1] or judge[0].is_member_of(one) for one, digest in loaded.values()
     ):
         raise ValueError(
-            "--reward-watch: expected a reward that is not on trial, got one that is. Train one on other"
+            "--heldout-reward: expected a reward that is not on trial, got one that is. Train one on other"
             " labels."
         )
     return Trial(generator=generator, rewards=loaded, judge=judge, **sampling)

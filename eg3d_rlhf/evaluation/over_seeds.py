@@ -105,7 +105,7 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
     ]
     if taken:
         raise ValueError(
-            f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --out."
+            f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --outdir."
         )
     numbers = dict.fromkeys(parse_seeds(seeds))
     return {

@@ -405,7 +405,7 @@ PROXY = "tuned reward"
 SECOND = "held-out reward"
 JUDGE = "programmatic judge"
 NO_SECOND = (
-    "No second reward: name one with --reward-watch, trained on other labels with another seed"
+    "No second reward: name one with --heldout-reward, trained on other labels with another seed"
     " (tools/train_reward.py)."
 )
 NO_SNAPSHOTS = (
@@ -527,7 +527,7 @@ def independence(c: Comparison) -> str:
     if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return (
             "The run names the held-out reward as the one that it optimised: it is not held out. Name another"
-            " with --reward-watch."
+            " with --heldout-reward."
         )
     if not (c.reward.labels and c.held_out.labels):
         return f"{text}; whether its labels are others than the tuned reward's is not recorded."
@@ -536,7 +536,7 @@ def independence(c: Comparison) -> str:
         return (
             f"{text}, but it learnt from the same labels with {seeds}: it shares their faults, and a rise of"
             " both is weaker evidence than one of a reward with labels of its own. Train one on other labels"
-            " and name it with --reward-watch."
+            " and name it with --heldout-reward."
         )
     return f"{text}; it learnt from other labels with {seeds}."
 

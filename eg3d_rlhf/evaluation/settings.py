@@ -47,7 +47,7 @@ class ScoreOptions:
 
 
 CHOOSE = 4  # untuned shapes that the best is chosen of
-PLACES = {"judge": JUDGE, "validation": VALIDATION}
+PLACES = {"evaluation": JUDGE, "validation": VALIDATION}
 LABELS = "labels"
 ARMS = {  # words of the table
     LABELS: "labels",

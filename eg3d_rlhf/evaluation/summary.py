@@ -29,6 +29,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import (
 )
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, chosen, surface_change, write_pictures
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
@@ -81,7 +82,9 @@ def control_figures(settings: dict, delta: float) -> dict:
     known = record.get("settings") or json.loads(options.read_text())
     differ = control_differs(
         settings,
-        {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known},
+        version_0_1.settings(
+            {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known}
+        ),
     )
     if differ:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."

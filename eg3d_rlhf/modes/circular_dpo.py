@@ -11,7 +11,6 @@ from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
-    COUNT,
     EARLY,
     LOOP,
     TOY,
@@ -23,6 +22,7 @@ from eg3d_rlhf.modes.flow_flags import (
     of_circular,
     reader_of,
     source_of,
+    training_seeds,
     tuning_flags,
     unset_option,
 )
@@ -133,7 +133,12 @@ table_flags = together(
     ),
     options_of(Judging),
     unset_option(
-        "--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"
+        "--seeds",
+        TABLE,
+        "LIST",
+        str,
+        "With --ablate: training seeds of every group, such as 0,1,2.",
+        "--seed and the next two",
     ),
 )
 
@@ -164,14 +169,13 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    seed = flags["seed"]
     judging = flags.of(Judging)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=source_of(ProblemSource, flags),
         stage=flags["stage"],
         groups=groups,
-        training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
+        training_seeds=training_seeds(flags, 3) if groups else (),
         judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),

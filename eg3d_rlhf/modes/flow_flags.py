@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
@@ -153,7 +153,9 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
     human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
+    pairs = replace(
+        defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"evaluation_batch": "batch"})
+    )
     defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
     # in this order, so that the defaults' own is exact
     beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
@@ -219,7 +221,12 @@ stage_flag = option(
 )
 arms_table_flags = together(
     unset_option(
-        "--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"
+        "--seeds",
+        TABLE,
+        "LIST",
+        str,
+        "Training seeds of every arm, such as 0,1,2.",
+        "--seed; with several arms also the next two",
     ),
     unset_option(
         "--choose-noises",
@@ -237,9 +244,13 @@ arms_table_flags = together(
 
 def check_arms(flags: Flags, several: bool) -> None:
     """Raise ValueError naming flags that would have no effect. Args: several: more than one arm."""
-    flags.belong(("jobs",), several or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(
-        ("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out"
+        ("jobs",), several or len(training_seeds(flags, 1)) > 1, "several trainings (--arms, --seeds)"
+    )
+    flags.belong(
+        ("table_noises", "evaluation_batch"),
+        not flags["no_summary"],
+        "the table, which --no-summary leaves out",
     )
     check_tuning(flags)
 
@@ -247,8 +258,6 @@ def check_arms(flags: Flags, several: bool) -> None:
 def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[str, Any]:
     """Make the fields of a run that do not depend on what arms learn from."""
     choosing = defaults.choosing
-    seed = flags["seed"]
-    count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     if flags["choose_noises"] is not None:
         choosing = (
             replace(choosing or Choosing(), per_condition=flags["choose_noises"])
@@ -258,7 +267,7 @@ def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[st
     return {
         "stage": flags["stage"],
         "arms": arms,
-        "training_seeds": tuple(range(seed, seed + count)),
+        "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
         "choosing": choosing,
         "judging": replace(defaults.judging, **flags.of(Judging)),
         "summary": not flags["no_summary"],
@@ -273,6 +282,16 @@ def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
         "seeds": len(run.training_seeds),
         "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
     }
+
+
+def training_seeds(flags: Flags, count: int) -> tuple[int, ...]:
+    """Return the seeds that --seeds lists; by default, --seed and those after it.
+
+    Args: count: how many there are by default. Raises: ValueError naming --seeds.
+    """
+    if flags["seeds"] is None:
+        return tuple(range(flags["seed"], flags["seed"] + count))
+    return seeds_of("--seeds", flags["seeds"])
 
 
 def names_of(flags: Flags) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
-from eg3d_rlhf.modes.flow_draw import device_flag, work_argument
+from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings

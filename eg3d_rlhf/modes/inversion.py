@@ -49,7 +49,7 @@ class InversionRun:
     start: str = "mean"  # or "truth"
     network: str | None = None  # None: the bundled one
     reward_ckpt: str | None = None  # None: the bundled one, where a weight is above 0
-    reward_watch: str | None = None
+    heldout_reward: str | None = None
     data: str | None = None
     perceptual: str | None = None
     weights: tuple[float, ...]
@@ -130,7 +130,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     guided = s.reward_ckpt is not None or max(s.weights) > 0
     files = {
         "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None,
-        "reward-watch": s.reward_watch,
+        "heldout-reward": s.heldout_reward,
     }
     rewards = {}
     for flag, path in files.items():
@@ -139,11 +139,11 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
-    watch = rewards.get("reward-watch")
+    watch = rewards.get("heldout-reward")
     judges = Judges(reward=reward)
     if watch is not None:
         judges = Judges(
-            reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}"
+            reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.heldout_reward or '').stem}"
         )
     elif judged_by_annotator(loaded, s.data):
         judges = Judges(reward=reward, judge=annotator_judge, name="the annotator without noise")
@@ -221,7 +221,6 @@ _FLAGS = together(
     ),
     _target_option(
         "--latents",
-        "--seeds",
         "latents",
         metavar="LIST",
         help="Samples of the generator as targets, such as 0,2-5.",
@@ -229,11 +228,11 @@ _FLAGS = together(
     rare_option("--psi", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
     rare_option("--start", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
     shared(
-        "network reward-ckpt reward-watch",
+        "network reward-ckpt heldout-reward",
         "data",
         network={"group": "What"},
         reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
-        reward_watch={
+        heldout_reward={
             "show_default": "the annotator, for synthetic heads",
             "help": "Second reward as the judge.",
         },

@@ -86,7 +86,7 @@ what_flags = together(
         metavar="DIR|PATH",
         type=PATH,
         show_default="the toy's own",
-        help="The folder that `eg3d-rlhf flow draw` wrote, or its list.",
+        help="The folder that `eg3d-rlhf flow sample` wrote, or its list.",
     ),
     option(
         "--labels",
@@ -118,7 +118,7 @@ def check(flags: Flags) -> None:
     check_arms(flags, "," in flags["arms"])
     if not toy and flags["assets"] is None:
         raise ValueError(
-            "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it."
+            "--assets: expected the folder that `flow sample` wrote beside --pipeline=DIR, got none. Name it."
         )
 
 
@@ -145,13 +145,15 @@ def shown_by_help(run: OfflineRun) -> list[object]:
 
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
     """Open the problem and the labelled assets of a run; see mode_of_arms."""
-    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+    from eg3d_rlhf.experiments.version_0_1 import conditioning_file
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     source = settings.source
     if settings.assets is not None and source.pairs is None and source.conditions is None:
         folder = Path(settings.assets)
-        source = replace(source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS))
+        source = replace(
+            source, conditions=str(conditioning_file(folder if folder.is_dir() else folder.parent))
+        )
     problem = open_problem(source, device)
     return problem, labelled_of(settings, problem)
 

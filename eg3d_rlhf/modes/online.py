@@ -195,9 +195,11 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
         bool(kinds - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
-    flags.belong(("curvature", "plain"), "nft" in kinds, "--loss=nft")
+    flags.belong(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
-    flags.belong(("draws", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples")
+    flags.belong(
+        ("noise_samples", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples"
+    )
     flags.belong(
         ("advantage",),
         len(weighed(flags["reward"])) == 1,

@@ -512,7 +512,7 @@ def published_presets() -> dict[str, Preset]:
             "batch": batch,
             "lr": 1e-5,
             "cosine": False,
-            "anchors": anchors,
+            "reference_samples": anchors,
             "weights": replace(LossWeights(), reconstruction=0.0),
         }
         presets[f"paper-{arch.network}"] = Preset(

@@ -108,7 +108,7 @@ PRESETS = {
             "batch": 1,
             "lr": 1e-5,
             "cosine": False,
-            "anchors": 1000,
+            "reference_samples": 1000,
             "mirror": False,
             "weights": LossWeights(),
         },

@@ -191,7 +191,7 @@ def command(members, ensemble, tiny_networks, tmp_path):
             "--n=32",
             "--most=8",
             "--device=cpu",
-            f"--out={tmp_path / 'page'}",
+            f"--outdir={tmp_path / 'page'}",
         ]
         return CliRunner().invoke(main, [*common, *named]), tmp_path / "page"
 
@@ -200,7 +200,7 @@ def command(members, ensemble, tiny_networks, tmp_path):
 
 @pytest.mark.long
 def test_the_page_with_a_reward_as_judge(command):
-    flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
+    flags = ("--reward-ckpt={joined}", "--heldout-reward={m2}")
     done, out = command(*flags)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
@@ -222,12 +222,12 @@ def test_the_page_with_a_reward_as_judge(command):
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--reward-ckpt={m0}"], ["--reward-watch", "none", "annotator"]),
-        (["--reward-ckpt={m0}", "--reward-watch={m0}"], ["--reward-watch", "labels"]),
-        (["--reward-ckpt={joined}", "--reward-watch={m1}"], ["--reward-watch", "labels"]),
-        (["--reward-ckpt={m0}", "--reward-watch={m1}", "--most=64"], ["--most", "--n=32", "64"]),
+        (["--reward-ckpt={m0}"], ["--heldout-reward", "none", "annotator"]),
+        (["--reward-ckpt={m0}", "--heldout-reward={m0}"], ["--heldout-reward", "labels"]),
+        (["--reward-ckpt={joined}", "--heldout-reward={m1}"], ["--heldout-reward", "labels"]),
+        (["--reward-ckpt={m0}", "--heldout-reward={m1}", "--most=64"], ["--most", "--n=32", "64"]),
         (
-            ["--reward-ckpt={tmp}/none.safetensors", "--reward-watch={m1}"],
+            ["--reward-ckpt={tmp}/none.safetensors", "--heldout-reward={m1}"],
             ["--reward-ckpt: ", "none.json"],
         ),
     ],

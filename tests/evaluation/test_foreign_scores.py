@@ -191,7 +191,7 @@ def run(*flags):
 
 @pytest.fixture
 def small(tiny_networks, tiny_reward, tmp_path):
-    where = ["--device=cpu", f"--out={tmp_path / 'page'}"]
+    where = ["--device=cpu", f"--outdir={tmp_path / 'page'}"]
     return [f"--network={tiny_networks}", f"--reward={tiny_reward}", f"--reference={tiny_networks}", *where]
 
 

@@ -114,7 +114,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         box.export(folder / generator / "chair.glb")
     (folder / "open" / "broken.glb").write_bytes(b"<html>")
     done = CliRunner().invoke(
-        main, ["check-assets", str(folder), f"--out={out}", "--samples=500", "--jobs=1"]
+        main, ["check-assets", str(folder), f"--outdir={out}", "--samples=500", "--jobs=1"]
     )
     assert done.exit_code == 0, done.output
     assert "2 measured, 1 not" in done.output
@@ -142,7 +142,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         (["--by=("], "--by"),
         ([], "FOLDER"),
         (["--samples=1"], "--samples"),
-        (["--out={tmp}"], "--out"),
+        (["--outdir={tmp}"], "--outdir"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, word):
@@ -155,5 +155,7 @@ def test_bad_input_is_one_line(tmp_path, flags, word):
 
 def test_a_folder_of_broken_files_is_refused(tmp_path):
     (tmp_path / "a.glb").write_bytes(b"nothing")
-    done = CliRunner().invoke(main, ["check-assets", str(tmp_path), f"--out={tmp_path / 'out'}", "--jobs=1"])
+    done = CliRunner().invoke(
+        main, ["check-assets", str(tmp_path), f"--outdir={tmp_path / 'out'}", "--jobs=1"]
+    )
     assert done.exit_code == 2 and "a.glb" in done.stderr and not (tmp_path / "out").exists()

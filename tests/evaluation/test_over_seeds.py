@@ -79,7 +79,7 @@ def training(monkeypatch):
 
 
 def run(out, *flags):
-    return CliRunner().invoke(seeds, ["--seeds=0,5", f"--out={out}", *flags])
+    return CliRunner().invoke(seeds, ["--seeds=0,5", f"--outdir={out}", *flags])
 
 
 def test_finished_runs_are_not_repeated(training, tmp_path):

@@ -189,7 +189,7 @@ def test_the_tool_that_draws_a_run_again_states_what_it_compares(
     tiny_networks, tiny_reward, tiny_pair, tmp_path
 ):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
-    found = run(reports.pictures, *named, "--dry-run")
+    found = run(reports.images, *named, "--dry-run")
     assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
-    missing = run(reports.pictures, f"--run={tmp_path}/none")
+    missing = run(reports.images, f"--run={tmp_path}/none")
     rejected(missing, "--run", f"{tmp_path}/none")

@@ -283,7 +283,7 @@ def jobs(study: Study) -> list[Job]:
             key="redrawn-reward",
             title="The same with a reward of random weights",
             compute=partial(redrawn_reward, study),
-            inputs={**shared, "orders": CHECK_ORDERS, "draws": s.draws, "checked": s.checked},
+            inputs={**shared, "orders": CHECK_ORDERS, "draws": s.randomisations, "checked": s.checked},
             plots={"rank-correlation": plot_redrawn},
         ),
         *places,
@@ -540,7 +540,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     rows = []
     by_draw = []
     sizes = []
-    for draw in range(s.draws):
+    for draw in range(s.randomisations):
         random = study.redrawn(draw)
         rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]
         size = [rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(trained, random, strict=True)]
@@ -553,7 +553,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     data = {
         "by_draw": by_draw,
         "sizes": sizes,
-        "draws": s.draws,
+        "draws": s.randomisations,
         "latents": count,
         "mean": bootstrap_mean_interval(by_draw)._asdict() if by_draw else None,
         "mean_of_sizes": bootstrap_mean_interval(sizes)._asdict() if sizes else None,

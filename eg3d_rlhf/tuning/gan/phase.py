@@ -246,7 +246,7 @@ class RewardTerms:
         self.reward = reward.eval().requires_grad_(False).arranged()
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
-        self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
+        self.cube = SlabSpec.of(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
             floor = None
@@ -278,9 +278,9 @@ class RewardTerms:
             warnings.warn(
                 f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
             )
-        if self.config.anchor_gate < 1 and not (shaped > high).any():
+        if self.config.consistency_gate < 1 and not (shaped > high).any():
             found = f"no untuned score lies above {high:g}, so that no shape is held with full weight"
-            warnings.warn(f"--anchor-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
+            warnings.warn(f"--consistency-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
@@ -313,7 +313,7 @@ class RewardTerms:
 
         def field(generator: Generator) -> Field:
             return generator.field(
-                generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+                generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
 
         sigma = field(self.generator).density_grid(self.cube)
@@ -328,7 +328,7 @@ class RewardTerms:
                 continue
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
             part = weight * stats[statistic]
-            if name == "lambda_sigma" and config.anchor_gate < 1:
+            if name == "lambda_sigma" and config.consistency_gate < 1:
                 stats["RLHF/held"] = self._gate(untuned, places)
                 part = part * stats["RLHF/held"]
             parts.append(part)
@@ -341,7 +341,7 @@ class RewardTerms:
         get no push either.
         """
         shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
-        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
+        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:

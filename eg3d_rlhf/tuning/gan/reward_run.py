@@ -125,7 +125,7 @@ def input_files(s: Settings) -> dict[str, Path]:
     if s.reward.reward != "none":
         named = {
             "reward": s.reward.reward_ckpt,
-            "watch": s.reward.reward_watch,
+            "watch": s.reward.heldout_reward,
             "reference": s.reward.reference,
         }
         files |= {name: Path(path) for name, path in named.items() if path is not None}
@@ -169,8 +169,8 @@ def build(s: Settings, files: Run) -> Objects:
     early = None
     if s.reward.reward != "none":
         reward = open_reward(s, of(nets.G_ema), device)
-        with naming("--reward-watch"):
-            second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+        with naming("--heldout-reward"):
+            second = None if s.reward.heldout_reward is None else load_reward(s.reward.heldout_reward, device)
             if second is not None and second.is_member_of(reward):
                 raise ValueError(
                     "expected a reward that does not tune, got a member of --reward-ckpt. Train one on other"
@@ -182,7 +182,7 @@ def build(s: Settings, files: Run) -> Objects:
                 f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass"
                 f" --reward={kind}."
             )
-        for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
+        for flag, scorer in (("--reward-ckpt", reward), ("--heldout-reward", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
         reference = (
@@ -197,7 +197,7 @@ def build(s: Settings, files: Run) -> Objects:
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
                 early = EarlyStop(
-                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution
+                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.consistency_resolution
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)

@@ -219,9 +219,9 @@ def check(s: Settings, ranks: Ranks) -> None:
         people()
     nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
-    if s.reward.reward_watch is not None:
-        with naming("--reward-watch"):
-            check_reward(load_reward(s.reward.reward_watch), load_generator(pretrained(s)).generator)
+    if s.reward.heldout_reward is not None:
+        with naming("--heldout-reward"):
+            check_reward(load_reward(s.reward.heldout_reward), load_generator(pretrained(s)).generator)
 
 
 def pretrained(s: Settings) -> Path:
@@ -406,7 +406,7 @@ class Rounds:
             if name.startswith("Watch/")
         }
         watched.pop("distance", None)  # stated apart, whether an early stop took it or not
-        distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
+        distance = consistency(after.G, before.G, settings.reward.terms.consistency_resolution)
         figures = {
             "generator": after.hash,
             "images": after.nets.cur_nimg,

@@ -230,27 +230,27 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
 
 MISTAKES = {  # flags -> what the line names
     "no target": ([], ["--image", "--latents"]),
-    "weights": (["--seeds=1", "--weights=0,-1"], ["--weights", ">= 0", "-1"]),
+    "weights": (["--latents=1", "--weights=0,-1"], ["--weights", ">= 0", "-1"]),
     "latents": (["--latents=3-1"], ["--latents", "3-1"]),
-    "camera": (["--seeds=1", "--camera=1,2,3"], ["--camera", "25 numbers", "3"]),
+    "camera": (["--latents=1", "--camera=1,2,3"], ["--camera", "25 numbers", "3"]),
     "camera file": (
-        ["--seeds=1", "--camera={tmp}/none.json"],
+        ["--latents=1", "--camera={tmp}/none.json"],
         ["--camera", "YAW,PITCH", "25 numbers", "none.json"],
     ),
     "large image": (["--image={tmp}/large.png"], ["--image", "32 x 32", "40 x 32"]),
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], ["--mask", "white"]),
     "no image": (["--image={tmp}/text.png"], ["--image", "text.png"]),
-    "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], ["--mask", "--latents"]),
+    "mask of a seed": (["--latents=1", "--mask={tmp}/fit.png"], ["--mask", "--latents"]),
     "start": (
         ["--image={tmp}/fit.png", "--set=start=truth"],
         ["--set start=", "mean", "--image", "truth"],
     ),
     "features": (
-        ["--seeds=1", "--set=perceptual={tmp}/text.png"],
+        ["--latents=1", "--set=perceptual={tmp}/text.png"],
         ["--set perceptual=", "TorchScript", "text.png"],
     ),
     "another box": (
-        ["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"],
+        ["--latents=1", "--reward-ckpt={tmp}/wide.safetensors"],
         ["--reward-ckpt", "box_warp", "2.0", "1"],
     ),
     "nothing to resume": (["--resume={tmp}"], ["--resume", "{tmp}", "training_options.json"]),
@@ -279,7 +279,7 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
 
 def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
     result = tool(
-        "--seeds=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
+        "--latents=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

@@ -424,7 +424,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
         "--preset=tiny",
         "--epochs=1",
         "--resolution=24",
-        "--anchors=0",
+        "--reference-samples=0",
         f"--network={tiny_networks}",
         f"--out={out}",
     )

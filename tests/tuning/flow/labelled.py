@@ -115,7 +115,7 @@ def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Condition
     Args: like: latents of some asset, by stage.
     """
     folder.mkdir()
-    write_conditions(folder / "conditions.safetensors", conditions)
+    write_conditions(folder / "conditioning.safetensors", conditions)
     g = torch.Generator().manual_seed(0)
     lines = []
     for i, name in enumerate(conditions.names):
@@ -145,13 +145,13 @@ def check_labels_are_learnt(
     Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels
         are of.
     """
-    write_conditions(folder / "conditions.safetensors", given)
+    write_conditions(folder / "conditioning.safetensors", given)
     labels = write_ranked(folder / "RANKED", like, ranked)
     flow_works.flow(
         "new",
         folder / "WORK",
         f"--pipeline={root}",
-        f"--conditions={folder / 'conditions.safetensors'}",
+        f"--conditioning={folder / 'conditioning.safetensors'}",
         "--device=cpu",
     )
     trained = []

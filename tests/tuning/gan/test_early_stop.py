@@ -124,9 +124,9 @@ def flags(tiny_reward, tmp_path_factory):
         "--snap=1",
         "--set=rlr=0.02",
         "--lambda-sigma=0.01",
-        "--anchor-gate=1",
+        "--consistency-gate=1",
     )
-    return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={second}", *lengths)
+    return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--heldout-reward={second}", *lengths)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def test_bad_input_is_one_line(more, names, tmp_path):
 def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_reward, tmp_path):
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
-    rejected(result, "--early-stop", "--reward-watch")
+    rejected(result, "--early-stop", "--heldout-reward")
     assert not (tmp_path / "runs").exists()
 
 

@@ -58,7 +58,7 @@ def terms_of(parts, **config) -> RewardTerms:
         parts[0].G,
         parts[0].G_ema,
         reward,
-        RewardConfig(lambda_r=1.0, lambda_sigma=0.0, anchor_resolution=8, **config),
+        RewardConfig(lambda_r=1.0, lambda_sigma=0.0, consistency_resolution=8, **config),
     )
 
 

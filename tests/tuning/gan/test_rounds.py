@@ -161,7 +161,12 @@ def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped
     reward = straight / "round-2" / "reward" / "reward.safetensors"
     plain = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
     flags = tiny_runs.train_flags(
-        tiny_rounds.DATA, shaped, tmp_path, f"--reward-watch={tiny_reward}", f"--reward-ckpt={reward}", *plain
+        tiny_rounds.DATA,
+        shaped,
+        tmp_path,
+        f"--heldout-reward={tiny_reward}",
+        f"--reward-ckpt={reward}",
+        *plain,
     )
     assert tiny_runs.run(*flags).exit_code == 0
     one, other = (
@@ -303,8 +308,8 @@ MISTAKES = {
         ("--set round_aggregate=", "'median'"),
     ),
     "watch": (
-        ["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"],
-        ("--reward-watch", "none.json"),
+        ["--reward=sigma", "--rounds=1", "--heldout-reward=none.safetensors"],
+        ("--heldout-reward", "none.json"),
     ),
 }
 

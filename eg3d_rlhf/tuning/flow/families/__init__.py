@@ -102,7 +102,7 @@ def check_source(source: ProblemSource) -> None:
 def beyond(source: ProblemSource, read: Sequence[str]) -> str:
     """List options that are given though they are not read."""
     return ", ".join(
-        f"--{f.name.replace('_', '-')}"
+        f"--{(f.metadata['knob'].name or f.name if 'knob' in f.metadata else f.name).replace('_', '-')}"
         for f in fields(source)
         if f.name not in read and getattr(source, f.name) != f.default
     )

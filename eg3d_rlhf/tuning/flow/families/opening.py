@@ -3,7 +3,7 @@
 A folder of a generator's networks becomes a `Problem` with
 
     PAIRS/<stage>                     pairs of a stage; some stages may be missing
-    PAIRS/conditions.safetensors      embeddings of their conditions
+    PAIRS/conditioning.safetensors    embeddings of their conditions
 """
 
 import functools
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.experiments import version_0_1
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
@@ -141,7 +142,7 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     if source.conditions is None or extra:
         got = f"{extra} beside none" if extra else "none"
         raise ValueError(
-            f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
+            f"--conditioning: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
             " the file."
         )
     root = Path(source.pipeline)
@@ -239,12 +240,16 @@ def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) ->
     Raises: FileNotFoundError.
     """
     # or WORK's
-    places = [place / CONDITIONS for folder in folders.values() for place in folder.absolute().parents[:2]]
+    places = [
+        version_0_1.conditioning_file(place)
+        for folder in folders.values()
+        for place in folder.absolute().parents[:2]
+    ]
     path = Path(given or next((path for path in places if path.is_file()), places[0]))
     if given is None and not path.is_file():
         raise FileNotFoundError(
             f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name"
-            " --conditions."
+            " --conditioning."
         )
     return path
 

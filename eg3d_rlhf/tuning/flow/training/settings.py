@@ -112,7 +112,11 @@ class DpoConfig:
     )
     sft_weight: float = _rare_loss(0.0, "Of the preferred's own error, added.", low=0)
     condition_dropout: float = _rare_loss(
-        0.0, "Share of pairs trained without their condition.", low=0, high=1
+        0.0,
+        "Share of the pairs that are trained without their conditioning.",
+        low=0,
+        high=1,
+        name="conditioning_dropout",
     )
 
     def __post_init__(self):

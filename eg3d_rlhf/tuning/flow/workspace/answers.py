@@ -2,7 +2,7 @@
 
     WORK/pairs/STAGE                        pairs of a stage; made anew from the answers whenever they are
                                             read
-    WORK/pairs/conditions.safetensors       embeddings of their conditions, where these are not WORK's
+    WORK/pairs/conditioning.safetensors     embeddings of their conditions, where these are not WORK's
 
 Of the conditions to choose on, a third chooses networks while they train; the rest tells whether anything was
 learnt. Test conditions take no part.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.people.label.assets.collection import Collection
 from eg3d_rlhf.preferences.label_scores import read_goodness, read_said
@@ -121,9 +122,9 @@ def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
         return family.read_samples(folder, pipeline)
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
-    if not (folder / CONDITIONS).is_file():
+    if not version_0_1.conditioning_file(folder).is_file():
         return imported  # of WORK's conditions
-    read = read_conditions(folder / CONDITIONS, zero_null=family.zero_null)
+    read = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
     named = _conditions_in(imported)
     read.select(named)  # raises for those that are missing
     return replace(
@@ -208,7 +209,7 @@ def check_trained(work: Work, strategy: str) -> None:
         return
     train = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
     if bundled_family(work.pipeline) is None:
-        read = f"--pairs={work.folder / PAIRS} --conditions={work.conditions_file}"
+        read = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
         train = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {train} {read}"
     raise FileNotFoundError(
         f"--strategy={strategy}: expected rewards that score WORK's samples, got no {path}. Train them:"

@@ -4,7 +4,7 @@ remembers all of it.
     work.json                   what `new` was given and chose: pipeline, conditions of each split, campaign,
                                 seeds
     inputs/                     the pictures, or prompts.txt
-    conditions.safetensors      embeddings of all conditions, by the generator's own encoder
+    conditioning.safetensors    embeddings of all conditions, by the generator's own encoder
     drawn/base/                 assets of the generator as it is, their latents, ranking.jsonl and
                                 prompts.jsonl, for people to compare
     labels.db                   what people answered
@@ -230,9 +230,9 @@ class Work:
 
     @property
     def conditions_file(self) -> Path:
-        from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+        from eg3d_rlhf.experiments.version_0_1 import conditioning_file
 
-        return self.folder / CONDITIONS
+        return conditioning_file(self.folder)
 
     # ---- places
 
@@ -296,7 +296,7 @@ class Work:
         path = self.drawn(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow draw {self.folder}"
+                f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 

@@ -158,7 +158,9 @@ class LoopPairMaker:
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
+    """Return pairs whose preferred sample is the tuned network's ("tuned", as in the paper), or the one with
+    the higher reward ("reward").
+    """
     return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 

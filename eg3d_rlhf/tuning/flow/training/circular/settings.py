@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
 
 REWARD = "reward"
-ROLES = ("op", REWARD)
+TUNED = "tuned"
+ROLES = (TUNED, REWARD)
 # What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
 # turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
 PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
@@ -45,8 +46,9 @@ class Weighing(Knobs):
     use_w1: bool = True  # drop pairs whose op is not rewarded more
     use_w2: bool = True  # weigh the others by how much more
     roles: str = _loop(
-        "op",
-        "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.",
+        TUNED,
+        "Preferred sample of a pair: the tuned network's, as in the paper, or the one with the higher"
+        " reward.",
         choices=ROLES,
         rare=True,
     )

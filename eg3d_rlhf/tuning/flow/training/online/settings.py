@@ -70,10 +70,11 @@ class OnlineConfig(StageTraining):
     adv_clip: float = _rare_online(5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0)
     max_away: float | None = _rare_online(
         0.4,
-        "Mean square of what the velocity has moved, relative to its error at the reference, above "
-        "which training stops.",
+        "Largest policy drift: mean square of the velocity's change, relative to its error at the reference,"
+        " above which training stops.",
         above=0,
         shown="0.4",
+        name="max_drift",
     )
     reset: int | None = _rare_online(
         None,
@@ -119,9 +120,11 @@ class OnlineConfig(StageTraining):
     )
     # on finished samples
     curvature: float = _rare_online(1.0, "nft: b, of the network that draws; large: stays near it.", above=0)
-    plain: bool = _rare_online(False, "nft: without the weight that divides by the error.")
+    plain: bool = _rare_online(
+        False, "nft: leave out the weight that divides by the error.", name="unweighted"
+    )
     group_beta: float = _rare_online(100.0, "dgpo: beta, per unit of error.", above=0)
-    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1)
+    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1, name="noise_samples")
     decay: str = _rare_online("slow", "nft, dgpo: how the network that draws follows.", choices=tuple(DECAYS))
     guided: bool = _rare_online(
         False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it."

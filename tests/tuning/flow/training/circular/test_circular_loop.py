@@ -252,7 +252,7 @@ def test_settings():
         0.5,
         4 * plain.dpo.beta,
     )
-    with raising("roles", "op", "reward", "winner"):
+    with raising("roles", "tuned", "reward", "winner"):
         Weighing(roles="winner")
 
 

@@ -148,7 +148,7 @@ def test_rewards_that_are_not_finite_are_refused(problem, op):
 
 def test_roles(made):
     turned = with_roles(made, "reward")
-    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(
+    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "tuned") == list(
         made
     )
     swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]

@@ -340,7 +340,7 @@ def test_rewards_that_are_all_alike_are_told(tmp_path):
 
 def test_a_policy_that_runs_away_is_stopped(tmp_path):
     said = []
-    result = run(tmp_path / "run", loss="nft", lr=0.2, max_away=0.05, say=said.append)
+    result = run(tmp_path / "run", loss="nft", lr=0.2, max_drift=0.05, say=said.append)
     assert result.stats[-1]["step"] < 10 and result.stats[-1]["away"] > 0.05
     assert str(result.stats[-1]["step"]) in said[-1] and "--kl" in said[-1]
 

@@ -34,7 +34,7 @@ SHORT = {
     "max_drop": 1.0,
 }
 LORA = LoraConfig(rank=2, alpha=4)
-ONE = OnlineConfig(lora=LORA, group=4, sampler_steps=3, max_away=None, **SHORT)
+ONE = OnlineConfig(lora=LORA, group=4, sampler_steps=3, max_drift=None, **SHORT)
 TINY = OnlineRun(
     losses=Losses(
         **{
@@ -170,7 +170,7 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
     names = "nft,grpo,dpo,dpo-shuffled,nft-inverted"
-    result = tiny(f"--arms={names}", "--seeds=2", "--jobs=1")
+    result = tiny(f"--arms={names}", "--seeds=0,1", "--jobs=1")
     folder = tmp_path / "00000-online-arms-toy-voxels"
     found = json.loads((folder / "online.json").read_text())
     # controls are compared with the base alone

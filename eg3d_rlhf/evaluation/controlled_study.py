@@ -1,7 +1,7 @@
 """Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one
-table. `make proof`.
+table. `make controlled-study`.
 
-Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary
+Labels -> rewards -> tunings -> shapes of held-out latents -> controlled-study.json -> .md, .png. The primary
 measures were fixed on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training
 seeds, N latents, Q features; n grid points.
 """
@@ -125,7 +125,7 @@ class Plan:
         ]
         folder = self.out / "rewards" / f"{arm}-d{draw}-r{seed}"
         return Part(
-            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--out={folder}")
+            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--run-dir={folder}")
         )
 
     def reward_parts(self) -> list[Part]:
@@ -348,7 +348,7 @@ def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
 
 
 def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
-    """proof.json, of what was seen. Args: names: the task of each tuning."""
+    """Make controlled-study.json of what was measured. Args: names: the task of each tuning."""
     before = seen[BEFORE]
     reference = seen[WHOLE]["features"] if len(seen[WHOLE]["features"]) else None
     primaries = [name for name in PRIMARIES if name != "shape_frechet" or reference is not None]
@@ -496,7 +496,7 @@ def commands(plan: Plan) -> dict[str, list[str]]:
 
 
 def work(plan: Plan, jobs: int) -> list[Path]:
-    """Make what is missing, look at all of it, and write proof.json, proof.md and proof.png."""
+    """Make what is missing, look at all of it, and write controlled-study.json, .md and .png."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for write_more, parts, words in (
         (write_labels_of_arms, plan.label_parts(), "draws of labels"),
@@ -508,4 +508,4 @@ def work(plan: Plan, jobs: int) -> list[Path]:
     make_shown([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
     data = compare(plan, look(plan, networks, jobs), {case: part.name for case, part in tunings.items()})
-    return write(data, plan.out, "proof", markdown, plot)
+    return write(data, plan.out, "controlled-study", markdown, plot)

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation.zoo import markdown, plot, record
-from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
+from eg3d_rlhf.evaluation.reward_comparison import markdown, plot, record
+from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.modes import report_studies
 
@@ -54,8 +54,8 @@ def test_table_and_figure_are_made_of_the_json_alone(tmp_path):
         "sigma": record(Learnt(test_accuracy=TEST), [TUNED, second], {"seed0": 5.0}, 600.0),
         "depth": record(Learnt(test_accuracy=TEST), [{**TUNED, "repaired": None}], {"seed0": 5.0}, 600.0),
     }
-    paths = write({"rewards": lines, "full": False, "kimg": 0.3}, tmp_path, "zoo", markdown, plot)
-    assert [path.name for path in paths] == ["zoo.json", "zoo.md", "zoo.png"]
+    paths = write({"rewards": lines, "full": False, "kimg": 0.3}, tmp_path, "rewards", markdown, plot)
+    assert [path.name for path in paths] == ["rewards.json", "rewards.md", "rewards.png"]
     sigma, depth = (
         line for line in paths[1].read_text().splitlines() if line.startswith(("| sigma", "| depth"))
     )
@@ -65,13 +65,13 @@ def test_table_and_figure_are_made_of_the_json_alone(tmp_path):
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(report_studies.zoo, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.rewards, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_commands(tmp_path):
-    plan = planned(f"--out={tmp_path}", "--seeds=0,4")
+    plan = planned(f"--outdir={tmp_path}", "--seeds=0,4")
     assert list(plan) == list(ENTRIES)
     assert list(plan["sigma"]) == ["seed0", "seed4"]  # bundled: nothing to train
     assert list(plan["thumbs"]) == ["label", "reward", "seed0", "seed4"]

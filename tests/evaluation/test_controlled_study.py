@@ -8,8 +8,9 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
-from eg3d_rlhf.evaluation import filters, heads, proof, trainings
-from eg3d_rlhf.evaluation.proof import PSIS, coin, permuted, truncated, turned, verdict
+from eg3d_rlhf.evaluation import controlled_study as proof
+from eg3d_rlhf.evaluation import filters, heads, trainings
+from eg3d_rlhf.evaluation.controlled_study import PSIS, coin, permuted, truncated, turned, verdict
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
@@ -82,13 +83,13 @@ def test_truncation_takes_the_largest_psi_that_reaches_the_share():
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(report_studies.proof, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.controlled_study, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_commands(tmp_path):
-    plan = planned(f"--out={tmp_path}", "--seeds=0,4", "--rewards=2", "--draws=2", "--", "--kimg=0.1")
+    plan = planned(f"--outdir={tmp_path}", "--seeds=0,4", "--rewards=2", "--label-sets=2", "--", "--kimg=0.1")
     kinds = {arm: sum(name.startswith(f"{arm}-s") for name in plan) for arm in ARMS}
     assert kinds == {
         LABELS: 8,
@@ -106,7 +107,7 @@ def test_commands(tmp_path):
     assert (
         "--lambda-r=0" in plan["no-reward-s4-d0-r0"] and "--reward=smoothness" in plan["smoothness-s0-d0-r0"]
     )
-    reward, *tuned = planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")
+    reward, *tuned = planned("--only=coin", "--seeds=0", "--rewards=1", "--label-sets=1")
     assert reward.startswith("reward: coin") and tuned == ["labels-s0-d0-r0", "coin-s0-d0-r0"]
     assert list(tmp_path.iterdir()) == []
 
@@ -162,10 +163,10 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     flags = [
         f"--network={tmp_path / 'tiny.safetensors'}",
         f"--labels={labels}",
-        f"--out={tmp_path / 'proof'}",
+        f"--outdir={tmp_path / 'proof'}",
         "--seeds=0,1",
         "--rewards=1",
-        "--draws=1",
+        "--label-sets=1",
         "--latents=3",
         "--jobs=1",
         f"--only={','.join(arms)}",
@@ -177,18 +178,20 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         for flag in tiny_runs.train_flags(tiny_data, "", "")
         if not flag.startswith(("--init", "--outdir"))
     ]
-    result = CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"])
+    result = CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"])
     assert result.exit_code == 0, result.output
-    data = json.loads((tmp_path / "proof" / "proof.json").read_text())
+    data = json.loads((tmp_path / "proof" / "controlled-study.json").read_text())
     assert list(data["arms"]) == arms and data["primaries"] == ["error_broken", "shape_frechet"]
     assert all(
         len(figures["error_broken"]) == len(figures["shape_frechet"]) == 2
         for figures in data["arms"].values()
     )
     assert set(data["verdict"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
-    assert (tmp_path / "proof" / "proof.md").read_text().count("(primary)") == len(data["primaries"])
+    assert (tmp_path / "proof" / "controlled-study.md").read_text().count("(primary)") == len(
+        data["primaries"]
+    )
     done = len(in_this_process)
     assert (
-        CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
+        CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
         and len(in_this_process) == done
     )

@@ -1,7 +1,7 @@
 """Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
 to held-out latents.
 
-Train and tune -> compute -> zoo.json -> zoo.md, zoo.png: `make zoo`. Letters: N rewards.
+Train and tune -> compute -> rewards.json -> rewards.md, rewards.png: `make rewards`. Letters: N rewards.
 """
 
 import os
@@ -16,10 +16,10 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import JUDGE
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
+from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.run_images import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
-from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import seed_range
@@ -33,7 +33,7 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-PICTURE = "zoo-latents.png"
+PICTURE = "rewards-latents.png"
 HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
 
@@ -65,12 +65,12 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
         )
         scripts["reward"] = (
             TRAIN_REWARD,
-            [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"],
+            [*entry.train, *taught, *(() if full else entry.short), f"--run-dir={folder / 'reward'}"],
         )
     flags = [
         *entry.tune,
         f"--reward-ckpt={reward_of(out, name)}",
-        f"--reward-watch={bundled.WATCH}",
+        f"--heldout-reward={bundled.WATCH}",
         f"--kimg={kimg:g}",
         "--no-summary",
     ]
@@ -97,7 +97,7 @@ def tuned(c: Comparison) -> dict:
 def record(
     reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float
 ) -> dict:
-    """One reward's line in zoo.json.
+    """One reward's line in rewards.json.
 
     Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the
         largest peak of its processes.
@@ -106,7 +106,7 @@ def record(
     test = clean or labels
     if test is None:
         raise ValueError(
-            "zoo: expected a reward that states its accuracy on held-out pairs, got none. Use"
+            "rewards: expected a reward that states its accuracy on held-out pairs, got none. Use"
             " tools/train_reward.py."
         )
     wins = sum(tuning["win_rate"] for tuning in tunings) / len(tunings)
@@ -209,8 +209,8 @@ def strip(
 def measured(
     out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
 ) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
-    """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first
-    seed; the latents in it.
+    """Return the lines of rewards.json, and the networks and latents of the image: the network before tuning,
+    and the one that each reward tuned with its first seed.
 
     These are chosen by what the first reward says of them before tuning.
     """
@@ -255,7 +255,7 @@ def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) 
 
 
 def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
-    """Make what is missing, and write zoo.json, zoo.md, zoo.png and the picture of the same latents."""
+    """Make what is missing, and write rewards.json, rewards.md, rewards.png and rewards-latents.png."""
     plans = plans_of(out, names, seeds, full)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
@@ -264,4 +264,4 @@ def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs
     lines, networks, shown = measured(out, plans, jobs)
     write_atomic(out / PICTURE, png(strip(networks, shown, 1.0)))
     data = {"rewards": lines, "full": full, "kimg": length_of(full)}
-    return [*write(data, out, "zoo", markdown, plot), out / PICTURE]
+    return [*write(data, out, "rewards", markdown, plot), out / PICTURE]
