@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.core.cli import some_of
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
@@ -167,7 +167,7 @@ PIXELS = 128
 
 
 def strip_jobs(c: Comparison) -> list[Job]:
-    shown = list(c.seeds(SHOWN, JUDGE))
+    shown = list(c.seeds(SHOWN, EVALUATION))
     size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
     return [
         c.job(
@@ -257,7 +257,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
-    seeds = list(c.seeds(SHOWN, JUDGE))
+    seeds = list(c.seeds(SHOWN, EVALUATION))
     pictures = {}
     # [N, yaws, 1, R, R] each
     views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
@@ -294,7 +294,7 @@ def orbit(c: Comparison, folder: Path) -> Finding:
     """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where
     motion is unwelcome.
     """
-    (seed,) = c.seeds(1, JUDGE)
+    (seed,) = c.seeds(1, EVALUATION)
     reach = math.pi if c.of_people else ORBIT_YAW
     yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()

@@ -32,8 +32,8 @@ from eg3d_rlhf.evaluation.paired import (
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
+from eg3d_rlhf.tuning.gan.monitor import ORACLE_RESOLUTION, utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
-from eg3d_rlhf.tuning.gan.watch import JUDGE_RESOLUTION, utilities
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
 ROLES = ("before", "after", "reward")
@@ -455,7 +455,7 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
 @torch.no_grad()
 def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
     """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of the method's anchor."""
-    spec = SlabSpec.of(generator.generator.bounds, JUDGE_RESOLUTION)
+    spec = SlabSpec.of(generator.generator.bounds, ORACLE_RESOLUTION)
     return torch.cat([field.density_grid(spec).cpu() for field in c.fields(generator, seeds)])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
@@ -349,7 +349,7 @@ def pictures(out, device, dry_run, pairs, **sources) -> None:
         click.echo(f"Written to {folder}: {PAIRS}")
         return
     written = write_pictures(c, folder)
-    click.echo(json.dumps(surface_change(c, JUDGE.take(CHANGED))))
+    click.echo(json.dumps(surface_change(c, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
 

@@ -41,8 +41,8 @@ from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
-    ANCHOR,
     NOTHING,
+    REGULARISE,
     Descent,
     StageResult,
     recomputing,
@@ -145,8 +145,8 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     step = lines[-1]["step"]
     if accuracy > SEPARATED:
         signs["separated"] = (
-            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are told apart;"
-            " more of it over-optimises. " + ANCHOR
+            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are separated;"
+            " more of it over-optimises. " + REGULARISE
         )
         if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= NOTHING:
             signs["no-effect"] = (
@@ -163,7 +163,7 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     ):
         signs["preferred-worse"] = (
             f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the"
-            f" reference's; it runs from the rejected ones instead of towards the preferred. {ANCHOR}"
+            f" reference's; this is likelihood displacement. {REGULARISE}"
         )
     return signs
 

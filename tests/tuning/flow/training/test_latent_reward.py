@@ -143,9 +143,9 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
     task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
-    scores, watched = task.scores(x_0, ["a"] * 4, [0] * 4)
+    scores, heldout = task.scores(x_0, ["a"] * 4, [0] * 4)
     assert (
-        scores.shape == (1, 4) and watched == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
+        scores.shape == (1, 4) and heldout == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
     )
 
 

@@ -41,10 +41,10 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    INVERTED,
     PEOPLES,
+    RANDOMISED,
     REWARD,
-    SHUFFLED,
-    TURNED,
     LoopPairsConfig,
     Weighing,
 )
@@ -159,16 +159,16 @@ class LoopPairMaker:
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
     """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
-    return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
+    return [inverted(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 
-def turned(pair: PreferencePair) -> PreferencePair:
+def inverted(pair: PreferencePair) -> PreferencePair:
     """The same pair the other way round, which its provenance says."""
     return replace(
         pair,
         preferred=pair.rejected,
         rejected=pair.preferred,
-        provenance={**pair.provenance, "turned": True},
+        provenance={**pair.provenance, "inverted": True},
         reward_preferred=pair.reward_rejected,
         reward_rejected=pair.reward_preferred,
     )
@@ -223,8 +223,8 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
     return {
         "pairs": len(pairs),
         "changed_structure": float(changed.double().mean()),
-        "op_rewarded": float((gaps > 0).double().mean()),
-        "op_rewarded_where_changed": (
+        "tuned_rewarded": float((gaps > 0).double().mean()),
+        "tuned_rewarded_where_changed": (
             float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None
         ),
         "reward_gap_mean": float(gaps.mean()),
@@ -354,14 +354,14 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 def used(
     pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
-    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed that of the
-    coin.
+    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed of the random
+    inversions.
     """
     if use == PEOPLES:
         origins = {pair.provenance["human_pair"] for pair in pairs}
         return [pair for pair in human_pairs if pair.id in origins]
-    if use == TURNED:
-        return [turned(pair) for pair in pairs]
-    if use == SHUFFLED:
-        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    if use == INVERTED:
+        return [inverted(pair) for pair in pairs]
+    if use == RANDOMISED:
+        return [inverted(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
     return list(pairs)

@@ -98,7 +98,7 @@ def test_an_untuned_network_gives_identical_sides_from_the_same_noise(problem):
     )
     kept, report = weigh(same)
     assert kept == [] and report["dropped"]["same_structure"] == len(same)
-    assert figures(same)["changed_structure"] == 0 and figures(same)["op_rewarded_where_changed"] is None
+    assert figures(same)["changed_structure"] == 0 and figures(same)["tuned_rewarded_where_changed"] is None
 
 
 def test_marks_say_whether_the_structure_changed(made):
@@ -151,7 +151,7 @@ def test_roles(made):
     assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(
         made
     )
-    swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]
+    swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("inverted")]
     assert swapped and all(
         torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped
     )

@@ -18,7 +18,7 @@ from tests.tuning.flow.tiny_points import conditions, write_folder
 
 FEW = [
     *"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
-    *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split(),
+    *"--set=warmup=0 --set=sampler_steps=4 --set=max_drift=9".split(),
 ]
 
 
@@ -49,7 +49,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
     found = json.loads((run / "online.json").read_text())
-    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
+    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["evaluator"] == "reward"
     pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (
