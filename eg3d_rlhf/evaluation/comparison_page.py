@@ -91,11 +91,12 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             )
             part = (
                 "whose noisy answers the labels are"
-                if name == rewards.JUDGE
+                if name == rewards.ORACLE
                 else "which took no part in tuning"
             )
             says.append(
-                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} deviations), {end}."
+                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} standard deviations),"
+                f" {end}."
             )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
@@ -135,7 +136,7 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
         )
     if c.synthetic:
         says.append(
-            "anything on photographs of people: these are rendered heads, and the judge is a formula."
+            "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
     missing = [key for key, finding in findings.items() if "absent" in finding.data]
     if missing:
@@ -252,7 +253,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         data={"k": k},
         rows=rows,
         says=says,
-        pictures=pictures,
+        images=pictures,
     )
 
 
@@ -285,9 +286,7 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
         *([NO_CONTROL] if c.control is None else []),
     ]
     data = {"seeds": seeds, "yaws": list(yaws_of(c))}
-    return Finding(
-        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, pictures=pictures
-    )
+    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=pictures)
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
@@ -321,5 +320,5 @@ def orbit(c: Comparison, folder: Path) -> Finding:
         facts=c.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
         says=says,
-        pictures=pictures,
+        images=pictures,
     )

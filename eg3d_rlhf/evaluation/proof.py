@@ -402,7 +402,7 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         "pre_registered": "2026-11-24",
         "seeds": list(plan.seeds),
         "rewards": plan.rewards,
-        "draws": plan.draws,
+        "label_sets": plan.draws,
         "latents": plan.latents,
         "defective": int(heads.defective(before).sum()),
         "before": untuned,
@@ -483,7 +483,7 @@ def markdown(data: Mapping) -> str:
         f"{data['latents']} held-out latents, ψ 1, {data['defective']} of them defective before tuning;"
         " training"
         f" seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
-        f" {data['draws']} draw(s) of labels. Means over training seeds, in brackets the least and the"
+        f" {data['label_sets']} set(s) of labels. Means over training seeds, in brackets the least and the"
         " greatest. Volume error, missing, extra: shares of the ground-truth head's back-of-head volume, of"
         f" defective heads; F-score at the back at one voxel, of defective heads. Degraded: by"
         f" {heads.WORSE}. Lengths in"

@@ -73,7 +73,7 @@ def control_figures(settings: dict, delta: float) -> dict:
     path = path / "summary.json" if path.is_dir() else path
     record = version_0_1.summary(json.loads(path.read_text()))
     options = path.parent / "training_options.json"  # a run's; the bundled record holds its own settings
-    known = record.get("settings") or json.loads(options.read_text())
+    known = record.get("settings") or version_0_1.options(json.loads(options.read_text()))
     differ = control_differs(
         settings,
         {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known},

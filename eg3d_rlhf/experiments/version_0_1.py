@@ -70,7 +70,10 @@ def _renamed(values: Any, names: Mapping[str, str]) -> Any:
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of a run's summary.json."""
-    renamed: dict[str, Any] = _renamed(record, _SUMMARY)
+    renamed: dict[str, Any] = _renamed({**record, "settings": {}}, _SUMMARY)
+    if "settings" in record:  # of the bundled control
+        return {**renamed, "settings": options(record["settings"])}
+    del renamed["settings"]
     return renamed
 
 
@@ -196,3 +199,58 @@ def flow_stats(line: Mapping[str, Any]) -> dict[str, Any]:
 def flow_progress(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the progress in a state of a flow training."""
     return {**values, "sums": flow_stats(values["sums"])}
+
+
+# Cached parts of reports.
+
+_CURVES = {"programmatic judge": "oracle"}
+_RANDOMISATIONS = {"by_draw": "by_randomisation", "draws": "randomisations"}
+
+
+def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the keys of a cached part of a report.
+
+    Args: key: of the part's job.
+    """
+    values = {"images" if name == "pictures" else name: value for name, value in values.items()}
+    data = dict(values["data"])
+    rows = list(values["rows"])
+    if key in ("scores", "best-of-n"):
+        data = {"evaluator" if name == "judge" else name: value for name, value in data.items()}
+        rows = _renamed(rows, {"judge": "evaluator"})
+    elif key == "over-optimisation":
+        data = _renamed(data, {**_CURVES, "deviation": "standard_deviation"})
+        rows = [{**row, "measure": _CURVES.get(row["measure"], row["measure"])} for row in rows]
+    elif key == "front" or key.startswith("cell-"):
+        data = _renamed(data, {"judge": "oracle"})
+        rows = _renamed(rows, {"judge": "oracle"})
+    elif key == "redrawn-reward":
+        data = {_RANDOMISATIONS.get(name, name): value for name, value in data.items()}
+        rows = _renamed(rows, {"draw": "randomisation"})
+    elif key == "comparison" or key.startswith("network-"):
+        data = _renamed(data, {"deviation": "standard_deviation", "own": "reference"})
+        rows = _renamed(rows, {"deviation": "standard_deviation"})
+    return {**values, "data": data, "rows": rows}
+
+
+def former_trial(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a best-of-n report with the former key of the evaluator."""
+    renamed: dict[str, Any] = _renamed(inputs, {"evaluator": "judge"})
+    return renamed
+
+
+def inversion(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the keys of the measures of a target of an inversion."""
+    return {"evaluator" if key == "judge" else key: value for key, value in record.items()}
+
+
+def latent_reward(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the keys of the description of a reward of latents."""
+    renamed: dict[str, Any] = _renamed(meta, {"taught": "record", "told": "evaluation"})
+    return renamed
+
+
+def mesh_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the control in the table of RewardCS's arms."""
+    rows = {re.sub("^shuffled/", "randomised/", name): row for name, row in table["rows"].items()}
+    return {**table, "rows": rows}

@@ -45,7 +45,7 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
     problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     reward, beside = compared(problem, name, range(seed, seed + seeds), tqdm.write)
-    reward.taught |= {"told": beside.shown()}
+    reward.record |= {"evaluation": beside.shown()}
     click.echo("\n".join(markdown(beside)))
     click.echo(
         f"\n{save(out, reward)}: stage {name}, training seed {seed}. {beside.pairs} pairs of"

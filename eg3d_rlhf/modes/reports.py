@@ -237,7 +237,7 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
         return
     parts = attribution.jobs(study)
     findings = pages.run(parts[:1], out)
-    for name in findings["regions"].pictures.values():
+    for name in findings["regions"].images.values():
         click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
     findings |= pages.run(parts[1:], out)
     words = attribution_summary(findings)

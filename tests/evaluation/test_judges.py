@@ -88,10 +88,8 @@ def test_a_generator_of_intact_heads_removes_all_error(healed):
     )
     # two ties
     assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75
-    assert set(record["heads"]) == {"before", "after", "post_processing", "strongest_post_processing"} and
-    record[
-        "utility_after"
-    ] == pytest.approx(1)
+    columns = {"before", "after", "post_processing", "strongest_post_processing"}
+    assert set(record["heads"]) == columns and record["utility_after"] == pytest.approx(1)
 
 
 def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):

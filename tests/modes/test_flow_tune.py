@@ -268,5 +268,8 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
         said = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in found)
         print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(said)}")
     assert all(found["learnt"] for of in reports.values() for found in of.values())
-    assert not any(found["runs_away"] for found in reports[0].values()) and reports[1]["voxels"]["runs_away"]
+    assert (
+        not any(found["likelihood_displacement"] for found in reports[0].values())
+        and reports[1]["voxels"]["likelihood_displacement"]
+    )
     assert wins[0].lo > 0.5 > wins[1].hi
