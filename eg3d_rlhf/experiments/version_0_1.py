@@ -196,6 +196,11 @@ def flow_stats(line: Mapping[str, Any]) -> dict[str, Any]:
     return {_FLOW_STATS.get(key, re.sub("^watched/", "heldout/", key)): value for key, value in line.items()}
 
 
+def flow_warnings(values: Mapping[str, str]) -> dict[str, str]:
+    """Rename the warnings in a state of a flow training."""
+    return {"divergence" if name == "runaway" else name: text for name, text in values.items()}
+
+
 def flow_progress(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of the progress in a state of a flow training."""
     return {**values, "sums": flow_stats(values["sums"])}

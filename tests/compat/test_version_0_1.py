@@ -147,6 +147,7 @@ def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job
     for stage in expected["stages"].values():
         for old, new in (("learnt", "learnable_signal"), ("runs_away", "likelihood_displacement")):
             stage[new] = stage.pop(old)
+        del stage["why"]  # a sentence
     assert_near(tuned, expected)
 
 

@@ -560,7 +560,7 @@ class _Training:
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.updates.restore(tensors)
             self.progress = Progress(**version_0_1.flow_progress(meta["progress"]))
-            self.warnings = dict(meta["warnings"])
+            self.warnings = version_0_1.flow_warnings(meta["warnings"])
             lines = meta["lines"]
         self.named_steps = [self.progress.kept_step]
         self.run.go_on(self.progress.step, lines)

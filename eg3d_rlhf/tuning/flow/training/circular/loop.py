@@ -121,15 +121,16 @@ class CircularLoop:
         before = before or {}
         seed = self.settings.seed
         behind = stage_behind(self.names, stage)
-        un_op = {behind: before[behind]} if before.get(behind) else {}
+        references = {behind: before[behind]} if before.get(behind) else {}
         inputs = {
             "step": "loop pairs",
             "problem": self.problem.identity,
             "stage": stage,
             "seed": seed,
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
+            # "op" and "un_op" stand in the hash, as in version 0.1
             "op": self._named({k: v for k, v in lineage.items() if k != stage}),
-            "un_op": self._named(un_op),
+            "un_op": self._named(references),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
@@ -140,7 +141,7 @@ class CircularLoop:
                 self.settings.loop_pairs,
                 seed,
                 stage=stage,
-                models_unop=self.models(un_op),
+                reference_models=self.models(references),
             )
             with self._bar(f"pairs for {stage}", -(-len(human) // self.ranks.world)) as bar:
                 place, figures = make_in_chunks(folder, make, human, ranks=self.ranks, on_pair=bar.update)

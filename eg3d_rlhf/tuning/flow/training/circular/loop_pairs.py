@@ -66,9 +66,9 @@ class LoopPairMaker:
     pipeline: Pipeline
     reward: AssetReward
     stage: str
-    models_op: Models  # tuned networks by stage, that of the stage behind among them
-    # references; of these the one of the stage behind counts: further stages are models_op's on both sides
-    models_unop: Models
+    tuned_models: Models  # tuned networks by stage, that of the stage behind among them
+    # references; of these the one of the stage behind counts: further stages are tuned_models' on both sides
+    reference_models: Models
     config: LoopPairsConfig
     seed: int  # of the noises, with the human pair's id: some of the pairs give the same part of the result
 
@@ -76,21 +76,23 @@ class LoopPairMaker:
     def from_problem(
         cls,
         problem: Problem,
-        models_op: Models,
+        tuned_models: Models,
         config: LoopPairsConfig,
         seed: int,
         *,
         stage: str,
-        models_unop: Models | None = None,
+        reference_models: Models | None = None,
     ) -> "LoopPairMaker":
-        """Take pipeline and reward of a problem. Args: models_unop: None for the pipeline's own networks."""
+        """Take pipeline and reward of a problem. Args: reference_models: None for the pipeline's own
+        networks.
+        """
         assert problem.reward is not None
         return cls(
             pipeline=problem.pipeline,
             reward=problem.reward,
             stage=stage,
-            models_op=models_op,
-            models_unop=models_unop or {},
+            tuned_models=tuned_models,
+            reference_models=reference_models or {},
             config=config,
             seed=seed,
         )
@@ -100,15 +102,15 @@ class LoopPairMaker:
     ) -> list[PreferencePair]:
         """Make pairs. Args: pairs: human ones of the stage; on_pair: called with the number of pairs done."""
         behind = stage_behind([stage.name for stage in self.pipeline.stages], self.stage)
-        assert behind in self.models_op
-        un_op = {k: v for k, v in self.models_op.items() if k != behind} | {
-            k: v for k, v in self.models_unop.items() if k == behind
+        assert behind in self.tuned_models
+        references = {k: v for k, v in self.tuned_models.items() if k != behind} | {
+            k: v for k, v in self.reference_models.items() if k == behind
         }
         per_batch = max(1, self.config.batch // self.config.per_pair)
         made = []
         for i in range(0, len(pairs), per_batch):
             part = pairs[i : i + per_batch]
-            made += self._batch(part, (self.models_op, un_op), behind)
+            made += self._batch(part, (self.tuned_models, references), behind)
             if on_pair:
                 on_pair(len(part))
         return made
@@ -145,14 +147,14 @@ class LoopPairMaker:
                 id=f"{pair.id}/{k}",
                 condition=pair.condition,
                 stage=stage,
-                preferred=op,
-                rejected=un_op,
+                preferred=tuned,
+                rejected=reference,
                 source="loop",
                 reward_preferred=float(rewards[0][n]),
                 reward_rejected=float(rewards[1][n]),
                 provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
             )
-            for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
+            for n, ((pair, _, k), tuned, reference) in enumerate(zip(rows, *latents, strict=True))
         ]
         return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
 
