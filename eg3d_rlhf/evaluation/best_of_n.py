@@ -314,8 +314,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
         gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
         says.append(
             f"{name}: the best of {most} is {gain} of the evaluator's standard deviations better than a"
-            " mean latent;"
-            f" {where}."
+            f" mean latent; {where}."
         )
     for row in data["against"]:
         if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
@@ -332,8 +331,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
         *says,
         (
             f"The evaluator is {evaluator}. Choosing is milder than tuning: a reward that fails here will"
-            " fail there,"
-            " not the other way."
+            " fail there, not the other way."
         ),
     ]
 
@@ -481,8 +479,7 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
     if reward_watch is None and not judged_by_annotator(generator, data):
         raise ValueError(
             "--reward-watch: expected a reward as the evaluator, got none; the simulated annotator covers"
-            " synthetic heads"
-            " alone. Name one."
+            " synthetic heads alone. Name one."
         )
     evaluator = None if reward_watch is None else load(reward_watch, "--reward-watch")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
@@ -504,8 +501,7 @@ def write(trial: Trial, out: Path) -> Finding:
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the one"
-        " that the"
-        " reward likes best."
+        " that the reward likes best."
     )
     write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
     return findings[CURVES]

@@ -382,8 +382,7 @@ def pairs_sheet(c: Comparison, count: int, o: PictureOptions = USUAL) -> np.ndar
     if len(seeds) < count:
         raise ValueError(
             f"--pairs: expected at most {len(seeds)}, of so many defective heads among {POOL}, got {count}."
-            " Ask"
-            " for fewer."
+            " Ask for fewer."
         )
     swapped = np.random.default_rng(seeds[0]).random(count) < 0.5
     label = camera(c.before.generator, *BEHIND)

@@ -481,8 +481,7 @@ def markdown(data: Mapping) -> str:
     )
     text = (
         f"{data['latents']} held-out latents, ψ 1, {data['defective']} of them defective before tuning;"
-        " training"
-        f" seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
+        f" training seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
         f" {data['label_sets']} set(s) of labels. Means over training seeds, in brackets the least and the"
         " greatest. Volume error, missing, extra: shares of the ground-truth head's back-of-head volume, of"
         f" defective heads; F-score at the back at one voxel, of defective heads. Degraded: by"

@@ -382,8 +382,7 @@ def notes(record: dict) -> list[str]:
         (
             f"Best label-free post-processing: {chosen}, of those that leave intact heads alone, chosen on"
             f" {record['post_processing_chosen_on']} others. The strongest of all, {any_method}, reduces"
-            " the error by"
-            f" {reduction} and degrades {degraded} of the intact heads."
+            f" the error by {reduction} and degrades {degraded} of the intact heads."
         ),
         "*: used by neither the simulated annotator nor the reward nor the early stop.",
     ]

@@ -182,8 +182,7 @@ def resolve(flags: Flags) -> CircularRun:
     if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
             "--ablate=regulariser: expected a regulariser to train on, got --loop-sft-weight=0. Raise it,"
-            " or leave the"
-            " arm out."
+            " or leave the arm out."
         )
     return run
 

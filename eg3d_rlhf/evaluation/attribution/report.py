@@ -591,8 +591,7 @@ def _redrawn_says(data: dict) -> list[str]:
         ),
         (
             f"With {len(data['by_randomisation'])} draws a correlation within the interval's width of zero"
-            " would not"
-            " be noticed."
+            " would not be noticed."
         ),
     ]
     if data["mean_of_sizes"] is not None:

@@ -57,8 +57,7 @@ NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
 DISPLACED = (
     "likelihood displacement: the error of the preferred assets rose by {}, so expect worse samples. Reduce"
-    " the"
-    " step: --set loser_weight below 1, a lower --lr, a larger --set beta."
+    " the step: --set loser_weight below 1, a lower --lr, a larger --set beta."
 )
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 REWARD = "reward"
 ROLES = ("op", REWARD)
 # What a stage learns of the loop's pairs: all; the regulariser of their loss alone; the pairs with some or
-# all
-# inverted; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
+# all inverted; their preferred by fine-tuning; and in their place the people's pairs that they were made
+# from.
 PAIRS, REGULARISER, RANDOMISED, INVERTED, WINNERS, PEOPLES = USES = (
     "pairs",
     "regulariser",
