@@ -222,7 +222,7 @@ def test_only_judges_read_the_shape_features():
     front = {"eg3d_rlhf"}  # its names are imported when somebody outside asks for them
     while further := set().union(*(needs()[name] for name in reached)) - reached - front:
         reached |= further
-    assert "eg3d_rlhf.tuning.gan.watch" in reached and features not in reached
+    assert "eg3d_rlhf.tuning.gan.monitor" in reached and features not in reached
     text = [name for name in reached if "shape-features.safetensors" in modules()[name].read_text()]
     assert text == []
 

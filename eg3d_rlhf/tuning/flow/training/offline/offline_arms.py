@@ -1,10 +1,10 @@
-"""A run of offline tuning: arms trained with one seed or several, and judged on the same noises of held-out
-conditions.
+"""A run of offline tuning: arms trained with one seed or several, and evaluated on the same noises of
+held-out conditions.
 
     labels                       the loss of single assets on what people said of them
-    shuffled, inverted           controls: r shuffled within conditions must do nothing, 1 - r must do harm
-    dpo                          DPO on the problem's pairs
-    dpo-shuffled, dpo-inverted   the same pairs, each turned over by a coin, or all of them
+    randomised, inverted         controls: r shuffled within conditions must have no effect, 1 - r must do
+    harm dpo                          DPO on the problem's pairs
+    dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
 
 What a run writes, and which networks arms keep: see flow/arms.py.
 """
@@ -19,7 +19,7 @@ import torch
 from eg3d_rlhf.tuning.flow.base.singles import Labelled
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import used
-from eg3d_rlhf.tuning.flow.training.circular.settings import SHUFFLED, TURNED
+from eg3d_rlhf.tuning.flow.training.circular.settings import INVERTED, RANDOMISED
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.offline.settings import DPO, SinglesConfig
 from eg3d_rlhf.tuning.flow.training.offline.train_singles import train_singles
@@ -51,7 +51,7 @@ class OfflineBench(Bench):
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
             return list(pairs)
-        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
+        return used(pairs, RANDOMISED if arm.endswith(RANDOMISED) else INVERTED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))

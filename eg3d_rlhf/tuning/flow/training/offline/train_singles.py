@@ -127,7 +127,7 @@ class LabelPasses(Passes[Example]):
     columns = (
         ("agreement", "agreement", "<5.3f"),
         ("distance", "distance", "<8.2e"),
-        ("left", "left", "<6.3f"),
+        ("drift", "drift", "<6.3f"),
     )
 
     def velocities(
@@ -145,7 +145,7 @@ class LabelPasses(Passes[Example]):
         )
 
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Samples; distance from the reference, and what share it is of the reference's own error (left);
+        """Samples; distance from the reference, and what share it is of the reference's own error (drift);
         agreement: the share of samples that are not even whose label says whether the policy knows them
         better than the reference.
         """
@@ -157,16 +157,16 @@ class LabelPasses(Passes[Example]):
             "grad_norm": norm,
             "samples": int(n),
             "distance": distance / n,
-            "left": distance / error if error else 0.0,
+            "drift": distance / error if error else 0.0,
             "agreement": right / uneven if uneven else 0.5,
         }
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
-        last = next((line for line in reversed(lines) if "left" in line), None)
-        if last is not None and last["left"] > FAR:
+        last = next((line for line in reversed(lines) if "drift" in line), None)
+        if last is not None and last["drift"] > FAR:
             got = (
-                f"step {last['step']}: velocities are {last['left']:.2f} of the untuned network's error away"
+                f"step {last['step']}: velocities are {last['drift']:.2f} of the untuned network's error away"
                 " from it"
             )
             signs["far"] = f"{got}; it leaves what it was trained on. {CALM}"
