@@ -310,6 +310,8 @@ def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args: key: of the part's job.
     """
+    if "pictures" not in values:  # written since
+        return dict(values)
     values = {"images" if name == "pictures" else name: value for name, value in values.items()}
     data = dict(values["data"])
     rows = list(values["rows"])
