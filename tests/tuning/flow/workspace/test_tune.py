@@ -66,7 +66,7 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
     ]
     assert [line["step"] for line in lines if "held_out_accuracy" in line] == [0, 15, 30]
 
-    report = run(labelled.by_coin(problem, 0), tmp_path / "tune-01", said=said, **{**short, "steps": 10})
+    report = run(labelled.randomised(problem, 0), tmp_path / "tune-01", said=said, **{**short, "steps": 10})
     assert (
         report["kept"] == []
         and not (tmp_path / "tune-01" / "shape").exists()
@@ -219,7 +219,7 @@ def test_of_twenty_sets_of_random_answers_nineteen_teach_nothing(what, root, tmp
             if what == "toy"
             else (labelled.shapes(root, seed), {**SHAPES, "steps": 30, "held_out_every": 10})
         )
-        report = run(labelled.by_coin(problem, seed), tmp_path / str(seed), seed, **changes)
+        report = run(labelled.randomised(problem, seed), tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, random {seed}: {told(report)}", flush=True)
         kept += [seed] if report["kept"] else []
     assert len(kept) <= 1, kept
