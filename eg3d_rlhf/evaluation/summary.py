@@ -28,8 +28,8 @@ from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.settings import control_differs
 from eg3d_rlhf.tuning.gan.monitor import Monitor
+from eg3d_rlhf.tuning.gan.settings import control_differs
 from training import networks, storage
 from training.networks import state_hash
 from training.progress import tqdm
