@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import benchmark_report as report
 from benchmarks.rows import all_rows
 from benchmarks.session import Options, run, select
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option

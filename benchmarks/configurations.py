@@ -11,7 +11,7 @@ import torch
 
 from eg3d_rlhf.generators import camera
 from eg3d_rlhf.modes.gan import GAN, resolve
-from eg3d_rlhf.tuning.gan.run import open_networks
+from eg3d_rlhf.tuning.gan.reward_run import open_networks
 from eg3d_rlhf.tuning.gan.settings import Settings
 from training import networks
 from training.config import GanConfig, NetworkConfig, networks_for

@@ -23,7 +23,7 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.rewards.slab_presets import PAPER, PRESETS, RewardArch
-from eg3d_rlhf.tuning.gan import run as gan_run
+from eg3d_rlhf.tuning.gan import reward_run as gan_run
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, RewardTerms, density_l1, reward_phase
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from torch_utils.training_stats import Collector
@@ -81,7 +81,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
         reward_phase(terms, lazy_adam(nets.G, s.reward.rlr)),
     ]
     gan = Gan(nets, dataset, s.gan, s.loop)
-    # as tuning/gan/run.py makes it; `step` writes nothing
+    # as tuning/gan/reward_run.py makes it; `step` writes nothing
     loop = TrainingLoop(gan, phases, s.loop, Run(Path(tempfile.gettempdir()), {}))
     modules = (gan.nets.G, gan.nets.D, gan.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
     images = (

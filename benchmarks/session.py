@@ -18,7 +18,7 @@ from statistics import median
 import torch
 from torch.utils.benchmark.utils.timer import timer
 
-from benchmarks import report
+from benchmarks import benchmark_report as report
 from benchmarks.rows import (
     FAST,
     PATHS,

@@ -15,11 +15,11 @@ from builders import command
 from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, count, feats_of, with_feats
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.toy import pipeline as toy
+from eg3d_rlhf.tuning.flow.toy import toy_pipeline as toy
 from eg3d_rlhf.tuning.flow.toy.bundled import FOLDER, StructureFlow, VoxelFlow, path_of, write_network
-from eg3d_rlhf.tuning.flow.toy.judges import Judged, LearnedReward, RewardTraining, fit, judge_drafts
 from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS, STRUCTURE, VOXELS
-from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline, draw_drafts
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import Judged, LearnedReward, RewardTraining, fit, judge_drafts
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline, draw_drafts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_c
 from eg3d_rlhf.rewards.box_prompts import PROMPTS
 from eg3d_rlhf.rewards.boxes import SIDES, modes
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import PIXEL_NOISE, TinyPrior, TinySizes, TinyUNet
-from eg3d_rlhf.tuning.distill.ramps import STEPS
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS
 from training.config import Knobs, knob
 
 TRAINING = "Training"

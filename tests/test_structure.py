@@ -167,7 +167,7 @@ HASHES = {
     "eg3d_rlhf.tuning.flow.base.pairs": "a folder of pairs is whole",
     "eg3d_rlhf.tuning.flow.families.opening": "identity of a folder; splits of conditions",
     "eg3d_rlhf.tuning.flow.workspace.answers": "splits of conditions",
-    "eg3d_rlhf.tuning.flow.workspace.work": "splits of conditions",
+    "eg3d_rlhf.tuning.flow.workspace.work_folder": "splits of conditions",
     "torch_utils.build": "names of compiled ops",
     "training.heads.people_mesh": "cache of grids, below the store in the order of imports",
     "training.networks": "identity of a network",
@@ -214,15 +214,15 @@ def test_heavy_packages_are_imported_inside_functions():
 def test_only_judges_read_the_shape_features():
     features = "eg3d_rlhf.measures.shape_features"
     readers = {name for name, found in needs().items() if features in found}
-    assert readers == {f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "judges", "controlled_study")} | {
-        "builders.shapes"
-    }
+    assert readers == {
+        f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "heldout_evaluators", "controlled_study")
+    } | {"builders.shapes"}
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     front = {"eg3d_rlhf"}  # its names are imported when somebody outside asks for them
     while further := set().union(*(needs()[name] for name in reached)) - reached - front:
         reached |= further
-    assert "eg3d_rlhf.tuning.gan.monitor" in reached and features not in reached
+    assert "eg3d_rlhf.tuning.gan.heldout_metrics" in reached and features not in reached
     text = [name for name in reached if "shape-features.safetensors" in modules()[name].read_text()]
     assert text == []
 

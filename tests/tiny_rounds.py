@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.rewards import training_run
-from eg3d_rlhf.tuning.gan import monitor, rounds
+from eg3d_rlhf.tuning.gan import heldout_metrics as monitor
+from eg3d_rlhf.tuning.gan import rounds
 from tests import tiny_runs
 from training import networks
 from training.heads import people

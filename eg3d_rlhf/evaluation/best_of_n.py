@@ -32,7 +32,7 @@ from eg3d_rlhf.rewards.cache import untuned
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard, average_weights
 from eg3d_rlhf.rewards.observations import OBSERVATIONS, Observation
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
-from eg3d_rlhf.tuning.gan.monitor import utilities
+from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from training.progress import tqdm
 

@@ -18,7 +18,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash, naming
 from eg3d_rlhf.core.field import Field
 from eg3d_rlhf.core.seeds import LATENTS, HeldOut
-from eg3d_rlhf.evaluation.sources import Sampling, Sources
+from eg3d_rlhf.evaluation.comparison_sources import Sampling, Sources
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range
 from eg3d_rlhf.experiments.run import OPTIONS, recorded
 from eg3d_rlhf.generators import LoadedGenerator, find_network, load_generator, ws_of_seeds

@@ -15,9 +15,9 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.evaluation.judges import blind_pairs, figures_of_heads, frechet
-from eg3d_rlhf.evaluation.pictures import BEHIND, USUAL, PictureOptions, Side, chosen
+from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
+from eg3d_rlhf.evaluation.run_images import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import version_0_1

@@ -32,7 +32,7 @@ from eg3d_rlhf.evaluation.paired import (
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
-from eg3d_rlhf.tuning.gan.monitor import ORACLE_RESOLUTION, utilities
+from eg3d_rlhf.tuning.gan.heldout_metrics import ORACLE_RESOLUTION, utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
 
 PSIS = (0.25, 0.5, 0.7, 1.0)

@@ -18,17 +18,23 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import EVALUATION
-from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation import heldout_evaluators as judges
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.judges import against_ground_truth, blind_pairs, frechet, geometry, shapes
+from eg3d_rlhf.evaluation.heldout_evaluators import (
+    against_ground_truth,
+    blind_pairs,
+    frechet,
+    geometry,
+    shapes,
+)
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.evaluation.pictures import CHANGED, CHOSEN, chosen, surface_change, write_pictures
+from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, chosen, surface_change, write_pictures
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.monitor import Monitor
+from eg3d_rlhf.tuning.gan.heldout_metrics import Monitor
 from eg3d_rlhf.tuning.gan.settings import control_differs
 from training import networks, storage
 from training.networks import state_hash

@@ -28,7 +28,7 @@ from eg3d_rlhf.experiments.store import json_hash
 from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.features import load_features
 from eg3d_rlhf.measures.resampling import kernel_change_interval
-from eg3d_rlhf.tuning.gan.monitor import utilities
+from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
 
 TITLE = "Sweep of the reward's and the consistency term's weight"

@@ -75,7 +75,7 @@ def main(
     Example:
         eg3d-rlhf check-assets assets --outdir=runs/mesh-validation
     """
-    from eg3d_rlhf.evaluation.census import (
+    from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
         WALL,
         WORST,
@@ -87,7 +87,7 @@ def main(
         paired,
         shares,
     )
-    from eg3d_rlhf.evaluation.census_page import write_census
+    from eg3d_rlhf.evaluation.mesh_validation_page import write_census
     from eg3d_rlhf.measures.meshes.space import solid_library
 
     solid_library("igl"), solid_library("manifold3d")

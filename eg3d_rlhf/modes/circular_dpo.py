@@ -201,7 +201,7 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
     """The problem of a run. Raises: ValueError where it has not what the run needs."""
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
-    from eg3d_rlhf.tuning.flow.training.circular import loop
+    from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
 
     refuse_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)

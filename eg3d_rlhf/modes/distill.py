@@ -303,7 +303,7 @@ def title(run_settings: DistillRun, scene: "Scene") -> str:
 
 def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
     from eg3d_rlhf.tuning.distill import outputs
-    from eg3d_rlhf.tuning.distill.parts import distil_all, gather_stats
+    from eg3d_rlhf.tuning.distill.distill_run import distil_all, gather_stats
     from training.distributed import leave
 
     settings = run_settings.settings

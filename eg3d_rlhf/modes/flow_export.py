@@ -11,7 +11,7 @@ from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.modes.shared_flags import FOLDER, name_option, print_json
 from eg3d_rlhf.tuning.flow.base.family import check_stages
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.workspace.work import FILE, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
 
 
 @click.command("export", cls=GroupedCommand, job="flow export")

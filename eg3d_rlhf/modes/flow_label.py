@@ -12,7 +12,7 @@ from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
 from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
-from eg3d_rlhf.tuning.flow.workspace.work import REWARD, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
 
 SECONDS = 8  # that an answer takes
 

@@ -21,7 +21,16 @@ from eg3d_rlhf.tuning.flow.base.family import (
 )
 from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
 from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.workspace.work import FILE, SHARES, SHOWN, SPLITS, TEST, Work, divide, hashes
+from eg3d_rlhf.tuning.flow.workspace.work_folder import (
+    FILE,
+    SHARES,
+    SHOWN,
+    SPLITS,
+    TEST,
+    Work,
+    divide,
+    hashes,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, together
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes.shared_flags import FOLDER, rare_option
-from eg3d_rlhf.tuning.flow.workspace.work import BASE, SHOWN, TEST, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import BASE, SHOWN, TEST, Work
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import Drawing, Drawn

@@ -34,7 +34,7 @@ from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA
 from eg3d_rlhf.people.study import planning as studies
 from eg3d_rlhf.people.study.design import read_sides, stopped
-from eg3d_rlhf.tuning.flow.workspace.work import TEST, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import TEST, Work
 from training.storage import write_atomic
 
 FILE = "study.json"

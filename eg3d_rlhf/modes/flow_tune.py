@@ -20,7 +20,7 @@ from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
-from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, Work
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem

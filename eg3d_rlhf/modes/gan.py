@@ -3,7 +3,7 @@ what they compose.
 
 `HEADS` is the run of `python train.py --reward=sigma --lambda-r=10`, every number of it; other rows say what
 differs from the knobs' own defaults (training/config.py, eg3d_rlhf/tuning/gan/settings.py). What a run
-consists of is built in eg3d_rlhf/tuning/gan/run.py.
+consists of is built in eg3d_rlhf/tuning/gan/reward_run.py.
 """
 
 import functools
@@ -36,7 +36,7 @@ from training.config import RUN, GanConfig, LoopConfig, NetworkConfig, knobs_of
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
-    from eg3d_rlhf.tuning.gan.run import Objects
+    from eg3d_rlhf.tuning.gan.reward_run import Objects
     from training.distributed import Ranks
 
 EG3D = "Accepted for EG3D's sake"
@@ -468,8 +468,8 @@ def previous(flags: Mapping, ranks: "Ranks") -> bool:
 
 def open_gan(s: Settings, run: "Run") -> "Objects | None":
     """What the run consists of; of rounds, None. Raises: ValueError for what does not fit."""
+    from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
-    from eg3d_rlhf.tuning.gan import run as gan
 
     run.inputs = dict(gan.input_files(s))
     if s.rounds.rounds:
@@ -482,8 +482,8 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
 
 
 def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
+    from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
-    from eg3d_rlhf.tuning.gan import run as gan
 
     if objects is None:
         return rounds.work(s, run, lambda own, folder: tune_in_rounds(own, folder, run.flags))

@@ -15,7 +15,7 @@ from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes.shared_flags import FILE, rare_option, shared
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.evaluation.inversion.run import Inversions, Setup
+    from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
     from eg3d_rlhf.experiments.run import Run
 
 PRESETS = {"small": {}, "published": PUBLISHED}
@@ -101,8 +101,8 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     Raises: ValueError naming the flag.
     """
     from eg3d_rlhf.evaluation.comparison import judged_by_annotator
+    from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
     from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
-    from eg3d_rlhf.evaluation.inversion.run import Setup
     from eg3d_rlhf.evaluation.inversion.targets import (
         Evaluators,
         annotator_evaluator,
@@ -174,7 +174,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
 
 
 def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
-    from eg3d_rlhf.evaluation.inversion.run import Inversions
+    from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
     weights = ",".join(f"{weight:g}" for weight in s.weights)
@@ -186,8 +186,8 @@ def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
 
 
 def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
-    from eg3d_rlhf.evaluation.inversion import report
-    from eg3d_rlhf.evaluation.inversion.run import write_json
+    from eg3d_rlhf.evaluation.inversion import inversion_report as report
+    from eg3d_rlhf.evaluation.inversion.inversion_runs import write_json
     from eg3d_rlhf.experiments import pages
 
     setup = inversions.setup

@@ -17,7 +17,7 @@ from training.progress import tqdm
 
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
-    from eg3d_rlhf.rewards.meshes.train import MeshTraining
+    from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining
 
 NAME = "mesh-reward"
 
@@ -81,7 +81,7 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
     """The data and the network of a training; the table opens its own. Raises: ValueError, OSError."""
     import torch
 
-    from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of
+    from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
 
     torch.set_num_threads(1)  # the same command then writes the same bytes on the same machine
     options = run_settings.training
@@ -113,7 +113,7 @@ def lines(summary: dict[str, dict]) -> list[str]:
 def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run") -> None:
     """Do what is left of a run, and say what it gives."""
     from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
-    from eg3d_rlhf.rewards.meshes.train import REWARD, TABLE, run_table, run_training
+    from eg3d_rlhf.rewards.meshes.mesh_reward_training import REWARD, TABLE, run_table, run_training
 
     if training is None:
         with bar(run_settings.training) as shapes:

@@ -43,7 +43,7 @@ from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, StageTraining, Tr
 if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
     from eg3d_rlhf.tuning.flow.base.problem import Problem
-    from eg3d_rlhf.tuning.flow.base.singles import Labelled
+    from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
 # The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
@@ -155,7 +155,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
 
 def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
     """Read the assets and their labels, or take the toy's."""
-    from eg3d_rlhf.tuning.flow.base.singles import read_labelled
+    from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
     from training.progress import tqdm
 
     if settings.assets is None:

@@ -12,9 +12,9 @@ import click
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
 from eg3d_rlhf.core.seeds import LATENTS
+from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
-from eg3d_rlhf.evaluation.sources import Sources
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS

@@ -12,13 +12,13 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
-from eg3d_rlhf.evaluation.sources import Sources
+from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
 from training.progress import tqdm
 from training.storage import write_atomic
 
 if TYPE_CHECKING:
-    from eg3d_rlhf.evaluation.attribution.study import Study
+    from eg3d_rlhf.evaluation.attribution.attribution_study import Study
 
 _rare_how_option = functools.partial(option, group="How", rare=True)
 
@@ -126,7 +126,7 @@ def attribution_summary(findings) -> list[str]:
 
 def viewer(out: Path) -> str:
     """The interactive surface as a frame of the page."""
-    from eg3d_rlhf.evaluation.attribution.report import PAGE
+    from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
     path = out / "data" / PAGE
     if not path.is_file() or not path.stat().st_size:
@@ -210,9 +210,9 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     Example:
         python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
-    from eg3d_rlhf.evaluation.attribution import report as attribution
-    from eg3d_rlhf.evaluation.attribution.report import PAGE
-    from eg3d_rlhf.evaluation.attribution.study import Study
+    from eg3d_rlhf.evaluation.attribution import attribution_report as attribution
+    from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
+    from eg3d_rlhf.evaluation.attribution.attribution_study import Study
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.experiments import pages
     from eg3d_rlhf.experiments.pages import write_page
@@ -342,7 +342,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
         eg3d-rlhf report images --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
     from eg3d_rlhf.evaluation.comparison import load_comparison
-    from eg3d_rlhf.evaluation.pictures import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
+    from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
     from eg3d_rlhf.experiments.media.rendering import png
 
     c = load_comparison(Sources(device=choose_device(device), **sources))

@@ -10,7 +10,7 @@ import click
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
 from eg3d_rlhf.core.seeds import EVALUATION
-from eg3d_rlhf.evaluation.sources import Sources
+from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
 from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.modes.shared_flags import count_option, file_option, print_json, rare_option, shared
@@ -399,7 +399,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     Example:
         eg3d-rlhf samples sheet --data=synthetic:people64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
-    from eg3d_rlhf.evaluation.pictures import image_sheet, shape_sheet
+    from eg3d_rlhf.evaluation.run_images import image_sheet, shape_sheet
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator
     from training.dataset import ImageFolderDataset

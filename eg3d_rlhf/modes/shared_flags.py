@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from eg3d_rlhf.core.cli import option, together
-from eg3d_rlhf.evaluation.sources import Sources
+from eg3d_rlhf.evaluation.comparison_sources import Sources
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)

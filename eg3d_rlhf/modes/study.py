@@ -52,7 +52,7 @@ database = option(
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
     """Analyse a finished study as designed: report.html and report.json."""
-    from eg3d_rlhf.people.study import report as reports
+    from eg3d_rlhf.people.study import study_report as reports
 
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))

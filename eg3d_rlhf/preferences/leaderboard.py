@@ -14,7 +14,7 @@ from scipy.special import expit
 from scipy.stats import t as student
 
 from eg3d_rlhf.preferences.bradley_terry import MEAN, SCALE, Comparison
-from eg3d_rlhf.preferences.goodness import linked
+from eg3d_rlhf.preferences.label_scores import linked
 
 # Intervals that allow for comparisons sharing annotators and prompts, and that hold for few. A score is 1
 # where the first of a cell's two generators was preferred, 0 where the second was, 0.5 for a tie. The same

@@ -43,12 +43,12 @@ from eg3d_rlhf.rewards.evaluation import (
     too_few,
     too_few_shapes,
 )
+from eg3d_rlhf.rewards.network_training import TrainData, TrainState, new_network, train_reward
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from eg3d_rlhf.rewards.observations import Observation, SigmaSlab, observation_of
 from eg3d_rlhf.rewards.presets import preset
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.rewards.settings import RewardRun, TrainOptions, record
-from eg3d_rlhf.rewards.train import TrainData, TrainState, new_network, train_reward
 from training.distributed import SINGLE, Ranks, leave
 from training.networks import state_hash
 from training.progress import tqdm

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import report
+from benchmarks import benchmark_report as report
 
 
 @pytest.fixture(autouse=True)

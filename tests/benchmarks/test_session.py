@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from benchmarks import report, session
+from benchmarks import benchmark_report as report
+from benchmarks import session
 from benchmarks.rows import Case, DisagreementError, Outcome, Row
 from benchmarks.session import Options, run, run_row, select
 from tests.benchmarks import fake

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from builders.toy_flow import BaseTraining, accuracy, save_network, toy_flow, train_base, train_reward
 from eg3d_rlhf.tuning.flow.toy.bundled import NETWORKS, load_network
-from eg3d_rlhf.tuning.flow.toy.judges import RewardTraining, judge_drafts
-from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import RewardTraining, judge_drafts
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import TRAINED
 
 SHORT = BaseTraining(steps=16, batch=8, warm_up=2, ema=0.8)
 

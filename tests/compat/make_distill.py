@@ -19,11 +19,11 @@ from eg3d_rlhf.models.clip_inputs import clip_preprocess
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.preferences.bradley_terry import Judgement, elo
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
+from eg3d_rlhf.rewards.images.reward3d import MEAN, STD, Reward3dNetwork
 from eg3d_rlhf.rewards.meshes.model import MeshEncoder, masked_max
 from eg3d_rlhf.rewards.meshes.patchifiers import face_features, placed
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions
 from eg3d_rlhf.rewards.meshes.surfaces import Lattice, cube, marching_tetrahedra, signed_volume
-from eg3d_rlhf.rewards.pictures.reward3d import MEAN, STD, Reward3dNetwork
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import digits, distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.denoiser import DIRECTIONS, direction_of
@@ -32,8 +32,8 @@ from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.guidance.settings import NoiseWeighting
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.ramps import STEPS, Ramp, TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, betas_of, ddim_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, Ramp, TimeWindow
 from tests.compat.distill_reference import Pictures, Recorded, StandIn, filled, seen_by
 from tests.compat.making import Maker
 from tests.models.published_names import published

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
-from eg3d_rlhf.models.pictures import framed, on_white, over_white
+from eg3d_rlhf.models.image_preprocessing import framed, on_white, over_white
 from eg3d_rlhf.models.policies import ADAPTER
 from eg3d_rlhf.tuning.flow.base.sampling import times, trajectory
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family

@@ -9,8 +9,8 @@ import yaml
 from torch import nn
 
 from eg3d_rlhf.models.dino import DinoConfig
+from eg3d_rlhf.models.image_preprocessing import object_inputs
 from eg3d_rlhf.models.lora import adapters_off, lora_parameters
-from eg3d_rlhf.models.pictures import object_inputs
 from eg3d_rlhf.models.sam3d import SHAPE, Embedder, Pictures, PointConfig, PointPatches
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
 from eg3d_rlhf.models.trellis.autoencoders import (

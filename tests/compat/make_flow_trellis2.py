@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from eg3d_rlhf.geometry.dual_grid import dual_grid
 from eg3d_rlhf.models.dino import Dino3
+from eg3d_rlhf.models.image_preprocessing import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.lora import adapters_off, lora_parameters
-from eg3d_rlhf.models.pictures import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.policies import PREFIX
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.models.trellis2 import assets_of

@@ -10,7 +10,7 @@ import numpy as np
 
 from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.measures.meshes.clean import clean_mesh
-from eg3d_rlhf.measures.meshes.measure import measure_mesh
+from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from tests.compat.test_solid_meshes import ANGLES, COUNTS, LENGTHS, SIZES
 from tests.geometry.grid_measures import measure_grid

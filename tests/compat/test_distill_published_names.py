@@ -10,7 +10,7 @@ from eg3d_rlhf.models.blip import BlipSizes, from_published
 from eg3d_rlhf.models.clip import hpsv2_network
 from eg3d_rlhf.models.ldm_names import to_transformers_clip, to_transformers_text
 from eg3d_rlhf.models.weights import adopt, below, empty
-from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
+from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT
 
 FOLDER = ROOT / "distill" / "params"

@@ -3,7 +3,7 @@
 import pytest
 
 from eg3d_rlhf.models.blip import BlipSizes
-from eg3d_rlhf.rewards.pictures.reward3d import FUSION_STD, MEAN, STD, VIEWS, Reward3dNetwork
+from eg3d_rlhf.rewards.images.reward3d import FUSION_STD, MEAN, STD, VIEWS, Reward3dNetwork
 from tests.compat.distill_reference import filled, needs, present, recipe, values
 from tests.compat.reference import relative_error
 

@@ -10,8 +10,8 @@ from eg3d_rlhf.tuning.distill.gradients import distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.guidance.settings import NoiseWeighting
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.ramps import STEPS
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, ddim_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS
 from tests.compat.absent import some
 from tests.compat.distill_reference import (
     Pictures,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eg3d_rlhf.generators.assets.views import network_cameras, to_z_up, unit_distance, views_at
-from eg3d_rlhf.tuning.distill.ramps import STEPS, Ramp, TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, betas_of, ddim_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, Ramp, TimeWindow
 from tests.compat.absent import some
 from tests.compat.distill_reference import StandIn, close, members, needs, present, recipe, under, values
 

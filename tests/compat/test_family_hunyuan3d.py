@@ -17,8 +17,8 @@ from scipy.spatial import cKDTree
 from eg3d_rlhf.models import hunyuan3d
 from eg3d_rlhf.models.dino import Dino
 from eg3d_rlhf.models.hunyuan3d import Denoiser, ShapeDecoder, ShapeEncoder, chosen, embedded
+from eg3d_rlhf.models.image_preprocessing import framed, on_white, over_white
 from eg3d_rlhf.models.lora import adapter_state, merged_state
-from eg3d_rlhf.models.pictures import framed, on_white, over_white
 from eg3d_rlhf.models.policies import (
     ADAPTER,
     CONFIG,
@@ -37,7 +37,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate, times, trajectory
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.families import hunyuan3d as family
 from eg3d_rlhf.tuning.flow.families import hunyuan3d_files as layout
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import (
     at_least,
     cases,

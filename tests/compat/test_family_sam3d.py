@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from eg3d_rlhf.models.image_preprocessing import object_inputs
 from eg3d_rlhf.models.lora import adapter_state, adapters_off, merged_state
-from eg3d_rlhf.models.pictures import object_inputs
 from eg3d_rlhf.models.policies import ADAPTER, PREFIX, load_weights, read_weights, tuned_model, write_adapter
 from eg3d_rlhf.models.sam3d import SHAPE
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch, feats_of
@@ -30,7 +30,7 @@ from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families import sam3d_pose as pose
 from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import (
     at_least,
     cases,

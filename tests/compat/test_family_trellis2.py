@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 import train
 from eg3d_rlhf.geometry.dual_grid import dual_grid
 from eg3d_rlhf.models.dino import read_dino3
+from eg3d_rlhf.models.image_preprocessing import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.lora import adapter_state, adapters_off, lora_parameters, merged_state
-from eg3d_rlhf.models.pictures import at_most, on_black_first, over_black, squared
 from eg3d_rlhf.models.policies import PREFIX, read_weights, tuned_model, write_adapter
 from eg3d_rlhf.models.sparse import SparseBatch, SparseSample, feats_of
 from eg3d_rlhf.models.trellis2 import VoxelEncoder, assets_of
@@ -34,7 +34,7 @@ from eg3d_rlhf.tuning.flow.families import trellis2_files as files
 from eg3d_rlhf.tuning.flow.families.trellis_files import build_model, find_model
 from eg3d_rlhf.tuning.flow.training.dpo import PairErrors, pair_loss
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import (
     cases,
     check_gradients,

@@ -15,7 +15,7 @@ import pytest
 from eg3d_rlhf.geometry.mesh import compact, face_volumes
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges
-from eg3d_rlhf.measures.meshes.measure import measure_mesh
+from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import Space, sample, sides, ways
 from tests.compat.absent import some

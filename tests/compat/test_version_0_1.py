@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from eg3d_rlhf.experiments import version_0_1
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests import tiny_runs
 from tests.compat.reference import OURS
 

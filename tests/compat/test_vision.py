@@ -18,7 +18,7 @@ from eg3d_rlhf.models.blip import from_published
 from eg3d_rlhf.models.dino import DinoConfig, from_hub, read_dino, read_dino3
 from eg3d_rlhf.models.sam3d import Pictures
 from eg3d_rlhf.models.weights import adopt, empty, fill
-from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
+from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork
 from tests.compat.reference import ROOT, arrays, read_json
 from tests.references.vision.make import LARGE, images, prompts, thinned, weights
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.modes.gan import GAN, resolve
-from eg3d_rlhf.tuning.gan.run import open_networks
+from eg3d_rlhf.tuning.gan.reward_run import open_networks
 from tests import tiny_runs
 from tests.rejections import rejected
 

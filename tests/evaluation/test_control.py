@@ -9,7 +9,7 @@ import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.summary import control_figures
-from eg3d_rlhf.tuning.gan.run import input_files
+from eg3d_rlhf.tuning.gan.reward_run import input_files
 from eg3d_rlhf.tuning.gan.settings import Settings
 
 

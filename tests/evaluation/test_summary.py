@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation import judges
+from eg3d_rlhf.evaluation import heldout_evaluators as judges
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.judges import measured
-from eg3d_rlhf.evaluation.pictures import write_pictures
+from eg3d_rlhf.evaluation.heldout_evaluators import measured
+from eg3d_rlhf.evaluation.run_images import write_pictures
 from eg3d_rlhf.evaluation.summary import MEASURES, PICTURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure

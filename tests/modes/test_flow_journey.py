@@ -23,7 +23,7 @@ from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES
 from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
-from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, SHOWN, TEST, TRAIN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, SHOWN, TEST, TRAIN, Work
 from tests.modes.flow_works import (
     answer_all,
     flow,

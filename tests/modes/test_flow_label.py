@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training import latent_reward
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
-from eg3d_rlhf.tuning.flow.workspace.work import REWARD, SHOWN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, SHOWN, Work
 from tests.modes.flow_works import flow, with_encoder, write_pictures, write_prompts
 from tests.people.label.plans import answer_all
 from tests.people.label.test_new_strategy import PLUGIN

@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.base.conditioning import read_conditions
 from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d_files
 from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
 from eg3d_rlhf.tuning.flow.workspace import estimate
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, SPLITS, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, SPLITS, Work
 from tests.modes.flow_works import NAMES, flow, with_encoder, write_pictures, write_prompts
 from tests.rejections import check_message, raising
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d

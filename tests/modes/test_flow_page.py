@@ -15,7 +15,7 @@ from eg3d_rlhf.models.policies import save_policy
 from eg3d_rlhf.modes.flow_study import SIDE
 from eg3d_rlhf.people.label.entities import Choice
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, TEST, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, TEST, Work
 from tests.modes.flow_works import answer_all, flow, serving, with_encoder, write_pictures, write_prompts
 from tests.people.label.browser import browser, needs_chromium
 from tests.people.label.plans import answer_all as answer_stored

@@ -19,14 +19,14 @@ from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import Answer, CampaignSettings, Choice, PlannedPair, Shape
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.names import COLOURS
-from eg3d_rlhf.tuning.flow.toy.pipeline import ToyAsset, ToyPipeline
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import FinalOracle, LabelOracle
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyAsset, ToyPipeline
 from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, splits_of
 from eg3d_rlhf.tuning.flow.workspace.sample_strips import SIDE
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.modes.flow_works import flow, write_prompts
 from tests.rejections import check_message
 from training.distributed import SINGLE

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import train
 from eg3d_rlhf.modes.gan import HEADS, resolve
-from eg3d_rlhf.tuning.gan.run import open_networks
+from eg3d_rlhf.tuning.gan.reward_run import open_networks
 from eg3d_rlhf.tuning.gan.settings import Settings
 from tests import tiny_runs
 from tests.generators.pickles.writer import SnapshotWriter, stock_networks

@@ -30,9 +30,9 @@ from eg3d_rlhf.rewards.depth import (
     mirror,
 )
 from eg3d_rlhf.rewards.evaluation import evaluate
+from eg3d_rlhf.rewards.network_training import TrainData, train_reward
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.rewards.settings import default_options, with_changes
-from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests import tiny_runs
 from tests.rejections import raising, rejected
 from tests.rewards.ball import Ball

@@ -13,14 +13,14 @@ from eg3d_rlhf.modes.reward_training import train as main
 from eg3d_rlhf.preferences.labels import Preference, write_labels
 from eg3d_rlhf.rewards.aggregates import KINDS, Aggregate
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble, Standard, average_weights
+from eg3d_rlhf.rewards.network_training import TrainData, train_reward
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.settings import with_changes
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.rewards.slab_presets import HEADS
-from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests.rejections import raising, rejected
-from tests.rewards.test_train import OPTIONS, filled, toy_labels
+from tests.rewards.test_network_training import OPTIONS, filled, toy_labels
 
 SPEC = SlabSpec(resolution=32)
 SHAPE = SPEC.shape

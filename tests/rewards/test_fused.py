@@ -9,12 +9,12 @@ import torch
 from eg3d_rlhf.rewards import fused
 from eg3d_rlhf.rewards.ensembles import RewardEnsemble
 from eg3d_rlhf.rewards.fused import group_affine, group_gradient, group_weights
+from eg3d_rlhf.rewards.network_training import TrainData, train_reward
 from eg3d_rlhf.rewards.settings import with_changes
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.rewards.slab_presets import PAPER, PRESETS, RewardArch
-from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests.rejections import raising
-from tests.rewards.test_train import OPTIONS, filled, toy_labels
+from tests.rewards.test_network_training import OPTIONS, filled, toy_labels
 from tests.torch_utils.compilers import needs_cpp
 from torch_utils.ops.implementations import implementation
 

@@ -10,11 +10,11 @@ import torch
 from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.preferences.unpaired import UnpairedPreference, write_unpaired
 from eg3d_rlhf.rewards.evaluation import auc, evaluate, evaluate_unpaired, silhouette
+from eg3d_rlhf.rewards.network_training import TrainData, train_reward
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.rewards.settings import with_changes
-from eg3d_rlhf.rewards.train import TrainData, train_reward
 from tests.rejections import raising, rejected
-from tests.rewards.test_train import (  # noqa: F401 (network is a fixture)
+from tests.rewards.test_network_training import (  # noqa: F401 (network is a fixture)
     OPTIONS,
     blobs,
     filled,

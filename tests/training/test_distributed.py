@@ -259,11 +259,11 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     """
     from dataclasses import replace
 
+    from eg3d_rlhf.rewards.network_training import TrainData, train_reward
     from eg3d_rlhf.rewards.presets import Preset
     from eg3d_rlhf.rewards.settings import TrainOptions, with_changes
     from eg3d_rlhf.rewards.slab_presets import HEADS, PRESETS
-    from eg3d_rlhf.rewards.train import TrainData, train_reward
-    from tests.rewards.test_train import SHAPE, filled, toy_labels
+    from tests.rewards.test_network_training import SHAPE, filled, toy_labels
 
     pairs = toy_labels(21)
     val = toy_labels(6, 100)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.preferences.unpaired import from_pairs
+from eg3d_rlhf.rewards.network_training import TrainData, train_reward
 from eg3d_rlhf.rewards.presets import Preset
 from eg3d_rlhf.rewards.settings import TrainOptions, with_changes
 from eg3d_rlhf.rewards.slab_presets import HEADS, PRESETS
-from eg3d_rlhf.rewards.train import TrainData, train_reward
-from tests.rewards.test_train import SHAPE, filled, toy_labels
+from tests.rewards.test_network_training import SHAPE, filled, toy_labels
 from tests.training.test_distributed import REWARD, finish, in_float64, largest_difference, start
 from training.distributed import SINGLE, Ranks
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.generators.pickles.machine import Refusal, brief, brief_text
+from eg3d_rlhf.generators.pickles.pickle_reader import Refusal, brief, brief_text
 from eg3d_rlhf.generators.pickles.snapshot import (
     ModuleRecord,
     Snapshot,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.generators.pickles.machine import (
+from eg3d_rlhf.generators.pickles.pickle_reader import (
     Budget,
     Global,
     LongText,

@@ -207,7 +207,7 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
         drawer: Any = AssetDrawer()
         if not planned[0].file:  # all of a campaign's shapes are assets, or none is
-            from eg3d_rlhf.people.label.drawing import ShapeDrawer
+            from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer
 
             drawer = ShapeDrawer()
         prepare(planned, shapes, drawer, stored.settings.show_render, tell)

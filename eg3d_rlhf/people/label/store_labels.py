@@ -432,7 +432,7 @@ def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
     say nothing of each other.
     """
     from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
-    from eg3d_rlhf.preferences.goodness import linked
+    from eg3d_rlhf.preferences.label_scores import linked
 
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:

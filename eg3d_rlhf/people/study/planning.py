@@ -176,7 +176,7 @@ def prepare(
     The design file comes first, then the campaign, which keeps the design's hash; neither is ever written
     again.
     """
-    from eg3d_rlhf.people.study import report as reports
+    from eg3d_rlhf.people.study import study_report as reports
     from eg3d_rlhf.people.study.analysis import sort_rows
 
     new = not folder.design.exists()
@@ -242,7 +242,7 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
 
 def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
     """Flags on the command line must say what the design says: it cannot be changed by them."""
-    from eg3d_rlhf.people.study import report as reports
+    from eg3d_rlhf.people.study import study_report as reports
 
     stored = {
         **{flag: getattr(design, flag) for flag in FREE},

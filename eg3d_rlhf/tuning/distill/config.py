@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eg3d_rlhf.core.registry import Registry
-from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp, TimeWindow
 from training.config import Knobs, built, check_knobs, knob
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.distill.guidance.settings import (
     RewardSdsSettings,
     SdsSettings,
 )
-from eg3d_rlhf.tuning.distill.ramps import Ramp
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from training.config import built
 
 if TYPE_CHECKING:

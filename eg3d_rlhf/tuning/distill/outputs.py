@@ -29,8 +29,8 @@ from eg3d_rlhf.geometry.mesh_export import export_mesh
 from eg3d_rlhf.geometry.settings import MeshOptions
 from eg3d_rlhf.tuning.distill.compare import BASE, INTERVAL, compare, markdown
 from eg3d_rlhf.tuning.distill.config import DistillSettings
+from eg3d_rlhf.tuning.distill.distill_run import ASSETS, PARTS, Part
 from eg3d_rlhf.tuning.distill.methods import of_arm
-from eg3d_rlhf.tuning.distill.parts import ASSETS, PARTS, Part
 from eg3d_rlhf.tuning.distill.scene import Scene
 from training.progress import tqdm
 from training.storage import write_atomic

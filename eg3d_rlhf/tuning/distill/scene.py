@@ -14,10 +14,11 @@ from eg3d_rlhf.core.memory import Costs
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.grids import TriPlanes
 from eg3d_rlhf.generators.assets.views import CameraDraws, PerspectiveViews, Renderer
-from eg3d_rlhf.rewards.pictures.analytic import Inverted, Random
-from eg3d_rlhf.rewards.pictures.from_files import load_reward, reward_costs
+from eg3d_rlhf.rewards.images.analytic import Inverted, Random
+from eg3d_rlhf.rewards.images.from_files import load_reward, reward_costs
 from eg3d_rlhf.tuning.distill.compare import FinalJudge
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
+from eg3d_rlhf.tuning.distill.distill_loop import Distillation
 from eg3d_rlhf.tuning.distill.guidance.geometry import (
     GeometryReward,
     ProgressiveGeometry,
@@ -25,7 +26,6 @@ from eg3d_rlhf.tuning.distill.guidance.geometry import (
     load_geometry,
 )
 from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
-from eg3d_rlhf.tuning.distill.loop import Distillation
 from eg3d_rlhf.tuning.distill.methods import guidance_of, of_arm
 from eg3d_rlhf.tuning.distill.priors.latent_diffusion import PriorOptions, load_prior, prior_costs
 from eg3d_rlhf.tuning.distill.scene_kinds import SCENES

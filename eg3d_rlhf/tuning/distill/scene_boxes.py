@@ -16,8 +16,8 @@ from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
-from eg3d_rlhf.rewards.pictures import analytic
-from eg3d_rlhf.rewards.pictures.judges import AssetJudge, YesNoJudge, emblem_sides, plausibility
+from eg3d_rlhf.rewards.images import analytic
+from eg3d_rlhf.rewards.images.pairwise_evaluators import AssetJudge, YesNoJudge, emblem_sides, plausibility
 from eg3d_rlhf.tuning.distill.config import DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import GEOMETRY_REWARDS, NamedGeometry, load_geometry
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior

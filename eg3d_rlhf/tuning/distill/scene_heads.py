@@ -23,7 +23,7 @@ from eg3d_rlhf.generators.assets.latents import Latents
 from eg3d_rlhf.generators.assets.views import PerspectiveViews, Views, views_at
 from eg3d_rlhf.measures.people import BASE, shape_grids, surface_points, volume_error
 from eg3d_rlhf.preferences.annotator import utility
-from eg3d_rlhf.rewards.pictures.judges import verdict
+from eg3d_rlhf.rewards.images.pairwise_evaluators import verdict
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings
 from eg3d_rlhf.tuning.distill.guidance.geometry import load_geometry

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from eg3d_rlhf.tuning.distill.ramps import STEPS, TimeWindow
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS, TimeWindow
 from training.phases import derive_seed
 
 

@@ -24,7 +24,7 @@ from eg3d_rlhf.core.seeds import MONITOR
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
-from eg3d_rlhf.tuning.gan.monitor import HELDOUT, PREFIX, PSI
+from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, PREFIX, PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
 from training import networks

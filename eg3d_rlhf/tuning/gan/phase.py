@@ -22,8 +22,8 @@ from eg3d_rlhf.experiments.version_0_1 import drop_comparison_counter
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan.nose import PSI as NOSE_PSI
-from eg3d_rlhf.tuning.gan.nose import NoseFloor
+from eg3d_rlhf.tuning.gan.nose_floor import PSI as NOSE_PSI
+from eg3d_rlhf.tuning.gan.nose_floor import NoseFloor
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from training.gan_phases import Batch
 from training.phases import Loss, Phase

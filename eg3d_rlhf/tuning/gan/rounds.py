@@ -40,9 +40,9 @@ from eg3d_rlhf.preferences.synthetic import annotate
 from eg3d_rlhf.rewards.reward import check_reward, load_reward
 from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
 from eg3d_rlhf.rewards.training_run import REPORT, TRAINING
-from eg3d_rlhf.tuning.gan import run as gan
+from eg3d_rlhf.tuning.gan import reward_run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
-from eg3d_rlhf.tuning.gan.monitor import PREFIX
+from eg3d_rlhf.tuning.gan.heldout_metrics import PREFIX
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
 from training import storage
 from training.distributed import Ranks

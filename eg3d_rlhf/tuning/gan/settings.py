@@ -39,7 +39,7 @@ PEOPLE = "people"
 PRETRAINED = "pretrained"
 LAST = "last"
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
-NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose
+NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose_floor
 DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
 _rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
 _reward_knob = functools.partial(knob, group=REWARD, control=False)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation.attribution.regions import face_partition
-from eg3d_rlhf.evaluation.attribution.report import (
+from eg3d_rlhf.evaluation.attribution.attribution_report import (
     by_region,
     diverging,
     labels_at,
@@ -17,6 +16,7 @@ from eg3d_rlhf.evaluation.attribution.report import (
     slab_index,
     voxels_at,
 )
+from eg3d_rlhf.evaluation.attribution.regions import face_partition
 from eg3d_rlhf.evaluation.attribution.shapley import agreement, redrawn
 from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh

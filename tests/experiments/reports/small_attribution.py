@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from eg3d_rlhf.evaluation.attribution import report
-from eg3d_rlhf.evaluation.attribution.report import PAGE
+from eg3d_rlhf.evaluation.attribution import attribution_report as report
+from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
+from eg3d_rlhf.evaluation.attribution.attribution_study import Study
 from eg3d_rlhf.evaluation.attribution.settings import Settings
-from eg3d_rlhf.evaluation.attribution.study import Study
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.experiments import pages
 from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page, write_page

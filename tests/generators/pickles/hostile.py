@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.generators import pickles
-from eg3d_rlhf.generators.pickles.machine import MAX_OPCODES
+from eg3d_rlhf.generators.pickles.pickle_reader import MAX_OPCODES
 from tests.generators.pickles import writer as w
 from tests.generators.pickles.writer import (
     Built,

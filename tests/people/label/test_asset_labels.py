@@ -13,11 +13,11 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
-from eg3d_rlhf.preferences.goodness import Known, read_said
+from eg3d_rlhf.preferences.label_scores import Known, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.ranking import read_latents
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
 from tests.modes.flow_works import NAMES, flow, write_prompts
 from tests.people.label.plans import QUIET, answer_all
 from tests.people.label.plans import plan as plan_of_seeds

@@ -10,7 +10,7 @@ import pytest
 
 from eg3d_rlhf.core.statistics import binomial_test, wilson_interval
 from eg3d_rlhf.people.study.analysis import analyse
-from eg3d_rlhf.people.study.report import conclusions
+from eg3d_rlhf.people.study.study_report import conclusions
 from tests.people.study.people import row, small_design
 from tests.rejections import raising
 

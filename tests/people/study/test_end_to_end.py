@@ -11,7 +11,7 @@ import pytest
 
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.study import report as reports
+from eg3d_rlhf.people.study import study_report as reports
 from eg3d_rlhf.people.study.analysis import analyse
 from eg3d_rlhf.people.study.design import contender
 from tests import tiny_runs

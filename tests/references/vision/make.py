@@ -155,9 +155,10 @@ def run_dino(kind: str, settings: dict, layout: str, side: int, name: str, pixel
 
 
 def run_blip(name: str, kind: str, shapes: dict | None, count: int):
+    from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
+
     from eg3d_rlhf.models.blip import BlipSizes
     from eg3d_rlhf.models.weights import adopt
-    from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
 
     if shapes is None:
         shapes = {n: list(t.shape) for n, t in Reward3dNetwork(kind, BlipSizes(**BLIP)).state_dict().items()}

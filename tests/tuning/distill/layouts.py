@@ -238,7 +238,7 @@ def write_mvdream(folder: Path, form: str) -> Path:
 def write_blip_reward(folder: Path, kind: str) -> Path:
     """ImageReward.pt or Reward3D_*.pt with BERT's tokenizer/ beside it -> the file."""
     from eg3d_rlhf.models.blip import VISION, BlipSizes
-    from eg3d_rlhf.rewards.pictures.reward3d import Reward3dNetwork
+    from eg3d_rlhf.rewards.images.reward3d import Reward3dNetwork
 
     words = write_bert_tokenizer(folder / "tokenizer") + 2
     sizes = BlipSizes(

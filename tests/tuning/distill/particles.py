@@ -17,8 +17,8 @@ from eg3d_rlhf.tuning.distill.gradients import distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.ramps import TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import TimeWindow
 
 B = 256
 PROMPT = "thing"

@@ -13,14 +13,14 @@ from eg3d_rlhf.generators.assets.views import FourViews
 from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
 from eg3d_rlhf.rewards.boxes import noses
-from eg3d_rlhf.rewards.pictures.judges import plausibility
+from eg3d_rlhf.rewards.images.pairwise_evaluators import plausibility
 from eg3d_rlhf.tuning.distill.gradients import target_loss
 from eg3d_rlhf.tuning.distill.guidance.geometry import GeometryReward, ProgressiveGeometry
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, GeometrySettings, SdsSettings
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
-from eg3d_rlhf.tuning.distill.ramps import TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import TimeWindow
 
 BLACK = torch.zeros(3)
 

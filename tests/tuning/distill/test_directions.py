@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eg3d_rlhf.rewards.pictures.analytic import Inverted
+from eg3d_rlhf.rewards.images.analytic import Inverted
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.guidance.denoiser import direction_of, mixture
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds

@@ -6,8 +6,8 @@ import torch
 from eg3d_rlhf.tuning.distill.gradients import Balance, norm_per_asset
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings
-from eg3d_rlhf.tuning.distill.ramps import Ramp
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from tests.tuning.distill.particles import BRIEF, Along, gain, optimise, plain, prior, some
 
 STREAMS = Streams(seed=1)

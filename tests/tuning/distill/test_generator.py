@@ -15,9 +15,9 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.modes import jobs, label, reward_training, samples, study
-from eg3d_rlhf.people.label.drawing import surface
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan
+from eg3d_rlhf.people.label.shape_rendering import surface
 from eg3d_rlhf.people.study.design import read_design, study_pairs
 from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem

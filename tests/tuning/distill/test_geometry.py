@@ -7,10 +7,10 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.rewards.depth import Depth
+from eg3d_rlhf.rewards.images.analytic import OneNose
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.settings import PatchOptions
 from eg3d_rlhf.rewards.meshes.surfaces import cube
-from eg3d_rlhf.rewards.pictures.analytic import OneNose
 from eg3d_rlhf.rewards.points import LevelSetPoints
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill.guidance.geometry import (

@@ -16,7 +16,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.generators.assets.asset import load_assets
 from eg3d_rlhf.generators.assets.latents import Latents
-from eg3d_rlhf.rewards.pictures.analytic import OneNose
+from eg3d_rlhf.rewards.images.analytic import OneNose
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill import scene_heads as heads
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig

@@ -15,7 +15,7 @@ import torch
 from eg3d_rlhf.core.interfaces import RewardModel
 from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards import boxes as problem
-from eg3d_rlhf.rewards.pictures.analytic import Inverted, ModeDistance, Random
+from eg3d_rlhf.rewards.images.analytic import Inverted, ModeDistance, Random
 from eg3d_rlhf.tuning.distill.guidance.dreamdpo import DreamDpo
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
@@ -26,8 +26,8 @@ from eg3d_rlhf.tuning.distill.guidance.settings import (
     SdsSettings,
 )
 from eg3d_rlhf.tuning.distill.priors.tiny_unet import load_view_prior
-from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp, TimeWindow
 from tests.tuning.distill.particles import optimise
 from tests.tuning.distill.problem_runs import exact_prior
 

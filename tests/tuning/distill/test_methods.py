@@ -29,8 +29,8 @@ from eg3d_rlhf.tuning.distill.guidance.settings import (
     SdsSettings,
 )
 from eg3d_rlhf.tuning.distill.methods import PRESETS
-from eg3d_rlhf.tuning.distill.ramps import Ramp
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from tests.rejections import raising
 from tests.tuning.distill.particles import PROMPT, Along, Prefers, Towards, optimise, prior, some
 

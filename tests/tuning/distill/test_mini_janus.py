@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.rewards import boxes as problem
+from eg3d_rlhf.rewards.images.analytic import ModeDistance, OneNose, occupancy
+from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
 from eg3d_rlhf.rewards.meshes.patches import MeshReader
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from eg3d_rlhf.rewards.meshes.surfaces import cube
-from eg3d_rlhf.rewards.meshes.train import MeshTraining, meshes_of
-from eg3d_rlhf.rewards.pictures.analytic import ModeDistance, OneNose, occupancy
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, DreamRewardSettings

@@ -9,8 +9,8 @@ import torch
 from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.psd import Psd
 from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings, PsdSettings, RankingSettings
-from eg3d_rlhf.tuning.distill.ramps import Ramp
 from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from tests.tuning.distill.particles import (
     BRIEF,
     Along,

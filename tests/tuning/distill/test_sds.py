@@ -8,8 +8,8 @@ import torch
 from eg3d_rlhf.tuning.distill.gradients import distillation_loss, target_loss
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
-from eg3d_rlhf.tuning.distill.ramps import Ramp, TimeWindow
 from eg3d_rlhf.tuning.distill.schedule import Streams, draw_times
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp, TimeWindow
 from tests.rejections import raising
 from tests.tuning.distill.particles import PROMPT, optimise, prior
 

@@ -16,7 +16,7 @@ from eg3d_rlhf.generators import KEPT, find_network, of, ws_of_seeds
 from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.slab_network import RewardModel
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop, EarlyStopConfig, consistency, replaces
-from eg3d_rlhf.tuning.gan.monitor import PSI
+from eg3d_rlhf.tuning.gan.heldout_metrics import PSI
 from tests import tiny_runs
 from tests.rejections import rejected
 from training import networks, storage

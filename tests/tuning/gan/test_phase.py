@@ -17,7 +17,7 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from eg3d_rlhf.tuning.gan import settings as gan_settings
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
-from eg3d_rlhf.tuning.gan.run import build
+from eg3d_rlhf.tuning.gan.reward_run import build
 from tests import tiny_runs
 from tests.rejections import raising, rejected
 from tests.tiny_runs import assert_same, state, train_flags

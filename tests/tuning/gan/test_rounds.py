@@ -15,8 +15,8 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.reward import load_reward
+from eg3d_rlhf.tuning.gan import reward_run as gan_run
 from eg3d_rlhf.tuning.gan import rounds
-from eg3d_rlhf.tuning.gan import run as gan_run
 from eg3d_rlhf.tuning.gan.early_stop import consistency
 from eg3d_rlhf.tuning.gan.rounds import Ledger, run_rounds, table
 from tests import tiny_rounds, tiny_runs
@@ -210,7 +210,7 @@ def cut(monkeypatch, where, name: str, after: bool, times: int = 1) -> None:
 CUTS = {  # where, function, after its work, at which call
     "before labels are written": (rounds, "write_labels", False, 1),
     "before labels are noted": (Ledger, "note", False, 1),
-    "in the rewards": ("eg3d_rlhf.rewards.train", "_epoch", True, 14),
+    "in the rewards": ("eg3d_rlhf.rewards.network_training", "_epoch", True, 14),
     "rewards are stored": (Ledger, "note", False, 2),
     "before tuning": (gan_run, "build", False, 1),
     "in tuning": ("training.loop.TrainingLoop", "step", True, 2),

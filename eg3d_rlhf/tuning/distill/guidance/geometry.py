@@ -32,7 +32,7 @@ from eg3d_rlhf.rewards.reward import Reward, load_reward
 from eg3d_rlhf.rewards.solid import Solid
 from eg3d_rlhf.tuning.distill.gradients import Balance
 from eg3d_rlhf.tuning.distill.guidance.settings import GeometrySettings
-from eg3d_rlhf.tuning.distill.ramps import Ramp
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from training.storage import read_meta
 
 

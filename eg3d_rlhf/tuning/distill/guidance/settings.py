@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from eg3d_rlhf.tuning.distill.ramps import Ramp
+from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
 from training.config import Knobs, check_knobs, knob
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import nn
 from eg3d_rlhf.core.bundled import VIEW_PRIOR
 from eg3d_rlhf.generators.assets.views import DISTANCE, evenly_around, network_cameras
 from eg3d_rlhf.rewards.boxes import SIDES
-from eg3d_rlhf.tuning.distill.ramps import STEPS
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS
 from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"

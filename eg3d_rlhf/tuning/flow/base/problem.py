@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, pairs_of_conditions
-from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from training.phases import derive_seed
 

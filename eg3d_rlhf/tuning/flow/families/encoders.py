@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from eg3d_rlhf.models.dino import read_dino
-from eg3d_rlhf.models.pictures import on_black, read_cut_out
+from eg3d_rlhf.models.image_preprocessing import on_black, read_cut_out
 from eg3d_rlhf.models.weights import require_extra
 from eg3d_rlhf.tuning.flow.base.conditioning import NULL, Conditions
 from eg3d_rlhf.tuning.flow.families.folder import embedding

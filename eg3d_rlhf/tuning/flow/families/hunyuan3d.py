@@ -28,7 +28,7 @@ from eg3d_rlhf.models.hunyuan3d import (
     ShapeDecoder,
     ShapeEncoder,
 )
-from eg3d_rlhf.models.pictures import on_white, read_cut_out, short_side
+from eg3d_rlhf.models.image_preprocessing import on_white, read_cut_out, short_side
 from eg3d_rlhf.models.weights import empty
 from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, SizedStage

@@ -24,7 +24,7 @@ from torch import nn
 
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.core.shapes import check_shape
-from eg3d_rlhf.models.pictures import ObjectCut, object_inputs, read_cut_out
+from eg3d_rlhf.models.image_preprocessing import ObjectCut, object_inputs, read_cut_out
 from eg3d_rlhf.models.sam3d import SHAPE, LatentConfig, MixtureConfig, MixtureFlow, VoxelFlow, VoxelFlowConfig
 from eg3d_rlhf.models.sparse import Batch, Latent, NamedBatch, NamedSample, SparseBatch
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of

@@ -26,7 +26,7 @@ from torch import nn
 
 from eg3d_rlhf.core.plain_yaml import read_yaml
 from eg3d_rlhf.models.dino import DinoConfig, from_hub
-from eg3d_rlhf.models.pictures import ObjectCut
+from eg3d_rlhf.models.image_preprocessing import ObjectCut
 from eg3d_rlhf.models.sam3d import (
     Embedder,
     LatentConfig,

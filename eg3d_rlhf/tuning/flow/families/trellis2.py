@@ -25,7 +25,7 @@ from torch import nn
 from eg3d_rlhf.core.interfaces import Mesh
 from eg3d_rlhf.geometry.dual_grid import DualGrid, dual_grid
 from eg3d_rlhf.models.dino import Dino3, read_dino3
-from eg3d_rlhf.models.pictures import on_black_first, read_cut_out
+from eg3d_rlhf.models.image_preprocessing import on_black_first, read_cut_out
 from eg3d_rlhf.models.sparse import Batch, Latent, SparseBatch, SparseSample
 from eg3d_rlhf.models.trellis.autoencoders import grid_of, voxels_of
 from eg3d_rlhf.models.trellis2 import Flow, VoxelAsset, VoxelDecoder, VoxelEncoder, assets_of

@@ -19,7 +19,8 @@ from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis.blocks import CrossAttention, DenseLayout, SelfAttention
 from eg3d_rlhf.tuning.flow.base.pairs import Lazy, PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.toy.judges import (
+from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES, STAGES, STRUCTURE, VOXELS
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import (
     ChooserOracle,
     FinalOracle,
     LearnedReward,
@@ -28,8 +29,7 @@ from eg3d_rlhf.tuning.flow.toy.judges import (
     human_pairs,
     human_singles,
 )
-from eg3d_rlhf.tuning.flow.toy.names import COLOURS, SHAPES, STAGES, STRUCTURE, VOXELS
-from eg3d_rlhf.tuning.flow.toy.pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import CHOOSING, DEFECTS, HELD_OUT, TRAINED, R, ToyPipeline
 from training.storage import load_strict, read_tensors, write_tensors
 
 PATCH = 2  # places per axis of one token of the structure

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # this family is looked up for --help, which is spared torch
     from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
-    from eg3d_rlhf.tuning.flow.toy.pipeline import ToyAsset, ToyPipeline
+    from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyAsset, ToyPipeline
 
 
 class Toy(FlowFamily):
@@ -52,7 +52,7 @@ class Toy(FlowFamily):
     ) -> ToyPipeline:
         """Read both networks, which are small, in float32."""
         from eg3d_rlhf.tuning.flow.toy.bundled import load_network
-        from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline
+        from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline
 
         return ToyPipeline(load_network(STRUCTURE), load_network(VOXELS), device)
 
@@ -69,7 +69,7 @@ class Toy(FlowFamily):
         from torch import nn
 
         from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
-        from eg3d_rlhf.tuning.flow.toy.pipeline import ToyPipeline
+        from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline
 
         tokens = ToyPipeline(nn.Identity(), nn.Identity()).conditions(texts, STRUCTURE)
         return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
@@ -82,7 +82,7 @@ class Toy(FlowFamily):
         import torch.nn.functional as F
 
         from eg3d_rlhf.geometry.mesh_export import save_mesh
-        from eg3d_rlhf.tuning.flow.toy.pipeline import R
+        from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 
         filled = F.pad(asset.occupancy, (1, 1) * 3)
         # counter-clockwise in the two axes that follow a third

@@ -36,7 +36,7 @@ from eg3d_rlhf.tuning.flow.base.evaluation import evaluate
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
-from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import POLICY, StageResult

@@ -27,7 +27,7 @@ from eg3d_rlhf.tuning.flow.training.latent_reward import (
     scores_of_assets,
     taught_by,
 )
-from eg3d_rlhf.tuning.flow.training.online.draws import Task
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Task
 
 LATENT = "latent"
 DECODED = "decoded"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.experiments import version_0_1
-from eg3d_rlhf.preferences.goodness import read_goodness, read_said
+from eg3d_rlhf.preferences.label_scores import read_goodness, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
@@ -33,9 +33,9 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
     write_import,
 )
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
-from eg3d_rlhf.tuning.flow.base.singles import known_of
+from eg3d_rlhf.tuning.flow.base.single_labels import known_of
 from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
-from eg3d_rlhf.tuning.flow.workspace.work import CHOOSE, TRAIN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, TRAIN, Work
 from training.progress import tqdm
 
 PAIRS = "pairs"

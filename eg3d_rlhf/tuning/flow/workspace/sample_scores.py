@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.families import bundled_family
 from eg3d_rlhf.tuning.flow.training.latent_reward import KIND, load
 from eg3d_rlhf.tuning.flow.workspace.answers import PAIRS
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
-from eg3d_rlhf.tuning.flow.workspace.work import REWARD, SHOWN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, SHOWN, Work
 from training.storage import read_tensors
 
 

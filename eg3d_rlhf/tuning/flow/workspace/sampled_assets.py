@@ -34,7 +34,7 @@ from eg3d_rlhf.tuning.flow.base.ranking import RANKING, read_latents, write_late
 from eg3d_rlhf.tuning.flow.base.sampling import Models, stage_latents, stages_with
 from eg3d_rlhf.tuning.flow.base.stage import Asset, EmptyStructure, Pipeline, Voxels, refusing_empty
 from eg3d_rlhf.tuning.flow.families.opening import hash_of
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 

@@ -35,7 +35,7 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     half_inverted,
     signal_test,
 )
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, check, run_loop, whole_weights
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, check, run_loop, whole_weights
 from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, RANDOMISED, CircularSettings
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage

@@ -15,7 +15,7 @@ from eg3d_rlhf.modes.circular_dpo import TOY_RUN
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
 from eg3d_rlhf.tuning.flow.base.sampling import scores, times, wins
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import weighed
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage

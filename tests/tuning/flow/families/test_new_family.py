@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION
 from eg3d_rlhf.tuning.flow.families import FAMILIES, family_of
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.modes.flow_works import flow
 from tests.rejections import check_message, raising, rejected
 from tests.tuning.flow import point_family

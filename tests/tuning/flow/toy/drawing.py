@@ -3,7 +3,7 @@
 import torch
 
 from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
-from eg3d_rlhf.tuning.flow.toy.pipeline import Defects, ToyAsset, draw_drafts, make_assets, targets
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import Defects, ToyAsset, draw_drafts, make_assets, targets
 
 PERFECT = Defects(floaters=0, holes=0, unrepaired=0, wrong=0, tint=0, noise=0)
 

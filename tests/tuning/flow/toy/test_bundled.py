@@ -17,9 +17,9 @@ from eg3d_rlhf.tuning.flow.toy.bundled import (
     Width,
     toy_problem,
 )
-from eg3d_rlhf.tuning.flow.toy.judges import FinalOracle, LabelOracle
 from eg3d_rlhf.tuning.flow.toy.names import CONDITIONS
-from eg3d_rlhf.tuning.flow.toy.pipeline import R
+from eg3d_rlhf.tuning.flow.toy.toy_oracles import FinalOracle, LabelOracle
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 from tests.tuning.flow.toy.drawing import drawn
 
 

@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.training import latent_reward
 from eg3d_rlhf.tuning.flow.training.accuracy import ordered
 from eg3d_rlhf.tuning.flow.training.latent_accuracy import of_latents
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentTraining, load, save, teach
-from eg3d_rlhf.tuning.flow.training.online.draws import Task
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Task
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
 from training.storage import read_tensors, write_tensors

@@ -17,9 +17,9 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.base.stage import EmptyStructure
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace import sampled_assets as drawings
-from eg3d_rlhf.tuning.flow.workspace import work as works
+from eg3d_rlhf.tuning.flow.workspace import work_folder as works
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work, divide
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work, divide
 from tests.rejections import raising
 from tests.training.test_distributed import finish, start
 
@@ -183,7 +183,7 @@ import sys
 from pathlib import Path
 import torch
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
 from training.distributed import process_group
 torch.set_num_threads(1)
 with process_group(torch.device("cpu"), 2.0) as ranks:

@@ -33,7 +33,12 @@ from eg3d_rlhf.models.policies import link_folder
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS, ProblemSource
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, Lineage, run_loop, whole_weights
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
+    CircularLoop,
+    Lineage,
+    run_loop,
+    whole_weights,
+)
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import NoPairsError
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     ALL,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import used
 from eg3d_rlhf.tuning.flow.training.circular.settings import INVERTED, RANDOMISED

@@ -19,10 +19,10 @@ import torch
 
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.sparse import Batch, collate, coords_of, feats_of, single
-from eg3d_rlhf.preferences.goodness import normal_scores
+from eg3d_rlhf.preferences.label_scores import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
-from eg3d_rlhf.tuning.flow.base.singles import Single
+from eg3d_rlhf.tuning.flow.base.single_labels import Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss

@@ -26,7 +26,7 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     nft_loss,
     outside_clip,
 )
-from eg3d_rlhf.tuning.flow.training.online.draws import Drawn, Explorer
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Drawn, Explorer
 from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.training.online.steps import divergence, log_density

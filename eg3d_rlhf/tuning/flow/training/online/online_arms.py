@@ -29,7 +29,7 @@ from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
-from eg3d_rlhf.tuning.flow.training.online.draws import Explorer, Task
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     DPO,
     OWN,

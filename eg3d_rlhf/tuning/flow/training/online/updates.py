@@ -32,8 +32,8 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import (
     normal_scores,
     several,
 )
-from eg3d_rlhf.tuning.flow.training.online.draws import Drawn, Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.objectives import OnLatents, OnSteps
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Drawn, Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot, decay
 from eg3d_rlhf.tuning.flow.training.pair_training import Order

@@ -28,7 +28,7 @@ from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
 from eg3d_rlhf.tuning.flow.families.sources import check_source
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import Case, folders
 from tests.modes import flow_works
 from tests.rejections import check_message, raising, rejected

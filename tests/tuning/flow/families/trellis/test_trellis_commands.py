@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
 from eg3d_rlhf.tuning.flow.families.trellis_assets import read_ply
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw, drawing_of
-from eg3d_rlhf.tuning.flow.workspace.work import SHOWN, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, Work
 from tests.modes.flow_works import flow
 from tests.rejections import check_message, raising
 from tests.tuning.flow.families.trellis.test_export import adapted

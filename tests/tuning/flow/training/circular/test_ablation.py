@@ -12,10 +12,9 @@ from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import rate, with_interval, write
 from eg3d_rlhf.tuning.flow.base.evaluation import evaluate, spread
 from eg3d_rlhf.tuning.flow.base.settings import Evaluation
-from eg3d_rlhf.tuning.flow.training.circular import ablation
-from eg3d_rlhf.tuning.flow.training.circular import loop as circular_loop
+from eg3d_rlhf.tuning.flow.training.circular import ablation, circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import Ablation, tabled
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop
 from eg3d_rlhf.tuning.flow.training.circular.settings import ARMS, GROUPS, AblationPlan, letters
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.rejections import raising

@@ -8,7 +8,7 @@ import torch
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
 from tests.training.test_distributed import finish, start
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import LoopPairMaker
 from eg3d_rlhf.experiments.store import Store
-from eg3d_rlhf.tuning.flow.training.circular.loop import CircularLoop, run_loop
+from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
 from tests.tuning.flow.tiny_problem import SETTINGS, tiny_problem
 from training.distributed import process_group
 torch.set_num_threads(1)

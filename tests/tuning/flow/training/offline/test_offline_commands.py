@@ -17,17 +17,17 @@ from eg3d_rlhf.modes import offline as commands
 from eg3d_rlhf.modes.flow_new import new
 from eg3d_rlhf.modes.flow_sample import sample
 from eg3d_rlhf.modes.offline import default_run
-from eg3d_rlhf.preferences.goodness import of_votes
+from eg3d_rlhf.preferences.label_scores import of_votes
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.pairs import Lazy
 from eg3d_rlhf.tuning.flow.base.ranking import Candidate, read_latents
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, generate
-from eg3d_rlhf.tuning.flow.base.singles import Labelled
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.families import opening
-from eg3d_rlhf.tuning.flow.toy.pipeline import TRAINED
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import TRAINED
 from eg3d_rlhf.tuning.flow.training.offline.settings import ARMS, OfflineRun, SinglesConfig
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
-from eg3d_rlhf.tuning.flow.workspace.work import Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.rejections import rejected
 from tests.tuning.flow import point_family
 from tests.tuning.flow.tiny_points import conditions, write_folder

@@ -11,7 +11,7 @@ import torch
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.sparse import feats_of
-from eg3d_rlhf.preferences.goodness import as_used, normal_scores, of_ranks
+from eg3d_rlhf.preferences.label_scores import as_used, normal_scores, of_ranks
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage

@@ -14,7 +14,7 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.models.sparse import feats_of
 from eg3d_rlhf.tuning.flow.base.sampling import crossed, scores
 from eg3d_rlhf.tuning.flow.base.stage import stage_of
-from eg3d_rlhf.tuning.flow.training.online.draws import Explorer, Task
+from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import LOSSES, OnlineConfig
 from eg3d_rlhf.tuning.flow.training.online.updates import OnlineUpdates, online_signs, train_online
 from eg3d_rlhf.tuning.flow.training.trainer import policy_and_reference

@@ -10,7 +10,7 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.tuning.flow.base.sampling import generate
 from eg3d_rlhf.tuning.flow.families.opening import open_problem
 from eg3d_rlhf.tuning.flow.families.trellis import FAMILY
-from eg3d_rlhf.tuning.flow.toy.pipeline import R, ToyAsset
+from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R, ToyAsset
 from eg3d_rlhf.tuning.flow.training.online.online_arms import reward_of
 from eg3d_rlhf.tuning.flow.training.online.solid import SolidReward, grid_of, rules_for
 from eg3d_rlhf.tuning.flow.training.settings import ArmsSource

@@ -1,0 +1,93 @@
+"""Measures and pictures of mesh files, in a process of its own with limits on memory and time: a hostile file
+ends there, as a row.
+
+Example:
+    python -m eg3d_rlhf.evaluation.mesh_validation_worker < requests.jsonl
+"""
+
+import base64
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+
+from eg3d_rlhf.experiments.process import serve_requests
+from eg3d_rlhf.geometry.files.triangles import read_triangles
+from eg3d_rlhf.measures.meshes.clean import CleanMesh, clean_mesh, face_areas
+from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
+from eg3d_rlhf.measures.meshes.settings import MeasureOptions
+from eg3d_rlhf.measures.meshes.space import Space
+
+# of a file
+MAX_BYTES = 512 << 20
+MAX_TRIANGLES = 2_000_000
+# address space, of which the libraries take most; processor time of one file
+MEMORY = 8 << 30
+SECONDS = 600
+SIDE = 192  # pixels of a picture
+_VIEW = np.array([0.55, 0.4, 0.75])  # from where it is drawn, y up
+# colours of outsides and insides
+_FRONT = np.array([0.78, 0.80, 0.83])
+_BACK = np.array([0.90, 0.45, 0.10])
+
+
+def mesh_of(path: Path, tolerance: float, up: str) -> CleanMesh:
+    """The file's mesh as it is measured. Raises: ValueError, OSError."""
+    size = path.stat().st_size
+    if not 0 < size <= MAX_BYTES:
+        raise ValueError(f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {size:,} bytes")
+    vertices, faces = read_triangles(path)
+    if len(faces) > MAX_TRIANGLES:
+        raise ValueError(f"expected up to {MAX_TRIANGLES:,} triangles, got {len(faces):,}")
+    return clean_mesh(vertices, faces, tolerance, up)
+
+
+def picture(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
+    """The mesh from the front and above, uint8 [side, side, 4]: grey outside, orange inside, so that holes
+    and inverted faces show.
+    """
+    forward = -_VIEW / np.linalg.norm(_VIEW)
+    right = np.cross(forward, [0, 1, 0])
+    right /= np.linalg.norm(right)
+    upward = np.cross(right, forward)
+    reach = np.abs(mesh.vertices @ np.stack([right, upward], axis=1)).max() * 1.05
+    axis = (np.arange(2 * side) + 0.5) / side - 1  # twice as fine as the picture
+    x, y = np.meshgrid(axis * reach, -axis * reach)
+    origins = x.reshape(-1, 1) * right + y.reshape(-1, 1) * upward - 2 * forward
+    distance, face = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
+    normals = face_areas(mesh)[0][face]
+    facing = -(normals @ forward)
+    light = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
+    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]
+    shown = np.concatenate([colour, np.ones((len(face), 1))], axis=1) * np.isfinite(distance)[:, None]
+    fine = shown.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
+    fine[..., :3] /= np.maximum(fine[..., 3:], 1e-9)
+    return np.rint(fine.clip(0, 1) * 255).astype(np.uint8)
+
+
+def answer(request: dict) -> dict:
+    """Measures of a file, or its picture as PNG in base64; {"reason": ...} for a file that has none."""
+    try:
+        began = time.process_time()
+        mesh = mesh_of(Path(request["path"]), request["weld"], request["up"])
+        if request["do"] == "picture":
+            from PIL import Image
+
+            out = io.BytesIO()
+            Image.fromarray(picture(mesh)).save(out, "PNG")
+            return {"picture": base64.b64encode(out.getvalue()).decode()}
+        return {
+            **measure_mesh(mesh, MeasureOptions(**request["options"])),
+            "seconds": round(time.process_time() - began, 3),
+        }
+    except (ValueError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            return {
+                "reason": "expected a mesh that can be measured with bounded memory, got one that takes more"
+            }
+        return {"reason": str(error) or type(error).__name__}
+
+
+if __name__ == "__main__":
+    serve_requests(answer, MEMORY, SECONDS)

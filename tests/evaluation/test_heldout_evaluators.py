@@ -1,0 +1,131 @@
+"""The judges of a run's end: outcomes, error reduction of defective heads; a network against itself and
+intact heads in a network's place.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eg3d_rlhf.core import bundled
+from eg3d_rlhf.core.seeds import HeldOut
+from eg3d_rlhf.evaluation import filters, heads
+from eg3d_rlhf.evaluation import heldout_evaluators as judges
+from eg3d_rlhf.evaluation.comparison import Comparison
+from eg3d_rlhf.evaluation.heldout_evaluators import measured
+from eg3d_rlhf.generators import latents
+from eg3d_rlhf.measures.measure import Measure
+from tests.evaluation.comparisons import replaced
+from training.heads.people_mesh import grid_points, whole_grids
+
+N = 32
+UNCLEAR = "no clear change"  # the outcome of an interval that includes 0
+
+
+@pytest.mark.parametrize(
+    ("ends", "way", "expected"),
+    [
+        ((0.1, 0.2), "lower", "worse"),
+        ((0.1, 0.2), "higher", "better"),
+        ((-0.2, -0.1), "lower", "better"),
+        ((-0.2, -0.1), "higher", "worse"),
+        ((-0.1, 0.2), "lower", None),
+        ((0.0, 0.2), "higher", None),
+        ((0.0, 0.0), "lower", None),
+    ],
+)
+def test_outcomes_follow_the_interval_and_the_direction(ends, way, expected):
+    change = {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}
+    row = measured(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
+    assert row["outcome"] == (expected or UNCLEAR)
+    assert row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
+
+
+def whole(seeds) -> np.ndarray:
+    return whole_grids(latents(seeds, 64), N)
+
+
+def cut(shapes: np.ndarray) -> np.ndarray:
+    """Every other shape without what lies behind z = -.05."""
+    back = np.where(np.arange(len(shapes)) % 2, -1.0, -0.05)
+    return np.maximum(shapes, back[:, None, None, None] - grid_points(N)[..., 2])
+
+
+@pytest.fixture
+def healed(unchanged, monkeypatch):
+    """A comparison whose generator makes of every other latent a head without a back before tuning, and whole
+    ones afterwards.
+    """
+    after = replaced(unchanged.after)
+    monkeypatch.setattr(judges, "HEADS", 4)
+    monkeypatch.setattr(judges, "CHOOSING", 2)
+    few = dict(list(filters.FILTERS.items())[:3])
+    for room in (filters, judges):
+        monkeypatch.setattr(room, "FILTERS", few)
+    monkeypatch.setattr(Comparison, "synthetic", True)
+    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: whole(seeds))
+    monkeypatch.setattr(
+        heads,
+        "scans",
+        lambda generator, seeds: whole(seeds) if generator is after.generator else cut(whole(seeds)),
+    )
+    return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
+
+
+def test_a_generator_of_intact_heads_removes_all_error(healed):
+    record = judges.against_ground_truth(healed) | judges.blind_pairs(healed)
+    assert (
+        record["error_reduction"] == 1
+        and record["error_reduction_by_post_processing"] < 0.3
+        and record["defective_n"] == 2
+        and record["heads_n"] == 4
+    )
+    assert (record["intact_degraded"], record["identity_kept"], record["face_moved_voxels"]) == (0, 1, 0)
+    assert (
+        record["fscore_back_of_head"]["before"]
+        < record["fscore_back_of_head"]["after"]
+        == record["fscore_back_of_head"]["intact"]
+        == 1
+    )
+    # two ties
+    assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75
+    columns = {"before", "after", "post_processing", "strongest_post_processing"}
+    assert set(record["heads"]) == columns and record["utility_after"] == pytest.approx(1)
+
+
+def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr(judges, "DEFAULT_ASSET", tmp_path / "none.safetensors")
+    found = judges.shapes(unchanged)
+    assert found["geometry"] == [] and "none.safetensors" in found["shapes_missing"]
+
+
+def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
+    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
+    monkeypatch.setattr(judges, "FAKES", 80)
+    found = judges.geometry(Comparison(**{**vars(unchanged), "memory": {}}))["geometry"]
+    assert len(found) == 3 and {row["outcome"] for row in found} == {UNCLEAR}
+    assert all(row["before"] == row["after"] for row in found)
+
+
+def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 3, ""))
+    monkeypatch.setattr(judges, "resolve_dataset", lambda name: Path(__file__))
+    made = []
+    views = judges.PARTS["views"]
+    monkeypatch.setitem(judges.PARTS, "views", lambda *what: made.append(what) or views(*what))
+
+    def seen(role="before", **change):
+        values = {"data": bundled.DATA, "memory": {}, **change}
+        return judges.seen(Comparison(**{**vars(unchanged), **values}), "views", role)[
+            "depth disagreement"
+        ].tolist()
+
+    first = seen()
+    assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one
+    monkeypatch.setattr(judges, "_bundled_hash", lambda: unchanged.before.hash)
+    assert seen() == seen() == first and len(made) == 2
+    (path,) = tmp_path.rglob("views-*/*.safetensors")
+    path.write_bytes(b"damaged")
+    assert seen() == first and len(made) == 3
+    assert seen("after") == first and seen(psi=0.5) != first and len(made) == 5
