@@ -77,8 +77,8 @@ PLACES = {
     "flow tune": ("circular/human/dpo", "circular/human/lora", "circular/human", "circular"),
 }
 PATHS = {
-    "evaluation_batch": "judging/batch",
-    "table_noises": "judging/per_condition",
+    "evaluation_batch": "evaluation/batch",
+    "table_noises": "evaluation/per_condition",
     "loop_pairs": "circular/loop_pairs/per_pair",
     "loop_beta": "circular/loop/dpo/beta",
     "loop_loser_weight": "circular/loop/dpo/loser_weight",

@@ -87,12 +87,30 @@ MODES_OF_JOBS = {
     "reward mesh": "train --mode=mesh-reward",
     "generator invert": "train --mode=inversion",
 }
-# Values of a flag or a rare setting of a command.
+_LOSSES = ("nft", "grpo", "grpo-plain", "grpo-guard", "dppo", "dgpo", "dpo")
+_ARMS = {f"{loss}-shuffled": f"{loss}-randomised" for loss in _LOSSES}
+# Values of a flag or a rare setting of a command, also within a list.
 VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("report heads", "--held-out"): {"judge": "evaluation"},
     ("reward best-of-n", "--reward-ckpt"): {"soundness": "mesh-validity"},
     ("train --mode=circular-dpo", "--set roles"): {"op": "tuned"},
     ("flow tune", "--set roles"): {"op": "tuned"},
+    ("train --mode=circular-dpo", "--ablate"): {
+        "anchor": "regulariser",
+        "shuffled": "randomised",
+        "turned": "inverted",
+    },
+    ("train --mode=online", "--arms"): _ARMS,
+    ("train --mode=grpo", "--arms"): _ARMS,
+    ("train --mode=offline", "--arms"): {
+        "shuffled": "randomised",
+        "dpo-shuffled": "dpo-randomised",
+    },
+    ("report controlled-study", "--only"): {
+        "coin": "randomised",
+        "turned": "inverted",
+        "filter": "post-processing",
+    },
 }
 # Commands whose --seeds was a number of trainings, counted from --seed, and is a list of training seeds now.
 COUNTED = (

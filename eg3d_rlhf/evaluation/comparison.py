@@ -337,7 +337,7 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
         path is None
         and used
         and Path(used).is_file()
-        and file_hash(used) == settings.get("hashes", {}).get("watch")
+        and file_hash(used) == settings.get("hashes", {}).get("heldout")
     ):
         path = Path(used)
     elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():

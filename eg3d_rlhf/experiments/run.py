@@ -316,7 +316,7 @@ def recorded(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}. Restore the file.") from error
-    return version_0_1.settings(values) if isinstance(values, dict) else {}
+    return version_0_1.options(values) if isinstance(values, dict) else {}
 
 
 def next_free(outdir: Path, name: str) -> Path:

@@ -22,7 +22,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     },
     heldout_reward={
         "show_default": "the annotator, for synthetic heads",
-        "help": "Second reward as the judge.",
+        "help": "Held-out reward as the evaluator.",
     },
 )
 @option(
@@ -41,12 +41,12 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     data="What the generator was trained on; else the run's own.",
 )
 def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
-    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a
-    judge say what that is worth.
+    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and an
+    evaluator says what that is worth.
 
     A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
-    members and all its aggregates are compared. The judge is the annotator without noise for synthetic heads,
-    else the reward that --heldout-reward names.
+    members and all its aggregates are compared. The evaluator is the simulated annotator without noise for
+    synthetic heads, else the reward that --heldout-reward names.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
         single, joined = arms(trial)
         known = {
             "networks": trial.networks(),
-            "judge": "annotator" if trial.judge is None else "reward",
+            "evaluator": "annotator" if trial.evaluator is None else "reward",
             "arms": [*single, *joined],
         }
         print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)})

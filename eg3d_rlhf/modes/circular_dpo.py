@@ -27,7 +27,7 @@ from eg3d_rlhf.modes.flow_flags import (
     unset_option,
 )
 from eg3d_rlhf.modes.shared_flags import rare_option
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation, ProblemSource
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     ARMS,
     GROUPS,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def check_judges(flags: Flags, problem: "Problem") -> None:
-    """Refuse flags of judging and of early stopping that a problem has no use for.
+    """Refuse flags of the evaluation and of early stopping that a problem has no use for.
 
     Raises: ValueError naming them.
     """
@@ -131,7 +131,7 @@ table_flags = together(
         "Assets per held-out condition behind a win rate in training; 0: none, no early stop.",
         rare=True,
     ),
-    options_of(Judging),
+    options_of(Evaluation),
     unset_option(
         "--seeds",
         TABLE,
@@ -169,21 +169,21 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    judging = flags.of(Judging)
+    evaluation = flags.of(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=source_of(ProblemSource, flags),
         stage=flags["stage"],
         groups=groups,
         training_seeds=training_seeds(flags, 3) if groups else (),
-        judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
+        evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
-    if "anchor" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
+    if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
-            "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the"
-            " arm out."
+            "--ablate=regulariser: expected a regulariser to train on, got --loop-sft-weight=0. Raise it,"
+            " or leave the arm out."
         )
     return run
 

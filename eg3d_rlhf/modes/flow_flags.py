@@ -13,7 +13,7 @@ from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation, ProblemSource
 from eg3d_rlhf.tuning.flow.families import check_source
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings, LoopPairsConfig, Weighing
 from eg3d_rlhf.tuning.flow.training.settings import ArmsRun, DpoConfig, TrainConfig
@@ -238,7 +238,7 @@ arms_table_flags = together(
         rare=True,
     ),
     rare_option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run."),
-    options_of(Judging),
+    options_of(Evaluation),
 )
 
 
@@ -269,7 +269,7 @@ def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[st
         "arms": arms,
         "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
         "choosing": choosing,
-        "judging": replace(defaults.judging, **flags.of(Judging)),
+        "evaluation": replace(defaults.evaluation, **flags.of(Evaluation)),
         "summary": not flags["no_summary"],
     }
 

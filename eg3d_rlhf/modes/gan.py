@@ -501,7 +501,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
 
         known = {**s.to_dict(), "hashes": run.hashes()}
         finish(
-            Evaluation(known, of(objects.before), objects.reward, objects.watch, objects.early_stop),
+            Evaluation(known, of(objects.before), objects.reward, objects.monitor, objects.early_stop),
             objects.loop,
             run.began,
         )

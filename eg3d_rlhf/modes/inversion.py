@@ -104,12 +104,12 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
     from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
     from eg3d_rlhf.evaluation.inversion.targets import (
-        Judges,
-        annotator_judge,
+        Evaluators,
+        annotator_evaluator,
         of_file,
         of_seed,
         parse_camera,
-        reward_judge,
+        reward_evaluator,
     )
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
     from eg3d_rlhf.experiments.media.video import check_mp4
@@ -140,13 +140,17 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
     watch = rewards.get("heldout-reward")
-    judges = Judges(reward=reward)
+    evaluators = Evaluators(reward=reward)
     if watch is not None:
-        judges = Judges(
-            reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.heldout_reward or '').stem}"
+        evaluators = Evaluators(
+            reward=reward,
+            evaluator=reward_evaluator(watch),
+            name=f"reward {Path(s.heldout_reward or '').stem}",
         )
     elif judged_by_annotator(loaded, s.data):
-        judges = Judges(reward=reward, judge=annotator_judge, name="the annotator without noise")
+        evaluators = Evaluators(
+            reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
+        )
     if s.image is not None:
         cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:
@@ -160,7 +164,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
         perceptual=features,
         prior=prior_of(generator),
         guidance=None if reward is None else Guidance(generator, reward),
-        judges=judges,
+        evaluators=evaluators,
         cases=cases,
         weights=s.weights,
         config=s.config,
@@ -192,12 +196,16 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         report.draw(inversions, case, shape_res, turns)
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
-    said = {"perceptual": setup.perceptual.name, "judge": setup.judges.name, "targets": len(setup.cases)}
+    said = {
+        "perceptual": setup.perceptual.name,
+        "evaluator": setup.evaluators.name,
+        "targets": len(setup.cases),
+    }
     write_json(folder / "inversion.json", {**said, **summary, "records": records})
     parts = report.jobs(inversions)
     findings = pages.run(parts, folder, quiet=True)
     count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
-    says = report.verdict_sentences(summary, setup.judges.name, setup.perceptual.name)
+    says = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
         f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0"
@@ -234,7 +242,7 @@ _FLAGS = together(
         reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
         heldout_reward={
             "show_default": "the annotator, for synthetic heads",
-            "help": "Second reward as the judge.",
+            "help": "Held-out reward as the evaluator.",
         },
         data="What the generator was trained on; else the run's own.",
     ),

@@ -52,7 +52,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     reward, beside = compared(problem, name, numbers, tqdm.write)
-    reward.taught |= {"told": beside.shown()}
+    reward.record |= {"evaluation": beside.shown()}
     click.echo("\n".join(markdown(beside)))
     click.echo(
         f"\n{save(out, reward)}: stage {name}, training seed {numbers[0]}. {beside.pairs} pairs of"

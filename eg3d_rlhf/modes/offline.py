@@ -25,7 +25,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
 )
 from eg3d_rlhf.modes.shared_flags import PATH
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.training.offline.settings import (
     ARMS,
@@ -73,9 +73,9 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
             singles=TOY_SINGLES[loss],
             dpo=TOY_DPO,
             choosing=Choosing(per_condition=4),
-            judging=Judging(per_condition=4),
+            evaluation=Evaluation(per_condition=4),
         )
-    return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), judging=Judging(batch=4))
+    return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
 what_flags = together(

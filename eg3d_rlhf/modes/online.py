@@ -22,7 +22,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuned_as,
     tuning_flags,
 )
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     ARMS,
     KINDS,
@@ -84,7 +84,7 @@ TOY_RUN = OnlineRun(
         checkpoint_every=20,
         max_drop=1.0,
     ),
-    judging=Judging(per_condition=4),
+    evaluation=Evaluation(per_condition=4),
 )
 
 # --mode=grpo on the toy: 3,200 samples, chosen with the second judge on CHOOSING by a training seed that its
@@ -102,7 +102,7 @@ _EVERY_STEP = OnlineConfig(
     advantage="group",
     trained_steps=3,
     clip_range=1e-3,
-    max_away=None,
+    max_drift=None,
     held_out_every=25,
     log_every=5,
     checkpoint_every=10,
@@ -136,7 +136,7 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
-    return OnlineRun(losses=losses, dpo=TrainConfig(), judging=Judging(batch=4))
+    return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
 what_flags = together(
@@ -168,7 +168,7 @@ arms_flag = option(
     metavar="LIST",
     show_default="--loss alone",
     help=(
-        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted"
+        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -randomised or -inverted"
         " rewards; or all."
     ),
 )
@@ -277,7 +277,7 @@ def mode_named(name: str, preset: str) -> Mode:
     \b
     Examples:
         python train.py --mode={name}
-        python train.py --mode={name} --arms={preset},{preset}-shuffled,{preset}-inverted,dpo
+        python train.py --mode={name} --arms={preset},{preset}-randomised,{preset}-inverted,dpo
         python train.py --mode={name} --stage=structure --kl=0.3
     """,
     )

@@ -61,9 +61,9 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     from eg3d_rlhf.experiments.table import figure_table
 
     seeds = PLACES[place].take(n)
-    columns, broken = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
-    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("repaired",))))
-    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {broken} broken before.")
+    columns, defective = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
+    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
+    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {defective} defective before.")
     if out is not None:
         data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
         write_atomic(out, json.dumps(data, indent=1).encode())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
@@ -244,7 +244,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         return
     parts = attribution.jobs(study)
     findings = pages.run(parts[:1], outdir)
-    for name in findings["regions"].pictures.values():
+    for name in findings["regions"].images.values():
         click.echo(f"The regions are drawn in {outdir / 'data' / name}; the attribution follows.")
     findings |= pages.run(parts[1:], outdir)
     words = attribution_summary(findings)
@@ -356,7 +356,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
         click.echo(f"Written to {folder}: {PAIRS}")
         return
     written = write_pictures(c, folder)
-    click.echo(json.dumps(surface_change(c, JUDGE.take(CHANGED))))
+    click.echo(json.dumps(surface_change(c, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
 

@@ -134,7 +134,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     for name, row in result["intervals"].items():
         click.echo(
             f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f}"
-            f" {row['rejects_half']:>15.1%}"
+            f" {row['rejects_50_percent']:>15.1%}"
         )
 
 

@@ -150,7 +150,7 @@ def small(monkeypatch):
 
 
 def sizes(finding, folder):
-    return {name: PIL.Image.open(folder / name).size for name in finding.pictures.values()}
+    return {name: PIL.Image.open(folder / name).size for name in finding.images.values()}
 
 
 def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):

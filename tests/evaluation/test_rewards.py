@@ -236,5 +236,5 @@ def test_independence_of_the_second_reward(tiny_comparison):
 def test_bundled_networks_have_all_three_measures(tmp_path):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=2, images=16))
     found = rewards.overoptimisation(c, tmp_path)
-    assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.JUDGE]
+    assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.ORACLE]
     assert all(any(name in line for line in found.says) for name in found.data["curves"])

@@ -174,11 +174,11 @@ def test_memory_and_time_are_told_and_a_device_too_small_is_refused(tmp_path, mo
     cpu = torch.device("cpu")
     family = family_of(root, say=lambda text: None)
     small = list(takes(family, root, cpu, "float32", [1]))
-    assert len(small) == 1 and not any("draw" in line or "lora" in line for line in small)
+    assert len(small) == 1 and not any("sample" in line or "lora" in line for line in small)
     monkeypatch.setattr(fit, "LARGE", 1)
     monkeypatch.setattr(estimate, "speed", lambda device, precision: 1e9)
     lines = list(takes(family, root, cpu, "float32", [1, 2]))
-    assert sum("draw" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
+    assert sum("sample" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1 << 10)
     with raising("GiB", "'shape'"):
         list(takes(family, root, cpu, "float32", [1]))

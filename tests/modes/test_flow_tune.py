@@ -125,7 +125,7 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     assert (labels["answers"], labels["pairs"], labels["ties"]) == (19, 19, 0)
     assert (tune / "control" / "structure").is_dir()
     # answers by the files' hashes
-    assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]
+    assert found["learnable_signal"] == (tune / "structure").is_dir() and not found["learnable_signal"]
     again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
     assert NOTHING in again.lower()
     assert made.numbered("tune") == [tune] and json.loads((tune / "report.json").read_text()) == report
@@ -267,6 +267,9 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
         found = [clustered_rate((0.5 * (1 + gain.sign())).numpy(), names) for gain in gains]
         said = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in found)
         print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(said)}")
-    assert all(found["learnt"] for of in reports.values() for found in of.values())
-    assert not any(found["runs_away"] for found in reports[0].values()) and reports[1]["voxels"]["runs_away"]
+    assert all(found["learnable_signal"] for of in reports.values() for found in of.values())
+    assert (
+        not any(found["likelihood_displacement"] for found in reports[0].values())
+        and reports[1]["voxels"]["likelihood_displacement"]
+    )
     assert wins[0].lo > 0.5 > wins[1].hi

@@ -99,7 +99,7 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     assert run.name.endswith("frontal-depth-lambda1") and "Warning" not in result.stderr
     lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(
-        {"RLHF/reward", "Watch/reward", "Watch/second"} <= line.keys() for line in lines
+        {"RLHF/reward", "Monitored/reward", "Monitored/heldout"} <= line.keys() for line in lines
     )
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed)

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.weights import below
@@ -205,7 +206,7 @@ TABLE = "table.json"
 ARMS: dict[str, dict] = {
     "lambda 1": {"divergence": 1.0},
     "lambda 0": {"divergence": 0.0},
-    "shuffled": {"randomised": True},
+    "randomised": {"randomised": True},
     "area only": {"area_only": True},
 }
 
@@ -258,7 +259,9 @@ def run_table(
         for k, v in options.to_dict().items()
         if k not in ("seed", "divergence", "randomised", "area_only")
     }
-    known = json.loads(path.read_text()) if path.is_file() else {"training": settings, "rows": {}}
+    known = {"training": settings, "rows": {}}
+    if path.is_file():
+        known = version_0_1.mesh_table(json.loads(path.read_text()))
     if known["training"] != json.loads(json.dumps(settings)):
         raise ValueError(
             f"--resume: expected a table of the same settings, got another in {path}. Name another folder."

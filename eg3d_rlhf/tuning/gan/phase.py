@@ -329,11 +329,11 @@ class RewardTerms:
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
             part = weight * stats[statistic]
             if name == "lambda_sigma" and config.consistency_gate < 1:
-                stats["RLHF/held"] = self._gate(untuned, places)
-                part = part * stats["RLHF/held"]
+                stats["RLHF/consistency_weight"] = self._gate(untuned, places)
+                part = part * stats["RLHF/consistency_weight"]
             parts.append(part)
         loss = functools.reduce(torch.add, parts)
-        return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+        return Loss(loss, {**stats, "Loss/Grlhf/consistency": loss})
 
     @torch.no_grad()
     def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:

@@ -289,7 +289,7 @@ def test_c3(tmp_path):
     without = table["lambda 0"]
     assert min(with_term["auc"], without["auc"]) >= 0.9
     assert with_term["divergence_fixed"] >= 2 * without["divergence_fixed"]  # the term drives the kinds apart
-    assert abs(table["shuffled"]["auc"] - 0.5) <= 0.1
+    assert abs(table["randomised"]["auc"] - 0.5) <= 0.1
     assert (
         table["area only"]["auc_by_kind"]["second-nose"] < 0.65 < 0.9 <= without["auc_by_kind"]["second-nose"]
     )

@@ -152,7 +152,7 @@ def test_what_two_rounds_leave(straight, shaped):
     for entry, found in zip((first, second), tuned, strict=True):
         assert entry["tuned"]["generator"] == found.hash != before.hash and entry["tuned"]["images"] == 8
         assert entry["tuned"]["distance"] == pytest.approx(consistency(found.G, before.G, 32).mean())
-        assert set(entry["tuned"]["watch"]) == {"reward", "second", "utility"}
+        assert set(entry["tuned"]["monitored"]) == {"reward", "heldout", "utility"}
     assert json.loads((straight / "summary.json").read_text())["rounds"] == [first, second]
     assert len(table(Ledger(straight))) == 3
 
@@ -269,7 +269,7 @@ def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(
     assert options["init"] == str(folder / first["tuned"]["files"][0][0]) and options["reference"] == str(
         shaped
     )
-    assert set(options["hashes"]) == {"init", "reference", "reward", "watch"} and options["rounds"] == 0
+    assert set(options["hashes"]) == {"init", "reference", "reward", "heldout"} and options["rounds"] == 0
     assert second["tuned"]["generator"] != ledger_of(straight)[1]["tuned"]["generator"]
     state = checkpoint.read(folder / "round-2" / "tuning")[0]
     assert torch.equal(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, Models
     from training.distributed import Ranks
 
-TABLE = "Judging and ablation"  # title of its flags
-JUDGES = ("final", "chooser", "reward")
+TABLE = "Evaluation and ablation"  # title of its flags
+EVALUATORS = ("final", "chooser", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,9 @@ class Choosing(Knobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging(Knobs):
-    """What is generated for the table: the same noises whatever is judged, so that generators are compared
-    pair by pair.
+class Evaluation(Knobs):
+    """Samples of the table: the same noises for every generator, so that generators are compared pair by
+    pair.
     """
 
     per_condition: int = knob(

@@ -114,7 +114,7 @@ def open_folder(
         unseen_pairs=pairs_under([*choosing, *held]),
         reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None,
-        final=fitted("final judge", held) if judged else None,
+        final=fitted("final evaluator", held) if judged else None,
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         fit_reward=(
             None if fit is None or last not in folders else lambda pairs, seed: fit(pipeline, pairs, "reward")

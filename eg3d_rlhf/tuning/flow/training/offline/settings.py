@@ -64,11 +64,11 @@ LABELS = "labels"
 DPO = "dpo"
 ARMS = {
     LABELS: "labels of single assets",
-    "shuffled": "labels shuffled within conditions",
-    "inverted": "labels inverted",
+    "randomised": "randomised labels (within conditions)",
+    "inverted": "inverted labels",
     DPO: "DPO on pairs",
-    "dpo-shuffled": "DPO, pairs turned over by a coin",
-    "dpo-inverted": "DPO, pairs inverted",
+    "dpo-randomised": "DPO, randomised pairs",
+    "dpo-inverted": "DPO, inverted pairs",
 }
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
 OWN_KINDS = ("thumbs", "ranks")  # what the toy's own people say of single assets

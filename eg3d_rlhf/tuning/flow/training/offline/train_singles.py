@@ -26,7 +26,7 @@ from eg3d_rlhf.tuning.flow.base.single_labels import Labelled, Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import used
-from eg3d_rlhf.tuning.flow.training.circular.settings import SHUFFLED, TURNED
+from eg3d_rlhf.tuning.flow.training.circular.settings import INVERTED, RANDOMISED
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
 from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, DPO, NFT, SinglesConfig
@@ -130,7 +130,7 @@ class LabelPasses(Passes[Example]):
     columns = (
         ("agreement", "agreement", "<5.3f"),
         ("distance", "distance", "<8.2e"),
-        ("left", "left", "<6.3f"),
+        ("drift", "drift", "<6.3f"),
     )
 
     def velocities(
@@ -148,7 +148,7 @@ class LabelPasses(Passes[Example]):
         )
 
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Samples; distance from the reference, and what share it is of the reference's own error (left);
+        """Samples; distance from the reference, and what share it is of the reference's own error (drift);
         agreement: the share of samples that are not even whose label says whether the policy knows them
         better than the reference.
         """
@@ -160,16 +160,16 @@ class LabelPasses(Passes[Example]):
             "grad_norm": norm,
             "samples": int(n),
             "distance": distance / n,
-            "left": distance / error if error else 0.0,
+            "drift": distance / error if error else 0.0,
             "agreement": right / uneven if uneven else 0.5,
         }
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
-        last = next((line for line in reversed(lines) if "left" in line), None)
-        if last is not None and last["left"] > FAR:
+        last = next((line for line in reversed(lines) if "drift" in line), None)
+        if last is not None and last["drift"] > FAR:
             got = (
-                f"step {last['step']}: velocities are {last['left']:.2f} of the untuned network's error away"
+                f"step {last['step']}: velocities are {last['drift']:.2f} of the untuned network's error away"
                 " from it"
             )
             signs["far"] = f"{got}; it leaves what it was trained on. {CALM}"
@@ -301,12 +301,14 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
 
 @dataclass(frozen=True)
 class OfflineBench(Bench):
-    """What arms of an offline run learn from; they are judged on the same noises of held-out conditions.
+    """Training data of the arms of an offline run.
+
+    All arms are evaluated on the same noises of held-out prompts.
 
     labels                       the loss of single assets on what people said of them
-    shuffled, inverted           controls: r shuffled within conditions must do nothing, 1 - r must do harm
+    randomised, inverted         controls: r shuffled within prompts must have no effect, 1 - r must do harm
     dpo                          DPO on the problem's pairs
-    dpo-shuffled, dpo-inverted   the same pairs, each turned over by a coin, or all of them
+    dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
     """
 
     labelled: Labelled
@@ -328,7 +330,7 @@ class OfflineBench(Bench):
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
             return list(pairs)
-        return used(pairs, SHUFFLED if arm.endswith("shuffled") else TURNED, self.dpo.seed, pairs)
+        return used(pairs, RANDOMISED if arm.endswith(RANDOMISED) else INVERTED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))

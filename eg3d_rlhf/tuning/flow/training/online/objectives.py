@@ -78,11 +78,11 @@ class OnSteps:
                 at = feats_of(move.x).new_full([count(move.x)], move.step.t)
                 # leads from x to where the sample ended
                 target = self.path.velocity_to(move.x, at, samples.x_0)
-                away = self.path.apart(move.v, move.v_ref)
+                drift = self.path.apart(move.v, move.v_ref)
                 left = self.path.apart(target, move.v_ref)
-                rows.append(torch.stack([torch.ones_like(away), move.far, away, left]).sum(1))
-        moves, kl, away, left = torch.stack(rows).sum(0)
-        return {"moves": moves, "kl": kl, "away": away, "missing": left}
+                rows.append(torch.stack([torch.ones_like(drift), move.far, drift, left]).sum(1))
+        moves, kl, drift, left = torch.stack(rows).sum(0)
+        return {"moves": moves, "kl": kl, "drift": drift, "missing": left}
 
     def add(
         self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int
@@ -185,7 +185,7 @@ class OnLatents:
         ref = single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
         with evaluating(policy):
             v = single(stage.velocity(x_t, t, drawn.cond, policy))
-        away = path.apart(v, ref)
+        drift = path.apart(v, ref)
         old_missing = path.apart(u, old)
         missing = path.apart(u, ref)
         stopped = torch.zeros_like(advantage, dtype=torch.bool)
@@ -201,12 +201,12 @@ class OnLatents:
             )
             loss = dgpo_loss(error, ref_error, of_group, config.group_beta).repeat_interleave(config.group)
         if config.kl:
-            loss = loss + config.kl * held * away
+            loss = loss + config.kl * held * drift
         loss.sum().backward()
         parts = (
-            torch.ones_like(away),
+            torch.ones_like(drift),
             loss,
-            away,
+            drift,
             path.apart(v, old),
             path.apart(old, ref),
             old_missing,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, Columns, StageTraining, train_knob
 from training.config import knob
 
@@ -68,7 +68,7 @@ class OnlineConfig(StageTraining):
         choices=OVER,
     )
     adv_clip: float = _rare_online(5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0)
-    max_away: float | None = _rare_online(
+    max_drift: float | None = _rare_online(
         0.4,
         "Largest policy drift: mean square of the velocity's change, relative to its error at the reference,"
         " above which training stops.",
@@ -129,7 +129,7 @@ class OnlineConfig(StageTraining):
     guided: bool = _rare_online(
         False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it."
     )
-    use: str = "reward"  # as it is, or a control's: shuffled, inverted
+    use: str = "reward"  # as it is, or a control's: randomised, inverted
 
     def __post_init__(self):
         super().__post_init__()
@@ -213,8 +213,8 @@ ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use
 def divided(arm: str) -> tuple[str, str]:
     """Kind and use of the rewards of an arm.
 
-    >>> divided("grpo-guard-shuffled"), divided("dpo")
-    (('grpo-guard', 'shuffled'), ('dpo', 'reward'))
+    >>> divided("grpo-guard-randomised"), divided("dpo")
+    (('grpo-guard', 'randomised'), ('dpo', 'reward'))
     """
     kind, _, use = arm.rpartition("-")
     return (kind, use) if use in CONTROLS else (arm, "reward")
@@ -264,7 +264,7 @@ class OnlineRun(ArmsRun):
 
     losses: Losses
     reward: str = OWN  # names, with weights
-    gate: str | None = None  # names of watched rewards
+    gate: str | None = None  # names of held-out rewards
     arms: tuple[str, ...] = ("nft",)
 
     def __post_init__(self):
@@ -295,7 +295,7 @@ class OnlineRun(ArmsRun):
                 "mean_seeds": own.mean((1, 2)).tolist(),
                 "base": float(untuned.mean()),
             },
-            "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},
+            "measures": {name: rate for name, rate in rates.items() if name not in EVALUATORS},
         }
 
 

@@ -177,7 +177,7 @@ def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_pa
     assert run_section("TRELLIS.2's loop", trellis2_root, tmp_path, few) == ["new", "pairs", "train"]
     (run,) = (tmp_path / "runs").glob("00000-*")
     groups = json.loads((run / "ablation.json").read_text())["groups"]
-    assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}
+    assert set(groups) == {"a", "d", "i", "regulariser", "randomised"}
 
 
 def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, capsys):

@@ -59,7 +59,10 @@ MISTAKES = {
     "both": (["--stage=structure", "--ablate=a..i"], ("--stage", "--ablate")),
     "groups decide": (["--ablate=a", "--rounds=2"], ("--rounds", "--ablate")),
     "adapter of none": (["--tune=full", "--lora-rank=4"], ("--lora-rank", "--tune=lora")),
-    "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], ("--ablate=anchor", "loop_sft_weight=0")),
+    "no regulariser": (
+        ["--ablate=a,regulariser", "--set=loop_sft_weight=0"],
+        ("--ablate=regulariser", "loop_sft_weight=0"),
+    ),
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], ("loser_weight", "sft", "0.5")),
     "toy": (
         ["--set=dtype=float16", "--set=voxel_share=0.5"],

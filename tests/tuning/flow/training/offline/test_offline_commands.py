@@ -53,7 +53,7 @@ def run(*flags: str):
 MISTAKES = {
     "arms": (
         ["--arms=labels,ppo"],
-        ("--arms", "inverted", "dpo-shuffled", "dpo-inverted", "ppo"),
+        ("--arms", "inverted", "dpo-randomised", "dpo-inverted", "ppo"),
     ),
     "jobs": (["--jobs=2"], ("--jobs", "--arms")),
     "no table": (["--set=no_summary=true", "--table-noises=4"], ("--table-noises", "no_summary")),
@@ -147,7 +147,7 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
     assert not torch.equal(tuned.to_out.lora_B.weight, torch.zeros_like(tuned.to_out.lora_B.weight))
     found = json.loads((folder / "offline.json").read_text())
     assert (
-        set(found["arms"]["labels"]["judges"]) == {"final", "chooser", "reward"}
+        set(found["arms"]["labels"]["evaluators"]) == {"final", "chooser", "reward"}
         and found["arms"]["labels"]["answers"] == 24
     )
     tiny(f"--resume={folder}")
@@ -155,7 +155,9 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
 
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
-    result = tiny("--arms=labels,shuffled,inverted,dpo,dpo-shuffled,dpo-inverted", "--seeds=0,1", "--jobs=1")
+    result = tiny(
+        "--arms=labels,randomised,inverted,dpo,dpo-randomised,dpo-inverted", "--seeds=0,1", "--jobs=1"
+    )
     found = json.loads((tmp_path / "00000-offline-nft-toy-voxels" / "offline.json").read_text())
     assert (
         list(found["arms"]) == list(ARMS)

@@ -49,7 +49,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
     found = json.loads((run / "online.json").read_text())
-    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
+    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["evaluator"] == "reward"
     pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (
