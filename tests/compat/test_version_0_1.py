@@ -153,8 +153,8 @@ def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job
 
 
 def test_embeddings_are_found_under_their_old_name(folders):
-    assert Work.open(WORK).conditions_file == WORK / "conditioning.safetensors"
-    (WORK / "conditioning.safetensors").rename(WORK / "conditioning.safetensors")
+    assert Work.open(WORK).conditions_file == WORK / "conditions.safetensors"
+    (WORK / "conditions.safetensors").rename(WORK / "conditioning.safetensors")
     assert Work.open(WORK).conditions_file == WORK / "conditioning.safetensors"
 
 
@@ -173,10 +173,10 @@ def test_settings_of_a_run_are_read_under_their_present_names(folders):
     recorded = json.loads((STOPPED / "training_options.json").read_text())
     shown = json.loads(tiny_runs.run(f"--resume={STOPPED}", "--dry-run").stdout)
     for old, now in (
-        ("consistency_gate", "consistency_gate"),
-        ("consistency_psi", "consistency_psi"),
-        ("consistency_resolution", "consistency_resolution"),
-        ("heldout_reward", "heldout_reward"),
+        ("anchor_gate", "consistency_gate"),
+        ("anchor_psi", "consistency_psi"),
+        ("anchor_resolution", "consistency_resolution"),
+        ("reward_watch", "heldout_reward"),
     ):
         assert shown[now] == recorded[old] and old not in shown
 

@@ -97,15 +97,15 @@ def test_a_file_and_a_folder_are_told_apart(words, given, wanted):
 
 
 def test_settings_of_a_file_are_checked_too(tmp_path):
-    (tmp_path / "s.json").write_text('{"consistency_gate": 0.5}')
+    (tmp_path / "s.json").write_text('{"anchor_gate": 0.5}')
     result = CliRunner().invoke(MODES["gan"].command, [f"--settings={tmp_path / 's.json'}"])
-    rejected(result, "consistency_gate", "--consistency-gate")
+    rejected(result, "anchor_gate", "--consistency-gate")
 
 
 @pytest.mark.parametrize(
     ("command", "now"),
     [
-        (["train.py", "--consistency_gate=1"], "--consistency-gate"),
+        (["train.py", "--anchor_gate=1"], "--consistency-gate"),
         (["tools/train_reward.py", "--out=x"], "--run-dir"),
         (["-m", "eg3d_rlhf", "report", "proof"], "controlled-study"),
         (["-m", "benchmarks", "--out=x"], "--outdir"),

@@ -14,13 +14,13 @@ from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 BUNDLED = {
     "generator.safetensors": file_hash(bundled.GENERATOR),
     "reward.safetensors": file_hash(bundled.REWARD),
-    "reward-heldout.safetensors": file_hash(bundled.WATCH),
+    "reward-watch.safetensors": file_hash(bundled.WATCH),
     "labels.jsonl": file_hash(BUNDLED_LABELS),
 }
 
 
 def test_settings_are_read_at_any_depth():
-    recorded = {"heldout_reward": "w", "train": {"anchors": 3}, "filters": {"question": None}, "kimg": 1}
+    recorded = {"reward_watch": "w", "train": {"anchors": 3}, "filters": {"question": None}, "kimg": 1}
     assert version_0_1.settings(recorded) == {
         "heldout_reward": "w",
         "train": {"reference_samples": 3},
@@ -32,11 +32,11 @@ def test_settings_are_read_at_any_depth():
 
 
 def test_the_bundled_heldout_reward_is_found_under_its_present_name(tmp_path):
-    old = bundled.WATCH.with_name("reward-heldout.safetensors")
-    assert version_0_1.settings({"heldout_reward": str(old)}) == {"heldout_reward": str(bundled.WATCH)}
+    old = bundled.WATCH.with_name("reward-watch.safetensors")
+    assert version_0_1.settings({"reward_watch": str(old)}) == {"heldout_reward": str(bundled.WATCH)}
     own = tmp_path / old.name
     own.touch()
-    assert version_0_1.settings({"heldout_reward": str(own)}) == {"heldout_reward": str(own)}
+    assert version_0_1.settings({"reward_watch": str(own)}) == {"heldout_reward": str(own)}
 
 
 def test_present_settings_stay():
@@ -54,13 +54,8 @@ def test_a_training_has_the_name_and_the_inputs_of_version_0_1(tmp_path):
         "--consistency-gate=0.5",
         "--set=consistency_psi=1",
     ]
-    old = [
-        "--reward=sigma",
-        f"--heldout-reward={second}",
-        "--consistency-gate=0.5",
-        "--set=consistency_psi=1",
-    ]
-    files = {**BUNDLED, "--heldout-reward": file_hash(second)}
+    old = ["--reward=sigma", f"--reward-watch={second}", "--anchor-gate=0.5", "--set=anchor_psi=1"]
+    files = {**BUNDLED, "--reward-watch": file_hash(second)}
     part = Part.keyed("arm", Path("out"), now)
     assert part.folder == Path("out") / f"arm-{json_hash([old, files])[:8]}"
     assert part.command() == [TRAIN, *now, f"--outdir={part.folder}"]
@@ -69,15 +64,15 @@ def test_a_training_has_the_name_and_the_inputs_of_version_0_1(tmp_path):
 
 def test_the_bundled_heldout_reward_has_its_old_name_in_inputs():
     part = Part("tuned", Path("out"), TRAIN, (f"--heldout-reward={bundled.WATCH}",))
-    old = bundled.WATCH.with_name("reward-heldout.safetensors")
-    assert part.inputs()["command"][1] == f"--heldout-reward={old}"
-    assert part.inputs()["inputs"] == {**BUNDLED, "--heldout-reward": file_hash(bundled.WATCH)}
+    old = bundled.WATCH.with_name("reward-watch.safetensors")
+    assert part.inputs()["command"][1] == f"--reward-watch={old}"
+    assert part.inputs()["inputs"] == {**BUNDLED, "--reward-watch": file_hash(bundled.WATCH)}
 
 
 def test_a_reward_training_has_the_inputs_of_version_0_1():
     flags = ("--reference-samples=0", "--set=criterion=geometry", "--run-dir=out/reward")
     part = Part("reward", Path("out/reward"), TRAIN_REWARD, flags)
-    old = ["--reference-samples=0", "--set=question=geometry", "--out=out/reward"]
+    old = ["--anchors=0", "--set=question=geometry", "--out=out/reward"]
     assert part.inputs() == {"command": [TRAIN_REWARD, *old], "inputs": BUNDLED}
 
 
@@ -104,8 +99,8 @@ def test_a_report_resumes_in_its_old_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     present = Path("runs/controlled-study")
     assert version_0_1.outdir(present) == present
-    Path("runs/controlled-study").mkdir(parents=True)
-    assert version_0_1.outdir(present) == Path("runs/controlled-study")
+    Path("runs/proof").mkdir(parents=True)
+    assert version_0_1.outdir(present) == Path("runs/proof")
     assert version_0_1.outdir(Path("runs/elsewhere")) == Path("runs/elsewhere")
     present.mkdir()
     assert version_0_1.outdir(present) == present
