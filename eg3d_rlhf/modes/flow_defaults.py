@@ -50,6 +50,6 @@ def _adapters(lora: LoraConfig | None) -> dict[str, Any]:
 def _table(run: ArmsRun) -> dict[str, Any]:
     return {
         "arms": ",".join(run.arms),
-        "seeds": len(run.training_seeds),
+        "seeds": ",".join(map(str, run.training_seeds)),
         "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
     }

@@ -190,6 +190,6 @@ def test_the_tool_that_draws_a_run_again_states_what_it_compares(
 ):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
     found = run(reports.images, *named, "--dry-run")
-    assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
+    assert found.exit_code == 0 and json.loads(found.stdout)["outdir"] == str(tiny_pair[0])
     missing = run(reports.images, f"--run={tmp_path}/none")
     rejected(missing, "--run", f"{tmp_path}/none")

@@ -305,7 +305,7 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
     loss = anchors(terms, batch)
     expected = torch.where(scores > middle, 1.0, 0.1)
     assert sorted(expected.tolist()) == pytest.approx([0.1, 0.1, 1, 1])
-    assert torch.equal(loss.stats["RLHF/held"], expected), (
+    assert torch.equal(loss.stats["RLHF/consistency_weight"], expected), (
         "by the untuned shape, though the tuned one has moved"
     )
     consistency = loss.stats["RLHF/consistency"]
