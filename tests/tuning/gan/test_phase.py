@@ -289,7 +289,7 @@ def test_a_gate_of_1_is_the_published_anchor_to_the_bit(parts):
     assert torch.equal(plain.value, gated.value) and torch.equal(
         plain.value, 0.5 * plain.stats["RLHF/consistency"]
     )
-    assert plain.stats.keys() == gated.stats.keys() and "RLHF/held" not in plain.stats
+    assert plain.stats.keys() == gated.stats.keys() and "RLHF/consistency_weight" not in plain.stats
 
 
 def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tuning(parts):
@@ -315,7 +315,7 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
     nothing = anchors(
         terms_of(parts, lambda_sigma=0.5, consistency_gate=0.0, reward_clip="-1000,q0.55"), batch
     )
-    assert torch.equal(nothing.value == 0, nothing.stats["RLHF/held"] == 0)
+    assert torch.equal(nothing.value == 0, nothing.stats["RLHF/consistency_weight"] == 0)
 
 
 def test_above_a_quantile_of_the_untuned_scores_the_reward_pushes_nothing(parts):
