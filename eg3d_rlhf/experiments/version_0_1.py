@@ -234,7 +234,8 @@ def options(values: Mapping[str, Any]) -> dict[str, Any]:
         key: _renamed(value, {"watch": "heldout"} if key == "hashes" else _SETTINGS)
         for key, value in settings(values).items()
     }
-    return _control_renamed(known)
+    made: dict[str, Any] = _control_renamed(known)
+    return made
 
 
 def _control_renamed(values: Any, key: str = "") -> Any:
