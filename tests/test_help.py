@@ -90,6 +90,7 @@ PATHS = {
 FOLLOWS: dict[str, Callable[[Any], Any]] = {
     "tune": lambda record: "lora" if next(anywhere(record, "targets"), None) else "full",
     "lora_targets": lambda record: next(anywhere(record, "targets"), None),
+    "seeds": lambda record: tuple(record["training_seeds"]) or None,
     "choose_noises": lambda record: (record.get("circular", record)["choosing"] or {"per_condition": 0})[
         "per_condition"
     ],

@@ -124,7 +124,7 @@ COUNTED = (
 # Files and folders that commands write, or that the package brings.
 FILES = {
     "WORK/conditions.safetensors": "WORK/conditioning.safetensors",
-    "assets/reward-watch.safetensors": "assets/reward-heldout.safetensors",
+    "reward-watch.safetensors, .json (bundled)": "reward-heldout.safetensors, .json (bundled)",
     "runs/proof/proof.json, .md, .png": "runs/controlled-study/controlled-study.json, .md, .png",
     "runs/zoo/zoo.json, .md, .png": "runs/rewards/rewards.json, .md, .png",
     "runs/zoo/zoo-latents.png": "runs/rewards/rewards-latents.png",

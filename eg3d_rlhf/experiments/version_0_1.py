@@ -55,7 +55,7 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     Args: record: training_options.json or the options in a checkpoint, of version 0.1 or of the present one;
         nested mappings are converted, too.
     """
-    made: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in record.items():
         if name == "roles" and isinstance(value, str):
             value = next((now for now, old in HASHED_ROLES.items() if old == value), value)
@@ -65,17 +65,17 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
             beside = Path(value).with_name(HELDOUT[0])  # the bundled file, which was renamed
             value = str(beside) if beside.exists() else value
         made[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
-    return made
+    return renamed
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of an artefact with the values that version 0.1 hashed."""
-    made: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "roles" and isinstance(value, str):
             value = HASHED_ROLES.get(value, value)
         made[name] = stored(value) if isinstance(value, Mapping) else value
-    return made
+    return renamed
 
 
 def words(script: str, flags: Sequence[str]) -> list[str]:
@@ -98,7 +98,7 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
         if value.endswith(f"/{HELDOUT[0]}"):
             value = value.removesuffix(HELDOUT[0]) + HELDOUT[1]
         made.append(f"{'--set=' if setting else ''}{name}{equals}{value}")
-    return made
+    return renamed
 
 
 def file_names(script: str, files: Mapping[str, str]) -> dict[str, str]:

@@ -279,7 +279,7 @@ def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
     return {
         **adapters_shown(lora),
         "arms": ",".join(run.arms),
-        "seeds": len(run.training_seeds),
+        "seeds": ",".join(map(str, run.training_seeds)),
         "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
     }
 

@@ -146,6 +146,7 @@ def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job
     tuned, expected = (json.loads(files["WORK/tune-00/report.json"]) for files in (after, before))
     expected = version_0_1.settings(expected)
     expected["evaluators"] = expected.pop("judges")  # keys that were renamed since
+    expected["settings"] = version_0_1.options(expected["settings"])
     for stage in expected["stages"].values():
         for old, new in (("learnt", "learnable_signal"), ("runs_away", "likelihood_displacement")):
             stage[new] = stage.pop(old)

@@ -313,7 +313,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
         and settings["train"]["weights"]["scalar"] == 2
         and settings["resolution"] == 256
     )
-    assert settings["train"]["anchors"] == 1000 and not (tmp_path / "run").exists()
+    assert settings["train"]["reference_samples"] == 1000 and not (tmp_path / "run").exists()
 
 
 # Too few labels are said to be so, and an AUC's interval holds.

@@ -129,7 +129,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         "decided": 2,
         "as_overall": 1,
     }
-    with raising("question", "ears", "geometry", "'hair'"):
+    with raising("criterion", "ears", "geometry", "'hair'"):
         preferences_of(store, LabelFilters(criterion="hair"))
 
 
