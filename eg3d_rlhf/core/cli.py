@@ -337,8 +337,7 @@ class GroupedCommand(click.Command):
                 meant = f"Did you mean {near[0]}? " if near else ""
                 raise ValueError(
                     f"--set, --settings: {name!r} is no setting of this command. {meant}--dry-run prints all"
-                    " of"
-                    " them; use one of their names."
+                    " of them; use one of their names."
                 )
             nargs = getattr(options[name], "nargs", 1)
             # on the command line: --set NAME="a b"

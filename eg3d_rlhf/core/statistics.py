@@ -370,8 +370,7 @@ def _pair(who: str, x: ArrayLike, y: ArrayLike, least: int) -> tuple[np.ndarray,
     ):
         raise ValueError(
             f"{who}: expected at least {least} finite pairs, got {first.size} and {second.size} values. Pass"
-            " one"
-            " value of each side per item."
+            " one value of each side per item."
         )
     return first, second
 

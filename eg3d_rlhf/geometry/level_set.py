@@ -23,8 +23,7 @@ _FAR_BELOW = 1000.0  # outside the cube the density counts as this much below th
 _HALVINGS = 4  # bisections of a bracket of two voxels, before linear interpolation between its ends
 REACHES = (0.024, 0.06)  # reaches of `crowding` in sides of the cube: for creases, and for hollows
 # Safety margin of a step, in voxels: the surface is at most this much nearer than the interpolated distance
-# to
-# the nearest grid point inside.
+# to the nearest grid point inside.
 _SLACK = 2.0
 _LEAST_STEP = 1.0  # shortest step of a ray, in voxels
 
@@ -184,7 +183,7 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     """
     if points.numel() == 0:
         return points.new_zeros(len(values), *points.shape[:-1])  # grid_sample rejects an empty grid
-    # grid_sample takes (x, y, z) in -1..1, where -1 and 1 are the outermost points (align_corners)
+    # [..., 3] in (x, y, z), as grid_sample takes it; -1 and 1 are the outermost grid points
     grid = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
     sampled = F.grid_sample(
         values[None], grid.reshape(1, 1, 1, -1, 3), align_corners=True, padding_mode="border"

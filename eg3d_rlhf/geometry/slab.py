@@ -381,9 +381,8 @@ def normalise_slab(sigma: torch.Tensor, value_max: float = 100.0) -> torch.Tenso
 #     h[j] = b0[j] + sum_d (T_z[z, d] A[j, d, x, y] + T_y[y, d] B[j, d, x, z] + T_x[x, d] C[j, d, y, z]),
 #     sigma_raw = sum_j w[j] softplus(h[j]) + b,
 # where A, B, C are the stacks whose slices lie along z, y and x. A row of T has at most two non-zeros. This
-# is
-# no sum of maps of two coordinates, so neither `slab_density` nor the bounds of bricks apply. Every point is
-# evaluated, but by matrix products.
+# is no sum of maps of two coordinates, so neither `slab_density` nor the bounds of bricks apply. Every point
+# is evaluated, but by matrix products.
 
 Order = tuple[int, int, int]  # coordinates (0, 1, 2 for x, y, z) along width, height and slices of a stack
 

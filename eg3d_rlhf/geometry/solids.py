@@ -227,8 +227,7 @@ def euler(solid: np.ndarray) -> int:
     padded = np.pad(solid, 1)
     total = 0
     # A cell is extended along the axes in `thick` and flat along the others. (True, True, True) are the
-    # cubes,
-    # (False, False, False) the vertices. Along a flat axis a cell belongs to both of its neighbours.
+    # cubes, (False, False, False) the vertices. Along a flat axis a cell belongs to both of its neighbours.
     for thick in itertools.product((False, True), repeat=3):
         cells = padded
         for axis in (axis for axis in range(3) if not thick[axis]):
@@ -322,7 +321,7 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
 
 
 def joined(terms: Mapping[str, float], rules: Rules) -> Score:
-    """Compute the weighted geometric mean of the terms. Each counts as at least FLOOR."""
+    """Compute the weighted geometric mean of the terms. Each counts as at least 0.01, so that one term of 0 does not decide alone."""
     weights = dict(zip(TERMS, rules.weights, strict=True))
     mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
     return Score(**terms, solid=math.exp(mean))
@@ -346,7 +345,7 @@ def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
 def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
     """Compute F, the IoU of a filled shape with the reference shape (`repaired`); 0 if both are empty.
 
-    The IoU of the unfilled shapes would penalise correct repairs.
+    The IoU of the unfilled shapes would penalise the removal of defects.
     """
     union = int((filled | reference).sum())
     return float((filled & reference).sum() / union) if union else 0.0

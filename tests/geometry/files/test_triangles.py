@@ -12,7 +12,7 @@ from eg3d_rlhf.geometry.files.glb import read_glb
 from eg3d_rlhf.geometry.files.model import Model, Node, scene_of, triangles
 from eg3d_rlhf.geometry.files.obj import read_obj, utf16
 from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulated
-from eg3d_rlhf.geometry.files.triangles import read_triangles, triangles_of
+from eg3d_rlhf.geometry.files.triangles import read_triangles, scene_triangles
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
@@ -308,10 +308,10 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
         [0],
         [[part]],
     )
-    assert np.allclose(triangles_of(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
+    assert np.allclose(scene_triangles(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
     strip = scene_of([part])
     object.__setattr__(strip.meshes[0][0], "mode", 5)
-    assert len(triangles_of(strip)[1]) == 1
+    assert len(scene_triangles(strip)[1]) == 1
 
 
 def test_stl_and_what_is_none(tmp_path):
@@ -345,7 +345,7 @@ def test_geometry_alone_is_the_geometry_of_the_whole_file(tmp_path):
         (read_glb(memoryview(data)), tmp_path / "p.glb"),
         (read_obj(path.read_bytes(), path), path),
     ):
-        for found, expected in zip(read_triangles(file), triangles_of(whole), strict=True):
+        for found, expected in zip(read_triangles(file), scene_triangles(whole), strict=True):
             assert found.dtype == expected.dtype and np.array_equal(found, expected)
     alone = read_glb(memoryview(data), geometry_only=True)
     assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
