@@ -10,13 +10,13 @@ from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.label_scores import (
     Known,
     as_used,
-    by_rater,
+    standardised_by_rater,
     contrast,
     normal_scores,
     of_pairs,
-    of_probabilities,
+    goodness_from_probabilities,
     of_ranks,
-    of_scores,
+    goodness_from_scores,
     of_votes,
     read_goodness,
 )
@@ -30,8 +30,8 @@ ANY = {
         [(NAMES[i], bool(good)) for i, good in zip(RNG.integers(0, 7, 30), RNG.random(30) < 0.8, strict=True)]
     ),
     "a thumb each": lambda: of_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
-    "scores": lambda: of_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
-    "probabilities": lambda: of_probabilities([(name, p) for name in NAMES for p in RNG.random(3)]),
+    "scores": lambda: goodness_from_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
+    "probabilities": lambda: goodness_from_probabilities([(name, p) for name in NAMES for p in RNG.random(3)]),
     "pairs": lambda: of_pairs(
         [Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]
     ),
@@ -97,15 +97,15 @@ def test_one_pair_is_laplace_and_several_are_bradley_terry():
 
 def test_raters_of_another_scale_and_level_say_the_same():
     scores = RNG.integers(1, 6, 12).astype(float)
-    strict = by_rater([("strict", s) for s in scores])
-    assert by_rater([("kind", 3 * s + 20) for s in scores]) == pytest.approx(strict)
+    strict = standardised_by_rater([("strict", s) for s in scores])
+    assert standardised_by_rater([("kind", 3 * s + 20) for s in scores]) == pytest.approx(strict)
     assert np.mean(strict) == pytest.approx(0) and np.std(strict) == pytest.approx(1)
-    assert by_rater([("always", 5.0)] * 3) == [0, 0, 0]
+    assert standardised_by_rater([("always", 5.0)] * 3) == [0, 0, 0]
 
 
 def test_members_that_differ_are_near_one_half():
-    sure = of_probabilities([("a", 0.9), ("b", 0.1)])
-    torn = of_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
+    sure = goodness_from_probabilities([("a", 0.9), ("b", 0.1)])
+    torn = goodness_from_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
     assert sure["a"] == pytest.approx(0.9) and torn["a"] == pytest.approx(0.55)
 
 

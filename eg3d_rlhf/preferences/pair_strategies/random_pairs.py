@@ -23,31 +23,35 @@ G = TypeVar("G", bound=Hashable)
 
 
 def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator[T]:
-    """Yield the members of buckets by (group, prompt): groups take turns, and each goes through its prompts
-    in random order, again and again.
+    """Yield the members of buckets by (group, prompt).
+
+    Groups take turns. Each group goes through its prompts in random order, again and again.
     """
     groups: dict[G, list[Sequence[T]]] = defaultdict(list)
     for (group, _), members in buckets.items():
         groups[group].append(members)
-    lines = [_in_turns(prompts, rng) for prompts in groups.values()]
-    while lines:
-        left = []
-        for i in rng.permutation(len(lines)):
-            for member in itertools.islice(lines[i], 1):
+    streams = [_in_turns(prompts, rng) for prompts in groups.values()]
+    while streams:
+        unfinished = []
+        for i in rng.permutation(len(streams)):
+            # islice takes one member, or none if the stream has ended.
+            for member in itertools.islice(streams[i], 1):
                 yield member
-                left.append(lines[i])
-        lines = left
+                unfinished.append(streams[i])
+        streams = unfinished
 
 
 def _in_turns(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
+    """Yield one member of each bucket per turn, in random order; a bucket drops out when it is empty."""
     for turn in range(max(map(len, buckets))):
         rest = [bucket for bucket in buckets if len(bucket) > turn]
         yield from (rest[i][turn] for i in rng.permutation(len(rest)))
 
 
 def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
-    """Group the pairs that may be compared by (sources of the two, prompt): at most `most` random ones of
-    each group, in random order.
+    """Group the pairs that may be compared by (sources of the two, prompt).
+
+    Each group has at most `most` random pairs, in random order.
     """
     sides = items.by(lambda item: (item.source, item.prompt))
     sources = items.sources
@@ -58,8 +62,8 @@ def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], s
             second = sides.get((b, prompt), [])
             rows, columns = (
                 np.triu_indices(len(first), 1)
-                if a == b
-                else np.indices((len(first), len(second))).reshape(2, -1)
+                if a == b  # all unordered pairs of one source
+                else np.indices((len(first), len(second))).reshape(2, -1)  # all pairs of two sources
             )
             chosen = rng.permutation(len(rows))[:most]
             pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
@@ -69,12 +73,13 @@ def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], s
 
 
 class RandomPairs(PairStrategy):
-    """Random pairs."""
+    """Random pairs, balanced over prompts and sources."""
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
+        """Choose random pairs; each seed is in one pair."""
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, 2, rng).tolist())
-        # `balanced` draws as it goes: no more is taken from it than is used
+        # `balanced` consumes random numbers as it goes, so no more pairs are taken than are used.
         drawn = balanced(meetings(items, rng, options.pairs), rng)
         return Chosen(list(itertools.islice(drawn, options.pairs)))
 
