@@ -125,7 +125,8 @@ class GroupedOption(click.Option):
             value = value if known else self.field.default
             unset = self.field.metadata["knob"].shown
         elif not known and unset is None or self.is_flag and not self.secondary_opts:
-            return extra  # click shows its own default correctly in these cases
+            # Click shows its own default correctly in these cases
+            return extra
         extra.pop("default", None)
         # Where the value is unset, the text says what happens then, for example "by resolution".
         text = unset if value is None or value == "" and unset is not None else as_shown(value)
@@ -443,7 +444,8 @@ def user_errors(words: Callable[[str], str] = str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
-            raise  # a package that belongs to no extra: our bug
+            # a package that belongs to no extra: our bug
+            raise
         extra = EXTRAS[package]
         click.echo(
             f"Error: this command needs {package}, which is not installed. Run pip install"
@@ -476,7 +478,8 @@ def _nobody_reads() -> bool:
     """
     poller = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # in tests the output is no file and has no descriptor
+        # In tests the output is no file and has no descriptor
+        with contextlib.suppress(OSError, ValueError):
             poller.register(stream, select.POLLOUT)
     # POLLERR on the writing end of a pipe means that no reader is left. The timeout 0 returns at once.
     return any(event & select.POLLERR for _, event in poller.poll(0))
@@ -525,7 +528,8 @@ def option(*names: str, group: str = "General", rare: bool = False, **kwargs: An
         return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
     def decorate(command: Command, /) -> Command:
-        made: Any = command  # functions and commands accept attributes, but their types declare none
+        # Functions and commands accept attributes, but their types declare none
+        made: Any = command
         # None as default: `_take_rare` then knows whether the setting was given.
         made.rare = [
             *getattr(command, "rare", ()),
@@ -553,7 +557,8 @@ def together(*decorators: Decorator) -> Decorator:
     """Combine decorators into one. Their flags are listed in the given order."""
 
     def decorate(command: Command, /) -> Command:
-        for decorator in reversed(decorators):  # decorators apply from the inside out
+        # decorators apply from the inside out
+        for decorator in reversed(decorators):
             command = decorator(command)
         return command
 

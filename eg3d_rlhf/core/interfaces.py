@@ -165,7 +165,8 @@ def check_pictures(images: torch.Tensor, who: str) -> None:
             " only."
         )
     low, high = (float(x) for x in images.detach().aminmax())
-    if not (low >= -SLACK and high <= 1 + SLACK):  # a comparison with NaN is False, so NaN is rejected too
+    # A comparison with NaN is False, so NaN is rejected too
+    if not (low >= -SLACK and high <= 1 + SLACK):
         raise ValueError(
             f"{who}: expected images within 0..1, got {low:.3g}..{high:.3g}. Scale images of 0..255 or -1..1"
             " to 0..1."

@@ -40,11 +40,15 @@ class MemoryTrace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)  # through super(), mypy does not see that it is torch's, untyped
+        # Through super(), mypy does not see that it is torch's, untyped
+        TorchDispatchMode.__init__(self)
         self.now = 0  # bytes of all living storages
-        self.peak = 0  # largest value of `now` since the last `mark`, bytes
-        self.flops = 0  # multiplications and additions since the last `mark`
-        self._sizes: dict[int, int] = {}  # bytes of each living storage, by the address of its implementation
+        # Largest value of `now` since the last `mark`, bytes
+        self.peak = 0
+        # Multiplications and additions since the last `mark`
+        self.flops = 0
+        # Bytes of each living storage, by the address of its implementation
+        self._sizes: dict[int, int] = {}
         # Computed integer tensors are inputs of operators next to fake ones, so both have to be allowed.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 

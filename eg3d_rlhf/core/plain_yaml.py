@@ -18,7 +18,8 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
     Raises: FileNotFoundError; ValueError for a file that is too large, is not YAML, uses tags or too many
     aliases, is nested too deeply, or contains no mapping.
     """
-    import yaml  # imported here, because most commands do not need it
+    # Imported here, because most commands do not need it
+    import yaml
 
     who = who or str(path)
     many = f"more than {aliases} " if aliases else ""

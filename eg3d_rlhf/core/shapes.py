@@ -30,7 +30,8 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{who}: expected a tensor {expected}, got {type(tensor).__name__}. {what_to_do}")
     got = list(tensor.shape)
-    size_of_letter: dict[str, int] = {}  # letter -> size at its first occurrence
+    # letter -> size at its first occurrence
+    size_of_letter: dict[str, int] = {}
     fits = len(got) == len(pattern)
     for size, allowed in zip(got, pattern, strict=False):
         fits = (

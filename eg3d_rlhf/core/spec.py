@@ -59,13 +59,15 @@ class SlabSpec:
         try:
             crop = tuple(float(fraction) for fraction in self.crop)
         except (TypeError, ValueError):
-            crop = ()  # rejected below, with the same message as a wrong length
+            # Rejected below, with the same message as a wrong length
+            crop = ()
         if len(crop) != 6 or not all(0.0 <= fraction < 1.0 for fraction in crop):
             raise ValueError(
                 "SlabSpec: expected crop = (x_lo, x_hi, y_lo, y_hi, z_lo, z_hi), six fractions in [0, 1),"
                 f" got {self.crop!r}. Give the fraction to trim from each face."
             )
-        object.__setattr__(self, "crop", crop)  # a list from JSON becomes a tuple, which is hashable
+        # A list from JSON becomes a tuple, which is hashable
+        object.__setattr__(self, "crop", crop)
         centre = tuple(float(value) for value in self.centre)
         if len(centre) != 3 or not all(math.isfinite(value) for value in centre):
             raise ValueError(

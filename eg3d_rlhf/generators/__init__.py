@@ -139,7 +139,8 @@ def of(network: Any) -> Generator:
     if not isinstance(network, torch.nn.Module):
         return network
     kinds = {family.module: family for family in FAMILIES.values()}
-    for kind in type(network).__mro__:  # subclasses first, because a family may extend another one
+    # Subclasses first, because a family may extend another one
+    for kind in type(network).__mro__:
         if kind in kinds:
             return kinds[kind].wrap(network)
     raise TypeError(

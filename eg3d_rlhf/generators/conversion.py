@@ -108,7 +108,8 @@ def _converted(
 ) -> Any:
     """Build a PanoHead network and copy the parameters of an EG3D network into it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # fixed values for the features of the background, which tuning may use later
+        # Fixed values for the features of the background, which tuning may use later
+        torch.manual_seed(0)
         made: Any = make(**kwargs)
     state = made.state_dict()
     for name, value in G.state_dict().items():
@@ -128,7 +129,8 @@ def _converted(
     last = getattr(made.bcg_synthesis, f"b{made.bcg_synthesis.img_resolution}")
     last.torgb.bias.fill_(background)  # the constant background
     final = getattr(made.t_mapping, f"fc{made.t_mapping.num_layers - 1}")
-    final.weight.zero_()  # the offset of the camera becomes 0
+    # the offset of the camera becomes 0
+    final.weight.zero_()
     made.neural_rendering_resolution = G.neural_rendering_resolution
     return made.train(G.training).requires_grad_(False)
 
@@ -186,7 +188,8 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
         if module is None:
             continue
         state = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
-        if name != "D" and std is not None:  # EG3D's training adds this buffer to G
+        # EG3D's training adds this buffer to G
+        if name != "D" and std is not None:
             state["dataset_label_std"] = torch.tensor(std, dtype=torch.float32)
         content[name] = state
     return content

@@ -48,7 +48,8 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
     cross = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     # 1e-300: a degenerate triangle gets the normal 0
     normals = cross / cross.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    strides = torch.tensor([resolution**2, resolution, 1])  # code of a voxel = x R^2 + y R + z
+    # code of a voxel = x R^2 + y R + z
+    strides = torch.tensor([resolution**2, resolution, 1])
     # entries of each axis: axis, triangle [X], point [X, 3], codes of the four voxels around the line [X, 4]
     crossings: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for axis in range(3):
@@ -77,7 +78,8 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
     error = _Quadratic(coords)
     for axis, face, point, about in crossings:
         rows = torch.searchsorted(codes, about)
-        crossed[rows[:, 0], axis] = True  # rows[:, 0] is the voxel whose far corner lies on the line
+        # rows[:, 0] is the voxel whose far corner lies on the line
+        crossed[rows[:, 0], axis] = True
         for row in rows.unbind(1):
             error.planes(row, normals[face], corners[face, 0])
             error.point(row, point)
@@ -213,7 +215,8 @@ def _span(corners: torch.Tensor, u: int, v: int, row: torch.Tensor) -> tuple[tor
         a = corners[:, i]
         b = corners[:, (i + 1) % 3]
         run = b[:, u] - a[:, u]
-        flat = run == 0  # the side runs along the strip; `where` avoids the division by 0
+        # The side runs along the strip; `where` avoids the division by 0
+        flat = run == 0
         bounds = [((row + k - a[:, u]) / run.where(~flat, 1.0)) for k in (0, 1)]
         near = torch.minimum(*bounds).where(~flat, 0.0).clamp(0, 1)
         far = torch.maximum(*bounds).where(~flat, 1.0).clamp(0, 1)
@@ -279,7 +282,8 @@ def _passed(ends: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Te
     order = order[row[order].argsort(stable=True)]
     row = row[order]
     share = share[order]
-    same = row[1:] == row[:-1]  # neighbours of the same edge bound a piece
+    # neighbours of the same edge bound a piece
+    same = row[1:] == row[:-1]
     row = row[:-1][same]
     middle = ((share[1:] + share[:-1]) / 2)[same]
     voxel = (a[row] + middle[:, None] * (b - a)[row]).floor().long()

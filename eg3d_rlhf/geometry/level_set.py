@@ -116,7 +116,8 @@ class LevelSet:
         near, far = (t[0, :, 0] for t in ray_limits_box((origins - centre)[None], directions[None], side))
         depth = torch.full_like(near, torch.inf)
         maps = self._maps
-        rays = (far > near).nonzero()[:, 0]  # indices of rays that are still being traced
+        # indices of rays that are still being traced
+        rays = (far > near).nonzero()[:, 0]
         t = near[rays]
         t_before = near[rays]
         # value at t_before; -1, because a ray starts outside
@@ -132,7 +133,8 @@ class LevelSet:
             value_before = inside[unfinished]
             rays = rays[unfinished]
             t = (t + step)[unfinished]
-            t = torch.minimum(t, far[rays])  # the last sample of a ray is the point where it leaves the cube
+            # The last sample of a ray is the point where it leaves the cube
+            t = torch.minimum(t, far[rays])
         hit = depth.isfinite()
         # So far the crossing comes from the grid; place it by the density itself.
         depth[hit] = self.place(origins[hit], directions[hit], depth[hit])
@@ -182,7 +184,8 @@ def sample(values: Tensor, spec: SlabSpec, points: Tensor) -> Tensor:
     Outside the cube the value of the nearest face is returned.
     """
     if points.numel() == 0:
-        return points.new_zeros(len(values), *points.shape[:-1])  # grid_sample rejects an empty grid
+        # grid_sample rejects an empty grid
+        return points.new_zeros(len(values), *points.shape[:-1])
     # [..., 3] in (x, y, z), as grid_sample takes it; -1 and 1 are the outermost grid points
     grid = (points - points.new_tensor(spec.centre)) * (2 / spec.box_warp)
     sampled = F.grid_sample(

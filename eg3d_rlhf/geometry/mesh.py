@@ -67,7 +67,8 @@ def extract_mesh(
     block = prepare_density(volume.transpose(2, 1, 0), level)  # [W, H, D], so that vertices are (x, y, z)
     check_crossed(float(volume.min()), float(volume.max()), level)
     vertices, faces, _ = marching_cubes([np.pad(block, 1, constant_values=outside_value(level))], level)
-    return to_world(vertices - 1, coordinates), faces  # - 1: the padding shifted the indices
+    # - 1: the padding shifted the indices
+    return to_world(vertices - 1, coordinates), faces
 
 
 def check_crossed(low: float, high: float, level: float) -> None:
@@ -126,7 +127,8 @@ def marching_cubes(blocks: Iterable[np.ndarray], level: float) -> tuple[np.ndarr
         faces [F, 3] int64, indices into all vertices.
         number of vertices of each block [blocks].
     """
-    import mcubes  # imported here, because the rest of the package works without it
+    # Imported here, because the rest of the package works without it
+    import mcubes
 
     pieces = [mcubes.marching_cubes(np.ascontiguousarray(block), float(level)) for block in blocks]
     counts = np.array([len(vertices) for vertices, _ in pieces], dtype=np.int64)
@@ -212,7 +214,8 @@ def parts(faces: np.ndarray, vertices: int) -> tuple[int, np.ndarray]:
 
     count, label = connected_components(half_edges(faces, vertices), directed=True, connection="weak")
     part = label[faces[:, 0]]
-    used = np.bincount(part, minlength=count) > 0  # a vertex that no face uses is a component, but no part
+    # A vertex that no face uses is a component, but no part
+    used = np.bincount(part, minlength=count) > 0
     return int(used.sum()), (np.cumsum(used, dtype=np.int32) - 1)[part]
 
 
@@ -296,7 +299,8 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
         decimated.append((piece[0], piece[1] + np.int32(offset)))
         offset += len(piece[0])
     kept = sum(len(piece_faces) for _, piece_faces in decimated)
-    if extra > 0.05 * target:  # 5 %: rounding and small parts alone cause no warning
+    # 5 %: rounding and small parts alone cause no warning
+    if extra > 0.05 * target:
         warnings.warn(
             f"decimate: the mesh keeps {kept} faces. With {target} faces it would not stay closed.",
             stacklevel=2,
@@ -483,7 +487,8 @@ class SurfaceBuilder:
         lookup[keys] = -1
         self._border = (keys[last] - (planes - 1) * self._plane_keys, numbers[last])
         place = start[fresh] + along[fresh]
-        place += (first - 1, -1, -1)  # from padded to volume indices, which begin at 0
+        # from padded to volume indices, which begin at 0
+        place += (first - 1, -1, -1)
         self._vertices.append(to_world(place, self._axes))
         self._faces.append(numbers[faces])
 
@@ -531,7 +536,8 @@ def extract_mesh_blockwise(
     high = -np.inf
     # A layer of BRICK cells. The last plane of a layer is the first plane of the next.
     layer = np.full((BRICK + 1, padded(rows), padded(columns)), outside_value(level), dtype=np.float32)
-    first = filled = 0  # grid point along x of the layer's first plane, 0 = outside; planes after it
+    # Grid point along x of the layer's first plane, 0 = outside; planes after it
+    first = filled = 0
     step = planes or block_planes(rows * columns)
     for start in range(0, count, step):
         values = np.asarray(sample(slice(start, min(start + step, count))))

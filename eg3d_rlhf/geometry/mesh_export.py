@@ -81,7 +81,8 @@ class FieldGrid:
         self.low = float("inf")
         self.high = float("-inf")
         self.axes: Sequence[torch.Tensor] = SlabSpec.of(field.bounds, resolution).axes()
-        self.trim = int(border * resolution)  # points at each face that have the density `OUTSIDE`
+        # Points at each face that have the density `OUTSIDE`
+        self.trim = int(border * resolution)
         # indices along each axis that are not trimmed
         self.inside = slice(self.trim, resolution - self.trim)
         if resolution - 2 * self.trim < 2:
@@ -288,7 +289,8 @@ class _LayerSampler:
         Elsewhere it contains old values or NaN.
         """
         points_x, points_y, points_z = self._density.shape
-        first = number * BRICK - 1  # x index of the layer's first plane; -1 is outside
+        # x index of the layer's first plane; -1 is outside
+        first = number * BRICK - 1
         planes = slice(max(first, 0), min(first + BRICK + 1, points_x))
         inner = (slice(1, points_y + 1), slice(1, points_z + 1))
         self._layer[-1][inner] = np.nan
@@ -431,7 +433,8 @@ def write_mrc(
             file.voxel_size = 1.0
             file.add_label(f"raw density, step {step:.9g} world units, axes: -x, y, z")
             file.update_header_stats()
-        os.replace(temporary, path)  # atomic on one file system; the temporary file is in the same folder
+        # Atomic on one file system; the temporary file is in the same folder
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

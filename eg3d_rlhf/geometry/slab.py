@@ -49,7 +49,8 @@ def interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, s
     Returns: the matrix [points, touched texels], with at most two non-zeros per row, and the slice of the
     texels that its columns refer to.
     """
-    position = ((coordinates + 1) * size - 1) / 2  # texel i has its centre at position i
+    # texel i has its centre at position i
+    position = ((coordinates + 1) * size - 1) / 2
     low = position.floor()
     fraction = position - low
     index = low.long()
@@ -91,7 +92,8 @@ def pair_maps(
         # The division by K is the average over planes. A map with x gets x before J, because slab_density
         # reads slices of x.
         hidden = torch.einsum("jc,ncuv->njuv" if absent == 0 else "jc,ncuv->nujv", w0 / len(pairs), sampled)
-        if position == 0:  # the bias is added once, to the first map
+        # the bias is added once, to the first map
+        if position == 0:
             hidden = hidden + (b0[:, None, None] if absent == 0 else b0[:, None])
         maps.append(hidden.unsqueeze({0: 1, 1: 3, 2: 4}[absent]))
     return maps
@@ -426,7 +428,8 @@ def tri_grid_density(
     blend_y = torch.cat([blend_y, torch.ones_like(blend_y[:, :1])], dim=1)
     recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (planes, *weights))
     block = _CUDA_BLOCK if planes.is_cuda else _RECORDED_BLOCK if recorded else _CPU_BLOCK
-    line = a.shape[0] * a.shape[1] * a.shape[4]  # pre-activations of one x and one z: N J Y
+    # pre-activations of one x and one z: N J Y
+    line = a.shape[0] * a.shape[1] * a.shape[4]
     # Without gradients on the CPU, each thread takes a share of the rows of x.
     rows = min(max(1, block // line), a.shape[3] if recorded else -(-a.shape[3] // torch.get_num_threads()))
     layers = min(max(1, block // (line * rows)), len(b))

@@ -250,7 +250,8 @@ def tip(solid: np.ndarray) -> tuple[float, float]:
     lowest = points[:, 1].min()
     # voxel (i, j, k) covers [i, i + 1] along the first axis, and so on
     centre = points.mean(axis=0) + 0.5
-    corners = points[points[:, 1] == lowest][:, [0, 2]]  # x and z of the voxels of the lowest layer
+    # x and z of the voxels of the lowest layer
+    corners = points[points[:, 1] == lowest][:, [0, 2]]
     # Each voxel contributes four corners. Rows of `equations`: outward unit normal (2) and offset.
     sides = ConvexHull(
         np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
@@ -298,7 +299,8 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
         return NOTHING
     solid = _checked(solid)
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
-    solid = _box(solid, 0)[0]  # a bounding box gives the same measures in less time
+    # A bounding box gives the same measures in less time
+    solid = _box(solid, 0)[0]
     main = main_share(solid)
     angle = tip(solid)[0]
     thin = 1.0

@@ -126,7 +126,8 @@ def _newton(
     centre = float(start.mean()) if len(free) < n else 0.0
     x = np.r_[start, 0.0]
     if ties:
-        x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))  # the estimate for equal strengths
+        # the estimate for equal strengths
+        x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))
 
     def parts(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return logits [3, M] of win, loss and tie, and the logarithm of their summed exponentials [M]."""

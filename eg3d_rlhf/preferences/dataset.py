@@ -118,7 +118,8 @@ def _assign(
 
 def _components(neighbours: dict[int, list[int]], rng: np.random.Generator) -> list[list[int]]:
     """Return connected components in random order, each breadth first from its first random seed."""
-    order = sorted(neighbours)  # sorted, so that the result does not depend on the order of the labels
+    # sorted, so that the result does not depend on the order of the labels
+    order = sorted(neighbours)
     seen: set[int] = set()
     components = []
     for k in rng.permutation(len(order)):

@@ -60,7 +60,8 @@ def of_ranks(ranks: Mapping[str, float]) -> dict[str, float]:
     >>> of_ranks({"a": 1, "b": 2, "c": 2})
     {'a': 1.0, 'b': 0.25, 'c': 0.25}
     """
-    places = rankdata(list(ranks.values()))  # 1..K; ties get the mean of their places
+    # 1..K; ties get the mean of their places
+    places = rankdata(list(ranks.values()))
     K = len(ranks)
     return {
         name: float((K - place) / (K - 1)) if K > 1 else 0.5

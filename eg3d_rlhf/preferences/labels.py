@@ -222,7 +222,8 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             )
         for row in rows:
             if not any(cell.strip() for cell in row):
-                continue  # an empty line, such as at the end of the file
+                # an empty line, such as at the end of the file
+                continue
             if len(row) != len(names):
                 raise ValueError(
                     f"{path.name}, line {rows.line_num}: expected {len(names)} cells, got {len(row)}. Correct"

@@ -155,7 +155,8 @@ def _direction(
     size = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
     right_side = np.broadcast_to(contrast, strength.shape)[..., None]
     solved = np.linalg.solve(information + size + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
-    variance = (solved @ contrast)[:, None]  # inverse of the efficient information: contrast . I^-1 contrast
+    # Inverse of the efficient information: contrast . I^-1 contrast
+    variance = (solved @ contrast)[:, None]
     return solved / variance, 1 / variance[:, 0]
 
 
@@ -205,7 +206,8 @@ def _clustered(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     # add.reduceat sums runs, so contributions are sorted by group.
     squares: np.ndarray = (np.add.reduceat(contributions[:, order], starts, axis=1) ** 2).sum(axis=1)
-    return squares * len(starts) / max(1, len(starts) - 1)  # correction for few groups, C / (C - 1)
+    # correction for few groups, C / (C - 1)
+    return squares * len(starts) / max(1, len(starts) - 1)
 
 
 def _end(

@@ -95,7 +95,8 @@ def preference_loss(
     """
     assert weight is None or weight.shape == delta.shape
     z = beta * (delta if weight is None else weight * delta)
-    loss = F.softplus(-z)  # -log sigmoid(z) = softplus(-z), without overflow
+    # -log sigmoid(z) = softplus(-z), without overflow
+    loss = F.softplus(-z)
     return loss
 
 

@@ -215,7 +215,8 @@ def annotate(
         judged[seed] = evaluation
         if on_seed is not None:
             on_seed(evaluation)
-    rng = np.random.default_rng(options.seed)  # also used for the noise below, so the order of calls matters
+    # Also used for the noise below, so the order of calls matters
+    rng = np.random.default_rng(options.seed)
     utilities = [evaluation.total for evaluation in judged.values()]
     index_of_seed = {seed: number for number, seed in enumerate(seeds)}
     index_pairs = (

@@ -162,7 +162,8 @@ def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
 def _truth(record: Mapping[str, Any], name: str) -> bool | None:
     """Return a field that is 1 or 0, or None if it is missing. Raises: ValueError."""
     value = record.get(name)
-    if value not in (None, 0, 1):  # True == 1 in Python, so true and false are accepted
+    # True == 1 in Python, so true and false are accepted
+    if value not in (None, 0, 1):
         raise ValueError(
             f"expected {name} to be 1 or 0, got {value!r}. Correct it; for ratings on a scale use the field"
             " score."
@@ -186,7 +187,8 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     both = [key for key, won in roles.items() if len(won) == 2]
     preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
     if both:
-        compared = [  # (generator, seed) identifies a shape
+        # (generator, seed) identifies a shape
+        compared = [
             Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels
         ]
         fitted = bradley_terry(compared)
@@ -262,7 +264,8 @@ def split_unpaired(
     usable = [label for label in labels if label.preferred is not None]
     for kind in (True, False):
         free = sorted({label.seed for label in usable if label.preferred is kind} - set(split_of_seed))
-        edges = np.floor(np.cumsum(fractions) * len(free) + 0.5)  # + 0.5: rounded to the nearest integer
+        # + 0.5: rounded to the nearest integer
+        edges = np.floor(np.cumsum(fractions) * len(free) + 0.5)
         for position, shape_seed in enumerate(rng.permutation(free).tolist()):
             split_of_seed[shape_seed] = SPLITS[min(int(np.searchsorted(edges, position, side="right")), 2)]
     return {name: tuple(label for label in usable if split_of_seed[label.seed] == name) for name in SPLITS}

@@ -116,7 +116,8 @@ class Asset(torch.nn.Module, abc.ABC):
 
         Args: pairs: prompt and seed of each asset.
         """
-        network = torch.nn.ModuleDict({"asset": self})  # the same parameter names as in `AssetNetwork`
+        # the same parameter names as in `AssetNetwork`
+        network = torch.nn.ModuleDict({"asset": self})
         arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
         training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
         networks.save(
@@ -162,7 +163,8 @@ def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
     is either full or empty.
     """
     optical_depth = torch.nn.functional.softplus(raw - 1) * step
-    opacity = -torch.expm1(-optical_depth)  # 1 - exp(-x), accurate for small x
+    # 1 - exp(-x), accurate for small x
+    opacity = -torch.expm1(-optical_depth)
     # -log(1 - o) is the optical depth; the clamp avoids log(0)
     entropy = (1 - opacity) * optical_depth - opacity * opacity.clamp_min(1e-12).log()
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}

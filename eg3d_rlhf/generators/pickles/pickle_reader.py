@@ -176,7 +176,8 @@ class Machine:
 
     def run(self) -> Any:
         """Return the value of the stream. `position` is then the byte after it. Raises: RejectedError."""
-        if self.u1() != 0x80:  # PROTO, the first opcode from protocol 2 on
+        # PROTO, the first opcode from protocol 2 on
+        if self.u1() != 0x80:
             raise RejectedError("a stream that does not begin like a pickle of protocol 2 or later")
         self.protocol = self.u1()
         if not 2 <= self.protocol <= 5:

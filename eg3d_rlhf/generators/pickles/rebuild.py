@@ -158,7 +158,8 @@ def check(values: dict, table: dict, where: str) -> None:
         if name not in table:
             raise RejectedError(f"the unknown constructor argument {title}")
         rule = table[name]
-        if isinstance(rule, dict):  # nested arguments, such as mapping_kwargs
+        # nested arguments, such as mapping_kwargs
+        if isinstance(rule, dict):
             if not isinstance(value, dict):
                 raise RejectedError(f"{title} = {describe(value)} instead of a dictionary")
             check(value, rule, f"{title}.")
@@ -260,7 +261,8 @@ def kind_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict
     ]
     # the highest resolution; (length, name) sorts b64 before b128
     last = max(output_layers, key=lambda name: (len(name), name), default="")
-    channels = shapes[last][0] if last and shapes[last] else 0  # the first axis is output channels
+    # the first axis is output channels
+    channels = shapes[last][0] if last and shapes[last] else 0
     if "ConvA.0.weight" in shapes:
         kind = SPHEREHEAD
     elif not any(name.startswith("t_mapping.") for name in shapes):
@@ -316,7 +318,8 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     """
     check_class(module.class_name)
     records = tensors(module, name)
-    records.pop("dataset_label_std", None)  # EG3D's training adds this buffer
+    # EG3D's training adds this buffer
+    records.pop("dataset_label_std", None)
     kwargs = _arguments(module, G_NAMES, "a generator")
     stated = kwargs.pop("rendering_kwargs", {})
     # The attribute may have changed since the constructor ran, and counts.
@@ -418,7 +421,8 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
             built[name].neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
         training_set = _training_set(snapshot)
     for name, module in built.items():
-        module.train(name != "G_ema").requires_grad_(False)  # G and D are in training mode, as in a run
+        # G and D are in training mode, as in a run
+        module.train(name != "G_ema").requires_grad_(False)
     D_kwargs = plans["D"].kwargs if "D" in plans else None
     G_kwargs = plans["G_ema"].kwargs
     name = plans["G_ema"].architecture

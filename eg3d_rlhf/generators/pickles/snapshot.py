@@ -79,7 +79,8 @@ class TensorRecord:
         """Return a contiguous copy."""
         dtype = self.storage.dtype
         if not self.nbytes:
-            return torch.empty(self.shape, dtype=dtype)  # numpy rejects a view of an empty buffer
+            # numpy rejects a view of an empty buffer
+            return torch.empty(self.shape, dtype=dtype)
         size = dtype.itemsize
         # Integers of the same size, since numpy has no bfloat16.
         view = np.ndarray(
@@ -414,7 +415,8 @@ def parse(data: memoryview, who: str) -> Snapshot:
     machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), asked))
     with reporting_rejection(who, machine):
         root = machine.run()
-        if isinstance(root, ModuleRecord):  # a pickled generator without the other networks
+        # a pickled generator without the other networks
+        if isinstance(root, ModuleRecord):
             root = {"G_ema": root}
         if not isinstance(root, dict):
             raise RejectedError(f"{describe(root)} instead of a dictionary")
@@ -449,7 +451,8 @@ def _mapped(path: str | Path) -> memoryview:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a network pickle, got no such file. Check the path.")
     with open(path, "rb") as file:
-        if path.stat().st_size == 0:  # mmap rejects empty files with an error of its own
+        # mmap rejects empty files with an error of its own
+        if path.stat().st_size == 0:
             raise ValueError(
                 f"{path}: expected a network pickle, got an empty file. Download it again from its source."
             )

@@ -123,10 +123,13 @@ class _Reader:
         self.binary = binary
         self.budget = budget
         self.geometry_only = geometry_only
-        self.pixels = MAX_PIXELS  # pixels that further textures may have
+        # pixels that further textures may have
+        self.pixels = MAX_PIXELS
         self.out = Model()
-        self._arrays: dict[tuple[int, bool], Array] = {}  # (index of the accessor, used as indices) -> array
-        self._indices: dict[tuple[str, int], int] = {}  # (kind, index in the file) -> index in the model
+        # (index of the accessor, used as indices) -> array
+        self._arrays: dict[tuple[int, bool], Array] = {}
+        # (kind, index in the file) -> index in the model
+        self._indices: dict[tuple[str, int], int] = {}
 
     def model(self) -> Model:
         """Convert the scene. Raises: ValueError for rejected parts."""
@@ -347,7 +350,8 @@ class _Reader:
         """Return an array [count, width] as a view into the file."""
         data, record = self._bytes(number)
         size = width * dtype.itemsize
-        stride = _count(record, "byteStride", size)  # interleaved attributes have a stride
+        # interleaved attributes have a stride
+        stride = _count(record, "byteStride", size)
         if stride < size or (count and offset + stride * (count - 1) + size > len(data)):
             raise ValueError(f"expected {count:,} x {width} numbers within {len(data):,} bytes, got more")
         if not count:
@@ -434,7 +438,8 @@ class _Reader:
                 raise ValueError("expected a texture in base64, got something else") from None
         if kind_of_picture(data) is None:
             raise ValueError("expected PNG, JPEG or WebP textures, got another format")
-        self.budget -= len(data)  # the image is copied, so it counts
+        # the image is copied, so it counts
+        self.budget -= len(data)
         image, pixels = stripped(data)
         self.pixels -= pixels
         if self.pixels < 0 or self.budget < 0:

@@ -95,7 +95,8 @@ class _Buffer:
     def view(self, data: bytes | memoryview, **fields: int) -> int:
         """Append data and return the index of its buffer view. `fields` are further fields of the view."""
         self.views.append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data), **fields})
-        padding = bytes(-len(data) % 4)  # every view starts at a multiple of 4 bytes
+        # every view starts at a multiple of 4 bytes
+        padding = bytes(-len(data) % 4)
         self.pieces += [data, padding]
         self.length += len(data) + len(padding)
         return len(self.views) - 1
@@ -166,7 +167,8 @@ def glb_parts(model: Model) -> list[bytes | memoryview]:
         separators=(",", ":"),
         allow_nan=False,
     ).encode()
-    text += b" " * (-len(text) % 4)  # chunks are padded to multiples of 4 bytes, JSON with spaces
+    # Chunks are padded to multiples of 4 bytes, JSON with spaces
+    text += b" " * (-len(text) % 4)
     total = GLB_HEADER.size + 2 * CHUNK_HEADER.size + len(text) + buffer.length
     return [
         GLB_HEADER.pack(GLB_MAGIC, 2, total),
@@ -323,12 +325,14 @@ def small(data: bytes | memoryview) -> bytes:
     """
     from PIL import Image, ImageOps
 
-    stripped(data)  # rejects other formats and too many pixels before a decoder reads the file
+    # Rejects other formats and too many pixels before a decoder reads the file
+    stripped(data)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"]) as opened:
             # JPEG only: decode at reduced resolution, which is faster
             opened.draft("RGB", (2 * SMALL, 2 * SMALL))
-            image = ImageOps.exif_transpose(opened)  # the orientation of photographs is in their EXIF data
+            # The orientation of photographs is in their EXIF data
+            image = ImageOps.exif_transpose(opened)
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(
@@ -385,7 +389,8 @@ def _jpeg(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
         if marker in _JPEG_KEPT or marker in (0xDA, 0xD9):
             pieces.append(segment)
     if adobe:
-        del pieces[1]  # files with Adobe's segment have no JFIF header
+        # files with Adobe's segment have no JFIF header
+        del pieces[1]
     return size, pieces
 
 
@@ -398,7 +403,8 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         if data[at] != 0xFF:
             raise ValueError("expected a complete JPEG, got a damaged one")
         marker = data[at + 1]
-        if marker == 0xD9:  # end of image; bytes after it are dropped
+        # end of image; bytes after it are dropped
+        if marker == 0xD9:
             yield marker, data[at : at + 2]
             return
         end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
@@ -420,9 +426,11 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
     """Return the size (width, height) of a WebP, and its chunks that are kept."""
     pieces: list[bytes] = []
-    at = 12  # after "RIFF", the size and "WEBP"
+    # after "RIFF", the size and "WEBP"
+    at = 12
     size = (0, 0)
-    canvas = None  # size in the extended header (VP8X)
+    # size in the extended header (VP8X)
+    canvas = None
     seen: set[bytes] = set()
     stated = struct.unpack_from("<I", data, 4)[0] + 8
     if stated > len(data):
@@ -440,9 +448,11 @@ def _webp(data: bytes) -> tuple[tuple[int, int], list[bytes]]:
         seen.add(name)
         if name == b"VP8X":
             canvas = size = int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
-            body = bytes([body[0] & 0x10]) + bytes(3) + body[4:10]  # of the flags, only alpha is kept
+            # of the flags, only alpha is kept
+            body = bytes([body[0] & 0x10]) + bytes(3) + body[4:10]
         elif name == b"VP8L":
-            bits = struct.unpack_from("<I", body, 1)[0]  # lossless: 14 bits each for width - 1 and height - 1
+            # lossless: 14 bits each for width - 1 and height - 1
+            bits = struct.unpack_from("<I", body, 1)[0]
             size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         elif name == b"VP8 ":
             # lossy: 14 bits each; the upper two bits are a scaling hint

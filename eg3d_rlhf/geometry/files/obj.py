@@ -67,7 +67,8 @@ def utf16(head: bytes) -> str | None:
         return "utf-16"
     even = head[: len(head) // 2 * 2 : 2]
     odd = head[1::2]
-    if len(head) < 8 or b"\0\0" in head:  # two zero bytes in sequence do not occur in Latin text
+    # Two zero bytes in sequence do not occur in Latin text
+    if len(head) < 8 or b"\0\0" in head:
         return None
     return (
         "utf-16-le"
@@ -126,7 +127,8 @@ class _Lines:
             kind, *words = (line.split("#", 1)[0] if "#" in line else line).split() or [""]
             if kind == "f":
                 if len(words) < 3:
-                    continue  # faces with fewer than three corners are dropped
+                    # faces with fewer than three corners are dropped
+                    continue
                 # A negative index counts back from the points read so far, so it is resolved here.
                 if "-" in line:
                     words = [self._resolved(word, number) for word in words]
@@ -206,7 +208,8 @@ class _Lines:
 
         A vertex is duplicated at seams of texture coordinates or normals.
         """
-        points = self._table("v", 3, 7)  # x, y, z; and r, g, b, a if all lines have them
+        # x, y, z; and r, g, b, a if all lines have them
+        points = self._table("v", 3, 7)
         uv = self._table("vt", 1, 2)
         normals = self._table("vn", 3, 3)
         corners = self.corners()
@@ -287,7 +290,8 @@ def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[s
 
     Raises: ValueError for a file outside of the folder.
     """
-    if utf16(bytes(data[:512])) is not None:  # the pattern below works on bytes of UTF-8
+    # the pattern below works on bytes of UTF-8
+    if utf16(bytes(data[:512])) is not None:
         data = as_text(data).encode()
     names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)

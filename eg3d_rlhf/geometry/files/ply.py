@@ -191,7 +191,8 @@ def read_mesh(data: bytes | memoryview) -> Model:
         # Vertices are not shared between faces of different colours: each triangle gets its own three.
         positions = positions[triangle.reshape(-1)]
         colours = np.repeat(face_colours[face_of_triangle], 3, axis=0)
-        normals = None  # with its own vertices, each triangle is shaded flat
+        # With its own vertices, each triangle is shaded flat
+        normals = None
         triangle = np.arange(len(positions)).reshape(-1, 3)
     return scene_of([triangles(positions, triangle, colours=colours, normals=normals)])
 
@@ -234,7 +235,8 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
     at = header.length
     tables = dict[str, Table]()
     words = None if header.order else bytes(data[at:]).split()
-    at = at if header.order else 0  # a position in the list of words, or in the bytes
+    # a position in the list of words, or in the bytes
+    at = at if header.order else 0
     for element in header.elements:
         try:
             table, at = (

@@ -101,7 +101,8 @@ def _sides(part: Primitive) -> np.ndarray:
     n = np.arange(count) if part.indices is None else part.indices.values[:, 0].astype(np.int64)
     if part.mode == _STRIP:
         sides = np.stack([n[:-2], n[1:-1], n[2:]], axis=1)
-        sides[1::2] = sides[1::2, [1, 0, 2]]  # every second triangle of a strip has the opposite orientation
+        # Every second triangle of a strip has the opposite orientation
+        sides[1::2] = sides[1::2, [1, 0, 2]]
         return sides
     if part.mode == _FAN:
         return np.stack([np.full(len(n) - 2, n[0]), n[1:-1], n[2:]], axis=1)

@@ -26,7 +26,8 @@ def blocks_of_pairs(count: int, block: int, rng: Rng) -> np.ndarray:
     sample.
     """
     first, second = np.triu_indices(block, 1)
-    blocks = -(-count // len(first))  # rounded up; the last block may be used in part
+    # rounded up; the last block may be used in part
+    blocks = -(-count // len(first))
     members = rng.permutation(blocks * block).reshape(blocks, block)
     pairs = np.stack([members[:, first], members[:, second]], axis=2).reshape(-1, 2)
     return pairs[:count]
@@ -37,7 +38,8 @@ class Blocks(PairStrategy):
 
     def items_for(self, options: StrategyOptions) -> int:
         """Return the number of items of complete blocks for `options.pairs` pairs."""
-        block = options.rounds + 1  # each item of a block is in `rounds` pairs
+        # each item of a block is in `rounds` pairs
+        block = options.rounds + 1
         return -(-options.pairs // (block * (block - 1) // 2)) * block
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:

@@ -90,7 +90,8 @@ def swiss_round(
         """Return True if two items may be paired."""
         return frozenset((a, b)) not in met and comparable(a, b)
 
-    waiting = table[: 2 * min(pairs, len(table) // 2)]  # an odd item at the end has no opponent
+    # an odd item at the end has no opponent
+    waiting = table[: 2 * min(pairs, len(table) // 2)]
     round_pairs: list[Pair] = []
     while waiting:
         first = waiting.pop(0)
@@ -144,7 +145,8 @@ class Tournament(PairStrategy):
         """Return the first rounds, round by round over all groups."""
         tables = []
         for group in groups:
-            even = len(group) + len(group) % 2  # with an odd number, one item of each round has no opponent
+            # With an odd number, one item of each round has no opponent
+            even = len(group) + len(group) % 2
             table = round_robin(even, min(rounds, even - 1), rng)
             tables.append(
                 [[(group[a], group[b]) for a, b in row.tolist() if max(a, b) < len(group)] for row in table]
