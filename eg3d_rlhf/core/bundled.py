@@ -1,6 +1,6 @@
 """Paths of the bundled generator, rewards and data. `make assets` regenerates the files."""
 
-from eg3d_rlhf.core.cli import ASSETS
+from eg3d_rlhf.core.cli import ASSETS  # the folder assets/ of the repository
 
 GENERATOR = ASSETS / "generator.safetensors"  # G, D and G_ema, trained on synthetic head scans
 # Images for the discriminator and for image distances: rendered once, in under 25 seconds on 2 cores.

@@ -117,10 +117,12 @@ class GroupedOption(click.Option):
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return click's notes on the option. The default is the value that this command resolves to."""
         extra = super().get_help_extra(ctx)
+        # None if the command has no function `resolved`.
         values: HelpValues | None = ctx.meta.get(VALUES)
         known, value = values.of(self) if values is not None else (False, None)
         # a text that click shows in place of a default
         unset = self.show_default if isinstance(self.show_default, str) else None
+        # An option of a settings field: the field knows the default, click does not.
         if self.field is not None:
             value = value if known else self.field.default
             unset = self.field.metadata["knob"].shown
@@ -183,6 +185,7 @@ class GroupedCommand(click.Command):
             "help_option_names": ["-h", "--help"],
             "max_content_width": 140,
         }
+        # Settings of a command override the common ones.
         kwargs["context_settings"] = {**common, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         self.rare: dict[str, Any] = {
@@ -258,6 +261,7 @@ class GroupedCommand(click.Command):
 
     def _name_rare(self, error: click.NoSuchOption) -> None:
         """Raise ValueError if a rejected flag is the name of a rare setting, or close to one."""
+        # As the user typed it, with dashes.
         typed = _with_dashes(error.option_name)
         names = {
             flag: name for name, setting in self.rare.items() for flag in map(_with_dashes, setting.opts)
@@ -299,8 +303,10 @@ class GroupedCommand(click.Command):
 
         Raises: ValueError for an unknown name or a wrong value.
         """
+        # The function of the command does not get these two parameters themselves.
         written = ctx.params.pop("set_")
         file = ctx.params.pop("settings")
+        # Everything that --settings may name: all parameters of the command and the rare settings.
         options: dict[str, Any] = {
             parameter.name: parameter for parameter in self.params if parameter.name in ctx.params
         } | self.rare
@@ -314,6 +320,7 @@ class GroupedCommand(click.Command):
                 raise ValueError(
                     f"--settings: expected JSON in {file}, got: {error}. Correct the file."
                 ) from None
+            # The file may hold a list or a number, which is valid JSON.
             if not isinstance(values, dict):
                 raise ValueError(
                     f"--settings: expected a JSON object of settings by name in {file}, got"
@@ -340,6 +347,7 @@ class GroupedCommand(click.Command):
                     f"--set, --settings: {name!r} is no setting of this command. {meant}--dry-run prints all"
                     " of them; use one of their names."
                 )
+            # Options such as --crop take several values.
             nargs = getattr(options[name], "nargs", 1)
             # on the command line: --set NAME="a b"
             value = value.split() if nargs > 1 and isinstance(value, str) else value
@@ -348,6 +356,7 @@ class GroupedCommand(click.Command):
                 raise ValueError(f"{name}: expected {nargs} values, got {value}. Separate them by spaces.")
             try:
                 # str(): values from JSON are already numbers, and click's types convert from text.
+                # Each value is converted and checked as if it had come from a flag.
                 parts = [
                     options[name].type.convert(str(part), options[name], ctx)
                     for part in (value if several else [value])
@@ -365,6 +374,7 @@ class GroupedCommand(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
+                # Groups in the order of their first option.
                 groups.setdefault(getattr(parameter, "group", "General"), []).append(record)
         if self.rare and ctx.meta.get(ALL):
             groups[RARE] += self.rare_records(ctx)
@@ -380,6 +390,7 @@ class GroupedCommand(click.Command):
     def rare_records(self, ctx: click.Context) -> list[tuple[str, str]]:
         """Return "NAME=VALUE" and the help text of each rare setting."""
         records = []
+        # In the order of declaration.
         for name, setting in self.rare.items():
             value = "BOOL" if setting.is_flag else setting.make_metavar(ctx)
             records.append((f"{name}={value}", setting.get_help_record(ctx)[1]))
@@ -490,6 +501,7 @@ def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
 
     Raises: ValueError for an unknown name and for an empty list.
     """
+    # May be an iterator; it is used twice.
     known = list(known)
     wanted = {name.strip() for name in text.split(",") if name.strip()}
     if not wanted or wanted - set(known):
@@ -599,8 +611,10 @@ def options_of(*kinds: type) -> Decorator:
         names = (f"--{_with_dashes(name)}", *knob.flags, name)
         kind: click.ParamType[Any] | type = click.Path(path_type=Path) if hint is Path else hint
         # `above` and `below` are exclusive bounds, `low` and `high` inclusive ones
+        # The tighter notation of the two wins; a knob has only one of them.
         low = knob.low if knob.above is None else knob.above
         high = knob.high if knob.below is None else knob.below
+        # Choices take precedence over the type of the field.
         if knob.choices is not None:
             kind = click.Choice(knob.choices)
         elif hint in (int, float) and (low, high) != (None, None):
@@ -624,6 +638,7 @@ def options_of(*kinds: type) -> Decorator:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as lines with aligned columns."""
+    # Widest cell of each column.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

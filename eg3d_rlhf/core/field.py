@@ -73,6 +73,7 @@ class CameraFamily:
         pivot = torch.tensor(self.pivot, dtype=torch.float32, device=device)
         # In EG3D's convention a frontal camera has both angles at pi / 2.
         half_pi = math.pi / 2
+        # [1, 4, 4]; without standard deviations the pose is exact, but random numbers are consumed.
         pose = camera_model.LookAtPoseSampler.sample(
             half_pi + yaw, half_pi + pitch, pivot, radius=self.radius, device=device
         )
@@ -241,7 +242,9 @@ def _march_rays(
     near = rays[..., 6:7]
     far = rays[..., 7:]
     depths = (near + torch.linspace(0, 1, samples).to(rays) * (far - near)).unsqueeze(-1)  # [N, M, S, 1]
+    # Sample positions along each ray, all rays of a shape in one list.
     points = (origins.unsqueeze(2) + depths * directions.unsqueeze(2)).flatten(1, 2)  # [N, M S, 3]
+    # One pass where the field can decode both together.
     raw, colour = (
         field.decode(points)
         if isinstance(field, DecodedField)
@@ -278,6 +281,7 @@ def render_each(
     Args: cameras: each [N or 1, 25]. Torch's own random state is restored.
     """
     renderings = []
+    # One camera at a time, so that each render consumes the same random numbers.
     for camera in cameras:
         with fixed_draws(seed):
             renderings.append(field.render(camera, options))

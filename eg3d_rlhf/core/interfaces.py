@@ -86,7 +86,7 @@ class Patches(NamedTuple):
     normal with the vertex normals (3).
     """
 
-    features: torch.Tensor  # [A, P, F, 10]
+    features: torch.Tensor  # [A, P, F, 10], described above
     centres: torch.Tensor  # [A, P, F, 3] face centres
     mask: torch.Tensor  # [A, P] bool; False: padding, there is no such patch
 
@@ -103,7 +103,7 @@ class MeshReward(Protocol):
 class GuidanceOutput:
     """Result of one step of a guidance."""
 
-    grad: torch.Tensor  # [B, C, H, W] on the prior's latents, unreduced; no graph
+    grad: torch.Tensor  # [B, C, H, W] with respect to the prior's latents, unreduced; no graph
     terms: dict[str, torch.Tensor] = field(default_factory=dict)  # named values [B] or [A] for the log
     scores: torch.Tensor | None = None  # [K, A] rewards of the noises
     winner: torch.Tensor | None = None  # [A] index of the preferred noise; -1: no answer
@@ -164,6 +164,7 @@ def check_pictures(images: torch.Tensor, who: str) -> None:
             f"{who}: expected images [B, 3, h, w], got {list(images.shape)}. Pass the three colour channels"
             " only."
         )
+    # One pass over the tensor; detached, because checks must not enter the graph.
     low, high = (float(x) for x in images.detach().aminmax())
     # A comparison with NaN is False, so NaN is rejected too
     if not (low >= -SLACK and high <= 1 + SLACK):
@@ -175,6 +176,7 @@ def check_pictures(images: torch.Tensor, who: str) -> None:
 
 def check_finite(tensor: torch.Tensor, who: str, remedy: str) -> None:
     """Raise ValueError if a tensor contains NaN or infinity. `remedy` ends the message."""
+    # The number of bad values goes into the message.
     bad = int((~torch.isfinite(tensor.detach())).sum())
     if bad:
         raise ValueError(
@@ -198,6 +200,7 @@ class CheckedPrior:
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Encode images in 0..1 into latents [B, C, H, W]."""
+        # Before the prior runs: its own errors would not name the flag.
         check_views(len(images), self.views)
         check_pictures(images, "--prior: encode")
         return self._finite(self.prior.encode(images), "encode")
@@ -215,6 +218,7 @@ class CheckedPrior:
     ) -> torch.Tensor:
         """Predict the noise [B, C, H, W]."""
         check_views(len(x_t), self.views)
+        # A prior would broadcast or fail far from the cause.
         sizes = {
             "times": len(t),
             "prompts": len(cond),

@@ -95,6 +95,7 @@ class MemoryTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        # All tensors among the arguments.
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         # A tensor that is created on the meta device occupies no memory. It is returned without being
         # counted.
@@ -111,6 +112,7 @@ class MemoryTrace(TorchDispatchMode):
                 # The number of rows that a fake mask selects is unknown, and FakeTensorMode would raise an
                 # error.
                 args = (args[0], self._numbered(args[1]), *args[2:])
+            # The fake mode computes shapes and dtypes only.
             result = func(*args, **kwargs)
             integer_tensors = [
                 x
@@ -130,6 +132,7 @@ class MemoryTrace(TorchDispatchMode):
                     lambda x: self._spread(x, most) if any(x is y for y in integer_tensors) else x, result
                 )
         self.flops += flops_of(func.overloadpacket, args, kwargs, result)
+        # Tensors on the meta device have no memory.
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.device.type != "meta":
                 self._count(x)
@@ -210,6 +213,7 @@ class Costs:
 
     def __str__(self) -> str:
         """Format both tables for the terminal, in GiB."""
+        # The first line of each block is its heading.
         rows = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
         rows += [
             f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()
@@ -221,5 +225,6 @@ class Costs:
 
 def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
     """Return (number of parameters, bytes) of a module whose parameters are stored as `dtype`."""
+    # Shared parameters count once: parameters() yields each one once.
     numbers = sum(p.numel() for p in module.parameters())
     return numbers, numbers * dtype.itemsize

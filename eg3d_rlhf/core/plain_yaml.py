@@ -25,6 +25,7 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
     many = f"more than {aliases} " if aliases else ""
     if not path.is_file():
         raise FileNotFoundError(f"{who}: expected a file at {path}, got none. Check the path.")
+    # Checked before the file is read into memory.
     if path.stat().st_size > most_bytes:
         raise ValueError(
             f"{who}: expected at most {most_bytes >> 10} KiB, got {path.stat().st_size >> 10} KiB. Check that"
@@ -44,9 +45,11 @@ def read_yaml(path: Path, who: str = "", most_bytes: int = 1 << 16, aliases: int
                     if used > aliases
                     else f"it nests deeper than {DEEPEST} levels"
                 )
+        # SafeLoader builds no objects of other types; tags are errors.
         root = yaml.load(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         expected = "YAML" if aliases else "plain YAML without tags and aliases"
+        # The parser's message in one line, of bounded length.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{who}: expected {expected}, got: {reason}. Correct or restore the file.") from None
     if not isinstance(root, dict):

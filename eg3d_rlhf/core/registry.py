@@ -48,6 +48,7 @@ def load_plugins() -> None:
             _load(name)
     if GROUP not in _loaded:
         _loaded.add(GROUP)
+        # Installed packages that declare plugins.
         for entry in importlib.metadata.entry_points(group=GROUP):
             entry.load()
 
@@ -60,6 +61,7 @@ def _load(name: str) -> None:
             return
         path = Path(name).resolve()
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        # No loader for this kind of file, or no file.
         if spec is None or spec.loader is None or not path.is_file():
             raise ImportError(f"nothing at {path}")
         module = importlib.util.module_from_spec(spec)
@@ -101,6 +103,7 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
             importlib.import_module(self._ours[name])
         if name not in self._things:
             load_plugins()
+        # Still unknown: plugins are imported now, and only now.
         if name not in self._things:
             raise ValueError(
                 f"{self._what}: expected one of {', '.join(self)}, got {name!r}. Use one of these names, or"
@@ -113,6 +116,7 @@ class Registry(Mapping[str, Thing], Generic[Thing]):
 
         Names of plugins are included only after plugins have been loaded.
         """
+        # Each name once, though an imported entry is in both.
         return iter(dict.fromkeys([*self._ours, *self._things]))
 
     def __len__(self) -> int:

@@ -113,6 +113,7 @@ HELD_OUT = (
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:
     """Raise ValueError that names the first of `seeds` that is held out."""
     for seed in seeds:
+        # The ranges do not overlap, so the first match is the only one.
         for held in HELD_OUT:
             # The shift that a seed of a report's --seed would have; ranges that do not move have no shift.
             move = seed // STRIDE if held.moved else 0

@@ -26,6 +26,7 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
         what_to_do: the remedy, one sentence, which ends the message.
     Raises: ValueError for an object that is no tensor, another number of axes, or another size.
     """
+    # For the message, e.g. [N, 1, 128, 141, 129].
     expected = "[" + ", ".join(str(p) for p in pattern) + "]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{who}: expected a tensor {expected}, got {type(tensor).__name__}. {what_to_do}")
@@ -33,6 +34,7 @@ def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], wh
     # letter -> size at its first occurrence
     size_of_letter: dict[str, int] = {}
     fits = len(got) == len(pattern)
+    # strict=False: a different number of axes is already recorded in `fits`.
     for size, allowed in zip(got, pattern, strict=False):
         fits = (
             fits

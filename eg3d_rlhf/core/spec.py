@@ -51,6 +51,7 @@ class SlabSpec:
     centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # centre of the scene cube, world units
 
     def __post_init__(self) -> None:
+        # In Python a bool is an int.
         if isinstance(self.resolution, bool) or not isinstance(self.resolution, int) or self.resolution < 2:
             raise ValueError(
                 f"SlabSpec: expected an integer resolution >= 2, got {self.resolution!r}. Use 256 for the"
@@ -200,6 +201,7 @@ class SlabSpec:
         Raises: ValueError if a field is missing, unknown or out of range. A grid that differs slightly from
         the one that the reward was trained on would otherwise be scored without an error.
         """
+        # Descriptions of the first version lack the fields of _LATER, so these may be missing.
         names = {field.name for field in fields(cls)}
         if not isinstance(values, Mapping) or set(values) | _LATER != names:
             got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
@@ -213,5 +215,6 @@ class SlabSpec:
         """Return the SHA-256, in hex, of the canonical JSON. Equal specs give equal digests on every
         machine.
         """
+        # Canonical: sorted keys, no spaces.
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

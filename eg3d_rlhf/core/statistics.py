@@ -94,6 +94,7 @@ def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.
     fraction.
     Returns: lower and upper ends [...], in 0..1.
     """
+    # Any broadcastable shapes.
     rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
     scale = 1 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale
@@ -121,6 +122,7 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
         return 1.0
     if rate in (0.0, 1.0):
         return 1.0 if successes == n * rate else 0.0  # only one outcome is possible
+    # All possible counts.
     k = np.arange(n + 1, dtype=np.float64)
     # [n + 1]. Logarithms, because the binomial coefficients overflow float64 from about n = 1,030.
     log_pmf = (
@@ -130,6 +132,7 @@ def binomial_test(successes: int, n: int, rate: float = 0.5) -> float:
         + k * math.log(rate)
         + (n - k) * math.log1p(-rate)
     )
+    # Two-sided by likelihood: every count that is no more likely than the observed one.
     tail = log_pmf <= log_pmf[successes] + _TIE_TOLERANCE
     # The terms of the tail may sum to slightly more than 1 by rounding.
     return min(1.0, float(np.exp(log_pmf[tail]).sum()))
@@ -215,6 +218,7 @@ def two_way_interval(
         rows, columns: size of the table.
     """
     rng = np.random.default_rng(seed)
+    # One resample of rows and one of columns give one value of the statistic.
     draws = [
         statistic(rng.integers(0, rows, rows), rng.integers(0, columns, columns)) for _ in range(resamples)
     ]
@@ -263,6 +267,7 @@ def clustered_mean(values: ArrayLike, clusters: Sequence[Hashable], confidence: 
         * (degrees + 1)
         / degrees
     )
+    # Student's quantile times the cluster-robust standard error.
     half = float(stdtrit(degrees, 0.5 + confidence / 2)) * math.sqrt(spread)
     return MeanInterval(mean, mean - half, mean + half)
 
@@ -323,6 +328,7 @@ def paired_summary(
             f" {second.size} after. Pass the same items in both."
         )
     delta = second - first  # [N]
+    # Differences of items are resampled, which keeps pairs together.
     interval = bootstrap_mean_interval(delta, confidence, resamples, seed)
     positive = int((delta > 0).sum())
     negative = int((delta < 0).sum())
@@ -391,11 +397,13 @@ def fit_line(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Line:
     spread = float((centred**2).sum())
     if spread == 0:
         raise ValueError("fit_line: expected at least two distinct values of x, got one. Add another x.")
+    # Since `centred` sums to 0, the mean of y drops out.
     slope = float((centred * second).sum() / spread)
     intercept = float(second.mean() - slope * first.mean())
     residual = second - intercept - slope * first
     # A point alone at its x has leverage 1 and residual 0. The bound avoids 0 / 0 there.
     leverage = np.minimum(1 / first.size + centred**2 / spread, 1 - 1e-9)
+    # HC3 standard error of the slope.
     error = math.sqrt(float((centred**2 * (residual / (1 - leverage)) ** 2).sum())) / spread
     half = float(stdtrit(first.size - 2, 0.5 + confidence / 2)) * error
     return Line(slope=slope, lo=slope - half, hi=slope + half, intercept=intercept, n=first.size)
@@ -435,6 +443,7 @@ def spearman(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> MeanInterv
             "spearman: expected different values on both sides, got a constant. Pass values that can be"
             " ranked."
         )
+    # Rounding may exceed 1 slightly.
     rho = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
     # atanh(1) is infinite.
     if abs(rho) > 1 - 1e-12:

@@ -83,6 +83,7 @@ def count_of(generator: Generator) -> int | None:
 
     Seeds 0 to `count` - 1 are then the only valid ones.
     """
+    # Most families have a continuous latent space and no such attribute.
     return getattr(generator, "count", None)
 
 
@@ -136,6 +137,7 @@ def of(network: Any) -> Generator:
 
     Raises: TypeError for a network of no known family.
     """
+    # Already a `Generator`.
     if not isinstance(network, torch.nn.Module):
         return network
     kinds = {family.module: family for family in FAMILIES.values()}
@@ -185,6 +187,7 @@ def load_networks(
     path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
 ) -> networks.Networks:
     """Load all networks of a file: ours with `training.networks.load`, EG3D's .pkl with `pickles.load`."""
+    # No code of the pickle is executed, see `pickles`.
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
     return networks.load(path, device, freeze_layers, classes_of)
@@ -201,6 +204,7 @@ def find_network(source: str | Path | None) -> Path:
         return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
+        # The snapshot that early stopping selected is better than the newest one.
         if (path / KEPT).is_file():
             return path / KEPT
         # names contain the number of images with leading zeros, so the last one is the newest
@@ -221,6 +225,7 @@ def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:
     refer to them.
     """
     return torch.from_numpy(
+        # float64 random numbers, rounded to float32 as in EG3D's gen_samples.py.
         np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32)
     )
 
@@ -252,6 +257,7 @@ def ws_of_seeds(
     2
     """
     generator = of(generator)
+    # Before synthesis, so that the error names the seeds.
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     return generator.mapping(

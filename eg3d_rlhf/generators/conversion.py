@@ -45,11 +45,13 @@ def slice_shares(extent: float, slices: int = SLICES) -> tuple[torch.Tensor, flo
 
     Returns: s, and the largest |sum - 1| over the box.
     """
+    # Samples of the hat functions at positions over the box, in units of the extent.
     matrix, touched = interpolation(torch.linspace(-1, 1, _LATTICE, dtype=torch.float64) / extent, slices)
     hats = torch.zeros(_LATTICE, slices, dtype=torch.float64)
     # hat functions of all slices; those that the box does not reach stay 0
     hats[:, touched] = matrix.double()
     ones = torch.ones(_LATTICE, 1, dtype=torch.float64)
+    # Overdetermined: 257 positions, 3 slices.
     shares = torch.linalg.lstsq(hats, ones).solution
     return shares[:, 0], float((hats @ shares - ones).abs().max())
 
@@ -77,6 +79,7 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     stated = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
     size = G_ema.plane_resolution
+    # Options of PanoHead; the others keep the values of the file.
     rendering = {
         **stated,
         "triplane_size": size,
@@ -92,10 +95,12 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
         **{k: v for k, v in nets.G_kwargs.items() if k != "plane_resolution"},
         "rendering_kwargs": rendering,
     }
+    # Explicit, because the default layouts of the families differ.
     kwargs["plane_layout"] = G_ema.plane_layout
     # A feature of empty space is -1 in -1..1, so white is -1 + 2.
     background = 2.0 if stated.get("white_back", False) else 0.0
     make = FAMILIES["panohead"].module
+    # G is needed only to continue training.
     G = None if nets.G is None else _converted(make, kwargs, nets.G, shares, background)
     converted = _converted(make, kwargs, G_ema, shares, background)
     rest = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
@@ -111,6 +116,7 @@ def _converted(
         # Fixed values for the features of the background, which tuning may use later
         torch.manual_seed(0)
         made: Any = make(**kwargs)
+    # References: copying into them changes the network.
     state = made.state_dict()
     for name, value in G.state_dict().items():
         if name.startswith("backbone.synthesis.") and name.endswith((".torgb.weight", ".torgb.bias")):
@@ -131,6 +137,7 @@ def _converted(
     final = getattr(made.t_mapping, f"fc{made.t_mapping.num_layers - 1}")
     # the offset of the camera becomes 0
     final.weight.zero_()
+    # An attribute, not part of the state dict.
     made.neural_rendering_resolution = G.neural_rendering_resolution
     return made.train(G.training).requires_grad_(False)
 
@@ -140,6 +147,7 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
 
     An empty list means that EG3D's own code can build the network.
     """
+    # Sizes that EG3D's code does not take as arguments.
     defaults = {k: p.default for k, p in inspect.signature(TriPlaneGenerator).parameters.items()}
     sizes = ("plane_resolution", "plane_channels", "decoder_hidden_dim", "decoder_features")
     unsupported = [] if nets.architecture == networks.EG3D else [f"architecture = {nets.architecture}"]
@@ -148,6 +156,7 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
     ]
     sr = nets.G_kwargs.get("sr_kwargs") or {}
     module = module_by_name(nets.G_kwargs["rendering_kwargs"]["superresolution_module"])
+    # EG3D's code has no other super-resolution modules.
     if not issubclass(module, SuperresolutionHybrid):
         unsupported.append(f"superresolution_module = {module.__name__}")
     else:
@@ -158,6 +167,7 @@ def foreign_sizes(nets: networks.Networks) -> list[str]:
         unsupported += [
             f"sr_kwargs.{k} = {sr[k]}" for k, v in built_in.items() if k in sr and sr[k] not in (None, v)
         ]
+    # EG3D's super-resolution modules have 512 built in.
     if nets.G_kwargs["w_dim"] != 512:
         unsupported.append(f"w_dim = {nets.G_kwargs['w_dim']}")
     return unsupported
@@ -187,6 +197,7 @@ def stock_content(nets: networks.Networks, only_ema: bool = False) -> dict:
         module = getattr(nets, name)
         if module is None:
             continue
+        # Copies on the CPU, so that the file loads on any machine.
         state = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
         # EG3D's training adds this buffer to G
         if name != "D" and std is not None:
@@ -218,13 +229,16 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
         again = load_networks(out)
         states = {n: getattr(again, n).state_dict() for n in names}
     else:
+        # Through memory, because the file has to be written atomically.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
         storage.write_atomic(out, buffer.getvalue())
+        # Executes no code.
         again = torch.load(out, weights_only=True)
         states = {n: again[n] for n in names}
     for name in names:
         for key, tensor in getattr(nets, name).state_dict().items():
+            # Bitwise; every tensor is compared.
             if not torch.equal(states[name][key], tensor.cpu()):
                 raise OSError(
                     f"{out}: expected {name}.{key} as it was written, got other values. Check the disk."

@@ -54,6 +54,7 @@ class PlaneField:
         # The reference implementation follows EG3D's code step by step.
         if points.ndim == 3 and implementations.current() == "ref":
             return self._decoded(points.to(self.planes), sigma_only=True)["sigma"].squeeze(2)
+        # Interpolation in float16 would lose the precision of the density.
         planes = self._wide(self.planes)
         # Merged planes are a copy without a graph, so they serve only where no gradient is needed.
         merged = None if implementations.current() == "ref" or torch.is_grad_enabled() else self._merged
@@ -121,11 +122,13 @@ class PlaneField:
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """Render, see `Field`."""
         kwargs = self._G.rendering_kwargs
+        # The coarse and the fine pass of EG3D's importance sampling.
         for key in ("depth_resolution", "depth_resolution_importance"):
             samples = (
                 options.samples if options.samples is not None else round(kwargs[key] * options.sample_mult)
             )
             kwargs = {**kwargs, key: samples}
+        # Training may change the attribute (neural rendering resolution schedule).
         resolution = options.resolution or self._G.neural_rendering_resolution
         cameras = cameras.to(self.ws.device).expand(len(self), -1)
         out = self._G.render(self.planes, self.ws, cameras, resolution, kwargs, noise_mode=self._noise_mode)
@@ -134,11 +137,13 @@ class PlaneField:
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> SeparableDensity | None:
         """Return the separable form, see `SeparableField`."""
         assert len(self) == 1
+        # A field without separable form: the caller evaluates points.
         if self._pairs is None:
             return None
         planes = self._wide(self.planes)
         # world to plane units, -1..1 over the cube
         axes = [axis.to(planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
+        # Only the density row of the decoder.
         weights = self._weights(planes.dtype)
         maps = [m[0] for m in pair_maps(planes, self._pairs, axes, weights.w0, weights.b0)]
         return SeparableDensity(maps, weights.w_sigma, weights.b_sigma, (len(x), len(y), len(z)))
@@ -211,9 +216,11 @@ class EG3D:
         Networks whose rendering_kwargs lack these values get the defaults of `CameraFamily`.
         """
         options = self.module.rendering_kwargs
+        # The point that the training cameras look at; EG3D's option has three numbers.
         x, y, z = (float(value) for value in options.get("avg_camera_pivot", (0.0, 0.0, 0.0)))
         start, end = (options.get(name, "auto") for name in ("ray_start", "ray_end"))
         # 'auto': where rays cross the bounds
+        # Numbers are depths along the ray; 'auto' computes them from the box.
         span = None if "auto" in (start, end) else (float(start), float(end))
         return CameraFamily(options.get("avg_camera_radius", CameraFamily.radius), (x, y, z), span=span)
 

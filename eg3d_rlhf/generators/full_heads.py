@@ -33,6 +33,7 @@ class HeadField(PlaneField):
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """Return the raw density, see `Field`."""
         points = points.to(self.planes).expand(len(self), -1, -1)  # [N, P, 3]
+        # The graph is recorded if any of the inputs needs a gradient.
         recorded = any(
             tensor.requires_grad for tensor in (self.planes, points, *self._G.decoder.parameters())
         )
@@ -57,6 +58,7 @@ class HeadField(PlaneField):
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return density and colour in one pass, see `PlaneField`."""
+        # Density and features come from the same pass.
         decoded = self._decoded(points.to(self.planes))
         return decoded["sigma"].squeeze(2), self._to_colours(decoded["rgb"]).clamp(0, 1)
 
@@ -113,8 +115,10 @@ class TriGridField(HeadField):
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Return the raw density on a product of coordinates, see `ProductField`."""
         if self._orders is None:
+            # [X, Y, Z, 3]; indexing "ij" keeps x first.
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1)
             return self.density(points.reshape(-1, 3)).unflatten(1, points.shape[:3])
+        # Interpolation weights are computed on the CPU, see `tri_grid_density`.
         axes = [axis.cpu().to(self.planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         return tri_grid_density(
             self.planes, self._orders, self._weights(self.planes.dtype), axes, self._G.extent

@@ -37,6 +37,7 @@ class Similarity:
     @classmethod
     def of_boxes(cls, theirs: Bounds, ours: Bounds) -> "Similarity":
         """Return the transformation that maps our cube onto theirs."""
+        # q is in our cube exactly if p is in theirs.
         scale = theirs.side / ours.side
         centres = zip(theirs.centre, ours.centre, strict=True)
         return cls(scale, tuple(a - scale * b for a, b in centres))  # type: ignore[arg-type]
@@ -50,7 +51,9 @@ def scaled_density(sigma: torch.Tensor, factor: float) -> torch.Tensor:
     Differentiable in sigma.
     Deviates: far below zero, where the activation is exp(sigma - 1), log(factor) is added instead.
     """
+    # The argument of EG3D's softplus.
     x = sigma - 1
+    # The clamp keeps the branch that `where` discards finite, also in the backward pass.
     activated = F.softplus(x.clamp_min(-15)) * factor
     # inverse softplus: log(exp(a) - 1) = a + log(1 - exp(-a))
     return 1 + torch.where(x < -15, x + np.log(factor), activated + torch.log(-torch.expm1(-activated)))
@@ -84,6 +87,7 @@ class PlacedField:
         """Mirror points [..., 3] of our world, if the place is mirrored."""
         if not self._place.mirrored:
             return points
+        # x -> 2 centre - x
         return torch.cat([2 * self.bounds.centre[0] - points[..., :1], points[..., 1:]], dim=-1)
 
     def _within(self, points: torch.Tensor) -> torch.Tensor:
@@ -117,8 +121,10 @@ class PlacedField:
         theirs = dataclasses.replace(
             grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale
         )
+        # The inner generator may have a fast path for grids, so the grid itself is transformed.
         sigma = self._inner.density_grid(theirs)
         within = self._within(theirs.points()).to(sigma.device)  # [D, H, W]
+        # Otherwise there is nothing to replace, or no density to replace it by.
         if within.any() and not within.all():
             least = sigma.where(within, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
             sigma = torch.where(within, sigma, least)
@@ -131,6 +137,7 @@ class PlacedField:
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
         """Render, see `Field`. The scale of the density has no effect: the image is the generator's own."""
+        # The caller's labels must not change.
         moved = cameras.clone()
         middle = self.bounds.centre[0]
         # mirror_label mirrors about x = 0, and entry 3 of a label is the camera's x.

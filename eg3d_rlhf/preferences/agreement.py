@@ -27,6 +27,7 @@ class Agreement:
     disagree systematically. None if it is undefined.
     """
 
+    # the coefficient; ends of its interval
     value: float | None
     lo: float | None  # None also below LEAST_UNITS
     hi: float | None
@@ -73,6 +74,7 @@ def cohen_kappa(
 
 def _kappa(table: np.ndarray) -> np.ndarray:
     """Compute kappa [...] of tables [..., K, K] of weights."""
+    # Weights may be counts or gamma variables, so they are normalised here.
     p = table / table.sum((-1, -2), keepdims=True)
     expected = (p.sum(-1) * p.sum(-2)).sum(-1)
     kappa: np.ndarray = (np.trace(p, axis1=-2, axis2=-1) - expected) / (1 - expected)
@@ -94,6 +96,7 @@ def krippendorff_alpha(
     Undefined (None) if fewer than two units remain or all answers are equal.
     Deviates: Krippendorff resamples the errors.
     """
+    # A unit with one answer has no disagreement, and Krippendorff's alpha excludes it.
     kept = [list(unit.values()) for unit in units if len(unit) >= 2]
     index = {answer: i for i, answer in enumerate(dict.fromkeys(itertools.chain.from_iterable(kept)))}
     n = len(kept)
@@ -109,11 +112,13 @@ def krippendorff_alpha(
     value = 1 - observed / chance * (values - 1) / values
     if n < LEAST_UNITS:
         return Agreement(value=value, lo=None, hi=None, n=n)
+    # Units with equal answers have the same contribution, so the posterior is over kinds of units.
     kinds, units_of = np.unique(counts, axis=0, return_counts=True)  # [T, K], [T]
     # prior units in agreement: of the mean number of answers, at least 2
     agreeing = np.eye(k) * max(2, round(values / n))
     # the same with one answer a replaced by b
     dissenting = [agreeing[a] - np.eye(k)[a] + np.eye(k)[b] for a, b in itertools.permutations(range(k), 2)]
+    # Concentrations of the Dirichlet posterior: data, agreeing and dissenting prior units.
     weights = np.r_[
         units_of * (n - 1) / n,
         np.full(k, _AGREEING / k),
@@ -136,7 +141,9 @@ def _disagreements(weights: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray,
     Returns: D_o [...], D_e as if values were drawn with replacement [...], and the number of values [...].
     """
     answers_per_unit = counts.sum(axis=1)  # [U]
+    # Weighted number of answers.
     values = weights @ answers_per_unit
+    # Pairs of different answers within a unit, divided by its number of answers - 1 (Krippendorff 2011).
     observed = weights @ ((answers_per_unit**2 - (counts**2).sum(axis=1)) / (answers_per_unit - 1)) / values
     return observed, 1 - (((weights @ counts) / values[..., None]) ** 2).sum(axis=-1), values
 

@@ -33,6 +33,7 @@ REACH = 2.0  # voxels; offsets are clipped to this: a surface further away count
 DETAIL = 0.016  # world units; standard deviation of the Gaussian that separates relief from shape
 
 DEFECTS = ("missing", "extra", "floaters", "roughness", "face")
+# They sum to 1.
 WEIGHTS = {"missing": 0.52, "extra": 0.24, "floaters": 0.08, "roughness": 0.06, "face": 0.10}
 # defect at which the part of the utility has lost 63 % (1 - 1/e)
 SCALES = {"missing": 0.6, "extra": 0.4, "floaters": 0.1, "roughness": 0.5, "face": 0.5}
@@ -59,6 +60,7 @@ class Utility:
 def _regions(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return masks [n, n, n] of the head above its base, of its back, and of the face."""
     x, y, z = np.moveaxis(grid_points(n), -1, 0)
+    # Above the base of the neck; the rest of the cube does not count.
     head = y > BASE
     face = (np.abs(x) < FACE[0]) & (y > FACE[1]) & (y < FACE[2]) & (z > 0)
     return head, head & (z < BACK), face
@@ -122,8 +124,10 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     # A grid that is solid throughout has no surface. It counts as empty.
     if inside.all():
         inside = ~inside
+    # Everything that is not connected to it is a floater.
     part = largest_part(inside)
     body = largest_part(ground_truth_inside)
+    # 1: a ground truth without a back would divide by 0.
     volume = max(int((body & back).sum()), 1)
     shares = {
         name: float((mask & head).sum() / volume)
@@ -135,8 +139,10 @@ def defects(values: np.ndarray, ground_truth: np.ndarray) -> dict[str, float]:
     }
     shape_offsets = _offsets(values)
     truth_offsets = _offsets(np.asarray(ground_truth, np.float32))
+    # Relief and face are compared on the surface of the ground truth.
     surface = _at_surface(ground_truth_inside) & head
     both_surfaces = surface & (np.abs(shape_offsets) < NEAR)
+    # Root mean square of the relief, for the shape and for the ground truth, where both surfaces are close.
     rough = (
         [
             float(np.sqrt(np.square(_detail(offsets)[both_surfaces]).mean()))
@@ -178,6 +184,7 @@ def _gaps(
     utilities: ArrayLike, pairs: Sequence[tuple[int, int]] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return pairs as int64 [P, 2] and their differences of utility u_a - u_b as float64 [P]."""
+    # An empty list of pairs needs the reshape to have two columns.
     index = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     values = np.asarray(utilities, dtype=np.float64)
     assert np.isfinite(values).all()
@@ -201,6 +208,7 @@ def label_pairs(
     """
     assert temperature >= 0
     index, gap = _gaps(utilities, pairs)
+    # Also without noise, so that the random stream does not depend on the temperature.
     draw = rng.random(len(index))
     noisy = temperature > 0
     # P(a preferred) [P]. A tie without noise is decided at random.
@@ -229,6 +237,7 @@ def solve_temperature(
     """
     assert 0.0 <= flip_rate < 0.5
     _, gap = _gaps(utilities, pairs)
+    # Ties have no noise-free order that noise could contradict.
     gap = np.abs(gap[gap != 0])
     if gap.size == 0:
         raise ValueError(

@@ -68,6 +68,7 @@ def bradley_terry(
     """
     comparisons = list(comparisons)
     assert comparisons and all(c.winner != c.loser for c in comparisons)
+    # In order of appearance, which fixes the order of the results.
     items = tuple(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
     index = {item: i for i, item in enumerate(items)}
     i = np.array([index[c.winner] for c in comparisons])
@@ -82,6 +83,7 @@ def bradley_terry(
         )
     # Fixed strengths are bounded without comparisons: connect them in a ring.
     ring = np.array(list(fixed), dtype=int)
+    # Edges from winner to loser, and in both directions for ties.
     ends = np.r_[i, j[tie], ring], np.r_[j, i[tie], np.roll(ring, 1)]
     edges = coo_matrix((np.ones(len(ends[0])), ends), shape=(n, n))
     # Ford's condition: the graph is strongly connected
@@ -97,6 +99,7 @@ def bradley_terry(
         # without held strengths only differences are known; they are reported about their mean
         centre = np.eye(n) - 1 / n  # strengths vary about their mean
         covariance = centre @ covariance @ centre
+    # Normal quantile times the standard error; rounding may make a variance negative.
     half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
     return Strengths(
         items=items,
@@ -123,8 +126,10 @@ def _newton(
     n = len(start)
     ties = bool(tie.any())
     decided = ~tie
+    # With held strengths the prior is centred on their mean, otherwise on 0.
     centre = float(start.mean()) if len(free) < n else 0.0
     x = np.r_[start, 0.0]
+    # Without ties eta has no estimate and stays fixed.
     if ties:
         # the estimate for equal strengths
         x[n] = math.log(2 * tie.sum() / max(1, decided.sum()))
@@ -146,6 +151,7 @@ def _newton(
     value = objective(x)
     used = np.r_[free, [n] * ties].astype(int)
     together = np.zeros((n + 1, n + 1))
+    # Only then does the likelihood have a flat direction.
     if not ridge and len(free) == n:
         together[:n, :n] = 1 / n
     together = together[np.ix_(used, used)]
@@ -191,6 +197,7 @@ def _derivatives(
     by_difference = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)  # derivative by theta_i - theta_j
     by_eta = tie - draw
     gradient = np.zeros(n + 1)
+    # Unlike gradient[i] += ..., this adds repeated indices.
     np.add.at(gradient, i, by_difference)
     np.add.at(gradient, j, -by_difference)
     gradient[:n] -= ridge * (x[:n] - centre)
@@ -198,6 +205,7 @@ def _derivatives(
     difference_curvature = 0.25 * ((win + loss) - (win - loss) ** 2)
     mixed_curvature = -0.5 * (win - loss) * draw
     size = n + 1
+    # Each comparison adds to the four entries of its two items.
     rows = np.r_[i, j, i, j]
     columns = np.r_[i, j, j, i]
     # coo_matrix sums repeated entries
@@ -213,6 +221,7 @@ def _derivatives(
     np.add.at(cross, j, -mixed_curvature)
     hessian[:n, n] = hessian[n, :n] = cross
     hessian[n, n] = (draw * (1 - draw)).sum() + _ETA_PRIOR
+    # The prior's part of the diagonal.
     hessian[np.arange(n), np.arange(n)] += ridge
     return gradient, hessian
 
@@ -240,10 +249,12 @@ def cycles(comparisons: Iterable[Comparison]) -> dict[str, Any]:
     beats = csr_matrix(
         (np.ones(len(edges), dtype=np.int64), (winners, losers)), shape=(len(order), len(order))
     )
+    # Undirected: pairs with a majority.
     either = beats + beats.T
     cyclic = int((beats @ beats).multiply(beats.T).sum()) // 3  # closed walks of length 3
     # each triangle has six closed walks in the undirected graph
     triples = int((either @ either).multiply(either).sum()) // 6
+    # Strongly connected sets: each item reaches each other through a chain of majorities.
     sizes = np.bincount(connected_components(beats, directed=True, connection="strong")[1])
     share = cyclic / triples if triples else None
     knot = int(sizes.max()) if sizes.max() > 1 else 0
@@ -330,6 +341,7 @@ def elo(
             differences are known.
     Raises: ValueError without comparisons, and as `bradley_terry`.
     """
+    # Read several times below; the argument may be an iterator.
     judgements = list(judgements)
     held = dict(held or {})
     assert draws in DRAWS and all(j.winner in ("a", "b", "tie") for j in judgements)
@@ -340,6 +352,7 @@ def elo(
         """Return the strengths and the ratings of a sample of comparisons."""
         comparisons = [c for j in chosen for c in _comparisons(j, draws)]
         strengths = bradley_terry(comparisons, held={name: value / SCALE for name, value in held.items()})
+        # Held ratings define the scale; otherwise the mean is set.
         shift = 0.0 if held else MEAN
         return strengths, {
             str(item): SCALE * float(s) + shift
@@ -349,9 +362,11 @@ def elo(
     prompts_known = all(j.prompt for j in judgements)
     clusters: dict[object, list[Judgement]] = defaultdict(list)
     for number, j in enumerate(judgements):
+        # Without prompts, each comparison is a cluster of its own.
         clusters[j.prompt if prompts_known else number].append(j)
     strengths, ratings = fit(judgements)
     groups = list(clusters.values())
+    # A fixed seed: equal comparisons give equal intervals.
     rng = np.random.default_rng(0)
     resampled: dict[str, list[float]] = defaultdict(list)
     # Resampled prompts, because comparisons of one prompt are not independent.
@@ -407,6 +422,7 @@ def read_judgements(path: str | Path) -> list[Judgement]:
     path = Path(path)
     judgements = []
     for number, record in jsonl_records(path, '{"a": ..., "b": ..., "winner": "a", "b" or "tie"}'):
+        # Unknown fields are dropped.
         values = {name: record[name] for name in Judgement._fields if name in record}
         judgement = Judgement(**values) if {"a", "b", "winner"} <= values.keys() else None
         if (

@@ -27,9 +27,9 @@ SPLITS = ("train", "val", "test")
 class Splits:
     """Labels by split, with no seed in two splits, and the numbers of unused labels."""
 
-    train: tuple[Preference, ...]
-    val: tuple[Preference, ...]
-    test: tuple[Preference, ...]
+    train: tuple[Preference, ...]  # to fit the reward
+    val: tuple[Preference, ...]  # to choose the epoch and stop early
+    test: tuple[Preference, ...]  # to report accuracy
     dropped: int  # labels whose seeds are in different splits
     ties: int  # labels without a preference, which accuracy cannot count
 
@@ -64,13 +64,16 @@ def split_by_seed(
             f"split_by_seed(fractions): expected three fractions that sum to 1, got {tuple(fractions)}. Use"
             " 0.7 0.15 0.15."
         )
+    # The order of random numbers below is part of a split's definition.
     rng = np.random.default_rng(seed)
+    # A tie has no winner to learn, and accuracy cannot count it.
     usable = [label for label in labels if not label.tie]
     split_of_seed = _assign(usable, fractions, rng)
     train, val, test = (
         tuple(label for label in usable if split_of_seed[label.winner] == split_of_seed[label.loser] == split)
         for split in range(3)
     )
+    # A split with a fraction of 0 may be empty.
     empty = [
         name
         for name, part, share in zip(SPLITS, (train, val, test), fractions, strict=True)
@@ -91,6 +94,7 @@ def _assign(
     """Assign each seed to a split, 0..2."""
     neighbours: dict[int, list[int]] = defaultdict(list)
     for label in labels:
+        # The graph is undirected; repeated labels give repeated edges, which count as labels.
         neighbours[label.winner].append(label.loser)
         neighbours[label.loser].append(label.winner)
     components = _components(neighbours, rng)
@@ -101,9 +105,11 @@ def _assign(
     remaining = {generator: [share * count for share in fractions] for generator, count in counts.items()}
     split_of_seed: dict[int, int] = {}
     # sorted() is stable: components of equal size keep their random order.
+    # Large components first, since small ones can still even out the fractions afterwards.
     for k in sorted(range(len(components)), key=lambda k: -weights[k]):
         # Too large for any split: cut. A component of two seeds is one pair, which cannot be cut.
         if weights[k] > max(fractions) * len(labels) and len(components[k]) > 2:
+            # Positions at which the next split begins, rounded to integers.
             edges = np.floor(np.cumsum(fractions) * len(components[k]) + 0.5)
             for position, seed in enumerate(components[k]):
                 split_of_seed[seed] = int(np.searchsorted(edges, position, side="right"))
@@ -112,6 +118,7 @@ def _assign(
         remaining_labels = remaining[generator_of[components[k][0]]]
         target = max(range(3), key=lambda s: remaining_labels[s])
         remaining_labels[target] -= weights[k]
+        # All seeds of the component go to one split.
         split_of_seed.update(dict.fromkeys(components[k], target))
     return split_of_seed
 
@@ -147,8 +154,10 @@ def anchor_seeds(
 
     Seeds in `exclude` (those with labels) are skipped.
     """
+    # A set, because `exclude` may be an iterator.
     taken = set(exclude)
     seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in taken), count))
+    # Boundaries of the splits, rounded.
     edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}
 
@@ -180,6 +189,7 @@ def common_value(labels: "Iterable[Preference | UnpairedPreference]", name: str)
 
     Raises: ValueError if they differ.
     """
+    # Labels that do not state the field are compatible with any value.
     counts = Counter(value for label in labels if (value := getattr(label, name)) is not None)
     if len(counts) > 1:
         listed = ", ".join(f"{value} ({n} labels)" for value, n in counts.most_common(4))
@@ -195,6 +205,7 @@ def numbered(splits: Splits) -> tuple[Splits, list[tuple[str, int]]]:
 
     Returns: the labels, and the (generator, seed) of each number.
     """
+    # (generator, seed) -> number, in order of appearance
     numbers: dict[tuple[str, int], int] = {}
 
     def with_numbers(label: Preference) -> Preference:

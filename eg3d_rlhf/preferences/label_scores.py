@@ -110,6 +110,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
     goodness: dict[str, float] = {}
     for group in linked(comparisons):
         names = list(dict.fromkeys(str(name) for c in group for name in (c.winner, c.loser)))
+        # A direct comparison of two, with a uniform prior on the probability to win.
         if len(names) == 2:
             wins = sum(0.5 if c.tie else float(c.winner == names[0]) for c in group)
             # Laplace's rule of succession; Bradley-Terry strengths would be infinite after one win
@@ -120,6 +121,7 @@ def of_pairs(comparisons: Sequence[Comparison]) -> dict[str, float]:
             strength = dict(zip(fit.items, fit.strength.tolist(), strict=True))
             opponents: dict[Hashable, set[Hashable]] = defaultdict(set)
             for c in group:
+                # Each opponent counts once, however often the two met.
                 opponents[c.winner].add(c.loser)
                 opponents[c.loser].add(c.winner)
             values = {
@@ -136,6 +138,7 @@ def linked(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
         item: i
         for i, item in enumerate(dict.fromkeys(item for c in comparisons for item in (c.winner, c.loser)))
     }
+    # Edges of the graph of items; the direction does not matter.
     ends = [items[c.winner] for c in comparisons], [items[c.loser] for c in comparisons]
     _, group = connected_components(
         coo_matrix((np.ones(len(comparisons)), ends), shape=(len(items), len(items))), directed=False
@@ -155,6 +158,7 @@ def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
     A rater whose scores are all equal gives 0.
     """
     given = list(scores)
+    # Mean and standard deviation of each rater over all prompts.
     moments = {
         rater: (float(np.mean(values)), float(np.std(values))) for rater, values in _grouped(given).items()
     }
@@ -170,6 +174,7 @@ def centred(advantages: Mapping[str, float]) -> dict[str, float]:
     If a centred A exceeds ±1, all are divided by the largest.
     """
     values = np.array(list(advantages.values()), dtype=float)
+    # The sum of A over a prompt becomes 0.
     values -= values.mean()
     values /= max(1.0, float(np.abs(values).max()))
     return {name: float(0.5 + value / 2) for name, value in zip(advantages, values, strict=True)}
@@ -189,6 +194,7 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
     places = rankdata(r)
     if np.ptp(places) == 0:
         return np.zeros(len(places))
+    # Ranks mapped to normal quantiles, and then standardised exactly.
     scores: np.ndarray = ndtri((places - 0.5) / len(places))
     scores = scores - scores.mean()
     scores = scores / scores.std()
@@ -202,6 +208,7 @@ def as_used(goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: in
 
     Args: prompt_of: the prompt of every asset.
     """
+    # A control: the signal with the wrong sign.
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
     if use != "shuffled":
@@ -209,10 +216,12 @@ def as_used(goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: in
     # a stream of its own; 3 distinguishes it from other uses of the seed
     rng = np.random.default_rng([seed, 3])
     shuffled = dict[str, float]()
+    # Only within a prompt, so that the distribution of r per prompt stays the same.
     for names in _by_prompt(goodness, prompt_of).values():
         shuffled |= {
             name: goodness[other] for name, other in zip(names, rng.permutation(names).tolist(), strict=True)
         }
+    # In the original order of assets.
     return {name: shuffled[name] for name in goodness}
 
 
@@ -237,6 +246,7 @@ class Known:
         """
         if named in self.conditions:
             return named
+        # The name may be a path, relative to the folder of the labels.
         name = self.files.get((folder / named).resolve())
         if name is None:
             examples = ", ".join(list(self.conditions)[:3])
@@ -277,7 +287,9 @@ def read_said(path: Path, known: Known) -> list[LabelLine]:
     lines: list[LabelLine] = []
     for number, record in jsonl_records(path, EXAMPLE):
         try:
+            # Kinds are not mixed, because their scales differ.
             lines.append(_parse(number, record, known, path.parent))
+            # The first line decides the kind of the file.
             if lines[-1].kind != lines[0].kind:
                 raise ValueError(
                     f"expected {lines[0].kind}s as in line {lines[0].number}, got a {lines[-1].kind}. Put"
@@ -299,6 +311,7 @@ def read_goodness(path: Path, known: Known) -> dict[str, float]:
     """
     lines = read_said(path, known)
     goodness = _goodness_from_lines(lines, known.conditions, path.name)
+    # r = 1/2 everywhere: no asset is better than another of its prompt.
     if all(abs(r - 0.5) < 1e-9 for r in goodness.values()):
         raise ValueError(
             f"{path.name}, lines {lines[0].number} to {lines[-1].number}:"
@@ -312,11 +325,13 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
 
     def asset(*keys: str) -> str:
         """Return the name of the asset in the first of `keys` that the line has."""
+        # Alternative names of the field, in order of preference.
         named = next((record[key] for key in keys if record.get(key)), None)
         if not isinstance(named, str):
             raise ValueError(f"expected {keys[0]}, got none. Write {EXAMPLE}.")
         name = known.find(named, folder)
         condition = record.get("condition")
+        # A wrong prompt is an error in the file or in the list, which must not pass silently.
         if condition is not None and condition != known.conditions[name]:
             got = f"got {condition!r}. Correct the line or the list"
             raise ValueError(
@@ -328,6 +343,7 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
     if "preferred" in record or "rejected" in record:
         better = asset("preferred")
         worse = asset("rejected")
+        # An exported tie still has preferred and rejected, in any order.
         tie = record.get("tie", False)
         if (
             better == worse
@@ -339,11 +355,13 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
                 " the line."
             )
         return LabelLine(number=number, kind="pair", asset=better, other=worse, tie=tie)
+    # Exactly one kind of label per line.
     kinds = [key for key in ALONE if record.get(key) is not None]
     if len(kinds) != 1:
         raise ValueError(
             f"expected one of {', '.join(ALONE)}, got {' and '.join(kinds) or 'none'}. Write {EXAMPLE}."
         )
+    # `label` is the name of a thumb in the export of the labelling tool.
     kind = "thumb" if kinds == ["label"] else kinds[0]
     value = record[kinds[0]]
     if (
@@ -354,10 +372,12 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
     ):
         wanted = "true or false" if kind == "thumb" else "a number"
         raise ValueError(f"expected {kinds[0]} to be {wanted}, got {value!r}. Correct the line.")
+    # A probability; other values are scores.
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(
             f"expected p from 0 to 1, got {value!r}. For ratings on another scale use the field score."
         )
+    # Empty for a single, anonymous rater.
     rater = str(record.get("rater") or record.get("annotator") or "")
     return LabelLine(
         number=number, kind=kind, asset=asset("asset", "mesh", "look_at"), value=float(value), rater=rater

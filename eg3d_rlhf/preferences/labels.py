@@ -49,12 +49,14 @@ class Preference:
 
     winner: int
     loser: int
+    # None in the following fields: unknown.
     generator: str | None = None
     psi: float | None = None
     annotator: str | None = None
     time: str | float | None = None
     tie: bool = False
     clean: int | None = None
+    # Not hashed: dicts have no hash.
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class Preference:
             check_seed(name, getattr(self, name))
         if self.winner == self.loser:
             raise ValueError(f"expected two different seeds, got {self.winner} twice. Remove the line.")
+        # None: no annotator without noise is known.
         if self.clean is not None and self.clean not in (self.winner, self.loser):
             raise ValueError(
                 f"expected clean to be {self.winner} or {self.loser}, got {self.clean!r}. Write the seed of"
@@ -123,6 +126,7 @@ def read_labels(path: str | Path) -> Iterator[Preference]:
             f"read_labels: expected a label file, got no file at {path}. Check the path, or label some pairs"
             " first."
         )
+    # The number of the line is added to errors here, where it is known.
     for line, record in readers[path.suffix](path):
         try:
             yield _parse(record)
@@ -160,6 +164,7 @@ def write_labels(path: str | Path, labels: Iterable[Preference]) -> Path:
         raise ValueError(
             f"write_labels: expected a name ending in .jsonl or .csv, got {path.name}. Change the suffix."
         )
+    # All records at once: the columns of a CSV depend on all of them.
     records = [label.to_dict() for label in labels]
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(record) + "\n" for record in records)
@@ -182,6 +187,7 @@ def labels_hash(labels: Iterable["Preference | UnpairedPreference"]) -> str:
     """
     digest = hashlib.sha256()
     for label in labels:
+        # One canonical line at a time; the labels need not fit into memory twice.
         digest.update((json.dumps(label.to_dict(), sort_keys=True) + "\n").encode())
     return digest.hexdigest()
 
@@ -192,6 +198,7 @@ def jsonl_records(
     """Yield number and object of each line. Raises: ValueError with file and line for other content."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
+            # Empty lines, such as the last one, are skipped.
             if not line.strip():
                 continue
             try:
@@ -213,6 +220,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file)
         header = [name.strip() for name in next(rows, [])]
+        # A table of ranked seeds: rank 1 is the winner.
         ranked = header[1:] == ["rank1", "rank2"]
         names = ["index", "winner", "loser"] if ranked else header
         if not {"winner", "loser"} <= set(names):
@@ -248,9 +256,11 @@ def _parse(record: Mapping[str, Any]) -> Preference:
     loser = parse_seed(record["loser"], "loser")
     tie = record.get("tie", False)
     clean = record.get("clean")
+    # JSON has true and false, CSV has text.
     tied = tie if isinstance(tie, bool) else _TRUTH.get(str(tie).lower())
     if tied is None:
         raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
+    # True and false are allowed for `clean`, too: they stand for winner and loser.
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
     generator, annotator = (
@@ -314,6 +324,7 @@ def parse_time(value: Any) -> str | float | None:
     """Return a time from JSON or text. Raises: ValueError without file and line."""
     if value is None:
         return None
+    # First as seconds since 1970, then as ISO 8601.
     with contextlib.suppress(TypeError, ValueError):
         return float(value)
     try:

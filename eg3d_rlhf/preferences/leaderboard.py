@@ -56,6 +56,7 @@ class Design:
         """Return [C, G]: 1 for a cell's first generator, -1 for its second."""
         signs = np.zeros((len(self.cells), self.generators))
         rows = np.arange(len(self.cells))
+        # A game between generators i and j depends on s_i - s_j only.
         signs[rows, self.cells[:, 0]], signs[rows, self.cells[:, 1]] = 1, -1
         return signs
 
@@ -89,6 +90,7 @@ def fit(
     for _ in range(_FIT_STEPS if free.shape[1] else 0):
         p = expit((start + coefficients @ free.T) @ signs.T)
         # 1e-12: a cell that one generator wins with certainty has no curvature
+        # Fisher scoring; for the logistic model it is Newton's method.
         hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), free_signs, free_signs) + 1e-12 * np.eye(
             free.shape[1]
         )
@@ -96,6 +98,7 @@ def fit(
         # at most 2 units of strength per step
         step *= np.minimum(1, 2 / np.abs(step).max(axis=1, keepdims=True).clip(1e-12))
         coefficients = coefficients + step
+        # Far below the precision of an interval's end.
         if np.abs(step).max() < 1e-7:
             break
     strength: np.ndarray = start + coefficients @ free.T
@@ -124,8 +127,10 @@ def strengths(
     cell_of_game = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
     cell_of_game[np.arange(len(design.cell)), design.cell] = 1
     score = scores @ cell_of_game  # [R, C]
+    # Each game counts equally, independent of its annotator.
     games = design.games
     signs = design.signs
+    # One additional draw less than generators, as fractions of games per cell.
     drawn = np.full(len(games), (design.generators - 1) / len(games))
     estimate = fit(score + drawn / 2, games + drawn, signs)
     p = expit(estimate @ signs.T)
@@ -176,6 +181,7 @@ def _allowed(
     independent_variance = (contributions**2).sum(axis=1)
     # numbers of clusters
     annotators, prompts = (len(np.unique(group)) for group in (design.annotator, design.prompt))
+    # Games of one prompt are not independent, so prompts are always clusters.
     total = _clustered(contributions, design.prompt)
     degrees = np.full(len(contributions), prompts - 1.0)
     if annotators >= FEW:
@@ -202,6 +208,7 @@ def _allowed(
 
 def _clustered(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
     """Compute the variance [R] of a sum of M contributions from their sums over groups."""
+    # Stable, for a fixed order of summation.
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
     # add.reduceat sums runs, so contributions are sorted by group.
@@ -228,6 +235,7 @@ def _end(
         is_accepted: np.ndarray = efficient_score**2 <= allowed * information
         return is_accepted
 
+    # The bracket: `inside` is accepted, `outside` may not be.
     outside = np.full(len(inside), side * REACH)
     endless = accepted(outside)
     for _ in range(_HALVINGS):  # bisection
@@ -374,6 +382,7 @@ def leaderboard(games: Iterable[Game]) -> Leaderboard:
     """
     games = list(games)
     assert all(game.first != game.second and game.winner in (game.first, game.second, None) for game in games)
+    # Games among generators that have enough of them.
     kept = games
     # Removing a generator removes games of its opponents, which may then have too few as well.
     while True:
@@ -418,6 +427,7 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
         annotator=_numbers(g.annotator for g in games),
         prompt=_numbers(g.prompt for g in games),
     )
+    # The score of a game is that of its cell's first generator, the smaller name.
     scores = np.array([0.5 if g.winner is None else float(g.winner == min(g[:2])) for g in games])
     points, lo, hi = (MEAN + SCALE * part[0] for part in strengths(scores[None], design))
     rows = [_standing(games, name, (points[i], lo[i], hi[i])) for name, i in names.items()]
@@ -437,6 +447,7 @@ def _standing(games: Sequence[Game], name: str, ends: tuple[float, float, float]
         # infinite ends are None in JSON
         (float(x) if np.isfinite(x) else None for x in ends) if ends is not None else (None, None, None)
     )
+    # From the point of view of this generator.
     results = Counter("tie" if g.winner is None else "win" if g.winner == name else "loss" for g in own_games)
     return Standing(
         name=name,

@@ -60,6 +60,7 @@ def cs_divergence(
         exponents = -squares / (2 * bandwidth**2)
         count = squares.numel()
         if within and estimator == "U":
+            # Members paired with themselves have k = 1, which biases the mean upwards.
             exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
             count = count - len(a)
         return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
@@ -151,8 +152,10 @@ def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> tor
     # [N, D H W]
     r = reconstruction.flatten(1)
     o = slab.flatten(1)
+    # Range of the reconstruction and of the slab, per sample.
     r_low = r.amin(1, keepdim=True)
     o_low = o.amin(1, keepdim=True)
+    # A constant reconstruction has no range; the smallest normal number avoids 0 / 0.
     span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
     return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
 
@@ -234,6 +237,7 @@ class PreferenceLoss:
                 pair_loss_drawn_order(*logits, generator) if one_order else pair_loss_both_orders(*logits)
             )
             terms["pairs"] = w.pairs * per_pair.mean()
+        # No presentation order: the scalar reward does not depend on it.
         if w.scalar:
             terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
         if w.bradley_terry:
@@ -244,6 +248,7 @@ class PreferenceLoss:
         # gradient.
         if w.strength:
             terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
+        # The network returns a reconstruction only if it was requested.
         if w.reconstruction and output.reconstruction is not None:
             terms["reconstruction"] = (
                 w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
@@ -259,11 +264,12 @@ class PreferenceLoss:
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
             terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
+        # Negative weight: training increases the divergence between the sets.
         if w.divergence:
             preferred_set = shapes.embedding[shapes.preferred]
             other_set = shapes.embedding[~shapes.preferred]
-            # Largest value for unit vectors, whose squared distance is at most 4: each log mean k is in
-            # [-2 / bandwidth^2, 0].
+            # The largest possible value. Unit vectors have a squared distance of at most 4, so each log mean k
+            # is in [-2 / bandwidth^2, 0].
             bound = 4 / shapes.bandwidth**2
             terms["divergence"] = -w.divergence * cs_divergence(
                 preferred_set, other_set, shapes.bandwidth

@@ -15,6 +15,7 @@ class LossWeights:
     Raises: ValueError for weights out of range.
     """
 
+    # Weights of the paper (arXiv 2606.27305); the first five terms need labels of pairs.
     pairs: float = knob(1.0, "Weight of the cross-entropy of the pair head.", TERMS, low=0, rare=True)
     scalar: float = knob(1e-3, "Weight of the margin loss of the scalar reward.", TERMS, low=0, rare=True)
     bradley_terry: float = knob(
@@ -26,6 +27,7 @@ class LossWeights:
     reconstruction: float = knob(
         1e-2, "Weight of the L1 error of the reconstructed input.", TERMS, low=0, rare=True
     )
+    # Terms of unpaired labels, which the paper does not have.
     regression: float = knob(
         0.0, "Weight of the squared error of the reward on unpaired labels.", TERMS, low=0
     )
@@ -45,6 +47,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         check_knobs(self)
+        # The divergence alone has no direction: it may push preferred shapes to either side.
         if self.divergence and not (self.regression or self.on_pairs):
             raise ValueError(
                 "--divergence: expected --regression or a loss on pairs above 0 together with it, got"
@@ -73,6 +76,7 @@ class AnnotationOptions:
         "Samples",
         low=2,
     )
+    # Not among the held-out seeds of `core.seeds`.
     first_seed: int = knob(
         0, "First seed. The number of seeds follows from the pairs and the blocks.", "Samples", low=0
     )
@@ -87,6 +91,7 @@ class AnnotationOptions:
     kind: str = knob(
         "pairs", "Label pairs, or single shapes with thumbs or scores.", "Judgement", choices=KINDS
     )
+    # Determines the temperature of the label noise, see `annotator.solve_temperature`.
     flip_rate: float = knob(
         0.12,
         "Expected fraction of labels that contradict the noise-free order.",
@@ -100,6 +105,7 @@ class AnnotationOptions:
 
     def __post_init__(self) -> None:
         check_knobs(self)
+        # Labels on held-out seeds would leak into evaluations of rewards.
         refuse_held_out(self.seeds, "--first-seed")
 
     @property

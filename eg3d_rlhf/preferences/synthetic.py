@@ -58,6 +58,7 @@ class Annotation:
 
         Args: generator: the hash of the network that generated the shapes.
         """
+        # Fields that all labels share.
         common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
         return [
             Preference(
@@ -86,8 +87,10 @@ class Annotation:
         """
         # a stream of its own, so that pairs do not change
         rng = np.random.default_rng([self.options.seed, 3])
+        # One shape per seed.
         count = len(self.judged)
         utilities = self.utilities
+        # Rank of each shape in 0..1, with noise and without.
         quantile = [
             # argsort of argsort is the rank.
             (np.argsort(np.argsort(values)) + 0.5) / count  # [S] each
@@ -108,6 +111,7 @@ class Annotation:
             )
             for seed, score, clean_score in zip(self.judged, noisy_scores, clean_scores, strict=True)
         ]
+        # The same quantiles give scores or thumbs.
         if self.options.kind == "scores":
             return labels
         return [
@@ -119,6 +123,7 @@ class Annotation:
 
     def summary(self) -> dict[str, Any]:
         """Return settings and outcome as JSON values."""
+        # Minimum, quartiles and maximum.
         quantiles = np.quantile(self.utilities, [0, 0.25, 0.5, 0.75, 1])
         return {
             **asdict(self.options),
@@ -155,6 +160,7 @@ def shape_values(field: Field, resolution: int) -> np.ndarray:
     """
     # from the centre of the first voxel to that of the last
     side = field.bounds.side * (resolution - 1) / resolution
+    # The grid of SlabSpec has its outermost points on the faces, so the cube is smaller by one voxel.
     density = field.density_grid(SlabSpec.of(field.bounds, resolution, box_warp=side))
     # [N, z, y, x] -> [N, x, y, z]; negative inside
     return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
@@ -174,6 +180,7 @@ def judge_seeds(
     Args: psi: truncation. Below 1 the shape is still compared with the head of the untruncated latent.
     Raises: ValueError for a generator whose latents have no ground-truth heads.
     """
+    # A ground truth exists only for latents of the synthetic head model.
     if not names_people(generator):
         raise ValueError(
             f"--network: expected a generator trained on synthetic heads, with latents of {LATENT} numbers in"
@@ -181,6 +188,7 @@ def judge_seeds(
             " trained on synthetic:people64, or collect labels from people."
         )
     for start in range(0, len(seeds), batch):
+        # Batches bound the memory of synthesis.
         part = seeds[start : start + batch]
         ground_truths = people_mesh.whole_grids(latents(part, generator.z_dim), resolution)
         shapes = shape_values(generator.field(ws_of_seeds(generator, part, psi)), resolution)
@@ -207,6 +215,7 @@ def annotate(
     Raises: ValueError if every pair ties (for example for a generator without any surface), and as
     `judge_seeds`.
     """
+    # Without repetitions, in order of first appearance.
     seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
     judged: dict[int, Utility] = {}
     for seed, evaluation in zip(
@@ -224,6 +233,7 @@ def annotate(
         if pairs is None
         else [(index_of_seed[a], index_of_seed[b]) for a, b in pairs]
     )
+    # The noise is calibrated on these pairs, so the flip rate is reached in expectation.
     if temperature is None:
         temperature = solve_temperature(utilities, index_pairs, options.flip_rate)
     labels = [

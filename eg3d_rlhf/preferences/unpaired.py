@@ -50,14 +50,17 @@ MIDDLE = 0.2
 class UnpairedPreference:
     """A label of one shape. Fields as in the table above. Raises: ValueError."""
 
-    seed: int
+    seed: int  # of the shape
+    # Exactly one of label and score is set.
     label: bool | None = None
     score: float | None = None
     generator: str | None = None
+    # None in the following fields: unknown.
     psi: float | None = None
     annotator: str | None = None
     time: str | float | None = None
     clean: bool | None = None
+    # Not hashed: dicts have no hash.
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class UnpairedPreference:
     @property
     def preferred(self) -> bool | None:
         """Return True if the shape is preferred, False if not; None between the two thresholds of a score."""
+        # A thumb is always decided; a score between the thresholds is not.
         if self.score is None:
             return self.label
         return True if self.score >= GOOD else False if self.score <= BAD else None
@@ -88,6 +92,7 @@ class UnpairedPreference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; fields without a value are left out."""
+        # In the order of the table.
         fields = {name: getattr(self, name) for name in FIELDS}
         return {
             **{k: int(v) if isinstance(v, bool) else v for k, v in fields.items() if v is not None},
@@ -106,6 +111,7 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
     ):
         return from_pairs(load_labels(path))
+    # After pairs, which may also be in a .csv file.
     if path.suffix not in (".jsonl", ".ndjson"):
         raise ValueError(
             f"load_unpaired: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
@@ -143,6 +149,7 @@ def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
     """Parse a record. Raises: ValueError without file and line."""
     if record.get("seed") is None:
         raise ValueError("expected the field seed, got none. Add it.")
+    # Numbers, as in a hash of digits only, become text.
     generator, annotator = (
         None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
     )
@@ -183,9 +190,12 @@ def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
     for label in labels:
         for seed, won in ((label.winner, True), (label.loser, False)):
             first_label.setdefault(key := (label.generator or "", seed), label)
+            # True: it won; False: it lost. A shape with both has both in the set.
             roles[key] |= set() if label.tie else {won}  # a tie gives no role
     both = [key for key, won in roles.items() if len(won) == 2]
+    # One role: the label follows from it.
     preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
+    # Both roles: the label follows from the strength.
     if both:
         # (generator, seed) identifies a shape
         compared = [
@@ -215,6 +225,7 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
 
     Raises: ValueError if all shapes, or all labels of each shape, are of one kind.
     """
+    # A stream of its own; the second number distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
     good, bad = ({label.seed: label for label in labels if label.preferred is kind} for kind in (True, False))
     if not set(good) - set(bad) or not set(bad) - set(good):
@@ -260,13 +271,16 @@ def split_unpaired(
     split_of_seed = {
         s: name for name in SPLITS for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)
     }
+    # A stream of its own, see `to_pairs`.
     rng = np.random.default_rng([seed, 2])
     usable = [label for label in labels if label.preferred is not None]
+    # Each kind by itself, so that all splits have the same fraction of preferred shapes.
     for kind in (True, False):
         free = sorted({label.seed for label in usable if label.preferred is kind} - set(split_of_seed))
         # + 0.5: rounded to the nearest integer
         edges = np.floor(np.cumsum(fractions) * len(free) + 0.5)
         for position, shape_seed in enumerate(rng.permutation(free).tolist()):
+            # min: a guard against rounding of the last boundary
             split_of_seed[shape_seed] = SPLITS[min(int(np.searchsorted(edges, position, side="right")), 2)]
     return {name: tuple(label for label in usable if split_of_seed[label.seed] == name) for name in SPLITS}
 

@@ -82,7 +82,9 @@ class Asset(torch.nn.Module, abc.ABC):
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """Return the raw density, see `Field`. Differentiable in the parameters and the points."""
         points = self._per_asset(points)
+        # The cube is centred at the origin, see `bounds`.
         inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
+        # Points outside are decoded as well, and their result is discarded.
         return torch.where(inside, self.decode(points)[0], EMPTY)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
@@ -103,6 +105,7 @@ class Asset(torch.nn.Module, abc.ABC):
 
     def pick(self, indices: list[int]) -> Self:
         """Return a copy of some of the assets; the mesh export needs a single one."""
+        # All attributes and buffers, with the parameters replaced below.
         chosen = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
             kept = torch.nn.Parameter(
@@ -120,6 +123,7 @@ class Asset(torch.nn.Module, abc.ABC):
         network = torch.nn.ModuleDict({"asset": self})
         arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
         training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
+        # No G and D: finished assets are not trained further.
         networks.save(
             path,
             networks.Networks(None, None, network, arguments, None, training_set, architecture=ARCHITECTURE),
@@ -140,6 +144,7 @@ class AssetNetwork(torch.nn.Module):
 def load_assets(path: str | Path) -> Asset:
     """Read assets that `Asset.save` wrote. Raises: ValueError for another kind of file or of field."""
     tensors, meta = read_tensors(path, "network")
+    # Files of EG3D networks have no such entry.
     if meta.get("architecture") != ARCHITECTURE:
         got = meta.get("architecture", networks.EG3D)
         raise ValueError(
@@ -208,6 +213,7 @@ class AssetGenerator:
         """
         del c, truncation_psi, truncation_cutoff
         known = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
+        # Exact comparison: latents of seeds are reproducible bitwise.
         same = (z[:, None] == known).all(dim=2)  # [N, A]
         if not bool(same.any(dim=1).all()):
             raise ValueError(

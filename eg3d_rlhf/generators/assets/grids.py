@@ -31,6 +31,7 @@ class Voxels(Asset):
     def __init__(self, assets: int, resolution: int = 16, start: float = -1.1):
         super().__init__()
         self.resolution = resolution
+        # axes z, y, x
         cube = (resolution,) * 3
         self.shape = torch.nn.Parameter(torch.full((assets, *cube), start))  # [A, N, N, N], z, y, x
         self.paint = torch.nn.Parameter(torch.zeros(assets, 3, *cube))  # [A, 3, N, N, N], logits; 0 is grey
@@ -57,6 +58,7 @@ class Voxels(Asset):
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return density and colour, see `Asset`. The colour is interpolated before its sigmoid."""
+        # Density and colour are interpolated in one call.
         values = torch.cat([self.raw.unsqueeze(1), self.paint], dim=1)  # [A, 4, N, N, N]
         places = (points * (2 / self.bounds.side))[:, None, None]  # [A, 1, 1, P, 3], components x, y, z
         # [A, 4, P]
@@ -69,6 +71,7 @@ class Voxels(Asset):
         """Return the raw density on a product of coordinates, see `ProductField`: interpolated axis by
         axis.
         """
+        # One axis at a time, which takes fewer operations than interpolating every point by itself.
         partial = torch.einsum("azyx,ix->azyi", self.raw, self._hats(x))  # [A, Z, Y, i]
         partial = torch.einsum("azyi,jy->azij", partial, self._hats(y))  # [A, Z, i, j]
         return torch.einsum("azij,kz->aijk", partial, self._hats(z))  # [A, i, j, k]
@@ -86,6 +89,7 @@ class Voxels(Asset):
 
         Beyond the border they give the border's value.
         """
+        # Position in voxels, 0..N - 1, of corner-aligned points.
         last = self.resolution - 1
         place = (coordinates.to(self.shape) / self.bounds.side + 0.5) * last
         return (
@@ -98,6 +102,7 @@ class Voxels(Asset):
         'sparsity' and 'opacity', see `sparsity`; 'roughness', the mean squared difference of `shape` between
         neighbours.
         """
+        # Differences along z, y and x.
         steps = [self.shape.diff(dim=dim).square().flatten(1).mean(dim=1) for dim in (1, 2, 3)]
         return {**sparsity(self.raw, self.pitch), "roughness": torch.stack(steps).mean(dim=0)}
 
@@ -133,13 +138,16 @@ class TriPlanes(Asset):
         self.channels = channels
         self.hidden = hidden
         self.seed = seed
+        # A generator of its own: assets do not depend on other random numbers.
         rng = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float) -> torch.nn.Parameter:
             """Return a normally distributed parameter [A, ...]."""
             return torch.nn.Parameter(torch.randn(assets, *shape, generator=rng) * scale)
 
+        # Small planes: the initial density is the blob below.
         self.planes = normal(3, channels, resolution, resolution, scale=0.1)
+        # Scaled by 1 / sqrt(fan-in).
         self.w0 = normal(hidden, channels, scale=channels**-0.5)
         self.b0 = torch.nn.Parameter(torch.zeros(assets, hidden))
         self.w1 = normal(4, hidden, scale=hidden**-0.5)
@@ -167,8 +175,10 @@ class TriPlanes(Asset):
         features = sample_planes_channels_first(self.plane_axes, self.planes, points, self.bounds.side).mean(
             dim=1
         )
+        # One decoder per asset, so batched matrix products take the place of linear layers.
         hidden = F.softplus(torch.baddbmm(self.b0.unsqueeze(2), self.w0, features))  # [A, J, P]
         out = torch.baddbmm(self.b1.unsqueeze(2), self.w1, hidden)  # [A, 4, P]
+        # The bias keeps the first renders from being empty.
         blob = _BLOB * (1 - points.norm(dim=2) / _REACH)
         # OSGDecoder's sigmoid reaches from -0.001 to 1.001
         return 1 + blob + out[:, 0], (torch.sigmoid(out[:, 1:]) * (1 + 2 * 0.001) - 0.001).clamp(

@@ -37,6 +37,7 @@ class Latents(Asset):
         Raises: ValueError for another generator.
         """
         super().__init__()
+        # Latents are meaningless for another network.
         if generator not in (None, _bundled().hash):
             bundled = _bundled().hash[:12]
             raise ValueError(
@@ -45,6 +46,7 @@ class Latents(Asset):
             )
         # psi = 0 gives the mean latent for every seed
         mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
+        # [A, L, W], every layer by itself (the W+ space)
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 
     @classmethod
@@ -52,6 +54,7 @@ class Latents(Asset):
         """Create latents of the generator's shapes of seeds."""
         made = cls(len(seeds))
         with torch.no_grad():
+            # In place, so that the parameter stays the same object.
             made.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
         return made
 

@@ -70,7 +70,9 @@ class CameraDraws:
             angle,
             torch.rad2deg(torch.asin(lowest_sine + share * (highest_sine - lowest_sine))),
         )
+        # One random offset per asset, then equal steps.
         azimuth = (torch.arange(self.views) + u[:, 4:]) * (360 / self.views) - 180  # [A, V]
+        # At factor 1 the cube's side fills the field of view.
         distance = distance * self.half_side / torch.tan(torch.deg2rad(fov) / 2)
         # one value per asset -> one per view, [B]
         per_view = (value.repeat_interleave(self.views) for value in (elevation, distance, fov))
@@ -97,6 +99,7 @@ def views_at(
         )
         * distance[:, None]
     )
+    # Focal length over image size.
     focal = 0.5 / torch.tan(torch.deg2rad(fov) / 2)
     intrinsics = torch.stack([intrinsics_matrix(float(f)) for f in focal])
     cameras = pack_label(look_at(position, torch.zeros_like(position)).float(), intrinsics)
@@ -110,6 +113,7 @@ def evenly_around(
 
     The test problem, turntables and image-based evaluators use them.
     """
+    # The front first, then counter-clockwise seen from above.
     azimuth = (torch.arange(views, dtype=torch.float64) * (360 / views)).repeat(assets)
     azimuth = torch.where(azimuth > 180, azimuth - 360, azimuth)  # azimuths are in (-180, 180]
     return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (elevation, distance, fov)))
@@ -199,8 +203,10 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
     Differentiable in raw and colours.
     """
     n = raw.shape[-1]
+    # Optical depth of a voxel, as in EG3D's ray marcher.
     tau = F.softplus(raw - 1) * pitch
     alpha = -torch.expm1(-tau)
+    # Edge of the cube between the centres of the outer voxels.
     side = pitch * (n - 1)
     across = torch.linspace(-0.5, 0.5, n).to(raw) * side  # coordinate along a ray, rising
     disparity = nearness(DISTANCE * side - across, (DISTANCE - 0.5) * side, (DISTANCE + 0.5) * side)
@@ -210,8 +216,10 @@ def four_views(raw: torch.Tensor, colours: torch.Tensor, pitch: float) -> tuple[
         # total - cumulative as seen from the high end.
         cumulative = tau.cumsum(dim=axis)
         total = cumulative.narrow(axis, n - 1, 1)
+        # For broadcasting a value per voxel along the ray.
         shape = [1, 1, 1, 1]
         shape[axis] = n
+        # The low end first: rays that start there see voxels in rising order.
         for end, tau_in_front, near in zip(
             ends, (cumulative - tau, total - cumulative), (disparity.flip(0), disparity), strict=True
         ):
@@ -252,7 +260,9 @@ class FourViews:
         )
         # [B, 4]: the background's inverse depth is 0
         background_channels = F.pad(background.to(channels).expand(len(channels), 3), (0, 1))  # [B, 4]
+        # Channels are premultiplied, so the background is added by its transmittance.
         images = channels + (1 - opacity) * background_channels[:, :, None, None]
+        # A prior may expect other sizes than one pixel per voxel.
         if asset.resolution != self.resolution:
             images, opacity = (F.adaptive_avg_pool2d(part, self.resolution) for part in (images, opacity))
         return Pictures(images, opacity)

@@ -76,6 +76,7 @@ def describe(value: Any) -> str:
         return repr(shorten(value))
     if value is None or isinstance(value, (bool, int, float)):
         return repr(value)
+    # Only the number of members; they may be nested without end.
     if isinstance(value, (list, tuple, dict, set, frozenset, memoryview)):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
@@ -83,6 +84,7 @@ def describe(value: Any) -> str:
 
 def shorten(text: str, limit: int = 80) -> str:
     """Escape control characters in a text, and truncate it to `limit` characters."""
+    # Truncated first, so that a text of gigabytes is not escaped.
     short = text if len(text) <= limit else text[:limit] + "..."
     return short.encode("unicode_escape").decode("ascii")
 
@@ -116,6 +118,7 @@ def fill(target: dict, *, items: list) -> dict:
     """Add alternating keys and values to `target` and return it. Raises: RejectedError."""
     if len(items) % 2:
         raise RejectedError("a key without its value")
+    # Later keys replace earlier ones, as in pickle.
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not is_key(key):
             raise RejectedError(f"a dictionary key that is {describe(key)}")
@@ -189,6 +192,7 @@ class Machine:
                 if len(self.stack) != 1 or self.below:
                     raise RejectedError("a stream that ends with values to spare")
                 return self.pop()
+            # The table is the complete list of accepted opcodes.
             operation = OPERATIONS.get(code)
             if operation is None:
                 raise RejectedError(f"opcode 0x{code:02x}, which network pickles do not use")
@@ -218,6 +222,7 @@ class Machine:
 
     def line(self) -> str:
         """Read text up to a newline, at most MAX_NAME characters."""
+        # At most the accepted length is read, even if no newline follows.
         window = bytes(self.data[self.position : self.position + MAX_NAME + 1])
         length = window.find(b"\n")
         if length < 0:
@@ -230,6 +235,7 @@ class Machine:
         if size > MAX_TEXT:
             raise RejectedError(f"a text of {size} bytes")
         view = self.take(size)
+        # Source code of megabytes stays undecoded.
         if size > LONG_TEXT:
             return LongText(view)
         self.rules.budget.spend(texts=size)
@@ -281,10 +287,12 @@ class Machine:
         """Replace the topmost `count` values by a tuple."""
         if len(self.stack) < count:
             raise RejectedError("an opcode without its operands")
+        # In place of the values, as in pickle.
         self.stack[-count:] = [tuple(self.stack[-count:])]
 
     def extend(self, items: list, kind: type) -> None:
         """Add items to the list or set on top of the stack."""
+        # The type check keeps the stream from extending an arbitrary record.
         target = self.top(kind)
         target.extend(items) if kind is list else target.update(members(items))
 
@@ -304,6 +312,7 @@ class Machine:
 
     def find(self, module: str, name: str) -> None:
         """Push a name if the rules accept it."""
+        # STACK_GLOBAL takes the names from the stack, where texts may be long.
         if max(len(module), len(name)) > MAX_NAME:
             raise RejectedError(f"a name of more than {MAX_NAME} characters")
         wanted = Global(module, name)

@@ -154,7 +154,9 @@ def check(values: dict, table: dict, where: str) -> None:
     is not.
     """
     for name, value in values.items():
+        # The full name, such as mapping_kwargs.num_layers, escaped for the terminal.
         title = f"{where}{shorten(name)}"
+        # An unknown argument might change the architecture, so it is not ignored.
         if name not in table:
             raise RejectedError(f"the unknown constructor argument {title}")
         rule = table[name]
@@ -240,6 +242,7 @@ KINDS = EG3D, PANOHEAD, SPHEREHEAD, HYPLANEHEAD
 
 def check_class(class_name: str) -> None:
     """Raise RejectedError for a generator of an unknown class."""
+    # Without repetitions: several families share class names.
     known = tuple(dict.fromkeys(name for kind in KINDS for name in kind.class_names))
     if class_name not in known:
         raise RejectedError(
@@ -263,6 +266,7 @@ def kind_of(class_name: str, shapes: dict[str, tuple[int, ...]], rendering: dict
     last = max(output_layers, key=lambda name: (len(name), name), default="")
     # the first axis is output channels
     channels = shapes[last][0] if last and shapes[last] else 0
+    # The second stack of SphereHead.
     if "ConvA.0.weight" in shapes:
         kind = SPHEREHEAD
     elif not any(name.startswith("t_mapping.") for name in shapes):
@@ -290,6 +294,7 @@ def _arguments(module: ModuleRecord, names: tuple[str, ...], who: str) -> dict:
     """Return constructor arguments by name, from _init_args and _init_kwargs. All of `names` must be
     among them.
     """
+    # Tensors and records among the arguments are rejected here.
     args = json_values(module.state.get("_init_args", ()))
     kwargs = json_values(module.state.get("_init_kwargs", {}))
     if not isinstance(args, list) or not isinstance(kwargs, dict) or len(args) > len(names):
@@ -327,6 +332,7 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     check(kwargs, G_OPTIONS, "")
     if not isinstance(rendering, dict):
         raise RejectedError(f"rendering_kwargs that are {describe(rendering)}")
+    # Only shapes are used; no tensor is read yet.
     kind = kind_of(module.class_name, {key: value.shape for key, value in records.items()}, rendering)
     needed = {**RENDERING, **kind.rendering}
     # old checkpoints lack clamp_mode
@@ -350,6 +356,7 @@ def plane_layout(module: ModuleRecord, kind: Kind) -> str:
     none.
     """
     renderer = _inside(module, "_modules", "renderer")
+    # A plain attribute of EG3D's renderer, not a buffer.
     axes = (
         renderer.state.get("plane_axes")
         if isinstance(renderer, ModuleRecord) and renderer.state is not None
@@ -358,6 +365,7 @@ def plane_layout(module: ModuleRecord, kind: Kind) -> str:
     if not isinstance(axes, TensorRecord) or axes.shape != (3, 3, 3):
         raise RejectedError("a generator whose renderer carries no plane_axes [3, 3, 3]")
     value = axes.tensor().to(torch.float32)
+    # Bitwise comparison with the bases of each known layout.
     for layout in kind.layouts:
         if torch.equal(value, generate_planes(layout)):
             return layout
@@ -391,6 +399,7 @@ class Plan:
 
     def build(self) -> torch.nn.Module:
         """Build the network with the tensors of the file."""
+        # The arguments have passed all checks at this point.
         module = self.cls(**self.kwargs)
         module.load_state_dict({k: v.tensor() for k, v in self.tensors.items()}, strict=True)
         return module
@@ -417,6 +426,7 @@ def rebuild(snapshot: Snapshot, freeze_layers: int | None = None) -> networks.Ne
     plans = plan(snapshot, freeze_layers)
     built: dict[str, Any] = {name: p.build() for name, p in plans.items()}
     with reporting_rejection(snapshot.who):
+        # Not part of the state dict; EG3D stores it as an attribute.
         for name in built.keys() - {"D"}:
             built[name].neural_rendering_resolution = neural_rendering_resolution(snapshot.networks[name])
         training_set = _training_set(snapshot)
@@ -444,6 +454,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
             if (module := snapshot.networks.get(name)) is not None:
                 neural_rendering_resolution(module)
                 plans[name] = generator_plan(module, name)
+        # G_ema is a moving average of G, so both must have one architecture.
         if "G" in plans and plans["G"].kwargs != plans["G_ema"].kwargs:
             ema_arguments = plans["G_ema"].kwargs
             g_arguments = plans["G"].kwargs
@@ -462,6 +473,7 @@ def plan(snapshot: Snapshot, freeze_layers: int | None = None) -> dict[str, Plan
             kwargs = _arguments(D, D_NAMES, "a discriminator")
             check(kwargs, D_OPTIONS, "")
             kwargs = _ours(kwargs)
+            # Transfer learning: the caller's value replaces the one in the file.
             if freeze_layers is not None:
                 kwargs["block_kwargs"] = {**kwargs.get("block_kwargs", {}), "freeze_layers": freeze_layers}
             plans["D"] = Plan(DualDiscriminator, kwargs, tensors(D, "D"))
@@ -486,7 +498,8 @@ def _check_shapes(planned: Plan, who: str) -> None:
     except (RuntimeError, ZeroDivisionError) as error:
         reason = shorten(str(error))
         raise ValueError(
-            f"{who}: expected a network of possible size, got {reason}. Download the file again from its source."
+            f"{who}: expected a network of possible size, got {reason}. Download the file again from"
+            " its source."
         ) from None
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
@@ -505,6 +518,7 @@ def _check_shapes(planned: Plan, who: str) -> None:
         )
     # Constant buffers such as filters are real even under the meta device, so their device has to match.
     state = {k: (v.shape, v.device) for k, v in module.state_dict().items()}
+    # Names and shapes that do not match stay on the meta device; `load_strict` lists them all in one error.
     like = {
         k: state[k][1] if k in state and state[k][0] == t.shape else "meta"
         for k, t in planned.tensors.items()
@@ -524,6 +538,7 @@ def _training_set(snapshot: Snapshot) -> dict:
     }
     if stated:
         described["options"] = dict(stated)
+    # Standard deviation of the camera labels, which training adds to G.
     std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
     if std is not None:
         if not isinstance(std, TensorRecord) or len(std.shape) != 1 or std.nbytes > 1 << 16:

@@ -83,6 +83,7 @@ class TensorRecord:
             return torch.empty(self.shape, dtype=dtype)
         size = dtype.itemsize
         # Integers of the same size, since numpy has no bfloat16.
+        # The view is inside the buffer, which `_tensor` has checked.
         view = np.ndarray(
             self.shape,
             dtype=f"<i{size}",
@@ -118,6 +119,7 @@ class StorageRules(Rules):
 
         The location is the device of the original tensor. It is ignored: all tensors are read to the CPU.
         """
+        # Types of the six members.
         kinds: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
             not isinstance(pid, tuple)
@@ -140,6 +142,7 @@ def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRec
     position = 0
     pickled_values = []
     for _ in range(5):
+        # Five pickles follow one another without separators.
         machine = Machine(data, position, StorageRules(budget, asked))
         pickled_values.append(machine.run())
         position = machine.position
@@ -238,7 +241,9 @@ class SnapshotRules(Rules):
 
     def reduce(self, function: Any, args: tuple) -> Any:
         """Return the record of a call."""
+        # A call of a record instead of a name is rejected by the base class.
         path = function.path if isinstance(function, Global) else ""
+        # Dictionaries are created by a call without arguments, or as new objects.
         if path in DICTIONARIES:
             return self.new(function, args)
         if path not in self.calls:
@@ -281,6 +286,7 @@ class SnapshotRules(Rules):
 
     def _module(self, args: tuple) -> ModuleRecord:
         """Return the record of a persistent module from its description."""
+        # The description written by torch_utils.persistence.
         meta = _only(args, dict, "module")
         if (
             meta.get("type") != "class"
@@ -311,6 +317,7 @@ class SnapshotRules(Rules):
         if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
             # type(): a bool is an int in Python
             raise RejectedError("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
+        # Python integers cannot overflow.
         count = math.prod(shape)
         elements = len(storage.data) // storage.dtype.itemsize
         # index of the last element; strides are not negative
@@ -338,6 +345,7 @@ class SnapshotRules(Rules):
         """Return a number from a scalar type and its bytes."""
         if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
             raise RejectedError("a scalar without its type and bytes")
+        # Byte order and type in struct's notation.
         form = args[0].order + SCALARS[args[0].code]
         if len(args[1]) != struct.calcsize(form):
             raise RejectedError(f"a scalar of {len(args[1])} bytes")
@@ -347,6 +355,7 @@ class SnapshotRules(Rules):
         """Return bytes that protocol 2 has written as latin-1 text."""
         if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
             raise RejectedError("bytes in another encoding than latin1")
+        # latin-1: each character is one byte.
         text = args[0]
         self.budget.spend(decoded=len(text.utf8) if isinstance(text, LongText) else len(text))
         text = decode(bytes(text.utf8)) if isinstance(text, LongText) else text
@@ -420,6 +429,7 @@ def parse(data: memoryview, who: str) -> Snapshot:
             root = {"G_ema": root}
         if not isinstance(root, dict):
             raise RejectedError(f"{describe(root)} instead of a dictionary")
+        # Other entries of the file are ignored.
         modules = {
             name: _module(root[name], name)
             for name in (*NETWORKS, "augment_pipe")

@@ -114,6 +114,7 @@ class Items:
 
     def by(self, key: Callable[[Item], Key]) -> dict[Key, list[int]]:
         """Group the items' numbers by a key; groups and numbers are in the order of the items."""
+        # Insertion order, so that results do not depend on hashes.
         groups: dict[Key, list[int]] = defaultdict(list)
         for number, item in enumerate(self.members):
             groups[key(item)].append(number)
@@ -130,14 +131,17 @@ class Items:
         """
         first = self.members[a]
         second = self.members[b]
+        # Equal files: a comparison would have no answer.
         if first.content and first.content == second.content:
             return False
+        # With several generators, pairs across generators are of interest.
         return len(self.sources) < 2 or first.source != second.source
 
     def scored(self) -> Scored:
         """Score all items, in batches. The planner has checked that there is an ensemble."""
         assert self.ensemble is not None
         numbers = range(len(self))
+        # Batches bound the memory of the ensemble.
         parts = [
             self.ensemble.score(numbers[start : start + _BATCH]) for start in range(0, len(self), _BATCH)
         ]
@@ -190,6 +194,7 @@ STRATEGIES: Registry[PairStrategy] = Registry(
 
 def check_rewards(strategy: str, size: int) -> None:
     """Raise ValueError if an ensemble has too few members for a strategy. Args: size: members; 0: none."""
+    # The look-up imports the strategy, or raises an error that lists the names.
     least = STRATEGIES[strategy].least_rewards
     if size < least:
         raise ValueError(

@@ -25,10 +25,12 @@ def blocks_of_pairs(count: int, block: int, rng: Rng) -> np.ndarray:
     The numbers are divided into blocks at random. Blocks share no number, so a split by blocks shares no
     sample.
     """
+    # All pairs of positions within a block.
     first, second = np.triu_indices(block, 1)
     # rounded up; the last block may be used in part
     blocks = -(-count // len(first))
     members = rng.permutation(blocks * block).reshape(blocks, block)
+    # [blocks, pairs of a block, 2] -> [P, 2]
     pairs = np.stack([members[:, first], members[:, second]], axis=2).reshape(-1, 2)
     return pairs[:count]
 
@@ -47,6 +49,7 @@ class Blocks(PairStrategy):
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, options.rounds + 1, rng).tolist())
         groups = items.groups()
+        # Ordered items have a random order already, which is kept (see `Items`).
         order = range(len(groups)) if items.ordered else rng.permutation(len(groups))
         all_pairs = (pair for i in order for pair in combinations(groups[i], 2))
         return Chosen(list(islice((pair for pair in all_pairs if items.comparable(*pair)), options.pairs)))

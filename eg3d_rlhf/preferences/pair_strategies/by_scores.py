@@ -46,12 +46,14 @@ def disagreement(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the standard spread [C] over the members of P(first better) for pairs [C, 2], from scores
     [K, N]. Swapping a pair changes nothing.
     """
+    # P(first better) of each member [K, C].
     spread: np.ndarray = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).std(axis=0)
     return spread
 
 
 def closeness(scores: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the closeness [C] of pairs [C, 2], from scores [K, N]. Swapping a pair changes nothing."""
+    # Mean over the members: P(first better).
     better = expit(scores[:, pairs[:, 0]] - scores[:, pairs[:, 1]]).mean(axis=0)
     close: np.ndarray = 1 - np.abs(2 * better - 1)
     return close
@@ -63,6 +65,7 @@ def pair_features(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     Swapping a pair changes nothing.
     """
     spread = embeddings.std(axis=0)
+    # Entries that are constant over all items carry no information and become 0.
     standard = np.divide(
         embeddings - embeddings.mean(axis=0), spread, out=np.zeros_like(embeddings), where=spread > 0
     )
@@ -83,6 +86,7 @@ def candidates(items: Items, rng: Rng, most: int) -> np.ndarray:
     """
     count = len(items)
     if items.unlimited:
+        # Each pairing uses every seed once; an odd one is left out.
         rows = [rng.permutation(count)[: count - count % 2].reshape(-1, 2) for _ in range(_MATCHINGS)]
     else:
         rows = [np.array(pairs) for pairs in meetings(items, rng, most).values()]
@@ -102,8 +106,10 @@ def select(
 
     Args: diversity: 0 (worth alone) to 1 (after the first pair, distance alone).
     """
+    # [C]; does not change during the selection
     values = worth(scored.scores, pairs)
     features = pair_features(scored.embeddings, pairs)
+    # Distance of each candidate to the nearest pair chosen so far.
     nearest = np.full(len(pairs), np.inf)
     # `most` is raised only if every remaining candidate would exceed it.
     unchosen = np.ones(len(pairs), dtype=bool)
@@ -116,11 +122,13 @@ def select(
         while not (free := unchosen & (used[pairs] < most).all(axis=1)).any():
             most += 1
         value = (1 - diversity) * _relative(values, free)
+        # The first pair has no distance; it is chosen by its worth alone.
         if chosen:
             value += diversity * _relative(nearest, free)
         best = int(np.where(free, value, -np.inf).argmax())
         chosen.append(best)
         distances.append(nearest[best])
+        # Greedy max-min (farthest-point) selection: only the new pair can reduce a distance.
         nearest = np.minimum(nearest, np.linalg.norm(features - features[best], axis=1))
         unchosen[best] = False
         used[pairs[best]] += 1
@@ -150,8 +158,10 @@ class ScoredPairs(PairStrategy):
 
         The report contains the quantities of the chosen pairs.
         """
+        # All items are scored, though only some are used.
         scored = items.scored()
         table = candidates(items, rng, options.pairs)
+        # No two items may be compared.
         if not len(table):
             return Chosen([])
         count = max(1, round(options.pairs * options.doubtful))
@@ -190,8 +200,10 @@ class ScoredPairs(PairStrategy):
 
         Seeds: pairs of seeds that are in none of the chosen pairs. Assets: pairs that were not chosen.
         """
+        # number of random pairs
         left = wanted - len(chosen)
         if items.unlimited:
+            # Seeds that no chosen pair uses.
             free = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen))
             return free[: 2 * left].reshape(-1, 2)
         chosen_pairs = set(map(tuple, np.sort(chosen, axis=1).tolist()))

@@ -29,6 +29,7 @@ def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator
     """
     groups: dict[G, list[Sequence[T]]] = defaultdict(list)
     for (group, _), members in buckets.items():
+        # The prompts of each group.
         groups[group].append(members)
     streams = [_in_turns(prompts, rng) for prompts in groups.values()]
     while streams:
@@ -43,6 +44,7 @@ def balanced(buckets: Mapping[tuple[G, str], Sequence[T]], rng: Rng) -> Iterator
 
 def _in_turns(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
     """Yield one member of each bucket per turn, in random order; a bucket drops out when it is empty."""
+    # Turn k takes the k-th member of every bucket that has one.
     for turn in range(max(map(len, buckets))):
         rest = [bucket for bucket in buckets if len(bucket) > turn]
         yield from (rest[i][turn] for i in rng.permutation(len(rest)))
@@ -53,11 +55,13 @@ def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], s
 
     Each group has at most `most` random pairs, in random order.
     """
+    # (source, prompt) -> numbers of items
     sides = items.by(lambda item: (item.source, item.prompt))
     sources = items.sources
     groups: dict[tuple[tuple[str, str], str], list[tuple[int, int]]] = {}
     for prompt in sorted({item.prompt for item in items.members}):
         for a, b in itertools.combinations(sources, 2) if len(sources) > 1 else [(sources[0],) * 2]:
+            # A source may lack a prompt.
             first = sides.get((a, prompt), [])
             second = sides.get((b, prompt), [])
             rows, columns = (
@@ -65,6 +69,7 @@ def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], s
                 if a == b  # all unordered pairs of one source
                 else np.indices((len(first), len(second))).reshape(2, -1)  # all pairs of two sources
             )
+            # A random subset: the number of pairs grows quadratically.
             chosen = rng.permutation(len(rows))[:most]
             pairs = [(first[rows[i]], second[columns[i]]) for i in chosen]
             if pairs := [pair for pair in pairs if items.comparable(*pair)]:
@@ -77,6 +82,7 @@ class RandomPairs(PairStrategy):
 
     def plan(self, items: Items, answers: Answers, rng: Rng, options: StrategyOptions) -> Chosen:
         """Choose random pairs; each seed is in one pair."""
+        # Seeds: blocks of two, so that each seed is used once.
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, 2, rng).tolist())
         # `balanced` consumes random numbers as it goes, so no more pairs are taken than are used.

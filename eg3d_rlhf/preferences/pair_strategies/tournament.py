@@ -34,7 +34,9 @@ def round_robin(count: int, rounds: int, rng: Rng) -> np.ndarray:
 
     Returns: [R, N/2, 2]; each round contains 0..N-1 once.
     """
+    # The table is made for 0..N-1 and then relabelled at random.
     order = rng.permutation(count)
+    # Item 0 stays in place.
     moving = np.arange(1, count)
     table = []
     for _ in range(rounds):
@@ -54,11 +56,13 @@ def standings(results: Iterable[Preference], rng: Rng) -> list[int]:
     points: dict[int, float] = defaultdict(float)
     opponents: dict[int, list[int]] = defaultdict(list)
     for result in results:
+        # Points as in chess; a tie is half a point for both.
         points[result.winner] += 0.5 if result.tie else 1.0
         points[result.loser] += 0.5 if result.tie else 0.0
         opponents[result.winner].append(result.loser)
         opponents[result.loser].append(result.winner)
     numbers = sorted(points)
+    # Random tie-breaks, the same for all comparisons of the sort.
     lot = dict(zip(numbers, rng.permutation(len(numbers)).tolist(), strict=True))
     return sorted(
         numbers, key=lambda item: (-points[item], -sum(points[other] for other in opponents[item]), lot[item])
@@ -84,6 +88,7 @@ def swiss_round(
         raise ValueError(
             "swiss_round: expected the results of an earlier round, got none. Label the first round first."
         )
+    # Unordered pairs.
     met = {frozenset((result.winner, result.loser)) for result in results}
 
     def may_meet(a: int, b: int) -> bool:
@@ -94,6 +99,7 @@ def swiss_round(
     waiting = table[: 2 * min(pairs, len(table) // 2)]
     round_pairs: list[Pair] = []
     while waiting:
+        # From the top of the table.
         first = waiting.pop(0)
         nearest = next((i for i, other in enumerate(waiting) if may_meet(first, other)), None)
         second = waiting.pop(0 if nearest is None else nearest)
@@ -108,6 +114,7 @@ def _swapped(first: int, second: int, made: list[Pair], may_meet: Comparable) ->
 
     The search starts at the last pair, whose items have the most similar standing.
     """
+    # From the most recent pair.
     for i in range(len(made) - 1, -1, -1):
         a, b = made[i]
         for new_pairs in ([(a, first), (b, second)], [(a, second), (b, first)]):
@@ -146,6 +153,7 @@ class Tournament(PairStrategy):
         tables = []
         for group in groups:
             # With an odd number, one item of each round has no opponent
+            # The circle method needs an even number.
             even = len(group) + len(group) % 2
             table = round_robin(even, min(rounds, even - 1), rng)
             tables.append(
@@ -157,10 +165,12 @@ class Tournament(PairStrategy):
     def _later(self, items: Items, answers: Answers, rng: Rng, pairs: int) -> list[Pair]:
         """Return the next round of every group that has answers, from the top of the tables down."""
         groups = items.groups()
+        # An answer belongs to the group of both of its items.
         group_of = {item: number for number, group in enumerate(groups) for item in group}
         results: dict[int, list[Preference]] = defaultdict(list)
         for answer in answers:
             results[group_of[answer.winner]].append(answer)
+        # Every group gets the same number of pairs.
         share = -(-pairs // len(results))  # pairs per group, rounded up
         rounds = [swiss_round(results[number], share, rng, items.comparable) for number in sorted(results)]
         return [pair for row in zip_longest(*rounds) for pair in row if pair is not None]
