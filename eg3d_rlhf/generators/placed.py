@@ -87,7 +87,7 @@ class PlacedField:
         """Mirror points [..., 3] of our world, if the place is mirrored."""
         if not self._place.mirrored:
             return points
-        # x -> 2 centre - x
+        # reflection in the plane through the centre of the bounds
         return torch.cat([2 * self.bounds.centre[0] - points[..., :1], points[..., 1:]], dim=-1)
 
     def _within(self, points: torch.Tensor) -> torch.Tensor:

@@ -167,8 +167,7 @@ class LevelSet:
 
         # [1, D, H, W] -> [1, D/2, H/2, W/2]: half the resolution suffices for an average
         occupancy = F.avg_pool3d((self.cube >= self.level).float()[None], 2)[0].cpu().numpy()
-        # Widths of the filter in coarse points. A coarse point is two voxels, so the width is twice the
-        # reach.
+        # Box widths in coarse points. A coarse point is two voxels, so a box is twice as wide as its reach.
         edges = [max(3, round(reach / self.spec.voxel * self.spec.box_warp)) for reach in REACHES]
         # Two box filters in sequence approximate a round (Gaussian) window.
         blurred = [

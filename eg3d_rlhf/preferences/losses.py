@@ -264,12 +264,12 @@ class PreferenceLoss:
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
             terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
-        # Negative weight: training increases the divergence between the sets.
+        # With its minus sign below, training increases the divergence between the sets.
         if w.divergence:
             preferred_set = shapes.embedding[shapes.preferred]
             other_set = shapes.embedding[~shapes.preferred]
-            # The largest possible value. Unit vectors have a squared distance of at most 4, so each log mean k
-            # is in [-2 / bandwidth^2, 0].
+            # The largest possible value. Unit vectors have a squared distance of at most 4, so each of the
+            # three log mean k is at least -2 / bandwidth^2.
             bound = 4 / shapes.bandwidth**2
             terms["divergence"] = -w.divergence * cs_divergence(
                 preferred_set, other_set, shapes.bandwidth

@@ -40,7 +40,7 @@ def test_a_module_is_imported_when_its_name_is_asked_for(things):
 
 
 @pytest.mark.parametrize("name", ["three", None, 3])
-def test_an_unknown_name_is_refused_with_those_that_are_known(name, things):
+def test_an_unknown_name_is_rejected_with_a_list_of_known_names(name, things):
     with raising("thing", "one", "two", repr(name)):
         things[0][name]
 

@@ -68,7 +68,7 @@ def test_density_and_colour_are_the_same(files, fields):
         torch.testing.assert_close(after.colour(points), before.colour(points), rtol=0, atol=1e-5)
 
 
-def test_pictures_are_the_same(files, fields):
+def test_images_are_the_same(files, fields):
     label = camera(files[0].generator, 0.3, -0.1)
     seen = []
     for field in fields:
@@ -111,7 +111,7 @@ def picture(G, ws, label):
     return out["image"], out["image_raw"], out["image_opacity"]
 
 
-def test_what_cannot_be_converted(tmp_path):
+def test_networks_that_cannot_be_converted(tmp_path):
     G, kwargs = head_generator("panohead")
     path = tmp_path / "x.safetensors"
     networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))

@@ -99,10 +99,10 @@ def test_the_sphere_plane_does_not_know_the_radius(equal_area):
 def test_one_slice_fades_and_three_do_not_until_two_thirds():
     # box 1: t is in units of half of it
     points = torch.tensor([[[0.0, 0.0, t / 2] for t in (0.0, 0.3, 2 / 3, 1.0)]])
-    one, three = (
+    one_slice, three = (
         sample_tri_grid(AXES, torch.ones(1, 3, 1, d, 9, 9), points, 1.0)[0, 0, :, 0] for d in (1, 3)
     )
-    torch.testing.assert_close(one, torch.tensor([1.0, 0.85, 2 / 3, 0.5]))
+    torch.testing.assert_close(one_slice, torch.tensor([1.0, 0.85, 2 / 3, 0.5]))
     torch.testing.assert_close(three, torch.tensor([1.0, 1.0, 1.0, 0.5]))
     stretched = sample_tri_grid(AXES, torch.ones(1, 3, 1, 3, 9, 9), points, 1.0, extent=1.5)[0, 0, :, 0]
     torch.testing.assert_close(stretched, torch.ones(4))
@@ -181,7 +181,7 @@ def test_colour_at_a_point_is_that_of_an_opaque_ray(head):
     )
 
 
-def test_pictures_repeat_and_show_mask_and_background(head):
+def test_images_are_reproducible_and_show_mask_and_background(head):
     _, generator, ws = head
     field = generator.field(ws)
     label = camera(generator, 0.3, -0.1)

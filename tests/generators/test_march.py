@@ -51,7 +51,7 @@ def pair(balls):
     return generator, generator.field(ws), ws[:, 0]
 
 
-def test_pictures_in_closed_form(pair):
+def test_images_equal_closed_forms(pair):
     """From the front, each camera looking at a ball: the way to its surface, its colour, and nothing beside
     it.
     """

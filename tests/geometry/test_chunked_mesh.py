@@ -72,7 +72,7 @@ def test_a_sphere_across_blocks(planes):
 
 @pytest.mark.parametrize("kind", ["raw", "smooth", "steps"])
 @pytest.mark.parametrize("planes", [1, 5, 64])
-def test_blocks_give_the_whole_volumes_surface(kind, planes):
+def test_blocks_give_the_surface_of_the_full_volume(kind, planes):
     sigma = noise(kind)
     axes = [np.linspace(-0.5, 0.5, n) for n in sigma.shape]
     mesh = extract_mesh_blockwise(lambda part: sigma[part], axes, 0.0, planes)
@@ -99,16 +99,16 @@ def assert_same_surface(mesh, other) -> None:
 
 def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
     asked = []
-    told = []
+    progress_calls = []
     sigma = ball()
 
     def sample(part):
         asked.extend(range(part.start, part.stop))
         return sigma[part]
 
-    extract_mesh_blockwise(sample, AXES, planes=7, progress=lambda *call: told.append(call))
+    extract_mesh_blockwise(sample, AXES, planes=7, progress=lambda *call: progress_calls.append(call))
     assert asked == list(range(POINTS))
-    assert told[-1] == ("density", POINTS, POINTS) and len(told) == 7
+    assert progress_calls[-1] == ("density", POINTS, POINTS) and len(progress_calls) == 7
 
 
 def test_edges_of_a_tetrahedron_with_faults():
@@ -184,15 +184,17 @@ def test_a_border_is_cleared(field):
 
 def test_mrc_volume_reads_back_in_eg3ds_order(field, tmp_path):
     grid = FieldGrid(field, 21)
-    told = []
-    path = write_mrc(tmp_path / "new" / "a.mrc", grid, 21, 1.2 / 20, lambda *call: told.append(call))
+    progress_calls = []
+    path = write_mrc(
+        tmp_path / "new" / "a.mrc", grid, 21, 1.2 / 20, lambda *call: progress_calls.append(call)
+    )
     assert mrcfile.validate(path)
     with mrcfile.open(path) as file:
         assert file.header.mode == 2 and file.data.shape == (21, 21, 21)
         np.testing.assert_allclose(file.data, grid(slice(0, 21)).numpy()[::-1], rtol=1e-6)
         assert float(file.header.dmax) == pytest.approx(float(file.data.max()))
         assert any("0.06" in label for label in file.get_labels())
-    assert told[-1] == ("density", 21, 21)
+    assert progress_calls[-1] == ("density", 21, 21)
     assert [p.name for p in path.parent.iterdir()] == ["a.mrc"]  # no temporary left
 
 

@@ -34,6 +34,6 @@ def test_an_open_square_ends_where_it_ends():
     assert not made.crossed[:, :2].any() and made.crossed[:, 2].any()
 
 
-def test_a_mesh_between_the_lines_is_refused():
+def test_a_mesh_that_crosses_no_grid_line_is_rejected():
     with raising("grid", " 4 ", "none"):
         dual_grid(torch.full((3, 3), 0.1) + 0.01 * torch.eye(3), torch.tensor([[0, 1, 2]]), 4)

@@ -46,7 +46,7 @@ def whole_surface(grid: FieldGrid, level: float):
     ("resolution", "border", "share"),
     [(22, 0, 0.5), (23, 0.0, 0.9), (24, 0.2, 0.3), (31, 0.1, 0.7), (56, 0.0, 0.97)],
 )
-def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, share):
+def test_the_surface_equals_that_of_the_full_volume(layout, resolution, border, share):
     grid = FieldGrid(smooth_field(layout), resolution, border)
     level = level_of(grid, share)
     mesh = extract_field_mesh(grid, level)
@@ -116,7 +116,7 @@ def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
             assert count_edges(mesh[1]).watertight
 
 
-def test_errors_are_those_of_the_whole_volume():
+def test_errors_equal_those_of_the_full_volume():
     field = smooth_field()
     for level in (1e4, -1e4):
         with raising(f"level {level:g}") as fast:

@@ -78,12 +78,12 @@ def test_digest_tells_specs_apart():
         ({"value_max": "100"}, ("value_max", "'100'")),
     ],
 )
-def test_refuses_bad_values(values, names):
+def test_rejects_bad_values(values, names):
     with raising(*names):
         SlabSpec(**values)
 
 
-def test_from_dict_refuses_missing_and_unknown_fields():
+def test_from_dict_rejects_missing_and_unknown_fields():
     values = SlabSpec().to_dict()
     with raising("'colour'", str(sorted({*values, "colour"}))):
         SlabSpec.from_dict({**values, "colour": 1})
@@ -149,7 +149,7 @@ def test_densities_are_those_of_the_loops_points(stand_in):
     assert slab.shape == (2, 1, *spec.shape) and slab.amin() == 0 and slab.amax() == pytest.approx(100)
 
 
-def test_what_needs_axes_refuses_it():
+def test_functions_that_need_axes_reject_a_skewed_lattice():
     spec = SlabSpec(**SMALL, lattice="skewed")
     ws = torch.zeros(1, 2, 3)
     with raising("'skewed'", "points()"):

@@ -40,8 +40,8 @@ class Answers:
         """Kappa, and alpha, of endlessly many units."""
         shares, right = self.parts()
         k = len(self.parts()[0])
-        said = np.where(np.eye(k) > 0, right, (1 - right) / (k - 1))  # [unit's, given]
-        both = np.einsum("u,ua,ub->ab", shares, said, said)
+        answer_rates = np.where(np.eye(k) > 0, right, (1 - right) / (k - 1))  # [unit's, given]
+        both = np.einsum("u,ua,ub->ab", shares, answer_rates, answer_rates)
         return float(1 - (1 - np.trace(both)) / (1 - (both.sum(axis=0) ** 2).sum()))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -60,13 +60,13 @@ def agreement_coverage(kind: Answers, studies: int, seed: int = 0) -> float:
     held = []
     for answers in (kind.draw(rng) for _ in range(studies)):
         pair = kind.annotators == 2
-        found = (
+        agreement = (
             cohen_kappa(*answers.T.tolist())
             if pair
             else krippendorff_alpha([dict(enumerate(row)) for row in answers.tolist()])
         )
-        if found.lo is not None:  # else all answers are alike
-            held.append(found.lo <= kind.truth() <= found.hi)
+        if agreement.lo is not None:  # else all answers are alike
+            held.append(agreement.lo <= kind.truth() <= agreement.hi)
     return float(np.mean(held))
 
 

@@ -69,7 +69,7 @@ DAMAGE = {  # by amount in 0..1; what must cost
 }
 
 
-def test_the_whole_head_scores_one(whole):
+def test_the_ground_truth_has_utility_one(whole):
     assert sum(WEIGHTS.values()) == pytest.approx(1)
     assert utility(whole, whole).total == pytest.approx(1) and set(defects(whole, whole).values()) == {0.0}
 
@@ -80,12 +80,15 @@ def test_every_defect_costs_through_its_own_part_and_more_of_it_costs_more(whole
         utility(whole, whole),
         *(utility(DAMAGE[defect](whole, amount), whole) for amount in (0.3, 0.65, 1.0)),
     ]
-    for values in ([found.total for found in judged], [found.parts[defect] for found in judged]):
+    for values in (
+        [evaluation.total for evaluation in judged],
+        [evaluation.parts[defect] for evaluation in judged],
+    ):
         assert all(a > b for a, b in zip(values, values[1:], strict=False)), values
 
 
 @pytest.mark.parametrize("deviation", [0.375, 0.5, 1.0])  # voxels of 32: .75, 1 and 2 of 64
-def test_a_head_that_is_smoother_than_its_own_loses(whole, deviation):
+def test_a_head_that_is_smoother_than_the_ground_truth_loses(whole, deviation):
     smooth = utility(ndimage.gaussian_filter(whole, deviation), whole)
     assert smooth.total < 0.98 and smooth.defects["roughness"] > 0 and smooth.defects["face"] > 0
 
@@ -107,7 +110,7 @@ def test_mirroring_changes_nothing(whole):
 
 
 @pytest.mark.parametrize("value", [5.0, 0.0, float("nan"), float("inf"), float("-inf")])
-def test_no_surface_is_worse_than_any_broken_head_and_never_nan(value, whole):
+def test_no_surface_is_worse_than_any_damaged_head_and_never_nan(value, whole):
     empty = utility(np.full((N,) * 3, value), whole)
     assert np.isfinite(empty.total) and empty.total < utility(_broken(whole, 1.0), whole).total
     assert 0 < utility(np.random.RandomState(0).randn(N, N, N), whole).total < 0.5

@@ -10,15 +10,15 @@ from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.label_scores import (
     Known,
     as_used,
-    standardised_by_rater,
     contrast,
+    goodness_from_probabilities,
+    goodness_from_scores,
     normal_scores,
     of_pairs,
-    goodness_from_probabilities,
     of_ranks,
-    goodness_from_scores,
     of_votes,
     read_goodness,
+    standardised_by_rater,
 )
 from tests.rejections import raising
 
@@ -31,7 +31,9 @@ ANY = {
     ),
     "a thumb each": lambda: of_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
     "scores": lambda: goodness_from_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
-    "probabilities": lambda: goodness_from_probabilities([(name, p) for name in NAMES for p in RNG.random(3)]),
+    "probabilities": lambda: goodness_from_probabilities(
+        [(name, p) for name in NAMES for p in RNG.random(3)]
+    ),
     "pairs": lambda: of_pairs(
         [Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]
     ),
@@ -89,13 +91,13 @@ def test_one_pair_is_laplace_and_several_are_bradley_terry():
         return 1 / (1 + math.exp(theta[j] - theta[i]))
 
     expected = np.array([(beats(i, j) + beats(i, k)) / 2 for i, j, k in ("abc", "bac", "cab")])
-    found = of_pairs(chain)
-    assert [found[name] for name in "abc"] == pytest.approx(expected - expected.mean() + 0.5)
+    goodness = of_pairs(chain)
+    assert [goodness[name] for name in "abc"] == pytest.approx(expected - expected.mean() + 0.5)
     beside = of_pairs([*chain, Comparison("x", "y")])  # that nothing links to them
-    assert beside["x"] == pytest.approx(2 / 3) and beside["a"] == pytest.approx(found["a"])
+    assert beside["x"] == pytest.approx(2 / 3) and beside["a"] == pytest.approx(goodness["a"])
 
 
-def test_raters_of_another_scale_and_level_say_the_same():
+def test_scores_do_not_depend_on_a_raters_scale_and_level():
     scores = RNG.integers(1, 6, 12).astype(float)
     strict = standardised_by_rater([("strict", s) for s in scores])
     assert standardised_by_rater([("kind", 3 * s + 20) for s in scores]) == pytest.approx(strict)
@@ -137,7 +139,7 @@ def test_controls_keep_what_they_should():
     assert all(turned[name] == 1 - r[name] for name in r)
 
 
-def test_assets_alone_in_their_condition_teach_nothing():
+def test_assets_alone_in_their_prompt_have_no_training_signal():
     of = {"a": "x", "b": "x", "c": "y", "d": "z", "e": "z"}
     assert contrast({"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.7, "e": 0.3}, {"x", "y"}, of) == {
         "a": 1.0,

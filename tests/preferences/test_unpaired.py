@@ -85,8 +85,8 @@ def test_pairs_become_roles_and_both_roles_become_strengths(tmp_path):
         assert load_unpaired(write_labels(tmp_path / name, pairs)) == simple
     # 0 beats all, 10 none; 1..9 have both roles
     chain = [Preference(winner=a, loser=b) for a in range(11) for b in range(a + 1, 11)]
-    found = {label.seed: label.label for label in from_pairs(chain)}
-    assert found == {
+    thumbs = {label.seed: label.label for label in from_pairs(chain)}
+    assert thumbs == {
         **dict.fromkeys(range(5), True),
         **dict.fromkeys(range(6, 11), False),
     }, "the middle one of nine is left out"

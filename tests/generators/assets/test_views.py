@@ -67,7 +67,7 @@ def test_gradients_are_finite_differences():
 
 
 @torch.no_grad()
-def test_orthographic_is_perspective_from_far_away():
+def test_orthographic_views_are_the_limit_of_distant_perspective_views():
     voxels = balls(1, 16)
     voxels.shape[:, 10:, 9:, 8:] = 2.0  # something that is not symmetric, coloured by where it is
     voxels.paint.copy_(torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, 16)] * 3, indexing="ij")))

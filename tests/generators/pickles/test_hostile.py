@@ -38,9 +38,9 @@ def report(request, repo, tmp_path_factory) -> dict:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    found["executed"] = sorted(p.name for p in folder.iterdir())
-    return found
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    outcome["executed"] = sorted(p.name for p in folder.iterdir())
+    return outcome
 
 
 def problem(text: str, who: str) -> str | None:
@@ -52,7 +52,7 @@ def problem(text: str, who: str) -> str | None:
     return "too long" if len(text) > 1000 else None
 
 
-def test_every_hostile_file_is_refused_in_one_line(report):
+def test_every_hostile_file_is_rejected_in_one_line(report):
     wrong = {
         n: (why, text)
         for n, (text, _) in report["outcomes"].items()
@@ -81,7 +81,7 @@ def test_the_attempts_are_real(tmp_path):
     assert marker.exists()
 
 
-def test_the_refused_name_is_told(report):
+def test_the_message_contains_the_rejected_name(report):
     for case, name in (
         ("os.system, protocol 4", "os.system"),
         ("stream: a storage that is os.system", "os.system"),
@@ -132,12 +132,12 @@ def structure(data: bytes) -> list[int]:
     """Positions outside long runs of payload: where a flipped bit changes what the file says."""
     import pickletools
 
-    found = []
+    offsets = []
     steps = list(pickletools.genops(data))
     for (_, arg, start), (_, _, end) in zip(steps, [*steps[1:], (None, None, len(data))], strict=True):
         head = 300 if isinstance(arg, (bytes, str)) else 100
-        found += range(start, min(end, start + head))
-    return found
+        offsets += range(start, min(end, start + head))
+    return offsets
 
 
 def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:

@@ -309,8 +309,8 @@ class SnapshotWriter:
 
     def module(self, module: torch.nn.Module, **extra) -> Call | New:
         """A module and those in it."""
-        own = type(module).__name__
-        name = HEADS.get(own, own)
+        class_name = type(module).__name__
+        name = HEADS.get(class_name, class_name)
         state = {
             "training": module.training,
             "_buffers": {k: tensor(v, self.storage) for k, v in module._buffers.items()},
@@ -327,7 +327,7 @@ class SnapshotWriter:
             state["plane_axes"] = tensor(module.plane_axes, self.storage)
         if hasattr(module, "weight_gain"):
             state["weight_gain"] = Call(self.scalar, (self.dtype, struct.pack("<d", module.weight_gain)))
-        if own in PLAIN:
+        if class_name in PLAIN:
             return New(ref(PLAIN[name], name), state)
         return self.persistent(name, state)
 

@@ -216,7 +216,7 @@ def test_what_examination_accepts_is_shown(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_shown_is_refused_at_examination(tmp_path, name):
+def test_assets_that_cannot_be_shown_are_rejected_at_examination(tmp_path, name):
     data, names = REFUSED[name]
     path = write(tmp_path, name, data)
     with raising(*names):
@@ -243,14 +243,14 @@ def test_a_missing_library_is_grey_and_named(tmp_path):
     )
     (tmp_path / "all" / "a").mkdir(parents=True)
     path.rename(tmp_path / "all" / "a" / "chair.obj")
-    said: list[str] = []
-    read_collection(tmp_path / "all", said.append)
-    assert any("chair.obj" in line and "grey" in line for line in said)
+    notes: list[str] = []
+    read_collection(tmp_path / "all", notes.append)
+    assert any("chair.obj" in line and "grey" in line for line in notes)
     write(tmp_path, "gone.mtl", "newmtl red\nKd 1 0 0\n".encode("utf-16"))
     write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
-    (found,) = reading.examine([tmp_path / "chair.obj"])
-    document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", found.hash)))
-    assert found.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
+    (examined,) = reading.examine([tmp_path / "chair.obj"])
+    document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", examined.hash)))
+    assert examined.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
         1,
         0,
         0,
@@ -314,7 +314,7 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
     assert len(scene_triangles(strip)[1]) == 1
 
 
-def test_stl_and_what_is_none(tmp_path):
+def test_stl_files_and_files_of_other_formats(tmp_path):
     trimesh.creation.box().export(tmp_path / "box.stl")
     assert volume(*read_triangles(tmp_path / "box.stl")) == pytest.approx(1)
     for name, data in (("a.stl", b"solid nothing"), ("b.glb", b"<html>"), ("c", json.dumps({}).encode())):
@@ -323,7 +323,7 @@ def test_stl_and_what_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, encoding",
     [
         ("v 1 2 3".encode("utf-16"), "utf-16"),
         ("v 1 2 3\n".encode("utf-16-le"), "utf-16-le"),
@@ -333,11 +333,11 @@ def test_stl_and_what_is_none(tmp_path):
         (b"glTF\2\0\0\0aaaa", None),
     ],
 )
-def test_utf16_is_told_by_its_first_bytes(text, found):
-    assert utf16(text) == found
+def test_utf16_is_recognised_by_its_first_bytes(text, encoding):
+    assert utf16(text) == encoding
 
 
-def test_geometry_alone_is_the_geometry_of_the_whole_file(tmp_path):
+def test_geometry_alone_equals_the_geometry_of_the_full_file(tmp_path):
     data = files.glb(300, 32, seed=1)
     path = files.write_obj(tmp_path / "p.obj", 300, seed=1)
     (tmp_path / "p.glb").write_bytes(data)
@@ -345,14 +345,14 @@ def test_geometry_alone_is_the_geometry_of_the_whole_file(tmp_path):
         (read_glb(memoryview(data)), tmp_path / "p.glb"),
         (read_obj(path.read_bytes(), path), path),
     ):
-        for found, expected in zip(read_triangles(file), scene_triangles(whole), strict=True):
-            assert found.dtype == expected.dtype and np.array_equal(found, expected)
+        for geometry, expected in zip(read_triangles(file), scene_triangles(whole), strict=True):
+            assert geometry.dtype == expected.dtype and np.array_equal(geometry, expected)
     alone = read_glb(memoryview(data), geometry_only=True)
     assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
     assert {name for part in alone.meshes[0] for name in part.attributes} == {"POSITION"}
 
 
-def test_what_is_no_geometry_is_not_looked_at(tmp_path):
+def test_parts_without_geometry_are_not_checked(tmp_path):
     document, binary = files.glb_document()
     document["images"] = [{"uri": "http://127.0.0.1:9/x.png"}]
     document["accessors"][1]["count"] = 10**12  # texture coordinates
@@ -372,7 +372,7 @@ OF_TEXTURES = {"image", "passwd", "svg", "pixels", "textures"}
 
 
 @pytest.mark.parametrize("name", sorted(GLBS.keys() - OF_TEXTURES))
-def test_hostile_geometry_is_refused_alike(name):
+def test_hostile_geometry_is_rejected_alike(name):
     data = memoryview(GLBS[name][0])
     reasons = []
     for geometry_only in (False, True):
