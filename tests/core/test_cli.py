@@ -26,7 +26,7 @@ def run(*flags: str):
 
 
 def test_help_loads_no_tensors():
-    """What --help and a wrong flag wait for: torch, numpy and scipy take seconds."""
+    """Check that --help and a wrong flag do not import torch, numpy or scipy, which takes seconds."""
     code = (
         "import sys, train\ntry:\n    train.main(sys.argv[1:])\nfinally:\n    print({'torch', 'numpy',"
         " 'scipy'} & sys.modules.keys())"

@@ -90,10 +90,10 @@ class Text(nn.Module):
 def test_costs_of_a_prior_follow_the_number_of_images_and_the_precision(half):
     options = PriorOptions(device="meta", half=half)
 
-    def costs(pictures):
+    def costs(images):
         networks = {name: empty(kind) for name, kind in (("unet", Unet), ("vae", Vae), ("text", Text))}
         prior = LatentPrior(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
-        return latent_costs(prior, pictures)
+        return latent_costs(prior, images)
 
     four_images = costs(4)
     many = costs(8)

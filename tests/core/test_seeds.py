@@ -1,4 +1,4 @@
-"""Held-out seeds: one register, no overlaps, and everything that learns refuses them."""
+"""Held-out seeds: one register, no overlaps, and every training rejects them."""
 
 import ast
 import itertools
@@ -30,8 +30,8 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
             numbers = [
                 node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
             ]
-            whole = [n for n in numbers if type(n) is int]
-            assert not [n for n in whole for held in HELD_OUT if n in held.all], (
+            integers = [n for n in numbers if type(n) is int]
+            assert not [n for n in integers for held in HELD_OUT if n in held.all], (
                 f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
             )
 

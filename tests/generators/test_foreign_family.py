@@ -1,4 +1,4 @@
-"""A generator family that the package has never heard of goes through the public tools: labelled, scored,
+"""A generator family from outside the package works with the public tools: labelled, scored,
 exported, evaluated.
 """
 
@@ -192,5 +192,5 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
     run(reports.evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
     for part in parts:
         assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part
-    refused = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
-    rejected(refused, "box_warp", "1.0", "1.25")
+    result = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
+    rejected(result, "box_warp", "1.0", "1.25")

@@ -112,8 +112,8 @@ def test_chunks_do_not_change_the_values():
 
 
 def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):
-    """What autograd keeps is the pair maps, the planes and small matrices: far below volume * hidden,
-    whatever the resolution.
+    """Autograd keeps the pair maps, the planes and small matrices: far below volume * hidden,
+    at any resolution.
     """
     planes, weights = with_grad(random_planes(1, 4, 16, 16), random_weights(4, 32))
     sizes = {}
@@ -175,6 +175,6 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     weights = random_weights(4, 6)
     axes = [torch.linspace(-1, 1, 9)] * 3
     orders = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
-    whole = tri_grid_density(planes, orders, weights, axes)
+    at_once = tri_grid_density(planes, orders, weights, axes)
     monkeypatch.setattr("eg3d_rlhf.geometry.slab._CPU_BLOCK", 6 * 9 * 2)  # two rows of x
-    torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes), whole)
+    torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes), at_once)

@@ -1,5 +1,5 @@
-"""Sound bodies on grids: closed forms, the order of the spec's table, invariances, and what a gradient leaves
-alone.
+"""Measures of valid solids on grids: closed forms, the order of the spec's table, invariances, and the defects
+that a gradient can correct.
 """
 
 import math
@@ -51,10 +51,10 @@ SHAPES = {
 def test_nothing_depends_on_where_a_shape_lies_or_how_it_is_turned_about_the_upright(name):
     shape = np.pad(SHAPES[name], 4)
     moved = np.roll(shape, (2, -3, 4), axis=(0, 1, 2))
-    turned = np.rot90(shape, axes=(0, 2))
+    rotated = np.rot90(shape, axes=(0, 2))
     rules = Rules(leak=3.2)
     expected = solids.score(shape, rules).to_dict()
-    for other in (moved, turned):
+    for other in (moved, rotated):
         assert solids.score(other, rules).to_dict() == pytest.approx(expected, abs=1e-9)
         assert solids.euler(other) == solids.euler(shape)
 
@@ -97,8 +97,8 @@ def test_the_reward_prefers_a_correction_to_a_blob():
     cured = ball(0.3)
     blobs = (ball(0.45), box((-0.3, 0.5), (-0.3, 0.5), (-0.3, 0.5)), np.roll(ball(0.3), 9, axis=0))
     as_it_is = solids.reward(sick, sick)
-    repair = solids.reward(cured, sick)
-    assert repair.reward > 0.95 and repair.reward > as_it_is.reward + 0.1
+    correction = solids.reward(cured, sick)
+    assert correction.reward > 0.95 and correction.reward > as_it_is.reward + 0.1
     for blob in blobs:
         blob_reward = solids.reward(blob, sick)
         assert blob_reward.score.solid > 0.9 and blob_reward.reward < as_it_is.reward / 2

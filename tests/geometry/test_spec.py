@@ -1,4 +1,4 @@
-"""SlabSpec: the published slab's indices, what it stores, and what it refuses."""
+"""SlabSpec: the published slab's indices, the stored fields, and rejected values."""
 
 import json
 
@@ -94,7 +94,8 @@ def test_from_dict_rejects_missing_and_unknown_fields():
         SlabSpec.from_dict([1, 2])
 
 
-# The skewed lattice of the published reward's training data: its points, its densities, and what it refuses.
+# The skewed lattice of the published reward's training data: its points, its densities, and functions that
+# reject it.
 
 
 SMALL = {"resolution": 20, "crop": (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)}

@@ -1,4 +1,4 @@
-"""Splits share no seed, in any label graph; anchors; agreement of labels."""
+"""Splits share no seed, in any label graph; reference samples; agreement of labels."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

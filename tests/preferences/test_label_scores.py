@@ -1,4 +1,4 @@
-"""Labels of any kind -> r: sums, closed forms, what shuffling keeps, and what is refused."""
+"""Labels of any kind -> r: sums, closed forms, what shuffling keeps, and rejected lines."""
 
 import json
 import math
@@ -135,8 +135,8 @@ def test_controls_keep_what_they_should():
         assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(
             r[a] for a in r if of[a] == condition
         )
-    turned = as_used(r, of, "inverted", 5)
-    assert all(turned[name] == 1 - r[name] for name in r)
+    inverted_r = as_used(r, of, "inverted", 5)
+    assert all(inverted_r[name] == 1 - r[name] for name in r)
 
 
 def test_assets_alone_in_their_prompt_have_no_training_signal():
@@ -171,7 +171,7 @@ def test_every_kind_is_read(tmp_path):
         tmp_path,
         *({"asset": a, "score": s, "rater": r} for a, s, r in (("a", 5, "p"), ("b", 1, "p"), ("c", 3, "q"))),
     )
-    # a deviation is A = 1/2
+    # a standard deviation is A = 1/2
     assert read_goodness(scores, KNOWN) == pytest.approx({"a": 0.75, "b": 0.25, "c": 0.5})
     ranks = written(
         tmp_path,

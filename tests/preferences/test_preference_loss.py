@@ -128,7 +128,7 @@ def test_order_rotation_shift_and_which_set_is_which_do_not_matter():
         assert float(cs_divergence(a, b, 0.9)) == pytest.approx(known, abs=1e-12)
     one_dimensional = x[:, :1], y[:, :1]
     assert torch.equal(cs_divergence(*one_dimensional, 0.9), cs_divergence(*one_dimensional[::-1], 0.9)), (
-        "labels turned over"
+        "inverted labels"
     )
 
 

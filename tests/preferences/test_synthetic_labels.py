@@ -1,4 +1,4 @@
-"""Labels from a stand-in generator whose scans lack more or less of the heads that its latents name."""
+"""Labels from a stand-in generator whose scans lack more or less of the ground-truth heads."""
 
 import json
 import types
@@ -63,7 +63,7 @@ def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
     ws[0, 0, 0] = 2.0
     values = shape_values(_Heads().field(ws), 16)[0]
     middles = (np.arange(16) + 0.5) / 16 - 0.5
-    # behind, in front of nothing
+    # below the back of the head
     assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
     assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 
@@ -110,8 +110,8 @@ def test_progress_is_reported(generator):
 
 
 def test_a_truncated_scan_is_compared_with_the_head_of_the_untruncated_latent(generator):
-    whole, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
-    assert half[0].defects["missing"] < whole[0].defects["missing"]
+    untruncated, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
+    assert half[0].defects["missing"] < untruncated[0].defects["missing"]
 
 
 @pytest.mark.parametrize(

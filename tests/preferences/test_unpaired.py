@@ -118,7 +118,7 @@ def test_splits_follow_the_pairs_and_share_no_shape():
 
 
 def test_pairs_for_validation_are_disjoint_and_of_both_kinds():
-    labels = [*thumbs(30), UnpairedPreference(seed=0, label=False)]  # 0 has both: nobody knows
+    labels = [*thumbs(30), UnpairedPreference(seed=0, label=False)]  # 0 has both, so it cannot be used
     pairs = to_pairs(labels)
     assert len(pairs) == 14 and len({s for p in pairs for s in (p.winner, p.loser)}) == 28
     assert all(p.winner % 2 == 0 and p.loser % 2 == 1 and p.winner for p in pairs)

@@ -138,10 +138,10 @@ def test_rendering_in_parts_is_the_same(monkeypatch):
         (seen.raw.square().sum() + seen.depth.sum()).backward()
         return seen.raw.detach(), field.shape.grad.clone()
 
-    whole = gradient()
+    full_grid = gradient()
     monkeypatch.setattr("eg3d_rlhf.core.field._SAMPLES_AT_ONCE", 2 * 12 * 50)
     parts = gradient()
-    assert torch.allclose(whole[0], parts[0]) and torch.allclose(whole[1], parts[1], atol=1e-5)
+    assert torch.allclose(full_grid[0], parts[0]) and torch.allclose(full_grid[1], parts[1], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def report(request, repo, tmp_path_factory) -> dict:
 
 
 def problem(text: str, who: str) -> str | None:
-    """What is wrong with a refusal, if anything."""
+    """Return what is wrong with an error message, or an empty text."""
     if "\n" in text or not text.isprintable():
         return "not one printable line"
     if not text.startswith(who) or "expected" not in text or "got" not in text:
@@ -142,32 +142,32 @@ def structure(data: bytes) -> list[int]:
 
 def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:
     """Flip bits of single bytes, half of them anywhere and half in the structure; how many loaded, how many
-    were refused.
+    were rejected.
     """
     rng = random.Random(seed)
     spots = structure(data)
-    outcomes = {"loaded": 0, "refused": 0}
+    outcomes = {"loaded": 0, "rejected": 0}
     for i in range(count):
         damaged = bytearray(data)
         position = rng.choice(spots) if i % 2 else rng.randrange(len(data))
         damaged[position] ^= rng.randrange(1, 256)
-        outcomes["loaded" if survives(bytes(damaged)) == "loaded" else "refused"] += 1
+        outcomes["loaded" if survives(bytes(damaged)) == "loaded" else "rejected"] += 1
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def small_file() -> bytes:
     """A discriminator-sized module tree under G_ema's name: small, so that many copies can be damaged;
-    refused in the end for its class.
+    rejected in the end because of its class.
     """
     nets = stock_networks()
     return dumps({"G_ema": SnapshotWriter().discriminator(nets.D, nets.D_kwargs)})
 
 
 def test_a_sample_of_flipped_bytes(files, small_file):
-    assert flip_bytes(small_file, 1, 200)["refused"] == 200
+    assert flip_bytes(small_file, 1, 200)["rejected"] == 200
     outcomes = flip_bytes(files["protocol 4"], 2, 60)
-    assert outcomes["refused"] > 10 and outcomes["loaded"] > 10
+    assert outcomes["rejected"] > 10 and outcomes["loaded"] > 10
 
 
 @pytest.mark.long

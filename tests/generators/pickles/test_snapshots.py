@@ -56,7 +56,7 @@ def recorded(path: Path):
 
 
 def outputs(G, ref, psi: float) -> dict:
-    """What was recorded of one generator, in the recorded way."""
+    """Compute the outputs that were recorded of a generator, in the recorded way."""
     z, c, points = (torch.as_tensor(ref[k]) for k in ("z", "c", "points"))
     with torch.no_grad(), Draws(None).injected():
         ws = G.mapping(z, c, truncation_psi=psi)
@@ -146,7 +146,7 @@ STD = torch.linspace(0, 1, 25)
 
 @pytest.fixture(scope="module")
 def marker(tmp_path_factory) -> Path:
-    """What the source that our snapshots embed would write."""
+    """Return the file that the source inside our snapshots would write."""
     return tmp_path_factory.mktemp("executed") / "marker"
 
 
@@ -260,8 +260,8 @@ def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_
 
 
 def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
-    """Its lines, with a stand-in for EG3D's own function, give the same generator; training's extra buffer is
-    there too.
+    """Run the printed lines with a stand-in for EG3D's function: the generator is the same, with training's
+    extra buffer.
     """
     nets = stock_networks("fixed")
     nets = networks.Networks(
@@ -295,8 +295,8 @@ def test_the_fixtures_source_would_raise():
         assert b"raise RuntimeError" in path.read_bytes()
 
 
-# Pickles of full heads: read as the family that their tensors show, refused in one line where they state what
-# it does not know.
+# Pickles of full heads are read as the family that their tensors show, and rejected in one line if they state
+# options that the family does not have.
 
 
 FAMILIES = sorted(HEAD_CLASSES)

@@ -98,14 +98,14 @@ OBJ_FACES = "".join("f " + " ".join(map(str, face)) + "\n" for face in QUADS)
 INTERLEAVED = "".join(
     "".join("v {} {} {}\n".format(*CUBE_POINTS[i - 1]) for i in face) + "f -4 -3 -2 -1\n" for face in QUADS
 )
-WITH_ALL = (  # texture, normals, groups, smooth groups, a comment, a line that goes on
+WITH_ALL = (  # texture, normals, groups, smooth groups, a comment, a continued line
     CUBE
     + "vt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nvn 0 0 1\ng part\ns 1\n"
     + "".join(
         "f " + " \\\n".join(f"{i}/{k}/1" for k, i in enumerate(face, 1)) + " # side\n" for face in QUADS
     )
 )
-WHOLE = {  # name -> bytes, volume
+CLOSED = {  # name -> bytes, volume
     "quads.obj": (CUBE + OBJ_FACES, 1.0),
     "backwards.obj": (INTERLEAVED, 1.0),
     "all.obj": (WITH_ALL, 1.0),
@@ -142,7 +142,7 @@ WHOLE = {  # name -> bytes, volume
         area(STAR),
     ),
 }
-REFUSED = {  # name -> bytes, what is named
+REJECTED = {  # name -> bytes, texts in the error
     "points.obj": (CUBE, ("triangles", "OBJ")),
     "points.ply": (ply_faces(CUBE_POINTS, [], "ascii"), ("splats", "points")),
     "empty.obj": ("", ("1 byte", "0 bytes")),
@@ -175,9 +175,9 @@ def write(folder, name: str, data):
 
 
 def answer(request: dict) -> dict:
-    """What the process of labelling answers, here without a process.
+    """Return the answer of the labelling process, here without a process.
 
-    Raises: ValueError for what it refuses.
+    Raises: ValueError for files that it rejects.
     """
     answered = reading._answer(request)
     if "refused" in answered:
@@ -190,9 +190,9 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     return float((a * np.cross(b, c)).sum()) / 6
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", CLOSED)
 def test_what_examination_accepts_is_shown(tmp_path, name):
-    data, expected = WHOLE[name]
+    data, expected = CLOSED[name]
     path = write(tmp_path, name, data)
     vertices, faces = read_triangles(path)
     assert volume(vertices, faces) == pytest.approx(expected, rel=1e-5)
@@ -215,9 +215,9 @@ def test_what_examination_accepts_is_shown(tmp_path, name):
     assert volume(*(part.numpy() for part in load_mesh(path))) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", REJECTED)
 def test_assets_that_cannot_be_shown_are_rejected_at_examination(tmp_path, name):
-    data, names = REFUSED[name]
+    data, names = REJECTED[name]
     path = write(tmp_path, name, data)
     with raising(*names):
         answer({"do": "examine", "path": str(path)})
@@ -226,14 +226,14 @@ def test_assets_that_cannot_be_shown_are_rejected_at_examination(tmp_path, name)
 
 
 def test_all_kinds_are_examined_in_one_process(tmp_path):
-    paths = [write(tmp_path, name, data) for name, (data, _) in WHOLE.items()]
+    paths = [write(tmp_path, name, data) for name, (data, _) in CLOSED.items()]
     assert {examined.kind for examined in reading.examine(paths)} == {"obj", "ply"}
-    with raising("points.obj", str(len(REFUSED) - 5)):
-        reading.examine(paths + [write(tmp_path, name, data) for name, (data, _) in REFUSED.items()])
+    with raising("points.obj", str(len(REJECTED) - 5)):
+        reading.examine(paths + [write(tmp_path, name, data) for name, (data, _) in REJECTED.items()])
 
 
 def test_a_missing_library_is_grey_and_named(tmp_path):
-    path = write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
+    path = write(tmp_path, "chair.obj", CLOSED["no-mtl.obj"][0])
     (examined,) = reading.examine([path])
     assert "gone.mtl" in examined.note and "grey" in examined.note
     document, _ = files.unpack_glb(gzip.decompress(reading.clean(path, examined.hash)))
@@ -247,7 +247,7 @@ def test_a_missing_library_is_grey_and_named(tmp_path):
     read_collection(tmp_path / "all", notes.append)
     assert any("chair.obj" in line and "grey" in line for line in notes)
     write(tmp_path, "gone.mtl", "newmtl red\nKd 1 0 0\n".encode("utf-16"))
-    write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
+    write(tmp_path, "chair.obj", CLOSED["no-mtl.obj"][0])
     (examined,) = reading.examine([tmp_path / "chair.obj"])
     document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", examined.hash)))
     assert examined.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
@@ -341,11 +341,11 @@ def test_geometry_alone_equals_the_geometry_of_the_full_file(tmp_path):
     data = files.glb(300, 32, seed=1)
     path = files.write_obj(tmp_path / "p.obj", 300, seed=1)
     (tmp_path / "p.glb").write_bytes(data)
-    for whole, file in (
+    for model, file in (
         (read_glb(memoryview(data)), tmp_path / "p.glb"),
         (read_obj(path.read_bytes(), path), path),
     ):
-        for geometry, expected in zip(read_triangles(file), scene_triangles(whole), strict=True):
+        for geometry, expected in zip(read_triangles(file), scene_triangles(model), strict=True):
             assert geometry.dtype == expected.dtype and np.array_equal(geometry, expected)
     alone = read_glb(memoryview(data), geometry_only=True)
     assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
