@@ -191,11 +191,11 @@ class GroupedCommand(click.Command):
         self.rare: dict[str, Any] = {
             option.name: option
             # decorators add attributes from the bottom up; reversed, the order is that of the source
-            for option in reversed(getattr(self.callback, "rare", ()))  # as declared
+            for option in reversed(getattr(self.callback, "rare", ()))
         }
+        # Only a command that has rare settings gets these two options.
         if self.rare:
             for decorate in (
-                # Only a command that has rare settings gets these two options.
                 option(
                     "--set",
                     "set_",
@@ -211,8 +211,7 @@ class GroupedCommand(click.Command):
                     type=click.Path(path_type=Path, dir_okay=False),
                     help=(
                         "Read settings by name from this file, rare ones included. Flags take precedence"
-                        " over the"
-                        " file. --dry-run prints all settings in this form."
+                        " over the file. --dry-run prints all settings in this form."
                     ),
                 ),
             ):
@@ -476,9 +475,9 @@ def check_extra(extra: str) -> None:
 
     Called before long computations, so that they do not fail at their end.
     """
-    for package, brought in EXTRAS.items():
+    for package, package_extra in EXTRAS.items():
         # find_spec does not import the package
-        if brought == extra and importlib.util.find_spec(package) is None:
+        if package_extra == extra and importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
 
 

@@ -100,18 +100,18 @@ class MemoryTrace(TorchDispatchMode):
         # A tensor that is created on the meta device occupies no memory. It is returned without being
         # counted.
         if not given and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            return self._really(func, args, kwargs)
+            return self._execute(func, args, kwargs)
         # All inputs are computed (integers): execute the operator on their values.
         if given and not any(isinstance(x, FakeTensor) or x.device.type == "meta" for x in given):
-            result = self._really(func, args, kwargs)
+            result = self._execute(func, args, kwargs)
         elif func is aten._local_scalar_dense.default:
             # `.item()` of a fake tensor. There is no value, and 1 keeps loops and divisions valid.
             return 1
         else:
             if func.overloadpacket in INDEXED:
-                # The number of rows that a fake mask selects is unknown, and FakeTensorMode would raise an
+                # The number of rows that a fake is_mask selects is unknown, and FakeTensorMode would raise an
                 # error.
-                args = (args[0], self._numbered(args[1]), *args[2:])
+                args = (args[0], self._indices_from_masks(args[1]), *args[2:])
             # The fake mode computes shapes and dtypes only.
             result = func(*args, **kwargs)
             integer_tensors = [
@@ -121,7 +121,7 @@ class MemoryTrace(TorchDispatchMode):
             ]
             # A new integer tensor, e.g. of torch.arange: compute it.
             if integer_tensors and not given:
-                result = self._really(func, args, kwargs)
+                result = self._execute(func, args, kwargs)
             elif integer_tensors:
                 # Integers that depend on fake values. Of topk they are indices along its dimension (the third
                 # argument, -1 by default); for every other operator 0 is valid wherever an index is needed.
@@ -139,17 +139,19 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     @staticmethod
-    def _really(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _execute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Execute an operator on values, outside the fake mode."""
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
-    def _numbered(self, indices: Any) -> list[Any]:
+    def _indices_from_masks(self, indices: Any) -> list[Any]:
         """Replace boolean masks among indices by the indices of the rows that they select."""
         chosen: list[Any] = []
         for index in indices:
-            mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            chosen += self._really(lambda i: [*i.nonzero(as_tuple=True)], (index,), {}) if mask else [index]
+            is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            chosen += (
+                self._execute(lambda i: [*i.nonzero(as_tuple=True)], (index,), {}) if is_mask else [index]
+            )
         return chosen
 
     @staticmethod

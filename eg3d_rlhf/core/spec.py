@@ -97,8 +97,7 @@ class SlabSpec:
             if stop - start < 2:
                 raise ValueError(
                     f"SlabSpec: expected at least 2 points along {axis}, got indices {start}:{stop}. Reduce"
-                    " the crop"
-                    f" of {axis}."
+                    f" the crop of {axis}."
                 )
 
     @classmethod

@@ -90,11 +90,10 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
 def wilson_ends(rate: ArrayLike, n: ArrayLike, quantile: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Compute Wilson's interval of rates for any quantile, for example one of Student's t distribution.
 
-    Args: rate, n, quantile: [...], all of one shape. n is the sample size, or the effective one, and may be a
-    fraction.
+    Args: rate, n, quantile: [...], broadcast against each other. n is the sample size, or the
+    effective one, and may be a fraction.
     Returns: lower and upper ends [...], in 0..1.
     """
-    # Any broadcastable shapes.
     rate, n, z = (np.asarray(values, dtype=np.float64) for values in (rate, n, quantile))
     scale = 1 + z * z / n
     centre = (rate + z * z / (2 * n)) / scale

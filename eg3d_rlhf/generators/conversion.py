@@ -125,7 +125,7 @@ def _converted(
             value = sliced.flatten(0, 1)
         state[name].copy_(value)
     # these are references to the parameters: the background network's output becomes 0
-    for name, value in state.items():  # references to the parameters
+    for name, value in state.items():
         if name.startswith("bcg_synthesis.") and ".torgb." in name and ".affine." not in name:
             value.zero_()
     features = made.torgb.weight.shape[1]

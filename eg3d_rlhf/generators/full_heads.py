@@ -103,9 +103,8 @@ class TriGridField(HeadField):
         has_slices = grid.lattice == "straight" and self._orders is not None
         if impl == "separable" and not has_slices:
             raise ValueError(
-                f"density_grid: impl='separable' needs a straight lattice and stacks along x, y and z, got"
-                f" {grid.lattice!r}."
-                " Use impl='auto'."
+                "density_grid: impl='separable' needs a straight lattice and stacks along x, y and z, got"
+                f" lattice {grid.lattice!r}. Use impl='auto'."
             )
         if impl == "separable" or (impl == "auto" and has_slices and implementations.current() != "ref"):
             # [N, X, Y, Z] -> [N, D, H, W]

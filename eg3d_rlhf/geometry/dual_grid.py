@@ -298,9 +298,8 @@ class _Quadratic:
     def __init__(self, coords: torch.Tensor):
         self.coords = coords.double()
         self.sums = torch.zeros(len(coords), 9, dtype=torch.float64)  # upper triangle of A (6), b (3)
-        self.points = torch.zeros(
-            len(coords), 4, dtype=torch.float64
-        )  # sum of the crossings (3), their number
+        # sum of the crossings (3), their number (1)
+        self.points = torch.zeros(len(coords), 4, dtype=torch.float64)
 
     def planes(self, row: torch.Tensor, normals: torch.Tensor, points: torch.Tensor) -> None:
         """Add the squared distances to planes through `points` with unit `normals`: A = n n^T, b = n (n .
@@ -340,7 +339,7 @@ class _Quadratic:
         lowest = torch.full((len(A),), torch.inf, dtype=torch.float64)
         chosen = torch.zeros(len(A), 3, dtype=torch.float64)
         # three digits to base 3: each coordinate is free (0), fixed at 0 (1) or fixed at 1 (2)
-        for number in range(1, 27):  # base 3: each coordinate free, at 0 or at 1
+        for number in range(1, 27):
             state = [number % 3, number // 3 % 3, number // 9]
             free = [k for k in range(3) if not state[k]]
             fixed = [k for k in range(3) if state[k]]

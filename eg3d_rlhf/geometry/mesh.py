@@ -444,7 +444,7 @@ class SurfaceBuilder:
         vertices, faces, counts = marching_cubes(values, self._level)
         start = np.floor(vertices)
         # position on the grid edge, non-zero along the edge only
-        along = np.subtract(vertices, start, out=vertices)  # places on the vertices' grid edges
+        along = np.subtract(vertices, start, out=vertices)
         start = start.astype(np.int64)
         start[:, 1:] += np.repeat(corners, counts, axis=0)
         self._append(first, len(layer), start, along, faces)

@@ -281,7 +281,7 @@ class _LayerSampler:
         sides = [padded(n) for n in density.shape[1:]]
         self._layer = np.full((BRICK + 1, *sides), outside, dtype=np.float32)
         # last plane of the previous layer, NaN where it was not evaluated
-        self._shared = self._layer[0].copy()  # last plane of the layer before, NaN where it was not evaluated
+        self._shared = self._layer[0].copy()
 
     def layer(self, number: int, wanted: np.ndarray) -> np.ndarray:
         """Return a layer [S + 1, padded Y, padded Z] with the density in the bricks `wanted`.

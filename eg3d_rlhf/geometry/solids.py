@@ -323,7 +323,10 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
 
 
 def joined(terms: Mapping[str, float], rules: Rules) -> Score:
-    """Compute the weighted geometric mean of the terms. Each counts as at least 0.01, so that one term of 0 does not decide alone."""
+    """Compute the weighted geometric mean of the terms.
+
+    Each counts as at least 0.01, so that one term of 0 does not decide alone.
+    """
     weights = dict(zip(TERMS, rules.weights, strict=True))
     mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
     return Score(**terms, solid=math.exp(mean))

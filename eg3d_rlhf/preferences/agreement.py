@@ -27,8 +27,7 @@ class Agreement:
     disagree systematically. None if it is undefined.
     """
 
-    # the coefficient; ends of its interval
-    value: float | None
+    value: float | None  # the coefficient
     lo: float | None  # None also below LEAST_UNITS
     hi: float | None
     n: int  # units with answers of at least two annotators

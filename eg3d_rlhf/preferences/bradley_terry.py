@@ -97,7 +97,7 @@ def bradley_terry(
     covariance[np.ix_(free, free)] = np.linalg.inv(information)[: len(free), : len(free)]
     if not fixed:
         # without held strengths only differences are known; they are reported about their mean
-        centre = np.eye(n) - 1 / n  # strengths vary about their mean
+        centre = np.eye(n) - 1 / n
         covariance = centre @ covariance @ centre
     # Normal quantile times the standard error; rounding may make a variance negative.
     half = float(ndtri(0.5 + confidence / 2)) * np.sqrt(np.diag(covariance).clip(min=0))
@@ -194,7 +194,7 @@ def _derivatives(
     """
     win, loss, draw = np.exp(logits - total)  # [M] each
     # derivative with respect to theta_i - theta_j
-    by_difference = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)  # derivative by theta_i - theta_j
+    by_difference = np.where(tie, 0.0, 0.5) - 0.5 * (win - loss)
     by_eta = tie - draw
     gradient = np.zeros(n + 1)
     # Unlike gradient[i] += ..., this adds repeated indices.

@@ -1,12 +1,12 @@
 """Goodness r in 0..1 of assets, from labels of any kind: one JSON object per line, of one kind in a file.
 
- line                                               | applies to         | written by                       |
- -------------------------------------------------- | ------------------ | -------------------------------- |
- {"asset", "condition", "thumb": true}              | an asset           | you; as `label`: `asset-scores`  |
- {"asset", "condition", "score": 4, "rater": "ann"} | an asset           | `asset-scores`                   |
- {"asset", "condition", "p": 0.8, "rater": "m-1"}   | an asset's P(good) | an ensemble of rewards           |
- {"asset", "condition", "rank": 1}                  | an asset; 1: best  | `rankings`, `ranking.jsonl`      |
- {"preferred": "a.ply", "rejected": "b.ply"}        | a pair             | `asset-pairs`; "tie" for neither |
+| line                                               | applies to         | written by                       |
+| -------------------------------------------------- | ------------------ | -------------------------------- |
+| {"asset", "condition", "thumb": true}              | an asset           | you; as `label`: `asset-scores`  |
+| {"asset", "condition", "score": 4, "rater": "ann"} | an asset           | `asset-scores`                   |
+| {"asset", "condition", "p": 0.8, "rater": "m-1"}   | an asset's P(good) | an ensemble of rewards           |
+| {"asset", "condition", "rank": 1}                  | an asset; 1: best  | `rankings`, `ranking.jsonl`      |
+| {"preferred": "a.ply", "rejected": "b.ply"}        | a pair             | `asset-pairs`; "tie" for neither |
 
 An asset has the name in the list of assets, or the path of one of its files, relative to the labels.
 `condition`, the prompt of the asset, may be left out. `mesh` may stand for `asset`, and `annotator` for

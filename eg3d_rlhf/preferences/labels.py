@@ -1,16 +1,16 @@
 """The open label format of pairs: which of two latent seeds has the better geometry. One record per line, as
 JSON lines or as CSV with a header.
 
- field     | meaning                                                                                     |
- --------- | ------------------------------------------------------------------------------------------- |
- winner    | seed of the preferred shape, z = RandomState(seed).randn(z_dim); required                   |
- loser     | seed of the other shape; required                                                           |
- generator | SHA-256, in hex, of the weights of the generator of the shapes                              |
- psi       | truncation that the shapes were generated with                                              |
- annotator | name of the person or program that gave the label                                           |
- time      | ISO 8601 text, or seconds since 1970                                                        |
- tie       | true: no preference; winner and loser are then simply the two seeds                         |
- clean     | seed that a noise-free annotator prefers, if it is known (or true: winner, false: loser)    |
+| field     | meaning                                                                                     |
+| --------- | ------------------------------------------------------------------------------------------- |
+| winner    | seed of the preferred shape, z = RandomState(seed).randn(z_dim); required                   |
+| loser     | seed of the other shape; required                                                           |
+| generator | SHA-256, in hex, of the weights of the generator of the shapes                              |
+| psi       | truncation that the shapes were generated with                                              |
+| annotator | name of the person or program that gave the label                                           |
+| time      | ISO 8601 text, or seconds since 1970                                                        |
+| tie       | true: no preference; winner and loser are then simply the two seeds                         |
+| clean     | seed that a noise-free annotator prefers, if it is known (or true: winner, false: loser)    |
 
 Other fields are kept in `extra` and written again. Readers stream; writers replace a file atomically.
 """

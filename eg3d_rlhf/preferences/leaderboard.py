@@ -89,8 +89,7 @@ def fit(
     coefficients = np.zeros((len(score), free.shape[1]))
     for _ in range(_FIT_STEPS if free.shape[1] else 0):
         p = expit((start + coefficients @ free.T) @ signs.T)
-        # 1e-12: a cell that one generator wins with certainty has no curvature
-        # Fisher scoring; for the logistic model it is Newton's method.
+        # Newton's method. 1e-12: a cell that one generator wins with certainty has no curvature.
         hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), free_signs, free_signs) + 1e-12 * np.eye(
             free.shape[1]
         )
@@ -187,8 +186,8 @@ def _allowed(
     if annotators >= FEW:
         prompt_variance = total  # the variance over prompts
         annotator_variance = _clustered(contributions, design.annotator)
+        # one key for each combination of prompt and annotator
         both_variance = _clustered(
-            # one key for each combination of prompt and annotator
             contributions,
             design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator,
         )

@@ -1,16 +1,16 @@
 """Labels of single shapes (thumbs or scores), one JSON object per line. The counterpart of pairs is
 `eg3d_rlhf.preferences.labels`.
 
- field     | meaning                                                                                       |
- --------- | --------------------------------------------------------------------------------------------- |
- seed      | seed of the shape, z = RandomState(seed).randn(z_dim); required                               |
- label     | 1 or true: preferred, 0 or false: not preferred; this or score is required                    |
- score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 it is not, in between it is unused |
- generator | SHA-256, in hex, of the weights of the generator of the shape                                 |
- psi       | truncation that the shape was generated with                                                  |
- annotator | name of the person or program that gave the label                                             |
- time      | ISO 8601 text, or seconds since 1970                                                          |
- clean     | 1 or 0: the label of a noise-free annotator, if it is known                                   |
+| field     | meaning                                                                                       |
+| --------- | --------------------------------------------------------------------------------------------- |
+| seed      | seed of the shape, z = RandomState(seed).randn(z_dim); required                               |
+| label     | 1 or true: preferred, 0 or false: not preferred; this or score is required                    |
+| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 it is not, in between it is unused |
+| generator | SHA-256, in hex, of the weights of the generator of the shape                                 |
+| psi       | truncation that the shape was generated with                                                  |
+| annotator | name of the person or program that gave the label                                             |
+| time      | ISO 8601 text, or seconds since 1970                                                          |
+| clean     | 1 or 0: the label of a noise-free annotator, if it is known                                   |
 
 Other fields are kept in `extra` and written again.
 """

@@ -1,4 +1,4 @@
-"""Blockwise meshing against the full volume, the mesh checks against meshes with known faults, and the files."""
+"""Blockwise meshing against the full volume, mesh checks against meshes with known faults, and files."""
 
 import mrcfile
 import numpy as np

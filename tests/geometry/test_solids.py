@@ -1,5 +1,5 @@
-"""Measures of valid solids on grids: closed forms, the order of the spec's table, invariances, and the defects
-that a gradient can correct.
+"""Measures of valid solids on grids: closed forms, the order of the spec's table, invariances, and
+defects that a gradient can correct.
 """
 
 import math

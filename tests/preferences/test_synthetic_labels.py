@@ -63,7 +63,7 @@ def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
     ws[0, 0, 0] = 2.0
     values = shape_values(_Heads().field(ws), 16)[0]
     middles = (np.arange(16) + 0.5) / 16 - 0.5
-    # below the back of the head
+    # at the back of the head
     assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
     assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 

@@ -190,7 +190,7 @@ class AssetGenerator:
     num_ws = 1
     img_resolution = RESOLUTION
     # far enough to show the full cube, corners included, with the focal length of portraits
-    cameras = CameraFamily(radius=6.0)  # the whole cube, also from its corners, with the lens of portraits
+    cameras = CameraFamily(radius=6.0)
 
     def __init__(self, module: AssetNetwork):
         self.module = module

@@ -259,7 +259,7 @@ class FourViews:
             part.flatten(0, 1) for part in four_views(asset.raw, torch.sigmoid(asset.paint), asset.pitch)
         )
         # [B, 4]: the background's inverse depth is 0
-        background_channels = F.pad(background.to(channels).expand(len(channels), 3), (0, 1))  # [B, 4]
+        background_channels = F.pad(background.to(channels).expand(len(channels), 3), (0, 1))
         # Channels are premultiplied, so the background is added by its transmittance.
         images = channels + (1 - opacity) * background_channels[:, :, None, None]
         # A prior may expect other sizes than one pixel per voxel.

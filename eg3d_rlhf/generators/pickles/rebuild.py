@@ -30,9 +30,8 @@ from training.triplane import TriPlaneGenerator
 
 # The constructor arguments and rendering options that a pickled network may have, and their plausible values.
 
-Check = tuple[
-    Callable[[Any], bool], str
-]  # a predicate of accepted values, and their description for messages
+# A predicate of accepted values, and the description of these values for messages.
+Check = tuple[Callable[[Any], bool], str]
 
 
 def integer_in(low: int, high: int) -> Check:

@@ -154,8 +154,7 @@ class _Lines:
                 if int(parts[i]) < 1:
                     raise ValueError(
                         f"expected indices of the {len(self.widths['v'])} vertices above, got {word[:40]!r}"
-                        " in line"
-                        f" {line}"
+                        f" in line {line}"
                     )
         return "/".join(parts)
 

@@ -7,17 +7,17 @@ Splats are read from the usual file of 3D Gaussian splatting (Kerbl et al. 2023)
 f_rest_*, opacity (a logit), scale_0..2 (logarithms) and rot_0..3 (w, x, y, z). They are sent to the browser
 as GSP1, little-endian:
 
- bytes                       | content                                                |
- --------------------------- | ------------------------------------------------------ |
- 4                           | magic 'GSP1'                                           |
- 2 x uint32                  | N Gaussians, degree d of the spherical harmonics, 0..3 |
- 3 x float32, 3 x float32    | lowest corner and extent of the centres                |
- N x 3 x float32             | centres, as in the file                                |
- N x 3 x float16             | logarithms of the scales                               |
- N x 4 x int16               | rotations, unit quaternions w, x, y, z as q / 32767    |
- N x uint8                   | opacities as x / 255                                   |
- N x 3 x float16             | colours: coefficients of degree 0                      |
- N x 3 ((d+1)^2 - 1) float16 | the other coefficients, channel by channel as f_rest_* |
+| bytes                       | content                                                |
+| --------------------------- | ------------------------------------------------------ |
+| 4                           | magic 'GSP1'                                           |
+| 2 x uint32                  | N Gaussians, degree d of the spherical harmonics, 0..3 |
+| 3 x float32, 3 x float32    | lowest corner and extent of the centres                |
+| N x 3 x float32             | centres, as in the file                                |
+| N x 3 x float16             | logarithms of the scales                               |
+| N x 4 x int16               | rotations, unit quaternions w, x, y, z as q / 32767    |
+| N x uint8                   | opacities as x / 255                                   |
+| N x 3 x float16             | colours: coefficients of degree 0                      |
+| N x 3 ((d+1)^2 - 1) float16 | the other coefficients, channel by channel as f_rest_* |
 
 Each array starts at a multiple of 4 bytes.
 """
@@ -73,7 +73,7 @@ _SPLAT = (
     "rot_3",
 )
 # degree of the spherical harmonics by the number of f_rest_*, three channels
-_DEGREES = {3 * ((d + 1) ** 2 - 1): d for d in range(4)}  # by the number of f_rest_*
+_DEGREES = {3 * ((d + 1) ** 2 - 1): d for d in range(4)}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def read_mesh(data: bytes | memoryview) -> Model:
     index_property = next((name for name in ("vertex_indices", "vertex_index") if name in faces), None)
     if index_property is None:
         raise ValueError(
-            f"expected a property vertex_indices of the faces in the PLY file, got {', '.join(faces)[:80] or 'none'}"
+            "expected a property vertex_indices of the faces in the PLY file, got"
+            f" {', '.join(faces)[:80] or 'none'}"
         )
     counts, corners = faces[index_property]
     corners = corners.astype(np.int64)
@@ -246,8 +247,8 @@ def _tables(data: memoryview, header: Header) -> dict[str, Table]:
             )
         except (struct.error, IndexError, ValueError, OverflowError):
             raise ValueError(
-                f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer, or damaged"
-                " data"
+                f"expected {element.count:,} of {element.name!r:.40} in the PLY file, got fewer or damaged"
+                " ones"
             ) from None
         tables.setdefault(element.name, table)
     return tables

@@ -115,7 +115,7 @@ def _matrix(place: dict) -> np.ndarray:
     """
     if "matrix" in place:
         # glTF stores matrices column by column
-        return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T  # by columns
+        return np.array(place["matrix"], dtype=np.float64).reshape(4, 4).T
     matrix = np.eye(4)
     x, y, z, w = place.get("rotation", (0, 0, 0, 1))
     # rotation matrix of the unit quaternion (x, y, z, w)
