@@ -119,14 +119,14 @@ class GroupedOption(click.Option):
         extra = super().get_help_extra(ctx)
         # None if the command has no function `resolved`.
         values: HelpValues | None = ctx.meta.get(VALUES)
-        known, value = values.of(self) if values is not None else (False, None)
+        is_resolved, value = values.of(self) if values is not None else (False, None)
         # a text that click shows in place of a default
         unset = self.show_default if isinstance(self.show_default, str) else None
         # An option of a settings field: the field knows the default, click does not.
         if self.field is not None:
-            value = value if known else self.field.default
+            value = value if is_resolved else self.field.default
             unset = self.field.metadata["knob"].shown
-        elif not known and unset is None or self.is_flag and not self.secondary_opts:
+        elif not is_resolved and unset is None or self.is_flag and not self.secondary_opts:
             # Click shows its own default correctly in these cases
             return extra
         extra.pop("default", None)
@@ -253,10 +253,10 @@ class GroupedCommand(click.Command):
     def _wants_help(self, ctx: click.Context, args: list[str]) -> bool:
         """Return True if the arguments contain --help or --help-all."""
         # The parser alone does not convert values or run callbacks.
-        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        ctx.meta[ALL] = bool(given.get("help_all"))
+        parsed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        ctx.meta[ALL] = bool(parsed.get("help_all"))
         help_option = self.get_help_option(ctx)
-        return ctx.meta[ALL] or help_option is not None and bool(given.get(help_option.name))
+        return ctx.meta[ALL] or help_option is not None and bool(parsed.get(help_option.name))
 
     def _name_rare(self, error: click.NoSuchOption) -> None:
         """Raise ValueError if a rejected flag is the name of a rare setting, or close to one."""
@@ -267,8 +267,10 @@ class GroupedCommand(click.Command):
         }
         # The cutoff accepts typing errors. A flag of another mode is no typing error; `ModeCommand` reports
         # it.
-        near = difflib.get_close_matches(typed, [*names, *(error.possibilities or ())], n=1, cutoff=0.8)
-        name = names.get(near[0]) if near else None
+        close_matches = difflib.get_close_matches(
+            typed, [*names, *(error.possibilities or ())], n=1, cutoff=0.8
+        )
+        name = names.get(close_matches[0]) if close_matches else None
         if name is None:
             return
         with user_errors():
@@ -340,8 +342,8 @@ class GroupedCommand(click.Command):
             values[name] = [*values.get(name, ()), value] if several else value
         for name, value in values.items():
             if name not in options:
-                near = difflib.get_close_matches(name, options, n=1)
-                meant = f"Did you mean {near[0]}? " if near else ""
+                close_matches = difflib.get_close_matches(name, options, n=1)
+                meant = f"Did you mean {close_matches[0]}? " if close_matches else ""
                 raise ValueError(
                     f"--set, --settings: {name!r} is no setting of this command. {meant}--dry-run prints all"
                     " of them; use one of their names."
@@ -502,13 +504,13 @@ def some_of(flag: str, text: str, known: Iterable[str]) -> list[str]:
     """
     # May be an iterator; it is used twice.
     known = list(known)
-    wanted = {name.strip() for name in text.split(",") if name.strip()}
-    if not wanted or wanted - set(known):
+    requested = {name.strip() for name in text.split(",") if name.strip()}
+    if not requested or requested - set(known):
         raise ValueError(
             f"{flag}: expected one or more of {', '.join(known)}, separated by commas, got {text!r}."
             " Correct the list."
         )
-    return [name for name in known if name in wanted]
+    return [name for name in known if name in requested]
 
 
 def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:

@@ -83,8 +83,8 @@ class MemoryTrace(TorchDispatchMode):
             before = self.now
             # The result is kept until the call is over, so that it counts, and is then freed for the next
             # measurement.
-            held = run()
-            del held
+            result = run()
+            del result
         return self.peak - before
 
     def __torch_dispatch__(
@@ -96,13 +96,15 @@ class MemoryTrace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         # All tensors among the arguments.
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        input_tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         # A tensor that is created on the meta device occupies no memory. It is returned without being
         # counted.
-        if not given and torch.device(kwargs.get("device") or "cpu").type == "meta":
+        if not input_tensors and torch.device(kwargs.get("device") or "cpu").type == "meta":
             return self._execute(func, args, kwargs)
         # All inputs are computed (integers): execute the operator on their values.
-        if given and not any(isinstance(x, FakeTensor) or x.device.type == "meta" for x in given):
+        if input_tensors and not any(
+            isinstance(x, FakeTensor) or x.device.type == "meta" for x in input_tensors
+        ):
             result = self._execute(func, args, kwargs)
         elif func is aten._local_scalar_dense.default:
             # `.item()` of a fake tensor. There is no value, and 1 keeps loops and divisions valid.
@@ -120,16 +122,17 @@ class MemoryTrace(TorchDispatchMode):
                 if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex())
             ]
             # A new integer tensor, e.g. of torch.arange: compute it.
-            if integer_tensors and not given:
+            if integer_tensors and not input_tensors:
                 result = self._execute(func, args, kwargs)
             elif integer_tensors:
                 # Integers that depend on fake values. Of topk they are indices along its dimension (the third
                 # argument, -1 by default); for every other operator 0 is valid wherever an index is needed.
-                most = (
+                upper_bound = (
                     args[0].shape[args[2] if len(args) > 2 else -1] if func.overloadpacket is aten.topk else 1
                 )
                 result = tree_map(
-                    lambda x: self._spread(x, most) if any(x is y for y in integer_tensors) else x, result
+                    lambda x: self._spread(x, upper_bound) if any(x is y for y in integer_tensors) else x,
+                    result,
                 )
         self.flops += flops_of(func.overloadpacket, args, kwargs, result)
         # Tensors on the meta device have no memory.
@@ -155,7 +158,7 @@ class MemoryTrace(TorchDispatchMode):
         return chosen
 
     @staticmethod
-    def _spread(x: torch.Tensor, most: int) -> torch.Tensor:
+    def _spread(x: torch.Tensor, upper_bound: int) -> torch.Tensor:
         """Return valid integers in place of those that depend on fake values: 0 .. most - 1, repeated in this
         order.
 
@@ -165,7 +168,7 @@ class MemoryTrace(TorchDispatchMode):
             return (
                 torch.ones(x.shape, dtype=x.dtype)
                 if x.dtype == torch.bool
-                else torch.arange(x.numel()).view(x.shape) % most
+                else torch.arange(x.numel()).view(x.shape) % upper_bound
             )
 
     def _count(self, x: torch.Tensor) -> None:

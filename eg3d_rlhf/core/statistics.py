@@ -277,14 +277,14 @@ def _clustered_sums(
     """Return the mean, the sum of residuals of each cluster [C], and C - 1."""
     sample = _finite_vector(who, values)
     # [N]: index of each value's cluster in the sorted list of clusters
-    _, place = np.unique(np.asarray(clusters), return_inverse=True)
-    count = int(place.max()) + 1
-    if place.size != sample.size or count < 2:
+    _, cluster_index = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(cluster_index.max()) + 1
+    if cluster_index.size != sample.size or count < 2:
         raise ValueError(
             f"{who}: expected values of at least two clusters, got {sample.size} values of {count}. Add"
             " another cluster: the interval comes from the spread between clusters."
         )
-    return float(sample.mean()), np.bincount(place, sample - sample.mean()), count - 1
+    return float(sample.mean()), np.bincount(cluster_index, sample - sample.mean()), count - 1
 
 
 class PairedSummary(NamedTuple):

@@ -212,9 +212,9 @@ def find_network(source: str | Path | None) -> Path:
             path.glob("network-snapshot-*.pkl")
         )
         if not snapshots:
-            wanted = "a network-snapshot-*.safetensors or .pkl"
+            expected = "a network-snapshot-*.safetensors or .pkl"
             raise FileNotFoundError(
-                f"network: expected {wanted} in {path}, got none. Pass a network file or another run."
+                f"network: expected {expected} in {path}, got none. Pass a network file or another run."
             )
         return snapshots[-1]
     return path

@@ -76,12 +76,12 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
             " Choose an EG3D network."
         )
     shares, residual = slice_shares(extent)
-    stated = nets.G_kwargs["rendering_kwargs"]
+    original_rendering = nets.G_kwargs["rendering_kwargs"]
     G_ema: Any = nets.G_ema
     size = G_ema.plane_resolution
     # Options of PanoHead; the others keep the values of the file.
     rendering = {
-        **stated,
+        **original_rendering,
         "triplane_size": size,
         "triplane_depth": SLICES,
         "triplane_extent": extent,
@@ -98,26 +98,26 @@ def to_tri_grid(nets: networks.Networks, extent: float = EXACT) -> tuple[network
     # Explicit, because the default layouts of the families differ.
     kwargs["plane_layout"] = G_ema.plane_layout
     # A feature of empty space is -1 in -1..1, so white is -1 + 2.
-    background = 2.0 if stated.get("white_back", False) else 0.0
-    make = FAMILIES["panohead"].module
+    background = 2.0 if original_rendering.get("white_back", False) else 0.0
+    network_class = FAMILIES["panohead"].module
     # G is needed only to continue training.
-    G = None if nets.G is None else _converted(make, kwargs, nets.G, shares, background)
-    converted = _converted(make, kwargs, G_ema, shares, background)
-    rest = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
-    return networks.Networks(G, nets.D, converted, kwargs, *rest), residual
+    G = None if nets.G is None else _converted(network_class, kwargs, nets.G, shares, background)
+    converted = _converted(network_class, kwargs, G_ema, shares, background)
+    other_fields = nets.D_kwargs, nets.training_set, nets.cur_nimg, "panohead"
+    return networks.Networks(G, nets.D, converted, kwargs, *other_fields), residual
 
 
 @torch.no_grad()
 def _converted(
-    make: type[torch.nn.Module], kwargs: dict, G: Any, shares: torch.Tensor, background: float
+    network_class: type[torch.nn.Module], kwargs: dict, G: Any, shares: torch.Tensor, background: float
 ) -> Any:
     """Build a PanoHead network and copy the parameters of an EG3D network into it."""
     with torch.random.fork_rng(devices=[]):
         # Fixed values for the features of the background, which tuning may use later
         torch.manual_seed(0)
-        made: Any = make(**kwargs)
+        network: Any = network_class(**kwargs)
     # References: copying into them changes the network.
-    state = made.state_dict()
+    state = network.state_dict()
     for name, value in G.state_dict().items():
         if name.startswith("backbone.synthesis.") and name.endswith((".torgb.weight", ".torgb.bias")):
             # [3 C, ...] -> [3 C, D, ...]: every channel once per slice, times the slice's weight
@@ -128,18 +128,18 @@ def _converted(
     for name, value in state.items():
         if name.startswith("bcg_synthesis.") and ".torgb." in name and ".affine." not in name:
             value.zero_()
-    features = made.torgb.weight.shape[1]
+    features = network.torgb.weight.shape[1]
     # The style becomes its bias, 1, and the convolution the identity. sqrt(F) cancels its weight gain.
-    made.torgb.affine.weight.zero_()
-    made.torgb.weight.copy_(torch.eye(3, features)[..., None, None] * math.sqrt(features))
-    last = getattr(made.bcg_synthesis, f"b{made.bcg_synthesis.img_resolution}")
+    network.torgb.affine.weight.zero_()
+    network.torgb.weight.copy_(torch.eye(3, features)[..., None, None] * math.sqrt(features))
+    last = getattr(network.bcg_synthesis, f"b{network.bcg_synthesis.img_resolution}")
     last.torgb.bias.fill_(background)  # the constant background
-    final = getattr(made.t_mapping, f"fc{made.t_mapping.num_layers - 1}")
+    final = getattr(network.t_mapping, f"fc{network.t_mapping.num_layers - 1}")
     # the offset of the camera becomes 0
     final.weight.zero_()
     # An attribute, not part of the state dict.
-    made.neural_rendering_resolution = G.neural_rendering_resolution
-    return made.train(G.training).requires_grad_(False)
+    network.neural_rendering_resolution = G.neural_rendering_resolution
+    return network.train(G.training).requires_grad_(False)
 
 
 def foreign_sizes(nets: networks.Networks) -> list[str]:
@@ -226,16 +226,16 @@ def write(nets: networks.Networks, out: Path, only_ema: bool = False) -> dict[st
     names = [n for n in (("G_ema",) if only_ema else ("G", "D", "G_ema")) if getattr(nets, n) is not None]
     if out.suffix == ".safetensors":
         networks.save(out, nets, only_ema)
-        again = load_networks(out)
-        states = {n: getattr(again, n).state_dict() for n in names}
+        reloaded = load_networks(out)
+        states = {n: getattr(reloaded, n).state_dict() for n in names}
     else:
         # Through memory, because the file has to be written atomically.
         buffer = io.BytesIO()
         torch.save(stock_content(nets, only_ema), buffer)
         storage.write_atomic(out, buffer.getvalue())
         # Executes no code.
-        again = torch.load(out, weights_only=True)
-        states = {n: again[n] for n in names}
+        reloaded = torch.load(out, weights_only=True)
+        states = {n: reloaded[n] for n in names}
     for name in names:
         for key, tensor in getattr(nets, name).state_dict().items():
             # Bitwise; every tensor is compared.

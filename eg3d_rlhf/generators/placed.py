@@ -94,8 +94,10 @@ class PlacedField:
         """Return True for points [..., 3] of the generator's world that lie in its cube. 1e-5 admits
         rounded points.
         """
-        theirs = self._inner.bounds
-        return (points - points.new_tensor(theirs.centre)).abs().amax(dim=-1) <= theirs.side / 2 * (1 + 1e-5)
+        inner_bounds = self._inner.bounds
+        return (points - points.new_tensor(inner_bounds.centre)).abs().amax(
+            dim=-1
+        ) <= inner_bounds.side / 2 * (1 + 1e-5)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
         """Return the raw density, see `Field`. Outside the generator's cube it is far below the level."""
@@ -118,12 +120,12 @@ class PlacedField:
         crop = (right, left, *others) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
         centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
-        theirs = dataclasses.replace(
+        inner_grid = dataclasses.replace(
             grid, crop=crop, centre=tuple(centre), box_warp=grid.box_warp * similarity.scale
         )
         # The inner generator may have a fast path for grids, so the grid itself is transformed.
-        sigma = self._inner.density_grid(theirs)
-        within = self._within(theirs.points()).to(sigma.device)  # [D, H, W]
+        sigma = self._inner.density_grid(inner_grid)
+        within = self._within(inner_grid.points()).to(sigma.device)  # [D, H, W]
         # Otherwise there is nothing to replace, or no density to replace it by.
         if within.any() and not within.all():
             least = sigma.where(within, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
@@ -147,9 +149,11 @@ class PlacedField:
             moved[:, 3] += middle
         # camera position: column 3 of the row-major cam2world
         moved[:, [3, 7, 11]] = self._place.similarity.apply(moved[:, [3, 7, 11]])
-        seen = self._inner.render(moved, options)
+        renderings = self._inner.render(moved, options)
         # The generator renders the unmirrored shape from the mirrored camera, so the image has to be flipped.
-        image, raw, depth, opacity = (part.flip(-1) for part in seen) if self._place.mirrored else seen
+        image, raw, depth, opacity = (
+            (part.flip(-1) for part in renderings) if self._place.mirrored else renderings
+        )
         return Rendering(image, raw, depth / self._place.similarity.scale, opacity)  # depths are lengths
 
 

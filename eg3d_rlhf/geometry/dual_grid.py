@@ -86,9 +86,9 @@ def dual_grid(vertices: torch.Tensor, faces: torch.Tensor, resolution: int) -> D
 
     def existing_rows(voxel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows of those voxels [K, 3] that are in the grid, and a mask [K] of these."""
-        wanted = (voxel * strides).sum(1)
-        row = torch.searchsorted(codes, wanted).clamp(max=len(codes) - 1)
-        exists = codes[row] == wanted
+        voxel_codes = (voxel * strides).sum(1)
+        row = torch.searchsorted(codes, voxel_codes).clamp(max=len(codes) - 1)
+        exists = codes[row] == voxel_codes
         return row[exists], exists
 
     # second term of E: all triangles that touch a voxel of the grid
@@ -135,22 +135,22 @@ def _crossings(corners: torch.Tensor, axis: int) -> Iterator[tuple[torch.Tensor,
         order = part[:, :, u].argsort(1)
         low, middle, high = part.gather(1, order[:, :, None].expand(-1, -1, 3)).unbind(1)
         face, line = _ranges(low[:, u].floor().long() + 1, high[:, u].floor().long())  # rows: planes u = line
-        at = line.double()
+        plane_position = line.double()
         # the plane cuts the side between the lowest and the middle corner
-        in_lower_half = (at <= middle[face, u])[:, None]
-        left = _along(low[face], high[face], u, at)
+        in_lower_half = (plane_position <= middle[face, u])[:, None]
+        left = _along(low[face], high[face], u, plane_position)
         right = _along(
             torch.where(in_lower_half, low[face], middle[face]),
             torch.where(in_lower_half, middle[face], high[face]),
             u,
-            at,
+            plane_position,
         )
         swap = (left[:, v] > right[:, v])[:, None]
         left, right = torch.where(swap, right, left), torch.where(swap, left, right)
         row, column = _ranges(left[:, v].floor().long() + 1, right[:, v].floor().long())
         point = _along(left[row], right[row], v, column.double())
         # exact integers, without the rounding of the interpolation
-        point[:, u], point[:, v] = at[row], column.double()
+        point[:, u], point[:, v] = plane_position[row], column.double()
         yield face[row] + start, point
 
 
@@ -254,10 +254,10 @@ def _touches(corners: torch.Tensor, normals: torch.Tensor, voxel: torch.Tensor) 
 
 def _border(faces: torch.Tensor) -> torch.Tensor:
     """Find edges that belong to only one triangle, [K, 2], as positions among all triangles' corners."""
-    place = torch.arange(faces.numel()).view(-1, 3)
+    corner_index = torch.arange(faces.numel()).view(-1, 3)
     ends = torch.stack([faces, faces.roll(-1, 1)], 2).flatten(0, 1).sort(1).values
     _, edge_number, counts = torch.unique(ends, dim=0, return_inverse=True, return_counts=True)
-    return torch.stack([place, place.roll(-1, 1)], 2).flatten(0, 1)[counts[edge_number] == 1]
+    return torch.stack([corner_index, corner_index.roll(-1, 1)], 2).flatten(0, 1)[counts[edge_number] == 1]
 
 
 def _passed(ends: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,14 +307,14 @@ class _Quadratic:
         """
         for part in torch.arange(len(row)).split(AT_ONCE):
             n = normals[part]
-            at = row[part]
-            offset = (n * (points[part] - self.coords[at])).sum(1, keepdim=True)
-            self.sums.index_add_(0, at, torch.cat([n[:, UPPER[0]] * n[:, UPPER[1]], n * offset], 1))
+            part_rows = row[part]
+            offset = (n * (points[part] - self.coords[part_rows])).sum(1, keepdim=True)
+            self.sums.index_add_(0, part_rows, torch.cat([n[:, UPPER[0]] * n[:, UPPER[1]], n * offset], 1))
 
     def lines(self, row: torch.Tensor, ends: torch.Tensor) -> None:
         """Add the squared distances to lines: A = I - d d^T with the direction d, b = A q."""
-        way = torch.nn.functional.normalize(ends[:, 1] - ends[:, 0], dim=1, eps=1e-300)
-        across = LINE * (torch.eye(3, dtype=torch.float64) - way[:, :, None] * way[:, None])
+        direction = torch.nn.functional.normalize(ends[:, 1] - ends[:, 0], dim=1, eps=1e-300)
+        across = LINE * (torch.eye(3, dtype=torch.float64) - direction[:, :, None] * direction[:, None])
         projected = (across @ (ends[:, 0] - self.coords[row])[:, :, None])[:, :, 0]
         self.sums.index_add_(0, row, torch.cat([across[:, UPPER[0], UPPER[1]], projected], 1))
 
@@ -347,8 +347,8 @@ class _Quadratic:
             point[:, fixed] = torch.tensor([float(state[k] - 1) for k in fixed], dtype=torch.float64)
             if free:
                 # minimum over the free coordinates, given the fixed ones
-                rest = b[:, free] - (A[:, free][:, :, fixed] @ point[:, fixed, None])[:, :, 0]
-                point[:, free] = torch.linalg.solve(A[:, free][:, :, free], rest)
+                right_side = b[:, free] - (A[:, free][:, :, fixed] @ point[:, fixed, None])[:, :, 0]
+                point[:, free] = torch.linalg.solve(A[:, free][:, :, free], right_side)
             value = ((A @ point[:, :, None])[:, :, 0] * point).sum(1) - 2 * (b * point).sum(1)
             better = ((point >= 0) & (point <= 1)).all(1) & (value < lowest)
             lowest = value.where(better, lowest)

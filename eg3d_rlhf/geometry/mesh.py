@@ -298,11 +298,11 @@ def decimate(vertices: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.n
         extra += max(0, len(piece[1]) - wanted)
         decimated.append((piece[0], piece[1] + np.int32(offset)))
         offset += len(piece[0])
-    kept = sum(len(piece_faces) for _, piece_faces in decimated)
+    face_count = sum(len(piece_faces) for _, piece_faces in decimated)
     # 5 %: rounding and small parts alone cause no warning
     if extra > 0.05 * target:
         warnings.warn(
-            f"decimate: the mesh keeps {kept} faces. With {target} faces it would not stay closed.",
+            f"decimate: the mesh keeps {face_count} faces. With {target} faces it would not stay closed.",
             stacklevel=2,
         )
     return np.concatenate([v for v, _ in decimated]), np.concatenate([f for _, f in decimated])
@@ -318,9 +318,9 @@ def _decimate_part(vertices: np.ndarray, faces: np.ndarray, wanted: float) -> tu
             break
         new_vertices, new_faces = fast_simplification.simplify(vertices, faces, target_count=int(wanted))
         new_vertices, new_faces = compact(new_vertices.astype(np.float32), new_faces.astype(np.int32))
-        kept = len(new_faces) > 0 and (not closed or count_edges(new_faces).watertight)
+        acceptable = len(new_faces) > 0 and (not closed or count_edges(new_faces).watertight)
         # Vertices at one position are rejected, because a program that reads the file may merge them.
-        if kept and not (closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):
+        if acceptable and not (closed and len(np.unique(new_vertices, axis=0)) < len(new_vertices)):
             return new_vertices, new_faces
         wanted *= _MORE
     # No attempt kept the part closed: it is returned unchanged.
@@ -473,9 +473,9 @@ class SurfaceBuilder:
         order = np.arange(len(fresh), dtype=np.int32)
         # Several vertices on one edge write to the same entry, and the last one stays.
         lookup[fresh_keys] = order
-        kept = lookup[fresh_keys] == order
-        lookup[fresh_keys[kept]] = self._count + np.arange(np.count_nonzero(kept), dtype=np.int32)
-        fresh = fresh[kept]
+        is_kept = lookup[fresh_keys] == order
+        lookup[fresh_keys[is_kept]] = self._count + np.arange(np.count_nonzero(is_kept), dtype=np.int32)
+        fresh = fresh[is_kept]
         numbers = lookup[keys]
         self._count += len(fresh)
         last = np.flatnonzero(start[:, 0] == planes - 1)  # vertices in the last plane
@@ -486,10 +486,10 @@ class SurfaceBuilder:
         lookup[self._border[0]] = -1
         lookup[keys] = -1
         self._border = (keys[last] - (planes - 1) * self._plane_keys, numbers[last])
-        place = start[fresh] + along[fresh]
+        positions = start[fresh] + along[fresh]
         # from padded to volume indices, which begin at 0
-        place += (first - 1, -1, -1)
-        self._vertices.append(to_world(place, self._axes))
+        positions += (first - 1, -1, -1)
+        self._vertices.append(to_world(positions, self._axes))
         self._faces.append(numbers[faces])
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:

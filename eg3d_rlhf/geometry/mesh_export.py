@@ -314,10 +314,10 @@ class _LayerSampler:
     def _fill(self, first: int, x: slice, rows: list[slice], columns: list[list[slice]]) -> None:
         """Evaluate ranges of y, each at its ranges of z, and write them into the layer, in order."""
         # `slab_density` distinguishes the maps by their sizes, so it needs two points along an axis at least.
-        more = int(x.stop - x.start == 1)
-        part = functools.partial(self._density.part, slice(x.start - more, x.stop))
+        extra_planes = int(x.stop - x.start == 1)
+        part = functools.partial(self._density.part, slice(x.start - extra_planes, x.stop))
         for y, runs, sampled in zip(rows, columns, self._pool.map(part, rows, columns), strict=True):
-            values = sampled.numpy()[more:]
+            values = sampled.numpy()[extra_planes:]
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
             # + 1: index 0 of the padded axes is outside

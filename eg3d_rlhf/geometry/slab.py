@@ -58,9 +58,9 @@ def interpolation(coordinates: torch.Tensor, size: int) -> tuple[torch.Tensor, s
     first = min(max(int(index.min()), 0), size - 1)
     last = max(min(int(index.max()) + 1, size - 1), first)
     texels = torch.arange(first, last + 1)
-    here = index[:, None] == texels
-    following = (index + 1)[:, None] == texels
-    return here * (1 - fraction)[:, None] + following * fraction[:, None], slice(first, last + 1)
+    at_low = index[:, None] == texels
+    at_high = (index + 1)[:, None] == texels
+    return at_low * (1 - fraction)[:, None] + at_high * fraction[:, None], slice(first, last + 1)
 
 
 def pair_maps(
@@ -133,19 +133,19 @@ class _SampledPlanes(torch.autograd.Function):
     @once("density_grid", 'Use impl="pointwise" for a second one.')
     def backward(ctx, *grads):
         # a map without a gradient is None; any other gives dtype and device
-        some = next(g for g in grads if g is not None)
+        any_gradient = next(g for g in grads if g is not None)
         # texels outside the touched rows and columns keep a gradient of zero
-        out = some.new_zeros(ctx.shape)
+        plane_gradients = any_gradient.new_zeros(ctx.shape)
         for k, ((width, height), ((rows, row_slice), (columns, column_slice))) in enumerate(
             zip(ctx.pairs, ctx.sides, strict=True)
         ):
             grad = grads[ctx.merged.index((min(width, height), max(width, height)))]
             if grad is not None:
                 grad = grad.transpose(2, 3) if height > width else grad
-                out[:, k, :, row_slice, column_slice] = (
+                plane_gradients[:, k, :, row_slice, column_slice] = (
                     rows.to(grad.device).T @ grad @ columns.to(grad.device)
                 )
-        return out, None, None, None
+        return plane_gradients, None, None, None
 
 
 @dataclass(frozen=True)

@@ -343,8 +343,8 @@ def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
         return np.asarray(filled)
     faces = exposed(labels, count)
     # [count + 1], by label; the largest part always stays
-    kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
-    return kept[labels]
+    is_kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
+    return is_kept[labels]
 
 
 def overlap(filled: np.ndarray, reference: np.ndarray) -> float:

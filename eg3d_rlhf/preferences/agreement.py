@@ -96,14 +96,16 @@ def krippendorff_alpha(
     Deviates: Krippendorff resamples the errors.
     """
     # A unit with one answer has no disagreement, and Krippendorff's alpha excludes it.
-    kept = [list(unit.values()) for unit in units if len(unit) >= 2]
-    index = {answer: i for i, answer in enumerate(dict.fromkeys(itertools.chain.from_iterable(kept)))}
-    n = len(kept)
+    answers_of_units = [list(unit.values()) for unit in units if len(unit) >= 2]
+    index = {
+        answer: i for i, answer in enumerate(dict.fromkeys(itertools.chain.from_iterable(answers_of_units)))
+    }
+    n = len(answers_of_units)
     k = len(index)
     if n < 2 or k < 2:
         return Agreement(value=None, lo=None, hi=None, n=n)
     counts = np.zeros((n, k))  # [U, K]
-    for row, answers in enumerate(kept):
+    for row, answers in enumerate(answers_of_units):
         for answer in answers:
             counts[row, index[answer]] += 1
     observed, chance, values = (float(part) for part in _disagreements(np.ones(n), counts))

@@ -149,17 +149,17 @@ def _newton(
         return float((np.where(tie, logits[2], logits[0]) - total).sum() - 0.5 * prior)
 
     value = objective(x)
-    used = np.r_[free, [n] * ties].astype(int)
+    moving = np.r_[free, [n] * ties].astype(int)
     together = np.zeros((n + 1, n + 1))
     # Only then does the likelihood have a flat direction.
     if not ridge and len(free) == n:
         together[:n, :n] = 1 / n
-    together = together[np.ix_(used, used)]
+    together = together[np.ix_(moving, moving)]
     for _ in range(_STEPS):
         gradient, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
         step = np.zeros_like(x)
         # The Hessian is that of the negative log-likelihood, so this is an ascent step.
-        step[used] = np.linalg.solve(hessian[np.ix_(used, used)] + together, gradient[used])
+        step[moving] = np.linalg.solve(hessian[np.ix_(moving, moving)] + together, gradient[moving])
         scale = 1.0
         # The likelihood is concave; halving the step guarantees that it increases.
         while scale > 1e-8 and objective(x + scale * step) < value:
@@ -171,7 +171,7 @@ def _newton(
         if np.abs(scale * step).max() < _TOLERANCE:
             break
     _, hessian = _derivatives(x, n, i, j, tie, ridge, centre, *parts(x))
-    return x[:n], float(x[n]), hessian[np.ix_(used, used)] + together
+    return x[:n], float(x[n]), hessian[np.ix_(moving, moving)] + together
 
 
 # Keeps eta finite if every comparison is a tie. Otherwise it has no effect.

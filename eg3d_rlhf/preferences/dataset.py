@@ -84,8 +84,10 @@ def split_by_seed(
             f"split_by_seed: expected labels in every split, got none in {', '.join(empty)} from"
             f" {len(usable)} usable labels. Label more pairs with new seeds."
         )
-    kept = len(train) + len(val) + len(test)
-    return Splits(train=train, val=val, test=test, dropped=len(usable) - kept, ties=len(labels) - len(usable))
+    used_count = len(train) + len(val) + len(test)
+    return Splits(
+        train=train, val=val, test=test, dropped=len(usable) - used_count, ties=len(labels) - len(usable)
+    )
 
 
 def _assign(
@@ -155,8 +157,8 @@ def anchor_seeds(
     Seeds in `exclude` (those with labels) are skipped.
     """
     # A set, because `exclude` may be an iterator.
-    taken = set(exclude)
-    seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in taken), count))
+    excluded = set(exclude)
+    seeds = list(itertools.islice((seed for seed in itertools.count(ANCHORS) if seed not in excluded), count))
     # Boundaries of the splits, rounded.
     edges = [0, *(int(round(edge * count)) for edge in np.cumsum(fractions))]
     return {name: tuple(seeds[a:b]) for name, a, b in zip(SPLITS, edges[:-1], edges[1:], strict=True)}

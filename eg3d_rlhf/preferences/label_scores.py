@@ -157,14 +157,15 @@ def standardised_by_rater(scores: Iterable[tuple[str, float]]) -> list[float]:
     Args: scores: (rater, score).
     A rater whose scores are all equal gives 0.
     """
-    given = list(scores)
+    score_list = list(scores)
     # Mean and standard deviation of each rater over all prompts.
     moments = {
-        rater: (float(np.mean(values)), float(np.std(values))) for rater, values in _grouped(given).items()
+        rater: (float(np.mean(values)), float(np.std(values)))
+        for rater, values in _grouped(score_list).items()
     }
     return [
         (score - moments[rater][0]) / moments[rater][1] if moments[rater][1] > 1e-9 else 0.0
-        for rater, score in given
+        for rater, score in score_list
     ]
 
 
@@ -370,8 +371,8 @@ def _parse(number: int, record: Mapping[str, Any], known: Known, folder: Path) -
         or not isinstance(value, (int, float))
         or not math.isfinite(value)
     ):
-        wanted = "true or false" if kind == "thumb" else "a number"
-        raise ValueError(f"expected {kinds[0]} to be {wanted}, got {value!r}. Correct the line.")
+        expected = "true or false" if kind == "thumb" else "a number"
+        raise ValueError(f"expected {kinds[0]} to be {expected}, got {value!r}. Correct the line.")
     # A probability; other values are scores.
     if kind == "p" and not 0 <= value <= 1:
         raise ValueError(

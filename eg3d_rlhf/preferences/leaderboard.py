@@ -368,7 +368,11 @@ def needs(games: int, prompts: int) -> str:
         (LEAST_GAMES - games, "more comparison", "s"),
         (LEAST_PROMPTS - prompts, "more prompt", "s or pairs"),
     ]
-    words = [f"{short} {what}{plural if short > 1 else ''}" for short, what, plural in missing if short > 0]
+    words = [
+        f"{missing_count} {unit}{plural if missing_count > 1 else ''}"
+        for missing_count, unit, plural in missing
+        if missing_count > 0
+    ]
     if not words:
         return f"{games} comparisons, but its opponents have too few"
     return f"{games} comparisons over {prompts} prompts; needs {' and '.join(words)}"
@@ -382,18 +386,18 @@ def leaderboard(games: Iterable[Game]) -> Leaderboard:
     games = list(games)
     assert all(game.first != game.second and game.winner in (game.first, game.second, None) for game in games)
     # Games among generators that have enough of them.
-    kept = games
+    ranked_games = games
     # Removing a generator removes games of its opponents, which may then have too few as well.
     while True:
-        names = sorted(name for name in _names(kept) if _enough(kept, name))
-        fewer = [g for g in kept if g.first in names and g.second in names]
-        if len(fewer) == len(kept):
+        names = sorted(name for name in _names(ranked_games) if _enough(ranked_games, name))
+        remaining_games = [g for g in ranked_games if g.first in names and g.second in names]
+        if len(remaining_games) == len(ranked_games):
             break
-        kept = fewer
-    connected = linked([Comparison(g.first, g.second) for g in kept]) if kept else []
+        ranked_games = remaining_games
+    connected = linked([Comparison(g.first, g.second) for g in ranked_games]) if ranked_games else []
     names_of_groups = [{name for c in part for name in c[:2]} for part in connected]
-    groups = [_standings([g for g in kept if g.first in names]) for names in names_of_groups]
-    few = [_standing(games, name, None) for name in sorted(_names(games) - _names(kept))]
+    groups = [_standings([g for g in ranked_games if g.first in names]) for names in names_of_groups]
+    few = [_standing(games, name, None) for name in sorted(_names(games) - _names(ranked_games))]
     return Leaderboard(
         groups=tuple(sorted(groups, key=lambda group: (-len(group), group[0].name))),
         few=tuple(few),
@@ -435,8 +439,8 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
 
 def _numbers(values: Iterable[Hashable]) -> np.ndarray:
     """Number values from 0, in order of appearance."""
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(value, len(known)) for value in values])
+    number_of_value: dict[Hashable, int] = {}
+    return np.array([number_of_value.setdefault(value, len(number_of_value)) for value in values])
 
 
 def _standing(games: Sequence[Game], name: str, ends: tuple[float, float, float] | None) -> Standing:

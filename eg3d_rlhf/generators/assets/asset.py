@@ -108,10 +108,10 @@ class Asset(torch.nn.Module, abc.ABC):
         # All attributes and buffers, with the parameters replaced below.
         chosen = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
-            kept = torch.nn.Parameter(
+            selected = torch.nn.Parameter(
                 parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(chosen, name, kept)
+            setattr(chosen, name, selected)
         return chosen
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
@@ -212,9 +212,9 @@ class AssetGenerator:
         Raises: ValueError for a latent of no asset.
         """
         del c, truncation_psi, truncation_cutoff
-        known = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
+        latents_of_assets = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
         # Exact comparison: latents of seeds are reproducible bitwise.
-        same = (z[:, None] == known).all(dim=2)  # [N, A]
+        same = (z[:, None] == latents_of_assets).all(dim=2)  # [N, A]
         if not bool(same.any(dim=1).all()):
             raise ValueError(
                 f"assets: expected latents of seeds 0 to {self.count - 1}, the shapes of this file, got"
@@ -231,9 +231,10 @@ class AssetGenerator:
         indices = ws.flatten().tolist()
         if ws.shape[1:] != (1, 1) or not all(index in range(self.count) for index in indices):
             got = f"{list(ws.shape)} with {indices[:4]}"
-            wanted = f"ws [N, 1, 1] of whole indices below {self.count}"
+            expected = f"ws [N, 1, 1] of indices below {self.count}"
             raise ValueError(
-                f"assets: expected {wanted}, got {got}. Assets cannot be interpolated; use latents of seeds."
+                f"assets: expected {expected}, got {got}. Assets cannot be interpolated; pass latents of"
+                " seeds."
             )
         return self.module.asset.pick([int(index) for index in indices])
 

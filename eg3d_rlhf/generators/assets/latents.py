@@ -52,11 +52,11 @@ class Latents(Asset):
     @classmethod
     def of_seeds(cls, seeds: Sequence[int]) -> "Latents":
         """Create latents of the generator's shapes of seeds."""
-        made = cls(len(seeds))
+        asset = cls(len(seeds))
         with torch.no_grad():
             # In place, so that the parameter stays the same object.
-            made.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
-        return made
+            asset.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
+        return asset
 
     @property
     def settings(self) -> dict:

@@ -204,10 +204,10 @@ class Machine:
         """Return the next bytes without copying. Raises: RejectedError if the file is shorter than the
         stream claims.
         """
-        left = len(self.data) - self.position
-        if size > left:
+        remaining = len(self.data) - self.position
+        if size > remaining:
             raise RejectedError(
-                "the end of the file" if size <= 8 else f"a claim of {size} bytes where {left} are left"
+                "the end of the file" if size <= 8 else f"a claim of {size} bytes where {remaining} are left"
             )
         self.position += size
         return self.data[self.position - size : self.position]
@@ -315,17 +315,17 @@ class Machine:
         # STACK_GLOBAL takes the names from the stack, where texts may be long.
         if max(len(module), len(name)) > MAX_NAME:
             raise RejectedError(f"a name of more than {MAX_NAME} characters")
-        wanted = Global(module, name)
+        requested = Global(module, name)
         # Counted before the rules decide, so that a rejected name is listed too.
-        self.rules.asked[wanted.path] += 1
-        self.push(self.rules.find(wanted))
+        self.rules.asked[requested.path] += 1
+        self.push(self.rules.find(requested))
 
     def frame(self) -> None:
         """Check the length of a frame (FRAME). The stream is already in memory, so frames need no
         buffering.
         """
-        if (size := self.number("<Q")) > (left := len(self.data) - self.position):
-            raise RejectedError(f"a frame of {size} bytes where {left} are left")
+        if (size := self.number("<Q")) > (remaining := len(self.data) - self.position):
+            raise RejectedError(f"a frame of {size} bytes where {remaining} are left")
 
 
 # Opcode -> operation; names as in pickletools. Arguments are evaluated in the order in which they are

@@ -242,10 +242,10 @@ KINDS = EG3D, PANOHEAD, SPHEREHEAD, HYPLANEHEAD
 def check_class(class_name: str) -> None:
     """Raise RejectedError for a generator of an unknown class."""
     # Without repetitions: several families share class names.
-    known = tuple(dict.fromkeys(name for kind in KINDS for name in kind.class_names))
-    if class_name not in known:
+    known_classes = tuple(dict.fromkeys(name for kind in KINDS for name in kind.class_names))
+    if class_name not in known_classes:
         raise RejectedError(
-            f"a generator of class {describe(class_name)} instead of {' or '.join(map(repr, known))}"
+            f"a generator of class {describe(class_name)} instead of {' or '.join(map(repr, known_classes))}"
         )
 
 
@@ -325,19 +325,19 @@ def generator_plan(module: ModuleRecord, name: str) -> "Plan":
     # EG3D's training adds this buffer
     records.pop("dataset_label_std", None)
     kwargs = _arguments(module, G_NAMES, "a generator")
-    stated = kwargs.pop("rendering_kwargs", {})
+    rendering_arguments = kwargs.pop("rendering_kwargs", {})
     # The attribute may have changed since the constructor ran, and counts.
-    rendering = json_values(module.state.get("rendering_kwargs", stated))
+    rendering = json_values(module.state.get("rendering_kwargs", rendering_arguments))
     check(kwargs, G_OPTIONS, "")
     if not isinstance(rendering, dict):
         raise RejectedError(f"rendering_kwargs that are {describe(rendering)}")
     # Only shapes are used; no tensor is read yet.
     kind = kind_of(module.class_name, {key: value.shape for key, value in records.items()}, rendering)
-    needed = {**RENDERING, **kind.rendering}
+    required = {**RENDERING, **kind.rendering}
     # old checkpoints lack clamp_mode
-    _with(rendering, [k for k in needed if k != "clamp_mode"], "rendering_kwargs")
-    known = {**needed, **OPTIONAL_RENDERING, **kind.optional}
-    check({k: v for k, v in rendering.items() if k in known}, known, "rendering_kwargs.")
+    _with(rendering, [k for k in required if k != "clamp_mode"], "rendering_kwargs")
+    accepted = {**required, **OPTIONAL_RENDERING, **kind.optional}
+    check({k: v for k, v in rendering.items() if k in accepted}, accepted, "rendering_kwargs.")
     layout = {"plane_layout": plane_layout(module, kind)} if kind.layouts else {}
     return Plan(
         kind.cls, {**_ours(kwargs), "rendering_kwargs": rendering, **layout}, records, kind.architecture
@@ -529,14 +529,14 @@ def _check_shapes(planned: Plan, who: str) -> None:
 
 def _training_set(snapshot: Snapshot) -> dict:
     """Return the description of the dataset in the file, see `load`. Raises: RejectedError."""
-    stated = snapshot.training_set
-    path = stated.get("path")
+    options_of_file = snapshot.training_set
+    path = options_of_file.get("path")
     described: dict = {
         "name": Path(path).stem if isinstance(path, str) else "",
-        "resolution": stated.get("resolution"),
+        "resolution": options_of_file.get("resolution"),
     }
-    if stated:
-        described["options"] = dict(stated)
+    if options_of_file:
+        described["options"] = dict(options_of_file)
     # Standard deviation of the camera labels, which training adds to G.
     std = _inside(snapshot.networks["G_ema"], "_buffers", "dataset_label_std")
     if std is not None:

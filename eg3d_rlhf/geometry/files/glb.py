@@ -183,8 +183,8 @@ class _Reader:
         """
         record = self._record(kind, number)
         if (kind, number) not in self._indices:
-            made = make(record)
-            kept.append(made)
+            converted = make(record)
+            kept.append(converted)
             self._indices[kind, number] = len(kept) - 1
         return self._indices[kind, number]
 
@@ -210,7 +210,7 @@ class _Reader:
             order.append((number, parent))
             waiting += [(child, number, depth + 1) for child in reversed(record.get("children", []))]
         children: dict[int | None, list[int]] = {}
-        made: dict[int, Node] = {}
+        converted: dict[int, Node] = {}
         for number, parent in reversed(order):  # children before their parents
             record = self._record("nodes", number)
             if "skin" in record or "EXT_mesh_gpu_instancing" in record.get("extensions", {}):
@@ -223,13 +223,13 @@ class _Reader:
                 else self._once("meshes", record["mesh"], self.out.meshes, self._mesh)
             )
             if mesh is not None or number in children:
-                made[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
+                converted[number] = Node(children.get(number, [])[::-1], mesh, _place(record))
                 children.setdefault(parent, []).append(number)
-        kept = {number: i for i, number in enumerate(n for n, _ in order if n in made)}
-        self.out.nodes = [made[number] for number in kept]
+        new_index = {number: i for i, number in enumerate(n for n, _ in order if n in converted)}
+        self.out.nodes = [converted[number] for number in new_index]
         for node in self.out.nodes:
-            node.children = [kept[child] for child in node.children]
-        self.out.roots = [kept[number] for number in children.get(None, [])[::-1]]
+            node.children = [new_index[child] for child in node.children]
+        self.out.roots = [new_index[number] for number in children.get(None, [])[::-1]]
 
     def _mesh(self, record: dict) -> list[Primitive]:
         """Convert a mesh into its primitives."""
@@ -319,12 +319,12 @@ class _Reader:
         places = record["indices"]
         numbers = record["values"]
         kind = np.dtype(COMPONENTS[places["componentType"]])
-        at = self._view(places["bufferView"], _count(places, "byteOffset", 0), kind, 1, replaced)[:, 0]
-        if kind.kind != "u" or (replaced and at.max() >= len(values)):
+        positions = self._view(places["bufferView"], _count(places, "byteOffset", 0), kind, 1, replaced)[:, 0]
+        if kind.kind != "u" or (replaced and positions.max() >= len(values)):
             raise ValueError("expected the places of a sparse array to lie within it, got others")
         # The view into the file is read-only, and other accessors may share it.
         values = values.copy()
-        values[at] = self._view(
+        values[positions] = self._view(
             numbers["bufferView"], _count(numbers, "byteOffset", 0), values.dtype, values.shape[1], replaced
         )
         return values
@@ -484,7 +484,7 @@ def _set(value: object) -> int:
 
 def _sampler(record: dict) -> dict:
     """Copy the allowed fields of a sampler."""
-    return {name: record[name] for name, known in _SAMPLERS.items() if record.get(name) in known}
+    return {name: record[name] for name, allowed in _SAMPLERS.items() if record.get(name) in allowed}
 
 
 def _place(record: dict) -> dict:

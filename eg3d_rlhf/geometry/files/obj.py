@@ -219,7 +219,7 @@ class _Lines:
                 f"expected indices up to {len(points)}, the number of vertices, got {corners[:, 0].max() + 1}"
             )
         # Texture coordinates and normals are used only if every corner has a valid index.
-        kept = [
+        usable = [
             i
             for i, values in ((1, uv), (2, normals))
             if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()
@@ -228,27 +228,29 @@ class _Lines:
         names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
         material = np.array([names[name] for name in self.names])[face]
         # One integer key for each combination of position, texture coordinates and normal.
-        key = corners[:, 0]
-        for i in kept:
-            key = key * sizes[i] + corners[:, i]
+        vertex_key = corners[:, 0]
+        for i in usable:
+            vertex_key = vertex_key * sizes[i] + corners[:, i]
         result = []
         for name, number in names.items():
             corner_indices = cut[material == number]
             if not len(corner_indices):
                 continue
             _, first_use, faces = np.unique(
-                key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
+                vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
             )
-            at = corners[corner_indices.reshape(-1)[first_use]]
-            arrays: dict = {"positions": points[at[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            vertex_corners = corners[corner_indices.reshape(-1)[first_use]]
+            arrays: dict = {"positions": points[vertex_corners[:, 0], :3], "faces": faces.reshape(-1, 3)}
             if points.shape[1] >= 6:
                 # vertex colours, a common extension of OBJ
-                arrays["colours"] = np.rint(points[at[:, 0], 3:].clip(0, 1) * 255)
+                arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
             # v increases upwards in OBJ and downwards in glTF.
-            if 1 in kept and uv.shape[1] == 2:
-                arrays["uv"] = np.stack([uv[at[:, 1], 0], 1 - uv[at[:, 1], 1]], axis=1)
-            if 2 in kept:
-                arrays["normals"] = normals[at[:, 2]]
+            if 1 in usable and uv.shape[1] == 2:
+                arrays["uv"] = np.stack(
+                    [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
+                )
+            if 2 in usable:
+                arrays["normals"] = normals[vertex_corners[:, 2]]
             result.append((name, arrays))
         return result
 

@@ -201,15 +201,15 @@ class ScoredPairs(PairStrategy):
         Seeds: pairs of seeds that are in none of the chosen pairs. Assets: pairs that were not chosen.
         """
         # number of random pairs
-        left = wanted - len(chosen)
+        missing_count = wanted - len(chosen)
         if items.unlimited:
             # Seeds that no chosen pair uses.
             free = rng.permutation(np.setdiff1d(np.arange(len(items)), chosen))
-            return free[: 2 * left].reshape(-1, 2)
+            return free[: 2 * missing_count].reshape(-1, 2)
         chosen_pairs = set(map(tuple, np.sort(chosen, axis=1).tolist()))
-        drawn = balanced(meetings(items, rng, wanted), rng)
-        others = [pair for pair in drawn if tuple(sorted(pair)) not in chosen_pairs]
-        return np.array(others[:left], dtype=np.int64).reshape(-1, 2)
+        random_pairs = balanced(meetings(items, rng, wanted), rng)
+        others = [pair for pair in random_pairs if tuple(sorted(pair)) not in chosen_pairs]
+        return np.array(others[:missing_count], dtype=np.int64).reshape(-1, 2)
 
 
 STRATEGIES.add("active", ScoredPairs("disagreement", disagreement, least_rewards=2))

@@ -46,8 +46,8 @@ def _in_turns(buckets: list[Sequence[T]], rng: Rng) -> Iterator[T]:
     """Yield one member of each bucket per turn, in random order; a bucket drops out when it is empty."""
     # Turn k takes the k-th member of every bucket that has one.
     for turn in range(max(map(len, buckets))):
-        rest = [bucket for bucket in buckets if len(bucket) > turn]
-        yield from (rest[i][turn] for i in rng.permutation(len(rest)))
+        longer_buckets = [bucket for bucket in buckets if len(bucket) > turn]
+        yield from (longer_buckets[i][turn] for i in rng.permutation(len(longer_buckets)))
 
 
 def meetings(items: Items, rng: Rng, most: int) -> dict[tuple[tuple[str, str], str], list[tuple[int, int]]]:
@@ -86,8 +86,8 @@ class RandomPairs(PairStrategy):
         if items.unlimited:
             return Chosen(blocks_of_pairs(options.pairs, 2, rng).tolist())
         # `balanced` consumes random numbers as it goes, so no more pairs are taken than are used.
-        drawn = balanced(meetings(items, rng, options.pairs), rng)
-        return Chosen(list(itertools.islice(drawn, options.pairs)))
+        pairs = balanced(meetings(items, rng, options.pairs), rng)
+        return Chosen(list(itertools.islice(pairs, options.pairs)))
 
 
 STRATEGIES.add("random", RandomPairs())

@@ -89,11 +89,11 @@ def swiss_round(
             "swiss_round: expected the results of an earlier round, got none. Label the first round first."
         )
     # Unordered pairs.
-    met = {frozenset((result.winner, result.loser)) for result in results}
+    met_before = {frozenset((result.winner, result.loser)) for result in results}
 
     def may_meet(a: int, b: int) -> bool:
         """Return True if two items may be paired."""
-        return frozenset((a, b)) not in met and comparable(a, b)
+        return frozenset((a, b)) not in met_before and comparable(a, b)
 
     # an odd item at the end has no opponent
     waiting = table[: 2 * min(pairs, len(table) // 2)]
@@ -139,9 +139,9 @@ class Tournament(PairStrategy):
             planned = self._later(items, answers, rng, options.pairs)
         else:
             if items.unlimited and len(items) <= options.rounds:
-                least = options.rounds * (options.rounds // 2) + 1
+                least_pairs = options.rounds * (options.rounds // 2) + 1
                 raise ValueError(
-                    f"plan: expected at least {least} pairs for {options.rounds} rounds, got"
+                    f"plan: expected at least {least_pairs} pairs for {options.rounds} rounds, got"
                     f" {options.pairs}. Increase the pairs or reduce the rounds."
                 )
             planned = self._first(items.groups(), rng, options.rounds)
