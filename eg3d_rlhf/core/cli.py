@@ -657,7 +657,7 @@ def choose_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: this machine has no CUDA device. Use --device=cpu or --device=auto.")
+        raise ValueError("--device: this machine has no CUDA device. Use --device=cpu or --device=auto.")
     return torch.device(name)
 
 

@@ -427,8 +427,8 @@ def _describe_no_signal(lines: Sequence[LabelLine], prompt_of: Mapping[str, str]
     labelled = {name for line in lines for name in (line.asset, line.other) if name}
     if len(labelled) == len({prompt_of[name] for name in labelled}):
         return (
-            "expected at least two assets with labels under one prompt, got one under each. Label several"
-            " assets of a prompt."
+            "expected labels of at least two assets of one prompt (field condition), got one asset of each."
+            " Label several assets of a prompt."
         )
     if kind == "thumb" and len({line.value for line in lines}) == 1:
         return (

@@ -341,7 +341,7 @@ class Leaderboard:
         for s in (s for group in self.groups for s in group if not s.ties and not (s.wins and s.losses)):
             lower = bool(s.losses)
             sentences.append(
-                f"{s.name} has never {'won' if lower else 'lost'} a game. The data do not bound how much"
+                f"{s.name} has {'lost' if lower else 'won'} every game. The games do not bound how much"
                 f" {'lower' if lower else 'higher'} its strength is, so the mean and the others' points are"
                 " unbounded, too."
             )

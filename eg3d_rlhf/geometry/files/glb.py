@@ -278,7 +278,7 @@ class _Reader:
                 or indices.values.dtype.kind != "u"
                 or (len(indices.values) and indices.values.max() >= count)
             ):
-                raise ValueError(f"expected indices below {count}, the number of vertices, got other ones")
+                raise ValueError(f"expected indices of the {count} vertices, got other ones")
         material = None
         if "material" in record and not self.geometry_only:
             material = self._once("materials", record["material"], self.out.materials, self._material)

@@ -238,8 +238,7 @@ def triangles(
         raise ValueError("expected finite positions, got NaN or infinity")
     if faces.min() < 0 or faces.max() >= len(positions):
         raise ValueError(
-            f"expected indices below {len(positions)}, the number of vertices,"
-            f" got {faces.min()}..{faces.max()}"
+            f"expected indices of the {len(positions)} vertices, got {faces.min()}..{faces.max()}"
         )
     attributes = {"POSITION": Array(positions)}
     for name, values in (("NORMAL", normals), ("TEXCOORD_0", uv)):

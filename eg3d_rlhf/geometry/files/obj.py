@@ -215,9 +215,7 @@ class _Lines:
         sizes = np.array([len(points), len(uv), len(normals)])
         wrong = corners >= sizes
         if wrong[:, 0].any():
-            raise ValueError(
-                f"expected indices up to {len(points)}, the number of vertices, got {corners[:, 0].max() + 1}"
-            )
+            raise ValueError(f"expected indices of the {len(points)} vertices, got {corners[:, 0].max() + 1}")
         # Texture coordinates and normals are used only if every corner has a valid index.
         usable = [
             i

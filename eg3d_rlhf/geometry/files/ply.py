@@ -180,7 +180,7 @@ def read_mesh(data: bytes | memoryview) -> Model:
     corners = corners.astype(np.int64)
     if not len(corners) or corners.min() < 0 or corners.max() >= len(positions):
         got = f"{corners.min()}..{corners.max()}" if len(corners) else "none"
-        raise ValueError(f"expected indices below {len(positions)}, the number of vertices, got {got}")
+        raise ValueError(f"expected indices of the {len(positions)} vertices, got {got}")
     corner_of_triangle, face_of_triangle = triangulated(positions, corners, counts)
     triangle = corners[corner_of_triangle]
     colours = _colours(vertices)
