@@ -114,10 +114,10 @@ class PlacedField:
         # A mirrored skewed lattice is no lattice of this kind, so its points are evaluated one by one.
         if grid.lattice != "straight" and self._place.mirrored:
             return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
-        left, right, *others = grid.crop
+        left, right, bottom, top, back, front = grid.crop
         # A mirrored grid is evaluated unmirrored, with left and right cropped the other way round, and then
         # flipped.
-        crop = (right, left, *others) if self._place.mirrored else grid.crop
+        crop = (right, left, bottom, top, back, front) if self._place.mirrored else grid.crop
         similarity = self._place.similarity
         centre = similarity.apply(self._flipped(torch.tensor(grid.centre, dtype=torch.float64))).tolist()
         inner_grid = dataclasses.replace(
