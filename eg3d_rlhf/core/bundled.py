@@ -7,7 +7,7 @@ GENERATOR = ASSETS / "generator.safetensors"  # G, D and G_ema, trained on synth
 DATA = "synthetic:people64@n=1500"
 REWARD = ASSETS / "reward.safetensors"  # trained on the bundled labels; a description lies beside it
 # Second reward, which no training uses: its score shows over-optimisation of the first.
-WATCH = ASSETS / "reward-watch.safetensors"
+WATCH = ASSETS / "reward-heldout.safetensors"
 # Small diffusion prior of score distillation, trained by builders/view_prior.py.
 VIEW_PRIOR = ASSETS / "view-prior.safetensors"
 CONTROL = ASSETS / "control-summary.json"  # summary of the lambda_r = 0 run

@@ -46,11 +46,11 @@ class HeldOut:
 
 
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
-JUDGE = HeldOut(
-    "judge",
+EVALUATION = HeldOut(
+    "evaluation",
     210_000,
     200,
-    "a run's summary (evaluated pairs, images, meshes) and the images of reports",
+    "a run's summary (pairs that the oracle labels, images, meshes) and the images of reports",
     moved=True,
 )
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
@@ -62,7 +62,7 @@ IMAGES = HeldOut(
     "distances to the data, in reports and a run's summary (the first 500)",
     moved=True,
 )
-WATCH = HeldOut("watch", 300_000, 32, "the held-out reward that detects over-optimisation during tuning")
+MONITOR = HeldOut("monitor", 300_000, 32, "the held-out reward that detects over-optimisation during tuning")
 CALIBRATION = HeldOut(
     "calibration",
     500_000,
@@ -86,7 +86,7 @@ ALIGNMENT = HeldOut(
     "scores across generators: position of shapes, scale of density, the reward's training distribution",
 )
 INVERSION = HeldOut(
-    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --seeds)"
+    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --latents)"
 )
 DISTILLED = HeldOut("distilled", 560_000, 1_024, "initial shapes of text-to-3D on head generators")
 VALIDATION = HeldOut(
@@ -94,11 +94,11 @@ VALIDATION = HeldOut(
 )
 HELD_OUT = (
     LATENTS,
-    JUDGE,
+    EVALUATION,
     GEOMETRY,
     SHAPES,
     IMAGES,
-    WATCH,
+    MONITOR,
     CALIBRATION,
     STANDARDISATION,
     SCALES,

@@ -205,14 +205,14 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 def as_used(goodness: Goodness, prompt_of: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
     """Return r for a training ("labels") or for one of its controls.
 
-    "shuffled" gives each asset the r of another asset of its prompt. "inverted" gives 1 - r.
+    "randomised" gives each asset the r of another asset of its prompt. "inverted" gives 1 - r.
 
     Args: prompt_of: the prompt of every asset.
     """
     # A control: the signal with the wrong sign.
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
-    if use != "shuffled":
+    if use != "randomised":
         return dict(goodness)
     # a stream of its own; 3 distinguishes it from other uses of the seed
     rng = np.random.default_rng([seed, 3])

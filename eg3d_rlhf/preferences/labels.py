@@ -22,11 +22,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.storage import write_atomic
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
 MAX_SEED = 2**32 - 1  # the largest seed of numpy's RandomState
+Label = TypeVar("Label")
+Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]  # yields the numbers and records of lines
 # accepted texts of truth values in CSV
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
 
@@ -108,45 +110,47 @@ class LabelSource:
         )
 
 
-def read_labels(path: str | Path) -> Iterator[Preference]:
-    """Yield the labels of a .jsonl or .csv file.
+def load_labels(path: str | Path) -> list[Preference]:
+    """Read all labels of a .jsonl or .csv file.
 
     Tables of ranked seeds with the header (index, rank1, rank2) are recognised by it.
 
-    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit.
-    """
-    path = Path(path)
-    readers = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"read_labels: expected a label file, got no file at {path}. Check the path, or label some pairs"
-            " first."
-        )
-    # The number of the line is added to errors here, where it is known.
-    for line, record in readers[path.suffix](path):
-        try:
-            yield _parse(record)
-        except ValueError as error:
-            raise ValueError(f"{path.name}, line {line}: {error}") from error
-
-
-def load_labels(path: str | Path) -> list[Preference]:
-    """Load all labels of a file. Raises: as `read_labels`, and ValueError for an empty file.
+    Raises: as `read_records`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
     3
     """
-    labels = list(read_labels(path))
+    readers: dict[str, Reader] = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
+    return read_records(Path(path), readers, _parse, "pairs")
+
+
+def read_records(
+    path: Path, readers: Mapping[str, Reader], parse: Callable[[Mapping[str, Any]], Label], things: str
+) -> list[Label]:
+    """Read all labels of a file.
+
+    Args: readers: of its records, by the name's ending; things: what is labelled.
+    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit,
+        and when there are none.
+    """
+    if path.suffix not in readers:
+        raise ValueError(f"labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"labels: expected a label file, got none at {path}. Check the path, or label some"
+            f" {things} first."
+        )
+    labels = []
+    for line, record in readers[path.suffix](path):
+        try:
+            labels.append(parse(record))
+        except ValueError as error:
+            raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs"
-            " first."
+            f"{path.name}, line 1: expected at least one label, got an empty file. Label some {things} first."
         )
     return labels
 
@@ -263,20 +267,23 @@ def _parse(record: Mapping[str, Any]) -> Preference:
     # True and false are allowed for `clean`, too: they stand for winner and loser.
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
-    generator, annotator = (
-        None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
-    )
     return Preference(
         winner=winner,
         loser=loser,
-        psi=parse_number(record, "psi"),
-        time=parse_time(record.get("time")),
         tie=tied,
-        generator=generator,
-        annotator=annotator,
         clean=None if clean is None else parse_seed(clean, "clean"),
-        extra={k: v for k, v in record.items() if k not in FIELDS},
+        **common_fields(record, FIELDS),
     )
+
+
+def common_fields(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Parse the fields that labels of pairs and of single shapes share; what is not in `names` is `extra`."""
+    return {
+        **{k: None if record.get(k) is None else str(record[k]) for k in ("generator", "annotator")},
+        "psi": parse_number(record, "psi"),
+        "time": parse_time(record.get("time")),
+        "extra": {k: v for k, v in record.items() if k not in names},
+    }
 
 
 def check_seed(name: str, seed: object) -> None:
