@@ -53,24 +53,14 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureConfig:
+class MixtureConfig(blocks.ConditionedConfig):
     """Settings of the first flow's network, as its file states them."""
 
     latents: Mapping[str, LatentConfig]  # by name; the order is that of the tokens
-    model_channels: int  # C
-    cond_channels: int  # channels of a conditioning token
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
     # Group -> names of its tensors. A tensor that is in no list forms a group by itself.
     latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_shortcut_model: bool = False  # whether the network reads a step size
-    share_mod: bool = False  # one modulation for all blocks
-    qk_rms_norm: bool = False  # must be true; the original's code does not work without it
-    qk_rms_norm_cross: bool = False
     use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
-    use_checkpoint: bool = False  # recompute blocks in the backward pass
     time_scale: float = 1000.0  # factor of times and step sizes before they are embedded
 
     def __post_init__(self):
@@ -87,11 +77,6 @@ class MixtureConfig:
                 f"MixtureConfig: expected a latent {SHAPE!r} in no list, channels that heads divide and"
                 f" qk_rms_norm, got {got}. Correct it."
             )
-
-    @property
-    def heads(self) -> int:
-        """Number of heads of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -93,29 +93,19 @@ DTYPES = {  # spellings of `dtype` in the JSON files
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class FlowConfig(blocks.ConditionedConfig):
     """Settings of a flow: `args` of its JSON file."""
 
     # Grid points per axis of the structure. Flows on voxels do not use it; the texture's file may state any
     # number.
     resolution: int
     in_channels: int  # channels of the latent and of the given features
-    model_channels: int  # C
-    cond_channels: int  # E, channels of a conditioning token
     out_channels: int  # channels of the latent
-    num_blocks: int
-    num_heads: int | None = None  # None: model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4  # hidden channels of the feed-forward layer, in model channels
     pe_mode: str = "ape"  # kind of position embedding; only "rope" is supported
     # f_0 and f_1 of `angles_of`. The structure's flow ignores it and uses these defaults.
     rope_freq: tuple[float, float] = (1.0, 10000.0)
     dtype: str = "float32"  # of new blocks; loaded files keep their own
-    use_checkpoint: bool = False  # recompute blocks in the backward pass
-    share_mod: bool = False  # one modulation for all blocks
     initialization: str = "vanilla"  # of new weights in the original's training; not used here
-    qk_rms_norm: bool = False
-    qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "rope_freq", tuple(self.rope_freq))
@@ -140,11 +130,6 @@ class FlowConfig:
             )
 
     @property
-    def heads(self) -> int:
-        """Number of heads of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
-
-    @property
     def head_channels(self) -> int:
         """D, channels of a head."""
         return self.model_channels // self.heads
@@ -159,7 +144,7 @@ class Block(blocks.ModulatedBlock):
     """TRELLIS's block with a learnt vector `modulation` [6 C] that is added to the shared modulation."""
 
     def __init__(self, channels: int, *args, **kwargs):
-        super().__init__(channels, *args, share_mod=True, **kwargs)
+        super().__init__(channels, *args, **kwargs)
         self.modulation = nn.Parameter(torch.randn(6 * channels) / channels**0.5)
 
     def forward(
@@ -176,23 +161,12 @@ class Flow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
-        # Only with shared modulation does a block have a vector of its own.
-        kind = Block if config.share_mod else blocks.ModulatedBlock
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, channels)
-        self.blocks = nn.ModuleList(
-            kind(
-                channels,
-                config.cond_channels,
-                config.heads,
-                config.mlp_ratio,
-                qk_rms_norm=config.qk_rms_norm,
-                qk_rms_norm_cross=config.qk_rms_norm_cross,
-            )
-            for _ in range(config.num_blocks)
-        )
+        # Only with shared modulation does a block have a vector of its own.
+        self.blocks = config.blocks(Block if config.share_mod else blocks.ModulatedBlock)
         self.out_layer = nn.Linear(channels, config.out_channels)
         # Input and output layers stay in float32.
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
@@ -264,14 +238,8 @@ class StructureFlow(Flow):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        blocks.check_inputs(
-            "StructureFlow",
-            x_t,
-            ["N", config.in_channels, *[config.resolution] * 3],
-            cond,
-            len(x_t),
-            config.cond_channels,
-        )
+        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
         # [N, C, R, R, R] -> tokens [N, T, C]
         v = self.transform(
             x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()

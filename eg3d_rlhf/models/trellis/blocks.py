@@ -34,19 +34,55 @@ MAX_PERIOD = 10000  # of sinusoidal embeddings (Vaswani et al. 2017, section 3.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Settings that the JSON files of all TRELLIS transformers have in `args`."""
+class HeadsConfig:
+    """Settings of the blocks that the files of all these transformers have."""
 
-    resolution: int  # grid cells per axis
     model_channels: int  # C
     num_blocks: int
     num_heads: int | None = None  # None: model_channels / num_head_channels
     num_head_channels: int = 64
     mlp_ratio: float = 4  # hidden channels of the feed-forward layer, in model channels
-    pe_mode: str = "ape"  # kind of position embedding; "ape" is absolute
-    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
     use_checkpoint: bool = False  # recompute blocks in the backward pass
     qk_rms_norm: bool = False  # normalise queries and keys of the self-attention
+
+    @property
+    def heads(self) -> int:
+        """Number of heads of every attention."""
+        return self.num_heads or self.model_channels // self.num_head_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedConfig(HeadsConfig):
+    """Settings that the files of flows have besides: blocks that read conditioning tokens."""
+
+    cond_channels: int  # E, channels of a conditioning token
+    share_mod: bool = False  # one modulation for all blocks
+    qk_rms_norm_cross: bool = False
+
+    def blocks(self, kind: "type[ModulatedBlock]") -> nn.ModuleList:
+        """Build the blocks of the transformer."""
+        # All flows have the same blocks; they differ in what is before and after.
+        return nn.ModuleList(
+            kind(
+                self.model_channels,
+                self.cond_channels,
+                self.heads,
+                self.mlp_ratio,
+                share_mod=self.share_mod,
+                qk_rms_norm=self.qk_rms_norm,
+                qk_rms_norm_cross=self.qk_rms_norm_cross,
+            )
+            for _ in range(self.num_blocks)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(HeadsConfig):
+    """Settings that the JSON files of all TRELLIS transformers have in `args`."""
+
+    resolution: int  # grid cells per axis
+    pe_mode: str = "ape"  # kind of position embedding; "ape" is absolute
+    use_fp16: bool = False  # half precision for new blocks; loaded files keep their own dtype
 
     def __post_init__(self):
         who = type(self).__name__
@@ -62,11 +98,6 @@ class TransformerConfig:
                 f"{who}: expected model_channels to be a multiple of the number of heads, got {got}. Correct"
                 " the model's JSON file."
             )
-
-    @property
-    def heads(self) -> int:
-        """Number of heads of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
 
 
 def check_inputs(

@@ -25,15 +25,12 @@ KEPT = 2 / 3  # share of the blocks that keep it: as much memory as processing s
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(blocks.TransformerConfig):
+class FlowConfig(blocks.TransformerConfig, blocks.ConditionedConfig):
     """Settings that the JSON files of both flows have in `args`."""
 
     in_channels: int  # channels of the latent
-    cond_channels: int  # E, channels of a conditioning token
     out_channels: int  # channels of the velocity
     patch_size: int = 2  # edge length of a token in grid cells of the latent
-    share_mod: bool = False  # one modulation for all blocks
-    qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,22 +41,6 @@ class FlowConfig(blocks.TransformerConfig):
                 f"{type(self).__name__}: expected patch_size to divide resolution, got {got}. Correct the"
                 " model's JSON file."
             )
-
-    def blocks(self) -> nn.ModuleList:
-        """Build the blocks of the transformer."""
-        # Both flows have the same blocks; they differ in what is before and after.
-        return nn.ModuleList(
-            blocks.ModulatedBlock(
-                self.model_channels,
-                self.cond_channels,
-                self.heads,
-                self.mlp_ratio,
-                share_mod=self.share_mod,
-                qk_rms_norm=self.qk_rms_norm,
-                qk_rms_norm_cross=self.qk_rms_norm_cross,
-            )
-            for _ in range(self.num_blocks)
-        )
 
 
 def run_blocks(
@@ -129,21 +110,15 @@ class StructureFlow(nn.Module):
         # Checkpoints hold the positions, so they are a persistent buffer.
         self.register_buffer("pos_emb", blocks.position_embedding(coords, channels))
         self.input_layer = nn.Linear(config.in_channels * cells, channels)
-        self.blocks = config.blocks()
+        self.blocks = config.blocks(blocks.ModulatedBlock)
         self.out_layer = nn.Linear(channels, config.out_channels * cells)
         if config.use_fp16:
             blocks.convert_torso(self.blocks, torch.float16)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        blocks.check_inputs(
-            "StructureFlow",
-            x_t,
-            ["N", config.in_channels, *[config.resolution] * 3],
-            cond,
-            len(x_t),
-            config.cond_channels,
-        )
+        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
         dtype = blocks.torso_dtype(self.blocks)
         layout = blocks.DenseLayout()
         time = self.t_embedder(t)  # [N, C], float32
@@ -231,7 +206,7 @@ class LatentFlow(nn.Module):
             self.input_blocks.extend(
                 [block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")]
             )
-        self.blocks = config.blocks()
+        self.blocks = config.blocks(blocks.ModulatedBlock)
         # Coarsest first: one block that doubles the resolution, then blocks that keep it.
         self.out_blocks = nn.ModuleList()
         for coarser, finer in itertools.pairwise((channels, *reversed(config.io_channels))):

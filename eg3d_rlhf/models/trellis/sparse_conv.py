@@ -26,6 +26,7 @@ from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis.blocks import LayerNorm32
 from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
+from training.config import check_choice
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27  # 3 x 3 x 3
@@ -102,10 +103,7 @@ def submanifold_conv(
 
 def check_backend(backend: str) -> None:
     """Raise ValueError for an unknown backend, or for spconv if it is not installed."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one."
-        )
+    check_choice("sparse convolution", backend, BACKENDS)
     if backend == "spconv" and not has_spconv():
         raise ValueError(
             "sparse convolution: the package spconv is not installed. Install it for your CUDA version, or"

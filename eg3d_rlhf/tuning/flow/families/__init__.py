@@ -6,11 +6,13 @@ recognise its folders by their content.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.tuning.flow.base.family import Family, FlowFamily, SizedStage
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 
 FAMILIES: Registry[FlowFamily] = Registry(
     "flow family",
@@ -81,3 +83,41 @@ def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
     name.
     """
     return {name: make for family in FAMILIES.values() for name, make in family.released().items()}
+
+
+def check_source(source: ProblemSource) -> None:
+    """Raise ValueError for options that have no effect on a problem, or for a folder without pairs."""
+    family = bundled_family(source.pipeline)
+    if family is not None:
+        reject_unread(
+            source,
+            (*family.common, *family.options),
+            f"only applies with --pipeline=DIR and has no effect on the bundled generator {family.name}",
+        )
+        return
+    # The family of a folder is not known yet, so options of any other family pass here and are checked later.
+    bundled_only = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read = [f.name for f in fields(source) if f.name not in bundled_only]
+    reject_unread(source, read, "only applies to a bundled generator and has no effect with --pipeline=DIR")
+    if source.pairs is None and source.needs_pairs:
+        raise ValueError(
+            "--pairs: expected a folder of preference pairs with --pipeline=DIR, got none. Name the"
+            " folder; only the bundled toy has pairs of its own."
+        )
+
+
+def unread_options(source: ProblemSource, read: Sequence[str]) -> str:
+    """List the flags of options that differ from their default but are not among those that are read."""
+    return ", ".join(
+        f"--{(f.metadata['knob'].name or f.name if 'knob' in f.metadata else f.name).replace('_', '-')}"
+        for f in fields(source)
+        # An option at its default counts as not given.
+        if f.name not in read and getattr(source, f.name) != f.default
+    )
+
+
+def reject_unread(source: ProblemSource, read: Sequence[str], why: str) -> None:
+    """Raise ValueError, with the reason `why`, for options that are given but not read."""
+    extra = unread_options(source, read)
+    if extra:
+        raise ValueError(f"{extra}: {why}. Leave it out.")

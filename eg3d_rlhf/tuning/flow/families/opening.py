@@ -3,7 +3,7 @@
 A folder with a generator's networks becomes a `Problem`, together with
 
     PAIRS/<stage>                     pairs of a stage; some stages may be missing
-    PAIRS/conditions.safetensors      embeddings of the pairs' prompts
+    PAIRS/conditioning.safetensors    embeddings of the pairs' prompts
 """
 
 import functools
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.experiments import version_0_1
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
@@ -28,8 +29,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
-from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.sources import check_source, reject_unread, unread_options
+from eg3d_rlhf.tuning.flow.families import check_source, family_of, reject_unread, unread_options
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
@@ -155,11 +155,11 @@ def open_embeddings(family: FlowFamily, source: ProblemSource, device: str | tor
     extra = unread_options(source, COMMON)
     if extra:
         raise ValueError(
-            f"{extra}: has no effect with --pipeline=DIR and --conditions without --pairs. Leave it out."
+            f"{extra}: has no effect with --pipeline=DIR and --conditioning without --pairs. Leave it out."
         )
     if source.conditions is None:
         raise ValueError(
-            "--conditions: required with --pipeline=DIR if --pairs is not given. Name the file of embeddings."
+            "--conditioning: required with --pipeline=DIR if --pairs is not given. Name the embeddings' file."
         )
     root = Path(source.pipeline)
     place = Path(source.conditions)
@@ -278,12 +278,16 @@ def embeddings_beside(folders: Mapping[str, Path], given: Path | None = None) ->
     Raises: FileNotFoundError.
     """
     # Beside the folder of a stage, or one level higher, where a WORK folder has it.
-    places = [place / CONDITIONS for folder in folders.values() for place in folder.absolute().parents[:2]]
+    places = [
+        version_0_1.conditioning_file(place)
+        for folder in folders.values()
+        for place in folder.absolute().parents[:2]
+    ]
     path = Path(given or next((path for path in places if path.is_file()), places[0]))
     if given is None and not path.is_file():
         raise FileNotFoundError(
             f"conditioning: expected embeddings of the pairs' prompts at {places[0]}, got none. Name the file"
-            " with --conditions."
+            " with --conditioning."
         )
     return path
 

@@ -305,7 +305,7 @@ def _of_kind(root: Path, kind: str) -> files.PipelineFile:
     file = files.read_pipeline(root)
     if file.kind != kind:
         # Both flags exist, so the other one is the remedy.
-        flags = {"image": "--pictures", "text": "--prompts"}
+        flags = {"image": "--images", "text": "--prompts"}
         raise ValueError(
             f"{flags[kind]}: this pipeline is conditioned on {file.kind}s. Pass {flags[file.kind]} instead."
         )

@@ -14,7 +14,7 @@ Folder of DSO's samples, anywhere below the root (first stage only):
     model_info.npz with image_ids, glb_ids and angles (degrees of tilt after the simulation; of several
     columns, as of two simulations, the largest counts)
 
-`flow draw` writes a .ply, the latents of both stages and a line of the ranked list per prompt and seed.
+`flow sample` writes a .ply, the latents of both stages and a line of the ranked list per prompt and seed.
 """
 
 import math

@@ -35,7 +35,7 @@ def work(trellis_root, tmp_path):
         "new",
         tmp_path / "WORK",
         f"--pipeline={trellis_root}",
-        f"--conditions={tmp_path / 'c.safetensors'}",
+        f"--conditioning={tmp_path / 'c.safetensors'}",
         "--each=2",
     )
     return Work.open(tmp_path / "WORK")
@@ -46,7 +46,7 @@ def test_dso(work, samples):  # noqa: F811
     stale.mkdir(parents=True)
     printed = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
     assert re.search(r"\b3 .*\bstructure\b", printed) and not stale.exists()
-    assert read_conditions(work.folder / "pairs" / "conditions.safetensors").names == ("000", "001")
+    assert read_conditions(work.folder / "pairs" / "conditioning.safetensors").names == ("000", "001")
 
 
 def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
@@ -66,7 +66,7 @@ def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
         "c": [tmp_path / "first_run", tmp_path / "second_run"],
     }
     for name, flags in calls.items():
-        printed = flow("export", *flags, f"--out={tmp_path / name}")
+        printed = flow("export", *flags, f"--outdir={tmp_path / name}")
         tuned = json.loads(printed[: printed.rindex("}") + 1])["tuned"]
         assert (
             list(tuned) == ["structure", *(["latent"] if name == "c" else [])]
@@ -81,14 +81,14 @@ def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
         tmp_path / "first_run",
         tmp_path / "second_run",
         "--adapter",
-        f"--out={tmp_path / 'adapters'}",
+        f"--outdir={tmp_path / 'adapters'}",
     )
     assert (tmp_path / "adapters/latent/adapter_model.safetensors").read_bytes() == (
         tmp_path / "second_run/latent/adapter_model.safetensors"
     ).read_bytes()
     (tmp_path / "other").mkdir()
     empty = [tmp_path / "first_run", f"--weights=structure={tmp_path / 'other'}"]
-    check_message(flow("export", *empty, f"--out={tmp_path / 'd'}", code=2), (str(tmp_path / "other"),))
+    check_message(flow("export", *empty, f"--outdir={tmp_path / 'd'}", code=2), (str(tmp_path / "other"),))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_tuned_networks_are_found_for_export(pipeline, trellis_root, tmp_path):
 )
 def test_exports_of_nothing_are_rejected(trellis_root, tmp_path, flags, names):
     filled = [flag.replace("ROOT", str(trellis_root)) for flag in flags]
-    check_message(flow("export", *filled, f"--out={tmp_path / 'out'}", code=2), names)
+    check_message(flow("export", *filled, f"--outdir={tmp_path / 'out'}", code=2), names)
     assert not (tmp_path / "out").exists()
 
 

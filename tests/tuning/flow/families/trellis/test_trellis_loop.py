@@ -50,7 +50,7 @@ def test_the_loop_tunes_both_stages(run):
 
 
 def test_the_result_is_exported_to_the_published_layout(run, trellis_root, tmp_path):
-    printed = flow("export", run, f"--out={tmp_path / 'out'}")
+    printed = flow("export", run, f"--outdir={tmp_path / 'out'}")
     assert set(json.loads(printed[: printed.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
     tuned, base = (FAMILY.load(root, tokens()) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):
