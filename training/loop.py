@@ -88,7 +88,6 @@ class TrainingLoop:
         layout = self.layout
         batch = self.subject.batch_for(phase.name, self.cur_nimg)
         averages = MovingAverages(self.subject.moving, layout.total)
-        averages = MovingAverages(self.subject.moving, layout.total)
         gradients = GradientSum(phase.module.parameters(), layout.here)
         # A count on the device instead of a Python number: it is summed over ranks together with the
         # gradients.
@@ -207,7 +206,6 @@ class TrainingLoop:
         request = self.files.stop_requested
         stop, failed = self.ranks.any(request is not None, error is not None)
         if not stop and not failed:
-            return True
             return True
         # Nothing of this iteration has been computed, so the state is that after the previous one.
         with self.files.writing():
