@@ -159,8 +159,8 @@ def block_resolutions(resolution: int) -> list[int]:
     log2 = int(np.log2(resolution)) if resolution >= 4 else 0
     if log2 < 2 or 2**log2 != resolution:
         raise ValueError(
-            f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or change the"
-            " preset (--cfg)."
+            f"network resolution: expected a power of two >= 4, got {resolution}. Resize the images, or"
+            " change the preset (--cfg)."
         )
     return [2**i for i in range(2, log2 + 1)]
 
