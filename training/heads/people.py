@@ -118,8 +118,8 @@ def load_basis(path: Path = ASSET) -> Basis:
         tensors, meta = storage.read_tensors(path, KIND)
         if meta.get("version") != VERSION:
             raise ValueError(
-                f"{path}: expected version {VERSION} of the basis of heads, got {meta.get('version')}. Restore"
-                " the file."
+                f"{path}: expected version {VERSION} of the basis of heads, got"
+                f" {meta.get('version')}. Restore the file."
             )
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"{error} Or build it again: python -m builders.build people.") from None
