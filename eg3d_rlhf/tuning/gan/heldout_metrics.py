@@ -1,7 +1,8 @@
-"""Watch for over-optimisation: measures that the reward phase never sees, on fixed held-out latents, once per
+"""Held-out metrics of a reward run: measures that the reward phase never uses, on fixed latents, once per
 tick.
 
-What it measures on a generator: rewards, and the annotator's noise-free utility.
+They detect over-optimisation. The measures of a generator are rewards, among them a held-out one, and the
+simulated annotator's noise-free utility.
 
 Letters: N latents.
 """
@@ -21,20 +22,20 @@ from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
-PSI = 0.7  # of the latents that rewards score
-JUDGE_RESOLUTION = RESOLUTION  # points along an edge of the cubes that the annotator judges
-WATCH_RESOLUTION = 48  # the same, once per tick
+PSI = 0.7  # truncation of the latents that rewards score
+JUDGE_RESOLUTION = RESOLUTION  # grid points per edge of the cubes that the simulated annotator evaluates
+HELDOUT_RESOLUTION = 48  # the same for the measure at every tick, which has to be fast
 
 Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]  # (G, seeds) -> [N], higher is better
 
 
 class Watch:
-    """Deltas of several measures against the untuned generator.
+    """Changes of several measures since the untuned generator.
 
     Args:
-        measures: name -> measure; the first is the reward that is optimised, the others are what it must not
-            fall out with.
+        measures: by name. The first is the reward that is optimised. The others must not fall while it rises.
         G_ref: the untuned generator.
+        seeds: held-out latents.
     """
 
     def __init__(
@@ -42,20 +43,22 @@ class Watch:
     ):
         self.measures = measures
         self.seeds = seeds
-        self.initial = self._values(G_ref)
+        self.initial = self._values(G_ref)  # by name, [N]
         self.latest: dict[str, np.ndarray] = {}  # changes [N] at the last tick
-        self.alarms: list[dict] = []
+        self.alarms: list[dict] = []  # ticks at which measures fell
 
     def _values(self, G: torch.nn.Module) -> dict[str, np.ndarray]:
+        """Return every measure [N] of a generator, by name."""
         return {name: measure(G, self.seeds) for name, measure in self.measures.items()}
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
-        """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the
-        status line.
+        """Measure the present generator; the loop calls this at every tick.
+
+        Adds the changes to the statistics, as 'Watch/<name>', and returns fields for the status line.
         """
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
-            delta = self.latest[name] = values - self.initial[name]
+            delta = self.latest[name] = values - self.initial[name]  # paired by latent
             stats[f"Watch/{name}"] = {
                 "num": len(delta),
                 "mean": float(delta.mean()),
@@ -68,10 +71,12 @@ class Watch:
         return fields
 
     def _alarm(self, nimg: int, stats: dict) -> list[str]:
-        """Note an alarm where measures fell by more than two standard errors while the first one rose;
-        returns what has fallen.
+        """Record an alarm if measures fell by more than two standard errors while the optimised reward rose.
+
+        Returns the names of the measures that fell.
         """
         (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
+        # `std` is the biased one, hence the division by n - 1 for the standard error.
         errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
         fallen = [
             name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]
@@ -81,6 +86,7 @@ class Watch:
         return fallen
 
     def restore(self, stats_file: Path) -> None:
+        """Rebuild the alarms from the run's statistics after a resume."""
         self.alarms = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
             stats = json.loads(line)
@@ -89,6 +95,7 @@ class Watch:
 
 @torch.no_grad()
 def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int = 16) -> np.ndarray:
+    """Return the reward [N] of a generator's seeds."""
     generator = of(G)
     ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)
     return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
@@ -97,20 +104,24 @@ def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int
 def utilities(
     G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION
 ) -> np.ndarray:
-    """The annotator's noise-free utility [N] of a generator's seeds, each by the whole head that its latent
-    names.
+    """Return the simulated annotator's noise-free utility [N] of a generator's seeds.
+
+    Each sample is compared with the ground-truth head of its latent.
     """
-    return np.array(
-        [found.total for found in judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)]
-    )
+    evaluations = judge_seeds(of(G), seeds, psi=psi, resolution=resolution, batch=8)
+    return np.array([evaluation.total for evaluation in evaluations])
 
 
-def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
-    """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
+def make_heldout_metrics(
+    settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None
+) -> Watch:
+    """Return the metrics of a run: the reward itself, the held-out reward if any, the utility for synthetic"
+    " heads."""
     named = {"reward": reward, "second": second}
     measures: dict[str, Measure] = {
         name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None
     }
+    # Only synthetic heads have a ground truth, from which the annotator computes its utility.
     if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
-        measures["utility"] = partial(utilities, resolution=WATCH_RESOLUTION)
+        measures["utility"] = partial(utilities, resolution=HELDOUT_RESOLUTION)
     return Watch(measures, G_ref)

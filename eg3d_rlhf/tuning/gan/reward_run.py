@@ -1,4 +1,4 @@
-"""A GAN run composed: data, networks, phases, reward, watch and loop; nothing is computed here."""
+"""Composition of a GAN run from data, networks, phases, reward, held-out metrics and loop."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.heldout_metrics import Watch, make_watch
+from eg3d_rlhf.tuning.gan.heldout_metrics import Watch, make_heldout_metrics
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
 from eg3d_rlhf.tuning.gan.settings import Settings
 from training import networks
@@ -28,6 +28,8 @@ from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
 from training.synthetic_heads import resolve_dataset
 
+# Augmentations of --aug=ada: pixel blitting, geometry and colour, all with probability p ("bgc" of
+# StyleGAN2-ADA).
 ADA_AUGMENT = dict.fromkeys(
     (
         "xflip",
@@ -48,6 +50,7 @@ ADA_AUGMENT = dict.fromkeys(
 
 
 def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
+    """Open the training images. Synthetic ones are rendered first if they are not in the cache."""
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):
@@ -56,15 +59,16 @@ def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
         )
         if dataset.num_channels != 3:
             raise ValueError(
-                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them."
+                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them to RGB."
             )
     return dataset
 
 
 def open_networks(s: Settings, resolution: int) -> networks.Networks:
-    """Fresh networks, or those that --init names, for images of `resolution` pixels."""
+    """Return new networks, or those that --init names, for images of `resolution` pixels."""
     if s.net.init == "scratch":
         G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
+        # The weights depend on the seed alone, not on what was drawn before.
         torch.manual_seed(derive_seed(s.loop.seed, "init"))
         nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
         G: Any = nets.G
@@ -74,41 +78,45 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    # with a short moving average the raw G would soon replace the pretrained average
+    # With the short moving average of a tuning run, the raw G would soon replace the pretrained average.
     averaged = s.net.start == "G_ema"
     G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(
-            f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a"
-            " snapshot of a run."
+            f"--init: expected a network file with G, D and G_ema, but {path} has G_ema only. Use a snapshot"
+            " of a training run."
         )
     if G.img_resolution != resolution:
         raise ValueError(
-            f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}."
-            " Resize them."
+            f"--data: --init={s.net.init} needs images of {G.img_resolution} pixels, got {resolution}. Resize"
+            " the images."
         )
-    networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
+    networks.set_mbstd_group(nets, s.net.mbstd_group)  # the group size is a setting of this run
     return nets
 
 
 def check_kind(s: Settings) -> None:
-    """Raises: ValueError where --reward has no gradient, and where its networks learn and none is named."""
+    """Check that --reward can tune, and that a reward file is given if this kind needs one.
+
+    Raises: ValueError naming the flag.
+    """
     kind = s.reward.reward
     flag = "--reward-ckpt"
     if not OBSERVATIONS[kind].differentiable:
         raise ValueError(
-            f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g."
-            " --reward=solid."
+            f"--reward={kind}: this reward has no gradient and can only select samples. Use a differentiable"
+            " one, e.g. --reward=solid."
         )
     if s.reward.reward_ckpt is None and presets_of(kind):
         raise ValueError(
-            f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one"
-            " knows heads alone. Name one, such as tools/train_reward.py writes."
+            f"{flag}: --cfg={s.net.cfg} --reward={kind} needs a reward file. The bundled reward covers only"
+            " the"
+            " bundled generator of heads. Train one with tools/train_reward.py and name it."
         )
 
 
 def open_reward(s: Settings, generator: Generator, device: torch.device | str) -> Reward:
-    """The reward that --reward-ckpt names, or one that has nothing to learn."""
+    """Return the reward of --reward-ckpt, or one of a kind that has nothing to learn."""
     if s.reward.reward_ckpt is None:
         return untaught(s.reward.reward, generator).to(device)
     with naming("--reward-ckpt"):
@@ -116,7 +124,8 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
 
 
 def input_files(s: Settings) -> dict[str, Path]:
-    """The files that a run starts from, by what they are; runs record and compare their hashes."""
+    """Return the files that a run starts from, by role. Runs store their hashes and compare them on"
+    " resume."""
     files = (
         {}
         if s.net.init == "scratch"
@@ -137,16 +146,18 @@ class Objects:
     """Everything that a run consists of."""
 
     loop: TrainingLoop
-    nets: networks.Networks  # that it trains
-    before: torch.nn.Module | None = None  # with a reward, on the first rank: the untuned generator
+    nets: networks.Networks  # networks that the loop trains
+    before: torch.nn.Module | None = None  # with a reward, on rank 0: the untuned generator
     reward: Reward | None = None
-    watch: Watch | None = None
-    early_stop: EarlyStop | None = None  # which of its snapshots is kept
+    watch: Watch | None = None  # held-out metrics, on rank 0
+    early_stop: EarlyStop | None = None  # choice of the snapshot that is kept
 
 
 def build(s: Settings, files: Run) -> Objects:
-    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others
-    when the loop starts.
+    """Build data, networks, phases, reward and loop from the settings.
+
+    Rank 0 alone measures the untuned generator. Weights and states reach the other ranks when the loop
+    starts.
     """
     ranks = files.ranks
     if s.reward.reward != "none":
@@ -161,6 +172,7 @@ def build(s: Settings, files: Run) -> Objects:
     augment: Any = None
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
+        # Adaptive augmentation starts at 0.
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
     phases = GanPhases(G, D, s.gan, augment).phases()
     reward = None
@@ -171,15 +183,16 @@ def build(s: Settings, files: Run) -> Objects:
         reward = open_reward(s, of(nets.G_ema), device)
         with naming("--reward-watch"):
             second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+            # A member of the tuning ensemble would rise with it and detect nothing.
             if second is not None and second.is_member_of(reward):
                 raise ValueError(
-                    "expected a reward that does not tune, got a member of --reward-ckpt. Train one on other"
-                    " labels."
+                    "this reward is a member of --reward-ckpt, so it cannot detect over-optimisation. Train"
+                    " one on other labels."
                 )
         if reward.observation.kind != s.reward.reward:
             kind = reward.observation.kind
             raise ValueError(
-                f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass"
+                f"--reward={s.reward.reward}: --reward-ckpt is a reward of the kind {kind}. Pass"
                 f" --reward={kind}."
             )
         for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
@@ -191,7 +204,8 @@ def build(s: Settings, files: Run) -> Objects:
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             before = copy.deepcopy(reference).eval().requires_grad_(False)
-            watch = make_watch(s.to_dict(), reward, before, second)
+            watch = make_heldout_metrics(s.to_dict(), reward, before, second)
+        # With lambda_r = 0 there is no reward phase at all: the run is bitwise identical to GAN training.
         if s.reward.terms.lambda_r > 0:
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
@@ -216,20 +230,22 @@ def build(s: Settings, files: Run) -> Objects:
 
 
 def observers(watch: Watch | None, early: EarlyStop | None):
-    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has
-    measured.
-    """
+    """Return the loop's tick callback: the held-out metrics, then the early stop, which reads their"
+    " values."""
     if watch is None or early is None:
         return watch
+    # The order matters: `watch(...)` fills `watch.latest` before the second entry reads it.
     return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
-    """As `build`, at a state of the run.
+    """Build a run like `build`, and restore a state of it.
 
-    Args: source: the run's folder or one of its states; previous: see training.checkpoint.read.
+    Args:
+        source: the run's folder or one of its checkpoints.
+        previous: see training.checkpoint.read.
     """
-    objects = build(s, run)  # weights come from the state
+    objects = build(s, run)  # its weights are overwritten by the checkpoint
     objects.loop.resume(source, previous)
     if objects.watch is not None:
         objects.watch.restore(run.folder / STATS)
@@ -239,8 +255,9 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
 
 
 def train(objects: Objects, run: Run) -> bool:
-    """Train to the end, and keep the snapshot that an early stop chose. Returns whether that was reached;
-    False: a signal ended it.
+    """Train to the end, and save the snapshot that the early stop chose.
+
+    Returns False if a signal ended the run before.
     """
     objects.loop.run()
     if objects.loop.stopped is not None:
@@ -248,5 +265,5 @@ def train(objects: Objects, run: Run) -> bool:
     if objects.early_stop is not None and run.ranks.main:
         networks.save(run.folder / KEPT, objects.early_stop.networks(objects.nets))
     run.ranks.barrier()
-    leave()  # the others need not wait for the evaluation
+    leave()  # rank 0 evaluates next, and the others need not wait for it
     return True
