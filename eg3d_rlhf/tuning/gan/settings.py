@@ -92,7 +92,7 @@ class DataConfig:
     def __post_init__(self):
         if not self.cond:
             raise ValueError(
-                "--no-cond is not possible: this generator takes its cameras from the labels. Remove it."
+                "--cond=False is not possible: this generator takes its cameras from the labels. Leave --cond out."
             )
 
 
