@@ -93,9 +93,7 @@ def bias_act(
         return x
     if chosen != "compiled":
         return (bias_act_ref if chosen == "ref" else _bias_act_torch)(x, b, dim, spec, alpha, gain, clamp)
-    dim = (
-        dim if b is not None else min(1, x.ndim - 1)
-    )  # the compiled op needs a valid axis without a bias, too
+    dim = dim if b is not None else min(1, x.ndim - 1)  # the op needs a valid axis even without a bias
     b = None if b is None else b.to(x.dtype).contiguous()
     return torch.ops.eg3d_rlhf.bias_act(
         dense(x), b, dim, _NAMES.index(act), alpha, gain, -1.0 if clamp is None else float(clamp)
