@@ -45,9 +45,8 @@ class MinibatchStdLayer(torch.nn.Module):
         n, c, h, w = x.shape
         # A batch smaller than the group size forms a single group.
         group = n if self.group_size is None else min(self.group_size, n)
-        y = x.reshape(
-            group, n // group, self.num_channels, c // self.num_channels, h, w
-        )  # [G, N/G, F, C/F, H, W]
+        # [G, N/G, F, C/F, H, W]
+        y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
         y = (y - y.mean(dim=0)).square().mean(dim=0)  # biased variance over the group, [N/G, F, C/F, H, W]
         y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
         # All samples of a group get the same value at every pixel: [N, F, H, W].

@@ -174,9 +174,8 @@ def launch_identity() -> str | None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     named = os.environ["TORCHELASTIC_RUN_ID"]
-    return (
-        named if named != "none" else f"{socket.gethostname()}/{os.getppid()}"
-    )  # "none": torchrun's default
+    # torchrun sets "none" if no --rdzv-id was given.
+    return named if named != "none" else f"{socket.gethostname()}/{os.getppid()}"
 
 
 @contextlib.contextmanager

@@ -273,9 +273,8 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
             self.torgb = ToRGBLayer(features, 3, self.w_dim)
         if rendering_kwargs["use_background"]:
             convolutions = {k: v for k, v in kwargs.items() if k in _CONVOLUTIONS}
-            convolutions["channel_base"] = (
-                kwargs.get("channel_base", 32768) // 2
-            )  # half as wide as the backbone
+            # The background network is half as wide as the backbone.
+            convolutions["channel_base"] = kwargs.get("channel_base", 32768) // 2
             self.bcg_synthesis = SynthesisNetwork(
                 self.w_dim, self.superresolution.input_resolution, features, **convolutions
             )

@@ -37,9 +37,7 @@ from torch_utils.ops.implementations import alike, choose, define, is_channels_l
 
 _LANES = 16  # channels that the transformations process at a time
 # Below these, "auto" uses torch's convolution.
-_LEAST_CHANNELS = (
-    32  # the transformations, whose work is per channel, would cost more than the saved products
-)
+_LEAST_CHANNELS = 32  # the transformations, with work per channel, would cost more than they save
 _LEAST_PIXELS = 32 * 32  # transforming the kernel would not be small compared to the rest
 # Number of 4x4 tiles from which on they are faster than 2x2 tiles, whose kernels need less transformation.
 # Time of F(2x2) / F(4x4), forward and both gradients, one thread of a Zen 4: 0.8 to 1.0 with 16 tiles, 1.2

@@ -38,9 +38,7 @@ _CUDA_UNITS = 128
 class MergedPlanes(NamedTuple):
     """Planes in the form of the fast paths, made by `merge_planes`."""
 
-    sums: (
-        torch.Tensor
-    )  # [N, K', H, W, C] channels last; planes with the same pair of coordinates are added up
+    sums: torch.Tensor  # [N, K', H, W, C]; planes with the same pair of coordinates are added up
     pairs: Pairs  # coordinates of the K' planes
     planes: int  # K, number of planes before they were added up
 

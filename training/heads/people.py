@@ -35,9 +35,8 @@ LATENT = COMPONENTS + HAIR_FIELDS + APPEARANCE + QUALITY
 UNIT = 1.15  # factor from the lengths in this file, for a head 0.4 high, to world units
 EYE = (0.0512, 0.005)  # the mean head's eyes: distance from the plane x = 0, and height
 ASSET = storage.ASSETS / "people-basis.safetensors"
-LIGHT = np.array([0.30, 0.50, 0.81], np.float32) / np.linalg.norm(
-    [0.30, 0.50, 0.81]
-)  # direction to the light
+# Unit vector towards the light, in world axes.
+LIGHT = np.array([0.30, 0.50, 0.81], np.float32) / np.linalg.norm([0.30, 0.50, 0.81])
 
 # Palettes, RGB in 0..1. A coordinate of the latent selects a place between neighbouring rows.
 

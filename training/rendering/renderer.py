@@ -268,9 +268,8 @@ class ImportanceRenderer(torch.nn.Module):
         options = rendering_options
         start, end = self._ray_limits(ray_origins, ray_directions, options)
         disparity = options.get("disparity_space_sampling", False)
-        depths = sample_stratified(
-            ray_origins, start, end, options["depth_resolution"], disparity
-        )  # [N, M, S, 1]
+        # [N, M, S, 1]
+        depths = sample_stratified(ray_origins, start, end, options["depth_resolution"], disparity)
         # Another family's ray marcher may need sorted samples, so it gets the reference path.
         is_sorted = implementations.current() == "ref" or type(self.ray_marcher) is not MipRayMarcher2
         render = self._render_sorted if is_sorted else self._render_unsorted

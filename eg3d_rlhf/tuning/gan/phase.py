@@ -246,9 +246,7 @@ class RewardTerms:
         outside = ((shaped < low) | (shaped > high)).float().mean().item()
         # Neither case is an error: the run works, but hardly changes anything, or changes everything.
         if outside > MOSTLY:
-            problem = (
-                f"{outside:.0%} of the untuned scores lie outside {low:g}..{high:g} and give no gradient"
-            )
+            problem = f"{outside:.0%} of untuned scores lie outside {low:g}..{high:g} and give no gradient"
             warnings.warn(
                 f"--reward-clip: {problem}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
             )

@@ -54,11 +54,8 @@ from training.progress import tqdm
 
 LEDGER = "ledger.json"
 SUMMARY = "summary.json"
-STEPS = (
-    "labels",
-    "reward",
-    "tuned",
-)  # in order; methods of `Rounds`, keys of the ledger
+# Steps of a round, in order. They are methods of `Rounds` and keys of the ledger.
+STEPS = ("labels", "reward", "tuned")
 PSI = 1.0  # truncation of the samples that are labelled
 Done = tuple[dict, list[Path]]  # figures for the ledger, and files that the step wrote
 Tune = Callable[[Settings, Path], Any]  # function of the settings and of the folder of a round's tuning
