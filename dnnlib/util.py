@@ -46,8 +46,7 @@ def get_obj_by_name(name: str) -> Any:
     if parts[0] not in ALLOWED_ROOTS or len(parts) < 2:
         raise ValueError(
             f"get_obj_by_name: expected a dotted name in {', '.join(ALLOWED_ROOTS)}, got {name!r}. Import"
-            " other"
-            " objects yourself."
+            " other objects yourself."
         )
     # Where the module ends and the attributes begin is not known: try the longest module first.
     for split in range(len(parts) - 1, 0, -1):

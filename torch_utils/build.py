@@ -63,8 +63,7 @@ class Recipe:
     commands: tuple[tuple[str, ...], ...]  # in order; {out} stands for the library, {obj} for an object file
 
     def folder(self) -> Path:
-        """Return the folder of library and log. Its name changes with everything that the library depends"
-        " on."""
+        """Return the folder of library and log, named by all that the library depends on."""
         # The paths of the checkout and of torch are removed: they do not change the library.
         roots = (str(SOURCES), str(Path(torch.__file__).parent))
         portable_commands = [
@@ -141,6 +140,7 @@ def available(op: str, device_type: str) -> bool:
 
 def _load(op: str, device_type: str) -> bool:
     """Build and load a library. If that fails, print one warning and return False."""
+    # Held during the build as well: threads of one process wait here, other processes at the file lock.
     with _PROCESS_LOCK:
         key = (op, device_type)
         # Another thread may have loaded it while this one waited for the lock.
@@ -197,6 +197,7 @@ def flags(device_type: str) -> list[str]:
             *common,
         ]
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_TARGETS]
+    # PTX as well, which the driver of a newer GPU compiles when the library is loaded.
     targets.append(f"-gencode=arch=compute_{CUDA_TARGETS[-1]},code=compute_{CUDA_TARGETS[-1]}")
     return ["-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr", "-DUSE_CUDA", *targets, *common]
 
@@ -206,6 +207,7 @@ def recipe(op: str, device_type: str) -> Recipe:
     include = Path(torch.__file__).parent / "include"
     headers = [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-I{SOURCES}"]
     source = str(SOURCES / (op + SUFFIX[device_type]))
+    # The library is linked against torch, but not against Python: the stable ABI does not need it.
     torch_libraries = [f"-L{include.parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     cxx = compiler("cpu")
     if device_type == "cpu":
@@ -222,7 +224,8 @@ def recipe(op: str, device_type: str) -> Recipe:
         toolkit,
         Path("/usr/local/cuda"),
     ]
-    # One of these folders has libcudart_static.a.
+    # CUDA's runtime is linked statically, so that the machine that loads the library needs no toolkit. One of
+    # these folders has libcudart_static.a.
     folders = [root / sub for root in roots for sub in ("lib64", "lib", "targets/x86_64-linux/lib")]
     libraries = [f"-L{folder}" for folder in folders if folder.is_dir()]
     link = (
@@ -246,6 +249,7 @@ def build(op: str, device_type: str) -> Path:
 
     Raises: BuildError with the path of the log.
     """
+    # First, since it needs no compiler: determining the recipe below asks the compiler for its version.
     if ahead(op, device_type).exists():
         return ahead(op, device_type)
     todo = recipe(op, device_type)
@@ -260,6 +264,8 @@ def build(op: str, device_type: str) -> Path:
         with FileLock(folder / "lock"):
             if library.exists():  # another process has built it meanwhile
                 return library
+            # The library gets its final name when it is complete, so its existence means that it can be
+            # loaded.
             names = {"{out}": "building.so", "{obj}": "building.o"}
             with open(log, "w") as output:
                 for words in todo.commands:

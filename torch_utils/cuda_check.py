@@ -91,8 +91,7 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference relative to the largest expected value; infinite for another shape or"
-    " NaN."""
+    """Return the largest difference over the largest expected value; infinite for another shape or NaN."""
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.double()
@@ -102,6 +101,7 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
     """Return fixed float32 values between -scale and scale that look random. No random generator is used."""
+    # sin of a growing phase: deterministic on every machine, and independent of torch's generators.
     places = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     values = scale * torch.sin(places**1.5 * 12.9898 + 78.233 * (seed + 1))
     return values.float().reshape(shape).to(device)
@@ -126,8 +126,10 @@ def _with_gradients(
         device: device of the cotangents.
     """
     outputs = compiled(*inputs)
+    # float64 on the same device: the reference then has no rounding error that matters.
     doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
     expected = reference(*doubles)
+    # Arbitrary cotangents instead of ones: a gradient with permuted entries would pass a sum.
     cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
     expected_grads = torch.autograd.grad(
         expected, [doubles[i] for i in learned], [c.double() for c in cotangents]
@@ -139,13 +141,13 @@ def _with_gradients(
 def _slab_density(device: torch.device) -> Iterator[Pair]:
     # Sizes that are no multiples of the kernel's tiles, so that its edges are covered.
     shape = (9, 35, 34)
-    units = 5
+    units = 5  # J
     sizes = (
-        (shape[0], units, shape[1]),
-        (shape[0], units, shape[2]),
-        (units, shape[1], shape[2]),
-        (units,),
-        (),
+        (shape[0], units, shape[1]),  # xy
+        (shape[0], units, shape[2]),  # xz
+        (units, shape[1], shape[2]),  # yz
+        (units,),  # w
+        (),  # b
     )
     inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
 
@@ -162,22 +164,23 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    pairs = ((0, 1), (0, 2), (2, 1))
-    units = 18
+    pairs = ((0, 1), (0, 2), (2, 1))  # three different planes, in EG3D's corrected layout
+    units = 18  # J, no multiple of a warp
     # With colours, and without, which is another path of the kernel.
     for channels, colours in ((32, 32), (16, 0)):
         sizes = (
-            (2, 3, 7, 9, channels),
-            (2, 150, 3),
-            (units, channels),
-            (units,),
-            (1 + colours, units),
-            (1 + colours,),
+            (2, 3, 7, 9, channels),  # planes, neither square nor of a power of two
+            (2, 150, 3),  # points, some of them outside the box
+            (units, channels),  # w0
+            (units,),  # b0
+            (1 + colours, units),  # w1
+            (1 + colours,),  # b1
         )
         inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
         axes = [axis for pair in pairs for axis in pair]
 
         def compiled(planes, *rest):
+            # Without colours the first output is empty, and there is nothing to compare.
             return _ops.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
 
         def backward(*tensors):
@@ -206,7 +209,8 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
         (0,),
         device,
     )
-    ascending = depths.sort(dim=1).values
+    ascending = depths.sort(dim=1).values  # `ray_march` takes any order, `importance_depths` only this one
+    # Within 0.01..0.99, away from the ends of the distribution.
     u = 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
     weights, mids = interval_weights(densities.double(), ascending.double())
     yield (
@@ -230,6 +234,7 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
             # The compiled gradients exist for these three only; the others go through torch.
             if name in ("linear", "relu", "lrelu"):
                 below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
+                # Written out: the slope is read from the sign and the size of the output.
                 slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
                 yield from zip(
                     _ops.bias_act_backward(v, out, *rest, True),
@@ -241,15 +246,15 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
     x = _numbers(device, 2, 3, 37, 41)
-    square = _numbers(device, 4, 3, seed=1)
-    line = _numbers(device, 7, seed=2)
+    square = _numbers(device, 4, 3, seed=1)  # 2-D taps, not symmetric
+    line = _numbers(device, 7, seed=2)  # 1-D taps, applied along both axes
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (square, line):
             for up, down, pad in (
-                (1, 1, (1, 2, 1, 2)),
-                (2, 1, (2, 5, 2, 1)),
-                (1, 2, (3, 1, 1, 1)),
-                (3, 2, (4, -1, 0, 6)),
+                (1, 1, (1, 2, 1, 2)),  # filter
+                (2, 1, (2, 5, 2, 1)),  # upsample
+                (1, 2, (3, 1, 1, 1)),  # downsample
+                (3, 2, (4, -1, 0, 6)),  # both, with a border that is cropped
             ):
                 sizes = ((up, up), (down, down), pad)
                 actual = _ops.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)

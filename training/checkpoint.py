@@ -36,8 +36,9 @@ def restore_optimizer(
         if name.startswith(f"{prefix}."):
             index, key = name.removeprefix(f"{prefix}.").split(".")
             state.setdefault(int(index), {})[key] = value
-    full = optimizer.state_dict()
+    full = optimizer.state_dict()  # learning rates and groups of this run
     count = sum(len(group["params"]) for group in full["param_groups"])
+    # Fewer moments are legitimate: Adam has none for parameters that never had a gradient.
     if any(i >= count for i in state):
         raise ValueError(
             f"checkpoint: expected moments of {count} parameters ({prefix}), got {max(state)}. Resume with"

@@ -211,7 +211,7 @@ def label_array(labels: list, names: list[str], where: str, c_dim: int | None) -
         values = np.array(labels, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: expected labels to hold numbers only ({error}). Rewrite them.") from error
-    finite = np.isfinite(values).all(axis=1)
+    finite = np.isfinite(values).all(axis=1)  # [n]
     if not finite.all():
         first = names[int(finite.argmin())]
         raise ValueError(
@@ -322,7 +322,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                     np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
                 )
         n = len(self._files.images)
-        self._shape = self._files.read_image(self._files.images[0]).shape
+        self._shape = self._files.read_image(self._files.images[0]).shape  # (C, R, R)
         if resolution is not None and resolution != self._shape[1]:
             got = f"{self._shape[1]}x{self._shape[2]} in entry {self._files.images[0]!r}"
             raise ValueError(
@@ -331,6 +331,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         # Raw indices count the files; indices of the dataset count the subset, and then its mirrored copy.
         keep = np.arange(n, dtype=np.int64)
         if max_size is not None and max_size < n:
+            # EG3D's choice of the subset: the first ones of a shuffled list, in file order.
             np.random.RandomState(random_seed).shuffle(keep)
             keep = np.sort(keep[:max_size])
         self._raw_index = np.tile(keep, 2) if xflip else keep
@@ -487,6 +488,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
                     # Many numbers at once are the same as one by one, and much faster.
                     back = iter(random.randint(window, size=_DRAWS).tolist())
                 j = (i - next(back)) % n
+                # After the yield: an image moves only once it has been used.
                 shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
 
 
@@ -503,7 +505,7 @@ def _start_worker(work: Callable) -> None:
     _work = work
     # The terminal sends Ctrl-C to the whole process group. The parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, which writes a checkpoint
     torch.set_num_threads(1)  # the processes themselves are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -512,7 +514,7 @@ def _end_with_parent() -> None:
     """End this worker if the parent process was killed, so that no process remains."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    parent.join()  # returns when the parent has ended, for any reason
     os._exit(1)
 
 
@@ -610,6 +612,7 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     Raises: ValueError like the dataset does, or if a worker was killed.
     """
     slots = AHEAD * workers + 1
+    # One slot more than tasks in advance: the batch that the caller is using.
     size = (slots, n, dataset.num_channels, dataset.resolution, dataset.resolution)
     # Anonymous shared memory: forked workers write into the same pages, so no image is sent through a pipe.
     images = np.frombuffer(mmap.mmap(-1, int(np.prod(size))), np.uint8).reshape(size)

@@ -50,7 +50,7 @@ def crop_box(options: ConvertOptions, width: int, height: int) -> tuple[int, int
     if options.transform is None:
         return 0, 0, width, height
     w, h = (1, 1) if options.transform == "center-crop" else options.size
-    scale = min(width / w, height / h)
+    scale = min(width / w, height / h)  # of the largest rectangle that fits
     kept_w = max(1, round(w * scale))
     kept_h = max(1, round(h * scale))
     left = (width - kept_w) // 2
@@ -65,7 +65,7 @@ def transform_image(image: PIL.Image.Image, options: ConvertOptions) -> PIL.Imag
         image = image.resize(options.resolution, PIL.Image.Resampling.LANCZOS)
     if options.transform != "center-crop-wide":
         return image
-    canvas = PIL.Image.new(image.mode, (image.width, image.width))
+    canvas = PIL.Image.new(image.mode, (image.width, image.width))  # black
     canvas.paste(image, (0, (image.width - image.height) // 2))
     return canvas
 
@@ -112,7 +112,7 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
     """
     ready = []
     for entry in entries:
-        source = files.decode(entry)
+        source = files.decode(entry)  # a damaged entry is an error here, in the worker
         image = transform_image(source, options)
         images = [image, image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)] if options.mirror else [image]
         shape = (len(image.getbands()), image.height, image.width)
@@ -128,6 +128,7 @@ def read_labels(files: ImageFiles, options: ConvertOptions) -> list | None:
     stored = None if options.labels == "drop" or LABELS_FILE not in files.entries else files.read_labels()
     if stored is None:
         return None
+    # Only the images that are kept are checked; a slice with None keeps all.
     names = files.images[: options.max_images]
     where = f"dataset {files.path}: {LABELS_FILE}"
     stored = stored[: len(names)]
@@ -153,7 +154,7 @@ def _output_labels(label, options: ConvertOptions, size: tuple[int, int]) -> lis
     if not options.mirror:
         return [label]
     if not isinstance(label, list):
-        return [label, label]
+        return [label, label]  # a class index does not change when the image is mirrored
     return [label, mirror_label(torch.tensor([label], dtype=torch.float64))[0].tolist()]
 
 
@@ -251,6 +252,7 @@ def writer(dest: Path, source: Path, overwrite: bool) -> Iterator[Callable[[str,
             " Name another."
         )
     dest.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, hence on the same disk, where a rename is atomic.
     part = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
         if to_zip:

@@ -113,7 +113,7 @@ class DiscriminatorBlock(torch.nn.Module):
         source = source.to(dtype=dtype, memory_format=memory_format)
         x = self.fromrgb(source) if self.in_channels == 0 else source
         # Each branch is scaled by sqrt(0.5), so that their sum keeps the variance.
-        y = self.skip(x, gain=math.sqrt(0.5))
+        y = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
         return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
 
@@ -150,7 +150,7 @@ class DiscriminatorEpilogue(torch.nn.Module):
         x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
         if self.mbstd is not None:
             x = self.mbstd(x)
-        x = self.out(self.fc(self.conv(x).flatten(1)))
+        x = self.out(self.fc(self.conv(x).flatten(1)))  # [N, C, 4, 4] -> [N, 16 C] -> [N, cmap_dim or 1]
         if self.cmap_dim > 0:
             assert cmap is not None
             # Projection: the scalar product of image features and label, scaled to unit variance.
@@ -182,12 +182,13 @@ class DualDiscriminator(torch.nn.Module):
         super().__init__()
         self.c_dim = c_dim
         self.img_resolution = img_resolution
-        self.img_channels = img_channels * 2
+        self.img_channels = img_channels * 2  # the image, and the resized raw rendering
         self.disc_c_noise = disc_c_noise
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
         # Lowest resolution in half precision; never below 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
+        # Without labels there is no projection; the logit is then the last layer's only output.
         cmap_dim = 0 if c_dim == 0 else width[4] if cmap_dim is None else cmap_dim
         layer_idx = 0
         for res in self.block_resolutions:
@@ -236,6 +237,7 @@ class DualDiscriminator(torch.nn.Module):
             x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
         cmap = None
         if self.c_dim > 0:
+            # Regularises D's conditioning on the pose (EG3D).
             if self.disc_c_noise > 0:
                 c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
             cmap = self.mapping(None, c)

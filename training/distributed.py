@@ -57,8 +57,7 @@ class Ranks:
             raise PeerLostError(
                 f"rank {self.rank} of {self.world}: expected every rank to {what} within {self.minutes:g}"
                 f" minutes, got: {reason}. A process of the run died or does not respond. Everything written"
-                " so"
-                " far is intact. Continue with --resume=RUN."
+                " so far is intact. Continue with --resume=RUN."
             ) from error
 
     def sum_(self, tensor: torch.Tensor, what: str = "exchange gradients") -> torch.Tensor:

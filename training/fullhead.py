@@ -98,6 +98,7 @@ def sample_balls(planes: torch.Tensor, points: torch.Tensor, box_warp: float) ->
     Returns: [N, 3, P, C].
     """
     x, y, z = (points * (2 / box_warp)).unbind(-1)
+    # Both weights can be 0 at one point; EPSILON makes the quotient 0 there.
     total = torch.zeros([], device=planes.device)
     weights = torch.full([], EPSILON, device=planes.device)
     for ball, rotated in zip(planes.unbind(1), ((z, y, -x), (-z, -x, y)), strict=True):
@@ -303,7 +304,7 @@ class FullHeadGenerator(TriPlaneGenerator, ABC):
         The result also has 'image_mask' [N, 1, r, r], the share of the ray that is not background.
         """
         features, depth, opacity = self._march(planes, c, resolution, options)
-        features = self.scaled(features)
+        features = self.scaled(features)  # before the background is added, which is not scaled
         if options["use_background"]:
             # The background fills the light that the head lets through.
             features = features + (1 - opacity) * self._background(

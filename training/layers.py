@@ -128,6 +128,7 @@ class Conv2dLayer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """Map x [N, C, H, W] to [N, O, H * up / down, W * up / down]."""
+        # Scaled in float32, then converted: in half precision the product would round twice.
         weight = (self.weight * self.weight_gain).to(x.dtype)
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         # Upsampling layers run a true convolution, the others a correlation, as in StyleGAN2.
@@ -206,7 +207,7 @@ class MappingNetwork(torch.nn.Module):
         self.num_layers = num_layers
         self.w_avg_beta = w_avg_beta
         embed_features = 0 if c_dim == 0 else (embed_features or w_dim)
-        hidden = layer_features or w_dim
+        hidden = layer_features or w_dim  # width of all layers but the last
         if num_ws is not None and w_avg_beta is not None:
             self.register_buffer("w_avg", torch.zeros([w_dim]))
         if c_dim > 0:
@@ -255,6 +256,7 @@ class MappingNetwork(torch.nn.Module):
             self.w_avg.copy_(x.detach().mean(dim=0).lerp(self.w_avg, self.w_avg_beta))
         if self.num_ws is None:
             return x
+        # One copy per layer of the synthesis network, which style mixing and truncation change separately.
         ws = x.unsqueeze(1).repeat([1, self.num_ws, 1])  # [N, L, W]
         # psi = 1 leaves ws unchanged, and skipping it also keeps the bits.
         if truncation_psi != 1:

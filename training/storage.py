@@ -58,8 +58,7 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
         reason = error.strerror or error
         raise OSError(
             f"{path}: cannot write {len(data)} bytes: {reason}. The old content is intact. Free space, or"
-            " choose"
-            " another folder."
+            " choose another folder."
         ) from error
     finally:
         # The folder may be deleted or read-only; then nothing more can be done.
@@ -172,8 +171,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
         if content.get("format", 1) > FORMAT:
             raise ValueError(
                 f"{what}, got one of format {content['format']}, which a later version wrote. Use that"
-                " version"
-                " of the package."
+                " version of the package."
             )
         if not {"kind", "meta"} <= content.keys():
             raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")

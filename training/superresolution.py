@@ -55,6 +55,7 @@ class SuperresolutionHybrid(torch.nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. {remedy}"
             )
+        # A class that forbids antialiasing overrides the option, as EG3D's legacy module does.
         self.sr_antialias = sr_antialias and self.antialias_allowed
         wide, narrow = block_channels or self.default_block_channels
         use_fp16 = sr_num_fp16_res > 0
@@ -78,7 +79,7 @@ class SuperresolutionHybrid(torch.nn.Module):
         """Resize x [N, C, r, r] to the input resolution of the first block."""
         size = self.input_resolution
         if x.shape[-1] == size:
-            return x
+            return x  # exact, while interpolation to the same size could round
         if self.only_enlarges and x.shape[-1] > size:
             remedy = "Lower --nrr-initial and --nrr-final to it."
             raise ValueError(
@@ -152,6 +153,7 @@ class NoSuperresolution(torch.nn.Module):
         Differentiable in rgb.
         """
         del x, ws  # features and styles of the other modules' interface
+        # More pixels than in training are kept.
         if rgb.shape[-1] >= self.input_resolution:
             return rgb
         return torch.nn.functional.interpolate(
@@ -174,6 +176,7 @@ def module_by_name(name: str) -> type:
 
     Raises: ValueError for any other name. Nothing is imported by name, since names come from files.
     """
+    # Files of EG3D store the dotted name of the class.
     key = name.removeprefix("training.superresolution.")
     if key not in MODULES:
         raise ValueError(

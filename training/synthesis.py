@@ -64,7 +64,7 @@ class SynthesisLayer(torch.nn.Module):
     ) -> torch.Tensor:
         """Map x [N, C, R/up, R/up] with w [N, W] to [N, O, R, R]."""
         assert noise_mode in ("random", "const", "none")
-        noise = None
+        noise = None  # added after the convolution, before the bias
         if self.use_noise and noise_mode == "random":
             # One noise image per sample, shared by all channels: [N, 1, R, R].
             noise = (
@@ -72,7 +72,7 @@ class SynthesisLayer(torch.nn.Module):
                 * self.noise_strength
             )
         elif self.use_noise and noise_mode == "const":
-            noise = self.noise_const * self.noise_strength
+            noise = self.noise_const * self.noise_strength  # [R, R], the same for all samples
         x = modulated_conv2d(
             x,
             self.weight,
@@ -85,6 +85,7 @@ class SynthesisLayer(torch.nn.Module):
             flip_weight=(self.up == 1),
             fused_modconv=fused_modconv,
         )
+        # The clamp applies after the gain, so it is scaled with it.
         clamp = self.conv_clamp * gain if self.conv_clamp is not None else None
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act="lrelu", gain=self.act_gain * gain, clamp=clamp
@@ -168,6 +169,7 @@ class SynthesisBlock(torch.nn.Module):
             "channels_last": self.channels_last,
         }
         if in_channels == 0:
+            # Learned input of the 4x4 block, the same for all samples.
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
             up = 2 if upsample else 1
@@ -227,6 +229,7 @@ class SynthesisBlock(torch.nn.Module):
         if img is not None and self.upsample:
             img = upfirdn2d.upsample2d(img.to(memory_format=layout), self.resample_filter)
         y = self.torgb(x, next(w_iter), fused_modconv=bool(fused_modconv)).to(dtype=torch.float32)
+        # On a GPU EG3D keeps images contiguous, also with channels-last features.
         y = y if ws.device.type == "cpu" else y.contiguous()
         if img is None:
             return x, y
@@ -259,7 +262,7 @@ class SynthesisNetwork(torch.nn.Module):
         # Lowest resolution in half precision; never below 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         self.num_ws = 0
-        previous = 0
+        previous = 0  # channels of the block before; 0 marks the first block
         for res in self.block_resolutions:
             channels = channels_at(res, channel_base, channel_max)
             block = SynthesisBlock(
@@ -286,7 +289,7 @@ class SynthesisNetwork(torch.nn.Module):
                 f" {list(ws.shape)}. Use ws of this generator's mapping network."
             )
         ws = ws.to(torch.float32)
-        start = 0
+        start = 0  # index of the block's first w
         x: Any = None
         img: Any = None
         for res in self.block_resolutions:

@@ -106,6 +106,7 @@ def parse_name(name: str) -> PeopleOptions:
         )
     kinds = {"n": int, "seed": int, "yaw": float, "pitch": float}
     values = {}
+    # Options may be separated by commas or by further @.
     for item in re.split("[,@]", match[2]) if match[2] else []:
         key, _, text = item.partition("=")
         if key not in kinds:
@@ -136,6 +137,7 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
         rng = np.random.default_rng([options.seed, i])
         latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
+    # float64 until the label is complete, then rounded once.
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     shape, appearance = np.split(np.stack(latents), [people.SHAPE], axis=1)
@@ -157,7 +159,7 @@ def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.n
         for head, pose in zip(heads, poses, strict=True)
     ]
     images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
-    pixels = np.round(images * 255).astype(np.uint8)
+    pixels = np.round(images * 255).astype(np.uint8)  # [32, R, R, 3]
     return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
 
 
@@ -176,7 +178,7 @@ def write_heads(
         progress: show a progress bar with the remaining time.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = math.ceil(options.n / _GROUP)
+    count = math.ceil(options.n / _GROUP)  # the last group may be smaller
     processes = min(processes or available, _MAX_PROCESSES)
     killed = "synthetic heads: a worker process was killed. Free memory and start again."
     groups = in_order(functools.partial(_render_group, options), range(count), processes, killed)
@@ -184,6 +186,7 @@ def write_heads(
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, with the process id: two processes that render the same set do not disturb each other.
     parts = {suffix: path.with_name(f".{path.stem}.{os.getpid()}{suffix}") for suffix in (".zip", ".npz")}
     try:
         with (
@@ -194,6 +197,7 @@ def write_heads(
                 places = slice(group * _GROUP, group * _GROUP + len(images))
                 depth[places] = offsets
                 for name, image in zip(names[places], images, strict=True):
+                    # A constant date: the same options give the same bytes.
                     archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
                 bar.update(len(images))
             rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
@@ -229,6 +233,7 @@ def resolve_dataset(
         Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
         / f"{options.stem()}.zip"
     )
+    # A user may have deleted one of the two files; both are then rendered again.
     if not (path.exists() and path.with_suffix(".npz").exists()):
         try:
             write_heads(options, path, processes, progress)
@@ -252,7 +257,7 @@ def load_truth(path: Path) -> HeadsTruth:
             " Delete the zip to render the set again."
         )
     with np.load(source) as data:
-        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS
+        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`
         return HeadsTruth(
             shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth
         )

@@ -25,7 +25,7 @@ class OSGDecoder(torch.nn.Module):
 
     def __init__(self, n_features: int, options: dict):
         super().__init__()
-        lr_mul = options["decoder_lr_mul"]
+        lr_mul = options["decoder_lr_mul"]  # below 1: the decoder learns more slowly than the planes
         self.hidden_dim = options.get("decoder_hidden_dim", 64)
         self.net = torch.nn.Sequential(
             FullyConnectedLayer(n_features, self.hidden_dim, lr_multiplier=lr_mul),
@@ -87,17 +87,17 @@ class TriPlaneGenerator(torch.nn.Module):
         z_dim: int,
         c_dim: int,
         w_dim: int,
-        img_resolution: int,
+        img_resolution: int,  # R, pixels of the final image
         img_channels: int,
-        sr_num_fp16_res: int = 0,
+        sr_num_fp16_res: int = 0,  # above 0: super-resolution in half precision
         mapping_kwargs: dict | None = None,
-        rendering_kwargs: dict | None = None,
+        rendering_kwargs: dict | None = None,  # EG3D's rendering options; see training/config.py
         sr_kwargs: dict | None = None,
         plane_resolution: int = 256,
         plane_channels: int = 32,
         plane_layout: str = "eg3d",
         decoder_hidden_dim: int = 64,
-        neural_rendering_resolution: int = 64,
+        neural_rendering_resolution: int = 64,  # r, pixels
         decoder_features: int | None = None,
         **synthesis_kwargs,
     ):
@@ -115,6 +115,7 @@ class TriPlaneGenerator(torch.nn.Module):
         self.neural_rendering_resolution = neural_rendering_resolution
         self.renderer = ImportanceRenderer(plane_layout)
         self.ray_sampler = RaySampler()
+        # The planes are an image with many channels, for which the backbone is an ordinary StyleGAN2.
         size, channels = self._backbone_output()
         self.backbone = Generator(
             z_dim,
@@ -125,6 +126,8 @@ class TriPlaneGenerator(torch.nn.Module):
             mapping_kwargs=mapping_kwargs,
             **synthesis_kwargs,
         )
+        # What rays accumulate: the first three features are the raw image, all of them go to
+        # super-resolution.
         features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(
@@ -136,7 +139,7 @@ class TriPlaneGenerator(torch.nn.Module):
             **(sr_kwargs or {}),
         )
         options = {
-            "decoder_lr_mul": 1,
+            "decoder_lr_mul": 1,  # for networks whose rendering_kwargs do not have it
             **self.rendering_kwargs,
             "decoder_output_dim": features,
             "decoder_hidden_dim": decoder_hidden_dim,
@@ -167,7 +170,7 @@ class TriPlaneGenerator(torch.nn.Module):
         rendering_kwargs['c_scale'], which is 0 if missing, as in EG3D.
         """
         if self.rendering_kwargs["c_gen_conditioning_zero"]:
-            c = torch.zeros_like(c)
+            c = torch.zeros_like(c)  # the mapping network still embeds a label, of zeros
         c = c * self.rendering_kwargs.get("c_scale", 0)
         return self.backbone.mapping(
             z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff, update_emas=update_emas
@@ -247,6 +250,7 @@ class TriPlaneGenerator(torch.nn.Module):
         self, planes: torch.Tensor, c: torch.Tensor, resolution: int, options: dict
     ) -> list[torch.Tensor]:
         """Render features [N, D, r, r], depth and opacity [N, 1, r, r] from cameras c [N, 25]."""
+        # The label is row-major: 16 numbers of the pose, then 9 of the intrinsics.
         cam2world = c[:, :16].reshape(-1, 4, 4)
         intrinsics = c[:, 16:25].reshape(-1, 3, 3)
         origins, directions = self.ray_sampler(cam2world, intrinsics, resolution)
@@ -299,6 +303,7 @@ class TriPlaneGenerator(torch.nn.Module):
         The truncation arguments have no effect, as in EG3D: ws are truncated by `mapping`.
         """
         del truncation_psi, truncation_cutoff, update_emas
+        # Synthesised anew on each call; the cache of `synthesis` is not used.
         planes = self.planes(ws, **synthesis_kwargs)
         options = self.rendering_kwargs
         return self.renderer.run_model(

@@ -134,6 +134,7 @@ def _bias_act_torch(
     if b is not None:
         b = b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])  # [1, .., B, .., 1]
     if spec.homogeneous_ is not None and gain > 0 and (b is not None or gain != 1):
+        # A new tensor, on which the activation may work in place; x itself is never written to.
         fresh = x * gain if b is None else torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
         y = spec.homogeneous_(fresh, alpha)
     else:
@@ -154,6 +155,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad):
+    """Return the gradients for x and b."""
     dim, act, alpha, gain, clamp = ctx.rest
     need_x, need_b = ctx.needs_input_grad[:2]
     if _NAMES[act] not in _PIECEWISE:
@@ -164,10 +166,12 @@ def _gradients(ctx, grad):
         )
         grad = grad * gain * slope
         if clamp >= 0:
+            # Clamped results have no gradient. The comparison itself has none, either.
             grad = grad * (value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
     # Read once: torch's checkpoint unpacks a saved tensor a single time.
     saved = ctx.saved_tensors
+    # The kernel reads both tensors by one index, so their layouts must be equal.
     grad = like_layout(grad, saved[0]) if saved else dense(grad)
     out = saved[0] if saved else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
@@ -194,11 +198,13 @@ _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] 
 
 
 def _save_backward(ctx, inputs, output) -> None:
+    # `grad` enters linearly, so its own gradient does not need it.
     _, out, *ctx.rest, ctx.with_bias = inputs
     ctx.save_for_backward(out)
 
 
 def _gradients_backward(ctx, grad_x, grad_b):
+    """Return the second derivative: the adjoint of `bias_act_backward` is `bias_act_slope`."""
     (out,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
     return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, out), grad_b, out, *ctx.rest), *[None] * 7
@@ -211,6 +217,7 @@ def _save_slope(ctx, inputs, output) -> None:
 
 
 def _gradients_slope(ctx, grad):
+    """Return the third derivative: the adjoint of `bias_act_slope` is `bias_act_backward`."""
     (out,) = ctx.saved_tensors
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
         like_layout(grad, out), out, *ctx.rest, ctx.has_bias

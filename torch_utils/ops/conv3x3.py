@@ -66,8 +66,10 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
         and padding in (0, 1, 2)
         and min(x.shape[2:]) + 2 * padding >= 3
     )
+    # The kernels have no code for remaining channels.
     lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
     applies = lanes and alike(x, w)
+    # Cases in which torch is faster.
     dropped = (
         min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS
         or x.shape[2] * x.shape[3] < _LEAST_PIXELS
@@ -97,6 +99,7 @@ def _tile(n: int, h: int, w: int) -> int:
 def _fake(x, w, padding, transposed, tile):
     """Return an empty result, for torch.compile."""
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    # NHWC in memory, NCHW in shape: channels-last, as the kernel returns it.
     return x.new_empty([len(x), height, width, w.shape[1 if transposed else 0]]).permute(0, 3, 1, 2)
 
 
@@ -106,12 +109,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad):
-    """Return the gradients for x and w. Both are convolutions of the same kind, so they have gradients,"
-    " too."""
+    """Return the gradients for x and w. Both are convolutions of this kind, with gradients of their own."""
     x, w = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[:2]
     grad = grad.contiguous(memory_format=torch.channels_last)
     p = ctx.padding
+    # The gradient for x is the convolution with the reversed kernel and the complementary padding.
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed, ctx.tile) if need_x else None
     grad_w = None
     if need_w:
@@ -131,6 +134,7 @@ def _gradients_weight(ctx, grad_w):
     need_x, need_grad = ctx.needs_input_grad[:2]
     grad_w = grad_w.contiguous()
     p = ctx.padding
+    # The gradient of w is bilinear in x and grad; its derivatives are convolutions by grad_w.
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, grad_w, 2 - p, True, ctx.tile) if need_x else None
     return (
         grad_x,
@@ -208,6 +212,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
+        # The kernel's gradient correlates the large image with the small one, in either direction.
         large, small = (grad, x) if ctx.up else (x, grad)
         need_x, need_w, _ = ctx.needs_input_grad
         return (
@@ -230,6 +235,7 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
+        # Bilinear in x and grad, so each derivative is a convolution of the other by grad_w.
         return _Convolution.apply(grad, grad_w, True) if need_x else None, (
             _Convolution.apply(x, grad_w, False) if need_grad else None
         )

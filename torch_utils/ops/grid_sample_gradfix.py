@@ -42,6 +42,7 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, grid = ctx.saved_tensors
+        # By another autograd function, so that it has a gradient again; aten's own backward has none.
         dx = _Scatter.apply(dy, grid, ctx.shape) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return dx, None

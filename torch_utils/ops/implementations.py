@@ -21,6 +21,7 @@ FLOATS = (torch.float32, torch.float64)  # dtypes of the compiled ops
 COMPILED_DTYPES = (FLOATS, (*FLOATS, torch.float16, torch.bfloat16))
 IMPLS = ("auto", "compiled", "torch", "ref")
 _auto = "auto"  # meaning of "auto" in the enclosing `implementation` block
+# Ops of several modules share this namespace, hence a fragment.
 _LIB = torch.library.Library("eg3d_rlhf", "FRAGMENT")
 
 
@@ -48,6 +49,7 @@ def alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
 
     That is: one dtype, float32 or float64, one device, and the first one not empty.
     """
+    # Empty tensors go to torch, which handles them in every op.
     same = all(t.dtype == first.dtype and t.device == first.device for t in others)
     return same and first.dtype in FLOATS and first.numel() > 0
 
@@ -74,6 +76,7 @@ def implementation(impl: str) -> Iterator[None]:
     """
     global _auto
     before = _auto
+    # "auto" restores the ordinary choice inside another block; other names are checked.
     _auto = impl if impl == "auto" else current(impl)
     try:
         yield

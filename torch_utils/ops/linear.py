@@ -61,6 +61,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     """Compute `linear` without gradients, for tensors that `fits` has accepted. Strides may be arbitrary."""
     if x.numel() * len(weight) < LARGE:
         return F.linear(x, weight, bias)
+    # oneDNN's linear layer with the fused activation "none".
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -79,6 +80,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
         return (
             linear(grad, weight.t()) if need_x else None,
+            # [B, rows] @ [rows, A]; `linear` multiplies by the transpose of its second argument.
             linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )

@@ -112,6 +112,7 @@ def smooth_weights(weights: torch.Tensor) -> torch.Tensor:
 
     The weights are widened (max-pool 2, then average-pool 2) and raised by 0.01. With S = 2 nothing remains.
     """
+    # Padding makes S windows of the S - 1 weights; the average pool makes S - 1 of them again.
     widened = torch.nn.functional.max_pool1d(weights.unsqueeze(1), 2, 1, padding=1)
     return (torch.nn.functional.avg_pool1d(widened, 2, 1).squeeze(1) + 0.01)[:, 1:-1]
 
@@ -132,6 +133,7 @@ def invert_density(
     weights = weights + eps
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
+    # The bin whose range of the distribution contains u.
     index = torch.searchsorted(cdf, u.contiguous(), right=True)
     below = (index - 1).clamp_min(0)
     above = index.clamp_max(k)
@@ -142,6 +144,7 @@ def invert_density(
     width = cdf_above - cdf_below
     # In an empty bin the quotient below would be 0 / 0; its lower edge is returned instead.
     width = torch.where(width < eps, torch.ones_like(width), width)
+    # Linear inside the bin, since the density is constant there.
     return bin_below + (u - cdf_below) / width * (bin_above - bin_below)
 
 

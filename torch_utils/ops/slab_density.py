@@ -54,6 +54,7 @@ def slab_density(
         (x, len(w), 1, z): ("xz", 2),
         (1, len(w), y, z): ("yz", 0),
     }
+    # A map's kind follows from its shape, so that callers need not order them.
     names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
     if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
         raise ValueError(
@@ -68,6 +69,7 @@ def slab_density(
         return slab_density_ref(maps, w, b, shape)
     if chosen == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
+    # The compiled op takes maps without the axis of length 1, in a fixed order, and None for a missing one.
     flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
         flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
@@ -173,6 +175,7 @@ class _Volume:
         """
         _, count_y, count_z = self.shape
         units = self.factors[0].shape[1]
+        # As many whole x-slices as fit into the buffer; a slice that does not fit is divided along y.
         step_x = max(1, self.chunk // (units * count_y * count_z))
         bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
         step_y = math.ceil(count_y / min(bands, count_y))
@@ -186,6 +189,7 @@ class _Volume:
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
         """Combine the maps of a block: a product of exponentials, or a sum."""
+        # exp(A + B) is a product of the factors, A + B a sum of them.
         combine = torch.mul if self.product else torch.add
         first, *rest = (_cut(factor, x, y) for factor in self.factors)
         if not rest:
@@ -263,6 +267,7 @@ def _volume_gradients(
         part_maps = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
         scratch = w.new_empty(0)
         for x, y, block in volume.blocks(over):
+            # Grows to the largest block once, then is reused.
             scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
             spare = scratch[: block.numel()].view(block.shape)
             part = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
@@ -284,6 +289,7 @@ def _volume_gradients(
             # `partial is total` for maps with an x axis, which were written in place.
             if total is not None and partial is not None and partial is not total:
                 total += partial
+    # The factor w[j] is common to all terms of the sum, so it is applied once, at the end.
     grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
     grad_w: Any = sum(part_w for part_w, _ in results) if need_w else None
     return grad_w, grad_maps

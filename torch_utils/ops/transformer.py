@@ -60,13 +60,13 @@ class _SelfAttention(torch.autograd.Function):
         # `known` is a tuple, which hides the tensor from autograd: it is no input.
         if known[0] is not None:
             return known[0].detach()
-        out = torch.empty_like(qkv[:, :, 0])
+        out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
-            q = q * q.shape[-1] ** -0.5
+            q = q * q.shape[-1] ** -0.5  # scaled before the product, which is smaller than its result
             v = v.t()  # `product` multiplies by the transpose of its second argument
             for rows, to in zip(*_tiles(q, out[n, :, h]), strict=True):
-                scores = product(rows, k)
+                scores = product(rows, k)  # [tile, T]
                 to.copy_(product(torch.softmax(scores, -1, out=scores), v))
         return out
 
@@ -87,6 +87,7 @@ class _SelfAttention(torch.autograd.Function):
             scale = q.shape[-1] ** -0.5
             g = grad[n, :, h].contiguous()
             q = q * scale
+            # Gradients of k and v are kept transposed, [D, T]: the products then need no copies.
             to_q = torch.empty_like(q)
             to_k = torch.zeros_like(k.t()).contiguous()
             to_v = torch.zeros_like(v.t()).contiguous()
@@ -171,6 +172,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, skip):
         ctx.save_for_backward(x, weight_1, bias_1, weight_2)
+        # The backward pass computes hidden values again, so it does not need the result.
         if skip:
             return x.new_zeros([]).expand_as(x)  # one number in memory
         out = torch.empty_like(x)
@@ -192,7 +194,7 @@ class _FeedForward(torch.autograd.Function):
         for rows, g, to in zip(
             *_parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x), strict=True
         ):
-            hidden = product(rows, weight_1, bias_1)
+            hidden = product(rows, weight_1, bias_1)  # [part, B]
             if to_weight_2 is not None:
                 to_weight_2 += product(g.t(), F.gelu(hidden, approximate="tanh").t())
             to_hidden = product(g, weight_2.t())

@@ -66,6 +66,7 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
         there is then no separable form.
     """
     pairs = []
+    # float64 on the CPU: the inverse of a permutation should come out exactly.
     for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
         columns = matrix[:, :2]  # [3, 2]
         axes = columns.argmax(dim=0)
@@ -172,11 +173,14 @@ def triplane_decode(
         weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
         and weights.b1.shape == weights.w1.shape[:1]
     )
+    # Pairs may come from the caller, from `merged`, or from the axes, in this order: the last one waits for a
+    # GPU.
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
+    # The compiled op has no gradient for points.
     fixed = not (points.requires_grad and torch.is_grad_enabled())
     applies = (
         aligned
@@ -199,6 +203,7 @@ def triplane_decode(
     scaled = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
     # The division by K turns the sum over planes into the mean, before the first layer, which is linear.
     weights = weights._replace(w0=weights.w0 / merged.planes)
+    # The compiled op requires equal dtypes, see `applies`; here points are converted.
     if chosen == "torch":
         return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
@@ -212,6 +217,7 @@ def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
 
     They add up plane gradients atomically, so they do not apply if torch was asked for deterministic results.
     """
+    # Without gradients nothing is added up, and results are deterministic anyway.
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
     units, channels = weights.w0.shape
@@ -220,6 +226,7 @@ def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
         and len(weights.b1) - 1 <= _CUDA_CHANNELS
         and planes.shape[1] <= _CUDA_PLANES
     )
+    # In bytes: half as many units fit in float64.
     return few and units * planes.element_size() <= _CUDA_UNITS * 4
 
 
@@ -230,8 +237,7 @@ def triplane_decode_ref(
     box_warp: float,
     weights: DecoderWeights,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the definition, all points at once: each plane is read separately, and their mean is"
-    " decoded."""
+    """Compute the definition, all points at once: read each plane separately and decode the mean."""
     w0, b0, w1, b1 = weights
     # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
@@ -274,6 +280,7 @@ def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tens
             if twice
             else F.grid_sample(plane, grid, align_corners=False)
         )
+        # The mean over planes is in w0, so the features are added up.
         sampled = part if sampled is None else sampled + part
     out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
@@ -291,6 +298,7 @@ def _gradients(ctx, grad_features, grad_sigma):
     # Gradients are enabled here only if this gradient is to be differentiated again; torch then computes it.
     if torch.is_grad_enabled():
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
+        # Points are detached: the op has no gradient for them, in this derivative either.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
         outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
         grads_in_order = iter(

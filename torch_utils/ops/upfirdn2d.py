@@ -116,16 +116,16 @@ def _padded_size(x: torch.Tensor, up: Pair, padding: Pads) -> Pair:
 def upfirdn2d_ref(
     x: torch.Tensor, f: torch.Tensor, up: Pair, down: Pair, padding: Pads, flip_filter: bool, gain: float
 ) -> torch.Tensor:
-    """Compute the definition step by step: insert zeros, pad or crop, filter each channel, keep every"
-    " down-th pixel."""
+    """Compute the definition: insert zeros, pad or crop, filter each channel, keep every down-th pixel."""
     n, channels, height, width = x.shape
     if up != (1, 1):
         # Zeros after every pixel: [N, C, H, 1, W, 1] -> [N, C, H, up, W, up] -> [N, C, H up, W up].
         x = x.reshape(n, channels, height, 1, width, 1)
         x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
-    x = F.pad(x, padding) if any(padding) else x  # negative ones crop
+    x = F.pad(x, padding) if any(padding) else x  # F.pad crops for negative values
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
-    # conv2d correlates, so a convolution needs the flipped filter.
+    # One kernel for all channels, in a depthwise convolution. conv2d correlates, so a convolution needs the
+    # flipped filter.
     f = f if flip_filter else f.flip(list(range(f.ndim)))
     for kernel in (f,) if f.ndim == 2 else (f[None, :], f[:, None]):
         x = F.conv2d(x, kernel.expand(channels, 1, *kernel.shape), groups=channels)
@@ -162,9 +162,11 @@ def _filter_pass(
         rest = (x0 - inside[0], x1 - inside[0], y0 - inside[1], y1 - inside[1])
         x = F.pad(x, rest) if any(rest) else x
         return F.conv2d(x, kernel, stride=(down[1], down[0]), padding=(inside[1], inside[0]), groups=channels)
+    # A transposed convolution runs the kernel backwards, so the flips are the opposite of those above.
     kernel = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, kh, kw)
     # How much of the full output each border loses.
     crop = (kw - 1 - x0, kw - up[0] - x1, kh - 1 - y0, kh - up[1] - y1)
+    # conv_transpose2d can crop equally on both sides; the rest is cropped, or padded, afterwards.
     inside = max(min(crop[:2]), 0), max(min(crop[2:]), 0)
     x = F.conv_transpose2d(x, kernel, stride=(up[1], up[0]), padding=(inside[1], inside[0]), groups=channels)
     rest = (inside[0] - crop[0], inside[0] - crop[1], inside[1] - crop[2], inside[1] - crop[3])
@@ -190,12 +192,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.padding = []
     for axis, k in enumerate(filter_size(f)):
         before = padding[2 * axis]
-        size = x.shape[3 - axis]
+        size = x.shape[3 - axis]  # axis 0 is x, the last one of the image
         out = output.shape[3 - axis]
+        # Chosen so that the transpose has exactly `size` pixels, for any remainder of the division by `down`.
         ctx.padding += [k - 1 - before, (size - 1) * ctx.up[axis] - out * ctx.down[axis] + 1 + before]
 
 
 def _gradients(ctx, grad):
+    """Return the gradient for x, which is an upfirdn2d again and so has gradients of its own."""
     (f,) = ctx.saved_tensors
     grad = torch.ops.eg3d_rlhf.upfirdn2d(
         dense(grad), f, ctx.down, ctx.up, ctx.padding, not ctx.flip_filter, ctx.gain

@@ -83,12 +83,13 @@ def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
     taps = torch.tensor(_TAPS, dtype=torch.float64)
     # Transformed in float64 and rounded once.
     u = torch.einsum("ky,noczyx->nokzcx", taps, w.detach().double().cpu()).float()  # [N, O, 6, 3, C, 3]
+    # [N, O/8, 8, 6, 3, C, 3] -> [N, O/8, 6, 3, C, 3, 8]
     return u.unflatten(1, (-1, _LANES)).permute(0, 1, 3, 4, 5, 6, 2).contiguous()
 
 
 def transposed_kernel(w: torch.Tensor) -> torch.Tensor:
-    """Return kernels w [C, O, 3, 3, 3] of a transposed convolution in the form of `volume_up`, [O/8, C, 27,"
-    " 8]."""
+    """Return kernels w [C, O, 3, 3, 3] in the form of `volume_up`, [O/8, C, 27, 8]."""
+    # [C, O, 27] -> [C, O/8, 8, 27] -> [O/8, C, 27, 8]: a vector of 8 outputs lies together in memory.
     return w.detach().flatten(2).unflatten(1, (-1, _LANES)).permute(1, 0, 3, 2).contiguous()
 
 
@@ -149,6 +150,7 @@ def volume_conv(
         return y, torch.ops.eg3d_rlhf.volume_conv(
             x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
         )
+    # Normalise first, then pad: outside, the normalised volume is 0. One channel broadcasts to all C inputs.
     x = x * scale[:, :, None, None, None] + shift[:, :, None, None, None]
     y = (
         F.conv3d(x, w, padding=1)
@@ -157,6 +159,7 @@ def volume_conv(
         else torch.cat([F.conv3d(a[None], k, padding=1) for a, k in zip(x, w, strict=True)])
     )
     if mix is not None and residual is not None:
+        # One channel becomes O of them: [N, 1, D, H, W] -> [N, O, D, H, W].
         residual = residual * mix[None, :, 0, None, None, None] + mix[None, :, 1, None, None, None]
     y = y if residual is None else y + residual
     return _finished(F.relu(y) if relu else y, out)
@@ -241,6 +244,7 @@ def volume_profile(
     if _compiled(impl, h, channel, w, b, final_w, final_b):
         given = (h, channel, w, b, final_w, final_b)
         return torch.ops.eg3d_rlhf.volume_profile(*(t.contiguous() for t in given))
+    # [N, R, D, H, W] -> [N, D, H, W] -> [N, D, H W] -> [N, D]
     response = (
         torch.einsum("ncdhw,rc->nrdhw", volume_gate(h, channel, w, b, impl=impl)[0], final_w)
         + final_b[:, None, None, None]
@@ -268,6 +272,7 @@ def volume_conv_gradient(
             offset.
     Returns: y [N, C, D, H, W] and the sums [N, C, 2] float64 of y and y * other.
     """
+    # u has the form of `transformed_kernel`, [1, C/8, ...], for C outputs of this convolution.
     y = g.new_empty([len(g), u.shape[1] * _LANES, *g.shape[2:]])
     return y, torch.ops.eg3d_rlhf.volume_conv_gradient(g, h, factors.contiguous(), u, other, mix, y)
 
@@ -333,6 +338,7 @@ def volume_join(
         mix: [C, 2]; the channels of r are then a factor and an offset of the one channel that is given.
     Returns: the gradient, in the memory of g; with mix that of the one channel, in new memory.
     """
+    # In place where the shapes agree: the incoming gradient is not needed any more.
     y = g if mix is None else torch.empty_like(r)
     torch.ops.eg3d_rlhf.volume_join(g, h, inner, r, factors.contiguous(), mix, y)
     return y
@@ -350,8 +356,8 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int])
 
 
 def turned(w: torch.Tensor) -> torch.Tensor:
-    """Return the kernels [C, O, 3, 3, 3] of the convolution that is the gradient of one by w [O, C, 3, 3,"
-    " 3]."""
+    """Return the kernels [C, O, 3, 3, 3] of the gradient of a convolution by w [O, C, 3, 3, 3]."""
+    # The adjoint of a convolution exchanges inputs and outputs and reverses the taps.
     return w.transpose(0, 1).flip(2, 3, 4)
 
 

@@ -38,6 +38,7 @@ def gain_in_errors(gain: np.ndarray) -> float:
     It is infinite if all differences are equal and not 0.
     """
     mean = float(gain.mean())
+    # All differences may be equal; then there is no standard error to divide by.
     error = float(gain.std(ddof=1) / math.sqrt(len(gain)))  # standard error of the mean
     if error > 0:
         return mean / error
@@ -56,7 +57,7 @@ def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.nda
     # Beyond the limit only nearer counts, until a snapshot lies within it.
     if distance > limit or kept > limit:
         return distance < kept
-    assert config.early_stop is not None
+    assert config.early_stop is not None  # an EarlyStop exists only with this setting
     return gain_in_errors(gain) > config.early_stop or (distance < kept and float(gain.mean()) >= 0)
 
 
@@ -74,7 +75,7 @@ def consistency(
     for part in (list(seeds)[i : i + batch] for i in range(0, len(seeds), batch)):
         sigma, sigma_ref = (
             g.field(ws_of_seeds(g, part, truncation_psi=PSI)).density_grid(SlabSpec.of(g.bounds, resolution))
-            for g in (of(G), of(G_ref))
+            for g in (of(G), of(G_ref))  # each maps the seeds by its own mapping network
         )
         distances.append(density_l1(sigma, sigma_ref).double().cpu())
     return torch.cat(distances).numpy()
@@ -136,11 +137,13 @@ class EarlyStop(torch.nn.Module):
         nets = loop.subject.nets
         distances = consistency(nets.G_ema, self._reference[0], self.resolution)
         first = int(self.at) < 0  # nothing is kept yet
-        gain = second - self.second.cpu().numpy()
+        gain = second - self.second.cpu().numpy()  # paired by latent, [N]
+        # The first tick always keeps its snapshot: there is no other.
         if first or replaces(self.config, float(distances.mean()), float(self.distance), gain):
             self._keep(nets, loop.cur_nimg, second, float(distances.mean()))
             # Written at once: a run that is killed later leaves its best snapshot as a file.
             networks.save(loop.files.folder / KEPT, self.networks(nets))
+        # Added to the statistics, so that `restore` can rebuild the ledger from stats.jsonl.
         stats["Watch/distance"] = {
             "num": len(distances),
             "mean": float(distances.mean()),
@@ -156,6 +159,7 @@ class EarlyStop(torch.nn.Module):
         for name, part in self.kept.items():
             part.load_state_dict(getattr(nets, name).state_dict())
         self.at.fill_(cur_nimg)
+        # 0 for networks without a rendering resolution, such as those of other families.
         self.rendered.fill_(getattr(nets.G_ema, RENDERED, 0))
         self.distance.fill_(distance)
         self.second.copy_(torch.from_numpy(second))
@@ -188,6 +192,7 @@ class EarlyStop(torch.nn.Module):
         for name in ("G", "G_ema"):
             if name in self.kept and int(self.rendered):
                 setattr(self.kept[name], RENDERED, int(self.rendered))
+        # The kept modules in place of the trained ones; constructor arguments are the same.
         parts: dict[str, Any] = dict(self.kept.items())
         return dataclasses.replace(nets, **parts, cur_nimg=int(self.at))
 
@@ -195,6 +200,7 @@ class EarlyStop(torch.nn.Module):
         """Return the choice and all ticks, as JSON."""
         return {
             "images": int(self.at),
+            # Images of the last tick, of which the choice was made.
             "of": self.ledger[-1]["images"] if self.ledger else int(self.at),
             "distance": float(self.distance),
             "second": float(self.second.mean()),

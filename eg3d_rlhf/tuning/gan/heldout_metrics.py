@@ -42,7 +42,7 @@ class Watch:
         self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all
     ):
         self.measures = measures
-        self.seeds = seeds
+        self.seeds = seeds  # the same at every tick, so that changes are paired
         self.initial = self._values(G_ref)  # by name, [N]
         self.latest: dict[str, np.ndarray] = {}  # changes [N] at the last tick
         self.alarms: list[dict] = []  # ticks at which measures fell
@@ -64,7 +64,7 @@ class Watch:
                 "mean": float(delta.mean()),
                 "std": float(delta.std()),
             }
-            fields[name] = f"{delta.mean():+.3f}"
+            fields[name] = f"{delta.mean():+.3f}"  # in the status line
         fallen = self._alarm(loop.cur_nimg, stats)
         if fallen:
             fields["WARNING"] = f"over-optimised({','.join(fallen)})"
@@ -75,6 +75,7 @@ class Watch:
 
         Returns the names of the measures that fell.
         """
+        # The first measure is the optimised reward; dictionaries keep their order.
         (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
         # `std` is the biased one, hence the division by n - 1 for the standard error.
         errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
@@ -97,7 +98,7 @@ class Watch:
 def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int = 16) -> np.ndarray:
     """Return the reward [N] of a generator's seeds."""
     generator = of(G)
-    ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)
+    ws = ws_of_seeds(generator, seeds, truncation_psi=PSI)  # [N, L, W]
     return torch.cat([reward.score(generator.field(part)) for part in ws.split(batch)]).cpu().numpy()
 
 
@@ -115,8 +116,7 @@ def utilities(
 def make_heldout_metrics(
     settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None
 ) -> Watch:
-    """Return the metrics of a run: the reward itself, the held-out reward if any, the utility for synthetic"
-    " heads."""
+    """Return the metrics of a run: its reward, the held-out reward if any, the utility of synthetic heads."""
     named = {"reward": reward, "second": second}
     measures: dict[str, Measure] = {
         name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None

@@ -30,6 +30,7 @@ def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool
             method. A single pixel then counts as much as a thousand. 0 if there are none.
     Deviates: the published code takes that mean over all samples of a batch together.
     """
+    # How much nearer than the floor each pixel is; 0 where it is farther.
     missing = torch.relu(floor - depth).flatten(1)  # [N, h * w]
     # clamp_min covers the case without violators: 0 / 1.
     return missing.sum(dim=1) / (missing > 0).sum(dim=1).clamp_min(1) if violators else missing.mean(dim=1)
@@ -68,14 +69,13 @@ class NoseFloor(torch.nn.Module):
 
 
 def window_camera(generator: Generator) -> torch.Tensor:
-    """Return the label [1, 25] of a frontal camera whose image is rows and columns 53 to 72 of one of 128"
-    " pixels."""
+    """Return the label [1, 25] of a frontal camera that shows rows and columns 53 to 72 of 128."""
     # The pose sampler uses random numbers even though its standard deviations are 0.
     with fixed_draws():
         label = generator.cameras.label()
-        scale = PIXELS / SIDE
+        scale = PIXELS / SIDE  # the window is a crop of SIDE of PIXELS pixels
     # Cropping an image rescales its intrinsics, since these are in units of the image.
-    intrinsics = label[0, 16:25].view(3, 3)
-    intrinsics[:2, :2] *= scale
+    intrinsics = label[0, 16:25].view(3, 3)  # a view: the label itself is changed
+    intrinsics[:2, :2] *= scale  # focal lengths and skew
     intrinsics[:2, 2] = (intrinsics[:2, 2] - FIRST / PIXELS) * scale
     return label

@@ -50,7 +50,7 @@ class Shaping(torch.nn.Module):
             places: [N], running numbers of the samples in the whole run.
         Returns: shaped [N], raw score [N]. Differentiable in observed.
         """
-        del places
+        del places  # only `ReferenceWins` uses them
         score = network.score(observed)
         return self.shaped(score), score
 
@@ -82,6 +82,7 @@ class Standardised(Shaping):
         super().__init__()
         # 10 caps the scale where no temperature is known.
         most = 10.0 if temperature is None else min(10.0, 1 / temperature)
+        # Outliers would dominate the standard deviation.
         low, high = widened_quartiles(initial_scores)
         initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
         mean = initial_scores.mean()
@@ -165,7 +166,7 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
         initial_shaped: [M], shaped rewards of the untuned generator.
     Raises: ValueError naming --reward-clip where LOW is not below HIGH.
     """
-    if spec == "iqr":
+    if spec == "iqr":  # of the shaped rewards, not of the raw scores
         return widened_quartiles(initial_shaped)
     return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
 
@@ -190,6 +191,7 @@ class RewardPhaseState(torch.nn.Module):
         self.shaping = shaping
         self.nose_floor = nose_floor
         self.register_buffer("bounds", torch.tensor(bounds))
+        # Part of the phase in checkpoints only; none of it is trained.
         self.eval().requires_grad_(False)
 
 
@@ -204,6 +206,7 @@ class RewardTerms:
     """
 
     def __init__(self, G: torch.nn.Module, G_ema: torch.nn.Module, reward: Reward, config: RewardConfig):
+        # The same interface for all families of generators.
         self.generator = of(G)
         self.config = config
         self.reward = reward.eval().requires_grad_(False).arranged()
@@ -229,12 +232,13 @@ class RewardTerms:
         device = device_of(reference)
         # Standardising has its own seeds. All of these seeds are held out from the rewards' training.
         seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
+        # 16 samples at a time, to bound the memory.
         for part in latents(seeds, reference.z_dim).to(device).split(16):
             ws = reference.mapping(part, camera(reference, n=len(part)), truncation_cutoff=CUTOFF)
             observations.append(self.reward.observation.observe(reference.field(ws)))
         embeddings = torch.cat([network.embed(part) for part in observations])
         self.initial_scores = torch.cat([network.score(part) for part in observations])
-        temperature = self.reward.provenance.get("temperature")
+        temperature = self.reward.provenance.get("temperature")  # None for published rewards
         shaping = SHAPINGS[self.config.reward_shaping](self.initial_scores, embeddings, temperature).to(
             device
         )
@@ -274,6 +278,7 @@ class RewardTerms:
         stats = {
             "RLHF/reward": score,
             "RLHF/shaped": shaped,
+            # Share of samples outside the trust region, which get no gradient.
             "RLHF/clipped": ((shaped < low) | (shaped > high)).float(),
         }
         if self.state.nose_floor is not None:
@@ -285,8 +290,7 @@ class RewardTerms:
             yield self._consistency_loss(torch.randn_like(batch.gen_z), batch.gen_c, batch.places)
 
     def _consistency_loss(self, z: torch.Tensor, c: torch.Tensor, places: torch.Tensor) -> Loss:
-        """Return the loss [N] of all terms that compare densities with the reference's, for latents z [N,"
-        " Z]."""
+        """Return the loss [N] of the terms that compare densities with the reference's, for z [N, Z]."""
         config = self.config
 
         # The same latents go through both generators, each with its own mapping network.
@@ -297,7 +301,7 @@ class RewardTerms:
 
         sigma = field(self.generator).density_grid(self.cube)  # [N, D, H, W]
         with torch.no_grad():
-            untuned = field(self.reference)
+            untuned = field(self.reference)  # no graph: the reference is a constant
             sigma_ref = untuned.density_grid(self.cube)
         stats: dict[str, torch.Tensor] = {}
         parts = []
@@ -322,6 +326,7 @@ class RewardTerms:
         It is 1 for shapes that scored above the clip before tuning. The reward term gives these no gradient
         either.
         """
+        # Scored with the same shaping and bounds as the tuned samples.
         shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
         return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
 

@@ -51,11 +51,17 @@ ADA_AUGMENT = dict.fromkeys(
 
 def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
     """Open the training images. Synthetic ones are rendered first if they are not in the cache."""
+    # One process per machine renders synthetic images; the others wait for its cache.
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):
         dataset = ImageFolderDataset(
-            path, use_labels=True, xflip=s.data.mirror, random_seed=s.loop.seed, c_dim=25
+            # 25 numbers: EG3D's generators need a camera for every image.
+            path,
+            use_labels=True,
+            xflip=s.data.mirror,
+            random_seed=s.loop.seed,
+            c_dim=25,
         )
         if dataset.num_channels != 3:
             raise ValueError(
@@ -79,7 +85,7 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
     # With the short moving average of a tuning run, the raw G would soon replace the pretrained average.
-    averaged = s.net.start == "G_ema"
+    averaged = s.net.start == "G_ema"  # see --start
     G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(
@@ -110,8 +116,7 @@ def check_kind(s: Settings) -> None:
     if s.reward.reward_ckpt is None and presets_of(kind):
         raise ValueError(
             f"{flag}: --cfg={s.net.cfg} --reward={kind} needs a reward file. The bundled reward covers only"
-            " the"
-            " bundled generator of heads. Train one with tools/train_reward.py and name it."
+            " the bundled generator of heads. Train one with tools/train_reward.py and name it."
         )
 
 
@@ -124,8 +129,7 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
 
 
 def input_files(s: Settings) -> dict[str, Path]:
-    """Return the files that a run starts from, by role. Runs store their hashes and compare them on"
-    " resume."""
+    """Return the files that a run starts from, by role. Runs store and compare their hashes."""
     files = (
         {}
         if s.net.init == "scratch"
@@ -174,7 +178,7 @@ def build(s: Settings, files: Run) -> Objects:
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
         # Adaptive augmentation starts at 0.
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases = GanPhases(G, D, s.gan, augment).phases()
+    phases = GanPhases(G, D, s.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
     reward = None
     before = None
     watch = None
@@ -195,6 +199,7 @@ def build(s: Settings, files: Run) -> Objects:
                 f"--reward={s.reward.reward}: --reward-ckpt is a reward of the kind {kind}. Pass"
                 f" --reward={kind}."
             )
+        # On rank 0 only, which prints warnings.
         for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
@@ -203,10 +208,12 @@ def build(s: Settings, files: Run) -> Objects:
         )
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
+            # A copy, since G_ema changes during tuning.
             before = copy.deepcopy(reference).eval().requires_grad_(False)
             watch = make_heldout_metrics(s.to_dict(), reward, before, second)
         # With lambda_r = 0 there is no reward phase at all: the run is bitwise identical to GAN training.
         if s.reward.terms.lambda_r > 0:
+            # Appended: the reward phase runs after the adversarial ones in every iteration.
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
@@ -215,6 +222,7 @@ def build(s: Settings, files: Run) -> Objects:
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
+    # Checkpoints store the kept snapshot, so that a resumed run can still choose it.
     carries = {} if early is None else {"early_stop": early}
     loop = TrainingLoop(
         gan,
@@ -230,8 +238,7 @@ def build(s: Settings, files: Run) -> Objects:
 
 
 def observers(watch: Watch | None, early: EarlyStop | None):
-    """Return the loop's tick callback: the held-out metrics, then the early stop, which reads their"
-    " values."""
+    """Return the loop's tick callback: the held-out metrics, then the early stop, which needs them."""
     if watch is None or early is None:
         return watch
     # The order matters: `watch(...)` fills `watch.latest` before the second entry reads it.
@@ -248,6 +255,8 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     objects = build(s, run)  # its weights are overwritten by the checkpoint
     objects.loop.resume(source, previous)
     if objects.watch is not None:
+        # Alarms and choices of earlier ticks are in the statistics file, which the resume has cut to its
+        # tick.
         objects.watch.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)
@@ -262,6 +271,7 @@ def train(objects: Objects, run: Run) -> bool:
     objects.loop.run()
     if objects.loop.stopped is not None:
         return False
+    # Saved again, so that the file matches the state after a resume, too.
     if objects.early_stop is not None and run.ranks.main:
         networks.save(run.folder / KEPT, objects.early_stop.networks(objects.nets))
     run.ranks.barrier()

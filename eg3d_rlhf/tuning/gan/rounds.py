@@ -74,9 +74,11 @@ class Ledger:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / LEDGER
+        # `hashed=False`: the store does not name folders by hash; `_kind` gives them readable names.
         self.store = Store(folder / "ledger", hashed=False)
         self.rounds: list[dict] = []
         self._last = ""  # content hash of the last finished step, on which the next step depends
+        # Only a run of version 0.1 has the file without the folder.
         if self.path.is_file() and not self.store.root.exists():
             self._adopt()
         # The steps form a chain: the first one that is missing ends it.
@@ -122,8 +124,7 @@ class Ledger:
                 if changed:
                     raise ValueError(
                         f"{self.folder / changed[0]}: the file is missing, or is not the one in {LEDGER}."
-                        " Restore"
-                        " it, or start a new run."
+                        " Restore it, or start a new run."
                     )
                 self._finish(entry, step)
         if self._last:
@@ -156,6 +157,7 @@ class Ledger:
             **figures,
             "files": [[path.relative_to(self.folder).as_posix(), file_hash(path)] for path in files],
         }
+        # The store first: ledger.json is written from it and never read by this version.
         self._finish(entry, step)
         self.show()
 
@@ -165,8 +167,7 @@ class Ledger:
         storage.write_atomic(self.path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
     def files(self, step: str) -> list[Path]:
-        """Return the first file of a step from every round that has finished it: labels, rewards,"
-        " networks."""
+        """Return the first file of a step (labels, rewards, networks) from every round that has it."""
         return [self.folder / entry[step]["files"][0][0] for entry in self.rounds if step in entry]
 
 
@@ -183,7 +184,7 @@ def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
         for step in STEPS:
             if step in entry:
                 continue
-            done = getattr(work, step)(number, ledger)
+            done = getattr(work, step)(number, ledger)  # the method of this name
             if done is None:
                 return False
             ledger.note(entry, step, *done)
@@ -203,6 +204,8 @@ def table(ledger: Ledger) -> list[str]:
         noise = labels.get("noise")
         test = reward.get("test_accuracy")
         changes = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("watch", {}).items())
+        # A dash where a round has no such figure: people's labels have no noise, unfinished rounds no
+        # accuracy.
         shown = [
             "-" if value is None else form.format(value)
             for value, form in ((noise, "{:.3f}"), (test, "{:.3f}"))
@@ -239,6 +242,7 @@ def check(s: Settings, ranks: Ranks) -> None:
         RewardRun(members=config.round_members, aggregate=config.round_aggregate)
     if config.round_labels == PEOPLE:
         people()
+    # Also renders the data set, if it is synthetic, and reads the initial networks.
     nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
     if s.reward.reward_watch is not None:
@@ -256,13 +260,13 @@ def people():
 
     Raises: ValueError if its packages are missing.
     """
+    # Imported here: its packages are an optional dependency.
     try:
         from eg3d_rlhf.people.label import launch
     except ImportError as error:
         raise ValueError(
             f"--round-labels=people needs the labelling tool, which cannot be imported: {error}. Install it"
-            " with"
-            " pip install eg3d-rlhf[label]."
+            " with pip install eg3d-rlhf[label]."
         ) from None
     return launch
 
@@ -282,7 +286,7 @@ def pairing(s: Settings, number: int, doubt: bool, rewards: tuple[str, ...] = ()
     share: dict[str, Any] = {}
     if doubt and config.round_doubtful > 0:
         share = {"strategy": "active", "doubtful": config.round_doubtful, "rewards": rewards}
-    seed = derive_seed(s.loop.seed, "round", number) % MAX_SEED
+    seed = derive_seed(s.loop.seed, "round", number) % MAX_SEED  # the text is part of the random stream
     of_round = partial(PairingOptions, pairs=config.round_pairs, psi=PSI, seed=seed, **known)
     # Active pairing needs the most seeds. With its number as stride, seeds of rounds never overlap.
     stride = of_round(strategy="active").seeds
@@ -314,6 +318,7 @@ class Rounds:
 
     def networks(self, number: int, ledger: Ledger) -> list[Path]:
         """Return the generators whose samples rounds up to `number` have labelled, this round's last."""
+        # Round 1 labels the initial network, round k + 1 the network that round k tuned.
         return [self.first, *ledger.files("tuned")][:number]
 
     # Labels.
@@ -374,6 +379,7 @@ class Rounds:
         """
         campaigns = people()
         name = f"round-{number}"
+        # The campaign's database is a file in the run folder.
         url = f"sqlite:///{(self.folder / 'labels.db').resolve()}"
         if campaigns.make_round(url, name, generator.path, options):
             print(f"Round {number} waits for people. Label with: {campaigns.label_command(url, name)}")
@@ -386,6 +392,7 @@ class Rounds:
                 [*(label for path in ledger.files("labels") for label in load_labels(path)), *labels]
             )
         path = write_labels(self.round_folder(number) / "labels.jsonl", labels)
+        # People may call a pair equal; noise is unknown without ground truth.
         ties = sum(label.tie for label in labels)
         doubted = round(options.pairs * options.doubtful) if options.rewards else 0
         return {"count": len(labels), "ties": ties, "noise": None, "chosen_by_doubt": doubted}, [path]
@@ -441,7 +448,7 @@ class Rounds:
         folder = self.round_folder(number) / "tuning"
         settings = self.settings(number, ledger)
         print(f"Round {number}: tuning.", flush=True)
-        self.tune(settings, folder)
+        self.tune(settings, folder)  # begins, or resumes what is in the folder
         ticks = (
             [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
             if (folder / STATS).is_file()
@@ -452,7 +459,7 @@ class Rounds:
             print(f"Continue with --resume={self.folder}", flush=True)
             return None
         path = find_network(folder)
-        after = load_generator(path, self.device)
+        after = load_generator(path, self.device)  # the tuned network, or the one that an early stop kept
         before = load_generator(self.first, self.device)
         # An early stop may have kept an earlier snapshot; the metrics of its tick are the ones that count.
         tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
@@ -484,6 +491,7 @@ class Rounds:
         # From the second round on: the first one has no last network.
         if s.rounds.round_start == LAST and number > 1:
             more = {"init": str(ledger.files("tuned")[number - 2]), "reference": str(self.first)}
+        # Only the summary of the last round is needed.
         no_summary = s.run.no_summary or number < s.rounds.rounds
         changed = s.changed(
             reward_ckpt=str(ledger.files("reward")[number - 1]), no_summary=no_summary, **more
@@ -497,6 +505,7 @@ def work(s: Settings, run: Run, tune: Tune) -> None:
     print(f"{s.rounds.rounds} rounds of {s.rounds.round_pairs} pairs.", flush=True)
     ledger = Ledger(run.folder)
     if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):
+        # The run's summary is that of its last round, with the ledger of all rounds.
         last = run.folder / f"round-{s.rounds.rounds}" / "tuning"
         summary = json.loads((last / SUMMARY).read_text()) if (last / SUMMARY).is_file() else {}
         run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})

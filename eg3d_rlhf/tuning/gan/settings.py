@@ -29,18 +29,20 @@ from training.config import (
 REWARD = "Reward fine-tuning"
 ROUNDS = "Preference rounds"
 # Tasks: training from random weights, or from a network without a reward, or with one.
-SCRATCH = "scratch"
-TUNING = "tuning"
-REWARDED = "reward"
+SCRATCH = "scratch"  # random initial weights
+TUNING = "tuning"  # from a network, adversarial training only
+REWARDED = "reward"  # from a network, with a reward
 # Values of --round-labels.
-SYNTHETIC = "synthetic"
+SYNTHETIC = "synthetic"  # simulated annotator
 PEOPLE = "people"
 # Values of --round-start: the network from which a round's tuning starts.
-PRETRAINED = "pretrained"
-LAST = "last"
+PRETRAINED = "pretrained"  # the network of --init, in every round
+LAST = "last"  # the tuned network of the round before
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
 NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose_floor
 DEMO_KIMG = 0.6  # length of the bundled tuning run, in thousands of images
+# `control=False`: a run and its control may differ in these, since the control has no reward. `rare`: no flag
+# of their own.
 _rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
 _reward_knob = functools.partial(knob, group=REWARD, control=False)
 _rare_reward_knob = functools.partial(_reward_knob, rare=True)
@@ -62,8 +64,7 @@ class RunConfig:
     workers: int | None = knob(
         None,
         "Number of single-threaded processes that read images in advance. 0: read in the training process."
-        " Results"
-        " do not depend on it.",
+        " Results do not depend on it.",
         DATA,
         low=0,
         high=64,
@@ -92,7 +93,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.cond:
             raise ValueError(
-                "--cond=False is not possible: this generator takes its cameras from the labels. Leave --cond out."
+                "--cond=False is not possible: this generator takes its cameras from the labels. Leave --cond"
+                " out."
             )
 
 
@@ -147,7 +149,7 @@ class RewardConfig:
         check_knobs(self)
         _, high = clip_range(self.reward_clip)  # raises an error for a malformed value
         if self.anchor_gate == 1:
-            return
+            return  # all samples have the same weight; nothing to check
         if self.lambda_sigma == 0:
             raise ValueError(
                 f"--anchor-gate={self.anchor_gate:g} scales the term of --lambda-sigma, which is 0. Set"
@@ -171,12 +173,13 @@ def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> t
     Returns: low, high. They are infinite for none, and for iqr, whose bounds the reward phase computes.
     Raises: ValueError for any other value, and for bounds that are not LOW < HIGH.
     """
+    # iqr has bounds as well, but they follow from scores that only the reward phase has.
     if spec in ("none", "iqr"):
         return -float("inf"), float("inf")
     try:
         low, high = (_bound(part, quantile or float) for part in spec.split(","))
     except ValueError:
-        low = high = math.nan
+        low = high = math.nan  # malformed; reported below
     # Before the scores are known, a number cannot be compared with a quantile; two quantiles can.
     comparable = quantile is not None or spec.count("q") != 1
     if math.isnan(low) or comparable and not low < high:
@@ -191,6 +194,7 @@ def clip_range(spec: str, quantile: Callable[[float], float] | None = None) -> t
 def _bound(part: str, quantile: Callable[[float], float]) -> float:
     """Return one bound. Raises: ValueError for text that is neither a number nor qSHARE."""
     number = float(part.removeprefix("q"))
+    # float() also accepts "nan", which would pass no comparison.
     if math.isnan(number) or part.startswith("q") and not 0 <= number <= 1:
         raise ValueError(part)
     return quantile(number) if part.startswith("q") else number
@@ -220,6 +224,7 @@ class EarlyStopConfig:
 
     def __post_init__(self):
         check_knobs(self)
+        # The limit is part of the rule, and would silently have no effect.
         if self.early_stop is None and self.early_stop_distance is not None:
             raise ValueError(
                 f"--early-stop-distance={self.early_stop_distance:g} works with --early-stop only. Add"
@@ -250,8 +255,7 @@ class RoundConfig(Knobs):
     round_doubtful: float = _rare_rounds_knob(
         0.5,
         "Share of pairs that are chosen by the disagreement of the last round's rewards. The others, and all"
-        " pairs"
-        " of the first round, are random.",
+        " pairs of the first round, are random.",
         metavar="0..1",
         low=0,
         high=1,
@@ -304,8 +308,8 @@ class RewardSettings(Knobs):
         flag=False,
         shown="the initial one",
     )
-    terms: RewardConfig = RewardConfig()
-    keeping: EarlyStopConfig = EarlyStopConfig()
+    terms: RewardConfig = RewardConfig()  # loss terms
+    keeping: EarlyStopConfig = EarlyStopConfig()  # which snapshot is kept
     rlr: float = _rare_reward_knob(0.0025, "Learning rate of the reward phase.", above=0)
     control: str | None = _reward_knob(
         None,
@@ -320,13 +324,13 @@ class Settings:
     """All settings of a run of the GAN mode. JSON and flags are flat, since no name occurs twice."""
 
     task: str  # SCRATCH, TUNING or REWARDED; it determined the defaults
-    run: RunConfig = RunConfig()
-    data: DataConfig = DataConfig()
-    net: NetworkConfig = NetworkConfig()
-    gan: GanConfig = GanConfig()
-    loop: LoopConfig = LoopConfig()
-    reward: RewardSettings = RewardSettings()
-    rounds: RoundConfig = RoundConfig()
+    run: RunConfig = RunConfig()  # device, workers, name
+    data: DataConfig = DataConfig()  # training images
+    net: NetworkConfig = NetworkConfig()  # architecture or initial networks
+    gan: GanConfig = GanConfig()  # adversarial losses and schedules
+    loop: LoopConfig = LoopConfig()  # length, batch, intervals
+    reward: RewardSettings = RewardSettings()  # reward and loss terms
+    rounds: RoundConfig = RoundConfig()  # preference rounds
 
     def to_dict(self) -> dict:
         """Return all settings by name, as JSON."""
@@ -352,6 +356,8 @@ class Settings:
     @property
     def title(self) -> str:
         """Name of a run as in EG3D, cfg-dataset-batchB-gammaX, with the reward's weight."""
+        # "synthetic:people64@n=500" -> "synthetic-people64": a folder name must not contain a colon on every
+        # system.
         dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
         name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
         if self.reward.reward != "none":
@@ -383,6 +389,7 @@ def control_differs(settings: dict, record: dict) -> list[str]:
         record: the same of the control. Settings that only one of the two has are not compared.
     Returns: texts 'name value instead of expected'; [] if nothing differs.
     """
+    # Only names that both records have: an older version may lack newer settings.
     names = sorted((settings.keys() & record.keys()) - not_the_controls())
     pairs = {name: (record[name], settings[name]) for name in names}
     # Set separately: the weights must differ, and the control's must be 0.
