@@ -1,4 +1,4 @@
-"""The watch for over-optimisation: deltas against the untuned generator, and alarms that survive a resume."""
+"""Held-out metrics: changes since the untuned generator, and alarms that survive a resume."""
 
 import json
 import types
@@ -26,7 +26,7 @@ from tests import tiny_runs
     ],
 )
 def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
-    watch = Watch(
+    metrics = Watch(
         {name: lambda G, seeds: np.zeros(4) for name in deltas},
         tiny_runs.build_networks().G_ema,
         seeds=range(4),
@@ -35,13 +35,14 @@ def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
         f"Watch/{name}": {"num": 2, "mean": mean, "std": error} for name, (mean, error) in deltas.items()
     }
     (tmp_path / "stats.jsonl").write_text(json.dumps({"nimg": 120, **stats}))
-    watch.restore(tmp_path / "stats.jsonl")
-    assert watch.alarms == ([{"nimg": 120, "fallen": fallen}] if fallen else [])
+    metrics.restore(tmp_path / "stats.jsonl")
+    assert metrics.alarms == ([{"nimg": 120, "fallen": fallen}] if fallen else [])
 
 
-def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
-    """A watch whose two measures return the listed values, call after call; the first pair is the untuned
-    generator's.
+def scripted_metrics(values: list[tuple[list[float], list[float]]]) -> Watch:
+    """Return metrics whose two measures return the listed values, call after call.
+
+    The first pair is the untuned generator's.
     """
     streams = [iter([np.array(pair[i]) for pair in values]) for i in (0, 1)]
     measures = {
@@ -50,25 +51,25 @@ def scripted_watch(values: list[tuple[list[float], list[float]]]) -> Watch:
     return Watch(measures, tiny_runs.build_networks().G_ema, seeds=range(4))
 
 
-def tick(watch: Watch, nimg: int) -> tuple[dict, dict]:
+def tick(metrics: Watch, nimg: int) -> tuple[dict, dict]:
     nets = types.SimpleNamespace(G_ema=tiny_runs.build_networks().G_ema)
     loop = types.SimpleNamespace(subject=types.SimpleNamespace(nets=nets), cur_nimg=nimg)
     stats: dict = {"Loss/G/loss": {"num": 1, "mean": 0.0, "std": 0.0}}
-    return watch(loop, stats), stats
+    return metrics(loop, stats), stats
 
 
 def test_deltas_alarms_and_resume(tmp_path):
-    watch = scripted_watch(
+    metrics = scripted_metrics(
         [
             ([0, 0, 0, 0], [1, 2, 3, 4]),
             ([1, 1, 2, 2], [1.1, 2.1, 2.9, 4.1]),
             ([3, 3, 3, 3], [0, 0.5, 2.5, 2.5]),
         ]
     )
-    fields, first = tick(watch, 120)
+    fields, first = tick(metrics, 120)
     assert first["Watch/reward"] == {"num": 4, "mean": 1.5, "std": 0.5}
-    assert fields == {"reward": "+1.500", "second": "+0.050"} and watch.alarms == []
-    fields, second = tick(watch, 240)
+    assert fields == {"reward": "+1.500", "second": "+0.050"} and metrics.alarms == []
+    fields, second = tick(metrics, 240)
     assert fields == {"reward": "+3.000", "second": "-1.125", "WARNING": "over-optimised(second)"}
     delta = np.array([-1, -1.5, -0.5, -1.5])
     assert second["Watch/second"] == {
@@ -76,13 +77,13 @@ def test_deltas_alarms_and_resume(tmp_path):
         "mean": pytest.approx(-1.125),
         "std": pytest.approx(delta.std()),
     }
-    assert watch.alarms == [{"nimg": 240, "fallen": ["second"]}]
+    assert metrics.alarms == [{"nimg": 240, "fallen": ["second"]}]
 
     lines = [{"tick": i, "nimg": n, **s} for i, (n, s) in enumerate([(120, first), (240, second)])]
     (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    resumed = scripted_watch([([0, 0, 0, 0], [1, 2, 3, 4])])
+    resumed = scripted_metrics([([0, 0, 0, 0], [1, 2, 3, 4])])
     resumed.restore(tmp_path / "stats.jsonl")
-    assert resumed.alarms == watch.alarms
+    assert resumed.alarms == metrics.alarms
     resumed.restore(tmp_path / "none.jsonl")
     assert resumed.alarms == []
 
@@ -95,7 +96,7 @@ def test_the_measures_see_the_same_latents_every_time():
         return np.zeros(len(seeds))
 
     G = tiny_runs.build_networks().G_ema
-    watch = Watch({"reward": measure}, G, seeds=range(4))
+    metrics = Watch({"reward": measure}, G, seeds=range(4))
     torch.manual_seed(123)
-    tick(watch, 1)
+    tick(metrics, 1)
     assert torch.equal(seen[0], seen[1]) and seen[0].shape[0] == 4
