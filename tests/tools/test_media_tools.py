@@ -1,4 +1,4 @@
-"""Images, videos and meshes of a generator on the command line: examples, files, flags, errors in one line."""
+"""Images, videos and meshes of a generator on the command line: examples, files, flags, error messages."""
 
 import json
 import re
