@@ -116,13 +116,13 @@ def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
 def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):
     wrong = tmp_path / "failing-compiler"
     wrong.write_text(
-        "#!/bin/sh\ncase $1 in --version) echo failing 1.0;; *) echo 'compiler: rejected' >&2; exit 1;; esac\n"
+        "#!/bin/sh\ncase $1 in --version) echo failing 1.0;; *) echo 'cc: rejected' >&2; exit 1;; esac\n"
     )
     wrong.chmod(0o755)
     out = python(USE, tmp_path / "a cache", CXX=str(wrong)).communicate()[0]
     assert out.startswith("1 False 51.05"), out
     (log,) = (tmp_path / "a cache" / "ops").glob("*/build.log")
-    assert out.count(str(log)) == 1 and "compiler: rejected" in log.read_text()
+    assert out.count(str(log)) == 1 and "cc: rejected" in log.read_text()
     assert "slab_density" in out
 
 
