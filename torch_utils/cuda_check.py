@@ -139,6 +139,7 @@ def _with_gradients(
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
+    """Yield results of slab_density and of its definition."""
     # Sizes that are no multiples of the kernel's tiles, so that its edges are covered.
     shape = (9, 35, 34)
     units = 5  # J
@@ -164,6 +165,7 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
+    """Yield results of triplane_decode and of plain torch."""
     pairs = ((0, 1), (0, 2), (2, 1))  # three different planes, in EG3D's corrected layout
     units = 18  # J, no multiple of a warp
     # With colours, and without, which is another path of the kernel.
@@ -196,6 +198,7 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
+    """Yield results of ray_march and importance_depths, and of their definitions."""
     rays = 9
     samples = 45
     fine = 37
@@ -220,6 +223,7 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
+    """Yield results of bias_act and its gradients, and of the formulas."""
     x = _numbers(device, 3, 5, 7, 11, scale=3.0)
     v = _numbers(device, 3, 5, 7, 11, seed=1)
     b = _numbers(device, 5, seed=2)
@@ -245,6 +249,7 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
+    """Yield results of upfirdn2d and of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
     square = _numbers(device, 4, 3, seed=1)  # 2-D taps, not symmetric
     line = _numbers(device, 7, seed=2)  # 1-D taps, applied along both axes

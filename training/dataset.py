@@ -471,6 +471,7 @@ class InfiniteSampler(torch.utils.data.Sampler[int]):
         self.window_size = window_size
 
     def __iter__(self) -> Iterator[int]:
+        """Yield this rank's indices without end."""
         n = self.length
         order = np.arange(self.length)
         random = np.random.RandomState(self.seed)

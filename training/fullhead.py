@@ -219,6 +219,7 @@ class HeadRenderer(ImportanceRenderer):
         self.ray_marcher = MipRayMarcher2(symmetric=False)
 
     def _decode_at(self, planes, decoder, points, box_warp, sigma_only, merged) -> dict[str, torch.Tensor]:
+        """Decode points without noise; see `ImportanceRenderer.run_model`."""
         # [N, K, P, C] -> [N, P, C]
         features = self.read(self.plane_axes, planes, points.to(planes), box_warp).mean(dim=1)
         if not sigma_only:
@@ -231,6 +232,7 @@ class HeadRenderer(ImportanceRenderer):
     def _query(
         self, planes, decoder, origins, directions, depths, options, merged=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return colours and raw densities along rays, with the margin at the sides of the box cut away."""
         colours, densities = super()._query(planes, decoder, origins, directions, depths, options, merged)
         if (margin := options.get("side_margin", 0.1)) is not None:
             # x and z of the samples, [N, M, S, 2]; there is no limit along y.

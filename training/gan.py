@@ -207,6 +207,7 @@ class Gan:
         swap_c = torch.roll(c, 1, 0)
 
         def rows(turn: int) -> Batch:
+            """Seed torch and return the rows of this rank's round `turn`."""
             # Every round samples the latents of the whole batch and keeps its rows. The random numbers that
             # follow in the losses then continue from the same state in every round.
             torch.manual_seed(seed)

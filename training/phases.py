@@ -186,6 +186,7 @@ class RowDraws(TorchFunctionMode):
     def _dropout(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
+        """Apply dropout whose mask is this round's part of a mask for the whole batch."""
         full_size = self._full_size(list(x.shape)) if training else None
         if full_size is None:
             return torch.nn.functional.dropout(x, p, training, inplace)
@@ -197,6 +198,7 @@ class RowDraws(TorchFunctionMode):
     def _multinomial(
         self, odds: torch.Tensor, count: int, replacement: bool = False, **kwargs
     ) -> torch.Tensor:
+        """Draw indices for the whole batch and keep this round's."""
         full_size = self._full_size(list(odds.shape))
         # The odds of the samples of other rounds are not available here. Equal odds can be expanded to them.
         assert full_size is not None and bool((odds == odds[:1]).all()), (

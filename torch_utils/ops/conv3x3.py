@@ -130,6 +130,7 @@ def _save_weight(ctx, inputs, output) -> None:
 
 
 def _gradients_weight(ctx, grad_w):
+    """Return the gradients of the kernel's gradient with respect to x and grad."""
     x, grad = ctx.saved_tensors
     need_x, need_grad = ctx.needs_input_grad[:2]
     grad_w = grad_w.contiguous()
