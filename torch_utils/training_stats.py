@@ -25,6 +25,7 @@ class Collector:
         """Add all elements of `value`."""
         # float64: the sum of squares of many values would lose its digits in float32.
         x = torch.as_tensor(value, dtype=torch.float64).detach().flatten().cpu()
+        # Sums add up over calls and over processes; means would not.
         moments = torch.stack(
             [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]
         )

@@ -80,6 +80,7 @@ def bias_act(
     spec = activation_funcs[act]
     alpha = spec.def_alpha if alpha is None else float(alpha)
     gain = spec.def_gain if gain is None else float(gain)
+    # A gain of 0 or below, and a negative slope, would hide the sign from which the gradient reads its slope.
     applies = (
         x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
         and gain > 0

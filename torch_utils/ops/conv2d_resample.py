@@ -51,6 +51,7 @@ def conv2d_resample(
     assert x.ndim == w.ndim == 4 and x.shape[1] == w.shape[1] * groups and up >= 1 and down >= 1
     kh, kw = w.shape[2:]
     pads = _parse_padding(padding)
+    # The filter's own margin is added here, so that the caller's padding concerns the convolution only.
     pads = same_size_padding(f, pads, up=up) if up > 1 else pads
     pads = same_size_padding(f, pads, down=down) if down > 1 else pads
     impl = current(impl, "conv2d_resample")
@@ -119,9 +120,11 @@ def _pointwise(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     # With few channels, row by row of the image: the gradient of w as one product over all pixels is slow.
     if is_channels_last(x) and x.shape[1] < 16:
         rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # [N*H, W, I]
+        # [N*H, W, I] @ [N*H, I, O] -> [N, H, W, O] -> [N, O, H, W], channels-last in memory
         return torch.bmm(rows, w.t().expand(len(rows), -1, -1)).unflatten(0, (len(x), -1)).permute(0, 3, 1, 2)
     if is_channels_last(x):
         return linear(x.permute(0, 2, 3, 1), w).permute(0, 3, 1, 2)
+    # [O, I] @ [N, I, H W] -> [N, O, H, W]
     return (w @ x.flatten(2)).unflatten(2, x.shape[2:])
 
 
@@ -215,7 +218,7 @@ def modulated_conv2d(
         coefficients = (sample_kernels.square().sum(dim=[2, 3, 4]) + 1e-8).rsqrt()
     elif demodulate:
         # The same without [N, O, C, k, k]: sum_{c,k} w'^2 = sum_c s^2 sum_k w^2.
-        energy = weight.square().sum(dim=[2, 3])  # [O, C]
+        energy = weight.square().sum(dim=[2, 3])  # sum over the kernel, [O, C]
         coefficients = (styles.square() @ energy.t() + 1e-8).rsqrt()
     # Scaling inputs by s and outputs by d equals a convolution with w' d.
     if not fused:
@@ -227,9 +230,10 @@ def modulated_conv2d(
         y = conv2d_resample(
             x=x.reshape(1, -1, *x.shape[2:]), w=w.flatten(0, 1).to(x.dtype), groups=len(x), **resample
         )
-        x = y.reshape(len(x), -1, *y.shape[2:])
+        x = y.reshape(len(x), -1, *y.shape[2:])  # [1, N * O, H', W'] -> [N, O, H', W']
     else:
         # A single sample: scale the kernels, without groups.
         scale = styles if coefficients is None else coefficients.t() * styles  # [1 or O, C]
         x = conv2d_resample(x=x, w=(weight * scale[:, :, None, None]).to(x.dtype), **resample)
+    # After demodulation, so that the strength of the noise does not depend on the styles.
     return x if noise is None else add_to(x, noise.to(x.dtype))

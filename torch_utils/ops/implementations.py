@@ -126,7 +126,7 @@ def choose(
     # Before `available`, which may start a compilation.
     if impl == "auto" and (dropped or not applies):
         return "torch"
-    if applies and build.available(op, device_type):
+    if applies and build.available(op, device_type):  # compiles the op on its first use
         return "compiled"
     if impl == "auto":
         return "torch"
@@ -172,6 +172,7 @@ def convolution_layout(device: torch.device, resolution: int, channels: int) -> 
         resolution: pixels per edge.
         channels: number of channels.
     """
+    # The reference keeps torch's default, as EG3D does.
     fast = device.type == "cpu" and current() != "ref" and resolution >= (32 if channels <= 64 else 64)
     return torch.channels_last if fast else torch.contiguous_format
 

@@ -36,6 +36,7 @@ def ray_march(
     else goes through plain torch.)
     Raises: ValueError for an unknown `impl`.
     """
+    # The compiled op has no gradient for depths.
     applies = _applies(densities, depths) and not (depths.requires_grad and torch.is_grad_enabled())
     if choose("ray_march", impl, "ray_march", densities.device.type, applies) == "compiled":
         return torch.ops.eg3d_rlhf.ray_march(densities.contiguous(), depths.contiguous())
@@ -53,7 +54,7 @@ def ray_march_ref(
     # v_s = (w_{s-1} + w_s) / 2; the first and the last sample have one interval each.
     at_sorted = torch.nn.functional.pad(halves, (0, 1)) + torch.nn.functional.pad(halves, (1, 0))
     return (
-        torch.zeros_like(at_sorted).scatter(-1, order, at_sorted),
+        torch.zeros_like(at_sorted).scatter(-1, order, at_sorted),  # back to the order of the arguments
         (weights * mids).sum(dim=-1),
         weights.sum(dim=-1),
     )
@@ -130,7 +131,7 @@ def invert_density(
     Returns: [B, F].
     """
     k = weights.shape[1]
-    weights = weights + eps
+    weights = weights + eps  # no bin is impossible, as in EG3D
     pdf = weights / weights.sum(dim=-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(bins[:, :1]), torch.cumsum(pdf, dim=-1)], dim=-1)  # [B, K+1]
     # The bin whose range of the distribution contains u.

@@ -217,8 +217,8 @@ class _SlabDensity(torch.autograd.Function):
         ctx.shape = shape
         ctx.chunk = chunk
         volume = _Volume(maps, shape, chunk)
-        sigma = w.new_empty(shape)
-        weight = w.detach()
+        sigma = w.new_empty(shape)  # written by all threads, at disjoint x
+        weight = w.detach()  # the threads must not record a graph
 
         def work(over: range) -> None:
             for x, y, block in volume.blocks(over):
@@ -235,7 +235,7 @@ class _SlabDensity(torch.autograd.Function):
     @once("slab_density")
     def backward(ctx, grad):
         w, *maps = ctx.saved_tensors
-        _, _, need_w, need_b, *need_maps = ctx.needs_input_grad
+        _, _, need_w, need_b, *need_maps = ctx.needs_input_grad  # the first two are shape and chunk
         grad_w, grad_maps = _volume_gradients(
             _Volume(maps, ctx.shape, ctx.chunk), grad, w.detach(), maps, need_w, need_maps
         )
@@ -255,6 +255,7 @@ def _volume_gradients(
     d/dw[j] = sum grad * softplus(h[j])
     d/dmap[j] = w[j] * sum grad * sigmoid(h[j]), over the axes that the map does not have
     """
+    # One gradient per map, to which all ranges of x add.
     shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -38,7 +38,7 @@ def self_attention(
     """
     if tiled(qkv, impl):
         return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
-    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, H, T, D]
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, T, H, D] -> [N, H, T, D]
     q, k = (
         x if gain is None else F.normalize(x, dim=-1) * gain[:, None]
         for x, gain in ((q, q_gain), (k, k_gain))
@@ -128,6 +128,7 @@ def _head(
     x = x.contiguous()
     if gain is None:
         return x, x, x
+    # The bound is that of F.normalize, which the reference uses.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     unit = x / length
     return unit * gain[h], unit, length

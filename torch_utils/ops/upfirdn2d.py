@@ -43,7 +43,7 @@ def setup_filter(
     given = np.asarray(1.0 if f is None else f.detach().cpu() if isinstance(f, torch.Tensor) else f)
     taps = torch.as_tensor(given, dtype=torch.float32, device="cpu")
     assert taps.ndim <= 2 and taps.numel() > 0
-    taps = taps.reshape(1) if taps.ndim == 0 else taps
+    taps = taps.reshape(1) if taps.ndim == 0 else taps  # a scalar is a filter of one tap
     if separable is None:
         separable = taps.ndim == 1 and taps.numel() >= SEPARABLE_FROM
     assert not (separable and taps.ndim == 2)
@@ -286,7 +286,7 @@ def same_size_padding(f: torch.Tensor | None, padding: Scale = 0, up: Scale = 1,
     One of the two factors must be 1.
     """
     pads = _parse_padding(padding)
-    added = []
+    added = []  # (before, after) along x, then y
     for k, u, d in zip(filter_size(f), _parse_scaling(up), _parse_scaling(down), strict=True):
         added += [(k - d + 1) // 2, (k - d) // 2] if d > 1 else [(k + u - 1) // 2, (k - u) // 2]
     return pads[0] + added[0], pads[1] + added[1], pads[2] + added[2], pads[3] + added[3]

@@ -79,7 +79,7 @@ def transformed_kernel(w: torch.Tensor) -> torch.Tensor:
 
     The axes after O/8 are: taps along y, z, input, x, output.
     """
-    w = w[None] if w.ndim == 5 else w
+    w = w[None] if w.ndim == 5 else w  # [N or 1, O, C, 3, 3, 3]
     taps = torch.tensor(_TAPS, dtype=torch.float64)
     # Transformed in float64 and rounded once.
     u = torch.einsum("ky,noczyx->nokzcx", taps, w.detach().double().cpu()).float()  # [N, O, 6, 3, C, 3]
@@ -104,7 +104,7 @@ def _memory(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, ...]
 def _finished(y: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y, in the memory of `out` if given, and the sums [N, C, 2] of y and y^2 per channel."""
     y = y if out is None else out.copy_(y)
-    flat = y.flatten(2)
+    flat = y.flatten(2)  # [N, C, D H W]
     # float64: the variance is a small difference of large sums.
     return y, torch.stack([flat.sum(dim=2, dtype=torch.float64), flat.double().square().sum(dim=2)], dim=2)
 
@@ -146,6 +146,7 @@ def volume_conv(
     if fits and _compiled(impl, x, scale, shift, residual, mix):
         u = transformed_kernel(w) if u is None else u
         residual, mix = (None if t is None else t.contiguous() for t in (residual, mix))
+        # The kernel writes into given memory, so that a caller can reuse one volume for several layers.
         y = _memory(out, x, (samples, w.shape[-5], *x.shape[2:]))
         return y, torch.ops.eg3d_rlhf.volume_conv(
             x.contiguous(), scale.contiguous(), shift.contiguous(), u, residual, mix, relu, y
@@ -218,6 +219,7 @@ def volume_gate(
             h.contiguous(), channel.contiguous(), w.contiguous(), b, y, pool
         )
         return y, small if pool else None
+    # The channel gate [N, C] is broadcast over voxels, the spatial gate [N, D, H, W] over channels.
     y = h * torch.maximum(
         channel[:, :, None, None, None], torch.sigmoid(torch.einsum("ncdhw,c->ndhw", h, w) + b)[:, None]
     )
@@ -234,7 +236,10 @@ def volume_profile(
     final_b: torch.Tensor,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest of final_w . gated h + final_b over responses, rows and columns of each slice.
+    """Return the largest response of each depth slice.
+
+    A response is final_w . y + final_b, with y = h after the gate. The maximum is over responses, rows and
+    columns.
 
     Args:
         h, channel, w, b: see `volume_gate`.
@@ -317,7 +322,7 @@ def volume_gate_gradient(
     Returns: [N, C, D, H, W], and [N, 2 C + 1] float64.
     """
     full, pooled = (None if t is None else t.contiguous() for t in (full, pooled))
-    y = torch.empty_like(h)
+    y = torch.empty_like(h)  # gradient of h; the other gradients are the op's result
     return y, torch.ops.eg3d_rlhf.volume_gate_gradient(
         h, channel.contiguous(), w.contiguous(), b, full, pooled, y
     )
@@ -350,7 +355,7 @@ def volume_up_gradient(grad: torch.Tensor, u: torch.Tensor, size: Sequence[int])
 
     Args: u: `transposed_kernel(w.transpose(0, 1))`.
     """
-    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])
+    y = grad.new_empty([len(grad), u.shape[0] * _LANES, *size])  # u is [C/8, O, 27, 8]
     torch.ops.eg3d_rlhf.volume_up_gradient(grad.contiguous(), u, y)
     return y
 

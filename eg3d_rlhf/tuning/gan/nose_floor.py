@@ -1,8 +1,7 @@
 """Nose limit: a penalty on faces that come nearer to the frontal camera than any untuned face.
 
 A depth reward reads only one side of a head. The easiest way to a higher score is then a nose that grows
-towards the camera. The limit is the smallest depth of untuned faces; in the code it is called the floor of
-the depth.
+towards the camera. The limit is the smallest depth of untuned faces.
 
 Letters: N samples; h, w rows and columns of the window.
 """
@@ -19,19 +18,19 @@ SIDE = 20
 PSI = 0.25  # truncation of the untuned samples
 
 
-def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
-    """Return the mean of (floor - depth)+ over a window, [N, h, w] -> [N], in world units. Differentiable in
-    depth.
+def floor_loss(depth: torch.Tensor, limit: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
+    """Return the mean of (limit - depth)+ over a window.
 
     Args:
-        depth: distance from the camera, world units.
-        floor: smallest allowed depth.
-        violators: take the mean over those pixels only that are nearer than the floor, as in the published
+        depth: [N, h, w], distance from the camera, world units.
+        limit: smallest allowed depth.
+        violators: take the mean over those pixels only that are nearer than the limit, as in the published
             method. A single pixel then counts as much as a thousand. 0 if there are none.
+    Returns: [N], world units. Differentiable in depth.
     Deviates: the published code takes that mean over all samples of a batch together.
     """
-    # How much nearer than the floor each pixel is; 0 where it is farther.
-    missing = torch.relu(floor - depth).flatten(1)  # [N, h * w]
+    # How much nearer than the limit each pixel is; 0 where it is farther.
+    missing = torch.relu(limit - depth).flatten(1)  # [N, h * w]
     # clamp_min covers the case without violators: 0 / 1.
     return missing.sum(dim=1) / (missing > 0).sum(dim=1).clamp_min(1) if violators else missing.mean(dim=1)
 
