@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-# Packages from which names may be taken. Names come from configuration files, which must not run arbitrary
-# code.
+# Packages from which names may be taken. Names come from
+# configuration files, which must not run arbitrary code.
 ALLOWED_ROOTS = ("training", "torch_utils", "dnnlib", "torch", "eg3d_rlhf")
 
 

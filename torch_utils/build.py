@@ -37,8 +37,8 @@ from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "ops"
 SUFFIX = {"cpu": ".cpp", "cuda": ".cu"}  # of the source, by device type
-# By device type: environment variable that selects a compiler, names that are searched on the path, and
-# description.
+# By device type: environment variable that selects a compiler,
+# names that are searched on the path, and description.
 COMPILERS = {
     "cpu": ("CXX", ("g++", "c++", "clang++"), "a C++ compiler (Debian: apt install g++)"),
     "cuda": ("NVCC", ("nvcc",), "nvcc (the CUDA toolkit)"),
@@ -264,8 +264,8 @@ def build(op: str, device_type: str) -> Path:
         with FileLock(folder / "lock"):
             if library.exists():  # another process has built it meanwhile
                 return library
-            # The library gets its final name when it is complete, so its existence means that it can be
-            # loaded.
+            # The library gets its final name when it is complete, so
+            # its existence means that it can be loaded.
             names = {"{out}": "building.so", "{obj}": "building.o"}
             with open(log, "w") as output:
                 for words in todo.commands:

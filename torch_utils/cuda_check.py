@@ -24,8 +24,8 @@ from torch_utils.ops.upfirdn2d import upfirdn2d_ref
 Pair = tuple[torch.Tensor, torch.Tensor]  # results of the op and of plain torch
 Check = Callable[[torch.device], Iterable[Pair]]
 
-# Relative to the largest value: a hundred times the ops' rounding error, far below the effect of a wrong
-# index.
+# Relative to the largest value: a hundred times the ops'
+# rounding error, far below the effect of a wrong index.
 TOLERANCE = 1e-3
 _ops = torch.ops.eg3d_rlhf
 _results: dict[tuple[str, torch.device], bool] = {}
@@ -64,8 +64,8 @@ def passes(op: str, device: torch.device) -> bool:
 def _try(op: str, check: Check, device: torch.device) -> bool:
     """Run one check. Returns False, with a warning, for a wrong result or an error."""
     try:
-        # The caller's modes must not reach the check: inference mode and no_grad would switch off its
-        # gradients.
+        # The caller's modes must not reach the check: inference
+        # mode and no_grad would switch off its gradients.
         with (
             _disable_current_modes(),
             torch.inference_mode(False),

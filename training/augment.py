@@ -107,8 +107,8 @@ class _Draws:
     def normal(self, *shape: int) -> torch.Tensor:
         """Draw from N(0, 1), shape [N, *shape]."""
         return self._or_percentile(
-            # Quantile function of the normal distribution, up to its factor sqrt(2), which EG3D leaves out as
-            # well.
+            # Quantile function of the normal distribution, up to its
+            # factor sqrt(2), which EG3D leaves out as well.
             torch.randn([self.n, *shape], device=self.device),
             lambda p: torch.erfinv(p * 2 - 1),
         )
@@ -120,8 +120,8 @@ class _Draws:
     def _or_percentile(
         self, drawn: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        # The random numbers are drawn in either case, so that the state of the generator afterwards is the
-        # same.
+        # The random numbers are drawn in either case, so that the
+        # state of the generator afterwards is the same.
         return drawn if self.percentile is None else torch.full_like(drawn, float(quantile(self.percentile)))
 
     def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
@@ -231,8 +231,8 @@ class AugmentPipe(torch.nn.Module):
         if o.scale > 0:
             s = draws.gated((draws.normal() * o.scale_std).exp2(), o.scale * p, 1)
             g = g @ scale2d(1 / s, 1 / s, like)
-        # Two rotations, each with probability q, give at least one with probability 1 - (1 - q)^2 = rotate *
-        # p.
+        # Two rotations, each with probability q, give at least one
+        # with probability 1 - (1 - q)^2 = rotate * p.
         p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()
         if o.rotate > 0:
             g = g @ rotate2d(
@@ -271,8 +271,8 @@ class AugmentPipe(torch.nn.Module):
         left, right, top, bottom = _margins(g, height, width, reach)
         images = F.pad(images, (left, right, top, bottom), mode="reflect")
         images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
-        # Size of the fine output. It is larger than twice the image, because the downsampling filter needs a
-        # margin.
+        # Size of the fine output. It is larger than twice the
+        # image, because the downsampling filter needs a margin.
         out_h = 2 * (height + 2 * reach)
         out_w = 2 * (width + 2 * reach)
         # From affine_grid's [-1, 1] on the fine output to pixels of the image.

@@ -447,8 +447,8 @@ def networks_for(net: NetworkConfig, resolution: int, gan: GanConfig) -> tuple[d
     )
     dim = 128 if small else 512
     channels = {"channel_base": net.cbase, "channel_max": net.cmax}
-    # The small preset renders at the final resolution or at half of it, and needs few feature maps to enlarge
-    # that.
+    # The small preset renders at the final resolution or at
+    # half of it, and needs few feature maps to enlarge that.
     sr = {"input_resolution": resolution // 2, "block_channels": [32, 16]} if small else dict(channels)
     G: dict[str, typing.Any] = {
         "z_dim": 64 if small else 512,

@@ -156,8 +156,8 @@ class Ranks:
         if self.local_rank:
             self.barrier()
         yield
-        # Every rank passes the barrier exactly once: the first processes after the block, the others before
-        # it.
+        # Every rank passes the barrier exactly once: the first
+        # processes after the block, the others before it.
         if not self.local_rank:
             self.barrier()
 

@@ -202,8 +202,8 @@ class Gan:
         picks = np.random.RandomState(seed % 2**32).randint(len(self.dataset), size=self.loop.batch)
         # [N, K]
         c = torch.from_numpy(np.stack([self.dataset.get_label(int(i)) for i in picks])).to(self.device)
-        # Rolled over the whole batch, before it is divided: a round's swapped cameras may come from another
-        # round.
+        # Rolled over the whole batch, before it is divided: a
+        # round's swapped cameras may come from another round.
         swap_c = torch.roll(c, 1, 0)
 
         def rows(turn: int) -> Batch:

@@ -145,8 +145,8 @@ class Batch:
     cur_nimg: int
     # [N, K] camera of the previous sample of the whole batch, for swapping. None: take it from this batch.
     swap_c: torch.Tensor | None = None
-    # Indices of the samples in the whole batch, of which ranks and rounds have parts. None: it is the whole
-    # one.
+    # Indices of the samples in the whole batch, of which ranks
+    # and rounds have parts. None: it is the whole one.
     rows: Sequence[int] | None = None
 
     @property
@@ -194,8 +194,8 @@ class GanPhases:
         Returns: [N, L, W].
         """
         other_c = torch.roll(c, 1, 0) if other_c is None else other_c
-        # Without camera conditioning the label is zero, and still [N, K], since the mapping network embeds
-        # it.
+        # Without camera conditioning the label is zero, and still
+        # [N, K], since the mapping network embeds it.
         cond = torch.zeros_like(c) if swap is None else torch.where(swap, other_c, c)
         ws = self.G.mapping(z, cond, update_emas=update_emas)
         if self.config.style_mixing_prob > 0:
@@ -264,8 +264,8 @@ class GanPhases:
         # Only the real raw image is blurred here, the fake one never is. EG3D has this asymmetry; it is kept.
         raw = blur(raw, sched.blur_sigma)
         return {
-            # detach() makes a new leaf per call, on which requires_grad does not change the batch's own
-            # tensor.
+            # detach() makes a new leaf per call, on which requires_grad
+            # does not change the batch's own tensor.
             "image": batch.real_img.detach().requires_grad_(requires_grad),
             "image_raw": raw.detach().requires_grad_(requires_grad),
         }
@@ -295,8 +295,8 @@ class GanPhases:
                 self._sigma_raw(ws, front, rear), detach_front=config.reg_type == "monotonic-detach"
             )
             yield Loss(loss * 10, {"density_reg_monotonic_unscaled": loss})  # factor 10: EG3D's
-            # The loop has run backward on the first term by now, which freed the graph of its ws. Compute new
-            # ones.
+            # The loop has run backward on the first term by now, which
+            # freed the graph of its ws. Compute new ones.
             ws = self._density_ws(batch)
         points = torch.rand([ws.shape[0], 1000, 3], device=ws.device) * 2 - 1
         perturbed = points + torch.randn_like(points) * l1_distance

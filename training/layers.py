@@ -122,8 +122,8 @@ class Conv2dLayer(torch.nn.Module):
             if trainable:
                 self.register_parameter(name, None if value is None else torch.nn.Parameter(value))
             else:
-                # Freeze-D (Mo et al. 2020): the same names as buffers, so that the state dict does not
-                # change.
+                # Freeze-D (Mo et al. 2020): the same names as buffers, so
+                # that the state dict does not change.
                 self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:

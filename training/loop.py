@@ -89,8 +89,8 @@ class TrainingLoop:
         batch = self.subject.batch_for(phase.name, self.cur_nimg)
         averages = MovingAverages(self.subject.moving, layout.total)
         gradients = GradientSum(phase.module.parameters(), layout.here)
-        # A count on the device instead of a Python number: it is summed over ranks together with the
-        # gradients.
+        # A count on the device instead of a Python number: it is
+        # summed over ranks together with the gradients.
         nonfinite_count = torch.zeros(1, device=self.device)
         phase.optimizer.zero_grad(set_to_none=True)
         # Between phases all parameters are frozen. Only this phase's network receives gradients, although the
@@ -200,9 +200,9 @@ class TrainingLoop:
         except (ValueError, OSError) as caught:
             # Not raised yet: the other ranks do not know of it and would wait for this one.
             error = caught
-        # Read after the fetch: a signal to the whole process group (Ctrl-C) also ends the worker processes
-        # that read images, so the fetch may fail because of it. The signal, not that failure, is then the
-        # reason.
+        # Read after the fetch: a signal to the whole process group (Ctrl-C)
+        # also ends the worker processes that read images, so the fetch may
+        # fail because of it. The signal, not that failure, is then the reason.
         request = self.files.stop_requested
         stop, failed = self.ranks.any(request is not None, error is not None)
         if not stop and not failed:
@@ -310,8 +310,8 @@ class TrainingLoop:
         # another number of ranks distributes the old ranks' sums over the new ones.
         every = meta["rank_stats"]
         for name, collector in self.collectors.items():
-            # Three sums per statistic, see training_stats.Collector; ranks beyond the old number start at
-            # zero.
+            # Three sums per statistic, see training_stats.Collector;
+            # ranks beyond the old number start at zero.
             sums = {key: [0.0, 0.0, 0.0] for key in every[0][name]}
             for state in every[self.ranks.rank :: self.ranks.world]:
                 sums = {

@@ -88,8 +88,8 @@ def lazy_adam(
 
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on any printable values."""
-    # Not Python's hash(), which differs between processes. The shift leaves 63 bits: torch takes signed
-    # seeds.
+    # Not Python's hash(), which differs between processes. The
+    # shift leaves 63 bits: torch takes signed seeds.
     digest = hashlib.sha256("/".join(str(p) for p in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -290,8 +290,8 @@ class GradientSum:
         for i, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
                 total = self._sums[i]
-                # The first round's tensor becomes the sum, which saves a copy; later rounds are added in
-                # place.
+                # The first round's tensor becomes the sum, which saves a
+                # copy; later rounds are added in place.
                 self._sums[i] = parameter.grad if total is None else total.add_(parameter.grad)
                 parameter.grad = None
 

@@ -221,8 +221,8 @@ def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wh
     Raises: ValueError like `check_fit`.
     """
     state = module.state_dict()
-    # load_state_dict would raise a RuntimeError of many lines for wrong shapes; `check_fit` lists them
-    # instead.
+    # load_state_dict would raise a RuntimeError of many lines
+    # for wrong shapes; `check_fit` lists them instead.
     fitting = {
         name: tensor
         for name, tensor in tensors.items()

@@ -48,8 +48,8 @@ class SynthesisLayer(torch.nn.Module):
             torch.randn([out_channels, in_channels, 3, 3]).to(memory_format=memory_format)
         )
         if use_noise:
-            # The strength starts at 0. noise_const is a buffer, so that renders with "const" are
-            # reproducible.
+            # The strength starts at 0. noise_const is a buffer, so that
+            # renders with "const" are reproducible.
             self.register_buffer("noise_const", torch.randn([resolution, resolution]))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
@@ -158,8 +158,8 @@ class SynthesisBlock(torch.nn.Module):
         self.use_fp16 = use_fp16
         self.channels_last = use_fp16 and fp16_channels_last
         self.fused_modconv_default = fused_modconv_default
-        # The first block starts from a learned constant instead of conv0. The network counts these to divide
-        # ws.
+        # The first block starts from a learned constant instead of
+        # conv0. The network counts these to divide ws.
         self.num_conv = 1 if in_channels == 0 else 2
         self.num_torgb = 1
         self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
@@ -211,8 +211,8 @@ class SynthesisBlock(torch.nn.Module):
         if fused_modconv is None:
             fused_modconv = self.fused_modconv_default
         if fused_modconv == "inference_only":
-            # Training is faster with ordinary convolutions than with the grouped ones of the fused form, as
-            # in EG3D.
+            # Training is faster with ordinary convolutions than with
+            # the grouped ones of the fused form, as in EG3D.
             fused_modconv = not self.training
         kwargs: dict[str, Any] = {"fused_modconv": fused_modconv, "noise_mode": noise_mode}
         if self.in_channels == 0:

@@ -126,8 +126,8 @@ class TriPlaneGenerator(torch.nn.Module):
             mapping_kwargs=mapping_kwargs,
             **synthesis_kwargs,
         )
-        # What rays accumulate: the first three features are the raw image, all of them go to
-        # super-resolution.
+        # What rays accumulate: the first three features are the raw
+        # image, all of them go to super-resolution.
         features = decoder_features or plane_channels
         sr_class = module_by_name(self.rendering_kwargs["superresolution_module"])
         self.superresolution = sr_class(

@@ -181,8 +181,8 @@ def _gradients(ctx, grad):
 
 def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return value and derivative of scale * elu(z)."""
-    # The clamp keeps exp finite in the branch that `where` discards; an infinity there would make gradients
-    # NaN.
+    # The clamp keeps exp finite in the branch that `where`
+    # discards; an infinity there would make gradients NaN.
     below = alpha * z.clamp(max=0).exp()
     return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
 

@@ -62,8 +62,8 @@ def conv2d_resample(
     if up == 1 and (kh, kw) == (1, 1):
         x = upfirdn2d(x, f, down=down, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), 1, groups, flip_weight, impl)
-    # KxK kernel, down: filter at full size, then a convolution with stride, which computes only the pixels
-    # that stay.
+    # KxK kernel, down: filter at full size, then a convolution
+    # with stride, which computes only the pixels that stay.
     if up == 1:
         x = upfirdn2d(x, f, padding=pads, flip_filter=flip_filter, impl=impl)
         return _convolve(x, w, (0, 0, 0, 0), down, groups, flip_weight, impl)
@@ -141,8 +141,8 @@ def _transposed(
     w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     if flip_weight:
         w = w.flip([2, 3])
-    # The full result of a transposed convolution extends beyond the image by K - 1 pixels before and K - up
-    # after it.
+    # The full result of a transposed convolution extends beyond
+    # the image by K - 1 pixels before and K - up after it.
     x0 = pads[0] - (kw - 1)
     x1 = pads[1] - (kw - up)
     y0 = pads[2] - (kh - 1)

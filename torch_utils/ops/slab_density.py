@@ -61,8 +61,8 @@ def slab_density(
             f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got"
             f" {[list(m.shape) for m in maps]}. Pass each of the three kinds at most once."
         )
-    # With a single point along an axis, the shapes of different maps are equal, and the op could not name
-    # them.
+    # With a single point along an axis, the shapes of different
+    # maps are equal, and the op could not name them.
     applies = alike(w, *maps, b) and min(shape) > 1
     chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if chosen == "ref":

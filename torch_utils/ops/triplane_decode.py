@@ -173,8 +173,8 @@ def triplane_decode(
         weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
         and weights.b1.shape == weights.w1.shape[:1]
     )
-    # Pairs may come from the caller, from `merged`, or from the axes, in this order: the last one waits for a
-    # GPU.
+    # Pairs may come from the caller, from `merged`, or from the
+    # axes, in this order: the last one waits for a GPU.
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
@@ -256,8 +256,8 @@ def _decode_torch(
         points: [N, P, 3] in plane units.
         weights: of the decoder; w0 contains the mean over planes.
     """
-    # Chunks bound the memory on a CPU. With gradients, all of them would be kept for the backward pass
-    # anyway.
+    # Chunks bound the memory on a CPU. With gradients, all of
+    # them would be kept for the backward pass anyway.
     if points.device.type != "cpu" or (
         torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
     ):

@@ -124,8 +124,8 @@ def upfirdn2d_ref(
         x = F.pad(x, (0, up[0] - 1, 0, 0, 0, up[1] - 1)).reshape(n, channels, height * up[1], width * up[0])
     x = F.pad(x, padding) if any(padding) else x  # F.pad crops for negative values
     f = (f * gain ** (f.ndim / 2)).to(x.dtype)
-    # One kernel for all channels, in a depthwise convolution. conv2d correlates, so a convolution needs the
-    # flipped filter.
+    # One kernel for all channels, in a depthwise convolution.
+    # conv2d correlates, so a convolution needs the flipped filter.
     f = f if flip_filter else f.flip(list(range(f.ndim)))
     for kernel in (f,) if f.ndim == 2 else (f[None, :], f[:, None]):
         x = F.conv2d(x, kernel.expand(channels, 1, *kernel.shape), groups=channels)

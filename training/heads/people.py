@@ -95,8 +95,8 @@ class Basis:
         """
         long = np.linalg.norm(self.hair[2], axis=1)  # hair field 2 is long hair
         eyes = self.masks["eyes"]
-        # The eyeball under the lids gets the lids' colour, because the lids are thin and it would show
-        # through.
+        # The eyeball under the lids gets the lids' colour, because
+        # the lids are thin and it would show through.
         bare = eyes * ramp(0.05, 0.3, self.sky)
         x, y, z = (self.mean / UNIT).T
         # Vertices near the eyes, such as the insides of the lids, are occluded in the mean head but visible
@@ -295,8 +295,8 @@ def surface_colour(head: Head, drawn: np.ndarray, normals: np.ndarray) -> np.nda
     albedo = _mix(albedo, skin * np.array([1.0, 0.72, 0.68]), 0.5 * blush)
     lip = skin * np.array([0.86, 0.50, 0.50]) * (1 - 0.15 * ndtr(a[4]))
     albedo = _mix(albedo, lip, ramp(0.25, 0.6, lips))
-    # Brows are arcs above the eyes: `across` runs from -1 to 1 along one, `arch` is the distance from its
-    # middle.
+    # Brows are arcs above the eyes: `across` runs from -1 to 1
+    # along one, `arch` is the distance from its middle.
     across = (x - EYE[0] - 0.002) / 0.05
     arch = np.abs(y - (0.044 - 0.013 * across * across))
     brow = ramp(0.0095, 0.005, arch) * ramp(0.8, 0.6, np.abs(across)) * (z > 0.04)

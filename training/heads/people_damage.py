@@ -59,8 +59,8 @@ def damaged(points: torch.Tensor, distance: torch.Tensor, quality: torch.Tensor)
     x, y, z = points.unbind(-1)
     q = quality.unsqueeze(2)  # [N, Q, 1]
     cut, swelling, hole = kinds(quality).unsqueeze(2).unbind(1)  # [N, 1]
-    # The cut: everything beyond a ragged plane through the middle of the head, tilted to a side or to the
-    # top.
+    # The cut: everything beyond a ragged plane through the
+    # middle of the head, tilted to a side or to the top.
     tilt_x = 2.0 * ndtr(q[:, 2]) - 1.0
     tilt_y = 0.15 + 1.2 * (ndtr(q[:, 3]) - 0.35)
     tilt_x = 0.9 * tilt_x

@@ -207,14 +207,14 @@ def uniform_draws(rays: torch.Tensor, count: int, stratified: bool = False) -> t
 
 
 STRATIFIED = "importance_stratified"  # rendering option, False where it is missing: see `uniform_draws`
-# Samples of one pass that are decoded together on a CPU if no gradient is needed. With 32 colours they take 8
-# MB.
+# Samples of one pass that are decoded together on a CPU if
+# no gradient is needed. With 32 colours they take 8 MB.
 _CPU_SAMPLES = 1 << 16
 
 _AXES = {
-    # The rows of a plane's basis: row 0 gives the plane's width coordinate, row 1 its height coordinate.
-    # "eg3d" is (x,y), (x,z), (z,x), as in the released checkpoints: the third plane repeats the second,
-    # transposed.
+    # The rows of a plane's basis: row 0 gives the plane's width coordinate,
+    # row 1 its height coordinate. "eg3d" is (x,y), (x,z), (z,x), as in the
+    # released checkpoints: the third plane repeats the second, transposed.
     "eg3d": ("xyz", "xzy", "zxy"),
     "fixed": ("xyz", "xzy", "zyx"),  # (x,y), (x,z), (z,y): three different planes
     "panohead": ("xyz", "xzy", "yzx"),  # (x,y), (x,z), (y,z): PanoHead and the models derived from it
@@ -405,8 +405,8 @@ class ImportanceRenderer(torch.nn.Module):
         self, planes, decoder, points, box_warp, sigma_only: bool, merged: MergedPlanes | None
     ) -> dict[str, torch.Tensor]:
         """Decode points without noise. Other families override this method; see `run_model`."""
-        # The definition, for the reference implementation and for decoders that are not a two-layer
-        # perceptron.
+        # The definition, for the reference implementation and for
+        # decoders that are not a two-layer perceptron.
         if implementations.current() == "ref" or not hasattr(decoder, "weights"):
             features = sample_planes_channels_first(self.plane_axes, planes, points, box_warp)
             # [N, 3, C, P] -> [N, C, P] -> [N, P, C]

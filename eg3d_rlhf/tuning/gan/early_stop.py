@@ -110,8 +110,8 @@ class EarlyStop(torch.nn.Module):
         super().__init__()
         self.config = config
         self.resolution = resolution
-        # In a list, so that torch does not register it as a submodule: the reward phase's state stores it
-        # already.
+        # In a list, so that torch does not register it as a
+        # submodule: the reward phase's state stores it already.
         self._reference = [G_ref]
         parts = {"G": nets.G, "D": nets.D, "G_ema": nets.G_ema}
         self.kept = torch.nn.ModuleDict(

@@ -87,8 +87,8 @@ class Standardised(Shaping):
         initial_scores = initial_scores[(initial_scores >= low) & (initial_scores <= high)]
         mean = initial_scores.mean()
         std = initial_scores.std()
-        # Buffers, so that checkpoints hold them: a resumed run must not calibrate again on its tuned
-        # generator.
+        # Buffers, so that checkpoints hold them: a resumed run must
+        # not calibrate again on its tuned generator.
         self.register_buffer("mean", mean)
         self.register_buffer(
             # 0.5 |mean| bounds the scale where scores are nearly constant.
@@ -362,9 +362,9 @@ def front_growth(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float = 10
     return growth.sum(dim=[1, 2, 3]) / front.sum(dim=[1, 2, 3]).clamp_min(1)
 
 
-# Terms that compare densities with those of the untuned generator on the same samples. Name of the weight ->
-# name of the statistic, and function from sigma, sigma_ref [N, D, H, W] and the raw density of the surface to
-# [N].
+# Terms that compare densities with those of the untuned generator on the same
+# samples. Name of the weight -> name of the statistic, and function from
+# sigma, sigma_ref [N, D, H, W] and the raw density of the surface to [N].
 CONSISTENCY_TERMS: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]]] = {
     "lambda_sigma": ("RLHF/consistency", density_l1),
     "lambda_front": ("RLHF/front_growth", front_growth),

@@ -28,8 +28,8 @@ from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
 from training.synthetic_heads import resolve_dataset
 
-# Augmentations of --aug=ada: pixel blitting, geometry and colour, all with probability p ("bgc" of
-# StyleGAN2-ADA).
+# Augmentations of --aug=ada: pixel blitting, geometry and
+# colour, all with probability p ("bgc" of StyleGAN2-ADA).
 ADA_AUGMENT = dict.fromkeys(
     (
         "xflip",
@@ -255,8 +255,8 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     objects = build(s, run)  # its weights are overwritten by the checkpoint
     objects.loop.resume(source, previous)
     if objects.watch is not None:
-        # Alarms and choices of earlier ticks are in the statistics file, which the resume has cut to its
-        # tick.
+        # Alarms and choices of earlier ticks are in the statistics
+        # file, which the resume has cut to its tick.
         objects.watch.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)

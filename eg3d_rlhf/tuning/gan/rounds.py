@@ -110,8 +110,8 @@ class Ledger:
             raise ValueError(
                 f"{self.path}: the ledger is not as the run wrote it. Restore the file, or start a new run."
             )
-        # Entered in a temporary folder that is renamed at the end: if a file fails its check, nothing is
-        # entered.
+        # Entered in a temporary folder that is renamed at the end:
+        # if a file fails its check, nothing is entered.
         final = self.store
         self.store = Store(self.folder / "ledger.tmp", hashed=False)
         for entry in rounds:
@@ -204,8 +204,8 @@ def table(ledger: Ledger) -> list[str]:
         noise = labels.get("noise")
         test = reward.get("test_accuracy")
         changes = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("watch", {}).items())
-        # A dash where a round has no such figure: people's labels have no noise, unfinished rounds no
-        # accuracy.
+        # A dash where a round has no such figure: people's labels
+        # have no noise, unfinished rounds no accuracy.
         shown = [
             "-" if value is None else form.format(value)
             for value, form in ((noise, "{:.3f}"), (test, "{:.3f}"))
@@ -468,8 +468,8 @@ class Rounds:
             for name, value in tick.items()
             if name.startswith("Watch/")
         }
-        # The distance is a figure of its own below, and is measured again: only an early stop logs it per
-        # tick.
+        # The distance is a figure of its own below, and is measured
+        # again: only an early stop logs it per tick.
         heldout.pop("distance", None)
         distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
         figures = {

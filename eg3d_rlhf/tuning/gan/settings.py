@@ -356,8 +356,8 @@ class Settings:
     @property
     def title(self) -> str:
         """Name of a run as in EG3D, cfg-dataset-batchB-gammaX, with the reward's weight."""
-        # "synthetic:people64@n=500" -> "synthetic-people64": a folder name must not contain a colon on every
-        # system.
+        # "synthetic:people64@n=500" -> "synthetic-people64": a
+        # folder name must not contain a colon on every system.
         dataset = Path(self.data.data.replace(":", "-").split("@")[0]).stem
         name = f"{self.net.cfg}-{dataset}-batch{self.loop.batch}-gamma{self.gan.gamma:g}"
         if self.reward.reward != "none":
