@@ -140,8 +140,7 @@ class AugmentPipe(torch.nn.Module):
         options: the fields of `AugmentOptions` as keywords.
 
     Buffers: `p` (overall probability, set by the training loop), `Hz_geom` [12] (low-pass for geometry),
-        `Hz_fbank`
-    [4, 43] (frequency bands).
+    `Hz_fbank` [4, 43] (frequency bands).
     """
 
     p: torch.Tensor

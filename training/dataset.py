@@ -280,8 +280,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     (decoded) are kept in memory once they are decoded.
 
     Deviates: with xflip, camera labels of 25 numbers are mirrored with the images. EG3D leaves them, so its
-        --mirror
-    trains on wrong poses. Labels are required and checked unless use_labels is False.
+    --mirror trains on wrong poses. Labels are required and checked unless use_labels is False.
 
     Args:
         path: folder or .zip.
@@ -602,8 +601,7 @@ def read_batches(dataset: ImageFolderDataset, order: Iterator[int], n: int, work
     `order`.
 
     Workers decode into shared memory that is allocated once: AHEAD batches for each of them, and the batch
-        that was
-    yielded last. The images of a batch are therefore valid until the next one is requested.
+    that was yielded last. The images of a batch are therefore valid until the next one is requested.
 
     Args:
         dataset: images and labels.

@@ -107,8 +107,7 @@ def _convert(files: ImageFiles, options: ConvertOptions, entries: list[str]) -> 
     """Convert some entries, in a worker process.
 
     Returns for each entry: PNGs of the image and, if requested, of its mirror; size (W, H) before; shape (C,
-        H, W)
-    after.
+    H, W) after.
     """
     ready = []
     for entry in entries:

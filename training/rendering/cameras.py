@@ -43,8 +43,7 @@ def look_at(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return cam2world matrices of cameras that look at a target, with world y up.
 
     Columns: right = -normalise(up x forward), down = forward x right, forward; then the position. The signs
-        of the
-    first two make the matrix OpenCV's (y down) while the world keeps y up.
+    of the first two make the matrix OpenCV's (y down) while the world keeps y up.
 
     Args:
         position: [N, 3].

@@ -57,8 +57,7 @@ class MipRayMarcher2(torch.nn.Module):
         Returns:
             colour [N, M, C]: sum(w c) * 2 - 1, or sum(w c) if not symmetric.
             depth [N, M, 1]: sum(w d) / sum(w), clamped to the smallest and largest depth of the *whole
-            batch*. In
-                empty pixels a rendering therefore depends on its batch.
+                batch*. In empty pixels a rendering therefore depends on its batch.
             weights [N, M, S-1, 1].
         """
         weights, depths_mid = (
