@@ -267,6 +267,8 @@ def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
         runs.append(values)
     full_precision, mixed = runs
     assert all(v.dtype == torch.float32 for v in mixed.values())
-    assert torch.equal(full_precision["g_reg"], mixed["g_reg"]) and torch.equal(full_precision["d_reg"], mixed["d_reg"])
+    assert torch.equal(full_precision["g_reg"], mixed["g_reg"]) and torch.equal(
+        full_precision["d_reg"], mixed["d_reg"]
+    )
     assert not torch.equal(full_precision["g_main"], mixed["g_main"])
     torch.testing.assert_close(full_precision["g_main"], mixed["g_main"], rtol=0.05, atol=0.05)
