@@ -5,6 +5,8 @@ This module does not import torch, so that the command line starts quickly.
 
 from dataclasses import dataclass
 
+from training.config import check_choice
+
 TRANSFORMS = ("center-crop", "center-crop-wide")
 
 
@@ -20,13 +22,9 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         # Messages name the flags of tools/dataset_tool.py, the only place where users give these settings.
-        if self.transform is not None and self.transform not in TRANSFORMS:
-            raise ValueError(
-                f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of"
-                " them."
-            )
-        if self.labels not in ("check", "drop"):
-            raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
+        if self.transform is not None:
+            check_choice("--transform", self.transform, TRANSFORMS)
+        check_choice("--labels", self.labels, ("check", "drop"))
         if (
             self.resolution is not None
             and min(self.resolution) < 1

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.seeds import WATCH
+from eg3d_rlhf.core.seeds import MONITOR
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
-from eg3d_rlhf.tuning.gan.heldout_metrics import PSI
+from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, PREFIX, PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
 from training import networks
@@ -63,7 +64,7 @@ def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.nda
 
 @torch.no_grad()
 def consistency(
-    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=WATCH.all, batch: int = 8
+    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=MONITOR.all, batch: int = 8
 ) -> np.ndarray:
     """Return the density-consistency distances [N] of seeds, at the truncation of the held-out metrics.
 
@@ -105,7 +106,7 @@ class EarlyStop(torch.nn.Module):
         G_ref: torch.nn.Module,
         config: EarlyStopConfig,
         resolution: int,
-        latents: int = WATCH.count,
+        latents: int = MONITOR.count,
     ):
         super().__init__()
         self.config = config
@@ -144,7 +145,7 @@ class EarlyStop(torch.nn.Module):
             # Written at once: a run that is killed later leaves its best snapshot as a file.
             networks.save(loop.files.folder / KEPT, self.networks(nets))
         # Added to the statistics, so that `restore` can rebuild the ledger from stats.jsonl.
-        stats["Watch/distance"] = {
+        stats[PREFIX + "distance"] = {
             "num": len(distances),
             "mean": float(distances.mean()),
             "std": float(distances.std()),
@@ -172,8 +173,8 @@ class EarlyStop(torch.nn.Module):
         self.ledger.append(
             {
                 "images": cur_nimg,
-                "second": stats["Watch/second"]["mean"],
-                "distance": stats["Watch/distance"]["mean"],
+                "heldout": stats[PREFIX + HELDOUT]["mean"],
+                "distance": stats[PREFIX + "distance"]["mean"],
                 "gain_over_kept": gain["mean"],
                 "gain_error": error,
                 "kept": int(stats["EarlyStop/images"]["mean"]),
@@ -184,7 +185,7 @@ class EarlyStop(torch.nn.Module):
         """Rebuild the ledger from the run's statistics after a resume."""
         self.ledger = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = json.loads(line)
+            stats = version_0_1.gan_stats(json.loads(line))
             self._note(stats["nimg"], stats)
 
     def networks(self, nets: Networks) -> Networks:
@@ -203,7 +204,7 @@ class EarlyStop(torch.nn.Module):
             # Images of the last tick, of which the choice was made.
             "of": self.ledger[-1]["images"] if self.ledger else int(self.at),
             "distance": float(self.distance),
-            "second": float(self.second.mean()),
+            "heldout": float(self.second.mean()),
             "rule": dataclasses.asdict(self.config),
             "ticks": self.ledger,
         }

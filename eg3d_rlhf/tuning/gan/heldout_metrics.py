@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.seeds import WATCH
+from eg3d_rlhf.core.seeds import MONITOR
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
+PREFIX = "Monitored/"  # of the names in stats.jsonl
+HELDOUT = "heldout"  # name of the held-out reward among the measures
 PSI = 0.7  # truncation of the latents that rewards score
-JUDGE_RESOLUTION = RESOLUTION  # grid points per edge of the cubes that the simulated annotator evaluates
-HELDOUT_RESOLUTION = 48  # the same for the measure at every tick, which has to be fast
+ORACLE_RESOLUTION = RESOLUTION  # grid points per edge of the cubes that the simulated annotator evaluates
+MONITOR_RESOLUTION = 48  # the same for the measure at every tick, which has to be fast
 
 Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]  # (G, seeds) -> [N], higher is better
 
 
-class Watch:
+class Monitor:
     """Changes of several measures since the untuned generator.
 
     Args:
@@ -39,7 +42,7 @@ class Watch:
     """
 
     def __init__(
-        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all
+        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = MONITOR.all
     ):
         self.measures = measures
         self.seeds = seeds  # the same at every tick, so that changes are paired
@@ -54,12 +57,12 @@ class Watch:
     def __call__(self, loop, stats: dict) -> dict[str, str]:
         """Measure the present generator; the loop calls this at every tick.
 
-        Adds the changes to the statistics, as 'Watch/<name>', and returns fields for the status line.
+        Adds the changes to the statistics, as 'Monitored/<name>', and returns fields for the status line.
         """
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
             delta = self.latest[name] = values - self.initial[name]  # paired by latent
-            stats[f"Watch/{name}"] = {
+            stats[f"{PREFIX}{name}"] = {
                 "num": len(delta),
                 "mean": float(delta.mean()),
                 "std": float(delta.std()),
@@ -76,7 +79,7 @@ class Watch:
         Returns the names of the measures that fell.
         """
         # The first measure is the optimised reward; dictionaries keep their order.
-        (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
+        (_, reward), *others = ((name, stats[f"{PREFIX}{name}"]) for name in self.measures)
         # `std` is the biased one, hence the division by n - 1 for the standard error.
         errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
         fallen = [
@@ -90,7 +93,7 @@ class Watch:
         """Rebuild the alarms from the run's statistics after a resume."""
         self.alarms = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = json.loads(line)
+            stats = version_0_1.gan_stats(json.loads(line))
             self._alarm(stats["nimg"], stats)
 
 
@@ -103,7 +106,7 @@ def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int
 
 
 def utilities(
-    G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION
+    G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = ORACLE_RESOLUTION
 ) -> np.ndarray:
     """Return the simulated annotator's noise-free utility [N] of a generator's seeds.
 
@@ -113,15 +116,13 @@ def utilities(
     return np.array([evaluation.total for evaluation in evaluations])
 
 
-def make_heldout_metrics(
-    settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None
-) -> Watch:
-    """Return the metrics of a run: its reward, the held-out reward if any, the utility of synthetic heads."""
-    named = {"reward": reward, "second": second}
+def make_monitor(settings: dict, reward: Reward, G_ref: torch.nn.Module, heldout: Reward | None) -> Monitor:
+    """Return the monitor of a run: its reward, the held-out reward if any, the utility of synthetic heads."""
+    named = {"reward": reward, HELDOUT: heldout}
     measures: dict[str, Measure] = {
         name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None
     }
     # Only synthetic heads have a ground truth, from which the annotator computes its utility.
     if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
-        measures["utility"] = partial(utilities, resolution=HELDOUT_RESOLUTION)
-    return Watch(measures, G_ref)
+        measures["utility"] = partial(utilities, resolution=MONITOR_RESOLUTION)
+    return Monitor(measures, G_ref)

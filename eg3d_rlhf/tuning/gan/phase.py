@@ -4,9 +4,9 @@
 
 Here o is the observation that the reward r reads, and shape is one of `SHAPINGS`. The clip acts as a trust
 region: a shaped reward outside its bounds gives no gradient. The second term is the density-consistency term;
-sigma_ref is the density of the frozen reference generator. Its per-sample weight h is 1. With --anchor-gate
-below 1, h is smaller for shapes that scored below the clip's upper bound before tuning. Shapes that were good
-are then kept, and defective shapes may change.
+sigma_ref is the density of the frozen reference generator. Its per-sample weight h is 1. With
+--consistency-gate below 1, h is smaller for shapes that scored below the clip's upper bound before tuning.
+Shapes that were good are then kept, and defective shapes may change.
 
 Letters: N batch, M reference samples, E embedding; observed [N, ...] is the reward's input; D, H, W grid
 points along z, y, x.
@@ -19,19 +19,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.version_0_1 import drop_comparison_counter
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan.nose_floor import PSI as NOSE_PSI
-from eg3d_rlhf.tuning.gan.nose_floor import NoseFloor
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
+# The published nose limit reads rows and columns 53 to 72 of a frontal depth map of 128 x 128 pixels.
+PIXELS = 128
+FIRST = 53
+SIDE = 20
+NOSE_PSI = 0.25  # truncation of the untuned samples that set the nose limit
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 MOSTLY = 0.5  # share of untuned scores outside the trust region above which the user is warned
 
@@ -171,6 +174,73 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
     return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
 
 
+# The nose limit is a penalty on faces that come nearer to the frontal camera than any untuned face. A depth
+# reward reads only one side of a head. The easiest way to a higher score is then a nose that grows towards
+# the camera. The limit is the smallest depth of untuned faces. h and w are rows and columns of the window.
+
+
+def floor_loss(depth: torch.Tensor, limit: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
+    """Return the mean of (limit - depth)+ over a window.
+
+    Args:
+        depth: [N, h, w], distance from the camera, world units.
+        limit: smallest allowed depth.
+        violators: take the mean over those pixels only that are nearer than the limit, as in the published
+            method. A single pixel then counts as much as a thousand. 0 if there are none.
+    Returns: [N], world units. Differentiable in depth.
+    Deviates: the published code takes that mean over all samples of a batch together.
+    """
+    # How much nearer than the limit each pixel is; 0 where it is farther.
+    missing = torch.relu(limit - depth).flatten(1)  # [N, h * w]
+    # clamp_min covers the case without violators: 0 / 1.
+    return missing.sum(dim=1) / (missing > 0).sum(dim=1).clamp_min(1) if violators else missing.mean(dim=1)
+
+
+class NoseFloor(torch.nn.Module):
+    """Smallest depth d* of untuned faces in the middle of the frontal depth map, and the penalty below it.
+
+    Args:
+        generator: the untuned generator.
+        ws: its samples at truncation NOSE_PSI, [N, L, W].
+        kind: one of NOSE_FLOORS, see `floor_loss`.
+    """
+
+    floor: torch.Tensor
+
+    @torch.no_grad()
+    def __init__(self, generator: Generator, ws: torch.Tensor, kind: str):
+        super().__init__()
+        self.kind = kind
+        self._camera = window_camera(generator)
+        # A buffer, so that a resumed run keeps the limit of the untuned generator.
+        self.register_buffer(
+            "floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin()
+        )
+
+    def _depth(self, field: Field) -> torch.Tensor:
+        """Render the window's depth [N, h, w]."""
+        # Fixed random numbers: neither the penalty nor the run's own random sequence may depend on the other.
+        with fixed_draws():
+            return field.render(self._camera, RenderOptions(resolution=SIDE)).depth[:, 0]
+
+    def forward(self, field: Field) -> torch.Tensor:
+        """Return the penalty [N] of samples."""
+        return floor_loss(self._depth(field), self.floor, self.kind == "violators")
+
+
+def window_camera(generator: Generator) -> torch.Tensor:
+    """Return the label [1, 25] of a frontal camera that shows rows and columns 53 to 72 of 128."""
+    # The pose sampler uses random numbers even though its standard deviations are 0.
+    with fixed_draws():
+        label = generator.cameras.label()
+        scale = PIXELS / SIDE  # the window is a crop of SIDE of PIXELS pixels
+    # Cropping an image rescales its intrinsics, since these are in units of the image.
+    intrinsics = label[0, 16:25].view(3, 3)  # a view: the label itself is changed
+    intrinsics[:2, :2] *= scale  # focal lengths and skew
+    intrinsics[:2, 2] = (intrinsics[:2, 2] - FIRST / PIXELS) * scale
+    return label
+
+
 class RewardPhaseState(torch.nn.Module):
     """Part of the reward phase that checkpoints store.
 
@@ -214,7 +284,7 @@ class RewardTerms:
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
         # Grid of the density-consistency term, over the whole cube.
-        self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
+        self.cube = SlabSpec.of(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
             nose_limit = None
@@ -228,7 +298,6 @@ class RewardTerms:
         reference = self.reference
         network = self.reward.network
         observations = []
-        device = device_of(reference)
         device = device_of(reference)
         # Standardising has its own seeds. All of these seeds are held out from the rewards' training.
         seeds = STANDARDISATION.all if self.config.reward_shaping == "standardised" else CALIBRATION.all
@@ -254,9 +323,9 @@ class RewardTerms:
             warnings.warn(
                 f"--reward-clip: {problem}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
             )
-        if self.config.anchor_gate < 1 and not (shaped > high).any():
+        if self.config.consistency_gate < 1 and not (shaped > high).any():
             problem = f"no untuned score lies above {high:g}, so no shape has the full consistency weight"
-            warnings.warn(f"--anchor-gate: {problem}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
+            warnings.warn(f"--consistency-gate: {problem}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
@@ -296,7 +365,7 @@ class RewardTerms:
         # The same latents go through both generators, each with its own mapping network.
         def field(generator: Generator) -> Field:
             return generator.field(
-                generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+                generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
 
         sigma = field(self.generator).density_grid(self.cube)  # [N, D, H, W]
@@ -312,12 +381,12 @@ class RewardTerms:
                 continue
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
             part = weight * stats[statistic]
-            if name == "lambda_sigma" and config.anchor_gate < 1:
-                stats["RLHF/held"] = self._gate(untuned, places)
-                part = part * stats["RLHF/held"]
+            if name == "lambda_sigma" and config.consistency_gate < 1:
+                stats["RLHF/consistency_weight"] = self._gate(untuned, places)
+                part = part * stats["RLHF/consistency_weight"]
             parts.append(part)
         loss = functools.reduce(torch.add, parts)
-        return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+        return Loss(loss, {**stats, "Loss/Grlhf/consistency": loss})
 
     @torch.no_grad()
     def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:
@@ -328,7 +397,7 @@ class RewardTerms:
         """
         # Scored with the same shaping and bounds as the tuned samples.
         shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
-        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
+        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:

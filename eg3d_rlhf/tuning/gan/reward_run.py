@@ -14,7 +14,7 @@ from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.heldout_metrics import Watch, make_heldout_metrics
+from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, Monitor, make_monitor
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
 from eg3d_rlhf.tuning.gan.settings import Settings
 from training import networks
@@ -138,7 +138,7 @@ def input_files(s: Settings) -> dict[str, Path]:
     if s.reward.reward != "none":
         named = {
             "reward": s.reward.reward_ckpt,
-            "watch": s.reward.reward_watch,
+            "heldout": s.reward.heldout_reward,
             "reference": s.reward.reference,
         }
         files |= {name: Path(path) for name, path in named.items() if path is not None}
@@ -153,7 +153,7 @@ class Objects:
     nets: networks.Networks  # networks that the loop trains
     before: torch.nn.Module | None = None  # with a reward, on rank 0: the untuned generator
     reward: Reward | None = None
-    watch: Watch | None = None  # held-out metrics, on rank 0
+    monitor: Monitor | None = None  # held-out metrics, on rank 0
     early_stop: EarlyStop | None = None  # choice of the snapshot that is kept
 
 
@@ -181,12 +181,12 @@ def build(s: Settings, files: Run) -> Objects:
     phases = GanPhases(G, D, s.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
     reward = None
     before = None
-    watch = None
+    monitor = None
     early = None
     if s.reward.reward != "none":
         reward = open_reward(s, of(nets.G_ema), device)
-        with naming("--reward-watch"):
-            second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+        with naming("--heldout-reward"):
+            second = None if s.reward.heldout_reward is None else load_reward(s.reward.heldout_reward, device)
             # A member of the tuning ensemble would rise with it and detect nothing.
             if second is not None and second.is_member_of(reward):
                 raise ValueError(
@@ -200,7 +200,7 @@ def build(s: Settings, files: Run) -> Objects:
                 f" --reward={kind}."
             )
         # On rank 0 only, which prints warnings.
-        for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
+        for flag, scorer in (("--reward-ckpt", reward), ("--heldout-reward", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
         reference = (
@@ -210,7 +210,7 @@ def build(s: Settings, files: Run) -> Objects:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             # A copy, since G_ema changes during tuning.
             before = copy.deepcopy(reference).eval().requires_grad_(False)
-            watch = make_heldout_metrics(s.to_dict(), reward, before, second)
+            monitor = make_monitor(s.to_dict(), reward, before, second)
         # With lambda_r = 0 there is no reward phase at all: the run is bitwise identical to GAN training.
         if s.reward.terms.lambda_r > 0:
             # Appended: the reward phase runs after the adversarial ones in every iteration.
@@ -218,7 +218,7 @@ def build(s: Settings, files: Run) -> Objects:
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
                 early = EarlyStop(
-                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution
+                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.consistency_resolution
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
@@ -230,19 +230,19 @@ def build(s: Settings, files: Run) -> Objects:
         s.loop,
         files,
         options=s.to_dict(),
-        on_tick=observers(watch, early),
+        on_tick=observers(monitor, early),
         ranks=ranks,
         carries=carries,
     )
-    return Objects(loop, nets, before, reward, watch, early)
+    return Objects(loop, nets, before, reward, monitor, early)
 
 
-def observers(watch: Watch | None, early: EarlyStop | None):
+def observers(monitor: Monitor | None, early: EarlyStop | None):
     """Return the loop's tick callback: the held-out metrics, then the early stop, which needs them."""
-    if watch is None or early is None:
-        return watch
-    # The order matters: `watch(...)` fills `watch.latest` before the second entry reads it.
-    return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
+    if monitor is None or early is None:
+        return monitor
+    # The order matters: `monitor(...)` fills `monitor.latest` before the second entry reads it.
+    return lambda loop, stats: {**monitor(loop, stats), **early.tick(loop, stats, monitor.latest[HELDOUT])}
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
@@ -254,10 +254,10 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     """
     objects = build(s, run)  # its weights are overwritten by the checkpoint
     objects.loop.resume(source, previous)
-    if objects.watch is not None:
+    if objects.monitor is not None:
         # Alarms and choices of earlier ticks are in the statistics
         # file, which the resume has cut to its tick.
-        objects.watch.restore(run.folder / STATS)
+        objects.monitor.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)
     return objects

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run
@@ -45,6 +46,7 @@ from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
 from eg3d_rlhf.rewards.training_run import REPORT, TRAINING
 from eg3d_rlhf.tuning.gan import reward_run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
+from eg3d_rlhf.tuning.gan.heldout_metrics import PREFIX
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
 from training import storage
 from training.distributed import Ranks
@@ -92,7 +94,7 @@ class Ledger:
             artefact = self.store.find(self._kind(entry, step), {"after": self._last})
             if artefact is None:
                 break
-            entry[step] = dict(artefact.record)
+            entry[step] = version_0_1.ledger_step(artefact.record)
             self._last = artefact.content
         if len(entry) > 1:
             self.rounds.append(entry)
@@ -203,7 +205,7 @@ def table(ledger: Ledger) -> list[str]:
         labels, reward, tuned = (entry.get(step, {}) for step in STEPS)
         noise = labels.get("noise")
         test = reward.get("test_accuracy")
-        changes = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("watch", {}).items())
+        changes = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("monitored", {}).items())
         # A dash where a round has no such figure: people's labels
         # have no noise, unfinished rounds no accuracy.
         shown = [
@@ -245,9 +247,9 @@ def check(s: Settings, ranks: Ranks) -> None:
     # Also renders the data set, if it is synthetic, and reads the initial networks.
     nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
-    if s.reward.reward_watch is not None:
-        with naming("--reward-watch"):
-            check_reward(load_reward(s.reward.reward_watch), load_generator(pretrained(s)).generator)
+    if s.reward.heldout_reward is not None:
+        with naming("--heldout-reward"):
+            check_reward(load_reward(s.reward.heldout_reward), load_generator(pretrained(s)).generator)
 
 
 def pretrained(s: Settings) -> Path:
@@ -450,7 +452,7 @@ class Rounds:
         print(f"Round {number}: tuning.", flush=True)
         self.tune(settings, folder)  # begins, or resumes what is in the folder
         ticks = (
-            [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
+            [version_0_1.gan_stats(json.loads(line)) for line in (folder / STATS).read_text().splitlines()]
             if (folder / STATS).is_file()
             else []
         )
@@ -463,20 +465,20 @@ class Rounds:
         before = load_generator(self.first, self.device)
         # An early stop may have kept an earlier snapshot; the metrics of its tick are the ones that count.
         tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
-        heldout = {
-            name.removeprefix("Watch/"): value["mean"]
+        monitored = {
+            name.removeprefix(PREFIX): value["mean"]
             for name, value in tick.items()
-            if name.startswith("Watch/")
+            if name.startswith(PREFIX)
         }
         # The distance is a figure of its own below, and is measured
         # again: only an early stop logs it per tick.
-        heldout.pop("distance", None)
-        distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
+        monitored.pop("distance", None)
+        distance = consistency(after.G, before.G, settings.reward.terms.consistency_resolution)
         figures = {
             "generator": after.hash,
             "images": after.nets.cur_nimg,
             "distance": float(distance.mean()),
-            "watch": heldout,
+            "monitored": monitored,
             "start": self.s.rounds.round_start,
         }
         return figures, [path]
@@ -507,7 +509,11 @@ def work(s: Settings, run: Run, tune: Tune) -> None:
     if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):
         # The run's summary is that of its last round, with the ledger of all rounds.
         last = run.folder / f"round-{s.rounds.rounds}" / "tuning"
-        summary = json.loads((last / SUMMARY).read_text()) if (last / SUMMARY).is_file() else {}
+        summary = (
+            version_0_1.summary(json.loads((last / SUMMARY).read_text()))
+            if (last / SUMMARY).is_file()
+            else {}
+        )
         run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})
         print("\n" + "\n".join(table(ledger)))
         print(

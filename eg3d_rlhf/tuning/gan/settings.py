@@ -39,7 +39,7 @@ PEOPLE = "people"
 PRETRAINED = "pretrained"  # the network of --init, in every round
 LAST = "last"  # the tuned network of the round before
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
-NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose_floor
+NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.phase
 DEMO_KIMG = 0.6  # length of the bundled tuning run, in thousands of images
 # `control=False`: a run and its control may differ in these, since the control has no reward. `rare`: no flag
 # of their own.
@@ -119,7 +119,7 @@ class RewardConfig:
         " near (violators, as published).",
         choices=NOSE_FLOORS,
     )
-    anchor_gate: float = _reward_knob(
+    consistency_gate: float = _reward_knob(
         1.0,
         "Weight of the density-consistency term for shapes that scored below HIGH of --reward-clip before"
         " tuning,"
@@ -137,10 +137,10 @@ class RewardConfig:
     reward_shaping: str = _reward_knob(
         "none", "Function of the score that the reward phase maximises.", choices=SHAPINGS
     )
-    anchor_resolution: int = _reward_knob(
+    consistency_resolution: int = _reward_knob(
         64, "Grid points per edge of the cube on which the densities are compared.", low=2, flag=False
     )
-    anchor_psi: float = _rare_reward_knob(
+    consistency_psi: float = _rare_reward_knob(
         0.7, "Truncation of the samples of the density-consistency term.", metavar="PSI", low=0
     )
     truncation_psi: float = 1.0  # truncation of the samples that the reward scores
@@ -148,18 +148,18 @@ class RewardConfig:
     def __post_init__(self):
         check_knobs(self)
         _, high = clip_range(self.reward_clip)  # raises an error for a malformed value
-        if self.anchor_gate == 1:
+        if self.consistency_gate == 1:
             return  # all samples have the same weight; nothing to check
         if self.lambda_sigma == 0:
             raise ValueError(
-                f"--anchor-gate={self.anchor_gate:g} scales the term of --lambda-sigma, which is 0. Set"
-                " --lambda-sigma above 0, or leave --anchor-gate out."
+                f"--consistency-gate={self.consistency_gate:g} scales the term of --lambda-sigma, which is 0."
+                " Set --lambda-sigma above 0, or leave --consistency-gate out."
             )
         # The upper bound separates the two groups of shapes. That of iqr is finite, but not known here.
         if high == float("inf") and self.reward_clip != "iqr":
             raise ValueError(
-                f"--anchor-gate={self.anchor_gate:g} needs a --reward-clip with an upper bound HIGH, got"
-                f" {self.reward_clip}. Write e.g. --reward-clip=-10,q0.55."
+                f"--consistency-gate={self.consistency_gate:g} needs a --reward-clip with an upper bound"
+                f" HIGH, got {self.reward_clip}. Write e.g. --reward-clip=-10,q0.55."
             )
 
 
@@ -295,7 +295,7 @@ class RewardSettings(Knobs):
     reward_ckpt: str | None = _reward_knob(
         None, "File of the trained reward.", metavar="FILE", shown="bundled"
     )
-    reward_watch: str | None = _reward_knob(
+    heldout_reward: str | None = _reward_knob(
         None,
         "File of a held-out reward, which is measured but not trained on. It should not fall while the first"
         " rises.",
