@@ -1,18 +1,19 @@
-"""Train: a tri-plane GAN, or one fine-tuned with a reward on its density field; a flow in stages; text to 3D.
+"""Train a tri-plane GAN, with or without a reward on its density field; a multi-stage flow; or text to 3D.
 
-    python train.py                                  fine-tune nothing: the GAN alone, continuing the bundled
-                                                     generator
-    python train.py --reward=sigma --lambda-r=10     the main job: reward fine-tuning of the bundled generator
-                                                     on synthetic heads
-    python train.py --reward=sigma --rounds=3        the same in rounds: label, train rewards, tune, and again
-    python train.py --init=scratch --kimg=20         train the bundled generator anew
-    python train.py --mode=circular-dpo              preference training of a generator in stages; has flags
-                                                     of its own
-    python train.py --mode=online                    online tuning of one of its stages by rewards; has flags
-                                                     of its own
-    python train.py --mode=distill                   text to 3D by score distillation; has flags of its own
+    python train.py                                  continue the adversarial training of the bundled
+    generator,
+                                                     without a reward
+    python train.py --reward=sigma --lambda-r=10     fine-tune the bundled generator of synthetic heads with a
+    reward:
+                                                     the main job
+    python train.py --reward=sigma --rounds=3        the same in rounds of labels, reward training and tuning
+    python train.py --init=scratch --kimg=20         train a new generator from random weights
+    python train.py --mode=circular-dpo              tune a multi-stage flow with preferences (has its own
+    flags) python train.py --mode=online                    tune one stage of a flow online with rewards (has
+    its own flags) python train.py --mode=distill                   text to 3D by score distillation (has its
+    own flags)
 
-Hands over to a mode of eg3d_rlhf/modes.
+The modes are in eg3d_rlhf/modes.
 """
 
 from eg3d_rlhf.modes import ModeCommand

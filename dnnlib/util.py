@@ -1,4 +1,4 @@
-"""Small helpers with the names that EG3D users' code expects."""
+"""Small helpers under the names of EG3D's dnnlib."""
 
 import importlib
 from collections.abc import Callable
@@ -7,11 +7,13 @@ from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+# Packages from which names may be taken. Names come from
+# configuration files, which must not run arbitrary code.
 ALLOWED_ROOTS = ("training", "torch_utils", "dnnlib", "torch", "eg3d_rlhf")
 
 
 class EasyDict(dict):
-    """A dict whose items are attributes as well.
+    """Dictionary whose items are attributes as well.
 
     >>> EasyDict(lr=0.1).lr
     0.1
@@ -21,6 +23,7 @@ class EasyDict(dict):
         try:
             return self[name]
         except KeyError:
+            # hasattr and copy.copy expect this type of error.
             raise AttributeError(name) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -34,34 +37,36 @@ class EasyDict(dict):
 
 
 def get_obj_by_name(name: str) -> Any:
-    """The object behind 'package.module.name'.
+    """Return the object with the name 'package.module.name'.
 
-    Deviates: only this project's packages and torch are reachable, since such names come from files.
+    Deviates: only this project's packages and torch are available, since such names come from files.
     Raises: ValueError for any other package, ImportError for a module or name that does not exist.
     """
     parts = name.split(".")
     if parts[0] not in ALLOWED_ROOTS or len(parts) < 2:
         raise ValueError(
             f"get_obj_by_name: expected a dotted name in {', '.join(ALLOWED_ROOTS)}, got {name!r}. Import"
-            " others yourself."
+            " other objects yourself."
         )
+    # Where the module ends and the attributes begin is not known: try the longest module first.
     for split in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:split])
         try:
-            found: Any = importlib.import_module(module_name)
+            obj: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
+            # A missing module that `module_name` itself imports is a real error, not a wrong split.
             if error.name is None or not module_name.startswith(error.name):
                 raise
             continue
         for part in parts[split:]:
-            if not hasattr(found, part):
+            if not hasattr(obj, part):
                 raise ImportError(
                     f"get_obj_by_name: {module_name} has no {'.'.join(parts[split:])}. Check the spelling of"
                     f" {name!r}."
                 )
-            found = getattr(found, part)
-        return found
-    raise ImportError(f"get_obj_by_name: no module behind {name!r}. Check the spelling.")
+            obj = getattr(obj, part)
+        return obj
+    raise ImportError(f"get_obj_by_name: there is no module for {name!r}. Check the spelling.")
 
 
 def call_func_by_name(*args: Any, func_name: str, **kwargs: Any) -> Any:
@@ -76,9 +81,9 @@ def construct_class_by_name(*args: Any, class_name: str, **kwargs: Any) -> Any:
 
 
 def open_url(url: str) -> BinaryIO:
-    """Open a local path or file:// URL for reading.
+    """Open a local path or file:// URL for reading, in binary mode.
 
-    Deviates: nothing is downloaded; networks and detectors are files that the user names.
+    Deviates: nothing is downloaded. Networks and detectors are files that the user names.
     Raises: ValueError for a remote URL, FileNotFoundError.
     """
     parsed = urlparse(url)

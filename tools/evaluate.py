@@ -1,4 +1,4 @@
-"""What did tuning change, and did it get better? The same as eg3d-rlhf report evaluate."""
+"""Evaluate the effect of tuning. The same as eg3d-rlhf report evaluate."""
 
 import _repository  # noqa: F401
 

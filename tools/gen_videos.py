@@ -1,4 +1,4 @@
-"""Film a generator, as EG3D's script of this name. The same as eg3d-rlhf samples videos."""
+"""Render videos of a generator, like EG3D's script of this name. The same as eg3d-rlhf samples videos."""
 
 import _repository  # noqa: F401
 

@@ -1,5 +1,4 @@
-"""Label pairs of shapes in the browser: plans or resumes a campaign, prepares its shapes, serves the page and
-prints the address.
+"""Label pairs of shapes in the browser: plan or resume a campaign, prepare its shapes, and serve the page.
 
 \b
 Example:

@@ -1,5 +1,5 @@
-"""Compare two generators blind: designs the study, serves it in the browser, and reports on it when its
-stopping rule is met.
+"""Compare two generators blind: design a study, serve it in the browser, and report on it when its stopping
+rule is met.
 
 \b
 Example:

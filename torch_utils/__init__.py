@@ -1,13 +1,13 @@
 """Operations and statistics on tensors that are not specific to this project.
 
-Every entry point comes here before torch is loaded. OpenMP's threads spin only briefly while they wait for
-work, unless the user set OMP_WAIT_POLICY: beside other busy processes spinning threads take the processor
-from those that have work.
+Every entry point imports this package before torch. It sets how OpenMP's threads wait for work: they spin
+only briefly, unless the user set OMP_WAIT_POLICY. Beside other busy processes, spinning threads take
+processor time from those that have work.
 """
 
 import os
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "passive"
-    # GNU's library, which torch ships: some 50 microseconds, in place of none
+    # For GNU's OpenMP library, which torch ships: spin for some 50 microseconds instead of not at all.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

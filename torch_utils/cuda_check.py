@@ -1,9 +1,9 @@
-"""Trust in the CUDA ops: before one is used on a device, it has to reproduce plain torch there on a small
-fixed input.
+"""Checks of the CUDA ops on the device: an op is used only if it reproduces plain torch on small fixed
+inputs.
 
-The kernels are also run by emulation in the tests, but a driver, a device or a compiler can still be the
-first of its kind. An op that disagrees, or ends in a CUDA error, is switched off on that device with one
-warning, and plain torch does the work.
+The tests run the kernels by emulation. A driver, a device or a compiler can still behave differently. An op
+whose results differ, or which ends in a CUDA error, is turned off on that device with one warning, and plain
+torch is used.
 """
 
 import threading
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-# torch.compile asks while it runs everything on fake tensors
+# torch.compile asks for the result of a check while it runs everything on fake tensors.
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torch_utils.ops.bias_act import activation_funcs, bias_act_ref
@@ -21,10 +21,11 @@ from torch_utils.ops.slab_density import slab_density_ref
 from torch_utils.ops.triplane_decode import _decode_torch
 from torch_utils.ops.upfirdn2d import upfirdn2d_ref
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # what the op gives, what plain torch gives
+Pair = tuple[torch.Tensor, torch.Tensor]  # results of the op and of plain torch
 Check = Callable[[torch.device], Iterable[Pair]]
 
-# relative to the largest value: a hundred times the ops' rounding, far below what a wrong index does
+# Relative to the largest value: a hundred times the ops'
+# rounding error, far below the effect of a wrong index.
 TOLERANCE = 1e-3
 _ops = torch.ops.eg3d_rlhf
 _results: dict[tuple[str, torch.device], bool] = {}
@@ -32,33 +33,39 @@ _lock = threading.RLock()
 
 
 def passes(op: str, device: torch.device) -> bool:
-    """Whether a CUDA op may be used on a device; tried on the first question, remembered for the process.
+    """Return whether a CUDA op may be used on a device. It is tried once per process.
 
-    Args: op: name of the library, a key of `CHECKS`; device: with or without an index. The library must be
-        loaded.
+    Args:
+        op: name of the library, a key of `CHECKS`. The library must be loaded.
+        device: with or without an index.
     Returns: False while torch.compile traces or a CUDA graph is captured, unless the op has been tried
-        before. Never raises for an op that fails. Leaves the random generators and the state of autograd
-        alone.
+        before. Never raises for an op that fails. The random generators and the state of autograd are not
+        changed.
     Raises: KeyError for an op that has no check.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = op, device
+    # Neither tracing nor capture allows the check to run and be read back. The result is not stored, so a
+    # later call tries again.
     if key not in _results and (
         torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         return False
     if key not in _results:
         with _lock:
+            # Another thread may have tried it while this one waited.
             if key not in _results:
                 _results[key] = _try(op, CHECKS[op], device)
     return _results[key]
 
 
 def _try(op: str, check: Check, device: torch.device) -> bool:
-    """Run one check; False, with a warning, for a wrong result or an error."""
+    """Run one check. Returns False, with a warning, for a wrong result or an error."""
     try:
+        # The caller's modes must not reach the check: inference
+        # mode and no_grad would switch off its gradients.
         with (
             _disable_current_modes(),
             torch.inference_mode(False),
@@ -66,7 +73,7 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
             torch.autocast(device.type, enabled=False),
         ):
             worst = max(_difference(actual, expected) for actual, expected in check(device))
-    # NotImplementedError: no kernel is registered for the device
+    # NotImplementedError means that no kernel is registered for the device.
     except (RuntimeError, NotImplementedError) as error:
         why = (
             f"it ended with {type(error).__name__}:"
@@ -77,14 +84,14 @@ def _try(op: str, check: Check, device: torch.device) -> bool:
             return True
         why = f"its results differ from plain torch by {worst:.2g} of the largest value"
     warnings.warn(
-        f"op {op} on {device}: switched off, plain torch is used, which is slower; {why}. Please report it.",
+        f"op {op} on {device}: turned off, plain torch is used, which is slower; {why}. Please report this.",
         stacklevel=4,
     )
     return False
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference relative to the largest expected value; infinite for another shape or for NaN."""
+    """Return the largest difference over the largest expected value; infinite for another shape or NaN."""
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.double()
@@ -93,7 +100,8 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
-    """Fixed float32 values between -scale and scale that look random, drawn from no generator."""
+    """Return fixed float32 values between -scale and scale that look random. No random generator is used."""
+    # sin of a growing phase: deterministic on every machine, and independent of torch's generators.
     places = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     values = scale * torch.sin(places**1.5 * 12.9898 + 78.233 * (seed + 1))
     return values.float().reshape(shape).to(device)
@@ -102,19 +110,26 @@ def _numbers(device: torch.device, *shape: int, scale: float = 1.0, seed: int = 
 def _with_gradients(
     compiled: Callable,
     backward: Callable,
-    plain: Callable,
+    reference: Callable,
     inputs: Sequence[torch.Tensor],
     learned: Sequence[int],
     device: torch.device,
 ) -> Iterator[Pair]:
-    """Outputs and gradients of an op against autograd through `plain` in float64.
+    """Yield outputs and gradients of an op, each with the result of autograd through `reference` in float64.
 
-    Args: compiled(*inputs) -> outputs; backward(*cotangents, *inputs) -> gradients of inputs[i] for i in
-        `learned`; plain: like `compiled`.
+    Args:
+        compiled: function compiled(*inputs) -> outputs.
+        backward: function backward(*cotangents, *inputs) -> gradients of inputs[i] for i in `learned`.
+        reference: function like `compiled`.
+        inputs: float32 tensors.
+        learned: indices of inputs that have gradients.
+        device: device of the cotangents.
     """
     outputs = compiled(*inputs)
+    # float64 on the same device: the reference then has no rounding error that matters.
     doubles = [t.double().requires_grad_(i in learned) for i, t in enumerate(inputs)]
-    expected = plain(*doubles)
+    expected = reference(*doubles)
+    # Arbitrary cotangents instead of ones: a gradient with permuted entries would pass a sum.
     cotangents = [_numbers(device, *t.shape, seed=50 + i) for i, t in enumerate(outputs)]
     expected_grads = torch.autograd.grad(
         expected, [doubles[i] for i in learned], [c.double() for c in cotangents]
@@ -124,14 +139,16 @@ def _with_gradients(
 
 
 def _slab_density(device: torch.device) -> Iterator[Pair]:
+    """Yield results of slab_density and of its definition."""
+    # Sizes that are no multiples of the kernel's tiles, so that its edges are covered.
     shape = (9, 35, 34)
-    units = 5
+    units = 5  # J
     sizes = (
-        (shape[0], units, shape[1]),
-        (shape[0], units, shape[2]),
-        (units, shape[1], shape[2]),
-        (units,),
-        (),
+        (shape[0], units, shape[1]),  # xy
+        (shape[0], units, shape[2]),  # xz
+        (units, shape[1], shape[2]),  # yz
+        (units,),  # w
+        (),  # b
     )
     inputs = [_numbers(device, *size, scale=3.0, seed=i) for i, size in enumerate(sizes)]
 
@@ -139,30 +156,33 @@ def _slab_density(device: torch.device) -> Iterator[Pair]:
         grad_w, *maps = _ops.slab_density_backward(grad, xy, xz, yz, w)
         return [*maps, grad_w]
 
-    def plain(xy, xz, yz, w, b):
+    def reference(xy, xz, yz, w, b):
         return (slab_density_ref([xy[:, :, :, None], xz[:, :, None], yz[None]], w, b, shape),)
 
     yield from _with_gradients(
-        lambda *t: (_ops.slab_density(*t, list(shape)),), backward, plain, inputs, range(4), device
+        lambda *t: (_ops.slab_density(*t, list(shape)),), backward, reference, inputs, range(4), device
     )
 
 
 def _triplane_decode(device: torch.device) -> Iterator[Pair]:
-    pairs = ((0, 1), (0, 2), (2, 1))
-    units = 18
+    """Yield results of triplane_decode and of plain torch."""
+    pairs = ((0, 1), (0, 2), (2, 1))  # three different planes, in EG3D's corrected layout
+    units = 18  # J, no multiple of a warp
+    # With colours, and without, which is another path of the kernel.
     for channels, colours in ((32, 32), (16, 0)):
         sizes = (
-            (2, 3, 7, 9, channels),
-            (2, 150, 3),
-            (units, channels),
-            (units,),
-            (1 + colours, units),
-            (1 + colours,),
+            (2, 3, 7, 9, channels),  # planes, neither square nor of a power of two
+            (2, 150, 3),  # points, some of them outside the box
+            (units, channels),  # w0
+            (units,),  # b0
+            (1 + colours, units),  # w1
+            (1 + colours,),  # b1
         )
         inputs = [_numbers(device, *size, scale=1.1, seed=i) for i, size in enumerate(sizes)]
         axes = [axis for pair in pairs for axis in pair]
 
         def compiled(planes, *rest):
+            # Without colours the first output is empty, and there is nothing to compare.
             return _ops.triplane_decode(planes, axes, *rest)[0 if colours else 1 :]  # noqa: B023
 
         def backward(*tensors):
@@ -171,13 +191,14 @@ def _triplane_decode(device: torch.device) -> Iterator[Pair]:
             read = (planes, axes, points, w0, b0, w1, b1)  # noqa: B023
             return _ops.triplane_decode_backward(grad_features, cotangents[-1], *read)
 
-        def plain(planes, points, *weights):
+        def reference(planes, points, *weights):
             return _decode_torch(planes, pairs, points, *weights)[0 if colours else 1 :]  # noqa: B023
 
-        yield from _with_gradients(compiled, backward, plain, inputs, (0, 2, 3, 4, 5), device)
+        yield from _with_gradients(compiled, backward, reference, inputs, (0, 2, 3, 4, 5), device)
 
 
 def _ray_march(device: torch.device) -> Iterator[Pair]:
+    """Yield results of ray_march and importance_depths, and of their definitions."""
     rays = 9
     samples = 45
     fine = 37
@@ -191,7 +212,8 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
         (0,),
         device,
     )
-    ascending = depths.sort(dim=1).values
+    ascending = depths.sort(dim=1).values  # `ray_march` takes any order, `importance_depths` only this one
+    # Within 0.01..0.99, away from the ends of the distribution.
     u = 0.5 + _numbers(device, rays, fine, scale=0.49, seed=2)
     weights, mids = interval_weights(densities.double(), ascending.double())
     yield (
@@ -201,9 +223,11 @@ def _ray_march(device: torch.device) -> Iterator[Pair]:
 
 
 def _bias_act(device: torch.device) -> Iterator[Pair]:
+    """Yield results of bias_act and its gradients, and of the formulas."""
     x = _numbers(device, 3, 5, 7, 11, scale=3.0)
     v = _numbers(device, 3, 5, 7, 11, seed=1)
     b = _numbers(device, 5, seed=2)
+    # Both memory layouts, since each has its own indexing.
     for layout in (torch.contiguous_format, torch.channels_last):
         x = x.contiguous(memory_format=layout)
         v = v.contiguous(memory_format=layout)
@@ -211,8 +235,10 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
             rest = (1, act, 0.3, 1.5, 2.0)  # dim, act, alpha, gain, clamp
             out = _ops.bias_act(x, b, *rest)
             yield out, bias_act_ref(x.double(), b.double(), 1, activation_funcs[name], *rest[2:])
+            # The compiled gradients exist for these three only; the others go through torch.
             if name in ("linear", "relu", "lrelu"):
                 below = {"linear": 1.0, "relu": 0.0, "lrelu": 0.3}[name]
+                # Written out: the slope is read from the sign and the size of the output.
                 slope = 1.5 * torch.where(out > 0, 1.0, below).double() * (out.abs() < 2.0)
                 yield from zip(
                     _ops.bias_act_backward(v, out, *rest, True),
@@ -223,16 +249,17 @@ def _bias_act(device: torch.device) -> Iterator[Pair]:
 
 
 def _upfirdn2d(device: torch.device) -> Iterator[Pair]:
+    """Yield results of upfirdn2d and of its definition."""
     x = _numbers(device, 2, 3, 37, 41)
-    square = _numbers(device, 4, 3, seed=1)
-    line = _numbers(device, 7, seed=2)
+    square = _numbers(device, 4, 3, seed=1)  # 2-D taps, not symmetric
+    line = _numbers(device, 7, seed=2)  # 1-D taps, applied along both axes
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         for f in (square, line):
             for up, down, pad in (
-                (1, 1, (1, 2, 1, 2)),
-                (2, 1, (2, 5, 2, 1)),
-                (1, 2, (3, 1, 1, 1)),
-                (3, 2, (4, -1, 0, 6)),
+                (1, 1, (1, 2, 1, 2)),  # filter
+                (2, 1, (2, 5, 2, 1)),  # upsample
+                (1, 2, (3, 1, 1, 1)),  # downsample
+                (3, 2, (4, -1, 0, 6)),  # both, with a border that is cropped
             ):
                 sizes = ((up, up), (down, down), pad)
                 actual = _ops.upfirdn2d(image, f, *(list(size) for size in sizes), False, 1.5)

@@ -1,16 +1,16 @@
-"""Running moments of named training statistics."""
+"""Running moments of named training statistics, which several processes can sum."""
 
 import math
 from collections.abc import Callable
 
 import torch
 
-# sum of a tensor over processes, which all hold the same names
+# Function that sums a tensor over processes, all of which have the same names.
 Total = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Collector:
-    """Number, mean and standard deviation of everything reported under a name since the last `flush`.
+    """Collector of the number, mean and standard deviation of all values under a name since the last `flush`.
 
     >>> stats = Collector()
     >>> stats.report("Loss/G/loss", torch.tensor([1.0, 3.0]))
@@ -23,25 +23,30 @@ class Collector:
 
     def report(self, name: str, value: torch.Tensor | float) -> None:
         """Add all elements of `value`."""
+        # float64: the sum of squares of many values would lose its digits in float32.
         x = torch.as_tensor(value, dtype=torch.float64).detach().flatten().cpu()
+        # Sums add up over calls and over processes; means would not.
         moments = torch.stack(
             [torch.tensor(float(x.numel()), dtype=torch.float64), x.sum(), x.square().sum()]
         )
         self._moments[name] = self._moments.get(name, torch.zeros(3, dtype=torch.float64)) + moments
 
     def mean(self, name: str, over: Total | None = None) -> float | None:
-        """Mean so far, over all processes where `over` sums, or None where nothing was reported."""
+        """Return the mean so far, over all processes if `over` is given; None if nothing was reported."""
         if name not in self._moments:
             return None
-        moments = self._moments[name].clone()
+        moments = self._moments[name].clone()  # `over` works in place
         count, total, _ = (moments if over is None else over(moments)).tolist()
         return total / count
 
     def flush(self, over: Total | None = None) -> dict[str, dict[str, float]]:
-        """Statistics by name, in alphabetical order, over all processes where `over` sums; the collector is
-        empty afterwards.
+        """Return the statistics by name, in alphabetical order, and empty the collector.
+
+        Args:
+            over: function that sums over processes; None: this process alone.
         """
         out = {}
+        # Sorted, so that the rows of all processes mean the same names; summed in one exchange, [names, 3].
         names = sorted(self._moments)
         moments = (
             torch.stack([self._moments[name] for name in names])
@@ -55,15 +60,16 @@ class Collector:
             out[name] = {
                 "num": int(count),
                 "mean": mean,
+                # Rounding can make the variance of nearly equal values slightly negative.
                 "std": math.sqrt(max(squares / max(count, 1) - mean**2, 0.0)),
             }
         self._moments.clear()
         return out
 
     def state(self) -> dict[str, list[float]]:
-        """What a checkpoint needs."""
+        """Return the unfinished sums, for a checkpoint."""
         return {name: moments.tolist() for name, moments in self._moments.items()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Continue from `state`."""
+        """Continue from what `state` returned."""
         self._moments = {name: torch.tensor(moments, dtype=torch.float64) for name, moments in state.items()}

@@ -1,3 +1,3 @@
-"""The GAN half: networks, data, losses and the training loop; knows nothing of rewards."""
+"""GAN training: networks, data, losses and the training loop. Rewards are in eg3d_rlhf."""
 
-import torch_utils  # noqa: F401 (before torch: says how threads wait)
+import torch_utils  # noqa: F401 (before torch: sets how OpenMP threads wait)

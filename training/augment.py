@@ -1,7 +1,11 @@
-"""Adaptive discriminator augmentation (ADA).
+"""Adaptive discriminator augmentation (ADA): random transforms of the discriminator's inputs.
 
 Source: Karras et al. 2020, "Training generative adversarial networks with limited data", section 3 and
 appendix B.
+
+All geometric transforms of a sample are composed into one matrix, and all colour transforms into another. The
+image is therefore resampled and recoloured only once.
+
 Shapes: N batch, C channels, H x W pixels. Pixel positions are relative to the image centre, x right, y down.
 Matrices are homogeneous and act on column vectors from the left; an entry is a number or a tensor [N].
 """
@@ -35,14 +39,15 @@ SYM6 = (
     -0.007800708325034148,
 )
 _R3 = math.sqrt(3)
-# the same with 2 vanishing moments
+# Scaling filter of the Daubechies wavelet with 2 vanishing moments.
 SYM2 = tuple(a / (4 * math.sqrt(2)) for a in (1 - _R3, 3 - _R3, 3 + _R3, 1 + _R3))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentOptions:
-    """What `AugmentPipe` does. The first group of each block multiplies the overall probability p; 0 = the
-    transform is off.
+    """Settings of `AugmentPipe`.
+
+    The first group of each block gives factors on the overall probability p. 0 turns a transform off.
     """
 
     # Pixel blitting
@@ -52,7 +57,7 @@ class AugmentOptions:
     xint_max: float = 0.125  # largest shift, fraction of the image size
     # General geometry
     scale: float = 0  # isotropic scaling
-    rotate: float = 0  # any angle, half of it before and half after the anisotropic scaling
+    rotate: float = 0  # any angle, in two rotations: before and after the anisotropic scaling
     aniso: float = 0  # x by s, y by 1/s
     xfrac: float = 0  # sub-pixel shift
     scale_std: float = 0.2  # octaves
@@ -64,28 +69,28 @@ class AugmentOptions:
     contrast: float = 0  # factor on all channels
     lumaflip: float = 0  # mirror the grey axis
     hue: float = 0  # rotation about the grey axis; RGB only
-    saturation: float = 0  # factor on the distance from the grey axis; RGB only
+    saturation: float = 0  # factor on the distance to the grey axis; RGB only
     brightness_std: float = 0.2  # of the value range [-1, 1]
     contrast_std: float = 0.5  # octaves
     hue_max: float = 1  # fraction of a half turn
     saturation_std: float = 1  # octaves
     # Filtering in four frequency bands
-    imgfilter: float = 0
+    imgfilter: float = 0  # amplify or weaken frequency bands
     imgfilter_bands: tuple[float, ...] = (1, 1, 1, 1)  # factor on p per band, lowest first
     imgfilter_std: float = 1  # octaves
     # Corruption
     noise: float = 0  # additive Gaussian noise
     cutout: float = 0  # a grey square
-    noise_std: float = 0.1
+    noise_std: float = 0.1  # scale of the half-normal standard deviation of the noise, values in [-1, 1]
     cutout_size: float = 0.5  # side, fraction of the image size
 
 
 class _Draws:
-    """Random numbers for one batch, from torch's global generator in EG3D's order: a value, then the gate
-    that admits it.
+    """Random numbers of one batch, from torch's global generator.
 
-    With `percentile` the numbers are drawn and discarded, every gate is open and every value is that
-    percentile.
+    Their order is EG3D's: a value first, then the gate that decides whether the value is used. With
+    `percentile`, the numbers are drawn and discarded, every gate is open, and every value is that percentile
+    of its distribution.
     """
 
     def __init__(self, images: torch.Tensor, percentile: float | None):
@@ -96,36 +101,46 @@ class _Draws:
         )
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """U[0, 1), shape [N, *shape]."""
+        """Draw from U[0, 1), shape [N, *shape]."""
         return self._or_percentile(torch.rand([self.n, *shape], device=self.device), lambda p: p)
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """N(0, 1), shape [N, *shape]."""
+        """Draw from N(0, 1), shape [N, *shape]."""
         return self._or_percentile(
-            torch.randn([self.n, *shape], device=self.device), lambda p: torch.erfinv(p * 2 - 1)
+            # Quantile function of the normal distribution, up to its
+            # factor sqrt(2), which EG3D leaves out as well.
+            torch.randn([self.n, *shape], device=self.device),
+            lambda p: torch.erfinv(p * 2 - 1),
         )
 
     def half_normal(self, *shape: int) -> torch.Tensor:
-        """|N(0, 1)|, shape [N, *shape]."""
+        """Draw |N(0, 1)|, shape [N, *shape]."""
         return self._or_percentile(torch.randn([self.n, *shape], device=self.device).abs(), torch.erfinv)
 
     def _or_percentile(
         self, drawn: torch.Tensor, quantile: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
+        # The random numbers are drawn in either case, so that the
+        # state of the generator afterwards is the same.
         return drawn if self.percentile is None else torch.full_like(drawn, float(quantile(self.percentile)))
 
     def gated(self, value: torch.Tensor, probability: torch.Tensor, neutral: float) -> torch.Tensor:
-        """`value` [N, ...] for the samples whose gate opens, `neutral` for the others."""
+        """Return `value` [N, ...] for the samples whose gate opens, and `neutral` for the others."""
+        # One gate per sample: [N, 1, ...].
         gate = torch.rand([self.n] + [1] * (value.ndim - 1), device=self.device) < probability
         return torch.where(gate, value, torch.full_like(value, neutral)) if self.percentile is None else value
 
 
 class AugmentPipe(torch.nn.Module):
-    """Random differentiable transforms of what the discriminator sees; each is applied with probability p
-    times its option.
+    """Random differentiable transforms of the discriminator's inputs.
 
-    Constructor: the fields of `AugmentOptions` as keywords. Buffers: `p` (overall probability, set by the
-    training loop), `Hz_geom` [12] (low-pass for geometry), `Hz_fbank` [4, 43] (frequency bands).
+    Each is applied with probability p times the value of its option.
+
+    Args:
+        options: the fields of `AugmentOptions` as keywords.
+
+    Buffers: `p` (overall probability, set by the training loop), `Hz_geom` [12] (low-pass for geometry),
+    `Hz_fbank` [4, 43] (frequency bands).
     """
 
     p: torch.Tensor
@@ -135,6 +150,7 @@ class AugmentPipe(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
         self.options = AugmentOptions(**options)
+        # Buffers, with EG3D's names: checkpoints hold them.
         self.register_buffer("p", torch.ones([]))
         self.register_buffer("Hz_geom", upfirdn2d.setup_filter(SYM6))
         self.register_buffer("Hz_fbank", torch.as_tensor(octave_filter_bank(), dtype=torch.float32))
@@ -143,14 +159,16 @@ class AugmentPipe(torch.nn.Module):
         """Augment a batch, each sample in its own way.
 
         Args:
-            images: [N, C, H, W], nominally in [-1, 1]; C is 1 (grey), 3 (RGB) or 6 (two RGB images that get
+            images: [N, C, H, W], nominally in [-1, 1]. C is 1 (grey), 3 (RGB) or 6 (two RGB images that get
                 the same transform).
-            debug_percentile: 0..1 replaces all random values (except the noise field) and opens all gates.
+            debug_percentile: a value in 0..1 replaces all random values, except the noise field, and opens
+                all gates.
         Returns: [N, C, H, W].
         Differentiable in images, twice and more.
         """
         assert images.ndim == 4 and images.shape[1] in (1, 3, 6)
         o = self.options
+        # The order of the blocks, and of the draws in each, is EG3D's: it fixes the random sequence.
         draws = _Draws(images, debug_percentile)
         if (
             o.xflip > 0
@@ -167,10 +185,12 @@ class AugmentPipe(torch.nn.Module):
         if o.imgfilter > 0:
             images = self._filter_bands(images, draws)
         if o.noise > 0:
+            # A standard deviation per sample, [N, 1, 1, 1].
             sigma = draws.gated(draws.half_normal(1, 1, 1) * o.noise_std, o.noise * self.p, 0)
             images = images + torch.randn(images.shape, device=images.device) * sigma
         if o.cutout > 0:
             height, width = images.shape[2:]
+            # Width and height of the square; a closed gate gives size 0. [N, 2, 1, 1, 1].
             size = draws.gated(
                 torch.full([draws.n, 2, 1, 1, 1], float(o.cutout_size), device=draws.device),
                 o.cutout * self.p,
@@ -179,7 +199,7 @@ class AugmentPipe(torch.nn.Module):
             centre = draws.uniform(2, 1, 1, 1)
             x = (torch.arange(width, device=draws.device) + 0.5) / width  # [W]
             y = ((torch.arange(height, device=draws.device) + 0.5) / height)[:, None]  # [H, 1]
-            # [N, 1, H, W]
+            # True outside the square, [N, 1, H, W].
             outside = ((x - centre[:, 0]).abs() >= size[:, 0] / 2) | (
                 (y - centre[:, 1]).abs() >= size[:, 1] / 2
             )
@@ -187,8 +207,10 @@ class AugmentPipe(torch.nn.Module):
         return images
 
     def _draw_geometry(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Matrices that take output positions to input positions.
-        Returns [N, 3, 3], pixels about the centre.
+        """Return matrices [N, 3, 3] that map output positions to input positions, in pixels from the centre.
+
+        This is the inverse of the transform, so a scaling by s enters as 1 / s. Factors multiply from the
+        right in the order in which the transforms are applied to the image.
         """
         o = self.options
         p = self.p
@@ -196,6 +218,7 @@ class AugmentPipe(torch.nn.Module):
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
         g = scale2d(1, 1, like)
         if o.xflip > 0:
+            # Each value is drawn before its gate, see `_Draws`. Half of the open gates mirror.
             g = g @ scale2d(1 - 2 * draws.gated((draws.uniform() * 2).floor(), o.xflip * p, 0), 1, like)
         if o.rotate90 > 0:
             g = g @ rotate2d(
@@ -207,7 +230,9 @@ class AugmentPipe(torch.nn.Module):
         if o.scale > 0:
             s = draws.gated((draws.normal() * o.scale_std).exp2(), o.scale * p, 1)
             g = g @ scale2d(1 / s, 1 / s, like)
-        p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()  # two chances make the probability rotate * p
+        # Two rotations, each with probability q, give at least one
+        # with probability 1 - (1 - q)^2 = rotate * p.
+        p_rotate = 1 - (1 - o.rotate * p).clamp(0, 1).sqrt()
         if o.rotate > 0:
             g = g @ rotate2d(
                 draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0), like
@@ -216,6 +241,7 @@ class AugmentPipe(torch.nn.Module):
             s = draws.gated((draws.normal() * o.aniso_std).exp2(), o.aniso * p, 1)
             g = g @ scale2d(1 / s, s, like)
         if o.rotate > 0:
+            # With `debug_percentile` the second rotation is left out, so that the first one can be seen.
             theta = draws.gated((draws.uniform() * 2 - 1) * (math.pi * o.rotate_max), p_rotate, 0)
             g = g @ rotate2d(theta if draws.percentile is None else torch.zeros_like(theta), like)
         if o.xfrac > 0:
@@ -224,28 +250,35 @@ class AugmentPipe(torch.nn.Module):
         return g
 
     def _warp(self, images: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """Resample: mirror the borders, upsample twice with `Hz_geom`, sample bilinearly, downsample with its
-        time reverse.
+        """Resample images by the maps g.
 
-        The wavelet is orthogonal, so up and down alone give the input back. Sample i of the input lies at 2i
-        of the fine grid, half a fine pixel before the centre of its pair; the maps between the grids carry
-        that half.
+        The borders are mirrored, the image is upsampled twice with `Hz_geom`, sampled bilinearly, and
+        downsampled with the time-reversed filter. The wavelet is orthogonal, so up- and downsampling alone
+        return the input. Sample i of the input lies at 2i of the fine grid, half a fine pixel before the
+        centre of its pair. The maps between the grids contain that half pixel.
 
-        Args: g as from `_draw_geometry`. Returns [N, C, H, W].
+        Args:
+            images: [N, C, H, W].
+            g: [N, 3, 3] from `_draw_geometry`.
+        Returns: [N, C, H, W].
         """
         n, channels, height, width = images.shape
+        # No transform was drawn for the whole batch: often so while p is small.
         if bool((g == torch.eye(3, device=g.device)).all()):
             return images
         reach = self.Hz_geom.shape[0] // 4  # pixels that the filter reads beyond an image
         left, right, top, bottom = _margins(g, height, width, reach)
         images = F.pad(images, (left, right, top, bottom), mode="reflect")
         images = upfirdn2d.upsample2d(images, self.Hz_geom, up=2)
+        # Size of the fine output. It is larger than twice the
+        # image, because the downsampling filter needs a margin.
         out_h = 2 * (height + 2 * reach)
         out_w = 2 * (width + 2 * reach)
-        # from [-1, 1]
+        # From affine_grid's [-1, 1] on the fine output to pixels of the image.
         to_coarse = scale2d(0.5, 0.5, g) @ translate2d(0.5, 0.5, g) @ scale2d(out_w / 2, out_h / 2, g)
+        # The margins may differ, which moves the centre of the padded image.
         recentre = translate2d((left - right) / 2, (top - bottom) / 2, g)
-        # to [-1, 1]
+        # From pixels of the padded image to grid_sample's [-1, 1] on its fine version.
         to_fine = (
             scale2d(2 / images.shape[3], 2 / images.shape[2], g)
             @ translate2d(-0.5, -0.5, g)
@@ -254,16 +287,17 @@ class AugmentPipe(torch.nn.Module):
         theta = to_fine @ recentre @ g @ to_coarse
         grid = F.affine_grid(theta[:, :2].to(images.dtype), [n, channels, out_h, out_w], align_corners=False)
         images = grid_sample_gradfix.grid_sample(images, grid)
+        # The negative padding crops the margin again.
         return upfirdn2d.downsample2d(images, self.Hz_geom, down=2, padding=-2 * reach, flip_filter=True)
 
     def _draw_colour(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Affine maps of RGB. Returns [N, 4, 4]."""
+        """Return affine maps of RGB, [N, 4, 4]. Later transforms multiply from the left."""
         o = self.options
         p = self.p
         like = images.new_empty([images.shape[0]], dtype=torch.float32)
         v = like.new_tensor([1, 1, 1, 0]) / _R3
         eye = torch.eye(4, device=like.device)
-        # the projector onto the homogeneous grey axis
+        # Projector onto the grey axis (1, 1, 1, 0) / sqrt(3), in homogeneous coordinates.
         grey = torch.outer(v, v)
         c = affine3d(1, 0, like)
         if o.brightness > 0:
@@ -273,6 +307,7 @@ class AugmentPipe(torch.nn.Module):
             s = draws.gated((draws.normal() * o.contrast_std).exp2(), o.contrast * p, 1)
             c = affine3d(s, 0, like) @ c
         if o.lumaflip > 0:
+            # Householder reflection: the grey component changes its sign.
             c = (eye - 2 * grey * draws.gated((draws.uniform(1, 1) * 2).floor(), o.lumaflip * p, 0)) @ c
         if o.hue > 0 and images.shape[1] > 1:
             c = (
@@ -283,45 +318,51 @@ class AugmentPipe(torch.nn.Module):
             )
         if o.saturation > 0 and images.shape[1] > 1:
             s = draws.gated((draws.normal(1, 1) * o.saturation_std).exp2(), o.saturation * p, 1)
+            # The grey component stays, the rest, which is the saturation, is scaled.
             c = (grey + (eye - grey) * s) @ c
         return c
 
     def _filter_bands(self, images: torch.Tensor, draws: _Draws) -> torch.Tensor:
-        """Amplify bands: a separable FIR filter of its own for each sample, borders mirrored. Returns
-        [N, C, H, W].
+        """Amplify or weaken frequency bands, by a separable FIR filter per sample with mirrored borders.
 
         Each band's amplitude is scaled so that an image with a natural (1/f) spectrum keeps its power.
+
+        Returns: [N, C, H, W].
         """
         o = self.options
         n, channels, height, width = images.shape
-        # share of each octave; the lowest holds the mean
+        # Expected share of each octave in the power of a natural image. The lowest one contains the mean.
         power = torch.tensor([10, 1, 1, 1], device=draws.device) / 13
+        # Bands are drawn one after the other, and the gains renormalised after each.
         gains = torch.ones([draws.n, 4], device=draws.device)
         for band, strength in enumerate(o.imgfilter_bands):
             t = torch.ones_like(gains)
             drawn = draws.gated((draws.normal() * o.imgfilter_std).exp2(), o.imgfilter * self.p * strength, 1)
             t[:, band] = drawn if strength > 0 else 1
             gains = gains * t / (power * t.square()).sum(dim=1, keepdim=True).sqrt()
-        # [N*C, 43], one per plane
+        # One kernel per plane of the batch: [N, 4] @ [4, 43] -> [N * C, 43].
         kernel = (gains @ self.Hz_fbank).repeat_interleave(channels, dim=0).to(images.dtype)
         reach = self.Hz_fbank.shape[1] // 2
         if min(height, width) <= reach:
             raise ValueError(
-                f"AugmentPipe: expected images above {reach} pixels for imgfilter, got {height} x {width}."
+                f"AugmentPipe: imgfilter needs images above {reach} pixels, got {height} x {width}."
                 " Set imgfilter=0."
             )
         planes = F.pad(images, [reach] * 4, mode="reflect").flatten(0, 1)[None]  # [1, N*C, H+42, W+42]
+        # Grouped convolution: one group per plane. Rows, then columns, since the filter is separable.
         planes = F.conv2d(planes, kernel[:, None, None, :], groups=n * channels)
         planes = F.conv2d(planes, kernel[:, None, :, None], groups=n * channels)
         return planes.reshape(n, channels, height, width)
 
 
 def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int, int, int, int]:
-    """Pixels (left, right, top, bottom) that the batch reads outside the image, at most the size less one
-    (what can be mirrored).
+    """Return how many pixels (left, right, top, bottom) the batch reads outside the image.
+
+    At most the size less one, which is all that can be mirrored.
     """
     cx = (width - 1) / 2
     cy = (height - 1) / 2
+    # Where the corners of the output lie in the input, over all samples.
     corners = g.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
     xy = (g @ corners.T)[:, :2].permute(1, 0, 2).flatten(1)  # [2, N*4]
     far = torch.stack([-xy[0].min(), xy[0].max(), -xy[1].min(), xy[1].max()])
@@ -332,21 +373,26 @@ def _margins(g: torch.Tensor, height: int, width: int, reach: int) -> tuple[int,
 
 
 def _recolour(images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Apply colour maps c [N, 4, 4] to each RGB triple, or their mean row to a grey image. Returns
-    [N, C, H, W].
+    """Apply colour maps to images.
+
+    Args:
+        images: [N, C, H, W]. Each triple of channels is RGB.
+        c: [N, 4, 4]. A grey image (C = 1) gets the mean of the maps' rows.
+    Returns: [N, C, H, W].
     """
     n, channels, height, width = images.shape
     c = c.to(images.dtype)
     if channels == 1:
         row = c[:, :3].mean(dim=1, keepdim=True)  # [N, 1, 4]
         return images * row[:, :, :3].sum(dim=2)[:, :, None, None] + row[:, :, 3:, None]
-    rgb = images.reshape(n, channels // 3, 3, height * width)
+    rgb = images.reshape(n, channels // 3, 3, height * width)  # [N, C / 3, 3, H * W]
     return (c[:, None, :3, :3] @ rgb + c[:, None, :3, 3:]).reshape(n, channels, height, width)
 
 
 def matrix(rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
-    """Assemble matrices from entries. Returns [N, R, R] on the device and dtype of `like` [N, ...]."""
+    """Return matrices [N, R, R] of the given entries, with device and dtype of `like` [N, ...]."""
     n = like.shape[0]
+    # A number is the same for all samples, a tensor [N] holds one value for each.
     entries = [
         torch.as_tensor(e, dtype=like.dtype, device=like.device).expand(n) for row in rows for e in row
     ]
@@ -354,32 +400,31 @@ def matrix(rows: Sequence[Sequence[Entry]], like: torch.Tensor) -> torch.Tensor:
 
 
 def translate2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Shift by (x, y). Returns [N, 3, 3]."""
+    """Return matrices [N, 3, 3] that shift by (x, y)."""
     return matrix([[1, 0, x], [0, 1, y], [0, 0, 1]], like)
 
 
 def scale2d(x: Entry, y: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Scale about the origin. Returns [N, 3, 3]."""
+    """Return matrices [N, 3, 3] that scale about the origin."""
     return matrix([[x, 0, 0], [0, y, 0], [0, 0, 1]], like)
 
 
 def rotate2d(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Rotate by theta radians [N], from x towards y. Returns [N, 3, 3]."""
+    """Return matrices [N, 3, 3] that rotate by theta radians [N], from x towards y."""
     c = theta.cos()
     s = theta.sin()
     return matrix([[c, -s, 0], [s, c, 0], [0, 0, 1]], like)
 
 
 def affine3d(scale: Entry, shift: Entry, like: torch.Tensor) -> torch.Tensor:
-    """Scale about the origin and shift, alike along all axes. Returns [N, 4, 4]."""
+    """Return matrices [N, 4, 4] that scale about the origin and shift, equally along all axes."""
     return matrix([[scale, 0, 0, shift], [0, scale, 0, shift], [0, 0, scale, shift], [0, 0, 0, 1]], like)
 
 
 def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Rotate colours by theta radians [N] about the grey axis v = (1,1,1)/sqrt 3 (Rodrigues: vv' + cos
-    (I - vv') + sin [v]x).
+    """Return matrices [N, 4, 4] that rotate colours by theta radians [N] about the grey axis.
 
-    Returns [N, 4, 4].
+    With v = (1, 1, 1) / sqrt(3), Rodrigues' formula is v v' + cos(theta) (I - v v') + sin(theta) [v]x.
     """
     c = theta.cos()
     s = theta.sin()
@@ -392,24 +437,25 @@ def rotate_about_grey(theta: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def octave_filter_bank(bands: int = 4) -> np.ndarray:
-    """Zero-phase FIR filters that split a signal into octaves and add up to the identity.
+    """Return zero-phase FIR filters that split a signal into octaves and add up to the identity.
 
-    One two-band stage has the power responses |H|^2/2 of the sym2 low-pass and of its mirrored high-pass,
-    which sum to 1. Each further stage splits the lowest band again: all filters so far are stretched by two
-    (zero-stuffed), their images removed by the low-pass, and the high-pass joins as the new top band
-    (Karras et al. 2020, "Training GANs with limited data", appendix B).
+    One stage of two bands has the power responses |H|^2 / 2 of the sym2 low-pass and of its mirrored
+    high-pass, which sum to 1. Each further stage splits the lowest band again: all filters so far are
+    stretched by two (zero-stuffed), their spectral images are removed by the low-pass, and the high-pass
+    becomes the new top band (Karras et al. 2020, "Training GANs with limited data", appendix B).
 
-    Returns: float64 [bands, taps] from lowest to highest band; taps = 43 for 4 bands.
+    Returns: float64 [bands, taps], from the lowest to the highest band; taps = 43 for 4 bands.
     """
     low = np.asarray(SYM2)
     high = low * (-1.0) ** np.arange(len(low))
+    # A filter convolved with its reverse has the response |H|^2 and zero phase.
     low2, high2 = (np.convolve(h, h[::-1]) / 2 for h in (low, high))
     bank = np.eye(bands, 1)
     for top in range(1, bands):
         stretched = np.zeros([bands, 2 * bank.shape[1] - 1])
         stretched[:, ::2] = bank
         bank = np.stack([np.convolve(row, low2) for row in stretched])
-        start = (bank.shape[1] - len(high2)) // 2
+        start = (bank.shape[1] - len(high2)) // 2  # centred
         bank[top, start : start + len(high2)] += high2
-    # taps that cancel are 0 in whatever order numpy sums them
+    # Some taps cancel up to rounding, which depends on the order of numpy's sums. They are set to exactly 0.
     return np.where(np.abs(bank) < 1e-12, 0.0, bank)

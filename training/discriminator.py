@@ -1,6 +1,10 @@
-"""StyleGAN2 residual discriminator and EG3D's dual discrimination of the final and the raw image.
+"""StyleGAN2 residual discriminator with EG3D's dual discrimination of the final and the raw image.
 
-Shapes: N batch, C channels, R resolution, K c_dim, G minibatch-std group.
+Dual discrimination (Chan et al. 2022, section 4.3): D receives the final image and the resized raw rendering
+as six channels. It can then reject images whose two versions do not agree.
+
+Shapes: N batch, C channels, R resolution, K c_dim, G minibatch standard deviation group, F statistics
+channels.
 """
 
 import math
@@ -13,8 +17,10 @@ from training.layers import Conv2dLayer, FullyConnectedLayer, MappingNetwork, bl
 
 
 def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antialiased") -> torch.Tensor:
-    """Bilinear resize, antialiased or not ("none"), as EG3D feeds raw images to the discriminator:
-    [N, C, R, R] -> [N, C, size, size].
+    """Resize images [N, C, R, R] to [N, C, size, size], as EG3D does with raw images for the discriminator.
+
+    Args:
+        filter_mode: "antialiased" or "none"; both are bilinear.
     """
     assert filter_mode in ("antialiased", "none")
     antialias = filter_mode == "antialiased"
@@ -24,8 +30,9 @@ def filtered_resizing(image: torch.Tensor, size: int, filter_mode: str = "antial
 
 
 class MinibatchStdLayer(torch.nn.Module):
-    """Append the standard deviation over groups of samples as feature maps; groups are strided
-    (i, i + N/G, ...).
+    """Append the standard deviation over groups of samples as feature maps.
+
+    Groups are strided: samples i, i + N/G, i + 2N/G, ... form one. This lets D see a lack of variety.
     """
 
     def __init__(self, group_size: int | None, num_channels: int = 1):
@@ -34,18 +41,21 @@ class MinibatchStdLayer(torch.nn.Module):
         self.num_channels = num_channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, C, H, W] -> [N, C + num_channels, H, W]."""
+        """Map x [N, C, H, W] to [N, C + num_channels, H, W]."""
         n, c, h, w = x.shape
+        # A batch smaller than the group size forms a single group.
         group = n if self.group_size is None else min(self.group_size, n)
+        # [G, N/G, F, C/F, H, W]
         y = x.reshape(group, n // group, self.num_channels, c // self.num_channels, h, w)
-        y = (y - y.mean(dim=0)).square().mean(dim=0)
+        y = (y - y.mean(dim=0)).square().mean(dim=0)  # biased variance over the group, [N/G, F, C/F, H, W]
         y = (y + 1e-8).sqrt().mean(dim=[2, 3, 4])  # [N/G, F]
+        # All samples of a group get the same value at every pixel: [N, F, H, W].
         y = y.reshape(-1, self.num_channels, 1, 1).repeat(group, 1, h, w)
         return torch.cat([x, y], dim=1)
 
 
 class DiscriminatorBlock(torch.nn.Module):
-    """Residual block that halves the resolution; the first one starts with `fromrgb`."""
+    """Residual block that halves the resolution. The first one starts with `fromrgb`."""
 
     def __init__(
         self,
@@ -70,6 +80,8 @@ class DiscriminatorBlock(torch.nn.Module):
         self.num_layers = 0
 
         def layer(*args, **kwargs) -> Conv2dLayer:
+            # Layers are counted over the whole network, in the order in which they are built: Freeze-D
+            # freezes the first ones, those nearest to the image.
             trainable = first_layer_idx + self.num_layers >= freeze_layers
             self.num_layers += 1
             kwargs = {"conv_clamp": conv_clamp, "trainable": trainable, **kwargs}
@@ -79,13 +91,18 @@ class DiscriminatorBlock(torch.nn.Module):
             self.fromrgb = layer(img_channels, tmp_channels, 1, activation="lrelu")
         self.conv0 = layer(tmp_channels, tmp_channels, 3, activation="lrelu")
         self.conv1 = layer(tmp_channels, out_channels, 3, activation="lrelu", down=2)
+        # As in StyleGAN2-ADA, the linear skip is not clamped.
         self.skip = layer(tmp_channels, out_channels, 1, bias=False, down=2, conv_clamp=None)
 
     def forward(
         self, x: torch.Tensor | None, img: torch.Tensor | None, force_fp32: bool = False
     ) -> torch.Tensor:
-        """x [N, C, R, R] (None in the first block), img [N, I, R, R] (first block only)
-        -> [N, O, R/2, R/2].
+        """Run the block.
+
+        Args:
+            x: [N, C, R, R] features, or None in the first block.
+            img: [N, I, R, R], in the first block only.
+        Returns: [N, O, R/2, R/2].
         """
         source = x if x is not None else img
         assert source is not None
@@ -95,13 +112,16 @@ class DiscriminatorBlock(torch.nn.Module):
         memory_format = torch.channels_last if self.channels_last and half else fast
         source = source.to(dtype=dtype, memory_format=memory_format)
         x = self.fromrgb(source) if self.in_channels == 0 else source
-        y = self.skip(x, gain=math.sqrt(0.5))
+        # Each branch is scaled by sqrt(0.5), so that their sum keeps the variance.
+        y = self.skip(x, gain=math.sqrt(0.5))  # [N, O, R/2, R/2]
         return y + self.conv1(self.conv0(x), gain=math.sqrt(0.5))
 
 
 class DiscriminatorEpilogue(torch.nn.Module):
-    """Minibatch standard deviation, one convolution, two linear layers, and the projection on the embedded
-    label.
+    """Last part of the discriminator: from 4x4 features to a logit.
+
+    Minibatch standard deviation, one convolution and two linear layers, then the projection on the embedded
+    label (Miyato and Koyama 2018).
     """
 
     def __init__(
@@ -125,20 +145,23 @@ class DiscriminatorEpilogue(torch.nn.Module):
         self.out = FullyConnectedLayer(in_channels, cmap_dim if cmap_dim > 0 else 1)
 
     def forward(self, x: torch.Tensor, cmap: torch.Tensor | None) -> torch.Tensor:
-        """x [N, C, 4, 4], cmap [N, cmap_dim] -> logits [N, 1]."""
+        """Map x [N, C, 4, 4] and the embedded label cmap [N, cmap_dim] to logits [N, 1]."""
+        # Always in float32, even where the blocks before ran in half precision.
         x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
         if self.mbstd is not None:
             x = self.mbstd(x)
-        x = self.out(self.fc(self.conv(x).flatten(1)))
+        x = self.out(self.fc(self.conv(x).flatten(1)))  # [N, C, 4, 4] -> [N, 16 C] -> [N, cmap_dim or 1]
         if self.cmap_dim > 0:
             assert cmap is not None
+            # Projection: the scalar product of image features and label, scaled to unit variance.
             x = (x * cmap).sum(dim=1, keepdim=True) * (1 / math.sqrt(self.cmap_dim))
         return x
 
 
 class DualDiscriminator(torch.nn.Module):
-    """Six input channels: the image and the raw neural rendering, resized to the same size (Chan et al. 2022,
-    section 4.3).
+    """Discriminator of six input channels: the image, and the raw neural rendering resized to the same size.
+
+    Chan et al. 2022, section 4.3.
     """
 
     def __init__(
@@ -159,15 +182,18 @@ class DualDiscriminator(torch.nn.Module):
         super().__init__()
         self.c_dim = c_dim
         self.img_resolution = img_resolution
-        self.img_channels = img_channels * 2
+        self.img_channels = img_channels * 2  # the image, and the resized raw rendering
         self.disc_c_noise = disc_c_noise
         self.block_resolutions = block_resolutions(img_resolution)[:0:-1]  # img_resolution, ..., 8
+        # Lowest resolution in half precision; never below 8.
         fp16_from = max(2 ** (int(math.log2(img_resolution)) + 1 - num_fp16_res), 8)
         width = {res: channels_at(res, channel_base, channel_max) for res in [*self.block_resolutions, 4]}
+        # Without labels there is no projection; the logit is then the last layer's only output.
         cmap_dim = 0 if c_dim == 0 else width[4] if cmap_dim is None else cmap_dim
         layer_idx = 0
         for res in self.block_resolutions:
             block = DiscriminatorBlock(
+                # 0 marks the first block, which reads the image by fromrgb.
                 width[res] if res < img_resolution else 0,
                 width[res],
                 width[res // 2],
@@ -181,6 +207,7 @@ class DualDiscriminator(torch.nn.Module):
             setattr(self, f"b{res}", block)
             layer_idx += block.num_layers
         if c_dim > 0:
+            # A label-only mapping whose output, one vector per sample, is the projection's label embedding.
             self.mapping = MappingNetwork(
                 z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **(mapping_kwargs or {})
             )
@@ -192,22 +219,25 @@ class DualDiscriminator(torch.nn.Module):
     def forward(
         self, img: dict[str, torch.Tensor], c: torch.Tensor, update_emas: bool = False, **block_kwargs
     ) -> torch.Tensor:
-        """Realness logits.
+        """Return the realness logits.
 
         Args:
-            img: {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} in [-1, 1]; c: [N, K] camera labels.
+            img: {'image': [N, 3, R, R], 'image_raw': [N, 3, r, r]} in [-1, 1].
+            c: [N, K] camera labels.
+            update_emas: part of EG3D's signature; D has no moving averages.
         Returns: [N, 1]. Differentiable in both images, twice.
-        Deviates: with disc_c_noise > 0 the noise is added to a copy of c; EG3D adds it in place, so that it
+        Deviates: with disc_c_noise > 0 the noise is added to a copy of c. EG3D adds it in place, so that it
         accumulates over phases.
         """
         del update_emas
-        # [N, 6, R, R]
         x = None
+        # [N, 6, R, R]
         source = torch.cat([img["image"], filtered_resizing(img["image_raw"], img["image"].shape[-1])], dim=1)
         for res in self.block_resolutions:
             x = getattr(self, f"b{res}")(x, source if x is None else None, **block_kwargs)
         cmap = None
         if self.c_dim > 0:
+            # Regularises D's conditioning on the pose (EG3D).
             if self.disc_c_noise > 0:
                 c = c + torch.randn_like(c) * c.std(dim=0) * self.disc_c_noise
             cmap = self.mapping(None, c)

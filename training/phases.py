@@ -1,11 +1,14 @@
-"""What a loop repeats: phases, each an optimisation step on one network, with named, unreduced losses; and an
-update from several rounds.
+"""Phases, which are the optimisation steps that a training loop repeats, and updates computed in several
+rounds.
 
-Rounds of a batch, in turn on one process or side by side on several, equal one pass over the whole batch.
-With K rounds, round k holds rows k, k + K, k + 2K, ... of the batch: the groups of the minibatch-std layer
-(i, i + N/G, ...) then lie within rounds, as long as a round holds a multiple of G samples. Random numbers are
-drawn for the whole batch, and each round keeps its rows: what a sample meets depends on its place in the
-batch alone.
+A batch may be processed in K rounds, one after the other on one process or side by side on several. The
+update is the same as that of one pass over the whole batch. Two rules make it so:
+
+1. Round k holds rows k, k + K, k + 2K, ... of the batch. The layer of D that computes minibatch statistics
+   groups the samples i, i + N/G, ... . With this division its groups lie within rounds, if a round holds a
+   multiple of G samples.
+2. Random numbers are drawn for the whole batch, and each round keeps its rows. What a sample receives depends
+   on its place in the batch and on nothing else.
 
 Shapes: N batch, Z z_dim, K number of rounds (over all ranks).
 """
@@ -25,34 +28,40 @@ from training.distributed import Ranks
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """One term of a phase: the loop takes its mean, scales by the phase's gain and runs backward before
-    asking for the next.
+    """One loss term of a phase.
+
+    The loop takes its mean, multiplies it by the phase's gain and runs backward before it asks for the next
+    term.
     """
 
     value: torch.Tensor  # [N]
-    stats: dict[str, torch.Tensor]  # name -> values to average
+    stats: dict[str, torch.Tensor]  # name in stats.jsonl -> values to average
 
 
 @dataclasses.dataclass(kw_only=True)
 class Phase:
     """One optimisation step on one network, every `interval` iterations, with its loss scaled by `gain`."""
 
-    name: str
-    module: torch.nn.Module
+    name: str  # in the log; its first letter names the optimiser in checkpoints, see own_optimizer
+    module: torch.nn.Module  # the network whose parameters are updated
     optimizer: torch.optim.Optimizer
-    losses: Callable[[Any], Iterator[Loss]]  # of a batch, as the loop's subject gives it
-    interval: int = 1
-    gain: float = 1.0
-    state: torch.nn.Module | None = None  # what the phase itself must carry through a checkpoint
-    own_optimizer: bool = False  # saved apart from the network's other optimizer
+    losses: Callable[[Any], Iterator[Loss]]  # from a batch, as the loop's subject returns it, to loss terms
+    interval: int = 1  # iterations between two steps
+    gain: float = 1.0  # factor of every term; equal to `interval` for lazy regularisation
+    state: torch.nn.Module | None = None  # the phase's own buffers and weights, stored in checkpoints
+    own_optimizer: bool = False  # the optimiser is not the network's; stored under the whole name
 
 
-LAST_SHARE = 0.02  # last step size of a stage as a share of the first
+LAST_SHARE = 0.02  # learning rate at the end of a stage, as a share of the one at its start
 
 
 def cosine(first: float, progress: float) -> float:
-    """Step size after a share `progress` of a stage, which begins with `first` and falls to `LAST_SHARE` of
-    it.
+    """Return the learning rate of a cosine schedule.
+
+    Args:
+        first: learning rate at the start of the stage.
+        progress: completed share of the stage, 0 to 1. From 1 on, the rate stays at `LAST_SHARE` of the
+            first.
     """
     return first * (LAST_SHARE + (1 - LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
@@ -63,11 +72,13 @@ def lazy_adam(
     interval: int | None = None,
     betas: tuple[float, float] = (0.0, 0.99),
 ) -> torch.optim.Adam:
-    """Adam corrected for lazy regularisation (Karras et al. 2020, appendix B): with r = I/(I+1), lr*r and
-    betas**r.
+    """Return Adam with the correction for lazy regularisation.
+
+    With the regulariser applied every I iterations and r = I / (I + 1), the learning rate is lr * r and the
+    betas are betas**r (Karras et al. 2020, appendix B).
 
     Args:
-        interval: iterations between regularisations, or None for no correction.
+        interval: iterations between regularisations, I; None for no correction.
     """
     r = interval / (interval + 1) if interval else 1.0
     return torch.optim.Adam(
@@ -76,20 +87,25 @@ def lazy_adam(
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any printable values."""
+    """Return a 63-bit seed that depends on any printable values."""
+    # Not Python's hash(), which differs between processes. The
+    # shift leaves 63 bits: torch takes signed seeds.
     digest = hashlib.sha256("/".join(str(p) for p in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 class LossNotFiniteError(ValueError):
-    """A loss became NaN or infinite; the message names the phase,
-    the iteration and the last good checkpoint.
+    """Error for a loss that became NaN or infinite.
+
+    The message names the phase, the iteration and the last good checkpoint.
     """
 
 
 # Rounds of a batch
 
-_REFUSED = {
+# These functions draw in ways that RowDraws cannot divide into rows. Inside it, they would silently give each
+# round other numbers than one pass over the whole batch, so calling one is an error.
+_FORBIDDEN_DRAWS = {
     torch.normal,
     torch.bernoulli,
     torch.randperm,
@@ -105,17 +121,17 @@ _REFUSED = {
 
 
 class RowDraws(TorchFunctionMode):
-    """A with-statement inside which rand, randn, rand_like, randn_like and dropout give rows of the whole
-    batch's draws.
+    """Context inside which random functions return rows of what they would draw for the whole batch.
 
-    A tensor of first axis q * m, m = len(rows), holds q values of each sample in turn (rays), or, with
-    `blocks`, q blocks of m samples. Scalars ([]) and first axes that m does not divide are drawn as they are,
-    alike for all parts of the batch. A first axis that m divides by chance would be misread: draw per sample,
-    or scalars.
+    This covers rand, randn, rand_like, randn_like, dropout and multinomial. A tensor whose first axis has
+    length q * m, with m = len(rows), holds q values of each sample in turn (for instance of its rays), or,
+    with `blocks`, q blocks of m samples. Scalars ([]) and tensors whose first axis m does not divide are
+    drawn unchanged, and are therefore the same in all rounds. A first axis that is a multiple of m by chance
+    would be misread: draw per sample, or draw scalars.
 
     Args:
-        rows: which samples of the batch are at hand; total: how many it has.
-
+        rows: indices of the samples of this round, in the batch.
+        total: number of samples in the batch.
     >>> torch.manual_seed(0), torch.rand([4, 2])[1::2]  # equals the next line
     >>> with RowDraws(range(1, 4, 2), 4): torch.manual_seed(0), torch.rand([2, 2])
     """
@@ -127,8 +143,10 @@ class RowDraws(TorchFunctionMode):
         self.blocks = blocks
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Replace random functions by draws for the whole batch; call all others unchanged."""
         kwargs = dict(kwargs or {})
         if func in (torch.rand, torch.randn):
+            # torch accepts rand(2, 3), rand([2, 3]) and rand(size=[2, 3]).
             size = (
                 kwargs.pop("size")
                 if "size" in kwargs
@@ -136,58 +154,64 @@ class RowDraws(TorchFunctionMode):
                 if args and not isinstance(args[0], int)
                 else args
             )
-            whole = self._whole(list(size))
-            return func(list(size), **kwargs) if whole is None else self._keep(func(whole, **kwargs))
+            full_size = self._full_size(list(size))
+            return func(list(size), **kwargs) if full_size is None else self._keep(func(full_size, **kwargs))
         if func in (torch.rand_like, torch.randn_like):
-            whole = self._whole(list(args[0].shape))
+            full_size = self._full_size(list(args[0].shape))
             return (
                 func(*args, **kwargs)
-                if whole is None
-                else self._keep(func(args[0].new_empty(whole), *args[1:], **kwargs))
+                if full_size is None
+                else self._keep(func(args[0].new_empty(full_size), *args[1:], **kwargs))
             )
         if func is torch.nn.functional.dropout:
             return self._dropout(*args, **kwargs)
         if func is torch.multinomial:
             return self._multinomial(*args, **kwargs)
-        assert func not in _REFUSED, f"{func}: inside RowDraws draw with rand or randn"
+        assert func not in _FORBIDDEN_DRAWS, f"{func}: inside RowDraws draw with rand or randn"
         return func(*args, **kwargs)
 
-    def _whole(self, size: list[int]) -> list[int] | None:
+    def _full_size(self, size: list[int]) -> list[int] | None:
+        """Return the size of the draw for the whole batch; None for a size that m does not divide."""
         m = len(self.rows)
         return [size[0] // m * self.total, *size[1:]] if size and size[0] and size[0] % m == 0 else None
 
     def _keep(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Return this round's rows of a draw for the whole batch."""
         rows = self.rows.to(drawn.device)
         q = drawn.shape[0] // self.total
         if self.blocks:
-            return drawn.unflatten(0, (q, self.total))[:, rows].flatten(0, 1)
-        return drawn.unflatten(0, (self.total, q))[rows].flatten(0, 1)
+            return drawn.unflatten(0, (q, self.total))[:, rows].flatten(0, 1)  # [q, N, ...] -> [q * m, ...]
+        return drawn.unflatten(0, (self.total, q))[rows].flatten(0, 1)  # [N, q, ...] -> [m * q, ...]
 
     def _dropout(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        whole = self._whole(list(x.shape)) if training else None
-        if whole is None:
+        """Apply dropout whose mask is this round's part of a mask for the whole batch."""
+        full_size = self._full_size(list(x.shape)) if training else None
+        if full_size is None:
             return torch.nn.functional.dropout(x, p, training, inplace)
+        # Dropout of ones is the mask, already scaled by 1 / (1 - p); the mask is then divided into rows.
         return x * self._keep(
-            torch.nn.functional.dropout(torch.ones(whole, dtype=x.dtype, device=x.device), p)
+            torch.nn.functional.dropout(torch.ones(full_size, dtype=x.dtype, device=x.device), p)
         )
 
     def _multinomial(
         self, odds: torch.Tensor, count: int, replacement: bool = False, **kwargs
     ) -> torch.Tensor:
-        whole = self._whole(list(odds.shape))
-        assert whole is not None and bool((odds == odds[:1]).all()), (
+        """Draw indices for the whole batch and keep this round's."""
+        full_size = self._full_size(list(odds.shape))
+        # The odds of the samples of other rounds are not available here. Equal odds can be expanded to them.
+        assert full_size is not None and bool((odds == odds[:1]).all()), (
             "inside RowDraws multinomial needs the same odds for every sample"
         )
-        return self._keep(torch.multinomial(odds[:1].expand(whole), count, replacement, **kwargs))
+        return self._keep(torch.multinomial(odds[:1].expand(full_size), count, replacement, **kwargs))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a batch is divided: over ranks, then into this rank's rounds."""
+    """Division of a batch over ranks, and of each rank's part into rounds."""
 
-    batch: int  # N, over all ranks
+    batch: int  # N, samples per iteration over all ranks
     ranks: Ranks
     size: int | None = None  # samples per round; None = all that a rank has
 
@@ -202,31 +226,35 @@ class Layout:
 
     @property
     def here(self) -> int:
-        """Rounds that this rank runs."""
+        """Number of rounds that each rank runs."""
         return self.batch // self.ranks.world // (self.size or self.batch // self.ranks.world)
 
     @property
     def total(self) -> int:
-        """Rounds over all ranks."""
+        """Number of rounds over all ranks, K."""
         return self.here * self.ranks.world
 
     def rows(self, turn: int) -> slice:
-        """Rows of the whole batch in this rank's round `turn`."""
+        """Return the rows of the whole batch that belong to this rank's round `turn`."""
+        # Rank r runs rounds r, r + W, ... of all K: with W ranks or with one, the same K rounds exist.
         return slice(self.ranks.rank + turn * self.ranks.world, None, self.total)
 
     def draws(self, turn: int):
-        """Inside: random numbers of those rows; with one round in all, plain draws."""
+        """Return a context that draws the random numbers of those rows. It does nothing if K = 1."""
         if self.total == 1:
             return contextlib.nullcontext()
         return RowDraws(range(self.batch)[self.rows(turn)], self.batch)
 
 
 class MovingAverages:
-    """The buffers of a module that forward passes move (w_avg): all rounds start from the same values, the
-    mean of their steps is taken.
+    """Buffers that forward passes update by themselves (w_avg), made independent of the number of rounds.
+
+    All rounds start from the same values. At the end the mean of the rounds' changes is added once. Without
+    this, K rounds would move the average K times, each time further.
     """
 
     def __init__(self, module: torch.nn.Module, rounds: int):
+        # A single round needs nothing of this: without buffers, every method is a loop over nothing.
         named = module.named_buffers() if rounds > 1 else ()
         self._buffers = [b for name, b in named if name.endswith("w_avg")]
         self._start = [b.clone() for b in self._buffers]
@@ -234,36 +262,41 @@ class MovingAverages:
         self._rounds = rounds
 
     def end_round(self) -> None:
-        """Note how far the round moved them, and move back."""
+        """Record how far the round moved the buffers, and move them back."""
         for buffer, start, step in zip(self._buffers, self._start, self.steps, strict=True):
             step += (buffer - start) / self._rounds
             buffer.copy_(start)
 
     def finish(self) -> None:
-        """Take the whole step."""
+        """Add the mean change to the buffers. With several ranks, `steps` must have been summed before."""
         for buffer, step in zip(self._buffers, self.steps, strict=True):
             buffer += step
 
 
 class GradientSum:
-    """Gradients added up round by round, each round's own first: two rounds here give the bits of one round
-    on each of two ranks.
+    """Sum of the gradients of several rounds.
+
+    The gradients of a round are complete before they are added to the sum. Floating-point addition depends on
+    order: with this one, two rounds on one rank are bitwise identical to one round on each of two ranks.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], rounds: int):
+        # With one round, the parameters' own .grad already is the sum.
         self._parameters = list(parameters) if rounds > 1 else []
         self._sums: list[torch.Tensor | None] = [None] * len(self._parameters)
 
     def end_round(self) -> None:
-        """Take the gradients of the round that has run backward."""
+        """Add the gradients of the round that has run backward, and clear them."""
         for i, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
                 total = self._sums[i]
+                # The first round's tensor becomes the sum, which saves a
+                # copy; later rounds are added in place.
                 self._sums[i] = parameter.grad if total is None else total.add_(parameter.grad)
                 parameter.grad = None
 
     def finish(self) -> None:
-        """Give the sums back as gradients."""
+        """Store the sums as the parameters' gradients."""
         for parameter, total in zip(self._parameters, self._sums, strict=True):
             parameter.grad = total
 
@@ -271,11 +304,13 @@ class GradientSum:
 def sum_over_ranks(
     ranks: Ranks, parameters: Iterable[torch.nn.Parameter], others: list[torch.Tensor]
 ) -> None:
-    """Sum all gradients, and `others` in place, by one transfer; parameters without a gradient have none on
-    any rank.
+    """Sum all gradients, and `others`, over ranks, in place and in one transfer.
+
+    A parameter that has no gradient on this rank must have none on any rank.
     """
     tensors = [p.grad for p in parameters if p.grad is not None] + others
     if ranks.world > 1:
+        # One flat tensor: a transfer per parameter would cost its latency hundreds of times.
         flat = ranks.sum_(torch.cat([t.reshape(-1).float() for t in tensors]))
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.reshape(tensor.shape))

@@ -1,5 +1,6 @@
-"""One file for tensors and their description: safetensors with JSON in its header, written atomically, read
-without running anything.
+"""Files of tensors with a description: safetensors with JSON in the header.
+
+Files are written atomically. Reading one executes nothing from it.
 """
 
 from __future__ import annotations
@@ -15,45 +16,55 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 if TYPE_CHECKING:
-    import torch  # what reads descriptions and writes files alone does not wait for it
+    import torch  # slow to import; readers of descriptions and writers of other files do without it
 
-HEADER_KEY = "eg3d_rlhf"
+HEADER_KEY = "eg3d_rlhf"  # key of the JSON text in the safetensors header
 CHECKSUM_KEY = "sha256"
 _ROOT = Path(__file__).resolve().parents[1]
-_PLACES = (_ROOT / "assets", _ROOT / "eg3d_rlhf" / "assets")  # of a checkout; of an installed wheel
-# what is bundled
+_PLACES = (_ROOT / "assets", _ROOT / "eg3d_rlhf" / "assets")  # in a checkout; in an installed wheel
+# Folder of the bundled files.
 ASSETS = next((place for place in _PLACES if (place / "people-basis.safetensors").is_file()), _PLACES[0])
-# of the files that are written; they say so from 2 on, so that equal contents keep their bytes; later ones
-# are refused
+# Format of the files that this version writes. From 2 on the header states it; format 1 does not, so that
+# equal contents keep their bytes. Files of a later format are rejected.
 FORMAT = 1
 
 
 def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, and rename: readers see the old file or
-    the new one, never half.
+    """Write a file so that readers see either the old content or the new one, never a part.
 
-    A `private` file, and a folder that is made for it, can be read by their owner alone.
+    The bytes go to a temporary file beside `path`, are flushed to the disk, and the file is renamed.
+
+    Args:
+        path: target; missing folders are created.
+        data: content.
+        private: make the file, and a folder that is created for it, readable by their owner only.
+    Raises: OSError, with the old content intact.
     """
     path = Path(path)
+    # Hidden, and with the process id: two processes that write the same file do not disturb each other.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(0o700 if private else 0o777, parents=True, exist_ok=True)
+        # os.open sets the permissions when the file is created. A later chmod would leave a moment in which
+        # others could read a private file.
         with os.fdopen(
             os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb"
         ) as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, else a crash could leave an empty file
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
         raise OSError(
-            f"{path}: expected to write {len(data)} bytes, got: {reason}. What was there is whole. Make room"
-            " or choose another folder."
+            f"{path}: cannot write {len(data)} bytes: {reason}. The old content is intact. Free space, or"
+            " choose another folder."
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # nothing more can be done in a folder that is gone or read-only
+        # The folder may be deleted or read-only; then nothing more can be done.
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    # The rename itself is on the disk once its folder is flushed.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -62,39 +73,44 @@ def write_atomic(path: str | Path, data: bytes, private: bool = False) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a process that was killed inside `write_atomic` left in `folder`."""
+    """Delete the temporary files that a process left in `folder` when it was killed inside `write_atomic`."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, torch.Tensor], meta: dict) -> None:
-    """Save tensors and a JSON-able description as one file of the given kind ('network', 'checkpoint',
-    'reward', ...).
+    """Save tensors and a JSON-able description as one file.
+
+    Args:
+        path: target.
+        kind: 'network', 'checkpoint', 'reward', ...; `read_tensors` checks it.
+        tensors: by name.
+        meta: description.
     """
     from safetensors.torch import save
 
-    # safetensors refuses shared storage
-    plain = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+    # Copies: safetensors does not accept tensors that share storage.
+    copies = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
     content = {"kind": kind, "meta": meta, **({"format": FORMAT} if FORMAT > 1 else {})}
-    described = json.dumps({**content, CHECKSUM_KEY: checksum(plain, content)}, sort_keys=True)
-    write_atomic(path, save(plain, metadata={HEADER_KEY: described}))
+    described = json.dumps({**content, CHECKSUM_KEY: checksum(copies, content)}, sort_keys=True)
+    write_atomic(path, save(copies, metadata={HEADER_KEY: described}))
 
 
 def checksum(tensors: dict[str, torch.Tensor], content: object) -> str:
-    """SHA-256 over a JSON-able description and the names, shapes, types and bytes of tensors."""
+    """Return a SHA-256 over a JSON-able description and the names, shapes, types and bytes of tensors."""
     import torch
 
-    as_read = json.loads(json.dumps(content))  # keys become text
+    as_read = json.loads(json.dumps(content))  # JSON turns keys into text; a reader has this form
     digest = hashlib.sha256(json.dumps(as_read, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{list(plain.shape)}{plain.dtype}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{list(data.shape)}{data.dtype}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
     return digest.hexdigest()
 
 
 def read_meta(path: str | Path, kind: str | None = None) -> dict:
-    """The description of a file written by `write_tensors`, without reading its tensors."""
+    """Return the description in a file written by `write_tensors`, without reading its tensors."""
     with _opened(path, kind) as (_, content):
         return content["meta"]
 
@@ -102,10 +118,16 @@ def read_meta(path: str | Path, kind: str | None = None) -> dict:
 def read_tensors(
     path: str | Path, kind: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and description; a file without a checksum, as the bundled ones, is not compared.
+    """Return tensors and description of a file written by `write_tensors`.
 
-    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, a foreign file, one
-    of another kind, or one that a later version wrote.
+    A file without a checksum, like the bundled ones, is not compared with one.
+
+    Args:
+        path: file.
+        kind: required kind; None accepts any.
+        device: device of the tensors.
+    Raises: FileNotFoundError; ValueError for a truncated file, one whose bytes changed, one that this project
+        did not write, one of another kind, or one that a later version wrote.
     """
     with _opened(path, kind) as (file, content):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -113,19 +135,19 @@ def read_tensors(
     if expected is not None and checksum(tensors, content) != expected:
         what = f"a {kind or 'tensor'} file with its checksum"
         raise ValueError(
-            f"{path}: expected {what}, got other bytes than were written. It is damaged: restore it or name"
-            " another."
+            f"{path}: expected {what}, but its bytes have changed since it was written. Restore the file, or"
+            " name another."
         )
     return {name: tensor.to(device) for name, tensor in tensors.items()}, content["meta"]
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
-    """Open, check the kind, and translate safetensors' errors."""
+    """Open a file and yield it with its description. Errors of safetensors become ours."""
     path = Path(path)
     what = f"{path}: expected a {kind or 'tensor'} file"
     if not path.is_file():
-        raise FileNotFoundError(f"{what}, got nothing there. Check the path.")
+        raise FileNotFoundError(f"{what}, but there is no file. Check the path.")
     try:
         opened = safetensors.safe_open(str(path), framework="pt", device="cpu")
     except safetensors.SafetensorError as error:
@@ -139,6 +161,7 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
                 f"{what}, got safetensors without this project's header. Name a file that train.py or a tool"
                 " wrote."
             )
+        # A damaged header can hold any text or value. All such cases end in the message below.
         try:
             content = json.loads(described)
         except ValueError:
@@ -147,8 +170,8 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
             content = {}
         if content.get("format", 1) > FORMAT:
             raise ValueError(
-                f"{what}, got one of format {content['format']}. It was written by a later version: use a"
-                " later package."
+                f"{what}, got one of format {content['format']}, which a later version wrote. Use that"
+                " version of the package."
             )
         if not {"kind", "meta"} <= content.keys():
             raise ValueError(f"{what}, got one whose header is damaged. Restore it or name another file.")
@@ -158,20 +181,24 @@ def _opened(path: str | Path, kind: str | None) -> Iterator[tuple[Any, dict]]:
 
 
 def check_fit(
-    own: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
     who: str,
     names: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> None:
-    """Raise ValueError listing missing, unexpected and misshapen names of `tensors` for a module whose state
-    dict is `own`.
+    """Raise ValueError if tensors do not fit a module, listing missing, unexpected and misshapen names.
 
-    Args: names: those missing and unexpected, where the module itself has said which.
+    Args:
+        expected: state dict of the module.
+        tensors: tensors from a file.
+        who: file and network, for the message.
+        names: missing and unexpected names, if the module itself has determined them.
     """
-    odd = [k for k in own if k in tensors and tensors[k].shape != own[k].shape]
-    shapes = {k: f"{k} {list(tensors[k].shape)} instead of {list(own[k].shape)}" for k in odd}
-    missing, unexpected = names or (own.keys() - tensors.keys(), tensors.keys() - own.keys())
-    problems = [  # names out of a file are made fit for a terminal: cut, control characters escaped
+    odd = [k for k in expected if k in tensors and tensors[k].shape != expected[k].shape]
+    shapes = {k: f"{k} {list(tensors[k].shape)} instead of {list(expected[k].shape)}" for k in odd}
+    missing, unexpected = names or (expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
+    # Names come from a file. They are made safe for a terminal: shortened, with control characters escaped.
+    problems = [
         f"{title}: {', '.join(n[:120].encode('unicode_escape').decode() for n in listed[:8])}"
         f"{' ...' if len(listed) > 8 else ''}"
         for title, listed in (
@@ -183,19 +210,23 @@ def check_fit(
     ]
     if problems:
         raise ValueError(
-            f"{who}: expected the network's own tensors, got {'; '.join(problems)}. Use a file of the same"
+            f"{who}: the tensors do not fit the network: {'; '.join(problems)}. Use a file of the same"
             " architecture."
         )
 
 
 def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], who: str) -> None:
-    """Copy tensors into a module, name by name; it may supply some itself.
+    """Copy tensors into a module by name. The module's load_state_dict may supply some itself.
 
-    Raises: ValueError as `check_fit`.
+    Raises: ValueError like `check_fit`.
     """
-    own = module.state_dict()
+    state = module.state_dict()
+    # load_state_dict would raise a RuntimeError of many lines
+    # for wrong shapes; `check_fit` lists them instead.
     fitting = {
-        name: tensor for name, tensor in tensors.items() if name not in own or own[name].shape == tensor.shape
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in state or state[name].shape == tensor.shape
     }
     missing, unexpected = module.load_state_dict(fitting, strict=False)
-    check_fit(own, tensors, who, (missing, unexpected))
+    check_fit(state, tensors, who, (missing, unexpected))

@@ -1,6 +1,9 @@
-"""Super-resolution modules: from the rendered feature image to the final image.
+"""Super-resolution modules, which turn the rendered feature image into the final image.
 
-Shapes: N batch, C feature channels, r rendered resolution, R final resolution, W w_dim.
+Chan et al. 2022 (EG3D), section 4.2. The volume renderer gives D feature channels, of which the first three
+are RGB, at a low resolution; two StyleGAN2 blocks enlarge them.
+
+Shapes: N batch, C feature channels, r rendered resolution, R final resolution, W w_dim, L num_ws.
 """
 
 import torch
@@ -10,20 +13,20 @@ from training.synthesis import SynthesisBlock
 
 
 class SuperresolutionHybrid(torch.nn.Module):
-    """Two synthesis blocks on features and RGB, all modulated by the last w (Chan et al. 2022, section 4.2).
+    """Two synthesis blocks on features and RGB, all modulated by the last w.
 
-    Features and RGB are first resized to `input_resolution` (bilinear, antialiased unless sr_antialias is
-    off). The subclasses hold EG3D's sizes; `input_resolution`, `block_channels` and `w_dim` exist for smaller
+    Features and RGB are first resized to `input_resolution`: bilinear, and antialiased unless sr_antialias is
+    False. The subclasses have EG3D's sizes. `input_resolution`, `block_channels` and `w_dim` allow smaller
     generators.
 
-    Raises: ValueError where img_resolution is not input_resolution times the module's factor.
+    Raises: ValueError if img_resolution is not input_resolution times the module's factor.
     """
 
-    default_input_resolution = 128
+    default_input_resolution = 128  # pixels
     default_block_channels = (128, 64)
     first_block_upsamples = True
-    has_resample_filter = True  # a buffer without effect, which files of EG3D hold
-    only_enlarges = False  # resize inputs only where they are too small; larger ones are an error
+    has_resample_filter = True  # a buffer without effect, which EG3D's files contain
+    only_enlarges = False  # True: resize inputs only if they are too small; larger ones are an error
     antialias_allowed = True
 
     def __init__(
@@ -42,15 +45,17 @@ class SuperresolutionHybrid(torch.nn.Module):
         **block_kwargs,
     ):
         super().__init__()
-        # accepted for EG3D's call; without effect there too
+        # EG3D's generator passes these to every module. They have no effect there either.
         del num_fp16_res, conv_clamp, channel_base, channel_max
         self.input_resolution = input_resolution or self.default_input_resolution
+        # Each upsampling block doubles the resolution.
         expected = self.input_resolution * (4 if self.first_block_upsamples else 2)
         if img_resolution != expected:
             remedy = f"Use data of {expected} pixels, or name another module with --sr-module."
             raise ValueError(
                 f"{type(self).__name__}: expected img_resolution {expected}, got {img_resolution}. {remedy}"
             )
+        # A class that forbids antialiasing overrides the option, as EG3D's legacy module does.
         self.sr_antialias = sr_antialias and self.antialias_allowed
         wide, narrow = block_channels or self.default_block_channels
         use_fp16 = sr_num_fp16_res > 0
@@ -58,6 +63,7 @@ class SuperresolutionHybrid(torch.nn.Module):
             "w_dim": w_dim,
             "img_channels": 3,
             "use_fp16": use_fp16,
+            # The clamp keeps half-precision features in range.
             "conv_clamp": 256 if use_fp16 else None,
             **block_kwargs,
         }
@@ -70,11 +76,12 @@ class SuperresolutionHybrid(torch.nn.Module):
             self.register_buffer("resample_filter", upfirdn2d.setup_filter([1, 3, 3, 1]))
 
     def _resize(self, x: torch.Tensor) -> torch.Tensor:
+        """Resize x [N, C, r, r] to the input resolution of the first block."""
         size = self.input_resolution
         if x.shape[-1] == size:
-            return x
+            return x  # exact, while interpolation to the same size could round
         if self.only_enlarges and x.shape[-1] > size:
-            remedy = "Lower the neural rendering resolution."
+            remedy = "Lower --nrr-initial and --nrr-final to it."
             raise ValueError(
                 f"{type(self).__name__}: expected a rendering of at most {size} pixels, got {x.shape[-1]}."
                 f" {remedy}"
@@ -84,9 +91,11 @@ class SuperresolutionHybrid(torch.nn.Module):
         )
 
     def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **block_kwargs) -> torch.Tensor:
-        """rgb [N, 3, r, r], x [N, C, r, r], ws [N, L, W] -> image [N, 3, R, R].
+        """Map rgb [N, 3, r, r] and features x [N, C, r, r] with ws [N, L, W] to an image [N, 3, R, R].
+
         Differentiable in all three.
         """
+        # Every layer gets the last w, three per block: conv0, conv1, ToRGB.
         ws = ws[:, -1:, :].expand(-1, 3, -1)
         x = self._resize(x)
         rgb = self._resize(rgb)
@@ -95,53 +104,56 @@ class SuperresolutionHybrid(torch.nn.Module):
 
 
 class SuperresolutionHybrid8X(SuperresolutionHybrid):
-    """128 -> 512."""
+    """From 128 to 512 pixels."""
 
 
 class SuperresolutionHybrid8XDC(SuperresolutionHybrid):
-    """128 -> 512 with doubled channels; the module of the published FFHQ and AFHQ checkpoints."""
+    """From 128 to 512 pixels with doubled channels: the module of the published FFHQ and AFHQ checkpoints."""
 
     default_block_channels = (256, 128)
     has_resample_filter = False
 
 
 class SuperresolutionHybrid4X(SuperresolutionHybrid):
-    """128 -> 256; the first block keeps the resolution."""
+    """From 128 to 256 pixels. The first block keeps the resolution."""
 
     first_block_upsamples = False
     only_enlarges = True
 
 
 class SuperresolutionHybrid2X(SuperresolutionHybrid):
-    """64 -> 128; the first block keeps the resolution."""
+    """From 64 to 128 pixels. The first block keeps the resolution."""
 
     default_input_resolution = 64
     first_block_upsamples = False
 
 
 class SuperresolutionHybridDeepfp32(SuperresolutionHybrid4X):
-    """128 -> 256 without antialiasing (legacy)."""
+    """From 128 to 256 pixels without antialiasing (a legacy module of EG3D)."""
 
     antialias_allowed = False
 
 
 class NoSuperresolution(torch.nn.Module):
-    """None: the rendered colours are the image, enlarged where they are fewer pixels. All detail is the
-    field's.
+    """Stand-in for a super-resolution module: the rendered colours are the image.
+
+    They are enlarged if they are fewer pixels than the image. All detail comes from the volume.
     """
 
     only_enlarges = True
 
     def __init__(self, channels: int, img_resolution: int, **_unused):
         super().__init__()
-        del channels
+        del channels  # EG3D's call passes them to every module
         self.input_resolution = img_resolution
 
     def forward(self, rgb: torch.Tensor, x: torch.Tensor, ws: torch.Tensor, **_unused) -> torch.Tensor:
-        """rgb [N, 3, r, r] -> [N, 3, R, R], bilinear; larger renderings stay as they are. Differentiable in
-        rgb.
+        """Map rgb [N, 3, r, r] to [N, 3, R, R], bilinear. Larger renderings keep their size.
+
+        Differentiable in rgb.
         """
-        del x, ws
+        del x, ws  # features and styles of the other modules' interface
+        # More pixels than in training are kept.
         if rgb.shape[-1] >= self.input_resolution:
             return rgb
         return torch.nn.functional.interpolate(
@@ -160,11 +172,14 @@ MODULES: dict[str, type] = {cls.__name__: cls for cls in (*_ALL, NoSuperresoluti
 
 
 def module_by_name(name: str) -> type:
-    """Class for EG3D's 'training.superresolution.<Class>' (or the bare class name).
+    """Return the class for EG3D's 'training.superresolution.<Class>', or for the bare class name.
 
-    Raises: ValueError for anything else; nothing is imported by name.
+    Raises: ValueError for any other name. Nothing is imported by name, since names come from files.
     """
+    # Files of EG3D store the dotted name of the class.
     key = name.removeprefix("training.superresolution.")
     if key not in MODULES:
-        raise ValueError(f"superresolution_module: expected one of {', '.join(MODULES)}, got {name!r}.")
+        raise ValueError(
+            f"superresolution_module: expected one of {', '.join(MODULES)}, got {name!r}. Choose one of them."
+        )
     return MODULES[key]

@@ -1,13 +1,13 @@
-"""The data set of heads of people: `synthetic:people64` and its relatives, rendered once into a zip in EG3D's
-dataset format.
+"""Dataset of rendered heads of people: `synthetic:people64` and variants, rendered once into a zip.
 
     synthetic:people<R>[@key=value[,key=value ...]]     keys: n, seed, yaw, pitch
 
-Image i of seed s depends on (s, i) and the options alone, not on n, on the number of processes or on the
-machine's load. Cameras follow FFHQ: radius 2.7, focal length 4.2647 image sizes (18.83 degrees along the
-diagonal), pivot at the origin, yaw and pitch normal about frontal.
+The zip is in EG3D's dataset format. Image i of seed s depends on (s, i) and on the options. It depends
+neither on n, nor on the number of processes, nor on the load of the machine. Cameras follow FFHQ: radius 2.7,
+focal length 4.2647 image sizes (18.83 degrees along the diagonal), pivot at the origin, yaw and pitch
+normally distributed about frontal.
 
-Heads are whole: from in front a scan looks as the whole head does.
+The images show intact heads: from the front a damaged scan looks the same.
 
 Shape letters: n images, R resolution, S shape and A appearance coordinates of a latent.
 """
@@ -40,7 +40,7 @@ from training.rendering.cameras import (
 )
 
 PREFIX = "synthetic:"
-FORMAT_VERSION = 1  # raise it whenever the same options would give other files
+FORMAT_VERSION = 1  # part of the file name; raise it whenever the same options would give other files
 
 _GROUP = 32  # images rendered together
 _MAX_PROCESSES = 16
@@ -48,9 +48,9 @@ _MAX_PROCESSES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleOptions:
-    """What identifies a set of pictures of people; part of its file name."""
+    """Options that identify a set of rendered people. They are part of its file name."""
 
-    resolution: int = 64  # pixels, multiple of 8, 8 .. 1024
+    resolution: int = 64  # pixels, multiple of 8, from 8 to 1024
     n: int = 4000  # images
     seed: int = 0  # >= 0
     yaw: float = 0.5  # standard deviation about frontal, radians
@@ -60,20 +60,23 @@ class PeopleOptions:
         if self.resolution % 8 or not 8 <= self.resolution <= 1024:
             raise ValueError(
                 f"synthetic people: resolution must be a multiple of 8 from 8 to 1024, got {self.resolution}."
+                " Change the number in synthetic:people<R>."
             )
         if self.n < 1 or self.seed < 0:
             raise ValueError(
-                f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}."
+                f"synthetic people: n must be >= 1 and seed >= 0, got n={self.n}, seed={self.seed}. Change"
+                " the values in the dataset's name."
             )
         if not (0 <= self.yaw <= math.pi and 0 <= self.pitch <= math.pi / 2):
             raise ValueError(
                 f"synthetic people: yaw must lie in [0, 3.14], pitch in [0, 1.57] radians, got {self.yaw} and"
-                f" {self.pitch}."
+                f" {self.pitch}. Change the values in the dataset's name."
             )
 
     def stem(self) -> str:
-        """File name without its extension; the hash covers every option,
-        the format's version and the basis'.
+        """Return the file name without its extension.
+
+        The hash in it covers every option and the versions of the format and of the basis.
         """
         identity = json.dumps([FORMAT_VERSION, people.VERSION, asdict(self)], sort_keys=True)
         return f"people{self.resolution}-n{self.n}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
@@ -81,56 +84,60 @@ class PeopleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsTruth:
-    """What the renderer knew about each image of a set."""
+    """Ground truth of each image of a set."""
 
     shape: np.ndarray  # [n, S] float32, coordinates of identity and hair
-    appearance: np.ndarray  # [n, A] float32, of appearance and scan quality
+    appearance: np.ndarray  # [n, A] float32, coordinates of appearance and scan quality
     labels: np.ndarray  # [n, 25] float32 camera labels
     # [n, R, R] float32 distance along the unit ray through the pixel's centre, inf on the background
     depth: np.ndarray
 
 
 def parse_name(name: str) -> PeopleOptions:
-    """Options of a dataset name such as `synthetic:people64@n=500,seed=3`.
+    """Return the options in a dataset name such as `synthetic:people64@n=500,seed=3`.
 
-    Raises: ValueError when the name does not follow the grammar or a value is out of range.
+    Raises: ValueError if the name does not follow the grammar or a value is out of range.
     """
     match = re.fullmatch(r"synthetic:people(\d+)(?:@(.+))?", name)
     if match is None:
         raise ValueError(
-            f"parse_name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use"
+            f"dataset name: expected 'synthetic:people<R>[@key=value,...]', got {name!r}. Use"
             " synthetic:people64."
         )
     kinds = {"n": int, "seed": int, "yaw": float, "pitch": float}
     values = {}
+    # Options may be separated by commas or by further @.
     for item in re.split("[,@]", match[2]) if match[2] else []:
         key, _, text = item.partition("=")
         if key not in kinds:
             raise ValueError(
-                f"parse_name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write"
-                " key=value."
+                f"dataset name: expected one of the keys {', '.join(kinds)} in {name!r}, got {key!r}. Write"
+                " key=value with one of them."
             )
         try:
             values[key] = kinds[key](text)
         except ValueError as error:
             raise ValueError(
-                f"parse_name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}."
+                f"dataset name: expected {key}=<{kinds[key].__name__}> in {name!r}, got {text!r}. Correct the"
+                " value."
             ) from error
     return PeopleOptions(resolution=int(match[1]), **values)
 
 
 def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shape [n, S], appearance [n, A] and camera labels [n, 25] (float32) of the images `indices`, without
-    rendering them.
+    """Return shape [n, S], appearance [n, A] and camera labels [n, 25] of the images `indices`, as float32.
 
-    Shape and appearance of an image are the coordinates of a latent of unit root mean square.
+    Nothing is rendered. Shape and appearance of an image are the coordinates of a latent of unit root mean
+    square.
     """
     latents = []
     angles = []
     for i in indices:
+        # A generator per image: its values depend on (seed, i) only, so groups can be rendered in any order.
         rng = np.random.default_rng([options.seed, i])
         latents.append(people.scaled(rng.standard_normal((1, people.LATENT)))[0].astype(np.float32))
         angles.append(math.pi / 2 + rng.standard_normal(2) * [options.yaw, options.pitch])
+    # float64 until the label is complete, then rounded once.
     yaws, pitches = torch.from_numpy(np.array(angles)).split(1, dim=1)  # [n, 1] float64
     poses = look_at(camera_position(yaws, pitches, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
     shape, appearance = np.split(np.stack(latents), [people.SHAPE], axis=1)
@@ -138,7 +145,10 @@ def head_parameters(options: PeopleOptions, indices: range) -> tuple[np.ndarray,
 
 
 def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.ndarray]:
-    """PNG bytes and depth offsets [32, R, R] float16 (depth less the camera's radius) of one group."""
+    """Return PNG bytes and depth offsets [32, R, R] of one group of images.
+
+    An offset is the depth less the camera's radius, which float16 stores with a smaller error than the depth.
+    """
     shape, appearance, labels = head_parameters(
         options, range(group * _GROUP, min((group + 1) * _GROUP, options.n))
     )
@@ -149,31 +159,34 @@ def _render_group(options: PeopleOptions, group: int) -> tuple[list[bytes], np.n
         for head, pose in zip(heads, poses, strict=True)
     ]
     images, depths = (np.stack(column) for column in zip(*rendered, strict=True))
-    pixels = np.round(images * 255).astype(np.uint8)
+    pixels = np.round(images * 255).astype(np.uint8)  # [32, R, R, 3]
     return [png(PIL.Image.fromarray(p)) for p in pixels], (depths - FFHQ_RADIUS).astype(np.float16)
 
 
 def write_heads(
     options: PeopleOptions, path: Path, processes: int | None = None, progress: bool = True
 ) -> None:
-    """Render a set into `path` (zip, EG3D's format) and `path` with suffix .npz (the truth behind it).
+    """Render a set into `path` (zip, EG3D's format) and its ground truth into `path` with suffix .npz.
 
-    Both are written under temporary names and renamed when complete, the zip last: a zip that exists is
-    whole.
+    Both are written under temporary names and renamed when complete, the zip last. A zip that exists is
+    therefore complete.
 
     Args:
-        path: target, ends in .zip; progress: show a progress bar with the remaining time.
-        processes: workers; None uses the available cores. The bytes do not depend on it.
+        options: identity of the set.
+        path: target, ends in .zip.
+        processes: number of worker processes; None: one per available core. The bytes do not depend on it.
+        progress: show a progress bar with the remaining time.
     """
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = math.ceil(options.n / _GROUP)
+    count = math.ceil(options.n / _GROUP)  # the last group may be smaller
     processes = min(processes or available, _MAX_PROCESSES)
-    killed = "synthetic heads: expected the workers to live, got one killed. Free memory and start again."
+    killed = "synthetic heads: a worker process was killed. Free memory and start again."
     groups = in_order(functools.partial(_render_group, options), range(count), processes, killed)
     shape, appearance, labels = head_parameters(options, range(options.n))
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(options.n)]
     depth = np.empty((options.n, options.resolution, options.resolution), np.float16)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, with the process id: two processes that render the same set do not disturb each other.
     parts = {suffix: path.with_name(f".{path.stem}.{os.getpid()}{suffix}") for suffix in (".zip", ".npz")}
     try:
         with (
@@ -184,11 +197,13 @@ def write_heads(
                 places = slice(group * _GROUP, group * _GROUP + len(images))
                 depth[places] = offsets
                 for name, image in zip(names[places], images, strict=True):
+                    # A constant date: the same options give the same bytes.
                     archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), image)
                 bar.update(len(images))
             rows = [[name, label.tolist()] for name, label in zip(names, labels, strict=True)]
             archive.writestr(zipfile.ZipInfo("dataset.json", ZIP_DATE), json.dumps({"labels": rows}))
         np.savez(parts[".npz"], shape=shape, appearance=appearance, labels=labels, depth_offset=depth)
+        # The order matters: `resolve_dataset` takes an existing zip as complete.
         os.replace(parts[".npz"], path.with_suffix(".npz"))
         os.replace(parts[".zip"], path)
     finally:
@@ -199,13 +214,16 @@ def write_heads(
 def resolve_dataset(
     name: str | Path, cache_dir: Path | None = None, processes: int | None = None, progress: bool = True
 ) -> Path:
-    """Path of a dataset: itself for a folder or zip; for a `synthetic:` name the cached zip, rendered first
-    if it is not there.
+    """Return the path of a dataset.
+
+    A folder or zip is returned as it is. A `synthetic:` name gives the cached zip, which is rendered first if
+    it does not exist.
 
     Args:
-        name: path or dataset name; cache_dir: None is $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf; processes,
-            progress: as in `write_heads`.
-    Raises: ValueError when a synthetic name does not follow the grammar; OSError when the cache cannot be
+        name: path or dataset name.
+        cache_dir: folder; None: $EG3D_RLHF_CACHE, or ~/.cache/eg3d-rlhf.
+        processes, progress: see `write_heads`.
+    Raises: ValueError if a synthetic name does not follow the grammar; OSError if the cache cannot be
         written.
     """
     if not str(name).startswith(PREFIX):
@@ -215,6 +233,7 @@ def resolve_dataset(
         Path(cache_dir or os.environ.get("EG3D_RLHF_CACHE") or Path.home() / ".cache" / "eg3d-rlhf")
         / f"{options.stem()}.zip"
     )
+    # A user may have deleted one of the two files; both are then rendered again.
     if not (path.exists() and path.with_suffix(".npz").exists()):
         try:
             write_heads(options, path, processes, progress)
@@ -227,18 +246,18 @@ def resolve_dataset(
 
 
 def load_truth(path: Path) -> HeadsTruth:
-    """Parameters, labels and depth of a set by the path that `resolve_dataset` returned.
+    """Read parameters, labels and depth of a set, given the path that `resolve_dataset` returned.
 
-    Raises: ValueError when the .npz beside the zip is missing.
+    Raises: ValueError if there is no .npz beside the zip.
     """
     source = Path(path).with_suffix(".npz")
     if not source.exists():
         raise ValueError(
-            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have it; delete"
-            " the zip to render anew."
+            f"load_truth: expected {source} beside the dataset, got none. Only synthetic sets have this file."
+            " Delete the zip to render the set again."
         )
     with np.load(source) as data:
-        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS
+        depth = data["depth_offset"].astype(np.float32) + FFHQ_RADIUS  # see `_render_group`
         return HeadsTruth(
             shape=data["shape"], appearance=data["appearance"], labels=data["labels"], depth=depth
         )

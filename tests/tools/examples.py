@@ -27,7 +27,7 @@ def example_of(command: click.Command) -> str:
 
 
 def arguments_of(words: list[str]) -> list[str]:
-    """What starts a command line of ours from any folder:
+    """Return what starts a command line of ours from any folder:
     `python SCRIPT ...` or `eg3d-rlhf NOUN VERB ...`.
     """
     if words[:2] == ["python", "-m"]:
@@ -37,7 +37,7 @@ def arguments_of(words: list[str]) -> list[str]:
 
 
 def flags_of(command: click.Command) -> list[str]:
-    """What the example of a command's help passes to the command, which is the one that it names."""
+    """Return the arguments in the example of a command's help. The example must name that command."""
     words = shlex.split(example_of(command))
     if words[0] == "python":
         return words[3:] if words[1] == "-m" else words[2:]

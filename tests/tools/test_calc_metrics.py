@@ -78,7 +78,7 @@ def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, ti
         "--set=batch=8",
         "--set=seed=2",
     )
-    found = {
+    results = {
         record["metric"]: record for record in records(run(*flags, "--metrics=fid,kid", "--set=mirror=True"))
     }
     data = ImageFolderDataset(tiny_data, c_dim=25, xflip=True)
@@ -90,16 +90,16 @@ def test_fid_and_kid_equal_torchmetrics_with_the_same_detector(tiny_networks, ti
             for images in fake_batches(load_generator(tiny_networks).generator, data.get_labels(), options)
         ]
     )
-    assert fake.shape == (48, 3, 32, 32) and found["fid"]["reals"] == 48
+    assert fake.shape == (48, 3, 32, 32) and results["fid"]["reals"] == 48
     fid = fid_module.FrechetInceptionDistance(feature=Features(), normalize=False)
     kid = kid_module.KernelInceptionDistance(feature=Features(), subsets=1, subset_size=48, normalize=False)
     for metric in (fid, kid):
         metric.update(real, real=True)
         metric.update(fake, real=False)
-    assert found["fid"]["results"]["fid"] == pytest.approx(float(fid.compute()), rel=1e-4)
-    assert set(found["kid"]["results"]) == {"kid", "kid_std"}
+    assert results["fid"]["results"]["fid"] == pytest.approx(float(fid.compute()), rel=1e-4)
+    assert set(results["kid"]["results"]) == {"kid", "kid_std"}
     # subsets of all 48
-    assert found["kid"]["results"]["kid"] == pytest.approx(float(kid.compute()[0]), rel=1e-4)
+    assert results["kid"]["results"]["kid"] == pytest.approx(float(kid.compute()[0]), rel=1e-4)
 
 
 def test_without_inception_the_names_say_so(tiny_networks, tiny_data):

@@ -58,7 +58,7 @@ def test_pixels_names_and_labels_are_kept(tmp_path):
             "dataset.json",
         ]
         rows = json.loads(archive.read("dataset.json"))["labels"]
-    # numbers as stored, to the last bit
+    # numbers as stored, bitwise identical
     assert rows == [[f"00000/img{i:08d}.png", camera(i)] for i in range(COUNT)]
     data = ImageFolderDataset(dest, c_dim=25)
     for i in range(COUNT):
@@ -121,7 +121,7 @@ def test_center_crop_takes_the_middle_square(tmp_path):
     np.testing.assert_array_equal(data[3][0], pixels(3, 24, 16)[:, 4:20].transpose(2, 0, 1))
 
 
-def test_center_crop_wide_sets_the_picture_on_black():
+def test_center_crop_wide_centres_the_image_on_black():
     options = ConvertOptions(transform="center-crop-wide", resolution=(16, 8))
     image = np.asarray(transform_image(PIL.Image.fromarray(pixels(0, 16, 12) | 1), options))
     assert image.shape == (16, 16, 3)
@@ -247,12 +247,12 @@ def test_targets_that_exist_are_safe(tmp_path):
     assert len(ImageFolderDataset(dest, c_dim=25)) == COUNT
 
 
-def test_a_disk_that_refuses_ends_in_one_line(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_a_disk_error_ends_in_one_line(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     src = source(tmp_path)
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", refuse)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
     result = run(src, tmp_path / "out.zip")
     *progress, error = result.stderr.splitlines()
     assert result.exit_code == 2 and len(progress) <= 1 and error.startswith("Error: ")

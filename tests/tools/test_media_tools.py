@@ -1,6 +1,4 @@
-"""Pictures, films and meshes of a generator from the outside: their examples, files, flags, and one line for
-every mistake.
-"""
+"""Images, videos and meshes of a generator on the command line: examples, files, flags, error messages."""
 
 import json
 import re
@@ -55,8 +53,8 @@ def test_eg3ds_flags_are_known(tool):
 def test_the_example_of_gen_samples(tmp_path):
     execute(samples.images, **{"--outdir": str(tmp_path)})
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"seed{s:04d}.png" for s in (0, 2, 3, 4, 5)]
-    with PIL.Image.open(tmp_path / "seed0002.png") as picture:
-        assert picture.size == (3 * 64, 64)
+    with PIL.Image.open(tmp_path / "seed0002.png") as image:
+        assert image.size == (3 * 64, 64)
     again = tmp_path / "again"
     assert run(samples.images, "--seeds=2", "--trunc=0.7", f"--outdir={again}").exit_code == 0
     assert (again / "seed0002.png").read_bytes() == (tmp_path / "seed0002.png").read_bytes()

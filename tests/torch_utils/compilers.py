@@ -1,4 +1,4 @@
-"""What a test of ops needs: numbers, and a compiler. Only a missing compiler skips it; an op that does not
+"""Numbers and a compiler for tests of ops. Only a missing compiler skips it; an op that does not
 build is a failure.
 """
 
@@ -9,7 +9,7 @@ from torch_utils import build
 
 
 def missing(device_type: str) -> str | None:
-    """Why nothing can be compiled for a device on this machine; None where it can."""
+    """Return why nothing can be compiled for a device on this machine; None if it can."""
     if build.switched_off():
         return "EG3D_RLHF_OPS switches compiled ops off"
     try:

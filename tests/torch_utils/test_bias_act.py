@@ -43,8 +43,8 @@ def test_fast_paths_agree_with_the_definition_to_second_order(shape, dim, act, i
     b = noise(shape[dim], seed=1)
     kwargs = {"dim": dim, "act": act, "clamp": 1.5}
     expected = derivatives(x, b, "ref", **kwargs)
-    found = derivatives(x.float(), b.float(), impl, **kwargs)
-    for value, wanted, error in zip(found, expected, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+    actual = derivatives(x.float(), b.float(), impl, **kwargs)
+    for value, wanted, error in zip(actual, expected, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
         torch.testing.assert_close(
             value.double(), wanted, rtol=0, atol=error * max(1.0, float(wanted.abs().max()))
         )
@@ -69,9 +69,9 @@ def test_channels_last_images_stay_so_and_hold_the_same_numbers(channels):
     x = noise(2, channels, 6, 7, dtype=torch.float32)
     b = noise(channels, seed=1, dtype=torch.float32)
     last = x.to(memory_format=torch.channels_last)
-    plain, turned = (derivatives(t, b, "compiled", act="lrelu", clamp=1.0) for t in (x, last))
+    contiguous, permuted = (derivatives(t, b, "compiled", act="lrelu", clamp=1.0) for t in (x, last))
     assert bias_act(last, b, act="lrelu", impl="compiled").is_contiguous(memory_format=torch.channels_last)
-    for a, c in zip(plain, turned, strict=True):
+    for a, c in zip(contiguous, permuted, strict=True):
         torch.testing.assert_close(c, a, rtol=0, atol=1e-5)
 
 
@@ -91,8 +91,8 @@ def test_strided_images_are_fine_and_never_written_to():
 def test_a_nan_stays_where_it_is(act):
     x = noise(1, 2, 3, 20, dtype=torch.float32)
     x[0, 1, 2, 17] = float("nan")
-    found = bias_act(x, act=act, clamp=2.0, gain=1.1, impl="compiled").isnan()
-    assert found[0, 1, 2, 17] and found.sum() == 1
+    actual = bias_act(x, act=act, clamp=2.0, gain=1.1, impl="compiled").isnan()
+    assert actual[0, 1, 2, 17] and actual.sum() == 1
 
 
 @needs_cpp
@@ -105,10 +105,10 @@ def test_torch_sees_proper_operators():
         torch.library.opcheck(ops.bias_act.default, (x, b, 1, act, 0.2, 1.4, 1.0))
     torch.library.opcheck(ops.bias_act_backward.default, (x, out, 1, 2, 0.2, 1.4, 1.0, True))
     torch.library.opcheck(ops.bias_act_slope.default, (x, b, out, 1, 2, 0.2, 1.4, 1.0))
-    whole = torch.compile(
+    compiled_sum = torch.compile(
         lambda x, b: bias_act(x, b, act="lrelu", clamp=1.0), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(whole(x, b), bias_act(x, b, act="lrelu", clamp=1.0, impl="ref"))
+    torch.testing.assert_close(compiled_sum(x, b), bias_act(x, b, act="lrelu", clamp=1.0, impl="ref"))
 
 
 def test_what_the_compiled_op_does_not_cover_goes_through_torch():

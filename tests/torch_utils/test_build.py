@@ -114,15 +114,15 @@ def test_the_ops_are_right_on_processors_with_shorter_vectors(level, tmp_path):
 
 
 def test_a_failing_compiler_costs_one_warning_that_names_the_log_and_no_result(tmp_path):
-    wrong = tmp_path / "broken-compiler"
+    wrong = tmp_path / "failing-compiler"
     wrong.write_text(
-        "#!/bin/sh\ncase $1 in --version) echo broken 1.0;; *) echo 'broken: refused' >&2; exit 1;; esac\n"
+        "#!/bin/sh\ncase $1 in --version) echo failing 1.0;; *) echo 'cc: rejected' >&2; exit 1;; esac\n"
     )
     wrong.chmod(0o755)
     out = python(USE, tmp_path / "a cache", CXX=str(wrong)).communicate()[0]
     assert out.startswith("1 False 51.05"), out
     (log,) = (tmp_path / "a cache" / "ops").glob("*/build.log")
-    assert out.count(str(log)) == 1 and "broken: refused" in log.read_text()
+    assert out.count(str(log)) == 1 and "cc: rejected" in log.read_text()
     assert "slab_density" in out
 
 
@@ -217,15 +217,15 @@ def test_a_wheel_holds_every_file_that_is_compiled_or_included(monkeypatch):
     wanted = {
         build.SOURCES / (op + suffix) for device, suffix in build.SUFFIX.items() for op in build.ops(device)
     }
-    found: set[Path] = set()
-    while wanted - found:
-        path = (wanted - found).pop()
-        found.add(path)
+    reached: set[Path] = set()
+    while wanted - reached:
+        path = (wanted - reached).pop()
+        reached.add(path)
         included = [
             path.parent / name for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
         ]
         # the emulated device's header is the tests'
         wanted |= {other for other in included if other.exists()}
-    assert {path.suffix for path in found} == {".cpp", ".cu", ".h", ".cuh"}
-    assert {path.name for path in found} - packed == set()
+    assert {path.suffix for path in reached} == {".cpp", ".cu", ".h", ".cuh"}
+    assert {path.name for path in reached} - packed == set()
     assert "torch_utils.ops" in command.packages and "tests" not in command.packages

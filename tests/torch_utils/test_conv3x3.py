@@ -24,8 +24,8 @@ def derivatives(call, inputs):
     ]
 
 
-def assert_alike(found, expected, outputs=1e-5, gradients=1e-4):
-    for values, wanted, error in zip(found, expected, (outputs, gradients), strict=True):
+def assert_alike(actual, expected, outputs=1e-5, gradients=1e-4):
+    for values, wanted, error in zip(actual, expected, (outputs, gradients), strict=True):
         for value, want in zip(values, wanted, strict=True):
             torch.testing.assert_close(
                 value.double(), want, rtol=0, atol=error * max(float(want.abs().max()), 1e-6)
@@ -62,8 +62,8 @@ def test_agrees_with_the_definition_to_second_order(channels, size, padding, til
 def test_rounding_in_float32_stays_far_below_what_is_asked(tile, output, gradient):
     x = noise(4, 64, 32, 32)
     w = noise(64, 64, 3, 3, seed=1)
-    found = derivatives(winograd(tile), [x.float(), w.float()])
-    assert_alike(found, derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x, w]), output, gradient)
+    actual = derivatives(winograd(tile), [x.float(), w.float()])
+    assert_alike(actual, derivatives(lambda x, w: conv3x3(x, w, impl="ref"), [x, w]), output, gradient)
 
 
 @needs_cpp
@@ -91,8 +91,8 @@ def test_a_nan_reaches_its_neighbourhood_and_no_other_tile(tile):
     x = noise(1, 16, 12, 12, dtype=torch.float32)
     w = noise(16, 16, 3, 3, seed=1, dtype=torch.float32)
     x[0, 3, 5, 5] = float("nan")
-    found = winograd(tile)(x, w).isnan()
-    assert found[:, :, 4:7, 4:7].all() and not found[:, :, :4].any() and not found[:, :, 8:].any()
+    actual = winograd(tile)(x, w).isnan()
+    assert actual[:, :, 4:7, 4:7].all() and not actual[:, :, :4].any() and not actual[:, :, 8:].any()
 
 
 @needs_cpp
@@ -105,8 +105,8 @@ def test_torch_sees_proper_operators(tile):
     torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (x, w, 1, False, tile))
     torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3.default, (grad.detach(), w, 1, True, tile))
     torch.library.opcheck(torch.ops.eg3d_rlhf.conv3x3_weight.default, (x, grad, 1, tile))
-    whole = torch.compile(lambda x, w: conv3x3(x, w, impl="compiled"), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(whole(x, w), conv3x3(x, w, impl="ref"))
+    compiled = torch.compile(lambda x, w: conv3x3(x, w, impl="compiled"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w), conv3x3(x, w, impl="ref"))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -124,8 +124,8 @@ def test_resampling_convolutions_agree_with_the_definition(kernel, up, down, cha
             x, w, f.to(x.dtype), up=up, down=down, padding=kernel // 2, flip_weight=up == 1, impl=impl
         )
 
-    found = derivatives(call("auto"), [x.to(memory_format=memory_format), w])
-    assert_alike(found, derivatives(call("ref"), [x.double(), w.double()]))
+    actual = derivatives(call("auto"), [x.to(memory_format=memory_format), w])
+    assert_alike(actual, derivatives(call("ref"), [x.double(), w.double()]))
 
 
 @pytest.mark.parametrize(

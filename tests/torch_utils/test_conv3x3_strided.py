@@ -24,7 +24,7 @@ def test_values_and_derivatives_of_two_orders(size, up):
     n, ins, outs, h, w = size
     kernels = randn(outs, ins, 3, 3, seed=1) / ins**0.5
     x = randn(n, outs, h, w, seed=2) if up else randn(n, ins, 2 * h + 1, 2 * w + 1, seed=2)
-    found = []
+    results = []
     for dtype in (torch.float32, torch.float64):
         image = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
         weight = kernels.to(dtype).requires_grad_()
@@ -34,8 +34,8 @@ def test_values_and_derivatives_of_two_orders(size, up):
             y = (F.conv_transpose2d if up else F.conv2d)(image, weight, stride=2)
         first = torch.autograd.grad(y.sin().sum(), [image, weight], create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), [image, weight])
-        found.append([y, *first, *second])
-    for value, truth in zip(*found, strict=True):
+        results.append([y, *first, *second])
+    for value, truth in zip(*results, strict=True):
         assert value.shape == truth.shape
         assert (value.double() - truth).abs().max() < 5e-6 * truth.abs().max()
 

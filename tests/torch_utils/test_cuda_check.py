@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Registers a check under a name, and forgets all answers before and after."""
+    """Register a check under a name, and clear all results before and after."""
     monkeypatch.setattr(cuda_check, "_results", {})
 
     def register(name, pairs):

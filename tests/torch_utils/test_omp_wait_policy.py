@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["train.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("[!_]*.py"))]
 MODULES = ["benchmarks", "benchmarks.session", "torch_utils.build"]
-WATCH = """
+REPORT_ENVIRONMENT = """
 import os, runpy, sys
 
 
@@ -36,14 +36,14 @@ except SystemExit:  # help that needs no torch
 
 
 def policy_when_torch_loads(kind: str, entry: str, **environment: str) -> str:
-    """What the environment says when the entry point first asks for torch, where the process ends, or after
+    """Return the environment when the entry point first asks for torch, where the process ends, or after
     help without it.
     """
     env = {
         k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH")
     } | environment
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, kind, entry],
+        [sys.executable, "-c", REPORT_ENVIRONMENT, kind, entry],
         env=env,
         cwd=ROOT,
         capture_output=True,

@@ -51,10 +51,10 @@ def loop(densities, depths):
 @pytest.mark.parametrize("samples", [2, 3, 7, 96, 200])
 def test_agrees_with_a_loop_over_samples(impl, samples):
     densities, depths = case(samples=samples, dtype=torch.float64)
-    for found, expected in zip(
+    for actual, expected in zip(
         ray_march(densities, depths, impl=impl), loop(densities.numpy(), depths.numpy()), strict=True
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-13, rtol=1e-12)
+        np.testing.assert_allclose(actual, expected, atol=1e-13, rtol=1e-12)
 
 
 @needs_cpp
@@ -68,8 +68,8 @@ def test_agrees_with_the_reference_in_single_precision(rays, samples):
     expected = ray_march(densities, depths, impl="ref")
     torch.testing.assert_close(fast, expected, atol=1e-5, rtol=1e-6)
     cotangents = [torch.randn(value.shape, generator=torch.Generator().manual_seed(2)) for value in expected]
-    found, value = (torch.autograd.grad(out, densities, cotangents)[0] for out in (fast, expected))
-    assert (found - value).abs().max() <= 1e-4 * value.abs().max()
+    actual, value = (torch.autograd.grad(out, densities, cotangents)[0] for out in (fast, expected))
+    assert (actual - value).abs().max() <= 1e-4 * value.abs().max()
 
 
 @needs_cpp
@@ -139,8 +139,8 @@ def test_importance_depths_agree_with_the_reference(dtype, samples, fine):
     depths = depths.sort(dim=1)[0]
     u = torch.rand(37, fine, generator=torch.Generator().manual_seed(3), dtype=dtype)
     u[0, 0] = 0
-    found, expected = (importance_depths(densities, depths, u, impl=impl) for impl in ("compiled", "ref"))
-    torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
+    actual, expected = (importance_depths(densities, depths, u, impl=impl) for impl in ("compiled", "ref"))
+    torch.testing.assert_close(actual, expected, atol=1e-5 if dtype == torch.float32 else 1e-12, rtol=0)
     assert not importance_depths(densities.requires_grad_(), depths, u).requires_grad
 
 

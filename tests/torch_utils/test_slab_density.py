@@ -56,7 +56,7 @@ def test_gradients_are_those_of_finite_differences(kinds, impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("compiled", marks=needs_cpp)])
-def test_a_second_derivative_is_refused_and_the_definition_has_it(impl):
+def test_a_second_derivative_is_an_error_and_the_definition_has_it(impl):
     *maps, w, b = random_inputs(("xy", "xz"), (3, 2, 5), 2)
     with raising("slab_density", "create_graph=True", '"ref"', kind=RuntimeError):
         torch.autograd.grad(slab_density(maps, w, b, (3, 2, 5), impl=impl).sum(), maps, create_graph=True)
@@ -84,8 +84,8 @@ def test_pre_activations_beyond_the_range_of_exp_stay_finite_and_right(scale, im
 def test_a_nan_in_a_map_reaches_the_density_and_nothing_else():
     *maps, w, b = (t.detach().float() for t in random_inputs(("xy", "xz"), (4, 5, 6), 3))
     maps[0][2, 1, 3, 0] = float("nan")
-    found = slab_density(maps, w, b, (4, 5, 6), impl="compiled").isnan()
-    assert found[2, 3].all() and found.sum() == 6
+    actual = slab_density(maps, w, b, (4, 5, 6), impl="compiled").isnan()
+    assert actual[2, 3].all() and actual.sum() == 6
 
 
 @needs_cpp
@@ -109,10 +109,10 @@ def test_torch_sees_a_proper_operator():
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     flat = [m.detach().reshape(m.shape[0], m.shape[1], -1).requires_grad_() for m in maps]
     torch.library.opcheck(torch.ops.eg3d_rlhf.slab_density.default, (*flat, None, w, b, [3, 4, 5]))
-    whole = torch.compile(
+    compiled = torch.compile(
         lambda *t: slab_density(t[:-2], t[-2], t[-1], (3, 4, 5)), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(whole(*maps, w, b), slab_density_ref(maps, w, b, (3, 4, 5)))
+    torch.testing.assert_close(compiled(*maps, w, b), slab_density_ref(maps, w, b, (3, 4, 5)))
 
 
 def test_a_block_decides_what_auto_means(monkeypatch):
@@ -143,7 +143,7 @@ def test_buffers_of_the_torch_path_have_the_size_of_a_chunk(monkeypatch):
     assert max(sizes) <= 2000
 
 
-def test_maps_that_do_not_fit_are_refused():
+def test_maps_that_do_not_fit_are_rejected():
     *maps, w, b = random_inputs(("xy", "xz"), (3, 4, 5), 2)
     with raising("slab_density", "[3, 4, 5]", "[[2, 3, 4, 1], [3, 2, 1, 5]]"):
         slab_density([maps[0].transpose(0, 1), maps[1]], w, b, (3, 4, 5))

@@ -105,7 +105,7 @@ def test_a_known_result_is_returned_and_its_gradients_are_those_of_the_formula()
 @pytest.mark.skipif(
     not fits(noise(2, 2)), reason="products are torch's own where the processor has no AVX-512"
 )
-def test_a_second_derivative_is_refused_where_there_is_none():
+def test_a_second_derivative_is_an_error_where_there_is_none():
     feed = noise(9, 6), noise(24, 6, seed=1), noise(24, seed=2), noise(6, 24, seed=3), noise(6, seed=4)
     for call, inputs in ((feed_forward, feed), (self_attention, (noise(1, 37, 3, 2, 8),))):
         leaves = [x.requires_grad_() for x in inputs]

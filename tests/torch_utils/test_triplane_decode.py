@@ -83,8 +83,8 @@ def loop(inputs, layout):
 @pytest.mark.parametrize("size", [(7, 7), (5, 8)])
 def test_agrees_with_a_loop_over_points(impl, layout, size):
     inputs = case(size=size, dtype=torch.float64)
-    for found, expected in zip(decode(inputs, layout, impl), loop(inputs, layout), strict=True):
-        np.testing.assert_allclose(found.detach(), expected, atol=1e-12)
+    for actual, expected in zip(decode(inputs, layout, impl), loop(inputs, layout), strict=True):
+        np.testing.assert_allclose(actual.detach(), expected, atol=1e-12)
 
 
 SIZES = [
@@ -107,9 +107,9 @@ def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes):
     fast = decode(inputs, layout, impl)
     expected = decode(inputs, layout, "ref")
     scale = expected[1].abs().max().clamp_min(1)
-    for found, value in zip(fast, expected, strict=True):
-        assert found.shape == value.shape
-        torch.testing.assert_close(found / scale, value / scale, atol=1e-5, rtol=0)
+    for actual, value in zip(fast, expected, strict=True):
+        assert actual.shape == value.shape
+        torch.testing.assert_close(actual / scale, value / scale, atol=1e-5, rtol=0)
     cotangents = [torch.randn(value.shape, generator=torch.Generator().manual_seed(5)) for value in expected]
     leaves = (inputs[0], *inputs[3])
     pairs = zip(
@@ -117,8 +117,8 @@ def test_agrees_with_the_reference_in_single_precision(impl, layout, sizes):
         torch.autograd.grad(expected, leaves, cotangents),
         strict=True,
     )
-    for found, value in pairs:
-        assert (found - value).abs().max() <= 1e-4 * value.abs().max()
+    for actual, value in pairs:
+        assert (actual - value).abs().max() <= 1e-4 * value.abs().max()
 
 
 @needs_cpp
@@ -168,10 +168,10 @@ def test_bilinear_look_up_at_and_beyond_the_borders(impl):
         points = torch.cartesian_prod(steps, steps, steps)[None] * (box_warp / 2)
         for layout in LAYOUTS:
             inputs = (planes, points, box_warp, weights)
-            for found, expected in zip(
+            for actual, expected in zip(
                 decode(inputs, layout, impl), decode(inputs, layout, "ref"), strict=True
             ):
-                torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+                torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
     else:
         planes, points, box_warp, weights = case()
         points[0, 3, 0] = math.nan  # every plane of the layout reads x: as a point outside
@@ -184,9 +184,9 @@ def test_bilinear_look_up_at_and_beyond_the_borders(impl):
 @pytest.mark.parametrize("impl", FAST)
 def test_not_a_number_in_the_planes_or_weights_is_not_hidden(impl):
     planes, points, box_warp, weights = case(spread=0.3)
-    broken = planes.clone()
-    broken[:, 0] = math.nan
-    assert decode((broken, points, box_warp, weights), impl=impl)[1].isnan().all()
+    with_nan = planes.clone()
+    with_nan[:, 0] = math.nan
+    assert decode((with_nan, points, box_warp, weights), impl=impl)[1].isnan().all()
     b0 = weights.b0.clone()
     b0[2] = math.nan
     assert decode((planes, points, box_warp, weights._replace(b0=b0)), impl=impl)[1].isnan().all()
@@ -199,11 +199,11 @@ def test_inputs_need_not_be_contiguous(impl):
     turned_planes = planes.permute(4, 1, 0, 3, 2).contiguous()
     turned_points = points.transpose(0, 2).contiguous()
     strided = turned_planes.permute(2, 1, 4, 3, 0), turned_points.transpose(0, 2), box_warp
-    turned = DecoderWeights(
+    strided_weights = DecoderWeights(
         *(w.t().contiguous().t() if w.ndim == 2 else w.repeat_interleave(2)[::2] for w in weights)
     )
-    for found, value in zip(decode((*strided, turned), impl=impl), expected, strict=True):
-        torch.testing.assert_close(found, value, atol=1e-6, rtol=0)
+    for actual, value in zip(decode((*strided, strided_weights), impl=impl), expected, strict=True):
+        torch.testing.assert_close(actual, value, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -224,10 +224,10 @@ def test_a_sparse_upstream_gradient_is_exact():
     cotangents = [torch.zeros(2, 700, 3), torch.zeros(2, 700, 1)]
     cotangents[0][1, 400], cotangents[1][0, 650] = 1.0, -2.0
     leaves = (inputs[0], *inputs[3])
-    found, expected = (
+    actual, expected = (
         torch.autograd.grad(decode(inputs, impl=impl), leaves, cotangents) for impl in ("compiled", "ref")
     )
-    for gradient, value in zip(found, expected, strict=True):
+    for gradient, value in zip(actual, expected, strict=True):
         torch.testing.assert_close(gradient, value, atol=1e-6, rtol=1e-5)
 
 
@@ -245,10 +245,10 @@ def test_results_repeat_and_do_not_depend_on_the_number_of_threads_beyond_roundi
         finally:
             torch.set_num_threads(before)
 
-    one = gradients(1)
+    single = gradients(1)
     four = gradients(4)
     again = gradients(4)
-    for a, b, c in zip(one, four, again, strict=True):
+    for a, b, c in zip(single, four, again, strict=True):
         assert torch.equal(b, c)
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
 
@@ -266,11 +266,11 @@ def test_planes_that_are_not_aligned_are_looked_up_one_by_one():
     axes = torch.linalg.qr(
         torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     )[0]
-    found, expected = (
+    actual, expected = (
         triplane_decode(planes, axes, points, box_warp, weights, impl=impl) for impl in ("auto", "ref")
     )
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found[1], decode((planes, points, box_warp, weights))[1])
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(actual[1], decode((planes, points, box_warp, weights))[1])
 
 
 def test_half_precision_and_no_points():

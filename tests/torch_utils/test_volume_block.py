@@ -35,8 +35,8 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(found, sums, truth):
-    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=1e-5)
+def check(actual, sums, truth):
+    torch.testing.assert_close(actual.double(), truth, atol=2e-5, rtol=1e-5)
     flat = truth.flatten(2)
     torch.testing.assert_close(
         sums, torch.stack([flat.sum(dim=2), flat.square().sum(dim=2)], dim=2), atol=1e-2, rtol=1e-5
@@ -181,39 +181,39 @@ def test_gradient_of_kernels(size, mixed):
     w = torch.zeros(o, c, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     inner = x.double() * spread(scale.double()) + spread(shift.double())
     (truth,) = torch.autograd.grad(F.conv3d(inner, w, padding=1), w, arrived)
-    found = volume_conv_weight(g, h, factors, x, scale, shift)
-    assert (found - truth).abs().max() <= 1e-6 * truth.abs().max() + 1e-6
+    actual = volume_conv_weight(g, h, factors, x, scale, shift)
+    assert (actual - truth).abs().max() <= 1e-6 * truth.abs().max() + 1e-6
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert torch.equal(volume_conv_weight(g, h, factors, x, scale, shift), found)
+        assert torch.equal(volume_conv_weight(g, h, factors, x, scale, shift), actual)
     finally:
         torch.set_num_threads(threads)
 
 
 @needs_cpp
 @pytest.mark.parametrize("shape", [(4, 6, 8), (5, 7, 9), (2, 3, 37), (1, 1, 4)])
-@pytest.mark.parametrize("given", ["whole", "pooled", "both"])
+@pytest.mark.parametrize("given", ["full", "pooled", "both"])
 def test_gradient_of_gate(shape, given):
     h = (randn(2, 8, *shape).abs() + 0.01).requires_grad_()
     channel = torch.sigmoid(randn(2, 8, seed=1)).requires_grad_()
     w = randn(8, seed=2).requires_grad_()
     b = randn(1, seed=3).requires_grad_()
     y, _ = volume_gate(h, channel, w, b, impl="torch")
-    whole = randn(*y.shape, seed=4) if given != "pooled" else None
+    full = randn(*y.shape, seed=4) if given != "pooled" else None
     small = [s // 2 for s in shape]
-    pooled = randn(2, 8, *small, seed=5) if given != "whole" else None
+    pooled = randn(2, 8, *small, seed=5) if given != "full" else None
     total = torch.zeros([], dtype=torch.float64)
-    if whole is not None:
-        total = total + (y * whole).sum()
+    if full is not None:
+        total = total + (y * full).sum()
     if pooled is not None and min(small) > 0:
         total = total + (F.max_pool3d(y, 2) * pooled).sum()
     inputs = [h, channel, w, b]
     truth = (
         torch.autograd.grad(total, inputs) if total.requires_grad else [torch.zeros_like(t) for t in inputs]
     )
-    found, sums = volume_gate_gradient(*(t.detach() for t in inputs), whole, pooled)
-    torch.testing.assert_close(found, truth[0], atol=1e-5, rtol=1e-5)
+    actual, sums = volume_gate_gradient(*(t.detach() for t in inputs), full, pooled)
+    torch.testing.assert_close(actual, truth[0], atol=1e-5, rtol=1e-5)
     to_channel, to_w, to_b = sums.float().split([8, 8, 1], dim=1)
     for value, expected in zip((to_channel, to_w.sum(dim=0), to_b.sum(dim=0)), truth[1:], strict=True):
         torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-5)
@@ -222,11 +222,13 @@ def test_gradient_of_gate(shape, given):
 @needs_cpp
 def test_a_tied_maximum_gives_its_gradient_to_the_first_voxel():
     h = torch.ones(1, 8, 2, 4, 6)
-    one = torch.ones(1, 8)
-    found, _ = volume_gate_gradient(h, one, torch.zeros(8), torch.zeros(1), None, torch.ones(1, 8, 1, 2, 3))
+    unit_gate = torch.ones(1, 8)
+    actual, _ = volume_gate_gradient(
+        h, unit_gate, torch.zeros(8), torch.zeros(1), None, torch.ones(1, 8, 1, 2, 3)
+    )
     expected = torch.zeros_like(h)
     expected[:, :, 0, ::2, ::2] = 1
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @needs_cpp
@@ -251,15 +253,15 @@ def test_gradient_of_up(shape):
     x = torch.zeros(2, 16, *(n // 2 for n in shape), dtype=torch.float64, requires_grad=True)
     fine = F.conv_transpose3d(x, w.double(), stride=2, padding=1)
     (truth,) = torch.autograd.grad(F.interpolate(fine, size=shape, mode="nearest"), x, grad.double())
-    found = volume_up_gradient(grad, transposed_kernel(w.transpose(0, 1)), tuple(x.shape[2:]))
-    torch.testing.assert_close(found.double(), truth, atol=2e-5, rtol=1e-5)
+    actual = volume_up_gradient(grad, transposed_kernel(w.transpose(0, 1)), tuple(x.shape[2:]))
+    torch.testing.assert_close(actual.double(), truth, atol=2e-5, rtol=1e-5)
 
 
 @needs_cpp
-def test_gradients_are_refused_by_the_compiled_op():
+def test_gradients_are_rejected_by_the_compiled_op():
     x = randn(1, 8, 4, 4, 4).requires_grad_()
-    one = torch.ones(1, 8)
+    unit_gate = torch.ones(1, 8)
     with pytest.raises(ValueError, match="compiled"):
-        volume_conv(x, one, one, randn(8, 8, 3, 3, 3), impl="compiled")
-    volume_conv(x, one, one, randn(8, 8, 3, 3, 3))[0].sum().backward()  # "auto" takes plain torch
+        volume_conv(x, unit_gate, unit_gate, randn(8, 8, 3, 3, 3), impl="compiled")
+    volume_conv(x, unit_gate, unit_gate, randn(8, 8, 3, 3, 3))[0].sum().backward()  # "auto" takes plain torch
     assert x.grad is not None

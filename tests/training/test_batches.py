@@ -1,4 +1,4 @@
-"""Images read ahead by worker processes: the same bits whatever their number; they end with the run, however
+"""Images read ahead by worker processes: the same bits for any number of them; they end with the run, however
 it ends, in one line.
 """
 
@@ -41,45 +41,45 @@ def wait_until(true, seconds: float = 20) -> None:
 
 def session(pid: int) -> list[int]:
     """Processes of the session that `pid` began, zombies among them."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rsplit(")", 1)[1].split()
         except OSError:  # it has ended meanwhile
             continue
-        found += [int(path.parent.name)] if int(fields[3]) == pid else []
-    return found
+        processes += [int(path.parent.name)] if int(fields[3]) == pid else []
+    return processes
 
 
 def taken(data: ImageFolderDataset, n: int, workers: int, count: int, start: int = 0):
     """Copies of the first batches, the set itself read between them."""
     reader = read_batches(data, iter(InfiniteSampler(data, seed=3, start_index=start)), n, workers)
-    found = []
+    batches = []
     for images, labels in itertools.islice(reader, count):
-        found.append((images.copy(), labels.copy()))
+        batches.append((images.copy(), labels.copy()))
         assert data[5][0].any()  # over the handle of this process
     reader.close()
     assert multiprocessing.active_children() == []
-    return found
+    return batches
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])
-def test_order_and_bits_are_the_same_whatever_the_number_of_workers(tiny_data, tmp_path, monkeypatch, kind):
+def test_order_and_bits_are_the_same_for_any_number_of_workers(tiny_data, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(dataset, "CACHE_LIMIT", 0)
     with zipfile.ZipFile(tiny_data) as archive:
         archive.extractall(tmp_path)
     data = ImageFolderDataset(tiny_data if kind == "zip" else tmp_path, xflip=True, c_dim=25)
     places = list(itertools.islice(InfiniteSampler(data, seed=3), 60))
     for workers in (0, 1, 3):
-        found = taken(data, 6, workers, 10)
-        for k, (images, labels) in enumerate(found):
+        batches = taken(data, 6, workers, 10)
+        for k, (images, labels) in enumerate(batches):
             items = [data[i] for i in places[6 * k : 6 * k + 6]]
             assert np.array_equal(images, np.stack([image for image, _ in items]))
             assert np.array_equal(labels, np.stack([label for _, label in items]))
     later = taken(data, 6, 2, 4, start=36)
     assert all(
         np.array_equal(a, b)
-        for first, second in zip(found[6:], later, strict=True)
+        for first, second in zip(batches[6:], later, strict=True)
         for a, b in zip(first, second, strict=True)
     )
 
@@ -107,13 +107,15 @@ def test_workers_have_one_thread_that_works_and_leave_interrupts_to_the_parent(t
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGINT)
-        assert len(list(Path(f"/proc/{worker.pid}/task").iterdir())) <= 2  # and the watch over the parent
+        assert (
+            len(list(Path(f"/proc/{worker.pid}/task").iterdir())) <= 2
+        )  # and the thread that waits for the parent
     next(reader)
     assert all(worker.is_alive() for worker in workers)
     reader.close()
 
 
-def test_how_many_workers_there_are_unless_told(tiny_data, monkeypatch):
+def test_default_number_of_workers(tiny_data, monkeypatch):
     small = ImageFolderDataset(tiny_data)
     monkeypatch.setattr(dataset, "CACHE_LIMIT", 0)
     large = ImageFolderDataset(tiny_data)
@@ -205,12 +207,12 @@ def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(
     straight, tiny_data, tiny_networks, tmp_path, monkeypatch, kind
 ):
     data = tmp_path / ("data" if kind == "folder" else "data.zip")
-    gone = tmp_path / "elsewhere"
+    elsewhere = tmp_path / "elsewhere"
     with zipfile.ZipFile(tiny_data) as archive:
         archive.extractall(data) if kind == "folder" else shutil.copy(tiny_data, data)
 
     def vanish():
-        shutil.copytree(data, gone) if kind == "folder" else shutil.copy(data, gone)
+        shutil.copytree(data, elsewhere) if kind == "folder" else shutil.copy(data, elsewhere)
         if kind == "folder":
             shutil.rmtree(data)
         else:
@@ -226,7 +228,7 @@ def test_data_that_vanish_in_mid_run_end_it_with_a_checkpoint(
     monkeypatch.undo()
     if kind == "zip":
         data.unlink()
-    gone.rename(data)
+    elsewhere.rename(data)
     assert run(f"--resume={folder}").exit_code == 0
     assert_equal_end(straight, folder)
 
@@ -261,12 +263,12 @@ def test_workers_end_with_the_process_after_a_signal_to_all(tiny_data, tiny_netw
         *train_flags(tiny_data, tiny_networks, tmp_path, *RUN, "--workers=2"),
     ]
     # no pipe, which those that are left would hold open
-    with open(tmp_path.parent / f"{tmp_path.name}.txt", "w+") as said:
-        process = subprocess.Popen(command, env=env, stdout=said, stderr=said, start_new_session=True)
+    with open(tmp_path.parent / f"{tmp_path.name}.txt", "w+") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
         assert process.wait(timeout=120) == expected
         wait_until(lambda: session(process.pid) == [])
-        said.seek(0)
-        output = said.read()
+        log.seek(0)
+        output = log.read()
     assert all(name in output.splitlines()[-1] for name in names) and "Traceback" not in output, output
 
 
@@ -274,7 +276,7 @@ def test_workers_end_with_the_process_after_a_signal_to_all(tiny_data, tiny_netw
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_a_device_gets_the_images_of_the_cpu(tiny_data):
     for workers in (0, 2):
-        found = []
+        fetched = []
         for device in ("cpu", "cuda"):
             nets = build_networks().to(device)
             gan = Gan(
@@ -283,6 +285,6 @@ def test_a_device_gets_the_images_of_the_cpu(tiny_data):
             gan.begin(0)
             for _ in range(8):
                 gan.fetch()
-            found.append([x.cpu() for x in gan._fetched])
+            fetched.append([x.cpu() for x in gan._fetched])
             gan.end()
-        torch.testing.assert_close(*found)
+        torch.testing.assert_close(*fetched)

@@ -103,10 +103,10 @@ def test_random_rows_are_those_of_the_whole_batch(rows):
             torch.randn(size=[m, 1]),
         ]
 
-    whole = draw(6)
+    full_batch = draw(6)
     with RowDraws(rows, 6):
         part = draw(len(rows))
-    for a, b in zip(whole, part, strict=True):
+    for a, b in zip(full_batch, part, strict=True):
         assert torch.equal(a[list(rows)], b)
 
 
@@ -119,35 +119,35 @@ def test_dropout_and_drawn_orders_come_in_blocks():
         torch.manual_seed(0)
         return torch.nn.functional.dropout(x, 0.7), torch.multinomial(torch.full((len(x), 2), 0.5), 1)
 
-    whole = draw(x)
+    full_batch = draw(x)
     blocks = [1, 3, 5, 7]
     with RowDraws(rows, 4, blocks=True):
         part = draw(x[blocks])
-    assert all(torch.equal(a[blocks], b) for a, b in zip(whole, part, strict=True))
+    assert all(torch.equal(a[blocks], b) for a, b in zip(full_batch, part, strict=True))
     with RowDraws(rows, 4), pytest.raises(AssertionError, match="randn"):
         torch.empty(2).normal_()
 
 
 def test_rounds_cover_the_batch_once_and_keep_minibatch_std_groups():
     world = [Layout(24, Ranks(rank=r, world=3), 4) for r in range(3)]
-    assert {(one.here, one.total) for one in world} == {(2, 6)}
-    rows = [list(range(24))[one.rows(turn)] for one in world for turn in range(2)]
+    assert {(layout.here, layout.total) for layout in world} == {(2, 6)}
+    rows = [list(range(24))[layout.rows(turn)] for layout in world for turn in range(2)]
     assert sorted(sum(rows, [])) == list(range(24)) and {len(r) for r in rows} == {4}
     groups = {frozenset(range(i, 24, 6)) for i in range(6)}  # samples i, i + N/G, ... with G = 4
     assert {frozenset(r) for r in rows} == groups
-    for r, one in enumerate(world):
+    for r, layout in enumerate(world):
         mine = list(range(24))[r::3]
-        assert [mine[turn :: one.here] for turn in range(2)] == rows[2 * r : 2 * r + 2]
+        assert [mine[turn :: layout.here] for turn in range(2)] == rows[2 * r : 2 * r + 2]
     for batch, ranks, size in ((6, Ranks(world=4), None), (8, Ranks(world=2), 3), (2, Ranks(world=3), None)):
         with raising("--batch", str(batch)):
             Layout(batch, ranks, size)
 
 
-def assert_but_for_rounding(one, other):
+def assert_but_for_rounding(first, second):
     """On some processors a sign flips early and moves a few parameters further; a wrong mean over ranks or
     rounds moves all of them.
     """
-    apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
+    apart = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
     assert apart.quantile(0.99) <= MAGNIFIED_ROUNDING and apart.max() <= 100 * MAGNIFIED_ROUNDING
 
 
@@ -255,7 +255,7 @@ def in_float64() -> Iterator[type[ObservationCache]]:
 
 def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     """Two epochs of five steps on toy slabs, whose pairs the ranks cannot share evenly, the last step of an
-    epoch with one pair; with anchors, dropped features and flips.
+    epoch with one pair; with high-quality reference samples, dropped features and flips.
     """
     from dataclasses import replace
 
@@ -293,9 +293,9 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
 def test_reward_training_on_two_ranks_equals_one(tmp_path):
     finish(start(REWARD, str(tmp_path / "two.pt")))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    one = reward_training(SINGLE)
-    assert {value.dtype for value in one.values()} == {torch.float64}
-    assert largest_difference(one, two) <= 1e-5
+    single_rank = reward_training(SINGLE)
+    assert {value.dtype for value in single_rank.values()} == {torch.float64}
+    assert largest_difference(single_rank, two) <= 1e-5
 
 
 REWARD_TOOL = "import sys; from eg3d_rlhf.modes.reward_training import train; train(sys.argv[1:])"
@@ -335,15 +335,15 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     def cached(folder: str) -> list[str]:
         return [*flags, f"--run-dir={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
 
-    assert CliRunner().invoke(main, cached("one")).exit_code == 0
+    assert CliRunner().invoke(main, cached("single")).exit_code == 0
     (first, noted), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))
     assert "epoch" in first + noted and second == "" and "epoch" not in quiet
     slabs = [
-        next((tmp_path / f"{name}-cache").rglob("*.safetensors")).read_bytes() for name in ("one", "two")
+        next((tmp_path / f"{name}-cache").rglob("*.safetensors")).read_bytes() for name in ("single", "two")
     ]
     assert slabs[0] == slabs[1]
-    (_, said), _ = finish(start(REWARD_STOPPED, *cached("stopped")), (130, 130))
-    assert "--resume=RUN" in said
+    (_, printed), _ = finish(start(REWARD_STOPPED, *cached("stopped")), (130, 130))
+    assert "--resume=RUN" in printed
     finish(start(REWARD_TOOL, f"--resume={tmp_path / 'stopped'}"))
     assert (tmp_path / "stopped" / "reward.safetensors").read_bytes() == (
         tmp_path / "two" / "reward.safetensors"
@@ -370,17 +370,17 @@ train.main(sys.argv[1:])
 @pytest.mark.long
 def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_straight_one(two_ranks, tmp_path):
     flags, straight, _ = two_ranks
-    (said, _), _ = finish(start(PAUSING.format(rank=1, signal="SIGTERM"), *flags(tmp_path)))
+    (printed, _), _ = finish(start(PAUSING.format(rank=1, signal="SIGTERM"), *flags(tmp_path)))
     folder = only_run(tmp_path)
-    last = said.splitlines()[-1]
-    assert all(text in last for text in ("SIGTERM", "28 images", f"--resume={folder}")), said
+    last = printed.splitlines()[-1]
+    assert all(text in last for text in ("SIGTERM", "28 images", f"--resume={folder}")), printed
     assert checkpoint.available(folder)[-1].name == "checkpoint-000000028.safetensors"
     finish(start(RUN, f"--resume={folder}"))
     assert_equal(straight, tmp_path)
 
 
 def assert_equal(first: Path, second: Path) -> None:
-    """Final state and statistics, to the last bit."""
+    """Assert bitwise equal final states and statistics."""
     a = last_state(first)
     b = last_state(second)
     assert [k for k in a if not torch.equal(a[k], b[k])] == []
@@ -457,7 +457,7 @@ def test_terminating_torchrun_leaves_a_checkpoint(two_ranks, tmp_path):
             if line.startswith("tick 1"):
                 process.terminate()
                 break
-        said, errors = process.communicate(timeout=300)
-    assert "SIGTERM" in said and f"--resume={only_run(tmp_path / 'runs')}" in said, errors
+        printed, errors = process.communicate(timeout=300)
+    assert "SIGTERM" in printed and f"--resume={only_run(tmp_path / 'runs')}" in printed, errors
     finish(start(RUN, f"--resume={only_run(tmp_path / 'runs')}"))
     assert_equal(straight, tmp_path / "runs")

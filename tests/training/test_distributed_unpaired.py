@@ -30,7 +30,7 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     options = with_changes(
         TrainOptions(preset="rank-test"), epochs=1, batch=4, unpaired_batch=6, regression=0.5, divergence=1.0
     )
-    found = {}
+    results = {}
     with in_float64() as cache:
         data = TrainData(
             train=pairs,
@@ -44,7 +44,7 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
             "alone": {"pairs": 0.0, "scalar": 0.0, "bradley_terry": 0.0, "unpaired_batch": 20},
         }.items():
             trained = train_reward(data, with_changes(options, **changes), ranks=ranks)
-            found |= {f"{name}.{key}": value for key, value in trained.model.state_dict().items()}
+            results |= {f"{name}.{key}": value for key, value in trained.model.state_dict().items()}
             record = trained.history[0]
             figures = {
                 **record["loss"],
@@ -52,20 +52,20 @@ def unpaired_training(ranks: Ranks) -> dict[str, torch.Tensor]:
                 "auc": record["val_auc"],
                 "bandwidth": trained.bandwidth,
             }
-            found |= {f"{name}:{key}": torch.tensor(value) for key, value in figures.items()}
-    return found
+            results |= {f"{name}:{key}": torch.tensor(value) for key, value in figures.items()}
+    return results
 
 
 @pytest.mark.long
 def test_unpaired_labels_on_two_ranks_equal_one(tmp_path):
     finish(start(UNPAIRED, str(tmp_path / "two.pt")))
     two = torch.load(tmp_path / "two.pt", weights_only=True)
-    one = unpaired_training(SINGLE)
-    assert one.keys() == two.keys() and float(one["alone:divergence"]) < -0.01
-    figures = [name for name in one if ":" in name]
-    differences = {name: float((one[name] - two[name]).abs()) for name in figures}
+    single_rank = unpaired_training(SINGLE)
+    assert single_rank.keys() == two.keys() and float(single_rank["alone:divergence"]) < -0.01
+    figures = [name for name in single_rank if ":" in name]
+    differences = {name: float((single_rank[name] - two[name]).abs()) for name in figures}
     assert max(differences["mixed:divergence"], differences["alone:divergence"]) <= 1e-6, differences
     assert max(differences.values()) <= 5e-6, differences
-    states = [{name: value for name, value in found.items() if "." in name} for found in (one, two)]
+    states = [{name: value for name, value in state.items() if "." in name} for state in (single_rank, two)]
     assert {value.dtype for value in states[0].values()} == {torch.float64}
     assert largest_difference(*states) <= 1e-5

@@ -1,4 +1,4 @@
-"""What may go wrong under a run: each ends with one clear line and exit code 2, or as asked, and nothing is
+"""Failures during a run: each ends with one clear line and exit code 2, or as asked, and nothing is
 lost.
 """
 
@@ -203,26 +203,26 @@ def small_file(tmp_path) -> Path:
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(small_file):
-    whole = small_file.read_bytes()
+    intact_bytes = small_file.read_bytes()
     tensors, meta = storage.read_tensors(small_file, "checkpoint")
     noticed = 0
-    for position in range(len(whole)):
+    for position in range(len(intact_bytes)):
         for mask in (0x01, 0x20):
-            damaged = bytearray(whole)
+            damaged = bytearray(intact_bytes)
             damaged[position] ^= mask
             small_file.write_bytes(damaged)
             try:
-                found, described = storage.read_tensors(small_file, "checkpoint")
+                stored, described = storage.read_tensors(small_file, "checkpoint")
             except ValueError as error:
                 noticed += 1
                 check_message(str(error), ("small.safetensors",))
             else:
-                assert_same(tensors, found)
+                assert_same(tensors, stored)
                 assert described == meta
-    assert noticed > 1.9 * len(whole)
+    assert noticed > 1.9 * len(intact_bytes)
 
 
-def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_refused(tmp_path, monkeypatch):
+def test_files_of_the_first_format_keep_their_checksum_and_later_formats_are_rejected(tmp_path, monkeypatch):
     tensors = {"a": torch.ones(2)}
     content = {"kind": "checkpoint", "meta": {"x": 1}}
     path = tmp_path / "a.safetensors"
@@ -255,7 +255,7 @@ def test_bf16_trains_with_fp32_weights_and_stays_finite(tiny_data, tmp_path):
 
 
 def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
-    found = []
+    runs = []
     for amp in ("off", "bf16"):
         nets = build_networks()
         phases = GanPhases(nets.G, nets.D, GanConfig(gamma=1.0, gen_pose_cond=False, nrr_initial=8, amp=amp))
@@ -264,9 +264,11 @@ def test_bf16_leaves_r1_and_density_in_fp32_and_all_losses(tiny_data):
             nets.D.requires_grad_(name == "d_reg")
             torch.manual_seed(0)
             values[name] = next(iter(getattr(phases, name)(batch(tiny_data)))).value.detach()
-        found.append(values)
-    plain, mixed = found
+        runs.append(values)
+    full_precision, mixed = runs
     assert all(v.dtype == torch.float32 for v in mixed.values())
-    assert torch.equal(plain["g_reg"], mixed["g_reg"]) and torch.equal(plain["d_reg"], mixed["d_reg"])
-    assert not torch.equal(plain["g_main"], mixed["g_main"])
-    torch.testing.assert_close(plain["g_main"], mixed["g_main"], rtol=0.05, atol=0.05)
+    assert torch.equal(full_precision["g_reg"], mixed["g_reg"]) and torch.equal(
+        full_precision["d_reg"], mixed["d_reg"]
+    )
+    assert not torch.equal(full_precision["g_main"], mixed["g_main"])
+    torch.testing.assert_close(full_precision["g_main"], mixed["g_main"], rtol=0.05, atol=0.05)

@@ -26,8 +26,8 @@ def test_dataset_does_not_depend_on_the_process_count(tmp_path):
     for processes in (1, 2):
         write_heads(options, tmp_path / f"{processes}" / "set.zip", processes, progress=False)
     for suffix in (".zip", ".npz"):
-        one, two = ((tmp_path / p / "set").with_suffix(suffix).read_bytes() for p in "12")
-        assert one == two
+        first, second = ((tmp_path / p / "set").with_suffix(suffix).read_bytes() for p in "12")
+        assert first == second
     assert sorted(p.name for p in (tmp_path / "1").iterdir()) == ["set.npz", "set.zip"]
 
 

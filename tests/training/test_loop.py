@@ -171,7 +171,7 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
         optimizer = lazy_adam(nets.G, 0.1)
 
         def losses(batch):
-            drawn = torch.randn([batch.gen_z.shape[0]]).abs()  # its own draws, whatever their number
+            drawn = torch.randn([batch.gen_z.shape[0]]).abs()  # its own draws, any number of them
             ws = nets.G.mapping(batch.gen_z, batch.gen_c)
             yield Loss(ws.mean(dim=[1, 2]) * 0 + drawn, {"Idle/drawn": drawn})
             yield Loss(sum(p.sum() for p in nets.G.parameters()).expand(len(drawn)) * 0, {})
@@ -183,8 +183,8 @@ def test_a_further_phase_without_gradient_changes_nothing(tiny_data, tmp_path):
         loop.run()
     for name in ("G", "D", "G_ema"):
         assert_same(*(state(getattr(loop.subject.nets, name)) for loop in loops))
-    plain, extra = ((tmp_path / str(i) / "stats.jsonl").read_text() for i in (0, 1))
-    assert "Idle/drawn" in extra and "Idle/drawn" not in plain
+    without, extra = ((tmp_path / str(i) / "stats.jsonl").read_text() for i in (0, 1))
+    assert "Idle/drawn" in extra and "Idle/drawn" not in without
 
 
 def test_frozen_layers_of_d_take_no_gradient_and_keep_their_names(tiny_data, tmp_path):

@@ -1,6 +1,4 @@
-"""Heads of people: what latents name, distances by the winding number, damage, pictures, and the file of the
-basis.
-"""
+"""Heads of people: shapes of latents, distances by the winding number, damage, renders, the basis file."""
 
 import math
 import shutil
@@ -28,8 +26,9 @@ def heads(latents):
 
 
 def head_distance(head: people.Head, points: np.ndarray) -> np.ndarray:
-    """Signed distance [P] of the whole head, closed below by a rounded cylinder, at points [P, 3]; negative
-    inside, world units.
+    """Return the signed distance [P] of the intact head at points [P, 3]; negative inside.
+
+    The head is closed at the bottom by a rounded cylinder.
     """
     corners = head.vertices[people.load_basis().triangles].astype(np.float64)
     _, _, distance = people_mesh.nearest_places(corners, points)
@@ -117,34 +116,34 @@ def scans(heads):
     """Points of a head, distances of the whole, and of 40 scans of it."""
     rng = np.random.default_rng(3)
     points = rng.uniform([-0.3, -0.45, -0.4], [0.3, 0.35, 0.3], (4000, 3)).astype(np.float32)
-    whole = torch.from_numpy(head_distance(heads[1], points)).float()
+    intact = torch.from_numpy(head_distance(heads[1], points)).float()
     quality = torch.from_numpy(rng.standard_normal((40, people.QUALITY))).float()
     at = torch.from_numpy(points)
-    return at, whole, quality, damaged(at.expand(40, -1, -1), whole.expand(40, -1), quality)
+    return at, intact, quality, damaged(at.expand(40, -1, -1), intact.expand(40, -1), quality)
 
 
 def test_damage_never_touches_the_front(scans):
-    points, whole, _, scan = scans
+    points, intact, _, scan = scans
     front = points[:, 2] > HOLLOW_FRONT + 0.02
-    density = people.density_of(whole, 0.015)
+    density = people.density_of(intact, 0.015)
     torch.testing.assert_close(people.density_of(scan, 0.015)[:, front], density[front].expand(40, -1))
 
 
-def test_broken_scans_lack_or_have_much_and_whole_ones_do_not(scans):
-    points, whole, quality, scan = scans
-    behind = (points[:, 2] < -0.02) & (points[:, 1] > -0.3)
-    wrong = ((scan < 0) != (whole < 0))[:, behind].sum(dim=1) / (whole[behind] < 0).sum()
+def test_damaged_scans_lack_or_have_much_and_intact_ones_do_not(scans):
+    points, intact, quality, scan = scans
+    back = (points[:, 2] < -0.02) & (points[:, 1] > -0.3)
+    wrong = ((scan < 0) != (intact < 0))[:, back].sum(dim=1) / (intact[back] < 0).sum()
     amount = severity(quality)
     assert (wrong[amount < 0.02] < 0.15).all() and wrong[amount > 0.98].median() > 0.3
 
 
-def test_more_than_half_of_the_latents_are_broken_of_three_kinds():
+def test_more_than_half_of_the_latents_are_damaged_in_three_kinds():
     quality = torch.from_numpy(np.random.default_rng(5).standard_normal((4000, people.QUALITY))).float()
     assert 0.5 < float((severity(quality) > 0.5).float().mean()) < 0.65
     assert (kinds(quality).gt(0.5).float().mean(dim=0) > 0.04).all()
 
 
-def test_eyes_in_a_picture_are_white_with_dark_pupils(heads):
+def test_eyes_in_a_render_are_white_with_dark_pupils(heads):
     basis = people.load_basis()
     for head in heads[:2]:
         image, _ = people.picture(head, camera(0.0), FFHQ_FOCAL, 128)
@@ -155,7 +154,7 @@ def test_eyes_in_a_picture_are_white_with_dark_pupils(heads):
             assert eye[3, 6] < 0.05 and eye.max() > 0.4
 
 
-def test_depth_of_a_picture_lies_on_the_surface(heads):
+def test_depth_of_a_render_lies_on_the_surface(heads):
     image, depth = people.picture(heads[3], camera(0.0), FFHQ_FOCAL, 64)
     assert image.shape == (64, 64, 3) and image.min() >= 0 and image.max() <= 1
     hit = np.isfinite(depth)
@@ -165,10 +164,10 @@ def test_depth_of_a_picture_lies_on_the_surface(heads):
     way = np.stack([x / FFHQ_FOCAL, -y / FFHQ_FOCAL, -np.ones(len(x))], axis=1)
     points = [0, 0, FFHQ_RADIUS] + way / np.linalg.norm(way, axis=1, keepdims=True) * depth[hit][:, None]
     chosen = (np.abs(points[:, 0]) < 0.3) & (points[:, 1] > -0.3)
-    away = people_mesh.nearest_places(
+    surface_distance = people_mesh.nearest_places(
         heads[3].vertices[people.load_basis().triangles].astype(float), points[chosen]
     )[2]
-    assert away.max() < 1e-5
+    assert surface_distance.max() < 1e-5
 
 
 def test_the_data_set_is_named_rendered_and_known(tmp_path):
@@ -192,7 +191,7 @@ def test_the_basis_ships_small_with_its_licences():
     assert "CC0" in people.load_basis().meta["licence"]
 
 
-def test_a_missing_or_damaged_basis_and_another_version_are_refused(tmp_path):
+def test_a_missing_or_damaged_basis_and_another_version_are_rejected(tmp_path):
     damaged_file = tmp_path / "damaged.safetensors"
     other = tmp_path / "other.safetensors"
     shutil.copyfile(people.ASSET, damaged_file)

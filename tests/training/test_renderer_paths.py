@@ -58,16 +58,16 @@ def render(renderer, arguments, impl):
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_images_gradients_and_the_random_sequence_are_those_of_the_reference(impl, layout, options):
     renderer, arguments = scene(layout, options=options)
-    (found, next_found), (expected, next_expected) = (
+    (actual, next_actual), (expected, next_expected) = (
         render(renderer, arguments, which) for which in (impl, "ref")
     )
-    assert torch.equal(next_found, next_expected)
-    for value, reference in zip(found, expected, strict=True):
+    assert torch.equal(next_actual, next_expected)
+    for value, reference in zip(actual, expected, strict=True):
         assert value.shape == reference.shape
         torch.testing.assert_close(value, reference, atol=2e-5, rtol=0)
     leaves = [arguments[0], *arguments[1].parameters()]
     cotangents = [torch.randn(value.shape, generator=torch.Generator().manual_seed(4)) for value in expected]
-    pairs = zip(*(torch.autograd.grad(out, leaves, cotangents) for out in (found, expected)), strict=True)
+    pairs = zip(*(torch.autograd.grad(out, leaves, cotangents) for out in (actual, expected)), strict=True)
     for gradient, reference in pairs:
         assert (gradient - reference).abs().max() <= 1e-4 * reference.abs().max()
 
@@ -79,9 +79,9 @@ def test_without_gradients_rays_go_through_in_parts(monkeypatch, options):
     _ = None
     monkeypatch.setattr(renderer_module, "_CPU_SAMPLES", 2 * 9 * 5)  # five of 36 rays at once
     with torch.no_grad():
-        found, after_parts = render(renderer, arguments, "auto")
+        actual, after_parts = render(renderer, arguments, "auto")
     assert torch.equal(after, after_parts)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
 def test_a_reference_block_takes_the_straightforward_path(monkeypatch):
@@ -90,11 +90,11 @@ def test_a_reference_block_takes_the_straightforward_path(monkeypatch):
     class FastPathTaken(Exception):
         """Raised by what only the fast path calls."""
 
-    def refuse(*_, **__):
+    def forbidden(*_, **__):
         raise FastPathTaken
 
-    monkeypatch.setattr(MipRayMarcher2, "accumulate", refuse)
-    monkeypatch.setattr(renderer_module, "triplane_decode", refuse)
+    monkeypatch.setattr(MipRayMarcher2, "accumulate", forbidden)
+    monkeypatch.setattr(renderer_module, "triplane_decode", forbidden)
     render(renderer, arguments, "ref")
     with pytest.raises(FastPathTaken):
         render(renderer, arguments, "auto")
@@ -118,8 +118,8 @@ def test_a_decoder_without_weights_is_called():
 
     renderer, arguments = scene()
     arguments = (arguments[0], Fog(), *arguments[2:])
-    (found, _), (expected, _) = (render(renderer, arguments, impl) for impl in ("auto", "ref"))
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    (actual, _), (expected, _) = (render(renderer, arguments, impl) for impl in ("auto", "ref"))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
 
 
 def test_clamp_mode_is_checked_on_both_paths():

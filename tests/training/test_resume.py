@@ -1,5 +1,6 @@
-"""A run that was killed and resumed equals the straight run, bit for bit; damaged and foreign checkpoints are
-refused.
+"""A run that was killed and resumed is bitwise identical to the straight run.
+
+Damaged and foreign checkpoints are rejected.
 """
 
 import errno
@@ -100,7 +101,7 @@ def damaged(straight, tmp_path) -> Path:
     return folder
 
 
-def test_a_damaged_checkpoint_is_refused_by_default(damaged):
+def test_a_damaged_checkpoint_is_rejected_by_default(damaged):
     before = (damaged / "stats.jsonl").read_text()
     result = run(f"--resume={damaged}")
     rejected(
@@ -134,13 +135,13 @@ def test_a_named_checkpoint_is_used(straight, tmp_path):
     assert_equal_runs(straight, folder)
 
 
-def test_foreign_files_are_refused(straight, tiny_networks, tmp_path):
+def test_foreign_files_are_rejected(straight, tiny_networks, tmp_path):
     rejected(run(f"--resume={tiny_networks}"), "--resume: ", tiny_networks.name, "'network'")
     (tmp_path / "notes.txt").write_text("hello")
     rejected(run(f"--resume={tmp_path / 'notes.txt'}"), "--resume: ", "notes.txt")
 
 
-def test_a_checkpoint_of_other_networks_is_refused(straight, tiny_data, tmp_path):
+def test_a_checkpoint_of_other_networks_is_rejected(straight, tiny_data, tmp_path):
     loop = build_loop(tiny_data, tmp_path, nets=None, augment_pipe=AugmentPipe().requires_grad_(False))
     loop.subject.nets.D = torch.nn.Linear(2, 2)
     with raising("(D)", "bias", "weight", "b16"):
@@ -169,7 +170,7 @@ def test_a_run_made_longer_equals_the_longer_run(straight, tiny_data, tiny_netwo
     assert_equal_runs(straight, folder)
 
 
-def test_another_initial_network_is_refused_by_name(straight, tiny_data, tiny_networks, tmp_path):
+def test_another_initial_network_is_rejected_by_name(straight, tiny_data, tiny_networks, tmp_path):
     init = tmp_path / "init.safetensors"
     init.write_bytes(tiny_networks.read_bytes())
     folder = whole_run(tiny_data, init, tmp_path / "runs", *FLAGS, "--kimg=0.016")

@@ -28,10 +28,10 @@ def with_8x() -> networks.Networks:
 
 def test_an_official_pickle_with_the_8x_module_is_read():
     nets = with_8x()
-    found = pickles.rebuild(
+    rebuilt = pickles.rebuild(
         pickles.parse(memoryview(SnapshotWriter().snapshot(nets, ("G_ema",))), "official.pkl")
     )
-    assert FILTER in found.G_ema.state_dict() and networks.state_hash(found.G_ema) == networks.state_hash(
+    assert FILTER in rebuilt.G_ema.state_dict() and networks.state_hash(rebuilt.G_ema) == networks.state_hash(
         nets.G_ema
     )
 

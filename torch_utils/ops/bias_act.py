@@ -15,13 +15,13 @@ from torch_utils.ops.implementations import COMPILED_DTYPES, choose, define, den
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activation:
-    """One entry of `activation_funcs`."""
+    """Entry of `activation_funcs`."""
 
-    func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha), any shape, out of place
-    def_alpha: float = 0.0  # default slope; read by lrelu only
-    # default factor after the activation; sqrt(2) keeps unit variance through a rectifier
+    func: Callable[[torch.Tensor, float], torch.Tensor]  # func(x, alpha), any shape, not in place
+    def_alpha: float = 0.0  # default slope; only lrelu uses it
+    # Default factor after the activation. sqrt(2) keeps unit variance through a rectifier.
     def_gain: float = 1.0
-    # in-place func with g f(x) = f(g x) for g > 0
+    # In-place function with g f(x) = f(g x) for g > 0, if the activation has this property.
     homogeneous_: Callable[[torch.Tensor, float], torch.Tensor] | None = None
 
 
@@ -44,8 +44,8 @@ activation_funcs: dict[str, Activation] = {
     "softplus": Activation(func=lambda x, alpha: F.softplus(x)),
     "swish": Activation(func=lambda x, alpha: F.silu(x), def_gain=_SQRT2),
 }
-_NAMES = list(activation_funcs)  # the place is `act` of the compiled ops
-_PIECEWISE = ("linear", "relu", "lrelu")  # slope * (x + b), the slope readable off the result
+_NAMES = list(activation_funcs)  # the index is the argument `act` of the compiled ops
+_PIECEWISE = ("linear", "relu", "lrelu")  # slope * (x + b); the slope follows from the sign of the result
 
 
 def bias_act(
@@ -63,16 +63,16 @@ def bias_act(
     Args:
         x: any shape.
         b: [x.shape[dim]], added along `dim`; None adds nothing.
-        dim: axis of `x` the bias runs along, 0 <= dim < x.ndim; ignored without a bias.
+        dim: axis of `x` along which the bias runs, 0 <= dim < x.ndim; ignored without a bias.
         act: a key of `activation_funcs`.
-        alpha: slope of lrelu below zero; None = 0.2; other activations ignore it.
-        gain: factor after the activation; None = the activation's own (sqrt 2 for relu, lrelu, swish, else
+        alpha: slope of lrelu below zero; None = 0.2. Other activations ignore it.
+        gain: factor after the activation; None = that of the activation (sqrt 2 for relu, lrelu, swish, else
             1).
         clamp: largest magnitude of the result, >= 0; None does not clamp.
-        impl: see `torch_utils.ops.implementations`; "compiled" needs float32 or float64, gain > 0 and
-            alpha >= 0.
-    Returns: like `x`. It is `x` itself when there is nothing to do. `x` is never written to.
-    Differentiable in x and b, to any order where the activation is.
+        impl: see `torch_utils.ops.implementations`. "compiled" needs float32 or float64, gain > 0 and alpha
+            >= 0.
+    Returns: shape of `x`. It is `x` itself if there is nothing to do. `x` is never written to.
+    Differentiable in x and b, to any order if the activation is.
     Raises: ValueError for an unknown `impl`.
     """
     assert act in activation_funcs and (clamp is None or clamp >= 0)
@@ -80,6 +80,7 @@ def bias_act(
     spec = activation_funcs[act]
     alpha = spec.def_alpha if alpha is None else float(alpha)
     gain = spec.def_gain if gain is None else float(gain)
+    # A gain of 0 or below, and a negative slope, would hide the sign from which the gradient reads its slope.
     applies = (
         x.dtype in COMPILED_DTYPES[x.device.type == "cuda"]
         and gain > 0
@@ -87,12 +88,13 @@ def bias_act(
         and x.numel() > 0
         and x.ndim > 0
     )
+    # Before the early return, so that an unknown `impl` is an error in every case.
     chosen = choose("bias_act", impl, "bias_act", x.device.type, applies)
     if b is None and act == "linear" and gain == 1 and clamp is None:
         return x
     if chosen != "compiled":
         return (bias_act_ref if chosen == "ref" else _bias_act_torch)(x, b, dim, spec, alpha, gain, clamp)
-    dim = dim if b is not None else min(1, x.ndim - 1)
+    dim = dim if b is not None else min(1, x.ndim - 1)  # the op needs a valid axis even without a bias
     b = None if b is None else b.to(x.dtype).contiguous()
     return torch.ops.eg3d_rlhf.bias_act(
         dense(x), b, dim, _NAMES.index(act), alpha, gain, -1.0 if clamp is None else float(clamp)
@@ -108,7 +110,7 @@ def bias_act_ref(
     gain: float,
     clamp: float | None,
 ) -> torch.Tensor:
-    """The definition, one operation after the other."""
+    """Compute the definition, one operation after the other."""
     if b is not None:
         x = x + b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])
     x = spec.func(x, alpha)
@@ -125,14 +127,15 @@ def _bias_act_torch(
     gain: float,
     clamp: float | None,
 ) -> torch.Tensor:
-    """bias_act in plain torch, in as few passes over memory as the activation allows.
+    """Compute bias_act in plain torch, with as few passes over memory as the activation allows.
 
-    Rectifiers commute with a positive gain, so bias and gain become one pass (gain*b + gain*x) and the
-    activation follows in place on that fresh tensor. Agrees with the literal formula to rounding.
+    Rectifiers commute with a positive gain. Bias and gain then take one pass (gain*b + gain*x), and the
+    activation follows in place on that new tensor. The result agrees with the literal formula up to rounding.
     """
     if b is not None:
         b = b.to(x.dtype).reshape([-1 if i == dim else 1 for i in range(x.ndim)])  # [1, .., B, .., 1]
     if spec.homogeneous_ is not None and gain > 0 and (b is not None or gain != 1):
+        # A new tensor, on which the activation may work in place; x itself is never written to.
         fresh = x * gain if b is None else torch.add(b * gain, x, alpha=gain) if gain != 1 else x + b
         y = spec.homogeneous_(fresh, alpha)
     else:
@@ -142,29 +145,34 @@ def _bias_act_torch(
 
 
 def _save(ctx, inputs, output) -> None:
+    """Save what the backward pass needs: the input for smooth activations, the output for rectifiers."""
     x, b, *ctx.rest = inputs
     ctx.has_bias = b is not None
     dim, act, _, _, clamp = ctx.rest
     if _NAMES[act] not in _PIECEWISE:
         ctx.save_for_backward(x, b)
-    elif act or clamp >= 0:  # a scaled copy needs nothing
+    elif act or clamp >= 0:  # linear without clamp is a scaled copy, whose gradient needs nothing
         ctx.save_for_backward(output)
 
 
 def _gradients(ctx, grad):
+    """Return the gradients for x and b."""
     dim, act, alpha, gain, clamp = ctx.rest
     need_x, need_b = ctx.needs_input_grad[:2]
     if _NAMES[act] not in _PIECEWISE:
-        # through torch: differentiable again, at the price of its passes over memory
+        # Through torch: differentiable again, but with more passes over memory.
         x, b = ctx.saved_tensors
         value, slope = _SLOPES[_NAMES[act]](
             x if b is None else x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
         )
         grad = grad * gain * slope
         if clamp >= 0:
+            # Clamped results have no gradient. The comparison itself has none, either.
             grad = grad * (value * gain).detach().abs().le(clamp)
         return grad, None if b is None else grad.sum([i for i in range(x.ndim) if i != dim]), *[None] * 5
-    saved = ctx.saved_tensors  # once: torch's checkpoint unpacks a tensor a single time
+    # Read once: torch's checkpoint unpacks a saved tensor a single time.
+    saved = ctx.saved_tensors
+    # The kernel reads both tensors by one index, so their layouts must be equal.
     grad = like_layout(grad, saved[0]) if saved else dense(grad)
     out = saved[0] if saved else grad.detach()
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(grad, out, *ctx.rest, ctx.has_bias and need_b)
@@ -172,11 +180,14 @@ def _gradients(ctx, grad):
 
 
 def _elu(z: torch.Tensor, scale: float, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return value and derivative of scale * elu(z)."""
+    # The clamp keeps exp finite in the branch that `where`
+    # discards; an infinity there would make gradients NaN.
     below = alpha * z.clamp(max=0).exp()
     return scale * torch.where(z > 0, z, below - alpha), scale * torch.where(z > 0, torch.ones_like(z), below)
 
 
-# value and derivative at z
+# Functions that return value and derivative at z.
 _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
     "tanh": lambda z: ((t := z.tanh()), 1 - t.square()),
     "sigmoid": lambda z: ((s := z.sigmoid()), s * (1 - s)),
@@ -188,11 +199,13 @@ _SLOPES: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] 
 
 
 def _save_backward(ctx, inputs, output) -> None:
+    # `grad` enters linearly, so its own gradient does not need it.
     _, out, *ctx.rest, ctx.with_bias = inputs
     ctx.save_for_backward(out)
 
 
 def _gradients_backward(ctx, grad_x, grad_b):
+    """Return the second derivative: the adjoint of `bias_act_backward` is `bias_act_slope`."""
     (out,) = ctx.saved_tensors
     grad_b = grad_b.contiguous() if ctx.with_bias else None
     return torch.ops.eg3d_rlhf.bias_act_slope(like_layout(grad_x, out), grad_b, out, *ctx.rest), *[None] * 7
@@ -205,6 +218,7 @@ def _save_slope(ctx, inputs, output) -> None:
 
 
 def _gradients_slope(ctx, grad):
+    """Return the third derivative: the adjoint of `bias_act_slope` is `bias_act_backward`."""
     (out,) = ctx.saved_tensors
     grad_x, grad_b = torch.ops.eg3d_rlhf.bias_act_backward(
         like_layout(grad, out), out, *ctx.rest, ctx.has_bias
@@ -212,11 +226,11 @@ def _gradients_slope(ctx, grad):
     return grad_x, grad_b if ctx.has_bias else None, *[None] * 6
 
 
-# The compiled ops. x is dense, contiguous or channels-last, and so is what comes out; act is the place in
-# activation_funcs (0 linear, 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish); gain >
-# 0; clamp < 0 does not clamp; dim names B's axis also where there is no bias. The last two exist for acts 0,
-# 1, 2 and are each other's adjoint. slope(out) = gain * (act 1: 1 or 0, act 2: 1 or alpha, by the sign of
-# out, 0 counting as negative), and 0 where |out| >= clamp.
+# The compiled ops. x is dense, contiguous or channels-last, and so is the result. act is the index in
+# activation_funcs (0 linear, 1 relu, 2 lrelu, 3 tanh, 4 sigmoid, 5 elu, 6 selu, 7 softplus, 8 swish). gain >
+# 0. clamp < 0 does not clamp. dim is B's axis, also without a bias. The last two ops exist for acts 0, 1, 2,
+# and each is the adjoint of the other. slope(out) = gain * (act 1: 1 or 0, act 2: 1 or alpha, by the sign of
+# out, where 0 counts as negative), and 0 where |out| >= clamp.
 define(
     "bias_act(Tensor x, Tensor? b, int dim, int act, float alpha, float gain, float clamp) -> Tensor",
     lambda x, *rest: torch.empty_like(x),

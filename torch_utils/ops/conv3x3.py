@@ -1,26 +1,30 @@
-"""3x3 convolution by minimal filtering: a quarter of the definition's products with stride 1, three fifths of
-them with stride 2.
+"""3x3 convolution by minimal filtering: with a quarter of the definition's products for stride 1, and three
+fifths for stride 2.
 
 Winograd's F(m x m, 3x3) (Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4):
-a tile of m x m results is Y = A^T [(G g G^T) * (B^T d B)] A of a kernel g and a patch d of m + 2 by m + 2
-pixels, * elementwise and summed over the input channels, which makes (m + 2)^2 matrix products of it; the
-gradient of the kernel is G^T [sum over tiles (B^T d B) * (A dY A^T)] G. m = 4 takes 36 products where the
-definition takes 144, m = 2 takes 16 for 36.
+a tile of m x m results is
 
-Largest rounding errors in float32, relative to the largest value, 32 to 512 channels: m = 4 2.6e-6 of results
-and gradients alike, m = 2 5e-7, torch's own convolution 2.6e-6.
+    Y = A^T [(G g G^T) * (B^T d B)] A
+
+for a kernel g and a patch d of m + 2 by m + 2 pixels. * is the elementwise product, summed over the input
+channels, so the computation consists of (m + 2)^2 matrix products. The gradient of the kernel is G^T [sum
+over tiles (B^T d B) * (A dY A^T)] G. With m = 4 it takes 36 products instead of the definition's 144, with m
+= 2 it takes 16 instead of 36.
+
+Largest rounding errors in float32, relative to the largest value, for 32 to 512 channels: 2.6e-6 with m = 4
+and 5e-7 with m = 2, the same for results and gradients. torch's own convolution has 2.6e-6.
 
 With stride 2, and transposed:
 
     down   y[n, o, i, j] = sum_{c, a, b} x[n, c, 2 i + a, 2 j + b] w[o, c, a, b]
     up     its transpose: x[n, c, 2 i + a, 2 j + b] += y[n, o, i, j] w[o, c, a, b]
-    weight the gradient to w of the sum of y g
+    weight the gradient with respect to w of the sum of y g
 
-Each is the derivative of the others. The compiled op takes 49 products where the definition takes 81
-(3 x 3 small pixels at a time): along a line the outer two taps are a filter over every second pixel, three
-results by Cook and Toom's four products, and the middle tap is multiplied as it is, 4 + 3 products for 9.
-Largest rounding errors in float32, 32 to 512 channels: 3e-7 to 9e-7 of the largest value, torch's 5e-7 to
-2.2e-6.
+Each is the derivative of the others. The compiled op takes 49 products instead of the definition's 81, for 3
+x 3 small pixels at a time. Along a line, the outer two taps are a filter over every second pixel: three
+results by Cook and Toom's four products. The middle tap is multiplied directly, so there are 4 + 3 products
+instead of 9. Largest rounding errors in float32 for 32 to 512 channels: 3e-7 to 9e-7 of the largest value,
+those of torch 5e-7 to 2.2e-6.
 
 Shapes: N batch, I input and O output channels (strided: I of the large and O of the small image), H x W
 pixels.
@@ -31,16 +35,16 @@ import torch.nn.functional as F
 
 from torch_utils.ops.implementations import alike, choose, define, is_channels_last
 
-_LANES = 16  # channels that the transformations take at a time
-# where the transformations, whose work is per channel, cost more than the saved products
-_LEAST_CHANNELS = 32
-_LEAST_PIXELS = 32 * 32  # where transforming the kernel is no longer small beside the rest
-# Tiles of 4x4 from which they beat those of 2x2, whose kernels take less transforming: time of F(2x2) /
-# F(4x4), forward and both gradients, one thread of a Zen 4, is 0.8 to 1.0 with 16 tiles, 1.2 with 32 (64 and
-# 512 channels) and 1.1 to 1.5 with 64 (32 to 512 channels).
+_LANES = 16  # channels that the transformations process at a time
+# Below these, "auto" uses torch's convolution.
+_LEAST_CHANNELS = 32  # the transformations, with work per channel, would cost more than they save
+_LEAST_PIXELS = 32 * 32  # transforming the kernel would not be small compared to the rest
+# Number of 4x4 tiles from which on they are faster than 2x2 tiles, whose kernels need less transformation.
+# Time of F(2x2) / F(4x4), forward and both gradients, one thread of a Zen 4: 0.8 to 1.0 with 16 tiles, 1.2
+# with 32 (64 and 512 channels), 1.1 to 1.5 with 64 (32 to 512 channels).
 _LEAST_TILES = 32
-# tiles of 2x2 that one of 4x4 replaces, 4 where all are full: 0.8 with 2.25, 1.0 with 2.8, 1.2 with 3.1 of
-# them
+# Number of 2x2 tiles that one 4x4 tile must replace; it is 4 if all are full. The same ratio of times is 0.8
+# with 2.25, 1.0 with 2.8, and 1.2 with 3.1 of them.
 _LEAST_SAVING = 3
 
 
@@ -50,8 +54,8 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
     Args:
         x: [N, I, H, W]; w: [O, I, 3, 3].
         padding: pixels of zeros on every side, 0 to 2.
-        impl: see `torch_utils.ops.implementations`; "ref" and "torch" are torch's convolution, "compiled"
-            (CPU, float32 or float64, I and O multiples of 16) is Winograd's and returns channels-last.
+        impl: see `torch_utils.ops.implementations`. "ref" and "torch" are torch's convolution. "compiled"
+            (CPU, float32 or float64, I and O multiples of 16) is Winograd's, and returns channels-last.
     Returns: [N, O, H + 2 padding - 2, W + 2 padding - 2].
     Differentiable in x and w, to any order.
     Raises: ValueError for an unknown `impl`.
@@ -62,8 +66,10 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
         and padding in (0, 1, 2)
         and min(x.shape[2:]) + 2 * padding >= 3
     )
+    # The kernels have no code for remaining channels.
     lanes = x.shape[1] % _LANES == 0 and w.shape[0] % _LANES == 0
     applies = lanes and alike(x, w)
+    # Cases in which torch is faster.
     dropped = (
         min(x.shape[1], w.shape[0]) < _LEAST_CHANNELS
         or x.shape[2] * x.shape[3] < _LEAST_PIXELS
@@ -81,15 +87,19 @@ def conv3x3(x: torch.Tensor, w: torch.Tensor, padding: int = 1, impl: str = "aut
 
 
 def _tile(n: int, h: int, w: int) -> int:
-    """Side of the tiles, 2 or 4, in which n images of h x w results are fastest;
-    the gradients take the same.
+    """Return the side of the tiles, 2 or 4, with which n images of h x w results are fastest.
+
+    The gradients use the same side.
     """
+    # -(-a // b) rounds up: tiles at the border may be partly empty.
     twos, fours = (n * -(-h // m) * -(-w // m) for m in (2, 4))
     return 4 if fours >= _LEAST_TILES and twos >= _LEAST_SAVING * fours else 2
 
 
 def _fake(x, w, padding, transposed, tile):
+    """Return an empty result, for torch.compile."""
     height, width = (size + 2 * padding - 2 for size in x.shape[2:])
+    # NHWC in memory, NCHW in shape: channels-last, as the kernel returns it.
     return x.new_empty([len(x), height, width, w.shape[1 if transposed else 0]]).permute(0, 3, 1, 2)
 
 
@@ -99,13 +109,16 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad):
+    """Return the gradients for x and w. Both are convolutions of this kind, with gradients of their own."""
     x, w = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[:2]
     grad = grad.contiguous(memory_format=torch.channels_last)
     p = ctx.padding
+    # The gradient for x is the convolution with the reversed kernel and the complementary padding.
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, w, 2 - p, not ctx.transposed, ctx.tile) if need_x else None
     grad_w = None
-    if need_w:  # transposed, the kernel leads from grad to x
+    if need_w:
+        # Transposed, the kernel leads from `grad` to x, so the two change places.
         pair = (grad, x, 2 - p) if ctx.transposed else (x, grad, p)
         grad_w = torch.ops.eg3d_rlhf.conv3x3_weight(*pair, ctx.tile)
     return grad_x, grad_w, None, None, None
@@ -117,10 +130,12 @@ def _save_weight(ctx, inputs, output) -> None:
 
 
 def _gradients_weight(ctx, grad_w):
+    """Return the gradients of the kernel's gradient with respect to x and grad."""
     x, grad = ctx.saved_tensors
     need_x, need_grad = ctx.needs_input_grad[:2]
     grad_w = grad_w.contiguous()
     p = ctx.padding
+    # The gradient of w is bilinear in x and grad; its derivatives are convolutions by grad_w.
     grad_x = torch.ops.eg3d_rlhf.conv3x3(grad, grad_w, 2 - p, True, ctx.tile) if need_x else None
     return (
         grad_x,
@@ -130,8 +145,8 @@ def _gradients_weight(ctx, grad_w):
     )
 
 
-# x and the result channels-last, padding 0..2, w [O, I, 3, 3] contiguous; or, transposed, [I, O, 3, 3] and
-# read back to front; tile 2 or 4
+# x and the result are channels-last; padding is 0..2; tile is 2 or 4. w is [O, I, 3, 3], contiguous. With
+# `transposed` it is [I, O, 3, 3] and is read in reverse order.
 define(
     "conv3x3(Tensor x, Tensor w, int padding, bool transposed, int tile) -> Tensor", _fake, _gradients, _save
 )
@@ -143,18 +158,20 @@ define(  # d<conv3x3(x, w, padding, False, tile), grad>/dw
 )
 
 
-# 3x3 convolution with stride 2 and its transpose, between images of 2 h + 1 by 2 w + 1 and of h by w pixels.
+# 3x3 convolution with stride 2, and its transpose, between images of 2 h + 1 by 2 w + 1 and of h by w pixels.
 
 
 _LANES = 16  # channels that the transformations take at a time
-# of the small image: with 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times
+# Pixels of the small image. With 16 x 16 of 512 channels torch is 1.2 times as fast, with 32 x 32 0.8 times.
 _LEAST_PIXELS_STRIDED = 32 * 32
 
 
 def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2]; `impl` as in `conv3x3`.
-    Differentiable to any order.
+    """Convolve with stride 2: x [N, I, H, W], w [O, I, 3, 3] -> [N, O, (H - 1) // 2, (W - 1) // 2].
+
+    `impl` as in `conv3x3`. Differentiable to any order.
     """
+    # An even size has a last pixel that no kernel reads; the compiled op is written for odd sizes.
     odd = x.shape[2] % 2 == x.shape[3] % 2 == 1
     if _compiled(x, w, (x.shape[2] - 1) // 2 * ((x.shape[3] - 1) // 2), impl, odd):
         return _Convolution.apply(x, w, False)
@@ -162,8 +179,9 @@ def conv3x3_down(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.
 
 
 def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1]; `impl` as in `conv3x3`. Differentiable to
-    any order.
+    """Compute the transpose of `conv3x3_down`: x [N, O, h, w], w [O, I, 3, 3] -> [N, I, 2 h + 1, 2 w + 1].
+
+    `impl` as in `conv3x3`. Differentiable to any order.
     """
     if _compiled(x, w, x.shape[2] * x.shape[3], impl):
         return _Convolution.apply(x, w, True)
@@ -171,16 +189,18 @@ def conv3x3_up(x: torch.Tensor, w: torch.Tensor, impl: str = "auto") -> torch.Te
 
 
 def _compiled(x: torch.Tensor, w: torch.Tensor, pixels: int, impl: str, fits: bool = True) -> bool:
+    """Return whether the compiled strided op is used."""
     lanes = w.shape[0] % _LANES == w.shape[1] % _LANES == 0 and w.shape[2:] == (3, 3) and x.ndim == 4
     applies = (
         fits and lanes and alike(x, w) and x.dtype == torch.float32 and x.device.type == "cpu" and pixels > 0
     )
+    # An image that is not channels-last would have to be copied first.
     dropped = pixels < _LEAST_PIXELS_STRIDED or not is_channels_last(x)
     return choose("conv3x3_strided", impl, "conv3x3_strided", x.device.type, applies, dropped) == "compiled"
 
 
 class _Convolution(torch.autograd.Function):
-    """Down, or up where that is True."""
+    """Strided convolution, down, or up if that is True. Each is the gradient of the other."""
 
     @staticmethod
     def forward(ctx, x, w, up):
@@ -193,6 +213,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
+        # The kernel's gradient correlates the large image with the small one, in either direction.
         large, small = (grad, x) if ctx.up else (x, grad)
         need_x, need_w, _ = ctx.needs_input_grad
         return (
@@ -203,6 +224,8 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Weight(torch.autograd.Function):
+    """Gradient of the strided convolution with respect to its kernel."""
+
     @staticmethod
     def forward(ctx, x, grad):
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
@@ -213,6 +236,7 @@ class _Weight(torch.autograd.Function):
     def backward(ctx, grad_w):
         x, grad = ctx.saved_tensors
         need_x, need_grad = ctx.needs_input_grad
+        # Bilinear in x and grad, so each derivative is a convolution of the other by grad_w.
         return _Convolution.apply(grad, grad_w, True) if need_x else None, (
             _Convolution.apply(x, grad_w, False) if need_grad else None
         )

@@ -1,4 +1,4 @@
-// 3x3 convolution with stride 2 of channels-last images, its transpose and its kernels' gradient, on a CPU. See conv3x3_strided.py.
+// 3x3 convolution with stride 2 of channels-last images, its transpose and its kernels' gradient, on a CPU. See conv3x3.py.
 #include "conv3x3_convolve.h"
 
 namespace {

@@ -1,6 +1,6 @@
 """Products with weight matrices in float32 on a CPU.
 
-torch multiplies float32 matrices by MKL, which leaves AVX-512 unused on some processors that have it; oneDNN,
+torch multiplies float32 matrices by MKL, which does not use AVX-512 on some processors that have it. oneDNN,
 which torch ships as well, uses it.
 
 Shape letters: A features in, B features out.
@@ -14,16 +14,19 @@ from torch import nn
 
 from torch_utils.ops.implementations import current
 
-LARGE = 1 << 22  # multiplications from which on finding oneDNN's kernel is not felt
+LARGE = 1 << 22  # multiplications from which on the time to look up oneDNN's kernel is negligible
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """x W^T + b: x [..., A], weight [B, A], bias [B] -> [..., B].
+    """Compute x W^T + b.
 
-    Args: impl: see `torch_utils.ops.implementations`; "ref" is F.linear, with which the others agree to
-        rounding.
+    Args:
+        x: [..., A]; weight: [B, A]; bias: [B].
+        impl: see `torch_utils.ops.implementations`. "ref" is F.linear, with which the others agree up to
+            rounding.
+    Returns: [..., B].
     Differentiable in: x, weight, bias.
     """
     if x.numel() * len(weight) < LARGE or not fits(x, weight, impl=impl):
@@ -32,35 +35,38 @@ def linear(
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
+    """nn.Linear that uses `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def fits(*tensors: torch.Tensor, impl: str = "auto") -> bool:
-    """Whether products of these tensors go to oneDNN: float32 on a CPU that has AVX-512."""
-    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    """Return whether products of these tensors use oneDNN: float32 on a CPU that has AVX-512."""
+    supported = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    # Autocast and torch.compile have to see F.linear itself.
     other = (
         torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or current(impl, "linear") == "ref"
     )
-    return plain and not other and _wide()
+    return supported and not other and _wide()
 
 
 @functools.cache
 def _wide() -> bool:
+    """Return whether oneDNN and AVX-512 are available."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear` of numbers, whatever their strides, where `fits` has been asked. Not differentiable."""
+    """Compute `linear` without gradients, for tensors that `fits` has accepted. Strides may be arbitrary."""
     if x.numel() * len(weight) < LARGE:
         return F.linear(x, weight, bias)
+    # oneDNN's linear layer with the fused activation "none".
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps its input only for a weight that is trained."""
+    """`linear` with gradients. It keeps its input only if the weight is trained."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -71,9 +77,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows = grad.flatten(0, -2)  # [..., B] -> [rows, B]
         return (
             linear(grad, weight.t()) if need_x else None,
+            # [B, rows] @ [rows, A]; `linear` multiplies by the transpose of its second argument.
             linear(rows.t(), x.flatten(0, -2).t()) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )

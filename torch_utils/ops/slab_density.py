@@ -1,12 +1,12 @@
-"""sigma_raw on a straight grid from maps of two coordinates each: the part of the separable form that is
-counted in grid points.
+"""sigma_raw on a regular grid from maps of two coordinates each: the second step of the separable evaluation.
 
     sigma_raw[x, y, z] = sum_j w[j] softplus(A[x, j, y] + B[x, j, z] + C[j, y, z]) + b
 
-A map that a plane layout does not have is left out (released EG3D checkpoints have A and B). Nothing of size
-X*Y*Z*J is ever stored: the backward recomputes the pre-activations.
+A tri-plane feature is a sum of functions of two coordinates, and so is the decoder's first layer before its
+softplus. A map that a plane layout does not have is omitted (released EG3D checkpoints have A and B). Nothing
+of size X*Y*Z*J is ever stored: the backward pass computes the pre-activations again.
 
-Letters: J hidden units, X, Y, Z = grid points per axis.
+Letters: J hidden units; X, Y, Z grid points per axis.
 """
 
 import math
@@ -21,10 +21,10 @@ from torch_utils.ops.implementations import alike, choose, define, once
 
 _T = TypeVar("_T")
 
-# elements of one buffer, 512 KiB in float32: two of them stay in a core's second-level cache
+# Elements of one buffer: 512 KiB in float32. Two of them stay in a core's second-level cache.
 _CPU_CHUNK = 1 << 17
-_CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to fill the device
-_EXP_RANGE = 85.0  # |h| bound under which exp(h) and all its partial products are normal float32 numbers
+_CUDA_CHUNK = 1 << 24  # 64 MiB: large enough to occupy the device
+_EXP_RANGE = 85.0  # limit of |h| below which exp(h) and all its partial products are normal float32 numbers
 
 
 def slab_density(
@@ -35,35 +35,41 @@ def slab_density(
     impl: str = "auto",
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Raw density on the whole grid.
+    """Compute the raw density on the whole grid.
 
     Args:
-        maps: one to three of [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], in any order, no two alike.
-        w: [J]; b: []; shape: (X, Y, Z).
+        maps: one to three of [X, J, Y, 1], [X, J, 1, Z] and [1, J, Y, Z], in any order, each at most once.
+        w: [J]; b: [].
+        shape: (X, Y, Z).
         impl: see `torch_utils.ops.implementations`.
-        chunk: elements of the working buffer of the torch path; by device when None.
+        chunk: elements of the working buffer of the torch path; None: chosen by device.
     Returns: sigma_raw [X, Y, Z].
     Differentiable in maps, w and b, once ("ref": to any order).
     Raises: ValueError for maps that do not fit, or an unknown `impl`.
     """
     x, y, z = shape = tuple(int(n) for n in shape)
-    kinds: dict[tuple[int, ...], tuple[str, int]] = {  # name, axis of length 1
+    # Shape of a map -> its name, and its axis of length 1.
+    kinds: dict[tuple[int, ...], tuple[str, int]] = {
         (x, len(w), y, 1): ("xy", 3),
         (x, len(w), 1, z): ("xz", 2),
         (1, len(w), y, z): ("yz", 0),
     }
+    # A map's kind follows from its shape, so that callers need not order them.
     names = [kinds[tuple(m.shape)] for m in maps if tuple(m.shape) in kinds]
     if not maps or len(names) < len(maps) or (len(set(names)) != len(names) and min(shape) > 1):
         raise ValueError(
             f"slab_density: expected maps of X, Y, Z = {list(shape)}, J = {len(w)}, got"
-            f" {[list(m.shape) for m in maps]}."
+            f" {[list(m.shape) for m in maps]}. Pass each of the three kinds at most once."
         )
-    applies = alike(w, *maps, b) and min(shape) > 1  # at one point an axis, shapes do not tell maps apart
+    # With a single point along an axis, the shapes of different
+    # maps are equal, and the op could not name them.
+    applies = alike(w, *maps, b) and min(shape) > 1
     chosen = choose("slab_density", impl, "slab_density", w.device.type, applies)
     if chosen == "ref":
         return slab_density_ref(maps, w, b, shape)
     if chosen == "torch":
         return _SlabDensity.apply(shape, chunk, w, b, *maps)
+    # The compiled op takes maps without the axis of length 1, in a fixed order, and None for a missing one.
     flat = {name: m.squeeze(axis).contiguous() for (name, axis), m in zip(names, maps, strict=True)}
     return torch.ops.eg3d_rlhf.slab_density(
         flat.get("xy"), flat.get("xz"), flat.get("yz"), w.contiguous(), b, list(shape)
@@ -73,12 +79,13 @@ def slab_density(
 def slab_density_ref(
     maps: Sequence[torch.Tensor], w: torch.Tensor, b: torch.Tensor, shape: Sequence[int]
 ) -> torch.Tensor:
-    """The definition: every pre-activation at once, [X, J, Y, Z]."""
+    """Compute the definition, with every pre-activation at once, [X, J, Y, Z]."""
     hidden: Any = sum(m.expand(shape[0], len(w), shape[1], shape[2]) for m in maps)
     return torch.einsum("j,xjyz->xyz", w, F.softplus(hidden)) + b
 
 
 def _save(ctx, inputs, output) -> None:
+    """Save the weights, the maps that are present, and which of the three they are."""
     xy, xz, yz, w, _, _ = inputs
     ctx.save_for_backward(w, *(m for m in (xy, xz, yz) if m is not None))
     ctx.present = [m is not None for m in (xy, xz, yz)]
@@ -86,6 +93,7 @@ def _save(ctx, inputs, output) -> None:
 
 @once("slab_density")
 def _gradients(ctx, grad):
+    """Return the gradients for the maps that are present, w and b."""
     w, *saved = ctx.saved_tensors
     rest = iter(saved)
     maps = [next(rest) if there else None for there in ctx.present]
@@ -115,56 +123,59 @@ define(
 
 
 def _cut(tensor: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
-    """The block's part of a map [X | 1, J, Y | 1, Z | 1]; an axis of length 1 is broadcast, not cut."""
+    """Return a block's part of a map [X | 1, J, Y | 1, Z | 1]. An axis of length 1 is broadcast, not cut."""
     return tensor[x if tensor.shape[0] > 1 else slice(None), :, y if tensor.shape[2] > 1 else slice(None)]
 
 
 class _Volume:
-    """Walks the volume block by block: fills one reused buffer with exp(h), or with h where the exponentials
-    would leave float32.
+    """Iteration over the volume in blocks, each in the same reused buffer.
 
-    exp(A + B + C) = exp(A) exp(B) exp(C), and the three factors are maps: with them no exponential is taken
-    per point, and softplus(h) = log1p(t), sigmoid(h) = t / (1 + t) for t = exp(h). float64 always takes the
-    direct form.
+    The buffer holds t = exp(h), or h where the exponentials would leave the range of float32. Since exp(A + B
+    + C) = exp(A) exp(B) exp(C), and the three factors are maps, no exponential is computed per point. With t,
+    softplus(h) = log1p(t) and sigmoid(h) = t / (1 + t). float64 always takes the direct form.
     """
 
     def __init__(self, maps: Sequence[torch.Tensor], shape: tuple[int, int, int], chunk: int | None):
         self.shape = shape
-        largest: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)  # [J]
-        reach = largest.max()  # largest |h| that any point could have
+        # Upper bound of |h| over all points, per unit [J], then over units.
+        largest: Any = sum(m.detach().abs().amax(dim=(0, 2, 3)) for m in maps)
+        reach = largest.max()
         self.product = maps[0].dtype == torch.float32 and bool(reach < _EXP_RANGE)
         self.factors = [m.detach().exp() if self.product else m.detach() for m in maps]
         self.on_cpu = maps[0].device.type == "cpu"
         self.chunk = chunk or (_CPU_CHUNK if self.on_cpu else _CUDA_CHUNK)
 
     def parts(self, work: Callable[[range], _T]) -> list[_T]:
-        """work(range of x) over the whole of X, on a CPU with one range for each of torch's threads.
+        """Return work(range of x) over the whole of X. On a CPU each thread of torch gets one range.
 
-        Threads over ranges, each with serial operations, in place of threads inside every small operation:
-        without a barrier per operation a busy machine does not stall it. torch's thread count is restored on
-        return.
+        Threads over ranges, each with serial operations, replace threads inside every small operation.
+        Without a barrier per operation, a busy machine does not delay them. torch's number of threads is
+        restored at the end.
         """
         count_x = self.shape[0]
         before = torch.get_num_threads()
         threads = min(before, count_x) if self.on_cpu else 1
         if threads == 1:
+            # On a GPU, and with a single thread, there is nothing to divide.
             return [work(range(count_x))]
         cuts = [count_x * i // threads for i in range(threads + 1)]
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
+                # no_grad is a setting per thread, so each worker needs its own.
                 return list(pool.map(torch.no_grad()(work), map(range, cuts[:-1], cuts[1:])))
         finally:
             torch.set_num_threads(before)
 
     def blocks(self, over: range) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """(x, y, t or h [x, J, y, Z]) for every block of the x in `over`, about `chunk` elements each.
+        """Yield (x, y, t or h [x, J, y, Z]) for every block of the x in `over`, about `chunk` elements each.
 
-        A block is whole x-slices together, or one x-slice's band of y. The tensor is overwritten by the next
-        one.
+        A block is several whole x-slices, or a band of y of a single x-slice. The next block overwrites the
+        tensor.
         """
         _, count_y, count_z = self.shape
         units = self.factors[0].shape[1]
+        # As many whole x-slices as fit into the buffer; a slice that does not fit is divided along y.
         step_x = max(1, self.chunk // (units * count_y * count_z))
         bands = math.ceil(units * count_y * count_z / self.chunk) if step_x == 1 else 1
         step_y = math.ceil(count_y / min(bands, count_y))
@@ -177,6 +188,8 @@ class _Volume:
                 yield x, y, self._fill(buffer[: math.prod(shape)].view(shape), x, y)
 
     def _fill(self, block: torch.Tensor, x: slice, y: slice) -> torch.Tensor:
+        """Combine the maps of a block: a product of exponentials, or a sum."""
+        # exp(A + B) is a product of the factors, A + B a sum of them.
         combine = torch.mul if self.product else torch.add
         first, *rest = (_cut(factor, x, y) for factor in self.factors)
         if not rest:
@@ -187,18 +200,16 @@ class _Volume:
         return block
 
     def softplus(self, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """softplus(h) of a block; `out` may be the block itself."""
+        """Return softplus(h) of a block. `out` may be the block itself."""
         return torch.log1p(block, out=out) if self.product else F.softplus(block)
 
     def sigmoid_(self, block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """sigmoid(h) in place of the block."""
+        """Return sigmoid(h), in place of the block."""
         return block.div_(torch.add(block, 1, out=scratch)) if self.product else block.sigmoid_()
 
 
 class _SlabDensity(torch.autograd.Function):
-    """sigma_raw [X, Y, Z] from the pair maps; the backward recomputes h block by block, so nothing of size
-    X*Y*Z*J is ever stored.
-    """
+    """sigma_raw [X, Y, Z] from the maps, in torch. The backward pass computes h again, block by block."""
 
     @staticmethod
     def forward(ctx, shape, chunk, w, b, *maps):
@@ -206,11 +217,12 @@ class _SlabDensity(torch.autograd.Function):
         ctx.shape = shape
         ctx.chunk = chunk
         volume = _Volume(maps, shape, chunk)
-        sigma = w.new_empty(shape)
-        weight = w.detach()
+        sigma = w.new_empty(shape)  # written by all threads, at disjoint x
+        weight = w.detach()  # the threads must not record a graph
 
         def work(over: range) -> None:
             for x, y, block in volume.blocks(over):
+                # [J] @ [x, J, y Z] -> [x, y Z]
                 activation = volume.softplus(block, out=block)
                 sigma[x, y] = torch.matmul(weight, activation.flatten(2)).view(
                     block.shape[0], block.shape[2], block.shape[3]
@@ -223,7 +235,7 @@ class _SlabDensity(torch.autograd.Function):
     @once("slab_density")
     def backward(ctx, grad):
         w, *maps = ctx.saved_tensors
-        _, _, need_w, need_b, *need_maps = ctx.needs_input_grad
+        _, _, need_w, need_b, *need_maps = ctx.needs_input_grad  # the first two are shape and chunk
         grad_w, grad_maps = _volume_gradients(
             _Volume(maps, ctx.shape, ctx.chunk), grad, w.detach(), maps, need_w, need_maps
         )
@@ -238,40 +250,47 @@ def _volume_gradients(
     need_w: bool,
     need_maps: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Gradients for w [J] and the maps from that of sigma [X, Y, Z], each None where it is not needed:
+    """Compute the gradients for w [J] and the maps from that of sigma [X, Y, Z]; each is None if not needed.
 
-    d/dw[j] = sum grad * softplus(h[j]),   d/dmap[j] = w[j] * sum grad * sigmoid(h[j]) over the axes that the
-                                           map lacks.
+    d/dw[j] = sum grad * softplus(h[j])
+    d/dmap[j] = w[j] * sum grad * sigmoid(h[j]), over the axes that the map does not have
     """
+    # One gradient per map, to which all ranges of x add.
     shared = [torch.zeros_like(m) if need else None for m, need in zip(maps, need_maps, strict=True)]
 
     def work(over: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Maps with an x axis are written at disjoint places; the sums over x are kept per range and added up
-        in order.
+        """Add up the gradients of a range of x.
+
+        Maps with an x axis are written at disjoint places. Sums over x are kept per range and added up in
+        order, so the result does not depend on which thread finishes first.
         """
-        own_w = torch.zeros_like(w)
-        own = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
+        part_w = torch.zeros_like(w)
+        part_maps = [torch.zeros_like(m) if m is not None and m.shape[0] == 1 else m for m in shared]
         scratch = w.new_empty(0)
         for x, y, block in volume.blocks(over):
+            # Grows to the largest block once, then is reused.
             scratch = scratch if scratch.numel() >= block.numel() else w.new_empty(block.numel())
             spare = scratch[: block.numel()].view(block.shape)
-            part = grad[x, y].contiguous()  # [x, y, Z]
+            part = grad[x, y].contiguous()  # gradient of the block, [x, y, Z]
             if need_w:
                 activation = volume.softplus(block, out=spare)
-                own_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
+                part_w += torch.matmul(activation.flatten(2), part.flatten(1)[..., None]).sum(dim=(0, 2))
             if any(need_maps):
+                # In place: the block is overwritten, and must not be read again.
                 slope = volume.sigmoid_(block, scratch=spare).mul_(part[:, None])  # [x, J, y, Z]
-                # the sum over the axes along which it was broadcast
-                for target in (_cut(m, x, y) for m in own if m is not None):
+                # The gradient of a broadcast map is the sum over the axes along which it was broadcast.
+                for target in (_cut(m, x, y) for m in part_maps if m is not None):
                     summed = [axis for axis in range(4) if target.shape[axis] == 1 and slope.shape[axis] > 1]
                     target += slope.sum(dim=summed, keepdim=True) if summed else slope
-        return own_w, own
+        return part_w, part_maps
 
     results = volume.parts(work)
-    for _, own in results:
-        for total, partial in zip(shared, own, strict=True):
+    for _, part_maps in results:
+        for total, partial in zip(shared, part_maps, strict=True):
+            # `partial is total` for maps with an x axis, which were written in place.
             if total is not None and partial is not None and partial is not total:
                 total += partial
+    # The factor w[j] is common to all terms of the sum, so it is applied once, at the end.
     grad_maps = [None if m is None else m.mul_(w[None, :, None, None]) for m in shared]
-    grad_w: Any = sum(own_w for own_w, _ in results) if need_w else None
+    grad_w: Any = sum(part_w for part_w, _ in results) if need_w else None
     return grad_w, grad_maps

@@ -1,8 +1,9 @@
-"""Layers of transformers that are made in parts, so that these stay in cache, and again in the backward pass.
+"""Transformer layers that are computed in tiles, which stay in the cache, and recomputed in the backward
+pass.
 
-Attention of a sequence to itself, from the one matrix that holds queries, keys and values: scores are made
-per head for a tile of queries, and queries and keys are normalised on the way, so that no copy of them is
-kept. And linear, GELU (tanh form), linear, some rows at a time.
+Self-attention reads one matrix of queries, keys and values. Scores are computed per head for a tile of
+queries, and queries and keys are normalised on the way, so that no copy of them is stored. The feed-forward
+layer (linear, GELU in tanh form, linear) is computed for some rows at a time.
 
 Shape letters: N samples, T tokens, H heads, D channels of a head; A features in and out, B hidden features.
 """
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import fits, product
 
-LARGE = 512  # tokens from which on tiles pay
-TILE = 1 << 19  # scores at a time
+LARGE = 512  # tokens from which on tiles are faster
+TILE = 1 << 19  # scores of a tile
 
 
 def self_attention(
@@ -25,19 +26,19 @@ def self_attention(
     *,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v of qkv [N, T, 3, H, D] -> [N, T, H, D].
+    """Compute softmax(q k^T / sqrt(D)) v of qkv [N, T, 3, H, D]; returns [N, T, H, D].
 
     Args:
-        q_gain, k_gain: [H, D]: queries and keys are first x / |x| * gain; None leaves them.
-        result: what this would return, where it is known: it is not computed again. Gradients are those of
-            the formula.
-        impl: see `torch_utils.ops.implementations`; "ref" is torch's fused attention, with which the others
-            agree to rounding.
-    Differentiable in: qkv, q_gain, k_gain (once, where tiles are used).
+        qkv: queries, keys and values.
+        q_gain, k_gain: [H, D]. Queries and keys are first replaced by x / |x| * gain; None leaves them.
+        result: the result, if it is known. It is then not computed again; gradients are those of the formula.
+        impl: see `torch_utils.ops.implementations`. "ref" is torch's fused attention, with which the others
+            agree up to rounding.
+    Differentiable in: qkv, q_gain, k_gain (once, if tiles are used).
     """
     if tiled(qkv, impl):
         return _SelfAttention.apply(qkv.contiguous(), q_gain, k_gain, (result,))
-    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, H, T, D]
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # [N, T, H, D] -> [N, H, T, D]
     q, k = (
         x if gain is None else F.normalize(x, dim=-1) * gain[:, None]
         for x, gain in ((q, q_gain), (k, k_gain))
@@ -46,25 +47,26 @@ def self_attention(
 
 
 def tiled(qkv: torch.Tensor, impl: str = "auto") -> bool:
-    """Whether attention to this is computed in tiles."""
+    """Return whether attention of this qkv is computed in tiles."""
     return qkv.shape[1] >= LARGE and fits(qkv, impl=impl)
 
 
 class _SelfAttention(torch.autograd.Function):
-    """Keeps qkv alone."""
+    """Tiled self-attention. It keeps only qkv for the backward pass."""
 
     @staticmethod
     def forward(ctx, qkv, q_gain, k_gain, known):
         ctx.save_for_backward(qkv, q_gain, k_gain)
+        # `known` is a tuple, which hides the tensor from autograd: it is no input.
         if known[0] is not None:
             return known[0].detach()
-        out = torch.empty_like(qkv[:, :, 0])
+        out = torch.empty_like(qkv[:, :, 0])  # [N, T, H, D]
         for n, h in _heads(qkv):
             q, k, v = (_head(qkv[n, :, i, h], gain, h)[0] for i, gain in enumerate((q_gain, k_gain, None)))
-            q = q * q.shape[-1] ** -0.5
-            v = v.t()
+            q = q * q.shape[-1] ** -0.5  # scaled before the product, which is smaller than its result
+            v = v.t()  # `product` multiplies by the transpose of its second argument
             for rows, to in zip(*_tiles(q, out[n, :, h]), strict=True):
-                scores = product(rows, k)
+                scores = product(rows, k)  # [tile, T]
                 to.copy_(product(torch.softmax(scores, -1, out=scores), v))
         return out
 
@@ -72,6 +74,7 @@ class _SelfAttention(torch.autograd.Function):
     @once("self_attention")
     def backward(ctx, grad):
         qkv, *gains = ctx.saved_tensors
+        # to_x: gradient with respect to x.
         to_qkv = torch.empty_like(qkv)
         to_gains = [
             torch.zeros_like(g) if need else None
@@ -84,22 +87,26 @@ class _SelfAttention(torch.autograd.Function):
             scale = q.shape[-1] ** -0.5
             g = grad[n, :, h].contiguous()
             q = q * scale
+            # Gradients of k and v are kept transposed, [D, T]: the products then need no copies.
             to_q = torch.empty_like(q)
             to_k = torch.zeros_like(k.t()).contiguous()
             to_v = torch.zeros_like(v.t()).contiguous()
-            for rows, one, to in zip(*_tiles(q, g, to_q), strict=True):
+            for rows, grad_rows, to in zip(*_tiles(q, g, to_q), strict=True):
+                # The attention of the tile is computed again instead of stored: [tile, T].
                 p = product(rows, k)
                 torch.softmax(p, -1, out=p)
-                to_v += product(one.t(), p.t())  # [D, T]
-                to_p = product(one, v)
+                to_v += product(grad_rows.t(), p.t())  # [D, T]
+                to_p = product(grad_rows, v)
                 torch._softmax_backward_data(to_p, p, -1, p.dtype, grad_input=to_p)
                 to.copy_(product(to_p, k.t()))
                 to_k += product(rows.t(), to_p.t())
+            # Queries were multiplied by the scale before the product, so their gradient is as well.
             to_q *= scale
             for i, (x, gain, (unit, length)) in enumerate(
                 ((to_q, gains[0], of_q), (to_k.t(), gains[1], of_k))
             ):
-                if gain is not None:  # x / |x|: what points along x does not count
+                if gain is not None:
+                    # Gradient of x / |x|: the component along x is removed.
                     if (to_gain := to_gains[i]) is not None:
                         to_gain[h] += (x * unit).sum(0)
                     x = x * gain[h]
@@ -110,29 +117,30 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _heads(qkv: torch.Tensor) -> list[tuple[int, int]]:
-    """(sample, head), all of them."""
+    """Return all pairs (sample, head)."""
     return [(n, h) for n in range(qkv.shape[0]) for h in range(qkv.shape[3])]
 
 
 def _head(
     x: torch.Tensor, gain: torch.Tensor | None, h: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [T, D] -> x / |x| * gain, x / |x|, |x|; without gain x, and nothing of use."""
+    """Return x / |x| * gain, x / |x| and |x| for x [T, D]; without gain, x three times."""
     x = x.contiguous()
     if gain is None:
         return x, x, x
+    # The bound is that of F.normalize, which the reference uses.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
     unit = x / length
     return unit * gain[h], unit, length
 
 
 def _tiles(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Rows of tensors [T, D], so many that they have TILE scores."""
+    """Return tiles of the rows of tensors [T, D], about TILE scores each."""
     return [x.split(max(TILE // len(x), 16)) for x in tensors]
 
 
-LARGE_HIDDEN = 1 << 20  # hidden numbers from which on they are made in parts
-PART = 1 << 20  # hidden numbers at a time
+LARGE_HIDDEN = 1 << 20  # hidden values from which on they are computed in parts
+PART = 1 << 20  # hidden values of a part
 
 
 def feed_forward(
@@ -145,10 +153,13 @@ def feed_forward(
     impl: str = "auto",
     skip: bool = False,
 ) -> torch.Tensor:
-    """W_2 gelu(W_1 x + b_1) + b_2: x [..., A], weight_1 [B, A], weight_2 [A, B] -> [..., A].
+    """Compute W_2 gelu(W_1 x + b_1) + b_2.
 
-    Args: impl: see `torch_utils.ops.implementations`; skip: return zeros, where nobody reads the result and
-        gradients are still wanted.
+    Args:
+        x: [..., A]; weight_1: [B, A]; weight_2: [A, B].
+        impl: see `torch_utils.ops.implementations`.
+        skip: return zeros. For callers that do not use the result, but need the gradients.
+    Returns: [..., A].
     Differentiable in: x, weights and biases (once).
     """
     if x.numel() // x.shape[-1] * len(weight_1) < LARGE_HIDDEN or not fits(x, weight_1, weight_2, impl=impl):
@@ -157,13 +168,14 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Keeps its input alone."""
+    """Feed-forward layer in parts. It keeps only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight_1, bias_1, weight_2, bias_2, skip):
         ctx.save_for_backward(x, weight_1, bias_1, weight_2)
+        # The backward pass computes hidden values again, so it does not need the result.
         if skip:
-            return x.new_zeros([]).expand_as(x)
+            return x.new_zeros([]).expand_as(x)  # one number in memory
         out = torch.empty_like(x)
         for rows, to in zip(*_parts(len(weight_1), x, out), strict=True):
             hidden = product(rows, weight_1, bias_1)
@@ -176,16 +188,18 @@ class _FeedForward(torch.autograd.Function):
         x, weight_1, bias_1, weight_2 = ctx.saved_tensors
         need_x, *needed, _ = ctx.needs_input_grad
         to_x = torch.empty_like(x) if need_x else None
-        parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])  # the last as the second bias
+        # weight_2[:, 0] has the shape of the second bias, which is not saved.
+        parameters = (weight_1, bias_1, weight_2, weight_2[:, 0])
         trained = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed, strict=True)]
         to_weight_1, to_bias_1, to_weight_2, to_bias_2 = trained
         for rows, g, to in zip(
             *_parts(len(weight_1), x, grad.contiguous(), x if to_x is None else to_x), strict=True
         ):
-            hidden = product(rows, weight_1, bias_1)
+            hidden = product(rows, weight_1, bias_1)  # [part, B]
             if to_weight_2 is not None:
                 to_weight_2 += product(g.t(), F.gelu(hidden, approximate="tanh").t())
             to_hidden = product(g, weight_2.t())
+            # In place: the gradient of the activation replaces that of its result.
             torch.ops.aten.gelu_backward.grad_input(
                 to_hidden, hidden, approximate="tanh", grad_input=to_hidden
             )
@@ -200,5 +214,5 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _parts(hidden: int, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Views of rows that lie behind each other, so many that their hidden features are PART numbers."""
+    """Return views of consecutive rows of tensors, each with at most PART hidden values."""
     return [x.view(-1, x.shape[-1]).split(max(PART // hidden, 1)) for x in tensors]

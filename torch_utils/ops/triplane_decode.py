@@ -5,9 +5,9 @@
     h = softplus(w0 f + b0),   out = w1 h + b1,   sigma_raw = out[0],
     features = sigmoid(out[1:]) * 1.002 - 0.001
 
-Planes that read the same pair of coordinates are added up first, which is exact because the look-up is
-linear: released EG3D checkpoints project onto (x, y), (x, z), (z, x), where the third is read as the second,
-transposed.
+Planes that read the same pair of coordinates are added up first. This is exact, because the look-up is
+linear. Released EG3D checkpoints project onto (x, y), (x, z), (z, x); the third plane is read as the second
+one, transposed.
 
 Shapes: N batch, K planes, C plane channels, H x W plane size, P points, J hidden units,
 D colour features (0: only the density is computed).
@@ -23,51 +23,54 @@ from torch_utils.ops.implementations import alike, choose, define
 
 Pairs = tuple[tuple[int, int], ...]  # per plane (width axis, height axis), 0 = x, 1 = y, 2 = z
 
-# points of the torch path at once where no gradient is asked for: 4 MB at 64 hidden units
+# Points of the torch path that are computed together if no gradient is needed: 4 MB with 64 hidden units.
 _POINT_CHUNK = 1 << 14
-# colours reach slightly beyond 0..1
+# Colours reach slightly beyond 0..1, as in EG3D.
 _SCALE = 1 + 2 * 0.001
 _SHIFT = 0.001
 
-# what the CUDA kernels' shared memory holds in float32
+# Largest sizes that fit into the shared memory of the CUDA kernels in float32.
 _CUDA_CHANNELS = 32
 _CUDA_PLANES = 8
 _CUDA_UNITS = 128
 
 
 class MergedPlanes(NamedTuple):
-    """Planes as the fast paths read them; made by `merge_planes`."""
+    """Planes in the form of the fast paths, made by `merge_planes`."""
 
-    sums: torch.Tensor  # [N, K', H, W, C] channels last; planes of one pair of coordinates added up
-    pairs: Pairs  # of the K' planes
-    planes: int  # K, how many were added up in all
+    sums: torch.Tensor  # [N, K', H, W, C]; planes with the same pair of coordinates are added up
+    pairs: Pairs  # coordinates of the K' planes
+    planes: int  # K, number of planes before they were added up
 
 
 class DecoderWeights(NamedTuple):
-    """Effective weights of the decoder, learning-rate gains included."""
+    """Effective weights of the decoder, with learning-rate gains applied."""
 
     w0: torch.Tensor  # [J, C]
     b0: torch.Tensor  # [J]
-    w1: torch.Tensor  # [1 + D, J], the density's row first
+    w1: torch.Tensor  # [1 + D, J], with the density's row first
     b1: torch.Tensor  # [1 + D]
 
     def density_only(self) -> "DecoderWeights":
-        """The same decoder without its colours, D = 0."""
+        """Return the same decoder without its colours, D = 0."""
         return DecoderWeights(self.w0, self.b0, self.w1[:1], self.b1[:1])
 
 
 def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
-    """Which world axis each plane reads along its width and its height.
+    """Return the world axes that each plane reads along its width and its height.
 
-    Args: plane_axes [K, 3, 3]; plane k reads the first two components of coords @ inverse(plane_axes[k]) as
-        (width, height).
-    Returns: per plane (width axis, height axis), 0 = x, 1 = y, 2 = z; None when a plane is not axis-aligned
-        (there is no separable form).
+    Args:
+        plane_axes: [K, 3, 3]. Plane k reads the first two components of coords @ inverse(plane_axes[k]) as
+            (width, height).
+    Returns: (width axis, height axis) per plane, 0 = x, 1 = y, 2 = z. None if a plane is not axis-aligned;
+        there is then no separable form.
     """
     pairs = []
+    # float64 on the CPU: the inverse of a permutation should come out exactly.
     for matrix in torch.linalg.inv(plane_axes.detach().double().cpu()):
         columns = matrix[:, :2]  # [3, 2]
         axes = columns.argmax(dim=0)
+        # Axis-aligned: each column is a unit vector, and the two differ.
         unit = F.one_hot(axes, 3).T.to(columns)
         if axes[0] == axes[1] or not torch.allclose(columns, unit, rtol=0, atol=1e-6):
             return None
@@ -76,12 +79,14 @@ def projection_axes(plane_axes: torch.Tensor) -> Pairs | None:
 
 
 def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """(width, height) coordinates of points on every plane: the first two components of coordinates @
-    inverse(plane).
+    """Return the (width, height) coordinates of points on every plane.
+
+    They are the first two components of coordinates @ inverse(plane).
 
     Args:
-        planes: [K, 3, 3]; coordinates: [N, P, 3].
-    Returns: [N*K, P, 2], plane index fastest.
+        planes: [K, 3, 3].
+        coordinates: [N, P, 3].
+    Returns: [N*K, P, 2], with the plane index running fastest.
     """
     n, p, _ = coordinates.shape
     inverse = torch.linalg.inv(planes.to(coordinates))  # [K, 3, 3]
@@ -92,11 +97,13 @@ def project_onto_planes(planes: torch.Tensor, coordinates: torch.Tensor) -> torc
 def sample_planes_channels_first(
     plane_axes: torch.Tensor, plane_features: torch.Tensor, coordinates: torch.Tensor, box_warp: float
 ) -> torch.Tensor:
-    """Bilinear plane features at points, zero outside the box; every plane on its own.
+    """Read plane features at points bilinearly, with zeros outside the box, each plane separately.
 
     Args:
-        plane_axes: [K, 3, 3]; plane_features: [N, K, C, H, W]; coordinates: [N, P, 3] world units; box_warp:
-            side of the box.
+        plane_axes: [K, 3, 3].
+        plane_features: [N, K, C, H, W].
+        coordinates: [N, P, 3], world units.
+        box_warp: side of the box, world units.
     Returns: [N, K, C, P]. Differentiable in plane_features and coordinates.
     """
     n, k, c, h, w = plane_features.shape
@@ -112,16 +119,18 @@ def sample_planes_channels_first(
 
 
 def merge_planes(planes: torch.Tensor, pairs: Pairs) -> MergedPlanes:
-    """Add up planes that read the same pair of coordinates and put channels last, once for all look-ups into
-    the same planes.
+    """Add up planes that read the same pair of coordinates, and put channels last.
 
-    Args: planes [N, K, C, H, W]; pairs: see `projection_axes`. A plane that reads a pair in the other order
-        is transposed, if H == W.
+    Several look-ups into the same planes can share the result.
+
+    Args:
+        planes: [N, K, C, H, W].
+        pairs: see `projection_axes`. A plane that reads a pair in the other order is transposed, if H == W.
     Differentiable in planes, to any order.
     """
     square = planes.shape[3] == planes.shape[4]
     sums: dict[tuple[int, int], torch.Tensor] = {}
-    # [N, H, W, C]
+    # One at a time, with channels last, [N, H, W, C].
     for (width, height), plane in zip(pairs, planes.permute(0, 3, 4, 1, 2).unbind(3), strict=True):
         if square and (height, width) in sums:
             width, height, plane = height, width, plane.transpose(1, 2)
@@ -138,16 +147,17 @@ def triplane_decode(
     impl: str = "auto",
     merged: MergedPlanes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Colour features and raw density at points.
+    """Compute colour features and raw density at points.
 
     Args:
-        planes: [N, K, C, H, W]; plane_axes: [K, 3, 3], or what `projection_axes` makes of it
-            (as torch.compile wants it).
-        points: [N, P, 3], world units; box_warp: side of the cube that the planes span, world units.
-        weights: of the decoder, in the dtype of the planes; with D = 0 no colours are computed.
+        planes: [N, K, C, H, W].
+        plane_axes: [K, 3, 3], or the result of `projection_axes` (which torch.compile needs).
+        points: [N, P, 3], world units.
+        box_warp: side of the cube that the planes span, world units.
+        weights: weights of the decoder, in the dtype of the planes. With D = 0 no colours are computed.
         impl: see `torch_utils.ops.implementations`. The compiled op takes axis-aligned planes in float32 or
-            float64 and points that ask for no gradient.
-        merged: `merge_planes` of the same planes, where several calls share it.
+            float64, and points that need no gradient.
+        merged: result of `merge_planes` for the same planes, if several calls share it.
     Returns: features [N, P, D] in (-0.001, 1.001), sigma_raw [N, P, 1].
     Differentiable in planes and weights, twice; in points once (through plain torch).
     Raises: ValueError for an unknown `impl`.
@@ -163,11 +173,14 @@ def triplane_decode(
         weights.b0.shape == weights.w0.shape[:1] == weights.w1.shape[1:]
         and weights.b1.shape == weights.w1.shape[:1]
     )
+    # Pairs may come from the caller, from `merged`, or from the
+    # axes, in this order: the last one waits for a GPU.
     pairs = plane_axes if not isinstance(plane_axes, torch.Tensor) else None
     if pairs is None and merged is None:
         assert isinstance(plane_axes, torch.Tensor)
         pairs = projection_axes(plane_axes)
     aligned = merged is not None or pairs is not None
+    # The compiled op has no gradient for points.
     fixed = not (points.requires_grad and torch.is_grad_enabled())
     applies = (
         aligned
@@ -177,17 +190,20 @@ def triplane_decode(
     )
     chosen = choose("triplane_decode", impl, "triplane_decode", planes.device.type, applies)
     if chosen == "ref" or not aligned:
-        if not isinstance(plane_axes, torch.Tensor):  # a basis whose `projection_axes` these are
+        if not isinstance(plane_axes, torch.Tensor):
+            # Make a basis whose `projection_axes` are these pairs; 3 - width - height is the remaining axis.
             order = torch.tensor(
                 [(width, height, 3 - width - height) for width, height in plane_axes], device=points.device
             )
             plane_axes = torch.eye(3, dtype=points.dtype, device=points.device)[order]
         return triplane_decode_ref(planes, plane_axes, points, box_warp, weights)
     if not merged:
-        assert pairs is not None  # as planes are aligned
+        assert pairs is not None  # since planes are aligned
         merged = merge_planes(planes, pairs)
-    scaled = (points * (2 / box_warp)).contiguous()
-    weights = weights._replace(w0=weights.w0 / merged.planes)  # the mean over planes
+    scaled = (points * (2 / box_warp)).contiguous()  # world units -> [-1, 1] on the planes
+    # The division by K turns the sum over planes into the mean, before the first layer, which is linear.
+    weights = weights._replace(w0=weights.w0 / merged.planes)
+    # The compiled op requires equal dtypes, see `applies`; here points are converted.
     if chosen == "torch":
         return _decode_torch(merged.sums, merged.pairs, scaled.to(planes), *weights)
     axes = [axis for pair in merged.pairs for axis in pair]
@@ -197,9 +213,11 @@ def triplane_decode(
 
 
 def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
-    """Whether the CUDA kernels cover these sizes, and torch has not been asked for determinism: they add up
-    plane gradients atomically.
+    """Return whether the CUDA kernels cover these sizes.
+
+    They add up plane gradients atomically, so they do not apply if torch was asked for deterministic results.
     """
+    # Without gradients nothing is added up, and results are deterministic anyway.
     if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled():
         return False
     units, channels = weights.w0.shape
@@ -208,6 +226,7 @@ def _fits_cuda(planes: torch.Tensor, weights: DecoderWeights) -> bool:
         and len(weights.b1) - 1 <= _CUDA_CHANNELS
         and planes.shape[1] <= _CUDA_PLANES
     )
+    # In bytes: half as many units fit in float64.
     return few and units * planes.element_size() <= _CUDA_UNITS * 4
 
 
@@ -218,9 +237,9 @@ def triplane_decode_ref(
     box_warp: float,
     weights: DecoderWeights,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, all points at once: each plane sampled on its own, their mean through the decoder."""
+    """Compute the definition, all points at once: read each plane separately and decode the mean."""
     w0, b0, w1, b1 = weights
-    # [N, P, C]
+    # [N, K, C, P] -> mean over planes [N, C, P] -> [N, P, C]
     features = sample_planes_channels_first(plane_axes, planes, points, box_warp).mean(dim=1).transpose(1, 2)
     out = F.linear(F.softplus(F.linear(features, w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
@@ -229,9 +248,16 @@ def triplane_decode_ref(
 def _decode_torch(
     sums: torch.Tensor, pairs: Pairs, points: torch.Tensor, *weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`triplane_decode` of merged planes [N, K', H, W, C] at points [N, P, 3] in plane units; the mean over
-    planes is in w0.
+    """Compute `triplane_decode` of merged planes in torch.
+
+    Args:
+        sums: [N, K', H, W, C].
+        pairs: coordinates of the planes.
+        points: [N, P, 3] in plane units.
+        weights: of the decoder; w0 contains the mean over planes.
     """
+    # Chunks bound the memory on a CPU. With gradients, all of
+    # them would be kept for the backward pass anyway.
     if points.device.type != "cpu" or (
         torch.is_grad_enabled() and any(t.requires_grad for t in (sums, points, *weights))
     ):
@@ -242,19 +268,19 @@ def _decode_torch(
 
 
 def _decode_torch_chunk(sums, pairs, points, w0, b0, w1, b1) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_decode_torch`, all points at once."""
-    # torch's own grid_sample has a gradient for points, this one a second one for planes
+    """Compute `_decode_torch` for all points at once."""
+    # torch's own grid_sample has a gradient for points; ours has a second one for planes instead.
     twice = not points.requires_grad
     sampled: Any = None
     for k, pair in enumerate(pairs):
-        # [N, C, H, W] with channels last, [N, 1, P, 2]
-        plane = sums[:, k].permute(0, 3, 1, 2)
-        grid = points[:, None, :, list(pair)]
+        plane = sums[:, k].permute(0, 3, 1, 2)  # [N, C, H, W], channels last in memory
+        grid = points[:, None, :, list(pair)]  # [N, 1, P, 2]
         part = (
             grid_sample_gradfix.grid_sample(plane, grid)
             if twice
             else F.grid_sample(plane, grid, align_corners=False)
         )
+        # The mean over planes is in w0, so the features are added up.
         sampled = part if sampled is None else sampled + part
     out = F.linear(F.softplus(F.linear(sampled.squeeze(2).transpose(1, 2), w0, b0)), w1, b1)
     return torch.sigmoid(out[..., 1:]) * _SCALE - _SHIFT, out[..., :1]
@@ -267,17 +293,22 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_features, grad_sigma):
+    """Return the gradients for planes and weights."""
     planes, points, *weights = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a gradient that is to be differentiated again
+    # Gradients are enabled here only if this gradient is to be differentiated again; torch then computes it.
+    if torch.is_grad_enabled():
         pairs = tuple(zip(ctx.axes[::2], ctx.axes[1::2], strict=True))
+        # Points are detached: the op has no gradient for them, in this derivative either.
         inputs = [t for t in (planes, *weights) if t.requires_grad]
         outputs = _decode_torch_chunk(planes, pairs, points.detach(), *weights)
-        found = iter(
+        grads_in_order = iter(
             torch.autograd.grad(
                 outputs, inputs, (grad_features, grad_sigma), create_graph=True, allow_unused=True
             )
         )
-        grad_planes, *grad_weights = (next(found) if t.requires_grad else None for t in (planes, *weights))
+        grad_planes, *grad_weights = (
+            next(grads_in_order) if t.requires_grad else None for t in (planes, *weights)
+        )
     else:
         grads = (grad_features.contiguous(), grad_sigma.contiguous())
         grad_planes, *grad_weights = torch.ops.eg3d_rlhf.triplane_decode_backward(

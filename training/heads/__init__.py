@@ -1,1 +1,1 @@
-"""A procedural family of heads: an implicit surface with about forty parameters, and its renderer."""
+"""Procedural heads of people: parametric meshes with texture, and their renderer."""

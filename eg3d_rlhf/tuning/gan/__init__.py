@@ -1,1 +1,1 @@
-"""Gan."""
+"""Preference tuning of GANs: reward phase beside adversarial training, early stopping, preference rounds."""

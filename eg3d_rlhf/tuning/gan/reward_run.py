@@ -1,4 +1,4 @@
-"""A GAN run composed: data, networks, phases, reward, monitor and loop; nothing is computed here."""
+"""Composition of a GAN run from data, networks, phases, reward, held-out metrics and loop."""
 
 import copy
 import dataclasses
@@ -28,6 +28,8 @@ from training.loop import TrainingLoop
 from training.phases import derive_seed, lazy_adam
 from training.synthetic_heads import resolve_dataset
 
+# Augmentations of --aug=ada: pixel blitting, geometry and
+# colour, all with probability p ("bgc" of StyleGAN2-ADA).
 ADA_AUGMENT = dict.fromkeys(
     (
         "xflip",
@@ -48,23 +50,31 @@ ADA_AUGMENT = dict.fromkeys(
 
 
 def open_dataset(s: Settings, ranks: Ranks = SINGLE) -> ImageFolderDataset:
+    """Open the training images. Synthetic ones are rendered first if they are not in the cache."""
+    # One process per machine renders synthetic images; the others wait for its cache.
     with ranks.first_per_machine(), naming("--data"):
         path = resolve_dataset(s.data.data)
     with naming("--data"):
         dataset = ImageFolderDataset(
-            path, use_labels=True, xflip=s.data.mirror, random_seed=s.loop.seed, c_dim=25
+            # 25 numbers: EG3D's generators need a camera for every image.
+            path,
+            use_labels=True,
+            xflip=s.data.mirror,
+            random_seed=s.loop.seed,
+            c_dim=25,
         )
         if dataset.num_channels != 3:
             raise ValueError(
-                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them."
+                f"{path}: expected RGB images, got {dataset.num_channels} channel. Convert them to RGB."
             )
     return dataset
 
 
 def open_networks(s: Settings, resolution: int) -> networks.Networks:
-    """Fresh networks, or those that --init names, for images of `resolution` pixels."""
+    """Return new networks, or those that --init names, for images of `resolution` pixels."""
     if s.net.init == "scratch":
         G_kwargs, D_kwargs = networks_for(s.net, resolution, s.gan)
+        # The weights depend on the seed alone, not on what was drawn before.
         torch.manual_seed(derive_seed(s.loop.seed, "init"))
         nets = networks.build(G_kwargs, D_kwargs, {"name": s.data.data, "resolution": resolution})
         G: Any = nets.G
@@ -74,41 +84,44 @@ def open_networks(s: Settings, resolution: int) -> networks.Networks:
     with naming("--init"):
         path = find_network(None if s.net.init == "bundled" else s.net.init)
         nets = load_networks(path, freeze_layers=s.net.freezed)
-    # with a short moving average the raw G would soon replace the pretrained average
-    averaged = s.net.start == "G_ema"
+    # With the short moving average of a tuning run, the raw G would soon replace the pretrained average.
+    averaged = s.net.start == "G_ema"  # see --start
     G = nets.G = copy.deepcopy(nets.G_ema) if averaged else nets.G
     if G is None or nets.D is None or nets.D_kwargs is None:
         raise ValueError(
-            f"--init: expected a network file with G, D and G_ema, got {path} with G_ema alone. Use a"
-            " snapshot of a run."
+            f"--init: expected a network file with G, D and G_ema, but {path} has G_ema only. Use a snapshot"
+            " of a training run."
         )
     if G.img_resolution != resolution:
         raise ValueError(
-            f"--data: expected images of {G.img_resolution} pixels for --init={s.net.init}, got {resolution}."
-            " Resize them."
+            f"--data: --init={s.net.init} needs images of {G.img_resolution} pixels, got {resolution}. Resize"
+            " the images."
         )
-    networks.set_mbstd_group(nets, s.net.mbstd_group)  # D's groups are the run's
+    networks.set_mbstd_group(nets, s.net.mbstd_group)  # the group size is a setting of this run
     return nets
 
 
 def check_kind(s: Settings) -> None:
-    """Raises: ValueError where --reward has no gradient, and where its networks learn and none is named."""
+    """Check that --reward can tune, and that a reward file is given if this kind needs one.
+
+    Raises: ValueError naming the flag.
+    """
     kind = s.reward.reward
     flag = "--reward-ckpt"
     if not OBSERVATIONS[kind].differentiable:
         raise ValueError(
-            f"--reward={kind}: expected a reward with a gradient, got one that only chooses. Use e.g."
-            " --reward=solid."
+            f"--reward={kind}: this reward has no gradient and can only select samples. Use a differentiable"
+            " one, e.g. --reward=solid."
         )
     if s.reward.reward_ckpt is None and presets_of(kind):
         raise ValueError(
-            f"{flag}: expected a reward for --cfg={s.net.cfg} --reward={kind}, got nothing: the bundled one"
-            " knows heads alone. Name one, such as tools/train_reward.py writes."
+            f"{flag}: --cfg={s.net.cfg} --reward={kind} needs a reward file. The bundled reward covers only"
+            " the bundled generator of heads. Train one with tools/train_reward.py and name it."
         )
 
 
 def open_reward(s: Settings, generator: Generator, device: torch.device | str) -> Reward:
-    """The reward that --reward-ckpt names, or one that has nothing to learn."""
+    """Return the reward of --reward-ckpt, or one of a kind that has nothing to learn."""
     if s.reward.reward_ckpt is None:
         return untaught(s.reward.reward, generator).to(device)
     with naming("--reward-ckpt"):
@@ -116,7 +129,7 @@ def open_reward(s: Settings, generator: Generator, device: torch.device | str) -
 
 
 def input_files(s: Settings) -> dict[str, Path]:
-    """The files that a run starts from, by what they are; runs record and compare their hashes."""
+    """Return the files that a run starts from, by role. Runs store and compare their hashes."""
     files = (
         {}
         if s.net.init == "scratch"
@@ -137,16 +150,18 @@ class Objects:
     """Everything that a run consists of."""
 
     loop: TrainingLoop
-    nets: networks.Networks  # that it trains
-    before: torch.nn.Module | None = None  # with a reward, on the first rank: the untuned generator
+    nets: networks.Networks  # networks that the loop trains
+    before: torch.nn.Module | None = None  # with a reward, on rank 0: the untuned generator
     reward: Reward | None = None
-    monitor: Monitor | None = None
-    early_stop: EarlyStop | None = None  # which of its snapshots is kept
+    monitor: Monitor | None = None  # held-out metrics, on rank 0
+    early_stop: EarlyStop | None = None  # choice of the snapshot that is kept
 
 
 def build(s: Settings, files: Run) -> Objects:
-    """Data, networks, phases, reward and loop of the settings; what rank 0 alone computes reaches the others
-    when the loop starts.
+    """Build data, networks, phases, reward and loop from the settings.
+
+    Rank 0 alone measures the untuned generator. Weights and states reach the other ranks when the loop
+    starts.
     """
     ranks = files.ranks
     if s.reward.reward != "none":
@@ -161,8 +176,9 @@ def build(s: Settings, files: Run) -> Objects:
     augment: Any = None
     if s.gan.aug != "noaug":
         augment = AugmentPipe(**ADA_AUGMENT).train().requires_grad_(False).to(device)
+        # Adaptive augmentation starts at 0.
         augment.p.copy_(torch.as_tensor(s.gan.p if s.gan.aug == "fixed" else 0.0))
-    phases = GanPhases(G, D, s.gan, augment).phases()
+    phases = GanPhases(G, D, s.gan, augment).phases()  # Gmain, Greg, Dmain, Dreg
     reward = None
     before = None
     monitor = None
@@ -171,17 +187,19 @@ def build(s: Settings, files: Run) -> Objects:
         reward = open_reward(s, of(nets.G_ema), device)
         with naming("--heldout-reward"):
             second = None if s.reward.heldout_reward is None else load_reward(s.reward.heldout_reward, device)
+            # A member of the tuning ensemble would rise with it and detect nothing.
             if second is not None and second.is_member_of(reward):
                 raise ValueError(
-                    "expected a reward that does not tune, got a member of --reward-ckpt. Train one on other"
-                    " labels."
+                    "this reward is a member of --reward-ckpt, so it cannot detect over-optimisation. Train"
+                    " one on other labels."
                 )
         if reward.observation.kind != s.reward.reward:
             kind = reward.observation.kind
             raise ValueError(
-                f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass"
+                f"--reward={s.reward.reward}: --reward-ckpt is a reward of the kind {kind}. Pass"
                 f" --reward={kind}."
             )
+        # On rank 0 only, which prints warnings.
         for flag, scorer in (("--reward-ckpt", reward), ("--heldout-reward", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
@@ -190,9 +208,12 @@ def build(s: Settings, files: Run) -> Objects:
         )
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
+            # A copy, since G_ema changes during tuning.
             before = copy.deepcopy(reference).eval().requires_grad_(False)
             monitor = make_monitor(s.to_dict(), reward, before, second)
+        # With lambda_r = 0 there is no reward phase at all: the run is bitwise identical to GAN training.
         if s.reward.terms.lambda_r > 0:
+            # Appended: the reward phase runs after the adversarial ones in every iteration.
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
@@ -201,6 +222,7 @@ def build(s: Settings, files: Run) -> Objects:
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
+    # Checkpoints store the kept snapshot, so that a resumed run can still choose it.
     carries = {} if early is None else {"early_stop": early}
     loop = TrainingLoop(
         gan,
@@ -216,22 +238,25 @@ def build(s: Settings, files: Run) -> Objects:
 
 
 def observers(monitor: Monitor | None, early: EarlyStop | None):
-    """What the loop calls at each tick: the monitor, then the early stop, which reads what the monitor
-    has measured.
-    """
+    """Return the loop's tick callback: the held-out metrics, then the early stop, which needs them."""
     if monitor is None or early is None:
         return monitor
+    # The order matters: `monitor(...)` fills `monitor.latest` before the second entry reads it.
     return lambda loop, stats: {**monitor(loop, stats), **early.tick(loop, stats, monitor.latest[HELDOUT])}
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
-    """As `build`, at a state of the run.
+    """Build a run like `build`, and restore a state of it.
 
-    Args: source: the run's folder or one of its states; previous: see training.checkpoint.read.
+    Args:
+        source: the run's folder or one of its checkpoints.
+        previous: see training.checkpoint.read.
     """
-    objects = build(s, run)  # weights come from the state
+    objects = build(s, run)  # its weights are overwritten by the checkpoint
     objects.loop.resume(source, previous)
     if objects.monitor is not None:
+        # Alarms and choices of earlier ticks are in the statistics
+        # file, which the resume has cut to its tick.
         objects.monitor.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)
@@ -239,14 +264,16 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
 
 
 def train(objects: Objects, run: Run) -> bool:
-    """Train to the end, and keep the snapshot that an early stop chose. Returns whether that was reached;
-    False: a signal ended it.
+    """Train to the end, and save the snapshot that the early stop chose.
+
+    Returns False if a signal ended the run before.
     """
     objects.loop.run()
     if objects.loop.stopped is not None:
         return False
+    # Saved again, so that the file matches the state after a resume, too.
     if objects.early_stop is not None and run.ranks.main:
         networks.save(run.folder / KEPT, objects.early_stop.networks(objects.nets))
     run.ranks.barrier()
-    leave()  # the others need not wait for the evaluation
+    leave()  # rank 0 evaluates next, and the others need not wait for it
     return True

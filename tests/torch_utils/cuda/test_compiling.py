@@ -1,4 +1,4 @@
-"""Every CUDA source compiles without a GPU, loads into whatever torch is here, and holds code for the devices
+"""Every CUDA source compiles without a GPU, loads into the installed torch, and holds code for the devices
 that it is meant for.
 """
 
@@ -32,7 +32,7 @@ def embedded(library: Path) -> set[tuple[int, int]]:
     (kind u16, version u16, header size u32, payload size u64, ..., architecture u32 at 28).
     """
     data = library.read_bytes()
-    found = set()
+    entries = set()
     start = 0
     while (start := data.find(struct.pack("<I", FATBIN), start)) >= 0:
         _, _, header, size = struct.unpack_from("<IHHQ", data, start)
@@ -40,10 +40,10 @@ def embedded(library: Path) -> set[tuple[int, int]]:
         end = start + header + size
         while at < end:
             kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, at)
-            found.add((kind, struct.unpack_from("<I", data, at + 28)[0]))
+            entries.add((kind, struct.unpack_from("<I", data, at + 28)[0]))
             at += entry_header + payload
         start = end
-    return found
+    return entries
 
 
 def check_library(op: str) -> None:
@@ -87,9 +87,9 @@ def test_a_build_that_fails_is_no_reason_to_skip_and_a_missing_compiler_is(
     monkeypatch.setenv(variable, "no-such-compiler")
     with pytest.raises(pytest.skip.Exception, match=f"{variable}=no-such-compiler"):
         require(device_type)
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv(variable, str(broken))
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv(variable, str(failing))
     with pytest.raises(pytest.fail.Exception, match=f"{tmp_path}.*build.log"):
         require(device_type)

@@ -105,7 +105,7 @@ def test_upfirdn2d_does_not_depend_on_the_order_of_threads(tmp_path):
     x = torch.randn(5, 40, 35)
     f = torch.randn(4, 4)
     arguments = [0, 5, 0, 35, 40, 35, 40, 1, 1, 1, 1, 2, 2, 4, 4, 0, 1.0, x, f]
-    one, other = (
+    single, other = (
         emulate_any("upfirdn2d", tmp_path, arguments, [x.shape], torch.float32, order) for order in (0, 1)
     )
-    assert torch.equal(one[0], other[0])
+    assert torch.equal(single[0], other[0])

@@ -57,7 +57,7 @@ def test_equal_depths_keep_their_order(tmp_path):
 
 
 def test_opaque_intervals(tmp_path):
-    """Where an interval lets nothing through, gradients come from a recurrence,
+    """Check gradients behind an interval that lets nothing through: they come from a recurrence,
     not from a division by zero.
     """
     densities, depths, *rest = inputs(torch.float32, 4, 40)

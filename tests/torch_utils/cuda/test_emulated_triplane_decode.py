@@ -78,8 +78,10 @@ def test_the_order_of_threads_changes_the_gradient_of_the_planes_by_rounding_onl
     case = inputs(torch.float32)
     ascending = emulated(tmp_path, *case)
     descending = emulated(tmp_path, *case, order=1)
-    for i, (one, other) in enumerate(zip(ascending, descending, strict=True)):
-        assert_close(one, other, 1e-6) if i == 2 else torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for i, (first, second) in enumerate(zip(ascending, descending, strict=True)):
+        assert_close(first, second, 1e-6) if i == 2 else torch.testing.assert_close(
+            first, second, rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("coordinate", [float("nan"), float("inf"), -float("inf"), 1e30])

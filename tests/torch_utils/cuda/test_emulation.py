@@ -31,6 +31,6 @@ def test_access_outside_a_buffer(tmp_path, mistake):
 
 
 def test_a_missing_barrier(tmp_path):
-    """Memory that nobody has written yet reads as NaN."""
+    """Memory that has not been written yet reads as NaN."""
     assert reversed_by(tmp_path, 2).returncode == 0
     assert np.isnan(np.fromfile(tmp_path / "out", np.float32)).any()

@@ -71,11 +71,11 @@ def agree(function, inputs, outputs_tolerance=1e-5, gradients_tolerance=1e-4):
             (outputs, torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], cotangents))
         )
     (outputs, grads), (wanted, wanted_grads) = results
-    for tolerance, found, expected in (
+    for tolerance, compared, expected in (
         (outputs_tolerance, outputs, wanted),
         (gradients_tolerance, grads, wanted_grads),
     ):
-        for actual, right in zip(found, expected, strict=True):
+        for actual, right in zip(compared, expected, strict=True):
             assert (actual.double() - right).abs().max() <= tolerance * right.abs().max()
 
 

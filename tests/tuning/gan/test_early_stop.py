@@ -52,16 +52,16 @@ def test_the_rule(errors, limit, distance, kept, gain, expected):
 
 
 def test_the_distance_is_the_mean_difference_of_densities():
-    one, other = (tiny_runs.build_networks(seed=seed).G_ema for seed in (0, 1))
-    assert consistency(one, one, 6, seeds=range(3)).tolist() == [0.0, 0.0, 0.0]
-    spec = SlabSpec.of(of(one).bounds, 6)
-    for seed, found in zip(range(3), consistency(one, other, 6, seeds=range(3), batch=2), strict=True):
+    tuned, untuned = (tiny_runs.build_networks(seed=seed).G_ema for seed in (0, 1))
+    assert consistency(tuned, tuned, 6, seeds=range(3)).tolist() == [0.0, 0.0, 0.0]
+    spec = SlabSpec.of(of(tuned).bounds, 6)
+    for seed, measured in zip(range(3), consistency(tuned, untuned, 6, seeds=range(3), batch=2), strict=True):
         with torch.no_grad():
             a, b = (
                 of(g).field(ws_of_seeds(g, [seed], truncation_psi=PSI)).density_grid(spec)[0].double()
-                for g in (one, other)
+                for g in (tuned, untuned)
             )
-        assert found == pytest.approx(float((a - b).abs().sum() / 6**3), rel=1e-4) and found > 0
+        assert measured == pytest.approx(float((a - b).abs().sum() / 6**3), rel=1e-4) and measured > 0
 
 
 def scripted(nets, values, distances, monkeypatch, tmp_path, **config):
@@ -92,7 +92,7 @@ def test_the_highest_is_kept_and_where_that_is_the_last_nothing_changes(tmp_path
         10,
         20,
         20,
-    ], "0.1 of one latent is no proof"
+    ], "a gain of 0.1 on one latent is not significant"
     kept, early = scripted(nets, [*rises, [0, 0, 0, 0]], [1, 2, 3, 4], monkeypatch, tmp_path, early_stop=0.0)
     assert kept == [10, 20, 30, 30]
     record = json.loads(json.dumps(early.record()))
@@ -112,7 +112,7 @@ def test_the_highest_is_kept_and_where_that_is_the_last_nothing_changes(tmp_path
 
 @pytest.fixture(scope="module")
 def flags(tiny_reward, tmp_path_factory):
-    """Of a reward run with a second reward."""
+    """Settings of a reward run with a held-out reward."""
     first = load_reward(tiny_reward)
     torch.manual_seed(5)
     second = Reward(first.observation, RewardModel(first.network.arch)).save(
@@ -142,10 +142,10 @@ def lines(folder):
 
 
 def test_a_run_keeps_a_snapshot_and_trains_as_without(stopped, tiny_data, tiny_networks, flags, tmp_path):
-    plain = tiny_runs.whole_run(tiny_data, tiny_networks, tmp_path, *flags, "--no-summary")
+    straight = tiny_runs.whole_run(tiny_data, tiny_networks, tmp_path, *flags, "--no-summary")
     ours = ("Monitored/distance", "EarlyStop/")
     assert [{k: v for k, v in line.items() if not k.startswith(ours)} for line in lines(stopped)] == lines(
-        plain
+        straight
     )
     distances = [line["Monitored/distance"]["mean"] for line in lines(stopped)]
     assert 0.0001 < distances[0] < distances[-1], "all are beyond the limit, so the nearest is kept"
@@ -159,7 +159,7 @@ def test_a_run_keeps_a_snapshot_and_trains_as_without(stopped, tiny_data, tiny_n
         )
     last = [
         storage.read_tensors(f / "checkpoint-000000024.safetensors", "checkpoint")[0]
-        for f in (stopped, plain)
+        for f in (stopped, straight)
     ]
     tiny_runs.assert_same({k: v for k, v in last[0].items() if not k.startswith("early_stop.")}, last[1])
 
@@ -212,9 +212,9 @@ def test_rendered_resolution_stays_with_the_kept_network(tmp_path, monkeypatch):
         early.networks(nets).G_ema.neural_rendering_resolution == 12
         and networks.load(tmp_path / KEPT).cur_nimg == 10
     )
-    other = EarlyStop(tiny_runs.build_networks(), nets.G_ema, EarlyStopConfig(early_stop=0.0), 4, latents=4)
-    other.load_state_dict(early.state_dict())
-    assert dataclasses.replace(other.networks(nets)).G_ema.neural_rendering_resolution == 12
+    untuned = EarlyStop(tiny_runs.build_networks(), nets.G_ema, EarlyStopConfig(early_stop=0.0), 4, latents=4)
+    untuned.load_state_dict(early.state_dict())
+    assert dataclasses.replace(untuned.networks(nets)).G_ema.neural_rendering_resolution == 12
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_bad_input_is_one_line(more, names, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_reward, tmp_path):
+def test_without_a_second_reward_it_is_rejected(tiny_data, tiny_networks, tiny_reward, tmp_path):
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
     rejected(result, "--early-stop", "--heldout-reward")

@@ -1,6 +1,4 @@
-"""The monitor for over-optimisation: deltas against the untuned generator, and alarms that survive a
-resume.
-"""
+"""Monitor of over-optimisation: changes since the untuned generator, and alarms that survive a resume."""
 
 import json
 import types
@@ -42,8 +40,9 @@ def test_alarms_name_what_fell_while_the_reward_rose(deltas, fallen, tmp_path):
 
 
 def scripted_monitor(values: list[tuple[list[float], list[float]]]) -> Monitor:
-    """A monitor whose two measures return the listed values, call after call; the first pair is the untuned
-    generator's.
+    """Return a monitor whose two measures return the listed values, call after call.
+
+    The first pair is the untuned generator's.
     """
     streams = [iter([np.array(pair[i]) for pair in values]) for i in (0, 1)]
     measures = {

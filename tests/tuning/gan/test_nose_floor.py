@@ -1,4 +1,4 @@
-"""The nose floor: the window's camera, its loss in closed form and in the reward phase; what the depth
+"""The nose limit: the window's camera, its loss in closed form and in the reward phase; what the depth
 reward's defaults are.
 """
 
@@ -45,9 +45,9 @@ def test_the_window_is_a_part_of_the_published_map(parts):
         return origins[0, 0], directions[0].unflatten(0, (resolution, resolution))
 
     origin, window = rays(phase.window_camera(generator), phase.SIDE)
-    whole_origin, whole = rays(generator.cameras.label(), phase.PIXELS)
-    torch.testing.assert_close(origin, whole_origin)
-    torch.testing.assert_close(window, whole[53:73, 53:73], rtol=0, atol=1e-6)
+    full_origin, full_directions = rays(generator.cameras.label(), phase.PIXELS)
+    torch.testing.assert_close(origin, full_origin)
+    torch.testing.assert_close(window, full_directions[53:73, 53:73], rtol=0, atol=1e-6)
 
 
 def terms_of(parts, **config) -> RewardTerms:
@@ -64,8 +64,10 @@ def terms_of(parts, **config) -> RewardTerms:
 
 def test_the_floor_is_the_nearest_of_untuned_faces_and_enters_the_loss(parts):
     terms = terms_of(parts, lambda_nose=2.0, reward_shaping="standardised")
-    plain = terms_of(parts, reward_shaping="standardised")
-    assert terms.initial_scores.shape == (STANDARDISATION.count,) == (200,) and plain.state.nose_floor is None
+    baseline = terms_of(parts, reward_shaping="standardised")
+    assert (
+        terms.initial_scores.shape == (STANDARDISATION.count,) == (200,) and baseline.state.nose_floor is None
+    )
     floor = terms.state.nose_floor
     generator = terms.reference
     inside = floor(generator.field(ws_of_seeds(generator, [500_001], phase.NOSE_PSI)))
@@ -73,7 +75,7 @@ def test_the_floor_is_the_nearest_of_untuned_faces_and_enters_the_loss(parts):
     floor.floor += 0.2
     parts[0].G.requires_grad_(True)  # as the loop does
     (loss,) = terms.losses(parts[1])
-    (without,) = plain.losses(parts[1])
+    (without,) = baseline.losses(parts[1])
     assert loss.stats["RLHF/nose"].min() > 0 and "RLHF/nose" not in without.stats
     torch.testing.assert_close(loss.value, without.value + 2 * loss.stats["RLHF/nose"])
     loss.value.mean().backward()
@@ -81,7 +83,8 @@ def test_the_floor_is_the_nearest_of_untuned_faces_and_enters_the_loss(parts):
         p.grad is not None for p in parts[0].G.parameters()
     )
     assert (
-        "nose_floor.floor" in terms.state.state_dict() and "nose_floor.floor" not in plain.state.state_dict()
+        "nose_floor.floor" in terms.state.state_dict()
+        and "nose_floor.floor" not in baseline.state.state_dict()
     )
 
 

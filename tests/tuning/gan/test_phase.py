@@ -51,29 +51,29 @@ def runs(settings, tmp_path_factory):
     """Finished runs by name: their objects and folders."""
     folder = tmp_path_factory.mktemp("finished")
     flags = {
-        "plain": (),
+        "gan": (),
         "zero": ("REWARD", "--lambda-r=0"),
         "ten": ("REWARD", "--lambda-r=10", "--set=reward_shaping=reference"),
     }
-    found = {}
+    finished = {}
     for name, values in flags.items():
         s = settings(*values)
         objects = build(s, Run(folder / name, {}))
         objects.loop.run()
-        found[name] = (objects, folder / name)
-    return found
+        finished[name] = (objects, folder / name)
+    return finished
 
 
-def test_lambda_zero_is_the_gan_run_bit_for_bit(runs):
-    plain, zero, ten = (runs[name][0] for name in ("plain", "zero", "ten"))
-    assert plain.loop.batch_idx == zero.loop.batch_idx == 20
+def test_lambda_zero_is_bitwise_the_gan_run(runs):
+    gan, zero, ten = (runs[name][0] for name in ("gan", "zero", "ten"))
+    assert gan.loop.batch_idx == zero.loop.batch_idx == 20
     for name in ("G", "D", "G_ema"):
-        assert_same(state(getattr(plain.nets, name)), state(getattr(zero.nets, name)))
+        assert_same(state(getattr(gan.nets, name)), state(getattr(zero.nets, name)))
         differing = state(getattr(ten.nets, name))
-        assert any(not torch.equal(v, differing[k]) for k, v in state(getattr(plain.nets, name)).items()), (
+        assert any(not torch.equal(v, differing[k]) for k, v in state(getattr(gan.nets, name)).items()), (
             "the reward does something"
         )
-    tensors = [storage.read_tensors(checkpoint.available(runs[name][1])[-1])[0] for name in ("plain", "zero")]
+    tensors = [storage.read_tensors(checkpoint.available(runs[name][1])[-1])[0] for name in ("gan", "zero")]
     assert_same(*tensors)
 
 
@@ -136,15 +136,16 @@ def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
 
 
 def test_a_standardised_reward_is_not_blown_up_beyond_its_log_odds(parts):
-    """Fault: scores of a reward from coin tosses hardly varied, were multiplied by up to 10, and every shape
-    drifted.
+    """Fault: scores of a reward from randomised labels hardly varied and were multiplied by up to 10.
+
+    Every shape then drifted.
     """
     nets, reward, batch = parts
     losses = {}
     for temperature in (None, 1e3):
         provenance = {} if temperature is None else {"temperature": temperature}
-        honest = Reward(reward.observation, reward.network, provenance)
-        terms = terms_of((nets, honest, batch), reward_shaping="standardised", reward_clip="none")
+        standardised = Reward(reward.observation, reward.network, provenance)
+        terms = terms_of((nets, standardised, batch), reward_shaping="standardised", reward_clip="none")
         losses[temperature] = next(terms.losses(batch)).stats["RLHF/shaped"].abs().max()
         scale = float(terms.state.shaping.scale)
         assert scale <= (10 if temperature is None else 1 / temperature) * 1.0001
@@ -155,19 +156,19 @@ def test_a_sample_meets_the_same_references_in_whichever_round_or_rank(parts):
     """Fault: the references of a round, and of a rank, began where the one before had ended."""
     terms = terms_of(parts, reward_shaping="reference", lambda_sigma=0.0)
     batch = replace(parts[2], cur_nimg=8)
-    whole = next(terms.losses(batch)).stats["RLHF/shaped"]
+    full = next(terms.losses(batch)).stats["RLHF/shaped"]
     for rounds in (2, 4):
         for turn in reversed(range(rounds)):
             rows = range(4)[turn::rounds]
             part = replace(batch, gen_z=batch.gen_z[rows], gen_c=batch.gen_c[rows], rows=rows)
             torch.testing.assert_close(
-                next(terms.losses(part)).stats["RLHF/shaped"], whole[rows], rtol=1e-5, atol=1e-6
+                next(terms.losses(part)).stats["RLHF/shaped"], full[rows], rtol=1e-5, atol=1e-6
             )
     later = next(terms.losses(replace(batch, cur_nimg=12))).stats["RLHF/shaped"]
-    assert not torch.allclose(whole, later), "the next images meet the next references"
+    assert not torch.allclose(full, later), "the next images meet the next references"
 
 
-def test_a_reward_of_another_box_is_refused_and_one_of_another_generator_told(parts, capsys):
+def test_a_reward_of_another_box_is_rejected_and_one_of_another_generator_is_a_warning(parts, capsys):
     """Fault: box_warp was never compared, and any generator was scored without a word."""
     nets, reward, _ = parts
     generator = of(nets.G_ema)
@@ -232,7 +233,7 @@ def test_samples_outside_the_clip_have_no_gradient(parts):
     torch.testing.assert_close(loss.value.detach(), -10 * scores.clamp(*bounds.tolist()))
 
 
-def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
+def test_consistency_terms_vanish_at_the_reference_and_grow_with_distance(parts):
     nets, _, batch = parts
     terms = terms_of(parts, lambda_sigma=0.5, lambda_front=2.0)
     at_start = list(terms.losses(batch))[1]
@@ -257,9 +258,10 @@ def test_anchors_vanish_at_the_reference_and_grow_away_from_it(parts):
     assert len(list(terms_of(parts, lambda_sigma=0.0).losses(batch))) == 1
 
 
-def anchors(terms: RewardTerms, batch):
-    """The anchors' loss of a generator that has moved by 3 everywhere, on latents that do not depend on who
-    asks.
+def consistency_loss(terms: RewardTerms, batch):
+    """Return the density-consistency loss of a generator that has moved by 3 everywhere.
+
+    The latents are the same for all callers.
     """
     bias = terms.generator.module.decoder.net[2].bias
     torch.manual_seed(3)
@@ -273,7 +275,7 @@ def anchors(terms: RewardTerms, batch):
 
 
 def untuned_scores(parts) -> torch.Tensor:
-    """Rewards of the anchors' latents under the untuned generator."""
+    """Return rewards of the latents of that loss under the untuned generator."""
     nets, reward, batch = parts
     torch.manual_seed(3)
     ws = nets.G_ema.mapping(
@@ -282,14 +284,16 @@ def untuned_scores(parts) -> torch.Tensor:
     return reward.score(of(nets.G_ema).field(ws)).detach()
 
 
-def test_a_gate_of_1_is_the_published_anchor_to_the_bit(parts):
+def test_a_gate_of_1_is_bitwise_the_published_term(parts):
     _, _, batch = parts
-    plain = anchors(terms_of(parts, lambda_sigma=0.5), batch)
-    gated = anchors(terms_of(parts, lambda_sigma=0.5, consistency_gate=1.0, reward_clip="-10,q0.55"), batch)
-    assert torch.equal(plain.value, gated.value) and torch.equal(
-        plain.value, 0.5 * plain.stats["RLHF/consistency"]
+    ungated = consistency_loss(terms_of(parts, lambda_sigma=0.5), batch)
+    gated = consistency_loss(
+        terms_of(parts, lambda_sigma=0.5, consistency_gate=1.0, reward_clip="-10,q0.55"), batch
     )
-    assert plain.stats.keys() == gated.stats.keys() and "RLHF/consistency_weight" not in plain.stats
+    assert torch.equal(ungated.value, gated.value) and torch.equal(
+        ungated.value, 0.5 * ungated.stats["RLHF/consistency"]
+    )
+    assert ungated.stats.keys() == gated.stats.keys() and "RLHF/consistency_weight" not in ungated.stats
 
 
 def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tuning(parts):
@@ -302,7 +306,7 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
         terms = terms_of(
             parts, lambda_sigma=0.5, lambda_front=2.0, consistency_gate=0.1, reward_clip=f"-1000,{middle}"
         )
-    loss = anchors(terms, batch)
+    loss = consistency_loss(terms, batch)
     expected = torch.where(scores > middle, 1.0, 0.1)
     assert sorted(expected.tolist()) == pytest.approx([0.1, 0.1, 1, 1])
     assert torch.equal(loss.stats["RLHF/consistency_weight"], expected), (
@@ -310,9 +314,9 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
     )
     consistency = loss.stats["RLHF/consistency"]
     growth = loss.stats["RLHF/front_growth"]
-    # front growth is not gated
+    # front growth has no per-sample weight
     torch.testing.assert_close(loss.value, 0.5 * expected * consistency + 2 * growth)
-    nothing = anchors(
+    nothing = consistency_loss(
         terms_of(parts, lambda_sigma=0.5, consistency_gate=0.0, reward_clip="-1000,q0.55"), batch
     )
     assert torch.equal(nothing.value == 0, nothing.stats["RLHF/consistency_weight"] == 0)
@@ -379,9 +383,7 @@ def test_a_resumed_reward_run_equals_the_straight_one(runs, tmp_path):
 
 
 def test_resume_takes_the_reference_from_the_checkpoint(runs, tiny_networks, tmp_path):
-    """Even where the initial network file has changed meanwhile, the anchor is the one that the run started
-    with.
-    """
+    """The reference is the one that the run started with, even if the initial file has changed meanwhile."""
     objects, straight = runs["ten"]
     s = gan_settings.Settings.of({**objects.loop.options, "init": str(tmp_path / "other.safetensors")})
     tiny_runs.networks.save(tmp_path / "other.safetensors", tiny_runs.build_networks(seed=9))

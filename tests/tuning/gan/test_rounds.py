@@ -68,7 +68,7 @@ def test_steps_run_in_order_wait_and_go_on(tmp_path):
     ids=["figure", "cut", "other", "bare"],
 )
 @pytest.mark.parametrize("earlier", [False, True], ids=["now", "version 0.1"])
-def test_an_edited_ledger_is_refused(tmp_path, edit, earlier):
+def test_an_edited_ledger_is_rejected(tmp_path, edit, earlier):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
     path = tmp_path / "ledger" / "round-1-labels" / "done.json"
     if earlier:
@@ -95,12 +95,12 @@ def test_what_version_0_1_has_done_is_not_done_again(tmp_path):
 
 def test_a_file_that_the_ledger_names_must_be_as_it_was(tmp_path):
     run_rounds(1, Ledger(tmp_path), Script(tmp_path))
-    told = file_hash(tmp_path / "labels-1")[:12]
+    digest = file_hash(tmp_path / "labels-1")[:12]
     (tmp_path / "labels-1").write_text("other")
-    with raising("labels-1", told, file_hash(tmp_path / "labels-1")[:12]):
+    with raising("labels-1", digest, file_hash(tmp_path / "labels-1")[:12]):
         Ledger(tmp_path)
     (tmp_path / "labels-1").unlink()
-    with raising("labels-1", told):
+    with raising("labels-1", digest):
         Ledger(tmp_path)
 
 
@@ -149,9 +149,9 @@ def test_what_two_rounds_leave(straight, shaped):
     known = load_reward(straight / "round-2" / "reward" / "reward.safetensors")
     assert known.provenance["generators"] == [before.hash, tuned[0].hash] and len(known.members()) == 2
     assert second["reward"]["pooled"] == sum(second["reward"]["splits"].values()) == 28
-    for entry, found in zip((first, second), tuned, strict=True):
-        assert entry["tuned"]["generator"] == found.hash != before.hash and entry["tuned"]["images"] == 8
-        assert entry["tuned"]["distance"] == pytest.approx(consistency(found.G, before.G, 32).mean())
+    for entry, network in zip((first, second), tuned, strict=True):
+        assert entry["tuned"]["generator"] == network.hash != before.hash and entry["tuned"]["images"] == 8
+        assert entry["tuned"]["distance"] == pytest.approx(consistency(network.G, before.G, 32).mean())
         assert set(entry["tuned"]["monitored"]) == {"reward", "heldout", "utility"}
     assert json.loads((straight / "summary.json").read_text())["rounds"] == [first, second]
     assert len(table(Ledger(straight))) == 3
@@ -159,21 +159,21 @@ def test_what_two_rounds_leave(straight, shaped):
 
 def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped, tiny_reward, tmp_path):
     reward = straight / "round-2" / "reward" / "reward.safetensors"
-    plain = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
+    without_rounds = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
     flags = tiny_runs.train_flags(
         tiny_rounds.DATA,
         shaped,
         tmp_path,
         f"--heldout-reward={tiny_reward}",
         f"--reward-ckpt={reward}",
-        *plain,
+        *without_rounds,
     )
     assert tiny_runs.run(*flags).exit_code == 0
-    one, other = (
+    first, second = (
         load_generator(folder).hash
         for folder in (tiny_runs.only_run(tmp_path), straight / "round-2" / "tuning")
     )
-    assert one == other
+    assert first == second
 
 
 def test_a_finished_run_is_not_done_again(straight):
@@ -224,10 +224,10 @@ CUTS = {  # where, function, after its work, at which call
 
 def assert_equal_rounds(first: Path, second: Path) -> None:
     """Equal ledgers, but for what names the machine's clock, and equal files that they name."""
-    one = ledger_of(first)
-    other = ledger_of(second)
-    assert one == other
-    names = [name for entry in one for step in rounds.STEPS for name, _ in entry[step]["files"]]
+    first_ledger = ledger_of(first)
+    second_ledger = ledger_of(second)
+    assert first_ledger == second_ledger
+    names = [name for entry in first_ledger for step in rounds.STEPS for name, _ in entry[step]["files"]]
     assert len(names) == 2 * (1 + 3 + 1) and [file_hash(first / n) for n in names] == [
         file_hash(second / n) for n in names
     ]

@@ -1,4 +1,4 @@
-"""Shaping, clip and anchors against closed forms and numpy loops."""
+"""Shaping, clip and consistency terms against closed forms and numpy loops."""
 
 import math
 
@@ -43,8 +43,8 @@ def shape(name: str, initial: list[float], *means: float, temperature: float | N
 @pytest.mark.parametrize(
     ("initial", "scale"),
     [
-        ([-2.0, 0.0, 2.0], 1 / 2),  # deviation 2 (n - 1), mean 0
-        ([9.0, 10.0, 11.0], 1 / 5),  # deviation 1, floored at half of |mean| = 5
+        ([-2.0, 0.0, 2.0], 1 / 2),  # standard deviation 2 (n - 1), mean 0
+        ([9.0, 10.0, 11.0], 1 / 5),  # standard deviation 1, bounded below by half of |mean| = 5
         ([-9.0, -10.0, -11.0], 1 / 5),
         ([-0.001, 0.0, 0.001], 10.0),  # 1 / 0.001, capped at 10
         ([0.0, 0.0, 0.0], 10.0),
@@ -60,10 +60,10 @@ def test_standardised(initial, scale):
 @pytest.mark.parametrize(
     ("initial", "temperature", "scale"),
     [
-        # a reward that orders nothing: deviation 0.1, and log odds of 0.1 / 4
+        # a reward that orders nothing: standard deviation 0.1, and log odds of 0.1 / 4
         ([-0.1, 0.0, 0.1], 4.0, 1 / 4),
         ([-12.0, 0.0, 12.0], 24.0, 1 / 24),  # another, which has learnt its labels by heart
-        ([-9.0, -10.0, -11.0], 1.5, 1 / 5),  # one that knows: as without
+        ([-9.0, -10.0, -11.0], 1.5, 1 / 5),  # an informative reward: the same as without a temperature
     ],
 )
 def test_standardising_never_magnifies_log_odds(initial, temperature, scale):
