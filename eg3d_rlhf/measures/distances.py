@@ -1,10 +1,11 @@
-"""Distances between two sets of image features: Fréchet (FID's formula) and the unbiased kernel distance
-(KID's).
+"""Compute distances between two sets of image features: the Fréchet distance (FID) and the kernel distance
+(KID).
 
-The formulas know nothing of the network behind the features; see features.py for those. KID as published
-(Bińkowski, Sutherland, Arbel and Gretton 2018) averages over random subsets of 1000, which keeps the Gram
-matrices small and gives the spread of the estimate.
-Shape letters: N, M = samples, F = feature dimensions, S = subset size. All arithmetic is float64 numpy.
+The formulas take features of any network; features.py loads the networks. KID as published (Bińkowski,
+Sutherland, Arbel and Gretton 2018) averages over random subsets of 1000 images. That keeps the Gram matrices
+small and gives the spread of the estimate.
+Shape letters: N, M = samples, F = feature dimensions, S = subset size, r = rank of a covariance. All
+arithmetic is done by numpy in float64.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,23 +16,27 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-# relative to the largest variance or eigenvalue; anything more negative is no covariance
+# Relative to the largest variance or eigenvalue. A matrix with an eigenvalue that is more negative than this
+# is rejected, because it cannot be a covariance; smaller negative values come from rounding.
 _PSD_TOLERANCE = 1e-6
-SUBSETS = 100
-SUBSET_SIZE = 1000
+SUBSETS = 100  # number of subsets that KID averages over
+SUBSET_SIZE = 1000  # images of each set in a subset, as published
 
 
 class FeatureNetwork(Protocol):
-    """Anything that turns images into features."""
+    """Protocol of a network that turns images into features."""
 
-    name: str  # identifies the network in records; figures under different names never compare
+    name: (
+        str  # identifies the network in records; figures of networks with different names are not comparable
+    )
     dim: int  # F
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features float32 [N, F] of images float [N, 3, H, W] in [-1, 1]; no gradient."""
+        """Return features float32 [N, F] of images float [N, 3, H, W] in [-1, 1], without a gradient."""
 
 
 def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Float64 throughout: the distance is a difference of large traces, so float32 loses its small values.
     mean = np.asarray(mean, dtype=np.float64)
     cov = np.asarray(cov, dtype=np.float64)
     assert cov.shape == (mean.size, mean.size)
@@ -39,35 +44,40 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
         raise ValueError(
             "frechet_distance: expected finite moments, got NaN or infinity. Look for NaN images."
         )
+    # Symmetrise: sums of products are symmetric only up to rounding, and the solvers read one triangle.
     return mean, (cov + cov.T) / 2
 
 
 def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """Squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982; Heusel et al.
-    2017, eq. 6).
+    """Compute the squared 2-Wasserstein distance of two Gaussians (Fréchet 1957; Dowson and Landau 1982;
+    Heusel et al. 2017, eq. 6).
 
-    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T the last trace is the sum of
-    square roots of the eigenvalues of the symmetric L^T C_2 L, so covariances without full rank
-    (fewer samples than features) need no ridge and give no complex part, and 2048 features take seconds.
+    d = |m_1 - m_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^1/2). With C_1 = L L^T, the last trace is the sum
+    of the square roots of the eigenvalues of the symmetric matrix L^T C_2 L. Covariances without full rank
+    (fewer samples than features) therefore need no ridge and give no complex part. 2048 features take
+    seconds.
 
-    Args: means [F], covariances [F, F]. Returns d >= 0 in squared feature units.
-    Raises ValueError on non-finite values, or a matrix that is no covariance.
-    Deviates from the common recipe, which takes sqrtm of the unsymmetric product C_1 C_2: equal in theory,
-    stabler and faster.
+    Args: means [F], covariances [F, F].
+    Returns: d >= 0 in squared feature units.
+    Raises: ValueError if a moment is not finite or a matrix is not a covariance.
+    Deviates: the common implementation takes sqrtm of the unsymmetric product C_1 C_2. Both are equal in
+        theory; this one is more stable and faster.
     """
     mean_1, cov_1 = _check_moments(mean_1, cov_1)
     mean_2, cov_2 = _check_moments(mean_2, cov_2)
     assert mean_1.shape == mean_2.shape
-    packed, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)  # Cholesky with pivots, which needs no full rank
+    # Cholesky factorisation with pivoting, P^T C_1 P = L L^T, which works without full rank.
+    packed, pivots, rank, _ = lapack.dpstrf(cov_1, lower=1)
     factor = np.empty((len(cov_1), rank))
-    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    # LAPACK counts pivots from 1. The upper triangle and the columns beyond the rank hold no part of L.
+    factor[pivots - 1] = np.tril(packed)[:, :rank]  # [F, r]
     scale = np.abs(np.diagonal(cov_1)).max(initial=0.0)
-    # what the factor leaves of an indefinite matrix
+    # The factorisation stops at the first negative pivot, so an indefinite matrix leaves a remainder.
     rest = np.abs(cov_1 - factor @ factor.T).max(initial=0.0)
     if rest > _PSD_TOLERANCE * scale + 1e-12:
         raise ValueError(
-            f"frechet_distance: expected a covariance (no negative eigenvalue), got one by {rest:.3g}. Check"
-            " the moments."
+            "frechet_distance: expected a covariance, which has no negative eigenvalue. The first matrix"
+            f" differs from its Cholesky factorisation by {rest:.3g}. Check the moments."
         )
     product = factor.T @ cov_2 @ factor  # [r, r]
     values = np.linalg.eigvalsh((product + product.T) / 2)

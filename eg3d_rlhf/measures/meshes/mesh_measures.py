@@ -1,9 +1,9 @@
-"""All measures of a mesh in one call: what the census lists, and what the reward `solid` of a mesh reads.
+"""Compute all measures of a mesh in one call, for mesh validation and for the reward `solid` of a mesh.
 
     measure_mesh(clean_mesh(vertices, faces))["closed"]
 
-docs/guides/check-assets.md says of each what it means and what fools it. libigl is needed, manifold3d for
-`overlap`; Embree makes rays faster.
+docs/guides/check-assets.md describes what each measure means and which meshes mislead it. libigl is required,
+and manifold3d for `overlap`. Embree is optional and makes rays faster.
 
 Letters: V vertices, F faces, P parts.
 """
@@ -22,17 +22,18 @@ from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, sample, side_measures, solid_library
 
 VOXELS = 32  # per edge of the cube, for symmetry, hollows and the mass of open bodies
-MOST_BODIES = 256  # parts whose union is taken
+MOST_BODIES = 256  # parts whose union is computed; with more of them, `overlap` is None
 
 
 DEFAULT = MeasureOptions()
 
 
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
-    """Every measure by name: counts, truth values, shares, lengths in longest edges, angles in degrees; None
-    where it has no meaning.
+    """Compute every measure by name: counts, truth values, shares, lengths in longest edges, angles in
+    degrees.
 
-    Raises: ValueError naming the extra `solid` where a library is missing.
+    A measure that is not defined for the mesh is None.
+    Raises: ValueError naming the extra `solid` if a library is missing.
     """
     edges = Edges(mesh)
     space = Space(mesh)
@@ -46,8 +47,10 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     }
     points, normals = sample(mesh, options.samples, options.seed)
     measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
+    # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
     body = measures["closed"] and measures["oriented"]
     negative = negative_parts(edges) if body else np.zeros(0, dtype=np.int64)
+    # A part of negative volume is a cavity if other parts contain it, and an inverted body otherwise.
     inverted = negative[~contained(edges, space, negative)]
     solid = space.voxels(VOXELS)
     hull = hull_of(mesh)
@@ -57,16 +60,18 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         "inverted_bodies": len(inverted),
         "overhang": standing.overhang(mesh),
         "tip": degrees,
-        "stands": standing.verdict(degrees),
+        "stands": standing.stability(degrees),
         "mass": mass,
         "solidity": None,
         "bend": None,
     }
+    # A flat mesh has no hull, so measures relative to the hull stay None.
     if hull is not None:
         measures |= {
             "solidity": measures["volume"] / signed_volume(hull),
             "bend": bend(edges) / bend(Edges(hull)),
         }
+    # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
     inner = 1 - solid.sum() / fill(solid, options.leak * VOXELS).sum() if solid.any() else None
     return measures | {
         "crossing": float(space.crossing_faces(edges).mean()),
@@ -77,17 +82,18 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
 
 
 def signed_volume(mesh: CleanMesh) -> float:
-    """Of what the mesh encloses; negative where it is inside out."""
+    """Return the volume that the mesh encloses; negative if the mesh is inside out."""
     return float(face_volumes(mesh.vertices, mesh.faces).sum())
 
 
 def hull_of(mesh: CleanMesh) -> CleanMesh | None:
-    """The convex hull, wound outwards; None of a flat mesh."""
+    """Return the convex hull, wound outwards, or None for a flat mesh."""
     try:
         hull = ConvexHull(mesh.vertices)
-    except (QhullError, ValueError):
+    except (QhullError, ValueError):  # all vertices in one plane, or too few of them
         return None
     faces = hull.simplices.astype(np.int64)
+    # scipy does not orient the triangles of a hull. Its equations hold outward normals.
     a, b, c = (mesh.vertices[faces[:, i]] for i in range(3))
     inwards = (np.cross(b - a, c - a) * hull.equations[:, :3]).sum(axis=1) < 0
     faces[inwards] = faces[inwards][:, ::-1]
@@ -98,9 +104,12 @@ def hull_of(mesh: CleanMesh) -> CleanMesh | None:
 def mass_centre(
     mesh: CleanMesh, measures: dict, solid: np.ndarray, hull: CleanMesh | None
 ) -> tuple[str, np.ndarray]:
-    """Return what carries the mass, and its centre [3]: the hull if given, the volume of a closed mesh,
-    the voxels inside an open mesh, or the area of a sheet.
+    """Return the name of what carries the mass, and its centre [3].
+
+    These are the hull if it is given, the volume of a closed mesh, the voxels inside an open mesh, or the
+    area of a sheet.
     """
+    # Each case falls through to the next one if its volume is zero.
     if hull is not None and (centre := standing.volume_centre(hull)) is not None:
         return "hull", centre
     if measures["closed"] and measures["oriented"] and (centre := standing.volume_centre(mesh)) is not None:
@@ -111,22 +120,24 @@ def mass_centre(
 
 
 def negative_parts(edges: Edges) -> np.ndarray:
-    """Numbers of the parts that enclose a negative volume."""
+    """Return the numbers of the parts that enclose a negative volume."""
     part, parts = edges.part
     return np.flatnonzero(np.bincount(part, face_volumes(edges.mesh.vertices, edges.mesh.faces), parts) < 0)
 
 
 def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
-    """Whether each of some parts lies inside others: the winding number of the rest at a point beside its
-    largest face is not 0.
+    """Return for each of the numbered parts whether other parts contain it, as bool [len(numbers)].
+
+    It is contained if the winding number of all other parts, at a point beside its largest face, is not 0.
     """
     mesh = edges.mesh
     part, _ = edges.part
     normals, areas = face_areas(mesh)
     result = np.zeros(len(numbers), dtype=bool)
     for i, number in enumerate(numbers):
-        own = np.flatnonzero(part == number)
-        face = own[areas[own].argmax()]
+        part_faces = np.flatnonzero(part == number)
+        face = part_faces[areas[part_faces].argmax()]
+        # Beside the face and not on it: on a surface, winding numbers are not defined.
         point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
         rest = np.ascontiguousarray(mesh.faces[part != number])
         result[i] = (
@@ -136,11 +147,12 @@ def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
 
 
 def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
-    """Share of the volume that several bodies claim: 1 - volume of their union / summed volume, cavities
-    taken off both.
+    """Compute the share of the volume in which several bodies overlap: 1 - volume of their union / summed
+    volume.
 
-    None where manifold3d takes a part for no solid, or there are more than MOST_BODIES parts. Args: cavities:
-    numbers of parts.
+    The volume of cavities is subtracted from both. Returns None if manifold3d rejects a part as not solid, or
+    if there are more than MOST_BODIES parts.
+    Args: cavities: numbers of the parts that are cavities.
     """
     mesh = edges.mesh
     part, parts = edges.part
@@ -154,6 +166,7 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
     for number in range(parts):
         vertices, faces = compact(mesh.vertices, mesh.faces[part == number])
         if face_volumes(vertices, faces).sum() < 0:
+            # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])
         made = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
         if made.status() != manifold3d.Error.NoError:
@@ -162,10 +175,13 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
     hollow = sum(cavity.volume() for cavity in hollows)
     summed = sum(body.volume() for body in bodies) - hollow
     union = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow
+    # Rounding can make the union slightly larger than the sum.
     return max(0.0, 1 - union / summed) if summed > 0 else None
 
 
 def mirror_overlap(solid: np.ndarray) -> float:
-    """Intersection over union of voxels [x, y, z] with their mirror image in x; 1 where none is solid."""
+    """Compute the intersection over union of voxels [x, y, z] and their mirror image in x; 1 if all are
+    empty.
+    """
     union = (solid | solid[::-1]).sum()
     return float((solid & solid[::-1]).sum() / union) if union else 1.0
