@@ -1,1 +1,3 @@
-"""Rewards: observations, networks, training, ensembles; pictures and meshes."""
+"""Rewards: observations, reward networks, their training, and ensembles, with rewards of images and of
+meshes.
+"""

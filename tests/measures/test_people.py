@@ -123,8 +123,10 @@ def test_a_measure_of_the_back_ranks_intact_heads_first_and_filters_stay_below_h
 ):
     intact_heads = np.stack(heads[1])
     better = 1 if measure.better == "higher" else -1
-    # noqa: E731
-    score = lambda shapes: better * measure.values(measures.compared(np.stack(shapes), intact_heads))
+
+    def score(shapes):
+        return better * measure.values(measures.compared(np.stack(shapes), intact_heads))
+
     intact = score(intact_heads)
     blurred_heads = score([blurred(head, SOFT) for head in intact_heads])
     defective = score(scans)

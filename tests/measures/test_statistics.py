@@ -204,7 +204,7 @@ def test_the_spread_of_slopes_includes_their_mean():
     )
 
 
-def test_separability_rejects_no_difference_as_often_nominal():
+def test_separability_has_the_nominal_rate_of_false_positives():
     rng = np.random.default_rng(0)
     p_values = []
     for run in range(400):
