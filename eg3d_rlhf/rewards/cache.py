@@ -60,7 +60,7 @@ def cache_file(root: Path, generator: str, observation: Observation, psi: float,
         "observation": observation.to_dict(),
         "psi": psi,
         "cutoff": cutoff,
-        # Caches of versions that observed in the order of the labels had other values, see `fill`.
+        # Values depend on the order in which seeds are observed, see `fill`.
         "order": "ascending",
     }
     return Store(root).folder(observation.kind, inputs) / "observed.safetensors"

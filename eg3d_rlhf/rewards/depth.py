@@ -45,8 +45,8 @@ class Depth(observations.Observation):
     end.
 
     `masked` (our addition) multiplies nearness by the ray's opacity and adds opacity as a second channel.
-    Background is then 0 in both channels, whatever else is in the batch, and silhouettes have a gradient.
-    Without it, the map is the published one: the depth of the ray marcher alone.
+    Background is then 0 in both channels, independent of the rest of the batch, and silhouettes have a
+    gradient. Without it, the map is the published one: the depth of the ray marcher alone.
     """
 
     kind: ClassVar[str] = "depth"
