@@ -322,8 +322,9 @@ def lines_of(report: dict, path: Path) -> Iterator[str]:
             low, high = test[name]["interval_95"]
             counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
             baseline = (
-                f"; by the volume in the slab only: {by_volume[name]['accuracy']:.3f}" if name in by_volume"
-                " else ""
+                f"; by the volume in the slab only: {by_volume[name]['accuracy']:.3f}"
+                if name in by_volume
+                else ""
             )
             yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{baseline}"
     if "unpaired" in report:
@@ -382,7 +383,10 @@ def collect_observations(
         )
         if (
             store.fill(
-                unique, settings.slab_batch, _bar(-(-len(unique) // ranks.world), title, "shape", ranks), ranks
+                unique,
+                settings.slab_batch,
+                _bar(-(-len(unique) // ranks.world), title, "shape", ranks),
+                ranks,
             )
             and ranks.main
         ):
@@ -399,7 +403,7 @@ def collect_observations(
     labelled = [seed for _, seed in shapes] or seeds
     count = settings.train.anchors
     # Seeds of labelled shapes are not used for reference samples.
-    anchors = anchor_seeds(wanted, settings.fractions, exclude=labelled)["train"] if wanted else ()
+    references = anchor_seeds(count, settings.fractions, exclude=labelled)["train"] if count else ()
     if shapes:
         parts = {
             g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g)
@@ -414,13 +418,13 @@ def collect_observations(
         store.fill(seeds, settings.slab_batch)
     else:
         store = filled(seeds, psi, "shapes")
-    anchor_store = filled(anchors, ANCHOR_PSI, "reference samples") if anchors else None
+    reference_store = filled(references, ANCHOR_PSI, "reference samples") if references else None
     return TrainData(
         train=splits.train,
         val=splits.val,
         store=store,
-        anchors=anchors,
-        anchor_store=anchor_store,
+        anchors=references,
+        anchor_store=reference_store,
         observation=observation,
         unpaired=single["train"],
         unpaired_val=single["val"],
@@ -443,6 +447,7 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
         number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None
     ) -> TrainState:
         """Train one network, and log its epochs."""
+
         def on_epoch(epoch: dict) -> None:
             run.stats({"member": number, **epoch})
             if run.ranks.main:
