@@ -62,7 +62,7 @@ def _ranks(places: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(places))
 
 
-def draw(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_places(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `count` of the usable places [N, E]. The same seed makes the same choice.
 
     The seed gives every place a rank, and the usable places with the lowest ranks are chosen. If one place
@@ -73,7 +73,7 @@ def draw(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, tor
     places = usable.shape[1]
     if places < count:
         raise ValueError(
-            f"draw: expected at least {count} places, got {places}. Increase --resolution, or decrease"
+            f"points: expected at least {count} places, got {places}. Increase --resolution, or decrease"
             " --points."
         )
     ranks = _ranks(places, seed).to(usable.device)
@@ -120,7 +120,8 @@ def level_set(
 
         p = p_a + t (p_b - p_a),  t = (level - s_a) / (s_b - s_a),  normal = -grad s / |grad s|
 
-    Args: density: [N, D, H, W] at the points of a straight grid; count: number of points, see `draw`.
+    Args: density: [N, D, H, W] at the points of a straight grid; count: number of points, see
+        `choose_places`.
     Returns: world points [N, count, 3], unit outward normals [N, count, 3], and whether there is any
         crossing, [N, 1]. Points of a shape without a crossing have no meaning.
     Differentiable in density, but not in the choice of edges. Where s_a and s_b are equal to 1e-6, t is
@@ -129,7 +130,7 @@ def level_set(
     first, second, axis = _places(grid.shape, density.device)
     flat = density.flatten(1)
     usable = (flat[:, first] >= level) != (flat[:, second] >= level)  # [N, E]
-    chosen, held = draw(usable, count, seed)  # [N, P]
+    chosen, held = choose_places(usable, count, seed)  # [N, P]
     a = first[chosen]
     b = second[chosen]
     start = flat.gather(1, a)
@@ -317,7 +318,7 @@ class LiftedPoints(Observation):
         points, seen = self._seen(field)
         points = in_box(points, self.box_side, self.centre)
         usable = (seen.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)
-        chosen, held = draw(usable, self.points, self.seed)
+        chosen, held = choose_places(usable, self.points, self.seed)
         return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * held[..., None]).transpose(1, 2)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:

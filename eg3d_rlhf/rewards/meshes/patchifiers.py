@@ -281,7 +281,7 @@ def _halved(points: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarr
             for row in rows
             for i, j in _EDGES
         }
-        # Ties are broken by the edge's ends, so that the result is deterministic.
+        # Among equally long edges, the numbers of the ends decide, so the result is deterministic.
         edge = max(length, key=lambda ends: (length[ends], ends))
         middle = len(where)
         where.append((where[edge[0]] + where[edge[1]]) / 2)
