@@ -79,6 +79,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
             "frechet_distance: expected a covariance, which has no negative eigenvalue. The first matrix"
             f" differs from its Cholesky factorisation by {rest:.3g}. Check the moments."
         )
+    # L^T C_2 L has the eigenvalues of C_1 C_2, and is symmetric.
     product = factor.T @ cov_2 @ factor  # [r, r]
     values = np.linalg.eigvalsh((product + product.T) / 2)
     if values.size and values[0] < -_PSD_TOLERANCE * np.abs(values).max() - 1e-12:
@@ -87,6 +88,7 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
             " the second set."
         )
     cross = np.sqrt(np.maximum(values, 0.0)).sum()
+    # Rounding can make the distance of equal sets slightly negative.
     return max(0.0, float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross))
 
 
@@ -115,6 +117,7 @@ class FeatureStatistics:
             count = len(batch)
             mean = batch.mean(axis=0)
             total = self.count + count
+            # Between the mean so far and that of the batch
             delta = mean - self._mean
             self._scatter = (
                 self._scatter
@@ -172,6 +175,7 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
     kept = []
     for images in batches:
         features = network(images)
+        # The statistics are exact in float64; the features are kept in the network's float32 for KID.
         statistics.update(features)
         kept.append(features.cpu().numpy())
     return statistics, np.concatenate(kept) if kept else np.zeros((0, network.dim), dtype=np.float32)
@@ -183,6 +187,7 @@ def draw_subsets(
     """Random index arrays ([S], [S]) into sets of n and m samples, without repetition inside a subset;
     S = min(size, n, m).
     """
+    # A stream of its own, so that the estimate is the same for the same seed.
     random = np.random.RandomState(seed)
     taken = min(size, n, m)
     for _ in range(subsets):

@@ -53,6 +53,7 @@ class HeadFactorNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 24, 48, 96, 128)
+        # [N, 3, 64, 64] -> 32 -> 16 -> 8 -> 4 pixels per edge
         layers = []
         for i in range(4):
             # Only the first convolution has a 5 x 5 kernel. Each one halves the resolution.
@@ -104,6 +105,7 @@ class HeadFactorFeatures:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return standardised features [N, 64] of images [N, 3, H, W] in [-1, 1], resized to 64 x 64."""
+        # .to(buffer) moves images to the network's device and type.
         images = to_resolution(images.to(self.net.feature_mean), RESOLUTION)
         return (self.net.penultimate(images) - self.net.feature_mean) / self.net.feature_std
 
@@ -141,6 +143,7 @@ class HeadFactorFeatures:
                 f"HeadFactorFeatures: expected a file of format '{FORMAT}', got another one at {path}."
                 " Create it with python -m builders.features."
             )
+        # Strict by default; the check above has already compared the names.
         net.load_state_dict(state)
         return cls(net, json.loads(metadata["record"]), device)
 
@@ -161,6 +164,7 @@ class InceptionFeatures:
             device,
         )
         self.device = torch.device(device)
+        # The file's name is all that identifies a user's network.
         self.name = f"torchscript-{Path(path).stem}"
         # The number of features is known only to the file, so two blank images are evaluated.
         shape = list(self(torch.zeros(2, 3, 64, 64)).shape)

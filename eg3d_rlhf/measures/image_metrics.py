@@ -54,6 +54,7 @@ class MetricOptions:
                 f"--metrics: expected some of {', '.join(METRICS)}, each at most once, got {got}. Correct the"
                 " list."
             )
+        # Metrics that have a number in their name cannot take another number of fakes.
         fixed = [name for name in self.metrics if METRICS[name][1] is not None]
         if fixed and self.n is not None:
             raise ValueError(
@@ -78,6 +79,7 @@ def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tens
     """
     for start in range(0, len(dataset), batch):
         pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])
+        # 0..255 to [-1, 1]
         yield torch.from_numpy(pixels).float().expand(-1, 3, -1, -1) / 127.5 - 1
 
 
@@ -90,6 +92,7 @@ def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptio
     after every batch.
     """
     device = device_of(generator)
+    # With replacement, since there can be more fakes than images.
     chosen = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
     first = options.seed * options.images  # each --seed has its own range of latent seeds
     for start in range(0, options.images, options.batch):
@@ -141,6 +144,7 @@ def evaluate(
             f" {dataset.resolution}x{dataset.resolution}. Convert the dataset with tools/dataset_tool.py."
         )
     started = time.time()
+    # Fakes have the distribution of the dataset's cameras.
     cameras = dataset.get_labels()
     faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
     real = collect(
@@ -149,6 +153,7 @@ def evaluate(
             real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
         ),
     )
+    # A generator: each batch is rendered when `collect` asks for it.
     made = fake_batches(generator.generator, cameras, options)
     fake = collect(
         network, _with_progress(made, bar(options.images, "features of generated images"), faces[1])
@@ -188,6 +193,7 @@ def evaluate(
                 "snapshot": generator.path.name,
                 "snapshot_sha256": generator.hash,
                 "timestamp": time.time(),
+                # Includes the features of the reals, which all metrics of the call share.
                 "total_time": time.time() - started,
             }
         )
@@ -240,6 +246,7 @@ def faces_found(images: torch.Tensor) -> np.ndarray:
             "The face detector needs scikit-image, which is not installed. Install it: pip install"
             " 'eg3d-rlhf[dev]'."
         ) from None
+    # The file is part of scikit-image.
     detector = Cascade(lbp_frontal_face_cascade_filename())
     pixels = (
         (to_resolution(images, FACE_PIXELS) * 127.5 + 127.5)

@@ -30,6 +30,7 @@ def least(scores: "torch.Tensor", _strength: float) -> "torch.Tensor":
 
     Only the lowest member gets a gradient.
     """
+    # amin splits the gradient evenly among equal members.
     return scores.amin(dim=0)
 
 
@@ -38,6 +39,7 @@ def lower_bound(scores: "torch.Tensor", k: float) -> "torch.Tensor":
 
     A member with a score above mean + sd / k is pushed down. Where members agree, sd gives no gradient.
     """
+    # [N], over members
     variance = scores.var(dim=0, correction=0)
     # clamp_min keeps the root's gradient finite, and the mask makes value and gradient 0 where members agree.
     spread = variance.clamp_min(_EPS**2).sqrt() * (variance > _EPS**2)
@@ -97,6 +99,7 @@ class Aggregate:
             raise ValueError(
                 f"--aggregate: expected one of {', '.join(CHOICES)}, got {self.kind!r}. Choose one of them."
             )
+        # An unknown kind has been rejected above.
         known = KINDS[self.kind]
         if self.strength is not None and not known.strength_name:
             raise ValueError(
@@ -119,6 +122,7 @@ class Aggregate:
         added to all scores is added to the result, the order of members does not matter, and mean >= softmin
         >= min.
         """
+        # Kinds without a strength ignore the second argument.
         return KINDS[self.kind].join(scores, self.strength or 0.0)
 
 

@@ -147,6 +147,7 @@ def build(
     Args: shares: [A, 4] in 0..1; solid, empty: `Voxels.shape` inside and outside of the object.
     """
     voxels = Voxels(len(shares), n).requires_grad_(False)
+    # A cube, from which the four recesses are removed below
     body = _within(_coordinates(n), [_BODY] * 3)
     for side in range(SIDES):
         across, up, towards = side_axes(n, side)
@@ -158,6 +159,7 @@ def build(
         share = shares[:, side].to(voxels.shape)
         for mode, weight in ((1, 1 - share), (0, share)):
             for mask, colour in _painted(n, side, prompt.sides[mode]):
+                # Colours are blended as logits, in the parameters' own space.
                 there = voxels.paint[:, :, mask]  # [A, 3, voxels]
                 voxels.paint[:, :, mask] = there + weight[:, None, None] * (
                     _logit(colour) - _logit(COLOURS[prompt.body])
@@ -183,6 +185,7 @@ def modes() -> torch.Tensor:
 
 def modes_of(texts: Sequence[str]) -> torch.Tensor:
     """Return images [B, 2, 4, R, R] in 0..1 of the two modes of each of B prompts."""
+    # `modes` has two rows per prompt.
     rows = torch.tensor([PROMPTS.index(prompt_of(text)) for text in texts], dtype=torch.long)
     return (modes().unflatten(0, (-1, 2))[rows] + 1) / 2
 
@@ -252,11 +255,14 @@ def noses(field: Field) -> torch.Tensor:
     from scipy import ndimage
 
     heights = _heights(field)
+    # Only the recess can hold a nose.
     window = torch.linspace(-0.5, 0.5, RAYS).abs() <= _WINDOW
     inner = heights[:, :, window][:, :, :, window]  # [A, 4, w, w]
     base = inner.flatten(2).quantile(_BASE_QUANTILE, dim=2)[:, :, None, None]
+    # Connected bumps are searched on the CPU by scipy.
     raised = (inner > base + _STEP).cpu().numpy()
     low, high = (share * inner[0, 0].numel() for share in _AREA)  # pixels
+    # [A, 4]
     hits = np.zeros(heights.shape[:2], dtype=bool)
     for index in np.ndindex(hits.shape):
         labels, _ = ndimage.label(raised[index])

@@ -33,6 +33,7 @@ def observe_seeds(
     generator = of(generator)
 
     def observe(seeds: Sequence[int]) -> torch.Tensor:
+        # The operators decide whether stored values are bitwise reproducible, see Observation.ops.
         with torch.no_grad(), implementation(observation.ops):
             return observation.observe(generator.field(ws_of_seeds(generator, seeds, psi, cutoff)))
 
@@ -45,6 +46,7 @@ def untuned(
     """Yield batches [N, ...] of observations of the untuned samples on which members of an ensemble are
     standardised.
     """
+    # SCALES are held-out seeds that serve only this purpose.
     observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
     return (observe(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
 
@@ -84,6 +86,7 @@ class ObservationCache:
         if cache is not None and cache.is_file():
             try:
                 stored = safetensors.torch.load_file(cache)
+                # Rows of one tensor share its memory, so nothing is copied.
                 self._kept = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
@@ -115,6 +118,7 @@ class ObservationCache:
         # the exchange below would deadlock, so all of them start empty.
         if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._kept))}) > 1:
             self._kept = {}
+        # A set first: labels name most seeds several times.
         missing = sorted({seed for seed in seeds if seed not in self._kept})
         observed: dict[int, torch.Tensor] = {}
         for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][
@@ -127,7 +131,9 @@ class ObservationCache:
         # its value to all. A rank without a batch observes one seed only to get the shape.
         if ranks.world > 1 and missing:
             shape = next(iter(observed.values())).shape if observed else self._source(missing[:1]).shape[1:]
+            # Zeros leave the sum of float16 values exact.
             nothing = torch.zeros(shape, dtype=torch.float16)
+            # In parts of 64, so that the exchange needs little additional memory.
             for start in range(0, len(missing), 64):
                 part = missing[start : start + 64]
                 rows = torch.stack([observed.get(seed, nothing) for seed in part])

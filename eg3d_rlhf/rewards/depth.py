@@ -87,6 +87,7 @@ class Depth(observations.Observation):
                 f"depth: expected {' or '.join(map(str, VIEWS))} views, got {views}. Choose one of these"
                 " numbers."
             )
+        # The reward reads shapes from the generator's own camera family.
         cameras = generator.cameras
         half = generator.bounds.side / 2
         # Half the cube's diagonal: inside this sphere, a camera may stand inside the cube.
@@ -102,6 +103,7 @@ class Depth(observations.Observation):
             if published
             else {"focal": cameras.focal}
         )
+        # The user's resolution goes first.
         size = resolution or (PUBLISHED_RESOLUTION if published else cls.resolution)
         return cls(
             yaws=VIEWS[views],
@@ -211,7 +213,9 @@ class PublishedDepth(RewardNetwork):
                 "--backbone: expected a file of ResNet-50's weights (torchvision's format), got none. Pass"
                 " --backbone=FILE."
             )
+        # The environment wins, since files move between machines.
         self.external = load_backbone(os.environ.get(BACKBONE) or backbone, backbone_sha256)
+        # A new reward records the hash, so that later loads can check the file.
         digest = backbone_sha256 or state_hash(self.external)
         self._description: dict[str, Any] = {"views": views, "backbone": backbone, "backbone_sha256": digest}
         # Saving and loading skip the backbone, so files stay small and have the published names.
@@ -316,6 +320,7 @@ class SmallDepth(RewardNetwork):
         `RewardNetwork`.
         """
         maps = take()
+        # Makes the statistics symmetric.
         maps = torch.cat([maps, mirror(maps)])
         scale = maps.std(dim=0)
         self.mean.copy_(maps.mean(dim=0))
@@ -330,6 +335,7 @@ class SmallDepth(RewardNetwork):
         # Training mirrors samples at random instead, see `Depth.augment`.
         if self.training:
             return self._features(observed)
+        # The mean over both orientations is invariant to mirroring.
         return 0.5 * (self._features(observed) + self._features(mirror(observed)))
 
     def _features(self, observed: torch.Tensor) -> torch.Tensor:
@@ -357,6 +363,7 @@ def _check(name: str, expected: Sequence[int], shape: Sequence[int]) -> None:
 
 def build(description: Mapping[str, Any]) -> RewardNetwork:
     """Create the network of a description. Raises: ValueError if it has fields of another network."""
+    # A copy, since the entry is removed below.
     values = dict(description)
     name = values.pop("extractor", None)
     known: dict[str, type[RewardNetwork]] = {"small": SmallDepth, "resnet50": PublishedDepth}

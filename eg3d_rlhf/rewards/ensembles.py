@@ -51,7 +51,9 @@ class Standard:
     @torch.no_grad()
     def of(cls, members: Sequence[RewardNetwork], observed: Iterable[torch.Tensor]) -> "Standard":
         """Compute the statistics of each member's scores of batches [N, ...] of untuned samples."""
+        # Batch by batch, because observations of all samples may not fit into memory.
         batches = [torch.stack([member.score(part) for member in members]) for part in observed]
+        # Float64, since small standard deviations are differences of similar numbers.
         scores = torch.cat(batches, dim=1).double()  # [E, N]
         return cls(tuple(scores.mean(dim=1).tolist()), tuple(scores.std(dim=1, correction=0).tolist()))
 
@@ -96,6 +98,7 @@ class RewardEnsemble(nn.Module):
 
         Args: observed: batches [N, ...] of untuned samples for standardisation; None keeps raw scores.
         """
+        # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
         standard = None if observed is None else Standard.of(members, observed)
         return cls(members, aggregate, standard).eval().requires_grad_(False)
@@ -103,6 +106,7 @@ class RewardEnsemble(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return the description from which `build_network` creates the ensemble."""
         each = [member.describe() for member in self.members]
+        # Members of one architecture are described once, with their number.
         same = all(member == each[0] for member in each)
         described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
         if self.aggregate == MEAN and self.standard is None:
@@ -138,9 +142,11 @@ class RewardEnsemble(nn.Module):
         stacked = torch.stack(list(scores))  # [E, N]
         if self.standard is None:
             return self.aggregate(stacked)
+        # [E, 1] each, so that they broadcast over samples
         offsets, scales = (
             stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales)
         )
+        # Back to the unit of the members, see the class.
         return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
@@ -174,11 +180,13 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
     Raises: ValueError if architectures differ.
     """
     first, *others = (network.describe() for network in networks)
+    # Names and shapes can agree between architectures that compute different functions.
     if any(other != first for other in others):
         raise ValueError(
             f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use"
             " --aggregate=mean, min or softmin."
         )
+    # The first network keeps its weights.
     average = copy.deepcopy(networks[0])
     states = [network.state_dict() for network in networks]
     with torch.no_grad():
@@ -186,6 +194,7 @@ def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
             # state_dict returns the tensors themselves, so copying into them changes the network. Integer
             # entries are not averaged.
             if value.is_floating_point():
+                # Float64 for the sum; copy_ rounds to the parameter's type.
                 value.copy_(torch.stack([state[name].double() for state in states]).mean(dim=0))
     return average.eval().requires_grad_(False)
 
@@ -219,8 +228,10 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
     """
     build = builder_of(kind)
     values = dict(description)
+    # A number of equal members, or a list of descriptions.
     members = values.pop("members", 1)
     joined = values.pop("ensemble", None)
+    # Files of single networks mention neither.
     if joined is None and members == 1:
         return build(values)
     networks = (

@@ -41,6 +41,7 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
 
     Args: counts: number of pairs by split; fractions: shares of the splits train, val and test, 0..1.
     """
+    # In the order of `fractions`
     train, val, test = (counts[name] for name in ("train", "val", "test"))
     if train >= LEAST_TRAIN and val >= LEAST_TEST and test >= LEAST_TEST:
         return ""
@@ -105,6 +106,7 @@ def score_seeds(
         for start in range(ranks.rank * batch, len(unique), ranks.world * batch):
             part = unique[start : start + batch]
             mine += zip(part, model.score(store.take(part, device)).tolist(), strict=True)
+    # Every rank needs all scores, for instance to choose the epoch alike.
     scores = {int(seed): score for part in ranks.gather(mine) for seed, score in part}
     # In the order of the seeds, which does not depend on the number of ranks.
     return {seed: scores[seed] for seed in unique}
@@ -217,6 +219,7 @@ def evaluate_unpaired(
     device = next(embed.parameters()).device
     with torch.no_grad():
         # In batches of 32, since observations of many shapes do not fit into memory at once.
+        # [N, M]
         parts = [
             embed.embed(store.take(seeds[i : i + 32], device)).cpu().double()
             for i in range(0, len(seeds), 32)
@@ -225,6 +228,7 @@ def evaluate_unpaired(
     apart = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
     values = np.array([scores[seed] for seed in seeds])
     n = [int(kind.sum()), int((~kind).sum())]
+    # Ties count one half, see `auc`.
     area = auc(values[kind], values[~kind])
     return {
         "n": n,
@@ -246,6 +250,7 @@ def evaluate(
     Args: temperature: divisor of the margins for `calibration_error_scaled` (see fit_temperature).
     """
     scores = score_seeds(model, store, [seed for label in labels for seed in (label.winner, label.loser)])
+    # [P], positive where the reward agrees with the label
     margin = margins(scores, labels)
     report = {
         "labels": rate(int((margin > 0).sum()), len(margin)),
@@ -310,6 +315,7 @@ def plot_curves(json_path: Path, png_path: Path) -> Path:
     left, right = figure.subplots(1, 2)
     left.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (while training)")
     left.plot(curves["epoch"], curves["val_accuracy"], label="validation pairs")
+    # The epoch whose weights the reward has
     left.axvline(curves["best_epoch"], color="0.6", linestyle=":", label="chosen epoch")
     left.set(xlabel="epoch", ylabel="pairs ordered as labelled (fraction)")
     left.legend()

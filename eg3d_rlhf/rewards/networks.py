@@ -60,6 +60,7 @@ class MLP(nn.Module):
         x = residual = self.input_layer(v)
         for layer in self.hidden_layers[:-1]:
             x = layer(x)
+        # The last hidden layer follows the residual sum and has no residual of its own.
         return self.output_layer(self.hidden_layers[-1](x + residual))
 
 
@@ -101,8 +102,11 @@ class RewardNetwork(nn.Module, ABC):
         super().__init__()
         # Names are those of published state dicts.
         self.MLP = MLP(feature_size, trunk, embedding)
+        # Logarithm of the Bradley-Terry strength
         self.scalar_rwd_head_BT = MLP(embedding, heads, 1)
+        # The reward
         self.scalar_rwd_head = MLP(embedding, heads, 1)
+        # Two logits of a pair, whose embeddings are concatenated
         self.scalar_rwd_head_pairs = MLP(2 * embedding, heads, 2)
 
     @abstractmethod
@@ -148,6 +152,7 @@ class RewardNetwork(nn.Module, ABC):
 
         It is half the difference of the logits of both orders, so swapping the pair negates it.
         """
+        # Averaging over both orders removes the head's preference for a place.
         forward = self.pair_logits(first, second)
         backward = self.pair_logits(second, first)
         return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
@@ -167,6 +172,7 @@ class RewardNetwork(nn.Module, ABC):
 
         Raises: ValueError if `reconstruct` is true and the network cannot reconstruct.
         """
+        # A decoder shares the encoder's pass, so both come from one call.
         features, reconstruction = (
             self.reconstruct(observed) if reconstruct else (self.features(observed), None)
         )

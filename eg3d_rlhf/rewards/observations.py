@@ -71,8 +71,10 @@ class Observation(abc.ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, including `kind`."""
         values: dict[str, Any] = {"kind": self.kind}
+        # Subclasses are dataclasses; the base class is not, which mypy cannot express.
         values |= dataclasses.asdict(self)  # type: ignore[call-overload]
         if "spec" in values:
+            # SlabSpec omits later fields at their defaults, so that earlier descriptions and hashes stay the same.
             values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
         return values
 
@@ -84,6 +86,7 @@ class Observation(abc.ABC):
         # JSON has lists where the dataclass has tuples.
         made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if "spec" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            # A missing spec is read as an empty one, whose missing fields SlabSpec reports.
             made["spec"] = SlabSpec.from_dict(values.get("spec", {}))
         try:
             return cls(**made)
@@ -120,6 +123,7 @@ def from_dict(values: Mapping[str, Any]) -> Observation:
     """Create an observation from the values of `to_dict`. Raises: ValueError for an unknown kind or other
     fields.
     """
+    # The registry imports the module of the kind, and raises for an unknown one.
     return OBSERVATIONS[values.get("kind")].from_dict(
         {name: value for name, value in values.items() if name != "kind"}
     )
@@ -135,7 +139,9 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
     (1, 17, 18, 16)
     """
     cls = OBSERVATIONS[kind]
+    # None means that the user did not set the flag.
     given = {name: value for name, value in settings.items() if value is not None}
+    # The signature of `of` is the list of flags that apply to the kind.
     unknown = sorted(set(given) - set(inspect.signature(cls.of).parameters))
     if unknown:
         flags = ", ".join(f"--{name}" for name in unknown)
@@ -181,10 +187,12 @@ class SigmaSlab(Observation):
 
     def observe(self, field: Field) -> torch.Tensor:
         """Compute the slabs, see `Observation`. A constant slab gives zeros with zero gradient."""
+        # [N, D, H, W] -> [N, 1, D, H, W]
         return normalise_slab(field.density_grid(self.spec), self.spec.value_max).unsqueeze(1)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror slabs along x with probability one half."""
+        # The last axis is x, which separates left and right.
         mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
         return torch.where(mirrored[:, None, None, None, None], observed.flip(-1), observed)
 

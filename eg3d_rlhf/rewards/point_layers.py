@@ -136,12 +136,14 @@ def farthest_points(points: torch.Tensor, count: int, start: str = "first") -> t
         result does not depend on the order of the points.
     """
     points = points.double()
+    # Index 0 is the first point, unless start is 'farthest'.
     chosen = torch.zeros(len(points), count, dtype=torch.int64, device=points.device)
     if start == "farthest":
         chosen[:, 0] = (points - points.mean(dim=2, keepdim=True)).square().sum(dim=1).argmax(dim=1)
     distance = torch.full_like(points[:, 0], torch.inf)  # [N, P] to the nearest chosen point
     for i in range(1, count):
         last = points.gather(2, chosen[:, i - 1, None, None].expand(-1, 3, 1))
+        # Only the last chosen point can be nearer than the ones before it.
         distance = torch.minimum(distance, (points - last).square().sum(dim=1))
         chosen[:, i] = distance.argmax(dim=1)
     return chosen
@@ -161,6 +163,7 @@ def ball(
     total = points.shape[2]
     # Points outside get an index beyond all others, so the smallest indices are the points inside.
     near = torch.where(distances(centres, points) < radius, index, total)
+    # The smallest indices, which belong to points inside
     near = near.topk(min(limit, total), dim=2, largest=False).values  # sorted
     return torch.where(near < total, near, near[..., :1]), (near < total).sum(dim=2)
 
@@ -176,5 +179,6 @@ def nearest(points: torch.Tensor, count: int) -> torch.Tensor:
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Select columns of [N, C, P] by index [N, ...] -> [N, C, ...]. Differentiable in x."""
+    # [N, C, all indices], since gather needs an index for every channel
     flat = index.flatten(1)[:, None].expand(-1, x.shape[1], -1)
     return x.gather(2, flat).unflatten(2, index.shape[1:])

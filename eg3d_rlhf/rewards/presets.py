@@ -81,6 +81,7 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
             f"reward preset: networks that read {kind} need no training, so they have no presets. Use this"
             " reward without training."
         )
+    # The first preset of a kind is its default.
     name = next(iter(presets)) if name is None else name
     if name not in presets:
         raise ValueError(

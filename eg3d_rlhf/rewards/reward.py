@@ -56,9 +56,11 @@ class Reward(nn.Module):
         provenance: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        # Fails early, before a mismatch appears deep inside the network.
         network.check(observation.shape)
         self.observation = observation
         self.network = network
+        # A copy, so that later changes by the caller do not reach the file.
         self.provenance = dict(provenance or {})
 
     def score(self, field: Field) -> torch.Tensor:
@@ -74,6 +76,7 @@ class Reward(nn.Module):
     @property
     def temperature(self) -> float:
         """Divisor that converts differences of scores to log odds; 1 if training did not fit one."""
+        # Neither a missing value nor a stored null is a temperature.
         return float(self.provenance.get("temperature") or 1.0)
 
     @property
@@ -81,6 +84,7 @@ class Reward(nn.Module):
         """SHA-256 hashes of the label sets on which the reward was trained; empty if these are not
         recorded.
         """
+        # Splitting an empty string gives [""], which is not a hash.
         return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
 
     def members(self) -> list["Reward"]:
@@ -93,6 +97,7 @@ class Reward(nn.Module):
         """Return True if the reward is, or shares, a member of the ensemble `other`."""
         if not isinstance(other.network, RewardEnsemble):
             return False
+        # Members are compared by their weights, since files can be copied and renamed.
         hashes, other_hashes = (
             {state_hash(member.network) for member in reward.members()} for reward in (self, other)
         )
@@ -105,6 +110,7 @@ class Reward(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+                # Only the order in memory changes, so scores stay bitwise identical.
                 module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return self
 
@@ -127,6 +133,7 @@ class Reward(nn.Module):
                 f"Reward.save: expected a file name with the ending .safetensors, got {path.name}. Rename it."
             )
         try:
+            # Converted before anything is written, so that an error leaves no file.
             text = json.dumps({"format": _FORMAT, **self.describe()}, indent=2)
         except TypeError as error:
             raise ValueError(
@@ -136,6 +143,7 @@ class Reward(nn.Module):
         # Contiguous, since safetensors stores no memory layouts.
         state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         write_atomic(path, safetensors.torch.save(state, metadata={"format": _FORMAT}))
+        # The description follows the weights: a reader without it reports a missing file.
         write_atomic(path.with_suffix(".json"), (text + "\n").encode())
         return path
 
@@ -148,8 +156,7 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     provenance. No code from the file is executed.
 
     Raises: FileNotFoundError; ValueError if a file is truncated or foreign, if its entries do not fit the
-        network, if
-    its observation is unknown, or if a later version wrote it.
+        network, if its observation is unknown, or if a later version wrote it.
 
     >>> load_reward().observation.shape  # slabs of raw density [1, D, H, W]
     (1, 39, 45, 36)
@@ -158,6 +165,7 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
     if path.suffix == ".safetensors":
         observation, description, provenance = _read_description(path.with_suffix(".json"))
     else:
+        # A published state dict states neither; SigmaSlab's defaults are the paper's slab.
         observation = SigmaSlab()
         description = PAPER.to_dict()
         provenance = {}
@@ -167,6 +175,7 @@ def load_reward(path: str | Path | None = None, device: str | torch.device = "cp
         reward = Reward(observation, build_network(observation.kind, description), provenance)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    # Strict, so that no part of the network keeps its random initialisation.
     fill_published(reward.network, state, source)
     return reward.to(device).eval().requires_grad_(False)
 
@@ -181,6 +190,7 @@ def untaught(kind: str, generator: Generator) -> Reward:
             f"reward {kind}: this kind must be trained on labels. Pass the file of a trained reward of this"
             " kind instead."
         )
+    # Such a network has no sizes, so its description is empty.
     return Reward(observation_of(kind, generator), builder_of(kind)({})).eval().requires_grad_(False)
 
 
@@ -202,7 +212,9 @@ def check_reward(reward: Reward, generator: Generator, source: str = "reward") -
         )
     made_for = reward.provenance.get("generator")
     if made_for is not None and (digest := state_hash(generator.module)) not in reward.provenance.get(
-        "generators", [made_for]
+        # Rewards that were trained on several generators list them; others state one.
+        "generators",
+        [made_for],
     ):
         kind = reward.provenance.get("architecture", generator.architecture)
         print(
@@ -245,6 +257,7 @@ def _read_description(path: Path) -> tuple[Observation, dict[str, Any], dict[str
         raise ValueError(
             f"{source}: expected JSON, got: {error}. Copy the file again; it may be incomplete."
         ) from error
+    # JSON may hold a list or a number at the top level.
     stated = values.get("format") if isinstance(values, dict) else None
     # Another number after the name is another version; anything else is not a reward.
     if stated != _FORMAT:
@@ -299,6 +312,7 @@ def join(
         for name, parts in ((name, reward.members()) for name, reward in rewards.items())
         for i, member in enumerate(parts)
     }
+    # `_check` ensures that all rewards have the observation of the first one.
     first = next(iter(rewards.values()))
     _check(rewards, members, generator)
     # Averaged weights are only useful if the members were trained from one network, see `average_weights`.
@@ -330,6 +344,7 @@ def join(
         "psi": psi,
         "truncation_cutoff": cutoff,
         "labels": _labels(rewards),
+        # Approximate: the joint score keeps the members' unit, but its own temperature is not fitted.
         "temperature": sum(temperatures) / len(temperatures),
         "start": _common(rewards, "start"),
         "score_mean": float(scores.mean()),
@@ -353,6 +368,7 @@ def _check(rewards: Mapping[str, Reward], members: Mapping[str, Reward], generat
             )
     known: dict[str, str] = {}
     for name, member in members.items():
+        # setdefault returns the name under which these weights were seen first.
         other = known.setdefault(state_hash(member.network), name)
         if other != name:
             raise ValueError(
@@ -395,4 +411,5 @@ def _common(rewards: Mapping[str, Reward], name: str):
 def _labels(rewards: Mapping[str, Reward]) -> str | None:
     """Join the hashes of all label sets by +; None if a reward does not record its labels."""
     sets: Sequence[frozenset[str]] = [reward.labels for reward in rewards.values()]
+    # Sorted, so that the same labels give the same text in any order of rewards.
     return "+".join(sorted(frozenset[str]().union(*sets))) if all(sets) else None

@@ -86,6 +86,7 @@ def default_options(name: str | None = None, kind: str = "sigma") -> TrainOption
 
     Raises: ValueError for an unknown preset.
     """
+    # The preset's settings replace the defaults of TrainOptions.
     chosen = preset(name, kind)
     return TrainOptions(preset=name or next(iter(presets_of(kind))), **chosen.train)
 
@@ -96,6 +97,7 @@ def with_changes(options: TrainOptions, **changes) -> TrainOptions:
     Names of fields of LossWeights (pairs, scalar, ...) change `weights`.
     """
     given = {k: v for k, v in changes.items() if v is not None}
+    # list(), because entries are removed during the iteration.
     weights = {k: given.pop(k) for k in list(given) if k in LossWeights.__dataclass_fields__}
     return replace(options, weights=replace(options.weights, **weights), **given)
 
@@ -207,6 +209,7 @@ class RewardRun:
 
     def to_dict(self) -> dict:
         """Return JSON values, in which the labels are given by the settings of their source."""
+        # JSON has no paths.
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k != "labels"}
         values["more_networks"] = [str(path) for path in self.more_networks]
         return {**values, "network": values["network"] or "bundled", **self.labels.settings}

@@ -88,6 +88,7 @@ class StridedConv3d(nn.Module):
         difference = (slab - mirrored).abs()  # symmetric, so it has no mirrored version of its own
         if self.training:
             return self._features(slab, difference)
+        # One batch for both orientations, [2 N, ...]
         both = self._features(torch.cat([slab, mirrored]), torch.cat([difference, difference]))
         return 0.5 * (both[: len(slab)] + both[len(slab) :])
 
@@ -134,6 +135,7 @@ class RewardModel(RewardNetwork):
     def _pooled(self, slab: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the U-Net's final maps [N, C, D/p, H/p, W/p], and the pooled features [N, M]."""
         arch = self.arch
+        # [N, p^3, D/p, H/p, W/p]
         patches = self._patches(slab)
         final, bottleneck = (
             fused.maps(self, patches) if fused.applies(self, slab) else self.Conv3DModule(patches)

@@ -62,9 +62,11 @@ def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torc
     if not solid.any():
         # Zero that depends on the grid, so that backward() works.
         return grid.sum() * 0
+    # Voxels that would close leaks of the largest part
     grow = solids.caps(solid, reach)
     if hollows:
         grow |= solids.enclosed(solid)
+    # Signed distance to the surface in voxels, approximately; the scale has no gradient.
     d = (grid - level) / slope_at(grid.detach(), level)
     # Masks come from numpy on the CPU; the sums run on the field's device.
     shrink_at, grow_at = (torch.from_numpy(mask).to(grid.device) for mask in (solids.floaters(solid), grow))
@@ -83,6 +85,7 @@ def slope_at(grid: torch.Tensor, level: float) -> float:
         crossed = inside.diff(dim=axis)
         steps.append(grid.diff(dim=axis)[crossed].abs())
     changes = torch.cat(steps)
+    # The median ignores the steep and flat tails of a decoder.
     return max(float(changes.median()), 1e-6) if len(changes) else 1.0
 
 
@@ -119,6 +122,7 @@ class Soundness(CubeScore):
     def observe(self, field: Field) -> torch.Tensor:
         """Compute the scores, see `Observation`."""
         rules = solids.Rules(weights=self.weights)
+        # Computed on the CPU by numpy, one shape at a time.
         grids = occupancy(field, self.spec)
         return torch.tensor([[solids.reward(grid, grid, rules).reward] for grid in grids])
 

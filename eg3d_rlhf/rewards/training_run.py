@@ -81,6 +81,7 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
     unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
     refuse_held_out(
+        # Held-out latents are reserved for evaluation, so labels of them are rejected.
         (seed for label in labels for seed in (label.winner, label.loser)),
         f"--labels={settings.labels.settings['labels']}",
     )
@@ -91,8 +92,10 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
         raise ValueError(
             f"--set psi: the labels were made with psi={stated}, got {settings.psi}. Remove --set psi."
         )
+    # Settings first, then the labels, then no truncation. psi = 0 is a valid value, so `or` would be wrong.
     psi = next((value for value in (settings.psi, stated) if value is not None), 1.0)
     pairs = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
+    # All generators must be observed in the same way, or scores could not be compared.
     observation = create_observation(settings, generators)
     splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
     # Checked before the run's folder is created, so that a mistake leaves no folder.
@@ -121,6 +124,7 @@ def open_generators(
     Raises: ValueError if labels belong to another generator, or do not name one where there are several.
     """
     generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
+    # The user states that the seeds mean the same shapes, so hashes are not compared.
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
@@ -160,6 +164,7 @@ def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator
         **{k: v for k, v in changes.items() if v is not None},
     }
     first, *others = (observation_of(settings.observation, g.generator, **observe) for g in generators)
+    # Observations contain cameras and bounds, so equality means that networks can read all generators.
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
             raise ValueError(
@@ -206,6 +211,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     if len(generators) > 1:
         splits, shapes = numbered(splits)
     single = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
+    # Pairs are training data only if the loss has terms on pairs.
     learns = bool(settings.train.weights.on_pairs) or not unpaired
     few = too_few(splits.counts(), settings.fractions) if learns else ""
     if unpaired and not few:
@@ -216,10 +222,12 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         print(f"Warning: {few}", file=sys.stderr, flush=True)
     data = collect_observations(settings, opened, splits, single, shapes, run.ranks)
     states, start = _train(settings, run, data)
+    # All ranks have finished training before any of them ends.
     run.ranks.barrier()
     leave()  # only rank 0 has work left; the other ranks end here
     if not run.ranks.main:
         return
+    # One network needs no aggregate, and its file then has the form of a single network.
     model: Network = states[0].model
     if len(states) > 1:
         observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
@@ -269,6 +277,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         **({"start": start} if start else {}),
     }
     if settings.wrong_faces:
+        # Recorded, so that a control is not mistaken for a reward.
         provenance["wrong_faces"] = True
     if len(generators) > 1:
         provenance["generators"] = [g.hash for g in generators]
@@ -298,6 +307,7 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
     seeds = list(dict.fromkeys(seed for label in labels for seed in (label.winner, label.loser)))
     filled: dict[int, float] = {}
     for start in range(0, len(seeds), settings.slab_batch):
+        # As many shapes as in training, since their fields must fit into memory.
         part = seeds[start : start + settings.slab_batch]
         density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(
             observation.spec
@@ -471,6 +481,7 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
     # The shared start sees all labels: a bootstrap sample would be common to all members.
     start = member(0, replace(options, bootstrap=False), "state-start.pt").model if shared else None
     digest = "" if start is None else state_hash(start)
+    # The seeds of members are MEMBER_STRIDE apart; the first member has the run's seed.
     each = [
         replace(options, seed=options.seed + MEMBER_STRIDE * number, start=digest)
         for number in range(settings.members)
@@ -489,11 +500,13 @@ def assess(
     The test pairs are evaluated here for the first and only time. The temperature comes from validation
     pairs, and the scale of scores from training pairs.
     """
+    # The scale comes from training pairs, so that the test pairs influence no number of the reward.
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
     scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
     val_scores = score_seeds(
         model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)]
     )
+    # Fitted on validation pairs, since training pairs would give a temperature that is too small.
     temperature = fit_temperature(margins(val_scores, data.val))
     return {
         "test": evaluate(model, data.store, splits.test, temperature),

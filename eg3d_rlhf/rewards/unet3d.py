@@ -24,6 +24,7 @@ class ScSE(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        # Names of published state dicts.
         self.cSE = nn.ModuleDict({name: nn.Linear(channels, channels) for name in ("fc1", "fc2")})
         self.sSE = nn.ModuleDict({"conv": nn.Conv3d(channels, 1, kernel_size=1)})
 
@@ -33,6 +34,7 @@ class ScSE(nn.Module):
         g = torch.sigmoid(self.cSE["fc2"](F.relu(self.cSE["fc1"](h.mean(dim=(2, 3, 4))))))[
             :, :, None, None, None
         ]
+        # h is not negative after its ReLU, so this equals h * max(g, s).
         return torch.maximum(h * g, h * torch.sigmoid(self.sSE["conv"](h)))
 
 
@@ -44,6 +46,7 @@ class NormConv(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
+        # For example, 4 channels cannot be divided into 8 groups.
         groups = 1 if channels < groups else groups
         if channels % groups:
             raise ValueError(
@@ -78,7 +81,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [N, C_in, D, H, W] to [N, C_out, D, H, W]. Differentiable."""
+        # conv1 is linear and has no activation after it.
         r = self.conv1(x)
+        # The first activation belongs to conv2; the second one follows the sum with the residual.
         h = F.relu(self.conv2(r))
         return self.se_module(F.relu(self.conv3(h) + r))
 
@@ -164,6 +169,7 @@ class UNet3d(nn.Module):
         skips = []
         for encoder in self.encoders:
             x = encoder(x)
+            # Each level's result is a skip connection, except for the coarsest one.
             skips.append(x)
         bottleneck = skips.pop()
         for decoder in self.decoders:
@@ -179,6 +185,7 @@ def slice_windows(slices: int, bins: int) -> torch.Tensor:
 
     Bin i covers i * D // bins ... ceil((i + 1) * D / bins) - 1. Shorter bins repeat their last slice.
     """
+    # Integer arithmetic, which rounds exactly as AdaptiveMaxPool3d does.
     i = torch.arange(bins)
     first = i * slices // bins
     last = ((i + 1) * slices + bins - 1) // bins - 1
@@ -205,5 +212,6 @@ def grid_feature(x: torch.Tensor, cells: tuple[int, int, int]) -> torch.Tensor:
     [N, C, D, H, W] -> [N, 2 * C * cells]. Differentiable in x. It keeps where a response lies along y and x,
     which the profile of slices discards.
     """
+    # Cells may overlap by a voxel if a side is not divisible, as in every adaptive pool.
     means = F.adaptive_avg_pool3d(x, cells)
     return torch.cat([means.flatten(1), F.adaptive_max_pool3d(x, cells).flatten(1)], dim=1)

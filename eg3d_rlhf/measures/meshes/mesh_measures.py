@@ -46,6 +46,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         **edge_measures(edges),
     }
     points, normals = sample(mesh, options.samples, options.seed)
+    # Estimates from the same random points
     measures |= side_measures(space, points, normals, options.thin, options.rays, options.seed)
     # Only a closed and consistently wound mesh has an inside that the sign of a volume can describe.
     body = measures["closed"] and measures["oriented"]
@@ -61,6 +62,7 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
         "overhang": standing.overhang(mesh),
         "tip": degrees,
         "stands": standing.stability(degrees),
+        # What carries the mass, see `mass_centre`
         "mass": mass,
         "solidity": None,
         "bend": None,
@@ -68,7 +70,9 @@ def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
     # A flat mesh has no hull, so measures relative to the hull stay None.
     if hull is not None:
         measures |= {
+            # 1 for convex bodies, smaller for others
             "solidity": measures["volume"] / signed_volume(hull),
+            # 1 for convex bodies, larger for rough ones
             "bend": bend(edges) / bend(Edges(hull)),
         }
     # `fill` also fills hollows whose openings are narrower than a ball of radius `leak`, in voxels here.
@@ -139,6 +143,7 @@ def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
         face = part_faces[areas[part_faces].argmax()]
         # Beside the face and not on it: on a surface, winding numbers are not defined.
         point = (mesh.vertices[mesh.faces[face]].mean(axis=0) + OFFSET * normals[face])[None]
+        # All other parts; libigl needs contiguous arrays.
         rest = np.ascontiguousarray(mesh.faces[part != number])
         result[i] = (
             bool(len(rest)) and abs(float(space.igl.winding_number(mesh.vertices, rest, point)[0])) > 0.5
@@ -156,6 +161,7 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
     """
     mesh = edges.mesh
     part, parts = edges.part
+    # A single part cannot overlap another one, and needs no manifold3d.
     if parts == 1:
         return 0.0
     if parts > MOST_BODIES:
@@ -171,6 +177,7 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
         made = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
         if made.status() != manifold3d.Error.NoError:
             return None
+        # A cavity is subtracted and not united.
         (hollows if number in cavities else bodies).append(made)
     hollow = sum(cavity.volume() for cavity in hollows)
     summed = sum(body.volume() for body in bodies) - hollow

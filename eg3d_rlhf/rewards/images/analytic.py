@@ -38,6 +38,7 @@ def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
             f"--reward: this reward reads images of the test problem, of {expected} pixels, got"
             f" {list(pixels.shape[2:])}. Choose another --reward."
         )
+    # The difference of squared distances is linear in x, so its gradient is the same everywhere.
     apart = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
     return apart / (first - second).square().flatten(1).sum(1)
 
@@ -84,6 +85,7 @@ class OneFace:
         heads = torch.tensor(
             [prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device
         )
+        # The score of an asset stands at each of its views.
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
 
 
@@ -112,6 +114,7 @@ class Random:
         """Return scores [B] of images [B, C, h, w], without a gradient."""
         del prompts
         flat = pixels.detach().unflatten(0, (-1, self.views)).flatten(1).double()
+        # The projection is created anew in every call, so it depends only on the seed and the size.
         weights = torch.randn(
             flat.shape[1], generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64
         ).to(flat)
@@ -127,6 +130,7 @@ class Inverted:
         self.modality = reward.modality
         self.views = reward.views
         self.differentiable = reward.differentiable
+        # An optional attribute of `RewardModel`.
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -156,6 +160,7 @@ class OneNose:
         """Return scores [A], see `GeometryReward`; 0 for prompts of boxes. Differentiable in the field."""
         del step
         filled = occupancy(field)
+        # [A, 4]: mean opacity of the nose voxels of each side
         mass = torch.stack(
             [filled[:, nose_voxels(RESOLUTION, side).to(filled.device)].mean(dim=1) for side in range(SIDES)],
             dim=1,
@@ -174,6 +179,7 @@ class Floaters:
         """Return scores [A], see `GeometryReward`. Differentiable in the field."""
         del prompts, step
         filled = occupancy(field)
+        # Connected components have no gradient, so the mask is a constant.
         apart = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)
         # The clamp is for empty fields.
         return -(filled * apart).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)

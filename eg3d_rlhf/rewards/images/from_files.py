@@ -28,6 +28,7 @@ class CheckedReward:
         self.modality = reward.modality
         self.views = reward.views
         self.differentiable = reward.differentiable
+        # An optional attribute of `RewardModel`.
         self.view_prompts = getattr(reward, "view_prompts", False)
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -40,6 +41,7 @@ class CheckedReward:
                 f"{FLAG}: expected one prompt per image, got {len(prompts)} prompts for {len(pixels)} images."
                 " Repeat each prompt for all views."
             )
+        # Views of an asset are adjacent, so a batch contains complete assets only.
         check_views(len(pixels), self.views, FLAG)
         check_pictures(pixels, FLAG)
         scores = self.reward.score(pixels, prompts)
@@ -60,6 +62,7 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
     file = weights_of(path)
     # The names of the tensors decide which network it is, since file names differ between downloads.
     state = read(file, FLAG)
+    # Both loaders check the state dict strictly.
     loaded: RewardModel = (load_blip_reward if _is_blip(state, file) else load_hpsv2)(file, state, device)
     return CheckedReward(loaded)
 
@@ -82,6 +85,7 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
         # Imported here, because transformers is an optional dependency.
         from transformers import CLIPConfig, CLIPModel
 
+        # The configuration is enough: no weights are read.
         config = CLIPConfig(**json.loads((_clip_folder(path) / "config.json").read_text()))
         return _costs_of_clip(empty(lambda: CLIPModel(config)), images, noises)
     file = weights_of(path)
@@ -103,10 +107,12 @@ def _costs(network: torch.nn.Module, run: Any, images: int, noises: int, side: i
     trace.fill(network).eval().requires_grad_(False)
 
     def back():
+        # Contents do not matter, because only shapes are traced.
         x = torch.empty(images, 3, side, side, requires_grad=True)
         out = run(x)
         return torch.autograd.grad(out, x, torch.empty_like(out))
 
+    # Ranking noises needs scores without a gradient, for all K noises.
     def scored():
         with torch.no_grad():
             return run(torch.empty(noises * images, 3, side, side))
@@ -123,6 +129,7 @@ def _costs(network: torch.nn.Module, run: Any, images: int, noises: int, side: i
 
 def _clip_folder(path: Path) -> Path:
     """Return the path if it is a folder of a CLIP model. Raises: ValueError for other models."""
+    # transformers writes the model's type into every configuration.
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     if kind != "clip":
         raise ValueError(
@@ -136,6 +143,7 @@ def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
     """Return True for a file of ImageReward or Reward3D, False for HPSv2. Raises: ValueError for other
     files.
     """
+    # ImageReward and Reward3D prefix their trunk with blip.; HPSv2 has open_clip's names.
     blip = any(name.startswith("blip.") for name in state)
     clip = "visual.conv1.weight" in state
     if not blip and not clip:

@@ -32,10 +32,12 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
     """Return for each view [V] whether enough pixels have the nose's colour. Only paint counts, not the
     shape.
     """
+    # The first mode of a head's side is the face.
     nose = prompt_of(prompt).sides[0].nose
     if nose is None:
         return torch.zeros(len(images), dtype=torch.bool)
     apart = (images[:, :3] - images.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
+    # A count and not a share, since all images of the problem have 16 x 16 pixels.
     return (apart < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
 
 
@@ -44,6 +46,7 @@ def first_emblems(images: torch.Tensor, prompt: str) -> torch.Tensor:
     differ.
     """
     first, second = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
+    # Elsewhere both modes look alike, so these pixels would vote at random.
     differ = (first - second).norm(dim=1) > _CLOSE
     nearer = (images[:, :3] - first).norm(dim=1) < (images[:, :3] - second).norm(dim=1)
     return (nearer & differ).sum(dim=(1, 2)) * 2 > differ.sum(dim=(1, 2))
@@ -111,6 +114,7 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
     images = FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
 
     def minus_distance(prompts: Sequence[str]) -> torch.Tensor:
+        # [B, 2, 4, R, R], each prompt repeated for the four views
         both = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
         apart = (images[:, None] - both).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
         return -apart.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
@@ -136,6 +140,7 @@ class AssetJudge:
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
         """Return 0, 1 or -1 for each of A pairs of assets with one prompt each."""
+        # The second criterion decides only between assets with equal first criterion.
         scores = [self.score(asset, prompts).tolist() for asset in (first, second)]
         likely = [plausibility(asset)(prompts).tolist() for asset in (first, second)]
         return [
@@ -160,6 +165,7 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
         for side in range(SIDES):
             points, colours = emblem_points(prompt, side, RESOLUTION)  # [P, 3], [2, P, 3]
             seen = asset.colour(points)[i].cpu()
+            # [P] bool, True where the surface's colour is that of the first emblem
             nearer = (seen - colours[0]).norm(dim=1) < (seen - colours[1]).norm(dim=1)
             sides += int(nearer.double().mean() > 0.5)
         counts.append(sides)

@@ -35,6 +35,7 @@ class RewardMlp(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
+        # Dropout layers are inactive in eval mode, but they count in the names of the state dict.
         self.layers = nn.Sequential(
             nn.Linear(width, 1024),
             nn.Dropout(0.2),
@@ -84,6 +85,7 @@ class CrossViewAdapter(nn.Module):
         The result is the mean over views of gate * attended + (1 - gate) * feature, with gate =
         sigmoid(Linear [feature, attended]).
         """
+        # Each view attends to all four views of its asset, [A, V, D].
         attended, _ = self.self_attn(features, features, features, need_weights=False)
         gate = self.fusion_gate(torch.cat([features, attended], -1))
         return (gate * attended + (1 - gate) * features).mean(1)
@@ -102,6 +104,7 @@ class Reward3dNetwork(nn.Module):
         self.blip = Blip(sizes)
         self.mlp = RewardMlp(sizes.text_width)
         if kind == "Scorer":
+            # The capital letter is that of the published state dict.
             self.Scorer = ViewScorer()
         elif kind == "CrossViewFusion":
             self.cross_view_adapter = CrossViewAdapter(sizes.text_width)
@@ -130,6 +133,7 @@ class Reward3dNetwork(nn.Module):
         Raises: ValueError for a file of another network.
         """
         sizes = BlipSizes.of(state, source)
+        # The heads decide the kind, since all three share the BLIP trunk.
         kind: Kind = "Scorer" if "Scorer.fc1.weight" in state else "ImageReward"
         if any(name.startswith("cross_view_adapter.") for name in state):
             kind = "CrossViewFusion"
@@ -151,6 +155,7 @@ class BlipReward:
     differentiable = True
 
     def __init__(self, network: Reward3dNetwork, tokenize: Tokenize, device: str | torch.device = "cpu"):
+        # Eval mode and no gradients of parameters, in place.
         frozen(network, device)
         self.network = network
         self.tokenize = tokenize
@@ -182,7 +187,9 @@ def load_blip_reward(
     source = f"--reward: {path.name}"
     state = read(path, "--reward") if state is None else state
     network = Reward3dNetwork.of(state, source)
+    # The network on the meta device takes over the tensors of the file, without a copy.
     adopt(network, from_published(state), source)
+    # A tokenizer with more words would index beyond the embedding table.
     words = network.blip.text_encoder.config.vocab_size
     return BlipReward(
         network, bert_tokenizer(path.parent / "tokenizer", "--reward", TOKENS[network.kind], words), device

@@ -59,6 +59,7 @@ def head(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) -> 
     """
     # All random numbers of the head are taken at once, so that they do not depend on the kind of defect.
     u = torch.rand(8, generator=rng)
+    # u < 1, so the index is valid.
     prompt = list(BODIES)[int(u[0] * len(BODIES))]
     radii = _RADIUS * torch.tensor(BODIES[prompt]) * (0.9 + 0.2 * u[1])
     turn = int(u[2] * 4)
@@ -145,6 +146,7 @@ def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) ->
     order = torch.randperm(4, generator=rng)  # order[0] is the side with the nose
     low = bool(u[12] < 0.5)  # complete but low noses
     share = (0.15 if low else 0.3) * u[1:5]
+    # The side with a nose: complete, or reduced by the severity of no-nose.
     share[order[0]] = (
         max(0.0, 1 - (1.1 if low else 1.6) * severity) if kind == "no-nose" else 0.75 + 0.25 * u[5]
     )
@@ -152,6 +154,7 @@ def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) ->
         share[order[1 : 2 + int(3 * u[6])]] = min(1.0, 1.1 * severity if low else 0.2 + 0.9 * severity)
     solid = 1.2 + 1.8 * float(u[7])
     empty = -1 - float(u[8])
+    # [None]: one object
     made = build(prompt, share[None], solid=solid, empty=empty)
     # A low nose is filled from its base up to 3 * share voxels; the partial voxel gets a value in between.
     for side in range(4 if low else 0):
@@ -161,6 +164,7 @@ def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) ->
         inside = (3 * share[side] - above[nose]).clamp(-1, 1)
         made.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
     rough = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
+    # Every object has some noise; those with the defect `noise` have more.
     made.shape.add_(rough * torch.randn(made.shape.shape, generator=rng))
     level = (made.level - made.density(lattice.vertices)[0]) / GAIN
     if kind == "holes":
@@ -197,6 +201,7 @@ class MeshSet:
         Args: held_out: share of the held-out ones, 0..1.
         Raises: ValueError if a part has fewer than two labels of a kind.
         """
+        # Without pairs, all labels are split by their fractions, and nothing is dropped.
         parts = split_unpaired(
             self.labels,
             Splits(train=(), val=(), test=(), dropped=0, ties=0),
@@ -214,6 +219,7 @@ class MeshSet:
 
     def select(self, labels: Sequence[UnpairedPreference]) -> tuple[Patches, list[str]]:
         """Return the patches and prompts that belong to labels."""
+        # A label's seed is the row of its mesh.
         rows = torch.tensor([label.seed for label in labels])
         return Patches(*(part[rows] for part in self.patches)), [self.prompts[label.seed] for label in labels]
 
@@ -223,6 +229,7 @@ def severity_of(index: int, u: float) -> float:
 
     Preferred and other shapes alternate, and one in BETWEEN lies between the thresholds.
     """
+    # Severities of the two thresholds, from score = 5 - FALL * severity
     good, bad = ((5 - score) / FALL for score in (GOOD, BAD))
     if index % BETWEEN == BETWEEN - 1:
         return good + (bad - good) * (0.1 + 0.8 * u)
@@ -236,6 +243,7 @@ def generate_meshes(
 
     Shape i depends only on the seed and i.
     """
+    # All shapes share one lattice.
     lattice = cube(resolution)
     patches = []
     labels = list[UnpairedPreference]()
@@ -318,12 +326,14 @@ def load_mesh(path: Path) -> Mesh:
             f"expected finite triangles, got {len(faces)} faces in {path.name}. Export the surface as"
             " triangles."
         )
+    # float32 as generated meshes have
     mesh = Mesh(torch.from_numpy(vertices.astype(np.float32)), torch.from_numpy(faces))
     return mesh if float(signed_volume(mesh)) >= 0 else Mesh(mesh.vertices, mesh.faces.flip(1))
 
 
 def randomised_labels(labels: Sequence[UnpairedPreference], seed: int) -> list[UnpairedPreference]:
     """Permute scores and labels at random over the shapes, as a control."""
+    # A stream of its own, so that the order of batches is not changed.
     order = np.random.default_rng([seed, 3]).permutation(len(labels))
     return [
         replace(label, score=labels[i].score, label=labels[i].label)

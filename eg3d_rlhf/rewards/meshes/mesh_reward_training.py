@@ -59,6 +59,7 @@ class MeshTraining:
     def __init__(self, options: MeshRewardTraining, meshes: MeshSet):
         self.o = o = options
         self.meshes = replace(meshes, patches=area_only(meshes.patches)) if o.area_only else meshes
+        # The split depends on the data's seed, so that arms with other seeds share it.
         self.train, self.test = meshes.split(o.held_out, o.data_seed)
         if o.shuffled:
             self.train = randomised_labels(self.train, o.seed)
@@ -67,12 +68,15 @@ class MeshTraining:
                 "--set batch: half of a batch must not exceed the number of training meshes of either"
                 f" kind, got {o.batch}. Use a smaller batch."
             )
+        # The initialisation must not depend on the global random state.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(o.seed)
             self.reward = RewardCS(o.read, o.encoder, tuple(sorted(set(meshes.prompts))), o.resolution)
+        # From training meshes only, so that held-out meshes influence nothing.
         self.reward.calibrate(self.meshes.select(self.train)[0])
         self.optimizer = torch.optim.AdamW(self.reward.parameters(), lr=o.lr, weight_decay=o.weight_decay)
         self.loss = PreferenceLoss(
+            # All terms on pairs are switched off.
             LossWeights(
                 pairs=0,
                 scalar=0,
@@ -137,12 +141,14 @@ class MeshTraining:
             terms["divergence"] = terms["divergence"] * min(self.done / (o.divergence_ramp * o.steps), 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         cast(torch.Tensor, sum(terms.values())).backward()
+        # Stops with an error if a gradient is not finite, before it reaches the weights.
         torch.nn.utils.clip_grad_norm_(self.reward.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Return everything that changes during training, as tensors and JSON values."""
+        # Prefixes separate the reward's tensors from the optimiser's.
         tensors = {f"reward.{name}": value for name, value in self.reward.state_dict().items()}
         return {**tensors, **checkpoint.optimizer_tensors("optim", self.optimizer)}, {
             "done": self.done,
@@ -225,6 +231,7 @@ def run_training(training: MeshTraining, run: Run) -> dict:
     Raises: StoppedError after a signal.
     """
     options = training.o
+    # A resumed run continues from its last checkpoint.
     if any(run.folder.glob("checkpoint-*.safetensors")):
         training.load(*run.read())
     run.go_on(training.done, training.done // EVERY)
@@ -264,7 +271,10 @@ def run_table(
     """
     path = out / TABLE
     settings = {
-        k: v for k, v in options.to_dict().items() if k not in ("seed", "divergence", "shuffled", "area_only")
+        # Arms and seeds change these settings, so they do not belong to the table.
+        k: v
+        for k, v in options.to_dict().items()
+        if k not in ("seed", "divergence", "shuffled", "area_only")
     }
     known = json.loads(path.read_text()) if path.is_file() else {"training": settings, "rows": {}}
     # Through JSON, so that tuples become lists, as in the file.
@@ -298,6 +308,7 @@ def summary(rows: dict[str, dict]) -> dict[str, dict]:
     """
     table = {}
     for arm in ARMS:
+        # Row names are "arm/seed".
         of_arm = [row for name, row in rows.items() if name.split("/")[0] == arm]
         if of_arm:
             scores = [row["auc"] for row in of_arm]

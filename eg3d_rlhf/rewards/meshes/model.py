@@ -51,7 +51,10 @@ class MeshEncoder(nn.Module):
         width = options.width
         self.options = options
         self.to_patch_embedding = nn.Sequential(
-            nn.Flatten(2), nn.Linear(NUMBERS * options.faces, width), nn.LayerNorm(width)
+            # [A, P, F, 10] -> [A, P, 10 F] -> [A, P, C]
+            nn.Flatten(2),
+            nn.Linear(NUMBERS * options.faces, width),
+            nn.LayerNorm(width),
         )
         self.pos_embedding = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
         self.blocks = nn.ModuleList(Block(width, options.heads, 4 * width) for _ in range(options.depth))
@@ -68,6 +71,7 @@ class MeshEncoder(nn.Module):
             ("A", "P", self.options.faces, NUMBERS),
             "Use the patch options that are stored with the reward.",
         )
+        # A patch's position is the mean of its face centres.
         x = self.to_patch_embedding(patches.features) + self.pos_embedding(patches.centres.mean(dim=2))
         # A mesh without patches attends to all masked ones, since a softmax over nothing is NaN.
         keep = (patches.mask | ~patches.mask.any(dim=1, keepdim=True))[:, None, None]
@@ -78,6 +82,7 @@ class MeshEncoder(nn.Module):
 
 def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the maximum over the tokens [A, P, C] that are not masked, [A, C]; 0 if all are masked."""
+    # -inf is never the maximum, unless all tokens are masked.
     largest = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
     return torch.where(mask.any(dim=1, keepdim=True), largest, 0.0)
 
@@ -117,6 +122,7 @@ class PromptTokens(nn.Module):
         self.width = width
         self.table = nn.Embedding(len(self.prompts) + 1, width)
         self.words = nn.Embedding(BUCKETS, width)
+        # Row 0 is reserved for unknown prompts.
         self._row = {prompt: i for i, prompt in enumerate(self.prompts, 1)}
 
     def forward(
@@ -128,12 +134,14 @@ class PromptTokens(nn.Module):
         """
         device = self.table.weight.device
         rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
+        # The words of such a prompt are still read.
         rows = rows if unknown is None else rows.masked_fill(unknown.to(device), 0)
         # crc32 and not hash(), which changes with every process.
         words = [
             [zlib.crc32(word.encode()) % BUCKETS for word in _WORD.findall(prompt.lower())]
             for prompt in prompts
         ]
+        # Shorter prompts are padded, and the mask excludes the padding.
         longest = max((len(row) for row in words), default=0)
         shape = len(prompts), longest
         index = torch.tensor(
@@ -188,14 +196,18 @@ class RewardCS(nn.Module):
         """Set mean and standard deviation of each feature from the patches of training meshes."""
         known = patches.features[patches.mask].flatten(0, 1)  # [all faces, 10]
         self.mean.copy_(known.mean(dim=0))
+        # In place, because both are buffers of the state dict.
         self.scale.copy_(known.std(dim=0).clamp_min(_LEAST_SCALE))
 
-    def embed(self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return embeddings [A, C]. Differentiable in features and centres. Args: unknown: see
         `PromptTokens`.
         """
         assert len(prompts) == len(patches.features)
         features = (patches.features.to(self.mean) - self.mean) / self.scale
+        # .to(self.mean) also moves the patches to the network's device and type.
         standard = Patches(features, patches.centres.to(self.mean), patches.mask)
         tokens = self.encoder(standard)  # [A, P, C]
         text, text_mask = self.text(prompts, unknown)
@@ -238,6 +250,7 @@ def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> Re
         patches = PatchOptions(**meta["patches"])
         encoder = EncoderOptions(**meta["encoder"])
         made = RewardCS(patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"])
+        # Strict, so that other sizes than those of the header are an error.
         made.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
