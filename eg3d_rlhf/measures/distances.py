@@ -172,13 +172,15 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
     [-1, 1].
     """
     statistics = FeatureStatistics(network.dim)
-    kept = []
+    all_features = []
     for images in batches:
         features = network(images)
         # The statistics are exact in float64; the features are kept in the network's float32 for KID.
         statistics.update(features)
-        kept.append(features.cpu().numpy())
-    return statistics, np.concatenate(kept) if kept else np.zeros((0, network.dim), dtype=np.float32)
+        all_features.append(features.cpu().numpy())
+    return statistics, np.concatenate(all_features) if all_features else np.zeros(
+        (0, network.dim), dtype=np.float32
+    )
 
 
 def draw_subsets(
@@ -189,9 +191,9 @@ def draw_subsets(
     """
     # A stream of its own, so that the estimate is the same for the same seed.
     random = np.random.RandomState(seed)
-    taken = min(size, n, m)
+    subset_size = min(size, n, m)
     for _ in range(subsets):
-        yield random.choice(n, taken, replace=False), random.choice(m, taken, replace=False)
+        yield random.choice(n, subset_size, replace=False), random.choice(m, subset_size, replace=False)
 
 
 def kernel_inception_distance(

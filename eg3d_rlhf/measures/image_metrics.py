@@ -154,9 +154,9 @@ def evaluate(
         ),
     )
     # A generator: each batch is rendered when `collect` asks for it.
-    made = fake_batches(generator.generator, cameras, options)
+    fakes = fake_batches(generator.generator, cameras, options)
     fake = collect(
-        network, _with_progress(made, bar(options.images, "features of generated images"), faces[1])
+        network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
     )
     records = []
     for metric in options.metrics:

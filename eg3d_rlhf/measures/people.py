@@ -102,19 +102,21 @@ def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
     results: dict[str, float] = {}
     for suffix, place in (("", behind), ("_front", in_front)):
         # Distances from the shape's points at a place to the head, and from the head's points to the shape
-        ways = _distances(shape, head, place), _distances(head, shape, place)
+        distances = _distances(shape, head, place), _distances(head, shape, place)
         results |= {
-            f"fscore{suffix}": _fscore(ways, VOXEL),
-            f"fine{suffix}": _fscore(ways, FINE),
-            f"completeness{suffix}": float((ways[1] <= FINE).mean()),
-            f"distance{suffix}": float(np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in ways])),
+            f"fscore{suffix}": _fscore(distances, VOXEL),
+            f"fine{suffix}": _fscore(distances, FINE),
+            f"completeness{suffix}": float((distances[1] <= FINE).mean()),
+            f"distance{suffix}": float(
+                np.mean([np.minimum(way / VOXEL, FARTHEST).mean() for way in distances])
+            ),
         }
     return results
 
 
-def _fscore(ways: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
+def _fscore(distances: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
     """Compute the harmonic mean of precision and recall from the distances in both directions."""
-    first, second = (float((way <= tolerance).mean()) for way in ways)
+    first, second = (float((way <= tolerance).mean()) for way in distances)
     return 2 * first * second / (first + second) if first + second else 0.0
 
 

@@ -143,20 +143,20 @@ def _interval(statistic: "_Frechet | _Kernel | _Change", resamples: int, seed: i
     # A resample is given by how often each item occurs in it: counts [B, N] and [B, M].
     draws = [rng.multinomial(size, np.full(size, 1 / size), resamples) for size in sizes]
     values = statistic.resampled(*draws)  # [B]
-    once = values - _linear(draws, slopes) - measured
+    first_order = values - _linear(draws, slopes) - measured
     # An unbiased statistic needs no correction, which would only add noise.
     bias = noise = 0.0
     if statistic.biased:
         # Second level: each resample is resampled with its own counts as weights.
-        again = [rng.multinomial(size, counts / size) for size, counts in zip(sizes, draws, strict=True)]
-        twice = statistic.resampled(*again) - _linear(again, slopes) - measured
-        estimates = 3 * once - twice  # [B]: once - ((twice - once) - once)
+        redraws = [rng.multinomial(size, counts / size) for size, counts in zip(sizes, draws, strict=True)]
+        second_order = statistic.resampled(*redraws) - _linear(redraws, slopes) - measured
+        estimates = 3 * first_order - second_order  # [B]: first - ((second - first) - first)
         bias = float(estimates.mean())
         noise = float(estimates.var(ddof=1)) / resamples  # variance of the estimated bias itself
     # Var(L) + 2 Var(Q), see "Width" in the module's docstring.
     influence = sum(float((slope**2).sum()) / (len(slope) * (len(slope) - 1)) for slope in slopes)
     # Var(Q) cannot exceed half of the influence variance, or the linear part would have a negative variance.
-    quadratic = min(float(once.var(ddof=1)), influence / 2)
+    quadratic = min(float(first_order.var(ddof=1)), influence / 2)
     linear, constant = ((1 + statistic.allowance) * part for part in (influence - 2 * quadratic, quadratic))
     z = float(ndtri(0.975))  # two-sided 95 %
     centre = measured - bias

@@ -56,11 +56,14 @@ def topology(vertices: np.ndarray, faces: np.ndarray) -> Topology:
     """
     vertices, faces = _checked(vertices, faces)
     partner = _partners(faces)  # [C] half-edge, -1 where open
-    here = np.flatnonzero(partner >= 0)
-    there = partner[here]  # runs in the opposite direction: it starts where the half-edge here ends
+    paired_corners = np.flatnonzero(partner >= 0)
+    # A partner runs in the opposite direction: it starts where the half-edge of the corner ends.
+    partner_corners = partner[paired_corners]
     # Number the points [C]. Corners that an edge joins are one point, also if the mesh has copies of a
     # vertex.
-    point, points = connected([(here, _next(there)), (_next(here), there)], len(partner))
+    point, points = connected(
+        [(paired_corners, _next(partner_corners)), (_next(paired_corners), partner_corners)], len(partner)
+    )
     surface, surfaces = _surfaces(partner)
     first = surface[0::3]  # [F] surface of each face
     opened = partner < 0
@@ -345,17 +348,18 @@ def median_change(before: LevelSet, after: LevelSet) -> float:
     """
     moved = []
     # Both directions: points of the new surface alone would miss what has disappeared.
-    for here, there in ((after, before), (before, after)):
-        points = surface_points(here.cube.float(), here.spec, -here.spec.box_warp, here.level)
-        points = points[in_head(points, here.spec)]
+    for surface, other in ((after, before), (before, after)):
+        points = surface_points(surface.cube.float(), surface.spec, -surface.spec.box_warp, surface.level)
+        points = points[in_head(points, surface.spec)]
         if len(points):
             points = resample(points, _POINTS, 0)
-            normals = here.normals(points)
+            normals = surface.normals(points)
             # Interpolated points are first moved onto the level set itself, so that equal shapes give 0.
             points = (
-                points + here.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
+                points
+                + surface.place(points, normals, torch.zeros(len(points)).to(points))[:, None] * normals
             )
-            moved.append(displacement(there, points, normals).abs())
+            moved.append(displacement(other, points, normals).abs())
     return float(torch.cat(moved).median()) if moved else float("nan")
 
 

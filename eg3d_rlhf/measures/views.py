@@ -213,16 +213,18 @@ def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Ten
 
 def _normal(views: Views, target: int, source: int, match: Match) -> tuple[Tensor, Tensor]:
     """Compute the angle [N, R, R] in degrees between matched normals, and a mask of where both are known."""
-    here, here_known = normals_from_points(views.points[:, target], views.foreground[:, target])
-    there, there_known = normals_from_points(views.points[:, source], views.foreground[:, source])
-    maps = torch.cat([there.permute(0, 3, 1, 2), there_known[:, None].float()], dim=1)  # [N, 4, R, R]
+    target_normals, target_known = normals_from_points(views.points[:, target], views.foreground[:, target])
+    source_normals, source_known = normals_from_points(views.points[:, source], views.foreground[:, source])
+    maps = torch.cat(
+        [source_normals.permute(0, 3, 1, 2), source_known[:, None].float()], dim=1
+    )  # [N, 4, R, R]
     sampled = sample_map(maps, match.grid)
     # Interpolation shortens the normals.
     direction = F.normalize(sampled[:, :3], dim=1).permute(0, 2, 3, 1)
     # angle = 2 asin(chord / 2) is accurate at small angles, where acos of a rounded cosine is not.
-    chord = (here - direction).norm(dim=-1).clamp_max(2.0)
+    chord = (target_normals - direction).norm(dim=-1).clamp_max(2.0)
     angle = torch.rad2deg(2 * torch.asin(chord / 2))
-    return angle, match.visible & here_known & (sampled[:, 3] > 0.999)
+    return angle, match.visible & target_known & (sampled[:, 3] > 0.999)
 
 
 def _mean_over_pairs(errors: list[tuple[Tensor, Tensor]], worst: float) -> np.ndarray:

@@ -160,8 +160,8 @@ def build(
         for mode, weight in ((1, 1 - share), (0, share)):
             for mask, colour in _painted(n, side, prompt.sides[mode]):
                 # Colours are blended as logits, in the parameters' own space.
-                there = voxels.paint[:, :, mask]  # [A, 3, voxels]
-                voxels.paint[:, :, mask] = there + weight[:, None, None] * (
+                colours = voxels.paint[:, :, mask]  # [A, 3, voxels]
+                voxels.paint[:, :, mask] = colours + weight[:, None, None] * (
                     _logit(colour) - _logit(COLOURS[prompt.body])
                 )
         if prompt.kind == "janus":
@@ -175,12 +175,12 @@ def modes() -> torch.Tensor:
 
     They are two modes per prompt, in the order of `PROMPTS`.
     """
-    both = []
+    latents = []
     for prompt in PROMPTS:
         # One object with all sides in the first mode and one with all sides in the second mode
-        made = build(prompt, torch.eye(2)[:, :1].expand(2, SIDES))
-        both.append(four_views(made.raw, torch.sigmoid(made.paint), made.pitch)[0][:, 0])
-    return torch.cat(both) * 2 - 1
+        objects = build(prompt, torch.eye(2)[:, :1].expand(2, SIDES))
+        latents.append(four_views(objects.raw, torch.sigmoid(objects.paint), objects.pitch)[0][:, 0])
+    return torch.cat(latents) * 2 - 1
 
 
 def modes_of(texts: Sequence[str]) -> torch.Tensor:
@@ -206,8 +206,8 @@ def start(texts: Sequence[str], generators: Sequence[torch.Generator], p: float 
         # u selects the range of a side's share, and v the place in the range.
         low, width = (torch.where(u < p, near, far) for near, far in zip(_NEAR, _FAR, strict=True))
         share = torch.lerp(low, width, v) if prompt.kind == "janus" else torch.full((SIDES,), 0.5)
-        made = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
-        for into, parameter in zip(started.parameters(), made.parameters(), strict=True):
+        initial = build(prompt, share[None], RESOLUTION, _STARTED_SOLID, _STARTED_EMPTY)
+        for into, parameter in zip(started.parameters(), initial.parameters(), strict=True):
             into[i] = parameter[0] + _START_NOISE * torch.randn(parameter.shape[1:], generator=rng)
     return started
 

@@ -47,10 +47,10 @@ def too_few(counts: Mapping[str, int], fractions: Sequence[float]) -> str:
         return ""
     # The total for which every split with a share gets its least number
     shares = zip((LEAST_TRAIN, LEAST_TEST, LEAST_TEST), fractions, strict=True)
-    wanted = max(math.ceil(least / share) for least, share in shares if share)
+    needed = max(math.ceil(least / share) for least, share in shares if share)
     return (
         f"too few labels: {train} pairs for training, {val} for the choice of the epoch and {test} for the"
-        f" test. About {wanted} labels are needed ({LEAST_TRAIN} for training, {LEAST_TEST} and"
+        f" test. About {needed} labels are needed ({LEAST_TRAIN} for training, {LEAST_TEST} and"
         f" {LEAST_TEST} held out). The figures below are not reliable."
     )
 
@@ -101,13 +101,13 @@ def score_seeds(
     """
     device = next(model.parameters()).device
     unique = list(dict.fromkeys(seeds))  # without repetitions, in the given order
-    mine: list[tuple[int, float]] = []
+    rank_scores: list[tuple[int, float]] = []
     with torch.no_grad():
         for start in range(ranks.rank * batch, len(unique), ranks.world * batch):
             part = unique[start : start + batch]
-            mine += zip(part, model.score(store.take(part, device)).tolist(), strict=True)
+            rank_scores += zip(part, model.score(store.take(part, device)).tolist(), strict=True)
     # Every rank needs all scores, for instance to choose the epoch alike.
-    scores = {int(seed): score for part in ranks.gather(mine) for seed, score in part}
+    scores = {int(seed): score for part in ranks.gather(rank_scores) for seed, score in part}
     # In the order of the seeds, which does not depend on the number of ranks.
     return {seed: scores[seed] for seed in unique}
 
@@ -194,12 +194,12 @@ def silhouette(points: np.ndarray, kind: np.ndarray) -> float:
     distance = cdist(points, points)
     # [2, N]: sums of distances to points of kind False and of kind True
     sums = np.stack([distance[:, ~kind].sum(1), distance[:, kind].sum(1)])
-    mine = kind.astype(int)
+    kind_index = kind.astype(int)
     count = np.array([(~kind).sum(), kind.sum()])
     each = np.arange(len(kind))
     # The distance to itself is 0, so the divisor leaves the point out.
-    a = sums[mine, each] / (count[mine] - 1)
-    b = sums[1 - mine, each] / count[1 - mine]
+    a = sums[kind_index, each] / (count[kind_index] - 1)
+    b = sums[1 - kind_index, each] / count[1 - kind_index]
     # A tiny divisor for points that coincide, whose silhouette is 0.
     return float(((b - a) / np.maximum(np.maximum(a, b), np.finfo(float).tiny)).mean())
 
@@ -225,7 +225,7 @@ def evaluate_unpaired(
             for i in range(0, len(seeds), 32)
         ]
     points = torch.nn.functional.normalize(torch.cat(parts))
-    apart = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
+    divergence = cs_divergence(points[kind], points[~kind], median_distance(points), "U")
     values = np.array([scores[seed] for seed in seeds])
     n = [int(kind.sum()), int((~kind).sum())]
     # Ties count one half, see `auc`.
@@ -234,7 +234,7 @@ def evaluate_unpaired(
         "n": n,
         "auc": area,
         "auc_interval_95": list(auc_interval(area, *n)),
-        "divergence": float(apart),
+        "divergence": float(divergence),
         "silhouette": silhouette(points.numpy(), kind),
     }
 
@@ -266,9 +266,9 @@ def evaluate(
     if np.any(sign):
         report["clean"] = rate(int((margin * sign > 0).sum()), int((sign != 0).sum()))
         report["label_noise"] = float((sign < 0).sum() / (sign != 0).sum())
-    apart = (sign != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
-    if np.any(apart):
-        report["apart"] = rate(int((margin * sign > 0)[apart].sum()), int(apart.sum()))
+    differs = (sign != 0) & np.array([label.extra.get("gap", 0.0) >= APART for label in labels])
+    if np.any(differs):
+        report["apart"] = rate(int((margin * sign > 0)[differs].sum()), int(differs.sum()))
     return report
 
 
@@ -282,8 +282,8 @@ def ordered_by(filled: Mapping[int, float], labels: Sequence[Preference]) -> dic
     # +1 or -1 times the difference: positive where the feature agrees with the noise-free order
     right = np.array([2 * (label.clean == label.winner) - 1 for label in known])
     right = right * np.array([filled[label.winner] - filled[label.loser] for label in known]) > 0
-    apart = np.array([label.extra.get("gap", 0.0) >= APART for label in known], dtype=bool)
-    counted = {"clean": np.ones_like(apart), "apart": apart}
+    differs = np.array([label.extra.get("gap", 0.0) >= APART for label in known], dtype=bool)
+    counted = {"clean": np.ones_like(differs), "apart": differs}
     return {
         name: rate(int(right[rows].sum()), int(rows.sum())) for name, rows in counted.items() if rows.any()
     }

@@ -80,13 +80,13 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
 
     Raises: ValueError if the file is damaged or foreign, or if its run had other options.
     """
-    held = (
+    content = (
         {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
         if state.ranks.main
         else None
     )
     # Ranks on other machines may not see the file.
-    data = state.ranks.broadcast_named(held)["file"]
+    data = state.ranks.broadcast_named(content)["file"]
     try:
         stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
         values = json.loads(stored["plain"])
@@ -310,8 +310,8 @@ def train_reward(
         drawn = np.random.default_rng([options.seed, len(data.train)]).integers(
             len(data.train), size=len(data.train)
         )
-        again = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
-        data = replace(data, train=[data.train[i] for i in drawn], unpaired=again)
+        resampled = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
+        data = replace(data, train=[data.train[i] for i in drawn], unpaired=resampled)
     # A private random state, so that the initialisation depends only on the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -449,14 +449,14 @@ def _step(
     terms = {}
     figures = {}
     paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
-    shown = [] if paired is None else [paired[0]]
+    observed = [] if paired is None else [paired[0]]
     if batch.shapes:
-        shown.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
+        observed.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
     rows = 0 if paired is None else len(paired[0])
     # One forward pass for pairs and unpaired labels: batch normalisation, if any, sees both.
     with batch.draws(rows):
         out = state.model(
-            shown[0] if len(shown) == 1 else torch.cat(shown), reconstruct=weights.reconstruction > 0
+            observed[0] if len(observed) == 1 else torch.cat(observed), reconstruct=weights.reconstruction > 0
         )
     if paired is not None:
         count = len(batch.of_items.rows)
@@ -487,7 +487,7 @@ def _step(
             figures["correct"] = correct
             if out.reconstruction is not None:
                 terms["reconstruction"] = (
-                    weights.reconstruction * reconstruction_loss(out.reconstruction, shown[0]).mean()
+                    weights.reconstruction * reconstruction_loss(out.reconstruction, observed[0]).mean()
                 )
     return _update(state, batch, terms, figures)
 

@@ -74,7 +74,7 @@ class Observation(abc.ABC):
         # Subclasses are dataclasses; the base class is not, which mypy cannot express.
         values |= dataclasses.asdict(self)  # type: ignore[call-overload]
         if "spec" in values:
-            # SlabSpec omits later fields at their defaults, so that earlier descriptions and hashes stay the same.
+            # SlabSpec omits later fields at their defaults, so that earlier hashes stay the same.
             values["spec"] = self.spec.to_dict()  # type: ignore[attr-defined]
         return values
 
@@ -84,12 +84,14 @@ class Observation(abc.ABC):
         fields.
         """
         # JSON has lists where the dataclass has tuples.
-        made = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        arguments = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         if "spec" in cls.__dataclass_fields__:  # type: ignore[attr-defined]
             # A missing spec is read as an empty one, whose missing fields SlabSpec reports.
-            made["spec"] = SlabSpec.from_dict(values.get("spec", {}))
+            arguments["spec"] = SlabSpec.from_dict(values.get("spec", {}))
         try:
-            return cls(**made)
+            return cls(**arguments)
         except TypeError as error:
             raise ValueError(
                 f"observation {cls.kind}: fields do not match: {error}. Check the reward's file; a later"

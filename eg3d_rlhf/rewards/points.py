@@ -80,8 +80,8 @@ def choose_places(usable: torch.Tensor, count: int, seed: int) -> tuple[torch.Te
     # Unusable places rank after all usable ones; topk returns them sorted.
     best = torch.where(usable, ranks, ranks + places).topk(count, dim=1, largest=False)
     # At least 1, so that the remainder below is defined for shapes without a usable place.
-    held = usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
-    return best.indices.gather(1, torch.arange(count, device=usable.device) % held), usable.any(
+    usable_count = usable.sum(dim=1, keepdim=True).clamp(1, count)  # [N, 1]
+    return best.indices.gather(1, torch.arange(count, device=usable.device) % usable_count), usable.any(
         dim=1, keepdim=True
     )
 
@@ -130,7 +130,7 @@ def level_set(
     first, second, axis = _places(grid.shape, density.device)
     flat = density.flatten(1)
     usable = (flat[:, first] >= level) != (flat[:, second] >= level)  # [N, E]
-    chosen, held = choose_places(usable, count, seed)  # [N, P]
+    chosen, has_crossing = choose_places(usable, count, seed)  # [N, P]
     a = first[chosen]
     b = second[chosen]
     start = flat.gather(1, a)
@@ -151,7 +151,7 @@ def level_set(
     normals = torch.nn.functional.normalize(-torch.lerp(at_a, at_b, t[:, None]), dim=1, eps=_FLAT).transpose(
         1, 2
     )
-    return points, normals, held
+    return points, normals, has_crossing
 
 
 def in_box(points: torch.Tensor, side: float, centre: tuple[float, float, float]) -> torch.Tensor:
@@ -228,12 +228,12 @@ class LevelSetPoints(Observation):
 
     def observe(self, field: Field) -> torch.Tensor:
         """Compute the clouds, see `Observation`."""
-        points, normals, held = level_set(
+        points, normals, has_surface = level_set(
             field.density_grid(self.spec), field.level, self.spec, self.points, self.seed
         )
-        # Multiplying by `held` sets clouds without a surface to zero, and their gradients, too.
+        # Multiplying by `has_surface` sets clouds without a surface to zero, and their gradients, too.
         cloud = torch.cat([in_box(points, self.spec.box_warp, self.spec.centre), normals], dim=2)
-        return (cloud * held[..., None]).transpose(1, 2)
+        return (cloud * has_surface[..., None]).transpose(1, 2)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror clouds with probability one half."""
@@ -318,8 +318,8 @@ class LiftedPoints(Observation):
         points, seen = self._seen(field)
         points = in_box(points, self.box_side, self.centre)
         usable = (seen.opacity.flatten(1) >= _OPAQUE) & (points.abs() <= 1).all(dim=2)
-        chosen, held = choose_places(usable, self.points, self.seed)
-        return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * held[..., None]).transpose(1, 2)
+        chosen, has_pixels = choose_places(usable, self.points, self.seed)
+        return (points.gather(1, chosen[..., None].expand(-1, -1, 3)) * has_pixels[..., None]).transpose(1, 2)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """Mirror clouds with probability one half."""

@@ -89,8 +89,8 @@ class StridedConv3d(nn.Module):
         if self.training:
             return self._features(slab, difference)
         # One batch for both orientations, [2 N, ...]
-        both = self._features(torch.cat([slab, mirrored]), torch.cat([difference, difference]))
-        return 0.5 * (both[: len(slab)] + both[len(slab) :])
+        features = self._features(torch.cat([slab, mirrored]), torch.cat([difference, difference]))
+        return 0.5 * (features[: len(slab)] + features[len(slab) :])
 
 
 class RewardModel(RewardNetwork):

@@ -212,14 +212,14 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         splits, shapes = numbered(splits)
     single = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
     # Pairs are training data only if the loss has terms on pairs.
-    learns = bool(settings.train.weights.on_pairs) or not unpaired
-    few = too_few(splits.counts(), settings.fractions) if learns else ""
-    if unpaired and not few:
-        few = too_few_shapes(
+    trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
+    warning = too_few(splits.counts(), settings.fractions) if trains_on_pairs else ""
+    if unpaired and not warning:
+        warning = too_few_shapes(
             *(sum(label.preferred is kind for label in single["test"]) for kind in (True, False))
         )
-    if few and run.ranks.main:
-        print(f"Warning: {few}", file=sys.stderr, flush=True)
+    if warning and run.ranks.main:
+        print(f"Warning: {warning}", file=sys.stderr, flush=True)
     data = collect_observations(settings, opened, splits, single, shapes, run.ranks)
     states, start = _train(settings, run, data)
     # All ranks have finished training before any of them ends.
@@ -232,7 +232,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
     if len(states) > 1:
         observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
         model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
-    report = assess(settings, model, states, data, splits) | {"too_few": few}
+    report = assess(settings, model, states, data, splits) | {"too_few": warning}
     # A simple baseline: how many test pairs does the volume alone order correctly?
     if (
         isinstance(opened.observation, SigmaSlab)

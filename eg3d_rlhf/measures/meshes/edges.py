@@ -78,9 +78,9 @@ class Edges:
         same = vertex[a] == vertex[b]
         after_a = _after(a)
         after_b = _after(b)
-        ours = np.concatenate([a, after_a])
-        theirs = np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
-        return connected([(ours, theirs)], 3 * len(self.mesh.faces))
+        corners = np.concatenate([a, after_a])
+        partners = np.concatenate([np.where(same, b, after_b), np.where(same, after_b, b)])
+        return connected([(corners, partners)], 3 * len(self.mesh.faces))
 
     def rims(self) -> int:
         """Count loops of open edges. Two loops that touch at a pinched vertex count as two."""

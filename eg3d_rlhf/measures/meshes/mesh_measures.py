@@ -174,11 +174,11 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
         if face_volumes(vertices, faces).sum() < 0:
             # manifold3d accepts only parts that are wound outwards.
             faces = np.ascontiguousarray(faces[:, ::-1])
-        made = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
-        if made.status() != manifold3d.Error.NoError:
+        body = manifold3d.Manifold(manifold3d.Mesh64(np.ascontiguousarray(vertices), faces.astype(np.uint64)))
+        if body.status() != manifold3d.Error.NoError:
             return None
         # A cavity is subtracted and not united.
-        (hollows if number in cavities else bodies).append(made)
+        (hollows if number in cavities else bodies).append(body)
     hollow = sum(cavity.volume() for cavity in hollows)
     summed = sum(body.volume() for body in bodies) - hollow
     union = manifold3d.Manifold.batch_boolean(bodies, manifold3d.OpType.Add).volume() - hollow

@@ -139,10 +139,10 @@ class Space:
         if rows:
             edge, face = np.array(rows).T
             # The edge's own faces always touch it, at a shared corner, and do not count.
-            apart = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
+            no_shared_corner = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
             passing = np.zeros(len(ends), dtype=bool)
-            passing[edge[apart]] = True
-            crossed[face[apart]] = True
+            passing[edge[no_shared_corner]] = True
+            crossed[face[no_shared_corner]] = True
             # An edge that passes through a face belongs to faces which cross that face, too.
             crossed[edges.order[np.repeat(passing, edges.faces)] // 3] = True
         return crossed
@@ -189,15 +189,15 @@ def hidden_samples(
     hidden = np.ones(len(points), dtype=bool)
     # The second block is traced only for points from which no ray of the first block escaped.
     for block in (rays[:_FIRST], rays[_FIRST:]):
-        left = np.flatnonzero(hidden)
-        if not len(left) or not len(block):
+        remaining = np.flatnonzero(hidden)
+        if not len(remaining) or not len(block):
             break
         # [P, K]: a ray starts on the side of the surface towards which it points
-        side = np.where(normals[left] @ block.T >= 0, OFFSET, -OFFSET)
-        origins = points[left, None] + side[..., None] * normals[left, None]  # [P, K, 3]
+        side = np.where(normals[remaining] @ block.T >= 0, OFFSET, -OFFSET)
+        origins = points[remaining, None] + side[..., None] * normals[remaining, None]  # [P, K, 3]
         outward = np.broadcast_to(block, origins.shape)
         distance, _ = space.first_hits(origins.reshape(-1, 3), outward.reshape(-1, 3))
-        hidden[left] = np.isfinite(distance).reshape(len(left), -1).all(axis=1)
+        hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
     return hidden
 
 

@@ -39,8 +39,8 @@ def nearer_first(pixels: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
             f" {list(pixels.shape[2:])}. Choose another --reward."
         )
     # The difference of squared distances is linear in x, so its gradient is the same everywhere.
-    apart = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
-    return apart / (first - second).square().flatten(1).sum(1)
+    difference = (pixels - second).square().flatten(1).sum(1) - (pixels - first).square().flatten(1).sum(1)
+    return difference / (first - second).square().flatten(1).sum(1)
 
 
 class _EachImage:
@@ -180,9 +180,9 @@ class Floaters:
         del prompts, step
         filled = occupancy(field)
         # Connected components have no gradient, so the mask is a constant.
-        apart = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)
+        floating = torch.stack([_apart(cells.detach().cpu().numpy()) for cells in filled]).to(filled)
         # The clamp is for empty fields.
-        return -(filled * apart).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+        return -(filled * floating).sum(dim=(1, 2, 3)) / filled.sum(dim=(1, 2, 3)).clamp_min(1e-6)
 
 
 def _apart(filled: np.ndarray) -> torch.Tensor:

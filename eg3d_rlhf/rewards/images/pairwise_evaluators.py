@@ -36,9 +36,9 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
     nose = prompt_of(prompt).sides[0].nose
     if nose is None:
         return torch.zeros(len(images), dtype=torch.bool)
-    apart = (images[:, :3] - images.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
+    distance = (images[:, :3] - images.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
     # A count and not a share, since all images of the problem have 16 x 16 pixels.
-    return (apart < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
+    return (distance < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
 
 
 def first_emblems(images: torch.Tensor, prompt: str) -> torch.Tensor:
@@ -115,9 +115,9 @@ def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
 
     def minus_distance(prompts: Sequence[str]) -> torch.Tensor:
         # [B, 2, 4, R, R], each prompt repeated for the four views
-        both = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
-        apart = (images[:, None] - both).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
-        return -apart.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
+        mode_images = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
+        squared = (images[:, None] - mode_images).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
+        return -squared.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
 
     return minus_distance
 

@@ -155,23 +155,24 @@ def janus(lattice: Lattice, kind: str, severity: float, rng: torch.Generator) ->
     solid = 1.2 + 1.8 * float(u[7])
     empty = -1 - float(u[8])
     # [None]: one object
-    made = build(prompt, share[None], solid=solid, empty=empty)
+    objects = build(prompt, share[None], solid=solid, empty=empty)
     # A low nose is filled from its base up to 3 * share voxels; the partial voxel gets a value in between.
     for side in range(4 if low else 0):
         # Height above the base of the recess: 1 and 2 voxels
-        nose = nose_voxels(made.resolution, side)
-        above = side_axes(made.resolution, side)[2] - FLOOR
+        nose = nose_voxels(objects.resolution, side)
+        above = side_axes(objects.resolution, side)[2] - FLOOR
         inside = (3 * share[side] - above[nose]).clamp(-1, 1)
-        made.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
+        objects.shape[0, nose] = torch.where(inside > 0, solid * inside, -empty * inside)
     rough = 0.05 + (1.2 * severity if kind == "noise" else 0.15 * float(u[9]))
     # Every object has some noise; those with the defect `noise` have more.
-    made.shape.add_(rough * torch.randn(made.shape.shape, generator=rng))
-    level = (made.level - made.density(lattice.vertices)[0]) / GAIN
+    objects.shape.add_(rough * torch.randn(objects.shape.shape, generator=rng))
+    level = (objects.level - objects.density(lattice.vertices)[0]) / GAIN
     if kind == "holes":
         # A hole in one of the six sides of the box
         x = torch.randn(3, generator=rng)
         level = torch.maximum(
-            level, (0.3 * severity - (lattice.vertices - 0.43 * x / x.abs().max()).norm(dim=1)) / made.pitch
+            level,
+            (0.3 * severity - (lattice.vertices - 0.43 * x / x.abs().max()).norm(dim=1)) / objects.pitch,
         )
     return level, prompt.text
 

@@ -177,7 +177,7 @@ class MeshTraining:
         defects = np.array([self.meshes.kinds[label.seed] for label in labels])
         values = scores.numpy()
         # Embeddings of both kinds, and the kernel's bandwidth
-        apart = (
+        embeddings = (
             points[torch.from_numpy(kind)],
             points[torch.from_numpy(~kind)],
             max(float(median_distance(points)), TINY),
@@ -185,9 +185,9 @@ class MeshTraining:
         figures = {
             "n": [int(kind.sum()), int((~kind).sum())],
             "auc": auc(values[kind], values[~kind]),
-            "divergence": float(cs_divergence(*apart, "U")),
-            "divergence_v": float(cs_divergence(*apart)),
-            "divergence_fixed": float(cs_divergence(*apart[:2], self.o.bandwidth, "U")),
+            "divergence": float(cs_divergence(*embeddings, "U")),
+            "divergence_v": float(cs_divergence(*embeddings)),
+            "divergence_fixed": float(cs_divergence(*embeddings[:2], self.o.bandwidth, "U")),
             "silhouette": silhouette(points.numpy(), kind),
         }
         known = sorted({str(name) for name in defects[~kind] if name})

@@ -94,11 +94,13 @@ def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> l
     Raises: ValueError if the remaining entries do not fit.
     """
     # Checkpoints of parallel training and of the autoencoder have these prefixes.
-    given = {name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()}
-    left = sorted(name for name in given if name.startswith(_OTHERS))
-    trunk = {name: value for name, value in given.items() if name not in left}
+    renamed = {
+        name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()
+    }
+    unused = sorted(name for name in renamed if name.startswith(_OTHERS))
+    trunk = {name: value for name, value in renamed.items() if name not in unused}
     load_strict(encoder, trunk, f"MeshMAE, of {encoder.options}")
-    return left
+    return unused
 
 
 # Prompts as tokens without a text model: a learned row for each known prompt, and a learned row for each
@@ -249,12 +251,14 @@ def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> Re
     try:
         patches = PatchOptions(**meta["patches"])
         encoder = EncoderOptions(**meta["encoder"])
-        made = RewardCS(patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"])
+        reward = RewardCS(
+            patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"]
+        )
         # Strict, so that other sizes than those of the header are an error.
-        made.load_state_dict(tensors)
+        reward.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path}: expected a mesh reward of this version, got: {reason[:200]}. Train the reward again."
         ) from error
-    return made.to(device).eval().requires_grad_(False)
+    return reward.to(device).eval().requires_grad_(False)

@@ -122,7 +122,7 @@ class MeshReader:
         """Compute vertex normals of all assets, and a net and a plan where a sign on the lattice has
         changed.
         """
-        made = []
+        rebuilt = []
         for i, raw in enumerate(density):
             levels = closed_level(level - raw, self.lattice)
             past = self.held[i] if len(self.held) == len(density) else None
@@ -131,8 +131,10 @@ class MeshReader:
             known = past.net if past is not None and same else net(levels, self.lattice)
             mesh = net_mesh(levels, self.lattice, known)
             plan = past.plan if past is not None and same else plan_of(mesh, self.options)
-            made.append(Held(levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan))
-        return made
+            rebuilt.append(
+                Held(levels < 0, vertex_normals(plan.mixed(mesh.vertices), plan.faces), known, plan)
+            )
+        return rebuilt
 
     @torch.no_grad()
     def _joined(self) -> _Batch:

@@ -235,11 +235,11 @@ def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
     for _ in range(levels):
         points, new = subdivided(points, new)
     face, weight = nearest_on(points, vertices[old])
-    source, made, weights = (
+    source, subdivided_faces, weights = (
         torch.from_numpy(part).to(device) for part in (old[face], new, weight.astype(np.float32))
     )
     mask = torch.ones(patches, dtype=torch.bool, device=device)
-    return Plan(source, weights / weights.sum(dim=1, keepdim=True), made, select, mask)
+    return Plan(source, weights / weights.sum(dim=1, keepdim=True), subdivided_faces, select, mask)
 
 
 def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,9 +261,9 @@ def base(vertices: np.ndarray, faces: np.ndarray, count: int) -> tuple[np.ndarra
         corner = points[new]
         areas = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
         largest = np.argsort(-np.bincount(part, weights=areas, minlength=number), kind="stable")
-        held = np.bincount(part, minlength=number)[largest].cumsum() <= count
+        fits = np.bincount(part, minlength=number)[largest].cumsum() <= count
         # If the largest part alone is too large, keep its largest faces.
-        kept = np.isin(part, largest[held]) if held[0] else np.argsort(-areas, kind="stable")[:count]
+        kept = np.isin(part, largest[fits]) if fits[0] else np.argsort(-areas, kind="stable")[:count]
         points, new = compact(points, new[kept])
     return _halved(points.astype(np.float64), new.astype(np.int64), count)
 
@@ -371,12 +371,12 @@ def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
     normals = cross / np.maximum(double, 1e-12)[:, None]
     areas = double / 2
     centres = triangles.mean(axis=1)
-    wanted = min(patches, len(faces))
+    region_count = min(patches, len(faces))
     pairs = neighbours(faces)
-    seeds = farthest_points(torch.from_numpy(centres.T.copy())[None], wanted, "farthest")[0].numpy()
+    seeds = farthest_points(torch.from_numpy(centres.T.copy())[None], region_count, "farthest")[0].numpy()
     label = _grow(normals, pairs, seeds)
-    label = _merge(label, pairs, areas, centres, wanted)
-    return _split(label, areas, centres, wanted)
+    label = _merge(label, pairs, areas, centres, region_count)
+    return _split(label, areas, centres, region_count)
 
 
 def neighbours(faces: np.ndarray) -> np.ndarray:
@@ -429,15 +429,15 @@ def _grow(normals: np.ndarray, pairs: np.ndarray, seeds: np.ndarray) -> np.ndarr
         label[face[similar][order]] = region[similar][order]
         np.add.at(total, label[new], normals[new])
     # Faces that no seed reaches are grouped by connected part.
-    left = label < 0
-    if left.any():
-        linked = left[pairs].all(axis=1)
+    unreached = label < 0
+    if unreached.any():
+        linked = unreached[pairs].all(axis=1)
         size = len(normals)
         graph = coo_array(
             (np.ones(int(linked.sum())), (pairs[linked, 0], pairs[linked, 1])), shape=(size, size)
         )
         part = connected_components(graph, directed=False)[1]
-        label[left] = len(seeds) + np.unique(part[left], return_inverse=True)[1]
+        label[unreached] = len(seeds) + np.unique(part[unreached], return_inverse=True)[1]
     return label
 
 
@@ -459,20 +459,20 @@ def _merge(
         if beside[pick]:
             # Into the neighbour with the longest common border, counted in edges
             touching = np.concatenate([ends[ends[:, 0] == pick, 1], ends[ends[:, 1] == pick, 0]])
-            into = int(np.bincount(touching).argmax())
+            target = int(np.bincount(touching).argmax())
         else:
             # A region without neighbours is a separate part; it joins the region with the nearest centre.
             middle = _means(label, centres, count)
             distance = np.linalg.norm(middle - middle[pick], axis=1)
             distance[pick] = np.inf
-            into = int(distance.argmin())
-        label[label == pick] = into
+            target = int(distance.argmin())
+        label[label == pick] = target
 
 
-def _split(label: np.ndarray, areas: np.ndarray, centres: np.ndarray, regions: int) -> np.ndarray:
-    """Halve the largest regions until there are `regions`, which must not exceed the number of faces."""
+def _split(label: np.ndarray, areas: np.ndarray, centres: np.ndarray, region_count: int) -> np.ndarray:
+    """Halve the largest regions until there are `region_count`, which must not exceed the number of faces."""
     count = int(label.max()) + 1
-    while count < regions:
+    while count < region_count:
         size = np.bincount(label, weights=areas, minlength=count)
         size[np.bincount(label, minlength=count) < 2] = -1  # a single face cannot be halved
         members = np.flatnonzero(label == size.argmax())
