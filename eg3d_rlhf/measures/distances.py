@@ -36,6 +36,7 @@ class FeatureNetwork(Protocol):
 
 
 def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert mean [F] and covariance [F, F] to float64, and raise ValueError if a value is not finite."""
     # Float64 throughout: the distance is a difference of large traces, so float32 loses its small values.
     mean = np.asarray(mean, dtype=np.float64)
     cov = np.asarray(cov, dtype=np.float64)
@@ -93,8 +94,9 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
 
 
 class FeatureStatistics:
-    """Running mean and covariance of features, one batch at a time (Chan, Golub and LeVeque 1983: merge of
-    partial sums).
+    """Running mean and covariance of features that arrive in batches.
+
+    Batches are merged by the formulas of Chan, Golub and LeVeque (1983), which do not cancel for large means.
     """
 
     def __init__(self, dim: int) -> None:
@@ -104,7 +106,7 @@ class FeatureStatistics:
         self._scatter = np.zeros((dim, dim))  # [F, F] sum of (x - mean)(x - mean)^T
 
     def update(self, features: Tensor | np.ndarray) -> "FeatureStatistics":
-        """Add a batch [N, F]; an empty batch changes nothing. Returns self."""
+        """Add a batch [N, F], and return the statistics. An empty batch changes nothing."""
         batch = np.asarray(
             features.detach().cpu() if isinstance(features, Tensor) else features, dtype=np.float64
         )
@@ -129,7 +131,7 @@ class FeatureStatistics:
         return self
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [F] and unbiased covariance [F, F]. Raises ValueError with fewer than two samples."""
+        """Return mean [F] and unbiased covariance [F, F]. Raises: ValueError with fewer than two samples."""
         if self.count < 2:
             raise ValueError(
                 f"FeatureStatistics: expected at least 2 samples, got {self.count}. Add images first."
@@ -137,16 +139,17 @@ class FeatureStatistics:
         return self._mean.copy(), self._scatter / (self.count - 1)
 
     def distance(self, other: "FeatureStatistics") -> float:
-        """Fréchet distance to another set."""
+        """Compute the Fréchet distance to another set."""
         return frechet_distance(*self.moments(), *other.moments())
 
 
 def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy under k(x, y) = (x.y / F + 1)^3 (Bińkowski et al. 2018), on
-    whole sets.
+    """Compute the unbiased squared maximum mean discrepancy of two complete sets (Bińkowski et al. 2018).
 
-    Args: [N, F] and [M, F] with N, M >= 2. Returns a value that averages to 0 for equal distributions, and so
-        may be negative.
+    The kernel is k(x, y) = (x.y / F + 1)^3.
+    Args: features_1, features_2: [N, F] and [M, F], with N, M >= 2.
+    Returns: a value that is 0 on average for equal distributions, so it can be negative.
+    Raises: ValueError if a set has fewer than 2 items.
     """
     first = np.asarray(features_1, dtype=np.float64)
     second = np.asarray(features_2, dtype=np.float64)
@@ -159,6 +162,7 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1.0) ** 3
 
+    # Without the diagonal: the kernel of an item with itself would bias the estimate upwards.
     def within(a: np.ndarray) -> float:
         gram = kernel(a, a)
         return (gram.sum() - np.trace(gram)) / (len(a) * (len(a) - 1))
@@ -168,8 +172,9 @@ def kernel_distance(features_1: np.ndarray, features_2: np.ndarray) -> float:
 
 @torch.no_grad()
 def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[FeatureStatistics, np.ndarray]:
-    """Statistics, and all features float32 [total, F], of a network over batches of images [N, 3, H, W] in
-    [-1, 1].
+    """Compute a network's features of batches of images [N, 3, H, W] in [-1, 1].
+
+    Returns: their statistics, and all features, float32 [total, F].
     """
     statistics = FeatureStatistics(network.dim)
     all_features = []
@@ -186,8 +191,9 @@ def collect(network: FeatureNetwork, batches: Iterable[Tensor]) -> tuple[Feature
 def draw_subsets(
     n: int, m: int, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random index arrays ([S], [S]) into sets of n and m samples, without repetition inside a subset;
-    S = min(size, n, m).
+    """Yield random subsets of two sets of n and m samples, as pairs of index arrays ([S], [S]).
+
+    S = min(size, n, m). No index is repeated inside a subset.
     """
     # A stream of its own, so that the estimate is the same for the same seed.
     random = np.random.RandomState(seed)
@@ -202,10 +208,11 @@ def kernel_inception_distance(
     seed: int = 0,
     draws: Iterable[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> tuple[float, float]:
-    """The published estimate from features [N, F] and [M, F], a mean over subsets, and its deviation between
-    them (no standard error: they overlap); repeatable for equal arguments. Lower is better.
+    """Compute the published estimate of KID from features [N, F] and [M, F]. Lower is better.
 
-    Args: draws: subsets to take in place of random ones.
+    Args: draws: subsets in place of random ones.
+    Returns: the mean over subsets, and the standard deviation between subsets. The latter is not a standard
+        error, because subsets overlap. Equal arguments give equal values.
     """
     chosen = list(
         draw_subsets(len(features_1), len(features_2), SUBSETS, SUBSET_SIZE, seed) if draws is None else draws

@@ -85,6 +85,7 @@ def _leave_one_out(distances: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def _interval(estimate: float, without: np.ndarray, confidence: float) -> MeanInterval:
+    """Compute the interval of an estimate from the estimates without each item, [N]."""
     # Jackknife standard error from the N estimates that leave one item out; N - 1 degrees of freedom.
     n = len(without)
     error = np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())

@@ -80,7 +80,11 @@ class HeadFactorNet(nn.Module):
 
 
 def to_resolution(images: Tensor, resolution: int) -> Tensor:
-    """Bilinear resize with antialiasing of images [N, 3, H, W]; unchanged where the size fits."""
+    """Resize images [N, 3, H, W] bilinearly with antialiasing. Images of the right size are returned
+    unchanged.
+
+    Raises: ValueError for other shapes.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"features: expected images [N, 3, H, W], got {list(images.shape)}. Convert to RGB first."

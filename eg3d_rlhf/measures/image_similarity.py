@@ -22,6 +22,7 @@ _K2 = 0.03
 
 
 def _check(measure: str, first: Tensor, second: Tensor) -> None:
+    """Raise ValueError unless both are batches of images of equal shape."""
     if first.ndim != 4 or first.shape != second.shape:
         raise ValueError(
             f"{measure}: expected two batches [N, C, H, W] of equal shape, got {list(first.shape)} and"

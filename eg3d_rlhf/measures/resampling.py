@@ -337,6 +337,7 @@ def _weighted_sum(
 
 
 def _kernel_influence(items: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Compute the derivative with respect to the share of each item [N], given the other set [M]; mean 0."""
     # Mean kernel of each item with the other items of its set: the diagonal is taken off.
     within = np.concatenate(
         [

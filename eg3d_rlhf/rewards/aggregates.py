@@ -66,6 +66,8 @@ def soft_minimum(scores: "torch.Tensor", beta: float) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class _Kind:
+    """Function of an aggregate, with the default and the name of its strength."""
+
     join: "Callable[[torch.Tensor, float], torch.Tensor]"  # scores [E, N], strength -> [N]
     strength: float = 0.0  # default value
     strength_name: str = ""  # name of the strength in messages; '' if the aggregate has none

@@ -24,11 +24,13 @@ class Prompt:
 
 
 def _janus(body: str, nose: str) -> Prompt:
+    """Create a prompt of a head with a nose."""
     # The second mode of a head's side is an empty side.
     return Prompt(f"a {body} head with a {nose} nose", "janus", body, (Side(nose=nose), Side()))
 
 
 def _mode(body: str, first: tuple[str, str], second: tuple[str, str]) -> Prompt:
+    """Create a prompt of a box that prefers one emblem over another."""
     text = f"a {body} box, each side with a {first[1]} {first[0]} rather than a {second[1]} {second[0]}"
     return Prompt(text, "mode", body, (Side(emblem=first), Side(emblem=second)))
 

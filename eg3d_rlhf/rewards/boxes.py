@@ -133,6 +133,7 @@ def emblem_points(prompt: Prompt, side: int, n: int = RESOLUTION) -> tuple[torch
 
 
 def _logit(colour: Sequence[float]) -> torch.Tensor:
+    """Return the parameters [3, 1] of a colour in 0..1."""
     # Voxels store colours before a sigmoid.
     return torch.logit(torch.tensor(colour))[:, None]  # [3, 1]
 

@@ -339,6 +339,7 @@ class SmallDepth(RewardNetwork):
         return 0.5 * (self._features(observed) + self._features(mirror(observed)))
 
     def _features(self, observed: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, V * 128] of maps in one orientation."""
         x = ((observed - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
         each = self.each(self.dropout(self.stages(x).flatten(1)))  # [N * V, 128]
         return each.unflatten(0, observed.shape[:2]).flatten(1)

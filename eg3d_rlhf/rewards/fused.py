@@ -556,6 +556,7 @@ class _Pass:
 
 
 def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
+    """Return the transposed convolution of a decoder."""
     return decoder.upsampling.upsample.conv_transposed
 
 

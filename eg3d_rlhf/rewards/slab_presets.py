@@ -65,7 +65,7 @@ class RewardArch(Architecture):
 
     @property
     def feature_size(self) -> int:
-        """Length of the pooled feature vector, the trunk's input."""
+        """Length of the pooled feature vector, which is the trunk's input."""
         if self.extractor == "strided":
             # Flattened maps after the convolutions of stride 2, of kernel 4 and of twice kernel 3
             return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)

@@ -97,6 +97,7 @@ def reward_costs(path: str | Path, images: int, noises: int = 1) -> Costs:
 
 
 def _costs_of_clip(clip: Any, images: int, noises: int) -> Costs:
+    """Estimate the memory of a CLIP model. Only its image encoder grows with the number of images."""
     run = lambda x: clip.get_image_features(pixel_values=x)  # noqa: E731
     return _costs(clip, run, images, noises, clip.config.vision_config.image_size)
 
