@@ -85,7 +85,7 @@ class OneFace:
         heads = torch.tensor(
             [prompt_of(text).kind == "janus" for text in prompts[:: self.views]], device=pixels.device
         )
-        # The score of an asset stands at each of its views.
+        # The score of an asset is repeated for each of its views.
         return torch.where(heads, of_heads, near.mean(dim=1)).repeat_interleave(self.views)
 
 

@@ -181,7 +181,7 @@ SOURCES: dict[str, Source] = {"heads": head, "janus": janus}
 
 
 FALL = 4.0  # decrease of the score from a perfect shape to one of severity 1
-BETWEEN = 20  # one of so many shapes lies between the thresholds, so that it has no preference
+BETWEEN = 20  # one shape in 20 lies between the thresholds, so that it has no preference
 OnShape = Callable[[int], object] | None  # called with the number of finished shapes
 
 
