@@ -43,7 +43,7 @@ def _check_moments(mean: np.ndarray, cov: np.ndarray) -> tuple[np.ndarray, np.nd
     assert cov.shape == (mean.size, mean.size)
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise ValueError(
-            "frechet_distance: expected finite moments, got NaN or infinity. Look for NaN images."
+            "frechet_distance: expected finite moments, got NaN or infinity. Check the images for NaN."
         )
     # Symmetrise: sums of products are symmetric only up to rounding, and the solvers read one triangle.
     return mean, (cov + cov.T) / 2
@@ -112,8 +112,8 @@ class FeatureStatistics:
         )
         if batch.ndim != 2 or batch.shape[1] != self.dim:
             raise ValueError(
-                f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use one"
-                " network throughout."
+                f"FeatureStatistics: expected features [N, {self.dim}], got {list(batch.shape)}. Use the"
+                " same network for all batches."
             )
         if len(batch):
             count = len(batch)

@@ -127,7 +127,7 @@ def precision_recall(
     assert fake.shape[1] == real.shape[1] and 1 <= k < min(len(fake), len(real))
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
         raise ValueError(
-            "precision_recall: expected finite features, got NaN or infinity. Look for NaN images."
+            "precision_recall: expected finite features, got NaN or infinity. Check the images for NaN."
         )
     # A common shift leaves distances as they are, and smaller squares lose less by rounding.
     centre = real.mean(axis=0)

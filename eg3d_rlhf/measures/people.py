@@ -221,9 +221,9 @@ MEASURES = {  # by name in a summary; each reads the result of `compared`
     ),
 }
 FRONT_MEASURES = {  # the front is intact in every scan, so tuning should not change these
-    "fine_front": Measure("F-score in front at a quarter voxel", itemgetter("fine_front"), "higher", ""),
+    "fine_front": Measure("front F-score at a quarter voxel", itemgetter("fine_front"), "higher", ""),
     "completeness_front": Measure(
-        "completeness in front at a quarter voxel", itemgetter("completeness_front"), "higher", "share"
+        "front completeness at a quarter voxel", itemgetter("completeness_front"), "higher", "share"
     ),
     "distance_front": Measure(
         "front distance to the ground-truth head",

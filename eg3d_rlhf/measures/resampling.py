@@ -125,7 +125,9 @@ def _features(caller: str, fake: np.ndarray, real: np.ndarray) -> tuple[np.ndarr
             f"{caller}: expected at least 4 images in each set, got {len(fake)} and {len(real)}. Add images."
         )
     if not (np.isfinite(fake).all() and np.isfinite(real).all()):
-        raise ValueError(f"{caller}: expected finite features, got NaN or infinity. Look for NaN images.")
+        raise ValueError(
+            f"{caller}: expected finite features, got NaN or infinity. Check the images for NaN."
+        )
     return fake, real
 
 

@@ -233,7 +233,10 @@ class PublishedDepth(RewardNetwork):
         in nearness.
         """
         check_shape(
-            "PublishedDepth(maps)", observed, ("N", "V", 1, "R", "R"), "Pass what its observation gives."
+            "PublishedDepth(maps)",
+            observed,
+            ("N", "V", 1, "R", "R"),
+            "Pass the result of the reward's observation.",
         )
         # [N * V, 1, 224, 224]: views become samples of the backbone
         maps = F.interpolate(
@@ -331,7 +334,9 @@ class SmallDepth(RewardNetwork):
         """Compute features [N, V * 128] of maps [N, V, 2, R, R]; see `RewardNetwork`. Differentiable in
         the maps.
         """
-        check_shape("SmallDepth(maps)", observed, ("N", *self._shape), "Pass what its observation gives.")
+        check_shape(
+            "SmallDepth(maps)", observed, ("N", *self._shape), "Pass the result of the reward's observation."
+        )
         # Training mirrors samples at random instead, see `Depth.augment`.
         if self.training:
             return self._features(observed)

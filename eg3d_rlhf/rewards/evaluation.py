@@ -313,7 +313,7 @@ def plot_curves(json_path: Path, png_path: Path) -> Path:
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    left.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (while training)")
+    left.plot(curves["epoch"], curves["train_accuracy"], label="training pairs (during training)")
     left.plot(curves["epoch"], curves["val_accuracy"], label="validation pairs")
     # The epoch whose weights the reward has
     left.axvline(curves["best_epoch"], color="0.6", linestyle=":", label="chosen epoch")

@@ -91,7 +91,7 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
         stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
         values = json.loads(stored["plain"])
         if stored.pop("sha256") != checksum(_flat(stored), values):
-            raise ValueError("other bytes than were written")
+            raise ValueError("the checksum does not match")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
         cause = type(error).__name__
         raise ValueError(

@@ -130,7 +130,7 @@ class RewardRun:
         metavar="POINTS",
         low=16,
         high=512,
-        shown="that of the observation",
+        shown="the default of the observation",
     )
     points: int | None = knob(
         None,
@@ -138,7 +138,7 @@ class RewardRun:
         "Data",
         low=1,
         high=16384,
-        shown="that of the observation",
+        shown="the default of the observation",
     )
     # Of the observation: shares of the cube that are trimmed from the faces (x, x, y, y, z, z)
     crop: tuple[float, float, float, float, float, float] | None = None

@@ -161,7 +161,10 @@ class RewardModel(RewardNetwork):
     def features(self, observed: torch.Tensor) -> torch.Tensor:
         """Return the global feature vector before the trunk: slabs [N, 1, D, H, W] in [0, 100] -> [N, M]."""
         check_shape(
-            "RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives."
+            "RewardModel(slab)",
+            observed,
+            ("N", 1, "D", "H", "W"),
+            "Pass the result of the reward's observation.",
         )
         if self.arch.extractor == "strided":
             return self.extractor(observed)
@@ -175,7 +178,10 @@ class RewardModel(RewardNetwork):
         if self.arch.extractor == "strided":
             return super().reconstruct(observed)
         check_shape(
-            "RewardModel(slab)", observed, ("N", 1, "D", "H", "W"), "Pass what its observation gives."
+            "RewardModel(slab)",
+            observed,
+            ("N", 1, "D", "H", "W"),
+            "Pass the result of the reward's observation.",
         )
         final, features = self._pooled(observed)
         # Maximum over channels, then a scalar affine, as published.

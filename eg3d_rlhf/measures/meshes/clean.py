@@ -46,7 +46,7 @@ def clean_mesh(
     if not 0 < tolerance <= MOST_TOLERANCE:
         raise ValueError(
             f"--weld: expected 0 < tolerance <= {MOST_TOLERANCE:g} of the longest edge, got {tolerance:g}."
-            " Lower it."
+            " Use a smaller tolerance."
         )
     if up not in UPS:
         raise ValueError(f"--up: expected one of {', '.join(UPS)}, got {up!r}. Choose one.")
