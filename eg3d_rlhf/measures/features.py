@@ -80,8 +80,9 @@ class HeadFactorNet(nn.Module):
 
 
 def to_resolution(images: Tensor, resolution: int) -> Tensor:
-    """Resize images [N, 3, H, W] bilinearly with antialiasing. Images of the right size are returned
-    unchanged.
+    """Resize images [N, 3, H, W] bilinearly with antialiasing.
+
+    Images of the right size are returned unchanged.
 
     Raises: ValueError for other shapes.
     """

@@ -74,8 +74,9 @@ class MetricOptions:
 
 
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
-    """Yield all images of a dataset as float [N, 3, R, R] in [-1, 1]. Greyscale is repeated over 3
-    channels.
+    """Yield all images of a dataset as float [N, 3, R, R] in [-1, 1].
+
+    Greyscale is repeated over 3 channels.
     """
     for start in range(0, len(dataset), batch):
         pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])

@@ -210,8 +210,9 @@ class _Frechet:
         )
 
     def with_bias(self) -> float:
-        """Compute the distance between the samples with their bias. It is 0 for equal samples and never
-        negative.
+        """Compute the distance between the samples with their bias.
+
+        It is 0 for equal samples and never negative.
         """
         return float(self.resampled(*(np.ones((1, size)) for size in self.sizes))[0])
 

@@ -184,8 +184,9 @@ def match_views(views: Views, target: int, source: int) -> Match:
 
 @dataclass(frozen=True, kw_only=True)
 class MultiViewMeasures:
-    """One value per latent and measure, float64 [N]. Lower is better, except for `covisible`, the
-    compared share.
+    """One value per latent and measure, float64 [N].
+
+    Lower is better, except for `covisible`, the compared share.
     """
 
     photometric: np.ndarray  # mean L1 colour difference of matched pixels, 0..2

@@ -76,8 +76,9 @@ def prompt_of(text: str) -> Prompt:
 
 
 def pairs(seeds: int = SEEDS) -> list[tuple[str, int]]:
-    """Return (prompt, seed) of the default problem. Kinds alternate, so that the first n pairs contain
-    both.
+    """Return (prompt, seed) of the default problem.
+
+    Kinds alternate, so that the first n pairs contain both.
     """
     half = len(PROMPTS) // 2
     # Even places take from the first half (heads), odd ones from the second half (boxes).

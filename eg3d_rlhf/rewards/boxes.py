@@ -142,8 +142,9 @@ def _logit(colour: Sequence[float]) -> torch.Tensor:
 def build(
     prompt: Prompt, shares: torch.Tensor, n: int = RESOLUTION, solid: float = SOLID, empty: float = EMPTY
 ) -> Voxels:
-    """Build objects [A] of a prompt. Each side is a blend of its second mode (share 0) and its first mode
-    (1).
+    """Build objects [A] of a prompt.
+
+    Each side is a blend of its second mode (share 0) and its first mode (1).
 
     Args: shares: [A, 4] in 0..1; solid, empty: `Voxels.shape` inside and outside of the object.
     """

@@ -104,8 +104,9 @@ class ObservationCache:
         on_drawn: Callable[[int], None] | None = None,
         ranks: Ranks = SINGLE,
     ) -> int:
-        """Observe the missing seeds, `batch` at a time. Ranks take batches in turn, and every rank gets all
-        results.
+        """Observe the missing seeds, `batch` at a time.
+
+        Ranks take batches in turn, and every rank gets all results.
 
         Seeds are observed in ascending order, never in the order of the labels. The jitter of a ray depends
         on its shape's place in the batch. If winners had even places and losers odd ones, a network would

@@ -174,8 +174,9 @@ def reach(generator: "Generator") -> tuple[float, float]:
 
 
 def mirror(observed: torch.Tensor) -> torch.Tensor:
-    """Mirror maps [N, V, C, R, R] left to right. Views are reversed, too, since yaws are symmetric about
-    the front.
+    """Mirror maps [N, V, C, R, R] left to right.
+
+    Views are reversed, too, since yaws are symmetric about the front.
     """
     return observed.flip(1, 4)
 
@@ -229,8 +230,9 @@ class PublishedDepth(RewardNetwork):
         return self
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, V * 2048] of nearness [N, V, 1, R, R]; see `RewardNetwork`. Differentiable
-        in nearness.
+        """Compute features [N, V * 2048] of nearness [N, V, 1, R, R]; see `RewardNetwork`.
+
+        Differentiable in nearness.
         """
         check_shape(
             "PublishedDepth(maps)",
@@ -331,8 +333,9 @@ class SmallDepth(RewardNetwork):
         self.scale.copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Compute features [N, V * 128] of maps [N, V, 2, R, R]; see `RewardNetwork`. Differentiable in
-        the maps.
+        """Compute features [N, V * 128] of maps [N, V, 2, R, R]; see `RewardNetwork`.
+
+        Differentiable in the maps.
         """
         check_shape(
             "SmallDepth(maps)", observed, ("N", *self._shape), "Pass the result of the reward's observation."

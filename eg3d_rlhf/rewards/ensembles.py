@@ -59,8 +59,9 @@ class Standard:
 
 
 class RewardEnsemble(nn.Module):
-    """Ensemble of networks that were trained separately. It is used like a RewardNetwork, and not trained
-    itself.
+    """Ensemble of networks that were trained separately.
+
+    It is used like a RewardNetwork, and not trained itself.
 
     With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets). Members then
     have equal influence, and the result keeps the members' unit, so that weights and clips that suit one

@@ -193,8 +193,9 @@ def learns(model: "RewardModel") -> bool:
 
 
 def features(model: "RewardModel", slab: torch.Tensor) -> torch.Tensor:
-    """Compute features [N, M] of slabs [N, C, D, H, W] that were cut into patches. Differentiable once,
-    in the slab.
+    """Compute features [N, M] of slabs [N, C, D, H, W] that were cut into patches.
+
+    Differentiable once, in the slab.
     """
     if torch.is_grad_enabled() and slab.requires_grad:
         return _Features.apply(slab, model)
@@ -406,8 +407,9 @@ class _Pass:
         )
 
     def _pooled(self, bottleneck: torch.Tensor) -> torch.Tensor:
-        """Return the features. For `gradient`, their last steps become a small autograd graph from
-        `self.leaves`.
+        """Return the features.
+
+        For `gradient`, their last steps become a small autograd graph from `self.leaves`.
         """
         arch = self.arch
         last = self.up[-1]

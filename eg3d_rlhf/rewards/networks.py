@@ -130,8 +130,9 @@ class RewardNetwork(nn.Module, ABC):
         return self.MLP(self.features(observed))
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
-        """Return the reward: [N, ...] -> [N], higher is better. Differentiable in the input and the
-        parameters.
+        """Return the reward: [N, ...] -> [N], higher is better.
+
+        Differentiable in the input and the parameters.
         """
         return self.score_embedding(self.embed(observed))
 

@@ -80,8 +80,9 @@ class Observation(abc.ABC):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Create an observation from the values of `to_dict` without `kind`. Raises: ValueError for other
-        fields.
+        """Create an observation from the values of `to_dict` without `kind`.
+
+        Raises: ValueError for other fields.
         """
         # JSON has lists where the dataclass has tuples.
         arguments = {
@@ -122,8 +123,9 @@ def register(cls: Kind) -> Kind:
 
 
 def from_dict(values: Mapping[str, Any]) -> Observation:
-    """Create an observation from the values of `to_dict`. Raises: ValueError for an unknown kind or other
-    fields.
+    """Create an observation from the values of `to_dict`.
+
+    Raises: ValueError for an unknown kind or other fields.
     """
     # The registry imports the module of the kind, and raises for an unknown one.
     return OBSERVATIONS[values.get("kind")].from_dict(

@@ -169,8 +169,9 @@ MIXES = ("reshaped", "transposed")  # see CurveNetArch.mix
 
 @dataclass(frozen=True, kw_only=True)
 class CurveNetArch(PointArch):
-    """Sizes of a CurveNet. The defaults have 4,319,325 parameters, including four layers that are never
-    used.
+    """Sizes of a CurveNet.
+
+    The defaults have 4,319,325 parameters, including four layers that are never used.
     """
 
     network: ClassVar[str] = "curvenet"

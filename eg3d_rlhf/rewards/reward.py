@@ -64,8 +64,9 @@ class Reward(nn.Module):
         self.provenance = dict(provenance or {})
 
     def score(self, field: Field) -> torch.Tensor:
-        """Return the reward of each shape, [N], higher is better. Differentiable in the field and the
-        parameters.
+        """Return the reward of each shape, [N], higher is better.
+
+        Differentiable in the field and the parameters.
         """
         return self.network.score(self.observation.observe(field))
 
@@ -294,8 +295,9 @@ def join(
     batch: int = 16,
     on_batch: Callable[[int], None] | None = None,
 ) -> Reward:
-    """Join the members of several rewards into one reward. Of an ensemble, the members count, not its
-    aggregate.
+    """Join the members of several rewards into one reward.
+
+    Of an ensemble, the members count, not its aggregate.
 
     Members are standardised on untuned samples of the generator, with the truncation that the rewards state.
 

@@ -74,8 +74,9 @@ class StridedConv3d(nn.Module):
         return self.dropout(x.flatten(1))
 
     def forward(self, slab: torch.Tensor) -> torch.Tensor:
-        """Return features [N, M] of slabs [N, 1, D, H, W] in [0, 100]. Differentiable in slab and
-        parameters.
+        """Return features [N, M] of slabs [N, 1, D, H, W] in [0, 100].
+
+        Differentiable in slab and parameters.
         """
         expected = tuple(self.slab_mean.shape)
         if tuple(slab.shape[2:]) != expected:
@@ -118,8 +119,9 @@ class RewardModel(RewardNetwork):
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError if slabs of this shape cannot be read. The strided network reads one shape
-        only.
+        """Raise ValueError if slabs of this shape cannot be read.
+
+        The strided network reads one shape only.
         """
         if self.arch.extractor == "strided" and tuple(shape[1:]) != self.arch.slab_shape:
             raise ValueError(

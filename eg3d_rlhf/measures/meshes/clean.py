@@ -17,8 +17,9 @@ from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanMesh:
-    """Cleaned mesh. Lengths are shares of the bounding box's longest edge, the box is centred, and y is
-    up.
+    """Cleaned mesh.
+
+    Lengths are shares of the bounding box's longest edge, the box is centred, and y is up.
     """
 
     vertices: np.ndarray  # [V, 3] float64, each used by a face

@@ -75,8 +75,9 @@ class OneFace:
     differentiable = True
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        """Return scores [B] of images [B, C, h, w], equal for the views of an asset. Differentiable in
-        the images.
+        """Return scores [B] of images [B, C, h, w], equal for the views of an asset.
+
+        Differentiable in the images.
         """
         near = nearer_first(pixels, prompts).unflatten(0, (-1, self.views))  # [A, V]
         faces = torch.sigmoid(_SHARP * near)

@@ -19,8 +19,9 @@ WEIGHTS = (".pt", ".pth", ".safetensors")
 
 
 class CheckedReward:
-    """Reward of images with checks of its inputs and outputs. Errors are one line that names flag and
-    remedy.
+    """Reward of images with checks of its inputs and outputs.
+
+    Errors are one line that names flag and remedy.
     """
 
     def __init__(self, reward: RewardModel):
@@ -68,8 +69,9 @@ def load_reward(path: str | Path, device: str | torch.device = "cpu") -> Checked
 
 
 def weights_of(path: Path) -> Path:
-    """Return the file itself, or the only file of weights in a folder. Raises: ValueError if there are
-    several.
+    """Return the file itself, or the only file of weights in a folder.
+
+    Raises: ValueError if there are several.
     """
     return only_file(path, WEIGHTS, FLAG, "config.json (CLIP) or one file of weights")
 
@@ -141,8 +143,9 @@ def _clip_folder(path: Path) -> Path:
 
 
 def _is_blip(state: dict[str, torch.Tensor], file: Path) -> bool:
-    """Return True for a file of ImageReward or Reward3D, False for HPSv2. Raises: ValueError for other
-    files.
+    """Return True for a file of ImageReward or Reward3D, False for HPSv2.
+
+    Raises: ValueError for other files.
     """
     # ImageReward and Reward3D prefix their trunk with blip.; HPSv2 has open_clip's names.
     blip = any(name.startswith("blip.") for name in state)

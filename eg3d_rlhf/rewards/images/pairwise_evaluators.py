@@ -29,8 +29,9 @@ def verdict(first: float, second: float, margin: float = 0.0) -> int:
 
 
 def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return for each view [V] whether enough pixels have the nose's colour. Only paint counts, not the
-    shape.
+    """Return for each view [V] whether enough pixels have the nose's colour.
+
+    Only paint counts, not the shape.
     """
     # The first mode of a head's side is the face.
     nose = prompt_of(prompt).sides[0].nose
@@ -94,8 +95,9 @@ class YesNoJudge:
         )
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """Compare pairs, see `PairwiseJudge`. Each image is evaluated separately, so the order does not
-        matter.
+        """Compare pairs, see `PairwiseJudge`.
+
+        Each image is evaluated separately, so the order does not matter.
         """
         del shuffle_order
         return [

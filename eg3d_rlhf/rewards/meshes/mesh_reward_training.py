@@ -263,8 +263,9 @@ def run_table(
     on_shape: OnShape = None,
     say: Callable[[str], object] = print,
 ) -> dict:
-    """Train every arm of ARMS with seeds 0.. on the same meshes. Arms that table.json in `out` contains are
-    skipped.
+    """Train every arm of ARMS with seeds 0.. on the same meshes.
+
+    Arms that table.json in `out` contains are skipped.
 
     Returns: {"training": settings, "rows": {"arm/seed": held-out figures}, "summary": see `summary`}.
     Raises: ValueError if table.json belongs to other settings.

@@ -111,8 +111,9 @@ _WORD = re.compile(r"[\w']+")
 
 
 class PromptTokens(nn.Module):
-    """Module that maps prompts to tokens [A, T, C] and their mask [A, T]. Row 0 of the table is for unknown
-    prompts.
+    """Module that maps prompts to tokens [A, T, C] and their mask [A, T].
+
+    Row 0 of the table is for unknown prompts.
 
     Another module with this signature and an attribute `width`, such as a frozen text encoder, can replace
     it.
@@ -204,8 +205,9 @@ class RewardCS(nn.Module):
     def embed(
         self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return embeddings [A, C]. Differentiable in features and centres. Args: unknown: see
-        `PromptTokens`.
+        """Return embeddings [A, C].
+
+        Differentiable in features and centres. Args: unknown: see `PromptTokens`.
         """
         assert len(prompts) == len(patches.features)
         features = (patches.features.to(self.mean) - self.mean) / self.scale

@@ -66,8 +66,9 @@ class Held(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """State of all assets, concatenated. Letters: N crossings of A assets, U vertices of all meshes, M
-    faces.
+    """State of all assets, concatenated.
+
+    Letters: N crossings of A assets, U vertices of all meshes, M faces.
     """
 
     ends: torch.Tensor  # [2 N] indices into levels [A * V]: the first ends of cut edges, then the second ones

@@ -203,8 +203,9 @@ _EDGES = ((0, 1), (1, 2), (2, 0))
 
 @torch.no_grad()
 def maps(mesh: Mesh, patches: int = 256, faces: int = 64) -> Plan:
-    """Create a plan of P patches with F faces. Patch p holds faces p, p + P, p + 2 P, ... of the subdivided
-    base.
+    """Create a plan of P patches with F faces.
+
+    Patch p holds faces p, p + P, p + 2 P, ... of the subdivided base.
 
     The base has P faces, by decimation or by bisection. If the mesh has more separate parts than the base can
     represent, the smallest ones are left out. New vertices are the points of the mesh nearest to those of the
@@ -341,8 +342,9 @@ SMALL = 0.1  # regions with less than this share of the mean area join a neighbo
 
 @torch.no_grad()
 def regions(mesh: Mesh, patches: int, faces: int) -> Plan:
-    """Create a plan of P patches with F faces each. If the mesh has fewer than P faces, some patches are
-    masked.
+    """Create a plan of P patches with F faces each.
+
+    If the mesh has fewer than P faces, some patches are masked.
 
     Seeds are farthest points of the face centres. A region takes neighbouring faces whose normals are within
     `SIMILAR` of its mean normal; the bound is relaxed when no region can grow. Parts without a seed become
@@ -380,8 +382,9 @@ def grown(triangles: np.ndarray, faces: np.ndarray, patches: int) -> np.ndarray:
 
 
 def neighbours(faces: np.ndarray) -> np.ndarray:
-    """Return pairs [K, 2] of faces that share an edge. With more than two faces, each is paired with the
-    next one.
+    """Return pairs [K, 2] of faces that share an edge.
+
+    With more than two faces, each is paired with the next one.
     """
     ends = np.sort(faces[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2), axis=1)
     key = ends[:, 0].astype(np.int64) * (int(faces.max(initial=0)) + 1) + ends[:, 1]  # one integer per edge

@@ -133,8 +133,9 @@ TRIANGLES, COUNT = _cases()
 def marching_tetrahedra(
     level: torch.Tensor, lattice: Lattice, deformation: torch.Tensor | None = None
 ) -> Mesh:
-    """Extract the surface level = 0. On a cut edge a-b it lies at (v_a s_b - v_b s_a) / (s_b - s_a), s =
-    level.
+    """Extract the surface level = 0.
+
+    On a cut edge a-b it lies at (v_a s_b - v_b s_a) / (s_b - s_a), s = level.
 
     Args: level: [V], negative inside; deformation: [V, 3], any numbers: vertices move by tanh(deformation)
         cells.
@@ -208,8 +209,9 @@ def closed_level(level: torch.Tensor, lattice: Lattice) -> torch.Tensor:
 
 
 def densities(field: Field, lattice: Lattice) -> torch.Tensor:
-    """Compute raw density [N, V] of a field at the lattice's vertices. Differentiable in what created the
-    field.
+    """Compute raw density [N, V] of a field at the lattice's vertices.
+
+    Differentiable in what created the field.
     """
     # Product fields evaluate a product grid faster than the same points one by one.
     if lattice.axes is not None and isinstance(field, ProductField):
@@ -239,8 +241,9 @@ class Net(NamedTuple):
         return torch.cat([self.corners[:, :3], self.corners[:, [0, 2, 3]]])
 
     def vertices(self, share: torch.Tensor) -> torch.Tensor:
-        """Compute vertices [N', 3] from the shares [N] of edges where the surface crosses. Differentiable
-        in share.
+        """Compute vertices [N', 3] from the shares [N] of edges where the surface crosses.
+
+        Differentiable in share.
         """
         return (
             self.base.to(share)
@@ -289,8 +292,9 @@ def net(level: torch.Tensor, lattice: Lattice) -> Net:
 
 
 def net_mesh(level: torch.Tensor, lattice: Lattice, known: Net | None = None) -> Mesh:
-    """Extract the surface level = 0 of a level [V] on a known net, or on a new one. Differentiable in
-    level.
+    """Extract the surface level = 0 of a level [V] on a known net, or on a new one.
+
+    Differentiable in level.
     """
     known = known or net(level.detach(), lattice)
     return Mesh(known.vertices(crossed(*level[known.edges.T])), known.faces)
