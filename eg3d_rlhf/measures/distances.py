@@ -1,5 +1,4 @@
-"""Compute distances between two sets of image features: the Fréchet distance (FID) and the kernel distance
-(KID).
+"""Compute distances between two sets of image features: Fréchet (FID) and kernel (KID).
 
 The formulas take features of any network; features.py loads the networks. KID as published (Bińkowski,
 Sutherland, Arbel and Gretton 2018) averages over random subsets of 1000 images. That keeps the Gram matrices

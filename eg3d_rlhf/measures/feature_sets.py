@@ -150,9 +150,7 @@ def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def neighbour_radii(x: np.ndarray, k: int = MANIFOLD_NEIGHBOURS) -> np.ndarray:
-    """Return the squared distance [N] of each item of x [N, F] to its k-th neighbour among the other
-    items.
-    """
+    """Return the squared distance [N] of each item of x [N, F] to its k-th other neighbour."""
     radii = np.empty(len(x))
     step = max(1, _BLOCK_CELLS // len(x))
     for start in range(0, len(x), step):
@@ -178,9 +176,7 @@ def _inside(points: np.ndarray, manifold: np.ndarray, k: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Separability:
-    """Share of nearest neighbours that come from an item's own set, and the p-value of its permutation
-    test.
-    """
+    """Share of nearest neighbours from an item's own set, and its p-value."""
 
     share: float  # 0..1; 0.5 is expected if the sets have the same distribution
     p: float  # (1 + permutations with at least this share) / (1 + permutations)

@@ -1,6 +1,4 @@
-"""Define a measure. A section of a report is a table of measures, which `evaluation.paired.compare`
-evaluates.
-"""
+"""Define a measure; `evaluation.paired.compare` evaluates tables of them for a report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -42,9 +42,7 @@ class VolumeError:
 
 @torch.no_grad()
 def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
-    """Compute grids [N, n, n, n] of a field's shapes, level minus density, so that values inside are
-    negative.
-    """
+    """Compute grids [N, n, n, n] of level minus density, which is negative inside."""
     points = torch.from_numpy(grid_points(resolution).reshape(-1, 3)).float()
     # In parts of 131,072 points, since the activations of all n^3 points take too much memory.
     parts = [field.level - field.density(part).float() for part in points.split(1 << 17)]
@@ -131,9 +129,7 @@ def _distances(points: np.ndarray, other: np.ndarray, place) -> np.ndarray:
 
 
 def face_depth(values: np.ndarray) -> np.ndarray:
-    """Return the depth [R, C] of the foremost surface in the face window, world units; NaN where there is
-    none.
-    """
+    """Return the depth [R, C] of the foremost surface in the face window, world units, or NaN."""
     n = len(values)
     steps = grid_points(n)[0, 0, :, 2]
     columns = np.abs(steps) < FACE[0]

@@ -40,9 +40,7 @@ _BLOCK_CELLS = 4_000_000  # entries of a Gram block that are in memory at once, 
 
 
 class DistanceInterval(NamedTuple):
-    """A distance without its resampling bias, and the two-sided 95 % interval of the distance of infinitely
-    many samples.
-    """
+    """A bias-corrected distance, and the 95 % interval of the distance of infinitely many samples."""
 
     mean: float  # measured - bias; at least 0 for a Fréchet distance
     lo: float
@@ -245,9 +243,7 @@ def _gaussian_influence(
 
 
 def _powers(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the symmetric square root of a matrix, and the root's inverse on the space where it has
-    rank.
-    """
+    """Compute the symmetric square root of a matrix, and its pseudo-inverse."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     roots = np.sqrt(np.maximum(values, 0.0))
     # Smaller roots are rounding of zeros, whose inverse would be huge.
@@ -297,9 +293,7 @@ class _Kernel:
         return within[0] + within[1] - 2 * across
 
     def with_bias(self) -> float:
-        """Compute the squared distance of mean embeddings, in which every item is also compared with
-        itself.
-        """
+        """Compute the squared distance of mean embeddings, including pairs of an item with itself."""
 
         def mean(a: np.ndarray, b: np.ndarray) -> float:
             return float(_weighted_sum(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0]) / (

@@ -162,9 +162,7 @@ class MapNet(nn.Module):
 
 
 class ShapeFeatures:
-    """The network, its features of ground-truth heads outside its training data, and the record of its
-    training.
-    """
+    """The network, its features of unseen ground-truth heads, and its training record."""
 
     def __init__(self, net: MapNet, true: Tensor, scale: Tensor, record: dict) -> None:
         self.net = net.eval().requires_grad_(False)

@@ -1,5 +1,4 @@
-"""Measure surfaces: curvature, parts, handles and rims of a mesh, and the distance by which a surface has
-moved.
+"""Measure surfaces: curvature and topology of a mesh, and displacement between shapes.
 
 Topology is computed corner by corner. Corners of two faces are the same point only if an edge joins them, so
 surfaces that merely touch at a vertex count as separate. Half-edges that more than two faces share, or that
@@ -172,8 +171,7 @@ def _checked(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _partners(faces: np.ndarray) -> np.ndarray:
-    """Return for each half-edge [C] the half-edge in the opposite direction, or -1 if there is not exactly
-    one.
+    """Return the only opposite half-edge of each half-edge [C], or -1.
 
     Half-edge 3f + i runs from corner i of face f to that face's next corner.
     """
@@ -250,8 +248,7 @@ def voxel(spec: SlabSpec) -> float:
 
 @torch.no_grad()
 def displacement(before: LevelSet, points: Tensor, normals: Tensor, reach: float = REACH) -> Tensor:
-    """Compute the distance by which the surface has moved to its present points [P, 3], along their outward
-    normals.
+    """Compute how far the surface has moved to points [P, 3] along their outward normals.
 
     Returns [P] in voxels of 64^3, positive where the shape has grown. The line p + s n is intersected with
     the surface `before`, where that shape ends, and the intersection with the smallest |s| <= reach counts;
@@ -309,8 +306,7 @@ def _axis_crossings(sigma: Tensor, axis: int, from_high: bool, spec: SlabSpec, l
 
 
 def surface_points(sigma: Tensor, spec: SlabSpec, back: float = -0.05, level: float = LEVEL) -> Tensor:
-    """Locate the visible surface of one raw density cube [D, H, W]: first crossings from the front and both
-    sides.
+    """Locate the surface of a raw density cube [D, H, W] as seen from the front and both sides.
 
     Returns world points [P, 3]. Points with z < `back` are left out. P varies with the shape, and is 0 for a
     cube without a surface.
@@ -332,9 +328,7 @@ def resample(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def in_head(points: Tensor, spec: SlabSpec) -> Tensor:
-    """Return which points [P, 3] lie in the box of the published slab: the head without neck and
-    shoulders; [P] bool.
-    """
+    """Return which points [P, 3] lie in the box of the published slab, as [P] bool."""
     box = SlabSpec(crop=SlabSpec().crop, box_warp=spec.box_warp, centre=spec.centre).axes()
     low, high = (points.new_tensor([float(axis[i]) for axis in box]) for i in (0, -1))
     return ((points >= low) & (points <= high)).all(dim=-1)
@@ -364,9 +358,7 @@ def median_change(before: LevelSet, after: LevelSet) -> float:
 
 
 def change_summary(medians: Iterable[float]) -> dict:
-    """Summarise N latents that have a surface by median and quartiles, as JSON values; None if there are
-    none.
-    """
+    """Summarise latents that have a surface by median and quartiles, as JSON values."""
     values = np.array([value for value in medians if np.isfinite(value)])
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist() if len(values) else (None, None, None)
     return {"median": middle, "quartiles": [low, high], "n": len(values)}

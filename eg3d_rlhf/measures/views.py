@@ -1,5 +1,4 @@
-"""Test whether a latent has one consistent shape: compare neighbouring views in colour, depth and surface
-normals.
+"""Compare neighbouring views of a latent in colour, depth and surface normals.
 
 Every measure is per latent, and lower is better. The measures are independent of the simulated annotator,
 since they read renders and never the sigma grid.
@@ -197,8 +196,7 @@ class MultiViewMeasures:
 
 
 def normals_from_points(points: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute unit normals [N, R, R, 3] of a point map [N, R, R, 3], and a mask [N, R, R] of where they are
-    known.
+    """Compute unit normals [N, R, R, 3] of a point map, and a mask [N, R, R] of known ones.
 
     The normal is the cross product of the central differences along rows and columns. It faces the camera for
     a surface that is seen from outside: columns run right and rows run down the image, so down x right points

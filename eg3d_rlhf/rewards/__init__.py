@@ -1,3 +1,1 @@
-"""Rewards: observations, reward networks, their training, and ensembles, with rewards of images and of
-meshes.
-"""
+"""Rewards of fields, images and meshes: observations, networks, training and ensembles."""

@@ -1,6 +1,4 @@
-"""Prompts of the CPU test problem (boxes.py). This module does not import torch, so that `--help` is
-quick.
-"""
+"""Prompts of the CPU test problem (boxes.py). No torch is imported, so that `--help` is quick."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,4 @@
-"""CPU test problem for score distillation: box heads of 16^3 voxels, and a prior that sees one side at a
-time.
+"""CPU test problem for score distillation: box heads of 16^3 voxels, seen one side at a time.
 
 A box has four sides with a recess each. A side is *empty*, or a *face*: two painted eyes and a nose. The nose
 stands in the recess and does not protrude from it, so a side's features never change what another side's

@@ -321,9 +321,7 @@ class SmallDepth(RewardNetwork):
         )
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Set mean and standard deviation of each pixel, over the maps and their mirror images; see
-        `RewardNetwork`.
-        """
+        """Set mean and standard deviation of each pixel, over maps and their mirror images."""
         maps = take()
         # Makes the statistics symmetric.
         maps = torch.cat([maps, mirror(maps)])

@@ -168,8 +168,7 @@ def rate(correct: int, n: int) -> dict:
 
 
 def auc(good: Sequence[float], others: Sequence[float]) -> float:
-    """Compute the area under the ROC curve: the share of pairs of a preferred and another shape in the right
-    order.
+    """Compute the area under the ROC curve of preferred shapes against others.
 
     Ties count one half. The value of chance is 0.5.
     Raises: ValueError if either kind is empty.

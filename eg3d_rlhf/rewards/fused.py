@@ -157,9 +157,7 @@ def group_gradient(
 def group_weights(
     norm: nn.GroupNorm, sums: torch.Tensor, arrived: torch.Tensor, voxels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the normalisation's weight and bias, [C] each; arguments as in
-    `group_gradient`.
-    """
+    """Return the gradients of weight and bias, [C] each; arguments as in `group_gradient`."""
     mean, inverse = statistics(norm, sums, voxels)
     return ((arrived[..., 1] - mean * arrived[..., 0]) * inverse).sum(dim=0).float(), arrived[..., 0].sum(
         dim=0
@@ -174,9 +172,7 @@ _kernels: "WeakKeyDictionary[nn.Module, dict[str, tuple[int, int, torch.Tensor]]
 
 
 def applies(model: "RewardModel", slab: torch.Tensor) -> bool:
-    """Return whether the fused operators cover this network and slab: CPU, float32, channels in multiples
-    of 8.
-    """
+    """Return whether the fused operators cover this network and slab."""
     if (
         slab.device.type != "cpu"
         or slab.dtype != torch.float32
@@ -459,9 +455,7 @@ class _Pass:
     def gradient_of_maps(
         self, fine: torch.Tensor, coarsest: torch.Tensor | None, weights: WeightGradients
     ) -> torch.Tensor:
-        """Return the gradient to the slab, from those of the maps; gradients of weights are added to
-        `weights`.
-        """
+        """Return the gradient to the slab from those of the maps, and add those of weights to `weights`."""
         return self._back(*_ungated(self.up[-1], fine, None), coarsest, weights)
 
     def _back(
@@ -565,9 +559,7 @@ def _upsampling(decoder: Any) -> nn.ConvTranspose3d:
 def _ungated(
     block: _Block, after_gates: torch.Tensor | None, pooled: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of h and the sums for the gates, from gradients after the gates and after
-    pooling.
-    """
+    """Return the gradient of h and sums for the gates, from gradients after gates and pooling."""
     return ops.volume_gate_gradient(block.h, block.gate, *block.spatial(), after_gates, pooled)
 
 

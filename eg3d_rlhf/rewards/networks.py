@@ -1,5 +1,4 @@
-"""Base class of reward networks: a trunk and three preference heads on a feature vector; and the networks by
-kind.
+"""Base class of reward networks, with a trunk and three heads, and the networks by kind.
 
 A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`,
 which is registered by `register`.
@@ -121,9 +120,7 @@ class RewardNetwork(nn.Module, ABC):
         """Raise ValueError if observations of this shape cannot be read."""
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Set, before training, what depends on the training data; `take` returns all observations, [N,
-        ...].
-        """
+        """Set statistics of the training data; `take` returns all observations, [N, ...]."""
 
     def embed(self, observed: torch.Tensor) -> torch.Tensor:
         """Return the trunk's output, which all heads read: [N, ...] -> [N, M]."""

@@ -158,9 +158,7 @@ def observation_of(kind: str, generator: "Generator", **settings: Any) -> Observ
 @register
 @dataclasses.dataclass(frozen=True)
 class SigmaSlab(Observation):
-    """Slabs [N, 1, D, H, W] in [0, value_max]: raw density at the grid points of `spec`, normalised per
-    shape.
-    """
+    """Slabs [N, 1, D, H, W] in [0, value_max]: raw density on a grid, normalised per shape."""
 
     spec: SlabSpec = SlabSpec()
     kind: ClassVar[str] = "sigma"

@@ -1,5 +1,4 @@
-"""Building blocks of the networks on point clouds: description, normalisation, input checks, and neighbour
-search.
+"""Building blocks of point networks: description, normalisation, checks, neighbour search.
 
 Letters: N clouds, C channels, P points, S centres, K neighbours.
 """
@@ -89,9 +88,7 @@ class PointNetwork(RewardNetwork):
         return self.arch.to_dict()
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError unless clouds have this network's number of channels; the number of points is
-        free.
-        """
+        """Raise ValueError unless clouds have this network's number of channels."""
         if len(shape) != 2 or shape[0] != self.arch.inputs:
             raise ValueError(
                 f"reward: expected clouds of {self.arch.inputs} channels per point, got {list(shape)}. Use"

@@ -40,9 +40,7 @@ _EPS = 1e-8  # least product of norms in a cosine, which avoids a division by 0
 
 
 class Walk(nn.Module):
-    """Walk from point to neighbour: a hard choice in the forward pass, the gradient of its softmax in the
-    backward.
-    """
+    """Walk from point to neighbour by a hard choice, with the gradient of its softmax."""
 
     def __init__(self, channels: int, steps: int, mix: str, kind: str):
         super().__init__()
@@ -52,9 +50,7 @@ class Walk(nn.Module):
         self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(kind, 2))
 
     def _mixed(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
-        """Return the curve's descriptor [N, C, Q] after a step: a mixture of its old value and the
-        current features.
-        """
+        """Mix the curves' descriptor with their current features, [N, C, Q] each."""
         weights = F.softmax(self.momentum_mlp(torch.cat([current, descriptor], dim=1)), dim=1)  # [N, 2, Q]
         # As published: curve i reads the flat entries 2i and 2i + 1, which belong to other curves.
         if self.mix == "reshaped":
@@ -126,9 +122,7 @@ class CurveGrouping(nn.Module):
 
 
 class CurveAggregation(nn.Module):
-    """Dot-product attention of every point to the curves: to their means over steps and their means over
-    curves.
-    """
+    """Dot-product attention of points to the curves' means over steps and over curves."""
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
@@ -219,9 +213,7 @@ def surroundings(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class LocalAggregation(nn.Module):
-    """Features of a point from those of its neighbours: their maximum at the start, their mean inside
-    blocks.
-    """
+    """Features of points from neighbours: maximum at the start, mean inside blocks."""
 
     def __init__(self, size_in: int, size_out: int, kind: str, initial: bool = False):
         super().__init__()
@@ -247,9 +239,7 @@ class LocalAggregation(nn.Module):
 
 
 class CurveBlock(nn.Module):
-    """Bottleneck with a shortcut, in which points are reduced, curves are walked, and neighbours are
-    aggregated.
-    """
+    """Bottleneck with a shortcut: fewer points, then curves, then neighbours."""
 
     def __init__(self, size_in: int, block: Block, arch: CurveNetArch):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Point clouds that rewards read: from the level set of the density, or from the depth map of a frontal
-camera.
+"""Point clouds that rewards read, from the density's level set or a frontal depth map.
 
 The observation `points` covers all sides of a shape, and `lifted-points` the visible side. Both use world
 coordinates, so that a shape's size and position matter. `published-points` is the cloud of the published
@@ -46,8 +45,7 @@ def evenly(total: int, count: int) -> torch.Tensor:
 
 
 def self_scaled(points: torch.Tensor) -> torch.Tensor:
-    """Normalise points [N, P, 3] as published: subtract the centroid, divide by the largest absolute
-    coordinate.
+    """Subtract the centroid of points [N, P, 3], and divide by the largest absolute coordinate.
 
     Differentiable, including the largest coordinate.
     """

@@ -34,9 +34,7 @@ class Architecture:
 
 
 def _tuples(value: Any) -> Any:
-    """Convert lists to tuples, also inside each other: JSON has no tuples, and frozen dataclasses need
-    them.
-    """
+    """Convert nested lists to tuples, which JSON does not have."""
     return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -1,5 +1,4 @@
-"""Rewards and their files: the observation of a field, the network that scores it, and the provenance of
-both.
+"""Rewards and their files: observation, network and provenance.
 
 A reward is stored as `<name>.safetensors` (the state dict; networks that read slabs have the names and the
 order of published checkpoints) beside `<name>.json` (observation, network, provenance). Published `.pt` state
@@ -82,9 +81,7 @@ class Reward(nn.Module):
 
     @property
     def labels(self) -> frozenset[str]:
-        """SHA-256 hashes of the label sets on which the reward was trained; empty if these are not
-        recorded.
-        """
+        """SHA-256 hashes of the label sets of the training; empty if not recorded."""
         # Splitting an empty string gives [""], which is not a hash.
         return frozenset((self.provenance.get("labels") or "").split("+")) - {""}
 
@@ -196,8 +193,7 @@ def untaught(kind: str, generator: Generator) -> Reward:
 
 
 def check_reward(reward: Reward, generator: Generator, source: str = "reward") -> None:
-    """Reject a reward that cannot observe this generator's shapes, and warn if it was trained with another
-    one.
+    """Reject a reward that cannot observe this generator; warn if it was trained on another.
 
     Another generator with the same bounds may have been tuned from the reward's generator, and then scores
     are meaningful. So this is only a warning on stderr.

@@ -1,5 +1,4 @@
-"""Networks that read σ slabs: a 3-D U-Net (the paper's network), or three strided convolutions for few
-labels.
+"""Networks that read σ slabs: the paper's 3-D U-Net, or strided convolutions for few labels.
 
 Shape letters: N samples, C channels, D, H, W = z, y, x, M entries of a vector, p edge of a patch (see
 eg3d_rlhf/core/shapes.py).
@@ -24,8 +23,7 @@ _LEAST_SCALE = 0.3
 
 
 class StridedConv3d(nn.Module):
-    """Three convolutions of stride 2 on two channels: standardised slab and standardised |slab - mirrored
-    slab|.
+    """Three convolutions of stride 2 on the standardised slab and |slab - mirrored slab|.
 
     Samples of one generator differ little from their mean, and pooling discards where they differ. With one
     or two thousand pairs, accuracy improves if the input is the difference from the mean slab, and if

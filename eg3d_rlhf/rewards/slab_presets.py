@@ -13,9 +13,7 @@ from eg3d_rlhf.rewards.presets import Architecture, Preset
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArch(Architecture):
-    """Sizes of a slab network: everything that determines its parameters and the function that it
-    computes.
-    """
+    """Sizes of a slab network, which determine its parameters and its function."""
 
     # Channels per U-Net level, finest first; each is below `groups` or divisible by it
     feature_maps: tuple[int, ...]

@@ -76,9 +76,7 @@ def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torc
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Return the median change of a density [D, H, W] between voxels across its surface; 1 if there is no
-    surface.
-    """
+    """Return the median step of a density [D, H, W] across its surface; 1 without a surface."""
     inside = grid > level
     steps = []
     for axis in range(3):

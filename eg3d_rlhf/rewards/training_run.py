@@ -1,6 +1,4 @@
-"""Run a complete reward training: read labels and a generator, and write the reward, its test figures and its
-learning curves.
-"""
+"""Run a complete reward training, from labels to the reward, its figures and its curves."""
 
 import json
 import sys
@@ -190,8 +188,7 @@ def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks =
 
 
 def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
-    """Train, choose the epoch on validation pairs, evaluate the test pairs once, write all files, and print
-    figures.
+    """Train, choose the epoch, evaluate the test pairs once, write all files, and print figures.
 
     Ranks observe shapes, train, and score validation pairs together. Only rank 0 tests and writes.
     Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json
@@ -352,9 +349,7 @@ def lines_of(report: dict, path: Path) -> Iterator[str]:
 
 
 def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
-    """Show a progress bar with the remaining time on stderr of rank 0, and return a function that
-    advances it.
-    """
+    """Show a progress bar on stderr of rank 0, and return a function that advances it."""
     bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.main)
     return lambda done: bar.update(done) and None
 
@@ -367,8 +362,7 @@ def collect_observations(
     shapes: list[tuple[str, int]],
     ranks: Ranks = SINGLE,
 ) -> TrainData:
-    """Observe every labelled seed at `psi` and the reference samples at psi 0.25, or read them from the
-    cache.
+    """Observe labelled seeds at `psi` and reference samples at psi 0.25, or read them from the cache.
 
     Args: single: unpaired labels by split; shapes: generator and seed of the numbers in the splits, if there
         are several generators. Reference samples come from the first generator.

@@ -1,5 +1,4 @@
-"""Residual squeeze-and-excitation 3-D U-Net on a density slab. Parameter names match published reward
-checkpoints.
+"""Residual squeeze-and-excitation 3-D U-Net on a density slab. Names match published checkpoints.
 
 Sources: U-Net in 3-D (Cicek 2016, arXiv 1606.06650), residual blocks with summation joining (Lee 2017, arXiv
 1706.00120), concurrent spatial and channel squeeze-and-excitation, joined by maximum (Roy 2018, arXiv

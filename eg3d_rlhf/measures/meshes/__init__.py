@@ -1,5 +1,4 @@
-"""Measures of a triangle mesh that need neither labels nor a network, such as whether it is a physically
-valid body.
+"""Measures of a triangle mesh that need neither labels nor a network.
 
 `mesh_measures.measure_mesh` computes all of them.
 """

@@ -1,5 +1,4 @@
-"""Analyse the edges of a mesh: whether it is closed, manifold and consistently wound; its parts, rims and
-handles.
+"""Analyse the edges of a mesh: closed, manifold, consistently wound; parts, rims, handles.
 
 Two faces are neighbours if they share an edge, independent of their winding. A corner is a face at a vertex.
 Corners around a vertex that shared edges connect form a fan. A vertex with several fans is pinched.

@@ -29,8 +29,7 @@ DEFAULT = MeasureOptions()
 
 
 def measure_mesh(mesh: CleanMesh, options: MeasureOptions = DEFAULT) -> dict:
-    """Compute every measure by name: counts, truth values, shares, lengths in longest edges, angles in
-    degrees.
+    """Compute every measure by name; lengths are in longest edges, and angles in degrees.
 
     A measure that is not defined for the mesh is None.
     Raises: ValueError naming the extra `solid` if a library is missing.
@@ -152,8 +151,7 @@ def contained(edges: Edges, space: Space, numbers: np.ndarray) -> np.ndarray:
 
 
 def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
-    """Compute the share of the volume in which several bodies overlap: 1 - volume of their union / summed
-    volume.
+    """Compute the overlap of several bodies: 1 - volume of their union / summed volume.
 
     The volume of cavities is subtracted from both. Returns None if manifold3d rejects a part as not solid, or
     if there are more than MOST_BODIES parts.
@@ -187,8 +185,6 @@ def overlap(edges: Edges, cavities: np.ndarray) -> float | None:
 
 
 def mirror_overlap(solid: np.ndarray) -> float:
-    """Compute the intersection over union of voxels [x, y, z] and their mirror image in x; 1 if all are
-    empty.
-    """
+    """Compute the IoU of voxels [x, y, z] and their mirror image in x; 1 if all are empty."""
     union = (solid | solid[::-1]).sum()
     return float((solid & solid[::-1]).sum() / union) if union else 1.0

@@ -1,5 +1,4 @@
-"""Determine on which side of a mesh a point lies and what a ray hits: hidden, buried and thin parts of
-surfaces.
+"""Determine on which side of a mesh points lie and what rays hit.
 
 Sides follow from the winding number, computed from solid angles by libigl. Signed crossings of rays would be
 wrong where faces coincide. Rays use Embree if it is installed, and libigl otherwise.

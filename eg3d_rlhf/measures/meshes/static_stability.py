@@ -66,9 +66,7 @@ def _to_segment(a: np.ndarray, b: np.ndarray, point: np.ndarray) -> float:
 
 
 def volume_centre(mesh: CleanMesh) -> np.ndarray | None:
-    """Return the centre of mass [3] of the volume that a closed mesh encloses, or None if that volume is
-    0.
-    """
+    """Return the centre of mass [3] of a closed mesh's volume, or None if that is 0."""
     volumes = face_volumes(mesh.vertices, mesh.faces)
     total = volumes.sum()
     # The centre of a tetrahedron from the origin to a face is the sum of the face's corners over 4.
@@ -82,9 +80,7 @@ def area_centre(mesh: CleanMesh) -> np.ndarray:
 
 
 def voxel_centre(solid: np.ndarray) -> np.ndarray | None:
-    """Return the centre of mass [3] of voxels [x, y, z] in the unit cube around the origin, or None if
-    all are empty.
-    """
+    """Return the centre of mass [3] of voxels [x, y, z] of the unit cube, or None if all are empty."""
     return (
         np.argwhere(solid).mean(axis=0) / solid.shape[0] + 0.5 / solid.shape[0] - 0.5 if solid.any() else None
     )

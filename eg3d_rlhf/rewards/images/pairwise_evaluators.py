@@ -43,9 +43,7 @@ def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
 
 
 def first_emblems(images: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Return for each view [V] whether it shows the first emblem, by a majority of pixels where the modes
-    differ.
-    """
+    """Return for each view [V] whether it shows the first emblem, by a vote of pixels."""
     first, second = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
     # Elsewhere both modes look alike, so these pixels would vote at random.
     differ = (first - second).norm(dim=1) > _CLOSE
@@ -108,8 +106,7 @@ class YesNoJudge:
 
 @torch.no_grad()
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Create a function that returns minus the RMS difference [A] of an asset's images to their nearest
-    modes.
+    """Create a function that returns minus the RMS distance [A] of images to their nearest modes.
 
     The function takes the prompts of the assets. Each of an asset's four images has its own nearest mode.
     """

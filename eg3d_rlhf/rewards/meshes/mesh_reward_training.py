@@ -52,9 +52,7 @@ def meshes_of(options: MeshRewardTraining, on_shape: OnShape = None) -> MeshSet:
 
 
 class MeshTraining:
-    """Training that can be interrupted after any step: `state` and `load` lead to a bitwise identical
-    reward.
-    """
+    """Training that `state` and `load` continue bitwise identically after any step."""
 
     def __init__(self, options: MeshRewardTraining, meshes: MeshSet):
         self.o = o = options

@@ -120,9 +120,7 @@ class MeshReader:
 
     @torch.no_grad()
     def _rebuilt(self, density: torch.Tensor, level: float) -> list[Held]:
-        """Compute vertex normals of all assets, and a net and a plan where a sign on the lattice has
-        changed.
-        """
+        """Compute vertex normals of all assets, and new nets and plans where signs have changed."""
         rebuilt = []
         for i, raw in enumerate(density):
             levels = closed_level(level - raw, self.lattice)

@@ -1,5 +1,4 @@
-"""Compute the 10 numbers that a mesh encoder reads of a face (MeshMAE, Liang et al. 2022), and divide faces
-into patches in two ways.
+"""Divide faces into patches, and compute the 10 numbers that encoders read of a face (MeshMAE).
 
 | numbers | meaning |
 | --- | --- |
