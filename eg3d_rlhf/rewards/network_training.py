@@ -359,7 +359,7 @@ def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
             " remove --unpaired."
         )
     if used and kinds != {True, False}:
-        got = "only one kind" if kinds else "none"
+        got = "none of one kind" if kinds else "none"
         raise ValueError(
             "--regression, --divergence: expected unpaired labels of both kinds (preferred and not"
             f" preferred), got {got}. Pass --unpaired, or label more shapes."
