@@ -13,7 +13,7 @@ class Measure:
     """One figure per item, for example a property of each latent's shape.
 
     >>> relief = Measure("face relief", None, "higher", "world units")
-    >>> relief.values({"face relief": [0.1, 0.2]}), relief.verdict(0.01, 0.03), relief.verdict(-0.01, 0.03)
+    >>> relief.values({"face relief": [0.1, 0.2]}), relief.outcome(0.01, 0.03), relief.outcome(-0.01, 0.03)
     (array([0.1, 0.2]), 'better', 'no clear change')
     """
 
@@ -33,7 +33,7 @@ class Measure:
         values = seen[0][self.name] if self.of is None else self.of(*seen)
         return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
-    def verdict(self, lo: float, hi: float) -> str:
+    def outcome(self, lo: float, hi: float) -> str:
         """Return 'better' or 'worse', or 'no clear change' if the interval lo..hi of a change contains 0."""
         if lo <= 0 <= hi:
             return "no clear change"

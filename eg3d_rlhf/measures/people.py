@@ -19,7 +19,7 @@ from eg3d_rlhf.measures.measure import Measure
 from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
 VOXEL = 1 / 64  # world units; the unit of tolerances
-BROKEN = 0.12  # an untuned scan counts as defective from this back-of-head volume error on
+DEFECTIVE = 0.12  # an untuned head counts as defective from this back-of-head volume error on
 IN_FRONT = 0.06  # z, world units; damage to scans ends at z = 0.055
 # At a tolerance of one voxel, a head that was blurred by .75 voxel scores nearly as well as a ground-truth
 # head.
@@ -49,7 +49,7 @@ def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
     return torch.cat(parts, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
-def behind(points: np.ndarray) -> np.ndarray:
+def back_of_head(points: np.ndarray) -> np.ndarray:
     """Return which points [..., 3] lie at the back of the head, as bool [...]."""
     return (points[..., 2] < BACK) & (points[..., 1] > BASE)
 
@@ -59,10 +59,10 @@ def in_front(points: np.ndarray) -> np.ndarray:
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(values: np.ndarray, head_values: np.ndarray, place=behind) -> VolumeError:
+def volume_error(values: np.ndarray, head_values: np.ndarray, place=back_of_head) -> VolumeError:
     """Compute the volume errors of a shape [n, n, n] against the ground-truth head [n, n, n] at a place.
 
-    Args: place: function of points [..., 3] that selects the place, `behind` or `in_front`.
+    Args: place: function of points [..., 3] that selects the place, `back_of_head` or `in_front`.
     """
     here = place(grid_points(len(values)))
     shape = (values < 0) & here
@@ -98,7 +98,7 @@ def surfaces(values: np.ndarray, head_values: np.ndarray) -> dict[str, float]:
     shape = surface_points(values)
     head = surface_points(head_values)
     results: dict[str, float] = {}
-    for suffix, place in (("", behind), ("_front", in_front)):
+    for suffix, place in (("", back_of_head), ("_front", in_front)):
         # Distances from the shape's points at a place to the head, and from the head's points to the shape
         distances = _distances(shape, head, place), _distances(head, shape, place)
         results |= {

@@ -20,6 +20,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError, StopRequest
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, median_distance, reconstruction_loss
@@ -100,7 +101,8 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
         ) from error
     # Through JSON, so that tuples become lists, as in the file.
     requested = json.loads(json.dumps(asdict(options)))
-    changed = sorted(name for name, value in requested.items() if values["options"].get(name) != value)
+    started = version_0_1.settings(values["options"])
+    changed = sorted(name for name, value in requested.items() if started.get(name) != value)
     if changed:
         raise ValueError(
             f"train_reward({path.name}): the run was started with other {', '.join(changed)}. Use the"

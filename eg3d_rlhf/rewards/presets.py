@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from eg3d_rlhf.core.registry import Registry
+from training.config import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,5 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
         )
     # The first preset of a kind is its default.
     name = next(iter(presets)) if name is None else name
-    if name not in presets:
-        raise ValueError(
-            f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them."
-        )
+    check_choice("reward preset", name, presets)
     return presets[name]

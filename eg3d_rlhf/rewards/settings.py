@@ -50,7 +50,7 @@ class TrainOptions:
     cosine: bool = True
     weight_decay: float = knob(1e-4, "Weight decay of Adam (L2 penalty).", TRAINING, low=0, rare=True)
     decoupled: bool = False  # use AdamW, which applies the weight decay separately from the gradient
-    anchors: int = knob(
+    reference_samples: int = knob(
         0,
         "Number of reference samples (truncation psi 0.25), which should score above every labelled shape.",
         TRAINING,
@@ -75,9 +75,10 @@ class TrainOptions:
                 f"unpaired_batch: expected an even number, got {self.unpaired_batch}, since half of the"
                 " labels are preferred. Choose an even number."
             )
-        if self.anchors and not self.weights.on_pairs:
+        if self.reference_samples and not self.weights.on_pairs:
             raise ValueError(
-                f"--anchors: has no effect without a loss on pairs, got {self.anchors}. Remove --anchors."
+                "--reference-samples: has no effect without a loss on pairs, got"
+                f" {self.reference_samples}. Remove --reference-samples."
             )
 
 

@@ -1,9 +1,10 @@
 """Label-free rewards for physically valid meshes: the score of `eg3d_rlhf.geometry.solids`, and a
 differentiable one.
 
-    solid        minus `solid_loss`, with which a generator can be tuned: 0 if no defect is detected.
-    Experimental soundness    the score itself, against the shape's own correction; it can rank shapes, and
-    has no gradient
+    solid            minus `solid_loss`, with which a generator can be tuned: 0 if no defect is detected.
+                     Experimental
+    mesh-validity    the score itself, against the shape's own correction; it can rank shapes, and has no
+                     gradient
 
 Letters: N shapes; D, H, W = grid points along z, y, x.
 """
@@ -113,7 +114,7 @@ class Soundness(CubeScore):
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
     weights: tuple[float, float, float, float] = HEADS.weights  # see `solids.Rules`
-    kind: ClassVar[str] = "soundness"
+    kind: ClassVar[str] = "mesh-validity"
     differentiable: ClassVar[bool] = False
 
     @torch.no_grad()

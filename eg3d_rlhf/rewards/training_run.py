@@ -405,7 +405,7 @@ def collect_observations(
     ]
     seeds += [label.seed for part in single.values() for label in part]
     labelled = [seed for _, seed in shapes] or seeds
-    count = settings.train.anchors
+    count = settings.train.reference_samples
     # Seeds of labelled shapes are not used for reference samples.
     references = anchor_seeds(count, settings.fractions, exclude=labelled)["train"] if count else ()
     if shapes:

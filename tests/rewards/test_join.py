@@ -150,7 +150,7 @@ def test_the_reward_phase_accepts_the_joint_reward(join, tiny_networks, tiny_dat
         nets.G,
         nets.G_ema,
         reward,
-        RewardConfig(anchor_resolution=12, reward_shaping=shaping, reward_clip="iqr"),
+        RewardConfig(consistency_resolution=12, reward_shaping=shaping, reward_clip="iqr"),
     )
     low, high = terms.state.bounds.tolist()
     assert low < high and terms.initial_scores.isfinite().all()
@@ -165,10 +165,10 @@ def test_a_member_cannot_be_the_held_out_reward(join, files, tiny_networks, tiny
     flags = [
         "--reward=sigma",
         f"--reward-ckpt={out}",
-        f"--reward-watch={files['b']}",
+        f"--heldout-reward={files['b']}",
         "--no-summary",
         "--kimg=0.008",
     ]
     done = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *flags))
-    rejected(done, "--reward-watch", "--reward-ckpt")
+    rejected(done, "--heldout-reward", "--reward-ckpt")
     assert not (tmp_path / "runs").exists()

@@ -335,20 +335,20 @@ def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
         if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
             known = ", ".join(QUESTIONS)
             raise ValueError(
-                f"--questions: expected {known} or NAME=TEXT, the name in a to z, 0 to 9, _ and -, got"
+                f"--criteria: expected {known} or NAME=TEXT, the name in a to z, 0 to 9, _ and -, got"
                 f" {entry!r}. Correct it."
             )
         if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
             got = repr(text[:40])
             raise ValueError(
-                f"--questions: expected {name}= a text of 1 to {MAX_TEXT} printable characters, got {got}."
+                f"--criteria: expected {name}= a text of 1 to {MAX_TEXT} printable characters, got {got}."
                 " Correct it."
             )
         questions.append(Question(name, text if equals else None))
     names = [question.name for question in questions]
     if len(set(names)) < len(names) or len(names) > MAX_QUESTIONS:
         raise ValueError(
-            f"--questions: expected at most {MAX_QUESTIONS}, each once, got {', '.join(names)}. Leave some"
+            f"--criteria: expected at most {MAX_QUESTIONS}, each once, got {', '.join(names)}. Leave some"
             " out."
         )
     return tuple(questions)

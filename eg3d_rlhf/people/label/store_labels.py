@@ -76,7 +76,7 @@ class LabelFilters:
     drop_repeats: bool = False  # keep each annotator's first answer to a pair alone
     min_milliseconds: int = 0  # leave out faster answers
     # take the votes on it as answers; judgements without one are left out. None: which one is better
-    question: str | None = None
+    criterion: str | None = None
     # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
     since: str | float | None = None
 
@@ -129,7 +129,7 @@ class LabelFilters:
             and row.milliseconds >= self.min_milliseconds
             and row.received_at >= self.start
         ]
-        return kept if self.question is None else answers_to(self.question, kept)
+        return kept if self.criterion is None else answers_to(self.criterion, kept)
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
@@ -260,13 +260,13 @@ def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[Ju
         if campaign.settings.mode is not mode:
             wanted, got = (WORDS[m] for m in (mode, campaign.settings.mode))
             raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
-    if chosen.question is not None:
+    if chosen.criterion is not None:
         named = [c for c in store.campaigns() if chosen.campaign in (None, c.settings.name)]
         asked = {question.name for c in named for question in parse_questions(c.settings.questions)}
-        if chosen.question not in asked:
+        if chosen.criterion not in asked:
             listed = ", ".join(sorted(asked)) or "none"
             raise ValueError(
-                f"question: expected one that was asked ({listed}), got {chosen.question!r}. Name one of"
+                f"criterion: expected one that was asked ({listed}), got {chosen.criterion!r}. Name one of"
                 " them."
             )
     names = {annotator.name for annotator in store.annotators()}

@@ -134,7 +134,7 @@ class MeshRewardTraining:
     turns: bool = _rare_train_knob(
         True, "Rotate meshes by random quarter turns about the upward axis, and mirror some of them."
     )
-    shuffled: bool = _rare_train_knob(
+    randomised: bool = _rare_train_knob(
         False, "Control: permute the labels at random. The AUC must then be close to 0.5."
     )
     area_only: bool = _rare_train_knob(

@@ -1,4 +1,4 @@
-"""Arms of a comparison against plain score distillation: win rates by a judge that trains nothing, with
+"""Arms of a comparison against plain score distillation: win rates by a held-out evaluator, with
 intervals, paired changes, and Elo.
 
 Letters: N pairs of (prompt, seed); every arm has an asset for each.
@@ -108,7 +108,7 @@ def markdown(table: Mapping) -> str:
         for arm, row in arms.items()
     ]
     lines = [
-        f"{table['n']} pairs of prompt and seed, the same for all arms. The judge: {table['judge']}.",
+        f"{table['n']} pairs of prompt and seed, the same for all arms. The evaluator: {table['evaluator']}.",
         "",
         *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
     ]

@@ -1,7 +1,7 @@
 """Settings and guidance of the methods by name, and their presets."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,50 +34,19 @@ def imported(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
     return made
 
 
-METHODS.add(
-    "sds",
-    Method(
-        settings=SdsSettings,
-        guidance=partial(imported, "sds", "Sds"),
-        noises=lambda s: s.samples,
-        rewarded=False,
-    ),
-)
-METHODS.add(
-    "dreamdpo",
-    Method(
-        settings=DreamDpoSettings,
-        guidance=partial(imported, "dreamdpo", "DreamDpo"),
-        noises=lambda s: 2,
-        judged=True,
-    ),
-)
-METHODS.add(
-    "rewardsds",
-    Method(
-        settings=RewardSdsSettings,
-        guidance=partial(imported, "rewardsds", "RewardSds"),
-        noises=lambda s: s.noises,
-    ),
-)
-METHODS.add(
-    "dreamreward",
-    Method(
-        settings=DreamRewardSettings,
-        guidance=partial(imported, "dreamreward", "DreamReward"),
-        noises=lambda s: 1,
-    ),
-)
-METHODS.add(
-    "psd",
-    Method(settings=PsdSettings, guidance=partial(imported, "psd", "Psd"), noises=lambda s: 2, judged=True),
-)
-METHODS.add(
-    "best-of-n",
-    Method(
-        settings=BestOfNSettings, guidance=partial(imported, "sds", "BestOfN"), noises=lambda s: s.samples
-    ),
-)
+def _add(
+    name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **more: bool
+) -> None:
+    made = partial(imported, module, guidance)
+    METHODS.add(name, Method(settings=settings, guidance=made, noises=noises, **more))
+
+
+_add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, rewarded=False)
+_add("dreamdpo", DreamDpoSettings, "dreamdpo", "DreamDpo", lambda s: 2, judged=True)
+_add("rewardsds", RewardSdsSettings, "rewardsds", "RewardSds", lambda s: s.noises)
+_add("dreamreward", DreamRewardSettings, "dreamreward", "DreamReward", lambda s: 1)
+_add("psd", PsdSettings, "psd", "Psd", lambda s: 2, judged=True)
+_add("best-of-n", BestOfNSettings, "sds", "BestOfN", lambda s: s.samples)
 
 # Presets by name: ours, and those of released code as far as it differs.
 

@@ -55,10 +55,10 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
     prompts = [prompt for prompt, _ in pairs]
     table = None
     if len(arms) > 1 and scene.final is not None:
-        print("Judging.", flush=True)
+        print("Evaluating.", flush=True)
         measured = {arm: scene.measures(asset, prompts) for arm, asset in arms.items()}
         table, judgements = compare(arms, pairs, scene.final, measured)
-        table |= {"judge": scene.judge, "settings": settings.to_dict()}
+        table |= {"evaluator": scene.evaluator, "settings": settings.to_dict()}
         run.write("compare.json", table)
         write_atomic(
             run.folder / "judgements.jsonl",
@@ -194,7 +194,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
             | {"Elo": row["elo"]["mean"]}
             for arm, row in arms.items()
         ]
-        says = [f"Judge: {(table or {})['judge']}."]
+        says = [f"Evaluator: {(table or {})['evaluator']}."]
         says += [
             f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%},"
             f" {row['ci95'][1]:.1%}]."
@@ -206,7 +206,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
     def drawn(where: Path) -> Finding:
         (where / "grid.png").write_bytes((folder / "grid.png").read_bytes())
         caption = f"The first {shown} assets, an arm a row; prompt and seed below"
-        return Finding(facts=facts, data={}, pictures={caption: "grid.png"})
+        return Finding(facts=facts, data={}, images={caption: "grid.png"})
 
     def stepped(where: Path) -> Finding:
         del where

@@ -47,7 +47,7 @@ class Scene:
     # of finished assets, by name [A]; NaN where one does not apply
     measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]
     final: FinalJudge | None = None  # of comparisons
-    judge: str = ""  # the same in words
+    evaluator: str = ""  # the same in words
     pair_judge: PairwiseJudge | None = None  # ranks noises in the reward's place
     geometry: Callable[[], GeometryReward] | None = None  # a fresh one, since some have a state
     background: torch.Tensor | None = None

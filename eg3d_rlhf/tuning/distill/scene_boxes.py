@@ -82,7 +82,7 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
         measures=measures,
         final=AssetJudge(),
-        judge=(
+        evaluator=(
             "noses counted on the surface, nearer to one; of boxes, sides with the preferred emblem; then"
             " nearness to the prior's modes. It trained nothing"
         ),

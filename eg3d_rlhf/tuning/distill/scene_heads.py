@@ -150,8 +150,8 @@ def distance(values: np.ndarray, head: np.ndarray) -> float:
 @torch.no_grad()
 def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Figures [A] of finished assets: both bundled rewards, and against the head that the prompt names the
-    annotator's utility without noise, the distance of the surfaces, the volume error behind, and the RMS
-    difference of all K pictures to its own.
+    annotator's utility without noise, the distance of the surfaces, the back-of-head volume error, and the
+    RMS difference of all K pictures to its own.
     """
     numbers = head_numbers(prompts)
     values = shape_grids(asset, JUDGED)
@@ -162,10 +162,10 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     wanted = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
-        "watching reward": load_reward(bundled.WATCH).score(asset).double(),
+        "held-out reward": load_reward(bundled.WATCH).score(asset).double(),
         "utility": torch.tensor([utility(*pair).total for pair in pairs]),
         "distance": torch.tensor([distance(*pair) for pair in pairs]),
-        "error behind": torch.tensor([volume_error(*pair).total for pair in pairs]),
+        "back-of-head error": torch.tensor([volume_error(*pair).total for pair in pairs]),
         "rms": (seen - wanted).square().unflatten(0, (len(asset), -1)).flatten(1).mean(dim=1).sqrt().double(),
     }
 
@@ -204,7 +204,7 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
         geometry=load_geometry(settings.scene.geometry_reward, settings.scene.prior, device),
         measures=measures,
         final=ShapeJudge(),
-        judge=(
+        evaluator=(
             "the distance of the surface to that of the head that the prompt names, which no part of a run"
             " reads"
         ),

@@ -143,7 +143,7 @@ def test_reward_and_judges_follow_its_sign(tmp_path):
     assert result.exit_code == 0, result.output
     arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
     kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
-    for name in ("reward", "watching reward", "utility"):
+    for name in ("reward", "held-out reward", "utility"):
         assert (
             kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
         ), name

@@ -6,7 +6,7 @@ content:
     FOLDER/GENERATOR/PROMPT.glb    one generator a folder, one prompt a file's name; FOLDER/prompts.jsonl may
                                    say what is asked for: {"prompt": "chair", "text": "a red chair", "image":
                                    "inputs/chair.png"}
-    FOLDER/ranking.jsonl           as eg3d-rlhf flow draw writes it: one generator, several seeds of each
+    FOLDER/ranking.jsonl           as eg3d-rlhf flow sample writes it: one generator, several seeds of each
                                    condition; or one such folder for each generator,
                                    FOLDER/GENERATOR/ranking.jsonl
     LIST.jsonl                     a line for each asset: {"asset": "a/chair.glb", "generator": "a", "prompt":

@@ -3,6 +3,7 @@ must be known.
 """
 
 import zlib
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
 
     Raises: ValueError for an unknown name, strips, or nothing left.
     """
-    rng = _rng(name, seed)
+    rng = damage_draws(name, DAMAGES, seed)
     parts = [part for mesh in model.meshes for part in mesh]
     if any(part.mode != TRIANGLES for part in parts):
         raise ValueError("expected a mesh of triangles to damage, got strips or fans")
@@ -53,7 +54,7 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
 
 def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
     """Gaussians after damage `name`. Raises: as `damage_mesh`."""
-    rng = _rng(name, seed)
+    rng = damage_draws(name, DAMAGES, seed)
     size = _size(splats.centres.astype(np.float64))
     if name == "rough":
         moved = splats.centres + rng.normal(scale=_REACH * size, size=splats.centres.shape)
@@ -66,11 +67,11 @@ def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
     return replace(splats, **{array: getattr(splats, array)[kept] for array in arrays})
 
 
-def _rng(name: str, seed: int) -> np.random.Generator:
-    if name not in DAMAGES:
+def damage_draws(name: str, known: Collection[str], seed: int) -> np.random.Generator:
+    """Return the generator that damage `name` draws from. Raises: ValueError for a name that is not known."""
+    if name not in known:
         raise ValueError(
-            f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Make the campaign with this"
-            " version."
+            f"damage: expected one of {', '.join(known)}, got {name!r}. Make the campaign with this version."
         )
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
