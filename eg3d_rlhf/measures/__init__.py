@@ -1,1 +1,1 @@
-"""What is measured of a generator or an asset; knows no reward."""
+"""Measures of a generator or of an asset. No module of this package reads a reward."""

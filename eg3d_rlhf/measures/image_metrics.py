@@ -1,8 +1,9 @@
-"""Distances between a generator's images and a dataset's: FID and KID where the features are Inception's, the
-same formulas elsewhere.
+"""Compute distances between a generator's images and a dataset's images, and the share of images with a face.
 
-Fakes are drawn as EG3D's metrics draw them: z normal, cameras those of randomly chosen images of the set,
-conditioning and rendering camera the same, no truncation, noise random.
+The distances are FID and KID with Inception features. With other features the same formulas have other names.
+Fakes are generated as EG3D's metrics generate them: z is normal, cameras are those of randomly chosen images
+of the dataset, the mapping network is conditioned on the rendering camera, there is no truncation, and noise
+is random.
 Shape letters: N images, C channels, R resolution, K camera numbers (25).
 """
 
@@ -23,8 +24,9 @@ from eg3d_rlhf.measures.features import HeadFactorFeatures, InceptionFeatures, t
 from training.dataset import ImageFolderDataset
 from training.storage import write_atomic
 
-FULL = 50_000
-METRICS: dict[str, tuple[str, int | None]] = {  # name: formula, images (None: as many as asked for)
+FULL = 50_000  # fakes of the metrics that are named after them
+# name: (formula, number of fakes). None: the number that the user asks for.
+METRICS: dict[str, tuple[str, int | None]] = {
     "fid": ("frechet", None),
     "kid": ("kernel", None),
     "fid50k_full": ("frechet", FULL),
@@ -37,73 +39,87 @@ Network = HeadFactorFeatures | InceptionFeatures
 
 @dataclass(frozen=True, kw_only=True)
 class MetricOptions:
-    """What is measured on how many images."""
+    """Settings of a call of `evaluate`: the metrics and the number of images."""
 
     metrics: tuple[str, ...] = ("fid", "kid")
-    n: int | None = None  # fakes for fid and kid, >= 2; None is 50,000
-    seed: int = 0  # of latents, cameras, noise and subsets
-    batch: int = 8  # images at once
+    n: int | None = None  # number of fakes for fid and kid, >= 2; None means 50,000
+    seed: int = 0  # of latents, cameras, noise and subsets, >= 0
+    batch: int = 8  # images that are rendered at once, >= 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics or len(set(self.metrics)) < len(self.metrics):
             got = ", ".join(self.metrics) or "none"
             raise ValueError(
-                f"--metrics: expected some of {', '.join(METRICS)}, each once, got {got}. Correct the list."
+                f"--metrics: expected some of {', '.join(METRICS)}, each at most once, got {got}. Correct the"
+                " list."
             )
+        # Metrics that have a number in their name cannot take another number of fakes.
         fixed = [name for name in self.metrics if METRICS[name][1] is not None]
         if fixed and self.n is not None:
             raise ValueError(
-                f"--n: expected none with {fixed[0]}, which takes {FULL:,} images, got {self.n}. Use fid or"
-                " kid with --n."
+                f"--n: {fixed[0]} always uses {FULL:,} images, got --n={self.n}. Remove --n, or use the"
+                " metrics fid or kid."
             )
         if self.n is not None and self.n < 2 or self.batch < 1 or self.seed < 0:
             raise ValueError(
                 f"--n: expected n >= 2, batch >= 1 and seed >= 0, got {self.n}, {self.batch}, {self.seed}."
-                " Raise it."
+                " Increase it."
             )
 
     @property
     def images(self) -> int:
-        """Fakes to draw; the metrics of one call share them."""
+        """Number of fakes to generate. All metrics of one call share them."""
         return self.n or FULL
 
 
 def real_batches(dataset: ImageFolderDataset, batch: int) -> Iterator[torch.Tensor]:
-    """All images of a set, float [N, 3, R, R] in [-1, 1]; greyscale is repeated."""
+    """Yield all images of a dataset as float [N, 3, R, R] in [-1, 1].
+
+    Greyscale is repeated over 3 channels.
+    """
     for start in range(0, len(dataset), batch):
         pixels = np.stack([dataset[i][0] for i in range(start, min(start + batch, len(dataset)))])
+        # 0..255 to [-1, 1]
         yield torch.from_numpy(pixels).float().expand(-1, 3, -1, -1) / 127.5 - 1
 
 
 @torch.no_grad()
 def fake_batches(generator: Generator, cameras: np.ndarray, options: MetricOptions) -> Iterator[torch.Tensor]:
-    """options.images fakes, float [N, 3, R, R], seen from cameras drawn from `cameras` [len, K].
+    """Yield options.images fakes, float [N, 3, R, R], rendered from cameras that are sampled from `cameras`
+    [len, K].
 
-    Repeats with the seed at the same batch size. torch's global generator is put back after every batch.
+    The same seed gives the same images if the batch size is the same. torch's global generator is restored
+    after every batch.
     """
     device = device_of(generator)
+    # With replacement, since there can be more fakes than images.
     chosen = np.random.RandomState(options.seed).randint(len(cameras), size=options.images)
-    first = options.seed * options.images  # seeds of z: other runs get others
+    first = options.seed * options.images  # each --seed has its own range of latent seeds
     for start in range(0, options.images, options.batch):
         stop = min(start + options.batch, options.images)
         z = latents(range(first + start, first + stop), generator.z_dim).to(device)
         c = torch.from_numpy(cameras[chosen[start:stop]]).to(device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            # The rendering noise reads torch's global generator, so every batch has its own seed.
             torch.manual_seed(first + start)
             images = generator.field(generator.mapping(z, c), noise_mode="random").render(c).image
         yield images.expand(-1, 3, -1, -1)
 
 
-def _told(
-    batches: Iterable[torch.Tensor], tell: Callable[[int], object], faces: list[np.ndarray] | None
+def _with_progress(
+    batches: Iterable[torch.Tensor], advance: Callable[[int], object], faces: list[np.ndarray] | None
 ) -> Iterator[torch.Tensor]:
-    """The batches, of which a bar is told when they are done, and `faces` which of their images have one."""
+    """Yield the batches unchanged, and advance a progress bar by the size of each finished one.
+
+    If `faces` is a list, append for each batch which of its images show a face.
+    """
     for batch in batches:
+        # Yield first: the bar advances when the consumer has finished with the batch.
         yield batch
         if faces is not None:
             faces.append(faces_found(batch))
-        tell(len(batch))
+        advance(len(batch))
 
 
 def evaluate(
@@ -113,42 +129,47 @@ def evaluate(
     options: MetricOptions,
     bar: Callable[[int, str], Any],
 ) -> list[dict]:
-    """One record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals', 'seed',
-    'snapshot', 'total_time', ...}.
+    """Compute the metrics of a generator against a dataset.
 
-    Args: dataset with 25-number labels; bar: gets a number of images and a title, returns what is told the
-        size of each batch.
-    Raises: ValueError when the set's resolution is not the generator's, a set has fewer than two images, or a
-        feature is not finite.
+    Args: dataset: images with 25-number camera labels; bar: called with a number of images and a title,
+        returns a function that advances the progress by a number of images.
+    Returns: one record per metric: {'results': {name: value}, 'metric', 'features', 'images', 'reals',
+        'seed', 'snapshot', 'total_time', ...}.
+    Raises: ValueError if the resolutions of dataset and generator differ, a set has fewer than two images, or
+        a feature is not finite.
     """
     resolution = generator.generator.img_resolution
     if dataset.resolution != resolution:
         raise ValueError(
-            f"--data: expected images of {resolution}x{resolution} as the generator's, got"
-            f" {dataset.resolution}x{dataset.resolution}. Convert the set with tools/dataset_tool.py."
+            f"--data: expected images of {resolution}x{resolution} pixels, as the generator renders, got"
+            f" {dataset.resolution}x{dataset.resolution}. Convert the dataset with tools/dataset_tool.py."
         )
     started = time.time()
+    # Fakes have the distribution of the dataset's cameras.
     cameras = dataset.get_labels()
     faces: tuple[list, list] | tuple[None, None] = ([], []) if "faces" in options.metrics else (None, None)
     real = collect(
         network,
-        _told(
+        _with_progress(
             real_batches(dataset, options.batch), bar(len(dataset), "features of the real images"), faces[0]
         ),
     )
-    made = fake_batches(generator.generator, cameras, options)
-    fake = collect(network, _told(made, bar(options.images, "features of generated images"), faces[1]))
+    # A generator: each batch is rendered when `collect` asks for it.
+    fakes = fake_batches(generator.generator, cameras, options)
+    fake = collect(
+        network, _with_progress(fakes, bar(options.images, "features of generated images"), faces[1])
+    )
     records = []
     for metric in options.metrics:
         formula = METRICS[metric][0]
         name = metric
-        # a figure under our own features must not pass for an FID
+        # Only Inception features give a FID or KID. Other features get another name, e.g. frechet_offline.
         if formula != "faces" and not isinstance(network, InceptionFeatures):
             name = f"{formula}_offline{metric[3:]}"
         if formula == "faces":
             results = {
-                who: float(np.concatenate(part).mean())
-                for who, part in zip(("faces_reals", "faces"), faces, strict=True)
+                subset: float(np.concatenate(part).mean())
+                for subset, part in zip(("faces_reals", "faces"), faces, strict=True)
                 if part
             }
         elif formula == "frechet":
@@ -173,6 +194,7 @@ def evaluate(
                 "snapshot": generator.path.name,
                 "snapshot_sha256": generator.hash,
                 "timestamp": time.time(),
+                # Includes the features of the reals, which all metrics of the call share.
                 "total_time": time.time() - started,
             }
         )
@@ -180,47 +202,52 @@ def evaluate(
 
 
 def training_options(network: Path) -> dict:
-    """'data' and 'mirror' of the run, ours or EG3D's, that a network file lies in; empty where it lies in
-    none.
+    """Read 'data' and 'mirror' from the options of the run, ours or EG3D's, whose folder holds a network
+    file.
+
+    Returns an empty dictionary if the file is in no run folder.
     """
     values = recorded(network.parent)
-    theirs = values.get("training_set_kwargs")
-    if isinstance(theirs, dict):
-        return {"data": theirs.get("path"), "mirror": theirs.get("xflip", False)}
+    eg3d_data = values.get("training_set_kwargs")  # only in options that EG3D's train.py wrote
+    if isinstance(eg3d_data, dict):
+        return {"data": eg3d_data.get("path"), "mirror": eg3d_data.get("xflip", False)}
     return {name: values[name] for name in ("data", "mirror") if name in values}
 
 
 def append_records(folder: Path, records: list[dict]) -> None:
-    """Add each record as a line of <folder>/metric-<name>.jsonl, EG3D's file names."""
+    """Append each record as a line to <folder>/metric-<name>.jsonl, the file names that EG3D uses."""
     for record in records:
         path = folder / f"metric-{record['metric']}.jsonl"
+        # Rewrite the file as a whole: an interrupted append could leave half a line.
         before = path.read_text() if path.is_file() else ""
         write_atomic(path, (before + json.dumps(record) + "\n").encode())
 
 
-# Share of pictures in which an outside detector finds a face: scikit-image's cascade of local binary
-# patterns, which learnt from photographs and comes with the package.
+# Share of images in which an independent detector finds a face: scikit-image's cascade of local binary
+# patterns, which was trained on photographs and is part of that package.
 #
-# It is strict: of pictures of the family's true heads from in front, yaw and pitch drawn as for training, it
-# finds three in four. A share that falls says that faces were harmed. Images are float [N, 3, H, W] in
-# [-1, 1].
+# The detector is strict. Of frontal images of the family's ground-truth heads, with yaw and pitch sampled as
+# for training, it finds a face in three of four. If the share falls, tuning has damaged faces. Images are
+# float [N, 3, H, W] in [-1, 1].
 
-FACE_PIXELS = 128  # of the pictures that it reads
-SMALLEST_FACE = 40  # of a face
+FACE_PIXELS = 128  # edge of the images that the detector reads
+SMALLEST_FACE = 40  # pixels; smaller detections are not searched
 
 
 def faces_found(images: torch.Tensor) -> np.ndarray:
-    """Whether there is a face in each of images [N, 3, H, W]: [N] bool.
+    """Return for each of images [N, 3, H, W] whether the detector finds a face, as [N] bool.
 
-    Raises: ValueError without scikit-image.
+    Raises: ValueError if scikit-image is not installed.
     """
     try:
         from skimage.data import lbp_frontal_face_cascade_filename
         from skimage.feature import Cascade
     except ImportError:
         raise ValueError(
-            "detector of faces: expected scikit-image, found none. Install it: pip install 'eg3d-rlhf[dev]'."
+            "The face detector needs scikit-image, which is not installed. Install it: pip install"
+            " 'eg3d-rlhf[dev]'."
         ) from None
+    # The file is part of scikit-image.
     detector = Cascade(lbp_frontal_face_cascade_filename())
     pixels = (
         (to_resolution(images, FACE_PIXELS) * 127.5 + 127.5)

@@ -1,4 +1,4 @@
-"""What a measure is. A part of a report is a table of them; `evaluation.paired.compare` does the rest."""
+"""Define a measure; `evaluation.paired.compare` evaluates tables of them for a report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of each item, such as a latent's shape.
+    """One figure per item, for example a property of each latent's shape.
 
     >>> relief = Measure("face relief", None, "higher", "world units")
     >>> relief.values({"face relief": [0.1, 0.2]}), relief.outcome(0.01, 0.03), relief.outcome(-0.01, 0.03)
@@ -18,19 +18,23 @@ class Measure:
     """
 
     name: str  # in tables and JSON
-    # what was seen of N items -> values [N], NaN where an item has none; None: the entry of that name
+    # Function of what was measured on N items that returns values [N], NaN where an item has none.
+    # None: the entry of the measured values with this name.
     of: Callable[..., Any] | None
-    better: str  # "higher", "lower", or "" where neither is
+    better: str  # "higher", "lower", or "" if neither direction is better
     unit: str
-    meaning: str = ""  # what it does not say by itself
+    meaning: str = ""  # explanation that a table prints beside the name
 
     def values(self, *seen: Any) -> np.ndarray:
-        """[N] of what was seen of N items, for a pairwise measure in both of two networks."""
+        """Return the values [N] of N items.
+
+        Args: seen: what was measured on the items; for a pairwise measure two of them, one per network.
+        """
         values = seen[0][self.name] if self.of is None else self.of(*seen)
         return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
     def outcome(self, lo: float, hi: float) -> str:
-        """Return 'better', 'worse', or 'no clear change' where the interval lo..hi of a change contains 0."""
+        """Return 'better' or 'worse', or 'no clear change' if the interval lo..hi of a change contains 0."""
         if lo <= 0 <= hi:
             return "no clear change"
         return "better" if (lo > 0) == (self.better == "higher") else "worse"

@@ -1,1 +1,1 @@
-"""Rewards: observations, networks, training, ensembles; pictures and meshes."""
+"""Rewards of fields, images and meshes: observations, networks, training and ensembles."""

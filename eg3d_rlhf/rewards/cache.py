@@ -1,7 +1,7 @@
-"""Observations by seed for reward training: drawn once from a generator, kept as float16, read as float32
-batches.
+"""Cache of observations by seed for reward training.
 
-Shape letters: N seeds; [N, ...] is what the observation gives.
+Observations are computed once from a generator, stored as float16, and read as float32 batches.
+Shape letters: N seeds; [N, ...] is the shape of the observation.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,57 +20,63 @@ from torch_utils.ops.implementations import implementation
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
-Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> [N, ...]
+Source = Callable[[Sequence[int]], torch.Tensor]  # seeds -> observations [N, ...]
 
 
 def observe_seeds(
     generator: Any, observation: Observation, *, psi: float = 1.0, cutoff: int | None = 14
 ) -> Source:
-    """A source of what a generator's shapes look like from the front, with `Observation.ops`, truncation
-    `psi`, constant noise.
+    """Create a source that observes a generator's shapes from the front.
+
+    It uses the operators `Observation.ops`, truncation `psi`, and constant noise.
     """
     generator = of(generator)
 
-    def draw(seeds: Sequence[int]) -> torch.Tensor:
+    def observe(seeds: Sequence[int]) -> torch.Tensor:
+        # The operators decide whether stored values are bitwise reproducible, see Observation.ops.
         with torch.no_grad(), implementation(observation.ops):
             return observation.observe(generator.field(ws_of_seeds(generator, seeds, psi, cutoff)))
 
-    return draw
+    return observe
 
 
 def untuned(
     generator: Any, observation: Observation, psi: float, cutoff: int | None, batch: int = 16
 ) -> Iterator[torch.Tensor]:
-    """Batches [N, ...] of what is seen of the untuned samples on which an ensemble's members are
+    """Yield batches [N, ...] of observations of the untuned samples on which members of an ensemble are
     standardised.
     """
-    draw = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
-    return (draw(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
+    # SCALES are held-out seeds that serve only this purpose.
+    observe = observe_seeds(generator, observation, psi=psi, cutoff=cutoff)
+    return (observe(SCALES.all[first : first + batch]) for first in range(0, SCALES.count, batch))
 
 
 def cache_file(root: Path, generator: str, observation: Observation, psi: float, cutoff: int | None) -> Path:
-    """The file of a cache in a store, whose folder's name changes with everything that observations depend
-    on. It is never finished: other labels ask for further seeds.
+    """Return the path of a cache in a store.
+
+    The name of the folder changes with every setting that changes observations. The folder is never marked as
+    finished, because other labels add further seeds.
     """
     inputs = {
         "generator": generator,
         "observation": observation.to_dict(),
         "psi": psi,
         "cutoff": cutoff,
+        # Values depend on the order in which seeds are observed, see `fill`.
         "order": "ascending",
     }
     return Store(root).folder(observation.kind, inputs) / "observed.safetensors"
 
 
 class ObservationCache:
-    """Observations of a set of seeds in RAM, optionally kept in a file between runs.
+    """Observations of a set of seeds in memory, optionally stored in a file between runs.
 
-    Values are rounded to float16, at most 0.05 % of a value off; scores move less than training noise does.
-    Published rewards were trained on float16 volumes as well.
+    Values are rounded to float16, with an error of at most 0.05 %. Scores change by less than the noise of
+    training. Published rewards were trained on float16 volumes as well.
 
     Args:
-        source: draws for seeds it has not seen.
-        cache: file to read at the start and to write by `save`; None keeps them in RAM alone.
+        source: computes the observations of seeds that are not in the cache.
+        cache: file to read at the start and to write by `save`; None keeps observations in memory only.
     """
 
     def __init__(self, source: Source, cache: Path | None = None):
@@ -80,10 +86,12 @@ class ObservationCache:
         if cache is not None and cache.is_file():
             try:
                 stored = safetensors.torch.load_file(cache)
+                # Rows of one tensor share its memory, so nothing is copied.
                 self._kept = dict(zip(stored["seeds"].tolist(), stored["observed"], strict=True))
             except (safetensors.SafetensorError, KeyError) as error:
                 raise ValueError(
-                    f"ObservationCache({cache.name}): expected a cache, got: {error}. Delete the file."
+                    f"ObservationCache({cache.name}): expected a file of observations, got: {error}. Delete"
+                    " the file; it will be computed again."
                 ) from error
 
     def __len__(self) -> int:
@@ -96,42 +104,51 @@ class ObservationCache:
         on_drawn: Callable[[int], None] | None = None,
         ranks: Ranks = SINGLE,
     ) -> int:
-        """Draw the seeds that are missing, `batch` at a time, in turn over the ranks; every rank gets all.
+        """Observe the missing seeds, `batch` at a time.
 
-        They are drawn in ascending order, never in that of the labels: a ray's jitter depends on its shape's
-        place in the batch, and where winners have even places and losers odd ones, a network learns that
-        instead of shapes.
+        Ranks take batches in turn, and every rank gets all results.
 
-        `on_drawn` hears how many were added here. Returns the number drawn.
+        Seeds are observed in ascending order, never in the order of the labels. The jitter of a ray depends
+        on its shape's place in the batch. If winners had even places and losers odd ones, a network would
+        learn that instead of shapes.
+
+        Args: on_drawn: called with the number of seeds after each batch of this rank.
+        Returns: the number of seeds that were missing.
         """
+        # Ranks on different machines may have different cache files. They must agree on what is missing, or
+        # the exchange below would deadlock, so all of them start empty.
         if ranks.world > 1 and len({tuple(held) for held in ranks.gather(list(self._kept))}) > 1:
-            self._kept = {}  # the machines' caches differ
+            self._kept = {}
+        # A set first: labels name most seeds several times.
         missing = sorted({seed for seed in seeds if seed not in self._kept})
-        drawn: dict[int, torch.Tensor] = {}
+        observed: dict[int, torch.Tensor] = {}
         for part in [missing[start : start + batch] for start in range(0, len(missing), batch)][
             ranks.rank :: ranks.world
         ]:
-            drawn.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
+            observed.update(zip(part, self._source(part).to("cpu", torch.float16), strict=True))
             if on_drawn:
                 on_drawn(len(part))
-        # each was drawn on one rank; where none was drawn here, one is, for its shape
+        # Each seed was observed by one rank, so a sum over ranks, in which the other ranks add zeros, gives
+        # its value to all. A rank without a batch observes one seed only to get the shape.
         if ranks.world > 1 and missing:
-            shape = next(iter(drawn.values())).shape if drawn else self._source(missing[:1]).shape[1:]
+            shape = next(iter(observed.values())).shape if observed else self._source(missing[:1]).shape[1:]
+            # Zeros leave the sum of float16 values exact.
             nothing = torch.zeros(shape, dtype=torch.float16)
+            # In parts of 64, so that the exchange needs little additional memory.
             for start in range(0, len(missing), 64):
                 part = missing[start : start + 64]
-                rows = torch.stack([drawn.get(seed, nothing) for seed in part])
+                rows = torch.stack([observed.get(seed, nothing) for seed in part])
                 ranks.sum_(rows, "exchange observations")
-                drawn.update(zip(part, rows, strict=True))
-        self._kept.update((seed, drawn[seed]) for seed in missing)
+                observed.update(zip(part, rows, strict=True))
+        self._kept.update((seed, observed[seed]) for seed in missing)
         return len(missing)
 
     def take(self, seeds: Sequence[int], device: str | torch.device = "cpu") -> torch.Tensor:
-        """Observations of seeds that `fill` has drawn, float32 [N, ...]."""
+        """Return observations of seeds that `fill` has computed, as float32 [N, ...]."""
         return torch.stack([self._kept[seed] for seed in seeds]).to(device, torch.float32)
 
     def save(self) -> None:
-        """Write the cache file, if there is one, atomically."""
+        """Write the cache file atomically, if there is one."""
         if self._cache is not None and self._kept:
             stored = {
                 "seeds": torch.tensor(list(self._kept), dtype=torch.int64),

@@ -1,7 +1,6 @@
-"""Depth maps of a field, from one camera or three, what the depth rewards of arXiv 2606.27305 read; and the
-networks that read them: the published one on a frozen ResNet-50, and a small one that is trained from
-scratch.
+"""Depth maps of a field from one camera or three, and the reward networks that read them (arXiv 2606.27305).
 
+The networks are the published one, with a frozen ResNet-50, and a small one that is trained from scratch.
 Letters: N samples, V views, C channels (1, or 2 with the mask), R pixels per edge. A depth is a distance
 along the pixel's unit ray.
 """
@@ -28,70 +27,75 @@ from training.networks import state_hash
 if TYPE_CHECKING:
     from eg3d_rlhf.generators import Generator
 
-VIEWS = {1: (0.0,), 3: (1.0, 0.0, -1.0)}  # radians from frontal, in the published order
+VIEWS = {1: (0.0,), 3: (1.0, 0.0, -1.0)}  # radians from frontal, in the order of the published code
 PUBLISHED_RESOLUTION = 128  # pixels per edge of a published map
-PUBLISHED_FOCAL = 4.2633910179138184  # of a field of view of 18.837 degrees; FFHQ's labels have 4.2647
-_MATCHES = 1e-6  # world units
+PUBLISHED_FOCAL = 4.2633910179138184  # from a field of view of 18.837 degrees; FFHQ's labels have 4.2647
+_MATCHES = 1e-6  # world units; cameras that differ by less are equal
 
 
 def nearness(depth: torch.Tensor, near: float, far: float) -> torch.Tensor:
-    """1 - (depth - near) / (far - near), of the same shape: 1 at `near`, 0 at `far`, not clamped.
-    Differentiable.
-    """
+    """Compute 1 - (depth - near) / (far - near): 1 at `near`, 0 at `far`, not clamped. Differentiable."""
     return 1 - (depth - near) / (far - near)
 
 
 @observations.register
 @dataclass(frozen=True, kw_only=True)
 class Depth(observations.Observation):
-    """Maps [N, V, C, R, R] of how near the surface is, 1 at the near end of the generator's rays and 0 at the
-    far end.
+    """Maps [N, V, C, R, R] of the nearness of the surface: 1 at the near end of the rays and 0 at the far
+    end.
 
-    `masked` (ours) multiplies nearness by the ray's opacity and adds opacity as a second channel, so that
-    what lies beside the shape is 0 in both whatever shares its batch, and silhouettes have a gradient.
-    Without it, the published map: the marcher's depth alone.
+    `masked` (our addition) multiplies nearness by the ray's opacity and adds opacity as a second channel.
+    Background is then 0 in both channels, independent of the rest of the batch, and silhouettes have a
+    gradient. Without it, the map is the published one: the depth of the ray marcher alone.
     """
 
     kind: ClassVar[str] = "depth"
     ops: ClassVar[str] = "auto"
     yaws: tuple[float, ...] = VIEWS[1]  # of the cameras, radians from frontal
     resolution: int = 64  # R
-    samples: int | None = 32  # per ray and pass; None: the generator's own
+    samples: int | None = 32  # per ray and pass; None uses the generator's number
     masked: bool = True
     radius: float = CameraFamily.radius  # of the cameras, world units
-    pivot: tuple[float, float, float] = (0.0, 0.0, 0.2)  # point that they look at
-    focal: float = CameraFamily.focal  # over the image size
-    near: float = 2.25  # world units along the ray
-    far: float = 3.3
+    pivot: tuple[float, float, float] = (0.0, 0.0, 0.2)  # point that the cameras look at, world units
+    focal: float = CameraFamily.focal  # in units of the image size
+    near: float = 2.25  # world units along the ray, where nearness is 1
+    far: float = 3.3  # world units along the ray, where nearness is 0
 
     def __post_init__(self) -> None:
         if not 0 < self.near < self.far or self.resolution < 1 or not self.yaws:
             raise ValueError(
-                f"depth: expected 0 < near < far, pixels and views, got {self}. Correct the reward's file."
+                f"depth: expected 0 < near < far, at least one pixel and one view, got {self}. Correct the"
+                " reward's file."
             )
 
     @classmethod
     def of(  # type: ignore[override]
         cls, generator: "Generator", *, resolution: int | None = None, views: int = 1, published: bool = False
     ) -> Self:
-        """As the generator's own cameras see it, between the ends of its own rays, or else the front and the
-        back of its cube.
+        """Create an observation from the generator's cameras.
 
-        Args: resolution: pixels per edge, 64, or 128 for published maps; views: 1 or 3; published: their
-        field of view, the generator's own samples, no mask.
-        Raises: ValueError for another number of views, and a generator whose cameras stand inside the shape.
+        Depths lie between the ends of its rays or, if these are not known, between front and back of its
+        cube.
+
+        Args: resolution: pixels per edge, by default 64, or 128 for published maps; views: 1 or 3; published:
+            use the published field of view, the generator's number of samples, and no mask.
+        Raises: ValueError for another number of views, or if the generator's cameras are inside the shape's
+            cube.
         """
         if views not in VIEWS:
             raise ValueError(
-                f"depth: expected {' or '.join(map(str, VIEWS))} views, got {views}. Choose one of them."
+                f"depth: expected {' or '.join(map(str, VIEWS))} views, got {views}. Choose one of these"
+                " numbers."
             )
+        # The reward reads shapes from the generator's own camera family.
         cameras = generator.cameras
         half = generator.bounds.side / 2
+        # Half the cube's diagonal: inside this sphere, a camera may stand inside the cube.
         if cameras.radius <= half * 3**0.5:
             raise ValueError(
-                f"--observation=depth: expected cameras outside the shape's cube of side {2 * half:g}, got"
-                f" {cameras.radius:g} from its middle. Such a generator has no depth maps; use another"
-                " observation."
+                "--observation=depth: expected cameras outside the shape's cube with an edge of"
+                f" {2 * half:g}, got cameras {cameras.radius:g} from its centre. This generator has no"
+                " depth maps. Use another observation."
             )
         near, far = reach(generator)
         kind = (
@@ -99,6 +103,7 @@ class Depth(observations.Observation):
             if published
             else {"focal": cameras.focal}
         )
+        # The user's resolution goes first.
         size = resolution or (PUBLISHED_RESOLUTION if published else cls.resolution)
         return cls(
             yaws=VIEWS[views],
@@ -112,21 +117,25 @@ class Depth(observations.Observation):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of one sample's observation, [V, C, R, R]."""
         return (len(self.yaws), 1 + self.masked, self.resolution, self.resolution)
 
     def cameras(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Labels [V, 25]."""
+        """Return the camera labels [V, 25]."""
         family = CameraFamily(self.radius, self.pivot, self.focal)
-        with fixed_draws():  # the pose sampler draws, though to no effect
+        # The pose sampler uses random numbers, though they do not change these poses; keep the global state.
+        with fixed_draws():
             return torch.cat([family.label(yaw, device=device) for yaw in self.yaws])
 
     def observe(self, field: Field) -> torch.Tensor:
-        """See `Observation`. The field's planes are those it was made with, for all views; each view's rays
-        are jittered alike.
+        """Render the maps; see `Observation`.
+
+        All views use the same planes of the field, and the rays of each view get the same jitter.
         """
         options = RenderOptions(resolution=self.resolution, samples=self.samples)
         maps = []
         for camera in self.cameras().split(1):
+            # Restart the random numbers for each view.
             with fixed_draws():
                 seen = field.render(camera, options)
             near = nearness(seen.depth, self.near, self.far)
@@ -135,30 +144,29 @@ class Depth(observations.Observation):
         return torch.stack(maps, dim=1)
 
     def augment(self, observed: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
-        """Left and right are exchanged with probability one half:
-        maps are mirrored, and views change places.
-        """
+        """Exchange left and right with probability one half: maps are mirrored, and views change places."""
         mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
         return torch.where(mirrored[:, None, None, None, None], mirror(observed), observed)
 
     def misfits(self, generator: "Generator") -> list[str]:
-        """The camera must stand where the generator's do, and its rays reach as far."""
-        theirs = generator.cameras
+        """List differences between these cameras and the generator's: position, and range of the rays."""
+        family = generator.cameras
         pairs: list[tuple[str, Any, Any]] = [
-            ("camera radius", self.radius, theirs.radius),
-            ("camera pivot", self.pivot, theirs.pivot),
+            ("camera radius", self.radius, family.radius),
+            ("camera pivot", self.pivot, family.pivot),
         ]
         pairs.append(("rays between", (self.near, self.far), reach(generator)))
         return [
-            f"{name} {mine}, got {theirs}"
-            for name, mine, theirs in pairs
-            if not np.allclose(mine, theirs, rtol=0, atol=_MATCHES)
+            f"{name} {value}, got {expected}"
+            for name, value, expected in pairs
+            if not np.allclose(value, expected, rtol=0, atol=_MATCHES)
         ]
 
 
 def reach(generator: "Generator") -> tuple[float, float]:
-    """Least and greatest depth: the ends of the generator's rays, or its cube's front and back as seen from
-    the front.
+    """Return the least and the greatest depth: the ends of the generator's rays.
+
+    If these are not known, use the front and the back of its cube, as seen from the front.
     """
     radius = generator.cameras.radius
     half = generator.bounds.side / 2
@@ -166,85 +174,104 @@ def reach(generator: "Generator") -> tuple[float, float]:
 
 
 def mirror(observed: torch.Tensor) -> torch.Tensor:
-    """Maps [N, V, C, R, R] of the shape exchanged left and right; yaws are symmetric about the front."""
+    """Mirror maps [N, V, C, R, R] left to right.
+
+    Views are reversed, too, since yaws are symmetric about the front.
+    """
     return observed.flip(1, 4)
 
 
-# environment: where the backbone lies now, in place of the path that a reward's file states
+# Environment variable with the path of the backbone's file, which replaces the path in a reward's file
 BACKBONE = "EG3D_RLHF_BACKBONE"
-INPUT = 224  # pixels per edge of what ResNet-50 reads
+INPUT = 224  # pixels per edge of the input of ResNet-50
 WIDTHS = (16, 32, 64, 96)  # channels of the small network's stages
 GROUPS = 8  # of its group normalisation
-EACH = 128  # features of each view
-_EXTERNAL = "external."  # entries of the backbone, which files leave out
-# smallest deviation of a pixel, as a share of the mean one: keeps pixels where nothing ever is from being
-# blown up
-_FLOOR = 0.3
+EACH = 128  # features per view
+_EXTERNAL = "external."  # prefix of the backbone's entries in a state dict, which files do not contain
+# Least standard deviation of a pixel, as a share of the mean one. Without it, pixels that are always empty
+# would be amplified.
+_LEAST_SCALE = 0.3
 
 
 class PublishedDepth(RewardNetwork):
-    """Nearness at 224 pixels, repeated to three channels, through a frozen ResNet-50; 2048 features of each
-    view, side by side.
+    """Published depth reward: a frozen ResNet-50 reads nearness at 224 pixels, repeated to three channels.
 
-    2,198,660 trained parameters with one view. The backbone stays in eval mode: its batch statistics are
-    ImageNet's, in training as in use. State dicts leave it out, as published ones do; the description states
-    its path and SHA-256.
-    Deviates: published code resizes depth before it becomes nearness, here after; the two commute up to
-    rounding.
+    It gives 2048 features per view, which are concatenated. With one view, 2,198,660 parameters are trained.
+    The backbone stays in eval mode: its batch statistics are those of ImageNet, in training as in use. State
+    dicts do not contain the backbone, as published ones do not; the description states its path and SHA-256.
+    Deviates: the published code resizes depth before it is converted to nearness, and this class afterwards.
+        Both
+    agree up to rounding, since resizing is linear.
 
-    Args: backbone: file of its weights; backbone_sha256: what they must be, None to accept them.
+    Args: views: 1 or 3; backbone: file of its weights; backbone_sha256: their hash, or None to accept any
+        weights.
     """
 
     def __init__(self, *, views: int, backbone: str = "", backbone_sha256: str | None = None):
         super().__init__(views * FEATURES, trunk=(512, 512), embedding=512, heads=(256, 128))
         if not backbone:
             raise ValueError(
-                "--backbone: expected a file of ResNet-50's weights (torchvision's format), got none. Name"
-                " one."
+                "--backbone: expected a file of ResNet-50's weights (torchvision's format), got none. Pass"
+                " --backbone=FILE."
             )
+        # The environment wins, since files move between machines.
         self.external = load_backbone(os.environ.get(BACKBONE) or backbone, backbone_sha256)
+        # A new reward records the hash, so that later loads can check the file.
         digest = backbone_sha256 or state_hash(self.external)
         self._description: dict[str, Any] = {"views": views, "backbone": backbone, "backbone_sha256": digest}
+        # Saving and loading skip the backbone, so files stay small and have the published names.
         self.register_state_dict_post_hook(_without_backbone)
         self.register_load_state_dict_post_hook(_not_missing)
 
     def train(self, mode: bool = True) -> "PublishedDepth":
-        """Trunk and heads alone; see the class."""
+        """Set the mode of trunk and heads; the backbone stays in eval mode."""
         super().train(mode)
         self.external.eval()
         return self
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`: nearness [N, V, 1, R, R] -> [N, V * 2048]. Differentiable in nearness."""
+        """Compute features [N, V * 2048] of nearness [N, V, 1, R, R]; see `RewardNetwork`.
+
+        Differentiable in nearness.
+        """
         check_shape(
-            "PublishedDepth(maps)", observed, ("N", "V", 1, "R", "R"), "Pass what its observation gives."
+            "PublishedDepth(maps)",
+            observed,
+            ("N", "V", 1, "R", "R"),
+            "Pass the result of the reward's observation.",
         )
-        # [N * V, 1, 224, 224]
+        # [N * V, 1, 224, 224]: views become samples of the backbone
         maps = F.interpolate(
             observed.flatten(0, 1), size=(INPUT, INPUT), mode="bilinear", align_corners=False
         )
         return self.external(maps.expand(-1, 3, -1, -1)).unflatten(0, observed.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
+        """Return the arguments of `build`."""
         return {"extractor": "resnet50", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:
-        """So many views, without the mask."""
+        """Raise ValueError unless the maps have this network's number of views and no mask."""
         _check("resnet50", (self._description["views"], 1), shape)
 
 
 def _without_backbone(module: nn.Module, state: dict[str, Any], prefix: str, _local: object) -> None:
+    """Remove the backbone's entries from a state dict, in place."""
+    # The names are collected first, since a dict must not change during iteration.
     for name in [name for name in state if name.startswith(f"{prefix}{_EXTERNAL}")]:
         del state[name]
 
 
 def _not_missing(_module: nn.Module, keys: Any) -> None:
+    """Do not report the backbone's entries as missing when a state dict is loaded."""
+    # torch reads this very list after the hook, so it is changed in place.
     keys.missing_keys[:] = [name for name in keys.missing_keys if _EXTERNAL not in name]
 
 
 class Stage(nn.Module):
-    """Two 3x3 convolutions, the first of stride 2, with group normalisation, and a shortcut:
-    [N, C, H, W] -> [N, C', H/2, W/2].
+    """Residual block of stride 2, [N, C, H, W] -> [N, C', H/2, W/2].
+
+    It has two 3x3 convolutions with group normalisation, the first of stride 2, and a 1x1 shortcut.
     """
 
     def __init__(self, channels: int, out: int):
@@ -256,17 +283,17 @@ class Stage(nn.Module):
         self.shortcut = nn.Conv2d(channels, out, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [N, C', H/2, W/2]."""
         y = self.norm2(self.second(F.silu(self.norm1(self.first(x)))))
         return F.silu(y + self.shortcut(x))
 
 
 class SmallDepth(RewardNetwork):
-    """Maps, standardised at each pixel over the training shapes, through four stages of stride 2; 128
-    features of each view.
+    """Small depth network: four stages of stride 2 on standardised maps, with 128 features per view.
 
-    Positions are kept up to the linear layer: heads of one generator differ little, and pooling forgets
-    where. In eval mode the features of the maps and of their mirror image are averaged, so that a score does
-    not depend on handedness.
+    Each pixel is standardised over the training shapes. Positions are kept up to the linear layer: heads of
+    one generator differ little, and pooling would discard where they differ. In eval mode the features of the
+    maps and of their mirror image are averaged, so a score does not change if a shape is mirrored.
     """
 
     mean: torch.Tensor
@@ -278,13 +305,14 @@ class SmallDepth(RewardNetwork):
         channels = (2, *WIDTHS)
         self.stages = nn.Sequential(*(Stage(a, b) for a, b in zip(channels, WIDTHS, strict=False)))
         self.dropout = nn.Dropout(dropout)
-        side = -(-resolution // 2 ** len(WIDTHS))
+        side = -(-resolution // 2 ** len(WIDTHS))  # each stage rounds up, as its padding does
         self.each = nn.Linear(WIDTHS[-1] * side**2, EACH)
         self.register_buffer("mean", torch.zeros(self._shape))
         self.register_buffer("scale", torch.ones(self._shape))
 
     @property
     def _shape(self) -> tuple[int, ...]:
+        """Shape of one sample's maps, [V, 2, R, R]."""
         return (
             self._description["views"],
             2,
@@ -293,58 +321,70 @@ class SmallDepth(RewardNetwork):
         )
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """See `RewardNetwork`: mean and deviation of each pixel, of the maps and of their mirror images."""
+        """Set mean and standard deviation of each pixel, over maps and their mirror images."""
         maps = take()
+        # Makes the statistics symmetric.
         maps = torch.cat([maps, mirror(maps)])
         scale = maps.std(dim=0)
         self.mean.copy_(maps.mean(dim=0))
-        self.scale.copy_(scale.clamp_min(_FLOOR * float(scale.mean()) + 1e-6))
+        # In place, because both are buffers that the state dict holds.
+        self.scale.copy_(scale.clamp_min(_LEAST_SCALE * float(scale.mean()) + 1e-6))
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`: maps [N, V, 2, R, R] -> [N, V * 128]. Differentiable in the maps."""
-        check_shape("SmallDepth(maps)", observed, ("N", *self._shape), "Pass what its observation gives.")
+        """Compute features [N, V * 128] of maps [N, V, 2, R, R]; see `RewardNetwork`.
+
+        Differentiable in the maps.
+        """
+        check_shape(
+            "SmallDepth(maps)", observed, ("N", *self._shape), "Pass the result of the reward's observation."
+        )
+        # Training mirrors samples at random instead, see `Depth.augment`.
         if self.training:
             return self._features(observed)
+        # The mean over both orientations is invariant to mirroring.
         return 0.5 * (self._features(observed) + self._features(mirror(observed)))
 
     def _features(self, observed: torch.Tensor) -> torch.Tensor:
+        """Compute features [N, V * 128] of maps in one orientation."""
         x = ((observed - self.mean) / self.scale).flatten(0, 1)  # [N * V, 2, R, R]
-        each = self.each(self.dropout(self.stages(x).flatten(1)))
+        each = self.each(self.dropout(self.stages(x).flatten(1)))  # [N * V, 128]
         return each.unflatten(0, observed.shape[:2]).flatten(1)
 
     def describe(self) -> dict[str, Any]:
+        """Return the arguments of `build`."""
         return {"extractor": "small", **self._description}
 
     def check(self, shape: Sequence[int]) -> None:
-        """One size is read."""
+        """Raise ValueError unless the maps have the size of this network."""
         _check("small", self._shape, shape)
 
 
 def _check(name: str, expected: Sequence[int], shape: Sequence[int]) -> None:
-    """Raise ValueError where observations of this shape do not begin as expected."""
+    """Raise ValueError if the shape of observations does not begin as expected."""
     if tuple(shape[: len(expected)]) != tuple(expected):
         raise ValueError(
-            f"depth reward ({name}): expected maps of {list(expected)}, got {list(shape)}. Use its own views"
-            " and size."
+            f"depth reward ({name}): expected maps of {list(expected)}, got {list(shape)}. Use maps with the"
+            " reward's number of views and resolution."
         )
 
 
 def build(description: Mapping[str, Any]) -> RewardNetwork:
-    """The network that a description names. Raises: ValueError for another one's fields."""
+    """Create the network of a description. Raises: ValueError if it has fields of another network."""
+    # A copy, since the entry is removed below.
     values = dict(description)
     name = values.pop("extractor", None)
     known: dict[str, type[RewardNetwork]] = {"small": SmallDepth, "resnet50": PublishedDepth}
     if name not in known:
         raise ValueError(
-            f"depth reward: expected an extractor {' or '.join(known)}, got {name!r}. Is the file from a"
-            " later version?"
+            f"depth reward: expected an extractor {' or '.join(known)}, got {name!r}. Check the file; a later"
+            " version may have written it."
         )
     try:
         return known[name](**values)
     except TypeError as error:
         raise ValueError(
-            f"depth reward ({name}): expected its own settings, got: {error}. Leave out what it does not"
-            " have."
+            f"depth reward ({name}): the description has settings that this network does not have: {error}."
+            " Remove them."
         ) from error
 
 

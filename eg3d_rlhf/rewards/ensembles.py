@@ -1,13 +1,12 @@
-"""Several reward networks as one: how the scores of members that were trained apart become a reward, and the
-average of their weights.
+"""Combine several reward networks into one: aggregate the scores of members, or average their weights.
 
-A generator that is tuned on one reward finds that reward's mistakes. Members with other initialisations and
-other draws of the labels make other mistakes, and an aggregate that distrusts what they disagree on leaves
-less to find. Members that share their labels or their start share mistakes, too: ensembles lessen
-over-optimisation, they do not end it (Eisenstein et al. 2023, arXiv 2312.09244).
+A generator that is tuned on one reward exploits that reward's errors. Members with other initialisations and
+other samples of the labels make other errors, and an aggregate that is pessimistic where members disagree
+leaves fewer errors to exploit. Members that share labels or their initialisation share errors, too: ensembles
+reduce over-optimisation and do not remove it (Eisenstein et al. 2023, arXiv 2312.09244).
 
-Letters: N samples, E members, P pairs, M entries of an embedding; [N, ...] is what the networks' observation
-gives.
+Letters: N samples, E members, P pairs, M entries of an embedding; [N, ...] is the shape of the networks'
+observation.
 """
 
 import copy
@@ -27,14 +26,14 @@ MEAN = Aggregate()
 
 @dataclass(frozen=True)
 class Standard:
-    """What puts members on one scale: mean and standard deviation of each one's scores of the same samples,
-    [E] each.
+    """Mean and standard deviation of each member's scores of the same samples, [E] each.
 
-    Raises: ValueError for lengths that differ, and deviations that are not above 0.
+    They bring members to one scale.
+    Raises: ValueError if their numbers differ, or a standard deviation is not above 0.
     """
 
-    offsets: tuple[float, ...]
-    scales: tuple[float, ...]
+    offsets: tuple[float, ...]  # means
+    scales: tuple[float, ...]  # standard deviations, > 0
 
     def __post_init__(self) -> None:
         if (
@@ -44,27 +43,32 @@ class Standard:
         ):
             raise ValueError(
                 f"ensemble: expected an offset and a scale above 0 per member, got {list(self.offsets)} and"
-                f" {list(self.scales)}. A member that scores all samples alike says nothing: leave it out."
+                f" {list(self.scales)}. A member that gives all samples the same score is not informative."
+                " Remove it."
             )
 
     @classmethod
     @torch.no_grad()
     def of(cls, members: Sequence[RewardNetwork], observed: Iterable[torch.Tensor]) -> "Standard":
-        """Of each member's scores of batches [N, ...] of untuned samples, with the population's deviation."""
+        """Compute the statistics of each member's scores of batches [N, ...] of untuned samples."""
+        # Batch by batch, because observations of all samples may not fit into memory.
         batches = [torch.stack([member.score(part) for member in members]) for part in observed]
+        # Float64, since small standard deviations are differences of similar numbers.
         scores = torch.cat(batches, dim=1).double()  # [E, N]
         return cls(tuple(scores.mean(dim=1).tolist()), tuple(scores.std(dim=1, correction=0).tolist()))
 
 
 class RewardEnsemble(nn.Module):
-    """One score from networks that were trained apart. Used like a RewardNetwork, for as many times the cost;
-    not trained itself.
+    """Ensemble of networks that were trained separately.
 
-    With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets): members count
-    alike, and the result keeps the members' unit, so that weights and clips of one reward suit it. Without,
-    raw scores are aggregated.
+    It is used like a RewardNetwork, and not trained itself.
 
-    Raises: ValueError for a standard of another number of members.
+    With a `standard`, r = mean(scales) * aggregate((r_e - offset_e) / scale_e) + mean(offsets). Members then
+    have equal influence, and the result keeps the members' unit, so that weights and clips that suit one
+    reward also suit the ensemble. Without a `standard`, raw scores are aggregated. The cost is that of all
+    members.
+
+    Raises: ValueError if the standard has another number of members.
     """
 
     def __init__(
@@ -74,14 +78,14 @@ class RewardEnsemble(nn.Module):
         standard: Standard | None = None,
     ):
         super().__init__()
-        # it holds nothing else
+        # The ModuleList holds only RewardNetworks, which torch's type does not express.
         self.members: Sequence[RewardNetwork] = nn.ModuleList(members)  # type: ignore[assignment]
         self.aggregate = aggregate
         self.standard = standard
         if standard is not None and len(standard.scales) != len(members):
             raise ValueError(
                 f"ensemble: expected {len(members)} offsets and scales, got {len(standard.scales)}. Copy the"
-                " file again."
+                " file of the reward again."
             )
 
     @classmethod
@@ -93,18 +97,22 @@ class RewardEnsemble(nn.Module):
     ) -> "RewardEnsemble":
         """Join copies of trained networks.
 
-        Args: observed: batches [N, ...] of untuned samples to standardise on; None keeps raw scores.
+        Args: observed: batches [N, ...] of untuned samples for standardisation; None keeps raw scores.
         """
+        # Copies, since the ensemble's parameters are frozen below.
         members = [copy.deepcopy(network) for network in networks]
         standard = None if observed is None else Standard.of(members, observed)
         return cls(members, aggregate, standard).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, Any]:
+        """Return the description from which `build_network` creates the ensemble."""
         each = [member.describe() for member in self.members]
+        # Members of one architecture are described once, with their number.
         same = all(member == each[0] for member in each)
         described: dict[str, Any] = {**each[0], "members": len(each)} if same else {"members": each}
         if self.aggregate == MEAN and self.standard is None:
-            return described  # as files have been from the first
+            # Files of such ensembles have had this form from the first version on.
+            return described
         return {
             **described,
             "ensemble": {
@@ -114,71 +122,80 @@ class RewardEnsemble(nn.Module):
         }
 
     def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless every member can read observations of this shape."""
         for member in self.members:
             member.check(shape)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Feature vectors of all members side by side."""
+        """Concatenate the feature vectors of all members."""
         return torch.cat([member.features(observed) for member in self.members], dim=1)
 
     def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Embeddings of all members side by side: [N, ...] -> [N, E * M]."""
+        """Concatenate the embeddings of all members: [N, ...] -> [N, E * M]."""
         return torch.cat([member.embed(observed) for member in self.members], dim=1)
 
     def _parts(self, embedding: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Each member's own part of embeddings [N, E * M]."""
+        """Split embeddings [N, E * M] into those of the members."""
         return embedding.split([member.MLP.output_layer.out_features for member in self.members], dim=1)
 
     def joined(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The members' scores, [N] each -> [N]."""
+        """Aggregate the members' scores, [N] each, into [N]."""
         stacked = torch.stack(list(scores))  # [E, N]
         if self.standard is None:
             return self.aggregate(stacked)
+        # [E, 1] each, so that they broadcast over samples
         offsets, scales = (
             stacked.new_tensor(values)[:, None] for values in (self.standard.offsets, self.standard.scales)
         )
+        # Back to the unit of the members, see the class.
         return self.aggregate((stacked - offsets) / scales) * scales.mean() + offsets.mean()
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
+        """Return the reward [N] of observations [N, ...]. Differentiable in the observations."""
         return self.joined([member.score(observed) for member in self.members])
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The reward of embeddings [N, E * M] -> [N]."""
+        """Return the reward [N] of embeddings [N, E * M]."""
         parts = zip(self.members, self._parts(embedding), strict=True)
         return self.joined([member.score_embedding(part) for member, part in parts])
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Logit that `first` is better, from embeddings [P, E * M] each -> [P]: the aggregate of the members'
-        order-free logits.
+        """Compute the logit that `first` is better, from embeddings [P, E * M] each -> [P].
 
-        These are log odds and need no standard. Swapping the pair negates the mean; the others are
-        pessimistic about the first.
+        It is the aggregate of the members' logits, which do not depend on the order of the pair. Logits are
+        log odds and need no standardisation. Swapping the pair negates the mean. The other aggregates are
+        pessimistic about the first sample, so swapping changes more than the sign.
         """
         parts = zip(self.members, self._parts(first), self._parts(second), strict=True)
         return self.aggregate(torch.stack([member.pair_margin(a, b) for member, a, b in parts]))
 
 
 def average_weights(networks: Sequence[RewardNetwork]) -> RewardNetwork:
-    """One network with the mean of all weights, for one network's cost (WARM: Ramé et al. 2024, arXiv
+    """Average the weights of networks into one, at the cost of one network (WARM: Ramé et al. 2024, arXiv
     2401.12187).
 
-    It needs linear connectivity: weights between two members must be good weights, too. Networks that went on
-    from one trained start have it as a rule; networks of one architecture with other initialisations do not,
-    and their average is worth nothing.
+    Averaging requires linear connectivity: weights between those of two members must be good weights, too.
+    Networks that were trained further from the same trained network usually have it. Networks with different
+    initialisations do not, and their average is useless.
 
-    Raises: ValueError where architectures differ.
+    Raises: ValueError if architectures differ.
     """
     first, *others = (network.describe() for network in networks)
+    # Names and shapes can agree between architectures that compute different functions.
     if any(other != first for other in others):
         raise ValueError(
-            f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use mean, min or"
-            " softmin."
+            f"--aggregate={AVERAGE}: expected members of one architecture, got several. Use"
+            " --aggregate=mean, min or softmin."
         )
+    # The first network keeps its weights.
     average = copy.deepcopy(networks[0])
     states = [network.state_dict() for network in networks]
     with torch.no_grad():
         for name, value in average.state_dict().items():
+            # state_dict returns the tensors themselves, so copying into them changes the network. Integer
+            # entries are not averaged.
             if value.is_floating_point():
+                # Float64 for the sum; copy_ rounds to the parameter's type.
                 value.copy_(torch.stack([state[name].double() for state in states]).mean(dim=0))
     return average.eval().requires_grad_(False)
 
@@ -189,10 +206,10 @@ def combine(
     strength: float | None,
     observed: Iterable[torch.Tensor],
 ) -> RewardNetwork | RewardEnsemble:
-    """Trained networks as one reward.
+    """Combine trained networks into one reward.
 
     Args: kind: one of CHOICES, or None for the mean of raw scores; observed: batches [N, ...] of untuned
-        samples, read for ensembles of standardised members alone.
+        samples, which are read only if members are standardised.
     Raises: ValueError, see `Aggregate`, `Standard` and `average_weights`.
     """
     check_joining(kind, strength)
@@ -206,14 +223,16 @@ def combine(
 
 
 def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | RewardEnsemble:
-    """An untrained network, or several, as described.
+    """Create an untrained network or ensemble from its description.
 
-    Raises: ValueError for other fields than the network's.
+    Raises: ValueError if the description has fields that the network does not have.
     """
     build = builder_of(kind)
     values = dict(description)
+    # A number of equal members, or a list of descriptions.
     members = values.pop("members", 1)
     joined = values.pop("ensemble", None)
+    # Files of single networks mention neither.
     if joined is None and members == 1:
         return build(values)
     networks = (
@@ -228,6 +247,6 @@ def build_network(kind: str, description: Mapping[str, Any]) -> RewardNetwork | 
         return RewardEnsemble(networks, Aggregate(joined["kind"], joined["strength"]), standard)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"ensemble: expected kind, strength, offsets and scales, got no such {error}. Copy the file"
-            " again."
+            f"ensemble: expected kind, strength, offsets and scales, but {error} is missing. Copy the file"
+            " of the reward again."
         ) from error

@@ -1,8 +1,9 @@
-"""Train a reward network on labelled pairs, on unpaired labels, or on both: the paper's losses and anchors,
-early stopping on validation pairs, exact resume.
+"""Train a reward network on labelled pairs, on unpaired labels, or on both.
 
-Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
-Letters: N observations (winners, losers, anchors in blocks), P pairs, B blocks, W ranks.
+Training uses the paper's losses and reference samples, stops early by the accuracy on validation pairs, and
+resumes exactly. Source: arXiv 2606.27305 (2026), reward training. The test split is never read here.
+Letters: N observations (winners, losers, reference samples in blocks), P pairs, B blocks, U unpaired labels,
+M entries of an embedding, W ranks.
 """
 
 import contextlib
@@ -34,31 +35,34 @@ from training.distributed import SINGLE, Ranks
 from training.phases import RowDraws, sum_over_ranks
 from training.storage import checksum, write_atomic
 
-# The file that a reward training goes on from: everything that changes while it trains, with the options that
-# it was begun with.
+# The file from which a reward training resumes. It holds everything that changes during training, and the
+# options of the run.
 
 
 def save_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
-    """Write all that a resume needs, whole or not at all."""
-    plain = {
+    """Write everything that a resumed run needs, atomically."""
+    values = {
         "epoch": state.epoch,
         "history": state.history,
         "best_epoch": state.best_epoch,
         "options": asdict(options),
     }
-    plain |= {} if state.bandwidth is None else {"bandwidth": state.bandwidth}
+    # Without unpaired labels there is no bandwidth, and the key is left out, as in earlier files.
+    values |= {} if state.bandwidth is None else {"bandwidth": state.bandwidth}
     tensors = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "best": state.best,
     }
     buffer = io.BytesIO()
-    torch.save({**tensors, "plain": json.dumps(plain), "sha256": checksum(_flat(tensors), plain)}, buffer)
+    # JSON inside a tensor file: torch.load with weights_only=True reads tensors and strings, but runs no
+    # code.
+    torch.save({**tensors, "plain": json.dumps(values), "sha256": checksum(_flat(tensors), values)}, buffer)
     write_atomic(path, buffer.getvalue())
 
 
 def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of nested dictionaries and lists, by path."""
+    """Return the tensors in nested dictionaries and lists, by path."""
     items = (
         value.items()
         if isinstance(value, dict)
@@ -73,51 +77,56 @@ def _flat(value, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None:
-    """Read on rank 0; every rank continues from the same bytes.
+    """Read a state on rank 0, from which every rank continues.
 
-    Raises: ValueError for a foreign file, and for other options.
+    Raises: ValueError if the file is damaged or foreign, or if its run had other options.
     """
-    held = (
+    content = (
         {"file": torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy())}
         if state.ranks.main
         else None
     )
-    data = state.ranks.broadcast_named(held)["file"]
+    # Ranks on other machines may not see the file.
+    data = state.ranks.broadcast_named(content)["file"]
     try:
         stored = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
-        plain = json.loads(stored["plain"])
-        if stored.pop("sha256") != checksum(_flat(stored), plain):
-            raise ValueError("other bytes than were written")
+        values = json.loads(stored["plain"])
+        if stored.pop("sha256") != checksum(_flat(stored), values):
+            raise ValueError("the checksum does not match")
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
-        what = type(error).__name__
+        cause = type(error).__name__
         raise ValueError(
-            f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over."
+            f"train_reward({path.name}): expected a training state, got an invalid file ({cause}). Delete"
+            " it to start training again."
         ) from error
-    wanted = json.loads(json.dumps(asdict(options)))
-    begun = version_0_1.settings(plain["options"])
-    changed = sorted(name for name, value in wanted.items() if begun.get(name) != value)
+    # Through JSON, so that tuples become lists, as in the file.
+    requested = json.loads(json.dumps(asdict(options)))
+    started = version_0_1.settings(values["options"])
+    changed = sorted(name for name, value in requested.items() if started.get(name) != value)
     if changed:
         raise ValueError(
-            f"train_reward({path.name}): expected the options it was begun with, got other"
-            f" {', '.join(changed)}. Use those."
+            f"train_reward({path.name}): the run was started with other {', '.join(changed)}. Use the"
+            " options of the run, or delete the file to start training again."
         )
     state.model.load_state_dict(stored["model"])
     state.optimizer.load_state_dict(stored["optimizer"])
-    state.epoch = plain["epoch"]
-    state.history = plain["history"]
-    state.best_epoch = plain["best_epoch"]
+    state.epoch = values["epoch"]
+    state.history = values["history"]
+    state.best_epoch = values["best_epoch"]
     state.best = stored["best"]
-    state.bandwidth = plain.get("bandwidth")
+    state.bandwidth = values.get("bandwidth")
 
 
-# How the ranks of a reward training divide a step: which items each takes, what they exchange, and the same
-# random numbers as of one rank.
+# Division of a training step among ranks: the items of each rank, the values that ranks exchange, and random
+# numbers that equal those of a single rank.
 
 
 @dataclass(frozen=True)
 class Share:
-    """This rank's items of a step: every W-th; where a short last step leaves none, the first item with
-    weight 0.
+    """This rank's items of a step: every W-th item.
+
+    If a short last step has no item for a rank, the rank takes the first item with weight 0, because all
+    ranks must take part in the exchange of gradients.
     """
 
     count: int  # items of the step, over all ranks
@@ -125,43 +134,49 @@ class Share:
 
     @property
     def rows(self) -> list[int]:
+        """Indices of this rank's items in the step."""
         return list(range(self.count))[self.ranks.rank :: self.ranks.world] or [0][: self.count]
 
     @property
     def weight(self) -> float:
-        """Share of the step's mean that a mean over `rows` contributes."""
+        """Share of the step's mean that a mean over `rows` contributes, 0..1."""
         return len(range(self.ranks.rank, self.count, self.ranks.world)) / max(self.count, 1)
 
     def of_blocks(self, drawn: np.ndarray) -> np.ndarray:
-        """The entries of these items among values drawn for B blocks of `count` items,
+        """Select the entries of these items from values of B blocks of `count` items.
+
         [B * count] -> [B * len(rows)].
         """
         return drawn.reshape(-1, self.count)[:, self.rows].reshape(-1)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [len(rows), ...] of every rank as those of the whole step, [count, ...]. Differentiable in
-        this rank's own.
+        """Collect values [len(rows), ...] of every rank into those of the complete step, [count, ...].
+
+        Differentiable only in the values of this rank.
         """
         if self.ranks.world == 1:
             return values
-        whole = values.new_zeros(self.count, *values.shape[1:])
+        gathered = values.new_zeros(self.count, *values.shape[1:])
         rows = torch.tensor(self.rows, device=values.device)
+        # A rank without items must not overwrite the first item, which belongs to rank 0.
         if not self.weight:
-            return self.ranks.sum_(whole, "exchange embeddings")
-        whole[rows] = values.detach()
-        return self.ranks.sum_(whole, "exchange embeddings").index_copy(0, rows, values)
+            return self.ranks.sum_(gathered, "exchange embeddings")
+        gathered[rows] = values.detach()
+        # The sum has no graph; index_copy puts this rank's values with their graph in their places.
+        return self.ranks.sum_(gathered, "exchange embeddings").index_copy(0, rows, values)
 
     def update(
         self, model: torch.nn.Module, figures: dict[str, float], stop: bool, weights: Mapping[str, float]
     ) -> tuple[dict[str, float], bool]:
-        """Sum gradients over ranks; returns the step's mean figures and whether any rank was asked to stop.
+        """Sum gradients over ranks.
 
-        The figure 'strength' is a norm over samples, its squares add up; the others are means, of this rank's
-        `weights`, else `weight`.
+        Args: weights: share that this rank's figure contributes to the mean, by figure; else `weight`.
+        Returns: the step's mean figures, and whether any rank was asked to stop.
         """
         if self.ranks.world == 1:
             return figures, stop
         real = float(self.weight > 0)
+        # 'strength' is a norm over samples, so its squares are summed. The other figures are means.
         parts = [
             value**2 * real if name == "strength" else value * weights.get(name, self.weight)
             for name, value in figures.items()
@@ -169,13 +184,14 @@ class Share:
         sums = torch.tensor(
             [*parts, float(stop)], dtype=torch.float32, device=next(model.parameters()).device
         )
+        # Figures and the request to stop travel with the gradients, in one exchange.
         sum_over_ranks(self.ranks, model.parameters(), [sums])
         *totals, stops = sums.tolist()
         return {k: v**0.5 if k == "strength" else v for k, v in zip(figures, totals, strict=True)}, stops > 0
 
 
 class Step:
-    """The pairs and the unpaired labels of a step, and this rank's shares of them."""
+    """The pairs and the unpaired labels of a step, with this rank's shares of them."""
 
     def __init__(self, items: Sequence[Preference], shapes: Sequence[UnpairedPreference], ranks: Ranks):
         self.items = items
@@ -185,12 +201,14 @@ class Step:
         self.of_shapes = Share(len(shapes), ranks)
 
     def draws(self, rows: int) -> contextlib.AbstractContextManager:
-        """Inside: random numbers of the whole step, for a forward pass over `rows` of pairs, block by block,
-        and then the shapes.
+        """Return a context in which random numbers equal those of the complete step on one rank.
+
+        Args: rows: number of observations of pairs in the forward pass. They come block by block, and the
+            observations of unpaired labels follow.
         """
         if self.ranks.world == 1:
             return contextlib.nullcontext()
-        blocks = rows // max(len(self.of_items.rows), 1)
+        blocks = rows // max(len(self.of_items.rows), 1)  # winners, losers, and perhaps reference samples
         places = [block * len(self.items) + row for block in range(blocks) for row in self.of_items.rows]
         return RowDraws(
             [*places, *(blocks * len(self.items) + row for row in self.of_shapes.rows)],
@@ -198,44 +216,46 @@ class Step:
         )
 
 
-MOMENTUM = 0.9  # of the divergence's bandwidth over steps
-LEAST_BANDWIDTH = 1e-3  # embeddings that fall together have no distance
+MOMENTUM = 0.9  # of the moving average of the divergence's bandwidth over steps
+LEAST_BANDWIDTH = 1e-3  # if all embeddings coincide, their median distance is 0, which is no bandwidth
 
 
 def new_network(options: TrainOptions, kind: str) -> RewardNetwork:
-    """An untrained network that reads `kind`.
+    """Create an untrained network that reads observations of `kind`.
 
-    Raises: ValueError, FileNotFoundError for a backbone that does not fit.
+    Raises: ValueError, FileNotFoundError if the backbone's file is missing or does not fit.
     """
     description = dict(preset(options.preset, kind).network)
     if options.backbone and "backbone" not in description:
         raise ValueError(
-            f"--backbone: expected none for preset {options.preset} of {kind}, got {options.backbone}. Leave"
-            " it out."
+            f"--backbone: preset {options.preset} of {kind} has no backbone, got {options.backbone}. Remove"
+            " --backbone."
         )
     return builder_of(kind)({**description, **({"backbone": options.backbone} if options.backbone else {})})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainData:
-    """What training may see."""
+    """Data of a training."""
 
     train: Sequence[Preference]
     val: Sequence[Preference]
-    store: ObservationCache  # of all labelled seeds
-    anchors: Sequence[int] = ()  # seeds of the training anchors
-    anchor_store: ObservationCache | None = None  # of those
+    store: ObservationCache  # observations of all labelled seeds
+    anchors: Sequence[int] = ()  # seeds of the reference samples
+    anchor_store: ObservationCache | None = None  # observations of the reference samples
     observation: Observation = SigmaSlab()
-    unpaired: Sequence[UnpairedPreference] = ()  # to learn from; every one with a preference
-    unpaired_val: Sequence[UnpairedPreference] = ()
+    unpaired: Sequence[UnpairedPreference] = ()  # for training; each has a preference
+    unpaired_val: Sequence[UnpairedPreference] = ()  # for validation
 
     def learns_pairs(self, options: TrainOptions) -> bool:
-        """Whether steps are made of pairs; else they are made of unpaired labels, and pairs choose the epoch
-        alone.
+        """Return whether steps consist of pairs.
+
+        Otherwise they consist of unpaired labels, and pairs are used only to choose the epoch.
         """
         return options.weights.on_pairs or not self.unpaired
 
     def steps(self, options: TrainOptions) -> int:
+        """Number of steps of an epoch."""
         if self.learns_pairs(options):
             return math.ceil(len(self.train) / options.batch)
         return math.ceil(len(self.unpaired) / options.unpaired_batch)
@@ -243,15 +263,15 @@ class TrainData:
 
 @dataclass
 class TrainState:
-    """Everything that changes while training; what a resume needs."""
+    """Everything that changes during training and that a resumed run needs."""
 
     model: RewardNetwork
     optimizer: torch.optim.Optimizer
-    epoch: int = 0  # epochs done
+    epoch: int = 0  # number of finished epochs
     history: list[dict] = field(default_factory=list)  # one record per epoch
     best: dict[str, torch.Tensor] = field(default_factory=dict)  # state dict of the best epoch so far
     best_epoch: int = -1
-    bandwidth: float | None = None  # of the divergence's kernel: a moving average
+    bandwidth: float | None = None  # of the divergence's kernel, as a moving average over steps
     ranks: Ranks = SINGLE  # this process among those of the run
     request: StopRequest = field(default_factory=StopRequest)
 
@@ -267,31 +287,34 @@ def train_reward(
     ranks: Ranks = SINGLE,
     start: RewardNetwork | None = None,
 ) -> TrainState:
-    """Train until `epochs` or `patience` run out; returns the state with the best epoch's weights in the
-    model.
+    """Train until `epochs` or `patience` are exhausted, and put the best epoch's weights into the model.
 
-    Every draw depends on (seed, epoch) alone, so a run resumed from `state_file` equals an uninterrupted one.
+    Random numbers depend only on (seed, epoch), so a run that is resumed from `state_file` equals an
+    uninterrupted run.
 
     Args:
-        state_file: written after each epoch; a matching one that exists is continued.
-        on_step, on_epoch: for progress bars and logs; on_epoch gets the epoch's record.
-        ranks: this process among those that train together; each step's pairs are divided among them.
-        start: the network whose weights training goes on from; `options.start` names it.
-    Raises: ValueError when the pairs are missing, or when `state_file` belongs to other options; StoppedError
-        after SIGTERM or SIGINT.
+        state_file: written after each epoch; if it exists and matches the options, training resumes from it.
+        on_step, on_epoch: callbacks for progress and logs; on_epoch gets the epoch's record.
+        ranks: this process among those that train together; the pairs of each step are divided among them.
+        start: network from whose weights training starts; `options.start` states its hash.
+    Returns: the state after training.
+    Raises: ValueError if pairs are missing or `state_file` belongs to other options; StoppedError after
+        SIGTERM or SIGINT.
     """
     if not data.train or not data.val:
         raise ValueError(
             f"train_reward: expected training and validation pairs, got {len(data.train)} and"
-            f" {len(data.val)}. Label more."
+            f" {len(data.val)}. Label more pairs."
         )
     _check_unpaired(data, options)
+    # Members of an ensemble differ more if each is trained on its own bootstrap sample of the labels.
     if options.bootstrap:
         drawn = np.random.default_rng([options.seed, len(data.train)]).integers(
             len(data.train), size=len(data.train)
         )
-        again = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
-        data = replace(data, train=[data.train[i] for i in drawn], unpaired=again)
+        resampled = redrawn(data.unpaired, np.random.default_rng([options.seed, len(data.unpaired), 1]))
+        data = replace(data, train=[data.train[i] for i in drawn], unpaired=resampled)
+    # A private random state, so that the initialisation depends only on the seed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         model = new_network(options, data.observation.kind).to(device)
@@ -302,18 +325,20 @@ def train_reward(
     seeds = [seed for label in data.train for seed in (label.winner, label.loser)] + [
         label.seed for label in data.unpaired
     ]
+    # Before the weights of `start`, which then also replace what was calibrated.
     model.calibrate(lambda: data.store.take(seeds, device))
     if start is not None:
         model.load_state_dict(start.state_dict())
     if state_file is not None and ranks.broadcast(state_file.is_file()):
         load_state(state_file, state, options)
+    # All ranks start from the weights and buffers of rank 0.
     ranks.broadcast_((*model.parameters(), *model.buffers()))
     while state.epoch < options.epochs and state.epoch - 1 - state.best_epoch < options.patience:
         with state.request:
             record = _epoch(state, data, options, on_step)
         state.history.append(record)
         state.epoch += 1
-        # the first of equal ones
+        # max() returns the first of equal records, so a later epoch must be better to become the best one.
         if record is max(state.history, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_log_loss"])):
             state.best_epoch = record["epoch"]
             state.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -327,51 +352,57 @@ def train_reward(
 
 
 def _check_unpaired(data: TrainData, options: TrainOptions) -> None:
-    """Raise ValueError where weights and unpaired labels do not go together."""
+    """Raise ValueError if the weights of the loss and the unpaired labels do not match."""
     used = options.weights.regression or options.weights.divergence
     kinds = {label.preferred for label in data.unpaired}
     if data.unpaired and not used:
         raise ValueError(
-            "--unpaired: expected --regression or --divergence above 0 with it, got neither. Set one, or"
-            " leave it out."
+            "--unpaired: has no effect without --regression or --divergence above 0. Set one of them, or"
+            " remove --unpaired."
         )
     if used and kinds != {True, False}:
         got = "none of one kind" if kinds else "none"
         raise ValueError(
-            f"--regression, --divergence: expected unpaired labels of both kinds, got {got}. Pass --unpaired,"
-            " or label more."
+            "--regression, --divergence: expected unpaired labels of both kinds (preferred and not"
+            f" preferred), got {got}. Pass --unpaired, or label more shapes."
         )
 
 
 def _epoch(
     state: TrainState, data: TrainData, options: TrainOptions, on_step: Callable[[], None] | None
 ) -> dict:
-    """One pass over the training pairs, or unpaired labels, then the validation pairs. Returns the epoch's
-    record.
+    """Run one epoch of training, and then evaluate the validation pairs.
+
+    Returns: the epoch's record.
     """
     began = time.monotonic()
+    # Streams depend on the seed and the epoch only, so a resumed epoch draws the same numbers. The second
+    # stream serves unpaired labels: with or without them, the order of the pairs is the same.
     rng = np.random.default_rng([options.seed, state.epoch])
     draws = np.random.default_rng([options.seed, state.epoch, 1])
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     steps = data.steps(options)
     shapes = batches_of(data.unpaired, options.unpaired_batch, draws)
     sums: dict[str, float] = {}
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+    with torch.random.fork_rng(devices=[]):  # dropout reads the global generator
         torch.manual_seed(int(rng.integers(2**62)))
         state.model.train()
         order = rng.permutation(len(data.train) if data.learns_pairs(options) else 0)
         for step in range(steps):
             if options.cosine:
+                # Half a cosine over all epochs, updated at every step
                 done = (state.epoch + step / steps) / options.epochs
                 state.optimizer.param_groups[0]["lr"] = options.lr * 0.5 * (1 + math.cos(math.pi * done))
             items = [data.train[i] for i in order[step * options.batch : (step + 1) * options.batch]]
-            part, whole = (len(items), len(order)) if items else (1, steps)
+            # Figures are averaged over pairs, so that a short last step counts less.
+            part, total = (len(items), len(order)) if items else (1, steps)
             batch = Step(items, next(shapes) if data.unpaired else [], state.ranks)
             for name, value in _step(state, batch, data, options, (rng, draws), generator).items():
-                sums[name] = sums.get(name, 0.0) + value * part / whole
+                sums[name] = sums.get(name, 0.0) + value * part / total
             if on_step:
                 on_step()
     correct = sums.pop("correct")
+    # Dropout off for validation.
     state.model.eval()
     scores = score_seeds(
         state.model,
@@ -410,8 +441,9 @@ def _step(
     rngs: tuple[np.random.Generator, np.random.Generator],
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """One update on a batch; returns its weighted loss terms and, as `correct`, the share of pairs ordered as
-    labelled.
+    """Update the network on one batch.
+
+    Returns: the weighted loss terms and, as `correct`, the share of pairs that are ordered as labelled.
     """
     device = next(state.model.parameters()).device
     weights = options.weights
@@ -419,18 +451,19 @@ def _step(
     terms = {}
     figures = {}
     paired = _batch(batch.items, batch.of_items, data, options, rngs[0], device) if batch.items else None
-    shown = [] if paired is None else [paired[0]]
+    observed = [] if paired is None else [paired[0]]
     if batch.shapes:
-        shown.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
+        observed.append(_shapes(batch.shapes, batch.of_shapes, data, options, rngs[1], device))
     rows = 0 if paired is None else len(paired[0])
+    # One forward pass for pairs and unpaired labels: batch normalisation, if any, sees both.
     with batch.draws(rows):
         out = state.model(
-            shown[0] if len(shown) == 1 else torch.cat(shown), reconstruct=weights.reconstruction > 0
+            observed[0] if len(observed) == 1 else torch.cat(observed), reconstruct=weights.reconstruction > 0
         )
     if paired is not None:
         count = len(batch.of_items.rows)
         of_pairs = out.rows(0, rows)
-        # Inside: those of blocks of pairs
+        # The loss of pairs draws random numbers for blocks of pairs.
         with (
             contextlib.nullcontext()
             if batch.ranks.world == 1
@@ -445,16 +478,18 @@ def _step(
                 generator=generator,
             )
         figures["correct"] = float(
+            # Blocks: the first `count` rows are winners, the next `count` are losers.
             (of_pairs.scalar[:count] > of_pairs.scalar[count : 2 * count]).float().mean()
         )
     if batch.shapes:
+        # Pairs, if there are any, already contribute `correct` and the reconstruction.
         unpaired, correct = _unpaired(out.rows(rows, len(out.scalar)), batch, state)
         terms |= loss.unpaired(unpaired)
         if paired is None:
             figures["correct"] = correct
             if out.reconstruction is not None:
                 terms["reconstruction"] = (
-                    weights.reconstruction * reconstruction_loss(out.reconstruction, shown[0]).mean()
+                    weights.reconstruction * reconstruction_loss(out.reconstruction, observed[0]).mean()
                 )
     return _update(state, batch, terms, figures)
 
@@ -462,20 +497,24 @@ def _step(
 def _update(
     state: TrainState, batch: Step, terms: dict[str, torch.Tensor], figures: dict[str, float]
 ) -> dict[str, float]:
-    """Descend on the terms of all ranks; returns their figures."""
+    """Take an optimiser step on the terms of all ranks, and return the mean figures."""
     main = batch.of_items if batch.items else batch.of_shapes
     evenly = 1 / batch.ranks.world
-    # the divergence is of the whole step, on every rank
+    # Every rank computes the divergence of the complete step, but differentiates only its own embeddings. The
+    # sum of gradients over ranks is then the gradient of the divergence, so its weight is 1.
     scales = {"regression": batch.of_shapes.weight, "divergence": 1.0}
     state.optimizer.zero_grad(set_to_none=True)
+    # Scaled by this rank's share, so that the sum over ranks is the mean over the step.
     cast(torch.Tensor, sum(value * scales.get(name, main.weight) for name, value in terms.items())).backward()
     figures = {**{name: float(value.detach()) for name, value in terms.items()}, **figures}
+    # Figures that every rank computes for the complete step are averaged evenly.
     weights = {
         "regression": batch.of_shapes.weight,
         "divergence": evenly,
         **({} if batch.items else {"correct": evenly}),
     }
     figures, stop = main.update(state.model, figures, state.request.received is not None, weights)
+    # All ranks stop at the same step, before the update, since a rank that waits for another would hang.
     if stop:
         raise StoppedError(f"stopped in epoch {state.epoch + 1}")
     state.optimizer.step()
@@ -483,22 +522,24 @@ def _update(
 
 
 def _unpaired(out: RewardOutput, batch: Step, state: TrainState) -> tuple[UnpairedOutput, float]:
-    """What the unpaired terms read, and the share of the step's pairs of a preferred and another shape that
-    are ordered so.
+    """Prepare the input of the unpaired loss terms.
+
+    Returns: that input, and the share of the step's pairs of a preferred and another shape that are in order.
     """
     device = out.scalar.device
     share = batch.of_shapes
     target = torch.tensor([batch.shapes[i].target for i in share.rows], dtype=out.scalar.dtype, device=device)
     preferred = torch.tensor([label.preferred is True for label in batch.shapes], device=device)
-    # [B, M + 1]
-    whole = share.gather(
+    # [U, M + 1]: unit embeddings and the score of all ranks' shapes, in one exchange
+    gathered = share.gather(
         torch.cat([torch.nn.functional.normalize(out.embedding), out.scalar.detach()[:, None]], 1)
     )
-    now = max(float(median_distance(whole[:, :-1])), LEAST_BANDWIDTH)
+    # The bandwidth is the median distance of a step, smoothed over steps.
+    now = max(float(median_distance(gathered[:, :-1])), LEAST_BANDWIDTH)
     state.bandwidth = now if state.bandwidth is None else MOMENTUM * state.bandwidth + (1 - MOMENTUM) * now
-    scores = whole[:, -1].detach()
+    scores = gathered[:, -1].detach()
     correct = float((scores[preferred][:, None] > scores[~preferred]).float().mean())
-    embedding = whole[:, :-1]
+    embedding = gathered[:, :-1]
     return (
         UnpairedOutput(
             scalar=out.scalar,
@@ -519,8 +560,10 @@ def _shapes(
     draws: np.random.Generator,
     device,
 ):
-    """Observations [U, ...] of this rank's unpaired labels."""
+    """Return observations [U, ...] of this rank's unpaired labels."""
     observed = data.store.take([labels[i].seed for i in share.rows], device)
+    # Random numbers are drawn for all labels, and then selected, so that they equal those of a single
+    # rank.
     return (
         data.observation.augment(observed, draws.random(len(labels))[share.rows])
         if options.mirror
@@ -536,11 +579,11 @@ def _batch(
     rng: np.random.Generator,
     device,
 ):
-    """Observations [N, ...] in the order winners, losers, anchors, and index pairs (better, worse), int64 [P]
-    each, of this rank's items.
+    """Return this rank's observations and comparisons.
 
-    With anchors an item is the triple (anchor, winner, loser) and every ordered pair inside it is a
-    comparison, anchor first.
+    Observations [N, ...] are in the order winners, losers, reference samples. Comparisons are index pairs
+    (better, worse), int64 [P] each. With reference samples, an item is the triple (reference, winner, loser),
+    and every ordered pair inside it is a comparison: reference before winner and loser, winner before loser.
     """
     items, total = [items[i] for i in share.rows], len(items)
     count = len(items)
@@ -549,6 +592,7 @@ def _batch(
     better = [row]
     worse = [row + count]
     if data.anchors and data.anchor_store is not None:
+        # One random reference sample per item of the complete step, then this rank's
         drawn = [data.anchors[i] for i in share.of_blocks(rng.integers(len(data.anchors), size=total))]
         observed = torch.cat([observed, data.anchor_store.take(drawn, device)])
         better += [row + 2 * count, row + 2 * count]

@@ -1,10 +1,9 @@
-"""What all reward networks share: a trunk and three preference heads on a feature vector; and which networks
-read what.
+"""Base class of reward networks, with a trunk and three heads, and the networks by kind.
 
-A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`, made
-known by `register`.
+A network that reads another observation is a subclass of `RewardNetwork` with `features` and `describe`,
+which is registered by `register`.
 
-Letters: N samples, P pairs, M entries of a vector; [N, ...] is what the network's observation gives.
+Letters: N samples, P pairs, M entries of a vector; [N, ...] is the shape of the network's observation.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +20,7 @@ from eg3d_rlhf.rewards.presets import PRESETS, Preset
 
 
 class MLP(nn.Module):
-    """Linear layers with softplus between hidden layers and one residual connection, exactly as published
-    checkpoints use it.
+    """Linear layers with softplus and one residual connection, exactly as published checkpoints use them.
 
         x = input_layer(v); r = x                          no activation here
         x = hidden_layers[j](x) for all j but the last
@@ -32,9 +30,10 @@ class MLP(nn.Module):
 
     Args:
         size_in, size_out: lengths of input and output vectors.
-        hidden: hidden sizes, at least two; the residual needs all but the last to be equal.
+        hidden: hidden sizes, at least two; all but the last must be equal, because of the residual
+        connection.
 
-    Deviates: nothing; the doubling with two hidden sizes is kept because the published weights were trained
+    Deviates: nothing. The doubling with two hidden sizes is kept, because the published weights were trained
     with it.
     """
 
@@ -43,49 +42,53 @@ class MLP(nn.Module):
         hidden = list(hidden)
         if len(hidden) < 2 or len(set(hidden[:-1])) > 1:
             raise ValueError(
-                f"MLP(hidden): expected two or more sizes, equal but for the last, got {hidden}. Change the"
-                " head's sizes."
+                f"MLP(hidden): expected two or more sizes that are equal except for the last, got {hidden}."
+                " Change the sizes of the trunk or the head."
             )
         self.input_layer = nn.Linear(size_in, hidden[0])
         pairs = zip(hidden[:-1], hidden[1:], strict=True)
         self.hidden_layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.Softplus(), nn.Identity()) for a, b in pairs
+            # The identity stands where the published network has its dropout, which is switched off.
+            nn.Sequential(nn.Linear(a, b), nn.Softplus(), nn.Identity())
+            for a, b in pairs
         )
         self.output_layer = nn.Linear(hidden[-1], size_out)
 
-    def forward(self, v: torch.Tensor) -> torch.Tensor:  # [N, M_in] -> [N, M_out]
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """Return [N, size_out] of vectors [N, size_in]. Differentiable."""
         x = residual = self.input_layer(v)
         for layer in self.hidden_layers[:-1]:
             x = layer(x)
+        # The last hidden layer follows the residual sum and has no residual of its own.
         return self.output_layer(self.hidden_layers[-1](x + residual))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardOutput:
-    """All that the training losses read, for one batch."""
+    """Values of a batch that the training losses read."""
 
-    embedding: torch.Tensor  # [N, M] the trunk's output
-    scalar: torch.Tensor  # [N] the reward
-    log_strength: torch.Tensor  # [N] logarithm of the Bradley-Terry strength
-    reconstruction: torch.Tensor | None  # of the network's input, None when not asked for
+    embedding: torch.Tensor  # [N, M], output of the trunk
+    scalar: torch.Tensor  # [N], the reward
+    log_strength: torch.Tensor  # [N], logarithm of the Bradley-Terry strength
+    reconstruction: torch.Tensor | None  # of the network's input; None if it was not requested
 
     def rows(self, first: int, last: int) -> "RewardOutput":
-        """That of samples first .. last - 1."""
-        some = slice(first, last)
-        read = self.reconstruction
+        """Return the values of samples first .. last - 1."""
+        rows = slice(first, last)
+        reconstruction = self.reconstruction
         return RewardOutput(
-            embedding=self.embedding[some],
-            scalar=self.scalar[some],
-            log_strength=self.log_strength[some],
-            reconstruction=None if read is None else read[some],
+            embedding=self.embedding[rows],
+            scalar=self.scalar[rows],
+            log_strength=self.log_strength[rows],
+            reconstruction=None if reconstruction is None else reconstruction[rows],
         )
 
 
 class RewardNetwork(nn.Module, ABC):
-    """Trunk and heads on the features of a subclass; `score` is the reward used downstream.
+    """Trunk and heads on the features of a subclass. `score` is the reward that other modules use.
 
     Args: feature_size: length of `features`; trunk: hidden sizes of the trunk; embedding: length of its
-    output; heads: hidden sizes of each of the three heads.
+        output; heads: hidden sizes of each of the three heads.
     """
 
     def __init__(
@@ -96,66 +99,78 @@ class RewardNetwork(nn.Module, ABC):
         heads: Sequence[int] = (32, 16),
     ):
         super().__init__()
+        # Names are those of published state dicts.
         self.MLP = MLP(feature_size, trunk, embedding)
+        # Logarithm of the Bradley-Terry strength
         self.scalar_rwd_head_BT = MLP(embedding, heads, 1)
+        # The reward
         self.scalar_rwd_head = MLP(embedding, heads, 1)
+        # Two logits of a pair, whose embeddings are concatenated
         self.scalar_rwd_head_pairs = MLP(2 * embedding, heads, 2)
 
     @abstractmethod
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """Global feature vector before the trunk: [N, ...] -> [N, feature_size]."""
+        """Return the global feature vector before the trunk: [N, ...] -> [N, feature_size]."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Plain JSON values from which the network can be built again."""
+        """Return JSON values from which the network can be created again."""
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError where observations of this shape cannot be read."""
+        """Raise ValueError if observations of this shape cannot be read."""
 
     def calibrate(self, take: Callable[[], torch.Tensor]) -> None:
-        """Before training: set what depends on the training data; `take` gives all of them, [N, ...]."""
+        """Set statistics of the training data; `take` returns all observations, [N, ...]."""
 
     def embed(self, observed: torch.Tensor) -> torch.Tensor:
-        """Trunk output, which all heads read: [N, ...] -> [N, M]."""
+        """Return the trunk's output, which all heads read: [N, ...] -> [N, M]."""
         return self.MLP(self.features(observed))
 
     def score(self, observed: torch.Tensor) -> torch.Tensor:
-        """The reward: [N, ...] -> [N], higher is better. Differentiable in the input and the parameters."""
+        """Return the reward: [N, ...] -> [N], higher is better.
+
+        Differentiable in the input and the parameters.
+        """
         return self.score_embedding(self.embed(observed))
 
     def score_embedding(self, embedding: torch.Tensor) -> torch.Tensor:
-        """The reward of embeddings [N, M] -> [N]."""
+        """Return the reward of embeddings [N, M] -> [N]."""
         return self.scalar_rwd_head(embedding).squeeze(1)
 
     def pair_logits(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Pair head on embeddings [P, M] and [P, M] -> [P, 2]; index 0 says "the first is better". The order
-        matters.
+        """Apply the pair head to embeddings [P, M] and [P, M] -> [P, 2].
+
+        Logit 0 means that the first is better, and logit 1 that the second is. The result depends on the
+        order.
         """
         return self.scalar_rwd_head_pairs(torch.cat([first, second], dim=1))
 
     def pair_margin(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Order-free logit that `first` is better, [P]: half the difference of both orders' logits. Swapping
-        the pair negates it.
+        """Compute a logit [P] that `first` is better, independent of the order of presentation.
+
+        It is half the difference of the logits of both orders, so swapping the pair negates it.
         """
+        # Averaging over both orders removes the head's preference for a place.
         forward = self.pair_logits(first, second)
         backward = self.pair_logits(second, first)
         return 0.5 * ((forward[:, 0] - forward[:, 1]) - (backward[:, 0] - backward[:, 1]))
 
     def reconstruct(self, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` and what is read, as a decoder makes it of them.
+        """Return `features`, and the input as a decoder reconstructs it.
 
-        Raises: ValueError where there is none.
+        Raises: ValueError if the network has no decoder.
         """
         raise ValueError(
-            "reward network: expected a U-Net to reconstruct, got one that has no decoder. Use --set"
-            " reconstruction=0."
+            "reward network: only networks with a decoder (the U-Net of a slab) can reconstruct their"
+            " input. Use --set reconstruction=0."
         )
 
     def forward(self, observed: torch.Tensor, reconstruct: bool = False) -> RewardOutput:
-        """Everything the training losses read: [N, ...] -> RewardOutput.
+        """Compute all values that the training losses read: [N, ...] -> RewardOutput.
 
-        Raises: ValueError where it cannot reconstruct.
+        Raises: ValueError if `reconstruct` is true and the network cannot reconstruct.
         """
+        # A decoder shares the encoder's pass, so both come from one call.
         features, reconstruction = (
             self.reconstruct(observed) if reconstruct else (self.features(observed), None)
         )
@@ -168,24 +183,24 @@ class RewardNetwork(nn.Module, ABC):
         )
 
 
-Build = Callable[[Mapping[str, Any]], RewardNetwork]  # a network from its description
+Build = Callable[[Mapping[str, Any]], RewardNetwork]  # creates a network from its description
 
-# an observation's file registers its networks, too; the slab's class stands elsewhere, since much reads it
-# that trains nothing
+# The module of an observation also registers its networks. Those of the slab are in a module of their own,
+# since many modules read slabs without using a network.
 READERS: Registry[Build] = Registry("network of an observation", {"sigma": "eg3d_rlhf.rewards.slab_network"})
 
 
 def register(kind: str, build: Build, presets: Mapping[str, Preset]) -> None:
-    """Make the networks known that read an observation, and their presets."""
+    """Register the networks that read a kind of observation, and their presets."""
     READERS.add(kind, build)
     PRESETS.add(kind, presets)
 
 
 def builder_of(kind: str) -> Build:
-    """Return what builds the networks that read a kind.
+    """Return the function that creates the networks that read a kind of observation.
 
-    Raises: ValueError for an unknown kind, and one that no network reads.
+    Raises: ValueError for an unknown kind, and for a kind that no network reads.
     """
-    # imports its file; says which are known, where there is none of this name
+    # The look-up imports the kind's module, which registers its networks, and raises for an unknown kind.
     observations.OBSERVATIONS[kind]
     return READERS[kind]

@@ -1,9 +1,11 @@
-"""The networks that read clouds of points: PointNet, PointNet++ and CurveNet as published, and variants of
-ours without their faults.
+"""Networks that read point clouds: PointNet, PointNet++ and CurveNet as published, and our variants of them.
 
-Ours normalise each point by itself (a score depends on no other sample, and a batch may be one), start
-farthest points wherever the order puts the one farthest from the centroid, and mix CurveNet's curves with
-their own weights.
+Our variants correct faults of the published ones. They normalise each point separately (a score depends on no
+other sample, and a batch may contain one), start farthest-point sampling at the point farthest from the
+centroid, which does not depend on the order of the points, and mix CurveNet's curves with the curves' own
+weights.
+Letters: N clouds, C channels, P points, K neighbours, Q curves, T steps of a curve, S centres, E edges, M
+features.
 """
 
 import math
@@ -30,15 +32,15 @@ from eg3d_rlhf.rewards.point_layers import (
 from eg3d_rlhf.rewards.presets import Preset
 from training.config import check_choice
 
-# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as the published point reward has it: blocks that walk curves
-# over a cloud's features. First its curves: where they begin, how they walk from neighbour to neighbour, and
-# how points read them.
+# CurveNet (Xiang et al. 2021, arXiv 2105.01288) as in the published point reward: blocks that walk curves
+# over a cloud's features. First come the curves: their first points, the steps from neighbour to neighbour,
+# and how points read them.
 
-_EPS = 1e-8  # least product of norms in a cosine
+_EPS = 1e-8  # least product of norms in a cosine, which avoids a division by 0
 
 
 class Walk(nn.Module):
-    """Step by step to one neighbour: a hard choice forward, the gradient of its softmax backward."""
+    """Walk from point to neighbour by a hard choice, with the gradient of its softmax."""
 
     def __init__(self, channels: int, steps: int, mix: str, kind: str):
         super().__init__()
@@ -48,23 +50,25 @@ class Walk(nn.Module):
         self.momentum_mlp = nn.Sequential(nn.Conv1d(2 * channels, 2, 1, bias=False), norm(kind, 2))
 
     def _mixed(self, current: torch.Tensor, descriptor: torch.Tensor) -> torch.Tensor:
-        """The curve's descriptor after a step, of [N, C, Q] each: a mixture with where it stands."""
+        """Mix the curves' descriptor with their current features, [N, C, Q] each."""
         weights = F.softmax(self.momentum_mlp(torch.cat([current, descriptor], dim=1)), dim=1)  # [N, 2, Q]
-        # as published: curve i reads the flat entries 2i and 2i + 1, of other curves
+        # As published: curve i reads the flat entries 2i and 2i + 1, which belong to other curves.
         if self.mix == "reshaped":
             weights = weights.reshape(len(weights), -1, 2).transpose(1, 2)
         return weights[:, :1] * current + weights[:, 1:] * descriptor
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, P], neighbours without oneself [N, P, K], first points [N, Q] -> features along the
-        curves [N, C, Q, T].
+        """Compute features along the curves, [N, C, Q, T].
+
+        Args: x: features [N, C, P]; index: neighbours of each point without the point itself [N, P, K];
+            start: the curves' first points [N, Q].
         """
-        # [N, Q], [N, C, Q]
-        place = start
-        current = take(x, start)
+        place = start  # [N, Q]
+        current = take(x, start)  # [N, C, Q]
         descriptor = current
         curve = []
         for step in range(self.steps):
+            # In the first step, descriptor and features are equal.
             if step:
                 descriptor = self._mixed(current, descriptor)
             choices = index.gather(1, place[..., None].expand(-1, -1, index.shape[2]))  # [N, Q, K]
@@ -73,10 +77,12 @@ class Walk(nn.Module):
             logits = self.agent_mlp(torch.cat([near, descriptor[..., None].expand_as(near)], dim=1)).squeeze(
                 1
             )
+            # The first step has no direction that could turn back.
             if step:
                 logits = logits * onward(current - descriptor, near - current[..., None])
             soft = F.softmax(logits, dim=2)
             best = logits.argmax(dim=2, keepdim=True)  # [N, Q, 1]
+            # Straight-through estimator: the value is one-hot, the gradient is that of the softmax.
             hard = torch.zeros_like(soft).scatter(2, best, 1.0) - soft.detach() + soft
             current = (near * hard[:, None]).sum(dim=3)
             place = choices.gather(2, best).squeeze(2)
@@ -86,15 +92,16 @@ class Walk(nn.Module):
 
 @torch.no_grad()
 def onward(direction: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Factors in 0..1 that keep curves from turning back: 1 + cosine of the last step [N, C, Q] and the next
-    [N, C, Q, K], [N, Q, K].
+    """Compute factors [N, Q, K] in 0..1 that keep curves from turning back.
+
+    They are 1 + the cosine between the last step [N, C, Q] and the next one [N, C, Q, K], clamped to 0..1.
     """
     dot = (direction[..., None] * steps).sum(dim=1)
     return (1 + dot / (direction.norm(dim=1)[..., None] * steps.norm(dim=1)).clamp_min(_EPS)).clamp(0, 1)
 
 
 class CurveGrouping(nn.Module):
-    """Curves that begin at the points of largest attention."""
+    """Curves that begin at the points with the largest attention."""
 
     def __init__(self, channels: int, curves: int, steps: int, mix: str, kind: str):
         super().__init__()
@@ -103,9 +110,11 @@ class CurveGrouping(nn.Module):
         self.walk = Walk(channels, steps, mix, kind)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, P], neighbours without oneself [N, P, K] -> [N, C, Q, T].
+        """Compute curves [N, C, Q, T] of features [N, C, P], with neighbours [N, P, K] without the point
+        itself.
 
-        With the published mix the order of the first points matters, and it is whatever topk leaves unsorted.
+        With the published mix, the order of the first points changes the result. It is the unsorted order of
+        topk.
         """
         attention = torch.sigmoid(self.att(x))  # [N, 1, P]
         start = attention.squeeze(1).topk(min(self.curves, x.shape[2]), dim=1, sorted=False).indices
@@ -113,9 +122,7 @@ class CurveGrouping(nn.Module):
 
 
 class CurveAggregation(nn.Module):
-    """Every point reads the curves by dot-product attention: their means over steps, and their means over
-    curves.
-    """
+    """Dot-product attention of points to the curves' means over steps and over curves."""
 
     def __init__(self, channels: int, kind: str):
         super().__init__()
@@ -126,7 +133,8 @@ class CurveAggregation(nn.Module):
         self.line_conv_att = nn.Conv2d(channels, 1, 1, bias=False)
 
     def forward(self, x: torch.Tensor, curves: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, P], curves [N, C, Q, T] -> [N, C, P]."""
+        """Update features [N, C, P] with curves [N, C, Q, T]; returns [N, C, P]."""
+        # One attention map, normalised along each curve and across the curves at each step
         attention = self.line_conv_att(curves)  # [N, 1, Q, T]
         each = self.conva((curves * F.softmax(attention, dim=3)).sum(dim=3))  # [N, C/2, Q]
         across = self.convb((curves * F.softmax(attention, dim=2)).sum(dim=2))  # [N, C/2, T]
@@ -138,7 +146,7 @@ class CurveAggregation(nn.Module):
         return leaky(x + self.convd(torch.cat(read, dim=1)))
 
 
-# channels, points, ball radius, bottleneck ratio, whether curves are walked
+# channels, number of points, ball radius, bottleneck ratio, whether the block walks curves
 Block = tuple[int, int, float, int, bool]
 PUBLISHED: tuple[Block, ...] = (
     (64, 1024, 0.05, 2, True),
@@ -150,23 +158,27 @@ PUBLISHED: tuple[Block, ...] = (
     (512, 64, 0.2, 2, False),
     (512, 64, 0.4, 4, False),
 )
-MIXES = ("reshaped", "transposed")
+MIXES = ("reshaped", "transposed")  # see CurveNetArch.mix
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurveNetArch(PointArch):
-    """Defaults: 4,319,325 parameters, four layers that are never used among them."""
+    """Sizes of a CurveNet.
+
+    The defaults have 4,319,325 parameters, including four layers that are never used.
+    """
 
     network: ClassVar[str] = "curvenet"
     first: int = 32  # channels before the blocks
     blocks: tuple[Block, ...] = PUBLISHED
     last: int = 1024  # channels after the blocks
     k: int = 20  # neighbours
-    curves: int = 100  # at most
+    curves: int = 100  # at most; not more than there are points
     steps: int = 5  # points of a curve
-    # 'reshaped' = the published slip, curves get each other's weights; 'transposed' = each curve its own
+    # 'reshaped' is the published error, by which curves get each other's weights; 'transposed' corrects it
     mix: str = "reshaped"
-    # of farthest points: 'first' point of the cloud, or 'farthest' from its centroid, whatever the order
+    # First point of the farthest-point sampling: 'first' of the cloud, or 'farthest' from its centroid, which
+    # does not depend on the order of the points
     start: str = "first"
 
     def __post_init__(self) -> None:
@@ -177,11 +189,14 @@ class CurveNetArch(PointArch):
             len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks
         ):
             expected = "(channels, points, radius > 0, ratio, curves) with ratios that divide channels"
-            raise ValueError(f"CurveNetArch.blocks: expected {expected}, got {self.blocks}. Correct them.")
+            raise ValueError(
+                f"CurveNetArch.blocks: expected {expected}, got {self.blocks}. Correct the blocks in the"
+                " reward's file."
+            )
 
 
 def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential:
-    """A convolution of width 1 without bias and its normalisation, over [N, C, P] or [N, C, P, K]."""
+    """Create a convolution of width 1 without bias, with normalisation, over [N, C, P] or [N, C, P, K]."""
     layer = (
         nn.Conv2d(size_in, size_out, 1, bias=False)
         if axes == 2
@@ -191,14 +206,14 @@ def conv(size_in: int, size_out: int, kind: str, axes: int = 1) -> nn.Sequential
 
 
 def surroundings(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[p_i, p_j, p_j - p_i] of every point and its neighbours: [N, 3, P] -> [N, 9, P, K]."""
+    """Compute [p_i, p_j, p_j - p_i] for every point and its neighbours: [N, 3, P] -> [N, 9, P, K]."""
     near = take(points, index)  # [N, 3, P, K]
     here = points[..., None].expand_as(near)
     return torch.cat([here, near, near - here], dim=1)
 
 
 class LocalAggregation(nn.Module):
-    """Features of a point from those of its neighbours: at the start the largest, inside blocks the mean."""
+    """Features of points from neighbours: maximum at the start, mean inside blocks."""
 
     def __init__(self, size_in: int, size_out: int, kind: str, initial: bool = False):
         super().__init__()
@@ -208,18 +223,23 @@ class LocalAggregation(nn.Module):
         self.mlp = nn.Sequential(conv(9 + size_in if initial else size_out, size_out, kind, 2))
 
     def forward(self, x: torch.Tensor | None, points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Features [N, C, P] or none, points [N, 3, P], neighbours [N, P, K] -> [N, C', P]."""
+        """Compute features [N, C', P].
+
+        Args: x: features [N, C, P], or None if points have only positions; points: [N, 3, P]; index:
+            neighbours [N, P, K].
+        """
         near = surroundings(points, index)  # [N, 9, P, K]
         if self.initial:
             return leaky(self.mlp(near if x is None else torch.cat([near, take(x, index)], dim=1))).amax(
                 dim=3
             )
+        # Differences to the centre's features, plus an encoding of the positions
         assert x is not None
         return leaky(self.mlp(leaky(take(x, index) - x[..., None] + self.xyz2feature(near)))).mean(dim=3)
 
 
 class CurveBlock(nn.Module):
-    """A bottleneck with a shortcut: fewer points, then curves, then neighbours."""
+    """Bottleneck with a shortcut: fewer points, then curves, then neighbours."""
 
     def __init__(self, size_in: int, block: Block, arch: CurveNetArch):
         super().__init__()
@@ -237,38 +257,41 @@ class CurveBlock(nn.Module):
         self.lpfa = LocalAggregation(width, width, arch.norm)
 
     def forward(self, x: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, C, P], points [N, 3, P] -> features [N, C', P'], points [N, 3, P']."""
+        """Map features [N, C, P] at points [N, 3, P] to features [N, C', P'] at points [N, 3, P']."""
+        # Max-pool over a ball around each of fewer points
         if self.points < points.shape[2]:
             centres = take(points, farthest_points(points, self.points, self.start))
             x = take(x, ball(centres, points, self.radius, self.k)[0]).amax(dim=3)
             points = centres
         shortcut = self.shortcut(x)
         x = leaky(self.conv1(x))
-        index = nearest(points, self.k + 1)  # itself the first
+        index = nearest(points, self.k + 1)  # [N, P, K + 1], the point itself first
         if self.curves:
             x = self.curveaggregation(x, self.curvegrouping(x, index[:, :, 1:]))
         return leaky(self.conv2(self.lpfa(x, points, index[:, :, : self.k])) + shortcut), points
 
 
 class CurveNetModule(nn.Module):
-    """A first aggregation, the blocks, and the maximum and mean over what is left."""
+    """First aggregation, blocks, and the maximum and the mean over the remaining points."""
 
     def __init__(self, arch: CurveNetArch):
         super().__init__()
         self.k = arch.k
         self.lpfa = LocalAggregation(arch.inputs - 3, arch.first, arch.norm, initial=True)
         sizes: Sequence[int] = (arch.first, *(block[0] for block in arch.blocks))
+        # Names of published state dicts: cic11, cic12, cic21, ...
         self.names = [f"cic{i // 2 + 1}{i % 2 + 1}" for i in range(len(arch.blocks))]
         for name, size, block in zip(self.names, sizes, arch.blocks, strict=False):
             self.add_module(name, CurveBlock(size, block, arch))
         self.conv0 = conv(sizes[-1], arch.last, arch.norm)
-        if arch.norm == "batch":  # of a classifier, in published state dicts, never used
+        # Layers of a classifier that published state dicts contain, and that are never used.
+        if arch.norm == "batch":
             self.conv1 = nn.Linear(2 * arch.last, 512, bias=False)
             self.conv2 = nn.Linear(512, 1)
             self.bn1 = nn.BatchNorm1d(512)
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Clouds [N, C, P] with positions [N, 3, P] -> [N, 2 * last]."""
+        """Compute features [N, 2 * last] of clouds [N, C, P] with positions [N, 3, P]."""
         x = self.lpfa(cloud[:, 3:] if cloud.shape[1] > 3 else None, points, nearest(points, self.k))
         for name in self.names:
             x, points = self.get_submodule(name)(x, points)
@@ -277,7 +300,7 @@ class CurveNetModule(nn.Module):
 
 
 class CurveNet(PointNetwork):
-    """See the module. A batch of one is scored like any other, where the published code fails."""
+    """CurveNet reward. Unlike the published code, it also accepts a batch of one."""
 
     def __init__(self, arch: CurveNetArch | None = None):
         arch = arch or CurveNetArch()
@@ -286,26 +309,26 @@ class CurveNet(PointNetwork):
         self.CurveNetModule = CurveNetModule(arch)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`: clouds [N, C, P]."""
+        """Return features of clouds [N, C, P], see `RewardNetwork`."""
         return self.CurveNetModule(*self._read(observed))
 
 
-# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as the published point reward has it: two set abstractions and
-# a global one.
+# PointNet++ (Qi et al. 2017, arXiv 1706.02413) as in the published point reward: two set abstractions and a
+# global one.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointNet2Arch(PointArch):
-    """Defaults: 2,482,118 parameters."""
+    """Sizes of a PointNet++. The defaults have 2,482,118 parameters."""
 
     network: ClassVar[str] = "pointnet2"
     ratios: tuple[float, float] = (0.5, 0.25)  # centres per point of each level, (0, 1]
     radii: tuple[float, float] = (0.2, 0.4)  # of the balls, in the observation's units
-    limit: int = 64  # neighbours at most, those of lowest index
-    first: tuple[int, ...] = (64, 64, 128)  # widths per edge, level 1
-    second: tuple[int, ...] = (128, 128, 256)  # widths per edge, level 2
-    whole: tuple[int, ...] = (256, 512, 1024)  # widths per centre of level 2
-    start: str = "first"  # 'first' point of the cloud, or 'farthest' from its centroid, whatever the order
+    limit: int = 64  # largest number of neighbours; those with the lowest indices are taken
+    first: tuple[int, ...] = (64, 64, 128)  # layer widths per edge, level 1
+    second: tuple[int, ...] = (128, 128, 256)  # layer widths per edge, level 2
+    whole: tuple[int, ...] = (256, 512, 1024)  # layer widths per centre of level 2, before the global maximum
+    start: str = "first"  # see CurveNetArch.start
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,19 +342,21 @@ class PointNet2Arch(PointArch):
             got = f"{self.ratios} and {self.radii}"
             raise ValueError(
                 f"PointNet2Arch: expected two ratios in (0, 1] and two radii above 0, got {got}. Correct"
-                " them."
+                " them in the reward's file."
             )
 
 
 def layers(sizes: Sequence[int], kind: str) -> nn.Sequential:
-    """Linear, normalisation, ReLU for each step from one size to the next, [E, C]."""
+    """Create a linear layer, normalisation and ReLU for each step from one size to the next, on [E, C]."""
     pairs = zip(sizes[:-1], sizes[1:], strict=True)
     return nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), norm(kind, b), nn.ReLU())))
 
 
 class SetAbstraction(nn.Module):
-    """Of every centre: the largest over its neighbours of layers on [features of the neighbour, where it lies
-    from the centre].
+    """Set abstraction of PointNet++: features of centres from their neighbours.
+
+    Layers read [features of the neighbour, its position relative to the centre], and the maximum over
+    neighbours is the feature of the centre.
     """
 
     def __init__(self, ratio: float, radius: float, sizes: Sequence[int], arch: PointNet2Arch):
@@ -340,10 +365,13 @@ class SetAbstraction(nn.Module):
         self.radius = radius
         self.limit = arch.limit
         self.start = arch.start
-        self.point_conv = nn.ModuleDict({"local_nn": layers(sizes, arch.norm)})  # as published names have it
+        # The nested names are those of published state dicts.
+        self.point_conv = nn.ModuleDict({"local_nn": layers(sizes, arch.norm)})
 
     def forward(self, x: torch.Tensor | None, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, C, P] or none, points [N, 3, P] -> features [N, C', S], centres [N, 3, S]."""
+        """Map features [N, C, P], or None, at points [N, 3, P] to features [N, C', S] at centres [N, 3,
+        S].
+        """
         chosen = farthest_points(points, math.ceil(self.ratio * points.shape[2]), self.start)
         centres = take(points, chosen)  # [N, 3, S]
         index, counts = ball(centres, points, self.radius, self.limit)  # [N, S, K], [N, S]
@@ -351,19 +379,19 @@ class SetAbstraction(nn.Module):
         near = take(points, index) - centres[..., None]  # [N, 3, S, K]
         if x is not None:
             near = torch.cat([take(x, index), near], dim=1)
-        # [E, C'], real ones alone: they are what a batch norm counts
+        # [E, C']: repeated neighbours are left out, since they would count in the statistics of a batch norm.
         edges = self.point_conv["local_nn"](near.movedim(1, -1)[real])
-        # [N, S, K, C']
+        # [N, S, K, C'], with -inf in the places of repeated neighbours, so that the maximum ignores them
         dense = edges.new_full((*real.shape, edges.shape[1]), -torch.inf).index_put((real,), edges)
         return dense.amax(dim=2).transpose(1, 2), centres
 
 
 class PointNet2Module(nn.Module):
-    """Two levels and the maximum over what is left."""
+    """Two levels of set abstraction and the maximum over the remaining centres."""
 
     def __init__(self, arch: PointNet2Arch):
         super().__init__()
-        # published, never used
+        # Published state dicts contain both, and nothing uses them.
         self.affine_offset = nn.Parameter(torch.zeros(()))
         self.affine_scale = nn.Parameter(torch.ones(()))
         self.sa1_module = SetAbstraction(arch.ratios[0], arch.radii[0], (arch.inputs, *arch.first), arch)
@@ -373,7 +401,7 @@ class PointNet2Module(nn.Module):
         self.sa3_module = nn.ModuleDict({"mlp": layers((arch.second[-1] + 3, *arch.whole), arch.norm)})
 
     def forward(self, cloud: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-        """Clouds [N, C, P] with positions [N, 3, P] -> [N, M]."""
+        """Compute features [N, M] of clouds [N, C, P] with positions [N, 3, P]."""
         x, centres = self.sa1_module(cloud[:, 3:] if cloud.shape[1] > 3 else None, points)
         x, centres = self.sa2_module(x, centres)
         rows = torch.cat([x, centres], dim=1).transpose(1, 2)  # [N, S, C + 3]
@@ -381,7 +409,7 @@ class PointNet2Module(nn.Module):
 
 
 class PointNet2(PointNetwork):
-    """See the module."""
+    """PointNet++ reward."""
 
     def __init__(self, arch: PointNet2Arch | None = None):
         arch = arch or PointNet2Arch()
@@ -390,32 +418,35 @@ class PointNet2(PointNetwork):
         self.PointNet2Module = PointNet2Module(arch)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`: clouds [N, C, P]."""
+        """Return features of clouds [N, C, P], see `RewardNetwork`."""
         return self.PointNet2Module(*self._read(observed))
 
 
-# PointNet (Qi et al. 2017, arXiv 1612.00593) as the published point reward has it: no transform nets,
-# softplus, maximum over points.
+# PointNet (Qi et al. 2017, arXiv 1612.00593) as in the published point reward: without transform networks,
+# with softplus, and with the maximum over points.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointNetArch(PointArch):
-    """Defaults: 1,817,476 parameters."""
+    """Sizes of a PointNet. The defaults have 1,817,476 parameters."""
 
     network: ClassVar[str] = "pointnet"
     widths: tuple[int, int, int] = (64, 128, 1024)  # channels per point
-    # 'max' = the published; 'max-mean' joins the mean, through which every point gets a gradient
+    # 'max' is the published pooling; 'max-mean' adds the mean, through which every point gets a gradient
     pool: str = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("PointNetArch.pool", self.pool, ("max", "max-mean"))
         if len(self.widths) != 3:
-            raise ValueError(f"PointNetArch.widths: expected three widths, got {self.widths}. Name three.")
+            raise ValueError(
+                f"PointNetArch.widths: expected three widths, got {self.widths}. Correct them in the reward's"
+                " file."
+            )
 
 
 class PointNet(PointNetwork):
-    """Three layers on each point by itself, then what is largest over points."""
+    """PointNet reward: three layers on each point separately, followed by a maximum over points."""
 
     def __init__(self, arch: PointNetArch | None = None):
         arch = arch or PointNetArch()
@@ -428,7 +459,7 @@ class PointNet(PointNetwork):
         self.bn1, self.bn2, self.bn3 = (norm(arch.norm, width) for width in arch.widths)
 
     def features(self, observed: torch.Tensor) -> torch.Tensor:
-        """See `RewardNetwork`: clouds [N, C, P]."""
+        """Return features of clouds [N, C, P], see `RewardNetwork`."""
         x, _ = self._read(observed)
         for layer, normalise in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.softplus(normalise(layer(x)))
@@ -440,7 +471,9 @@ _NETWORKS: Mapping[str, tuple[type[PointArch], Any]] = {
     arch.network: (arch, network)
     for arch, network in ((PointNetArch, PointNet), (PointNet2Arch, PointNet2), (CurveNetArch, CurveNet))
 }
-HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)  # head and face of the bundled heads without their shoulders
+# leaves head and face of the bundled heads without shoulders
+HEAD_CROP = (0.16, 0.16, 0.26, 0.20, 0.24, 0.25)
+# Blocks of our CurveNet, in the form of Block
 _CURVE_BLOCKS = (
     (32, 128, 0.15, 1, True),
     (32, 128, 0.15, 2, True),
@@ -451,7 +484,7 @@ _CURVE_BLOCKS = (
 
 
 def build(description: Mapping[str, Any]) -> PointNetwork:
-    """A network from its description. Raises: ValueError for an unknown one, or unknown fields."""
+    """Create a network from its description. Raises: ValueError for an unknown network or unknown fields."""
     values = dict(description)
     name = str(values.pop("network", None))
     check_choice("reward network", name, tuple(_NETWORKS))
@@ -460,7 +493,7 @@ def build(description: Mapping[str, Any]) -> PointNetwork:
 
 
 def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
-    """Networks for a few thousand pairs and one core."""
+    """Return presets of our networks, which suit a few thousand pairs and one CPU core."""
     small: dict[str, Any] = {
         "inputs": inputs,
         "norm": "layer",
@@ -493,7 +526,7 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
         ),
     }
     train = {"epochs": 20, "patience": 20, "batch": 16, "lr": 1e-3, "weight_decay": 0.1, "decoupled": True}
-    slow = {"epochs": 10, "patience": 10}  # a step of it takes five times as long
+    slow = {"epochs": 10, "patience": 10}  # a step of CurveNet takes five times as long
     return {
         name: Preset(
             network=arch.to_dict(), train={**train, **(slow if name == "curvenet" else {})}, observe=observe
@@ -503,7 +536,10 @@ def own_presets(inputs: int, observe: Mapping[str, Any]) -> dict[str, Preset]:
 
 
 def published_presets() -> dict[str, Preset]:
-    """The published networks and training: batches of 4, 2 and 2 items, anchors for PointNet alone."""
+    """Return presets of the published networks and their training.
+
+    Batches have 4, 2 and 2 items, and only PointNet uses reference samples.
+    """
     presets = {}
     for arch, batch, anchors in ((PointNetArch(), 4, 1000), (PointNet2Arch(), 2, 0), (CurveNetArch(), 2, 0)):
         train = {

@@ -1,17 +1,17 @@
-"""The paper's released reward: read from its published files with weights only, and scored on both lattices.
+"""Import the reward that was released with the paper, and compare its scores on both lattices.
 
-A release is a folder with `best_model.pt` (a plain state dict, or one under 'state_dict') and
-`release_config.yaml` or `run_config.yaml`. Layer sizes come from the weights. The configuration is the record
-of a training run: YAML with `${...}` references. It comes from elsewhere, so it is read as plain data
-(no tags that build objects, no aliases), and of its fields only those below are looked at:
+A release is a folder with `best_model.pt` (a state dict, or one under 'state_dict') and `release_config.yaml`
+or `run_config.yaml`. Layer sizes come from the weights. The configuration is the record of a training run:
+YAML with `${...}` references. Since it comes from an unknown source, it is parsed as data only (without tags
+that create objects, and without aliases), and only these fields are read:
 
     data.dset_dict.selected_dtypes     first entry sigma_field_<N>: the cube has N points per axis
-    data.augmentations.tune            the transform of fine-tuning: self-normalisation to [lower, upper]
-    data.augmentations.upper_norm      the upper end, where `tune` leaves it out
+    data.augmentations.tune            transform of fine-tuning: self-normalisation to [lower, upper]
+    data.augmentations.upper_norm      the upper end, if `tune` does not state it
     model                              num_groups, f_maps, layer_order, in_channels, is_segmentation,
                                        residual, input_size, external
 
-The crop is no field: the published code derives it from N with the fractions that are SlabSpec's default.
+The crop is not a field: the published code derives it from N, with the fractions that are SlabSpec's default.
 Shape letters: N samples, D, H, W = z, y, x.
 """
 
@@ -49,40 +49,42 @@ model:
   Conv3DModule: {in_channels: 1, f_maps: [4, 8, 16], num_groups: 8, layer_order: gcr, is_segmentation: false}
   mlp_global: {input_size: 256}
 """
-_MAX_BYTES = 1 << 18
-_MAX_STEPS = 64  # references followed for one value
-_REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # innermost first
+_MAX_BYTES = 1 << 18  # largest configuration that is read
+_MAX_STEPS = 64  # largest number of references that are followed for one value
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")  # matches the innermost reference
+# Names of the ends of a range in published transforms
 _ENDS = dict.fromkeys(("lo", "low", "lower", "lower_norm", "min"), "lower")
 _ENDS |= dict.fromkeys(("hi", "high", "upper", "upper_norm", "max"), "upper")
-# of a transform: how it is built, not what it computes
+# Keys of a transform that state how it is created, and do not change what it computes
 _NEUTRAL = ("_target_", "_partial_", "_convert_", "_recursive_", "keys")
-# what our network computes
+# Values of the configuration that our network implements
 _FIXED = {"layer_order": "gcr", "in_channels": 1, "is_segmentation": False, "residual": True}
-_REMEDY = "Pass --transform=published to use the published slab instead."
+_REMEDY = "Use --transform=published, which takes the published slab instead."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseConfig:
-    """The fields that decide how a released reward is fed and built."""
+    """Settings of a released reward that its weights do not show."""
 
     resolution: int = 256  # grid points per axis of the cube
     value_max: float = 100.0  # upper end of the self-normalised range
-    groups: int = 8  # of every group normalisation
-    feature_maps: tuple[int, ...] | None = None  # channels per level, None where the file does not say
-    input_size: int | None = None  # of the trunk, None where the file does not say
+    groups: int = 8  # groups of every group normalisation
+    feature_maps: tuple[int, ...] | None = None  # channels per level; None if the file does not state them
+    input_size: int | None = None  # of the trunk; None if the file does not state it
 
 
 def import_release(source: str | Path, transform: str = "config", lattice: str = "straight") -> Reward:
-    """Read a released reward, in eval mode; nothing in its files is executed. Its provenance names both files
-    and their SHA-256.
+    """Read a released reward, in eval mode. No code from its files is executed.
+
+    The provenance states both files and their SHA-256.
 
     Args:
-        source: the folder, or the weights file itself, such as `swa_weights.pt`, with its configuration
-            beside it.
-        transform: see `read_config`; lattice: that the reward reads, see `SlabSpec`.
+        source: the folder, or the weights file itself, such as `swa_weights.pt`, beside its configuration.
+        transform: see `read_config`.
+        lattice: lattice on which the reward reads fields, see `SlabSpec`.
 
-    Raises: FileNotFoundError; ValueError on damaged or foreign files, entries that do not fit, or a
-        configuration that is not understood.
+    Raises: FileNotFoundError; ValueError if a file is damaged or foreign, if entries do not fit, or if the
+        configuration is not supported.
     """
     source = Path(source)
     file = source / WEIGHTS if source.is_dir() else source
@@ -90,13 +92,14 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
     configs = [file.parent / name for name in CONFIG_NAMES if (file.parent / name).is_file()]
     if not configs:
         raise FileNotFoundError(
-            f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, got neither. Put it"
-            " there."
+            f"import_release: expected {' or '.join(CONFIG_NAMES)} in {file.parent}, found neither. Copy the"
+            " configuration of the release into this folder."
         )
-    if len({read_config(path, transform) for path in configs}) == 2:  # both may be there if they say the same
+    # Both files may exist, provided that they state the same values.
+    if len({read_config(path, transform) for path in configs}) == 2:
         raise ValueError(
-            f"import_release: expected one configuration, got two that disagree in {file.parent}. Remove the"
-            " wrong one."
+            f"import_release: {file.parent} has two configurations with different values. Remove the wrong"
+            " one."
         )
     config = configs[0]
     settings = read_config(config, transform)
@@ -121,14 +124,15 @@ def import_release(source: str | Path, transform: str = "config", lattice: str =
 
 
 def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) -> RewardArch:
-    """Architecture whose entries have the shapes of `state`; the paper's where entries are missing, so that a
-    check can name them.
+    """Derive the architecture whose entries have the shapes of a state dict.
 
-    Half of the last convolution's channels reconstruct, the other half are the feature (4 + 4 in the paper).
-    Raises: ValueError when the configuration names other sizes than the weights have.
+    If entries are missing, return the paper's architecture, so that the strict loading that follows can name
+    them. Half of the last convolution's channels are reconstructions, and the other half is the feature (4 +
+    4 in the paper).
+    Raises: ValueError if the configuration states other sizes than the weights have.
     """
 
-    # first dimension of the numbered entries, as far as they go; one at least
+    # First dimension of the entries numbered 0, 1, ..., as far as they exist; entry 0 must exist.
     def sizes(pattern: str) -> tuple[int, ...]:
         names = [
             pattern.format(0),
@@ -146,16 +150,17 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
         heads = hidden("scalar_rwd_head")
         pool_size = state["MLP.input_layer.weight"].shape[1]
         embedding = len(state["MLP.output_layer.weight"])
+    # A missing or malformed entry
     except (KeyError, IndexError, TypeError):
         return replace(PAPER, groups=settings.groups)
-    for name, got, wanted in (
+    for name, got, expected in (
         ("f_maps", maps, settings.feature_maps),
         ("input_size", pool_size, settings.input_size),
     ):
-        if wanted is not None and wanted != got:
+        if expected is not None and expected != got:
             raise ValueError(
-                f"import_release: expected weights for the configuration's {name} = {wanted}, got {got}. Use"
-                " the files of one release."
+                f"import_release: the configuration states {name} = {expected}, but the weights have {got}."
+                " Use weights and configuration of the same release."
             )
     return RewardArch(
         feature_maps=maps,
@@ -173,15 +178,15 @@ def arch_from_state(state: Mapping[str, torch.Tensor], settings: ReleaseConfig) 
 def compare_lattices(
     reward: Reward, generator: Generator, seeds: Sequence[int], psi: float = 1.0
 ) -> Iterator[tuple[int, float, float]]:
-    """Each seed, with the rewards of its shape on the straight lattice and on the skewed one that the
-    published reward was trained on.
+    """Yield each seed with the rewards of its shape on the straight and on the skewed lattice.
 
-    Raises: ValueError for a reward that reads no slabs.
+    The published reward was trained on the skewed one.
+    Raises: ValueError if the reward does not read slabs.
     """
     if not isinstance(reward.observation, SigmaSlab):
         raise ValueError(
-            f"compare_lattices: expected a reward that reads slabs, got one of {reward.observation.kind}."
-            " Name another."
+            f"compare_lattices: expected a reward that reads slabs, got one that reads"
+            f" {reward.observation.kind}. Use another reward."
         )
     slabs = [SigmaSlab(replace(reward.observation.spec, lattice=lattice)) for lattice in LATTICES]
     for seed in seeds:
@@ -191,7 +196,7 @@ def compare_lattices(
 
 
 def write_example(folder: str | Path, seed: int = 0) -> Path:
-    """A small untrained reward in the published layout, to try the import with; returns the folder."""
+    """Write a small untrained reward in the published layout, for tests of the import. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
@@ -203,12 +208,12 @@ def write_example(folder: str | Path, seed: int = 0) -> Path:
 
 
 def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
-    """Read the fields listed at the top of this file.
+    """Read the fields that the module's docstring lists.
 
-    Args: path of the YAML file; transform: 'config' takes grid and range from it, 'published' takes 256
+    Args: path: the YAML file; transform: 'config' takes grid and range from the file, 'published' takes 256
         points and [0, 100].
-    Raises: FileNotFoundError; ValueError naming the field for anything that is missing, not understood, or
-        not what our network computes.
+    Raises: FileNotFoundError; ValueError that names the field if it is missing, not supported, or different
+        from what our network computes.
     """
     where = f"reward config {Path(path).name}"
     root = read_yaml(Path(path), where, _MAX_BYTES, aliases=0)
@@ -220,15 +225,15 @@ def read_config(path: str | Path, transform: str = "config") -> ReleaseConfig:
     match = re.fullmatch(r"sigma_field_(\d{1,4})", kind) if isinstance(kind, str) else None
     if match is None:
         raise ValueError(
-            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> first, got {kind!r}."
-            " Rewards on depth maps or point clouds are not read; for a sigma-field reward without this"
-            " field pass --transform=published."
+            f"{where}: data.dset_dict.selected_dtypes: expected sigma_field_<points> as the first entry, got"
+            f" {kind!r}. Rewards on depth maps or point clouds cannot be imported. For a sigma-field reward"
+            " without this field, use --transform=published."
         )
     return ReleaseConfig(resolution=int(match[1]), value_max=_value_max(root, where), **settings)
 
 
 def lookup(root: Mapping, dotted: str) -> Any:
-    """The value at `a.b.c` (list entries by number), None where it does not exist."""
+    """Return the value at `a.b.c` (list entries by number), or None if it does not exist."""
     value: Any = root
     for part in dotted.split("."):
         entries = {str(i): entry for i, entry in enumerate(value)} if isinstance(value, list) else value
@@ -237,16 +242,16 @@ def lookup(root: Mapping, dotted: str) -> Any:
 
 
 def resolve(root: Mapping, value: Any, where: str) -> Any:
-    """Follow `${a.b}` and `${multiply:x,y}` in a scalar; anything else is returned as it is.
+    """Follow `${a.b}` and `${multiply:x,y}` in a scalar. Other values are returned as they are.
 
-    Raises: ValueError.
+    Raises: ValueError if a reference is malformed, leads nowhere, or leads in a circle.
     """
     for _ in range(_MAX_STEPS):
         reference = _REFERENCE.search(value) if isinstance(value, str) else None
         if reference is None:
             if isinstance(value, str) and "${" in value:
                 raise ValueError(
-                    f"{where}: expected whole references, got {value[:80]!r}. Write the value out."
+                    f"{where}: expected complete references, got {value[:80]!r}. Replace them by their value."
                 )
             return value
         name, colon, rest = (inside := reference[1].strip()).partition(":")
@@ -254,23 +259,28 @@ def resolve(root: Mapping, value: Any, where: str) -> Any:
             target = math.prod(_number(factor, f"{where}: ${{{inside}}}") for factor in rest.split(","))
         elif colon or (target := lookup(root, inside)) is None:
             accepted = "${a field of this file} or ${multiply:x,y}"
-            raise ValueError(f"{where}: expected {accepted}, got ${{{inside[:80]}}}. Write the value out.")
+            raise ValueError(
+                f"{where}: expected {accepted}, got ${{{inside[:80]}}}. Replace the reference by its value."
+            )
         if reference[0] == value.strip():
-            value = target  # keeps its type
+            value = target  # the value keeps its type, such as a list or a number
         elif isinstance(target, (str, int, float)):
             value = value[: reference.start()] + str(target) + value[reference.end() :]
         else:
             raise ValueError(
-                f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Write the"
-                " value out."
+                f"{where}: expected a scalar inside {value[:80]!r}, got {type(target).__name__}. Replace the"
+                " reference by its value."
             )
+        # References that expand to more references can grow without a limit.
         if isinstance(value, str) and len(value) > 4096:
             break
-    raise ValueError(f"{where}: expected references that end, got a circle. Write the values out.")
+    raise ValueError(
+        f"{where}: references lead in a circle, or there are too many of them. Replace them by their values."
+    )
 
 
 def _number(value: Any, what: str) -> int | float:
-    """An int or float; YAML 1.1 reads 1e-5 as text."""
+    """Convert a value to int or float. YAML 1.1 reads 1e-5 as text, so text is converted, too."""
     for kind in (int, float) if isinstance(value, str) else ():
         with contextlib.suppress(ValueError):
             value = kind(value)
@@ -281,7 +291,7 @@ def _number(value: Any, what: str) -> int | float:
 
 
 def _value_max(root: Mapping, where: str) -> float:
-    """Upper end of the range that `data.augmentations.tune` normalises to."""
+    """Return the upper end of the range to which `data.augmentations.tune` normalises."""
     what = f"{where}: data.augmentations.tune"
     bounds = {}
     transforms = list(_leaves(root, lookup(root, "data.augmentations.tune"), what))
@@ -292,7 +302,8 @@ def _value_max(root: Mapping, where: str) -> float:
             bounds[_ENDS[key]] = _number(resolve(root, value, what), f"{what}.{key}")
         elif key not in _NEUTRAL:
             raise ValueError(
-                f"{what}: expected the bounds of a self-normalisation, got the setting {key!r}. {_REMEDY}"
+                f"{what}: expected only the bounds of a self-normalisation, got the setting {key!r}."
+                f" {_REMEDY}"
             )
     if bounds.get("lower", 0) != 0:
         raise ValueError(f"{what}: expected a range that starts at 0, got {bounds['lower']}. {_REMEDY}")
@@ -301,26 +312,30 @@ def _value_max(root: Mapping, where: str) -> float:
     default = lookup(root, "data.augmentations.upper_norm")
     if default is None:
         raise ValueError(
-            f"{what}: expected an upper end there or in data.augmentations.upper_norm, got neither. {_REMEDY}"
+            f"{what}: expected an upper end there or in data.augmentations.upper_norm, found neither."
+            f" {_REMEDY}"
         )
     return float(_number(resolve(root, default, what), f"{where}: data.augmentations.upper_norm"))
 
 
 def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
-    """The self-normalisations inside a transform: one mapping with `_target_`, a list, a composition, or a
-    mapping of named ones.
+    """Yield the self-normalisations inside a transform.
+
+    A transform is one mapping with `_target_`, a list, a composition, or a mapping of named transforms.
     """
     pending = [node]
-    for _ in range(_MAX_STEPS):  # references may lead back to where they stand
+    # A reference may lead back to a node that contains it, so the number of steps is limited.
+    for _ in range(_MAX_STEPS):
         if not pending:
             return
         node = resolve(root, pending.pop(), what)
         if isinstance(node, Mapping) and "_target_" in node:
             name = str(resolve(root, node["_target_"], what)).rpartition(".")[2]
-            plain = name.lower().replace("_", "").replace("normalize", "normalise")
-            if plain == "compose":
+            # Names differ between versions in case, underscores and spelling.
+            simplified = name.lower().replace("_", "").replace("normalize", "normalise")
+            if simplified == "compose":
                 pending.append(node.get("transforms"))
-            elif "normalise" in plain and "self" in plain:
+            elif "normalise" in simplified and "self" in simplified:
                 yield node
             else:
                 raise ValueError(
@@ -331,24 +346,26 @@ def _leaves(root: Mapping, node: Any, what: str) -> Iterator[Mapping]:
         elif node is not None:
             raise ValueError(f"{what}: expected a transform, got {node!r}. {_REMEDY}")
     raise ValueError(
-        f"{what}: expected at most {_MAX_STEPS} entries and references that end, got more. {_REMEDY}"
+        f"{what}: expected at most {_MAX_STEPS} entries and no circular references, got more. {_REMEDY}"
     )
 
 
 def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
-    """Settings of the `model` node that the weights do not show,
-    checked against what our network computes.
+    """Yield the settings of the `model` node that the weights do not show.
+
+    Values that our network does not implement raise ValueError.
     """
     if lookup(root, "model.external"):
         raise ValueError(
-            f"{where}: model.external: expected none for a sigma-field reward, got one: this reward reads"
-            " depth maps."
+            f"{where}: model.external: this reward reads depth maps and not a sigma field. Only sigma-field"
+            " rewards can be imported."
         )
     for path, key, value in _walk(root.get("model"), "model"):
         value = resolve(root, value, where)
         if key in _FIXED and value is not None and value != _FIXED[key]:
             raise ValueError(
-                f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Its scores cannot be reproduced."
+                f"{where}: {path}: expected {_FIXED[key]!r}, got {value!r}. Our network does not implement"
+                " this setting, so the reward cannot be used."
             )
         if key == "num_groups":
             yield "groups", int(_number(value, f"{where}: {path}"))
@@ -363,7 +380,7 @@ def _model_settings(root: Mapping, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _walk(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """(path, key, value) of the known keys under a node."""
+    """Yield (path, key, value) of the known keys under a node."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in _FIXED or key in ("num_groups", "f_maps"):
             yield f"{path}.{key}", key, value

@@ -1,4 +1,4 @@
-"""Architectures of the networks that read σ slabs, and their presets; imports no torch.
+"""Architectures of the networks that read σ slabs, and their presets. This module does not import torch.
 
 Letters: D, H, W = z, y, x.
 """
@@ -14,25 +14,27 @@ from training.config import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class RewardArch(Architecture):
-    """Everything that decides the parameters' names and shapes, and the function they compute."""
+    """Sizes of a slab network, which determine its parameters and its function."""
 
-    # channels per U-Net level, finest first; each divisible by `groups` or below it
+    # Channels per U-Net level, finest first; each is below `groups` or divisible by it
     feature_maps: tuple[int, ...]
     groups: int = 8  # groups of every GroupNorm
-    recon_channels: int = 4  # first channels of the final convolution, for the reconstruction
-    feature_channels: int = 4  # the channels after them, for the feature
-    # the slab is cut into patch^3 voxels that become channels; 1 = the paper's, 2 is 8 times cheaper
+    recon_channels: int = 4  # the first channels of the final convolution, which reconstruct the slab
+    feature_channels: int = 4  # the channels after them, which are pooled to the feature
+    # The slab is cut into patch^3 voxels that become channels; 1 is the paper's, 2 takes an eighth of the
+    # time.
     patch: int = 1
-    input_scale: float = 1.0  # factor on the slab's [0, 100] before the first layer; 1 = the paper's
-    # 'slice_max' = the paper's profile along z; 'grid' = mean and max over cells of final and bottleneck maps
+    input_scale: float = 1.0  # factor on the slab's [0, 100] before the first layer; 1 is the paper's
+    # 'slice_max' is the paper's profile along z; 'grid' is mean and maximum over cells of final and coarsest
+    # maps
     pooling: str = "slice_max"
     pool_size: int = 8192  # 'slice_max': length of the stretched profile
     final_cells: tuple[int, int, int] = (4, 4, 4)  # 'grid': cells along z, y, x over the final maps
-    bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # 'grid': the same over the coarsest encoder maps
-    # 'unet3d' = the paper's; 'strided' = see StridedConv3d, feature_maps[0] channels, pooling unused
+    bottleneck_cells: tuple[int, int, int] = (2, 2, 2)  # 'grid': cells over the coarsest encoder maps
+    # 'unet3d' is the paper's; 'strided' is StridedConv3d with feature_maps[0] channels and without pooling
     extractor: str = "unet3d"
-    slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) it reads
-    dropout: float = 0.0  # 'strided': share of features dropped in training, [0, 1)
+    slab_shape: tuple[int, ...] = ()  # 'strided': the one slab shape (D, H, W) that it reads
+    dropout: float = 0.0  # 'strided': share of features that training drops, [0, 1)
     trunk: tuple[int, ...] = (512, 512)  # hidden sizes of the trunk
     embedding: int = 512  # length of the trunk's output, which all heads read
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
@@ -51,15 +53,16 @@ class RewardArch(Architecture):
         shaped = len(self.slab_shape) == 3 if self.extractor == "strided" else len(self.feature_maps) >= 2
         if min(sizes) < 1 or not shaped or not 0 <= self.dropout < 1:
             raise ValueError(
-                "RewardArch: expected sizes from 1, a slab's shape or two levels, dropout below 1, got"
-                f" {self}. Correct it."
+                "RewardArch: expected sizes of at least 1, three sides of slab_shape ('strided') or two"
+                f" levels ('unet3d'), and dropout in [0, 1), got {self}. Correct these values in the"
+                " reward's file."
             )
 
     @property
     def feature_size(self) -> int:
-        """Length of the pooled feature vector, the trunk's input."""
+        """Length of the pooled feature vector, which is the trunk's input."""
         if self.extractor == "strided":
-            # flattened
+            # Flattened maps after the convolutions of stride 2, of kernel 4 and of twice kernel 3
             return 4 * self.feature_maps[0] * math.prod(-(-(n // 2) // 4) for n in self.slab_shape)
         if self.pooling == "slice_max":
             return self.pool_size
@@ -68,7 +71,7 @@ class RewardArch(Architecture):
 
     @property
     def smallest_side(self) -> int:
-        """Least number of voxels that a slab must have along each axis."""
+        """Least number of voxels that a slab must have along each axis, so that every level can halve it."""
         return self.patch * 2 ** (len(self.feature_maps) - 1)
 
 
@@ -93,8 +96,8 @@ HEADS = RewardArch(
     heads=(32, 16),
 )
 PRESETS = {
-    # about 0.1 M parameters, heads of the bundled generator from brow to nape without shoulders: slabs of 39
-    # x 45 x 36
+    # About 0.1 M parameters. It reads heads of the bundled generator from the forehead to the nape without
+    # shoulders, as slabs of 39 x 45 x 36.
     "heads": Preset(
         network=HEADS.to_dict(),
         train={"epochs": 12, "patience": 12, "batch": 8, "lr": 1e-3, "weight_decay": 0.3, "decoupled": True},
@@ -115,7 +118,7 @@ PRESETS = {
         observe={"resolution": 256},
     ),
     "small": Preset(network=SMALL.to_dict()),  # about 0.25 M parameters, slabs of about 33 x 36 x 32
-    # the paper's pooling
+    # SMALL with the paper's pooling
     "small-slice": Preset(
         network=replace(SMALL, pooling="slice_max", pool_size=256, feature_channels=4).to_dict()
     ),

@@ -1,9 +1,10 @@
-"""Rewards that nobody has to label: is the shape a sound body? The score of `eg3d_rlhf.geometry.solids`, and
-a surrogate with a gradient.
+"""Label-free rewards for physically valid meshes: the score of `eg3d_rlhf.geometry.solids`, and a
+differentiable one.
 
-    solid        minus `solid_loss`, which a generator can be tuned with: 0 where there is nothing to mend.
-                 Experimental
-    mesh-validity the score itself beside the shape's own repair; it chooses, and it has no gradient
+    solid            minus `solid_loss`, with which a generator can be tuned: 0 if no defect is detected.
+                     Experimental
+    mesh-validity    the score itself, against the shape's own correction; it can rank shapes, and has no
+                     gradient
 
 Letters: N shapes; D, H, W = grid points along z, y, x.
 """
@@ -21,13 +22,13 @@ from eg3d_rlhf.geometry import solids
 from eg3d_rlhf.geometry.solids import HEADS
 from eg3d_rlhf.rewards import observations
 from eg3d_rlhf.rewards.networks import register
-from eg3d_rlhf.rewards.smoothness import AsSeen, WholeCube
+from eg3d_rlhf.rewards.smoothness import AsSeen, CubeScore
 
 if TYPE_CHECKING:
     pass
 
-MARGIN = 1.0  # m of `solid_loss`
-REACH = 5.0  # voxels; bridges holes of radius h in walls w while REACH > (h^2 + w^2/4) / w
+MARGIN = 1.0  # m of `solid_loss`, voxels
+REACH = 5.0  # voxels; closes holes of radius h in walls of thickness w while REACH > (h^2 + w^2/4) / w
 
 
 def solid_loss(
@@ -37,32 +38,38 @@ def solid_loss(
     reach: float = REACH,
     hollows: bool = False,
 ) -> torch.Tensor:
-    """What is wrong with densities [N, D, H, W] as [N]: floaters to go and leaks to close, 0 without either.
+    """Compute the defects of densities [N, D, H, W] as [N]: floaters to remove and leaks to close; 0 without
+    either.
+
+    (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / number of
+    solid voxels. The density d and the margin m are in units of the density's change per voxel at its
+    surface. The masks (`solids.floaters`, `solids.caps`) are hard and have no gradient, so no other voxel
+    changes. Nothing keeps the remaining shape as it is: use a density-consistency term as well. Solid voxels
+    are determined again in every call.
+
+    Args: reach: radius in voxels of the ball that must not pass an opening; hollows: fill closed cavities as
+        well.
     Differentiable in density.
-
-    (sum over floaters of softplus(d - level + m) + sum over caps of softplus(level + m - d)) / voxels that
-    are solid, d and the margin m in units of the density's slope per voxel at
-    its surface. The masks are hard
-    (`solids.floaters`, `solids.caps`) and have no gradient: nothing else moves, so it grows no blob. Nothing
-    pulls towards the shape before: hold the density to it beside this. Voxels that are solid on both sides of
-    the level are found anew in every call.
-
-    Args: reach: radius in voxels of the ball that must not get in; hollows: fill closed cavities, too.
-    Raises: ValueError for densities that are not finite. An empty shape gives 0, and no gradient.
-    Misses holes of radius h in walls w where reach < (h^2 + w^2/4) / w, and closes wanted openings that are
-    narrower.
+    Raises: ValueError if a density is not finite. An empty shape gives 0 without a gradient.
+    Misses holes of radius h in walls of thickness w if reach < (h^2 + w^2/4) / w. It also closes intended
+    openings that are narrower.
     """
     return torch.stack([_loss(grid, level, reach, hollows) for grid in density])
 
 
 def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torch.Tensor:
+    """Compute the loss [] of one density [D, H, W]."""
     solid = solids.occupied(grid.detach().cpu().numpy(), level, "solid_loss")
     if not solid.any():
+        # Zero that depends on the grid, so that backward() works.
         return grid.sum() * 0
+    # Voxels that would close leaks of the largest part
     grow = solids.caps(solid, reach)
     if hollows:
         grow |= solids.enclosed(solid)
+    # Signed distance to the surface in voxels, approximately; the scale has no gradient.
     d = (grid - level) / slope_at(grid.detach(), level)
+    # Masks come from numpy on the CPU; the sums run on the field's device.
     shrink_at, grow_at = (torch.from_numpy(mask).to(grid.device) for mask in (solids.floaters(solid), grow))
     return (F.softplus(d[shrink_at] + MARGIN).sum() + F.softplus(MARGIN - d[grow_at]).sum()) / int(
         solid.sum()
@@ -70,54 +77,60 @@ def _loss(grid: torch.Tensor, level: float, reach: float, hollows: bool) -> torc
 
 
 def slope_at(grid: torch.Tensor, level: float) -> float:
-    """Median change of a density [D, H, W] from voxel to voxel across its surface; 1 where there is none."""
+    """Return the median step of a density [D, H, W] across its surface; 1 without a surface."""
     inside = grid > level
     steps = []
     for axis in range(3):
         crossed = inside.diff(dim=axis)
         steps.append(grid.diff(dim=axis)[crossed].abs())
-    found = torch.cat(steps)
-    return max(float(found.median()), 1e-6) if len(found) else 1.0
+    changes = torch.cat(steps)
+    # The median ignores the steep and flat tails of a decoder.
+    return max(float(changes.median()), 1e-6) if len(changes) else 1.0
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
-class Solid(WholeCube):
-    """Minus `solid_loss` on the whole cube, [N, 1]: the slab that other rewards read is cut, and what is cut
-    is open.
+class Solid(CubeScore):
+    """Minus `solid_loss` on the complete cube, [N, 1].
+
+    The slab that other rewards read is cropped, and a cropped shape is open where it was cut.
     """
 
-    reach: float = REACH  # voxels
+    reach: float = REACH  # voxels, see `solid_loss`
     kind: ClassVar[str] = "solid"
 
     def observe(self, field: Field) -> torch.Tensor:
+        """Compute the scores, see `Observation`."""
         return -solid_loss(field.density_grid(self.spec), field.level, reach=self.reach)[:, None]
 
 
 @observations.register
 @dataclasses.dataclass(frozen=True)
-class Soundness(WholeCube):
-    """solid * gate(F) of the whole cube at EDGE^3 beside its own repair, [N, 1]; no gradient. 0 for an empty
-    shape.
+class Soundness(CubeScore):
+    """Score solid * gate(F) of the complete cube at EDGE^3, against the shape's own correction, [N, 1].
+
+    It has no gradient, and is 0 for an empty shape.
     """
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
-    weights: tuple[float, float, float, float] = HEADS.weights
+    weights: tuple[float, float, float, float] = HEADS.weights  # see `solids.Rules`
     kind: ClassVar[str] = "mesh-validity"
     differentiable: ClassVar[bool] = False
 
     @torch.no_grad()
     def observe(self, field: Field) -> torch.Tensor:
+        """Compute the scores, see `Observation`."""
         rules = solids.Rules(weights=self.weights)
+        # Computed on the CPU by numpy, one shape at a time.
         grids = occupancy(field, self.spec)
         return torch.tensor([[solids.reward(grid, grid, rules).reward] for grid in grids])
 
 
 @torch.no_grad()
 def occupancy(field: Field, spec: SlabSpec) -> list[np.ndarray]:
-    """Which points of a grid are solid, bool [D, H, W] of every shape.
+    """Return which points of a grid are solid, as bool [D, H, W] for every shape.
 
-    Raises: ValueError for densities that are not finite.
+    Raises: ValueError if a density is not finite.
     """
     return [solids.occupied(grid, field.level) for grid in field.density_grid(spec).float().cpu().numpy()]
 

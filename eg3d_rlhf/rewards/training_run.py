@@ -1,6 +1,4 @@
-"""A whole reward training: labels and a generator in; a stored reward, its test figures and its learning
-curves out.
-"""
+"""Run a complete reward training, from labels to the reward, its figures and its curves."""
 
 import json
 import sys
@@ -54,33 +52,34 @@ from training.networks import state_hash
 from training.progress import tqdm
 from training.storage import write_atomic
 
-# in the run's folder: of the first member; figures of the held-out pairs
-STATE = "state.pt"
-REPORT = "report.json"
-KEPT = "labels.jsonl"  # the labels of a growing source, as they were when the run began
-MEMBER_STRIDE = 1000  # between the seeds of an ensemble's members
+STATE = "state.pt"  # in the run's folder: training state of the first member
+REPORT = "report.json"  # in the run's folder: figures of the held-out pairs
+# in the run's folder: labels of a store at the start of the run, since a store can grow
+KEPT = "labels.jsonl"
+MEMBER_STRIDE = 1000  # difference between the seeds of two consecutive members of an ensemble
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """What the settings of a training name, read and found to fit."""
+    """Opened and checked inputs of a training."""
 
     labels: list[Preference]
     unpaired: list[UnpairedPreference]
     splits: Splits
-    generators: list[LoadedGenerator]  # the first is --network's
+    generators: list[LoadedGenerator]  # the first one is that of --network
     observation: Observation
-    psi: float
+    psi: float  # truncation of the labelled shapes
 
 
 def open_training(settings: RewardRun, run: Run) -> Opened:
-    """Labels, generators and what is read of their shapes.
+    """Open labels and generators, and create the observation.
 
-    Raises: ValueError or FileNotFoundError for those that do not fit.
+    Raises: ValueError or FileNotFoundError if they do not fit together.
     """
     labels = read_labels(settings.labels, run.folder if run.resumed else None, run.ranks)
     unpaired = [] if settings.unpaired is None else load_unpaired(settings.unpaired)
     refuse_held_out(
+        # Held-out latents are reserved for evaluation, so labels of them are rejected.
         (seed for label in labels for seed in (label.winner, label.loser)),
         f"--labels={settings.labels.settings['labels']}",
     )
@@ -88,12 +87,16 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
     generators = open_generators(settings, [*labels, *unpaired], run.device)
     stated = common_value([*labels, *unpaired], "psi")
     if settings.psi is not None and stated is not None and abs(settings.psi - stated) > 1e-6:
-        raise ValueError(f"--set psi: expected the labels' own {stated}, got {settings.psi}. Leave it out.")
+        raise ValueError(
+            f"--set psi: the labels were made with psi={stated}, got {settings.psi}. Remove --set psi."
+        )
+    # Settings first, then the labels, then no truncation. psi = 0 is a valid value, so `or` would be wrong.
     psi = next((value for value in (settings.psi, stated) if value is not None), 1.0)
-    judged = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
-    observation = what_is_read(settings, generators)
-    splits = split_by_seed(judged, settings.fractions, settings.split_seed)
-    # a mistake leaves no folder behind
+    pairs = on_wrong_faces(labels, settings.split_seed) if settings.wrong_faces else labels
+    # All generators must be observed in the same way, or scores could not be compared.
+    observation = create_observation(settings, generators)
+    splits = split_by_seed(pairs, settings.fractions, settings.split_seed)
+    # Checked before the run's folder is created, so that a mistake leaves no folder.
     new_network(settings.train, settings.observation).check(observation.shape)
     run.inputs |= {
         "network": generators[0].path,
@@ -114,79 +117,82 @@ def open_training(settings: RewardRun, run: Run) -> Opened:
 def open_generators(
     settings: RewardRun, labels: Sequence[Preference | UnpairedPreference], device: str = "cpu"
 ) -> list[LoadedGenerator]:
-    """The generators that drew the labelled shapes, --network's first.
+    """Open the generators of the labelled shapes, the one of --network first.
 
-    Raises: ValueError for labels of another one, or of none.
+    Raises: ValueError if labels belong to another generator, or do not name one where there are several.
     """
     generators = [load_generator(source, device) for source in (settings.network, *settings.more_networks)]
+    # The user states that the seeds mean the same shapes, so hashes are not compared.
     if settings.any_generator and len(generators) == 1:
         return generators
     if settings.any_generator:
         raise ValueError(
-            "--set any_generator: expected one --network, got more_networks as well. Leave one of the two"
-            " out."
+            "--set any_generator: applies to one --network, got more_networks as well. Remove one of the two"
+            " settings."
         )
+    # Labels may omit the generator if there is only one.
     hashes = [g.hash for g in generators]
     counts = Counter(label.generator for label in labels)
-    strange = [name for name in counts if name not in hashes and not (name is None and len(generators) == 1)]
-    if strange:
+    unknown = [name for name in counts if name not in hashes and not (name is None and len(generators) == 1)]
+    if unknown:
         names = ", ".join(f"{h[:12]}..." for h in hashes)
-        wrong = strange[0]
+        wrong = unknown[0]
         got = (
             f"{counts[wrong]} labels that name no generator"
             if wrong is None
             else f"{counts[wrong]} labels of {wrong[:12]}..."
         )
         raise ValueError(
-            f"labels: expected judgements of generator {names}, got {got}. Pass the labels' --network, --set"
-            " more_networks=FILE for a second one, or --set any_generator=true if the seeds mean the same"
-            " shapes; or label this one's: eg3d-rlhf label synthetic --out=FILE."
+            f"labels: expected labels of the generator {names}, got {got}. Pass the generator of the labels"
+            " with --network, and a second one with --set more_networks=FILE. If the seeds mean the same"
+            " shapes, use --set any_generator=true. To label shapes of this generator: eg3d-rlhf label"
+            " synthetic --out=FILE."
         )
     return generators
 
 
-def what_is_read(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
-    """What the reward observes: as its preset says, or the run.
+def create_observation(settings: RewardRun, generators: Sequence[LoadedGenerator]) -> Observation:
+    """Create the observation of the reward from the settings of its preset and of the run.
 
-    Raises: ValueError where it would read generators differently.
+    Raises: ValueError if generators need different observations.
     """
-    given = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
+    changes = {"resolution": settings.resolution, "crop": settings.crop, "points": settings.points}
     observe = {
         **preset(settings.train.preset, settings.observation).observe,
-        **{k: v for k, v in given.items() if v is not None},
+        **{k: v for k, v in changes.items() if v is not None},
     }
     first, *others = (observation_of(settings.observation, g.generator, **observe) for g in generators)
+    # Observations contain cameras and bounds, so equality means that networks can read all generators.
     for other, generator in zip(others, generators[1:], strict=True):
         if other != first:
             raise ValueError(
-                f"--set more_networks={generator.path}: expected bounds as --network's, got others. Leave it"
-                " out."
+                f"--set more_networks={generator.path}: this generator has other bounds or cameras than"
+                " that of --network. Remove it, or use a generator with the same bounds."
             )
     return first
 
 
 def read_labels(source: LabelSource, resumed: Path | None = None, ranks: Ranks = SINGLE) -> list[Preference]:
-    """The labels of a source; a run that goes on in folder `resumed` gets those it began with. All ranks get
-    rank 0's.
+    """Read the labels of a source. All ranks get those of rank 0.
 
+    A run that resumes in folder `resumed` gets the labels with which it started.
     Raises: as the source.
     """
     if source.file is not None:
         return source.read()
     if resumed is not None and (resumed / KEPT).is_file():
         return load_labels(resumed / KEPT)
-    # somebody may have answered between two ranks' reading
+    # A store can get an answer between the reading of two ranks, so only rank 0 reads it.
     records = ranks.broadcast([label.to_dict() for label in source.read()])
     return [Preference.from_dict(record) for record in records]
 
 
 def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
-    """Train, choose the epoch on validation pairs, score the test pairs once, write everything, and say how
-    well it orders them.
+    """Train, choose the epoch, evaluate the test pairs once, write all files, and print figures.
 
-    Ranks draw shapes, train and score validation pairs together; rank 0 alone tests and writes.
-    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl,
-    training_options.json, state.pt; also labels.jsonl when they come from a store, which may go on growing.
+    Ranks observe shapes, train, and score validation pairs together. Only rank 0 tests and writes.
+    Writes reward.safetensors and .json, report.json, curves.json and .png, stats.jsonl, training_options.json
+    and state.pt; also labels.jsonl if the labels come from a store, which can grow.
     Raises: StoppedError after SIGTERM or SIGINT.
     """
     labels = opened.labels
@@ -198,38 +204,44 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         write_labels(run.folder / KEPT, labels)
     generator = generators[0]
     shapes: list[tuple[str, int]] = []
+    # With several generators, a seed does not identify a shape, so shapes get numbers in place of seeds.
     if len(generators) > 1:
         splits, shapes = numbered(splits)
     single = split_unpaired(unpaired, splits, settings.fractions, settings.split_seed)
-    learns = bool(settings.train.weights.on_pairs) or not unpaired
-    few = too_few(splits.counts(), settings.fractions) if learns else ""
-    if unpaired and not few:
-        few = too_few_shapes(
+    # Pairs are training data only if the loss has terms on pairs.
+    trains_on_pairs = bool(settings.train.weights.on_pairs) or not unpaired
+    warning = too_few(splits.counts(), settings.fractions) if trains_on_pairs else ""
+    if unpaired and not warning:
+        warning = too_few_shapes(
             *(sum(label.preferred is kind for label in single["test"]) for kind in (True, False))
         )
-    if few and run.ranks.main:
-        print(f"Warning: {few}", file=sys.stderr, flush=True)
+    if warning and run.ranks.main:
+        print(f"Warning: {warning}", file=sys.stderr, flush=True)
     data = collect_observations(settings, opened, splits, single, shapes, run.ranks)
     states, start = _train(settings, run, data)
+    # All ranks have finished training before any of them ends.
     run.ranks.barrier()
-    leave()  # the others need not wait for the figures
+    leave()  # only rank 0 has work left; the other ranks end here
     if not run.ranks.main:
         return
+    # One network needs no aggregate, and its file then has the form of a single network.
     model: Network = states[0].model
     if len(states) > 1:
         observed = untuned(generator.generator, opened.observation, psi, settings.cutoff, settings.slab_batch)
         model = combine([state.model for state in states], settings.aggregate, settings.strength, observed)
-    report = assess(settings, model, states, data, splits) | {"too_few": few}
+    report = assess(settings, model, states, data, splits) | {"too_few": warning}
+    # A simple baseline: how many test pairs does the volume alone order correctly?
     if (
         isinstance(opened.observation, SigmaSlab)
         and not shapes
         and any(label.clean is not None for label in splits.test)
     ):
         report["test_by_volume"] = ordered_by(volumes(settings, opened, splits.test), splits.test)
-    learnt = (labels if settings.labels.file != settings.unpaired else [], unpaired)
+    # If --labels and --unpaired name the same file, it counts once.
+    label_sets = (labels if settings.labels.file != settings.unpaired else [], unpaired)
     report["labels_file"], report["labels_sha256"] = (
         settings.labels.name,
-        "+".join(labels_hash(part) for part in learnt if part),
+        "+".join(labels_hash(part) for part in label_sets if part),
     )
     report |= {"generator": generator.hash, "psi": psi}
     if unpaired:
@@ -262,6 +274,7 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
         **({"start": start} if start else {}),
     }
     if settings.wrong_faces:
+        # Recorded, so that a control is not mistaken for a reward.
         provenance["wrong_faces"] = True
     if len(generators) > 1:
         provenance["generators"] = [g.hash for g in generators]
@@ -281,8 +294,9 @@ def train_and_judge(settings: RewardRun, opened: Opened, run: Run) -> None:
 
 @torch.no_grad()
 def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -> dict[int, float]:
-    """Share of the slab that each labelled shape fills, by seed: slabs themselves are on each shape's own
-    scale.
+    """Compute the share of the slab that each labelled shape fills, by seed.
+
+    The density itself is read, because observed slabs are normalised per shape.
     """
     generator = opened.generators[0].generator
     observation = opened.observation
@@ -290,6 +304,7 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
     seeds = list(dict.fromkeys(seed for label in labels for seed in (label.winner, label.loser)))
     filled: dict[int, float] = {}
     for start in range(0, len(seeds), settings.slab_batch):
+        # As many shapes as in training, since their fields must fit into memory.
         part = seeds[start : start + settings.slab_batch]
         density = generator.field(ws_of_seeds(generator, part, opened.psi, settings.cutoff)).density_grid(
             observation.spec
@@ -301,22 +316,24 @@ def volumes(settings: RewardRun, opened: Opened, labels: Iterable[Preference]) -
 
 
 def lines_of(report: dict, path: Path) -> Iterator[str]:
-    """What a report says, line by line. Args: path: of the reward."""
+    """Yield the lines that summarise a report. Args: path: file of the reward."""
     test = report["test"]
     titles = {
-        "labels": "test pairs ordered as labelled",
-        "clean": "test pairs ordered as without label noise",
-        "apart": f"those whose volume errors differ by at least {APART}",
+        "labels": "test pairs in the order of their labels",
+        "clean": "test pairs in the noise-free order",
+        "apart": f"of these, pairs whose volume errors differ by at least {APART}",
     }
     by_volume = report.get("test_by_volume", {})
     for name, title in titles.items():
         if name in test:
             low, high = test[name]["interval_95"]
             counts = f"{test[name]['correct']}/{test[name]['n']} = {test[name]['accuracy']:.3f}"
-            alone = (
-                f"; by the slab's volume alone {by_volume[name]['accuracy']:.3f}" if name in by_volume else ""
+            baseline = (
+                f"; by the volume in the slab only: {by_volume[name]['accuracy']:.3f}"
+                if name in by_volume
+                else ""
             )
-            yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{alone}"
+            yield f"{title}: {counts}, 95 % interval {low:.3f} to {high:.3f}{baseline}"
     if "unpaired" in report:
         single = report["unpaired"]["test"]
         good, others = single["n"]
@@ -326,13 +343,14 @@ def lines_of(report: dict, path: Path) -> Iterator[str]:
             f"unpaired test labels: AUC {single['auc']:.3f} ({kinds}), 95 % interval {low:.3f} to {high:.3f}"
         )
     if report["too_few"]:
+        # Here the warning follows the figures.
         yield report["too_few"].replace("below", "above")
     yield f"expected calibration error {test['calibration_error']:.3f}; reward written to {path}"
 
 
-def _bar(total: int, what: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
-    """A progress bar with remaining time on stderr, on rank 0; returns its advance."""
-    bar = tqdm(total=total, desc=what, unit=unit, disable=not ranks.main)
+def _bar(total: int, title: str, unit: str, ranks: Ranks) -> Callable[[int], None]:
+    """Show a progress bar on stderr of rank 0, and return a function that advances it."""
+    bar = tqdm(total=total, desc=title, unit=unit, disable=not ranks.main)
     return lambda done: bar.update(done) and None
 
 
@@ -344,12 +362,10 @@ def collect_observations(
     shapes: list[tuple[str, int]],
     ranks: Ranks = SINGLE,
 ) -> TrainData:
-    """What is seen of every labelled seed at `psi` and of the training anchors at 0.25, drawn or read from
-    the cache.
+    """Observe labelled seeds at `psi` and reference samples at psi 0.25, or read them from the cache.
 
-    Args: single: unpaired labels by split.
-    shapes: generator and seed of the numbers in the splits, where there are several generators; anchors are
-    the first one's.
+    Args: single: unpaired labels by split; shapes: generator and seed of the numbers in the splits, if there
+        are several generators. Reference samples come from the first generator.
     """
     generators = opened.generators
     observation = opened.observation
@@ -357,8 +373,9 @@ def collect_observations(
     cutoff = settings.cutoff
 
     def filled(
-        seeds: Iterable[int], psi: float, what: str, generator: LoadedGenerator = generators[0]
+        seeds: Iterable[int], psi: float, title: str, generator: LoadedGenerator = generators[0]
     ) -> ObservationCache:
+        """Observe seeds of one generator, and store new observations in the cache file, if there is one."""
         unique = list(dict.fromkeys(seeds))
         cache = (
             None
@@ -370,7 +387,10 @@ def collect_observations(
         )
         if (
             store.fill(
-                unique, settings.slab_batch, _bar(-(-len(unique) // ranks.world), what, "shape", ranks), ranks
+                unique,
+                settings.slab_batch,
+                _bar(-(-len(unique) // ranks.world), title, "shape", ranks),
+                ranks,
             )
             and ranks.main
         ):
@@ -385,13 +405,15 @@ def collect_observations(
     ]
     seeds += [label.seed for part in single.values() for label in part]
     labelled = [seed for _, seed in shapes] or seeds
-    wanted = settings.train.reference_samples
-    anchors = anchor_seeds(wanted, settings.fractions, exclude=labelled)["train"] if wanted else ()
+    count = settings.train.reference_samples
+    # Seeds of labelled shapes are not used for reference samples.
+    references = anchor_seeds(count, settings.fractions, exclude=labelled)["train"] if count else ()
     if shapes:
         parts = {
             g.hash: filled([seed for name, seed in shapes if name == g.hash], psi, "shapes", g)
             for g in generators
         }
+        # The numbers of `splits` are looked up in the caches of their generators.
         store = ObservationCache(
             lambda numbers: torch.cat(
                 [parts[name].take([seed]) for name, seed in (shapes[n] for n in numbers)]
@@ -400,13 +422,13 @@ def collect_observations(
         store.fill(seeds, settings.slab_batch)
     else:
         store = filled(seeds, psi, "shapes")
-    anchor_store = filled(anchors, ANCHOR_PSI, "anchors") if anchors else None
+    reference_store = filled(references, ANCHOR_PSI, "reference samples") if references else None
     return TrainData(
         train=splits.train,
         val=splits.val,
         store=store,
-        anchors=anchors,
-        anchor_store=anchor_store,
+        anchors=references,
+        anchor_store=reference_store,
         observation=observation,
         unpaired=single["train"],
         unpaired_val=single["val"],
@@ -414,10 +436,10 @@ def collect_observations(
 
 
 def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainState], str]:
-    """Train every member of the ensemble, each from its own seed; the first member's is the run's.
+    """Train every member of the ensemble, each with its own seed; the first member has the run's seed.
 
-    Returns: the members, and the SHA-256 of the network that they went on from, '' where there is none. It
-        counts as member 0.
+    Returns: the members, and the SHA-256 of the network from which they were trained, '' if there is none.
+        That network counts as member 0.
     """
     shared = settings.shared_start or settings.aggregate == AVERAGE
     options = settings.train
@@ -428,6 +450,8 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
     def member(
         number: int, options: TrainOptions, name: str, start: RewardNetwork | None = None
     ) -> TrainState:
+        """Train one network, and log its epochs."""
+
         def on_epoch(epoch: dict) -> None:
             run.stats({"member": number, **epoch})
             if run.ranks.main:
@@ -448,8 +472,10 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
             start=start,
         )
 
+    # The shared start sees all labels: a bootstrap sample would be common to all members.
     start = member(0, replace(options, bootstrap=False), "state-start.pt").model if shared else None
     digest = "" if start is None else state_hash(start)
+    # The seeds of members are MEMBER_STRIDE apart; the first member has the run's seed.
     each = [
         replace(options, seed=options.seed + MEMBER_STRIDE * number, start=digest)
         for number in range(settings.members)
@@ -463,14 +489,18 @@ def _train(settings: RewardRun, run: Run, data: TrainData) -> tuple[list[TrainSt
 def assess(
     settings: RewardRun, model: Network, states: list[TrainState], data: TrainData, splits: Splits
 ) -> dict:
-    """Figures of validation and test pairs, the test pairs for the first and only time; temperature and score
-    scale from elsewhere.
+    """Compute figures of validation and test pairs.
+
+    The test pairs are evaluated here for the first and only time. The temperature comes from validation
+    pairs, and the scale of scores from training pairs.
     """
+    # The scale comes from training pairs, so that the test pairs influence no number of the reward.
     train_seeds = [seed for label in data.train for seed in (label.winner, label.loser)]
     scores = torch.tensor(list(score_seeds(model, data.store, train_seeds).values()), dtype=torch.float64)
     val_scores = score_seeds(
         model, data.store, [seed for label in data.val for seed in (label.winner, label.loser)]
     )
+    # Fitted on validation pairs, since training pairs would give a temperature that is too small.
     temperature = fit_temperature(margins(val_scores, data.val))
     return {
         "test": evaluate(model, data.store, splits.test, temperature),
@@ -495,7 +525,7 @@ def assess(
 
 TRAINING: Mode[RewardRun] = Mode(
     name="reward",
-    help="Train a reward on labels.",
+    help="Train a reward on preference labels.",
     settings=RewardRun,
     open=open_training,
     work=train_and_judge,

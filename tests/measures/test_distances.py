@@ -1,5 +1,5 @@
-"""Fréchet and kernel distances against closed forms, other formulas, direct sums, and torchmetrics with the
-same feature module.
+"""Compare Fréchet and kernel distances with closed forms, direct sums, and torchmetrics on the same
+features.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ from tests.rejections import raising
 MISSING = "torchmetrics is not installed: pip install 'eg3d-rlhf[dev]'"
 
 
-def test_refuses_what_is_no_covariance():
+def test_a_matrix_that_is_not_a_covariance_is_rejected():
     for covariances in ((np.diag([1.0, -1.0]), np.eye(2)), (np.eye(2), np.diag([1.0, -1.0]))):
         with raising("covariance", "1"):
             frechet_distance(np.zeros(2), covariances[0], np.zeros(2), covariances[1])
@@ -30,16 +30,16 @@ def test_refuses_what_is_no_covariance():
         FeatureStatistics(3).update(np.zeros((1, 3))).moments()
 
 
-def test_streaming_equals_whole_set_at_any_split():
+def test_streaming_equals_the_complete_set_at_any_split():
     x = np.random.RandomState(4).randn(57, 6) * 3 + 100
-    whole = FeatureStatistics(6).update(x)
+    complete = FeatureStatistics(6).update(x)
     parts = FeatureStatistics(6).update(x[:1]).update(torch.from_numpy(x[1:20])).update(x[:0]).update(x[20:])
-    for statistics in (whole, parts):
+    for statistics in (complete, parts):
         mean, cov = statistics.moments()
         np.testing.assert_allclose(mean, x.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(cov, np.cov(x.T), rtol=1e-9, atol=1e-12)
     assert parts.count == 57
-    assert whole.distance(parts) == pytest.approx(0.0, abs=1e-6)
+    assert complete.distance(parts) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_kernel_distance_matches_direct_sums_and_is_centred():
@@ -55,11 +55,11 @@ def test_kernel_distance_matches_direct_sums_and_is_centred():
     assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200)
 
 
-RELATIVE = 1e-4  # of torchmetrics' own value
+RELATIVE = 1e-4  # tolerance relative to the value of torchmetrics
 
 
 class Detector(nn.Module):
-    """A small random feature module, in the shape that torchmetrics takes: uint8 images in, features out."""
+    """A small random feature module with the interface of torchmetrics: uint8 images in, features out."""
 
     def __init__(self, dim: int = 24):
         super().__init__()
@@ -81,7 +81,7 @@ def images(n, seed, shift=0.0):
 
 
 def features(detector, pixels):
-    """Through our own collection."""
+    """Compute features and their statistics with `collect`."""
     return collect(detector, pixels.split(50))
 
 
@@ -115,7 +115,7 @@ def test_kid_equals_torchmetrics_on_the_same_subsets():
 
 
 def moments(seed, dim, samples):
-    """Moments of features whose variance falls off as those of a network do."""
+    """Return moments of features whose variance falls off as that of a network's features does."""
     random = np.random.RandomState(seed)
     scale = 1 / np.sqrt(1 + np.arange(dim))
     rows = np.maximum(random.randn(samples, dim) * scale + 0.2 * random.randn(dim) * scale, -0.5)
@@ -123,7 +123,7 @@ def moments(seed, dim, samples):
 
 
 def reference(mean_1, cov_1, mean_2, cov_2):
-    """Heusel et al.'s formula with the eigenvalues of the unsymmetric product."""
+    """Compute Heusel et al.'s formula with the eigenvalues of the unsymmetric product."""
     cross = np.sqrt(np.linalg.eigvals(cov_1 @ cov_2).astype(complex)).real.sum()
     return ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * cross
 
@@ -137,11 +137,12 @@ def test_frechet_distance_with_and_without_full_rank(samples):
     assert frechet_distance(*first, *first) == pytest.approx(0, abs=1e-5 * np.trace(first[1]))
 
 
-def test_subsets_do_not_repeat_and_repeat_with_the_seed():
+def test_subsets_have_no_repeated_items_and_depend_on_the_seed():
     draws = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
     assert len(draws) == 5
     for first, second in draws:
-        assert len(set(first)) == len(first) == len(second) == len(set(second)) == 7  # the smaller set
+        # size of the smaller set
+        assert len(set(first)) == len(first) == len(second) == len(set(second)) == 7
         assert first.max() < 9 and second.max() < 7
     again = list(draw_subsets(9, 7, subsets=5, size=20, seed=3))
     assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(draws, again, strict=True))

@@ -1,4 +1,4 @@
-"""The outside detector of faces finds true heads from in front, and none behind or in noise."""
+"""The face detector finds ground-truth heads from the front, and neither backs of heads nor noise."""
 
 import math
 
@@ -22,7 +22,7 @@ from training.rendering.cameras import (
 
 
 def pose(yaw: float) -> torch.Tensor:
-    """cam2world [1, 4, 4] of a level camera, yaw from frontal."""
+    """Return cam2world [1, 4, 4] of a horizontal camera; yaw in radians from frontal."""
     angles = (
         torch.tensor([[math.pi / 2 + yaw]], dtype=torch.float64),
         torch.tensor([[math.pi / 2]], dtype=torch.float64),
@@ -30,30 +30,30 @@ def pose(yaw: float) -> torch.Tensor:
     return look_at(camera_position(*angles, FFHQ_RADIUS), torch.zeros(3, dtype=torch.float64)).float()
 
 
-def pictures(yaw: float, n: int = 6) -> torch.Tensor:
+def renders(yaw: float, n: int = 6) -> torch.Tensor:
     heads = named_people(np.random.default_rng(5).standard_normal((n, 64)))
     images = np.stack([picture(head, pose(yaw)[0].numpy(), FFHQ_FOCAL, 128)[0] for head in heads])
     return torch.from_numpy(images).float().permute(0, 3, 1, 2) * 2 - 1
 
 
-def test_true_heads_have_a_face_in_front_alone():
-    assert faces_found(pictures(0.0)).mean() >= 0.5
-    assert not faces_found(pictures(math.pi)).any()
+def test_ground_truth_heads_have_a_face_only_from_the_front():
+    assert faces_found(renders(0.0)).mean() >= 0.5
+    assert not faces_found(renders(math.pi)).any()
     assert not faces_found(torch.rand(2, 3, 64, 64) * 2 - 1).any()
 
 
 @pytest.mark.long
-def test_the_bundled_generator_draws_faces():
+def test_the_bundled_generator_generates_faces():
     generator = load_generator().generator
     camera = pack_label(pose(0.0), intrinsics_matrix(FFHQ_FOCAL))
-    found = []
+    detections = []
     for ws in ws_of_seeds(generator, IMAGES.take(24), truncation_psi=0.7).split(4):
         with torch.no_grad():
-            found.append(
+            detections.append(
                 faces_found(
                     generator.field(ws)
                     .render(camera.expand(len(ws), -1), RenderOptions(resolution=128))
                     .image
                 )
             )
-    assert np.concatenate(found).mean() >= 0.5
+    assert np.concatenate(detections).mean() >= 0.5

@@ -1,4 +1,4 @@
-"""Sets of features: pairwise distances and their jackknife; improved precision and recall against the paper's
+"""Compare pairwise distances and their jackknife with loops, and precision and recall with the paper's
 definition.
 """
 
@@ -30,9 +30,9 @@ def test_jackknife_is_leaving_each_item_out():
         part = matrix[np.ix_(kept, kept)]
         without.append(part[np.triu_indices(8, 1)].mean())
     error = np.sqrt(8 / 9 * ((np.array(without) - np.mean(without)) ** 2).sum())
-    found = mean_pairwise(matrix)
-    np.testing.assert_allclose(found.mean, matrix[np.triu_indices(9, 1)].mean(), rtol=1e-12)
-    np.testing.assert_allclose((found.hi - found.lo) / 2, 2.306004135 * error, rtol=1e-7)
+    interval = mean_pairwise(matrix)
+    np.testing.assert_allclose(interval.mean, matrix[np.triu_indices(9, 1)].mean(), rtol=1e-12)
+    np.testing.assert_allclose((interval.hi - interval.lo) / 2, 2.306004135 * error, rtol=1e-7)
 
 
 def test_interval_covers():
@@ -40,12 +40,12 @@ def test_interval_covers():
     hits = 0
     truth = 2 / np.sqrt(np.pi)  # E|x - y| of standard normals
     for _ in range(1000):
-        found = mean_pairwise(pairwise_distances(rng.normal(size=(60, 1))))
-        hits += found.lo <= truth <= found.hi
+        interval = mean_pairwise(pairwise_distances(rng.normal(size=(60, 1))))
+        hits += interval.lo <= truth <= interval.hi
     assert 0.925 <= hits / 1000 <= 0.975
 
 
-def test_collapse_shows():
+def test_a_collapse_lowers_the_ratio():
     x = RNG.normal(size=(40, 8))
     before = pairwise_distances(x)
     half = pairwise_ratio(before, pairwise_distances(0.5 * x))
@@ -61,7 +61,7 @@ def test_equal_items_have_no_ratio():
 
 
 def brute_force(points, manifold, k):
-    """Equation 1 with loops in float64."""
+    """Evaluate equation 1 of the paper with loops in float64."""
     radii = [
         sorted(np.linalg.norm(a - b) for j, b in enumerate(manifold) if j != i)[k - 1]
         for i, a in enumerate(manifold)
@@ -76,31 +76,31 @@ def brute_force(points, manifold, k):
 def test_equals_brute_force(k, block, monkeypatch):
     monkeypatch.setattr(feature_sets, "_BLOCK_CELLS", block)
     random = np.random.RandomState(k)
-    # far from the origin: rounding of squares shows
+    # far from the origin, where the rounding of squares matters
     fake = random.randn(40, 4) * 1.3 + 0.7 + 50
     real = random.randn(55, 4) + 50
-    found = precision_recall(fake, real, k)
-    assert (found.fake_inside == brute_force(fake, real, k)).all() and (
-        found.real_inside == brute_force(real, fake, k)
+    measured = precision_recall(fake, real, k)
+    assert (measured.fake_inside == brute_force(fake, real, k)).all() and (
+        measured.real_inside == brute_force(real, fake, k)
     ).all()
     assert (
-        found.precision == found.fake_inside.mean()
-        and found.recall == found.real_inside.mean()
-        and found.k == k
+        measured.precision == measured.fake_inside.mean()
+        and measured.recall == measured.real_inside.mean()
+        and measured.k == k
     )
-    assert 0 < found.precision < 1 and 0 < found.recall < 1
+    assert 0 < measured.precision < 1 and 0 < measured.recall < 1
 
 
-def test_a_collapse_lowers_recall_alone():
+def test_a_collapse_lowers_only_recall():
     random = np.random.RandomState(1)
     real = random.randn(300, 3)
     collapsed = 0.05 * random.randn(300, 3)
-    found = precision_recall(collapsed, real)
-    assert found.precision > 0.99 and found.recall < 0.05
+    measured = precision_recall(collapsed, real)
+    assert measured.precision > 0.99 and measured.recall < 0.05
     noisy = precision_recall(random.randn(300, 3) * 4, real)
     assert noisy.precision < 0.5 and noisy.recall > 0.8
 
 
-def test_nan_is_refused():
+def test_nan_is_rejected():
     with pytest.raises(ValueError, match="finite"):
         precision_recall(np.full((5, 2), np.nan), np.zeros((5, 2)))

@@ -1,4 +1,4 @@
-"""Feature networks: a user's own detector, and files are checked before use."""
+"""A user's own detector gives features, and files are checked before use."""
 
 import re
 

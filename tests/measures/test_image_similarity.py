@@ -1,4 +1,4 @@
-"""PSNR by its formula, SSIM against scikit-image, and networks from TorchScript files."""
+"""PSNR and SSIM equal those of scikit-image, and networks are read from TorchScript files."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ def images(seed=0, n=3, size=(24, 31)):
     return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1)
 
 
-def test_ssim_is_scikit_images():
+def test_ssim_equals_that_of_scikit_image():
     from skimage.metrics import structural_similarity
 
     first = images(0)
     second = (images(0) + 0.4 * images(1)).clamp(-1, 1)
-    theirs = [
+    expected = [
         structural_similarity(
             a.double().numpy(),
             b.double().numpy(),
@@ -29,20 +29,20 @@ def test_ssim_is_scikit_images():
         )
         for a, b in zip(first, second, strict=True)
     ]
-    np.testing.assert_allclose(ssim(first, second), theirs, rtol=1e-9)
-    assert 0.1 < np.mean(theirs) < 0.95
+    np.testing.assert_allclose(ssim(first, second), expected, rtol=1e-9)
+    assert 0.1 < np.mean(expected) < 0.95
 
 
-def test_psnr_is_scikit_images_and_capped():
+def test_psnr_equals_that_of_scikit_image_and_is_capped():
     from skimage.metrics import peak_signal_noise_ratio
 
     first = images(0)
     second = images(1)
-    theirs = [
+    expected = [
         peak_signal_noise_ratio(a.double().numpy(), b.double().numpy(), data_range=2)
         for a, b in zip(first, second, strict=True)
     ]
-    np.testing.assert_allclose(psnr(first, second), theirs, rtol=1e-10)
+    np.testing.assert_allclose(psnr(first, second), expected, rtol=1e-10)
     assert psnr(first, first).tolist() == [PSNR_CAP] * 3
 
 
@@ -58,11 +58,11 @@ class Embed(torch.nn.Module):
 
 @pytest.fixture()
 def scripts(tmp_path):
-    found = {"pair": tmp_path / "pair.pt", "embed": tmp_path / "embed.pt", "text": tmp_path / "text.pt"}
-    torch.jit.script(Pair()).save(str(found["pair"]))
-    torch.jit.script(Embed()).save(str(found["embed"]))
-    found["text"].write_text("nothing")
-    return found
+    paths = {"pair": tmp_path / "pair.pt", "embed": tmp_path / "embed.pt", "text": tmp_path / "text.pt"}
+    torch.jit.script(Pair()).save(str(paths["pair"]))
+    torch.jit.script(Embed()).save(str(paths["embed"]))
+    paths["text"].write_text("nothing")
+    return paths
 
 
 def test_networks_of_the_user(scripts):
@@ -83,6 +83,6 @@ def test_networks_of_the_user(scripts):
         (lambda s: load_identity(s["pair"])(images()), "--identity: expected a net"),
     ],
 )
-def test_other_files_are_refused(scripts, call, text):
+def test_other_files_are_rejected(scripts, call, text):
     with pytest.raises(ValueError, match=text):
         call(scripts)

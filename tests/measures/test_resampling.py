@@ -1,5 +1,5 @@
-"""Intervals of distances: they hold the known distance of Gaussians as often as stated, where percentiles of
-resamples never do.
+"""Intervals of distances include the known distance of Gaussians at their nominal rate, as percentiles do
+not.
 """
 
 import numpy as np
@@ -25,8 +25,8 @@ def frechet_truth(F, shift, scale):
 
 
 def kernel_mean(first, second):
-    """E (x.y / F + 1)^3 of independent Gaussians (mean, covariance),
-    from their raw moments of order 1 to 3.
+    """Compute E (x.y / F + 1)^3 of independent Gaussians (mean, covariance) from their raw moments of
+    order 1 to 3.
     """
 
     def moments(m, C):
@@ -43,9 +43,11 @@ def kernel_mean(first, second):
 
 
 def kernel_truth(F, shift, scale):
-    one = (np.zeros(F), np.eye(F))
-    two = (np.full(F, shift), scale**2 * np.eye(F))
-    return kernel_mean(one, one) + kernel_mean(two, two) - 2 * kernel_mean(one, two)
+    standard = (np.zeros(F), np.eye(F))
+    changed = (np.full(F, shift), scale**2 * np.eye(F))
+    return (
+        kernel_mean(standard, standard) + kernel_mean(changed, changed) - 2 * kernel_mean(standard, changed)
+    )
 
 
 def test_measured_is_the_distance_of_all_samples():
@@ -55,10 +57,10 @@ def test_measured_is_the_distance_of_all_samples():
     assert frechet_interval(fake, real).measured == pytest.approx(
         statistics[0].distance(statistics[1]), rel=1e-9
     )
-    found = kernel_interval(fake, real)
+    interval = kernel_interval(fake, real)
     assert (
-        found.measured == found.mean == pytest.approx(kernel_distance(fake, real), rel=1e-9)
-        and found.bias == 0
+        interval.measured == interval.mean == pytest.approx(kernel_distance(fake, real), rel=1e-9)
+        and interval.bias == 0
     )
 
 
@@ -69,7 +71,7 @@ def test_kernel_resample_equals_loops_over_drawn_items(block, monkeypatch):
     real = normal(1, 8, 2, 0.5)
     i = np.random.RandomState(2).randint(9, size=9)
     j = np.random.RandomState(3).randint(8, size=8)
-    found = resampling._Kernel(fake, real).resampled(
+    resampled = resampling._Kernel(fake, real).resampled(
         np.bincount(i, minlength=9)[None], np.bincount(j, minlength=8)[None]
     )[0]
 
@@ -80,13 +82,13 @@ def test_kernel_resample_equals_loops_over_drawn_items(block, monkeypatch):
         np.mean([k(x[a], x[b]) for a in drawn for b in drawn if a != b])
         for x, drawn in ((fake, i), (real, j))
     ]
-    assert found == pytest.approx(
+    assert resampled == pytest.approx(
         sum(within) - 2 * np.mean([k(fake[a], real[b]) for a in i for b in j]), rel=1e-9
     )
 
 
 @pytest.mark.parametrize("kind", [resampling._Frechet, resampling._Kernel])
-def test_influence_is_the_derivative_in_an_items_weight(kind):
+def test_influence_is_the_derivative_with_respect_to_an_items_weight(kind):
     statistic = kind(normal(0, 40, 3), normal(1, 50, 3, 0.4, 1.5))
     step = 1e-4
     slopes = statistic.influence()
@@ -100,27 +102,27 @@ def test_influence_is_the_derivative_in_an_items_weight(kind):
                 weights[which][0, item] += sign * step
                 values.append(statistic.resampled(*weights)[0])
             derivative = (values[0] - values[1]) / (2 * step) * size
-            # n - 1 and the pairs with itself differ by 1/n
+            # the divisor n - 1 and self-pairs make a difference of order 1 over n
             assert derivative == pytest.approx(slopes[which][item], rel=0.06, abs=0.06)
 
 
 def coverage(function, truth, runs, make):
-    found = [function(*make(run), resamples=60, seed=run) for run in range(runs)]
-    return found, np.mean([i.lo <= truth <= i.hi for i in found])
+    intervals = [function(*make(run), resamples=60, seed=run) for run in range(runs)]
+    return intervals, np.mean([i.lo <= truth <= i.hi for i in intervals])
 
 
-def test_frechet_interval_holds_the_truth_where_percentiles_do_not():
+def test_frechet_interval_includes_the_truth_where_percentiles_do_not():
     truth = frechet_truth(6, 0.2, 1.2)
-    found, share = coverage(
+    intervals, share = coverage(
         frechet_interval, truth, 60, lambda r: (normal(r, 200, 6), normal(r + 999, 200, 6, 0.2, 1.2))
     )
-    measured = np.mean([i.measured for i in found])
+    measured = np.mean([i.measured for i in intervals])
     assert (
         share >= 0.87
         and measured > 1.25 * truth
-        and np.mean([i.mean for i in found]) == pytest.approx(truth, rel=0.1)
+        and np.mean([i.mean for i in intervals]) == pytest.approx(truth, rel=0.1)
     )
-    assert all(i.bias > 0 for i in found)
+    assert all(i.bias > 0 for i in intervals)
 
 
 def test_change_of_paired_fakes_is_narrower_than_of_separate_ones():
@@ -138,7 +140,7 @@ def test_change_of_paired_fakes_is_narrower_than_of_separate_ones():
         assert same.lo == same.hi == same.mean == 0
 
 
-def test_nan_is_refused():
+def test_nan_is_rejected():
     for function in (frechet_interval, kernel_interval):
         with pytest.raises(ValueError, match="finite"):
             function(normal(0, 20, 3) * np.nan, normal(0, 20, 3))

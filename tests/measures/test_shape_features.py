@@ -1,5 +1,5 @@
-"""Normal maps against spheres and true heads; the shape features: what they rank, what their file holds, and
-that training repeats.
+"""Compare normal maps with spheres and ground-truth heads, and test that blurring shapes does not lower
+the distance.
 """
 
 import math
@@ -19,7 +19,7 @@ N = 32
 
 
 def sphere(radius: float, centre=(0.0, 0.0, 0.0)) -> torch.Tensor:
-    """Signed distances [1, n, n, n]."""
+    """Return signed distances [1, n, n, n]."""
     return torch.from_numpy(np.linalg.norm(grid_points(64) - np.array(centre), axis=-1) - radius)[None]
 
 
@@ -39,7 +39,7 @@ def test_normals_of_a_sphere(centre):
         assert maps[3].sum() * (WIDTH / RESOLUTION) ** 2 == pytest.approx(math.pi * radius**2, rel=0.03)
 
 
-def test_an_empty_cube_and_one_that_is_full():
+def test_an_empty_cube_and_a_full_one():
     assert normal_maps(torch.full((1, N, N, N), 5.0)).eq(0).all()
     full = normal_maps(torch.full((1, N, N, N), -500.0), yaws=(0.0,))[0, 0]
     assert full[3].eq(1).all() and full[2, 1:-1, 1:-1].mean() > 0.99
@@ -53,21 +53,21 @@ def heads():
     return z, true_grids(z[:3], N)
 
 
-def test_neither_unit_nor_ramp_tells_a_head_and_the_back_is_seen(heads):
+def test_maps_do_not_depend_on_unit_or_ramp_and_show_the_back(heads):
     _, distances = heads
-    plain, halved = (normal_maps(torch.from_numpy(scale * distances[:2])) for scale in (1.0, 0.5))
-    torch.testing.assert_close(plain, halved, atol=1e-3, rtol=0)
+    maps, halved = (normal_maps(torch.from_numpy(scale * distances[:2])) for scale in (1.0, 0.5))
+    torch.testing.assert_close(maps, halved, atol=1e-3, rtol=0)
     dense = normal_maps(torch.from_numpy(filled(distances[:2], EDGES[-1])))
-    assert (plain - dense).abs().mean() < 0.03
-    behind = YAWS.index(math.pi)
-    # nothing is left behind z = -0.08
+    assert (maps - dense).abs().mean() < 0.03
+    back = YAWS.index(math.pi)
+    # The head is cut off at z = -0.08.
     cut = np.maximum(distances[:1], -0.08 - grid_points(N)[..., 2]).astype(np.float32)
-    changed = (normal_maps(torch.from_numpy(cut)) - plain[:1]).abs().mean(dim=(0, 2, 3, 4))
-    assert changed[0] < 0.01 and changed[behind] > 5 * changed[0]
+    changed = (normal_maps(torch.from_numpy(cut)) - maps[:1]).abs().mean(dim=(0, 2, 3, 4))
+    assert changed[0] < 0.01 and changed[back] > 5 * changed[0]
 
 
 @pytest.mark.long
-def test_a_blur_of_the_generators_shapes_does_not_pay():
+def test_blurring_the_generators_shapes_increases_the_distance():
     generator = load_generator().generator
     features = ShapeFeatures.load()
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""Statistics against scipy and written out; intervals hold the truth as often as they say, by simulation or
-by counting every outcome.
+"""Statistics equal those of scipy or written-out formulas, and intervals cover at their nominal rate, by
+simulation.
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def test_bootstrap_matches_the_normal_interval_and_repeats():
     assert bootstrap_mean_interval(values, seed=2) != (mean, lo, hi)
 
 
-def test_t_interval_is_scipys():
+def test_t_interval_equals_that_of_scipy():
     values = np.array([1.0, 4.0, 2.5])
     expected = stats.t.interval(0.9, 2, values.mean(), stats.sem(values))
     assert t_mean_interval(values, 0.9)[1:] == pytest.approx(expected)
@@ -95,13 +95,15 @@ def test_mistakes_are_named(call, names):
 RNG = np.random.default_rng(3)
 
 
-def test_line_is_scipys():
+def test_line_equals_that_of_scipy():
     x = RNG.normal(size=40)
     y = 0.3 * x - 2 + RNG.normal(size=40)
-    ours = fit_line(x, y)
-    theirs = stats.linregress(x, y)
-    np.testing.assert_allclose([ours.slope, ours.intercept], [theirs.slope, theirs.intercept], rtol=1e-10)
-    assert ours.lo < ours.slope < ours.hi and ours.n == 40
+    fitted = fit_line(x, y)
+    expected = stats.linregress(x, y)
+    np.testing.assert_allclose(
+        [fitted.slope, fitted.intercept], [expected.slope, expected.intercept], rtol=1e-10
+    )
+    assert fitted.lo < fitted.slope < fitted.hi and fitted.n == 40
 
 
 def test_hc3_is_the_sandwich_written_out():
@@ -113,8 +115,8 @@ def test_hc3_is_the_sandwich_written_out():
     leverage = np.einsum("ni,ij,nj->n", design, bread, design)
     error = np.sqrt((bread @ (design.T * (residual / (1 - leverage)) ** 2) @ design @ bread)[1, 1])
     half = stats.t.ppf(0.975, 23) * error
-    found = fit_line(x, y)
-    np.testing.assert_allclose([found.lo, found.hi], [found.slope - half, found.slope + half], rtol=1e-8)
+    fitted = fit_line(x, y)
+    np.testing.assert_allclose([fitted.lo, fitted.hi], [fitted.slope - half, fitted.slope + half], rtol=1e-8)
 
 
 def test_slopes_are_fitted_lines():
@@ -125,30 +127,30 @@ def test_slopes_are_fitted_lines():
     )
 
 
-def test_spearman_is_scipys_with_ties():
+def test_spearman_equals_that_of_scipy_with_ties():
     x = RNG.integers(0, 6, 50)
     y = RNG.integers(0, 6, 50)
-    found = spearman(x, y)
-    np.testing.assert_allclose(found.mean, stats.spearmanr(x, y).statistic, rtol=1e-12)
-    assert -1 < found.lo < found.mean < found.hi < 1
+    fitted = spearman(x, y)
+    np.testing.assert_allclose(fitted.mean, stats.spearmanr(x, y).statistic, rtol=1e-12)
+    assert -1 < fitted.lo < fitted.mean < fitted.hi < 1
 
 
-# How often intervals hold the truth.
+# Coverage of intervals
 
 RUNS = 1000  # standard error of a coverage of 95 %: 0.7 %
 
 
-def share_that_holds(truth, interval, make, runs=RUNS, seed=0):
-    """Share of samples whose interval (..., lo, hi) holds the truth."""
+def coverage(truth, interval, make, runs=RUNS, seed=0):
+    """Return the share of samples whose interval (..., lo, hi) includes the truth."""
     rng = np.random.default_rng(seed)
-    held = 0
+    covered = 0
     for _ in range(runs):
         *_, lo, hi = interval(*make(rng))
-        held += lo <= truth <= hi
-    return held / runs
+        covered += lo <= truth <= hi
+    return covered / runs
 
 
-def as_stated(share):
+def nominal(share):
     return 0.93 <= share <= 0.97
 
 
@@ -157,14 +159,14 @@ def bootstrap(values):
 
 
 @pytest.mark.parametrize("draw", ["normal", "exponential", "uniform"])
-def test_bootstrap_holds_the_mean_of_a_hundred(draw):
+def test_bootstrap_covers_the_mean_of_a_hundred_values(draw):
     truth = {"normal": 0.0, "exponential": 1.0, "uniform": 0.5}[draw]
-    assert as_stated(share_that_holds(truth, bootstrap, lambda rng: (getattr(rng, draw)(size=100),)))
+    assert nominal(coverage(truth, bootstrap, lambda rng: (getattr(rng, draw)(size=100),)))
 
 
 def paired(before, after):
-    found = paired_summary(before, after, resamples=500)
-    return found.mean_lo, found.mean_hi
+    summary = paired_summary(before, after, resamples=500)
+    return summary.mean_lo, summary.mean_hi
 
 
 def pairs(rng):
@@ -172,46 +174,53 @@ def pairs(rng):
     return before, before + 0.3 + 0.5 * rng.standard_t(6, size=100)
 
 
-def test_paired_summary_holds_the_mean_difference():
-    assert as_stated(share_that_holds(0.3, paired, pairs))
+def test_paired_summary_covers_the_mean_difference():
+    assert nominal(coverage(0.3, paired, pairs))
 
 
 @pytest.mark.parametrize(("rho", "n"), [(0.0, 25), (0.5, 40), (-0.8, 100)])
-def test_spearman_holds_the_rank_correlation(rho, n):
+def test_spearman_covers_the_rank_correlation(rho, n):
     def make(rng):
         x = rng.normal(size=n)
         return x, rho * x + np.sqrt(1 - rho**2) * rng.normal(size=n)
 
-    assert as_stated(share_that_holds(6 / np.pi * np.arcsin(rho / 2), spearman, make))
+    assert nominal(coverage(6 / np.pi * np.arcsin(rho / 2), spearman, make))
 
 
-def test_the_spread_of_slopes_holds_their_mean():
+def test_the_spread_of_slopes_includes_their_mean():
     times = np.array([0.0, 0.06, 0.12, 0.18, 0.24])
 
     def make(rng):
-        own = 2.0 + rng.normal(size=(100, 1))
-        return (rng.normal(size=(100, 1)) + own * times + 0.2 * rng.normal(size=(100, 5)),)
+        item_slopes = 2.0 + rng.normal(size=(100, 1))
+        return (rng.normal(size=(100, 1)) + item_slopes * times + 0.2 * rng.normal(size=(100, 5)),)
 
-    found = slope_summary(times, make(np.random.default_rng(1))[0])
-    assert found["spread_lo"] < found["mean_lo"] < found["mean"] < found["mean_hi"] < found["spread_hi"]
+    summary = slope_summary(times, make(np.random.default_rng(1))[0])
+    assert (
+        summary["spread_lo"]
+        < summary["mean_lo"]
+        < summary["mean"]
+        < summary["mean_hi"]
+        < summary["spread_hi"]
+    )
 
 
-def test_separability_rejects_no_difference_as_often_as_stated():
+def test_separability_has_the_nominal_rate_of_false_positives():
     rng = np.random.default_rng(0)
-    found = []
+    p_values = []
     for run in range(400):
-        shared = rng.normal(size=(20, 4))  # pairs are alike: a test that forgot them would never reject
+        # pairs are similar; a test that ignored the pairs would never reject
+        shared = rng.normal(size=(20, 4))
         a, b = (shared + 0.3 * rng.normal(size=(20, 4)) for _ in range(2))
-        found.append(paired_separability(a, b, k=5, permutations=99, seed=run).p)
-    assert 0.025 <= np.mean(np.array(found) <= 0.05) <= 0.08
+        p_values.append(paired_separability(a, b, k=5, permutations=99, seed=run).p)
+    assert 0.025 <= np.mean(np.array(p_values) <= 0.05) <= 0.08
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("function", "F", "n"), [(frechet_change_interval, 6, 300), (kernel_change_interval, 6, 300)]
 )
-def test_change_of_a_distance_is_held(function, F, n):
-    """Fakes move a little away from the reals; the truth is that of samples without end."""
+def test_intervals_of_changes_cover_the_true_change(function, F, n):
+    """Move fakes a little away from the reals; the truth is that of infinitely many samples."""
 
     def sets(rng, n):
         base = rng.normal(size=(n, F))
@@ -219,10 +228,10 @@ def test_change_of_a_distance_is_held(function, F, n):
 
     if function is frechet_change_interval:
         truth = F * (0.3**2 + 0.1**2) - F * 0.2**2
-    else:  # unbiased, so a mean over many small samples tells
+    else:  # the estimate is unbiased, so its mean over many small samples is the truth
         truth = np.mean(
             [function(*sets(np.random.default_rng(s), 400), resamples=50).mean for s in range(2000, 2400)]
         )
-    assert as_stated(
-        share_that_holds(truth, lambda *x: function(*x, resamples=60)[:3], lambda rng: sets(rng, n), runs=800)
+    assert nominal(
+        coverage(truth, lambda *x: function(*x, resamples=60)[:3], lambda rng: sets(rng, n), runs=800)
     )

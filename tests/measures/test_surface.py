@@ -1,4 +1,4 @@
-"""Surfaces that are known: their curvature and topology, and how far they moved."""
+"""Curvature, topology and displacement of surfaces for which they are known."""
 
 import math
 
@@ -23,7 +23,7 @@ from tests.geometry.test_level_set import SPEC, body, sphere
 
 
 def grid_faces(rows, columns, wrap_rows, wrap_columns):
-    """Two triangles per cell of a grid of points, row by row."""
+    """Return two triangles per cell of a grid of points, row by row."""
     i, j = np.meshgrid(
         np.arange(rows - (not wrap_rows)), np.arange(columns - (not wrap_columns)), indexing="ij"
     )
@@ -35,7 +35,7 @@ def grid_faces(rows, columns, wrap_rows, wrap_columns):
 
 
 def torus(R=0.3, r=0.1, rows=48, columns=40):
-    """Vertices, faces, and the mean curvature (R + 2 r cos t) / (2 r (R + r cos t)) at each vertex."""
+    """Return vertices, faces, and the mean curvature (R + 2 r cos t) / (2 r (R + r cos t)) at each vertex."""
     u, t = np.meshgrid(
         np.arange(rows) * 2 * np.pi / rows, np.arange(columns) * 2 * np.pi / columns, indexing="ij"
     )
@@ -49,7 +49,7 @@ def torus(R=0.3, r=0.1, rows=48, columns=40):
 
 
 def ball(radius=0.3, resolution=40, centre=(0, 0, 0)):
-    """Density 10 on the surface, in a cube."""
+    """Return a density in a cube that is 10 at the surface of a ball."""
     spec = SlabSpec.cube(resolution)
     x, y, z = (axis.double().numpy() for axis in spec.axes())
     distance = np.sqrt(
@@ -59,7 +59,7 @@ def ball(radius=0.3, resolution=40, centre=(0, 0, 0)):
 
 
 def half_sphere():
-    """Upper half of a sphere of marching cubes, cut along triangles."""
+    """Return the upper half of a sphere of marching cubes, cut along triangles."""
     vertices, faces = extract_mesh(*ball())
     return vertices, faces[(vertices[faces][:, :, 1] > 0).all(axis=1)]
 
@@ -70,14 +70,14 @@ def test_sphere():
     H, area = mean_curvature(vertices, faces)
     assert area.sum() == pytest.approx(4 * np.pi * 0.09, rel=0.01)
     assert (H * area).sum() / area.sum() == pytest.approx(1 / 0.3, rel=0.01)
-    found = topology(vertices, faces)
-    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (
+    measured = topology(vertices, faces)
+    assert (measured.parts, measured.cavities, measured.handles, measured.rims, measured.euler) == (
         1,
         0,
         0,
         0,
         2,
-    ) and found.watertight
+    ) and measured.watertight
 
 
 def test_torus_vertex_by_vertex():
@@ -85,14 +85,14 @@ def test_torus_vertex_by_vertex():
     H, area = mean_curvature(vertices, faces)
     assert np.abs(H - expected).max() < 0.02 * np.abs(expected).max()
     assert area.sum() == pytest.approx(4 * np.pi**2 * 0.3 * 0.1, rel=0.01)
-    found = topology(vertices, faces)
-    assert (found.parts, found.handles, found.rims, found.euler, found.holes) == (
+    measured = topology(vertices, faces)
+    assert (measured.parts, measured.handles, measured.rims, measured.euler, measured.holes) == (
         1,
         1,
         0,
         0,
         1,
-    ) and found.watertight
+    ) and measured.watertight
 
 
 def test_a_plane_is_flat_and_its_rim_unknown():
@@ -105,50 +105,56 @@ def test_a_plane_is_flat_and_its_rim_unknown():
 
 
 def test_open_half_sphere_has_one_rim():
-    found = topology(*half_sphere())
-    assert (found.parts, found.cavities, found.handles, found.rims, found.euler) == (
+    measured = topology(*half_sphere())
+    assert (measured.parts, measured.cavities, measured.handles, measured.rims, measured.euler) == (
         1,
         0,
         0,
         1,
         1,
-    ) and not found.watertight
-    assert found.open_edges == count_edges(half_sphere()[1]).open
+    ) and not measured.watertight
+    assert measured.open_edges == count_edges(half_sphere()[1]).open
 
 
 def test_two_spheres_and_their_share():
-    one, spec = ball(0.2, 48, (-0.2, 0, 0))
-    two, _ = ball(0.1, 48, (0.3, 0, 0))
-    vertices, faces = extract_mesh(np.maximum(one, two), spec)
-    found = topology(vertices, faces)
-    assert (found.parts, found.cavities, found.handles, found.euler) == (2, 0, 0, 4)
-    assert found.main_share == pytest.approx(8 / 9, abs=0.01)
+    large, spec = ball(0.2, 48, (-0.2, 0, 0))
+    small, _ = ball(0.1, 48, (0.3, 0, 0))
+    vertices, faces = extract_mesh(np.maximum(large, small), spec)
+    measured = topology(vertices, faces)
+    assert (measured.parts, measured.cavities, measured.handles, measured.euler) == (2, 0, 0, 4)
+    assert measured.main_share == pytest.approx(8 / 9, abs=0.01)
     assert vertices[main_surface(vertices, faces)][..., 0].max() < 0.1
 
 
-def test_a_hollow_is_a_cavity_and_no_part():
+def test_a_hollow_is_a_cavity_and_not_a_part():
     outer, spec = ball(0.4)
     vertices, faces = extract_mesh(np.minimum(outer, 20 - ball(0.2)[0]), spec)
-    found = topology(vertices, faces)
-    assert (found.parts, found.cavities, found.handles, found.rims, found.main_share) == (1, 1, 0, 0, 1)
+    measured = topology(vertices, faces)
+    assert (measured.parts, measured.cavities, measured.handles, measured.rims, measured.main_share) == (
+        1,
+        1,
+        0,
+        0,
+        1,
+    )
 
 
-def test_an_open_tube_has_two_rims_and_a_doughnut_with_a_window_keeps_its_handle():
+def test_an_open_tube_has_two_rims_and_a_torus_with_a_hole_keeps_its_handle():
     u = np.arange(12) * 2 * np.pi / 12
     tube = np.stack([np.stack([np.cos(u), np.sin(u), 0 * u + h], -1) for h in (0.0, 0.5, 1.0)]).reshape(-1, 3)
-    found = topology(tube, grid_faces(3, 12, False, True))
-    assert (found.parts, found.handles, found.rims, found.euler) == (1, 0, 2, 0)
+    measured = topology(tube, grid_faces(3, 12, False, True))
+    assert (measured.parts, measured.handles, measured.rims, measured.euler) == (1, 0, 2, 0)
     vertices, faces, _ = torus(rows=12, columns=10)
-    found = topology(vertices, faces[1:])
-    assert (found.handles, found.rims, found.holes) == (1, 1, 2)
+    measured = topology(vertices, faces[1:])
+    assert (measured.handles, measured.rims, measured.holes) == (1, 1, 2)
 
 
 def test_surfaces_that_touch_at_a_vertex_are_two():
     tetrahedron = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [0, 3, 2]])
     vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0], [0, -1, 0], [0, 0, -1.0]])
     other = np.array([0, 4, 5, 6])[tetrahedron][:, ::-1]
-    found = topology(vertices, np.concatenate([tetrahedron, other]))
-    assert (found.parts, found.euler, found.handles, found.watertight) == (2, 4, 0, True)
+    measured = topology(vertices, np.concatenate([tetrahedron, other]))
+    assert (measured.parts, measured.euler, measured.handles, measured.watertight) == (2, 4, 0, True)
 
 
 UNIT = voxel(SPEC)
@@ -161,21 +167,21 @@ def test_identical_shapes_have_not_moved():
 
 
 @pytest.mark.parametrize("voxels", [1.0, -1.0, 0.25, -2.5])
-def test_a_sphere_that_grew_has_moved_by_so_much_everywhere(voxels):
+def test_a_sphere_that_grew_has_moved_by_the_same_distance_everywhere(voxels):
     radius = 0.25 + voxels * UNIT
     moved = displacement(sphere(0.25), radius * POINTS, POINTS)
     assert (moved - voxels).abs().max() < 0.03
     assert median_change(sphere(0.22), sphere(0.22 + voxels * UNIT)) == pytest.approx(abs(voxels), abs=0.03)
 
 
-def test_what_is_new_or_gone_altogether_is_at_the_end_of_the_scale():
+def test_surfaces_that_appear_or_disappear_get_the_largest_displacement():
     points = 0.03 * POINTS + torch.tensor([0.0, 0.4, 0.0])
-    assert displacement(sphere(0.1), points, POINTS).eq(REACH).all()  # a floater that was not there
+    assert displacement(sphere(0.1), points, POINTS).eq(REACH).all()  # a new floater
     full = body(lambda points: points[..., 0] * 0 - 1)
-    assert displacement(full, 0.1 * POINTS, POINTS).eq(-REACH).all()  # a hollow cut into what was full
+    assert displacement(full, 0.1 * POINTS, POINTS).eq(-REACH).all()  # a hollow in a body that was full
 
 
-def test_the_nearest_surface_counts_and_only_where_matter_ends():
+def test_the_nearest_surface_counts_where_the_shape_ends():
     shell = body(lambda points: (points.norm(dim=-1) - 0.25).abs() - 0.02)  # from .23 to .27
     moved = displacement(shell, 0.26 * POINTS, POINTS)
     assert moved * UNIT == pytest.approx(torch.full((500,), -0.01), abs=0.001)

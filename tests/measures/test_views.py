@@ -1,5 +1,5 @@
-"""Multi-view measures on an exactly known surface: nearly zero there, and each grows under the damage that it
-is meant to see.
+"""Multi-view measures are nearly zero on an exactly known surface, and each grows with the damage that it
+measures.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ SPEC = ViewSpec(resolution=64)
 
 
 class AnalyticSphere:
-    """A textured sphere of radius 0.3 at the origin, rendered exactly; `damage(depth, c)` alters its depth
+    """Textured sphere of radius 0.3 at the origin, rendered exactly; `damage(depth, c)` changes its depth
     maps.
     """
 
@@ -78,7 +78,7 @@ def test_an_exact_surface_agrees_with_itself(clean):
 
 
 @pytest.mark.parametrize("size", [0.02, 0.05])
-def test_a_depth_offset_that_follows_the_camera_is_seen(clean, size):
+def test_a_depth_offset_that_follows_the_camera_increases_the_measures(clean, size):
     shifted = multi_view_measures(AnalyticSphere(lambda depth, c: depth - size), WS, SPEC)
     assert shifted.photometric.min() > clean.photometric.max() + 0.1 * size
     assert shifted.depth.min() > clean.depth.max() * 2
@@ -99,7 +99,7 @@ def test_measures_grow_with_noise_on_the_depth(clean):
         assert values[0] < values[1] < values[2], (name, values)
 
 
-def test_nothing_to_see_is_the_worst_not_nan():
+def test_an_empty_view_gets_the_worst_values_and_not_nan():
     views = render_views(AnalyticSphere().field(WS), SPEC)
     empty = views_from_maps(
         views.image, torch.full_like(views.depth, float("nan")), torch.zeros_like(views.depth), SPEC
@@ -134,7 +134,7 @@ def test_normals_of_a_sphere_point_outwards():
     assert cosine.mean() > 0.995
 
 
-def test_rendering_leaves_no_trace_and_repeats():
+def test_rendering_keeps_the_global_generator_and_is_repeatable():
     G = AnalyticSphere()
     state = torch.get_rng_state()
     first = multi_view_measures(G, WS, SPEC)

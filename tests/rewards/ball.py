@@ -1,5 +1,5 @@
-"""A ball of density as a field, seen through the project's own renderer: where it is, is known, and
-everything follows where it moves.
+"""A ball of density as a field that the project's own renderer renders, so that positions are known
+exactly.
 """
 
 import torch
@@ -12,7 +12,7 @@ OPTIONS = {"ray_start": "auto", "ray_end": "auto", "box_warp": 1.0, "importance_
 
 
 class Renderer(ImportanceRenderer):
-    """Density 60 exp(-|p - c|^2 / (2 s^2)) - 15 at points [N, P, 3]."""
+    """Renderer of the density 60 exp(-|p - c|^2 / (2 s^2)) - 15 at points [N, P, 3]."""
 
     def __init__(self, centres: torch.Tensor, size: float):
         super().__init__()
@@ -51,8 +51,8 @@ class Ball:
         )
         samples = {"depth_resolution": options.samples, "depth_resolution_importance": options.samples}
         renderer = Renderer(self.centres, self.size)
-        found = renderer(
+        rendered = renderer(
             torch.zeros(n, 3, 1, 2, 2), torch.nn.Identity(), origins, directions, {**OPTIONS, **samples}
         )
-        rgb, depth, opacity = (part.transpose(1, 2).reshape(n, -1, r, r) for part in found)
+        rgb, depth, opacity = (part.transpose(1, 2).reshape(n, -1, r, r) for part in rendered)
         return Rendering(rgb, rgb, depth, opacity)

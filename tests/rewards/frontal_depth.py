@@ -1,4 +1,4 @@
-"""A plugin: a reward reads how far away the surface is that the frontal camera sees, through three
+"""Example of a plugin: a reward on the distance of the surface from the frontal camera, with three
 convolutions.
 
     EG3D_RLHF_PLUGINS=tests/rewards/frontal_depth.py python tools/train_reward.py --observation=frontal-depth
@@ -18,55 +18,55 @@ from eg3d_rlhf.rewards.presets import Preset
 @observations.register
 @dataclass(frozen=True, kw_only=True)
 class FrontalDepth(observations.Observation):
-    """Depth maps [N, 1, r, r]: 0 at the camera's pivot, 1 at one and a half of it towards the camera, where
-    nothing is seen 0.
+    """Depth maps [N, 1, r, r]: 0 at the camera's pivot, 1 at `reach` from it towards the camera, 0 in the
+    background.
     """
 
     kind: ClassVar[str] = "frontal-depth"
     resolution: int = 16  # r, pixels
     samples: int = 12  # per ray and pass
     radius: float = CameraFamily.radius  # of the camera, world units
-    pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    focal: float = CameraFamily.focal
+    pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)  # point that the camera looks at
+    focal: float = CameraFamily.focal  # in units of the image size
     reach: float = 0.5  # world units that are mapped to 0..1
 
     @classmethod
     def of(cls, generator, *, resolution=16):
-        """As its own cameras see the generator's shapes."""
+        """Create the observation with the generator's cameras."""
         cameras = generator.cameras
         return cls(resolution=resolution, radius=cameras.radius, pivot=cameras.pivot, focal=cameras.focal)
 
     @property
     def shape(self):
-        """(1, r, r)."""
+        """Shape of one sample's map, (1, r, r)."""
         return (1, self.resolution, self.resolution)
 
     def observe(self, field):
-        """See `Observation`."""
-        with torch.random.fork_rng(devices=[]):  # the rays' jitter is the same every time
+        """Render the maps, see `Observation`."""
+        with torch.random.fork_rng(devices=[]):  # the jitter of rays is the same in every call
             torch.manual_seed(0)
             camera = CameraFamily(self.radius, self.pivot, self.focal).label()
             seen = field.render(camera, RenderOptions(resolution=self.resolution, samples=self.samples))
         return (self.radius - seen.depth) / self.reach * seen.opacity
 
     def augment(self, observed, draws):
-        """Left and right are exchanged with probability one half."""
+        """Mirror maps with probability one half."""
         mirrored = torch.from_numpy(draws < 0.5).to(observed.device)
         return torch.where(mirrored[:, None, None, None], observed.flip(-1), observed)
 
     def misfits(self, generator):
-        """The camera must stand where the generator's do."""
-        mine = CameraFamily(self.radius, self.pivot, self.focal)
-        theirs = generator.cameras
+        """List differences between this camera and the generator's."""
+        camera = CameraFamily(self.radius, self.pivot, self.focal)
+        expected = generator.cameras
         return [
-            f"{name} {getattr(mine, name)}, got {getattr(theirs, name)}"
+            f"{name} {getattr(camera, name)}, got {getattr(expected, name)}"
             for name in ("radius", "pivot", "focal")
-            if getattr(mine, name) != getattr(theirs, name)
+            if getattr(camera, name) != getattr(expected, name)
         ]
 
 
 class DepthNetwork(networks.RewardNetwork):
-    """Three convolutions of stride 2, then the trunk and heads of all reward networks."""
+    """Three convolutions of stride 2, followed by the trunk and heads of all reward networks."""
 
     def __init__(self, resolution: int, channels: int = 8):
         super().__init__(4 * channels * (resolution // 8) ** 2, trunk=(32, 32), embedding=32)
@@ -81,19 +81,19 @@ class DepthNetwork(networks.RewardNetwork):
         )
 
     def features(self, observed):
-        """See `RewardNetwork`."""
+        """Return features of maps [N, 1, r, r], see `RewardNetwork`."""
         return self.layers(observed).flatten(1)
 
     def describe(self):
-        """See `RewardNetwork`."""
+        """Return the arguments of the network, see `RewardNetwork`."""
         return self.arguments
 
     def check(self, shape):
-        """One resolution is read."""
+        """Raise ValueError for maps of another resolution."""
         if tuple(shape) != (1, self.arguments["resolution"], self.arguments["resolution"]):
             raise ValueError(
                 f"reward: expected depth maps of {self.arguments['resolution']} pixels, got {list(shape)}."
-                " Use its own."
+                " Use maps of the reward's resolution."
             )
 
 

@@ -1,5 +1,5 @@
-"""The test problem: its prompts and objects, the detector of noses on surfaces of any kind, and a prior that
-looks at one side.
+"""Test problem: its prompts and objects, the detector of noses on any surface, and a prior that sees one
+side.
 """
 
 import math
@@ -23,24 +23,24 @@ FACES = torch.tensor(
 )
 
 
-def pictures(asset):
+def render(asset):
     return FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), BLACK).images
 
 
-def test_first_pairs_are_of_both_kinds_and_prompts_known():
+def test_first_pairs_are_of_both_kinds_and_unknown_prompts_are_rejected():
     kinds = [box_prompts.prompt_of(text).kind for text, _ in box_prompts.pairs()]
     assert kinds.count("janus") == kinds.count("mode") == 55 and kinds[:6].count("janus") == 3
     with raising("--prompt"):
         box_prompts.prompt_of("a cat")
 
 
-def test_what_a_side_shows_is_no_other_sides_business():
+def test_a_side_does_not_change_the_views_of_other_sides():
     for prompt in (HEAD, BOX):
-        seen = pictures(problem.build(prompt, FACES)).unflatten(0, (-1, 4))
+        seen = render(problem.build(prompt, FACES)).unflatten(0, (-1, 4))
         both = problem.modes_of([prompt.text])[0]
         for asset, sides in zip(seen, FACES, strict=True):
             for view, face in zip(asset, sides, strict=True):
-                # a little of the next side shines through
+                # a little of the next side is visible
                 assert torch.allclose(view, both[0 if face else 1], atol=0.06)
     assert float((both[0] - both[1]).abs().max()) > 0.3
 
@@ -48,10 +48,10 @@ def test_what_a_side_shows_is_no_other_sides_business():
 @pytest.mark.parametrize("resolution", [16, 24])
 def test_the_detector_counts_on_voxels_of_any_resolution(resolution):
     assert noses(problem.build(HEAD, FACES, resolution)).tolist() == [0, 1, 2, 3, 4]
-    assert noses(problem.build(BOX, FACES, resolution)).tolist() == [0] * 5  # paint is no nose
+    assert noses(problem.build(BOX, FACES, resolution)).tolist() == [0] * 5  # paint does not count as a nose
 
 
-def test_the_detector_is_not_fooled():
+def test_the_detector_ignores_walls_specks_and_low_bumps():
     head = problem.build(HEAD, FACES[:1])
     wall, speck, deep = (head.pick([0]) for _ in range(3))
     _, _, towards = problem.side_axes(16, 0)
@@ -73,10 +73,10 @@ def test_the_start_is_binomial():
     assert torch.equal(again.shape, started.shape[:2])
 
 
-def test_the_prior_knows_the_prompts_and_looks_at_one_side():
+def test_the_prior_depends_on_the_prompt_and_on_one_side():
     prior = exact_prior()
     assert isinstance(prior, DiffusionPrior) and prior.views == 1 and prior.latent_shape == (4, 16, 16)
-    head = pictures(problem.build(HEAD, FACES))
+    head = render(problem.build(HEAD, FACES))
     x = prior.encode(head)
     fits, other = (
         prior.log_prob(x, prior.embed([prompt.text] * len(x))) for prompt in (HEAD, box_prompts.PROMPTS[7])
@@ -84,5 +84,5 @@ def test_the_prior_knows_the_prompts_and_looks_at_one_side():
     assert (fits > other + 20).all() and torch.allclose(prior.decode(x), head, atol=1e-6)
     t = torch.full((len(x),), 300)
     noise = prior.predict_noise(x, t, prior.embed([HEAD.text] * len(x)))
-    # whatever stands beside it
+    # The other assets of the batch do not change the prediction.
     assert torch.allclose(noise[:1], prior.predict_noise(x[:1], t[:1], prior.embed([HEAD.text])), atol=1e-5)

@@ -1,5 +1,5 @@
-"""Rewards that read depth maps, from the command line: trained, stored, controlled, refused; and their
-networks' promises.
+"""Rewards on depth maps from the command line: training, files, controls, errors; and properties of their
+networks.
 """
 
 import json
@@ -46,7 +46,7 @@ def far(seed):
 
 
 def humps(seeds):
-    """A round hump per seed, at a place and of a height that the seed decides, [N, 1, 2, 64, 64]."""
+    """Return a round hump per seed, whose position and height the seed determines, [N, 1, 2, 64, 64]."""
     y, x = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE), indexing="ij")
     maps = []
     for seed in seeds:
@@ -79,25 +79,25 @@ def test_the_small_network_learns_and_its_control_does_not():
     assert trained(on_wrong_faces(pairs(200)), with_changes(options, epochs=1)) == pytest.approx(0.5, abs=0.2)
 
 
-def test_wrong_faces_are_other_labelled_ones_and_the_same_for_a_seed():
+def test_wrong_faces_are_other_labelled_faces_and_depend_on_the_seed():
     labels = [
         Preference(winner=a, loser=b, clean=c, psi=0.7)
         for a, b, c in ((1, 2, 1), (3, 1, 1), (2, 3, 3), (7, 9, 9))
     ]
-    found = on_wrong_faces(labels, seed=4)
+    permuted = on_wrong_faces(labels, seed=4)
     other = {
         old: new
-        for a, b in zip(labels, found, strict=True)
+        for a, b in zip(labels, permuted, strict=True)
         for old, new in ((a.winner, b.winner), (a.loser, b.loser))
     }
-    for a, b in zip(labels, found, strict=True):
+    for a, b in zip(labels, permuted, strict=True):
         assert (other[a.winner], other[a.loser], other[a.clean]) == (b.winner, b.loser, b.clean)
     assert set(other.values()) == set(other) and all(old != new for old, new in other.items())
-    assert found == on_wrong_faces(labels, seed=4) and [b.psi for b in found] == [0.7] * 4
+    assert permuted == on_wrong_faces(labels, seed=4) and [b.psi for b in permuted] == [0.7] * 4
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_scores_do_not_depend_on_handedness_nor_on_company(views):
+def test_scores_do_not_depend_on_mirroring_or_on_other_samples(views):
     torch.manual_seed(0)
     network = SmallDepth(views=views, resolution=16).eval()
     maps = torch.rand(3, views, 2, 16, 16)
@@ -128,7 +128,7 @@ def run(*flags):
 
 @pytest.fixture(scope="module")
 def reward(labels, tiny_networks, tmp_path_factory):
-    """One that reads three views of the tiny generator, and what its training said."""
+    """Train a reward that reads three views of the tiny generator."""
     out = tmp_path_factory.mktemp("depth") / "run"
     flags = ("--epochs=1", "--set=fractions=0.5 0.25 0.25")
     result = run(
@@ -139,16 +139,20 @@ def reward(labels, tiny_networks, tmp_path_factory):
     return out / "reward.safetensors"
 
 
-def test_it_is_stored_with_what_it_reads(reward):
-    found = json.loads(reward.with_suffix(".json").read_text())
-    assert found["observation"]["kind"] == "depth" and found["observation"]["yaws"] == [1.0, 0.0, -1.0]
-    assert found["network"]["extractor"] == "small" and "wrong_faces" not in found["provenance"]
+def test_the_file_states_the_observation(reward):
+    description = json.loads(reward.with_suffix(".json").read_text())
+    assert description["observation"]["kind"] == "depth" and description["observation"]["yaws"] == [
+        1.0,
+        0.0,
+        -1.0,
+    ]
+    assert description["network"]["extractor"] == "small" and "wrong_faces" not in description["provenance"]
     assert load_reward(reward).observation.shape == (3, 2, 64, 64)
 
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """Weights of a ResNet-50 as torchvision writes them."""
+    """Write weights of a ResNet-50 in the form of torchvision."""
     torch.manual_seed(5)
     path = tmp_path_factory.mktemp("backbone") / "resnet50.pth"
     torch.save(
@@ -185,7 +189,7 @@ def test_the_backbone_stays_out_of_files_and_in_eval_mode(backbone, tmp_path, mo
         build(network.describe())
 
 
-def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, tmp_path):
+def test_mistakes_are_one_line_and_write_nothing(labels, tiny_networks, tmp_path):
     weights = tmp_path / "other.pth"
     torch.save({"conv1.weight": torch.zeros(64, 3, 3, 3)}, weights)
     for flags, names in (
@@ -204,8 +208,8 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
         assert not (tmp_path / "run").exists()
 
 
-# Depth maps: closed forms, gradients through the renderer, one synthesis for all views, and what cannot be
-# seen.
+# Depth maps: closed forms, gradients through the renderer, shared synthesis for all views, and rejected
+# generators.
 
 
 PIXELS = 32
@@ -233,7 +237,7 @@ def test_depth_follows_a_ball_that_moves():
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_a_shapes_reward_has_the_gradient_of_central_differences(views):
-    """Through both passes of the renderer."""
+    """Compare the gradient through both passes of the renderer with central differences."""
     observation = Depth(
         yaws=VIEWS[views], resolution=PIXELS, samples=64, near=2.2, far=3.2, pivot=(0.0, 0.0, 0.0)
     )
@@ -252,8 +256,8 @@ def test_a_shapes_reward_has_the_gradient_of_central_differences(views):
     assert float(z.grad) == pytest.approx(float(wanted), rel=0.02)
 
 
-def test_where_nothing_is_there_is_neither_value_nor_a_broken_gradient():
-    """Fault: 0 / 0 in the marcher's mean depth made the gradients of all weights NaN."""
+def test_an_empty_scene_has_zero_values_and_finite_gradients():
+    """Regression test: 0 / 0 in the marcher's mean depth made the gradients of all weights NaN."""
     centres = torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]], requires_grad=True)
     maps = Depth(resolution=8, near=2.2, far=3.2).observe(Ball(centres, size=0.01))
     assert maps[1].abs().max() < 1e-4 and maps.shape == (2, 1, 2, 8, 8)
@@ -279,7 +283,7 @@ def test_views_of_a_sample_share_its_planes(generator, monkeypatch):
     assert calls == [1] and ws.grad.abs().sum() > 0
 
 
-def test_a_shape_looks_the_same_twice_and_the_draws_of_others_stay(generator):
+def test_observations_repeat_and_keep_the_global_random_state(generator):
     observation = replace(Depth.of(generator, resolution=8), samples=4)
     field = generator.field(ws_of_seeds(generator, [1]))
     torch.manual_seed(3)
@@ -323,7 +327,7 @@ def test_a_generators_own_rays_and_cameras():
     assert again == ffhq
 
 
-def test_what_a_generator_cannot_give_is_refused_in_one_line():
+def test_generators_without_depth_maps_are_rejected_in_one_line():
     for names, cameras, views in (
         (("--observation=depth", "0.5"), {"radius": 0.5}, 1),
         (("views", "1 or 3", " 2."), {}, 2),
@@ -337,9 +341,9 @@ def test_what_a_generator_cannot_give_is_refused_in_one_line():
 
 
 @pytest.mark.parametrize("kind", ["depth", "lifted-points"])
-def test_training_may_draw_maps_with_compiled_ops(kind, generator):
-    """What is kept, in half precision, is the same but for its last bit; slabs keep to plain torch, which
-    repeats to the byte.
+def test_training_may_render_maps_with_compiled_ops(kind, generator):
+    """Stored values in half precision differ in their last bit at most; slabs use torch alone, which is
+    bitwise repeatable.
     """
     assert observations.OBSERVATIONS["sigma"].ops == "torch" and observations.OBSERVATIONS[kind].ops == "auto"
     observation = observations.OBSERVATIONS[kind].of(of(generator), resolution=24)
@@ -347,5 +351,5 @@ def test_training_may_draw_maps_with_compiled_ops(kind, generator):
     with torch.no_grad():
         fast = observation.observe(field)
         with implementation("torch"):
-            plain = observation.observe(field)
-    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+            reference = observation.observe(field)
+    torch.testing.assert_close(fast, reference, rtol=1e-3, atol=1e-4)

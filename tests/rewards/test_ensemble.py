@@ -1,4 +1,4 @@
-"""Properties of reward networks joined into one: by their scores, and by their weights."""
+"""Properties of combined reward networks: aggregates of scores, and averages of weights."""
 
 import json
 from dataclasses import replace
@@ -25,8 +25,8 @@ from tests.rewards.test_network_training import OPTIONS, filled, toy_labels
 SPEC = SlabSpec(resolution=32)
 SHAPE = SPEC.shape
 EACH = pytest.mark.parametrize("kind", KINDS)
-# those that never push away from a member
-WEIGHED = pytest.mark.parametrize("kind", ["mean", "min", "softmin"])
+# Aggregates in which no member has a negative weight
+NON_NEGATIVE = pytest.mark.parametrize("kind", ["mean", "min", "softmin"])
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def scores(members=5, n=40, seed=0):
 
 
 @EACH
-def test_a_shift_of_all_shifts_the_result_and_order_is_nothing(kind):
+def test_a_shift_of_all_scores_shifts_the_result_and_order_does_not_matter(kind):
     r = scores()
     join = Aggregate(kind)
     torch.testing.assert_close(join(r + 3.5), join(r) + 3.5, rtol=0, atol=1e-12)
@@ -52,7 +52,7 @@ def test_a_shift_of_all_shifts_the_result_and_order_is_nothing(kind):
 
 
 @EACH
-def test_members_that_agree_are_the_result_with_finite_gradients(kind):
+def test_equal_members_give_their_score_with_finite_gradients(kind):
     alone = scores(1)
     r = alone.repeat(5, 1).requires_grad_(True)
     joined = Aggregate(kind)(r)
@@ -66,11 +66,11 @@ def test_the_weights_of_members_sum_to_one(kind):
     r = scores(members=3, n=100).requires_grad_(True)
     Aggregate(kind)(r).sum().backward()
     torch.testing.assert_close(r.grad.sum(dim=0), torch.ones(100, dtype=torch.float64))
-    # these push away from the most optimistic
+    # These aggregates push the most optimistic member down.
     assert bool((r.grad < -1e-9).any()) == (kind in ("lcb", "uwo"))
 
 
-def test_the_order_of_pessimism_and_its_limits():
+def test_softmin_lies_between_mean_and_minimum_and_has_both_limits():
     r = scores()
     mean = r.mean(dim=0)
     low = r.amin(dim=0)
@@ -87,7 +87,7 @@ def test_the_order_of_pessimism_and_its_limits():
 
 
 @EACH
-def test_one_member_is_the_reward_itself_bit_for_bit(members, kind):
+def test_an_ensemble_of_one_member_is_bitwise_identical_to_it(members, kind):
     x = slabs(3)
     alone = RewardEnsemble.of(members[:1], Aggregate(kind))
     assert torch.equal(alone.score(x), members[0].score(x)) and torch.equal(
@@ -95,7 +95,7 @@ def test_one_member_is_the_reward_itself_bit_for_bit(members, kind):
     )
 
 
-def test_no_member_decides_by_its_scale(members):
+def test_the_scale_of_a_member_does_not_matter(members):
     class Loud(RewardModel):
         def score_embedding(self, embedding):
             return 1000 * super().score_embedding(embedding) - 7
@@ -104,11 +104,11 @@ def test_no_member_decides_by_its_scale(members):
     x = slabs(5)
     loud = Loud(members[2].arch).eval()
     loud.load_state_dict(members[2].state_dict())
-    one, other = (
+    first, other = (
         RewardEnsemble.of([*members[:2], third], Aggregate("softmin"), samples)
         for third in (members[2], loud)
     )
-    torch.testing.assert_close(*(standardised(e, e.score(x)) for e in (one, other)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*(standardised(e, e.score(x)) for e in (first, other)), rtol=1e-3, atol=1e-3)
 
 
 def standardised(ensemble, score):
@@ -116,19 +116,19 @@ def standardised(ensemble, score):
     return (score - offsets) / scales
 
 
-def test_standard_of_known_scores(members):
-    found = Standard.of(members[:2], [slabs(3, 1), slabs(5, 2)])
+def test_standardisation_of_known_scores(members):
+    standard = Standard.of(members[:2], [slabs(3, 1), slabs(5, 2)])
     r = torch.stack([m.score(torch.cat([slabs(3, 1), slabs(5, 2)])) for m in members[:2]]).double()
     torch.testing.assert_close(
-        torch.tensor(found.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6
+        torch.tensor(standard.offsets, dtype=torch.float64), r.mean(dim=1), rtol=0, atol=1e-6
     )
     torch.testing.assert_close(
-        torch.tensor(found.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6
+        torch.tensor(standard.scales, dtype=torch.float64), r.std(dim=1, correction=0), rtol=0, atol=1e-6
     )
     with raising("[0.0, 0.0, 0.0]"):
         Standard.of(members, [slabs(1)])
     with raising("ensemble", " 3 ", " 2."):
-        RewardEnsemble(members, standard=found)
+        RewardEnsemble(members, standard=standard)
 
 
 def test_pair_margin_is_the_mean_and_swapping_negates_it(members):
@@ -153,7 +153,7 @@ def test_saved_and_loaded_ensemble_scores_the_same(members, tmp_path, aggregate,
     assert torch.equal(loaded.members()[1].score_observed(slabs(2)), members[1].score(slabs(2)))
 
 
-def test_a_mean_of_raw_scores_is_described_as_ever(members):
+def test_a_mean_of_raw_scores_has_its_first_description(members):
     assert RewardEnsemble.of(members).describe() == {**members[0].describe(), "members": 3}
 
 
@@ -187,8 +187,8 @@ def test_damaged_descriptions_are_named(members, tmp_path, change, names):
         load_reward(path)
 
 
-@WEIGHED
-def test_score_is_differentiable_in_the_slab_and_in_no_weight(members, kind):
+@NON_NEGATIVE
+def test_score_is_differentiable_in_the_slab_and_not_in_weights(members, kind):
     x = slabs(2).requires_grad_(True)
     ensemble = RewardEnsemble.of(members, Aggregate(kind), [slabs(6, 4)])
     ensemble.score(x).sum().backward()
@@ -210,8 +210,8 @@ def test_the_average_of_weights(members):
         average_weights([members[0], RewardModel(replace(HEADS, slab_shape=SHAPE, embedding=24))])
 
 
-# Training several members at once: what sets them apart, what they share where asked, and the file that they
-# become.
+# Training of several members: what differs between them, what they share on request, and the file that is
+# written.
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_members_differ_and_repeat(train):
     rejected(done, "bootstrap", "--resume")
 
 
-def test_warm_averages_members_that_went_on_from_one_network(train):
+def test_warm_averages_members_that_were_trained_from_one_network(train):
     done, out = train("run", "--members=2", "--aggregate=warm")
     assert done.exit_code == 0, done.output
     reward = load_reward(out / "reward.safetensors")
@@ -280,7 +280,7 @@ def test_warm_averages_members_that_went_on_from_one_network(train):
     ) == 2
 
 
-def test_a_start_is_where_training_begins():
+def test_training_begins_at_the_weights_of_the_start():
     labels = toy_labels(16), toy_labels(8, 100)
     data = TrainData(train=labels[0], val=labels[1], store=filled(*labels))
     start = train_reward(data, with_changes(OPTIONS, epochs=1)).model
@@ -289,7 +289,7 @@ def test_a_start_is_where_training_begins():
         torch.testing.assert_close(value, start.state_dict()[name], msg=name)
 
 
-def test_bootstrap_draws_as_many_pairs_by_the_seed():
+def test_bootstrap_takes_as_many_pairs_and_depends_on_the_seed():
     labels = toy_labels(40), toy_labels(8, 100)
     store = filled(*labels)
     drawn = []
@@ -317,7 +317,7 @@ def test_bootstrap_draws_as_many_pairs_by_the_seed():
         (["--members=2", "--aggregate=min", "--strength=1"], ("--strength", "--aggregate=min")),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(train, flags, names):
+def test_mistakes_are_one_line_and_write_nothing(train, flags, names):
     done, out = train("run", *flags)
     rejected(done, *names)
     assert not out.exists()

@@ -1,4 +1,4 @@
-"""A U-Net's fused features, and their gradients to the slab and to the weights, equal the network's own."""
+"""Fused features of a U-Net, and their gradients to slab and weights, equal those of its own modules."""
 
 import copy
 import weakref
@@ -25,8 +25,8 @@ NETWORKS = {
         name: (RewardArch.from_dict(PRESETS[name].network), (24, 27, 23))
         for name in ("tiny", "small", "small-slice")
     },
-    "whole slabs": (RewardArch(feature_maps=(8, 16, 32, 64), pool_size=64, **HEADS), (17, 21, 19)),
-    "whole slabs, cells": (RewardArch(feature_maps=(8, 16), pooling="grid", **HEADS), (9, 10, 33)),
+    "unpatched slabs": (RewardArch(feature_maps=(8, 16, 32, 64), pool_size=64, **HEADS), (17, 21, 19)),
+    "unpatched slabs, cells": (RewardArch(feature_maps=(8, 16), pooling="grid", **HEADS), (9, 10, 33)),
     "no conv1": (RewardArch(feature_maps=(8, 16), patch=2, pool_size=64, **HEADS), (18, 17, 16)),
     "one group": (RewardArch(feature_maps=(8, 16), groups=16, pool_size=64, **HEADS), (8, 9, 10)),
 }
@@ -45,8 +45,8 @@ def slabs(*shape, seed=1):
     return torch.rand([shape[0], 1, *shape[1:]], generator=torch.Generator().manual_seed(seed)) * 100
 
 
-def found(model, x, impl="auto"):
-    """Features, and the gradient of a random combination of them."""
+def features_and_gradient(model, x, impl="auto"):
+    """Return features, and the gradient of a random combination of them."""
     x = x.clone().requires_grad_()
     with implementation(impl):
         features = model.features(x)
@@ -56,10 +56,10 @@ def found(model, x, impl="auto"):
 
 
 def check(model, x):
-    truth = found(model.double(), x.double(), "ref")
+    truth = features_and_gradient(model.double(), x.double(), "ref")
     model.float()
     assert fused.applies(model, x)
-    for value, expected in zip(found(model, x), truth, strict=True):
+    for value, expected in zip(features_and_gradient(model, x), truth, strict=True):
         assert (value - expected).abs().max() < 3e-6 * expected.abs().max()
     with torch.no_grad():
         assert (model.features(x) - truth[0]).abs().max() < 3e-6 * truth[0].abs().max()
@@ -71,7 +71,7 @@ def test_features_and_gradients(name):
     check(frozen(arch), slabs(2, *shape))
 
 
-def test_weights_that_change_are_read_again():
+def test_changed_weights_are_read_again():
     arch, shape = NETWORKS["small-slice"]
     model = frozen(arch)
     check(model, slabs(1, *shape))
@@ -83,7 +83,7 @@ def test_weights_that_change_are_read_again():
     check(model, slabs(1, *shape))
 
 
-def test_it_goes_backward_twice_but_has_no_second_derivative():
+def test_backward_works_twice_but_there_is_no_second_derivative():
     arch, shape = NETWORKS["small"]
     model = frozen(arch)
     x = slabs(1, *shape).requires_grad_()
@@ -97,9 +97,10 @@ def test_it_goes_backward_twice_but_has_no_second_derivative():
     assert torch.autograd.grad(gradient.square().sum(), x)[0].abs().max() > 0
 
 
-def learnt(model, x, impl="auto"):
-    """Gradients to the slab and the U-Net's weights of a random combination of features and reconstruction,
-    by name.
+def gradients_of(model, x, impl="auto"):
+    """Return gradients, by name, to the slab and the U-Net's weights.
+
+    They belong to a random combination of features and reconstruction.
     """
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
@@ -114,12 +115,12 @@ def learnt(model, x, impl="auto"):
 
 
 def check_weights(model, x):
-    truth = learnt(model.double(), x.double(), "ref")
-    gradients = learnt(model.float(), x)
+    truth = gradients_of(model.double(), x.double(), "ref")
+    gradients = gradients_of(model.float(), x)
     used = (name for name, _ in model.Conv3DModule.named_parameters() if "conv1d_for_recon" not in name)
     assert gradients.keys() == truth.keys() == {"slab", *used}
     largest = max(t.abs().max() for t in truth.values())
-    # sums over whole volumes that cancel: plain float32 is as far off there
+    # Some sums over complete volumes cancel; torch in float32 is equally inaccurate there.
     for name, expected in truth.items():
         bound = max(
             1e-5 * expected.abs().max(), 2e-6 * largest if "se_module" in name or "for_recon" in name else 0
@@ -134,27 +135,29 @@ def test_gradients_of_the_weights(name):
     model = frozen(arch).requires_grad_(True)
     x = slabs(2, *shape)
     gradients = check_weights(model, x)
-    again = learnt(model, x)
+    again = gradients_of(model, x)
     assert all(torch.equal(value, again[key]) for key, value in gradients.items())
 
 
-def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same():
+def test_frozen_weights_get_no_gradient_and_the_others_the_same():
     arch, shape = NETWORKS["small-slice"]
     model = frozen(arch).requires_grad_(True)
     x = slabs(1, *shape)
-    whole = learnt(model, x)
+    all_gradients = gradients_of(model, x)
     for name, p in model.Conv3DModule.named_parameters():
         p.requires_grad_("conv2" in name or "conv1.bias" in name)
-    some = learnt(model, x)
+    gradients = gradients_of(model, x)
     assert {
-        name for name in whole if "conv2" in name or "conv1.bias" in name or name == "slab"
-    } == some.keys()
-    # whether a weight is frozen decides how torch multiplies on some processors
-    for name, value in some.items():
-        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5 * float(whole[name].abs().max()))
+        name for name in all_gradients if "conv2" in name or "conv1.bias" in name or name == "slab"
+    } == gradients.keys()
+    # On some processors, torch multiplies differently if a weight is frozen.
+    for name, value in gradients.items():
+        torch.testing.assert_close(
+            value, all_gradients[name], rtol=0, atol=1e-5 * float(all_gradients[name].abs().max())
+        )
 
 
-def test_weights_that_changed_since_are_refused():
+def test_weights_that_changed_after_the_forward_pass_are_rejected():
     arch, shape = NETWORKS["small"]
     model = frozen(arch).requires_grad_(True)
     score = model.score(slabs(1, *shape)).sum()
@@ -164,7 +167,7 @@ def test_weights_that_changed_since_are_refused():
         score.backward()
 
 
-def test_volumes_go_with_the_maps():
+def test_volumes_are_freed_with_the_maps():
     arch, shape = NETWORKS["small"]
     model = frozen(arch).requires_grad_(True)
     x = slabs(1, *shape)
@@ -176,7 +179,7 @@ def test_volumes_go_with_the_maps():
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small-slice"])
-def test_training_steps_lose_what_the_reference_does(preset):
+def test_training_has_the_losses_of_the_reference(preset):
     train = toy_labels(8)
     val = toy_labels(4, 100)
     data = TrainData(train=train, val=val, store=filled(train, val))
@@ -184,12 +187,12 @@ def test_training_steps_lose_what_the_reference_does(preset):
     history = train_reward(data, options).history
     with implementation("ref"):
         expected = train_reward(data, options).history
-    # Adam's first steps are signs of gradients: rounding turns some
+    # Adam's first steps follow the signs of gradients, and rounding changes some signs.
     for epoch, tolerance in ((0, 1e-5), (1, 1e-4)):
         assert history[epoch]["loss"] == pytest.approx(expected[epoch]["loss"], rel=tolerance, abs=tolerance)
 
 
-def test_other_networks_run_as_they_are():
+def test_unsupported_networks_use_their_own_modules():
     arch, shape = NETWORKS["small"]
     model = frozen(arch)
     x = slabs(1, *shape)
@@ -200,8 +203,8 @@ def test_other_networks_run_as_they_are():
         assert not fused.applies(frozen(arch), x)
     ensemble = RewardEnsemble.of([frozen(arch, s) for s in (0, 1)])
     with implementation("ref"):
-        plain = ensemble.score(x)
-    torch.testing.assert_close(ensemble.score(x), plain, atol=2e-5, rtol=2e-5)
+        reference = ensemble.score(x)
+    torch.testing.assert_close(ensemble.score(x), reference, atol=2e-5, rtol=2e-5)
 
 
 def test_group_normalisation_and_its_gradient():
@@ -212,8 +215,10 @@ def test_group_normalisation_and_its_gradient():
     x.requires_grad_()
     truth, *weights = torch.autograd.grad(norm(x), [x, norm.weight, norm.bias], g)
 
-    def sums(of):
-        return torch.stack([of.flatten(2).sum(dim=2), (of * x.detach()).flatten(2).sum(dim=2)], dim=2)
+    def sums(gradient):
+        return torch.stack(
+            [gradient.flatten(2).sum(dim=2), (gradient * x.detach()).flatten(2).sum(dim=2)], dim=2
+        )
 
     def spread(values):
         return values[..., None, None, None]
@@ -234,9 +239,9 @@ def test_full_size():
         slabs(1, 9, 9, 9), size=(129, 141, 128), mode="trilinear", align_corners=True
     )
     model = frozen(PAPER)
-    features, gradient = found(model.double(), slab.double(), "ref")
-    value, near = found(model.float(), slab)
+    features, gradient = features_and_gradient(model.double(), slab.double(), "ref")
+    value, near = features_and_gradient(model.float(), slab)
     assert (value - features).abs().max() < 3e-6 * features.abs().max()
-    # two values that rounding makes the larger in turn hand their gradient to one voxel or the next, in plain
-    # float32 as well
+    # If rounding decides which of two equal maxima is larger, their gradient goes to one voxel or the other.
+    # That happens in float32 without fused operators, too.
     assert ((near - gradient).abs() > 3e-6 * gradient.abs().max()).double().mean() < 1e-3

@@ -1,6 +1,4 @@
-"""Reward files joined into one: what is written, what is refused, and that the reward phase takes it as any
-other.
-"""
+"""Joining of reward files: the file that is written, rejected inputs, and use in the reward phase."""
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from tests.rejections import check_message, rejected
 
 
 def moved(reward: Reward, seed: int, **provenance) -> Reward:
-    """The same architecture with noise on its weights."""
+    """Return a reward of the same architecture with noise on its weights."""
     network = type(reward.network)(reward.network.arch)
     random = torch.Generator().manual_seed(seed)
     network.load_state_dict(
@@ -35,7 +33,7 @@ def generator(tiny_networks):
 
 @pytest.fixture(scope="module")
 def files(tiny_reward, generator, tmp_path_factory):
-    """Three rewards of the tiny generator that share a start, each with labels of its own, and by name ones
+    """Write three rewards of the tiny generator that share a start and have different labels, and rewards
     that do not fit.
     """
     folder = tmp_path_factory.mktemp("members")
@@ -46,12 +44,14 @@ def files(tiny_reward, generator, tmp_path_factory):
     made["other psi"] = moved(tiny, 6, **{**known, "psi": 1.0})
     made["startless"] = moved(tiny, 7, generator=generator.hash)
     made["finer"] = Reward(SigmaSlab(SlabSpec(resolution=32)), made["a"].network, known)
-    return {name: one.save(folder / f"{name.replace(' ', '-')}.safetensors") for name, one in made.items()}
+    return {
+        name: reward.save(folder / f"{name.replace(' ', '-')}.safetensors") for name, reward in made.items()
+    }
 
 
 @pytest.fixture
 def join(files, tiny_networks, tmp_path):
-    """Run the command on named files; nothing may be left behind by one that fails."""
+    """Return a function that runs the command on named files. A command that fails must write nothing."""
 
     def go(*names: str, aggregate="softmin", flags=(), network=tiny_networks):
         out = tmp_path / "joined.safetensors"
@@ -70,19 +70,19 @@ def join(files, tiny_networks, tmp_path):
 
 
 def error_of(done) -> str:
-    """The one error of a command that may have told its progress before it."""
+    """Return the error line of a command that may have printed progress before it."""
     assert done.exit_code == 2 and "Traceback" not in done.output
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     return error
 
 
-def test_the_file_scores_as_its_members_say(join, files, generator):
+def test_the_joint_score_is_the_aggregate_of_the_members(join, files, generator):
     done, out = join("a", "b", "c", aggregate="min")
     assert done.exit_code == 0 and str(out) in done.stdout, done.output
     joined = load_reward(out)
     alone = [load_reward(files[name]) for name in "abc"]
     x = torch.cat(list(untuned(generator.generator, joined.observation, 0.7, 14)))
-    r = torch.stack([one.score_observed(x) for one in alone]).double()
+    r = torch.stack([reward.score_observed(x) for reward in alone]).double()
     offsets = r.mean(dim=1)
     scales = r.std(dim=1, correction=0)
     expected = ((r - offsets[:, None]) / scales[:, None]).amin(dim=0) * scales.mean() + offsets.mean()
@@ -96,7 +96,7 @@ def test_the_file_scores_as_its_members_say(join, files, generator):
     )
     assert joined.provenance["score_mean"] == pytest.approx(float(expected.mean()), rel=1e-3)
     assert f"{joined.provenance['score_mean']:.3f}" in done.stdout
-    assert [one.is_member_of(joined) for one in (*alone, load_reward(files["startless"]))] == [
+    assert [reward.is_member_of(joined) for reward in (*alone, load_reward(files["startless"]))] == [
         True,
         True,
         True,
@@ -104,7 +104,7 @@ def test_the_file_scores_as_its_members_say(join, files, generator):
     ]
 
 
-def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
+def test_an_ensemble_is_joined_by_its_members(join, files, generator, tmp_path):
     _, out = join("a", "b")
     nested = load_reward(out).save(tmp_path / "nested.safetensors")
     done, _ = join("c", aggregate="lcb", flags=[nested, "--strength=2"])
@@ -128,12 +128,12 @@ def test_an_ensemble_gives_its_members(join, files, generator, tmp_path):
         (["a", "b"], "warm", ["--strength=1"], ("--strength", "--aggregate=lcb", "warm")),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(join, members, aggregate, flags, names):
+def test_rewards_that_do_not_fit_are_rejected_in_one_line(join, members, aggregate, flags, names):
     done, _ = join(*members, aggregate=aggregate, flags=flags)
     check_message(error_of(done), names)
 
 
-def test_another_generator_is_refused(join, tmp_path):
+def test_another_generator_is_rejected(join, tmp_path):
     other = tmp_path / "other.safetensors"
     tiny_runs.networks.save(other, tiny_runs.build_networks(seed=4))
     done, _ = join("a", "b", network=other)
@@ -141,7 +141,7 @@ def test_another_generator_is_refused(join, tmp_path):
 
 
 @pytest.mark.parametrize("shaping", ["none", "standardised", "reference"])
-def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
+def test_the_reward_phase_accepts_the_joint_reward(join, tiny_networks, tiny_data, shaping):
     _, out = join("a", "b", "c", aggregate="lcb")
     nets = tiny_runs.networks.load(tiny_networks)
     reward = load_reward(out)
@@ -160,7 +160,7 @@ def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
     assert all(p.grad is None for p in reward.parameters())
 
 
-def test_a_member_may_not_watch(join, files, tiny_networks, tiny_data, tmp_path):
+def test_a_member_cannot_be_the_held_out_reward(join, files, tiny_networks, tiny_data, tmp_path):
     _, out = join("a", "b")
     flags = [
         "--reward=sigma",

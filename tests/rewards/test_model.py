@@ -15,7 +15,7 @@ from eg3d_rlhf.rewards.slab_presets import RewardArch
 from eg3d_rlhf.rewards.unet3d import slice_max_feature
 from tests.rejections import raising
 
-PRESETS = {name: RewardArch.from_dict(found.network) for name, found in slab_presets.PRESETS.items()}
+PRESETS = {name: RewardArch.from_dict(entry.network) for name, entry in slab_presets.PRESETS.items()}
 SMALL_PRESETS = [name for name in PRESETS if name != "paper"]
 SPEC = SlabSpec(resolution=32, crop=(0.25, 0.25, 0.2, 0.25, 0.3, 0.33))
 SHAPE = SPEC.shape  # odd and even sides
@@ -67,7 +67,7 @@ def strided():
     return RewardModel(replace(PRESETS["heads"], slab_shape=SHAPE)).eval()
 
 
-def test_strided_score_ignores_handedness_and_positions_matter():
+def test_strided_score_is_invariant_to_mirroring_and_depends_on_positions():
     model = strided()
     x = slabs(3)
     torch.testing.assert_close(model.score(x), model.score(x.flip(-1)))
@@ -114,12 +114,12 @@ def test_slice_feature_equals_the_adaptive_pool_and_its_gradient(depth, bins):
 @pytest.mark.parametrize(
     "bad", [torch.zeros(2, *SHAPE), torch.zeros(0, 1, *SHAPE), torch.zeros(1, 1, 2, 18, 16)]
 )
-def test_wrong_slabs_are_explained(bad):
+def test_wrong_slabs_are_rejected(bad):
     with raising(", ".join(map(str, bad.shape[-3:]))):
         RewardModel(PRESETS["small"]).score(bad)
 
 
-def test_bad_architectures_are_explained():
+def test_bad_architectures_are_rejected():
     with raising("pooling", "slice_max", "grid", "'mean'"):
         RewardArch(feature_maps=(8, 16), pooling="mean")
     with raising("RewardArch", "'colour'"):
@@ -143,10 +143,10 @@ def saved(tmp_path):
     return Reward(SigmaSlab(SPEC), RewardModel(PRESETS["tiny"])).save(tmp_path / "r.safetensors")
 
 
-def test_truncated_and_foreign_files_are_explained(saved, tmp_path):
-    whole = saved.read_bytes()
+def test_truncated_and_foreign_files_are_rejected(saved, tmp_path):
+    content = saved.read_bytes()
     described = saved.with_suffix(".json")
-    for damaged in (whole[: len(whole) // 2], b"", b"hello"):
+    for damaged in (content[: len(content) // 2], b"", b"hello"):
         saved.write_bytes(damaged)
         with raising("r.safetensors"):
             load_reward(saved)

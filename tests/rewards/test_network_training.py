@@ -1,4 +1,4 @@
-"""Reward training end to end on toy slabs whose blob volume decides the preference, and the command line
+"""Reward training end to end on toy slabs, in which the larger ball is preferred, and the command line
 around it.
 """
 
@@ -41,8 +41,8 @@ def radius(seed):
 
 
 def blobs(seeds):
-    """One soft ball per seed, at a place and of a radius that the seed decides, in noise: [N, 1, D, H, W] in
-    [0, 100].
+    """Return a soft ball per seed in noise, whose position and radius the seed determines: [N, 1, D, H,
+    W] in [0, 100].
     """
     z, y, x = np.meshgrid(*[np.linspace(0, 1, n) for n in SHAPE], indexing="ij")
     volumes = []
@@ -95,15 +95,15 @@ def test_learns_which_blob_is_larger_in_seconds():
     np.testing.assert_array_equal(margins(scores, test), -margins(scores, swapped))
 
 
-@pytest.mark.parametrize("anchors", [0, 6])
-def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
+@pytest.mark.parametrize("references", [0, 6])
+def test_resume_and_repetition_equal_the_straight_run(tmp_path, references):
     train = toy_labels(20)
     val = toy_labels(8, 100)
     store = filled(train, val)
-    seeds = tuple(range(500, 500 + anchors))
-    anchor_store = filled(toy_labels(anchors // 2, 500)) if anchors else None
-    data = TrainData(train=train, val=val, store=store, anchors=seeds, anchor_store=anchor_store)
-    options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=anchors, reconstruction=0.01)
+    seeds = tuple(range(500, 500 + references))
+    reference_store = filled(toy_labels(references // 2, 500)) if references else None
+    data = TrainData(train=train, val=val, store=store, anchors=seeds, anchor_store=reference_store)
+    options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=references, reconstruction=0.01)
     straight = train_reward(data, options)
 
     class Stop(Exception):
@@ -165,7 +165,7 @@ def test_paper_preset_has_the_papers_settings():
 def test_calibration_error_and_temperature_recover_known_odds():
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, 40_000)
-    # sign follows its own odds
+    # The sign is random with the odds that the logit states.
     margin = np.where(rng.random(logit.size) < 1 / (1 + np.exp(-logit)), logit, -logit)
     assert calibration_error(margin) < 0.01
     assert calibration_error(margin * 4) > 0.08
@@ -174,7 +174,7 @@ def test_calibration_error_and_temperature_recover_known_odds():
     assert log_loss(np.zeros(3)) == pytest.approx(math.log(2))
 
 
-def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
+def test_the_cache_computes_each_seed_once_and_is_kept_in_a_file(tmp_path):
     drawn = []
 
     def source(seeds):
@@ -193,28 +193,28 @@ def test_store_draws_each_seed_once_and_survives_in_a_file(tmp_path):
         ObservationCache(source, path)
 
 
-def test_a_place_in_a_batch_does_not_tell_winners_from_losers():
-    """Labels name the winner first. What depends on the place in a batch, such as a ray's jitter, must not
-    say so.
+def test_places_in_a_batch_do_not_correlate_with_labels():
+    """Labels name the winner first. Values that depend on the place in a batch, such as a ray's jitter, must
+    not reveal the winner.
     """
     rng = np.random.default_rng(0)
-    pairs = rng.permutation(512).reshape(256, 2)  # winner, loser: of equal worth
+    pairs = rng.permutation(512).reshape(256, 2)  # winner, loser; both equally good
     store = ObservationCache(
         lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2
     )
     store.fill(pairs.flatten().tolist(), batch=16)
     won, lost = (store.take(pairs[:, side].tolist()).flatten() for side in (0, 1))
     assert abs(won.mean() - lost.mean()) < 0.2
-    backwards = ObservationCache(
+    reversed_pairs = ObservationCache(
         lambda seeds: torch.arange(len(seeds), dtype=torch.float32).reshape(-1, 1, 1, 1) % 2
     )
-    backwards.fill(pairs[:, ::-1].flatten().tolist(), batch=16)
-    assert torch.equal(backwards.take(range(512)), store.take(range(512)))
+    reversed_pairs.fill(pairs[:, ::-1].flatten().tolist(), batch=16)
+    assert torch.equal(reversed_pairs.take(range(512)), store.take(range(512)))
 
 
 @pytest.fixture(scope="module")
 def network(tiny_networks):
-    """A tiny untrained generator's file, with its hash."""
+    """Return the file of a tiny untrained generator, and its hash."""
     return tiny_networks, load_generator(tiny_networks).hash
 
 
@@ -316,26 +316,26 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
     assert settings["train"]["reference_samples"] == 1000 and not (tmp_path / "run").exists()
 
 
-# Too few labels are said to be so, and an AUC's interval holds.
+# Warnings about too few labels, and intervals of an AUC
 
 
 FRACTIONS = (0.7, 0.15, 0.15)
 
 
-def test_too_few_pairs_are_told_with_how_many_are_wanted():
-    said = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
-    assert all(re.search(rf"\b{count}\b", said) for count in (17, 4, 3, 360))
+def test_the_warning_about_too_few_pairs_states_the_needed_number():
+    warning = too_few({"train": 17, "val": 4, "test": 3}, FRACTIONS)
+    assert all(re.search(rf"\b{count}\b", warning) for count in (17, 4, 3, 360))
     assert too_few({"train": 252, "val": 54, "test": 54}, FRACTIONS) == ""
     assert "53" in too_few({"train": 252, "val": 54, "test": 53}, FRACTIONS)
     assert "26" in too_few_shapes(26, 60)
     assert too_few_shapes(27, 27) == ""
 
 
-def test_the_least_test_pairs_tell_seven_in_ten_from_chance():
+def test_the_least_number_of_test_pairs_separates_seventy_percent_from_chance():
     assert decided_trials(0.7) == LEAST_TEST
 
 
-def test_an_auc_of_one_has_room_for_doubt():
+def test_an_auc_of_one_has_an_interval_below_one():
     low, high = auc_interval(1.0, 5, 5)
     assert 0.4 < low < 0.8 and high == 1 and auc_interval(0.0, 5, 5) == pytest.approx((0, 1 - low))
     assert auc_interval(0.7, 50, 50) == pytest.approx((0.59, 0.79), abs=0.02)
@@ -344,7 +344,7 @@ def test_an_auc_of_one_has_room_for_doubt():
 @pytest.mark.parametrize(
     ("good", "others", "apart"), [(10, 10, 0.0), (10, 10, 1.5), (25, 25, 0.8), (8, 30, 1.0)]
 )
-def test_the_interval_of_an_auc_holds_the_truth(good, others, apart):
+def test_the_interval_of_an_auc_covers_the_truth(good, others, apart):
     rng = np.random.default_rng(0)
     truth = 0.5 * (1 + math.erf(apart / 2))
     held = []

@@ -1,5 +1,5 @@
-"""Another observation in one file: a plugin's depth maps train a reward, which tunes,
-watches and is resumed.
+"""A new observation in one file: depth maps of a plugin train a reward, which tunes a generator and serves as
+held-out reward.
 """
 
 import json
@@ -26,7 +26,7 @@ KNOWN = ", ".join([*(kind for kind in observations.OBSERVATIONS if kind != "fron
 
 @pytest.fixture(scope="module", autouse=True)
 def plugin():
-    """The plugin is named in the environment, and nowhere else."""
+    """Name the plugin in the environment, and nowhere else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(PLUGIN))
         yield
@@ -40,10 +40,10 @@ def succeed(command, *flags) -> str:
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory) -> Path:
-    """A reward on depth maps of the bundled generator, trained on synthetic labels for a few steps."""
+    """Train a reward on depth maps of the bundled generator, on simulated labels, for a few steps."""
     folder = tmp_path_factory.mktemp("depth")
     succeed(synthetic, "--pairs=24", "--block=2", "--resolution=24", f"--out={folder / 'labels.jsonl'}")
-    said = succeed(
+    output = succeed(
         reward_training.train,
         "--observation=frontal-depth",
         f"--labels={folder / 'labels.jsonl'}",
@@ -51,11 +51,11 @@ def reward(tmp_path_factory) -> Path:
         "--epochs=2",
         "--set=fractions=0.6 0.2 0.2",
     )
-    assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", said)  # of the test pairs
+    assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", output)  # of the test pairs
     return folder / "run" / "reward.safetensors"
 
 
-def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
+def test_the_file_states_the_observation_and_fields_are_scored(reward):
     loaded = load_reward(reward)
     generator = load_generator().generator
     assert json.loads(reward.with_suffix(".json").read_text())["observation"]["kind"] == "frontal-depth"
@@ -79,7 +79,7 @@ def test_the_file_says_what_it_reads_and_a_field_is_scored(reward):
 
 
 @pytest.mark.long
-def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
+def test_the_reward_tunes_and_is_the_held_out_reward_of_a_resumed_run(reward, tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
         "--reward=frontal-depth",
@@ -114,14 +114,14 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     ("flags", "names"),
     [(["--observation=smell"], (KNOWN, "'smell'")), (["--preset=heads"], ("depth", "'heads'"))],
 )
-def test_what_is_unknown_is_refused_by_name(flags, names, tmp_path):
+def test_unknown_observations_and_presets_are_rejected_by_name(flags, names, tmp_path):
     result = CliRunner().invoke(
         reward_training.train, ["--observation=frontal-depth", *flags, f"--run-dir={tmp_path / 'run'}"]
     )
     rejected(result, *names)
 
 
-def test_train_refuses_another_kind_than_the_file_reads(reward, tmp_path):
+def test_train_rejects_another_kind_than_that_of_the_file(reward, tmp_path):
     for flags, names in (
         (["--reward=smell"], ("--reward", KNOWN, "'smell'")),
         (

@@ -1,4 +1,4 @@
-"""Properties of the networks on clouds of points, and a reward of each kind from labels to tuning."""
+"""Properties of networks on point clouds, and rewards of each kind from labels to tuning."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from eg3d_rlhf.rewards.points import (
     LevelSetPoints,
     LiftedPoints,
     PublishedPoints,
-    draw,
+    choose_places,
     level_set,
     lift,
     mirror,
@@ -35,14 +35,14 @@ OURS = ("pointnet", "pointnet2", "curvenet")
 
 
 def network(name: str, kind: str = "points", double: bool = True, **changes):
-    """A preset's network, in eval mode."""
+    """Create the network of a preset, in eval mode."""
     torch.manual_seed(0)
     model = build({**preset(name, kind).network, **changes}).eval()
     return model.double() if double else model
 
 
 def clouds(n: int = 3, points: int = 160, channels: int = 6, seed: int = 0) -> torch.Tensor:
-    """Noisy spheres of radius 0.6 with normals, float64."""
+    """Return noisy spheres of radius 0.6 with normals, float64."""
     normals = torch.nn.functional.normalize(
         torch.randn(n, 3, points, generator=torch.Generator().manual_seed(seed)).double(), dim=1
     )
@@ -57,9 +57,9 @@ def test_no_sample_depends_on_another_and_a_batch_may_be_one(name):
         model.train(training)
         together = model.score(cloud)
         torch.testing.assert_close(
-            together, torch.cat([model.score(one[None]) for one in cloud]), rtol=1e-9, atol=1e-12
+            together, torch.cat([model.score(single[None]) for single in cloud]), rtol=1e-9, atol=1e-12
         )
-        assert torch.equal(together, model.score(cloud)), "two calls agree to the bit"
+        assert torch.equal(together, model.score(cloud)), "two calls are bitwise identical"
     assert len(together.unique()) == 3 and not list(model.buffers())
 
 
@@ -81,7 +81,7 @@ def test_the_order_of_points_does_not_matter(kind, name, changes):
     torch.testing.assert_close(model.score(shuffled), model.score(cloud), rtol=close, atol=close)
 
 
-def test_every_point_of_ours_gets_a_gradient_where_few_of_the_published_do():
+def test_mean_pooling_gives_every_point_a_gradient_and_maximum_pooling_few():
     for widths, pool, share in (((64, 128, 32), "max", 32 / 160), ((64, 128, 32), "max-mean", 1.0)):
         torch.manual_seed(0)
         model = build(PointNetArch(widths=widths, pool=pool).to_dict()).eval()
@@ -138,7 +138,7 @@ def test_presets_are_rebuilt_from_json(kind, name):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(make, names):
+def test_settings_that_do_not_fit_are_rejected(make, names):
     with raising(*names):
         make()
 
@@ -183,8 +183,8 @@ def test_it_trains_and_has_a_gradient(kind, name, labels, tmp_path):
     assert field.ws.grad.isfinite().all() and field.ws.grad.abs().sum() > 0
 
 
-# Clouds on known shapes, where every point and its derivative has a closed form; and what rewards' files say
-# of them.
+# Clouds of known shapes, for which every point and its derivative has a closed form, and the files of
+# rewards.
 
 
 GRID = SlabSpec.cube(24)
@@ -194,8 +194,8 @@ STEEPNESS = 50.0
 
 @dataclass
 class Ball:
-    """Spheres of radius r [N] about `at`: density level + steepness (r - |p - at|); seen from the front on an
-    empty background.
+    """Spheres of radius r [N] around `at`: density level + steepness (r - |p - at|), in front of an empty
+    background.
     """
 
     r: torch.Tensor
@@ -212,7 +212,7 @@ class Ball:
         return self.level + STEEPNESS * (self.r[:, None, None, None] - distance)
 
     def render(self, cameras, options):
-        """Exact depth; rays that miss report the far end, fully transparent."""
+        """Return exact depth; rays that miss get the far end and no opacity."""
         from training.rendering.cameras import RaySampler, unpack_label
 
         origins, directions = RaySampler()(*unpack_label(cameras.to(self.r)), options.resolution)
@@ -234,9 +234,9 @@ def sphere(*radii):
 def test_points_of_a_sphere_lie_on_it_and_move_with_it():
     field = sphere(RADIUS, 0.2)
     grid = SlabSpec.cube(96)
-    points, normals, found = level_set(field.density_grid(grid), LEVEL, grid, 300, seed=0)
+    points, normals, has_surface = level_set(field.density_grid(grid), LEVEL, grid, 300, seed=0)
     radius = points.norm(dim=2)
-    assert found.all() and (radius - field.r[:, None]).abs().max() <= grid.voxel**2 / (8 * 0.2)
+    assert has_surface.all() and (radius - field.r[:, None]).abs().max() <= grid.voxel**2 / (8 * 0.2)
     index = points / grid.voxel + 47.5
     assert (index - index.round()).abs().gt(1e-5).sum(dim=2).max() == 1, "each lies on an edge of the grid"
     assert (normals * points / radius[..., None]).sum(dim=2).min() > 0.99
@@ -272,24 +272,24 @@ def test_edges_without_slope_give_finite_gradients():
     flat = torch.full((1, 3, 3, 3), 0.5, dtype=torch.float64)
     flat[..., 0] -= 1e-9
     flat.requires_grad_()
-    points, normals, found = level_set(flat, 0.5, SlabSpec.cube(3), 9, seed=0)
+    points, normals, has_surface = level_set(flat, 0.5, SlabSpec.cube(3), 9, seed=0)
     (points.sum() + normals.sum()).backward()
-    assert found.all() and flat.grad.isfinite().all()
+    assert has_surface.all() and flat.grad.isfinite().all()
 
 
-def test_the_draw_is_the_same_and_changes_one_point_at_a_time():
+def test_the_choice_of_points_repeats_and_changes_one_point_at_a_time():
     usable = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < 0.4
-    chosen, _ = draw(usable, 60, seed=3)
+    chosen, _ = choose_places(usable, 60, seed=3)
     assert usable[0, chosen[0]].all() and len(chosen[0].unique()) == 60
-    assert torch.equal(chosen, draw(usable, 60, seed=3)[0]) and not torch.equal(
-        chosen, draw(usable, 60, seed=4)[0]
+    assert torch.equal(chosen, choose_places(usable, 60, seed=3)[0]) and not torch.equal(
+        chosen, choose_places(usable, 60, seed=4)[0]
     )
     usable[0, chosen[0, 7]] = False
-    assert len(set(chosen[0].tolist()) ^ set(draw(usable, 60, seed=3)[0][0].tolist())) == 2
+    assert len(set(chosen[0].tolist()) ^ set(choose_places(usable, 60, seed=3)[0][0].tolist())) == 2
     few = torch.zeros(2, 100, dtype=torch.bool)
     few[0, [5, 8, 13]] = True
-    chosen, found = draw(few, 7, seed=0)
-    assert found[:, 0].tolist() == [True, False]
+    chosen, usable_rows = choose_places(few, 7, seed=0)
+    assert usable_rows[:, 0].tolist() == [True, False]
     assert sorted(chosen[0].bincount(minlength=100)[[5, 8, 13]].tolist()) == [2, 2, 3]
 
 
@@ -313,7 +313,7 @@ def test_a_shape_without_surface_is_zeros_without_gradient():
         )
 
 
-def test_size_and_place_stay_in_ours_and_not_in_the_published_cloud():
+def test_our_clouds_depend_on_size_and_place_and_published_ones_do_not():
     ours = LevelSetPoints(spec=GRID, points=200)
     published = PublishedPoints(resolution=32, points=200)
     radius = ours.observe(sphere(0.2, 0.3))[:, :3].norm(dim=1).mean(dim=1)
@@ -324,7 +324,7 @@ def test_size_and_place_stay_in_ours_and_not_in_the_published_cloud():
     assert seen.shape == (1, *published.shape) and float(seen.abs().max()) == pytest.approx(0.999999)
 
 
-def test_lifted_points_leave_the_background_out():
+def test_lifted_points_exclude_the_background():
     observation = LiftedPoints(resolution=48, points=300)
     field = Ball(torch.tensor([RADIUS], dtype=torch.float64), at=(0.05, 0.1, 0.0))
     cloud = observation.observe(field)[0] / 2  # world units
@@ -333,16 +333,18 @@ def test_lifted_points_leave_the_background_out():
     )
     columns = lift(torch.ones(1, 1, 48, 48), CameraFamily().label())[0, :, 0].unique()
     assert len(columns) > 0 and len((cloud[0] * 1e4).round().unique()) > 100, (
-        "all columns of the picture are drawn from"
+        "points come from all columns of the image"
     )
 
 
-def test_mirror_changes_x_of_positions_and_normals_alone():
+def test_mirror_changes_only_x_of_positions_and_normals():
     cloud = torch.rand(2, 6, 10)
-    turned = mirror(cloud, np.array([0.4, 0.6]))
-    assert torch.equal(turned[1], cloud[1]) and torch.equal(turned[0, [1, 2, 4, 5]], cloud[0, [1, 2, 4, 5]])
-    assert torch.equal(turned[0, [0, 3]], -cloud[0, [0, 3]])
-    assert torch.equal(mirror(turned, np.array([0.4, 0.6])), cloud)
+    mirrored = mirror(cloud, np.array([0.4, 0.6]))
+    assert torch.equal(mirrored[1], cloud[1]) and torch.equal(
+        mirrored[0, [1, 2, 4, 5]], cloud[0, [1, 2, 4, 5]]
+    )
+    assert torch.equal(mirrored[0, [0, 3]], -cloud[0, [0, 3]])
+    assert torch.equal(mirror(mirrored, np.array([0.4, 0.6])), cloud)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,7 @@ def test_mirror_changes_x_of_positions_and_normals_alone():
         PublishedPoints(points=100, seed=2),
     ],
 )
-def test_a_file_gives_it_back(observation):
+def test_observations_survive_a_round_trip_through_json(observation):
     again = observations.from_dict(json.loads(json.dumps(observation.to_dict())))
     assert again == observation and type(again) is type(observation)
 

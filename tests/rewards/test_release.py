@@ -66,7 +66,7 @@ def config(tmp_path, text):
 
 
 def tune(text):
-    """A configuration whose transform is `text`."""
+    """Return a configuration whose transform is `text`."""
     return (
         "data:\n  dset_dict: {selected_dtypes: [sigma_field_64]}\n  augmentations:\n    upper_norm: 50\n   "
         " tune: " + text
@@ -181,7 +181,7 @@ CONFIG_ERRORS = {
 
 
 @pytest.mark.parametrize("case", CONFIG_ERRORS)
-def test_configurations_that_are_refused(case, tmp_path, monkeypatch):
+def test_unsupported_configurations_are_rejected(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, names = CONFIG_ERRORS[case]
     with raising("config.yaml", *names):
@@ -220,7 +220,7 @@ def test_references_inside_text_and_unfinished_ones():
         (dict, {"field_32": "field_5"}, (" 4 ", "[3, 3, 3]", "release_config.yaml")),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(tmp_path, change, text, names):
+def test_weights_that_do_not_fit_are_rejected(tmp_path, change, text, names):
     folder = write_example(tmp_path / "r")
     torch.save(change(torch.load(folder / "best_model.pt", weights_only=True)), folder / "best_model.pt")
     config = folder / "release_config.yaml"
@@ -231,7 +231,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, text, names):
 
 
 class Hostile:
-    """Unpickles to a call of os.system."""
+    """Object that calls os.system when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("echo ran > ran",)
@@ -240,12 +240,12 @@ class Hostile:
 def test_hostile_and_damaged_weights_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_example(tmp_path / "r")
-    whole = (folder / "best_model.pt").read_bytes()
+    content = (folder / "best_model.pt").read_bytes()
     torch.save({"MLP.input_layer.weight": Hostile()}, folder / "best_model.pt")
     with raising("best_model.pt"):
         import_release(folder)
     assert not (tmp_path / "ran").exists()
-    (folder / "best_model.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "best_model.pt").write_bytes(content[: len(content) // 2])
     with raising("best_model.pt"):
         import_release(folder)
     (folder / "best_model.pt").unlink()
@@ -268,7 +268,7 @@ def test_either_configuration_is_found_and_two_must_agree(tmp_path):
         import_release(folder)
 
 
-def test_both_lattices_are_scored_as_their_slabs_are(tiny_networks, tmp_path):
+def test_scores_of_both_lattices_equal_those_of_their_slabs(tiny_networks, tmp_path):
     released = import_release(write_example(tmp_path / "r"))
     generator = load_generator(tiny_networks).generator
     results = list(compare_lattices(released, generator, [4, 7], psi=0.7))

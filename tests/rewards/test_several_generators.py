@@ -1,5 +1,5 @@
-"""Labels of several generators in one training: each seed is drawn from its own, no latent stands on two
-sides, strangers are refused.
+"""Labels of several generators in one training: each shape comes from its own generator, no latent is in two
+splits, and labels of unknown generators are rejected.
 """
 
 import json
@@ -19,8 +19,8 @@ from eg3d_rlhf.rewards.training_run import (
     TRAINING,
     Opened,
     collect_observations,
+    create_observation,
     open_generators,
-    what_is_read,
 )
 from tests import tiny_runs
 from tests.rejections import raising
@@ -38,7 +38,7 @@ def seeds_of(part) -> set[int]:
     return {seed for label in part for seed in (label.winner, label.loser)}
 
 
-def test_no_latent_stands_on_two_sides_and_every_split_has_its_share_of_every_generator():
+def test_no_latent_is_in_two_splits_and_every_split_has_its_share_of_every_generator():
     labels = [*labels_of("a", 100), *labels_of("b", 100, first=100)]  # seeds 100..199 are labelled under both
     splits = split_by_seed(labels, seed=3)
     parts = [seeds_of(part) for part in (splits.train, splits.val, splits.test)]
@@ -49,14 +49,14 @@ def test_no_latent_stands_on_two_sides_and_every_split_has_its_share_of_every_ge
         assert counts == [pytest.approx(100 * share, abs=1), pytest.approx(40 * share, abs=1)]
 
 
-def test_numbers_stand_for_a_seed_of_a_generator():
+def test_numbers_identify_a_seed_of_a_generator():
     labels = [*labels_of("a", 20), *labels_of("b", 20)]
     labels[3] = Preference(winner=6, loser=7, clean=7, generator="a", psi=1.0)
     splits = split_by_seed(labels)
-    found, shapes = numbered(splits)
+    numbered_splits, shapes = numbered(splits)
     assert len(shapes) == len(set(shapes)) == 80
     for part in ("train", "val", "test"):
-        for was, now in zip(getattr(splits, part), getattr(found, part), strict=True):
+        for was, now in zip(getattr(splits, part), getattr(numbered_splits, part), strict=True):
             assert shapes[now.winner] == (was.generator, was.winner) and shapes[now.loser] == (
                 was.generator,
                 was.loser,
@@ -66,7 +66,7 @@ def test_numbers_stand_for_a_seed_of_a_generator():
 
 @pytest.fixture(scope="module")
 def two(tiny_networks, tmp_path_factory) -> list[Path]:
-    """Files of two generators."""
+    """Write the files of two generators."""
     path = tmp_path_factory.mktemp("second") / "second.safetensors"
     networks.save(path, tiny_runs.build_networks(seed=1), only_ema=True)
     return [tiny_networks, path]
@@ -91,13 +91,13 @@ def train(settings: RewardRun, folder: Path) -> dict:
     return json.loads((folder / "reward" / REPORT).read_text())
 
 
-def test_every_shape_is_drawn_from_its_own_generator(two, tmp_path):
+def test_every_shape_comes_from_its_own_generator(two, tmp_path):
     hashes = [load_generator(path).hash for path in two]
     labels = [*labels_of(hashes[0], 10), *labels_of(hashes[1], 10, first=10)]
     run = run_of(two, labels, tmp_path, cache=tmp_path / "cache")
     generators = open_generators(run, labels)
     splits, shapes = numbered(split_by_seed(labels))
-    observation = what_is_read(run, generators)
+    observation = create_observation(run, generators)
     opened = Opened(
         labels=labels, unpaired=[], splits=splits, generators=generators, observation=observation, psi=1.0
     )
@@ -124,7 +124,7 @@ def test_training_on_both_and_its_provenance(two, tmp_path):
     ]
 
 
-def test_strangers_and_nameless_labels_are_refused(two, tmp_path):
+def test_labels_of_unknown_or_unnamed_generators_are_rejected(two, tmp_path):
     first, second = (load_generator(path).hash for path in two)
     for networks_, other, names, more in (
         (two, "f" * 64, ("12", "f" * 12), {}),

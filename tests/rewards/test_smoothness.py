@@ -1,4 +1,4 @@
-"""The reward that likes smooth surfaces: spheres have the bend that theory gives, and bumps cost."""
+"""Smoothness reward: spheres have the theoretical curvature, and bumps lower the score."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ def distance() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.2, 0.3])
-def test_a_sphere_bends_by_both_its_curvatures(radius):
-    found = roughness(10 + (radius - distance())[None] * 600, 10.0, 1 / 47)
-    assert found.item() == pytest.approx(2 / radius**2, rel=0.08)
+def test_roughness_of_a_sphere_is_its_squared_curvature(radius):
+    squared_curvature = roughness(10 + (radius - distance())[None] * 600, 10.0, 1 / 47)
+    assert squared_curvature.item() == pytest.approx(2 / radius**2, rel=0.08)
 
 
 class Bumpy:
-    """A sphere with waves of this height, and one without."""
+    """A sphere with waves of a given height, and one without."""
 
     bounds = Bounds()
     level = 10.0
@@ -43,7 +43,7 @@ class Bumpy:
         )
 
 
-def test_bumps_cost_and_the_way_down_is_known(tmp_path):
+def test_bumps_lower_the_score_and_have_a_gradient(tmp_path):
     reward = load_reward(Reward(Smoothness(CUBE), AsSeen()).save(tmp_path / "smooth.safetensors"))
     height = torch.tensor(0.01, requires_grad=True)
     rough, smooth = reward.score(Bumpy(height))
@@ -54,4 +54,4 @@ def test_bumps_cost_and_the_way_down_is_known(tmp_path):
         CUBE
     )
     with raising("smoothness"):
-        preset(kind="smoothness")  # nothing to learn
+        preset(kind="smoothness")  # needs no training

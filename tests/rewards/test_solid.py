@@ -1,4 +1,4 @@
-"""`--reward=solid` on fields: what it sees, what it pushes, what it leaves alone, and who refuses it."""
+"""`--reward=solid` on fields: detected defects, gradients, unchanged shapes, and errors."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from tests.rejections import raising, rejected
 
 
 class Shells:
-    """Hollow spheres with a hole of these radii, in world units; 0: none."""
+    """Hollow spheres with a hole of these radii, in world units; 0 for no hole."""
 
     bounds = Bounds()
     level = 10.0
@@ -39,22 +39,22 @@ class Shells:
         return torch.stack([10 + 600 * torch.maximum(shell, apart) + self.grown for shell in shells])
 
 
-def test_it_pushes_leaks_and_floaters_and_nothing_else(tmp_path):
+def test_only_leaks_and_floaters_have_a_gradient(tmp_path):
     reward = load_reward(
         Reward(Solid(), untaught("solid", Shells(0.0)).network).save(tmp_path / "solid.safetensors")
     )
-    sound = Shells(0.0)
+    intact = Shells(0.0)
     leaky = Shells(0.05)
-    assert reward.observation == Solid() and reward.score(sound).item() == 0
+    assert reward.observation == Solid() and reward.score(intact).item() == 0
     score = reward.score(leaky)
     score.sum().backward()
-    assert score.item() < 0 and leaky.grown.grad > 0, "more density closes the hole"
+    assert score.item() < 0 and leaky.grown.grad > 0, "a higher density closes the hole"
     floating = Shells(0.0, floater=0.06)
     reward.score(floating).sum().backward()
-    assert floating.grown.grad < 0, "less makes the floater go"
+    assert floating.grown.grad < 0, "a lower density removes the floater"
 
 
-def test_mesh_validity_chooses_and_has_no_gradient():
+def test_mesh_validity_ranks_shapes_and_has_no_gradient():
     generator = Shells(0.0)
     reward = untaught("mesh-validity", generator)
     scores = reward.score(Shells(0.0, 0.05, 0.0))
@@ -67,7 +67,7 @@ def test_mesh_validity_chooses_and_has_no_gradient():
     assert grid.shape == (32, 32, 32) and 0 < grid.mean() < 0.2
 
 
-def test_an_empty_shape_gets_nothing_and_one_that_is_not_finite_is_refused():
+def test_an_empty_shape_scores_zero_and_a_shape_that_is_not_finite_is_rejected():
     empty = Shells(0.0)
     empty.level = 1e4
     assert (
@@ -80,7 +80,7 @@ def test_an_empty_shape_gets_nothing_and_one_that_is_not_finite_is_refused():
         untaught("solid", Shells(0.0)).score(empty)
 
 
-def test_kinds_that_learn_need_a_file_and_what_only_chooses_tunes_nothing(tmp_path):
+def test_trained_kinds_need_a_file_and_kinds_without_a_gradient_cannot_tune(tmp_path):
     with raising("sigma"):
         untaught("sigma", Shells(0.0))
     result = tiny_runs.run(
@@ -90,7 +90,7 @@ def test_kinds_that_learn_need_a_file_and_what_only_chooses_tunes_nothing(tmp_pa
 
 
 @pytest.mark.long
-def test_it_tunes_without_a_file_and_without_labels(tmp_path):
+def test_solid_tunes_without_a_file_and_without_labels(tmp_path):
     data = tiny_runs.write_dataset(tmp_path / "data.zip", resolution=64)
     flags = [
         "--reward=solid",

@@ -1,4 +1,4 @@
-"""Training on unpaired labels: alone, with pairs, resumed, refused; toy slabs whose blob volume decides."""
+"""Training on unpaired labels, alone and with pairs, on toy slabs in which the larger ball is preferred."""
 
 import json
 from dataclasses import replace
@@ -70,7 +70,7 @@ MIXED = {"regression": 0.3, "divergence": 0.3, "epochs": 4}
         pytest.param({**ALONE, "divergence": 0.0}, marks=pytest.mark.long),
         pytest.param(MIXED, marks=pytest.mark.long),
     ],
-    ids=["alone", "plain", "mixed"],
+    ids=["alone", "regression", "mixed"],
 )
 def test_learns_which_blob_is_larger(data, changes):
     state = train_reward(data, with_changes(OPTIONS, **changes))
@@ -86,9 +86,9 @@ def test_learns_which_blob_is_larger(data, changes):
 
 
 @pytest.mark.long
-def test_scores_teach_as_well_and_shuffled_ones_teach_nothing(data):
+def test_scores_carry_signal_and_randomised_ones_do_not(data):
     test = toy_labels(100, 2000)
-    learnt = [
+    accuracies = [
         evaluate(
             train_reward(
                 replace(data, unpaired=usable(toy_thumbs(320, 0, True, shuffled))),
@@ -99,7 +99,7 @@ def test_scores_teach_as_well_and_shuffled_ones_teach_nothing(data):
         )["clean"]["accuracy"]
         for shuffled in (False, True)
     ]
-    assert learnt[0] > 0.9 > 0.75 > learnt[1]
+    assert accuracies[0] > 0.9 > 0.75 > accuracies[1]
 
 
 def test_resume_equals_the_straight_run(data, tmp_path):
@@ -123,7 +123,7 @@ def test_resume_equals_the_straight_run(data, tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_weights_and_labels_that_do_not_go_together_are_refused(data):
+def test_weights_and_labels_that_do_not_match_are_rejected(data):
     with raising("--divergence", "--regression"):
         LossWeights(pairs=0, scalar=0, bradley_terry=0, divergence=1)
     with raising("--reference-samples", "4"):
@@ -153,7 +153,7 @@ def test_auc_and_silhouette_of_known_scores():
     assert silhouette(points, kind[[0, 2, 1, 3]]) < 0
 
 
-def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_path):  # noqa: F811
+def test_the_command_accepts_unpaired_labels_alone_and_with_pairs(network, tmp_path):  # noqa: F811
     path, generator = network
     labels = [
         UnpairedPreference(seed=i, score=4.5 if i % 2 else 1, generator=generator, psi=0.7) for i in range(60)

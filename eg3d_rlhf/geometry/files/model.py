@@ -204,9 +204,15 @@ def linear(srgb: np.ndarray) -> np.ndarray:
 def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
     """Raise ValueError for what is no points [N, 3] with triangles [F, 3] of them."""
     if points.shape[1:] != (3,) or faces.shape[1:] != (3,) or not len(faces) or not len(points):
-        raise ValueError(f"expected a mesh of triangles, got {len(points)} points and {len(faces)} faces")
+        raise ValueError(
+            f"expected a mesh of triangles, got {len(points)} points and {len(faces)} faces. Export a"
+            " mesh that has triangles."
+        )
     if faces.min() < 0 or faces.max() >= len(points):
-        raise ValueError(f"expected indices of {len(points)} vertices, got {faces.min()}..{faces.max()}")
+        raise ValueError(
+            f"expected indices of {len(points)} vertices, 0 to {len(points) - 1}, got"
+            f" {faces.min()}..{faces.max()}. Export the mesh again."
+        )
 
 
 def triangles(

@@ -1,3 +1,4 @@
-"""Is a mesh a sound body? Measures of a triangle mesh that need neither a label nor a network:
-`measure.measure_mesh`.
+"""Measures of a triangle mesh that need neither labels nor a network.
+
+`mesh_measures.measure_mesh` computes all of them.
 """

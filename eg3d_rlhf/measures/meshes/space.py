@@ -1,7 +1,7 @@
-"""Which side of a mesh a point lies on, and what a ray meets: what surfaces hide, bury and leave thin.
+"""Determine on which side of a mesh points lie and what rays hit.
 
-Sides are told by the winding number, by solid angles (libigl): signed crossings of rays are wrong where faces
-coincide. Rays are Embree's where it is installed, else libigl's.
+Sides follow from the winding number, computed from solid angles by libigl. Signed crossings of rays would be
+wrong where faces coincide. Rays use Embree if it is installed, and libigl otherwise.
 
 Letters: P points, R rays, F faces, K directions.
 """
@@ -16,59 +16,63 @@ from scipy.spatial.transform import Rotation
 from eg3d_rlhf.measures.meshes.clean import CleanMesh, face_areas
 from eg3d_rlhf.measures.meshes.edges import Edges
 
-OFFSET = 1e-4  # of the longest edge: how far from the surface rays start and sides are told
-_FEW = 2000  # faces up to which winding numbers by solid angles are the faster ones
-# winding numbers nearer to one half than this are computed exactly; the fast ones are within .02
+OFFSET = 1e-4  # of the longest edge: distance from the surface at which rays start and sides are determined
+_FEW = 2000  # faces up to which exact winding numbers are faster than the hierarchy
+# Fast winding numbers are accurate to .02. Those closer to one half than this are computed exactly.
 _CLOSE = 0.05
-_FIRST = 8  # directions that all samples try; most leave by one of them
+_FIRST = 8  # directions that are tried for all samples first; most rays escape in one of them
 
 
 def solid_library(name: str) -> ModuleType:
-    """A library of the extra `solid`. Raises: ValueError naming the extra."""
+    """Import a library of the extra `solid`. Raises: ValueError naming the extra if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise ValueError(
-            f"measures of meshes: expected {name}, got none. pip install 'eg3d-rlhf[solid]'."
+            f"measures of meshes: {name} is not installed. Install it: pip install 'eg3d-rlhf[solid]'."
         ) from None
 
 
 class Space:
-    """A clean mesh that answers for points and rays."""
+    """Clean mesh with acceleration structures, which answers queries for points and rays."""
 
     def __init__(self, mesh: CleanMesh):
         self.igl = solid_library("igl")
         self.mesh = mesh
+        # libigl takes contiguous arrays without a copy.
         self._vertices = np.ascontiguousarray(mesh.vertices)
         self._faces = np.ascontiguousarray(mesh.faces)
 
     @functools.cached_property
     def tree(self):
+        """libigl's bounding-box tree of the faces."""
         tree = self.igl.AABB()
         tree.init(self._vertices, self._faces)
         return tree
 
     @functools.cached_property
     def _fast_winding(self):
+        """libigl's hierarchy for approximate winding numbers."""
         hierarchy = self.igl.FastWindingNumberBVH()
         hierarchy.init(self._vertices, self._faces)
         return hierarchy
 
     @functools.cached_property
     def _scene(self):
-        """Embree's scene; None where it is not installed."""
+        """Embree's scene, or None if Embree is not installed."""
         try:
             from embreex import rtcore_scene
             from embreex.mesh_construction import TriangleMesh
-        except ImportError:  # no wheel for the machine
+        except ImportError:  # there is no wheel for every platform
             return None
         scene = rtcore_scene.EmbreeScene()
         TriangleMesh(scene, self._vertices.astype(np.float32), self._faces.astype(np.int32))
         return scene
 
     def first_hits(self, origins: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distances [R] along unit directions [R, 3] from origins [R, 3] to the first face, infinite where
-        there is none; faces [R], -1.
+        """Intersect rays from origins [R, 3] along unit directions [R, 3] with the mesh.
+
+        Returns: distances [R] to the first face, infinite without one, and face numbers [R], -1 without one.
         """
         if not len(origins):
             return np.zeros(0), np.zeros(0, dtype=np.int64)
@@ -77,13 +81,15 @@ class Space:
                 self._vertices, self._faces, origins, directions
             )
             return np.where(face < 0, np.inf, distance), np.asarray(face)
+        # Embree computes in float32.
         hit = self._scene.run(origins.astype(np.float32), directions.astype(np.float32), output=1)
         face = hit["primID"].astype(np.int64)
         return np.where(face < 0, np.inf, hit["tfar"].astype(np.float64)), face
 
     def winding(self, points: np.ndarray) -> np.ndarray:
-        """Winding numbers [P] of points [P, 3], within .02; exact where they are near one half, so that
-        `> .5` is.
+        """Compute winding numbers [P] of points [P, 3] to within .02.
+
+        Numbers close to one half are exact, so that the comparison `> 0.5` is exact.
         """
         points = np.ascontiguousarray(points, dtype=np.float64)
         if len(self._faces) <= _FEW:
@@ -95,58 +101,64 @@ class Space:
         return numbers
 
     def voxels(self, resolution: int) -> np.ndarray:
-        """Return whether each voxel of the unit cube about the origin is inside, [x, y, z] bool."""
-        axis = (np.arange(resolution) + 0.5) / resolution - 0.5
+        """Return which voxels of the unit cube around the origin are inside, as bool [x, y, z]."""
+        axis = (np.arange(resolution) + 0.5) / resolution - 0.5  # centres of voxels
         return (
             self.winding(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)) > 0.5
         ).reshape(resolution, resolution, resolution)
 
     def crossing_faces(self, edges: Edges) -> np.ndarray:
-        """Which faces [F] cross another: an edge of one passes through the other, and they share no corner.
-        Both count.
+        """Return which faces [F] cross another one, as bool; both faces of a crossing count.
 
-        An edge meets a face at 0 < t < 1 of its length. Not defined where faces lie in one plane.
+        Two faces cross if an edge of one passes through the other and they share no corner. An edge meets a
+        face at a fraction 0 < t < 1 of its length. Crossings of faces in one plane are not defined.
         """
         vertices = self._vertices
         faces = self._faces
         ends = edges.ends
         start = vertices[ends[:, 0]]
         along = vertices[ends[:, 1]] - vertices[ends[:, 0]]
-        long = np.flatnonzero((along != 0).any(axis=1))
-        # Few edges meet anything on their way. To ask for the first hit is cheap, for all hits is not: a ray
-        # does not end with its edge. behind the faces at its start, and OFFSET ends it before those at its
-        # end
+        long = np.flatnonzero((along != 0).any(axis=1))  # edges of length 0 have no direction
+        # Only few edges meet a face between their ends. Searching for the first hit is cheap and searching
+        # for all hits is not, since a ray does not end with its edge. So the cheap search selects edges. It
+        # starts OFFSET / 2 after the edge's start, beyond the faces there, and ends before the faces at the
+        # edge's end.
         inside = start[long] + OFFSET / 2 * along[long]
         first, _, _ = self.tree.intersect_ray_first(vertices, faces, inside, along[long], 1 - OFFSET)
         long = long[np.asarray(first) >= 0]
-        # per edge: (face, t, u, v)
-        found = self.tree.intersect_ray(vertices, faces, start[long], along[long])
+        # Per edge a list of hits (face, t, u, v)
+        edge_hits = self.tree.intersect_ray(vertices, faces, start[long], along[long])
         rows = [
             (edge, hit[0])
-            for edge, hits in zip(long, found, strict=True)
+            for edge, hits in zip(long, edge_hits, strict=True)
             for hit in hits
             if OFFSET < hit[1] < 1 - OFFSET
         ]
         crossed = np.zeros(len(faces), dtype=bool)
         if rows:
             edge, face = np.array(rows).T
-            apart = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
+            # The edge's own faces always touch it, at a shared corner, and do not count.
+            no_shared_corner = (faces[face][:, :, None] != ends[edge][:, None, :]).all(axis=(1, 2))
             passing = np.zeros(len(ends), dtype=bool)
-            passing[edge[apart]] = True
-            crossed[face[apart]] = True
+            passing[edge[no_shared_corner]] = True
+            crossed[face[no_shared_corner]] = True
+            # An edge that passes through a face belongs to faces which cross that face, too.
             crossed[edges.order[np.repeat(passing, edges.faces)] // 3] = True
         return crossed
 
 
 def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Points [P, 3] on a mesh and their faces' normals [P, 3]; stratified by area, the same for the same
-    seed.
+    """Sample points [P, 3] on a mesh, and return them with their faces' normals [P, 3].
+
+    The points are stratified by area. The same seed gives the same points.
     """
     rng = np.random.default_rng(seed)
     normals, areas = face_areas(mesh)
     total = np.cumsum(areas)
     at = (np.arange(count) + rng.random(count)) / count * total[-1]
+    # The last point may lie beyond the sum by rounding; it belongs to the last face that has an area.
     face = np.minimum(np.searchsorted(total, at, side="right"), np.flatnonzero(areas)[-1])
+    # The square root makes barycentric coordinates uniform over the triangle.
     root = np.sqrt(rng.random(count))[:, None]
     v = rng.random(count)[:, None]
     a, b, c = (mesh.vertices[mesh.faces[face, i]] for i in range(3))
@@ -154,60 +166,68 @@ def sample(mesh: CleanMesh, count: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 
 def directions(count: int, seed: int) -> np.ndarray:
-    """Unit vectors [K, 3]: a Fibonacci sphere under a random rotation."""
+    """Return unit vectors [K, 3]: a Fibonacci sphere in a random orientation."""
     height = 1 - (2 * np.arange(count) + 1) / count
-    angle = np.pi * (3 - 5**0.5) * np.arange(count)
+    angle = np.pi * (3 - 5**0.5) * np.arange(count)  # multiples of the golden angle
     ring = np.sqrt(1 - height**2)
     sphere = np.stack([ring * np.cos(angle), height, ring * np.sin(angle)], axis=1)
+    # A quaternion of four normal numbers is a uniformly distributed rotation.
     return Rotation.from_quat(np.random.default_rng(seed).normal(size=4)).apply(sphere)
 
 
 def hidden_samples(
     space: Space, points: np.ndarray, normals: np.ndarray, count: int, seed: int
 ) -> np.ndarray:
-    """Which points [P] no ray leaves from, on either side of the surface.
+    """Return which points [P] are hidden: no ray from them escapes on either side of the surface.
 
-    Args: count: directions tried, K.
+    Args: count: number of directions that are tried, K.
     """
     rays = directions(count, seed)
-    # neighbours on the sphere are not tried one after the other
+    # Consecutive directions of the Fibonacci sphere are similar, so they are tried in a random order.
     rays = rays[np.random.default_rng(seed).permutation(count)]
     hidden = np.ones(len(points), dtype=bool)
+    # The second block is traced only for points from which no ray of the first block escaped.
     for block in (rays[:_FIRST], rays[_FIRST:]):
-        left = np.flatnonzero(hidden)
-        if not len(left) or not len(block):
+        remaining = np.flatnonzero(hidden)
+        if not len(remaining) or not len(block):
             break
-        # [P, K]: a ray starts on the side that it goes to
-        side = np.where(normals[left] @ block.T >= 0, OFFSET, -OFFSET)
-        origins = points[left, None] + side[..., None] * normals[left, None]
-        away = np.broadcast_to(block, origins.shape)
-        distance, _ = space.first_hits(origins.reshape(-1, 3), away.reshape(-1, 3))
-        hidden[left] = np.isfinite(distance).reshape(len(left), -1).all(axis=1)
+        # [P, K]: a ray starts on the side of the surface towards which it points
+        side = np.where(normals[remaining] @ block.T >= 0, OFFSET, -OFFSET)
+        origins = points[remaining, None] + side[..., None] * normals[remaining, None]  # [P, K, 3]
+        outward = np.broadcast_to(block, origins.shape)
+        distance, _ = space.first_hits(origins.reshape(-1, 3), outward.reshape(-1, 3))
+        hidden[remaining] = np.isfinite(distance).reshape(len(remaining), -1).all(axis=1)
     return hidden
 
 
 def sides(space: Space, points: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which points [P] of the surface have material on both sides (buried), on neither (a sheet), on the
-    wrong one (inverted).
+    """Classify points [P] of the surface by the material on their two sides; returns three bool arrays [P].
+
+    Buried points have material on both sides, points of a sheet on neither, and inverted points only on the
+    side to which the normal points.
     """
     outer, inner = (space.winding(points + sign * OFFSET * normals) > 0.5 for sign in (1, -1))
     return outer & inner, ~outer & ~inner, outer & ~inner
 
 
 def ways(space: Space, points: np.ndarray, towards: np.ndarray) -> np.ndarray:
-    """Distances [P] from points of the surface along normals or their opposites [P, 3] to the next surface;
-    infinite for none.
+    """Compute distances [P] from points of the surface along directions [P, 3] to the next surface.
+
+    Args: towards: the normals, or their opposites. Distances are infinite if there is no further surface.
     """
+    # A ray starts OFFSET above the surface, so that it does not hit its own face.
     return space.first_hits(points + OFFSET * towards, towards)[0] + OFFSET
 
 
 def side_measures(
     space: Space, points: np.ndarray, normals: np.ndarray, thin: float, rays: int, seed: int
 ) -> dict:
-    """What the samples see: shares of them, and quantiles of the way through the body and through the air;
-    None where nothing is hit.
+    """Compute shares of the samples, and quantiles of the wall thickness and of the gaps in front of walls.
+
+    Quantiles are None if no ray hits anything.
     """
     buried, sheet, inverted = sides(space, points, normals)
+    # Buried points have no free side, so neither a thickness nor a gap is defined there.
     seen = ~buried
     walls = ways(space, points[seen], -normals[seen])
     return {
@@ -222,6 +242,7 @@ def side_measures(
 
 
 def _quantiles(name: str, distances: np.ndarray) -> dict:
-    found = distances[np.isfinite(distances)]
-    values = np.quantile(found, [0.01, 0.05, 0.5]).tolist() if len(found) else [None] * 3
+    """Return the 1 %, 5 % and 50 % quantiles of the finite distances, or None for each if there are none."""
+    finite = distances[np.isfinite(distances)]
+    values = np.quantile(finite, [0.01, 0.05, 0.5]).tolist() if len(finite) else [None] * 3
     return dict(zip((f"{name}_p01", f"{name}_p05", f"{name}_median"), values, strict=True))

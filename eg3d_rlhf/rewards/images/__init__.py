@@ -1,1 +1,1 @@
-"""Rewards and judges of pictures and meshes."""
+"""Rewards of images, and evaluators that compare images or finished assets."""

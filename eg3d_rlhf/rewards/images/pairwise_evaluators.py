@@ -1,8 +1,8 @@
-"""Analytic judges and yes/no questions that compare two images or finished assets.
+"""Analytic evaluators that compare two images or two finished assets, also by yes/no questions.
 
-`PairwiseJudge` of pictures [V, C, h, w] in 0..1: 0 or 1 for the better one, -1 where there is no answer.
-`AssetJudge` compares finished assets by what no reward reads, and is the judge of comparisons. Letters: A
-assets, V views, B = A V.
+`PairwiseJudge` of images [V, C, h, w] in 0..1 returns 0 or 1 for the better one, and -1 if there is no
+answer. `AssetJudge` compares finished assets by properties that no reward reads; it is the held-out evaluator
+of comparisons. Letters: A assets, V views, B = A V, P points.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +16,38 @@ from eg3d_rlhf.rewards.box_prompts import prompt_of
 from eg3d_rlhf.rewards.boxes import COLOURS, RESOLUTION, SIDES, emblem_points, modes_of, noses
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-# (pictures [V, C, h, w], prompt, questions) -> a line for each
+# (images [V, C, h, w], prompt, questions) -> text with one line per question
 Answers = Callable[[torch.Tensor, str, Sequence[str]], str]
-_FACE_PIXELS = 8  # of a nose's sixteen
-_CLOSE = 0.3  # distance of a pixel to a colour, RGB of 0..1, under which it has it
-_PLAUSIBLE = 0.01  # RMS difference to the nearest mode, of pictures in 0..1, that one asset must be ahead by
+_FACE_PIXELS = 8  # half of the sixteen pixels of a nose
+_CLOSE = 0.3  # RGB distance in 0..1 below which a pixel has a colour
+_PLAUSIBLE = 0.01  # least difference of two RMS differences to the nearest mode, for images in 0..1
 
 
 def verdict(first: float, second: float, margin: float = 0.0) -> int:
-    """0 or 1 for the larger number, -1 within the margin."""
+    """Return 0 or 1, the index of the larger number, or -1 if they differ by at most the margin."""
     return -1 if abs(first - second) <= margin else int(second > first)
 
 
-def faces_painted(pictures: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Whether each view [V] shows the nose's colour on enough pixels: paint alone, whatever the shape."""
+def faces_painted(images: torch.Tensor, prompt: str) -> torch.Tensor:
+    """Return for each view [V] whether enough pixels have the nose's colour.
+
+    Only paint counts, not the shape.
+    """
+    # The first mode of a head's side is the face.
     nose = prompt_of(prompt).sides[0].nose
     if nose is None:
-        return torch.zeros(len(pictures), dtype=torch.bool)
-    apart = (pictures[:, :3] - pictures.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
-    return (apart < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
+        return torch.zeros(len(images), dtype=torch.bool)
+    distance = (images[:, :3] - images.new_tensor(COLOURS[nose])[:, None, None]).norm(dim=1)
+    # A count and not a share, since all images of the problem have 16 x 16 pixels.
+    return (distance < _CLOSE).sum(dim=(1, 2)) >= _FACE_PIXELS
 
 
-def first_emblems(pictures: torch.Tensor, prompt: str) -> torch.Tensor:
-    """Whether each view [V] shows the first emblem: by a vote of the pixels on which the two modes differ."""
-    first, second = modes_of([prompt] * len(pictures))[:, :, :3].to(pictures).unbind(1)
+def first_emblems(images: torch.Tensor, prompt: str) -> torch.Tensor:
+    """Return for each view [V] whether it shows the first emblem, by a vote of pixels."""
+    first, second = modes_of([prompt] * len(images))[:, :, :3].to(images).unbind(1)
+    # Elsewhere both modes look alike, so these pixels would vote at random.
     differ = (first - second).norm(dim=1) > _CLOSE
-    nearer = (pictures[:, :3] - first).norm(dim=1) < (pictures[:, :3] - second).norm(dim=1)
+    nearer = (images[:, :3] - first).norm(dim=1) < (images[:, :3] - second).norm(dim=1)
     return (nearer & differ).sum(dim=(1, 2)) * 2 > differ.sum(dim=(1, 2))
 
 
@@ -52,38 +58,45 @@ QUESTIONS = {
 
 
 def problem_questions(prompt: str) -> Sequence[str]:
-    """The questions that belong to a prompt of the test problem."""
+    """Return the questions for a prompt of the test problem."""
     return QUESTIONS[prompt_of(prompt).kind]
 
 
-def analytic_answers(pictures: torch.Tensor, prompt: str, questions: Sequence[str]) -> str:
-    """Answers to `QUESTIONS`, a line each, from colours and counts of pixels."""
+def analytic_answers(images: torch.Tensor, prompt: str, questions: Sequence[str]) -> str:
+    """Answer `QUESTIONS` from colours and counts of pixels, with one line per question."""
     if prompt_of(prompt).kind == "janus":
-        faces = int(faces_painted(pictures, prompt).sum())
-        whole = bool((pictures.amax(dim=1) > 0.1).double().mean() > 0.6)
-        known = dict(zip(QUESTIONS["janus"], (faces >= 1, faces <= 1, whole), strict=True))
+        faces = int(faces_painted(images, prompt).sum())
+        # The body fills most of each image, and the background is black.
+        complete = bool((images.amax(dim=1) > 0.1).double().mean() > 0.6)
+        known = dict(zip(QUESTIONS["janus"], (faces >= 1, faces <= 1, complete), strict=True))
     else:
-        known = dict(zip(QUESTIONS["mode"], first_emblems(pictures, prompt).tolist(), strict=False))
+        # One question per view; `questions` may be only some of them.
+        known = dict(zip(QUESTIONS["mode"], first_emblems(images, prompt).tolist(), strict=False))
     return "\n".join(f"{i}. {'Yes' if known[question] else 'No'}" for i, question in enumerate(questions, 1))
 
 
 @dataclass(frozen=True)
 class YesNoJudge:
-    """Score of a picture: the lines of its answers that hold "Yes", as DreamDPO's judge counts them; the
-    higher score wins.
+    """Evaluator by yes/no questions, as in DreamDPO: an image's score is the number of answers with "Yes".
+
+    The image with the higher score wins.
     """
 
     answers: Answers = analytic_answers
     questions: Callable[[str], Sequence[str]] = problem_questions
 
-    def score(self, pictures: torch.Tensor, prompt: str) -> int:
+    def score(self, images: torch.Tensor, prompt: str) -> int:
+        """Count the lines of the answers that contain "yes"."""
         return sum(
             "yes" in line.lower()
-            for line in self.answers(pictures, prompt, self.questions(prompt)).splitlines()
+            for line in self.answers(images, prompt, self.questions(prompt)).splitlines()
         )
 
     def judge(self, prompts: list[str], pairs: list[Pair], shuffle_order: bool = True) -> list[int]:
-        """See `PairwiseJudge`. Each picture is asked about alone, so there is no order."""
+        """Compare pairs, see `PairwiseJudge`.
+
+        Each image is evaluated separately, so the order does not matter.
+        """
         del shuffle_order
         return [
             verdict(*(self.score(side, prompt) for side in pair))
@@ -93,39 +106,40 @@ class YesNoJudge:
 
 @torch.no_grad()
 def plausibility(asset: Asset) -> Callable[[Sequence[str]], torch.Tensor]:
-    """Minus the RMS difference [A] of an asset's four pictures to the nearest mode each, as a function of its
-    prompts.
+    """Create a function that returns minus the RMS distance [A] of images to their nearest modes.
+
+    The function takes the prompts of the assets. Each of an asset's four images has its own nearest mode.
     """
-    pictures = (
-        FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
-    )
+    images = FourViews().render(asset, FourViews().draw(len(asset), torch.Generator()), torch.zeros(3)).images
 
-    def of(prompts: Sequence[str]) -> torch.Tensor:
-        both = modes_of([text for text in prompts for _ in range(SIDES)]).to(pictures)
-        apart = (pictures[:, None] - both).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
-        return -apart.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
+    def minus_distance(prompts: Sequence[str]) -> torch.Tensor:
+        # [B, 2, 4, R, R], each prompt repeated for the four views
+        mode_images = modes_of([text for text in prompts for _ in range(SIDES)]).to(images)
+        squared = (images[:, None] - mode_images).square().flatten(2).mean(dim=2).amin(dim=1)  # [B]
+        return -squared.unflatten(0, (-1, SIDES)).mean(dim=1).sqrt()
 
-    return of
+    return minus_distance
 
 
 class AssetJudge:
-    """Finished assets, by their surface and its colour: trained by nothing, read by no reward.
+    """Held-out evaluator of finished assets by their surface and its colour. It has no trained parts.
 
-    Heads: the number of noses nearer to one, counted on the surface. Boxes: more sides whose floor has the
-    first emblem's colours. Then, where one is ahead by 0.01: the smaller RMS difference of its pictures to
-    the prior's nearest modes.
+    Heads: the better asset has a number of noses closer to one, counted on the surface. Boxes: the better
+    asset has more sides whose base has the first emblem's colours. If these are equal, the asset wins whose
+    images have the smaller RMS difference to the prior's nearest modes, provided that it is ahead by 0.01.
     """
 
     @torch.no_grad()
     def score(self, asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-        """First criterion [A]: 0 is best."""
+        """Return the first criterion [A]; 0 is best and other values are negative."""
         kinds = torch.tensor([prompt_of(text).kind == "janus" for text in prompts])
         return torch.where(
             kinds, -(noses(asset).cpu() - 1).abs(), emblem_sides(asset, prompts) - SIDES
         ).double()
 
     def compare(self, first: Asset, second: Asset, prompts: Sequence[str]) -> list[int]:
-        """0, 1 or -1 of each of A pairs of assets with a prompt each."""
+        """Return 0, 1 or -1 for each of A pairs of assets with one prompt each."""
+        # The second criterion decides only between assets with equal first criterion.
         scores = [self.score(asset, prompts).tolist() for asset in (first, second)]
         likely = [plausibility(asset)(prompts).tolist() for asset in (first, second)]
         return [
@@ -136,8 +150,9 @@ class AssetJudge:
 
 @torch.no_grad()
 def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
-    """Sides [A] whose floor has the first emblem's colours: a vote of the points on which the two emblems
-    differ; 0 for heads.
+    """Count the sides [A] whose base has the first emblem's colours; 0 for heads.
+
+    Each side is decided by a majority of the points at which the two emblems differ.
     """
     counts = []
     for i, text in enumerate(prompts):
@@ -149,6 +164,7 @@ def emblem_sides(asset: Asset, prompts: Sequence[str]) -> torch.Tensor:
         for side in range(SIDES):
             points, colours = emblem_points(prompt, side, RESOLUTION)  # [P, 3], [2, P, 3]
             seen = asset.colour(points)[i].cpu()
+            # [P] bool, True where the surface's colour is that of the first emblem
             nearer = (seen - colours[0]).norm(dim=1) < (seen - colours[1]).norm(dim=1)
             sides += int(nearer.double().mean() > 0.5)
         counts.append(sides)

@@ -1,1 +1,3 @@
-"""RewardCS (reconstructed): a mesh encoder, its data and its training with the Cauchy-Schwarz term."""
+"""RewardCS, the mesh reward of DreamCS (reconstructed): mesh encoder, data, and training with the
+Cauchy-Schwarz term.
+"""

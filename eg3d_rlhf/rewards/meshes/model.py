@@ -1,10 +1,10 @@
-"""RewardCS (DreamCS, reconstructed): score of a mesh given a prompt. Mesh tokens attend to the prompt's,
-their maximum is the embedding.
+"""RewardCS (DreamCS, reconstructed): a score of a mesh for a prompt.
 
-The file is `<name>.safetensors` (state dict; how meshes are read, sizes, prompts and provenance in its
-header) beside `<name>.json`.
-Letters: A meshes, P patches, F faces of a patch, T tokens of a prompt (the longest one's words + 1), C width,
-H heads.
+Tokens of the mesh attend to tokens of the prompt, and the maximum over tokens is the embedding.
+The file is `<name>.safetensors` (state dict; the header holds patch options, sizes, prompts and provenance)
+beside `<name>.json`.
+Letters: A meshes, P patches, F faces of a patch, T tokens of a prompt (the words of the longest one + 1), C
+width, H heads.
 """
 
 import json
@@ -24,13 +24,13 @@ from eg3d_rlhf.models.attention import Block
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from training.storage import load_strict, read_tensors, write_atomic, write_tensors
 
-# A mesh encoder of MeshMAE's shape (Liang et al. 2022), with its state-dict names. A patch of F faces becomes
-# one token: LayerNorm(Linear(10 F numbers, face by face)) + MLP(mean of the face centres). Pre-norm
-# transformer, final LayerNorm. Patches that are not there neither attend nor are attended to, and take no
-# part in the maximum; the published code pads with zeros that do both.
+# Mesh encoder of MeshMAE's architecture (Liang et al. 2022), with its state-dict names. A patch of F faces
+# becomes one token: LayerNorm(Linear(10 F numbers, face by face)) + MLP(mean of the face centres). Then
+# follow a pre-norm transformer and a final LayerNorm. Masked patches neither attend nor are attended to, and
+# do not take part in the maximum. The published code pads with zeros, which do both.
 
-NUMBERS = 10  # of a face
-# MeshMAE's, unused
+NUMBERS = 10  # features of a face
+# Prefixes of MeshMAE's entries that the encoder does not use
 _OTHERS = (
     "cls_token",
     "classifier.",
@@ -44,32 +44,36 @@ _OTHERS = (
 
 
 class MeshEncoder(nn.Module):
-    """Patches to tokens [A, P, C]. Differentiable in features and centres."""
+    """Encoder of patches to tokens [A, P, C]. Differentiable in features and centres."""
 
     def __init__(self, options: EncoderOptions):
         super().__init__()
         width = options.width
         self.options = options
         self.to_patch_embedding = nn.Sequential(
-            nn.Flatten(2), nn.Linear(NUMBERS * options.faces, width), nn.LayerNorm(width)
+            # [A, P, F, 10] -> [A, P, 10 F] -> [A, P, C]
+            nn.Flatten(2),
+            nn.Linear(NUMBERS * options.faces, width),
+            nn.LayerNorm(width),
         )
         self.pos_embedding = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
         self.blocks = nn.ModuleList(Block(width, options.heads, 4 * width) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, patches: Patches) -> torch.Tensor:
-        """[A, P, F, ...] -> [A, P, C]; what stands at masked patches means nothing.
+        """Map patches [A, P, F, ...] to tokens [A, P, C]. Tokens of masked patches have no meaning.
 
-        Raises: ValueError for patches of another number of faces.
+        Raises: ValueError for patches with another number of faces.
         """
         check_shape(
             "MeshEncoder(features)",
             patches.features,
             ("A", "P", self.options.faces, NUMBERS),
-            "Use the reward's own patches.",
+            "Use the patch options that are stored with the reward.",
         )
+        # A patch's position is the mean of its face centres.
         x = self.to_patch_embedding(patches.features) + self.pos_embedding(patches.centres.mean(dim=2))
-        # a mesh without patches attends to all of nothing
+        # A mesh without patches attends to all masked ones, since a softmax over nothing is NaN.
         keep = (patches.mask | ~patches.mask.any(dim=1, keepdim=True))[:, None, None]
         for block in self.blocks:
             x = block(x, keep)
@@ -77,34 +81,42 @@ class MeshEncoder(nn.Module):
 
 
 def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Largest of the tokens [A, P, C] that are there, [A, C]; 0 where none is."""
+    """Return the maximum over the tokens [A, P, C] that are not masked, [A, C]; 0 if all are masked."""
+    # -inf is never the maximum, unless all tokens are masked.
     largest = tokens.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
     return torch.where(mask.any(dim=1, keepdim=True), largest, 0.0)
 
 
 def load_meshmae(encoder: MeshEncoder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Take over the trunk of a MeshMAE state dict; the names that were left out (class token, heads,
-    decoder). Raises: ValueError.
+    """Load the trunk of a MeshMAE state dict into an encoder, strictly.
+
+    Returns: the names that were left out (class token, heads, decoder).
+    Raises: ValueError if the remaining entries do not fit.
     """
-    given = {name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()}
-    left = sorted(name for name in given if name.startswith(_OTHERS))
-    trunk = {name: value for name, value in given.items() if name not in left}
+    # Checkpoints of parallel training and of the autoencoder have these prefixes.
+    renamed = {
+        name.removeprefix("module.").removeprefix("encoder."): value for name, value in tensors.items()
+    }
+    unused = sorted(name for name in renamed if name.startswith(_OTHERS))
+    trunk = {name: value for name, value in renamed.items() if name not in unused}
     load_strict(encoder, trunk, f"MeshMAE, of {encoder.options}")
-    return left
+    return unused
 
 
-# Prompts as tokens without a text model: a learned row for each known prompt, and one for each word by its
-# checksum.
+# Prompts as tokens without a text model: a learned row for each known prompt, and a learned row for each
+# word, by its checksum.
 
-BUCKETS = 512  # rows that words share
+BUCKETS = 512  # rows for words; words with equal checksum modulo this number share one
 _WORD = re.compile(r"[\w']+")
 
 
 class PromptTokens(nn.Module):
-    """Callable as [prompt] -> tokens [A, T, C], mask [A, T]. Row 0 of the table stands for prompts that are
-    not known.
+    """Module that maps prompts to tokens [A, T, C] and their mask [A, T].
 
-    Any other module of that signature and a `width`, such as a frozen text encoder, may take its place.
+    Row 0 of the table is for unknown prompts.
+
+    Another module with this signature and an attribute `width`, such as a frozen text encoder, can replace
+    it.
     """
 
     def __init__(self, prompts: Sequence[str], width: int):
@@ -113,40 +125,47 @@ class PromptTokens(nn.Module):
         self.width = width
         self.table = nn.Embedding(len(self.prompts) + 1, width)
         self.words = nn.Embedding(BUCKETS, width)
+        # Row 0 is reserved for unknown prompts.
         self._row = {prompt: i for i, prompt in enumerate(self.prompts, 1)}
 
     def forward(
-        self, prompts: Sequence[str], forget: torch.Tensor | None = None
+        self, prompts: Sequence[str], unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: forget [A] bool: take these as unknown, so that training prepares for such."""
+        """Return tokens [A, T, C] and mask [A, T].
+
+        Args: unknown: [A] bool, prompts that are treated as unknown, so that training covers that case.
+        """
         device = self.table.weight.device
         rows = torch.tensor([self._row.get(prompt, 0) for prompt in prompts], device=device)
-        rows = rows if forget is None else rows.masked_fill(forget.to(device), 0)
+        # The words of such a prompt are still read.
+        rows = rows if unknown is None else rows.masked_fill(unknown.to(device), 0)
+        # crc32 and not hash(), which changes with every process.
         words = [
             [zlib.crc32(word.encode()) % BUCKETS for word in _WORD.findall(prompt.lower())]
             for prompt in prompts
         ]
+        # Shorter prompts are padded, and the mask excludes the padding.
         longest = max((len(row) for row in words), default=0)
         shape = len(prompts), longest
         index = torch.tensor(
             [row + [0] * (longest - len(row)) for row in words], dtype=torch.int64, device=device
         ).view(shape)
-        there = (
+        mask = (
             torch.arange(longest + 1, device=device)
             <= torch.tensor([len(row) for row in words], device=device)[:, None]
         )
-        return torch.cat([self.table(rows)[:, None], self.words(index)], dim=1), there
+        return torch.cat([self.table(rows)[:, None], self.words(index)], dim=1), mask
 
 
-KIND = "mesh-reward"
-_LEAST_SCALE = 1e-5  # of a feature's deviation
+KIND = "mesh-reward"  # kind of file, stored in it
+_LEAST_SCALE = 1e-5  # least standard deviation of a feature, for features that are constant
 
 
 class RewardCS(nn.Module):
-    """A `MeshReward`. `patches` says how meshes are read, `resolution` of how many cells per edge the lattice
-    was in training.
+    """Mesh reward, see `MeshReward`.
 
-    Features are standardised by `mean` and `scale` [10], of the training meshes.
+    `patches` states how meshes become patches, and `resolution` the cells per edge of the lattice in
+    training. Features are standardised by `mean` and `scale` [10] of the training meshes.
     """
 
     mean: torch.Tensor
@@ -177,34 +196,43 @@ class RewardCS(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, patches: Patches) -> None:
-        """Take means and deviations from the patches of training meshes."""
-        known = patches.features[patches.mask].flatten(0, 1)
+        """Set mean and standard deviation of each feature from the patches of training meshes."""
+        known = patches.features[patches.mask].flatten(0, 1)  # [all faces, 10]
         self.mean.copy_(known.mean(dim=0))
+        # In place, because both are buffers of the state dict.
         self.scale.copy_(known.std(dim=0).clamp_min(_LEAST_SCALE))
 
-    def embed(self, patches: Patches, prompts: list[str], forget: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings [A, C]. Differentiable in features and centres. Args: forget: see `PromptTokens`."""
+    def embed(
+        self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return embeddings [A, C].
+
+        Differentiable in features and centres. Args: unknown: see `PromptTokens`.
+        """
         assert len(prompts) == len(patches.features)
         features = (patches.features.to(self.mean) - self.mean) / self.scale
+        # .to(self.mean) also moves the patches to the network's device and type.
         standard = Patches(features, patches.centres.to(self.mean), patches.mask)
         tokens = self.encoder(standard)  # [A, P, C]
-        text, there = self.text(prompts, forget)
-        heard = self.cross(self.norm(tokens), text, text, key_padding_mask=~there, need_weights=False)[0]
-        return masked_max(self.final(tokens + heard), patches.mask)
+        text, text_mask = self.text(prompts, unknown)
+        attended = self.cross(self.norm(tokens), text, text, key_padding_mask=~text_mask, need_weights=False)[
+            0
+        ]
+        return masked_max(self.final(tokens + attended), patches.mask)
 
     def forward(
-        self, patches: Patches, prompts: list[str], forget: torch.Tensor | None = None
+        self, patches: Patches, prompts: list[str], unknown: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [A], about 0..1, and embeddings [A, C] of length 1."""
-        embedding = self.embed(patches, prompts, forget)
+        """Return scores [A], about 0..1, and embeddings [A, C] of length 1."""
+        embedding = self.embed(patches, prompts, unknown)
         return self.head(embedding)[:, 0], F.normalize(embedding)
 
     def score(self, patches: Patches, prompts: list[str]) -> torch.Tensor:
-        """See `MeshReward`: 1 is the best."""
+        """Return scores [A], see `MeshReward`; 1 is best."""
         return self(patches, prompts)[0]
 
     def save(self, path: Path) -> None:
-        """Write both files, each whole or not at all."""
+        """Write both files, each atomically."""
         meta = {
             "patches": asdict(self.patches),
             "encoder": asdict(self.encoder.options),
@@ -217,19 +245,22 @@ class RewardCS(nn.Module):
 
 
 def load_mesh_reward(path: str | Path, device: str | torch.device = "cpu") -> RewardCS:
-    """A reward that `RewardCS.save` wrote, in eval mode, without gradients to it.
+    """Read a reward that `RewardCS.save` wrote, in eval mode and without gradients of its parameters.
 
-    Raises: FileNotFoundError, ValueError.
+    Raises: FileNotFoundError; ValueError for a damaged or foreign file.
     """
     tensors, meta = read_tensors(path, KIND, device)
     try:
         patches = PatchOptions(**meta["patches"])
         encoder = EncoderOptions(**meta["encoder"])
-        made = RewardCS(patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"])
-        made.load_state_dict(tensors)
+        reward = RewardCS(
+            patches, encoder, tuple(meta["prompts"]), int(meta["resolution"]), meta["provenance"]
+        )
+        # Strict, so that other sizes than those of the header are an error.
+        reward.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        what = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path}: expected a mesh reward of this version, got: {what[:200]}. Train it anew."
+            f"{path}: expected a mesh reward of this version, got: {reason[:200]}. Train the reward again."
         ) from error
-    return made.to(device).eval().requires_grad_(False)
+    return reward.to(device).eval().requires_grad_(False)

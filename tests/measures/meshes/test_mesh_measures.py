@@ -1,5 +1,5 @@
-"""Measures of meshes: what must not change them, what must, and what is refused; closed forms:
-tests/compat/test_solid_meshes.py.
+"""Invariances of measures of meshes, their expected changes, and errors; tests/compat/test_solid_meshes.py
+has closed forms.
 """
 
 import sys
@@ -11,13 +11,13 @@ import trimesh
 from eg3d_rlhf.measures.meshes import space as space_module
 from eg3d_rlhf.measures.meshes.clean import clean_mesh
 from eg3d_rlhf.measures.meshes.edges import Edges
-from eg3d_rlhf.measures.meshes.mesh_measures import inside_distance, measure_mesh, verdict
+from eg3d_rlhf.measures.meshes.mesh_measures import inside_distance, measure_mesh, stability
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, directions, sample
 
 pytest.importorskip("igl", reason="extra solid")
-# by the samples
-BLURRED = (
+# measures that are estimated from random samples
+SAMPLED = (
     "hidden",
     "buried",
     "sheet",
@@ -31,8 +31,8 @@ BLURRED = (
 
 
 def joined(*meshes: trimesh.Trimesh) -> tuple[np.ndarray, np.ndarray]:
-    whole = trimesh.util.concatenate(meshes)
-    return np.asarray(whole.vertices), np.asarray(whole.faces)
+    mesh = trimesh.util.concatenate(meshes)
+    return np.asarray(mesh.vertices), np.asarray(mesh.faces)
 
 
 def moved(mesh: trimesh.Trimesh, *by: float) -> trimesh.Trimesh:
@@ -40,7 +40,9 @@ def moved(mesh: trimesh.Trimesh, *by: float) -> trimesh.Trimesh:
 
 
 def lamp() -> tuple[np.ndarray, np.ndarray]:
-    """A body with all there is to see: an open shade, a wall within, a floater, two bodies that overlap."""
+    """Build a body with many defects: an open shade, a wall inside, a floater, and two bodies that
+    overlap.
+    """
     shade = trimesh.creation.icosphere(subdivisions=2, radius=0.4)
     shade.update_faces(shade.triangles_center[:, 1] > -0.2)
     inner = trimesh.creation.icosphere(subdivisions=1, radius=0.2)
@@ -55,20 +57,22 @@ def lamp() -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def same(one: dict, other: dict, *but: str) -> None:
-    for name, value in one.items():
+def same(first: dict, other: dict, *but: str) -> None:
+    for name, value in first.items():
         if name in {"edge_L", *but}:
             continue
-        blur = 0.03 if name in BLURRED else 1e-6
-        assert other[name] == (pytest.approx(value, abs=blur) if isinstance(value, float) else value), name
+        tolerance = 0.03 if name in SAMPLED else 1e-6
+        assert other[name] == (pytest.approx(value, abs=tolerance) if isinstance(value, float) else value), (
+            name
+        )
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict:
+def lamp_measures() -> dict:
     return measure_mesh(clean_mesh(*lamp()))
 
 
-def test_neither_scale_nor_place_nor_order_matters(whole):
+def test_neither_scale_nor_place_nor_order_matters(lamp_measures):
     vertices, faces = lamp()
     rng = np.random.default_rng(0)
     order = rng.permutation(len(faces))
@@ -76,31 +80,42 @@ def test_neither_scale_nor_place_nor_order_matters(whole):
     shuffled = np.empty_like(vertices)
     shuffled[number] = vertices
     other = clean_mesh(shuffled * 137.0 + [5, -3, 9], np.roll(number[faces[order]], 1, axis=1))
-    same(whole, measure_mesh(other), "gap_p01", "gap_p05", "thick_p01")
-    assert other.edge == pytest.approx(137 * whole["edge_L"])
+    same(lamp_measures, measure_mesh(other), "gap_p01", "gap_p05", "thick_p01")
+    assert other.edge == pytest.approx(137 * lamp_measures["edge_L"])
 
 
-def test_turning_about_the_upward_axis_and_telling_which_it_is(whole):
+def test_rotation_about_the_upward_axis_and_the_choice_of_that_axis(lamp_measures):
     vertices, faces = lamp()
     quarter = vertices[:, [2, 1, 0]] * [1, 1, -1]
-    same(whole, measure_mesh(clean_mesh(quarter, faces)), "gap_p01", "gap_p05", "thick_p01", "symmetry")
+    same(
+        lamp_measures, measure_mesh(clean_mesh(quarter, faces)), "gap_p01", "gap_p05", "thick_p01", "symmetry"
+    )
     lying = np.stack([vertices[:, 0], -vertices[:, 2], vertices[:, 1]], axis=1)
-    same(whole, measure_mesh(clean_mesh(lying, faces, up="z")))
+    same(lamp_measures, measure_mesh(clean_mesh(lying, faces, up="z")))
 
 
-def test_subdivision_leaves_what_is_no_share_of_edges(whole):
+def test_subdivision_changes_only_shares_of_edges(lamp_measures):
     fine = trimesh.Trimesh(*lamp(), process=False).subdivide()
     measures = measure_mesh(clean_mesh(fine.vertices, fine.faces))
     for name in ("open_length", "main_area", "area", "volume", "tip", "parts", "rims", "genus", "overhang"):
-        assert measures[name] == pytest.approx(whole[name], rel=1e-3), name
-    assert measures["thin"] == pytest.approx(whole["thin"], abs=0.02)
-    assert measures["open_share"] < 0.7 * whole["open_share"]  # why it is no reward
+        assert measures[name] == pytest.approx(lamp_measures[name], rel=1e-3), name
+    assert measures["thin"] == pytest.approx(lamp_measures["thin"], abs=0.02)
+    assert measures["open_share"] < 0.7 * lamp_measures["open_share"]  # so open_share is not used as a reward
 
 
-def test_what_a_lamp_is(whole):
-    assert not whole["closed"] and whole["oriented"] and whole["parts"] == 5 and whole["rims"] == 1
-    assert whole["crossing"] > 0 and whole["overlap"] is None and whole["mass"] == "voxels"
-    assert 0.05 < whole["hidden"] < 0.4 and whole["stands"] == "barely"
+def test_measures_of_a_lamp(lamp_measures):
+    assert (
+        not lamp_measures["closed"]
+        and lamp_measures["oriented"]
+        and lamp_measures["parts"] == 5
+        and lamp_measures["rims"] == 1
+    )
+    assert (
+        lamp_measures["crossing"] > 0
+        and lamp_measures["overlap"] is None
+        and lamp_measures["mass"] == "voxels"
+    )
+    assert 0.05 < lamp_measures["hidden"] < 0.4 and lamp_measures["stands"] == "barely"
 
 
 def test_two_crossing_spheres_cross_and_nested_ones_do_not():
@@ -117,7 +132,7 @@ def test_two_crossing_spheres_cross_and_nested_ones_do_not():
     )
 
 
-def test_cavities_are_no_inverted_bodies():
+def test_cavities_do_not_count_as_inverted_bodies():
     ball = trimesh.creation.icosphere(subdivisions=2)
     hollow = ball.copy().apply_scale(0.6)
     hollow.invert()
@@ -136,8 +151,8 @@ def test_cavities_are_no_inverted_bodies():
     )
 
 
-def test_hull_mass_is_another_answer():
-    """A table with its top off its legs falls by its own mass and stands by its hull's."""
+def test_hull_mass_changes_the_stability():
+    """A table whose top is off its legs falls by its own mass and stands by the mass of its hull."""
     top = trimesh.creation.cylinder(
         0.4, 0.05, transform=trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0])
     )
@@ -148,7 +163,7 @@ def test_hull_mass_is_another_answer():
     table = clean_mesh(*joined(moved(top, -0.25, 0.015, 0), *legs))
     assert measure_mesh(table)["stands"] == "tips"
     assert measure_mesh(table, MeasureOptions(hull_mass=True))["tip"] > 0
-    assert [verdict(degrees) for degrees in (-1, 0, 1, 3)] == ["tips", "tips", "barely", "stands"]
+    assert [stability(degrees) for degrees in (-1, 0, 1, 3)] == ["tips", "tips", "barely", "stands"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +180,7 @@ def test_distance_to_the_border_of_the_foot(foot, point, wanted):
     assert inside_distance(np.array(foot, float), np.array(point, float)) == pytest.approx(wanted)
 
 
-def test_rays_and_sides_do_not_depend_on_what_is_installed(monkeypatch):
+def test_rays_and_sides_do_not_depend_on_the_installed_libraries(monkeypatch):
     mesh = clean_mesh(*lamp())
     points, normals = sample(mesh, 500, seed=2)
     fast = Space(mesh)
@@ -182,8 +197,8 @@ def test_rays_and_sides_do_not_depend_on_what_is_installed(monkeypatch):
     assert ((fast.winding(points + 0.01) > 0.5) == (exact > 0.5)).all()
 
 
-def test_crossings_are_those_of_a_loop():
-    """Against Moeller and Trumbore's test of every edge with every face, in float64."""
+def test_crossing_faces_equal_those_of_a_loop():
+    """Compare with Moeller and Trumbore's test of every edge with every face, in float64."""
     edges = Edges(clean_mesh(*lamp()))
     vertices = edges.mesh.vertices
     faces = edges.mesh.faces
@@ -232,12 +247,12 @@ def test_directions_are_even():
         (np.eye(3) * 1e308 - 9e307, np.array([[0, 1, 2]]), ""),
     ],
 )
-def test_meshes_that_are_none(vertices, faces, word):
+def test_defective_meshes_are_rejected(vertices, faces, word):
     if word:
         with pytest.raises(ValueError, match=word):
             clean_mesh(vertices, faces)
     else:
-        assert measure_mesh(clean_mesh(vertices, faces))["open_edges"] == 3  # gigantic, and whole
+        assert measure_mesh(clean_mesh(vertices, faces))["open_edges"] == 3  # huge, but valid
 
 
 def test_settings_out_of_range_and_missing_libraries(monkeypatch):

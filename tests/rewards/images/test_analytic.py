@@ -1,6 +1,4 @@
-"""Rewards in closed form: what they rank first, their gradients, and the controls that must not rank
-anything.
-"""
+"""Rewards in closed form: their rankings, their gradients, and controls without information."""
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from eg3d_rlhf.rewards.images.analytic import (
     Random,
     occupancy,
 )
-from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
+from tests.rewards.test_boxes import BOX, FACES, HEAD, render
 
 TEXTS = [HEAD.text] * 5
 VIEWS = [HEAD.text] * 20
@@ -26,7 +24,7 @@ VIEWS = [HEAD.text] * 20
 
 @pytest.fixture(scope="module")
 def seen():
-    return pictures(problem.build(HEAD, FACES))
+    return render(problem.build(HEAD, FACES))
 
 
 def test_all_are_reward_models(seen):
@@ -35,7 +33,7 @@ def test_all_are_reward_models(seen):
         assert isinstance(reward, RewardModel) and scores.shape == (20,) and scores.isfinite().all()
 
 
-def test_mode_distance_likes_faces_everywhere_and_one_face_does_not(seen):
+def test_mode_distance_prefers_faces_everywhere_and_one_face_does_not(seen):
     each = ModeDistance().score(seen, VIEWS).unflatten(0, (5, 4))
     assert torch.allclose(each, FACES * 2 - 1, atol=0.02) and each.mean(dim=1).argmax() == 4
     together = OneFace().score(seen, VIEWS).unflatten(0, (5, 4))
@@ -45,12 +43,12 @@ def test_mode_distance_likes_faces_everywhere_and_one_face_does_not(seen):
         and together[:, 0].argmin() == 4
     )
     assert torch.equal(Inverted(OneFace()).score(seen, VIEWS), -OneFace().score(seen, VIEWS))
-    boxes = pictures(problem.build(BOX, FACES))
+    boxes = render(problem.build(BOX, FACES))
     preferred = OneFace().score(boxes, [BOX.text] * 20)[::4]
     assert torch.allclose(preferred, FACES.mean(dim=1) * 2 - 1, atol=0.02)
 
 
-def test_random_is_a_function_of_the_picture_that_ranks_nothing():
+def test_random_scores_depend_only_on_the_image_and_carry_no_information():
     rng = torch.Generator().manual_seed(0)
     pixels = torch.rand(2000, 3, 4, 4, generator=rng)
     scores = Random(seed=1).score(pixels, [])
@@ -62,7 +60,7 @@ def test_random_is_a_function_of_the_picture_that_ranks_nothing():
     assert torch.equal(Random(views=4).score(pixels, []).unflatten(0, (-1, 4)).std(dim=1), torch.zeros(500))
 
 
-def test_one_nose_counts_all_but_the_largest():
+def test_one_nose_penalises_all_noses_but_the_largest():
     heads = problem.build(HEAD, FACES)
     scores = OneNose()(heads, TEXTS, 0)
     full = float(occupancy(heads)[4, problem.nose_voxels(16, 0)].mean())

@@ -1,5 +1,5 @@
-"""ImageReward, Reward3D, HPSv2 and CLIP in their published layouts, tiny and random: the real loaders,
-oracles, and a step each.
+"""ImageReward, Reward3D, HPSv2 and CLIP in their published layouts, with tiny random weights and the real
+loaders.
 """
 
 import os
@@ -36,12 +36,12 @@ TINY = BlipSizes(
 )
 
 
-def pictures(n, side=40, seed=0):
+def random_images(n, side=40, seed=0):
     return torch.rand(n, 3, side, side + 8, generator=torch.Generator().manual_seed(seed))
 
 
 def letters(prompts):
-    """A tokenizer without a library: letters by number, padded with 0."""
+    """Tokenise without a library: letters by number, padded with 0."""
     rows = torch.zeros(len(prompts), 16, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         rows[i, : len(prompt) + 1] = torch.tensor([1, *(2 + ord(c) % 40 for c in prompt)])
@@ -50,7 +50,7 @@ def letters(prompts):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A file or folder of each layout, written once."""
+    """Write a file or folder of each layout once."""
     root = tmp_path_factory.mktemp("rewards")
     paths = {kind: layouts.write_blip_reward(root / kind, kind) for kind in KINDS}
     return paths | {"HPSv2": layouts.write_hpsv2(root / "hps"), "CLIP": layouts.write_clip(root / "clip")}
@@ -61,7 +61,7 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
     reward = load_reward(made[name] if name != "Scorer" else made[name].parent)
     assert isinstance(reward, RewardModel) and reward.differentiable
     assert (reward.views, reward.modality) == ((4, "multiview") if name in KINDS[1:] else (1, "image"))
-    images = 0.2 + 0.6 * pictures(8)
+    images = 0.2 + 0.6 * random_images(8)
     prompts = ["a fox, front view", "a fox, side view", "a cat", ""] * 2
     with torch.no_grad():
         first = reward.score(images, prompts)
@@ -69,7 +69,7 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
         assert first.shape == (8,) and torch.equal(first, again)  # no dropout
         assert not torch.allclose(first, reward.score(images, [p + " z" for p in prompts]))
         second = reward.score(images[4:], prompts[4:])
-    torch.testing.assert_close(second, first[4:], rtol=1e-4, atol=1e-5)  # assets do not see one another
+    torch.testing.assert_close(second, first[4:], rtol=1e-4, atol=1e-5)  # assets are independent
     leaf = images.clone().requires_grad_()
     score = reward.score(leaf, prompts).sum()
     score.backward()
@@ -78,7 +78,7 @@ def test_every_layout_loads_and_its_gradient_raises_the_score(made, name):
     assert torch.equal(images, leaf.detach())
 
 
-def test_the_image_encoder_equals_transformers_own_blip(made):
+def test_the_image_encoder_equals_that_of_transformers(made):
     from transformers import BlipVisionConfig, BlipVisionModel
 
     network = load_reward(made["ImageReward"]).reward.network.blip
@@ -110,17 +110,17 @@ def test_the_image_encoder_equals_transformers_own_blip(made):
             old = old.replace(here, there)
         renamed["post_layernorm" + old.removeprefix("norm") if old.startswith("norm.") else old] = new
     vision.load_state_dict(renamed, strict=True)
-    pixels = clip_preprocess(pictures(2), 32)
+    pixels = clip_preprocess(random_images(2), 32)
     with torch.no_grad():
         seen = vision(pixel_values=pixels).last_hidden_state
         torch.testing.assert_close(network.seen(pixels), seen, rtol=1e-4, atol=1e-5)
 
 
-def test_hpsv2_and_clip_score_are_clip_models_cosines(made):
-    images = pictures(2)
+def test_hpsv2_and_clip_score_are_cosines_of_clip_embeddings(made):
+    images = random_images(2)
     words = layouts.clip_words()
-    said = [[512, words.index("a"), words.index("b</w>"), 513], [512, words.index("c</w>"), 513]]
-    tokens = torch.tensor([row + [513] * (77 - len(row)) for row in said])
+    token_rows = [[512, words.index("a"), words.index("b</w>"), 513], [512, words.index("c</w>"), 513]]
+    tokens = torch.tensor([row + [513] * (77 - len(row)) for row in token_rows])
     for name, act, prepare in (("HPSv2", "gelu", pad_preprocess), ("CLIP", "quick_gelu", clip_preprocess)):
         model = layouts.clip_model(act)
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_hpsv2_and_clip_score_are_clip_models_cosines(made):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_memory_is_told_from_shapes_alone(made, name):
+def test_memory_is_estimated_from_shapes(made, name):
     costs = reward_costs(made[name], 4)
     reward = load_reward(made[name])
     ((numbers, size),) = costs.weights.values()
@@ -154,7 +154,7 @@ def test_long_prompts_are_cut(made):
     with torch.no_grad():
         for name, kept in (("ImageReward", 33), ("Scorer", 98), ("HPSv2", 75)):
             reward = load_reward(made[name])
-            images = pictures(4)
+            images = random_images(4)
             spaced = " ".join("abc"[i % 3] for i in range(kept))
             scores = [reward.score(images, [text] * 4) for text in (spaced, spaced + " d d", spaced[:-2])]
             assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
@@ -165,12 +165,12 @@ def test_scores_of_a_view_and_of_four(kind):
     network = layouts.randomise(Reward3dNetwork(kind, TINY))
     reward = CheckedReward(BlipReward(network.train(), letters))
     assert not network.training and not any(p.requires_grad for p in network.parameters())
-    images = pictures(8)
+    images = random_images(8)
     prompts = ["ab", "cd", "ef", "gh", "ab", "cd", "ef", "gh"]
     scores = reward.score(images, prompts)
     if kind == "ImageReward":
         assert len(scores.unique()) == 8
-    else:  # one score for the four views, whatever the other asset is
+    else:  # one score for the four views, independent of the other asset
         assert torch.equal(scores, scores[::4].repeat_interleave(4)) and scores[0] != scores[4]
         with raising("--reward", "4", "6"):
             reward.score(images[:6], prompts[:6])
@@ -184,7 +184,7 @@ def test_scores_of_a_view_and_of_four(kind):
 
 
 class Hostile:
-    """Unpickles to a call of os.system."""
+    """Object that calls os.system when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("echo ran > ran",)
@@ -222,7 +222,7 @@ def test_hostile_and_damaged_files_end_in_one_line(tmp_path, monkeypatch, change
         assert not (tmp_path / "ran").exists()
 
 
-def test_missing_things_are_named(tmp_path, monkeypatch):
+def test_missing_files_and_libraries_are_named(tmp_path, monkeypatch):
     for error, path in ((FileNotFoundError, tmp_path / "none.pt"), (ValueError, tmp_path)):
         with raising("--reward", path.name, kind=error):
             load_reward(path)
@@ -263,7 +263,7 @@ def test_a_reward_without_its_tokenizer(made, tmp_path):
 
 
 class Prior:
-    """Four views; what it predicts is set."""
+    """Prior of four views whose prediction is given."""
 
     alphas_cumprod = torch.ones(1000)
     latent_shape = (3, 2, 2)

@@ -1,4 +1,4 @@
-"""Analytic judges, yes and no; and no file of the repository holds a key."""
+"""Analytic evaluators and yes/no questions; and no file of the repository contains a key."""
 
 import re
 
@@ -13,50 +13,50 @@ from eg3d_rlhf.rewards.images.pairwise_evaluators import (
     YesNoJudge,
     emblem_sides,
 )
-from tests.rewards.test_boxes import BOX, FACES, HEAD, pictures
+from tests.rewards.test_boxes import BOX, FACES, HEAD, render
 
 
 @pytest.fixture(scope="module")
 def seen():
-    return pictures(problem.build(HEAD, FACES)).unflatten(0, (5, 4))
+    return render(problem.build(HEAD, FACES)).unflatten(0, (5, 4))
 
 
 def test_yes_and_no(seen):
-    judge = YesNoJudge()
-    assert [judge.score(views, HEAD.text) for views in seen] == [2, 3, 2, 2, 2]
-    assert isinstance(judge, PairwiseJudge)
+    evaluator = YesNoJudge()
+    assert [evaluator.score(views, HEAD.text) for views in seen] == [2, 3, 2, 2, 2]
+    assert isinstance(evaluator, PairwiseJudge)
     pairs = [(seen[1], seen[2]), (seen[4], seen[1]), (seen[0], seen[2])]
-    assert judge.judge([HEAD.text] * 3, pairs) == [0, 1, -1]
-    boxes = pictures(problem.build(BOX, FACES)).unflatten(0, (5, 4))
-    assert [judge.score(views, BOX.text) for views in boxes] == [0, 1, 2, 3, 4]
+    assert evaluator.judge([HEAD.text] * 3, pairs) == [0, 1, -1]
+    boxes = render(problem.build(BOX, FACES)).unflatten(0, (5, 4))
+    assert [evaluator.score(views, BOX.text) for views in boxes] == [0, 1, 2, 3, 4]
 
 
-def test_judges_may_disagree_with_the_reward(seen):
+def test_evaluators_may_disagree_with_the_reward(seen):
     painted = seen[1].clone()
-    painted[2:, :3] = seen[4][2:, :3]  # faces painted on two more sides: colour alone, no depth
+    painted[2:, :3] = seen[4][2:, :3]  # faces painted on two more sides, in colour and without depth
     assert YesNoJudge().judge([HEAD.text], [(seen[1], painted)]) == [0]
     assert float(OneFace().score(painted, [HEAD.text] * 4)[0]) < float(
         OneFace().score(seen[1], [HEAD.text] * 4)[0]
     )
 
 
-def test_finished_assets_are_judged_by_their_surface():
-    judge = AssetJudge()
+def test_finished_assets_are_compared_by_their_surface():
+    evaluator = AssetJudge()
     texts = [HEAD.text] * 5
     heads = problem.build(HEAD, FACES)
-    assert judge.score(heads, texts).tolist() == [-1, 0, -1, -2, -3]
+    assert evaluator.score(heads, texts).tolist() == [-1, 0, -1, -2, -3]
     painted = heads.pick([0, 1, 2, 3, 4])
     for side in range(4):
-        painted.shape[:, problem.nose_voxels(16, side)] = problem.EMPTY  # all noses gone, all paint left
-    assert judge.score(painted, texts).tolist() == [-1] * 5
-    assert judge.compare(heads, painted, texts)[1:] == [0, 0, 1, 1]
+        painted.shape[:, problem.nose_voxels(16, side)] = problem.EMPTY  # without noses, with all paint
+    assert evaluator.score(painted, texts).tolist() == [-1] * 5
+    assert evaluator.compare(heads, painted, texts)[1:] == [0, 0, 1, 1]
     boxes = problem.build(BOX, FACES)
     assert emblem_sides(boxes, [BOX.text] * 5).tolist() == [0, 1, 2, 3, 4]
     flipped = problem.build(BOX, 1 - FACES)
-    assert judge.compare(boxes, flipped, [BOX.text] * 5) == [1, 1, -1, 0, 0]
+    assert evaluator.compare(boxes, flipped, [BOX.text] * 5) == [1, 1, -1, 0, 0]
     worse = heads.pick([0, 1, 2, 3, 4])
     worse.paint += torch.randn(worse.paint.shape, generator=torch.Generator().manual_seed(0))
-    assert judge.compare(heads, worse, texts) == [0] * 5  # as many noses, but no likely picture
+    assert evaluator.compare(heads, worse, texts) == [0] * 5  # equally many noses, but implausible images
 
 
 def test_no_file_holds_keys(repo):

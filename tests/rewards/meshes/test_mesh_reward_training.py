@@ -1,5 +1,5 @@
-"""Data and training of RewardCS: the split rule exactly, controls, what a resumed training gives; C3 in the
-long lane.
+"""Data and training of RewardCS: the rule of the split, controls, and resumed trainings; the long test
+checks claim C3.
 """
 
 import json
@@ -18,12 +18,12 @@ from eg3d_rlhf.rewards.meshes.dataset import (
     KINDS,
     SOURCES,
     area_only,
-    dealt,
-    drawn,
+    generate_meshes,
     load_mesh,
+    randomised_labels,
+    rotated,
     severity_of,
-    shuffled,
-    turned,
+    with_permuted_faces,
 )
 from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of, run_table
 from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
@@ -66,7 +66,7 @@ def test_scores_follow_the_severity_and_the_split_rule_is_exact(meshes):
 
 def test_shapes_depend_on_their_number_and_the_seed_alone(meshes):
     options = PatchOptions(patches=8, faces=8)
-    again, other = (drawn("heads", 3, options, 8, seed) for seed in (0, 1))
+    again, other = (generate_meshes("heads", 3, options, 8, seed) for seed in (0, 1))
     assert (
         torch.equal(again.patches.features, meshes.patches.features[:3])
         and again.prompts == meshes.prompts[:3]
@@ -101,7 +101,7 @@ def test_every_defect_is_there_and_every_mesh_is_closed(source):
         assert parts(good.faces.numpy(), len(good.vertices))[0] == 1
 
 
-def test_turned_meshes_are_those_of_turned_surfaces():
+def test_rotated_patches_are_those_of_rotated_surfaces():
     lattice = cube(8)
     options = PatchOptions(patches=6, faces=8)
     level = SOURCES["heads"](lattice, "noise", 0.5, torch.Generator().manual_seed(1))[0]
@@ -118,15 +118,15 @@ def test_turned_meshes_are_those_of_turned_surfaces():
         for mirrored in (False, True):
             vertices = mesh.vertices @ turn.T * torch.tensor([-1.0 if mirrored else 1.0, 1, 1])
             faces = plan._replace(faces=plan.faces.flip(1)) if mirrored else plan
-            wanted = features_of(vertices, faces, options)
-            moved = turned(known, torch.tensor([quarters]), torch.tensor([mirrored]))
-            torch.testing.assert_close(moved.features, wanted.features, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(moved.centres, wanted.centres, rtol=1e-4, atol=1e-4)
+            expected = features_of(vertices, faces, options)
+            moved = rotated(known, torch.tensor([quarters]), torch.tensor([mirrored]))
+            torch.testing.assert_close(moved.features, expected.features, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(moved.centres, expected.centres, rtol=1e-4, atol=1e-4)
 
 
-def test_dealt_patches_keep_their_faces_and_controls_what_they_say(meshes):
-    patches, _ = meshes.of(meshes.labels[:4])
-    mixed = dealt(patches, torch.Generator().manual_seed(0))
+def test_permuted_patches_keep_their_faces_and_controls_remove_information(meshes):
+    patches, _ = meshes.select(meshes.labels[:4])
+    mixed = with_permuted_faces(patches, torch.Generator().manual_seed(0))
     assert not torch.equal(mixed.features, patches.features)
     torch.testing.assert_close(mixed.features.sum(2), patches.features.sum(2), rtol=1e-4, atol=1e-4)
     order = torch.cdist(mixed.features[0, 0], patches.features[0, 0]).argmin(1)
@@ -137,13 +137,13 @@ def test_dealt_patches_keep_their_faces_and_controls_what_they_say(meshes):
         and float(bare.features[..., 1:].abs().max()) == 0
     )
     assert float(bare.centres.abs().max()) == 0
-    dealt_labels = shuffled(meshes.labels, 0)
-    assert [label.seed for label in dealt_labels] == [label.seed for label in meshes.labels]
-    assert sorted(label.score for label in dealt_labels) == sorted(label.score for label in meshes.labels)
-    assert [label.score for label in dealt_labels] != [label.score for label in meshes.labels]
+    permuted_labels = randomised_labels(meshes.labels, 0)
+    assert [label.seed for label in permuted_labels] == [label.seed for label in meshes.labels]
+    assert sorted(label.score for label in permuted_labels) == sorted(label.score for label in meshes.labels)
+    assert [label.score for label in permuted_labels] != [label.score for label in meshes.labels]
 
 
-def test_training_can_be_cut_off_anywhere_and_goes_on_to_the_same_reward(meshes):
+def test_an_interrupted_training_continues_to_the_same_reward(meshes):
     options = MeshRewardTraining(**TINY)
     straight = MeshTraining(options, meshes)
     straight.run(12)
@@ -167,11 +167,11 @@ def test_training_can_be_cut_off_anywhere_and_goes_on_to_the_same_reward(meshes)
     )
 
 
-def test_the_kernel_keeps_its_floor(meshes):
-    for floor in (0.7, 3.0):
-        training = MeshTraining(MeshRewardTraining(**TINY, bandwidth=floor), meshes)
+def test_the_bandwidth_has_a_lower_limit(meshes):
+    for least in (0.7, 3.0):
+        training = MeshTraining(MeshRewardTraining(**TINY, bandwidth=least), meshes)
         training.run(5)
-        assert training.bandwidth >= floor and (floor < 3 or training.bandwidth == pytest.approx(3.0))
+        assert training.bandwidth >= least and (least < 3 or training.bandwidth == pytest.approx(3.0))
 
 
 def command(*flags):
@@ -180,7 +180,7 @@ def command(*flags):
     return CliRunner().invoke(main, [*tiny, *map(str, flags)])
 
 
-def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_the_command_writes_a_reward_and_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     done = command(f"--outdir={tmp_path}")
     assert done.exit_code == 0, done.output
     out = tmp_path / "00000-mesh-reward-heads"
@@ -189,16 +189,16 @@ def test_the_tool_writes_a_reward_and_goes_on_to_the_same_bytes(tmp_path, monkey
     report = json.loads((out / run.REPORT).read_text())
     assert report["held_out"]["n"] == [10, 9] and reward.provenance["training"]["shapes"] == 80
     assert reward.resolution == 8 and "a round head" in reward.text.prompts
-    whole = MeshTraining.run
+    original_run = MeshTraining.run
 
     def stops(self, until):
         if self.done:
             raise KeyboardInterrupt
-        return whole(self, until)
+        return original_run(self, until)
 
     monkeypatch.setattr(MeshTraining, "run", stops)
     assert command(f"--outdir={tmp_path}").exit_code == 130
-    monkeypatch.setattr(MeshTraining, "run", whole)
+    monkeypatch.setattr(MeshTraining, "run", original_run)
     assert not (cut / run.REWARD).exists() and list(cut.glob("checkpoint-*.safetensors"))
     other = CliRunner().invoke(main, [f"--resume={cut}", "--lr=0.1"])
     rejected(other, "--lr", "--resume")
@@ -238,8 +238,8 @@ def test_meshes_of_files(tmp_path):
         if i == 3:
             body.invert()
         body.export(tmp_path / f"{i}.{('ply', 'obj', 'glb')[i % 3]}")
-        verdict = {"label": 0} if i % 2 else {"score": 4.5}
-        rows.append({"mesh": f"{i}.{('ply', 'obj', 'glb')[i % 3]}", "prompt": "a ball", **verdict})
+        label = {"label": 0} if i % 2 else {"score": 4.5}
+        rows.append({"mesh": f"{i}.{('ply', 'obj', 'glb')[i % 3]}", "prompt": "a ball", **label})
     path = tmp_path / "meshes.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert float(signed_volume(load_mesh(tmp_path / "3.ply"))) == pytest.approx(4.0, rel=1e-4)
@@ -265,14 +265,15 @@ def test_meshes_of_files(tmp_path):
             dataset.read(path, options)
 
 
-def test_the_table_keeps_what_is_done(tmp_path):
-    said: list[str] = []
+def test_the_table_keeps_finished_trainings(tmp_path):
+    lines: list[str] = []
     options = MeshRewardTraining(**{**TINY, "steps": 3})
     assert (
-        set(run_table(options, tmp_path, [0], say=said.append)["summary"]) == set(run.ARMS) and len(said) == 4
+        set(run_table(options, tmp_path, [0], say=lines.append)["summary"]) == set(run.ARMS)
+        and len(lines) == 4
     )
-    run_table(options, tmp_path, [0], say=said.append)
-    assert len(said) == 4
+    run_table(options, tmp_path, [0], say=lines.append)
+    assert len(lines) == 4
     with raising("--resume"):
         run_table(MeshRewardTraining(**{**TINY, "steps": 4}), tmp_path, [0])
 
@@ -288,7 +289,7 @@ def test_c3(tmp_path):
     with_term = table["lambda 1"]
     without = table["lambda 0"]
     assert min(with_term["auc"], without["auc"]) >= 0.9
-    assert with_term["divergence_fixed"] >= 2 * without["divergence_fixed"]  # the term drives the kinds apart
+    assert with_term["divergence_fixed"] >= 2 * without["divergence_fixed"]  # the term separates both kinds
     assert abs(table["randomised"]["auc"] - 0.5) <= 0.1
     assert (
         table["area only"]["auc_by_kind"]["second-nose"] < 0.65 < 0.9 <= without["auc_by_kind"]["second-nose"]

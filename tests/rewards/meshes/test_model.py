@@ -1,4 +1,4 @@
-"""RewardCS as a network and a file: missing patches, order, prompts, gradients, damage."""
+"""RewardCS as a network and as a file: missing patches, order, prompts, gradients, and damaged files."""
 
 import json
 
@@ -28,9 +28,9 @@ def reward():
 
 
 def patches(meshes=3, count=6, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    features = torch.randn(meshes, count, 4, 10, generator=draw)
-    centres = torch.rand(meshes, count, 4, 3, generator=draw)
+    rng = torch.Generator().manual_seed(seed)
+    features = torch.randn(meshes, count, 4, 10, generator=rng)
+    centres = torch.rand(meshes, count, 4, 3, generator=rng)
     mask = torch.ones(meshes, count, dtype=torch.bool)
     mask[-1, 4:] = False
     return Patches(features, centres, mask)
@@ -50,7 +50,7 @@ def test_it_is_a_mesh_reward_and_order_and_padding_do_not_matter(reward):
     torch.testing.assert_close(alone, known[2:])
 
 
-def test_prompts_count(reward):
+def test_prompts_change_the_score(reward):
     mesh = patches(1)
     scores = [float(reward.score(mesh, [text]).detach()) for text in (*PROMPTS, "a blue head", "", "A box")]
     assert len(set(scores)) == 5  # "A box" has the words of a known prompt, and not its row
@@ -63,7 +63,7 @@ def test_prompts_count(reward):
         reward.score(mesh._replace(features=mesh.features[:, :, :3]), ["a"])
 
 
-def test_gradients_reach_features_and_centres_of_patches_that_are_there(reward):
+def test_gradients_reach_features_and_centres_of_existing_patches(reward):
     given = patches()
     features = given.features.clone().requires_grad_(True)
     centres = given.centres.clone().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Patches of both kinds: what they cover, what they leave out, and gradients that reach the field (C4)."""
+"""Patches of both kinds: which faces they cover, and gradients that reach the field (claim C4)."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from tests.rewards.meshes.test_surfaces import Cloud, ball
 
 
 def level_of(grid, floater=True):
-    """A ball with a bump, and a floater that no part of it touches."""
+    """Return a ball with a bump, and a separate floater."""
     x = grid.vertices
     level = torch.minimum(x.norm(dim=1) - 0.27, (x - torch.tensor([0.0, 0.0, 0.31])).norm(dim=1) - 0.11)
     return (
@@ -49,7 +49,7 @@ def arrays(mesh):
 
 
 @pytest.mark.parametrize("patches", [4, 16, 64])
-def test_regions_are_connected_and_all_there(mesh, patches):
+def test_regions_are_connected_and_cover_the_mesh(mesh, patches):
     triangles, faces = arrays(mesh)
     label = grown(triangles, faces, patches)
     assert sorted(set(label.tolist())) == list(range(patches))
@@ -109,16 +109,16 @@ def test_maps_have_the_published_numbers_and_lie_on_the_surface(mesh):
 
 
 @pytest.mark.parametrize("count", [7, 40, 256])
-def test_bases_have_just_so_many_faces(mesh, count):
+def test_bases_have_exactly_the_requested_number_of_faces(mesh, count):
     for shape in (mesh, marching_tetrahedra(cube(2).vertices.norm(dim=1) - 0.3, cube(2))):
         points, faces = base(shape.vertices.double().numpy(), shape.faces.numpy(), count)
         assert len(faces) == count and faces.max() < len(points)
 
 
-def test_nearest_places_are_nearest():
-    draw = torch.Generator().manual_seed(3)
-    triangles = torch.randn(5, 3, 3, generator=draw, dtype=torch.float64)
-    points = 2 * torch.randn(40, 3, generator=draw, dtype=torch.float64)
+def test_nearest_points_are_nearest():
+    rng = torch.Generator().manual_seed(3)
+    triangles = torch.randn(5, 3, 3, generator=rng, dtype=torch.float64)
+    points = 2 * torch.randn(40, 3, generator=rng, dtype=torch.float64)
     face, weight = nearest_on(points.numpy(), triangles.numpy())
     squares = ((triangles.numpy()[face] * weight[..., None]).sum(1) - points.numpy()) ** 2
     grid = torch.cartesian_prod(torch.linspace(0, 1, 101), torch.linspace(0, 1, 101)).double()
@@ -132,12 +132,14 @@ def test_nearest_places_are_nearest():
 @pytest.mark.parametrize(
     "options", [PatchOptions(patches=16, faces=16), PatchOptions(kind="maps", patches=64, faces=16)]
 )
-def test_gradients_through_meshing_and_patches_are_those_of_differences(options):
-    """C4: ten levels, away from where signs or patches change, within 5 %. Regions are chosen anew for every
-    difference; where new vertices lie on the faces of maps is decided once, as between two rebuilds of a run.
+def test_gradients_through_meshing_and_patches_equal_differences(options):
+    """Claim C4: ten levels, away from changes of signs or patches, agree within 5 %.
+
+    Regions are chosen again for every difference. For maps, the positions of new vertices on faces are chosen
+    once, as between two rebuilds of a run.
     """
     grid = cube(8)
-    draw = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(5)
     level = level_of(grid, floater=False).double()
     weights: list[torch.Tensor] = []
     held = plan_of(marching_tetrahedra(level, grid), options) if options.kind == "maps" else None
@@ -146,9 +148,7 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
         mesh = marching_tetrahedra(level, grid)
         patches = features_of(mesh.vertices, held or plan_of(mesh, options), options)
         both = torch.cat([patches.features[..., 1:], patches.centres], dim=3)
-        weights.append(
-            weights[0] if weights else torch.randn(both.shape, generator=draw, dtype=torch.float64)
-        )
+        weights.append(weights[0] if weights else torch.randn(both.shape, generator=rng, dtype=torch.float64))
         return (both * weights[0]).sum()
 
     level.requires_grad_(True)
@@ -156,7 +156,7 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
     used = cut(level.detach(), grid)[0].unique()
     agreed = 0
     step = 1e-6
-    for vertex in used[torch.randperm(len(used), generator=draw)].tolist():
+    for vertex in used[torch.randperm(len(used), generator=rng)].tolist():
         if abs(float(level[vertex].detach())) < 10 * step or abs(float(level.grad[vertex])) < 1e-3:
             continue
         with torch.no_grad():
@@ -165,7 +165,7 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
             wider = [value(level + sign * 2 * shift) for sign in (1, -1)]
         slopes = float(forward - backward) / (2 * step), float(wider[0] - wider[1]) / (4 * step)
         if abs(slopes[0] - slopes[1]) > 0.01 * abs(slopes[0]):
-            continue  # a flip: order, base or region is another one nearby
+            continue  # order, base or region changes nearby
         assert slopes[0] == pytest.approx(float(level.grad[vertex]), rel=0.05)
         agreed += 1
         if agreed == 10:
@@ -176,9 +176,9 @@ def test_gradients_through_meshing_and_patches_are_those_of_differences(options)
 @pytest.mark.parametrize(
     "options", [PatchOptions(patches=8, faces=4), PatchOptions(kind="maps", patches=16, faces=4, area="raw")]
 )
-def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(options):
-    """At a rebuild all numbers are those of the whole mesh; gradients are those of differences with normals
-    and scale held.
+def test_a_reader_gives_the_patches_of_meshes_and_keeps_their_frames(options):
+    """At a rebuild, all numbers are those of the complete mesh. Gradients equal differences at constant
+    normals and scale.
     """
     grid = cube(8)
     field = random_voxels(2, 9)
@@ -193,11 +193,11 @@ def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(option
     read = MeshReader(grid, options)
     patches = read(field, 0)
     levels = closed_level((field.level - densities(field, grid)).detach(), grid)
-    whole = patches_of([net_mesh(level, grid) for level in levels], options)
-    for a, b in zip(patches, whole, strict=True):
+    complete = patches_of([net_mesh(level, grid) for level in levels], options)
+    for a, b in zip(patches, complete, strict=True):
         torch.testing.assert_close(a, b.to(a), rtol=1e-4, atol=1e-5)
-    draw = torch.Generator().manual_seed(1)
-    weight = torch.randn(patches.features.shape, generator=draw, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(patches.features.shape, generator=rng, dtype=torch.float64)
 
     def value():
         return (read(field, 1).features * weight)[..., 1:4].sum()
@@ -213,7 +213,7 @@ def test_a_reader_reads_what_patches_of_meshes_are_and_holds_their_frames(option
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(float(slope.flatten()[place]), rel=0.02)
 
 
-def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
+def test_a_reader_rebuilds_every_few_steps_and_can_be_resumed():
     grid = cube(8)
     calls = []
 
@@ -243,7 +243,7 @@ def test_a_reader_rebuilds_every_few_steps_and_goes_on_where_it_was():
     torch.testing.assert_close(torch.stack(calls)[:, 1], calls[0][1].expand(7), rtol=1e-4, atol=1e-4)
 
 
-def test_a_surface_that_leaves_its_edges_waits_without_gradient():
+def test_a_surface_that_leaves_its_edges_has_no_gradient():
     grid = cube(6, Bounds())
     level = torch.full((343,), 0.5)
     read = MeshReader(grid, PatchOptions(patches=4, faces=4, place="world"), every=100)
@@ -265,7 +265,7 @@ def test_a_surface_that_leaves_its_edges_waits_without_gradient():
     assert not read(field, 100).mask.any()
 
 
-# Faces as numbers: scale, order, flat sheets, gradients.
+# Features of faces: scale, order, flat sheets, and gradients
 
 
 def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():
@@ -277,7 +277,7 @@ def test_a_flat_sheet_and_a_face_without_area_have_finite_gradients():
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_gradients_of_features_are_those_of_differences(place):
+def test_gradients_of_features_equal_differences(place):
     vertices = torch.tensor(
         [[0.0, 0, 0], [1.1, 0, 0.2], [0.1, 1.3, 0], [0.3, 0.2, 0.9]], dtype=torch.float64, requires_grad=True
     )

@@ -1,6 +1,4 @@
-"""Meshes from fields: closed, outward, of the right volume; gradients that reach the field; where there is
-nothing to see.
-"""
+"""Meshes from fields: closed, oriented outwards, of the right volume, with gradients that reach the field."""
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from eg3d_rlhf.rewards.meshes.surfaces import (
 
 
 class Cloud:
-    """Fields by a function of points; enough of one for meshing."""
+    """Fields that are given by functions of points, with the methods that meshing needs."""
 
     bounds = Bounds()
     level = 0.0
@@ -62,7 +60,7 @@ def test_an_edge_without_a_step_is_skipped_and_leaves_no_nan():
     assert 0 < len(mesh.faces) < len(full.faces)
 
 
-def test_a_field_that_knows_products_is_asked_for_one():
+def test_product_fields_are_evaluated_on_a_product_grid():
     grid = cube(5, Bounds(0.8))
 
     class Product(Cloud):
@@ -84,11 +82,11 @@ def test_a_field_that_knows_products_is_asked_for_one():
     assert torch.equal(densities(Cloud(ball(0.3)), free), ball(0.3)(grid.vertices)[None])
 
 
-# Surface nets: closed, outward, where the surface is; means of crossings, and their gradients.
+# Surface nets: closed, oriented outwards, at the surface; vertices are means of crossings; gradients
 
 
 def body(grid):
-    """A ball with a bump."""
+    """Return a ball with a bump."""
     x = grid.vertices
     return torch.minimum(x.norm(dim=1) - 0.31, (x - torch.tensor([0.0, 0.05, 0.3])).norm(dim=1) - 0.13)
 
@@ -120,7 +118,7 @@ def test_vertices_are_means_of_the_crossings_around_their_cell():
     assert bool((inside[known.edges[:, 0]] != inside[known.edges[:, 1]]).all())
 
 
-def test_gradients_of_nets_are_those_of_differences():
+def test_gradients_of_nets_equal_differences():
     grid = cube(6)
     level = body(grid).double()
     known = net(level, grid)
