@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.people.label.database import REFUSAL
+from eg3d_rlhf.people.label.database import APPEND_ONLY
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Mode, PlannedPair
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import answer, plan, shape
@@ -219,7 +219,7 @@ def test_the_database_refuses_to_change_judgements(store, work, database_url):
     ]:
         with pytest.raises(DBAPIError) as caught, store.database.write() as c:
             c.execute(text(statement))
-        assert REFUSAL in str(caught.value), statement
+        assert APPEND_ONLY in str(caught.value), statement
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
 
@@ -235,7 +235,7 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
         ):
             with pytest.raises(sqlite3.IntegrityError) as caught:
                 other.execute(statement)
-            assert REFUSAL in str(caught.value), statement
+            assert APPEND_ONLY in str(caught.value), statement
         assert other.execute("SELECT choice FROM judgements").fetchall() == [("left",)]
     other.close()
 
