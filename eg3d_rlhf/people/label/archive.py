@@ -45,8 +45,8 @@ from eg3d_rlhf.people.label.entities import (
     Shape,
     check_stored,
 )
-from eg3d_rlhf.people.label.store import KNOWN, NAME, Store, find_or_add
-from eg3d_rlhf.people.label.store_labels import LabelFilters, preferences_of
+from eg3d_rlhf.people.label.store import ANNOTATOR_COLUMNS, NAME, Store, find_or_add
+from eg3d_rlhf.people.label.store_labels import LabelFilters, store_preferences
 from eg3d_rlhf.preferences.labels import load_labels
 from training.storage import write_atomic
 
@@ -103,7 +103,7 @@ def _records(c: Connection, campaign: Row) -> Iterator[dict]:
         "settings": json.loads(campaign.settings),
         "created": campaign.created,
     }
-    known = list(c.execute(KNOWN.order_by(annotators.c.id)))
+    known = list(c.execute(ANNOTATOR_COLUMNS.order_by(annotators.c.id)))
     # Kind of record -> numeric id -> the name under which the file refers to that row.
     names: dict[str, dict] = {"annotator": {annotator.id: annotator.name for annotator in known}}
     for kind, kept in KEPT.items():
@@ -428,7 +428,7 @@ def export_ranked_seeds(store: Store, path: str | Path, **filters) -> None:
     """Write the ranked-seeds table of the paper, with rows numbered from 0. Ties are left out, because the
     format cannot hold them. The filters are those of `LabelFilters`.
     """
-    decided = [label for label in preferences_of(store, LabelFilters(**filters)) if not label.tie]
+    decided = [label for label in store_preferences(store, LabelFilters(**filters)) if not label.tie]
     if not decided:
         raise ValueError(
             "export: expected at least one preference that passes the filters, got none. Loosen the filters."

@@ -211,7 +211,7 @@ class CampaignSettings:
             )
         if self.mode is Mode.STUDY and self.reveal:
             raise ValueError("reveal cannot be used in a study, which is blind. Remove it.")
-        # The timetable gives every repeat a pair that was not repeated before, so at most half can be
+        # Every repeat needs a pair that was not repeated before, so at most half can be
         # repeats.
         if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(

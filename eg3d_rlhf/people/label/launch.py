@@ -28,7 +28,7 @@ from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
 from eg3d_rlhf.people.label.preparation import Preparation
 from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
-from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements, preferences_of
+from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements, store_preferences
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble
 from training.config import knobs_of
@@ -143,7 +143,7 @@ def plan_campaign(
         }
         return request.campaign_settings(extra), assets.pairs
     with naming("--after"):
-        results = preferences_of(store, chosen) if store and chosen else []
+        results = store_preferences(store, chosen) if store and chosen else []
     with naming("--network"):
         generator = load_generator(request.network)
     what = "shapes" if request.pairing.single else "pairs"
@@ -369,7 +369,7 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
     """The labels of a campaign of `pairs` pairs."""
     with open_store(url, create=False) as store:
         judged = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
-        labels = preferences_of(store, LabelFilters(campaign=name))
+        labels = store_preferences(store, LabelFilters(campaign=name))
     least = max(1, round(LEAST_ANSWERED * pairs))
     if judged < least:
         remedy = f"Label on: {label_command(url, name)}"

@@ -20,7 +20,7 @@ from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.geometry.files.model import Picture, glb_parts, scene_of, triangles
 from eg3d_rlhf.geometry.files.ply import Splats, splat_parts
 from eg3d_rlhf.people.label.entities import Choice, PlannedPair, Shape
-from eg3d_rlhf.people.label.pairing import PairingOptions, shape_of
+from eg3d_rlhf.people.label.pairing import PairingOptions, shape_factory
 from eg3d_rlhf.people.label.preparation import prepare
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress
 from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer
@@ -230,7 +230,7 @@ def _drawn(planned: list[PlannedPair]) -> Callable[[Shape], bytes]:
 )
 def main(out: Path) -> None:
     """Draw shapes of the bundled generator, label them and take pictures."""
-    shape = shape_of(PairingOptions(), load_generator())
+    shape = shape_factory(PairingOptions(), load_generator())
     rng = random.Random(0)
     sides = [rng.sample(pair, 2) for pair in itertools.combinations(SEEDS, 2)]
     planned = [PlannedPair(first=shape(a), second=shape(b)) for a, b in rng.sample(sides, len(sides))]

@@ -13,7 +13,7 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
+from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, store_preferences
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label import serving
 from tests.people.label.plans import QUIET, answer, answer_all, plan, shape
@@ -33,7 +33,7 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
     for k, choice in enumerate((Choice.BAD, Choice.TIE, Choice.LEFT)):
         shown = store.assignments(campaign, ann, 1)[0]
         store.submit(campaign, ann, answer(shown, f"k{k}", choice))
-    bad, tie, left = preferences_of(store)
+    bad, tie, left = store_preferences(store)
     assert (bad.tie, tie.tie, left.tie) == (True, True, False) and (
         bad.extra.get("both"),
         tie.extra.get("both"),
@@ -113,7 +113,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure")
     )
     rows = list(store.judgements())
-    labels = preferences_of(store, LabelFilters(question="geometry"))
+    labels = store_preferences(store, LabelFilters(question="geometry"))
     seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
     assert [(label.winner, label.tie) for label in labels] == list(
         zip(seeds, (False, False, True), strict=True)
@@ -130,7 +130,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         "as_overall": 1,
     }
     with raising("question", "ears", "geometry", "'hair'"):
-        preferences_of(store, LabelFilters(question="hair"))
+        store_preferences(store, LabelFilters(question="hair"))
 
 
 def two_generators() -> list[PlannedPair]:

@@ -12,7 +12,7 @@ import train
 from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
+from eg3d_rlhf.people.label.store_labels import export_assets, store_preferences
 from eg3d_rlhf.preferences.label_scores import Known, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
@@ -255,7 +255,7 @@ def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
 def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
     with raising("campaign", "assets", "seeds", "--kind=asset-pairs"):
-        preferences_of(store)
+        store_preferences(store)
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with raising("--kind=rankings", "--assets"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")

@@ -25,7 +25,7 @@ from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_labels,
     label_source,
-    preferences_of,
+    store_preferences,
     read_preferences,
 )
 from eg3d_rlhf.preferences.labels import load_labels
@@ -48,7 +48,7 @@ def test_the_published_table_comes_in_within_two_seconds(store, published_labels
         campaign.pairs == 4346
         and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
     )
-    labels = preferences_of(store)
+    labels = store_preferences(store)
     assert [(p.winner, p.loser) for p in labels] == [
         (p.winner, p.loser) for p in load_labels(published_labels)
     ]
@@ -123,7 +123,7 @@ def judged(store):
 
 def test_labels_say_what_was_judged(judged):
     rows = [row for row in judged.judgements() if row.kind is Kind.PAIR and row.choice is not Choice.SKIP]
-    labels = preferences_of(judged)
+    labels = store_preferences(judged)
     assert len(labels) == len(rows) and {row.kind for row in judged.judgements()} == {Kind.PAIR, Kind.GOLD}
     for label, row in zip(labels, rows, strict=True):
         assert (label.generator, label.psi, label.annotator, label.time) == (
@@ -156,7 +156,7 @@ def test_filters(judged, case):
     chosen, keep = FILTERS[case]
     rows = [row for row in judged.judgements() if row.kind is Kind.PAIR and row.choice is not Choice.SKIP]
     expected = [row.id for row in rows if keep(row)]
-    assert [p.extra["judgement"] for p in preferences_of(judged, LabelFilters(**chosen))] == expected
+    assert [p.extra["judgement"] for p in store_preferences(judged, LabelFilters(**chosen))] == expected
     assert 0 < len(expected) < len(rows) or case in ("zero", "campaign")
 
 
@@ -185,16 +185,16 @@ def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store,
     pairs = [PlannedPair(first=shape(0), second=shape(1 if mode is Mode.LABEL else 0, **second))]
     campaign = store.create_campaign(CampaignSettings(name="c", mode=mode, gold_every=0), pairs)
     answer_all(store, campaign, store.annotator_without_token("local", "admin").id)
-    assert mode is Mode.LABEL or preferences_of(store) == []
+    assert mode is Mode.LABEL or store_preferences(store) == []
     with raising(*names):
-        preferences_of(store, LabelFilters(campaign=named))
+        store_preferences(store, LabelFilters(campaign=named))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_exported_labels_read_back(judged, tmp_path, ending):
     path = export_labels(judged, tmp_path / f"labels.{ending}", campaign="heads")
     read = load_labels(path)
-    expected = preferences_of(judged)
+    expected = store_preferences(judged)
     for field in ("winner", "loser", "generator", "psi", "annotator", "time", "tie"):
         assert [getattr(p, field) for p in read] == [getattr(p, field) for p in expected]
     assert read[0].extra["views"].split() == ["front", "left"] and str(read[0].extra["level"]) == "10.0"
@@ -431,7 +431,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
     result = run(f"--labels={url}", "--campaign=c", *flags)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "report.json").read_text())["labels_file"] == url
-    assert load_labels(out / "labels.jsonl") == preferences_of(store)
+    assert load_labels(out / "labels.jsonl") == store_preferences(store)
     store.undo(campaign, who, "u")  # the store goes on; the run that is resumed does not notice
     assert len(read_labels(label_source(url), resumed=out)) == 20 == len(read_labels(label_source(url))) + 1
     assert math.isfinite(json.loads((out / "report.json").read_text())["temperature"])

@@ -1,4 +1,4 @@
-"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers spread
+"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers interleaved
 between.
 """
 

@@ -251,9 +251,9 @@ def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
 HOT = {
     "answered": assignments.ANSWERED,
     "free": assignments.FREE,
-    "had": assignments.FREE_BUT_HAD,
-    "hers": assignments.FREE_TO_HER,
-    "open": assignments.OPEN_ONES,
+    "had": assignments.FREE_ASSIGNED_BEFORE,
+    "hers": assignments.FREE_FOR_ANNOTATOR,
+    "open": assignments.OPEN_ASSIGNMENTS,
     "past": assignments.PAST,
     "stamp": assignments.STAMP,
     "window": assignments.PAGE,

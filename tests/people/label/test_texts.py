@@ -7,7 +7,7 @@ import pytest
 
 from eg3d_rlhf.people.label.assets.damage import DAMAGES as ASSET_DAMAGES
 from eg3d_rlhf.people.label.entities import DAMAGES, SKIP_REASONS, Mode
-from eg3d_rlhf.people.label.pairing import BROKEN, EXPLANATION
+from eg3d_rlhf.people.label.pairing import SINGLE_EXPLANATION, EXPLANATION
 from eg3d_rlhf.people.label.server.app import TEXTS, language_of
 from tests.people.label.browser import needs_chromium
 from tests.people.label.plans import singles
@@ -62,7 +62,7 @@ def test_pages_name_texts_that_exist_and_no_text_is_left_over():
 
 def test_what_the_server_says_to_annotators_is_in_the_table():
     damages = set(DAMAGES.values()) | set(ASSET_DAMAGES.values())
-    lessons = [known.format(seen) for known in (EXPLANATION, BROKEN) for seen in damages]
+    lessons = [known.format(seen) for known in (EXPLANATION, SINGLE_EXPLANATION) for seen in damages]
     assert sorted(lessons) == sorted(text for key, text in ENGLISH.items() if key.startswith("known."))
     assert all(f"skip.{reason}" in ENGLISH for reason in SKIP_REASONS)
 
