@@ -360,7 +360,7 @@ def _strengths(
         partners[c.winner].add(c.loser)
         partners[c.loser].add(c.winner)
         times.update((c.winner, c.loser))
-    # One opponent gives no reliable strength. Such an item stays only as the opponent of an item with several.
+    # An item with one opponent has no reliable strength: it stays only if that opponent has several.
     ranked = {shape for shape, opponents in partners.items() if len(opponents) >= 2}
     ranked |= {other for shape in ranked for other in partners[shape]}
     kept = set(sorted(ranked, key=lambda s: (-times[s], s.generator, s.seed, s.psi))[: limits.strengths])

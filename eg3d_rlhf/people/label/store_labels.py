@@ -323,7 +323,7 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
             f"--labels: reading a store needs SQLAlchemy ({error}). Run pip install 'eg3d-rlhf[label]'."
         ) from None
     with Store.open(url, create=False) as store:
-        labels = preferences_of(store, filters)
+        labels = store_preferences(store, filters)
     if not labels:
         name = without_password(url)
         raise ValueError(
@@ -338,7 +338,7 @@ def export_labels(store: "Store", path: str | Path, **filters) -> Path:
     """Write labels to a .jsonl or .csv file in the open label format, with further fields for the origin of
     each judgement. Returns the path.
     """
-    return write_labels(path, preferences_of(store, LabelFilters(**filters)))
+    return write_labels(path, store_preferences(store, LabelFilters(**filters)))
 
 
 def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:

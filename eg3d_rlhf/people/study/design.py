@@ -18,7 +18,7 @@ import numpy as np
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.people.label.assets import reading
-from eg3d_rlhf.people.label.assets.collection import Collection, conditions, read_generator
+from eg3d_rlhf.people.label.assets.collection import Collection, prompts_json, read_generator
 from eg3d_rlhf.people.label.assets.damage import DAMAGED_KINDS, DAMAGES
 from eg3d_rlhf.people.label.entities import DAMAGES as SHAPE_DAMAGES
 from eg3d_rlhf.people.label.entities import VIEWS, CampaignSettings, Kind, Mode, PlannedPair, Shape
@@ -424,7 +424,7 @@ def read_sides(
     prompts = {
         name: kept
         for c in (collections["b"], collections["a"])
-        for name, kept in conditions(c).items()
+        for name, kept in prompts_json(c).items()
         if name in used
     }
     return contenders, rows, prompts

@@ -23,7 +23,7 @@ from eg3d_rlhf.people.label.entities import Choice, PlannedPair, Shape
 from eg3d_rlhf.people.label.pairing import PairingOptions, shape_factory
 from eg3d_rlhf.people.label.preparation import prepare
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress
-from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer
+from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 from tests.people.label.asset_files import sphere
 from tests.people.label.browser import Page, chromium, plan, serving_page
 from tests.people.label.plans import Clock, answer_all
@@ -218,8 +218,8 @@ def _drawn(planned: list[PlannedPair]) -> Callable[[Shape], bytes]:
     prepare(
         (s for pair in planned for s in (pair.first, pair.second)),
         cache,
-        ShapeDrawer(),
-        tell=lambda fields: click.echo(str(fields)),
+        ShapeRenderer(),
+        report=lambda fields: click.echo(str(fields)),
     )
     return lambda shape: cache.mesh(shape).read_bytes()
 

@@ -13,7 +13,12 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, store_preferences
+from eg3d_rlhf.people.label.store_labels import (
+    LabelFilters,
+    export_labels,
+    export_unpaired,
+    store_preferences,
+)
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label import serving
 from tests.people.label.plans import QUIET, answer, answer_all, plan, shape

@@ -301,7 +301,7 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
             out = tmp_path / "out.mp4"
             path.write_text(text)
             with raising("video"):
-                reading.clean_film(path, out)
+                reading.clean_video(path, out)
             assert not out.exists()
         listening.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -355,7 +355,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
 
 
 def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
-    reading.clean_film(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
+    reading.clean_video(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
     source = [
         "-f",
         "lavfi",
@@ -367,7 +367,7 @@ def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
         str(tmp_path / "b.mp4"),
     ]
     assert reading._ffmpeg(source, 30)[0] == 0
-    reading.clean_film(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
+    reading.clean_video(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
     for name in ("copied.mp4", "encoded-anew.mp4"):
         assert [
             word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()

@@ -25,7 +25,7 @@ from eg3d_rlhf.people.label.assets.collection import (
 )
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
+from eg3d_rlhf.people.label.preparation import AssetPreparer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label import asset_files as files
 from tests.people.label import serving
@@ -198,8 +198,8 @@ def served(collection, tmp_path_factory):
     prepare(
         [shape for pair in planned for shape in (pair.first, pair.second)],
         cache,
-        AssetDrawer(),
-        tell=said.update,
+        AssetPreparer(),
+        report=said.update,
     )
     assert said["finished"] and said["failed"] == 0, said
     with serving.running(
@@ -292,8 +292,8 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
         path.unlink(missing_ok=True)
         if content:
             path.write_bytes(content)
-        cache.forget_passing(shapes)
-        prepare(shapes, cache, AssetDrawer(), tell=said.update)
+        cache.forget_temporary_failures(shapes)
+        prepare(shapes, cache, AssetPreparer(), report=said.update)
         assert said["finished"] and said["failed"] == failed
         if content != before:
             wrong = (

@@ -183,7 +183,7 @@ def test_a_film_keeps_its_frames_and_loses_its_notes(tmp_path, suffix):
 
     before = files.write_film(tmp_path / f"a{suffix}")
     after = tmp_path / "clean.mp4"
-    reading.clean_film(before, after)
+    reading.clean_video(before, after)
     data = after.read_bytes()
     assert SECRET in before.read_bytes() and not any(
         word in data for word in (SECRET, b"x264", b"Lavf", b"Lavc")

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
+from eg3d_rlhf.people.label.preparation import AssetPreparer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import shape_key
 from eg3d_rlhf.people.study import design, planning
 from eg3d_rlhf.people.study.power import PowerOptions
@@ -80,8 +80,8 @@ def study(made, tmp_path_factory):
         prepare(
             [shape for pair in planned for shape in (pair.first, pair.second)],
             served.options.cache,
-            AssetDrawer(),
-            tell=said.update,
+            AssetPreparer(),
+            report=said.update,
         )
         assert said["finished"] and said["failed"] == 0, said
         served.seen = []

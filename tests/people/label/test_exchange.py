@@ -25,8 +25,8 @@ from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_labels,
     label_source,
-    store_preferences,
     read_preferences,
+    store_preferences,
 )
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.training_run import read_labels

@@ -130,22 +130,22 @@ class Recorder:
             raise ValueError(UNCROSSED)
         return shape_key(shape).encode()
 
-    def picture(self, shape) -> bytes:
+    def image(self, shape) -> bytes:
         self.pictures.append(shape.seed)
         return b"png"
 
 
 def test_shapes_are_drawn_in_order_and_each_once(cache):
     shapes = [*numbered(3, 5), *numbered(5, 4)]
-    drawer = Recorder()
+    recorder = Recorder()
     prepare(shapes[1:2], cache, Recorder())  # what is there is not drawn again
-    prepare(shapes, cache, drawer)
-    assert drawer.drawn == [5, 7, 4, 8] and drawer.pictures == []
+    prepare(shapes, cache, recorder)
+    assert recorder.drawn == [5, 7, 4, 8] and recorder.pictures == []
     assert all(cache.mesh(shape).read_bytes() == shape_key(shape).encode() for shape in shapes)
-    prepare(shapes, cache, drawer, renders=True)  # pictures are added to shapes that have none
+    prepare(shapes, cache, recorder, renders=True)  # pictures are added to shapes that have none
     assert (
-        len(drawer.drawn) == 4
-        and drawer.pictures == [5, 6, 7, 4, 8]
+        len(recorder.drawn) == 4
+        and recorder.pictures == [5, 6, 7, 4, 8]
         and cache.render(shapes[1]).read_bytes() == b"png"
     )
 
@@ -162,11 +162,11 @@ def test_a_shape_counts_as_prepared_only_with_its_picture(cache):
 
 def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
     shapes = numbered(5)
-    drawer = Recorder(without_surface=(1, 3))
+    recorder = Recorder(without_surface=(1, 3))
     told: list[dict] = []
     for _ in range(2):
-        prepare(shapes, cache, drawer, tell=told.append)
-    assert drawer.drawn == [0, 1, 2, 3, 4] and told[-1] == {
+        prepare(shapes, cache, recorder, report=told.append)
+    assert recorder.drawn == [0, 1, 2, 3, 4] and told[-1] == {
         **told[-1],
         "done": 3,
         "failed": 2,
@@ -182,9 +182,9 @@ def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
 
 def test_a_lost_generator_stops_the_work_and_is_held_against_no_shape(cache):
     shapes = numbered(3)
-    drawer = Recorder()
+    recorder = Recorder()
     with pytest.raises(FileNotFoundError):
         prepare(shapes, cache, Recorder(lost=(1,)))
     assert cache.failure(shapes[1]) is None
-    prepare(shapes, cache, drawer)
-    assert drawer.drawn == [1, 2]
+    prepare(shapes, cache, recorder)
+    assert recorder.drawn == [1, 2]

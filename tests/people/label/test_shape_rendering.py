@@ -14,7 +14,13 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
 from eg3d_rlhf.people.label.entities import DAMAGES
-from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer, damage, surface, visible_parts, within_budget
+from eg3d_rlhf.people.label.shape_rendering import (
+    ShapeRenderer,
+    damage,
+    surface,
+    visible_parts,
+    within_budget,
+)
 from eg3d_rlhf.preferences.annotator import utility
 from tests.people.label.plans import SHAPE, decode_mesh
 from tests.rejections import raising
@@ -45,9 +51,9 @@ def balls(*centres_and_radii) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
-    drawer = ShapeDrawer()
-    vertices, faces = surface(drawer.generator(shape).generator, shape)
-    data = drawer.mesh(shape)
+    renderer = ShapeRenderer()
+    vertices, faces = surface(renderer.generator(shape).generator, shape)
+    data = renderer.mesh(shape)
     found, found_faces = decode_mesh(gzip.decompress(data))
     assert np.array_equal(found_faces, faces) and np.abs(found - vertices).max() < 1 / 65535
     assert (
@@ -55,7 +61,7 @@ def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
         and count_edges(faces).open == 0
         and face_volumes(vertices, faces).sum() > 0.01
     )
-    assert data == drawer.mesh(shape)
+    assert data == renderer.mesh(shape)
 
 
 @pytest.mark.parametrize("degradation", ["floaters", "holes", "rough"])
@@ -94,14 +100,14 @@ def test_the_number_of_triangles_is_kept_even_where_the_mesh_must_be_opened():
 
 def test_a_level_that_is_not_crossed_and_other_weights_are_refused(shape, tiny_networks):
     with raising("level 1e+06"):
-        ShapeDrawer().mesh(replace(shape, level=1e6))
+        ShapeRenderer().mesh(replace(shape, level=1e6))
     with raising(tiny_networks.name, shape.generator[:12]):
-        ShapeDrawer().mesh(replace(shape, source=str(tiny_networks)))
+        ShapeRenderer().mesh(replace(shape, source=str(tiny_networks)))
 
 
 def test_the_picture_is_that_of_the_latent(generator, shape):
-    drawer = ShapeDrawer()
-    first, again, other = (drawer.picture(replace(shape, seed=seed)) for seed in (7, 7, 8))
+    renderer = ShapeRenderer()
+    first, again, other = (renderer.image(replace(shape, seed=seed)) for seed in (7, 7, 8))
     assert first == again != other
     with PIL.Image.open(io.BytesIO(first)) as image:
         assert image.format == "PNG" and image.size == (64, 64) and np.asarray(image).std() > 10

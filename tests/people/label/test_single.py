@@ -9,7 +9,12 @@ from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.pairing import plan as plan_pairs
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, store_preferences
+from eg3d_rlhf.people.label.store_labels import (
+    LabelFilters,
+    export_labels,
+    export_unpaired,
+    store_preferences,
+)
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label.plans import answer_all, shape, singles
 from tests.rejections import raising

@@ -7,7 +7,7 @@ import pytest
 
 from eg3d_rlhf.people.label.assets.damage import DAMAGES as ASSET_DAMAGES
 from eg3d_rlhf.people.label.entities import DAMAGES, SKIP_REASONS, Mode
-from eg3d_rlhf.people.label.pairing import SINGLE_EXPLANATION, EXPLANATION
+from eg3d_rlhf.people.label.pairing import EXPLANATION, SINGLE_EXPLANATION
 from eg3d_rlhf.people.label.server.app import TEXTS, language_of
 from tests.people.label.browser import needs_chromium
 from tests.people.label.plans import singles

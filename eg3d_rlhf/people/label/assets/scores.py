@@ -1,4 +1,4 @@
-"""Scores of finished assets by mesh rewards, for strategies of pairs that read scores."""
+"""Scores asset files by mesh rewards, for strategies that choose pairs by scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +11,24 @@ _MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward reads
 
 
 def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection) -> Ensemble:
-    """Open mesh rewards (`eg3d-rlhf reward mesh`) that score the assets of a collection by number.
+    """Load mesh rewards (`eg3d-rlhf reward mesh`) as an ensemble that scores the assets of a collection by
+    index.
 
     Raises: ValueError for too few rewards, for other kinds of rewards, and for assets that are no meshes.
     """
     if not rewards:
         least = STRATEGIES[strategy].least_rewards
         raise ValueError(
-            f"--strategy={strategy}: expected {least} or more mesh rewards for finished assets, got none."
-            " Train them with `eg3d-rlhf reward mesh` and name each by --reward=FILE; assets that a flow"
-            f" sampled have `eg3d-rlhf flow label WORK --strategy={strategy}`."
+            f"--strategy={strategy}: expected {least} or more mesh rewards for asset files, got none. Train"
+            " them with `eg3d-rlhf reward mesh` and name each by --reward=FILE. For assets that a flow has"
+            f" sampled, use `eg3d-rlhf flow label WORK --strategy={strategy}`."
         )
     check_rewards(strategy, len(rewards))
     other = next((asset for asset in collection.assets if asset.kind not in _MESHES), None)
     if other is not None:
         raise ValueError(
-            f"--strategy={strategy}: expected meshes, which mesh rewards read, got {other.path.name}, which"
-            f" is {other.kind}. Use --strategy=random."
+            f"--strategy={strategy}: mesh rewards read meshes only, but {other.path.name} is of kind"
+            f" {other.kind}. Use --strategy=random."
         )
     import torch
 
@@ -38,13 +39,16 @@ def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection)
     members = [load_mesh_reward(path) for path in rewards]
 
     @torch.no_grad()
-    def score(numbers: Sequence[int]) -> Scored:
-        assets = [collection.assets[number] for number in numbers]
+    def score(indices: Sequence[int]) -> Scored:
+        """Score assets: scores [M members, N], and embeddings [N, sum of widths]."""
+        assets = [collection.assets[index] for index in indices]
         meshes = [load_mesh(asset.path) for asset in assets]
+        # A prompt without a text, such as one with an image only, is represented by its name.
         prompts = [collection.prompts[asset.prompt].text or asset.prompt for asset in assets]
-        seen = [m.embed(patches_of(meshes, m.patches), prompts) for m in members]
-        scores = [m.head(e)[:, 0] for m, e in zip(members, seen, strict=True)]
-        return Scored(torch.stack(scores).double().numpy(), torch.cat(seen, dim=1).double().numpy())
+        # One embedding [N, D] per member; the head maps it to a score [N, 1].
+        embeddings = [m.embed(patches_of(meshes, m.patches), prompts) for m in members]
+        scores = [m.head(e)[:, 0] for m, e in zip(members, embeddings, strict=True)]
+        return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
 
     described = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
     return Ensemble(score, len(members), described)
