@@ -183,7 +183,7 @@ def main(
     from eg3d_rlhf.people.label.shape_files import ShapeCache
     from eg3d_rlhf.people.label.store import Store
 
-    limits = Limits(strangers=(1e4, 1e5))  # all annotators share one address here
+    limits = Limits(anonymous=(1e4, 1e5))  # all annotators share one address here
     options = AppOptions(
         store=Store.open(url, create=False),
         campaign=campaign,

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from eg3d_rlhf.people.label.server.gate import OPEN
 from eg3d_rlhf.people.label.server.options import Limits
+from eg3d_rlhf.people.label.server.request_checks import OPEN
 from tests.people.label import serving
 from tests.people.label.serving import SAME, routes
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from eg3d_rlhf.people.label.server.http_server import Server, listen
-from eg3d_rlhf.people.label.server.models import LOGGER, SPARING
+from eg3d_rlhf.people.label.server.models import LOGGER, RATE_FILTER
 from eg3d_rlhf.people.label.server.options import Limits
 from tests.people.label import serving
 from tests.people.label.attack import any_server
@@ -142,8 +142,8 @@ def held_up(served, data: bytes, count: int, tls: bool, seconds: float) -> list[
 @pytest.mark.parametrize(
     ("data", "count", "limits", "seconds"),
     [
-        (HALF, 150, Limits(header_seconds=1.5, strangers=(1e4, 1e5)), 5.0),
-        (BODY, 50, Limits(body_seconds=1.5, strangers=(1e4, 1e5)), 5.0),
+        (HALF, 150, Limits(header_seconds=1.5, anonymous=(1e4, 1e5)), 5.0),
+        (BODY, 50, Limits(body_seconds=1.5, anonymous=(1e4, 1e5)), 5.0),
         pytest.param(HALF, 1500, Limits(), 15.0, marks=pytest.mark.long),
         pytest.param(BODY, 200, Limits(), 20.0, marks=pytest.mark.long),
     ],
@@ -205,11 +205,11 @@ def test_no_descriptors_is_a_pause(tmp_path):
 
 
 def test_one_wording_is_noted_a_few_times(caplog):
-    SPARING._seen.clear()
+    RATE_FILTER._seen.clear()
     for number in range(50):
         LOGGER.error("test of the log: %s", number)
     assert len(caplog.messages) == 5
-    SPARING._seen.clear()
+    RATE_FILTER._seen.clear()
 
 
 # ---- the end

@@ -242,13 +242,17 @@ ASSETS = [token_urlsafe(16) for _ in range(300)]
 def test_addresses_lead_back_and_tell_nothing():
     made = Addresses(b"k" * 32, ASSETS)
     addresses = {
-        (assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS
+        (assignment, asset): made.address(assignment, asset)
+        for assignment in ("one", "two")
+        for asset in ASSETS
     }
     assert len(set(addresses.values())) == 600 and all(
         len(address) == LETTERS for address in addresses.values()
     )
     assert all(made.asset(address) == asset for (_, asset), address in addresses.items())
-    assert Addresses(b"k" * 32, ASSETS).of("one", ASSETS[7]) == addresses["one", ASSETS[7]]  # after a restart
+    assert (
+        Addresses(b"k" * 32, ASSETS).address("one", ASSETS[7]) == addresses["one", ASSETS[7]]
+    )  # after a restart
     numbers = [address[16:21] for address in addresses.values()]  # where the hidden number is
     assert len(set(numbers)) > 590
 
@@ -256,7 +260,7 @@ def test_addresses_lead_back_and_tell_nothing():
 @pytest.mark.parametrize("place", [0, 15, 16, 20, 22, 31])
 def test_addresses_cannot_be_made_up(place):
     made = Addresses(b"k" * 32, ASSETS)
-    address = made.of("one", ASSETS[3])
+    address = made.address("one", ASSETS[3])
     other = "A" if address[place] != "A" else "B"
     assert made.asset(address[:place] + other + address[place + 1 :]) is None
     assert Addresses(b"x" * 32, ASSETS).asset(address) is None

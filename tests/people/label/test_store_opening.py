@@ -13,8 +13,8 @@ from sqlalchemy import text
 from eg3d_rlhf.people.label.database import VERSION
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
-from eg3d_rlhf.people.label.server.gate import AccessLog
-from eg3d_rlhf.people.label.server.identity import kept_secret
+from eg3d_rlhf.people.label.server.identity import server_secret
+from eg3d_rlhf.people.label.server.request_checks import AccessLog
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import plan
 from tests.rejections import raising
@@ -105,7 +105,7 @@ def test_what_is_written_is_its_owners_alone(tmp_path, ordinary_umask):
         log = AccessLog(folder / "access.jsonl")
         log.write("start", {})
         log.close()
-        kept_secret(folder / "server.key")
+        server_secret(folder / "server.key")
         write_atomic(folder / "design.json", b"{}", private=True)
         rights_of = {path.name: rights(path) for path in folder.iterdir()}
     assert set(rights_of) == {
