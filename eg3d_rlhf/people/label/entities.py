@@ -211,8 +211,7 @@ class CampaignSettings:
             )
         if self.mode is Mode.STUDY and self.reveal:
             raise ValueError("reveal cannot be used in a study, which is blind. Remove it.")
-        # Every repeat needs a pair that was not repeated before, so at most half can be
-        # repeats.
+        # A pair is repeated once, so no more than every second trial can be one.
         if self.repeat_share + self.swap_share > 0.5:
             raise ValueError(
                 f"repeat_share and swap_share must add up to at most 0.5, got {self.repeat_share} and"

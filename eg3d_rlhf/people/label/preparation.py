@@ -2,7 +2,7 @@
 
 The process works through the shapes in the order of the plan with one thread. It may be stopped at any moment
 and continues later with the shapes that are missing. A shape that cannot be prepared is recorded and skipped.
-The process ends by itself when the process that started it has ended, for whatever reason.
+The process ends by itself when the process that started it has ended, regardless of the reason.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Runs the HTTP server: granian in this process, behind one listening socket.
+"""Runs the HTTP server: granian in this process, on one listening socket.
 
 Each stage of a connection has a time limit, so that slow and silent clients do not occupy connections: the
 TLS handshake (10 s, fixed by granian), a request's headers and the pause before them
