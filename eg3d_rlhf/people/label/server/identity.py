@@ -119,8 +119,8 @@ class Identities:
     def by_token(self, token: str, address: str) -> StoredAnnotator:
         """Return the annotator of a token. Raises: RequestError 401, 429.
 
-        A token has 192 random bits, so guessing needs no limit: a correct token is accepted whatever number
-        of wrong ones the address has sent. After many wrong ones the error is 429 instead of 401, which users
+        A token has 192 random bits, so guessing needs no limit: a correct token is accepted even after many
+        wrong ones from the same address. After many wrong ones the error is 429 instead of 401, which users
         of scripts and readers of the access log notice.
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None

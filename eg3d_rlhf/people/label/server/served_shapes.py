@@ -30,8 +30,8 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{1,15})?|bytes=-(\d{1,15})")
 
 
 class Addresses:
-    """Addresses under which annotators see shapes. They differ from assignment to assignment, so that nobody
-    can recognise a shape by its address.
+    """Addresses under which annotators see shapes. They differ from assignment to assignment, so that
+    annotators cannot recognise a shape by its address.
 
         address = base64url(r, asset's number xor K("number", r), K("check", r, number)),
         r = K("pair", assignment, asset)
