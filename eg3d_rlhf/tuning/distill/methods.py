@@ -1,4 +1,4 @@
-"""Settings and guidance of the methods by name, and their presets."""
+"""Registers the methods with their settings and guidance, and defines presets."""
 
 import importlib
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, Method, ramp_of
+from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, Method, parse_ramp
 from eg3d_rlhf.tuning.distill.guidance.settings import (
     BestOfNSettings,
     DenoiserSettings,
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.distill.schedule import Streams
 
 
-def imported(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
-    """Make the guidance of a method, whose module imports torch: `--help` is spared that."""
-    made: Guidance = getattr(importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name)(
-        *args, **kwargs
-    )
-    return made
+def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
+    """Make the guidance of a method. Its module imports PyTorch, so it is import_guidance here:
+    `--help` stays fast.
+    """
+    guidance: Guidance = getattr(
+        importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name
+    )(*args, **kwargs)
+    return guidance
 
 
 METHODS.add(
     "sds",
     Method(
         settings=SdsSettings,
-        guidance=partial(imported, "sds", "Sds"),
+        guidance=partial(import_guidance, "sds", "Sds"),
         noises=lambda s: s.samples,
         rewarded=False,
     ),
@@ -47,7 +49,7 @@ METHODS.add(
     "dreamdpo",
     Method(
         settings=DreamDpoSettings,
-        guidance=partial(imported, "dreamdpo", "DreamDpo"),
+        guidance=partial(import_guidance, "dreamdpo", "DreamDpo"),
         noises=lambda s: 2,
         judged=True,
     ),
@@ -56,7 +58,7 @@ METHODS.add(
     "rewardsds",
     Method(
         settings=RewardSdsSettings,
-        guidance=partial(imported, "rewardsds", "RewardSds"),
+        guidance=partial(import_guidance, "rewardsds", "RewardSds"),
         noises=lambda s: s.noises,
     ),
 )
@@ -64,27 +66,31 @@ METHODS.add(
     "dreamreward",
     Method(
         settings=DreamRewardSettings,
-        guidance=partial(imported, "dreamreward", "DreamReward"),
+        guidance=partial(import_guidance, "dreamreward", "DreamReward"),
         noises=lambda s: 1,
     ),
 )
 METHODS.add(
     "psd",
-    Method(settings=PsdSettings, guidance=partial(imported, "psd", "Psd"), noises=lambda s: 2, judged=True),
+    Method(
+        settings=PsdSettings, guidance=partial(import_guidance, "psd", "Psd"), noises=lambda s: 2, judged=True
+    ),
 )
 METHODS.add(
     "best-of-n",
     Method(
-        settings=BestOfNSettings, guidance=partial(imported, "sds", "BestOfN"), noises=lambda s: s.samples
+        settings=BestOfNSettings,
+        guidance=partial(import_guidance, "sds", "BestOfN"),
+        noises=lambda s: s.samples,
     ),
 )
 
-# Presets by name: ours, and those of released code as far as it differs.
+# Presets by name: our defaults, and those of released code where it differs.
 
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
 PRESETS = {
     "sds": SdsSettings(),
-    # threestudio writes 100
+    # threestudio's formula for guidance adds 1 to its scale, so its 100 is 101 here (see gradients.guided).
     "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),
     "mvdream": SdsSettings(prior=MVDREAM),
     "dreamreward": DreamRewardSettings(),
@@ -124,21 +130,22 @@ PRESETS = {
     "psd-fixed-negative": PsdSettings(negative_update="none"),
 }
 
-RAMPS = ("weight",)  # settings that may change with the step: text in flags and JSON
+RAMPS = ("weight",)  # settings that may change with the step; they are texts in flags and JSON
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
-    """A method's settings: the preset's, where it is one of this method, else its own, with `values` by name
-    over them.
+    """Build the settings of a method: those of the preset if it belongs to this method, else the method's
+    defaults, with `values` in place of the fields of the same names.
     """
     kind = METHODS[name].settings
-    # best-of-n has those of sds
+    # best-of-n has the settings of sds and more, so a preset of sds is valid for it, too.
     base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()
-    given = {name: ramp_of(value) if name in RAMPS else value for name, value in values.items()}
-    return built(kind, {**flat(base), **given})
+    changed = {name: parse_ramp(value) if name in RAMPS else value for name, value in values.items()}
+    return built(kind, {**flat(base), **changed})
 
 
 def flat(settings: Any) -> dict[str, Any]:
+    """Return all settings by name, those of nested dataclasses included; a `Ramp` counts as one setting."""
     values: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -146,7 +153,7 @@ def flat(settings: Any) -> dict[str, Any]:
     return values
 
 
-def guidance_of(
+def make_guidance(
     name: str,
     settings: Any,
     prior: "DiffusionPrior",
@@ -155,21 +162,22 @@ def guidance_of(
     views: int,
     streams: "Streams",
 ) -> "Guidance":
-    """The guidance of a method. Raises: ValueError for a method without the reward that it needs."""
+    """Make the guidance of a method. Raises: ValueError for a method without the reward that it needs."""
     method = METHODS[name]
-    more = dict[str, Any]()
+    options = dict[str, Any]()
     if method.judged:
-        more["judge"] = judge
+        options["judge"] = judge
     if method.rewarded:
-        if reward is None and more.get("judge") is None:
+        if reward is None and options.get("judge") is None:
             raise ValueError(
-                f"--reward: expected a reward for --method={name}, got none. Name one, or use --method=sds."
+                f"--method={name} needs a reward, got none. Name one with --reward, or use --method=sds."
             )
-        more["reward"] = reward
-    return method.guidance(prior, settings, views=views, streams=streams, **more)
+        options["reward"] = reward
+    return method.guidance(prior, settings, views=views, streams=streams, **options)
 
 
 def owners() -> dict[str, list[str]]:
+    """Return the methods that have each setting: setting -> names of methods."""
     methods: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for setting in flat(method.settings()):
@@ -177,9 +185,9 @@ def owners() -> dict[str, list[str]]:
     return methods
 
 
-def of_arm(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
-    """An arm's settings of its method, how many starts each asset has, and how many noises a picture gets in
-    a step.
+def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
+    """Return an arm's settings of its method, the number of starts of each asset, and the number of noises of
+    an image in a step.
     """
     method = Arm.parse(arm).method
     chosen = settings_of(method, settings.guidance, settings.preset)

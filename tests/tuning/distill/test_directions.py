@@ -10,7 +10,7 @@ from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.guidance.denoiser import direction_of, mixture
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
-from eg3d_rlhf.tuning.distill.methods import guidance_of, settings_of
+from eg3d_rlhf.tuning.distill.methods import make_guidance, settings_of
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import Streams
 
@@ -112,7 +112,7 @@ def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
     t = torch.tensor([100, 300, 500, 700])
     for view_prompts in (False, True):
         reward = Listening(view_prompts)
-        guidance = guidance_of(
+        guidance = make_guidance(
             method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0)
         )
         guidance(x, t, ["cup"] * 4, cameras(), 0)

@@ -92,7 +92,7 @@ def test_an_infinite_tau_pulls_alone():
     d = dpo(made, Towards(made)).denoiser
     noise = STREAMS.noises(2, x, 3)
     x_t = d.noised(x, noise, t)
-    prediction = d.predict(x_t, t, d.conditions([PROMPT] * 4, None), None)
+    prediction = d.predict(x_t, t, d.conditioning([PROMPT] * 4, None), None)
     b = torch.arange(4)
     pulled = (d.schedule.weight(t, "sds", x) * (prediction.guided(7.5) - noise))[output.winner, b]
     torch.testing.assert_close(output.grad, pulled)

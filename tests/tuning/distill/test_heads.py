@@ -20,7 +20,7 @@ from eg3d_rlhf.rewards.images.analytic import OneNose
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill import scene_heads as heads
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
-from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, dealt_anew
+from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, shuffle_weights
 from eg3d_rlhf.tuning.distill.scene import open_scene
 from eg3d_rlhf.tuning.distill.scene_kinds import HEAD_SEEDS, HEADS, check_heads
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
@@ -101,28 +101,28 @@ def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
 
 
 def test_the_distance_to_the_named_head_is_that_of_its_surface(monkeypatch):
-    heads.whole.cache_clear()
-    monkeypatch.setattr(heads, "JUDGED", 32)
-    grids = [head_grid(heads.named(number), 32) for number in (0, 1)]
+    heads.target_grid.cache_clear()
+    monkeypatch.setattr(heads, "GRID", 32)
+    grids = [head_grid(heads.target_head(number), 32) for number in (0, 1)]
     same = heads.distance(grids[0], grids[0])
     other = heads.distance(grids[1], grids[0])
     assert same == 0 and 0.001 < other < 0.05 and heads.distance(np.ones_like(grids[0]), grids[0]) == 0.5
     monkeypatch.setattr(heads, "shape_grids", lambda asset, n: np.stack([grids[int(asset)]]))
-    assert heads.ShapeJudge().compare(torch.tensor(0), torch.tensor(1), ("head 0",)) == [0]
-    assert heads.ShapeJudge().compare(torch.tensor(0), torch.tensor(1), ("head 1",)) == [1]
+    assert heads.ShapeEvaluator().compare(torch.tensor(0), torch.tensor(1), ("head 0",)) == [0]
+    assert heads.ShapeEvaluator().compare(torch.tensor(0), torch.tensor(1), ("head 1",)) == [1]
 
 
 def test_controls_of_a_geometry_reward():
     learned = ObservedGeometry(load_reward(bundled.REWARD))
     field = Latents.of_seeds([3])
-    dealt = dealt_anew(learned, seed=0)
+    dealt = shuffle_weights(learned, seed=0)
     with torch.no_grad():
         kept, other = (reward(field, ["head 3"], 0) for reward in (learned, dealt))
     assert not torch.allclose(other, kept)
     for old, new in zip(learned.reward.parameters(), dealt.reward.parameters(), strict=True):
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
     with raising("+geometry-random", "--geometry-reward"):
-        dealt_anew(OneNose(), 0)
+        shuffle_weights(OneNose(), 0)
 
 
 def test_flags_of_the_heads():

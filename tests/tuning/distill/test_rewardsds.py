@@ -68,16 +68,16 @@ def test_exploration_ends_on_the_prior():
     guidance = weighted(made, Towards(made), explore_steps=30, prior=DenoiserSettings(guidance_scale=1.0))
     d = guidance.denoiser
     x_t = d.noised(x, STREAMS.noises(2, x, 0), t.clamp_min(700))
-    conditions = d.conditions(prompts, None)
-    explored = guidance.explore(x_t, t.clamp_min(700), conditions, None, 1.0)
-    one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditions, None).text, t.clamp_min(700))
+    conditioning = d.conditioning(prompts, None)
+    explored = guidance.explore(x_t, t.clamp_min(700), conditioning, None, 1.0)
+    one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditioning, None).text, t.clamp_min(700))
     near, far = (
         made.log_prob(latents.flatten(0, 1), made.embed([PROMPT] * 128)).median()
         for latents in (explored, one_step)
     )
     assert near > far + 5
     ends_early = weighted(made, Towards(made), explore_steps=30, explore_end="t0").explore(
-        x_t, t.clamp_min(700), conditions, None, 1.0
+        x_t, t.clamp_min(700), conditioning, None, 1.0
     )
     assert 0 < (ends_early - explored).abs().max() < 0.2
 
@@ -88,10 +88,10 @@ def test_each_picture_is_explored_from_its_own_time():
     t = torch.tensor([60, 400, 900])
     guidance = weighted(made, Towards(made), explore_steps=15)
     x_t = guidance.denoiser.noised(x, STREAMS.noises(2, x, 0), t)
-    whole = guidance.explore(x_t, t, guidance.denoiser.conditions(prompts, None), None, 7.5)
+    whole = guidance.explore(x_t, t, guidance.denoiser.conditioning(prompts, None), None, 7.5)
     for b in range(3):
         row = slice(b, b + 1)
         alone = guidance.explore(
-            x_t[:, row], t[row], guidance.denoiser.conditions(prompts[row], None), None, 7.5
+            x_t[:, row], t[row], guidance.denoiser.conditioning(prompts[row], None), None, 7.5
         )
         torch.testing.assert_close(whole[:, row], alone, rtol=1e-3, atol=1e-3)

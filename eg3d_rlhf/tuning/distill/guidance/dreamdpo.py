@@ -1,5 +1,5 @@
-"""DreamDPO (Zhou et al. 2025, arXiv 2502.04370): towards the better of two noises and, if it is clearly
-better, away from the other.
+"""Implements DreamDPO (Zhou et al. 2025, arXiv 2502.04370): the image moves towards the better of two noises
+and, if that is clearly better, away from the other.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.distill.schedule import Streams
 
 
 class DreamDpo(Guided):
-    """One pair of noises per step and asset."""
+    """DreamDPO with one pair of noises per step and asset."""
 
     def __init__(
         self,
@@ -30,17 +30,19 @@ class DreamDpo(Guided):
         reward: RewardModel | None = None,
         judge: PairwiseJudge | None = None,
     ):
-        """Warns where winner and loser have the same guidance scale: pictures leave the prior then
+        """Warn if winner and loser have the same guidance scale, because images then leave the prior
         (docs/understand/distillation.md).
         """
         super().__init__(prior, settings, views=views, streams=streams)
         self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
         self.gaps = History()
-        self.kept = {"scores": self.ranking.history, "gaps": self.gaps}
+        self.windows = {"scores": self.ranking.history, "gaps": self.gaps}
         scale = settings.prior.guidance_scale
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
             warnings.warn(
-                f"lose_guidance_scale: both noises at {scale:g} leave no anchor: pictures diverge. Use 1.",
+                f"lose_guidance_scale: with {scale:g} for both noises, no term keeps images near the prior:"
+                " they diverge."
+                " Use 1.",
                 stacklevel=2,
             )
 
@@ -54,18 +56,21 @@ class DreamDpo(Guided):
         step: int,
         images: torch.Tensor | None = None,
     ) -> GuidanceOutput:
-        """Ranked by views, winner and one_sided are of pictures."""
+        """Compute the gradient of one step, see `Guidance`. If views are ranked one by one, `winner` and
+        `one_sided` are per image, else per asset.
+        """
         d = self.denoiser
         s = self.settings
-        noise, x_t, _, prediction = d.ask(2, x, t, prompts, cameras, step)
+        noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step)
         guided = prediction.guided(s.prior.guidance_scale)
         ranks = self.ranking(
             torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras
         )
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
-        # no answer: the first one, alone
+        # Without an answer, the first noise is used alone, as in plain distillation.
         ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)
+        # Ranks are per asset or per image; the weights are needed per image.
         weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)  # [2, B]
         loser = (weights < 0).view(*weights.shape, 1, 1, 1)
         weight = d.schedule.weight(t, s.prior.weighting, x)
@@ -77,12 +82,14 @@ class DreamDpo(Guided):
         )
 
     def _lose(self, prediction) -> torch.Tensor:
+        """Return the prediction for the loser, at its own guidance scale."""
         scale = self.settings.lose_guidance_scale
         if scale == 1:
             return prediction.text
         return prediction.guided(self.settings.prior.guidance_scale if scale is None else scale)
 
     def _tau(self, gap: torch.Tensor) -> float:
+        """Return the smallest gap at which the loser is pushed away."""
         if self.settings.tau_mode == "gap":
             return self.settings.tau
         self.gaps.add(gap)
