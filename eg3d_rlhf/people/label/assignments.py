@@ -199,8 +199,7 @@ def timetable(settings: CampaignSettings, annotator: str, gold: int) -> Timetabl
     """
     every = settings.gold_every if gold else 0
     # Gold pairs are shown again when all have been shown, unless every trial is one. Their number matters
-    # only
-    # then, and leaving it out otherwise keeps the cache small.
+    # only then, and leaving it out otherwise keeps the cache small.
     gold = gold if every == 1 else 0
     return _timetable(
         settings.seed, annotator, settings.repeat_share, settings.swap_share, settings.repeat_gap, every, gold

@@ -109,8 +109,7 @@ class Shape:
     resolution: int  # grid points per axis of the cube
     triangles: int  # approximate number after decimation
     # Damage that was added deliberately, a key of DAMAGES or of assets.damage; '' is none. Only gold pairs
-    # and
-    # training pairs contain damaged shapes.
+    # and training pairs contain damaged shapes.
     degradation: str = ""
     file: str = ""  # SHA-256 in hex of the asset's file; "" for an isosurface
     condition: str = ""  # name of the prompt or input image; "" is none
@@ -132,8 +131,7 @@ class PlannedPair:
     # PAIR, GOLD or TRAINING. Repeats and swaps are made from the answers of an annotator.
     kind: Kind = Kind.PAIR
     # 'first', 'second' or None: the known answer of gold and training pairs. For a single shape, 'first'
-    # means
-    # 'up' and 'second' means 'down'.
+    # means 'up' and 'second' means 'down'.
     expected: str | None = None
     explanation: str = ""  # text of a training pair that is shown after the answer
 
@@ -379,8 +377,7 @@ def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
             known = ", ".join(QUESTIONS)
             raise ValueError(
                 f"--questions: expected {known} or NAME=TEXT, where NAME consists of a to z, 0 to 9, _ and"
-                " -, got"
-                f" {entry!r}. Correct it."
+                f" -, got {entry!r}. Correct it."
             )
         # isprintable() rejects line breaks and control characters, which the page cannot show in a button.
         if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
@@ -394,8 +391,7 @@ def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
     if len(set(names)) < len(names) or len(names) > MAX_QUESTIONS:
         raise ValueError(
             f"--questions: expected at most {MAX_QUESTIONS} different questions, got {', '.join(names)}."
-            " Remove"
-            " some."
+            " Remove some."
         )
     return tuple(questions)
 

@@ -90,8 +90,7 @@ def check_answer(answer: Answer) -> None:
     if not 0 <= answer.milliseconds <= MAX_MILLISECONDS:
         raise ValueError(
             f"answer: expected milliseconds from 0 to 2**53, got {answer.milliseconds}. Send the time from"
-            " both"
-            " shapes being visible to the choice."
+            " both shapes being visible to the choice."
         )
     # The comparison is also False for nan, which JSON parsers of other languages may send.
     if answer.answered_at is not None and not abs(answer.answered_at) < 1e15:
@@ -115,8 +114,7 @@ def check_text(name: str, value: str, least: int = 1, most: int = MAX_TEXT) -> N
     if not least <= len(value) <= most or not value.isprintable():
         raise ValueError(
             f"answer: {name} must have {least} to {most} printable characters, got {value[:40]!r}. Send"
-            " another"
-            " text."
+            " another text."
         )
 
 
@@ -354,8 +352,7 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
 
 
 # ---- an annotator's own answers. Gold checks and repeats are listed like other pairs, so that the list
-# reveals
-# neither which pairs they are nor how many there are.
+# reveals neither which pairs they are nor how many there are.
 
 
 def own_answers(

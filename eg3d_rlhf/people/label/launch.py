@@ -99,8 +99,7 @@ def check_resumed(
     if stored is None:
         raise ValueError(
             f"--campaign={name}: this campaign was not planned by this command, so it cannot be continued"
-            " here."
-            " Choose another name."
+            " here. Choose another name."
         )
     for flag in sorted(given & set(wanted)):
         if stored.get(flag) != wanted[flag]:
@@ -124,8 +123,7 @@ def plan_campaign(
         request: the flags.
         report: called with lines of progress.
         scorer: makes the ensemble that scores asset files, for strategies that read scores. None: the mesh
-        rewards
-            that the request names.
+            rewards that the request names.
     """
     from eg3d_rlhf.generators import load_generator
 
@@ -184,8 +182,7 @@ def check_annotators(store: "Store | None", host: str, command: str) -> None:
     if store is None or not with_access(store):
         raise ValueError(
             f"--host={host}: annotators must log in with a token, but there is no annotator yet. Add one"
-            " with:"
-            f" {command}"
+            f" with: {command}"
         )
 
 
@@ -205,9 +202,8 @@ class ServerFlags:
     def __post_init__(self):
         if (self.certificate is None) != (self.key is None):
             raise ValueError(
-                "--certificate and --key must be given together: the PEM files of the certificate and of its"
-                " key."
-                " Add the other one."
+                "--certificate and --key must be given together: the PEM files of the certificate and of"
+                " its key. Add the other one."
             )
 
     @classmethod
@@ -336,8 +332,7 @@ def serve_campaign(
         if server.exposed and server.certificate is None and server.proxy is None:
             click.echo(
                 "warning: tokens are sent without encryption. Outside a trusted network, use --certificate"
-                " and"
-                " --key, or a proxy with https."
+                " and --key, or a proxy with https."
             )
 
     try:
@@ -363,8 +358,7 @@ def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
         names = " and ".join(f"--{name}" for name in allowed)
         raise ValueError(
             f"{', '.join(used)}: only {names} may stand before {ctx.invoked_subcommand}. Write other flags"
-            " after"
-            " it."
+            " after it."
         )
 
 
@@ -428,7 +422,6 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
         actual = str(foreign.pop())[:12]
         raise ValueError(
             f"{name}: expected labels of generator {generator.hash[:12]}..., got labels of {actual}..."
-            " Restore the"
-            " database."
+            " Restore the database."
         )
     return labels

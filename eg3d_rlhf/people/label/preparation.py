@@ -163,8 +163,7 @@ def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
 # the worker imports the package from here, in any working directory
 _ROOT = Path(__file__).resolve().parents[3]
 # The environment passes the address of the database, because other users can read the arguments of a process,
-# and
-# the address may contain a password.
+# and the address may contain a password.
 URL_VARIABLE = "EG3D_RLHF_LABEL_URL"
 _WRITE_EVERY = 0.5  # seconds between two writes of the progress
 _CHECK_PARENT_EVERY = 0.5  # seconds between two checks of the parent process
@@ -223,8 +222,7 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
             if stored is None:
                 raise ValueError(
                     f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Plan it"
-                    " with"
-                    " tools/label.py."
+                    " with tools/label.py."
                 )
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)

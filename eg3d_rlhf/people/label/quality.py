@@ -95,8 +95,7 @@ def annotator_quality(
         rows: her judgements that count.
         limits: thresholds of the flags.
         changed: assignments whose answer was changed. They are left out of the consistency, because the
-        annotator
-            may have looked at an earlier answer.
+            annotator may have looked at an earlier answer.
     """
     unchanged = [row for row in rows if row.assignment not in changed]
     choices = Counter(r.choice for r in rows)

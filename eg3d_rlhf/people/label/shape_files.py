@@ -35,8 +35,7 @@ ASSET_VERSION = 1  # the same for assets
 DEFAULT_FOLDER = Path("~/.cache/eg3d-rlhf/shapes")
 _STALE = 3600  # age in seconds after which a temporary file of a killed writer is removed
 # Everything that determines a shape, with its types, so that psi 1 and 1.0 are the same shape. The path of
-# the
-# weights is no part of it.
+# the weights is no part of it.
 _KEY_FIELDS = {
     "generator": str,
     "seed": int,

@@ -132,8 +132,7 @@ class ShapeRenderer:
             actual = loaded.hash[:12]
             raise ValueError(
                 f"{loaded.path.name}: expected the campaign's weights {expected}..., got {actual}... Restore"
-                " the"
-                " file."
+                " the file."
             )
         return loaded
 

@@ -328,8 +328,7 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
         name = without_password(url)
         raise ValueError(
             f"{name}: expected at least one label that passes the filters, got none. Label some pairs first,"
-            " or"
-            " loosen the filters."
+            " or loosen the filters."
         )
     return labels
 

@@ -61,8 +61,7 @@ def analyse(
         until = f", or until {design.until}" if design.until else ""
         raise ValueError(
             f"study {design.name}: the design requires {design.trials} answered trials{until}, and there are"
-            f" {answered}."
-            " Wait for them, or mark the report with --interim."
+            f" {answered}. Wait for them, or mark the report with --interim."
         )
     fast = {r.id for r in parts.fast}
     # Trials of the primary result. Skips are among them: they use up a trial and have no score.
@@ -218,15 +217,13 @@ def _check(design: StudyDesign, rows: Sequence[JudgementRow]) -> None:
         ):
             raise ValueError(
                 f"study {design.name}: answer {row.id} is not about its two generators and one latent. Name"
-                " the study's"
-                " database with --db."
+                " the study's database with --db."
             )
     begun = datetime.fromisoformat(design.created).timestamp()
     if rows and min(r.received_at for r in rows) < begun:
         raise ValueError(
             f"study {design.name}: the design of {design.created} is newer than the first answer, but a"
-            " study must be"
-            " designed before. Start a new study."
+            " study must be designed before. Start a new study."
         )
 
 
@@ -434,9 +431,8 @@ def cluster_bootstrap(
     Args:
         scores: [N], and `annotator` and `latent` as in `win_rate`.
         over: 'annotators', 'latents', or 'both'. With 'both' annotators and latents are resampled, and trials
-        are
-            weighted by the product (pigeonhole bootstrap, Owen 2007). It is wider than necessary if trials
-            differ more than clusters do.
+            are weighted by the product (pigeonhole bootstrap, Owen 2007). It is wider than necessary if
+            trials differ more than clusters do.
         confidence: level of the interval.
         resamples: R.
         seed: random seed.

@@ -49,13 +49,11 @@ PLAN = (
     ),
     (
         "Reported in addition: Wilson's interval and the exact binomial test on decided trials, which treat"
-        " trials as"
-        " independent; percentile bootstraps over annotators, over latents and over both."
+        " trials as independent; percentile bootstraps over annotators, over latents and over both."
     ),
     (
-        "Trials are the first `trials` answers to pairs in order of receipt. Gold checks, training pairs and"
-        " answers"
-        " that were taken back are not trials. A skipped pair uses up a trial and has no score."
+        "Trials are the first `trials` answers to pairs in order of receipt. Gold checks, training pairs"
+        " and answers that were taken back are not trials. A skipped pair uses up a trial and has no score."
     ),
     "Exclusions follow the rules written here and no others. The result without exclusions is reported, too.",
     "The report is made once, after the stopping rule is met. Any earlier report is marked as interim.",
@@ -166,16 +164,14 @@ class StudyDesign:
             weights = self.a.generator[:12]
             raise ValueError(
                 f"a and b: expected two different generators, got the weights {weights}... twice. Name"
-                " another"
-                " network for b."
+                " another network for b."
             )
         check_knobs(self)
         if self.trials < 1 or not 1 <= self.annotators_per_pair <= self.annotators:
             got = f"{self.trials} and {self.annotators_per_pair}"
             raise ValueError(
                 f"expected trials >= 1 and annotators_per_pair in 1..{self.annotators} (annotators), got"
-                f" {got}."
-                " Correct them."
+                f" {got}. Correct them."
             )
         if self.shapes is not None and self.latents > self.shapes:
             most = self.shapes * self.annotators_per_pair
@@ -304,8 +300,7 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
     if content_hash(content) != stamp or recorded not in (None, stamp):
         raise ValueError(
             f"{path}: expected the design with hash {(recorded or stamp)[:12]}..., but the file was changed"
-            " after"
-            " the study was designed. Restore it from a copy, or design a new study."
+            " after the study was designed. Restore it from a copy, or design a new study."
         )
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {
@@ -453,8 +448,7 @@ def read_sides(
     if not common:
         raise ValueError(
             "--a, --b: expected different assets of the same prompts, found none. Name the files of both"
-            " folders after"
-            " their prompts."
+            " folders after their prompts."
         )
     unused = sum(len(c) for c in by_key.values()) - 2 * len(common)
     if unused:

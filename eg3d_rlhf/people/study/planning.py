@@ -75,8 +75,7 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
     if flags["n"] is not None and flags["n"] < size.trials:
         warn(
             f"--n={flags['n']}: showing a win rate of {flags['true_rate']:g} with power {flags['power']:g}"
-            " needs"
-            f" {size.trials} trials"
+            f" needs {size.trials} trials"
         )
     return flags["n"] or size.trials, size
 
@@ -147,8 +146,7 @@ def compares_assets(flags: Mapping) -> bool:
     if folders[0] != folders[1]:
         raise ValueError(
             "--a, --b: expected two generators or two folders of assets, got one of each. Name another"
-            " folder or"
-            " network."
+            " folder or network."
         )
     return folders[0]
 
@@ -164,9 +162,8 @@ def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
     if counts[0] != counts[1] or pairs[0] != pairs[1]:
         raise ValueError(
-            "--a, --b: expected two files of assets of the same prompts and seeds, but they differ. Name two"
-            " arms of"
-            " one run."
+            "--a, --b: expected two files of assets of the same prompts and seeds, but they differ. Name"
+            " two arms of one run."
         )
     return counts[0]
 
@@ -209,8 +206,7 @@ def prepare(
             if store.campaign(name) is not None:
                 raise ValueError(
                     f"{folder.design}: the file of study {name!r} is missing, but its campaign exists."
-                    " Restore the file,"
-                    " or use another --name."
+                    " Restore the file, or use another --name."
                 )
     if new:
         wrong = sorted(given & {"psi", "level", "resolution", "triangles"}) if compares_assets(flags) else []
@@ -239,8 +235,7 @@ def prepare(
     if designs.stopped(design, answered):
         raise ValueError(
             f"study {design.name}: the stopping rule is met ({answered} of {design.trials} trials), so no"
-            " further"
-            " answers are collected. Make the report with: python tools/study.py report"
+            " further answers are collected. Make the report with: python tools/study.py report"
             f" --outdir={folder.path}"
         )
     report(
@@ -256,8 +251,7 @@ def checked_design(folder: Folder, store: "Store", name: str | None = None) -> S
     if name is not None and design.name != name:
         raise ValueError(
             f"--name: the study in {folder.path} is called {design.name!r}, got {name!r}. Use another"
-            " --outdir for a new"
-            " study."
+            " --outdir for a new study."
         )
     campaign = store.campaign(design.name)
     if campaign is not None:
@@ -285,8 +279,7 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
         if flags[flag] != stored[flag]:
             raise ValueError(
                 f"--{flag.replace('_', '-')}: the study was designed with {stored[flag]}, got {flags[flag]}."
-                " Remove the"
-                " flag, or design a new study in another --outdir."
+                " Remove the flag, or design a new study in another --outdir."
             )
     for side in ("a", "b"):
         if side in given:
@@ -296,8 +289,7 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
                 elif str(Path(flags[side]).resolve()) != getattr(design, side).source:
                     raise ValueError(
                         f"the study was designed with {getattr(design, side).source}, got {flags[side]}."
-                        " Remove the"
-                        " flag."
+                        " Remove the flag."
                     )
 
 
@@ -309,7 +301,6 @@ def study_rows(folder: Folder) -> "tuple[StudyDesign, list[JudgementRow]]":
         if store.campaign(design.name) is None:
             raise ValueError(
                 f"study {design.name}: there is no such campaign in {folder.url}. Name the study's database"
-                " with"
-                " --db."
+                " with --db."
             )
         return design, [r for r in store.judgements(design.name) if r.kind in (Kind.PAIR, Kind.GOLD)]

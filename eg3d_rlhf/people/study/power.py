@@ -59,8 +59,7 @@ class PowerOptions:
         if self.true_rate in (0, 0.5):
             raise ValueError(
                 f"true_rate must lie in 0..1 and differ from 0.5, got {self.true_rate}. Use the smallest win"
-                " rate that"
-                " would matter."
+                " rate that would matter."
             )
         if self.power <= self.alpha:
             raise ValueError(
@@ -110,8 +109,7 @@ def decided_trials(true_rate: float, alpha: float = 0.05, power: float = 0.8) ->
     if roughly > _MOST:
         raise ValueError(
             f"decided_trials: a true rate of {true_rate} is too close to 0.5: no study can show it. Use a"
-            " larger"
-            " difference."
+            " larger difference."
         )
     upper = max(64, int(roughly))
     while True:

@@ -83,8 +83,7 @@ def load_contender(side: Contender, device: str = "cpu") -> LoadedGenerator:
         actual = loaded.hash[:12]
         raise ValueError(
             f"{side.label}: expected the design's weights {expected}... in {loaded.path}, got {actual}..."
-            " Restore"
-            " the file."
+            " Restore the file."
         )
     return loaded
 
@@ -156,10 +155,8 @@ def conclusions(analysis: dict) -> list[str]:
     if analysis["interim"]:
         sentences.append(
             f"INTERIM: {analysis['answered']} of {design['trials']} trials were answered when this report"
-            " was made. The"
-            " stopping rule is not met. Decisions from interim reports increase the rate of false alarms"
-            " above the level"
-            " of the interval."
+            " was made. The stopping rule is not met. Decisions from interim reports increase the rate of"
+            " false alarms above the level of the interval."
         )
     if result["win_rate"] is None:
         return [
@@ -195,16 +192,13 @@ def _main(result: dict, design: dict) -> list[str]:
         better, worse, least = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
         second = (
             f"The shapes of {better} are preferred to those of {worse}, in at least {percent(least)} of such"
-            " trials"
-            " according to this interval."
+            " trials according to this interval."
         )
     else:
         second = (
-            "The interval contains one half: this study does not show that either generator is preferred. It"
-            " excludes"
-            f" that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of such"
-            " trials. It does not"
-            " show that the two are equal."
+            "The interval contains one half: this study does not show that either generator is preferred."
+            f" It excludes that {b} is preferred in more than {percent(hi)} or in less than {percent(lo)} of"
+            " such trials. It does not show that the two are equal."
         )
     if result["p_exact"] is None:
         return [first, second, "Every trial was a tie, so no test is possible."]
@@ -216,8 +210,7 @@ def _main(result: dict, design: dict) -> list[str]:
     if effect > 1.2:
         text += (
             f". This test treats trials as independent. Here they are worth only {1 / effect:.0%} of as many"
-            " independent"
-            f" trials (design effect {effect:.1f}). The test that accounts for this gives"
+            f" independent trials (design effect {effect:.1f}). The test that accounts for this gives"
             f" {p_value(result['p_clustered'])}."
         )
     else:
@@ -238,8 +231,7 @@ def _doubts(analysis: dict) -> list[str]:
     elif result["annotators"] < FEW_ANNOTATORS:
         sentences.append(
             f"With {result['annotators']} annotators, the differences between people are hardly known."
-            " Therefore the"
-            " interval is wide."
+            " Therefore the interval is wide."
         )
     if hi - lo > 2 * WIDE:
         sentences.append(
@@ -250,9 +242,8 @@ def _doubts(analysis: dict) -> list[str]:
     if hi - lo < wide_hi - wide_lo:
         sentences.append(
             "The interval is narrower than Wilson's for independent trials, because the annotators agreed"
-            " more than chance"
-            f" makes likely. A cautious reader uses Wilson's interval, {percent(wide_lo)} to"
-            f" {percent(wide_hi)}."
+            f" more than chance makes likely. A cautious reader uses Wilson's interval, {percent(wide_lo)}"
+            f" to {percent(wide_hi)}."
         )
     all_in = analysis["sensitivity"]["without exclusions"]
     if analysis["exclusions"] and all_in["win_rate"] is not None:
@@ -267,8 +258,7 @@ def _doubts(analysis: dict) -> list[str]:
     if sides["p_random"] < 0.001:
         sentences.append(
             f"b was on the left in {sides['b_left']} of {sides['n']} trials, which is very unlikely with"
-            " random sides."
-            " Find out why."
+            " random sides. Find out why."
         )
     if sides["left_share"] is not None and not sides["left_ci"][0] <= 0.5 <= sides["left_ci"][1]:
         sentences.append(

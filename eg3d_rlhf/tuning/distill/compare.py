@@ -46,8 +46,7 @@ def compare(
         pairs: (prompt, seed) of each asset.
         evaluator: compares assets of two arms.
         measured: arm -> name -> figures [N] that are reported in addition. NaN where a measure does not
-        apply; a
-            measure that applies to no asset is left out.
+            apply; a measure that applies to no asset is left out.
 
     Returns: the table as JSON values, and all judgements.
     """

@@ -18,8 +18,7 @@ REAL = "With a prior from files"
 METHOD = "Method"
 OPT = "Optimisation"
 # Controls. A twist of an image reward inverts its sign or replaces it by noise. A twist of a geometry reward
-# inverts
-# its sign or shuffles its weights.
+# inverts its sign or shuffles its weights.
 TWISTS = ("inverted", "random")
 _TWIST = rf"(?:-({'|'.join(TWISTS)}))?"
 
@@ -72,10 +71,8 @@ class Arm:
         if parts is None or (parts[2] and not METHODS[parts[1]].rewarded):
             raise ValueError(
                 f"expected arms such as {', '.join(METHODS)}; -{' or -'.join(TWISTS)} may follow a method"
-                " that has a"
-                f" reward, and +geometry or +geometry-{' or +geometry-'.join(TWISTS)} may stand at the end;"
-                " got"
-                f" {text.strip()!r}. Correct it."
+                f" that has a reward, and +geometry or +geometry-{' or +geometry-'.join(TWISTS)} may stand"
+                f" at the end; got {text.strip()!r}. Correct it."
             )
         return cls(parts[1], parts[2], bool(parts[3]), parts[4])
 
@@ -221,8 +218,7 @@ class DistillSettings:
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
             raise ValueError(
                 f"--prompt: expected at least one prompt, all different, got {list(self.prompts)[:3]}. For"
-                " more assets"
-                " of a prompt use --assets."
+                " more assets of a prompt use --assets."
             )
         if not self.arms or len(set(self.arms)) != len(self.arms):
             raise ValueError(

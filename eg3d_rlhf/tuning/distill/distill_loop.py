@@ -16,7 +16,7 @@ from eg3d_rlhf.core.interfaces import DiffusionPrior, Guidance, GuidanceOutput
 from eg3d_rlhf.generators.assets.asset import Asset
 from eg3d_rlhf.generators.assets.views import FINISHED, Pictures, Renderer, Views, evenly_around
 from eg3d_rlhf.models.weights import below
-from eg3d_rlhf.tuning.distill.config import LoopConfig, ramp_of
+from eg3d_rlhf.tuning.distill.config import LoopConfig, parse_ramp
 from eg3d_rlhf.tuning.distill.gradients import History, distillation_loss
 from eg3d_rlhf.tuning.distill.guidance.geometry import ProgressiveGeometry
 from eg3d_rlhf.tuning.distill.guidance.sds import BestOfN
@@ -110,8 +110,7 @@ def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     if last.get("first_wins") in (0, 1):
         warnings["winner"] = (
             f"the first noise won {last['first_wins']:.0%} of the pairs, so the judge prefers a position."
-            " Shuffle the"
-            " order of its images."
+            " Shuffle the order of its images."
         )
     if last.get("unanswered", 0) > 0.5:
         warnings["unanswered"] = (
@@ -135,8 +134,7 @@ def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
         if drift and drift[0] > _DIFFER * max(size, 1e-9) and last["reward"] > then["reward"]:
             warnings["drift"] = (
                 "the reward rises while the images become less likely under the prior, so the reward is"
-                " being exploited."
-                " Lower its weight."
+                " being exploited. Lower its weight."
             )
     return warnings
 
@@ -168,7 +166,7 @@ class Distillation:
     """
 
     asset: Asset
-    prompts: list[str]  # A  # one per asset, A
+    prompts: list[str]  # one per asset, A
     prior: DiffusionPrior
     renderer: Renderer
     guidance: Guidance
@@ -220,7 +218,7 @@ class Distillation:
         loss = distillation_loss(x, output, images=rendered.images)
         figures = {"opacity": float(rendered.opacity.detach().mean()), "grad": float(output.grad.norm())}
         for name in ("sparsity", "opacity"):
-            if weight := ramp_of(getattr(self.config, name))(step):
+            if weight := parse_ramp(getattr(self.config, name))(step):
                 loss = loss + weight * self.asset.regularisers()[name].mean()
         # Learning rates decrease linearly from their start to `lr_end` times it.
         for group in self.optimizer.param_groups:

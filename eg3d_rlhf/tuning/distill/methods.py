@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
-    """Make the guidance of a method. Its module imports PyTorch, so it is import_guidance here:
+    """Make the guidance of a method. Its module imports PyTorch, so it is imported here:
     `--help` stays fast.
     """
     guidance: Guidance = getattr(

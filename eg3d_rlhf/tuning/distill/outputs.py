@@ -141,8 +141,7 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
 
 
 # --- page of a run: table of the arms with intervals, curves of the figures, images and the video; one file
-# that loads
-# nothing from a network
+# that loads nothing from a network
 
 # figures of stats.jsonl that are plotted
 CURVES = ("reward", "gap_50", "first_wins", "one_sided", "cosine", "log_prob", "prior_error", "opacity")
@@ -159,8 +158,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
     introduction = (
         f"Text to 3D by score distillation, {amount}, {settings.loop.steps} steps each, prior"
         f" {Path(settings.scene.prior).name}, seed {settings.seed}. All arms have the same starts, views,"
-        " times and"
-        f" noises. {notes(settings)}"
+        f" times and noises. {notes(settings)}"
     )
     video_file = folder / "turntable.mp4"
     extra = ""

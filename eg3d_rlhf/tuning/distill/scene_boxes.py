@@ -60,8 +60,7 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if device.type != "cpu":
         raise ValueError(
             f"--device: the bundled prior runs on cpu only, got {device}. Its problem is too small for a"
-            " GPU. Use"
-            " --device=cpu."
+            " GPU. Use --device=cpu."
         )
     exact = mixture()
     name = settings.scene.reward
@@ -87,9 +86,8 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
         measures=measures,
         evaluator=AssetJudge(),
         evaluator_description=(
-            "it counts the noses on the surface, and the number closer to one wins; for boxes, the number of"
-            " sides with"
-            " the preferred emblem; then the distance to the prior's modes. It trains nothing"
+            "it counts the noses on the surface, and the number closer to one wins; for boxes, the number"
+            " of sides with the preferred emblem; then the distance to the prior's modes. It trains nothing"
         ),
         background=torch.zeros(3),
         log_prob=lambda x, prompts: exact.log_prob(x, exact.embed(prompts)),

@@ -216,8 +216,7 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
     if image_methods:
         raise ValueError(
             f"--method={image_methods[0]}: --prior=heads has no reward of images. Use --method=sds+geometry,"
-            " whose reward"
-            " uses the shape."
+            " whose reward uses the shape."
         )
     prior = mixture(settings.prompts)
     return Scene(
@@ -230,9 +229,8 @@ def heads_scene(settings: DistillSettings, device: torch.device) -> Scene:
         measures=measures,
         evaluator=ShapeEvaluator(),
         evaluator_description=(
-            "it compares the distance of the surface to that of the prompt's ground-truth head, which is not"
-            " used"
-            " during a run"
+            "it compares the distance of the surface to that of the prompt's ground-truth head, which is"
+            " not used during a run"
         ),
         background=torch.ones(3),
         log_prob=lambda x, prompts: prior.log_prob(x, prior.embed(prompts)),

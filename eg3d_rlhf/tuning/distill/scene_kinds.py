@@ -40,8 +40,7 @@ def head_numbers(prompts: Sequence[str]) -> list[int]:
         if match is None:
             raise ValueError(
                 f"--prompt: expected 'head N' with a number up to 9999 for --prior=heads, got {prompt!r}."
-                " Correct"
-                " it."
+                " Correct it."
             )
     return [int(match[1]) for match in matches if match is not None]
 

@@ -27,7 +27,7 @@ def betas_of(
         start: first beta of the linear schedules.
         end: last beta of the linear schedules.
         zero_snr: shift and scale so that no signal is left at t = 999 (Lin et al. 2023). Such a prior must
-        predict v.
+            predict v.
     """
     if kind == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, STEPS) ** 2

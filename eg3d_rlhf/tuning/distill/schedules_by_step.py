@@ -36,8 +36,7 @@ class Ramp:
         ):
             raise ValueError(
                 "Ramp: expected a number, [v0, v1, s1] or [s0, v0, v1, s1, v2, s2, ...] with increasing"
-                " steps s, got"
-                f" {self.spec}. Correct it."
+                f" steps s, got {self.spec}. Correct it."
             )
 
     def knots(self) -> list[tuple[float, float]]:

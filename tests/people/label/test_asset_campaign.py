@@ -19,8 +19,8 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import (
     Asset,
     Collection,
-    conditions,
     plan_assets,
+    prompts_json,
     read_collection,
 )
 from eg3d_rlhf.people.label.entities import Kind
@@ -67,7 +67,7 @@ def test_a_folder_is_read_as_it_is_laid_out(collection):
     )
     kinds = {asset.prompt: asset.kind for asset in collection.assets}
     assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
-    asked = conditions(collection)
+    asked = prompts_json(collection)
     assert (
         asked["chair"]["text"] == CHAIR
         and asked["chair"]["image"].endswith("asked/chair.jpg")

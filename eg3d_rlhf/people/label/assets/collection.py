@@ -189,8 +189,7 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     unfit = [asset for asset in collection.assets if asset.path not in examined]
     unreadable = len(paths) - len(examined)
     # A prompt's image that cannot be shown is an error even if assets may be left out. So is a collection of
-    # which
-    # nothing would remain.
+    # which nothing would remain.
     if unreadable and not (lenient and len(unfit) == unreadable < len(collection.assets)):
         reading.reject({path: reason for path, reason in results.items() if isinstance(reason, str)})
     if unfit:
@@ -211,8 +210,7 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     if wrong:
         raise ValueError(
             f"{wrong[0]}: expected images as prompts and 3D files or videos as assets, got the opposite."
-            " Correct"
-            " the list."
+            " Correct the list."
         )
     assets = [
         replace(asset, kind=examined[asset.path].kind, hash=examined[asset.path].hash)
@@ -276,8 +274,7 @@ def _check_stems(assets: list[Asset]) -> list[Asset]:
             names = f"{other.path.name} and {asset.path.name}"
             raise ValueError(
                 f"{asset.generator}: expected one file for {asset.prompt}, found {names}. Remove one of"
-                " them, or"
-                " write a list."
+                " them, or write a list."
             )
     return assets
 
@@ -294,8 +291,7 @@ def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
         if known and not any(prompt.text or prompt.image for prompt in prompts.values()):
             raise ValueError(
                 f"{PROMPTS}: expected prompts named like the files, such as {min(known)!r}, found none of"
-                " them."
-                " Correct the names."
+                " them. Correct the names."
             )
     return prompts
 
@@ -339,8 +335,7 @@ def _from_list(path: Path) -> Collection:
         ):
             raise ValueError(
                 f"{where}: prompt {name!r} has another text or image on an earlier line. Give different"
-                " prompts"
-                " different names."
+                " prompts different names."
             )
         prompts[name] = Prompt(text=prompt.text or before.text, image=prompt.image or before.image)
     return Collection(assets, prompts)
@@ -491,8 +486,7 @@ def plan_assets(
     if not chosen:
         raise ValueError(
             "expected at least two different assets of one prompt, found none. Give each prompt a file of"
-            " each"
-            " generator."
+            " each generator."
         )
     if len(chosen) < options.pairs:
         report(f"planned {len(chosen)} {'assets' if options.single else 'pairs'}: there are no more")

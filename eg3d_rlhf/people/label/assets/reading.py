@@ -263,8 +263,7 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
         else:
             _pack(data, path, kind, degradation, seed, out)
     # Checked again, because the file may have changed while it was read: the arrays are views of it, and
-    # ffmpeg has
-    # opened it by its name.
+    # ffmpeg has opened it by its name.
     with _opened(path) as data:
         _check_hash(data, path, kind, expected)
     return {}

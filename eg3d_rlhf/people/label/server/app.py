@@ -138,8 +138,7 @@ def serve(
         on_listening(f"{'https' if certificate else 'http'}://{printed_host}:{listening.getsockname()[1]}/")
         gc.collect()
         # Objects that exist now stay until the end. Frozen, they are skipped by the garbage collector, which
-        # then
-        # examines only requests and connections and takes little time.
+        # then examines only requests and connections and takes little time.
         gc.freeze()
         server.run()
     finally:

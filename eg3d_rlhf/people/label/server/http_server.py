@@ -107,8 +107,7 @@ class Server(embed.Server):
         try:
             if certificate is not None:
                 # granian ends the process for a key that it cannot read, so the key is loaded here first.
-                # Without
-                # `password`, OpenSSL would ask for one in the terminal.
+                # Without `password`, OpenSSL would ask for one in the terminal.
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             super().__init__(
                 app if proxy is None else wrap_asgi_with_proxy_headers(app, trusted_proxies(proxy)),
@@ -139,16 +138,14 @@ class Server(embed.Server):
 
     def _init_shared_socket(self) -> None:
         # granian itself binds with SO_REUSEPORT, with which two servers would share a port without an error.
-        # It
-        # closes the descriptor when it ends.
+        # It closes the descriptor when it ends.
         self._shd = SocketHolder(self.listening.detach(), False, self.backlog)  # type: ignore
 
     def run(self) -> None:
         """Serve until `stop` or a signal. The signal is raised again after the last answer."""
         number = asyncio.run(self._run())
         # granian's thread returns from its last call into Python after `serve` has ended. If the interpreter
-        # ended
-        # before that, the process would abort. This happened in one of four runs.
+        # ended before that, the process would abort. This happened in one of four runs.
         end = time.monotonic() + 1
         while foreign_threads() and time.monotonic() < end:
             time.sleep(0.01)

@@ -64,8 +64,7 @@ OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
 COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 # blob: allows what the page itself has loaded: textures of a GLB (connect-src, img-src) and videos
-# (media-src).
-# The worker reads Gaussian splats.
+# (media-src). The worker reads Gaussian splats.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:;"
     f" worker-src 'self'; connect-src 'self' blob:; {COMMON_POLICY}"

@@ -317,8 +317,7 @@ def admin_api(context: Context) -> APIRouter:
         """Return figures about annotators and answers, and the progress of the preparation."""
         nonlocal report, until
         # One thread at a time computes the report, and it is reused for at least ten times as long as that
-        # took. So
-        # the reports of many open pages take at most a tenth of one thread.
+        # took. So the reports of many open pages take at most a tenth of one thread.
         with lock:
             if (began := time.monotonic()) >= until:
                 report = quality_report(

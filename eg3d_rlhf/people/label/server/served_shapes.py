@@ -147,8 +147,7 @@ class PreparedShapes:
         self._checked = -POLL  # time of the last check of the cache
         self._lock = threading.Lock()
         # With tens of thousands of shapes the first check takes a second. Doing it now keeps the first
-        # requests from
-        # waiting for it.
+        # requests from waiting for it.
         self._check()
         self._checked = -POLL  # shapes that are missing now may be there at the first request
 

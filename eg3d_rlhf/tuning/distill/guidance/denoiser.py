@@ -17,8 +17,7 @@ from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, Ranking
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule, Streams
 
 # --- viewing directions in words, for prompts, and Perp-Neg's mixture of prompts (Armandpour et al. 2023).
-# Angles are in
-# degrees; azimuth 0 is the front, and elevation is positive upwards.
+# Angles are in degrees; azimuth 0 is the front, and elevation is positive upwards.
 
 DIRECTIONS = ("side", "front", "back", "overhead")
 OVERHEAD = 60  # elevation above which a view is called overhead
@@ -64,8 +63,7 @@ def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tenso
     if cameras is None:
         raise ValueError(
             "--reward: the prompts of this reward contain the viewing direction, but there are no cameras."
-            " Use a renderer"
-            " that gives cameras."
+            " Use a renderer that gives cameras."
         )
     views = zip(prompts, *(angle.tolist() for angle in camera_angles(cameras)), strict=True)
     return [f"{prompt}, {direction_of(elevation, azimuth, 30)} view" for prompt, elevation, azimuth in views]
@@ -128,8 +126,7 @@ class Denoiser:
         if views < 1 or views % prior.views:
             raise ValueError(
                 f"--set views={views}: expected a multiple of {prior.views}, because this prior needs"
-                f" {prior.views} views"
-                " of an asset. Change it."
+                f" {prior.views} views of an asset. Change it."
             )
         self.prior = prior
         self.settings = settings
@@ -362,8 +359,7 @@ class Rewarded(Guided):
 
 
 # --- ranking of the images of K = 2 noises by a reward, a judge, or both. N is the number of assets, or of
-# images if views
-# are ranked one by one.
+# images if views are ranked one by one.
 
 
 class Ranks(NamedTuple):
@@ -389,8 +385,7 @@ class Ranking:
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
             raise ValueError(
                 f"--set pair_level=view: the reward scores {reward.views} views together, so views cannot be"
-                " ranked one by"
-                " one. Use pair_level=asset."
+                " ranked one by one. Use pair_level=asset."
             )
         if reward is not None:
             denoiser.check_reward(reward)

@@ -41,8 +41,7 @@ class DreamDpo(Guided):
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
             warnings.warn(
                 f"lose_guidance_scale: with {scale:g} for both noises, no term keeps images near the prior:"
-                " they diverge."
-                " Use 1.",
+                " they diverge. Use 1.",
                 stacklevel=2,
             )
 

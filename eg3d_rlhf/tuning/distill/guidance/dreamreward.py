@@ -24,8 +24,7 @@ class DreamReward(Rewarded):
         if not self.reward.differentiable:
             raise ValueError(
                 "--reward: dreamreward needs a differentiable reward, got one that is not. Use"
-                " --method=dreamdpo or"
-                " --method=rewardsds."
+                " --method=dreamdpo or --method=rewardsds."
             )
         self.balance = Balance()
         self.windows = {"norms": self.balance}

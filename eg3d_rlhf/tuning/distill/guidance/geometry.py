@@ -242,8 +242,7 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
         if named.priors and prior not in named.priors:
             raise ValueError(
                 f"--geometry-reward: {name} can be used with --prior={' or '.join(named.priors)} only, got"
-                f" {prior}. Name"
-                " another reward."
+                f" {prior}. Name another reward."
             )
         return named.make
     path = bundled.REWARD if name == "sigma" else Path(name)

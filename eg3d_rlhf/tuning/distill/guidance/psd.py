@@ -174,8 +174,7 @@ class Psd(Guided):
         The winner's x_t already leans towards the preferred image, so n predicts its noise better if it leans
         away from that image.
         """
-        # [2, B]
-        # [2, B], positive where n predicts the noise better than n0.
+        # [2, B] [2, B], positive where n predicts the noise better than n0.
         better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)
         first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
         delta = torch.where(ranks.winner < 1, first - second, second - first)

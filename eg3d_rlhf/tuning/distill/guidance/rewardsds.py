@@ -9,7 +9,7 @@ import torch
 from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import History
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditioning, Rewarded
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditioning, Rewarded, reward_prompts
 from eg3d_rlhf.tuning.distill.schedule import ddim_times
 
 

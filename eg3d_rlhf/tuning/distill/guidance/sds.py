@@ -9,7 +9,7 @@ import torch
 
 from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, told
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Rewarded, reward_prompts
 
 
 class Sds(Guided):
@@ -62,7 +62,9 @@ class BestOfN(Rewarded, Sds):
         """
         d = self.denoiser
         # [S A]
-        scores = d.per_asset(d.score(self.reward, images[None], told(self.reward, prompts, cameras)))[0]
+        scores = d.per_asset(
+            d.score(self.reward, images[None], reward_prompts(self.reward, prompts, cameras))
+        )[0]
         starts = self.settings.starts
         assets = len(scores) // starts
         chosen = scores.unflatten(0, (starts, assets)).argmax(0).cpu()  # [A]

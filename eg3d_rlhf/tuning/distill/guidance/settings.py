@@ -72,8 +72,7 @@ class RankingSettings(Knobs):
 
 
 # --- weights of several noises in the gradient, from their scores: RewardSDS's strategies, and DreamDPO's
-# push as the case of
-# two noises
+# push as the case of two noises
 
 NOISES = "Noises and rewards"
 _rare_noises_knob = functools.partial(knob, group=NOISES, rare=True)
@@ -178,8 +177,7 @@ class DreamDpoSettings:
     prior: DenoiserSettings = field(default_factory=DenoiserSettings)
     ranking: RankingSettings = field(default_factory=RankingSettings)
     # Gap from which on the loser is pushed away, in units of scores, or with tau_mode=quantile a share of the
-    # gaps. May be
-    # infinite.
+    # gaps. May be infinite.
     tau: float = 0.001
     tau_mode: str = _rare_dreamdpo_knob(
         "gap",
@@ -203,8 +201,7 @@ class DreamDpoSettings:
         if self.prior.form != "sds":
             raise ValueError(
                 f"--set form={self.prior.form}: dreamdpo needs the form sds, because its gradient is a"
-                " difference of"
-                " noises. Use --set form=sds."
+                " difference of noises. Use --set form=sds."
             )
 
 
@@ -222,8 +219,7 @@ class DreamRewardSettings:
     balance: str = _rare_dreamreward_knob(
         "grad-norm",
         "Quantity that makes weights comparable: the norms of both gradients over 50 steps, the digits of"
-        " the "
-        "printed losses as in DreamReward's code, or none.",
+        " the printed losses as in DreamReward's code, or none.",
         choices=("grad-norm", "digits", "none"),
     )
     ceiling: float | None = _rare_dreamreward_knob(
@@ -250,8 +246,7 @@ class DreamRewardSettings:
         if self.through == "images" and self.balance == "grad-norm":
             raise ValueError(
                 "--set through=images cannot be combined with balance=grad-norm, because the norms of"
-                " gradients on images"
-                " and on latents cannot be compared. Use another balance."
+                " gradients on images and on latents cannot be compared. Use another balance."
             )
         if min(value for _, value in self.weight.knots()) < 0:
             raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
@@ -287,8 +282,7 @@ class RewardSdsSettings:
         if self.explore_end == "t0" and self.explore_steps == 1:
             raise ValueError(
                 "--set explore_end=t0 cannot be used with one step of exploration. Increase explore_steps,"
-                " or use"
-                " explore_end=x0."
+                " or use explore_end=x0."
             )
 
 
@@ -312,9 +306,8 @@ class PsdSettings:
     )
     negative_update: str = _rare_psd_knob(
         "auto",
-        "Update of the null embedding: by the gradient of the reward, by a preference loss, by the reward if"
-        " it is "
-        "differentiable and else by preference (auto), or none.",
+        "Update of the null embedding: by the gradient of the reward, by a preference loss, by the reward"
+        " if it is differentiable and else by preference (auto), or none.",
         choices=NEGATIVES,
     )
     negative_rate: float = _rare_psd_knob(
@@ -333,8 +326,7 @@ class PsdSettings:
         if self.prior.form != "sds":
             raise ValueError(
                 f"--set form={self.prior.form}: psd needs the form sds, because its push is a difference of"
-                " noises. Use"
-                " --set form=sds."
+                " noises. Use --set form=sds."
             )
 
 

@@ -37,8 +37,8 @@ class GmmPrior:
             means: [M, C, H, W].
             stds: [M] > 0.
             prompts: text -> embedding [E]; "" is the null prompt, "text, side" a prompt with a viewing
-            direction. to_logits: [M, E]; None: the identity. scale: of latents. alphas_cumprod: [1000]; None:
-            scaled_linear.
+                direction. to_logits: [M, E]; None: the identity. scale: of latents. alphas_cumprod: [1000];
+                None: scaled_linear.
         """
         self.to_logits = torch.eye(len(means)).to(means) if to_logits is None else to_logits
         sizes = {len(embedding) for embedding in prompts.values()}

@@ -44,13 +44,11 @@ FLAG = "--prior"
 LICENCES = {
     768: (
         "Stable Diffusion 1.x: licence CreativeML OpenRAIL-M. Its use restrictions also apply to the users"
-        " of what you"
-        " create with it."
+        " of what you create with it."
     ),
     1024: (
-        "Stable Diffusion 2.x: licence CreativeML OpenRAIL++-M. Its use restrictions also apply to the users"
-        " of what you"
-        " create with it."
+        "Stable Diffusion 2.x: licence CreativeML OpenRAIL++-M. Its use restrictions also apply to the"
+        " users of what you create with it."
     ),
 }
 Prediction = Literal["epsilon", "v_prediction"]
@@ -226,8 +224,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     if width != expected:
         raise ValueError(
             f"{FLAG}: the U-Net expects embeddings with {expected} numbers, but the text encoder has"
-            f" {width}. Use parts of the"
-            " same model."
+            f" {width}. Use parts of the same model."
         )
     # SD 2.x pads prompts with the token of "!"; "own" uses the padding token of the folder's tokenizer.
     tokenize = clip_tokenizer(folder / "tokenizer", FLAG, text.config.vocab_size, "own")
@@ -238,9 +235,8 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
 
 
 # --- MVDream (arXiv 2308.16512): four views that attend to one another, from its published .pt file. Only
-# weights are read,
-# and diffusers runs them. The converted U-Net equals the original up to rounding (reference case
-# `mvdream_unet`).
+# weights are read, and diffusers runs them. The converted U-Net equals the original up to rounding (reference
+# case `mvdream_unet`).
 
 VIEWS = 4
 LATENT_SIDE = 32  # of both published models, for images of 256 x 256
@@ -249,8 +245,7 @@ OPEN_CLIP = "cond_stage_model.model."
 TRANSFORMERS = "cond_stage_model.transformer."
 LICENCE = (
     "MVDream: the code has the MIT licence. See the model card for the licence of the weights. They are"
-    " based on Stable"
-    " Diffusion, whose OpenRAIL use restrictions apply."
+    " based on Stable Diffusion, whose OpenRAIL use restrictions apply."
 )
 
 

@@ -23,7 +23,7 @@ from eg3d_rlhf.tuning.distill.schedules_by_step import STEPS
 from training.storage import load_strict, read_tensors, write_tensors
 
 FILE_KIND = "view-prior"
-# standard deviation of the training images about the modes, in latents of -1..1, as in the exact prior
+# Standard deviation of the noise of the training images, in latents of -1..1, as in the exact prior.
 PIXEL_NOISE = 0.3
 
 
@@ -173,8 +173,7 @@ class TinyPrior:
             example = self.network.prompts[0]
             raise ValueError(
                 f"--prompt: this prior was not trained on {other[0]!r}. Use a prompt of its training data,"
-                " such as"
-                f" {example!r}."
+                f" such as {example!r}."
             )
         return self.network.table.weight[[known[text] for text in prompts]][:, None]
 
@@ -189,8 +188,7 @@ class TinyPrior:
         if len(x_t) % SIDES:
             raise ValueError(
                 f"--prior: expected a multiple of {SIDES} images, got {len(x_t)}, because this prior needs"
-                f" {SIDES} views of"
-                " an asset. Pass all views of each asset."
+                f" {SIDES} views of an asset. Pass all views of each asset."
             )
         poses = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(poses).to(x_t))
