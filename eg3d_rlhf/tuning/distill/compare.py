@@ -50,8 +50,10 @@ def compare(
 
     Returns: the table as JSON values, and all judgements.
     """
+    # The command always adds the base, and all arms have the same pairs.
     assert BASE in assets and {len(made) for made in assets.values()} == {len(pairs)}
     prompts = [prompt for prompt, _ in pairs]
+    # Elo resamples these names, so that games of the same pair stay together.
     names = [f"{prompt} #{seed}" for prompt, seed in pairs]
     # Every two arms are compared, because the Elo ratings use all games.
     answers = {(a, b): evaluator.compare(assets[a], assets[b], prompts) for a, b in combinations(assets, 2)}
@@ -70,6 +72,7 @@ def compare(
             # Without games, which is the base itself, all are ties.
             points = np.array([_POINTS[answer] for answer in answers.get((arm, BASE), [-1] * len(pairs))])
         rating = ratings.ratings[arm]
+        # Everything here becomes JSON: plain floats, no tensors.
         arms[arm] = {
             "win_rate": float(points.mean()),
             "ci95": list(wilson_interval(float(points.sum()), len(points))),
@@ -99,6 +102,7 @@ def compare(
 def _mean(values: torch.Tensor) -> dict:
     """Return mean, bootstrap interval and count of the figures that are not NaN."""
     valid = values[~values.isnan()].double().cpu().numpy()
+    # Measures that do not apply to an asset are NaN and are not counted.
     mean, lo, hi = bootstrap_mean_interval(valid)
     return {"mean": mean, "ci95": [lo, hi], "n": len(valid)}
 
@@ -106,6 +110,7 @@ def _mean(values: torch.Tensor) -> dict:
 def markdown(table: Mapping) -> str:
     """Format the table for a terminal."""
     arms = table["arms"]
+    # The columns of the base, which all arms have.
     measures = list(arms[BASE]["measures"])
     rows = [
         [
@@ -122,6 +127,7 @@ def markdown(table: Mapping) -> str:
         "",
         *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
     ]
+    # The base has no changes against itself.
     others = {arm: row["changes"] for arm, row in arms.items() if arm != BASE}
     change_rows = [
         [arm, *(with_interval(changes[name], "+.3g", "mean") for name in measures)]

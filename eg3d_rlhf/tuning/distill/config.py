@@ -13,7 +13,7 @@ from training.config import Knobs, built, check_knobs, knob
 if TYPE_CHECKING:
     from eg3d_rlhf.core.interfaces import Guidance
 
-ASSETS = "What is made"
+ASSETS = "What is made"  # titles of groups of flags in the help
 REAL = "With a prior from files"
 METHOD = "Method"
 OPT = "Optimisation"
@@ -56,18 +56,20 @@ class Arm:
     reward if there is one.
     """
 
-    method: str
+    method: str  # a name of METHODS
     twist: str | None = None
-    geometry: bool = False
-    geometry_twist: str | None = None
+    geometry: bool = False  # True: a geometry reward is added
+    geometry_twist: str | None = None  # control of the geometry reward, one of TWISTS
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
         """Parse 'dreamdpo', 'dreamdpo-random', 'sds+geometry', 'sds+geometry-inverted'. Raises:
         ValueError.
         """
+        # Groups: method, twist, +geometry with its twist, twist of the geometry reward.
         pattern = rf"({'|'.join(METHODS)}){_TWIST}(\+geometry{_TWIST})?"
         parts = re.fullmatch(pattern, text.strip())
+        # A method without a reward has nothing that could be inverted.
         if parts is None or (parts[2] and not METHODS[parts[1]].rewarded):
             raise ValueError(
                 f"expected arms such as {', '.join(METHODS)}; -{' or -'.join(TWISTS)} may follow a method"
@@ -79,6 +81,7 @@ class Arm:
     @property
     def name(self) -> str:
         """Name of the arm, which `parse` reads again."""
+        # Multiplication by a truth value: "" without a geometry reward.
         shape = "+geometry" * self.geometry + (f"-{self.geometry_twist}" if self.geometry_twist else "")
         return self.method + (f"-{self.twist}" if self.twist else "") + shape
 
@@ -91,6 +94,7 @@ def parse_ramp(text: str) -> Ramp:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"expected a number or a ramp s0,v0,v1,s1, got {text!r}. Correct it.") from None
+    # `Ramp` checks the length and the order of the numbers.
     return Ramp(numbers[0] if len(numbers) == 1 else numbers)
 
 
@@ -136,6 +140,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_knobs(self)
+        # Errors are reported now and with the name of the setting, not in the first step.
         for name in ("t_min", "t_max", "sparsity", "opacity"):
             try:
                 parse_ramp(getattr(self, name))
@@ -205,16 +210,17 @@ class SceneConfig(Knobs):
 class DistillSettings:
     """All settings that determine the result of a run."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...]  # all different
     arms: tuple[str, ...]  # names of `Arm`s; with one there is no comparison
     scene: SceneConfig = field(default_factory=SceneConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     # Settings of methods that flags have changed, by name.
     guidance: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None  # name of a preset of a method; `guidance` overrides its values
-    seed: int = 0
+    seed: int = 0  # of all random streams
 
     def __post_init__(self) -> None:
+        # Equal prompts would give equal assets, because random streams depend on prompt and seed.
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
             raise ValueError(
                 f"--prompt: expected at least one prompt, all different, got {list(self.prompts)[:3]}. For"
@@ -224,6 +230,7 @@ class DistillSettings:
             raise ValueError(
                 f"--compare: expected at least one arm, all different, got {','.join(self.arms)}. Remove one."
             )
+        # Raises ValueError for an unknown method or control.
         for name in self.arms:
             Arm.parse(name)
 
@@ -234,10 +241,12 @@ class DistillSettings:
     def batches(self) -> list[list[tuple[str, int]]]:
         """Split the pairs into batches that are optimised together."""
         pairs = self.pairs()
+        # The split is part of the settings: with other batches, random streams would differ.
         return [pairs[i : i + self.loop.batch] for i in range(0, len(pairs), self.loop.batch)]
 
     def to_dict(self) -> dict:
         """Return the settings as JSON values."""
+        # JSON has no tuples: lists make the values equal to those that are read again.
         return {**asdict(self), "prompts": list(self.prompts), "arms": list(self.arms)}
 
     @classmethod

@@ -36,8 +36,8 @@ class Tick:
     """Figures of the steps since the last line of stats.jsonl."""
 
     def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-        self.scores = History(WINDOW)
+        self.values: dict[str, list[float]] = {}  # figure -> its values in the steps of this tick
+        self.scores = History(WINDOW)  # kept across ticks, for the range of scores
 
     def add(self, output: GuidanceOutput, figures: Mapping[str, float], images: torch.Tensor) -> None:
         """Add the figures of one step.
@@ -49,6 +49,7 @@ class Tick:
         """
         for name, value in figures.items():
             self._append(name, float(value))
+        # Terms are per asset [A]; the line reports their mean.
         for name, values in output.terms.items():
             self._append(name, *values.detach().flatten().tolist())
         self._append("image_low", float(images.detach().min()))
@@ -62,6 +63,7 @@ class Tick:
                 self._append(
                     "scores_out_of_range", *((scores < low) | (scores > high)).float().flatten().tolist()
                 )
+            # After the comparison: a score must not widen the range that it is compared with.
             self.scores.add(scores)
             self._append("reward", *scores.flatten().tolist())
             self._append("gap", *(scores.amax(0) - scores.amin(0)).tolist())
@@ -70,6 +72,7 @@ class Tick:
             decided = output.winner[output.winner >= 0]
             self._append("first_wins", *(decided == 0).float().tolist())
             self._append("unanswered", *(output.winner < 0).float().tolist())
+        # True where the loser was not pushed away.
         if output.one_sided is not None:
             self._append("one_sided", *output.one_sided.float().tolist())
 
@@ -82,6 +85,7 @@ class Tick:
         for name, values in sorted(self.values.items()):
             if not values:
                 continue
+            # float64, so that means over many steps have no rounding errors.
             tensor = torch.tensor(values, dtype=torch.float64)
             # The mean gap alone would hide a few large ones, so quantiles are reported.
             if name == "gap":
@@ -98,6 +102,7 @@ def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """Return warnings of known failures in the newest line, by name. Each contains its remedy."""
     last = lines[-1]
     warnings = {}
+    # Exactly 1: the loser was not pushed away in any step of the tick.
     if last.get("one_sided") == 1:
         warnings["gaps"] = (
             "every gap is below --tau, so no loser is pushed away. Lower tau, or use --set tau_mode=quantile."
@@ -117,11 +122,13 @@ def find_warnings(lines: Sequence[Mapping[str, float]]) -> dict[str, str]:
             f"{last['unanswered']:.0%} of the pairs had no answer. These steps use no preference. Check the"
             " judge."
         )
+    # A small tolerance: interpolation and rounding can leave 0..1 slightly.
     if last.get("image_low", 0) < -0.01 or last.get("image_high", 1) > 1.01:
         reach = f"{last['image_low']:.2f} to {last['image_high']:.2f}"
         warnings["range"] = (
             f"image values are {reach}, expected 0 to 1: priors and rewards interpret them wrongly."
         )
+    # Three ticks apart, so that the noise of single ticks is not mistaken for a trend.
     if len(lines) >= 4 and "reward" in last:
         then = lines[-4]
         # A rising error, or a falling log density, means that images become less likely under the prior.
@@ -180,8 +187,10 @@ class Distillation:
     tick: Tick = field(init=False)
 
     def __post_init__(self) -> None:
+        # The prompts include several starts of the same asset.
         assert len(self.prompts) == len(self.asset)
         self.rates = {"grid": self.config.lr, "decoder": self.config.decoder_lr}
+        # Grids and decoders have different learning rates; `name` finds them again in `step`.
         groups = [
             {"params": parameters, "lr": self.rates[name], "name": name}
             for name, parameters in self.asset.groups().items()
@@ -205,6 +214,7 @@ class Distillation:
             self.streams.generator("t", step),
             shared=self.config.shared_time,
         )
+        # One prompt per image; the views of an asset are adjacent.
         prompts = [prompt for prompt in self.prompts for _ in range(per_asset)]
         output = self.guidance(
             x, t.to(x.device), prompts, views.cameras[:, :16].to(x.device), step, rendered.images
@@ -215,9 +225,11 @@ class Distillation:
                 f"--prior: its predictions are NaN or infinite at step {step}. Lower --guidance-scale, or"
                 " use --set amp=off."
             )
+        # B is the number of images, so the loss is a mean over them.
         loss = distillation_loss(x, output, images=rendered.images)
         figures = {"opacity": float(rendered.opacity.detach().mean()), "grad": float(output.grad.norm())}
         for name in ("sparsity", "opacity"):
+            # A weight of 0 skips the computation, so runs without regularisers are not slower.
             if weight := parse_ramp(getattr(self.config, name))(step):
                 loss = loss + weight * self.asset.regularisers()[name].mean()
         # Learning rates decrease linearly from their start to `lr_end` times it.
@@ -225,6 +237,7 @@ class Distillation:
             group["lr"] = self.rates[group["name"]] * (
                 1 - (1 - self.config.lr_end) * step / self.config.steps
             )
+        # None instead of zeros: Adam then skips parameters without a gradient.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         # After the backward pass: the geometry reward is scaled by the norms of the gradients in .grad.
@@ -239,6 +252,7 @@ class Distillation:
         background = self.background
         if background is None:
             colours = torch.rand(len(self.asset), 3, generator=self.streams.generator("background", step))
+            # [A, 3] to [B, 3]: all views of an asset have the same colour.
             background = colours.repeat_interleave(len(views.cameras) // len(self.asset), dim=0)
         return views, self.renderer.render(self.asset, views, background)
 
@@ -251,6 +265,7 @@ class Distillation:
         x = self.prior.encode(rendered.images)
         prompts = [prompt for prompt in self.prompts for _ in range(len(x) // len(self.asset))]
         if self.log_prob is not None:
+            # The median: a single asset far from all modes would dominate the mean.
             return {"log_prob": float(self.log_prob(x, prompts).median())}
         schedule = NoiseSchedule(self.prior.alphas_cumprod)
         # The same views, time and noise at every call: only the assets change.
@@ -266,6 +281,7 @@ class Distillation:
         """Return the assets that the run keeps: all, or the best of several starts. They are compared in the
         same views, on white or their background.
         """
+        # Only best of n optimises more assets than it keeps.
         if not isinstance(self.guidance, BestOfN):
             return self.asset
         views = evenly_around(len(self.asset), self.guidance.denoiser.views, **FINISHED)
@@ -282,6 +298,7 @@ class Distillation:
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Return tensors and JSON values from which `load` continues."""
         tensors = {f"asset.{name}": value for name, value in self.asset.state_dict().items()}
+        # Without Adam's moments a resumed run would differ from one without a stop.
         tensors |= checkpoint.optimizer_tensors("optim", self.optimizer)
         for name, part in self._stateful().items():
             tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
@@ -289,6 +306,7 @@ class Distillation:
 
     def load(self, tensors: Mapping[str, torch.Tensor], meta: Mapping) -> None:
         """Restore the result of `state`."""
+        # Keys have the form part.name, so each part gets the tensors after its prefix.
         names = ("asset", *self._stateful())
         states = {name: below(tensors, f"{name}.") for name in names}
         self.asset.load_state_dict(states["asset"])

@@ -35,8 +35,8 @@ CHANGEABLE = ("loop.checkpoint_ticks",)  # settings that a resumed run may chang
 class Part(NamedTuple):
     """A batch of assets under one arm, the unit of work."""
 
-    arm: str
-    batch: int
+    arm: str  # name of an `Arm`
+    batch: int  # index into `DistillSettings.batches`
 
     @property
     def name(self) -> str:
@@ -71,6 +71,7 @@ def distil(
     LossNotFiniteError; ValueError and OSError of the scene.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # A resumed part is compared with these values: other settings are an error.
     options = {"part": part.name, **settings.to_dict()}
     with Run(folder, options, scene.inputs, say=lambda line: report(f"{part.name} {line}")) as run:
         if recorded(folder):
@@ -80,12 +81,14 @@ def distil(
         # A finished part is not repeated.
         if (folder / RESULT).exists():
             return json.loads((folder / RESULT).read_text())
+        # Made before the checkpoint is read: it fixes the shapes of all tensors.
         work = scene.distillation(settings, Arm.parse(part.arm), part.batch)
         lines = []
         warned = set()
         step = 0
         kept_lines = 0
         if checkpoint.available(folder):
+            # previous: if the newest checkpoint is damaged, the one before it is used.
             tensors, meta = run.read(previous=True)
             work.load(tensors, meta)
             step = meta["step"]
@@ -104,16 +107,19 @@ def distil(
                 # The last step always ends a tick.
                 if step % loop.tick and step < loop.steps:
                     continue
+                # The drift is measured once per tick, because it needs a render and a prediction.
                 lines.append(work.tick.line(step, work.drift()))
                 run.stats(lines[-1])
                 run.status(status_columns(lines[-1], loop.steps), step, loop.steps, "step")
                 for name, text in find_warnings(lines).items():
+                    # Each warning is printed once per part; the result contains all of them.
                     if name not in warned:
                         report(f"Warning ({part.name}, {name}): {text}")
                     warned.add(name)
                 if (step // loop.tick) % loop.checkpoint_ticks == 0:
                     _checkpoint(run, work, step, lines)
         finished = work.finished()
+        # The assets are written before the result, which marks the part as finished.
         finished.save(folder / ASSETS)
         result = {
             "arm": part.arm,
@@ -151,7 +157,9 @@ def handler(settings: DistillSettings, folder: Path, device: str) -> Callable[[s
 def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
     """Perform all parts; with torchrun, the share of this process. Raises: as `distil`."""
     names = [part.name for part in list_parts(settings)]
+    # Every world-th part: each process gets parts of all arms.
     own_parts = names[run.ranks.rank :: run.ranks.world]
+    # torchrun has started the processes already, so each of them works alone.
     jobs = 1 if run.ranks.world > 1 else max(1, min(run.jobs, len(own_parts)))
     if jobs == 1:
         if run.ranks.world > 1:
@@ -175,6 +183,7 @@ def distil_all(settings: DistillSettings, scene: Scene, run: Run) -> None:
                 on_done=lambda name, result: bar.update() and None,
                 expected=(ValueError, OSError, StoppedError),
             )
+    # The parts of all processes must be complete before their lines are gathered.
     run.ranks.barrier()
 
 

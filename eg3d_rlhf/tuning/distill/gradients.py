@@ -19,11 +19,13 @@ def guided(text: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor
     Deviates: threestudio's guidance of Stable Diffusion is p(text) + scale (p(text) - p(null)), so its scale
     100 is 101 here.
     """
+    # Written from the null prediction: this is the only form in which scale 1 gives exactly p(text).
     return null + scale * (text - null)
 
 
 def perpendicular(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return the component of q [B, ...] that is perpendicular to p [B, ...]."""
+    # Inner products per image, [B]: a projection over the entire batch would mix assets.
     inner, square = ((a * p).flatten(1).sum(1) for a in (q, p))
     # clamp_min: p is 0 where the prompt has no effect, and q remains unchanged there.
     return q - (inner / square.clamp_min(1e-6)).view(-1, *[1] * (p.ndim - 1)) * p
@@ -54,6 +56,8 @@ def perp_neg(
 
 def sds(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Compute w (p - e), the gradient of DreamFusion (Poole et al. 2022, equation 3)."""
+    # The Jacobian of the U-Net is omitted, as in DreamFusion: it is expensive, and poorly conditioned at
+    # small noise levels.
     return weight * (predicted - noise)
 
 
@@ -87,6 +91,7 @@ def reconstruction_target(
     """
     # One standard deviation per asset, [A]; 1e-8 avoids a division by zero for constant images.
     std, std_text = (a.reshape(a.shape[0] // views, -1).std(1) + 1e-8 for a in (x0, x0_text))
+    # Back from assets [A] to images [B, 1, 1, 1].
     ratio = (std_text / std).repeat_interleave(views).view(-1, 1, 1, 1)
     return rescale * (x0 * ratio) + (1 - rescale) * x0
 
@@ -154,6 +159,7 @@ def psd(
         strength: [B], eta times a function of the gap.
         weight: w, [B, 1, 1, 1].
     """
+    # The residuals are already weighted by w, the push is not.
     push = weight * ((win - noise_win) - (lose - noise_lose))
     return residuals.mean(0) + strength.view(-1, 1, 1, 1) * push
 
@@ -174,9 +180,11 @@ def target_loss(x: torch.Tensor, grad: torch.Tensor, *, clamp: float | None = No
 
     Differentiable in: x.
     """
+    # Without gradient: the loss is only a way to pass `grad` to the parameters through x.
     grad = torch.nan_to_num(grad.detach())
     if clamp is not None:
         grad = grad.clamp(-clamp, clamp)
+    # x - target is `grad`, so the derivative of the loss needs no Jacobian of the prior.
     target = (x - grad).detach()
     return 0.5 * (x - target).square().sum() / len(x)
 
@@ -187,6 +195,7 @@ def distillation_loss(
     """Compute the loss of one step, []: `output.grad` on the latents x [B, C, H, W], and `output.image_grad`
     on the rendered images if there is one.
     """
+    # Both losses share the graph of the render, so one backward pass serves both.
     loss = target_loss(x, output.grad, clamp=clamp)
     if output.image_grad is None:
         return loss
@@ -196,6 +205,7 @@ def distillation_loss(
 
 def norm_per_asset(grad: torch.Tensor, views: int) -> torch.Tensor:
     """Return the norm of each asset's gradient over its views, [B, ...] -> [A]."""
+    # The views of an asset are adjacent: [B, ...] = [A V, ...] to [A, V ...].
     return grad.reshape(grad.shape[0] // views, -1).norm(dim=1)
 
 
@@ -203,14 +213,15 @@ class Window:
     """Numbers of the last steps, newest last. Most methods have no other state."""
 
     def __init__(self, window: int, rows: torch.Tensor, name: str):
-        self.window = window
-        self.rows = rows
-        self.name = name
+        self.window = window  # largest number of steps
+        self.rows = rows  # on the CPU, so that checkpoints do not depend on the device
+        self.name = name  # key in checkpoints
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {self.name: self.rows}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        # A copy, because the tensors of a checkpoint may share their storage.
         self.rows = state[self.name].clone()
 
 
@@ -226,11 +237,15 @@ class Balance(Window):
         """Add the norms [A] of this step, and return mean |first| / mean |second| over the last steps, [A]; 0
         where all second norms were 0.
         """
+        # Norms are averaged before the division: the mean of ratios would be dominated by steps with a tiny
+        # norm.
         now = torch.stack([first, second]).detach().cpu()[:, None]  # [2, 1, A]
         # Another number of assets than before starts a new window.
         past = self.rows if self.rows.shape[2] == now.shape[2] else self.rows.new_zeros(2, 0, now.shape[2])
+        # nan_to_num: one failed prediction must not spoil the next 50 steps.
         self.rows = torch.cat([past, now.nan_to_num()], 1)[:, -self.window :]
         mean_first, mean_second = self.rows.mean(1)
+        # 0 instead of a huge factor where the second gradient has vanished.
         ratio = torch.where(mean_second > 0, mean_first / mean_second.clamp_min(1e-30), 0.0)
         return ratio.to(first.device)
 
@@ -245,6 +260,7 @@ class History(Window):
         """Append the numbers of one step, of any shape. Numbers that are not finite count as 0. Another count
         than before starts a new window.
         """
+        # [1, numbers of a step]
         row = numbers.detach().flatten()[None].nan_to_num().cpu()
         past = self.rows if self.rows.shape[1] == row.shape[1] else self.rows.new_zeros(0, row.shape[1])
         self.rows = torch.cat([past, row])[-self.window :]
@@ -253,11 +269,13 @@ class History(Window):
         """Divide scores, without their mean, by the standard deviation of the last steps, this step
         included.
         """
+        # The scores of this step are included, so that the first step has a scale, too.
         self.add(scores)
         return (scores - float(self.rows.mean())) / self.std()
 
     def std(self) -> float:
         """Return the standard deviation of the scores, or 1 if it is 0 or there is one score only."""
+        # Over all numbers of the window; std of a single number would be NaN.
         std = float(self.rows.std()) if self.rows.numel() > 1 else 0.0
         return std if std > 0 else 1.0
 
@@ -270,4 +288,6 @@ def digits(loss: float) -> int:
     """Count the characters before the point of the printed number, as DreamReward's released code does: 5 for
     1e-05, 1 for 9.5e-05.
     """
+    # str(1e-05) contains no point, hence the 5 of the first example. The presets of the released
+    # code depend on this.
     return len(str(loss).split(".")[0])

@@ -30,6 +30,7 @@ def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guida
     """Make the guidance of a method. Its module imports PyTorch, so it is imported here:
     `--help` stays fast.
     """
+    # By name: importing the module only when a run starts.
     guidance: Guidance = getattr(
         importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name
     )(*args, **kwargs)
@@ -140,7 +141,9 @@ def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None)
     kind = METHODS[name].settings
     # best-of-n has the settings of sds and more, so a preset of sds is valid for it, too.
     base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()
+    # Flags and JSON contain ramps as texts.
     changed = {name: parse_ramp(value) if name in RAMPS else value for name, value in values.items()}
+    # `built` distributes the flat values to the nested dataclasses.
     return built(kind, {**flat(base), **changed})
 
 
@@ -148,6 +151,7 @@ def flat(settings: Any) -> dict[str, Any]:
     """Return all settings by name, those of nested dataclasses included; a `Ramp` counts as one setting."""
     values: dict[str, Any] = {}
     for field in fields(settings):
+        # A setting keeps its own name in the flat form, so names must be unique within a method.
         value = getattr(settings, field.name)
         values |= flat(value) if is_dataclass(value) and not isinstance(value, Ramp) else {field.name: value}
     return values
@@ -164,10 +168,12 @@ def make_guidance(
 ) -> "Guidance":
     """Make the guidance of a method. Raises: ValueError for a method without the reward that it needs."""
     method = METHODS[name]
+    # A method gets only the arguments that it accepts.
     options = dict[str, Any]()
     if method.judged:
         options["judge"] = judge
     if method.rewarded:
+        # A judge can take the place of the reward.
         if reward is None and options.get("judge") is None:
             raise ValueError(
                 f"--method={name} needs a reward, got none. Name one with --reward, or use --method=sds."
@@ -179,6 +185,7 @@ def make_guidance(
 def owners() -> dict[str, list[str]]:
     """Return the methods that have each setting: setting -> names of methods."""
     methods: dict[str, list[str]] = {}
+    # From the defaults of each method, so that a new method needs no list of its settings.
     for name, method in METHODS.items():
         for setting in flat(method.settings()):
             methods.setdefault(setting, []).append(name)
@@ -190,5 +197,6 @@ def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
     an image in a step.
     """
     method = Arm.parse(arm).method
+    # Only best of n has several starts.
     chosen = settings_of(method, settings.guidance, settings.preset)
     return chosen, getattr(chosen, "starts", 1), METHODS[method].noises(chosen)

@@ -47,6 +47,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
     pairs = settings.pairs()
     arms = {}
     for arm in settings.arms:
+        # Read from the disk: with several processes, other processes have made most of them.
         batches = [
             load_assets(run.folder / PARTS / Part(arm, k).name / ASSETS)
             for k in range(len(settings.batches()))
@@ -59,6 +60,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
         print("Comparing the arms.", flush=True)
         measured = {arm: scene.measures(asset, prompts) for arm, asset in arms.items()}
         table, judgements = compare(arms, pairs, scene.evaluator, measured)
+        # The settings are part of the table, so that it can be understood without the run.
         table |= {"judge": scene.evaluator_description, "settings": settings.to_dict()}
         run.write("compare.json", table)
         write_atomic(
@@ -75,6 +77,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
 def join_assets(assets: Sequence[Asset]) -> Asset:
     """Concatenate batches of assets of the same type and settings."""
     first = assets[0]
+    # Parameters have the asset as their first dimension, so batches are concatenated along it.
     joined = type(first)(sum(map(len, assets)), **first.settings)
     states = [batch.state_dict() for batch in assets]
     joined.load_state_dict(
@@ -95,8 +98,10 @@ def write_images(
     rows = [Row(cells=cells, name=arm) for arm, cells in renders.items()]
     # longer texts would not fit a cell
     captions = [f"{prompt[:19]}..., {seed}" for prompt, seed in pairs[:count]]
+    # All rows show the same assets, so captions below the last row are enough.
     rows[-1] = Row(cells=rows[-1].cells, name=rows[-1].name, captions=captions)
     write_atomic(folder / "grid.png", png(sheet("", rows, names=30 + 15 * max(map(len, renders)))))
+    # Generators: nothing is rendered yet.
     turntables = [turns(asset, FRAMES) for asset in chosen.values()]
     # Frames are rendered one by one while the video is written, so that they need not all be in memory.
     frames = (
@@ -128,7 +133,9 @@ def turns(asset: Asset, frames: int) -> Iterator[list[np.ndarray]]:
     pixels = min(128, 3 * asset.samples // 2)  # more pixels would only show interpolation
     views = evenly_around(1, frames, **FINISHED)
     device = next(asset.parameters()).device
+    # A single frame is the second of twelve views: 30 degrees from the front.
     cameras = evenly_around(1, max(frames, 12), **FINISHED).cameras[1:2] if frames == 1 else views.cameras
+    # One camera for all assets at a time.
     for camera in cameras.to(device):
         rendered = render_each(asset, [camera[None]], RenderOptions(resolution=pixels))[0]
         # White behind the asset: `raw` is in -1..1, so white is 1, and (1 - opacity) * 2 covers the range.
@@ -151,6 +158,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
     """Write the page of a run. Returns its path."""
     out = folder / "report"
     page_jobs = jobs(settings, folder, table, shown)
+    # Sections whose inputs have not changed come from the cache.
     findings = pages.run(page_jobs, out, quiet=True)
     amount = (
         f"{len(settings.pairs())} assets: {len(settings.prompts)} prompts x {settings.scene.assets} seeds"
@@ -163,6 +171,7 @@ def write_run_page(settings: DistillSettings, folder: Path, table: Mapping | Non
     video_file = folder / "turntable.mp4"
     extra = ""
     if shown and video_file.exists():
+        # Embedded, so that the page is one file.
         video = data_uri(video_file.read_bytes(), "video/mp4")
         extra = (
             '<section><h2>Turntable</h2><video controls loop muted style="max-width:100%"'
@@ -196,6 +205,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
         seeds=str(settings.seed),
         interval=INTERVAL if table else "",
     )
+    # The lines of all parts, gathered by `gather_stats`.
     lines = [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
 
     def comparison(where: Path) -> Finding:
@@ -265,6 +275,7 @@ def curves(lines: list[dict]) -> dict:
     for line in lines:
         for name in CURVES:
             if name in line:
+                # figure -> arm -> step -> values of the batches
                 sums.setdefault(name, {}).setdefault(line["arm"], {}).setdefault(line["step"], []).append(
                     line[name]
                 )
@@ -279,6 +290,7 @@ def curves(lines: list[dict]) -> dict:
 
 def plot_wins(data: Mapping):
     """Plot the win rates with their intervals."""
+    # The base has no win rate against itself.
     rates = {arm: row for arm, row in data["arms"].items() if arm != BASE}
     return plot_rates([(f"win rate against {BASE}, 95 %", rates)], "")
 
@@ -286,6 +298,7 @@ def plot_wins(data: Mapping):
 def plot_curves(data: Mapping):
     """Plot each figure over the steps, one panel per figure."""
     names = list(data["curves"])
+    # Two panels per row, rounded up.
     rows = -(-len(names) // 2)
     figure, axes = style.figure(columns=2, rows=rows, size=(9.4, 2.4 * rows))
     # A single panel is no array.
@@ -294,6 +307,7 @@ def plot_curves(data: Mapping):
         for arm, points in data["curves"][name].items():
             axis.plot(*zip(*points, strict=True), label=arm, linewidth=1)
         axis.set(xlabel="step", ylabel=name)
+    # An odd number of figures leaves an empty panel.
     for axis in panels[len(names) :]:
         axis.set_visible(False)
     panels[0].legend(fontsize=6)

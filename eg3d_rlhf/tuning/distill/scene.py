@@ -38,12 +38,12 @@ from training.phases import derive_seed
 class Scene:
     """A problem of score distillation, on one device."""
 
-    prior: DiffusionPrior
-    renderer: Renderer
+    prior: DiffusionPrior  # frozen
+    renderer: Renderer  # samples cameras and renders assets
     views: int  # number of views of each asset in a step
     # Makes assets to begin with, from their prompts and one random generator each.
     start: Callable[[Sequence[str], Sequence[torch.Generator]], Asset]
-    reward: RewardModel | None
+    reward: RewardModel | None  # of images; None for methods without one
     # Measures finished assets: name -> figures [A], NaN where a measure does not apply.
     measures: Callable[[Asset, Sequence[str]], dict[str, torch.Tensor]]
     evaluator: FinalEvaluator | None = None  # held-out evaluator of comparisons
@@ -54,7 +54,7 @@ class Scene:
     background: torch.Tensor | None = None  # [3] in 0..1; None: random colours
     # Exact log density of latents [B, C, H, W] under the prior, if it has one.
     log_prob: Callable[[torch.Tensor, list[str]], torch.Tensor] | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # of assets and prior
     inputs: Mapping[str, Path] = field(default_factory=dict)  # files on whose contents a run depends
 
     def distillation(self, settings: DistillSettings, arm: Arm, batch: int) -> Distillation:
@@ -65,6 +65,7 @@ class Scene:
         entries = [
             (prompt, seed, start) for start in range(starts) for prompt, seed in settings.batches()[batch]
         ]
+        # Assets of start s have the indices s A to (s + 1) A - 1, as `BestOfN.best` expects.
         prompts = [prompt for prompt, _, _ in entries]
         # The first start has no number in its name, so that its random stream is that of arms with one start.
         names = [(prompt, seed, *((start,) if start else ())) for prompt, seed, start in entries]
@@ -97,16 +98,19 @@ class Scene:
                 "--geometry-reward: arms with +geometry need a reward of the geometry, got none. Name one, or"
                 " leave these arms out."
             )
+        # A new reward for each run: a state must not leak from arm to arm.
         reward = self.geometry()
         sign = -1 if arm.geometry_twist == "inverted" else 1
         if arm.geometry_twist == "random":
             reward = shuffle_weights(reward, settings.seed)
+        # The settings of the geometry reward are among those of the methods.
         return ProgressiveGeometry(
             reward, built(GeometrySettings, settings.guidance), settings.loop.steps, sign
         )
 
     def _reward(self, arm: Arm) -> RewardModel | None:
         """Return the reward of an arm: that of the scene, inverted, or random."""
+        # Only control arms change the reward.
         if self.reward is None or arm.twist is None:
             return self.reward
         control = Inverted(self.reward) if arm.twist == "inverted" else Random(views=self.reward.views)
@@ -116,6 +120,7 @@ class Scene:
 def open_scene(settings: DistillSettings, device: torch.device) -> Scene:
     """Open the scene of the settings' prior: a registered one, or files. Raises: ValueError, OSError."""
     prior = settings.scene.prior
+    # Any other value of --prior is a path.
     return SCENES[prior].open(settings, device) if prior in SCENES else scene_from_files(settings, device)
 
 
@@ -134,11 +139,14 @@ def scene_from_files(settings: DistillSettings, device: torch.device) -> Scene:
         raise ValueError(
             f"--judge cannot be used with --prior={scene.prior}, got {scene.judge}. Name a --reward instead."
         )
+    # auto is None: half precision on a GPU only.
     options = PriorOptions(device=device, half={"off": False, "half": True}.get(scene.amp))
     print(estimate_memory(settings, options), flush=True)
     prior = load_prior(scene.prior, options)
+    # Before the reward is loaded, which can take as long as the prior.
     check_views(scene.views, prior.views)
     reward = None if scene.reward is None else load_reward(scene.reward, device)
+    # Single files are identified by their contents; a folder only by its path, which is a setting.
     files = {
         name: Path(path)
         for name, path in (("prior", scene.prior), ("reward", scene.reward))
@@ -161,7 +169,9 @@ def estimate_memory(settings: DistillSettings, options: PriorOptions) -> Costs:
     """Estimate the memory of a step, for the arm that needs most."""
     scene = settings.scene
     estimates = []
+    # Images in a step: views of all assets of a batch.
     views = scene.views * min(settings.loop.batch, len(settings.pairs()))
+    # Arms with equal numbers need the same memory, hence the set.
     for starts, noises in {arm_settings(settings, arm)[1:] for arm in settings.arms}:
         costs = prior_costs(scene.prior, starts * views, options, noises)
         estimates.append(

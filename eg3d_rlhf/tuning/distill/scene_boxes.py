@@ -48,9 +48,11 @@ def mixture() -> GmmPrior:
     modes = problem.modes()
     # Logits of the 2 k components: the first k are narrow, the others broad.
     k = len(modes)
+    # Null prompt: no narrow component, all broad ones with equal weight.
     embeddings = {"": torch.cat([torch.full((k,), _NEVER), torch.zeros(k)])}
     for i, prompt in enumerate(box_prompts.PROMPTS):
         embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
+        # Modes 2 i and 2 i + 1 are the two solutions of prompt i.
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
     return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
 
@@ -65,6 +67,7 @@ def bundled_scene(settings: DistillSettings, device: torch.device) -> Scene:
     exact = mixture()
     name = settings.scene.reward
     judge = settings.scene.judge
+    # The exact mixture is made in both cases: it gives the log density for the drift.
     learned = settings.scene.prior == "bundled-unet"
     if name is not None and name not in REWARDS:
         raise ValueError(
@@ -101,6 +104,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     nearest modes of the prior. Returns: name -> [A].
     """
     heads = torch.tensor([box_prompts.prompt_of(text).kind == "janus" for text in prompts])
+    # [A] noses on the surface, for all assets; only those of heads are used.
     counts = noses(asset).cpu()
     shares = {
         name: hit.double()

@@ -57,7 +57,7 @@ class FrontCameras:
     cameras.
     """
 
-    views: int = VIEWS
+    views: int = VIEWS  # cameras per asset and step
 
     def draw(self, assets: int, rng: torch.Generator) -> Views:
         """Choose `views` different cameras for each asset."""
@@ -68,6 +68,7 @@ class FrontCameras:
 
 def cameras_at(azimuth: torch.Tensor) -> Views:
     """Make cameras at azimuths [B] in degrees, with FFHQ's focal length and radius."""
+    # FFHQ_FOCAL is in units of the image's edge, so half the edge is 0.5.
     fov = math.degrees(2 * math.atan(0.5 / FFHQ_FOCAL))
     return views_at(azimuth, *(torch.full_like(azimuth, value) for value in (0.0, FFHQ_RADIUS, fov)))
 
@@ -79,6 +80,7 @@ def all_cameras(assets: int = 1) -> Views:
 
 def target_head(number: int) -> Head:
     """Return the ground-truth head of the prompt 'head NUMBER'."""
+    # The third result, the cameras of the data set, is not used: this scene has its own cameras.
     shape, appearance, _ = head_parameters(parse_name(_DATA), range(number, number + 1))
     return named_people(np.concatenate([shape, appearance], axis=1))[0]
 
@@ -92,10 +94,12 @@ def target_grid(number: int) -> np.ndarray:
 @functools.cache
 def modes(numbers: tuple[int, ...]) -> torch.Tensor:
     """Render heads from all cameras on white, [H, K, 3, R, R] in 0..1."""
+    # [K, 4, 4] cam2world matrices
     poses = all_cameras().cameras[:, :16].unflatten(1, (4, 4)).double().numpy()
     images = [
         [picture(target_head(number), pose, FFHQ_FOCAL, PIXELS)[0] for pose in poses] for number in numbers
     ]
+    # [H, K, R, R, 3] to [H, K, 3, R, R]
     return torch.from_numpy(np.array(images, np.float32)).movedim(-1, 2)
 
 
@@ -117,6 +121,7 @@ class ViewMixture(GmmPrior):
         if cameras is not None:
             # [B, M] True for components of other cameras
             other = torch.cdist(cameras.double(), self.cameras.double()) > _SAME
+            # cond [B, 1, M] contains the logits of the components.
             cond = cond + _NEVER * other[:, None]
         return super().predict_noise(x_t, t, cond)
 
@@ -126,8 +131,10 @@ def mixture(prompts: Sequence[str]) -> ViewMixture:
     weights, the null prompt of those of all prompts.
     """
     # Latents are 2 images - 1.
+    # A tuple, because the cache needs a hashable argument.
     means = modes(tuple(head_numbers(prompts))).flatten(0, 1) * 2 - 1
     per_prompt = len(AZIMUTHS)
+    # Equal logits: the null prompt gives all components the same weight.
     embeddings = {"": torch.zeros(len(means))}
     for i, prompt in enumerate(prompts):
         embeddings[prompt] = torch.full((len(means),), _NEVER)
@@ -152,6 +159,7 @@ def distance(values: np.ndarray, head: np.ndarray) -> float:
     """Compute the mean distance of each surface of [n, n, n] to the other one above the shoulders, in world
     units; half the edge of the cube if a shape has no surface.
     """
+    # Below the shoulders all heads are cut off in the same way.
     clouds = [points[points[:, 1] > BASE] for points in map(surface_points, (values, head))]
     if not all(map(len, clouds)):
         return 0.5
@@ -169,6 +177,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     numbers = head_numbers(prompts)
     values = shape_grids(asset, GRID)
     pairs = [(cube, target_grid(number)) for cube, number in zip(values, numbers, strict=True)]
+    # All K cameras, not only those of the last step.
     images = (
         PerspectiveViews(PIXELS, samples=SAMPLES).render(asset, all_cameras(len(asset)), torch.ones(3)).images
     )
@@ -200,6 +209,7 @@ class ShapeEvaluator:
             [-distance(cube, head) for cube, head in zip(shape_grids(a, GRID), heads, strict=True)]
             for a in (first, second)
         ]
+        # Scores are negative distances: larger is better.
         return [verdict(a, b) for a, b in zip(*scores, strict=True)]
 
 

@@ -30,6 +30,7 @@ def betas_of(
             predict v.
     """
     if kind == "scaled_linear":
+        # In float32, as diffusers computes them.
         betas = torch.linspace(start**0.5, end**0.5, STEPS) ** 2
     elif kind == "linear":
         betas = torch.linspace(start, end, STEPS)
@@ -42,6 +43,7 @@ def betas_of(
         # sqrt(alphas_cumprod) is shifted to end at 0, and scaled to keep its first value.
         root = (1 - betas).cumprod(0).sqrt()
         bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        # alphas_cumprod back to betas: beta_t = 1 - bar_t / bar_(t-1).
         betas = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
     return betas
 
@@ -60,6 +62,8 @@ class NoiseSchedule:
         """Return alphas_cumprod at t [B] as [B, 1, 1, 1] on the device of `like`. A time below 0, the end of
         a DDIM chain, counts as 0.
         """
+        # [B] to [B, 1, ...] with as many dimensions as `like`, so that it broadcasts over channels and
+        # pixels.
         bar = self.alphas_cumprod.to(like.device)[t.to(like.device).clamp_min(0)]
         return bar.view(-1, *[1] * (like.ndim - 1))
 
@@ -71,6 +75,7 @@ class NoiseSchedule:
     def x0(self, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Estimate the image from x_t and a predicted noise in one step: (x_t - s e) / a."""
         bar = self.alpha(t, x_t)
+        # At large t the division by a, near 0, amplifies errors of the prediction.
         return (x_t - (1 - bar).sqrt() * noise) / bar.sqrt()
 
     def velocity(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -93,6 +98,7 @@ class NoiseSchedule:
         bar = self.alpha(t, like)
         if kind == "uniform":
             return torch.ones_like(bar)
+        # In the letters of this module, bar stands for a^2.
         return (1 - bar) if kind == "sds" else bar.sqrt() * (1 - bar)
 
     def ddim_step(
@@ -111,6 +117,7 @@ class NoiseSchedule:
         does not change stays the same.
         """
         for now, after in itertools.pairwise(times):
+            # A comparison per image: in one batch, images can have different times.
             moved = self.ddim_step(x_t, predict(x_t, now), now, after)
             x_t = torch.where((now == after).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1)), x_t, moved)
         return x_t
@@ -131,19 +138,21 @@ def draw_times(
     low, high = window.at(step)
     # randint excludes its upper bound, and both ends of the window count.
     t = torch.randint(low, high + 1, (assets,) if shared else (assets * views,), generator=generator)
+    # The views of an asset are adjacent, so repeat_interleave gives them the same time.
     return t.repeat_interleave(views) if shared else t
 
 
 def ddim_times(n: int, spacing: Literal["leading", "trailing", "linspace", "floor"] = "leading") -> list[int]:
     """Return n decreasing times of 0..999.
 
-    leading, trailing and linspace are rounded as in diffusers, leading with an offset of 1. floor is linspace
-    rounded down, as RewardSDS uses it for exploration.
+    leading, trailing and linspace are rounded as in diffusers, leading with an offset of 1. The last option
+    rounds linspace down, as RewardSDS does for exploration.
     """
     if spacing == "leading":
         return [i * (STEPS // n) + 1 for i in reversed(range(n))]
     if spacing == "trailing":
         return [round(STEPS - i * STEPS / n) - 1 for i in range(n)]
+    # n - 1 equal intervals between 0 and 999; a single time is 0.
     even = [(STEPS - 1) * i / max(n - 1, 1) for i in reversed(range(n))]
     assert spacing in ("linspace", "floor"), spacing
     return [round(time) if spacing == "linspace" else int(time) for time in even]
@@ -157,7 +166,7 @@ class Streams:
     and first noise.
     """
 
-    seed: int
+    seed: int  # of the run, or derived from the run's seed and the batch
 
     def generator(self, name: str, step: int) -> torch.Generator:
         """Return a new generator on the CPU. The same name and step give the same random numbers."""

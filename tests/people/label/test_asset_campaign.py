@@ -191,10 +191,10 @@ def served(collection, tmp_path_factory):
     quick = [asset for asset in collection.assets if asset.kind in ("glb", "splats", "film")]
     some = Collection(quick, collection.prompts)
     planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), some).pairs
-    campaign = {"extra": {"conditions": conditions(some)}}
+    campaign = {"extra": {"conditions": prompts_json(some)}}
     cache = ShapeCache(folder / "cache")
     said = {}
-    prepare_prompts(conditions(some).values(), cache)
+    prepare_prompts(prompts_json(some).values(), cache)
     prepare(
         [shape for pair in planned for shape in (pair.first, pair.second)],
         cache,

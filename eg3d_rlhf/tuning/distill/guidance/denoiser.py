@@ -31,12 +31,15 @@ def camera_angles(cameras: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return elevation and azimuth [B] in degrees of cameras [B, 16], which are cam2world matrices with y up
     that look at the origin. Azimuth 0 is +z, 90 is +x.
     """
+    # The last column of cam2world is the camera's position, which gives the angles because it looks at the
+    # origin.
     x, y, z = cameras.view(-1, 4, 4)[:, :3, 3].unbind(1)
     return torch.rad2deg(torch.atan2(y, torch.hypot(x, z))), torch.rad2deg(torch.atan2(x, z))
 
 
 def _wrap_degrees(azimuth: float) -> float:
     """Return the same angle in -180..180."""
+    # Python's % gives a result of the sign of 360, so negative angles work, too.
     return (azimuth + 180) % 360 - 180
 
 
@@ -65,6 +68,7 @@ def reward_prompts(reward: RewardModel, prompts: list[str], cameras: torch.Tenso
             "--reward: the prompts of this reward contain the viewing direction, but there are no cameras."
             " Use a renderer that gives cameras."
         )
+    # (prompt, elevation, azimuth) of each image
     views = zip(prompts, *(angle.tolist() for angle in camera_angles(cameras)), strict=True)
     return [f"{prompt}, {direction_of(elevation, azimuth, 30)} view" for prompt, elevation, azimuth in views]
 
@@ -76,6 +80,7 @@ def mixture(elevation: float, azimuth: float) -> tuple[dict[str, float], list[st
     and their weights <= 0.
     """
     if elevation > OVERHEAD:
+        # From above there is no neighbouring direction to guide away from: weights of 0 switch Perp-Neg off.
         return {"overhead": 1.0}, [None, None], [0.0, 0.0]
     angle = abs(_wrap_degrees(azimuth))
     # r is the share of the nearer view: of the front below 90 degrees, of the side above.
@@ -109,11 +114,13 @@ class Prediction(Conditioning):
 
     def guided(self, scale: float) -> torch.Tensor:
         """Apply guidance with a scale, with Perp-Neg if there are negative prompts, [K, B, C, H, W]."""
+        # Without Perp-Neg this is classifier-free guidance.
         if self.negatives is None or self.weights is None:
             return gradients.guided(self.text, self.null, scale)
         return torch.stack(
             [
                 gradients.perp_neg(text, null, others, self.weights, scale)
+                # One noise after the other; unbind(1), because negatives are [Q, K, ...].
                 for text, null, others in zip(self.text, self.null, self.negatives.unbind(1), strict=True)
             ]
         )
@@ -136,6 +143,7 @@ class Denoiser:
 
     def check(self, x: torch.Tensor, t: torch.Tensor, prompts: list[str]) -> None:
         """Check the shapes of a step's latents, times and prompts."""
+        # Errors of our own code, so assertions are enough.
         assert x.shape[1:] == tuple(self.prior.latent_shape) and len(x) % self.views == 0, (
             x.shape,
             self.prior.latent_shape,
@@ -158,6 +166,7 @@ class Denoiser:
         """
         s = self.settings
         prior = self.prior
+        # An empty negative prompt gives the null prompt.
         negative = [s.negative_prompt] * len(prompts)
         if not s.view_prompts:
             return Conditioning(prior.embed(prompts), prior.embed(negative))
@@ -166,6 +175,7 @@ class Denoiser:
                 "--set view_prompts=True: the viewing direction needs cameras, but there are none. Use"
                 " --set view_prompts=False."
             )
+        # (elevation, azimuth) of each image
         views = list(zip(*(angle.tolist() for angle in camera_angles(cameras)), strict=True))
         directions = [direction_of(*view) for view in views]
         # The null prompt contains no direction, because guidance would push images away from it. threestudio
@@ -183,6 +193,7 @@ class Denoiser:
                 for prompt, (shares, _, _) in zip(prompts, mixtures, strict=True)
             ]
         )
+        # [Q, B, T, D]: for every image the first negative prompt, then for every image the second one.
         negatives = torch.stack(
             [
                 torch.stack(
@@ -222,6 +233,7 @@ class Denoiser:
         Returns: noise and x_t, both [K, B, C, H, W], the conditioning, and the prediction.
         """
         self.check(x, t, prompts)
+        # [K, B, C, H, W], the same for all arms of a comparison
         noise = self.streams.noises(noises, x, step)
         x_t = self.noised(x, noise, t)
         conditioning = self.conditioning(prompts, cameras) if conditioning is None else conditioning
@@ -242,6 +254,8 @@ class Denoiser:
 
         Raises: ValueError if the prediction of an image contains no finite number.
         """
+        # All predictions are one batch: a GPU is used better, and the prior sees all views of an asset
+        # together.
         k, b = x_t.shape[:2]
         inputs = [
             conditioning.text,
@@ -256,6 +270,8 @@ class Denoiser:
             torch.cat([c.repeat(k, 1, 1) for c in inputs]),
             None if cameras is None else cameras.repeat(rows, 1),
         )
+        # Single NaN values are replaced later (gradients.target_loss); an image of NaN only is an error of
+        # the prior.
         if not torch.isfinite(out).flatten(1).any(1).all():
             raise ValueError(
                 "--prior: the prediction of an image is NaN in all pixels. Check the prior's files, or use"
@@ -272,9 +288,11 @@ class Denoiser:
         sched = self.schedule
         predicted = prediction.guided(s.guidance_scale)
         if s.form == "sds":
+            # Only this form is weighted by time.
             weight = sched.weight(t, s.weighting, x)
             return torch.stack([gradients.sds(p, e, weight) for p, e in zip(predicted, noise, strict=True)])
         if s.form == "recon":
+            # MVDream rescales the guided estimate to the standard deviation of the estimate without guidance.
             estimates = zip(self.x0(x_t, predicted, t), self.x0(x_t, prediction.text, t), strict=True)
             targets = (
                 gradients.reconstruction_target(x0, x0_text, s.rescale, self.views)
@@ -284,6 +302,7 @@ class Denoiser:
         # u = s / a, the noise level of score Jacobian chaining.
         bar = sched.alpha(t, x)
         u = ((1 - bar) / bar).sqrt()
+        # sjc-plain keeps the noise in the difference.
         variance_reduced = s.form == "sjc"
         pairs = zip(noise, predicted, strict=True)
         return torch.stack(
@@ -295,6 +314,7 @@ class Denoiser:
 
         Raises: ValueError for scores that are not finite, or not one per image.
         """
+        # [K B]: the prompts are repeated for every noise.
         scores = reward.score(images.flatten(0, 1), prompts * len(images))
         if scores.shape != (images.shape[0] * images.shape[1],) or not torch.isfinite(scores).all():
             actual = f"{list(scores.shape)}" + ("" if torch.isfinite(scores).all() else " with NaN")
@@ -306,6 +326,7 @@ class Denoiser:
 
     def per_asset(self, numbers: torch.Tensor) -> torch.Tensor:
         """Average numbers [K, B] over the views of each asset, [K, A]."""
+        # [K, B] to [K, A, V]
         return numbers.unflatten(1, (-1, self.views)).mean(2)
 
     def compare(self, residuals: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -314,9 +335,11 @@ class Denoiser:
         Returns: figures [A]: the norm of distillation, the norm of what the preference adds, and the cosine
         between both.
         """
+        # Plain distillation averages over its noises.
         base = residuals.mean(0)
         added = grad - base
         norms = norm_per_asset(base, self.views), norm_per_asset(added, self.views)
+        # Inner product per asset over all its views, [A].
         inner = (base * added).reshape(-1, self.views * base[0].numel()).sum(1)
         return {
             "sds_norm": norms[0],
@@ -354,6 +377,7 @@ class Rewarded(Guided):
         self, prior: DiffusionPrior, settings: Any, *, views: int, streams: Streams, reward: RewardModel
     ):
         super().__init__(prior, settings, views=views, streams=streams)
+        # At the start, not in the first step: loading a prior takes minutes.
         self.denoiser.check_reward(reward)
         self.reward = reward
 
@@ -382,6 +406,7 @@ class Ranking:
     ):
         if reward is None and (judge is None or settings.judge_mode != "replace"):
             raise ValueError("--reward: this method needs a reward, or a judge that replaces it. Name one.")
+        # A multi-view reward has no score of a single view.
         if settings.pair_level == "view" and reward is not None and reward.views > 1:
             raise ValueError(
                 f"--set pair_level=view: the reward scores {reward.views} views together, so views cannot be"
@@ -412,10 +437,13 @@ class Ranking:
         )
         if self.judge is None:
             assert scores is not None
+            # Of equal scores the first noise wins, as torch.argsort(stable=True) does elsewhere.
             first = scores[0] >= scores[1]
             return Ranks(scores, (~first).long(), (scores[0] - scores[1]).abs())
         answers = torch.tensor(self._answers(images, prompts, views), device=images.device)  # [N]
+        # No answer, -1, gives 0 for both.
         votes = torch.stack([answers == 0, answers == 1]).to(images.dtype)  # [2, N]
+        # A judge gives no size of the gap, so an answer counts as 1 and no answer as 0.
         if scores is None or s.judge_mode == "replace":
             return Ranks(votes if scores is None else scores, answers, (answers >= 0).to(images.dtype))
         # The first noise wins if the reward or the judge prefers it, as in DreamDPO's code.
@@ -433,6 +461,7 @@ class Ranking:
     def _answers(self, images: torch.Tensor, prompts: list[str], views: int) -> list[int]:
         """Return the judge's answers [N]: 0, 1, or -1. Raises: ValueError for other answers."""
         first, second = images.unflatten(1, (-1, views)).unbind(0)  # [N, V, 3, h, w] each
+        # A judge sees all views of an asset together, or single views.
         pairs = list(zip(first, second, strict=True))
         answers = self.judge.judge(prompts[::views], pairs)  # type: ignore[union-attr]
         if len(answers) != len(first) or not set(answers) <= {-1, 0, 1}:

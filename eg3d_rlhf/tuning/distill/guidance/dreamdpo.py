@@ -38,6 +38,7 @@ class DreamDpo(Guided):
         self.gaps = History()
         self.windows = {"scores": self.ranking.history, "gaps": self.gaps}
         scale = settings.prior.guidance_scale
+        # With an infinite tau losers are never pushed away, so nothing can diverge.
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):
             warnings.warn(
                 f"lose_guidance_scale: with {scale:g} for both noises, no term keeps images near the prior:"
@@ -61,16 +62,19 @@ class DreamDpo(Guided):
         d = self.denoiser
         s = self.settings
         noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step)
+        # The ranked images are those of the guided prediction.
         guided = prediction.guided(s.prior.guidance_scale)
         ranks = self.ranking(
             torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, guided, t)]), prompts, cameras
         )
+        # [N], where the loser is pushed away
         two_sided = (ranks.gap >= self._tau(ranks.gap)) & (ranks.winner >= 0)
         # Without an answer, the first noise is used alone, as in plain distillation.
         ordered = torch.stack([(ranks.winner < 1), (ranks.winner == 1)]).to(x)
         weights = NoiseWeighting(strategy="push")(ordered, two_sided)
         # Ranks are per asset or per image; the weights are needed per image.
         weights = weights.repeat_interleave(len(x) // weights.shape[1], 1)  # [2, B]
+        # [2, B, 1, 1, 1]
         loser = (weights < 0).view(*weights.shape, 1, 1, 1)
         weight = d.schedule.weight(t, s.prior.weighting, x)
         predicted = torch.where(loser, self._lose(prediction), guided)
@@ -84,6 +88,7 @@ class DreamDpo(Guided):
         """Return the prediction for the loser, at its own guidance scale."""
         scale = self.settings.lose_guidance_scale
         if scale == 1:
+            # Scale 1 is the prediction with the prompt only.
             return prediction.text
         return prediction.guided(self.settings.prior.guidance_scale if scale is None else scale)
 
@@ -91,5 +96,6 @@ class DreamDpo(Guided):
         """Return the smallest gap at which the loser is pushed away."""
         if self.settings.tau_mode == "gap":
             return self.settings.tau
+        # The gaps of this step are included, so the first step has a quantile, too.
         self.gaps.add(gap)
         return self.gaps.quantile(self.settings.tau)

@@ -44,6 +44,7 @@ class DreamReward(Rewarded):
         d = self.denoiser
         s = self.settings
         assert s.through == "latents" or images is not None, "through='images' needs the rendered images"
+        # The gradient is returned, not propagated: the loop applies it to the graph of x.
         x = x.detach()
         with torch.no_grad():
             noise, x_t, _, prediction = d.noise_and_predict(1, x, t, prompts, cameras, step)
@@ -59,6 +60,7 @@ class DreamReward(Rewarded):
         terms = {"sds_norm": norm_per_asset(grad, d.views)}
         weight = s.weight(step)
         reward_only = s.reward_only_from is not None and step >= s.reward_only_from
+        # Without a reward in this step, scoring is skipped.
         if step < s.reward_from or (weight == 0 and not reward_only):
             return GuidanceOutput(grad=grad, terms=terms)
         scores, loss, pixel_grad = self._reward(
@@ -68,7 +70,9 @@ class DreamReward(Rewarded):
         scale = self._scale(grad, added, float(loss), reward_only) * (
             1.0 if reward_only and s.balance == "digits" else weight
         )
+        # [A] to [B, 1, 1, 1]
         added = scale.repeat_interleave(d.views).view(-1, 1, 1, 1) * added
+        # In its last steps the released code uses the reward only.
         distilled = torch.zeros_like(grad) if reward_only else grad
         terms["preference_norm"] = norm_per_asset(added, d.views)
         if s.through == "images":
@@ -91,15 +95,18 @@ class DreamReward(Rewarded):
         d = self.denoiser
         s = self.settings
         with torch.no_grad():
+            # Decoding x is the fallback if the render itself is not given.
             rendered = d.prior.decode(x) if images is None else images
             # At large times the one-step estimate is blurred, so the render is scored instead.
             estimated = (t <= s.x0_until).view(-1, 1, 1, 1).to(x.device) & (not reward_only)
             scored = torch.where(estimated, d.prior.decode(x0), rendered) if estimated.any() else rendered
+        # A leaf: the gradient is needed on the images, not on the prior.
         scored = scored.detach().requires_grad_()
         with torch.enable_grad():
             scores = d.per_asset(d.score(self.reward, scored[None], prompts))[0]
             # Above the ceiling a score has no gradient: more reward is not rewarded.
             losses = -scores if s.ceiling is None else F.relu(s.ceiling - scores)
+            # A sum, so that each asset's gradient is that of its own loss.
             pixel_grad = torch.autograd.grad(losses.sum(), scored)[0]
         return scores.detach(), losses.detach().mean(), pixel_grad
 
@@ -115,6 +122,7 @@ class DreamReward(Rewarded):
         """
         d = self.denoiser
         s = self.settings
+        # [A]
         ones = grad.new_ones(len(grad) // d.views)
         if s.balance == "grad-norm":
             return self.balance(norm_per_asset(grad, d.views), norm_per_asset(added, d.views))

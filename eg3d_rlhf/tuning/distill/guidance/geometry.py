@@ -55,6 +55,7 @@ class MeshGeometry:
 
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         """Score the current surfaces, [A]."""
+        # The reader decides from the step if the surface must be extracted again.
         return self.reward.score(self.reader(field, step), list(prompts))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -86,6 +87,7 @@ class SolidGeometry:
     def __call__(self, field: Field, prompts: Sequence[str], step: int) -> torch.Tensor:
         """Score the field, [A]."""
         del prompts, step
+        # The observation [A, 1] is minus the loss, so a higher score is better.
         return Solid(SlabSpec.of(field.bounds, Solid.spec.resolution)).observe(field)[:, 0]
 
 
@@ -95,6 +97,7 @@ def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
 
     Raises: ValueError for a reward without learned weights.
     """
+    # A reward in closed form has no weights, and shuffling nothing would be no control.
     if not isinstance(geometry, (MeshGeometry, ObservedGeometry)) or not isinstance(
         geometry.reward, torch.nn.Module
     ):
@@ -102,6 +105,7 @@ def shuffle_weights(geometry: GeometryReward, seed: int) -> GeometryReward:
             "+geometry-random: this control needs a learned --geometry-reward, got one in closed form."
             " Remove that arm."
         )
+    # A copy: the other arms use the same reward object.
     shuffled = copy.deepcopy(geometry.reward)
     # Generated on the CPU, so that the permutation does not depend on the device.
     rng = torch.Generator().manual_seed(seed)
@@ -127,6 +131,7 @@ class ProgressiveGeometry:
         self.sign = sign
         self.balance = Balance()
         self.every = settings.geometry_every
+        # First step with the geometry reward.
         self.first = int(settings.geometry_start * steps)
         if self.first >= steps:
             raise ValueError(
@@ -147,11 +152,13 @@ class ProgressiveGeometry:
         Returns: 'geometry', the rewards [A] when they were computed last; 'geometry_cosine', the cosine
         between both gradients [A]; 'geometry_alpha' [1]. Empty if nothing was added.
         """
+        # A `Ramp` is constant before its first step, so the start is checked here.
         alpha = self.alpha(step) if step >= self.first else 0.0
         if alpha == 0:
             return {}
         # The reward is slow, so its gradient is reused for `every` steps.
         if self.scores is None or step % self.every == 0:
+            # One backward pass for all assets: the score of an asset depends on its own parameters only.
             scores = self.sign * self.reward(field, prompts, step)
             # allow_unused: a reward of the density has no gradient for the parameters of the colours.
             gradients = torch.autograd.grad(scores.sum(), list(parameters), allow_unused=True)
@@ -160,12 +167,15 @@ class ProgressiveGeometry:
         device = parameters[0].device
         scores = self.scores
         reward_grads = {i: grad.to(device) for i, grad in self.reward_grads.items()}
+        # Parameters without a gradient of distillation still get that of the reward.
         distilled = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         first = _norm(distilled)
         second = (
             _norm(list(reward_grads.values())) if reward_grads else torch.zeros(len(scores), device=device)
         )
+        # The balance makes alpha independent of the scale of the reward.
         scale = alpha * self.balance(first, second)  # [A]
+        # Inner products over all parameters, [A].
         dot = torch.zeros_like(second)
         for i, grad in reward_grads.items():
             dot = dot + (distilled[i] * grad).flatten(1).sum(dim=1)
@@ -204,6 +214,7 @@ class ProgressiveGeometry:
 
 def _norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the norm over all parameters for each asset, [A]."""
+    # Sum of squares over parameters and entries, per asset.
     return torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
 
 
@@ -245,6 +256,7 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
                 f" {prior}. Name another reward."
             )
         return named.make
+    # Names are looked up before files, so a file called "solid" needs a path such as ./solid.
     path = bundled.REWARD if name == "sigma" else Path(name)
     with naming("--geometry-reward"):
         if not path.is_file():
@@ -254,6 +266,7 @@ def load_geometry(name: str, prior: str, device: torch.device) -> Callable[[], G
             )
         if _is_mesh_reward(path):
             mesh = load_mesh_reward(path, device)
+            # A new reader for each run: it contains the surfaces of that run's assets.
             return lambda: MeshGeometry(MeshReader(cube(mesh.resolution), mesh.patches), mesh)
         observed = ObservedGeometry(load_reward(path, device))
     return lambda: observed

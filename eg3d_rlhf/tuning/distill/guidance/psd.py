@@ -42,6 +42,7 @@ class Psd(Guided):
         self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
         self.reward = reward
         self.windows = {"scores": self.ranking.history}
+        # A judge's answer has no gradient.
         differentiable = reward is not None and reward.differentiable and judge is None
         if settings.negative_update == "reward" and not differentiable:
             raise ValueError(
@@ -67,19 +68,23 @@ class Psd(Guided):
         d = self.denoiser
         s = self.settings
         with torch.no_grad():
+            # The prior's own embeddings, with n0 as the null embedding.
             start = d.conditioning(prompts, cameras)
             moved = 0 if self.moved is None else self.moved.to(start.null).repeat_interleave(d.views, 0)
             conditioning = start._replace(null=start.null + moved)
             noise, x_t, _, prediction = d.noise_and_predict(2, x, t, prompts, cameras, step, conditioning)
+            # The ranked estimate and the push use the same prediction.
             predicted = (
                 prediction.text if s.predictor == "cond" else prediction.guided(s.prior.guidance_scale)
             )
             ranks = self.ranking(
                 torch.stack([d.prior.decode(x0) for x0 in d.x0(x_t, predicted, t)]), prompts, cameras
             )
+            # Plain distillation of both noises, whatever the ranking.
             residuals = d.residuals(x, noise, t, x_t, prediction)
             grad = self._gradient(x, t, noise, residuals, predicted, ranks)
         terms = {"gap": ranks.gap, **d.compare(residuals, grad)}
+        # After the gradient of this step, which uses n as it was.
         if self.update != "none" and step >= s.negative_from and step % s.negative_every == 0:
             self._learn(x_t, t, noise, prompts, start, conditioning, cameras, ranks)
         if self.moved is not None:
@@ -102,6 +107,7 @@ class Psd(Guided):
         s = self.settings
         # The push grows with the gap, and is 0 without an answer of the judge.
         strength = s.eta * ranks.gap.sigmoid() * (ranks.winner >= 0)
+        # [B, 1, 1, 1], True where the first noise won; without an answer its push has strength 0.
         first = (ranks.winner < 1).repeat_interleave(len(x) // len(ranks.winner)).view(-1, 1, 1, 1)
         win = torch.where(first, q[0], q[1])
         lose = torch.where(first, q[1], q[0])
@@ -129,6 +135,7 @@ class Psd(Guided):
         """
         d = self.denoiser
         s = self.settings
+        # One of V equal embeddings per asset.
         n0 = start.null[:: d.views]  # [A, T, D]
         # One null embedding per asset: its views share it.
         n = current.null[:: d.views].detach().clone().requires_grad_()
@@ -140,9 +147,11 @@ class Psd(Guided):
                 gain = self._reward(x_t, t, prediction, reward_texts)
             else:
                 with torch.no_grad():
+                    # The prediction with n0, which the preference loss compares with.
                     reference = d.predict(x_t, t, start, cameras).null
                 gain = -self._preference(prediction.null, reference, noise, ranks)
             grad = torch.autograd.grad(gain.sum(), n)[0].nan_to_num()
+        # Step and ball are relative to the norm of n0, so they fit any text encoder.
         size = n0.flatten(1).norm(dim=1).view(-1, 1, 1)
         entries = n0[0].numel()
         # The gradient is limited, not normalised: a small one stays small.
@@ -159,6 +168,7 @@ class Psd(Guided):
         the last scores.
         """
         d = self.denoiser
+        # n acts through guidance, so the guided estimate is scored.
         x0 = d.x0(x_t, prediction.guided(self.settings.prior.guidance_scale), t)
         images = torch.stack([d.prior.decode(latents) for latents in x0])
         scores = d.score(self.reward, images, prompts)  # type: ignore[arg-type]
@@ -176,9 +186,11 @@ class Psd(Guided):
         """
         # [2, B] [2, B], positive where n predicts the noise better than n0.
         better = (reference - noise).square().flatten(2).mean(2) - (null - noise).square().flatten(2).mean(2)
+        # [2, B] to [2, N]: mean over the views of a ranked asset.
         first, second = better.unflatten(1, (len(ranks.winner), -1)).mean(2)
         delta = torch.where(ranks.winner < 1, first - second, second - first)
         loss = preference_loss(delta, beta=NEGATIVE_BETA) * (ranks.winner >= 0)
+        # [N] to [A]: ranked views are averaged per asset.
         return loss.unflatten(0, (null.shape[1] // self.denoiser.views, -1)).mean(1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -188,4 +200,5 @@ class Psd(Guided):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the result of `state_dict`."""
         super().load_state_dict(state)
+        # Absent before the first update.
         self.moved = state["moved"].clone() if "moved" in state else None

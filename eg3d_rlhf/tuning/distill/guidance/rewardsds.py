@@ -36,9 +36,11 @@ class RewardSds(Rewarded):
         s = self.settings
         # From the step `until` on, this is plain distillation with one noise.
         count = s.noises if s.until is None or step < s.until else 1
+        # Noise k is the same for any count, so an arm with more noises contains those of other arms.
         noise, x_t, conditioning, prediction = d.noise_and_predict(count, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
         scores = None
+        # With one noise nothing can be ranked, and the reward is not evaluated.
         if len(noise) > 1:
             scale = s.prior.guidance_scale
             one_step = d.x0(x_t, prediction.guided(scale), t)
@@ -54,6 +56,7 @@ class RewardSds(Rewarded):
             x.new_ones(1, len(x)) if scores is None else s.weighting(scores).repeat_interleave(d.views, 1)
         )
         grad = gradients.reward_weighted(residuals, weights)
+        # For the log only: the gradient uses the weights.
         winner = None if scores is None else scores.argmax(0)
         return GuidanceOutput(grad=grad, terms=d.compare(residuals, grad), scores=scores, winner=winner)
 
@@ -76,6 +79,7 @@ class RewardSds(Rewarded):
             prediction = d.predict(flat.unflatten(0, (k, -1)), now[: len(t)], conditioning, cameras)
             return prediction.guided(scale).flatten(0, 1)
 
+        # Times above t would add noise to x_t.
         even = [time for time in ddim_times(self.settings.explore_steps, "floor") if time < int(t.max())]
         ends_at_x0 = self.settings.explore_end == "x0"
         # clamp_max: images with a smaller t stay at it until the chain reaches it.
@@ -83,6 +87,7 @@ class RewardSds(Rewarded):
         times = [time.repeat(k) for time in decreasing]
         latents = d.schedule.ddim_chain(x_t.flatten(0, 1), times, predict)
         if ends_at_x0:
+            # The last prediction gives the estimate without noise.
             latents = d.schedule.x0(latents, predict(latents, times[-1]), times[-1])
         return latents.unflatten(0, (k, -1))
 

@@ -10,11 +10,11 @@ from training.config import Knobs, check_knobs, knob
 if TYPE_CHECKING:
     import torch
 
-WEIGHTINGS = ("sds", "uniform", "fantasia3d")
+WEIGHTINGS = ("sds", "uniform", "fantasia3d")  # formulas in schedule.NoiseSchedule.weight
 
 PRIOR = "Predictions of the prior"  # title of the group of flags in the help
 _rare_prior_knob = functools.partial(knob, group=PRIOR, rare=True)
-FORMS = ("sds", "sjc", "sjc-plain", "recon")
+FORMS = ("sds", "sjc", "sjc-plain", "recon")  # formulas in distill.gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class DenoiserSettings:
 
     def __post_init__(self):
         check_knobs(self)
+        # Perp-Neg mixes the prompts of viewing directions.
         if self.perp_neg and not self.view_prompts:
             raise ValueError("--set perp_neg=True needs --set view_prompts=True. Use both.")
 
@@ -76,7 +77,7 @@ class RankingSettings(Knobs):
 
 NOISES = "Noises and rewards"
 _rare_noises_knob = functools.partial(knob, group=NOISES, rare=True)
-STRATEGIES = ("min-max", "best", "weighted", "none", "push")
+STRATEGIES = ("min-max", "best", "weighted", "none", "push")  # see NoiseWeighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,22 +107,27 @@ class NoiseWeighting(Knobs):
             push: [N] bool, for the strategy push: True if the loser is pushed away, too; None: always.
         """
         count = len(scores)
+        # One noise: the weight is 1 for every strategy, so the method is plain distillation.
         if count == 1:
             return scores.new_ones(scores.shape)
         if self.strategy == "none":
             return scores.new_full(scores.shape, 1 / count)
         if self.strategy == "weighted":
             return scores.softmax(0)
+        # [K, N] indices, best first; stable, so that results do not depend on the sorting algorithm.
         order = scores.argsort(dim=0, descending=True, stable=True)
         if self.strategy == "push":
+            # [1, N]: 1 where the loser is pushed away, else 0.
             push_weight = scores.new_ones(scores[:1].shape) if push is None else push[None].to(scores)
             return (
                 scores.new_zeros(scores.shape)
                 .scatter_(0, order[:1], 1.0)
                 .scatter_add_(0, order[-1:], -push_weight)
             )
+        # With fewer noises than requested, all count.
         best = min(self.best, count)
         worst = min(self.worst, count)
+        # [best, N], each of the best noises has the same share.
         equal_shares = scores.new_full(scores[:best].shape, 1 / best)
         if self.strategy == "best":
             return scores.new_zeros(scores.shape).scatter_(0, order[:best], equal_shares)
@@ -145,6 +151,7 @@ class SdsSettings:
 
     def __post_init__(self):
         check_knobs(self)
+        # HiFA's loss belongs to the same estimate as the form sds.
         if self.image_loss and self.prior.form != "sds":
             raise ValueError(
                 f"--set image_loss={self.image_loss:g} needs the form sds, got {self.prior.form}. Change one"
@@ -178,7 +185,7 @@ class DreamDpoSettings:
     ranking: RankingSettings = field(default_factory=RankingSettings)
     # Gap from which on the loser is pushed away, in units of scores, or with tau_mode=quantile a share of the
     # gaps. May be infinite.
-    tau: float = 0.001
+    tau: float = 0.001  # the flag is --tau
     tau_mode: str = _rare_dreamdpo_knob(
         "gap",
         "Meaning of tau: a gap of scores, or a quantile of the gaps of the last 200 steps.",
@@ -193,6 +200,7 @@ class DreamDpoSettings:
 
     def __post_init__(self):
         check_knobs(self)
+        # An infinite gap means that losers are never pushed away.
         top = 1.0 if self.tau_mode == "quantile" else float("inf")
         if not 0 <= self.tau <= top:
             raise ValueError(
@@ -248,6 +256,7 @@ class DreamRewardSettings:
                 "--set through=images cannot be combined with balance=grad-norm, because the norms of"
                 " gradients on images and on latents cannot be compared. Use another balance."
             )
+        # A negative weight would decrease the reward; the control -inverted does that.
         if min(value for _, value in self.weight.knots()) < 0:
             raise ValueError(f"--set weight={self.weight.spec}: expected weights >= 0. Correct it.")
 
@@ -279,6 +288,7 @@ class RewardSdsSettings:
 
     def __post_init__(self):
         check_knobs(self)
+        # One step of exploration is the estimate itself; there is no chain that ends at t = 0.
         if self.explore_end == "t0" and self.explore_steps == 1:
             raise ValueError(
                 "--set explore_end=t0 cannot be used with one step of exploration. Increase explore_steps,"
@@ -288,8 +298,8 @@ class RewardSdsSettings:
 
 PSD = "Preference score distillation"
 _rare_psd_knob = functools.partial(knob, group=PSD, rare=True)
-PREDICTORS = ("cond", "cfg")
-NEGATIVES = ("auto", "reward", "preference", "none")
+PREDICTORS = ("cond", "cfg")  # with the prompt only; with classifier-free guidance
+NEGATIVES = ("auto", "reward", "preference", "none")  # updates of the null embedding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ class GmmPrior:
                 direction. to_logits: [M, E]; None: the identity. scale: of latents. alphas_cumprod: [1000];
                 None: scaled_linear.
         """
+        # By default an embedding contains the logits themselves.
         self.to_logits = torch.eye(len(means)).to(means) if to_logits is None else to_logits
         sizes = {len(embedding) for embedding in prompts.values()}
         assert (
@@ -74,6 +75,7 @@ class GmmPrior:
                     f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them."
                 )
             embedded.append(self.prompts[key])
+        # One token per prompt.
         return torch.stack(embedded)[:, None]
 
     def predict_noise(
@@ -107,6 +109,7 @@ class GmmPrior:
         self, x_t: torch.Tensor, cond: torch.Tensor, bar: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute log(share_m N_m(x_t)) and the variances, both [B, M]."""
+        # Mean over the tokens of the embedding [B, T, E], then [B, M].
         logits = cond.mean(1) @ self.to_logits.T
         x = x_t.flatten(1)
         means = self.means.flatten(1)
@@ -114,6 +117,7 @@ class GmmPrior:
         square = (
             x.square().sum(1, keepdim=True) - 2 * bar.sqrt() * (x @ means.T) + bar * means.square().sum(1)
         )
+        # [B, M]; here `bar` is a^2.
         variance = bar * self.stds.square() + 1 - bar
         return (
             logits.log_softmax(1) - square / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log(),

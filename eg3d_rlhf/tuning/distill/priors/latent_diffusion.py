@@ -63,7 +63,7 @@ Networks = dict[str, Any]
 class PriorOptions:
     """Settings of the computation of a prior."""
 
-    device: str | torch.device = "cpu"
+    device: str | torch.device = "cpu"  # of all networks
     half: bool | None = None  # use float16 for the U-Net; None: only on a GPU
     # Pass images through the autoencoder one by one, and recompute activations instead of storing them.
     checkpointing: bool = True
@@ -101,10 +101,12 @@ class LatentPrior:
         self.options = options
         self.tokenize = tokenize
         self.prediction = prediction
+        # Also marks device and precision of latents: other tensors are moved to it.
         self.alphas_cumprod = alphas_cumprod.float().to(options.device)
         self.unet, self.vae, self.text = (
             networks[part].eval().requires_grad_(False).to(options.device) for part in ("unet", "vae", "text")
         )
+        # Only the U-Net: latents and images stay in float32.
         if options.unet_dtype == torch.float16:
             self.unet.half()
         if options.checkpointing:
@@ -112,6 +114,7 @@ class LatentPrior:
         self.scaling = float(self.vae.config.scaling_factor)
         side = int(self.unet.config.sample_size)
         self.latent_shape = (int(self.unet.config.in_channels), side, side)
+        # Each level of the autoencoder but the first halves the resolution.
         self.image_size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._embedded: dict[str, torch.Tensor] = {}  # cache: prompt -> embedding [T, D]
 
@@ -131,6 +134,7 @@ class LatentPrior:
         images = self._each(
             lambda x: self.vae.decode(x).sample, latents.to(self.alphas_cumprod) / self.scaling
         )
+        # -1..1 to 0..1; the decoder can exceed the range slightly.
         return (0.5 * images + 0.5).clamp(0, 1)
 
     def _each(self, run: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
@@ -148,11 +152,14 @@ class LatentPrior:
         empty.
         """
         if directions is not None:
+            # The null prompt stays empty.
             prompts = [f"{p}, {d} view" if p else p for p, d in zip(prompts, directions, strict=True)]
+        # Prompts repeat in every step, so embeddings are cached.
         for prompt in prompts:
             if prompt not in self._embedded:
                 assert self.tokenize is not None
                 with torch.no_grad():
+                    # One prompt at a time: the embedding of a prompt must not depend on the batch.
                     tokens = self.tokenize([prompt])[0].to(self.alphas_cumprod.device)
                     self._embedded[prompt] = self.text(tokens).last_hidden_state[0].float()
         return torch.stack([self._embedded[prompt] for prompt in prompts])
@@ -161,6 +168,7 @@ class LatentPrior:
         self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor, cameras: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Predict the noise [B, C, H, W] of x_t at t [B], in float32; from v it is e = a v + s x_t."""
+        # The prediction is converted back to float32 before anything is computed from it.
         dtype = self.options.unet_dtype
         labels = self._labels(cameras)
         out = self.unet(
@@ -213,6 +221,7 @@ def load_stable_diffusion(folder: Path, options: PriorOptions | None = None) -> 
     existing(folder / "scheduler" / "scheduler_config.json", FLAG)
     with one_line(f"{FLAG}: {folder.name}/scheduler", "Copy the folder again."):
         scheduler = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
+    # Which quantity the U-Net predicts stands in the scheduler's configuration only.
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(
@@ -326,6 +335,7 @@ def mvdream_networks(
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    # Prefixes of the published files, which have the layout of latent diffusion (LDM).
     unet_state = below(state, "model.diffusion_model.")
     vae_state = below(state, "first_stage_model.")
     config = unet_config(unet_state, who, LATENT_SIDE)
@@ -360,6 +370,8 @@ def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], 
     """Return configuration and state dict of the text encoder: that of open_clip without its last layer, or
     that of OpenAI unchanged.
     """
+    # The prefix shows which text encoder the model uses: Stable Diffusion 1.x that of OpenAI, 2.x that of
+    # open_clip.
     state_of_text = below(state, TRANSFORMERS)
     other = below(state, OPEN_CLIP)
     if not state_of_text and not other:
@@ -403,8 +415,10 @@ def load_mvdream(path: Path, options: PriorOptions | None = None) -> MVDream:
     state = read(path, FLAG)
     networks, states = mvdream_networks(state, who)
     for name, weights in states.items():
+        # Gives the meta networks their weights without a second copy in memory.
         adopt(networks[name], weights, who)
     (steps,) = shape_of(state, "alphas_cumprod", who, 1)
+    # All schedules here assume 1000 times.
     if steps != 1000:
         raise ValueError(
             f"{who}: expected alphas_cumprod of 1000 steps, got {steps}. Use the published file."
@@ -454,6 +468,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
         noises: K of the method; 2 for DreamDPO and PSD.
     """
     trace = MemoryTrace()
+    # Fake weights: shapes and types only.
     for network in (prior.unet, prior.vae, prior.text):
         trace.fill(network)
     with trace:
@@ -466,6 +481,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
 
     def predict(batch: int, grad: bool):
         x = torch.empty(batch, channels, side, side, requires_grad=grad)
+        # Only multi-view priors get cameras.
         cameras = torch.empty(batch, 16) if prior.views > 1 else None
         t = torch.zeros(batch, dtype=torch.long)
         return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
@@ -514,6 +530,7 @@ def prior_costs(
     path = existing(path, FLAG)
     file = mvdream_file(path)
     options = options or PriorOptions()
+    # The precision is fixed before the device becomes meta, where the default would be float32.
     options = replace(options, device="meta", half=options.unet_dtype == torch.float16)
     if file is None:
         kind = LatentPrior

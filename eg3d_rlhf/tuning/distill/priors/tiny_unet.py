@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.near = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)  # groups=channels: depthwise
         self.norm = nn.GroupNorm(1, channels)
         self.film = nn.Linear(width, 2 * channels)
         self.first = nn.Conv2d(channels, 2 * channels, 1)
@@ -119,7 +119,9 @@ class TinyUNet(nn.Module):
         rates = torch.exp(
             -math.log(STEPS) * torch.arange(self.sizes.embedding // 2).to(x_t) / (self.sizes.embedding // 2)
         )
+        # [B, E / 2]
         angles = t[:, None].to(x_t) * rates
+        # [B, width]: time, prompt (mean over its tokens) and camera are added.
         joint = (
             self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
             + self.told(cond.mean(dim=1))
@@ -137,6 +139,7 @@ class TinyUNet(nn.Module):
         patches = self.leave(fine) + self.sketch(conditioning).unflatten(1, (16, 8, 8))
         # [B, 16, 8, 8] to [B, 4, 16, 16].
         m = F.pixel_shuffle(patches, 2)
+        # x0 = m + k (x_t - a m), with the k of the class's docstring.
         bar = self.schedule.alpha(t, x_t)
         return m + bar.sqrt() * PIXEL_NOISE**2 / (bar * PIXEL_NOISE**2 + 1 - bar) * (x_t - bar.sqrt() * m)
 
@@ -167,6 +170,7 @@ class TinyPrior:
         Raises: ValueError for an unknown prompt.
         """
         del directions
+        # Row of the embedding table for each prompt.
         known = {**{text: i for i, text in enumerate(self.network.prompts)}, "": len(self.network.prompts)}
         other = [text for text in prompts if text not in known]
         if other:
@@ -185,6 +189,7 @@ class TinyPrior:
 
         Raises: ValueError for another number of views.
         """
+        # Attention joins the four views of an asset, so all must be present.
         if len(x_t) % SIDES:
             raise ValueError(
                 f"--prior: expected a multiple of {SIDES} images, got {len(x_t)}, because this prior needs"
@@ -192,10 +197,12 @@ class TinyPrior:
             )
         poses = evenly_around(len(x_t) // SIDES, SIDES, DISTANCE).cameras if cameras is None else cameras
         clean = self.network(x_t, t.to(x_t.device), cond, network_cameras(poses).to(x_t))
+        # The network predicts images; `DiffusionPrior` promises noise.
         return self.schedule.noise_of_x0(x_t, clean, t)
 
     def save(self, path: str | Path, meta: dict) -> None:
         """Write the prior with half-precision weights. `meta` describes the training."""
+        # Half precision halves the bundled file; it is loaded as float32.
         tensors = {name: value.half() for name, value in self.network.state_dict().items()}
         sizes = asdict(self.network.sizes)
         write_tensors(
