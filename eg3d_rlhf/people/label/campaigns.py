@@ -32,12 +32,12 @@ class StoredPair:
     """A pair of a campaign's plan."""
 
     id: int
-    position: int
+    position: int  # in the plan, from 0
     first: str  # asset token of the first shape
     second: str  # asset token of the second shape; equal to `first` where shapes are shown one by one
-    kind: Kind
+    kind: Kind  # PAIR, GOLD or TRAINING
     expected: str | None  # 'first' or 'second'
-    explanation: str
+    explanation: str  # of training pairs
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Plan:
             for shape in self.shapes.values()
             if not shape.file
         }
+        # How many files share a stem.
         stems = Counter(path.stem for path in paths.values())
         names = {
             key: path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}"
@@ -85,6 +86,7 @@ def create(
     c: Connection, settings: CampaignSettings, planned: Sequence[PlannedPair], now: float
 ) -> tuple[int, list[int]]:
     """Store a campaign. Returns its id and the ids of its pairs. Raises: ValueError for an invalid plan."""
+    # Within the transaction, so that no other process can take the name in between.
     _check(c, settings, planned)
     # Sorted keys: an import compares the settings of two stores as text.
     text = json.dumps(
@@ -103,6 +105,7 @@ def create(
         }
         for number, identity in enumerate(order)
     ]
+    # insert_all returns ids in the order of its rows.
     ids = dict(zip(order, insert_all(c, shapes, rows), strict=True))
     plan = [
         {
@@ -203,6 +206,7 @@ def load_plan(c: Connection, campaign_id: int) -> Plan:
     rows = c.execute(
         select(shapes).where(shapes.c.campaign_id == campaign_id).order_by(shapes.c.position)
     ).all()
+    # id of a shape -> its token
     assets = {row.id: row.asset for row in rows}
     stored = [
         StoredPair(

@@ -76,7 +76,9 @@ class Database:
         """
         self.url = parse_url(url)
         self.sqlite = self.url.get_backend_name() == "sqlite"
+        # Meaningless for PostgreSQL, and not used there.
         path = Path(self.url.database or "")
+        # SQLite itself would create an empty file.
         if self.sqlite and not create and not path.is_file():
             raise FileNotFoundError(
                 f"store: expected a database at {path}, found nothing there. Check the path, or label some"
@@ -105,6 +107,7 @@ class Database:
                 pass
         except DatabaseError as error:
             self.close()
+            # The driver's reason, without SQLAlchemy's statement and link.
             reason = str(error.orig).strip().splitlines()[0]
             if self.sqlite and "not a database" in reason:
                 raise ValueError(
@@ -156,6 +159,7 @@ class Database:
 
 def insert_all(c: Connection, table: Table, rows: Sequence[Mapping]) -> list[int]:
     """Insert rows, many at a time. Returns their ids in the same order."""
+    # PostgreSQL: several writers insert at once, so ids must be returned by the statement.
     if c.dialect.name != "sqlite":
         return list(
             c.execute(insert(table).returning(table.c.id, sort_by_parameter_order=True), rows).scalars()
@@ -208,6 +212,7 @@ def _engine(url: URL, sqlite: bool) -> Engine:
         url, pool_size=20, max_overflow=60, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}
     )
     event.listen(engine, "connect", _prepare_connection)
+    # Python's driver would begin transactions late, at the first change.
     event.listen(engine, "begin", _begin)
     return engine
 
@@ -401,6 +406,7 @@ def prepare_tables(database: Database, create: bool) -> None:
     with database.write((Lock.SCHEMA, 0)) as connection:
         if _is_store(connection, database, create):  # another process was faster
             return
+        # checkfirst=False: a table that exists already is an error, not accepted unseen.
         metadata.create_all(connection, checkfirst=False)
         for statement in SQLITE_TRIGGERS if database.sqlite else POSTGRES_TRIGGERS:
             connection.exec_driver_sql(statement)
@@ -415,6 +421,7 @@ def _is_store(connection: sa.Connection, database: Database, create: bool) -> bo
     """
     tables = set(sa.inspect(connection).get_table_names())
     if "schema_versions" not in tables:
+        # Tables with our names but without a version belong to another program.
         foreign = sorted(tables & set(metadata.tables))
         if foreign:
             contents = f"tables {', '.join(foreign)} without a schema version"

@@ -137,12 +137,14 @@ def submit(c: Connection, plan: Plan, annotator_id: int, answer: Answer, now: fl
         return _outcome(plan, assigned, before.id, Choice(before.choice), duplicate=True)
     assigned = _assignment(c, plan.campaign.id, annotator_id, answer.assignment)
     settings = plan.campaign.settings
+    # Scale and `both_bad` of the campaign decide which answers are valid.
     allowed = [choice for choice in SCALES[settings.scale] if choice is not Choice.BAD or settings.both_bad]
     if answer.choice not in (*allowed, Choice.SKIP):
         raise ValueError(
             f"answer: expected one of {', '.join(allowed)} or skip, got {answer.choice}. Reload the page."
         )
     check_votes(settings.questions, answer.votes, answer.choice)
+    # Two pages of an annotator can show the same assignment.
     if assigned.answered is not None:
         raise ConflictError(
             f"answer: assignment {answer.assignment} is answered already. Undo that answer first."
@@ -196,9 +198,11 @@ def undo(
         # A repeated undo: the first result is returned again.
         return c.execute(select(a.c.token).where(a.c.id == before.assignment_id)).scalar()
     if assignment is not None:
+        # A chosen answer, from the list of own answers.
         latest: Row | None = _assignment(c, campaign_id, annotator_id, assignment)
     else:
         latest = c.execute(LAST, {"campaign": campaign_id, "annotator": annotator_id}).first()
+    # An assignment without an answer has nothing to take back.
     target = latest if latest is not None and latest.answered is not None else None
     # An undo is recorded even when there is nothing to take back, so that its key is used up.
     values = {
@@ -310,6 +314,7 @@ def read_judgements(
             yield _row(row, modes)
         if len(page) < PAGE:
             return
+        # Ids grow with the time of receipt, so pages need no offset.
         last = page[-1].id
 
 
@@ -346,6 +351,7 @@ def _row(row: Row, modes: dict[str, str]) -> JudgementRow:
         choice=Choice(row.choice),
         expected=expected_side(row.expected, first_is_left, Mode(modes[row.campaign])),
         views=tuple(json.loads(row.views)),
+        # Only the judgement that its assignment names in `answered` counts.
         undone=row.answered != row.id,
         votes=json.loads(row.votes) if row.votes else {},
     )
@@ -430,6 +436,7 @@ def revealed(plan: Plan, assigned: Row, choice: Choice) -> tuple[str, str] | Non
     """Return the names of the left and the right generator, or None. They are shown only in campaigns with
     `reveal`, and not for repeats and gold checks.
     """
+    # Names of a gold pair would be equal and show that it was one.
     if not _reply_reveals(plan, assigned.kind, choice) or assigned.kind != Kind.PAIR:
         return None
     pair = plan.pairs[assigned.pair_id]

@@ -50,6 +50,7 @@ _server_option = functools.partial(option, group="Server")
 def filled(flags: Mapping, *kinds: type) -> dict:
     """Replace flags that were not given by the defaults of the settings' fields."""
     defaults = {field.name: field.default for kind in kinds for field, _, _ in knobs_of(kind)}
+    # None means that the flag was not given; no flag has None as a value of its own.
     return {name: defaults.get(name) if value is None else value for name, value in flags.items()}
 
 
@@ -68,8 +69,10 @@ class Request:
 
     def to_json(self) -> dict:
         """Return the flags as JSON values, as a campaign's `extra` stores them."""
+        # JSON has no tuples. A stored list must equal the flags of the next start.
         pairing = {**asdict(self.pairing), "rewards": list(self.pairing.rewards)}
         settings = {**self.settings, "questions": list(self.settings["questions"])}
+        # Left out for generators, whose campaigns have no such flags.
         assets = {"assets": self.assets, "up": self.up} if self.assets else {}
         return {"network": self.network, **assets, "after": self.after, **pairing, **settings}
 
@@ -95,12 +98,14 @@ def check_resumed(
     Raises: ValueError if a flag was written with another value.
     """
     name = campaign.settings.name
+    # Campaigns of studies and imports contain no flags.
     stored = campaign.settings.extra.get(FLAGS)
     if stored is None:
         raise ValueError(
             f"--campaign={name}: this campaign was not planned by this command, so it cannot be continued"
             " here. Choose another name."
         )
+    # Flags that were not written keep their stored value, whatever their default is now.
     for flag in sorted(given & set(wanted)):
         if stored.get(flag) != wanted[flag]:
             raise ValueError(
@@ -141,6 +146,7 @@ def plan_campaign(
         with naming("--assets"):
             collection = read_collection(Path(request.assets), report, request.lenient)
         ensemble = None
+        # Rewards are loaded only for strategies that use them.
         if strategy.least_rewards:
             make = scorer or partial(mesh_ensemble, request.pairing.strategy, request.pairing.rewards)
             ensemble = make(collection)
@@ -158,6 +164,7 @@ def plan_campaign(
         }
         return request.campaign_settings(extra), assets.pairs
     with naming("--after"):
+        # Read before the generator is loaded: an unknown campaign is reported at once.
         results = store_preferences(store, filters) if store and filters else []
     with naming("--network"):
         generator = load_generator(request.network)
@@ -170,6 +177,7 @@ def plan_campaign(
 
 def with_access(store: "Store") -> list[str]:
     """Return the names of annotators who may log in."""
+    # LOCAL has no token, so it cannot log in from another machine.
     return [person.name for person in store.annotators() if person.revoked is None and person.name != LOCAL]
 
 
@@ -200,6 +208,7 @@ class ServerFlags:
     cache: Path
 
     def __post_init__(self):
+        # One without the other cannot be used.
         if (self.certificate is None) != (self.key is None):
             raise ValueError(
                 "--certificate and --key must be given together: the PEM files of the certificate and of"
@@ -209,12 +218,14 @@ class ServerFlags:
     @classmethod
     def of(cls, flags: Mapping, folder: Path) -> "ServerFlags":
         """Select the flags of the server; the access log lies in `folder` by default."""
+        # The fields have the names of the flags.
         chosen = {field.name: flags[field.name] for field in fields(cls)}
         return cls(**{**chosen, "access_log": flags["access_log"] or folder / "access.jsonl"})
 
     @property
     def exposed(self) -> bool:
         """True if other machines reach the server. Then tokens are required."""
+        # Through a proxy, other machines reach a server on loopback.
         return not is_loopback(self.host) or self.proxy is not None
 
     def to_dict(self) -> dict:
@@ -315,6 +326,7 @@ def serve_campaign(
         store=store,
         campaign=campaign,
         cache=cache,
+        # The preparation runs in another process, which opens the database by its URL.
         preparation=Preparation(db, campaign, cache),
         exposed=server.exposed,
         title=server.title,
@@ -327,6 +339,7 @@ def serve_campaign(
             address = address.replace(everywhere, f"//{socket.gethostname()}:")
         for line in announce(address):
             click.echo(line)
+        # Any permission for group or others.
         if server.key is not None and server.key.stat().st_mode & 0o077:
             click.echo(f"--key: other accounts of this machine can read it. Run chmod 600 {server.key}")
         if server.exposed and server.certificate is None and server.proxy is None:
@@ -345,6 +358,7 @@ def serve_campaign(
             proxy=server.proxy,
             on_listening=listening,
         )
+    # Every answer was on the disk before it was acknowledged, so nothing is lost.
     except KeyboardInterrupt:
         click.echo(f"stopped. Every {unit} is stored. The same command continues.")
 
@@ -364,6 +378,7 @@ def refuse_flags_before(ctx: click.Context, *allowed: str) -> None:
 
 def given_flags(ctx: click.Context) -> set[str]:
     """Return the names of the parameters that were written on the command line."""
+    # A default value is no statement of the user, also if it equals the written one.
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
@@ -371,6 +386,7 @@ def named_flags(ctx: click.Context, names: set[str]) -> list[str]:
     """Return the flags of these parameters as a user writes them, rare flags included."""
     return [
         p.opts[0]
+        # Rare flags are not parameters of the command itself (see core.cli).
         for p in (*ctx.command.params, *getattr(ctx.command, "rare", {}).values())
         if p.name in names
     ]
@@ -395,9 +411,15 @@ def make_round(url: str, name: str, network: Path, pairing: PairingOptions) -> b
     with open_store(url, create=True) as store:
         if store.campaign(name) is not None:
             return False
+        # All settings at their defaults, then those of a round.
         defaults = filled(dict.fromkeys(SETTINGS), CampaignSettings) | ASKED
         request = Request(
-            name=name, network=str(network.resolve()), after=None, pairing=pairing, settings=defaults
+            # An absolute path: labelling may be continued from another working directory.
+            name=name,
+            network=str(network.resolve()),
+            after=None,
+            pairing=pairing,
+            settings=defaults,
         )
         store.create_campaign(*plan_campaign(store, request, print))
         return True
@@ -409,6 +431,7 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
     Raises: ValueError for too few answers, and for labels of another generator.
     """
     with open_store(url, create=False) as store:
+        # Different pairs: with several annotators per pair, answers outnumber them.
         answered = len({row.pair for row in store.judgements(name) if row.kind is Kind.PAIR})
         labels = store_preferences(store, LabelFilters(campaign=name))
     least = max(1, round(LEAST_ANSWERED * pairs))
@@ -417,6 +440,7 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
         raise ValueError(
             f"{name}: expected answers to at least {least} of {pairs} pairs, got {answered}. {remedy}"
         )
+    # A database from another run would train the reward on other shapes.
     foreign = {label.generator for label in labels} - {generator.hash}
     if foreign:
         actual = str(foreign.pop())[:12]

@@ -129,8 +129,8 @@ class PairingOptions(StrategyOptions):
 class Plan:
     """The pairs of a campaign in order, and a report of how they were chosen (JSON values)."""
 
-    pairs: list[PlannedPair]
-    report: dict
+    pairs: list[PlannedPair]  # in the order in which they are prepared and shown, approximately
+    report: dict  # options, and the facts of the strategy
 
 
 def plan(
@@ -149,6 +149,7 @@ def plan(
     """
     from eg3d_rlhf.generators import check_seeds
 
+    # The stored plan contains the number, not "the generator's level".
     options = options if options.level is not None else replace(options, level=generator.generator.level)
     results = results if STRATEGIES[options.strategy].reads_answers else ()
     # With results, the strategy chooses among the seeds of the earlier campaign, which were checked then.
@@ -211,6 +212,7 @@ def _chosen(
         scores = replace(ensemble, score=lambda indices: score([seeds[index] for index in indices]))
     check_rewards(options.strategy, 0 if ensemble is None else ensemble.size)
     chosen = STRATEGIES[options.strategy].plan(
+        # Seeds have no prompt and no generator that would restrict which pairs are possible.
         Items(members=[Item()] * len(seeds), unlimited=True, ensemble=scores),
         [replace(r, winner=position[r.winner], loser=position[r.loser]) for r in results],
         rng,
@@ -260,6 +262,7 @@ def known_answers(
     pairs = []
     for number, shape in enumerate(shapes):
         name, seen = list(damages.items())[number % len(damages)]
+        # Everything but the damage is equal, so only the damage can give the answer.
         sides = [shape, replace(shape, degradation=name)]
         swapped = bool(rng.integers(2))
         pairs.append(
@@ -316,6 +319,7 @@ def reward_ensemble(pairing: PairingOptions, generator: "LoadedGenerator") -> En
     for path in map(Path, pairing.rewards or (bundled.REWARD, bundled.WATCH)):
         reward = load_reward(path)
         check_reward(reward, generator.generator, f"--strategy={pairing.strategy}: {path.name}")
+        # An ensemble file counts as several members.
         parts = reward.members()
         members += parts
         described.append({"file": path.name, "sha256": file_hash(path), "members": len(parts)})

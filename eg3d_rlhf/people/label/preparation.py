@@ -51,6 +51,7 @@ class ShapeProgress:
         """Read a progress file; None if it is missing, or written by another version."""
         try:
             return cls(**json.loads(path.read_text()))
+        # TypeError: fields of another version.
         except (OSError, ValueError, TypeError):
             return None
 
@@ -79,6 +80,7 @@ def prepare(
         renders: also make the RGB renders.
         report: called with fields of `ShapeProgress` before the first shape and after each.
     """
+    # A dictionary keeps the order of the plan.
     distinct = {shape_key(shape): shape for shape in shapes}
     failed = {key for key, shape in distinct.items() if cache.failure(shape)}
     prepared = {
@@ -196,6 +198,7 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
         parent: id of the process with which this one ends.
     """
     end_with_parent(parent)
+    # Before PyTorch is imported, which takes seconds of processor time itself.
     os.nice(nice)
     import torch
 
@@ -280,6 +283,7 @@ class Preparation:
                 self._file.unlink()  # the progress of an earlier worker is out of date
             # Libraries read the number of threads when they are imported, so it must be set before the start.
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            # Also without installation, in a checkout.
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
             arguments = {
                 "campaign": self.campaign,
@@ -319,6 +323,7 @@ class Preparation:
                 return
             progress = ShapeProgress.read(self._file)
             done = progress.done if progress else 0
+            # Progress since the last failure means that the failure was not caused by the next shape.
             self._restarts = 0 if done > self._done else self._restarts + 1
             self._done = max(done, self._done)
             if self._restarts < _RESTARTS:

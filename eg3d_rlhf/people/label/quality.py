@@ -69,6 +69,7 @@ def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = 
     by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in counted:
         by_annotator[row.annotator].append(row)
+    # Studies stay blind until their report.
     labelling = [r for r in counted if r.mode == Mode.LABEL]
     comparisons, names = _comparisons(labelling)
     return {
@@ -103,6 +104,7 @@ def annotator_quality(
     right = choices[Choice.RIGHT]
     # The page sends 0 milliseconds if it could not measure the time, and imported answers have 0, too.
     seconds = [r.milliseconds / 1000 for r in rows if r.choice != Choice.SKIP and r.milliseconds > 0]
+    # A skipped check counts neither as correct nor as wrong.
     gold = [r for r in rows if r.kind == Kind.GOLD and r.expected is not None and r.choice != Choice.SKIP]
     # Time of work is the sum of the gaps between judgements, without breaks. It gives the pace per hour.
     gaps = [b - a for a, b in itertools.pairwise(sorted(r.received_at for r in rows))]
@@ -125,6 +127,7 @@ def annotator_quality(
         ),
         **_share("left_share", left, left + right),
         "left_right_n": left + right,
+        # Sides are random, so the left one is expected in half of the answers.
         "left_p": binomial_test(left, left + right),
         **_consistency("self_consistency", unchanged, Kind.REPEAT),
         **_consistency("swap_consistency", unchanged, Kind.SWAP),
@@ -150,6 +153,7 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
             answers[row.pair].setdefault(row.annotator, side_free(row))
     shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for by_name in answers.values():
+        # Sorted, so that a pair of annotators has one key.
         for a, b in itertools.combinations(sorted(by_name), 2):
             shared[a, b].append((by_name[a], by_name[b]))
     kappas = []
@@ -165,6 +169,7 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
                 **same,
             }
         )
+    # Units are pairs; annotators need not have answered the same ones.
     alpha = krippendorff_alpha(list(answers.values()))
     shown = alpha.value if alpha.lo is not None else None
     return {
@@ -184,6 +189,7 @@ def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
     if len({shape.generator for row in rows for shape in (row.left, row.right)}) < 2:
         # With one generator every game would be between the generator and itself.
         return []
+    # A dictionary keeps the order of the questions and drops repeats.
     asked = dict.fromkeys(name for row in rows for name in row.votes)
     boards = {name: leaderboard_of(rows, name) for name in (None, *asked)}
     return [{"question": name, **board.to_dict()} for name, board in boards.items() if board.games]
@@ -269,6 +275,7 @@ def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
             continue
         if row.kind == kind and row.pair in first:
             n += 1
+            # Without sides, a repeat and a swapped repeat are compared in the same way.
             hits += side_free(row) == first[row.pair]
         elif row.kind == Kind.PAIR:
             first.setdefault(row.pair, side_free(row))
@@ -281,6 +288,7 @@ def _flags(figures: dict, limits: QualityLimits) -> list[str]:
     flags = []
     if figures["gold_n"] >= limits.gold_least and figures["gold_accuracy"] < limits.gold_accuracy:
         flags.append(f"gold checks: {figures['gold_accuracy']:.0%} of {figures['gold_n']} correct")
+    # With few answers these figures vary too much to flag anybody.
     if n >= limits.least:
         if figures["median_seconds"] is not None and figures["median_seconds"] < limits.fast_seconds:
             flags.append(f"fast: {figures['median_seconds']:.1f} s median time")
@@ -411,6 +419,7 @@ def _game(row: JudgementRow, names: dict[str, str]) -> Game:
     left = names[row.left.generator]
     right = names[row.right.generator]
     winner = {Choice.LEFT: left, Choice.RIGHT: right}.get(row.choice)
+    # Shapes of the same latent resemble each other, so their games are not independent.
     seed = row.left.seed if row.left.seed == row.right.seed and not row.left.file else None
     prompt = row.left.condition or (("seed", seed) if seed is not None else ("pair", row.campaign, row.pair))
     return Game(left, right, winner, row.annotator, prompt, row.choice == Choice.BAD)

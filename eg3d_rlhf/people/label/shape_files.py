@@ -74,6 +74,7 @@ def encode_mesh(vertices: np.ndarray, faces: np.ndarray) -> bytes:
         raise ValueError(
             "mesh: expected finite positions, got NaN or infinity. Check the generator's weights."
         )
+    # Rounded to the precision of the file first, so that decoding uses the same numbers.
     least = vertices.min(axis=0).astype("<f4")
     extent = (vertices.max(axis=0) - least).astype("<f4")
     # A flat mesh has extent 0 along an axis. Its positions become 0 there instead of a division by zero.
@@ -143,6 +144,7 @@ class ShapeCache:
         """Record that a shape cannot be prepared. A `temporary` failure is removed by
         `forget_temporary_failures`.
         """
+        # "passing" marks a temporary failure; the name is that of existing caches.
         record = {"seed": shape.seed, "reason": reason, **({"passing": True} if temporary else {})}
         return self._put(shape, ".failed.json", (json.dumps(record) + "\n").encode())
 
@@ -177,6 +179,7 @@ class ShapeCache:
         """Remove temporary files that killed writers have left."""
         for path in self.folder.glob("*/.*.tmp"):
             with contextlib.suppress(FileNotFoundError):  # another worker has removed it
+                # A younger file may belong to a worker that is writing it.
                 if time.time() - path.stat().st_mtime > _STALE:
                     path.unlink()
 

@@ -50,7 +50,7 @@ class Store:
         self.database = database
         self.clock = clock
         self._plans: dict[int, Plan] = {}  # cache by campaign id; a campaign never changes
-        self._reach = Reach()
+        self._reach = Reach()  # cached counts of the pairs that are left for each annotator
         self._names: dict[int, str] = {}  # cache: annotator id -> name, which never changes
 
     @classmethod
@@ -79,12 +79,14 @@ class Store:
     def create_campaign(self, settings: CampaignSettings, pairs: Sequence[PlannedPair]) -> int:
         """Store a campaign with its plan. Returns its id. Raises: ValueError for an invalid plan."""
         with self.database.write((Lock.SCHEMA, 1)) as c:
+            # The second result, the ids of the pairs, is needed by imports only.
             return campaigns.create(c, settings, pairs, self.clock())[0]
 
     def campaign(self, name: str | None = None) -> StoredCampaign | None:
         """Return the campaign of that name, or the newest of all; None if there is none."""
         with self.database.read() as c:
             stored = campaigns.list_campaigns(c, name)
+        # Campaigns are listed oldest first.
         return stored[-1] if stored else None
 
     def campaigns(self) -> list[StoredCampaign]:
@@ -112,6 +114,7 @@ class Store:
 
         Raises: ValueError for an invalid role, and for a name that is invalid or too similar to another.
         """
+        # Names stand in tables and logs, so spaces at the ends would be invisible.
         if not NAME.fullmatch(name) or name != name.strip():
             raise ValueError(
                 f"annotator: expected a name of 1 to 80 letters, digits, spaces or . _ @ + -, got {name!r}."
@@ -127,7 +130,11 @@ class Store:
             check_name(name, [LOCAL, *c.execute(select(annotators.c.name)).scalars()])
             c.execute(
                 insert(annotators).values(
-                    name=name, role=role, token_hash=secret_hash(token), created=self.clock()
+                    # Only the hash is stored: a copy of the database gives nobody access.
+                    name=name,
+                    role=role,
+                    token_hash=secret_hash(token),
+                    created=self.clock(),
                 )
             )
         return token
@@ -144,10 +151,12 @@ class Store:
             c.execute(
                 update(annotators)
                 .where(annotators.c.id == annotator.id)
+                # The old hash is overwritten, which makes the old token invalid.
                 .values(token_hash=secret_hash(token), revoked=None)
             )
             # An admin who replaces her own token stays logged in: her session is `keep_session`.
             ended = sessions.c.annotator_id == annotator.id, sessions.c.id_hash != secret_hash(keep_session)
+            # Sessions do not depend on the token that opened them, so they are deleted explicitly.
             c.execute(delete(sessions).where(*ended))
         return token
 
@@ -176,6 +185,7 @@ class Store:
                 raise ConflictError(
                     f"annotator {name}: is the last admin with access. Create another admin first."
                 )
+            # Sessions need no deletion: they are valid only while `revoked` is null.
             c.execute(update(annotators).where(annotators.c.id == annotator.id).values(revoked=self.clock()))
 
     def withdrawn(self, secret: str) -> bool:
@@ -191,6 +201,7 @@ class Store:
         )
         revoked = (
             annotators.c.revoked.is_not(None),
+            # The secret is a token, or the id of a session.
             (annotators.c.token_hash == digest) | annotators.c.id.in_(with_session),
         )
         with self.database.read() as c:
@@ -227,6 +238,7 @@ class Store:
 
         Expired sessions of all annotators are deleted.
         """
+        # 256 random bits
         session_id = secrets.token_urlsafe(32)
         now = self.clock()
         record = {
@@ -236,6 +248,7 @@ class Store:
             "expires": now + seconds,
         }
         with self.database.write() as c:
+            # Here and not in a timer: logging in is rare, and the table stays small.
             c.execute(delete(sessions).where(sessions.c.expires <= now))
             c.execute(insert(sessions), record)
         return session_id
@@ -277,6 +290,7 @@ class Store:
             lost: `lost(asset)` is True if the shape can never be prepared. The annotator waits for training
                 pairs whose shapes are not ready yet, but not for lost ones.
         """
+        # A pair is ready when both of its shapes are.
         prepared = (lambda pair: ready(pair.first) and ready(pair.second)) if ready else (lambda pair: True)
         issuer = Issuer(
             self.database,
@@ -294,6 +308,7 @@ class Store:
 
         Raises: ValueError for an invalid answer; ConflictError if the assignment is answered already.
         """
+        # Before the transaction: an invalid answer must not take the lock.
         judgements.check_answer(answer)
         plan = self._plan(campaign_id)
         # The lock of one annotator: two of her answers cannot be recorded at the same time.
@@ -324,6 +339,7 @@ class Store:
         """
         plan = self._plan(campaign_id)
         with self.database.read() as c:
+            # The clock decides if a study has ended, after which answers cannot be changed.
             return own_answers(c, plan, annotator_id, before, count, self.clock())
 
     def comments(self, campaign_id: int, count: int = 200) -> list[Row]:
@@ -367,6 +383,7 @@ class Store:
     def _plan(self, campaign_id: int) -> Plan:
         if campaign_id not in self._plans:
             with self.database.read() as c:
+                # Two threads may load the same plan; the results are equal, so no lock is needed.
                 self._plans[campaign_id] = campaigns.load_plan(c, campaign_id)
         return self._plans[campaign_id]
 
@@ -402,6 +419,7 @@ def _with_token(c: Connection, name: str) -> StoredAnnotator:
 def find_or_add(c: Connection, name: str, role: str, now: float) -> StoredAnnotator:
     """Return the annotator of that name, added if new. No token leads to it: for local work and imports."""
     record = {"name": name, "role": role, "created": now}
+    # The lock of the caller prevents that two processes add the same name.
     return find(c, name) or StoredAnnotator(
         **c.execute(insert(annotators).returning(*ANNOTATOR_COLUMNS.selected_columns), record).one()._mapping
     )
@@ -420,6 +438,7 @@ def check_name(name: str, known: Iterable[str]) -> None:
     """Raise ValueError for a name that differs from one of `known` only in capitals, spaces or the form of
     its characters (Unicode's NFKC). Only new names are checked, so a database with such names remains usable.
     """
+    # Equal names get their own message, which is easier to understand.
     for other in known:
         if other == name:
             raise ValueError(

@@ -46,6 +46,7 @@ _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 def is_store_url(source: object) -> bool:
     """Return True if `source` is the URL of a store, and False for the name of a file."""
+    # A `Path` is never a URL, also if its name contains a colon.
     return isinstance(source, str) and _STORE.match(source) is not None
 
 
@@ -113,6 +114,7 @@ class LabelFilters:
             rows: of one or several campaigns.
             mode: of the campaigns, if none is named.
         """
+        # A campaign that is named explicitly counts in any mode.
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [
             row
@@ -156,6 +158,7 @@ def label_source(source: str | Path, filters: LabelFilters | None = None) -> Lab
         filters = filters or LabelFilters()
         return LabelSource(
             name,
+            # The store is opened only when the labels are needed.
             functools.partial(read_preferences, str(source), filters),
             {"labels": name, "filters": asdict(filters)},
         )
@@ -198,6 +201,7 @@ def to_preference(row: JudgementRow) -> Preference:
             f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than the"
             " seed, which labels cannot express. Use `label archive` to export complete judgements."
         )
+    # For a tie the left shape stands in `winner`; `tie` says that it means nothing.
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both = "bad" if row.choice is Choice.BAD else None
@@ -216,6 +220,7 @@ def to_preference(row: JudgementRow) -> Preference:
 
 def _origin(row: JudgementRow) -> dict:
     """Return campaign, pair, times and rendering parameters of a judgement."""
+    # Both shapes have the same parameters (see to_preference).
     shape = row.left
     return {
         "campaign": row.campaign,
@@ -240,6 +245,7 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
 
     # A score replaces the label, because its threshold for "good" is a choice of the training.
     score = float(row.choice.value) if row.choice.value.isdigit() else None
+    # BAD belongs to a pair: both of its shapes are bad.
     label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
     reject_assets(row, "asset-scores")
     return UnpairedPreference(
@@ -301,6 +307,7 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
                 f"question: expected one that was asked ({questions}), got {filters.question!r}. Name one of"
                 " them."
             )
+    # A misspelled name would otherwise give an empty result without an error.
     names = {annotator.name for annotator in store.annotators()}
     unknown = sorted(set(filters.annotators) - names)
     if unknown:
@@ -323,6 +330,7 @@ def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Pref
             f"--labels: reading a store needs SQLAlchemy ({error}). Run pip install 'eg3d-rlhf[label]'."
         ) from None
     with Store.open(url, create=False) as store:
+        # Read completely before the store is closed.
         labels = store_preferences(store, filters)
     if not labels:
         name = without_password(url)
@@ -397,6 +405,7 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
             if row.choice is Choice.BAD
             for shape in (row.left, row.right)
         ]
+    # Shapes of generators have no file that a line could name.
     rows = [row for row in rows if row.left.file]
     if not rows:
         raise ValueError(
@@ -408,6 +417,7 @@ def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = Fals
     def write_path(place: Path | str) -> str:
         place = Path(place).resolve()
         folder = path.parent.resolve()
+        # Relative paths, so that a folder with its assets and labels can be moved.
         return str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
 
     lines = (
@@ -484,12 +494,14 @@ def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[
     from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
     from eg3d_rlhf.preferences.label_scores import linked
 
+    # Prompt -> judgements. Assets of different prompts are never compared.
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         by_condition[row.left.condition].append(row)
     lines = []
     sample_lists = _SampleLists()
     for condition, compared_rows in by_condition.items():
+        # The path identifies an asset within a campaign.
         assets = {shape.source: shape for row in compared_rows for shape in (row.left, row.right)}
         compared = []
         for row in compared_rows:
@@ -529,6 +541,7 @@ class _SampleLists:
             self._lists[path.parent] = {
                 str(line.get("look_at")): line for line in _lines(path.parent / SAMPLE_LIST)
             }
+        # `look_at` is the name of the file that annotators have seen.
         line = self._lists[path.parent].get(path.name, {})
         return {
             name: write_path(path.parent / value) if name in PATH_FIELDS and isinstance(value, str) else value
@@ -543,4 +556,5 @@ def _lines(path: Path) -> Iterable[dict]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Lines of other JSON types are ignored: the list comes from another tool.
     return [line for line in lines if isinstance(line, dict)]

@@ -52,6 +52,7 @@ def analyse(
 
     Raises: ValueError before the stopping rule is met, and for judgements of another study.
     """
+    # Answers that were taken back never count.
     rows = [r for r in rows if not r.undone]
     _check(design, rows)
     parts = sort_rows(design, rows)
@@ -348,6 +349,7 @@ def win_rate(
 
     Raises: ValueError for a study without a trial that counts.
     """
+    # A single study is an array of one study.
     scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     counted = ~np.isnan(scores)
     n = counted.sum(axis=1).astype(np.float64)

@@ -106,7 +106,7 @@ class ExclusionRules:
 class StudyDesign:
     """Everything that is decided before the first answer."""
 
-    name: str
+    name: str  # of the study and its campaign
     a: Contender
     b: Contender
     trials: int  # number of answers to pairs after which the study is complete
@@ -160,6 +160,7 @@ class StudyDesign:
     plan: tuple[str, ...] = PLAN
 
     def __post_init__(self):
+        # Equal weights: whatever people answer would be noise.
         if self.a.generator == self.b.generator:
             weights = self.a.generator[:12]
             raise ValueError(
@@ -179,6 +180,7 @@ class StudyDesign:
                 f"n: {self.shapes} pairs of shapes allow at most {most} trials, got {self.trials}. Use"
                 f" --n={most}."
             )
+        # Every trial would be a gold check, and none would compare the generators.
         if self.gold_every == 1:
             raise ValueError("gold_every must be 0 (none) or >= 2, got 1. Use 10.")
         if not 0 < self.confidence < 1:
@@ -262,6 +264,7 @@ def write_design(path: str | Path, design: StudyDesign) -> Path:
     Raises: FileExistsError if the file exists.
     """
     path = Path(path)
+    # A design is written once: overwriting it would be a change after the fact.
     if path.exists():
         raise FileExistsError(
             f"{path}: there is a design already. Continue that study, or name another folder."
@@ -359,6 +362,7 @@ def study_pairs(design: StudyDesign) -> list[PlannedPair]:
         rng,
         damages,
     )
+    # The latents of training pairs come first, so gold pairs use others.
     checks = spare[TRAINING_PAIRS : TRAINING_PAIRS + GOLD_PAIRS] if design.gold_every else []
     gold = known_answers(
         [contender_shape(design, sides[i // len(damages) % 2], seed) for i, seed in enumerate(checks)],
@@ -477,6 +481,7 @@ def read_sides(
         )
         for side, folder in (("a", a), ("b", b))
     }
+    # Prompts of assets that are not compared are left out.
     used = {prompt for prompt, _ in common}
     prompts = {
         name: prompt

@@ -68,6 +68,7 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
     try:
         size = sample_size(power_options(flags))
     except ValueError as error:
+        # Without --n the calculation must succeed.
         if flags["n"] is None:
             raise
         warn(f"--n={flags['n']}: no number of trials has the required power ({error})")
@@ -98,6 +99,7 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             all(row[side]["kind"] in DAMAGED_KINDS for side in ("a", "b")) for row in rows
         ):
             warn("no gold checks and no training pairs: videos cannot be damaged deliberately")
+            # The design states what will be done: no gold checks.
             flags = {**flags, "gold_every": 0}
     for side in () if assets else ("a", "b"):
         with naming(f"--{side}"):
@@ -105,11 +107,13 @@ def make_design(name: str, flags: Mapping, warn: Callable[[str], None]) -> Study
             loaded[side] = load_generator(flags[side])
             sides[side] = designs.contender(flags[f"label_{side}"] or label, loaded[side])
     shapes = len(assets["assets"]) if assets else common_shapes(loaded["a"], loaded["b"])
+    # Checked before the design is made, so that the message names the flags.
     if sides["a"].generator == sides["b"].generator:
         raise ValueError(
             "--a, --b: expected two different generators, got the same weights twice. Name another network"
             " for --b."
         )
+    # Both sides would have the same name in the report.
     if sides["a"].label == sides["b"].label:
         raise ValueError(
             f"--label-a, --label-b: expected two different names, got {sides['a'].label!r} twice. Give both"
@@ -158,6 +162,7 @@ def common_shapes(a: "LoadedGenerator", b: "LoadedGenerator") -> int | None:
     """
     from eg3d_rlhf.generators import count_of
 
+    # Generators of files have a finite number of shapes; others one per seed.
     counts = [count_of(loaded.generator) for loaded in (a, b)]
     pairs = [loaded.nets.training_set.get("pairs") for loaded in (a, b)]
     if counts[0] != counts[1] or pairs[0] != pairs[1]:
@@ -201,6 +206,7 @@ def prepare(
     from eg3d_rlhf.people.study.analysis import sort_rows
 
     new = not folder.design.exists()
+    # A campaign without its design file must not get a new design.
     if new and store_exists(folder.url):
         with open_store(folder.url, create=False) as store:
             if store.campaign(name) is not None:
@@ -222,6 +228,7 @@ def prepare(
         designs.write_design(folder.design, make_design(name, flags, report))
     with open_store(folder.url, create=True) as store:
         design = checked_design(folder, store, name if "name" in given or new else None)
+        # Also right after the design was made: both paths run the same checks.
         check_given(design, flags, given)
         if design.assets:
             designs.check_files(design)
@@ -231,6 +238,7 @@ def prepare(
                 reports.load_contender(getattr(design, side))
         if store.campaign(design.name) is None:
             store.create_campaign(designs.campaign_settings(design), designs.study_pairs(design))
+        # Counted by the rules of the analysis, not by the number of rows.
         answered = len(sort_rows(design, list(store.judgements(design.name))).trials)
     if designs.stopped(design, answered):
         raise ValueError(
@@ -275,6 +283,7 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
         **{name: design.power.get("options", {}).get(name) for name in POWER_FLAGS if design.power},
         "alpha": round(1 - design.confidence, 12),
     }
+    # Only flags that were written: defaults may have changed since the design.
     for flag in sorted(given & set(stored)):
         if flags[flag] != stored[flag]:
             raise ValueError(
@@ -285,6 +294,7 @@ def check_given(design: StudyDesign, flags: Mapping, given: set[str]) -> None:
         if side in given:
             with naming(f"--{side}"):
                 if not design.assets:
+                    # Another path is allowed if it has the same weights.
                     reports.load_contender(replace(getattr(design, side), source=flags[side]))
                 elif str(Path(flags[side]).resolve()) != getattr(design, side).source:
                     raise ValueError(

@@ -56,6 +56,7 @@ class PowerOptions:
 
     def __post_init__(self):
         check_knobs(self)
+        # At 0 the power is trivial, and at 0.5 there is nothing to show.
         if self.true_rate in (0, 0.5):
             raise ValueError(
                 f"true_rate must lie in 0..1 and differ from 0.5, got {self.true_rate}. Use the smallest win"
@@ -92,6 +93,7 @@ def exact_power(n, true_rate: float, alpha: float = 0.05):
     from scipy.stats import binom
 
     c = binom.ppf(alpha / 2, n, 0.5).astype(np.int64)  # smallest c with P(K <= c) >= alpha / 2
+    # ppf gives the first c that reaches alpha / 2, which may exceed it.
     c = np.where(binom.cdf(c, n, 0.5) <= alpha / 2, c, c - 1)
     return np.where(c < 0, 0.0, binom.cdf(c, n, true_rate) + binom.sf(n - c - 1, n, true_rate))
 
@@ -136,6 +138,7 @@ def sample_size(options: PowerOptions) -> SampleSize:
     k = options.annotators
     icc = options.annotator_icc if k > 1 else 0.0  # a study with one annotator is about that annotator only
     remainder = 1 - decided * icc / k
+    # Near 0 the number of trials goes to infinity.
     if remainder <= 0.02:
         raise ValueError(
             f"annotators: a correlation of {icc:g} within annotators needs more than"
@@ -144,6 +147,7 @@ def sample_size(options: PowerOptions) -> SampleSize:
         )
     # number of decided trials with clustering
     effective = max(decided, decided * (1 - icc + (r - 1) * options.latent_icc) / remainder)
+    # Ties decide nothing, so more trials are needed.
     trials = math.ceil(effective / (1 - options.tie_share))
     # Rounded up to a multiple of r, so that every pair gets r annotators.
     trials += -trials % r
@@ -250,6 +254,8 @@ def centre(preference: float, bias: float, sd: float) -> float:
             0.5 * (_WEIGHTS * (expit(mu + bias + sd * _NODES) + expit(mu - bias + sd * _NODES))).sum()
         )
 
+    # The rate increases with mu, so the solution is unique; 60 is beyond float64's resolution of
+    # probabilities.
     return brentq(lambda mu: rate(mu) - preference, -60, 60)
 
 
@@ -273,6 +279,7 @@ def simulate(options: SimulationOptions) -> SimulatedTrials:
         + latent_effect
     )
     b_wins = rng.random(shape) < expit(log_odds)
+    # Ties are independent of the preference.
     tied = rng.random(shape) < o.tie_share
     scores = np.where(tied, 0.5 if o.ties == "half" else np.nan, b_wins)
     return SimulatedTrials(scores, b_left, b_wins == b_left, annotator, latent)
@@ -309,6 +316,7 @@ def coverage(options: SimulationOptions, bootstrap_studies: int = 0, resamples: 
             cluster_bootstrap(scores, *groups, resamples=resamples, seed=seed)
             for seed, scores in enumerate(trials.scores[:few])
         ]
+        # With one annotator or latent there is no such bootstrap.
         if None not in intervals:
             lo, hi = np.array(intervals).T
             figures["intervals"][f"bootstrap_{over}"] = _covered((lo, hi), truth)

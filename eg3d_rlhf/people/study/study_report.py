@@ -59,6 +59,7 @@ def compute(
         "worst": [p for p in worst if p["win_rate"] < 0.5][:pictures],
     }
     if any(shown.values()):
+        # Each latent is rendered once per generator.
         seeds = sorted({p["seed"] for pairs in shown.values() for p in pairs})
         images = {side: shape_images(design, getattr(design, side), seeds, device) for side in ("a", "b")}
         shown = {
@@ -104,6 +105,7 @@ def shape_images(
             # [1, D, H, W]
             sigma = generator.field(ws_of_seeds(generator, [seed], design.psi)).density_grid(grid)
         grey = shade(sigma, YAW, IMAGE_SIDE, design.level)[0, 0].numpy()  # [H, W] in 0..1
+        # The PNG is embedded in the page, so no file is written.
         buffer = io.BytesIO()
         PIL.Image.fromarray((grey.clip(0, 1) * 255).round().astype("uint8")).save(
             buffer, format="png", optimize=True
@@ -114,6 +116,7 @@ def shape_images(
 
 def page(report: dict) -> str:
     """Render the report as one HTML file from the result of `compute`. static/report.html is the template."""
+    # autoescape: names of annotators and labels come from users.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(STATIC), autoescape=True)
     filters: dict[str, Callable[..., str]] = {
         "percent": lambda share: "none" if share is None else percent(share),
@@ -140,9 +143,11 @@ def page(report: dict) -> str:
 def write(report: dict, folder: Path) -> tuple[Path, Path]:
     """Write report.json and report.html to a folder, or interim-report.*. Returns both paths."""
     name = "interim-report" if report["interim"] else "report"
+    # allow_nan=False: NaN is no valid JSON, and browsers reject it.
     text = json.dumps(report, indent=1, allow_nan=False)
     paths = folder / f"{name}.json", folder / f"{name}.html"
     write_atomic(paths[0], (text + "\n").encode())
+    # The page is made from the parsed JSON, which proves that it needs nothing else.
     write_atomic(paths[1], page(json.loads(text)).encode())
     return paths
 
@@ -188,6 +193,7 @@ def _main(result: dict, design: dict) -> list[str]:
         f" {result['confidence']:.0%} interval is {percent(lo)} to {percent(hi)}. It accounts for"
         f" {result['annotators']} annotators and {result['latents']} latents."
     )
+    # The interval excludes one half.
     if lo > 0.5 or hi < 0.5:
         better, worse, least = (b, a, lo) if lo > 0.5 else (a, b, 1 - hi)
         second = (
@@ -207,6 +213,7 @@ def _main(result: dict, design: dict) -> list[str]:
         f" {p_value(result['p_exact'])}"
     )
     effect = result["design_effect"]
+    # Smaller effects do not change the conclusion, so the sentence stays short.
     if effect > 1.2:
         text += (
             f". This test treats trials as independent. Here they are worth only {1 / effect:.0%} of as many"
@@ -239,6 +246,7 @@ def _doubts(analysis: dict) -> list[str]:
             " impression."
         )
     wide_lo, wide_hi = result["wilson"]
+    # The clustered variance can be smaller than that of independent trials by chance.
     if hi - lo < wide_hi - wide_lo:
         sentences.append(
             "The interval is narrower than Wilson's for independent trials, because the annotators agreed"

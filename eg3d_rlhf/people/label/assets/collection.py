@@ -46,7 +46,7 @@ from eg3d_rlhf.preferences.pair_strategies.random_pairs import balanced
 RANKING = "ranking.jsonl"
 PROMPTS = "prompts.jsonl"
 NOTED = 5  # number of files of which notes are reported
-MAX_ASSETS = 100_000
+MAX_ASSETS = 100_000  # per collection
 # Bytes of a line and of a list: bounds of the memory that a hostile list can use.
 MAX_LINE = 64 << 10
 MAX_LIST = 256 << 20
@@ -70,7 +70,7 @@ class Asset:
 class Prompt:
     """Text and image for which assets were generated."""
 
-    text: str | None = None
+    text: str | None = None  # None: only a name or an image
     image: Path | None = None  # resolved
     hash: str | None = None  # of the image's file
 
@@ -136,6 +136,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
     Raises: as `read_collection`.
     """
     folder = folder.resolve()
+    # The name of the folder becomes the name of the generator, so it must be printable.
     _name(folder.name, "folder")
     if (folder / RANKING).is_file():
         return _checked(_from_rankings({folder.name: folder / RANKING}, folder), folder, report)
@@ -143,6 +144,7 @@ def read_generator(folder: Path, report: Callable[[str], None] = lambda text: No
         Asset(path=path, generator=folder.name, prompt=_name(path.stem, path.name), seed=0)
         for path in asset_files(folder, folder)
     ]
+    # Two generators that are compared usually share one list of prompts beside their folders.
     root = folder if (folder / PROMPTS).is_file() else folder.parent
     return _checked(
         Collection(_check_stems(assets), _prompts(root, {asset.prompt for asset in assets})), folder, report
@@ -178,9 +180,11 @@ def _checked(
 def _examined(collection: Collection, report: Callable[[str], None], lenient: bool) -> Collection:
     """Examine all files in a separate process, and add their kinds and hashes."""
     images = [prompt.image for prompt in collection.prompts.values() if prompt.image]
+    # Each file once, in a fixed order.
     paths = list(dict.fromkeys([*images, *(asset.path for asset in collection.assets)]))
 
     def count(done: int) -> None:
+        # One line per 100 files keeps the log short.
         if done % 100 == 0 or done == len(paths):
             report(f"examined {done} of {len(paths)} files")
 
@@ -306,6 +310,7 @@ def _from_rankings(lists: dict[str, Path], root: Path) -> Collection:
             prompt = _text(record, "condition", where)
             look_at = _text(record, "look_at", where)
             prompts[prompt] = Prompt(text=prompt)
+            # `look_at` is the file that shows the sample; the list also names its latents.
             file = inside(path.parent / look_at, path.parent, where)
             assets.append(Asset(path=file, generator=generator, prompt=prompt, seed=_seed(record, where)))
     return Collection(assets, _prompts(root, set(prompts)) if (root / PROMPTS).is_file() else prompts)
@@ -346,6 +351,7 @@ def _from_list(path: Path) -> Collection:
 
 def _lines(path: Path) -> Iterable[tuple[dict, str]]:
     """Yield each line's JSON object and its place for messages. Raises: ValueError for other lines."""
+    # Before the file is opened.
     if path.stat().st_size > MAX_LIST:
         raise ValueError(
             f"{path.name}: expected a list of up to {MAX_LIST >> 20} MB, got {path.stat().st_size >> 20} MB."
@@ -359,6 +365,7 @@ def _lines(path: Path) -> Iterable[tuple[dict, str]]:
                 continue
             try:
                 record = json.loads(line) if len(line) <= MAX_LINE else None
+            # Deeply nested brackets exceed Python's recursion limit.
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
@@ -420,6 +427,7 @@ def inside(path: Path, root: Path, where: str) -> Path:
     """Resolve a path. Raises: ValueError if it is no file, or does not lie below `root`."""
     try:
         resolved = path.resolve()
+        # After resolve(), so that neither .. nor links lead out of the folder.
         if not resolved.is_relative_to(root.resolve()):
             raise ValueError(
                 f"{where}: expected a file within {root.name}, but {path.name} leads out of it. Copy the file"
@@ -467,6 +475,7 @@ def plan_assets(
 
     Raises: ValueError if no pair can be planned.
     """
+    # One generator for the entire plan: equal options give equal plans.
     rng = np.random.default_rng(options.seed)
     items = items_of(collection, ensemble)
     chosen: list[tuple[int, int]]
@@ -512,6 +521,7 @@ def items_of(collection: Collection, ensemble: Ensemble | None = None) -> Items:
     """Describe the assets for a strategy. It compares assets of one prompt: between generators if there are
     several, else between seeds. Equal files are not compared.
     """
+    # Equal hashes mean equal files, which annotators could not distinguish.
     members = [Item(prompt=a.prompt, source=a.generator, content=a.hash) for a in collection.assets]
     return Items(members=members, ensemble=ensemble)
 

@@ -39,7 +39,7 @@ SECONDS = 600  # limit of processor time for one request
 # level 1: compressed textures do not shrink further, and higher levels take three times as long for a few
 # percent of the geometry
 _GZIP = 1
-_ROOT = Path(__file__).resolve().parents[4]
+_ROOT = Path(__file__).resolve().parents[4]  # the process imports the package from here
 _REJECTED = "rejected"  # field of an answer with the reason
 
 
@@ -132,6 +132,7 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
     answers, and the last one says that the limits were exceeded.
     """
     largest = max((_size(Path(request["path"])) for request in requests), default=0)
+    # Libraries start one thread per core otherwise, and each thread needs address space.
     environment = {
         **os.environ,
         "PYTHONPATH": str(_ROOT),
@@ -141,6 +142,7 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
         sys.executable,
         "-m",
         "eg3d_rlhf.people.label.assets.reading",
+        # The limit of the address space is an argument, because the process sets it for itself.
         str(MEMORY + PER_BYTE * min(largest, MAX_BYTES)),
     ]
     answers: list[dict] = []
@@ -155,6 +157,7 @@ def _run(requests: Sequence[dict], report: Callable[[int], None] = lambda done: 
             for line in process.stdout:
                 answers.append(json.loads(line))
                 report(len(answers))
+    # The process has ended before its last answer: it was killed, or a parser crashed.
     if len(answers) < len(requests):
         answers.append({_REJECTED: ("the file takes more memory or time than allowed. Reduce it")})
     return answers
@@ -180,6 +183,7 @@ def _opened(path: Path):
     except OSError as error:
         raise ChangedError(f"the file cannot be opened: {error.strerror}. Restore it") from None
     with os.fdopen(handle, "rb") as file:
+        # fstat of the open file, so that it cannot be exchanged between check and use.
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("expected a regular file, got a folder, pipe or device")
@@ -236,6 +240,7 @@ def _examine(path: Path) -> dict:
         elif kind == "ply":
             header = ply.read_header(data)
             kind = "splats" if header.splats else kind
+            # The result is dropped: only errors matter here.
             (ply.read_splats if header.splats else ply.read_mesh)(data)
         elif kind == "obj":
             obj.read_obj(data, path)
@@ -412,6 +417,7 @@ def clean_video(path: Path, out: Path) -> None:
     Raises: ValueError if the video cannot be read.
     """
     codec, pixels = examine_video(path)
+    # By default the track is encoded again.
     encoding: tuple[str, ...] = _ENCODED
     if codec == "h264" and pixels in ("yuv420p", "yuvj420p"):
         encoding = ("-c:v", "copy", *_H264_BARE)
@@ -456,4 +462,5 @@ def _ffmpeg(arguments: list[str], seconds: float) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    # The last limit is that of written files.
     serve_requests(_answer, int(sys.argv[1]), SECONDS, 2 * MAX_BYTES)

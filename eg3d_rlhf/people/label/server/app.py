@@ -52,6 +52,7 @@ def create_app(options: AppOptions) -> FastAPI:
     Raises: ValueError if the files of the page are missing.
     """
     campaign = options.store.campaign(options.campaign)
+    # The commands create the campaign before they serve it.
     assert campaign is not None, options.campaign
     files = read_static(options.static)
     identities = Identities(options, campaign.settings.mode)
@@ -81,6 +82,7 @@ def create_app(options: AppOptions) -> FastAPI:
                 "page_version": context.page_version,
             },
         )
+        # The application serves until the context ends.
         yield
         log.close()
 
@@ -93,6 +95,7 @@ def create_app(options: AppOptions) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
     )
+    # The only middleware: nothing is processed before the checks.
     app.add_middleware(RequestChecks, options=options, identities=identities, log=log)
     add_handlers(app)
     for router in (pages, label_api, admin_api):
@@ -123,11 +126,13 @@ def serve(
 
     Raises: ValueError, OSError.
     """
+    # A second line of defence: without tokens, other machines must never reach the server.
     if not options.exposed and not is_loopback(host):
         raise ValueError(
             f"serve: other machines can reach host {host}. Use AppOptions(exposed=True), which requires"
             " tokens."
         )
+    # Before the port is opened: errors of the files must not leave a half-started server.
     app = create_app(options)
     listening = listen(host, port, options.limits)
     printed_host = f"[{host}]" if ":" in host.strip("[]") and not host.startswith("[") else host
@@ -135,6 +140,7 @@ def serve(
         server = Server(app, listening, options.limits, certificate, key, proxy)
         if options.preparation is not None:
             options.preparation.start()
+        # getsockname gives the port that was chosen for port 0.
         on_listening(f"{'https' if certificate else 'http'}://{printed_host}:{listening.getsockname()[1]}/")
         gc.collect()
         # Objects that exist now stay until the end. Frozen, they are skipped by the garbage collector, which
@@ -205,6 +211,7 @@ def pages(context: Context) -> APIRouter:
         """
         stored = {name: file.etag for name, file in context.files.items() if name not in NOT_STORED}
         head = f"self.PAGE = {json.dumps({'version': context.page_version, 'files': stored})};\n"
+        # no-cache: the browser must ask for a new service worker every time.
         headers = {"Cache-Control": "private, no-cache"}
         return Response(
             head.encode() + context.files["sw.js"].data, media_type="text/javascript", headers=headers
@@ -212,6 +219,7 @@ def pages(context: Context) -> APIRouter:
 
     @router.get("/static/{name}")
     async def static(name: str, request: Request) -> Response:
+        # A look-up in a dictionary, not in a folder: no name can leave the folder.
         if name not in context.files:
             raise RequestError(404, "No such file.", "Check the address.")
         return _file(context.files[name], request)
@@ -234,6 +242,7 @@ def pages(context: Context) -> APIRouter:
         seconds = context.options.limits.session_seconds
         try:
             annotator = await run_in_threadpool(context.identities.by_token, token, address)
+            # A person who types a token wants to change the login; a link may come from anybody.
             if link:
                 await run_in_threadpool(_check_no_other_login, context, request, annotator)
         except RequestError as rejection:
@@ -248,6 +257,7 @@ def pages(context: Context) -> APIRouter:
             await run_in_threadpool(context.store.open_session, annotator.id, seconds),
             int(seconds),
         )
+        # A form can be used once.
         response.delete_cookie(LOGIN_COOKIE, path="/login")
         return response
 
@@ -260,6 +270,7 @@ def pages(context: Context) -> APIRouter:
             if requester.by == "token"
             else RedirectResponse("/login", 303)
         )
+        # Also without a session: the browser may have an expired cookie.
         response.headers.append("Set-Cookie", FORGET)
         return response
 
@@ -299,6 +310,7 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
     """
     try:
         fields = parse_qs(
+            # Forms are percent-encoded, so other bytes are an error.
             body.decode("ascii"),
             keep_blank_values=True,
             strict_parsing=True,
@@ -312,6 +324,7 @@ def _form_token(body: bytes, cookie: str) -> tuple[str, bool]:
         len(values) != 1 for values in fields.values()
     ):
         raise RequestError(400, "The form must contain token and csrf once.", "Use the login page.")
+    # compare_digest takes the same time for all wrong values.
     if not cookie or not secrets.compare_digest(
         csrf_token(cookie, "login").encode(), fields["csrf"][0].encode()
     ):
@@ -368,6 +381,7 @@ def language_of(accepted: str) -> str:
         weight = parameter.strip().removeprefix("q=") or "1"
         if code in TEXTS and weight.replace(".", "", 1).isdecimal():
             weights[code] = max(weights.get(code, 0.0), float(weight))
+    # A weight of 0 means "not acceptable".
     return max(weights, key=lambda code: weights[code]) if any(weights.values()) else "en"
 
 
@@ -381,6 +395,7 @@ def login_page(accepted: str, csrf: str, rejection: RequestError | None = None) 
     """
     language = language_of(accepted)
     texts = {key: html.escape(text) for key, text in TEXTS[language].items()}
+    # Everything that is inserted into the page is escaped.
     message = ""
     if rejection is not None:
         key = "withdrawn" if isinstance(rejection, AccessRevoked) else str(rejection.status)

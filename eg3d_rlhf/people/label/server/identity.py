@@ -48,6 +48,7 @@ class Buckets:
             level, since = self._levels.pop(key, (self.burst, now))
             level = min(self.burst, level + (now - since) * self.rate)
             enough = level >= count
+            # Inserted again at the end, which marks the key as recently used.
             self._levels[key] = (min(self.burst, level - count) if enough else level, now)
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
@@ -62,6 +63,7 @@ def address_key(address: str) -> str:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address  # a Unix socket or a test client has no IP address
+    # ::ffff:192.0.2.1 is an IPv4 address on a socket for both versions.
     mapped = getattr(ip, "ipv4_mapped", None)
     if mapped is not None:
         return str(mapped)
@@ -158,7 +160,9 @@ def server_secret(path: Path) -> bytes:
         os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
     ):
         file.write(os.urandom(32))
+    # Read again in any case: another server may have created the file.
     secret = path.read_bytes()
+    # A file that was cut off, or edited.
     if len(secret) != 32:
         raise ValueError(
             f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; the server creates it again."

@@ -44,9 +44,9 @@ class Judgement(Sent):
     # the campaign's scale decides which of them are valid
     choice: Literal["left", "right", "tie", "bad", "up", "down", "0", "1", "2", "3", "4", "5", "skip"]
     reason: Literal["broken", "identical", "unsure", "other"] | None = None  # entities.SKIP_REASONS
-    milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]
+    milliseconds: Annotated[int, Field(ge=0, le=86_400_000)]  # at most one day
     views: Annotated[list[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,32}$")]], Field(max_length=64)]
-    answered_at: Annotated[float, Field(ge=0, le=1e11)]
+    answered_at: Annotated[float, Field(ge=0, le=1e11)]  # the page's clock, seconds since 1970
     page_version: Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]{0,64}$")]
     # answers to the campaign's further questions
     votes: Annotated[dict[QuestionName, Literal["left", "right", "tie"]], Field(max_length=8)] = {}
@@ -94,7 +94,7 @@ class RateFilter(logging.Filter):
     dropped.
     """
 
-    burst: int = 5
+    burst: int = 5  # records per period
     period: float = 60.0  # seconds
     _seen: dict[tuple, list] = field(default_factory=dict)  # text -> [start of the period, count]
 
@@ -103,6 +103,7 @@ class RateFilter(logging.Filter):
         # The text before its arguments are inserted, so that records that differ in them only are counted
         # together.
         seen = self._seen.setdefault((record.levelno, str(record.msg)), [time.monotonic(), 0])
+        # A new period begins. The record reports how many were dropped in the last one.
         if time.monotonic() - seen[0] > self.period:
             if seen[1] > self.burst:
                 record.msg = f"{record.msg} (and {seen[1] - self.burst} more since the last line like this)"
@@ -123,6 +124,7 @@ class RequestError(Exception):
         self.status = status
         self.error = error
         self.remedy = remedy
+        # A copy: handlers add headers of their own.
         self.headers = dict(headers or {})
 
     def response(self) -> JSONResponse:
@@ -152,6 +154,7 @@ def note(request: Request, error: RequestError) -> RequestError:
 
 def too_many(seconds: float) -> RequestError:
     """Return error 429 with the seconds to wait."""
+    # Retry-After has whole seconds.
     wait = max(1, math.ceil(seconds))
     return RequestError(
         429, "Too many requests.", f"Wait {wait} seconds and try again.", {"Retry-After": str(wait)}
@@ -162,6 +165,7 @@ def no_database(error: Exception) -> RequestError:
     """Return error 503, and log the reason without the statement and its values, which may contain
     secrets.
     """
+    # `orig` is the driver's error; SQLAlchemy's own text contains statement and values.
     reason = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
     LOGGER.error("database: %s", reason[0])
     return RequestError(503, "The database did not answer.", "Try again in a moment.", {"Retry-After": "2"})
@@ -176,6 +180,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        # Errors of FastAPI itself, such as an unknown address.
         remedy = REMEDIES.get(error.status_code, REMEDIES[400])
         return note(
             request, RequestError(error.status_code, str(error.detail), remedy, error.headers)

@@ -90,6 +90,7 @@ def check_host(headers: Headers, exposed: bool) -> None:
 
     Raises: RequestError 400, 421.
     """
+    # Two Host headers could be read differently by a proxy and by this server.
     hosts = headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
@@ -148,6 +149,7 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
     parts = []
     size = 0
     try:
+        # granian limits the time of the headers only.
         async with asyncio.timeout(limits.body_seconds):
             while True:
                 message = await receive()
@@ -253,11 +255,13 @@ class RequestChecks:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request, pass it to the application, and log it."""
+        # Behind a trusted proxy this is already the client's address.
         address = (scope.get("client") or ("", 0))[0]
         # without 'http.response.pathsend': granian would read an export's file after the application has
         # removed it
         scope["extensions"] = {}
         entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
+        # From here on every response gets the headers and is recorded.
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
             try:
@@ -295,6 +299,7 @@ class RequestChecks:
             entry.refused = answer.error
             await answer.response()(scope, receive, send)
         except Exception:
+            # The number also stands in the response, so that a report can be found in the log.
             LOGGER.exception("request %s failed", entry.request)
             # Once a response has begun, no other status can be sent.
             if entry.status == 0:
@@ -398,6 +403,7 @@ def _check_type(headers: Headers, path: str) -> None:
         else None
     )
     kind, _, rest = headers.get("content-type", "").partition(";")
+    # Other parameters than charset end up here, too, and are rejected.
     charset = rest.strip().lower().removeprefix("charset=").strip('"')
     if expected is not None and (kind.strip().lower() != expected or charset not in ("", "utf-8")):
         raise RequestError(
@@ -421,6 +427,7 @@ def _recorded(send: Send, entry: Entry, https: bool) -> Send:
             ).items():
                 headers.setdefault(name, value)  # a response may have set its own value
         elif message["type"] == "http.response.body":
+            # The bytes of the body, without headers.
             entry.bytes += len(message.get("body", b""))
         await send(message)
 

@@ -45,8 +45,8 @@ class Context:
     store: Store
     campaign: StoredCampaign
     identities: Identities
-    shapes: PreparedShapes
-    addresses: Addresses
+    shapes: PreparedShapes  # state of the preparation
+    addresses: Addresses  # addresses of shapes, different in each assignment
     files: dict  # name -> app.StaticFile
     page_version: str  # changes with every file of the page; stored in judgements
 
@@ -54,6 +54,7 @@ class Context:
 # async, because it does not block: a plain function would run in a thread
 async def identity_of(request: Request) -> Identity:
     """Return the identity that the checks of requests have determined."""
+    # Set by RequestChecks, which has rejected all requests without an identity.
     return request.scope["state"]["identity"]
 
 
@@ -74,6 +75,7 @@ Admin = Annotated[Identity, Depends(admin_of)]
 
 def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
     """Return an assignment as the page gets it: token, addresses of both shapes, prompt."""
+    # Annotators never get the store's tokens, which are the same in all assignments.
     first, second = (context.addresses.address(assignment, asset) for asset in (left, right))
     return {
         "assignment": assignment,
@@ -85,6 +87,7 @@ def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
 
 def _asset(context: Context, address: str) -> str:
     """Return the store's token of the shape at an address. Raises: RequestError 404."""
+    # Unknown and foreign addresses give the same answer, so that addresses cannot be tested.
     asset = context.addresses.asset(address)
     if asset is None or not context.shapes.known(asset):
         raise RequestError(404, "There is no such shape.", "Request /api/assignments again.")
@@ -155,7 +158,9 @@ def _work(router: APIRouter, context: Context) -> None:
             and not settled
             and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         )
+        # `training` is the only property of a pair that the page gets.
         shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
+        # Number of training pairs that are skipped because a shape cannot be prepared.
         training = context.store.training(context.campaign.id)
         return JSONResponse(
             {
@@ -200,10 +205,12 @@ def label_api(context: Context) -> APIRouter:
         """
         shapes = context.shapes
         asset = _asset(context, address)
+        # In a study nothing is served before all shapes are ready.
         if not shapes.ready(asset):
             raise RequestError(
                 503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"}
             )
+        # The address identifies the content, so it can serve as ETag, and browsers need not ask again.
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
@@ -228,6 +235,7 @@ def label_api(context: Context) -> APIRouter:
     )
     def render(address: models.AssetPath, requester: Requester) -> Response:
         """Return the render of a shape's latent if the campaign shows renders; never in a study."""
+        # A render could reveal the generator.
         shown = context.campaign.settings.show_render and not context.shapes.blind
         asset = _asset(context, address)
         path = context.options.cache.render(context.shapes.shapes[asset]) if shown else None
@@ -271,6 +279,7 @@ def _judgements(router: APIRouter, context: Context) -> None:
         changes nothing.
         """
         _check_may_answer(context, requester)
+        # The store's `Answer` has an enumeration and a tuple where JSON has texts and a list.
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
         conflict = "This assignment is answered already, or another answer has the same key."
         with _store_errors(
@@ -290,6 +299,7 @@ def _judgements(router: APIRouter, context: Context) -> None:
             "reveal": names,
             "progress": _progress(context, requester),
         }
+        # 201 Created only for the first of several equal requests.
         return JSONResponse(reply, 200 if submitted.duplicate else 201)
 
     @router.post("/undo")
@@ -319,6 +329,7 @@ def admin_api(context: Context) -> APIRouter:
         # One thread at a time computes the report, and it is reused for at least ten times as long as that
         # took. So the reports of many open pages take at most a tenth of one thread.
         with lock:
+            # After waiting for the lock, another thread may have computed the report.
             if (began := time.monotonic()) >= until:
                 report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
@@ -355,6 +366,7 @@ def admin_api(context: Context) -> APIRouter:
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
         """Return labels in the open label format as CSV or JSON lines, or all judgements without loss."""
         name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
+        # A file and not memory: an export of a large campaign is streamed.
         folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
         path = Path(folder.name) / name
         try:
@@ -363,6 +375,7 @@ def admin_api(context: Context) -> APIRouter:
                 export_judgements if format == "judgements" else export_unpaired if single else export_labels
             )
             write(context.store, path, campaign=context.campaign.settings.name)
+        # The folder is deleted after any failure, also after a disconnected client.
         except BaseException as error:
             folder.cleanup()
             # A study has no labels, and labels of single shapes have no CSV form.
@@ -380,6 +393,7 @@ def _new_access(request: Request, name: str, token: str) -> dict:
     """Return a new token with its link. The link has the address at which the admin has reached the
     server.
     """
+    # The Host header was checked, so it can be used in a link.
     link = login_link(f"{request.url.scheme}://{request.headers['host']}", token)
     return {"name": name, "token": token, "link": link, "qr": qr_data(link)}
 
@@ -415,11 +429,13 @@ def _annotators(router: APIRouter, context: Context) -> None:
     @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
     def revoke(body: models.Named, requester: Requester):
         """Withdraw a token and end the annotator's sessions. Returns all annotators."""
+        # An admin who revoked herself by mistake could not undo that.
         if body.name == requester.annotator.name:
             raise RequestError(
                 409, "You cannot revoke yourself.", "Ask another admin, or run tools/label.py revoke NAME."
             )
         try:
+            # On loopback the user of the machine is admin without a token, so no admin must remain.
             context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
         except ConflictError as error:
             raise RequestError(409, str(error), "Add another admin first.") from None

@@ -48,6 +48,7 @@ class Addresses:
 
     def address(self, assignment: str, asset: str) -> str:
         """Return the address of a shape in an assignment; equal shapes on both sides have equal addresses."""
+        # 4 bytes: up to 4 billion shapes.
         number = self._numbers[asset].to_bytes(4)
         salt = self._keyed("pair", f"{assignment} {asset}".encode(), 12)
         encrypted = _xor(number, self._keyed("number", salt, 4))
@@ -59,6 +60,7 @@ class Addresses:
         """
         if address in self._numbers:
             return address
+        # Longer or shorter texts would make the decoding fail.
         if len(address) != LETTERS:
             return None
         raw = base64.urlsafe_b64decode(address)
@@ -66,6 +68,7 @@ class Addresses:
         encrypted = raw[12:16]
         check = raw[16:]
         number = _xor(encrypted, self._keyed("number", salt, 4))
+        # Without the server's secret an address is valid with a probability of 2^-64 only.
         if not hmac.compare_digest(check, self._keyed("check", salt + number, 8)):
             return None
         return self._assets[int.from_bytes(number)]
@@ -85,6 +88,7 @@ async def read(path: Path, first: int, stop: int) -> AsyncIterator[bytes]:
     """Yield the bytes from `first` to before `stop` of a file in chunks, without blocking the event loop."""
     async with await anyio.open_file(path, "rb") as file:
         await file.seek(first)
+        # An empty read means that the file has become shorter.
         while first < stop and (data := await file.read(min(CHUNK, stop - first))):
             first += len(data)
             yield data
@@ -118,6 +122,7 @@ def respond(path: Path, request: Request, headers: dict[str, str]) -> Response:
             # The client's `end` is inclusive, `stop` is not.
             else (int(begin), min(int(end) + 1, length) if end else length)
         )
+        # RFC 9110: 416 for a range outside the file.
         if first >= stop:
             return Response(None, 416, {**headers, "Content-Range": f"bytes */{length}"})
         status = 206
@@ -165,6 +170,7 @@ class PreparedShapes:
         """Return True for a shape that can never be served."""
         self._check()
         return asset in self._failed or (
+            # A shape that is missing when the worker has stopped for good is lost as well.
             asset in self._missing and self.worker is not None and self.worker.gave_up
         )
 
@@ -229,6 +235,7 @@ class PreparedShapes:
         with self._lock:
             if not self._missing or time.monotonic() - self._checked < POLL:
                 return
+            # Starts the worker again if it has died.
             if self.worker is not None:
                 self.worker.ensure()
             absent = 0
@@ -245,6 +252,7 @@ class PreparedShapes:
                     break
                 else:
                     continue
+                # Prepared or failed: not looked for again.
                 del self._missing[asset]
             self._checked = time.monotonic()
 
