@@ -83,8 +83,8 @@ class Work:
     acknowledged: dict[tuple[str, str], str] = field(default_factory=dict)  # (annotator, key) -> choice
     sent: Counter = field(default_factory=Counter)  # (annotator, key) -> attempts
     seconds: list[float] = field(default_factory=list)  # of each answered submission
-    duplicates: int = 0  # answers that the server had kept although nobody had heard so
-    refused: Counter = field(default_factory=Counter)  # status -> count
+    duplicates: int = 0  # answers that the server had stored without an acknowledgement that arrived
+    rejected: Counter = field(default_factory=Counter)  # status -> count
 
 
 class Annotator:
@@ -117,7 +117,7 @@ class Annotator:
                 await self._judge(pending.pop(0)["assignment"], f"{self.name}-{done}")
                 done += 1
 
-    async def _judge(self, assignment: str, key: str) -> None:
+    async def _submit_answer(self, assignment: str, key: str) -> None:
         choice = self.rng.choice(["left", "right", "tie"])
         body = {
             "key": key,

@@ -175,7 +175,7 @@ MISTAKES = {  # flags -> what the line must name
     "another database": (["--db=mysql://x/y"], ("--db", "SQLite", "PostgreSQL", "mysql")),
     "flags before a command": (["--pairs=3", "status"], ("--pairs", "--db", "status")),
     "no database": (["status", "--db=sqlite:///{tmp}/none.db"], ("--db", "{tmp}/none.db")),
-    "revoking nobody": (
+    "revoking an unknown annotator": (
         ["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"],
         ("annotator", "'nobody'", "token"),
     ),

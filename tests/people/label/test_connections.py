@@ -29,7 +29,7 @@ HALF = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 BODY = b"Host: 127.0.0.1\r\nContent-Type: application/x-www-form-urlencoded\r\nSec-Fetch-Site: same-origin"
 BODY = b"POST /login HTTP/1.1\r\n" + BODY + b"\r\nContent-Length: 99\r\n\r\nt"
 # is answered before its body has come
-REFUSED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
+REJECTED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
 
 def connect(served, data: bytes = b"", context: ssl.SSLContext | None = None) -> socket.socket:
@@ -42,7 +42,7 @@ def connect(served, data: bytes = b"", context: ssl.SSLContext | None = None) ->
 
 
 def is_open(connection: socket.socket, seconds: float = 0.0) -> bool:
-    """Whether the server has not closed it after so long."""
+    """Return whether the connection is still open after so long."""
     connection.settimeout(seconds or 0.001)
     try:
         while connection.recv(65536):
@@ -79,7 +79,7 @@ def test_every_stage_has_its_time(tmp_path):
         )
         slow = {"silent": connect(served), "header": connect(served, HALF), "body": connect(served, BODY)}
         slow |= {"idle": connect(served, HALF + b"\r\n\r\n"), "second": connect(served, head + HALF)}
-        slow |= {"known": connect(served, head), "refused": connect(served, REFUSED)}
+        slow |= {"known": connect(served, head), "rejected": connect(served, REJECTED)}
         end = time.monotonic() + 4
         for _ in range(10):  # byte by byte is not faster
             drip([slow[name] for name in ("header", "second", "body")])
@@ -121,7 +121,7 @@ def test_half_a_handshake_has_its_time(tmp_path, certificate):
 
 
 def held_up(served, data: bytes, count: int, tls: bool, seconds: float) -> list[float]:
-    """Return the seconds that a page took beside `count` clients that sent `data` and go on byte by byte.
+    """Return the seconds that a page took beside `count` clients that sent `data` and continue byte by byte.
     Check that all are closed within `seconds`.
     """
     context = any_server() if tls else None

@@ -114,7 +114,7 @@ def test_the_next_round_follows_from_the_results():
         ("tournament", {"psi": 0.5}, ("generator", "c" * 12, "psi 0.5")),
     ],
 )
-def test_results_that_do_not_fit_are_refused(strategy, result, names):
+def test_results_that_do_not_fit_are_rejected(strategy, result, names):
     results = [Preference(**{"winner": 1, "loser": 2, "generator": "c" * 64, "psi": 1.0, **result})]
     with raising(*names):
         plan(PairingOptions(pairs=8, strategy=strategy), GENERATOR, results)
@@ -139,6 +139,6 @@ def test_results_that_do_not_fit_are_refused(strategy, result, names):
         ({"seed": -1}, ("seed", "-1")),
     ],
 )
-def test_impossible_options_are_refused(fields, names):
+def test_impossible_options_are_rejected(fields, names):
     with raising(*names):
         PairingOptions(**fields)

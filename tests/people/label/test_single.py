@@ -106,7 +106,7 @@ def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
     assert len(LabelFilters().keep(store.judgements(), Mode.SINGLE)) == 4
 
 
-def test_plans_that_do_not_fit_are_refused(store):
+def test_plans_that_do_not_fit_are_rejected(store):
     for names, made in (
         (
             ("singles", "pair 0"),
@@ -125,7 +125,7 @@ def test_plans_that_do_not_fit_are_refused(store):
     assert store.campaigns() == []
 
 
-def test_the_plan_shows_each_seed_once_and_checks_are_broken():
+def test_the_plan_shows_each_seed_once_and_checks_are_damaged():
     options = PairingOptions(pairs=20, single="scores", gold=4, training=2, first_seed=500)
     planned = plan_pairs(options, load_generator()).pairs
     assert all(pair.first == pair.second for pair in planned)

@@ -1,5 +1,5 @@
-"""Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places,
-nothing lost by absence.
+"""Assignments: determined by seed and name, in the requested shares, each pair as often as it has places, and
+none lost by absence.
 """
 
 import re

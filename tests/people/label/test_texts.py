@@ -1,4 +1,4 @@
-"""What the pages say in three languages: complete tables, and pages without a word of another language."""
+"""Texts of the pages in three languages: complete tables, and no page with words of another language."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def test_every_language_has_the_same_texts_with_the_same_placeholders(tables):
 
 
 def test_pages_name_texts_that_exist_and_no_text_is_left_over():
-    tags = Tags((STATIC / "index.html").read_text()).found
+    tags = Tags((STATIC / "index.html").read_text()).elements
     named = {
         attributes[key]
         for _, attributes in tags

@@ -137,7 +137,7 @@ def _conclusions(page) -> int:
     return text.split('<ul class="says">')[1].split("</ul>")[0].count("<li>")
 
 
-def test_both_generators_are_shaded_alike_and_other_weights_refused(pictured):
+def test_both_generators_are_shaded_alike_and_other_weights_rejected(pictured):
     design, _ = pictured
     changed = replace(design, b=replace(design.b, generator="0" * 64))
     with raising("<after>", "0" * 12, "after.safetensors"):

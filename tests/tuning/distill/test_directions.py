@@ -91,7 +91,7 @@ def test_perp_neg(made):
 
 
 class Listening:
-    """A reward that keeps what it is told."""
+    """A reward that records its prompts."""
 
     views = 1
     modality = "image"
@@ -99,15 +99,15 @@ class Listening:
 
     def __init__(self, view_prompts: bool):
         self.view_prompts = view_prompts
-        self.told = []
+        self.prompts = []
 
     def score(self, pixels, prompts):
-        self.told += prompts
+        self.prompts += prompts
         return pixels.flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("method", ["dreamreward", "dreamdpo", "rewardsds", "psd"])
-def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
+def test_a_reward_trained_with_the_side_gets_it(made, method):
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([100, 300, 500, 700])
     for view_prompts in (False, True):
@@ -117,6 +117,6 @@ def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
         )
         guidance(x, t, ["cup"] * 4, cameras(), 0)
         sides = ["cup, front view", "cup, side view", "cup, overhead view", "cup, back view"]
-        assert set(reward.told) == (set(sides) if view_prompts else {"cup"}) and reward.told[:4] == (
+        assert set(reward.prompts) == (set(sides) if view_prompts else {"cup"}) and reward.prompts[:4] == (
             sides if view_prompts else ["cup"] * 4
         )

@@ -180,8 +180,8 @@ def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
     )
     scene = bundled_scene(settings, CPU)
     work = scene.distillation(settings, Arm("best-of-n"), 0)
-    plain = scene.distillation(settings, Arm("sds"), 0).asset
-    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), plain.state_dict())
+    sds_asset = scene.distillation(settings, Arm("sds"), 0).asset
+    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), sds_asset.state_dict())
     for step in range(2):
         work.step(step)
     _, seen = work.look("views", 0)

@@ -1,5 +1,5 @@
 """Text to 3D on heads of people: assets are the generator's own shapes, the prior is of the head that a
-prompt names, and a reward on the density mends what pictures do not show.
+prompt names, and a reward on the density corrects errors that images do not show.
 """
 
 import json
@@ -66,19 +66,19 @@ def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_p
 def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
     # [H, K, 3, R, R]
     prior = heads.mixture(PROMPTS)
-    pictures = heads.modes((3, 4))
-    x = prior.encode(pictures[0])
+    images = heads.modes((3, 4))
+    x = prior.encode(images[0])
     named, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
     assert bool((named > other + 100).all())
     t = torch.full((len(x),), 100)
     noise = torch.zeros_like(x)
     cameras = heads.all_cameras().cameras[:, :16]
     mixed = NoiseSchedule(prior.alphas_cumprod).mix(x, noise, t)
-    seen, turned = (
+    seen, inverted = (
         prior.predict_noise(mixed, t, prior.embed([PROMPTS[0]] * len(x)), c)
         for c in (cameras, cameras.flip(0))
     )
-    assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
+    assert float(seen.abs().max()) < 1e-3 and float(inverted[0].abs().max()) > 0.1
     with raising("--prompt", "'a cube'"):
         check_heads(("a cube",), None, comparison=False)
 
@@ -142,9 +142,11 @@ def test_reward_and_judges_follow_its_sign(tmp_path):
     result = run("--show=0", "--jobs=1", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
     arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
-    kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
+    kept, inverted, dealt = (
+        arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random")
+    )
     for name in ("reward", "watching reward", "utility"):
         assert (
-            kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
+            kept[name]["ci95"][0] > 0 > inverted[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
         ), name
-    assert kept["error behind"]["mean"] < 0 < turned["error behind"]["mean"]
+    assert kept["error behind"]["mean"] < 0 < inverted["error behind"]["mean"]
