@@ -160,7 +160,7 @@ class StudyDesign:
     plan: tuple[str, ...] = PLAN
 
     def __post_init__(self):
-        # Equal weights: whatever people answer would be noise.
+        # With equal weights every answer would be noise.
         if self.a.generator == self.b.generator:
             weights = self.a.generator[:12]
             raise ValueError(
@@ -186,6 +186,7 @@ class StudyDesign:
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence}. Use 0.95.")
         try:
+            # A time without an offset would depend on the time zone of the server.
             valid = self.until is None or datetime.fromisoformat(self.until).tzinfo is not None
         except ValueError:
             valid = False
@@ -199,6 +200,7 @@ class StudyDesign:
     def latents(self) -> int:
         """Number of compared latents."""
         # The last latent may be answered by fewer annotators than the others.
+        return math.ceil(self.trials / self.annotators_per_pair)
 
     @property
     def share(self) -> int:
@@ -305,6 +307,7 @@ def read_design(path: str | Path, recorded: str | None = None) -> StudyDesign:
             f"{path}: expected the design with hash {(recorded or stamp)[:12]}..., but the file was changed"
             " after the study was designed. Restore it from a copy, or design a new study."
         )
+    # Fields that older designs do not have get their defaults.
     values = {field.name: content[field.name] for field in fields(StudyDesign) if field.name in content}
     values |= {
         "a": Contender(**content["a"]),
@@ -475,6 +478,7 @@ def read_sides(
         }
         for prompt, seed in common
     ]
+    # The digest of all files takes the place of the hash of weights.
     contenders = {
         side: Contender(
             label=folder.resolve().name, source=str(folder.resolve()), generator=_digest(rows, side)

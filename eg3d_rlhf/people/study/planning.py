@@ -73,6 +73,7 @@ def planned_trials(flags: Mapping, warn: Callable[[str], None]) -> "tuple[int, S
             raise
         warn(f"--n={flags['n']}: no number of trials has the required power ({error})")
         return flags["n"], None
+    # A smaller study is allowed: the user may not find enough annotators.
     if flags["n"] is not None and flags["n"] < size.trials:
         warn(
             f"--n={flags['n']}: showing a win rate of {flags['true_rate']:g} with power {flags['power']:g}"

@@ -259,8 +259,8 @@ def _doubts(analysis: dict) -> list[str]:
         sentences.append(
             f"Without exclusions the win rate is {percent(all_in['win_rate'])} ({percent(lo)} to"
             f" {percent(hi)})."
-            # The signs of both conclusions: 1 for b, -1 for a, 0 for none.
         )
+        # The signs of both conclusions: 1 for b, -1 for a, 0 for none.
         if len({(low > 0.5) - (high < 0.5) for low, high in (all_in["interval"], result["interval"])}) > 1:
             sentences.append("This leads to another conclusion: the result depends on the exclusions.")
     if sides["p_random"] < 0.001:
@@ -271,7 +271,7 @@ def _doubts(analysis: dict) -> list[str]:
     if sides["left_share"] is not None and not sides["left_ci"][0] <= 0.5 <= sides["left_ci"][1]:
         sentences.append(
             f"The annotators chose the left side in {percent(sides['left_share'])} of the decided trials."
-            " Because sides"
-            " are random, this favours neither generator; it moves the win rate towards one half."
+            " Because sides are random, this favours neither generator; it moves the win rate towards one"
+            " half."
         )
     return sentences

@@ -54,6 +54,7 @@ def mixture() -> GmmPrior:
         embeddings[prompt.text] = torch.full((2 * k,), _NEVER)
         # Modes 2 i and 2 i + 1 are the two solutions of prompt i.
         embeddings[prompt.text][2 * i : 2 * i + 2] = 0
+    # Modes [2 k, C, H, W] in the order of the logits.
     return GmmPrior(modes.repeat(2, 1, 1, 1), torch.tensor([_NARROW] * k + [_BROAD] * k), embeddings)
 
 
@@ -114,7 +115,7 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     return {
         **{name: torch.where(heads, share, torch.nan) for name, share in shares.items()},
         "preferred sides": torch.where(heads, torch.nan, emblem_sides(asset, prompts) / problem.SIDES),
-        "rms": -plausibility(asset)(prompts).double(),
+        "rms": -plausibility(asset)(prompts).double(),  # plausibility is minus the difference
     }
 
 

@@ -60,6 +60,7 @@ def check_boxes(
     """
     for text in prompts:
         box_prompts.prompt_of(text)
+    # Both kinds of prompts in turn, in the order of the default problem.
     chosen = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
     return chosen, assets or (box_prompts.SEEDS if comparison and not prompts else 1)
 
@@ -79,6 +80,7 @@ def check_heads(
 
 def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":
     """Open the bundled problem; its module imports PyTorch."""
+    # Checks of flags and --help run without PyTorch, so it is imported here.
     from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 
     return bundled_scene(settings, device)

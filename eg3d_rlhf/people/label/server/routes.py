@@ -160,7 +160,7 @@ def _work(router: APIRouter, context: Context) -> None:
         )
         # `training` is the only property of a pair that the page gets.
         shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
-        # Number of training pairs that are skipped because a shape cannot be prepared.
+        # Training pairs with a shape that cannot be prepared are skipped; the page shows their number.
         training = context.store.training(context.campaign.id)
         return JSONResponse(
             {

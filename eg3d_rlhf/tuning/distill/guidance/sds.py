@@ -30,16 +30,17 @@ class Sds(Guided):
         s = self.settings
         noise, x_t, _, prediction = d.noise_and_predict(s.samples, x, t, prompts, cameras, step)
         residuals = d.residuals(x, noise, t, x_t, prediction)
+        # K noises: [K, B, C, H, W] becomes [B, C, H, W].
         grad = residuals.mean(0)
         output = GuidanceOutput(grad=grad, terms={"sds_norm": d.compare(residuals, grad)["sds_norm"]})
         if s.image_loss:
             assert images is not None, "image_loss needs the rendered images"
-            # HiFA's weight is w a / s: s / a is the factor between a residual of the noise and one of the
-            # image.
+            # HiFA's weight is w a / s, because s / a converts a residual of the noise to one of the image.
             bar = d.schedule.alpha(t, images)
             weight = (
                 s.image_loss * d.schedule.weight(t, s.prior.weighting, images) * bar.sqrt() / (1 - bar).sqrt()
             )
+            # The gradient is the mean over one estimate per noise.
             decoded = [d.prior.decode(x0) for x0 in d.x0(x_t, prediction.guided(s.prior.guidance_scale), t)]
             output.image_grad = torch.stack(
                 [gradients.image_loss(images, estimate, weight) for estimate in decoded]

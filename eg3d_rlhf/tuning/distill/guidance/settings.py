@@ -113,6 +113,7 @@ class NoiseWeighting(Knobs):
         if self.strategy == "none":
             return scores.new_full(scores.shape, 1 / count)
         if self.strategy == "weighted":
+            # Scores are standardised by default, which fixes their scale for the softmax.
             return scores.softmax(0)
         # [K, N] indices, best first; stable, so that results do not depend on the sorting algorithm.
         order = scores.argsort(dim=0, descending=True, stable=True)

@@ -127,6 +127,7 @@ class LatentPrior:
             images = F.interpolate(
                 images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
             )
+        # The autoencoder expects images in -1..1.
         return self.scaling * self._each(lambda x: self.vae.encode(2 * x - 1).latent_dist.mean, images)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -162,6 +163,7 @@ class LatentPrior:
                     # One prompt at a time: the embedding of a prompt must not depend on the batch.
                     tokens = self.tokenize([prompt])[0].to(self.alphas_cumprod.device)
                     self._embedded[prompt] = self.text(tokens).last_hidden_state[0].float()
+        # [B, T, D]; a prompt may occur more than once.
         return torch.stack([self._embedded[prompt] for prompt in prompts])
 
     def predict_noise(
@@ -193,6 +195,7 @@ def meta_networks(folder: Path) -> Networks:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    # Shapes are enough to estimate the memory before gigabytes of weights are read.
     files = [existing(folder / part / "config.json", FLAG) for part in ("unet", "vae", "text_encoder")]
     with one_line(f"{FLAG}: {folder.name}", "Copy the folder again."):
         configs = [json.loads(file.read_text()) for file in files]
@@ -341,6 +344,7 @@ def mvdream_networks(
     config = unet_config(unet_state, who, LATENT_SIDE)
     # The encoder gives means and log variances, so its channels are twice those of latents.
     latent_numbers = shape_of(vae_state, "encoder.conv_out.weight", who, 4)[0]
+    # The first convolution of a level has its number of channels.
     levels = range(count(vae_state, "encoder.down."))
     widths = tuple(shape_of(vae_state, f"encoder.down.{i}.block.0.conv1.weight", who, 4)[0] for i in levels)
     text_config, text_state = _text(state, who)
@@ -396,8 +400,8 @@ def _text(state: Mapping[str, torch.Tensor], who: str) -> tuple[dict[str, Any], 
         "num_hidden_layers": layers,
         "hidden_act": act,
         "projection_dim": width,
-        "num_attention_heads": max(width // 64, 1),
-        "bos_token_id": vocabulary - 2,
+        "num_attention_heads": max(width // 64, 1),  # 64 channels per head in both published encoders
+        "bos_token_id": vocabulary - 2,  # CLIP's vocabulary ends with the start and the end token
         "eos_token_id": vocabulary - 1,
         "intermediate_size": shape_of(state_of_text, "text_model.encoder.layers.0.mlp.fc1.weight", who, 2)[0],
     }
@@ -487,6 +491,7 @@ def latent_costs(prior: LatentPrior, image_count: int, noises: int = 1) -> Costs
         return x, prior.predict_noise(x, t, torch.empty(batch, CLIP_TOKENS, width), cameras)
 
     def backward(x: torch.Tensor, out: torch.Tensor):
+        # Only the memory of the incoming gradient matters, not its values.
         return torch.autograd.grad(out, x, torch.empty_like(out))
 
     def encode():
