@@ -215,6 +215,7 @@ def undo(
     if target is not None:
         check_open(c, plan, target, now)
         values |= {"assignment_id": target.id, "takes_back": target.answered}
+        # The lease starts again, so the place is not released at once.
         c.execute(update(a).where(a.c.id == target.id).values(answered=None, undone=now, leased=now))
     c.execute(RECORD, values)
     return None if target is None else target.token
@@ -247,6 +248,7 @@ def _outcome(plan: Plan, assigned: Row, judgement: int, choice: Choice, duplicat
         return Submitted(judgement=judgement, duplicate=duplicate, reveal=names)
     pair = plan.pairs[assigned.pair_id]
     expected = expected_side(pair.expected, bool(assigned.first_is_left), plan.campaign.settings.mode)
+    # A skip is neither correct nor wrong.
     correct = None if expected is None or choice is Choice.SKIP else choice.meets(expected)
     return Submitted(
         judgement=judgement,
@@ -323,6 +325,7 @@ def tally(c: Connection) -> list[Row]:
 
     Returns: rows with campaign_id, name, judgements, last (time of receipt).
     """
+    # Joined by `answered`, so answers that were taken back are left out.
     figures = func.count().label("judgements"), func.max(j.c.received_at).label("last")
     query = select(j.c.campaign_id, annotators.c.name, *figures).join_from(a, j, j.c.id == a.c.answered)
     query = query.join(annotators, annotators.c.id == j.c.annotator_id).group_by(
@@ -376,6 +379,7 @@ def own_answers(
     for row in c.execute(OWN_ANSWERS, parameters):
         pair = plan.pairs[row.pair_id]
         choice = Choice(row.choice)
+        # The same sides as when it was shown.
         left, right = (pair.first, pair.second) if row.first_is_left else (pair.second, pair.first)
         answers.append(
             OwnAnswer(

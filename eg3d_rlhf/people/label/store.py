@@ -130,7 +130,7 @@ class Store:
             check_name(name, [LOCAL, *c.execute(select(annotators.c.name)).scalars()])
             c.execute(
                 insert(annotators).values(
-                    # Only the hash is stored: a copy of the database gives nobody access.
+                    # Only the hash is stored: a copy of the database gives no access.
                     name=name,
                     role=role,
                     token_hash=secret_hash(token),
@@ -323,6 +323,7 @@ class Store:
 
         Returns: the token of the assignment that is open again; None if there was nothing to take back.
         """
+        # As in `submit`, before the transaction takes its lock.
         judgements.check_text("key", key)
         plan = self._plan(campaign_id)
         with self.database.write((Lock.ANNOTATOR, annotator_id)) as c:
