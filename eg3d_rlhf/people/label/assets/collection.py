@@ -167,6 +167,7 @@ def _checked(
         )
     first: dict[tuple, Asset] = {}
     for asset in collection.assets:
+        # setdefault returns the first asset with this key.
         other = first.setdefault((asset.generator, asset.prompt, asset.seed), asset)
         if other is not asset:
             names = f"{other.path.name} and {asset.path.name}"
@@ -209,6 +210,7 @@ def _examined(collection: Collection, report: Callable[[str], None], lenient: bo
     ]
     for line in [*noted[:NOTED], *([f"and {len(noted) - NOTED} more"] if len(noted) > NOTED else [])]:
         report(line)
+    # The content of a file decides its kind, not its suffix.
     wrong = [path.name for path in images if examined[path].kind != "image"]
     wrong += [asset.path.name for asset in collection.assets if examined[asset.path].kind == "image"]
     if wrong:
@@ -234,7 +236,9 @@ def _from_folder(folder: Path) -> Collection:
     """Read a folder in one of its three layouts."""
     if (folder / RANKING).is_file():
         return _from_rankings({folder.name: folder / RANKING}, folder)
+    # Hidden folders, such as .git, are skipped.
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    # As soon as one folder has a list, folders without a list are ignored.
     ranked = {path.name: path / RANKING for path in folders if (path / RANKING).is_file()}
     if ranked:
         return _from_rankings(ranked, folder)
@@ -259,6 +263,7 @@ def asset_files(folder: Path, root: Path) -> list[Path]:
 
     Raises: ValueError for a link that leads out of `root`.
     """
+    # Sorted, because the order decides the seeds of the assets.
     paths = sorted(
         path
         for path in folder.iterdir()
