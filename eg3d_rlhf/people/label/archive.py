@@ -311,7 +311,7 @@ class _Import:
         # Leases begin at the import. `settle` counts the places that are taken when all rows are there.
         values = {**record, **linked, "campaign_id": self.campaigns[campaign], "leased": self.now, "taken": 0}
         self.waiting[name] = _checked(kept.table, values)
-        if kind == "shape" and campaign in self.learnt_from:
+        if kind == "shape" and campaign in self.trainable:
             # Held-out seeds must never train a reward. A blind study may contain them.
             refuse_held_out([record["seed"]], f"campaign {campaign}")
         self.new += kind == "judgement"

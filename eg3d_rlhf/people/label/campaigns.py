@@ -137,7 +137,7 @@ def _check(c: Connection, settings: CampaignSettings, planned: Sequence[PlannedP
             " that campaign."
         )
     if not planned:
-        raise ValueError(f"campaign {name}: expected at least one pair, got none. Plan at least one.")
+        raise ValueError(f"campaign {name}: expected pairs, got none. Plan at least one.")
     for position, pair in enumerate(planned):
         # A plan of single shapes repeats its shape in `second`; a plan of pairs never does.
         if (pair.first == pair.second) != (settings.mode is Mode.SINGLE):

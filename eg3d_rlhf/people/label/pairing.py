@@ -90,7 +90,8 @@ class PairingOptions(StrategyOptions):
         # A strategy chooses pairs, and single shapes have none to choose.
         if self.single and self.strategy != "random":
             raise ValueError(
-                f"--single cannot be combined with --strategy={self.strategy}. Remove one of the two."
+                f"--single cannot be combined with --strategy={self.strategy}. Remove one of the two, or use"
+                " --strategy=random."
             )
         if self.level is not None and not np.isfinite(self.level):
             raise ValueError(

@@ -198,8 +198,8 @@ def to_preference(row: JudgementRow) -> Preference:
         or right.degradation
     ):
         raise ValueError(
-            f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than the"
-            " seed, which labels cannot express. Use `label archive` to export complete judgements."
+            f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
+            " their seeds, which labels cannot express. Export complete judgements with --kind=judgements."
         )
     # For a tie the left shape stands in `winner`; `tie` says that it means nothing.
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
@@ -308,10 +308,10 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
                 " them."
             )
     # A misspelled name would otherwise give an empty result without an error.
-    names = {annotator.name for annotator in store.annotators()}
-    unknown = sorted(set(filters.annotators) - names)
+    annotators = {annotator.name for annotator in store.annotators()}
+    unknown = sorted(set(filters.annotators) - annotators)
     if unknown:
-        known = ", ".join(sorted(names)) or "none"
+        known = ", ".join(sorted(annotators)) or "none"
         raise ValueError(
             f"annotator: expected annotators of the store ({known}), got {', '.join(unknown)}. Name others."
         )

@@ -36,27 +36,27 @@ FORMAT = 1  # of the design's file
 _OUT = "Exclusions"  # title of the group of flags in the help
 TRAINING_PAIRS = len(SHAPE_DAMAGES)  # one for each kind of damage
 GOLD_PAIRS = 24  # more than an annotator is shown in most studies; after that, gold pairs are repeated
-# The pre-registered plan, which is stored in every design and printed in the report.
+# The pre-registered plan, which is stored in every design and printed in the report. It is part of the hash
+# of a design, so its text must not change: equal settings would give another hash than in version 0.1.
 PLAN = (
     (
         "The win rate is the mean score of b over the counted trials: 1 where b was preferred, 0 where a was;"
         " ties by `ties`."
     ),
     (
-        "Primary endpoint: the interval of the win rate that accounts for trials that share annotators and"
-        " latents"
-        " (two-way clustered variance, Wilson's form, t quantile). b differs from a if it excludes one half."
+        "Primary: the interval of the win rate that allows for trials sharing annotators and latents (two-way"
+        " clustered variance, Wilson's form, t quantile); b differs from a where it leaves out one half."
     ),
     (
-        "Reported in addition: Wilson's interval and the exact binomial test on decided trials, which treat"
-        " trials as independent; percentile bootstraps over annotators, over latents and over both."
+        "Beside it: Wilson's interval and the exact binomial test on decided trials, which take trials as"
+        " independent; percentile bootstraps over annotators, over latents and over both."
     ),
     (
-        "Trials are the first `trials` answers to pairs in order of receipt. Gold checks, training pairs"
-        " and answers that were taken back are not trials. A skipped pair uses up a trial and has no score."
+        "Trials are the first `trials` answers to pairs in order of receipt; gold checks, training and what"
+        " was taken back are not trials; skipped pairs use a trial up and have no score."
     ),
-    "Exclusions follow the rules written here and no others. The result without exclusions is reported, too.",
-    "The report is made once, after the stopping rule is met. Any earlier report is marked as interim.",
+    "Exclusions by the rules written here and no others; the result without them is shown beside.",
+    "The report is made once, after the stopping rule is met; what is looked at before is marked as interim.",
 )
 _out_knob = functools.partial(knob, group=_OUT, rare=True)
 
@@ -502,7 +502,9 @@ def check_files(design: StudyDesign) -> None:
     files = [(Path(row[side]["file"]), row[side]["hash"]) for row in design.assets for side in ("a", "b")]
     for (path, expected), examined in zip(files, reading.examine([path for path, _ in files]), strict=True):
         if examined.hash != expected:
-            raise ValueError(f"{path.name}: the file has changed since the study was designed. Restore it.")
+            raise ValueError(
+                f"{path.name}: the file has changed since the study was designed. Use the original file."
+            )
 
 
 def _digest(rows: list[dict], side: str) -> str:

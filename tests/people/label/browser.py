@@ -136,7 +136,7 @@ class Page:
         self.strangers: list[str] = []  # addresses of other hosts
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", self._watch)
+        self.page.on("request", self._record_request)
 
     def _record_request(self, request) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):

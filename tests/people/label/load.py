@@ -114,7 +114,7 @@ class Annotator:
                     pending = (await self._send("GET", "/api/assignments?count=3")).json()["assignments"]
                     assert pending, f"{self.name}: no pair left after {done} judgements"
                 await asyncio.sleep(self.rng.expovariate(1 / self.look))
-                await self._judge(pending.pop(0)["assignment"], f"{self.name}-{done}")
+                await self._submit_answer(pending.pop(0)["assignment"], f"{self.name}-{done}")
                 done += 1
 
     async def _submit_answer(self, assignment: str, key: str) -> None:
@@ -134,7 +134,7 @@ class Annotator:
             self.work.acknowledged[self.name, key] = choice
             self.work.duplicates += response.json()["duplicate"]
         else:
-            self.work.refused[response.status_code] += 1
+            self.work.rejected[response.status_code] += 1
 
     async def _send(
         self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs

@@ -297,8 +297,8 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
         assert progress["finished"] and progress["failed"] == failed
         if content != before:
             wrong = (
-                "the file that the campaign was planned with, got a changed one"
+                "the file has changed since the campaign was planned"
                 if content
-                else "a file, got: No such file"
+                else "the file cannot be opened: No such file"
             )
-            assert f"chair.glb: expected {wrong}" in progress["reason"]
+            assert f"chair.glb: {wrong}" in progress["reason"]

@@ -127,7 +127,7 @@ def test_a_tournament_goes_on_from_its_results(planned, db):
 
 def test_exposing_needs_an_annotator_and_says_that_tokens_are_compulsory(planned, db, tmp_path):
     result, served = planned("--pairs=5", "--host=0.0.0.0")
-    rejected(result, "--host=0.0.0.0", "tokens", "add-annotator NAME")
+    rejected(result, "--host=0.0.0.0", "token", "add-annotator NAME")
     assert served is None and not (tmp_path / "new").exists()
     assert len(run("add-annotator", "ann", f"--db={db}").stdout.strip()) >= 32
     result, (options, _, kwargs) = planned("--pairs=5", "--host=0.0.0.0")

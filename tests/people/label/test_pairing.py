@@ -132,7 +132,7 @@ def test_results_that_do_not_fit_are_rejected(strategy, result, names):
         ({"pool": 1.0}, ("pool", "2", "1.0")),
         ({"gold": -1}, ("gold", "-1")),
         ({"diversity": 1.5}, ("diversity", "1.5")),
-        ({"first_seed": 2**32 - 10}, ("first_seed=4294967286", "4294967295")),
+        ({"first_seed": 2**32 - 10}, ("--first-seed", "4294967286", "4294967295")),
         ({"triangles": 3}, ("triangles", "100", "3")),
         ({"training": -1}, ("training", "-1")),
         ({"rounds": 0}, ("rounds", "0")),

@@ -277,7 +277,7 @@ def _clean(path: Path, expected: str, degradation: str, seed: int, out: Path) ->
 def _check_hash(data: memoryview, path: Path, kind: str, expected: str) -> None:
     """Raise ChangedError if the file is not the one that the campaign was planned with."""
     if _hash(data, path, kind) != expected:
-        raise ChangedError("the file has changed since the campaign was planned. Restore it")
+        raise ChangedError("the file has changed since the campaign was planned. Use the original file")
 
 
 def _pack(data: memoryview, path: Path, kind: str, degradation: str, seed: int, out: Path) -> None:
