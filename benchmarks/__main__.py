@@ -18,7 +18,9 @@ _what_option = functools.partial(option, group="What")
 
 
 @click.command(
-    cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140}
+    cls=GroupedCommand,
+    job="python -m benchmarks",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 140},
 )
 @_what_option(
     "--rows",
@@ -69,7 +71,7 @@ _what_option = functools.partial(option, group="What")
     ),
 )
 @_results_option(
-    "--out",
+    "--outdir",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
     default=RESULTS,
@@ -89,7 +91,7 @@ def main(
     device: str,
     threads: int,
     memory: bool | None,
-    out: Path,
+    outdir: Path,
     compare: Path | None,
     **how,
 ) -> None:
@@ -114,7 +116,7 @@ def main(
     torch.set_num_threads(threads)
     old = None if compare is None else report.read(compare)  # before anything is written over it
     measured = not how["quick"] if memory is None else memory
-    options = Options(device=device, out=out, **how, **({} if measured else {"meter": None}))
+    options = Options(device=device, out=outdir, **how, **({} if measured else {"meter": None}))
     results, failures = run(rows, options)
     click.echo(report.markdown(results))
     worse = report.regressions(old, results) if old is not None else []

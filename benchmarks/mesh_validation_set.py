@@ -2,8 +2,8 @@
 about so many triangles each.
 
 Example:
-    python benchmarks/mesh_validation_set.py runs/census-set --count=500 &&
-        time eg3d-rlhf check-assets runs/census-set --out=runs/census
+    python benchmarks/mesh_validation_set.py runs/mesh-set --count=500 &&
+        time eg3d-rlhf check-assets runs/mesh-set --outdir=runs/mesh-validation
 """
 
 from pathlib import Path

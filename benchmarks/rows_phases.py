@@ -190,10 +190,12 @@ def published_iteration(device: str, tiny: bool) -> Case:
     nets.G.requires_grad_(True)
     generator = of(nets.G)
     reference = of(nets.G_ema)
-    cube = SlabSpec.of(generator.bounds, 16 if tiny else config.anchor_resolution)
+    cube = SlabSpec.of(generator.bounds, 16 if tiny else config.consistency_resolution)
 
     def density(generator: Generator, z: torch.Tensor) -> torch.Tensor:
-        ws = generator.mapping(z, batch.gen_c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+        ws = generator.mapping(
+            z, batch.gen_c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF
+        )
         return generator.field(ws).density_grid(cube)
 
     def run() -> Outcome:

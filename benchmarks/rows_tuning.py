@@ -6,17 +6,18 @@ Letters: A assets, N voxels per edge.
 
 import copy
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.random_flows import RandomConditions, Size, build_stage
 from benchmarks.rows import Case, Outcome, Row, Target
 from eg3d_rlhf.generators.assets.grids import Voxels
 from eg3d_rlhf.generators.assets.views import DISTANCE, FourViews, evenly_around, nearness
 from eg3d_rlhf.models.lora import add_lora, lora_parameters
 from eg3d_rlhf.models.lora_settings import LoraConfig
+from eg3d_rlhf.models.trellis.flows import LatentFlow, LatentFlowConfig, StructureFlow, StructureFlowConfig
 from eg3d_rlhf.rewards import box_prompts
 from eg3d_rlhf.rewards.meshes.model import EncoderOptions, RewardCS
 from eg3d_rlhf.rewards.meshes.patches import MeshReader, PatchOptions
@@ -24,6 +25,7 @@ from eg3d_rlhf.rewards.meshes.surfaces import cube
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
 from eg3d_rlhf.tuning.distill.guidance.geometry import MeshGeometry
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
+from eg3d_rlhf.tuning.flow.base.stage import DenseGrid, FlowStage, SparseVoxels
 from eg3d_rlhf.tuning.flow.families.folder import return_freed_memory
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import Updates
@@ -38,6 +40,61 @@ VIEWS = 4
 _FROM = 40
 _STEPS = 20
 _NO_WEIGHT = 1e-25
+# of TRELLIS's flows with random weights: channels of a latent; of CLIP's text; channels per head
+CHANNELS = 8
+TOKENS = 77
+EMBEDDING = 768
+HEAD = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured; the defaults are TRELLIS text-large."""
+
+    stage: str
+    voxels: int = 8000  # of each latent of the second stage
+    blocks: int = 24
+    width: int = 1024  # a multiple of HEAD
+    grid: int = 0  # points per axis of the latent; 0: 16 of the first stage, 64 of the second
+    device: str = "cpu"
+
+    @property
+    def points(self) -> int:
+        return self.grid or (16 if self.stage == "structure" else 64)
+
+
+class RandomConditions:
+    """As much of a pipeline as an update asks for: tokens by name."""
+
+    def conditions(self, names, stage: str) -> torch.Tensor:
+        return torch.stack(
+            [
+                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i))
+                for i in range(len(names))
+            ]
+        )
+
+
+def build_stage(size: Size) -> FlowStage:
+    """The flow with random weights, on its device."""
+    common: dict[str, Any] = dict(
+        resolution=size.points,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        model_channels=size.width,
+        cond_channels=EMBEDDING,
+        num_blocks=size.blocks,
+        num_head_channels=HEAD,
+        qk_rms_norm=True,
+        use_checkpoint=True,
+    )
+    with torch.device(size.device):
+        if size.stage == "structure":
+            model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
+        else:
+            model = LatentFlow(LatentFlowConfig(patch_size=2, io_block_channels=(size.width // 8,), **common))
+    kind = SparseVoxels if size.stage == "latent" else DenseGrid
+    return FlowStage(name=size.stage, model=model, latents=kind(channels=CHANNELS, resolution=size.points))
 
 
 def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:

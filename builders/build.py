@@ -17,7 +17,7 @@ from training.storage import write_atomic
 
 ROOT = ASSETS.parent
 RUNS = ROOT / "runs" / "assets"
-WATCH_LABELS = RUNS / "labels-watch.jsonl"
+WATCH_LABELS = RUNS / "labels-heldout.jsonl"
 WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
 
 
@@ -63,18 +63,18 @@ def build_rewards() -> None:
     at once.
     """
     commands = []
-    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-watch", 1, WATCH_LABELS)):
+    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, WATCH_LABELS)):
         shutil.rmtree(RUNS / name, ignore_errors=True)
         given = (
             f"--labels={source}",
             f"--seed={seed}",
             f"--set=split_seed={seed}",
-            f"--out={RUNS / name}",
+            f"--run-dir={RUNS / name}",
             f"--cache={RUNS / name}-slabs",
         )
         commands.append(("reward", "train", *given))
     run(*commands, OMP_NUM_THREADS="1")
-    for name in ("reward", "reward-watch"):
+    for name in ("reward", "reward-heldout"):
         for suffix in (".safetensors", ".json"):
             shutil.copyfile(RUNS / name / f"reward{suffix}", ASSETS / f"{name}{suffix}")
 
@@ -88,7 +88,7 @@ def build_control() -> None:
     record, settings = (
         json.loads((newest / name).read_text()) for name in ("summary.json", "training_options.json")
     )
-    of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
+    of_machine = ("reward_ckpt", "heldout_reward", "versions", "launch")
     record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
     write_atomic(
         ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()

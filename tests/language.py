@@ -126,14 +126,12 @@ class Source:
 
     def full_line_comments(self) -> list[tokenize.TokenInfo]:
         """Return comments inside functions that have a line of their own."""
-        spans = [
-            (node.body[0].lineno, node.end_lineno) for node in ast.walk(self.tree) if isinstance(node, SCOPES)
-        ]
+        spans = [(node.lineno, node.end_lineno) for node in ast.walk(self.tree) if isinstance(node, SCOPES)]
         return [
             token
             for token in self.comments
             if token.line.strip().startswith("#")
-            and any(first <= token.start[0] <= last for first, last in spans)
+            and any(first < token.start[0] <= last for first, last in spans)
         ]
 
 

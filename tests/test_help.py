@@ -44,11 +44,11 @@ NEEDED = {
     "check-assets": "{folder}",
     "flow new": "{out} --pipeline=toy",
     "flow tune": "{work}",
-    "flow export": "{out} --out={out}-exported",
+    "flow export": "{out} --outdir={out}-exported",
     "report evaluate": "--after={tuned}",
     "report attribute": "--after={tuned}",
     "report embed": "--after={tuned}",
-    "report pictures": "--run={run}",
+    "report images": "--run={run}",
     "report method": "--run={folder} --out={out}.svg",
     "generator convert": "{network} --out={out}.safetensors",
     "generator invert": "--latents=1",
@@ -64,7 +64,7 @@ NEEDED = {
         for noun in ("label", "study")
         for verb in ("add-annotator", "new-token", "revoke")
     },
-    **{f"flow {verb}": "{out}" for verb in ("draw", "label", "study", "check")},
+    **{f"flow {verb}": "{out}" for verb in ("sample", "label", "study", "check")},
 }
 # Where --dry-run prints a flag under another name, and which place counts where it prints several.
 NAMES = {"psi": "trunc", "cutoff": "trunc_cutoff", "compare": "arms"}
@@ -77,8 +77,8 @@ PLACES = {
     "flow tune": ("circular/human/dpo", "circular/human/lora", "circular/human", "circular"),
 }
 PATHS = {
-    "judge_batch": "judging/batch",
-    "table_noises": "judging/per_condition",
+    "evaluation_batch": "evaluation/batch",
+    "table_noises": "evaluation/per_condition",
     "loop_pairs": "circular/loop_pairs/per_pair",
     "loop_beta": "circular/loop/dpo/beta",
     "loop_loser_weight": "circular/loop/dpo/loser_weight",
@@ -90,7 +90,7 @@ PATHS = {
 FOLLOWS: dict[str, Callable[[Any], Any]] = {
     "tune": lambda record: "lora" if next(anywhere(record, "targets"), None) else "full",
     "lora_targets": lambda record: next(anywhere(record, "targets"), None),
-    "seeds": lambda record: len(record["training_seeds"]) or 3,  # what --ablate takes
+    "seeds": lambda record: tuple(record["training_seeds"]) or None,
     "choose_noises": lambda record: (record.get("circular", record)["choosing"] or {"per_condition": 0})[
         "per_condition"
     ],
@@ -109,12 +109,12 @@ RULES: dict[tuple[str, str], Callable[[str, Any], bool]] = {
     ("report sweep", "train_flags"): lambda shown, value: shown == '""' and value == ["--device=auto"],
     # of the bundled generator
     **{(job, "data"): lambda shown, value: value == DATA for job in OF_BUNDLED},
-    ("report evaluate", "reward_watch"): lambda shown, value: "bundled" in shown and len(value) == 64,
+    ("report evaluate", "heldout_reward"): lambda shown, value: "bundled" in shown and len(value) == 64,
     ("report attribute", "regions"): lambda shown, value: value in shown,
     ("report attribute", "psi"): lambda shown, value: f"{value:g}" in shown,
-    ("report pictures", "out"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
+    ("report images", "outdir"): lambda shown, value: shown == "the run folder" and value.endswith("run"),
     ("study", "access_log"): lambda shown, value: shown.startswith("runs/study/") and value is None,
-    **{(f"report {job}", "jobs"): lambda shown, value: value >= 2 for job in ("proof", "zoo")},
+    **{(f"report {job}", "jobs"): lambda shown, value: value >= 2 for job in ("controlled-study", "rewards")},
 }
 
 
@@ -131,7 +131,7 @@ BESIDE = {
     "train --mode=distill": ("--method=sds", "--prior=heads", "--prior=bundled-unet --steps=50"),
     "train --mode=reward": ("--preset=paper", "--observation=points", "--members=3"),
     "train --mode=circular-dpo": ("--beta=50", "--loss=dro --steps=7", "--tune=full"),
-    "train --mode=online": ("--seeds=4 --seed=3",),
+    "train --mode=online": ("--seeds=3,4 --seed=3",),
     "train --mode=offline": ("--tune=full",),
     "samples sheet": ("--psi=0.5",),
 }

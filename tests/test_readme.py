@@ -19,16 +19,16 @@ from tests.tools.examples import arguments_of
 SMALL = {
     "import": ["--latents=0"],
     "train.py": ["--kimg=0.002", "--batch=2", "--tick=0.001", "--no-summary", "--device=cpu"],
-    "evaluate.py": ["--only=reward-shift", "--n=16", "--set=images=16", "--out=report"],
+    "evaluate.py": ["--only=reward-shift", "--n=16", "--set=images=16", "--outdir=report"],
     "attribute.py": [
         "--n=2",
         "--method=permutation",
         "--set=permutations=2",
         "--set=steps=2",
         "--set=gap_bound=1000",
-        "--set=draws=2",
+        "--set=randomisations=2",
         "--set=checked=1",
-        "--out=why",
+        "--outdir=why",
     ],
 }
 

@@ -214,9 +214,9 @@ def test_heavy_packages_are_imported_inside_functions():
 def test_only_judges_read_the_shape_features():
     features = "eg3d_rlhf.measures.shape_features"
     readers = {name for name, found in needs().items() if features in found}
-    assert readers == {f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "judges", "proof")} | {
-        "builders.shapes"
-    }
+    assert readers == {
+        f"eg3d_rlhf.evaluation.{name}" for name in ("heads", "heldout_evaluators", "controlled_study")
+    } | {"builders.shapes"}
     learners = ("preferences", "rewards", "tuning", "people")
     reached = {name for name in modules() if name.startswith(tuple(f"eg3d_rlhf.{room}" for room in learners))}
     front = {"eg3d_rlhf"}  # its names are imported when somebody outside asks for them

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.rewards import training_run
-from eg3d_rlhf.tuning.gan import heldout_metrics as watch
+from eg3d_rlhf.tuning.gan import heldout_metrics as monitor
 from eg3d_rlhf.tuning.gan import rounds
 from tests import tiny_runs
 from training import networks
@@ -29,7 +29,7 @@ FLAGS = (
     "--no-summary",
     "--reward-shaping=none",
     "--reward-clip=-10,10",
-    "--anchor-gate=1",
+    "--consistency-gate=1",
 )
 
 
@@ -49,7 +49,7 @@ def write_networks(path: Path) -> Path:
 
 def flags(init: Path, watch: Path, outdir: Path, *more: str) -> list[str]:
     """Of a run of two rounds."""
-    return tiny_runs.train_flags(Path(DATA), init, outdir, f"--reward-watch={watch}", *FLAGS, *more)
+    return tiny_runs.train_flags(Path(DATA), init, outdir, f"--heldout-reward={watch}", *FLAGS, *more)
 
 
 def ledger_of(folder: Path) -> list[dict]:
@@ -65,4 +65,4 @@ def coarse(setattr=setattr) -> None:
     small = dataclasses.replace(training_run.preset("tiny"), observe={"resolution": 24})
     setattr(training_run, "preset", lambda *_: small)
     setattr(rounds, "AnnotationOptions", functools.partial(rounds.AnnotationOptions, resolution=16))
-    setattr(watch, "JUDGE_RESOLUTION", 16)
+    setattr(monitor, "ORACLE_RESOLUTION", 16)

@@ -10,7 +10,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 # titles under which --help lists flags
@@ -105,6 +105,12 @@ def _given(kind: typing.Any, values: Mapping) -> dict[str, typing.Any]:
     return given
 
 
+def check_choice(who: str, value: str, known: Collection[str]) -> None:
+    """Raise ValueError, naming `who`, for a value that is not known."""
+    if value not in known:
+        raise ValueError(f"{who}: expected one of {', '.join(known)}, got {value!r}. Choose one of them.")
+
+
 def check_knobs(settings: typing.Any) -> None:
     """Apply the ranges and choices of a settings object's own knobs; for its __post_init__.
 
@@ -117,11 +123,9 @@ def check_knobs(settings: typing.Any) -> None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name}: expected a finite number, got {value}. Set it.")
-        if k.choices is not None and value not in k.choices:
+        if k.choices is not None:
             flag = f"--set {field.name}" if k.rare else "--" + (k.name or field.name).replace("_", "-")
-            raise ValueError(
-                f"{flag}: expected one of {', '.join(k.choices)}, got {value!r}. Choose one of them."
-            )
+            check_choice(flag, value, k.choices)
         limits = (
             (k.low, ">=", operator.ge),
             (k.high, "<=", operator.le),

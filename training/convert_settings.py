@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from training.config import check_choice
+
 TRANSFORMS = ("center-crop", "center-crop-wide")
 
 
@@ -16,13 +18,9 @@ class ConvertOptions:
     labels: str = "check"  # 'check': all images or none have a label; 'drop': write none
 
     def __post_init__(self) -> None:
-        if self.transform is not None and self.transform not in TRANSFORMS:
-            raise ValueError(
-                f"--transform: expected one of {', '.join(TRANSFORMS)}, got {self.transform!r}. Choose one of"
-                " them."
-            )
-        if self.labels not in ("check", "drop"):
-            raise ValueError(f"--labels: expected check or drop, got {self.labels!r}. Choose one of them.")
+        if self.transform is not None:
+            check_choice("--transform", self.transform, TRANSFORMS)
+        check_choice("--labels", self.labels, ("check", "drop"))
         if (
             self.resolution is not None
             and min(self.resolution) < 1

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import grid_sample
 
+from training.config import check_choice
 from training.layers import Conv2dLayer, MappingNetwork
 from training.rendering.renderer import ImportanceRenderer, MipRayMarcher2
 from training.synthesis import SynthesisNetwork, ToRGBLayer
@@ -171,10 +172,7 @@ class FeatureDecoder(OSGDecoder):
     def __init__(self, n_features: int, options: dict):
         super().__init__(n_features, options)
         self.activation = options["decoder_activation"]
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"decoder_activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}."
-            )
+        check_choice("decoder_activation", self.activation, ACTIVATIONS)
 
     def decode(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """See `OSGDecoder`."""

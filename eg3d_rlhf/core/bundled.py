@@ -6,7 +6,7 @@ GENERATOR = ASSETS / "generator.safetensors"  # G, D and G_ema that learnt scans
 # pictures that D sees and image distances compare with: rendered once, in under 25 seconds on 2 cores
 DATA = "synthetic:people64@n=1500"
 REWARD = ASSETS / "reward.safetensors"  # trained on the bundled labels; its description beside it
-WATCH = ASSETS / "reward-watch.safetensors"  # second reward, for the over-optimisation watch
+WATCH = ASSETS / "reward-heldout.safetensors"  # second reward, for the over-optimisation watch
 # the small learned prior of score distillation (builders/view_prior.py)
 VIEW_PRIOR = ASSETS / "view-prior.safetensors"
 CONTROL = ASSETS / "control-summary.json"  # summary of the lambda_r = 0 run

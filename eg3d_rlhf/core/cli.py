@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import click
 from click.core import ParameterSource
 
+from eg3d_rlhf.core import renamed
 from training.config import knobs_of
 from training.storage import ASSETS as ASSETS
 
@@ -105,6 +106,14 @@ class GroupedOption(click.Option):
         self.field = field
         super().__init__(*args, **kwargs)
 
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert as click does, after rejecting a value that version 0.1 named otherwise."""
+        job = getattr(ctx.command, "job", "")
+        if isinstance(value, (str, tuple, list)) and not ctx.resilient_parsing:
+            with user_errors():
+                check_value(job, self.opts[0], value)
+        return super().type_cast_value(ctx, value)
+
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Return click's notes, with the value that this command resolves to as the default."""
         extra = super().get_help_extra(ctx)
@@ -145,6 +154,20 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
         ctx.exit()
 
 
+def check_value(job: str, flag: str, value: str | Sequence[Any]) -> None:
+    """Raise ValueError for a value that version 0.1 named otherwise, or meant otherwise.
+
+    Args: job: words of the command; value: of one flag, or those of one that was given several times.
+    """
+    for text in (value,) if isinstance(value, str) else value:
+        if not isinstance(text, str):
+            continue
+        if (names := renamed.new_value(job, flag, text)) is not None:
+            raise ValueError(f"{flag}={text}: {names[0]} is named {names[1]} now. Use {names[1]}.")
+        if flag == "--seeds":
+            renamed.check_seeds(job, text)
+
+
 class GroupedCommand(click.Command):
     """Lists options under their groups and turns users' errors (ValueError, OSError) into one line and exit
     code 2.
@@ -155,11 +178,14 @@ class GroupedCommand(click.Command):
 
     `resolved` gives what the parameters beside --help resolve to, see `HelpValues`: the defaults that are
     shown are then the values that this command uses.
+
+    Args: job: words of the command in `core.renamed`, where a flag of it had another name in version 0.1.
     """
 
     resolved: Callable[[click.Context], Iterable[object]] | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, job: str = "", **kwargs: Any) -> None:
+        self.job = job
         common = {
             "token_normalize_func": _with_dashes,
             "help_option_names": ["-h", "--help"],
@@ -211,6 +237,7 @@ class GroupedCommand(click.Command):
             ctx.resilient_parsing |= wanted  # nothing is required, and no callback ends the command
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            self._reject_renamed(error.option_name)
             self._name_rare(error)
             raise
         if self.rare and not completing:
@@ -227,6 +254,13 @@ class GroupedCommand(click.Command):
         ctx.meta[ALL] = bool(given.get("help_all"))
         help_option = self.get_help_option(ctx)
         return ctx.meta[ALL] or help_option is not None and bool(given.get(help_option.name))
+
+    def _reject_renamed(self, typed: str) -> None:
+        """Exit with the present name of a flag or of a rare setting, "--set name", that version 0.1 had."""
+        known = {name: parameter for parameter in self.params for name in parameter.opts}
+        if (now := renamed.new_flag(self.job, typed, known)) is not None:
+            with user_errors():
+                raise ValueError(f"{typed}: is named {now} here. Use {now}.")
 
     def _name_rare(self, error: click.NoSuchOption) -> None:
         """Raise the error of a flag that is, or is nearly, the name of a rare setting."""
@@ -294,10 +328,15 @@ class GroupedCommand(click.Command):
             values[name] = [*values.get(name, ()), value] if several else value
         for name, value in values.items():
             if name not in options:
+                self._reject_renamed(f"--set {name}")
                 near = difflib.get_close_matches(name, options, n=1)
                 meant = f"Did you mean {near[0]}? " if near else ""
                 raise ValueError(
                     f"--set, --settings: expected a setting, got {name!r}. {meant}--dry-run prints them all."
+                )
+            if isinstance(value, str):
+                check_value(
+                    self.job, f"--set {name}" if name in self.rare else f"--{_with_dashes(name)}", value
                 )
             nargs = getattr(options[name], "nargs", 1)
             value = value.split() if nargs > 1 and isinstance(value, str) else value
@@ -449,6 +488,17 @@ def numbers_of(flag: str, text: str, kind: type[float] = float) -> list[Any]:
             f"{flag}: expected numbers with commas between them, such as 0,1,10, got {text!r}. Correct the"
             " list."
         ) from None
+
+
+def seeds_of(flag: str, text: str) -> tuple[int, ...]:
+    """Return the training seeds of a comma-separated list, each once.
+
+    Raises: ValueError naming the flag, for an empty list and for a negative seed.
+    """
+    seeds = tuple(dict.fromkeys(numbers_of(flag, text, int)))
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"{flag}: expected training seeds >= 0 with commas, such as 0,1,2, got {text!r}.")
+    return seeds
 
 
 @contextlib.contextmanager

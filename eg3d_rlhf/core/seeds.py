@@ -42,11 +42,11 @@ class HeldOut:
 
 
 LATENTS = HeldOut("latents", 200_000, 10_000, "reports, and a run's summary (the first 100)", moved=True)
-JUDGE = HeldOut(
-    "judge",
+EVALUATION = HeldOut(
+    "evaluation",
     210_000,
     200,
-    "a run's summary (judged pairs; pictures and meshes), pictures of reports",
+    "a run's summary (oracle-labelled pairs; images and meshes), images of reports",
     moved=True,
 )
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
@@ -58,7 +58,7 @@ IMAGES = HeldOut(
     "distances to the data, in reports and a run's summary (the first 500)",
     moved=True,
 )
-WATCH = HeldOut("watch", 300_000, 32, "the watch for over-optimisation, during tuning")
+MONITOR = HeldOut("monitor", 300_000, 32, "the monitor for over-optimisation, during tuning")
 CALIBRATION = HeldOut(
     "calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning"
 )
@@ -66,7 +66,7 @@ STANDARDISATION = HeldOut(
     "standardisation",
     505_000,
     200,
-    "reward phase and inversions: mean and deviation of the standardised reward",
+    "reward phase and inversions: mean and standard deviation of the standardised reward",
 )
 SCALES = HeldOut(
     "scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning"
@@ -81,17 +81,19 @@ ALIGNMENT = HeldOut(
     "scores across generators: where shapes lie, scale of density, what the reward knows",
 )
 INVERSION = HeldOut(
-    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --seeds)"
+    "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --latents)"
 )
 DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on heads of people starts from")
-VALIDATION = HeldOut("validation", 590_000, 100, "the choice of filters and settings, before a proof")
+VALIDATION = HeldOut(
+    "validation", 590_000, 100, "the choice of filters and settings, before a controlled study"
+)
 HELD_OUT = (
     LATENTS,
-    JUDGE,
+    EVALUATION,
     GEOMETRY,
     SHAPES,
     IMAGES,
-    WATCH,
+    MONITOR,
     CALIBRATION,
     STANDARDISATION,
     SCALES,

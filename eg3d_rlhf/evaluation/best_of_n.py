@@ -1,7 +1,7 @@
-"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what a judge
-thinks of it.
+"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what an
+evaluator thinks of it.
 
-The more samples a reward chooses among, the more it chooses by its mistakes: the judge's mean rises,
+The more samples a reward chooses among, the more it chooses by its mistakes: the evaluator's mean rises,
 flattens, and falls (Gao et al. 2022, arXiv 2210.10760). Choosing the best of n moves the samples by KL = log
 n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other measure follows d (alpha - beta d), which peaks
 at d* = alpha / (2 beta).
@@ -24,7 +24,7 @@ from eg3d_rlhf.core.cli import choose_device, file_hash, naming
 from eg3d_rlhf.core.seeds import BEST_OF_N
 from eg3d_rlhf.evaluation.comparison import judged_by_annotator
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.experiments import pages, style
+from eg3d_rlhf.experiments import pages, style, version_0_1
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job, seed_range, write_page
 from eg3d_rlhf.generators import LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.aggregates import AVERAGE, KINDS, Aggregate
@@ -49,23 +49,24 @@ def chances(total: int, n: int) -> np.ndarray:
     return n / total * np.concatenate([[1.0], falling])[::-1]
 
 
-def best_of(reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """Expected judge's value of the best of n by the reward, for every n: exact over all subsets of the
-    latents.
+def best_of(reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Compute the evaluator's expected value of the best of n by the reward, for every n: exact over all
+    subsets of the latents.
 
-    Args: reward, judge [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the judge's mean, n = N the value
+    Args: reward, evaluator [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the evaluator's mean, n = N
+    the value
         of the top latent.
     """
-    ranked = by_rank(reward, judge)[1]
+    ranked = by_rank(reward, evaluator)[1]
     return np.array([chances(len(ranked), n) @ ranked for n in numbers])
 
 
-def by_rank(reward: np.ndarray, judge: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents in ascending order of reward [N], and their judge's values in that order, those of equal
+def by_rank(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Latents in ascending order of reward [N], and the evaluator's values in that order, those of equal
     rewards averaged.
     """
     _, place, count = np.unique(reward, return_inverse=True, return_counts=True)
-    return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, judge) / count, count)
+    return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, evaluator) / count, count)
 
 
 def divergence_of(numbers: Sequence[int]) -> np.ndarray:
@@ -95,10 +96,10 @@ def number_at(distance: float) -> float:
 
 
 def resampled(
-    reward: np.ndarray, judge: np.ndarray, numbers: Sequence[int], counts: np.ndarray
+    reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int], counts: np.ndarray
 ) -> np.ndarray:
     """`best_of` over resamples of the latents: counts [B, N], how often each latent was drawn -> [B, T]."""
-    order, ranked = by_rank(reward, judge)
+    order, ranked = by_rank(reward, evaluator)
     table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
     return np.stack([table @ np.repeat(ranked, drawn[order]) for drawn in counts])
 
@@ -116,7 +117,7 @@ class Trial:
 
     generator: LoadedGenerator
     rewards: Mapping[str, tuple[Reward, str]]  # by name: a reward with its file's SHA-256
-    judge: tuple[Reward, str] | None  # None: the annotator's noise-free utility
+    evaluator: tuple[Reward, str] | None  # None: the annotator's noise-free utility
     n: int = 4096  # latents
     most: int = 512  # the largest number to choose among
     psi: float = 1.0
@@ -140,11 +141,11 @@ class Trial:
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
-        judge = {} if self.judge is None else {"judge": self.judge[1]}
+        evaluator = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
             "generator": self.generator.hash,
             **{name: digest for name, (_, digest) in self.rewards.items()},
-            **judge,
+            **evaluator,
         }
 
     def facts(self) -> Facts:
@@ -192,11 +193,11 @@ def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, n
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Every latent's scores by all single arms, and the judge's value, in one pass."""
+    """Every latent's scores by all single arms, and the evaluator's value, in one pass."""
     generator = trial.generator.generator
     single, _ = arms(trial)
     scores: dict[str, list[float]] = {name: [] for name in single}
-    judged: list[float] = []
+    evaluated: list[float] = []
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(
         total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
@@ -204,20 +205,20 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
         for start, part in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
             field = generator.field(part)
             seen = dict[Observation, torch.Tensor]()
-            for name, reward in (*single.items(), *([("", trial.judge[0])] if trial.judge else [])):
+            for name, reward in (*single.items(), *([("", trial.evaluator[0])] if trial.evaluator else [])):
                 kind = reward.observation
                 if kind not in seen:
                     seen[kind] = kind.observe(field)
-                (scores[name] if name else judged).extend(reward.score_observed(seen[kind]).tolist())
-            if trial.judge is None:
-                judged += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
+                (scores[name] if name else evaluated).extend(reward.score_observed(seen[kind]).tolist())
+            if trial.evaluator is None:
+                evaluated += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
             bar.update(len(part))
-    columns = {**scores, "judge": judged}
+    columns = {**scores, "evaluator": evaluated}
     rows = [
         {"seed": seed, **{name: column[i] for name, column in columns.items()}}
         for i, seed in enumerate(trial.seeds)
     ]
-    return Finding(facts=trial.facts(), data={"scores": scores, "judge": judged}, rows=rows)
+    return Finding(facts=trial.facts(), data={"scores": scores, "evaluator": evaluated}, rows=rows)
 
 
 def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
@@ -225,9 +226,9 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     single, joined = arms(trial)
     known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}
     values = {**known, **{name: join(known) for name, join in joined.items()}}
-    judge = np.asarray(scores.data["judge"])
+    evaluator = np.asarray(scores.data["evaluator"])
     numbers = trial.numbers
-    deviation = float(judge.std()) or 1.0
+    scale = float(evaluator.std()) or 1.0
     distance = np.sqrt(divergence_of(numbers))
     random = np.random.default_rng(0)
     counts = np.stack(
@@ -237,10 +238,10 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     last = {}
     rows = []
     for name, reward in values.items():
-        exact = best_of(reward, judge, numbers)
-        draws = resampled(reward, judge, numbers, counts)
-        gain = (exact - exact[0]) / deviation
-        gains = (draws - draws[:, :1]) / deviation
+        exact = best_of(reward, evaluator, numbers)
+        draws = resampled(reward, evaluator, numbers, counts)
+        gain = (exact - exact[0]) / scale
+        gains = (draws - draws[:, :1]) / scale
         alpha, beta = fit(distance, gain)
         fits = fit(distance, gains)
         own = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
@@ -261,7 +262,7 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
         }
         last[name] = gain[-1], gains[:, -1]
         rows += [
-            {"arm": name, "n": n, "judge": float(exact[t]), **steps[t], "reward": float(own[t])}
+            {"arm": name, "n": n, "evaluator": float(exact[t]), **steps[t], "reward": float(own[t])}
             for t, n in enumerate(numbers)
         ]
     data = {
@@ -279,8 +280,8 @@ def _finite(value: float) -> float | None:
 
 
 def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
-    """What each aggregate's last gain is above that of the best member, which the judge itself has picked,
-    and of the mean member.
+    """What each aggregate's last gain is above that of the best member, which the evaluator itself has
+    picked, and of the mean member.
     """
     rows = []
     for name in joined if single else ():
@@ -312,39 +313,34 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
             where = f"peak of the fit at d = {at:.2f} [{ends[0]}, {ends[1]}], n = {number_at(at):.0f}"
         gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
         says.append(
-            f"{name}: the best of {most} is {gain} of the judge's deviations better than a mean latent;"
-            f" {where}."
+            f"{name}: the best of {most} is {gain} of the evaluator's standard deviations better than a"
+            f" mean latent; {where}."
         )
     for row in data["against"]:
         if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
             says.append(
                 f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the"
-                " judge likes best."
+                " evaluator ranks first."
             )
-    judge = (
+    evaluator = (
         "the formula whose noisy answers the labels are"
-        if trial.judge is None
+        if trial.evaluator is None
         else "another reward, with mistakes of its own"
     )
     return [
         *says,
         (
-            f"The judge is {judge}. Choosing is milder than tuning: a reward that fails here will fail there,"
-            " not the other way."
+            f"The evaluator is {evaluator}. Choosing is milder than tuning: a reward that fails here will"
+            " fail there, not the other way."
         ),
     ]
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
     """The scores, which take the time, and a function from them to the curves."""
-    judge = "annotator" if trial.judge is None else "reward"
-    inputs = {
-        "networks": trial.networks(),
-        "psi": trial.psi,
-        "seed": trial.seed,
-        "n": trial.n,
-        "judge": judge,
-    }
+    evaluator = "annotator" if trial.evaluator is None else "reward"
+    known = {"networks": trial.networks(), "evaluator": evaluator}
+    inputs = {**version_0_1.former_trial(known), "psi": trial.psi, "seed": trial.seed, "n": trial.n}
     first = Job(
         key=SCORES,
         title="Scores of single latents",
@@ -355,9 +351,9 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
     def second(scores: Finding) -> Job:
         return Job(
             key=CURVES,
-            title="Best of n: the judge's value of what the reward chooses",
+            title="Best of n: the evaluator's value of what the reward chooses",
             compute=partial(curves, trial, scores),
-            plots={"judge": plot_judge, "reward": plot_reward, "peaks": plot_peaks},
+            plots={"evaluator": plot_evaluator, "reward": plot_reward, "peaks": plot_peaks},
             inputs={**inputs, "most": trial.most},
         )
 
@@ -376,10 +372,14 @@ KL = "KL = log n - (n - 1)/n (nats)"
 
 
 @style.plot(
-    "small", size=(9.4, 4.4), xlabel=KL, ylabel="judge's gain (deviations)", title="What the judge thinks"
+    "small",
+    size=(9.4, 4.4),
+    xlabel=KL,
+    ylabel="evaluator's gain (standard deviations)",
+    title="Gain by the evaluator",
 )
-def plot_judge(axes, data: dict):
-    """The judge's gain over KL: points, and the fits; the interval where one arm is shown."""
+def plot_evaluator(axes, data: dict):
+    """The evaluator's gain over KL: points, and the fits; the interval where one arm is shown."""
     alone = len(data["arms"]) == 1
     kl = np.asarray(data["kl"])
     colours = _colours(data)
@@ -405,8 +405,8 @@ def plot_judge(axes, data: dict):
     "small",
     size=(9.4, 3.4),
     xlabel=KL,
-    ylabel="own gain (deviations)",
-    title="What the reward thinks of its own choice",
+    ylabel="reward's gain (standard deviations)",
+    title="Gain by the reward itself",
 )
 def plot_reward(axes, data: dict):
     """Every arm's own gain over KL."""
@@ -421,7 +421,7 @@ def plot_reward(axes, data: dict):
 
 
 def plot_peaks(data: dict):
-    """Where each fit peaks, and the judge's gain at the largest n."""
+    """Where each fit peaks, and the evaluator's gain at the largest n."""
     names = list(data["arms"])
     colours = _colours(data)
     drawn, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
@@ -448,14 +448,14 @@ def plot_peaks(data: dict):
         xlabel="d = sqrt(KL); right edge: none",
         xlim=(0, 2.05 * reach),
     )
-    right.set(title=f"Judge's gain at n = {data['numbers'][-1]}", xlabel="deviations")
+    right.set(title=f"Evaluator's gain at n = {data['numbers'][-1]}", xlabel="standard deviations")
     for axis, shown in ((left, names), (right, [""] * len(names))):
         axis.set_yticks(range(len(names)), shown)
         axis.invert_yaxis()
     return drawn
 
 
-def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
+def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
     """Load what the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
     where = choose_device(device)
     with naming("--before"):
@@ -476,21 +476,21 @@ def trial_of(before, rewards, reward_watch, data, device, **sampling) -> Trial:
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(path)
 
-    if reward_watch is None and not judged_by_annotator(generator, data):
+    if heldout_reward is None and not judged_by_annotator(generator, data):
         raise ValueError(
-            "--reward-watch: expected a reward as the judge, got none; the annotator judges synthetic heads"
-            " alone. Name one."
+            "--heldout-reward: expected a reward as the evaluator, got none; the simulated annotator covers"
+            " synthetic heads alone. Name one."
         )
-    judge = None if reward_watch is None else load(reward_watch, "--reward-watch")
+    evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
-    if judge is not None and any(
-        digest == judge[1] or judge[0].is_member_of(one) for one, digest in loaded.values()
+    if evaluator is not None and any(
+        digest == evaluator[1] or evaluator[0].is_member_of(one) for one, digest in loaded.values()
     ):
         raise ValueError(
-            "--reward-watch: expected a reward that is not on trial, got one that is. Train one on other"
+            "--heldout-reward: expected a reward that is not on trial, got one that is. Train one on other"
             " labels."
         )
-    return Trial(generator=generator, rewards=loaded, judge=judge, **sampling)
+    return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
 
 
 def write(trial: Trial, out: Path) -> Finding:
@@ -500,8 +500,8 @@ def write(trial: Trial, out: Path) -> Finding:
     findings = pages.run([last], out, quiet=True)
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
-        " point is the exact mean, over all ways to draw n of them, of the judge's value of the one that the"
-        " reward likes best."
+        " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the one"
+        " that the reward likes best."
     )
     write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
     return findings[CURVES]

@@ -122,7 +122,7 @@ class Comparison(Sampling):
         """
         if held_out and self.held_out is None:
             raise ValueError(
-                "Comparison.scores: expected a second reward, got none. Name one with --reward-watch."
+                "Comparison.scores: expected a second reward, got none. Name one with --heldout-reward."
             )
         case = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
         asked = (self.held_out_hash if held_out else self.reward_hash, *case)
@@ -235,7 +235,7 @@ def load_comparison(s: Sources) -> Comparison:
     check_reward(reward, before.generator, "--reward-ckpt")
     held_out, held_out_hash = _held_out(s, run, reward_path)
     if held_out is not None:
-        check_reward(held_out, before.generator, "--reward-watch")
+        check_reward(held_out, before.generator, "--heldout-reward")
     for flag, file in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
         if file is not None and not Path(file).is_file():
             raise ValueError(f"{flag}: expected a file, got nothing at {file}. Check the path.")
@@ -329,22 +329,22 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
     """The second reward with its hash: the named one, the one that watched the run, or the bundled one beside
     the bundled reward.
     """
-    path = s.reward_watch
+    path = s.heldout_reward
     digest = file_hash(reward)
     settings = settings_of(run)
-    used = settings.get("reward_watch")
+    used = settings.get("heldout_reward")
     if (
         path is None
         and used
         and Path(used).is_file()
-        and file_hash(used) == settings.get("hashes", {}).get("watch")
+        and file_hash(used) == settings.get("hashes", {}).get("heldout")
     ):
         path = Path(used)
     elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
         path = bundled.WATCH
     if path is None:
         return None, ""
-    with naming("--reward-watch"):
+    with naming("--heldout-reward"):
         second = load_reward(path, s.device)
         if file_hash(path) == digest:
             raise ValueError(

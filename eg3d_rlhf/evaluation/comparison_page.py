@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from eg3d_rlhf.core.cli import some_of
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry, images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
@@ -91,11 +91,12 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             )
             part = (
                 "whose noisy answers the labels are"
-                if name == rewards.JUDGE
+                if name == rewards.ORACLE
                 else "which took no part in tuning"
             )
             says.append(
-                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} deviations), {end}."
+                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} standard deviations),"
+                f" {end}."
             )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
@@ -135,7 +136,7 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
         )
     if c.synthetic:
         says.append(
-            "anything on photographs of people: these are rendered heads, and the judge is a formula."
+            "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
     missing = [key for key, finding in findings.items() if "absent" in finding.data]
     if missing:
@@ -167,7 +168,7 @@ PIXELS = 128
 
 
 def strip_jobs(c: Comparison) -> list[Job]:
-    shown = list(c.seeds(SHOWN, JUDGE))
+    shown = list(c.seeds(SHOWN, EVALUATION))
     size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
     return [
         c.job(
@@ -252,12 +253,12 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         data={"k": k},
         rows=rows,
         says=says,
-        pictures=pictures,
+        images=pictures,
     )
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
-    seeds = list(c.seeds(SHOWN, JUDGE))
+    seeds = list(c.seeds(SHOWN, EVALUATION))
     pictures = {}
     # [N, yaws, 1, R, R] each
     views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
@@ -285,16 +286,14 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
         *([NO_CONTROL] if c.control is None else []),
     ]
     data = {"seeds": seeds, "yaws": list(yaws_of(c))}
-    return Finding(
-        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, pictures=pictures
-    )
+    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=pictures)
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
     """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where
     motion is unwelcome.
     """
-    (seed,) = c.seeds(1, JUDGE)
+    (seed,) = c.seeds(1, EVALUATION)
     reach = math.pi if c.of_people else ORBIT_YAW
     yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()
@@ -321,5 +320,5 @@ def orbit(c: Comparison, folder: Path) -> Finding:
         facts=c.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
         says=says,
-        pictures=pictures,
+        images=pictures,
     )

@@ -42,7 +42,7 @@ class Sources(Sampling):
     run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
     reward_ckpt: Path | None = None  # the run's own, or the bundled one
     # second reward; the run's own, or the bundled one beside the bundled reward
-    reward_watch: Path | None = None
+    heldout_reward: Path | None = None
     data: str | None = None  # the run's own, or bundled.DATA for the bundled generator
     runs_folder: Path = Path("runs")
 

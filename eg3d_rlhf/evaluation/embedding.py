@@ -283,7 +283,7 @@ def shapes(c: Comparison, folder: Path) -> Finding:
         "seeds": list(seeds),
         "roles": list(ROLES),
     }
-    return Finding(facts=c.facts(seeds, ROLES), data=data, pictures={"shapes before and after": name})
+    return Finding(facts=c.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
 
 
 def _scatter(axes, data: dict, layout: str) -> None:

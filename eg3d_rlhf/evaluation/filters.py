@@ -11,17 +11,17 @@ import numpy as np
 import scipy.ndimage as ndimage
 from scipy.spatial import ConvexHull, QhullError
 
-from eg3d_rlhf.measures.people import BROKEN, volume_error
+from eg3d_rlhf.measures.people import DEFECTIVE, volume_error
 from eg3d_rlhf.preferences import annotator
 
 Filter = Callable[[np.ndarray], np.ndarray]
-# at most this share of whole latents may be worse by so much of the whole head's volume
+# at most this share of intact heads may be worse by so much of the ground-truth head's volume
 SPARED = 0.02
 HARM = 0.01
 
 
 def _with_inside(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """The same values where their sign is right already, turned over elsewhere."""
+    """The same values where their sign is right already, negated elsewhere."""
     return np.where((values < 0) == inside, values, np.where(inside, -1e-3 - np.abs(values), np.abs(values)))
 
 
@@ -97,21 +97,21 @@ FILTERS: dict[str, Filter] = {
 Trial = dict[str, tuple[float, float]]
 
 
-def tried(values: np.ndarray, whole: np.ndarray) -> Trial:
-    """Of each filter: mean volume error behind of the shapes [N, n, n, n] that were broken, and share of the
-    others that are worse by HARM.
+def tried(values: np.ndarray, targets: np.ndarray) -> Trial:
+    """Return for each method the mean back-of-head volume error of the shapes [N, n, n, n] that were
+    defective, and the share of the others that are worse by HARM.
 
-    Args: whole: [N, n, n, n], the whole heads of the same latents.
+    Args: targets: [N, n, n, n], the ground-truth heads of the same latents.
     """
-    before = np.array([volume_error(*pair).total for pair in zip(values, whole, strict=True)])
-    broken = before > BROKEN
+    before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
+    defective = before > DEFECTIVE
     found = {}
     for name, made in FILTERS.items():
         after = np.array(
-            [volume_error(made(shape), head).total for shape, head in zip(values, whole, strict=True)]
+            [volume_error(made(shape), head).total for shape, head in zip(values, targets, strict=True)]
         )
-        harmed = float((after > before + HARM)[~broken].mean()) if not broken.all() else 0.0
-        found[name] = float(after[broken].mean() if broken.any() else after.mean()), harmed
+        harmed = float((after > before + HARM)[~defective].mean()) if not defective.all() else 0.0
+        found[name] = float(after[defective].mean() if defective.any() else after.mean()), harmed
     return found
 
 

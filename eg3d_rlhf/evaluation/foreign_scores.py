@@ -334,13 +334,13 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
         for i, seed in enumerate(trial.seeds)
     ]
     picture = strip(trial, name, last, folder)
-    return Finding(facts=trial.facts(name), data=data, rows=rows, says=says(data), pictures=picture)
+    return Finding(facts=trial.facts(name), data=data, rows=rows, says=says(data), images=picture)
 
 
 def summary(scores: np.ndarray) -> dict[str, float]:
     names = ("min", "low", "median", "high", "max")
     quantiles = dict(zip(names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
-    return {"mean": float(scores.mean()), "deviation": float(scores.std(ddof=1)), **quantiles}
+    return {"mean": float(scores.mean()), "standard_deviation": float(scores.std(ddof=1)), **quantiles}
 
 
 @torch.no_grad()
@@ -417,17 +417,24 @@ def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Fin
         " 0.91 (HyPlaneHead) under mirroring, and 0.67 where densities were clipped to their percentiles."
     )
     return Finding(
-        facts=trial.facts(), data={"networks": data, "own": summary(trial.own.scores)}, rows=rows, says=lines
+        facts=trial.facts(),
+        data={"networks": data, "reference": summary(trial.own.scores)},
+        rows=rows,
+        says=lines,
     )
 
 
 @style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")
 def plot_scores(axes, data: dict):
     """A bar from quartile to quartile per generator and stage; the reference's own quartiles behind."""
-    own = data["own"]
+    reference = data["reference"]
     names = list(data["networks"])
     axes.axhspan(
-        own["low"], own["high"], color=style.colour("noise"), alpha=0.2, label="reference, quartiles"
+        reference["low"],
+        reference["high"],
+        color=style.colour("noise"),
+        alpha=0.2,
+        label="reference, quartiles",
     )
     for j, stage in enumerate(STAGES):
         for i, name in enumerate(names):

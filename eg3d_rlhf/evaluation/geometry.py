@@ -342,7 +342,7 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
         ),
         *([NO_CONTROL] if c.control is None else []),
     ]
-    return replace(finding, says=[*finding.says, *notes], pictures={caption: name})
+    return replace(finding, says=[*finding.says, *notes], images={caption: name})
 
 
 @torch.no_grad()

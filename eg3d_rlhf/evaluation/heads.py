@@ -17,11 +17,11 @@ from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, load_generator
 from eg3d_rlhf.measures.distances import FeatureStatistics
 from eg3d_rlhf.measures.people import (
-    BROKEN,
+    DEFECTIVE,
     FRONT_MEASURES,
     MEASURES,
     VOXEL,
-    behind,
+    back_of_head,
     compared,
     face_depth,
     face_relief,
@@ -33,7 +33,7 @@ from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
 
-WORSE = 0.01  # of the whole head's volume: a head that was whole and has so much more error is harmed
+WORSE = 0.01  # of the ground-truth head's volume: an intact head and has so much more error is harmed
 CUTOFF = 14
 AT_ONCE = 8
 POINTS = 64  # n
@@ -57,45 +57,49 @@ def scans(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.nd
     return np.concatenate(grids)
 
 
-def named(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
-    """The whole heads [N, n, n, n] that seeds name, signed distances."""
+def ground_truth(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
+    """Return the ground-truth heads [N, n, n, n] of seeds, signed distances."""
     return whole_grids(latents(seeds, generator.z_dim), POINTS)
 
 
-def looked_at(shapes: np.ndarray, whole: np.ndarray) -> dict[str, np.ndarray]:
-    """All that the figures need of shapes [N, n, n, n] beside the whole heads [N, n, n, n]
-    of their latents.
+def looked_at(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute all that the figures need of shapes [N, n, n, n], given the ground-truth heads [N, n, n, n] of
+    their latents.
     """
-    back = behind(grid_points(shapes.shape[1]))
+    back = back_of_head(grid_points(shapes.shape[1]))
     return {
-        **compared(shapes, whole),
-        "utility": np.array([utility(*pair).total for pair in zip(shapes, whole, strict=True)]),
+        **compared(shapes, targets),
+        "utility": np.array([utility(*pair).total for pair in zip(shapes, targets, strict=True)]),
         "depth": np.stack([face_depth(values) for values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(values) for values in shapes]).astype(np.float32),
         "solid": np.packbits(shapes[:, back] < 0, axis=1),
-        "volume": (whole[:, back] < 0).sum(axis=1),
+        "volume": (targets[:, back] < 0).sum(axis=1),
     }
 
 
 def error(seen: Shapes) -> np.ndarray:
-    """Volume error behind [N]: missing and extra together, shares of the whole head's volume there."""
+    """Return the back-of-head volume error [N]: missing and extra together, shares of the ground-truth head's
+    volume there.
+    """
     return seen["missing"] + seen["extra"]
 
 
-def broken(before: Shapes) -> np.ndarray:
-    """Which latents' untuned scans are broken [N]."""
-    return error(before) > BROKEN
+def defective(before: Shapes) -> np.ndarray:
+    """Return a mask [N] of the latents whose untuned heads are defective."""
+    return error(before) > DEFECTIVE
 
 
-def repaired(before: np.ndarray, after: np.ndarray) -> float | None:
-    """Share by which the mean error falls; negative where it rises. None where there is none."""
+def error_reduction(before: np.ndarray, after: np.ndarray) -> float | None:
+    """Return the relative reduction of the mean error, negative where it rises; None where there was no
+    error.
+    """
     return float(1 - after.mean() / before.mean()) if before.size and before.mean() > 0 else None
 
 
-def made_worse(before: Shapes, after: Shapes) -> float | None:
-    """Share of the whole latents that are worse by WORSE."""
-    whole = ~broken(before)
-    return float((error(after) > error(before) + WORSE)[whole].mean()) if whole.any() else None
+def intact_degraded(before: Shapes, after: Shapes) -> float | None:
+    """Return the share of the intact heads whose error grew by more than WORSE."""
+    intact = ~defective(before)
+    return float((error(after) > error(before) + WORSE)[intact].mean()) if intact.any() else None
 
 
 def face_moved(before: Shapes, after: Shapes) -> np.ndarray:
@@ -117,7 +121,9 @@ def _relief(values: np.ndarray) -> np.ndarray:
 
 
 def variety(seen: Shapes) -> float | None:
-    """How much faces differ: the deviation over latents of their relief, its mean over the window, voxels."""
+    """How much faces differ: the standard deviation over latents of their relief, its mean over the window,
+    voxels.
+    """
     enough = np.isfinite(seen["relief"]).sum(axis=0) > 1
     return float(np.nanstd(seen["relief"][:, enough], axis=0).mean() / VOXEL) if enough.any() else None
 
@@ -137,47 +143,47 @@ def identity_kept(before: Shapes, after: Shapes) -> float | None:
 
 
 def changed(before: Shapes, after: Shapes) -> np.ndarray:
-    """Share of the whole head's volume behind that has become solid or empty [N]."""
+    """Return the share of the ground-truth head's back-of-head volume that has become solid or empty [N]."""
     bits = np.unpackbits(np.bitwise_xor(before["solid"], after["solid"]).astype(np.uint8), axis=1)
     return bits.sum(axis=1) / before["volume"]
 
 
 def figures(before: Shapes, after: Shapes) -> dict:
     """The figures of one network, or of what else became of the scans."""
-    ill = broken(before)
+    ill = defective(before)
     known = face_moved(before, after)
-    fell = repaired(error(before)[ill], error(after)[ill])
+    reduction = error_reduction(error(before)[ill], error(after)[ill])
     return {
-        "repaired": fell,
-        "repaired_ci95": interval(before, error(after)[None]) if fell is not None else None,
-        "error_whole": _mean(error(after)[~ill]),
-        "missing_broken": _mean(after["missing"][ill]),
-        "extra_broken": _mean(after["extra"][ill]),
-        "whole_made_worse": made_worse(before, after),
+        "error_reduction": reduction,
+        "error_reduction_ci95": interval(before, error(after)[None]) if reduction is not None else None,
+        "error_intact": _mean(error(after)[~ill]),
+        "missing_defective": _mean(after["missing"][ill]),
+        "extra_defective": _mean(after["extra"][ill]),
+        "intact_degraded": intact_degraded(before, after),
         "identity_kept": identity_kept(before, after),
         "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
         "variety": variety(after),
-        "fscore_broken": _mean(after["fscore"][ill]),
-        "fscore_whole": _mean(after["fscore"][~ill]),
+        "fscore_defective": _mean(after["fscore"][ill]),
+        "fscore_intact": _mean(after["fscore"][~ill]),
         "utility": _mean(after["utility"]),
-        "whole_share": float((error(after) <= BROKEN).mean()),
+        "intact_share": float((error(after) <= DEFECTIVE).mean()),
         "changed": _mean(changed(before, after)),
-        **{f"{name}_broken": _mean(measure.values(after)[ill]) for name, measure in MEASURES.items()},
+        **{f"{name}_defective": _mean(measure.values(after)[ill]) for name, measure in MEASURES.items()},
         **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
     }
 
 
 def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
-    """Fréchet distance of shapes' features [N, Q] to those of whole heads."""
+    """Return the Fréchet distance of shapes' features [N, Q] to those of ground-truth heads."""
     first, second = (FeatureStatistics(part.shape[1]).update(part) for part in (features, reference))
     return first.distance(second)
 
 
 def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
-    """95 % interval of `repaired`, of the errors [S, N] of several training seeds: over seeds and broken
-    latents.
+    """Return the 95 % interval of `error_reduction` of the errors [S, N] of several training seeds, over
+    seeds and defective latents.
     """
-    ill = broken(before)
+    ill = defective(before)
     first = error(before)[ill]
     then = after[:, ill]
     if not ill.any():
@@ -195,11 +201,11 @@ def _mean(values: np.ndarray) -> float | None:
 # Networks side by side: ablations, and further training seeds.
 
 TABLE = {  # figure: words and form
-    "repaired": ("of the error of broken heads gone", ".1%"),
-    "error_broken": ("volume error, broken", ".3f"),
+    "error_reduction": ("error reduction, defective heads", ".1%"),
+    "error_defective": ("back-of-head volume error, defective heads", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
-    "whole_made_worse": ("whole heads made worse", ".1%"),
-    "fscore_broken": ("F-score, broken", ".3f"),
+    "intact_degraded": ("intact heads degraded", ".1%"),
+    "fscore_defective": ("back-of-head F-score, defective heads", ".3f"),
     "face_moved_voxels": ("face moved, voxels", ".3f"),
     "identity_kept": ("identity kept", ".0%"),
     "variety": ("variety, voxels", ".3f"),
@@ -211,19 +217,19 @@ def compare(
 ) -> tuple[dict[str, dict], int]:
     """Compute the figures of networks, by name, and of the one before tuning, which stands first.
 
-    Returns: figures by name; the number of latents that are broken before.
+    Returns: figures by name; the number of latents whose heads are defective before.
     """
     first = load_generator(before).generator
-    whole = named(first, seeds)
+    targets = ground_truth(first, seeds)
     columns = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
-    reference = features.of_grids(whole) if features else np.zeros((0, 0))
+    reference = features.of_grids(targets) if features else np.zeros((0, 0))
     start: Shapes = {}
     paths = {"before": None, **networks}
     for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):
         shapes = scans(first if path is None else load_generator(path).generator, seeds)
-        seen = looked_at(shapes, whole)
+        seen = looked_at(shapes, targets)
         start = start or seen
         distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
         columns[name] = figures(start, seen) | distance
-    return columns, int(broken(start).sum())
+    return columns, int(defective(start).sum())

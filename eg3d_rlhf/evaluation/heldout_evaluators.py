@@ -17,7 +17,7 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import ASSETS, file_hash
 from eg3d_rlhf.core.field import Bounds
-from eg3d_rlhf.core.seeds import GEOMETRY, IMAGES, JUDGE, SHAPES, VALIDATION
+from eg3d_rlhf.core.seeds import EVALUATION, GEOMETRY, IMAGES, SHAPES, VALIDATION
 from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.comparison import Comparison
@@ -67,7 +67,7 @@ def measured(measure: Measure, before: float, after: float, change: dict) -> dic
         "better": bool(better),
         "higher_is_better": upwards,
         "paired": change,
-        "verdict": measure.verdict(change["mean_lo"], change["mean_hi"]),
+        "outcome": measure.outcome(change["mean_lo"], change["mean_hi"]),
     }
 
 
@@ -77,24 +77,26 @@ def measured(measure: Measure, before: float, after: float, change: dict) -> dic
 Seen = dict[str, np.ndarray]
 
 
-def _whole_heads(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Those of all latents below, which are then on the disk, and how much of each lies behind."""
-    seeds = [*JUDGE.take(HEADS), *VALIDATION.take(CHOOSING)]
-    return {"solid": (heads.named(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
+def _ground_truth(c: Comparison, generator: LoadedGenerator) -> Seen:
+    """Ground-truth heads of all latents below, which are then on the disk, and the solid share of each."""
+    seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
+    return {"solid": (heads.ground_truth(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
 
 def _heads(c: Comparison, generator: LoadedGenerator) -> Seen:
-    seeds = JUDGE.take(HEADS)
-    return heads.looked_at(heads.scans(generator.generator, seeds), heads.named(generator.generator, seeds))
+    seeds = EVALUATION.take(HEADS)
+    return heads.looked_at(
+        heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds)
+    )
 
 
-def _filters(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
     """What the best filters make of the scans, chosen on validation latents: of those that spare whole
     latents, and of all (`any_...`).
     """
     chosen, held = (
-        (heads.scans(generator.generator, seeds), heads.named(generator.generator, seeds))
-        for seeds in (VALIDATION.take(CHOOSING), JUDGE.take(HEADS))
+        (heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds))
+        for seeds in (VALIDATION.take(CHOOSING), EVALUATION.take(HEADS))
     )
     found: Seen = {}
     trial = tried(*chosen)
@@ -102,7 +104,7 @@ def _filters(c: Comparison, generator: LoadedGenerator) -> Seen:
         name = best_filter(trial, spares=spares)
         shapes = np.stack([FILTERS[name](values) for values in held[0]])
         found |= {f"{prefix}{key}": value for key, value in heads.looked_at(shapes, held[1]).items()}
-        found[f"{prefix}filter"] = np.array([list(FILTERS).index(name)])
+        found[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
     return found
 
 
@@ -140,17 +142,17 @@ def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 
 PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those that take longest first
-    "whole heads": _whole_heads,
+    "ground truth": _ground_truth,
     "images": _images,
-    "filters": _filters,
+    "post-processing": _post_processed,
     "heads": _heads,
     "normal maps": _normal_maps,
     "data": _data,
     "views": _views,
 }
-NEEDS = {"filters": "whole heads", "heads": "whole heads"}  # else two processes would make them
-_OF_THE_FAMILY = ("whole heads", "images", "filters", "heads", "data")
-_OF_ONE_NETWORK = ("whole heads", "filters", "data")
+NEEDS = {"post-processing": "ground truth", "heads": "ground truth"}  # else two processes would make them
+_OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data")
+_OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
 
 
 def parts_of(c: Comparison) -> list[tuple[str, str]]:
@@ -255,46 +257,48 @@ def figures_of_heads(c: Comparison) -> dict:
     return heads.figures(*(seen(c, "heads", role) for role in ROLES))
 
 
-def against_whole_heads(c: Comparison) -> dict:
+def against_ground_truth(c: Comparison) -> dict:
     """The same beside what the best filters make of the scans."""
     before = seen(c, "heads")
-    filters = seen(c, "filters")
-    strongest = {key.removeprefix("any_"): value for key, value in filters.items() if key.startswith("any_")}
+    processed = seen(c, "post-processing")
+    strongest = {
+        key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
+    }
     columns = {
         "before": heads.figures(before, before),
         "after": figures_of_heads(c),
-        "filter": heads.figures(before, filters),
-        "strongest_filter": heads.figures(before, strongest),
+        "post_processing": heads.figures(before, processed),
+        "strongest_post_processing": heads.figures(before, strongest),
     }
-    names = {"filter": _filter_name(filters), "strongest_filter": _filter_name(strongest)}
+    names = {"post_processing": _method_name(processed), "strongest_post_processing": _method_name(strongest)}
     tuned = columns["after"]
-    whole = columns["before"]["fscore_whole"]
+    intact = columns["before"]["fscore_intact"]
     return {
         "heads_n": HEADS,
-        "heads_seeds": [JUDGE.take(HEADS)[0], JUDGE.take(HEADS)[-1]],
+        "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],
         "heads_psi": 1.0,
-        "broken_n": int(heads.broken(before).sum()),
-        "repaired": tuned["repaired"],
-        "repaired_ci95": tuned["repaired_ci95"],
-        "repaired_by_filter": columns["filter"]["repaired"],
-        "filters": names,
-        "filters_chosen_on": CHOOSING,
-        "whole_made_worse": tuned["whole_made_worse"],
+        "defective_n": int(heads.defective(before).sum()),
+        "error_reduction": tuned["error_reduction"],
+        "error_reduction_ci95": tuned["error_reduction_ci95"],
+        "error_reduction_by_post_processing": columns["post_processing"]["error_reduction"],
+        "post_processing_methods": names,
+        "post_processing_chosen_on": CHOOSING,
+        "intact_degraded": tuned["intact_degraded"],
         "identity_kept": tuned["identity_kept"],
         "face_moved_voxels": tuned["face_moved_voxels"],
         "variety_before": columns["before"]["variety"],
         "variety_after": tuned["variety"],
-        "fscore_behind": {
-            "before": columns["before"]["fscore_broken"],
-            "after": tuned["fscore_broken"],
-            "whole": whole,
+        "fscore_back_of_head": {
+            "before": columns["before"]["fscore_defective"],
+            "after": tuned["fscore_defective"],
+            "intact": intact,
         },
         "heads": columns,
     }
 
 
-def _filter_name(found: Seen) -> str:
-    return list(FILTERS)[int(found["filter"][0])]
+def _method_name(found: Seen) -> str:
+    return list(FILTERS)[int(found["method"][0])]
 
 
 def frechet(c: Comparison) -> dict:
@@ -314,7 +318,7 @@ def frechet(c: Comparison) -> dict:
         found = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
         record |= {
             "frechet_change_ci95": [found.lo, found.hi],
-            "frechet_verdict": FRECHET.verdict(found.lo, found.hi),
+            "frechet_outcome": FRECHET.outcome(found.lo, found.hi),
         }
     return record
 

@@ -107,7 +107,7 @@ def write_census(
         if finding.rows
     ]
     pages.run(jobs, out, fresh=True, quiet=True)
-    title = f"Census of {folder.resolve().name}: {measured} meshes"
+    title = f"Mesh validation of {folder.resolve().name}: {measured} meshes"
     return pages.write_page(
         out / "index.html", title, words(header), jobs, findings, extra=_tiles(worst, pictures)
     )

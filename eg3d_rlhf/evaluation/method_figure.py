@@ -10,14 +10,14 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.field import Field
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.reward import load_reward
 
-METHOD_POOL = JUDGE.take(40)  # latents among which the shown ones are looked for
+METHOD_POOL = EVALUATION.take(40)  # latents among which the shown ones are looked for
 METHOD_PSI = 1.0
 
 
@@ -29,12 +29,15 @@ def _shaded(field: Field, points: int = 128) -> np.ndarray:
 
 def _method_lines(summary: dict) -> list[tuple[str, str]]:
     """What the picture's last box says of a run: words and figure."""
-    lines = [("win rate by the judge,\nheld-out latents", f"{summary['win_rate']:.0%}")]
-    if summary.get("repaired") is not None:
+    lines = [("win rate by the oracle,\nheld-out latents", f"{summary['win_rate']:.0%}")]
+    if summary.get("error_reduction") is not None:
         lines = [
-            ("of the error of\nbroken heads gone", f"{summary['repaired']:.0%}"),
-            ("by the best filter\nwithout labels", f"{summary['repaired_by_filter']:.0%}"),
-            ("of whole heads\nmade worse", f"{summary['whole_made_worse']:.0%}"),
+            ("error reduction of\ndefective heads", f"{summary['error_reduction']:.0%}"),
+            (
+                "by the best label-free\npost-processing",
+                f"{summary['error_reduction_by_post_processing']:.0%}",
+            ),
+            ("of intact heads\ndegraded", f"{summary['intact_degraded']:.0%}"),
         ]
     return lines
 
@@ -51,7 +54,7 @@ def draw_method(run: Path, out: Path) -> None:
     Raises: ValueError, FileNotFoundError naming --run.
     """
     with naming("--run"):
-        summary = json.loads((run / "summary.json").read_text())
+        summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
         before = load_generator().generator
         after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eg3d_rlhf.evaluation.trainings import Part, make_in_terminal
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import over_seeds
 from training import storage
@@ -20,14 +21,14 @@ SUMMARY = "summary.json"
 FIGURES = {
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"),
     "reward_delta_positive": (None, "positive reward deltas", ".0f"),
-    "repaired": ("repaired_ci95", "of the error of broken heads gone", ".1%"),
-    "repaired_by_filter": (None, "the same, by the best filter", ".1%"),
-    "whole_made_worse": (None, "whole heads made worse", ".1%"),
+    "error_reduction": ("error_reduction_ci95", "error reduction, defective heads", ".1%"),
+    "error_reduction_by_post_processing": (None, "the same, by the best post-processing", ".1%"),
+    "intact_degraded": (None, "intact heads degraded", ".1%"),
     "identity_kept": (None, "identity of the face kept", ".1%"),
     "face_moved_voxels": (None, "face moved, voxels", ".3f"),
     "variety_before": (None, "variety of faces before, voxels", ".3f"),
     "variety_after": (None, "variety of faces after", ".3f"),
-    "win_rate": ("win_rate_ci95", "annotator prefers the tuned shape", ".1%"),
+    "win_rate": ("win_rate_ci95", "simulated annotator prefers the tuned shape", ".1%"),
     "utility_before": (None, "utility before", ".3f"),
     "utility_after": (None, "utility after", ".3f"),
     "frechet_ratio": (None, "image Fréchet, after / before", ".3f"),
@@ -46,9 +47,9 @@ def gather(records: Mapping[str, dict]) -> dict:
             figures[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
             if interval is not None:
                 figures[name]["ci95_by_seed"] = {seed: record[interval] for seed, record in records.items()}
-    if all("frechet_verdict" in record for record in records.values()):
-        figures["frechet_ratio"]["verdicts"] = {
-            seed: record["frechet_verdict"] for seed, record in records.items()
+    if all("frechet_outcome" in record for record in records.values()):
+        figures["frechet_ratio"]["outcomes"] = {
+            seed: record["frechet_outcome"] for seed, record in records.items()
         }
     rows = {seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()}
     shared = [name for name in next(iter(rows.values())) if all(name in by_name for by_name in rows.values())]
@@ -73,27 +74,27 @@ def measure(name: str, rows: Mapping[str, dict]) -> dict:
         "before": over_seeds({seed: row["before"] for seed, row in rows.items()}),
         "after": over_seeds({seed: row["after"] for seed, row in rows.items()}),
         "change": change,
-        "verdicts": {seed: row["verdict"] for seed, row in rows.items()},
+        "outcomes": {seed: row["outcome"] for seed, row in rows.items()},
     }
 
 
 def table(figures: dict) -> list[list[str]]:
-    """Rows of cells: a figure's words, its value by seed, mean ± deviation over seeds."""
+    """Rows of cells: a figure's words, its value by seed, mean ± standard deviation over seeds."""
     names = [str(seed) for seed in figures["seeds"]]
     rows = [["what", *(f"seed {name}" for name in names), "mean ± sd"]]
     for name, (_, words, form) in FIGURES.items():
         if name in figures:
             figure = figures[name]
-            verdicts = figure.get("verdicts", {})
-            cells = [f"{figure['by_seed'][seed]:{form}} {verdicts.get(seed, '')}".strip() for seed in names]
+            outcomes = figure.get("outcomes", {})
+            cells = [f"{figure['by_seed'][seed]:{form}} {outcomes.get(seed, '')}".strip() for seed in names]
             rows.append([words, *cells, f"{figure['mean']:{form}} ± {figure['std']:{form.lstrip('+')}}"])
     for row in figures["geometry"]:
         change = row["change"]
         words = f"{row['name']}, change" + (" (higher is better)" if row["higher_is_better"] else "")
-        cells = [f"{change['by_seed'][seed]:+.3g} {row['verdicts'][seed]}" for seed in names]
+        cells = [f"{change['by_seed'][seed]:+.3g} {row['outcomes'][seed]}" for seed in names]
         rows.append([words, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
     alarms = figures["over_optimisation"]
-    return [*rows, ["alarms of the watch", *(str(alarms[seed]) for seed in names), ""]]
+    return [*rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in names), ""]]
 
 
 def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
@@ -105,7 +106,7 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
     ]
     if taken:
         raise ValueError(
-            f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --out."
+            f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --outdir."
         )
     numbers = dict.fromkeys(parse_seeds(seeds))
     return {
@@ -119,7 +120,9 @@ def work(out: Path, parts: Mapping[str, Part], flags: Sequence[str]) -> dict:
     for seed, part in parts.items():
         make_in_terminal(f"seed {seed}", part)
     runs = {seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None}
-    records = {seed: json.loads((out / run / SUMMARY).read_text()) for seed, run in runs.items()}
+    records = {
+        seed: version_0_1.summary(json.loads((out / run / SUMMARY).read_text())) for seed, run in runs.items()
+    }
     figures = {**gather(records), "runs": runs, "flags": list(flags)}
     storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
     return figures

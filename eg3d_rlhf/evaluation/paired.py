@@ -118,7 +118,7 @@ def _sentence(measure: Measure, entry: Mapping) -> str:
     else:
         moved = "lower" if change["mean_hi"] < 0 else "higher"
         meaning = (
-            f": {moved}, which is {measure.verdict(change['mean_lo'], change['mean_hi'])}"
+            f": {moved}, which is {measure.outcome(change['mean_lo'], change['mean_hi'])}"
             if measure.better
             else ""
         )
@@ -155,7 +155,7 @@ def plot_values(data: dict):
 
 
 def plot_changes(data: dict):
-    """Paired changes with intervals, in deviations of the values before: left of zero is lower."""
+    """Paired changes with intervals, in standard deviations of the values before: left of zero is lower."""
     names = list(data["measures"])
     drawn, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))
     roles = list(data["measures"][names[0]]["paired"])
@@ -179,7 +179,7 @@ def plot_changes(data: dict):
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(
-        xlabel="paired change, in deviations between latents before",
+        xlabel="paired change, in standard deviations between latents before",
         title="Change of the same latents (left is lower)",
     )
     axes.legend()

@@ -32,7 +32,7 @@ from eg3d_rlhf.evaluation.paired import (
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import KEPT, LoadedGenerator
-from eg3d_rlhf.tuning.gan.heldout_metrics import JUDGE_RESOLUTION, utilities
+from eg3d_rlhf.tuning.gan.heldout_metrics import ORACLE_RESOLUTION, utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
 
 PSIS = (0.25, 0.5, 0.7, 1.0)
@@ -396,16 +396,17 @@ def plot_slopes(data: dict):
 
 
 # Over-optimisation: does what the reward stands for rise with it? The tuned reward, a second one, and for
-# synthetic data the programmatic judge, over the distance from the generator before tuning. T networks in
+# synthetic data the oracle (the rule of the simulated annotator), over the distance from the generator
+# before tuning. T networks in
 # order of training, the first the one before.
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
 CURVE_ROLES = ("before", "after", "reward", "held-out")
 PROXY = "tuned reward"
 SECOND = "held-out reward"
-JUDGE = "programmatic judge"
+ORACLE = "oracle"
 NO_SECOND = (
-    "No second reward: name one with --reward-watch, trained on other labels with another seed"
+    "No second reward: name one with --heldout-reward, trained on other labels with another seed"
     " (tools/train_reward.py)."
 )
 NO_SNAPSHOTS = (
@@ -415,7 +416,7 @@ NO_SNAPSHOTS = (
 
 
 def curve_jobs(c: Comparison) -> list[Job]:
-    """One job; with fewer snapshots or judges it shows what there is."""
+    """One job; with fewer snapshots or evaluators it shows what there is."""
     files = {f"{kimg:g}": file_hash(path) for kimg, path in c.snapshots("after")}
     return [
         c.job(
@@ -455,12 +456,12 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
 @torch.no_grad()
 def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
     """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of the method's anchor."""
-    spec = SlabSpec.of(generator.generator.bounds, JUDGE_RESOLUTION)
+    spec = SlabSpec.of(generator.generator.bounds, ORACLE_RESOLUTION)
     return torch.cat([field.density_grid(spec).cpu() for field in c.fields(generator, seeds)])
 
 
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
-    """Changes of every measure in units of its deviation before, over distance,
+    """Changes of every measure in units of its standard deviation before, over distance,
     with the point of divergence.
     """
     seeds = c.seeds()
@@ -475,7 +476,7 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     )
     # (kimg, network)
     networks: list[tuple[float | None, LoadedGenerator | Path]] = [(0.0, c.before), *kept, *end]
-    known = {PROXY: True, SECOND: c.held_out is not None, JUDGE: c.synthetic}
+    known = {PROXY: True, SECOND: c.held_out is not None, ORACLE: c.synthetic}
     values = {name: list[np.ndarray]() for name, here in known.items() if here}
     start = None
     distances = []
@@ -487,7 +488,7 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
         for name, found in values.items():
             found.append(
                 utilities(generator.generator, seeds)
-                if name == JUDGE
+                if name == ORACLE
                 else c.scores(generator, seeds, held_out=name == SECOND).double().numpy()
             )
     columns = {name: np.stack(found, axis=1) for name, found in values.items()}  # [N, T]
@@ -497,7 +498,7 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
         deviation = float(column[:, 0].std(ddof=1)) or 1.0
         steps = means_of_columns((column - column[:, :1]) / deviation)
         at = None if name == PROXY else divergence(columns[PROXY], column)
-        curves[name] = {"steps": steps, "deviation": deviation, "divergence": at}
+        curves[name] = {"steps": steps, "standard_deviation": deviation, "divergence": at}
         rows += [
             {
                 "measure": name,
@@ -527,7 +528,7 @@ def independence(c: Comparison) -> str:
     if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return (
             "The run names the held-out reward as the one that it optimised: it is not held out. Name another"
-            " with --reward-watch."
+            " with --heldout-reward."
         )
     if not (c.reward.labels and c.held_out.labels):
         return f"{text}; whether its labels are others than the tuned reward's is not recorded."
@@ -536,7 +537,7 @@ def independence(c: Comparison) -> str:
         return (
             f"{text}, but it learnt from the same labels with {seeds}: it shares their faults, and a rise of"
             " both is weaker evidence than one of a reward with labels of its own. Train one on other labels"
-            " and name it with --reward-watch."
+            " and name it with --heldout-reward."
         )
     return f"{text}; it learnt from other labels with {seeds}."
 
@@ -544,7 +545,8 @@ def independence(c: Comparison) -> str:
 def _says(c: Comparison, data: dict) -> list[str]:
     ends = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
     says = [
-        f"The {name} changes by {span(e['mean'], e['lo'], e['hi'], '+.2f')} of its deviations before."
+        f"The {name} changes by {span(e['mean'], e['lo'], e['hi'], '+.2f')} of its standard deviations"
+        " before."
         for name, e in ends.items()
     ]
     for name, curve in data["curves"].items():
@@ -570,23 +572,23 @@ def _says(c: Comparison, data: dict) -> list[str]:
     return [
         *says,
         (
-            "The judge is the formula whose noisy answers the labels are: it shows whether tuning reached"
+            "The oracle is the formula whose noisy answers the labels are: it shows whether tuning reached"
             " what the reward should mean. It is no second opinion; the geometry measures, which no label"
             " used, are."
             if c.synthetic
-            else (
-                "No programmatic judge: it applies to synthetic data alone. People's judgement is what"
-                " settles this."
-            )
+            else ("No oracle: it applies to synthetic data alone. People's judgement is what settles this.")
         ),
     ]
 
 
 @style.plot(
-    size=(9.4, 3.4), xlabel=DISTANCE, ylabel="mean change, deviations before", title="Over-optimisation"
+    size=(9.4, 3.4),
+    xlabel=DISTANCE,
+    ylabel="mean change, standard deviations before",
+    title="Over-optimisation",
 )
 def plot_curves(axes, data: dict):
-    colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), JUDGE: style.CYCLE[4]}
+    colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), ORACLE: style.CYCLE[4]}
     x = data["distance"]
     for name, curve in data["curves"].items():
         style.band(axes, x, curve["steps"], colours[name], name, markersize=4)

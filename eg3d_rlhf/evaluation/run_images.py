@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.field import Field, RenderOptions, render_each
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation import heldout_evaluators as judges
@@ -138,7 +138,7 @@ def chosen(c: Comparison, shown: int = USUAL.shown) -> list[int]:
     another process may start.
     """
     if CHOSEN not in c.memory:
-        pool = JUDGE.take(POOL)
+        pool = EVALUATION.take(POOL)
         ranked = c.scores(c.before, pool, judged_psi(c)).argsort(stable=True).tolist()
         c.memory[CHOSEN] = [pool[ranked[round(place)]] for place in np.linspace(0, len(pool) - 1, shown)]
     return c.memory[CHOSEN]
@@ -180,7 +180,7 @@ def filter_name(c: Comparison) -> str:
     """The strongest of the filters that need no labels, chosen on validation latents, whatever it does to
     whole heads.
     """
-    return list(FILTERS)[int(judges.seen(c, "filters")["any_filter"][0])]
+    return list(FILTERS)[int(judges.seen(c, "post-processing")["any_method"][0])]
 
 
 def filtered(field: Field, name: str) -> LevelSet:
@@ -295,7 +295,7 @@ def comparison(c: Comparison, columns: Sequence[Column], o: PictureOptions = USU
     tuned = [side.surface for side in after]
     rows = group(
         "Before",
-        "picture, and\nshape from behind",
+        "image, and shape\nfrom the back",
         photographs(c.before.generator, before),
         shapes(bare, behind),
     )
@@ -313,10 +313,12 @@ def comparison(c: Comparison, columns: Sequence[Column], o: PictureOptions = USU
             if column.head and column.whole
         ]
         rows += group(
-            "Filter", "the strongest\nwithout labels; it\nharms whole heads", shapes(smoothed, behind)
+            "Post-processing",
+            "the strongest\nwithout labels; it\ndegrades intact heads",
+            shapes(smoothed, behind),
         )
-        rows += group("Whole head", "that the latent\nnames", [_clay(view) for view in heads])
-    rows += group("In front", "before, after", shapes(bare, front), shapes(tuned, front))
+        rows += group("Ground truth", "of the same\nlatents", [_clay(view) for view in heads])
+    rows += group("Front", "before, after", shapes(bare, front), shapes(tuned, front))
     rows[0] = replace(rows[0], parted=False)
     rows[-1] = replace(rows[-1], captions=[f"seed {column.seed}" for column in columns])
     return sheet("", rows, names=NAMES, note=caption(c, len(columns)))
@@ -330,10 +332,10 @@ def caption(c: Comparison, shown: int) -> str:
     )
     if not c.of_people:
         return rule
-    strongest = f"Filter: {filter_name(c)}, the strongest of {len(FILTERS)}."
+    strongest = f"Post-processing: {filter_name(c)}, the strongest of {len(FILTERS)}."
     return (
-        f"{rule} {strongest} {bundled.DAMAGED} Eyes behind are ghosts of those in front, as tri-planes make"
-        " them."
+        f"{rule} {strongest} {bundled.DAMAGED} Eyes at the back are ghosts of those in front, an artefact"
+        " of tri-planes."
     )
 
 
@@ -375,13 +377,13 @@ def pairs_sheet(c: Comparison, count: int, o: PictureOptions = USUAL) -> np.ndar
 
     The latents are the first of the judge's whose untuned scans are broken.
     """
-    pool = JUDGE.take(POOL)
-    ill = heads.broken(judges.seen(c, "heads"))
-    seeds = [seed for seed, broken in zip(pool, ill, strict=True) if broken][:count]
+    pool = EVALUATION.take(POOL)
+    ill = heads.defective(judges.seen(c, "heads"))
+    seeds = [seed for seed, defective in zip(pool, ill, strict=True) if defective][:count]
     if len(seeds) < count:
         raise ValueError(
-            f"--pairs: expected at most {len(seeds)}, of so many broken scans among {POOL}, got {count}. Ask"
-            " for fewer."
+            f"--pairs: expected at most {len(seeds)}, of so many defective heads among {POOL}, got {count}."
+            " Ask for fewer."
         )
     swapped = np.random.default_rng(seeds[0]).random(count) < 0.5
     label = camera(c.before.generator, *BEHIND)
@@ -487,7 +489,7 @@ def shape_sheet(
             Row(cells=front[part], parted=start > 0),
             Row(cells=behind[part], captions=[f"seed {seed}" for seed in seeds[part]]),
         ]
-    return sheet("", rows, note=f"{len(seeds)} shapes from in front and from behind, psi {psi:g}.")
+    return sheet("", rows, note=f"{len(seeds)} shapes from the front and from the back, psi {psi:g}.")
 
 
 def _rows(cells: Sequence[np.ndarray]) -> list[Row]:

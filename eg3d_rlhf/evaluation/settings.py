@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eg3d_rlhf.core.seeds import ALIGNMENT, JUDGE, LATENTS, VALIDATION
+from eg3d_rlhf.core.seeds import ALIGNMENT, EVALUATION, LATENTS, VALIDATION
 from training.config import check_knobs, knob
 
 
@@ -47,15 +47,18 @@ class ScoreOptions:
 
 
 CHOOSE = 4  # untuned shapes that the best is chosen of
-PLACES = {"judge": JUDGE, "validation": VALIDATION}
+PLACES = {"evaluation": EVALUATION, "validation": VALIDATION}
 LABELS = "labels"
+RANDOMISED = "randomised"
+INVERTED = "inverted"
+POST_PROCESSING = "post-processing"
 ARMS = {  # words of the table
     LABELS: "labels",
     "no-reward": "no reward (λ_r 0)",
-    "filter": "best label-free filter that spares whole heads",
-    "truncation": "truncation, as many whole",
+    POST_PROCESSING: "best label-free post-processing that leaves intact heads alone",
+    "truncation": "truncation, as many intact heads",
     "smoothness": "a reward that likes smooth surfaces",
     "permuted": "the reward, weights permuted",
-    "coin": "labels by coin",
-    "turned": "labels turned over",
+    RANDOMISED: "randomised labels",
+    INVERTED: "inverted labels",
 }

@@ -226,7 +226,9 @@ def compare_stages(
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
     kept = list(problem.held_out_conditions)[: n // CHOOSE]
     if not kept:
-        raise ValueError("--conditions: expected two or more, one of which is held out, got one. Embed more.")
+        raise ValueError(
+            "--conditioning: expected two or more, one of which is held out, got one. Embed more."
+        )
     each = CHOOSE * (n // CHOOSE // len(kept))
     conditions, noises = crossed(kept, each, seed)
     what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"

@@ -17,11 +17,11 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.registry import load_plugins
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation import heldout_evaluators as judges
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import (
-    against_whole_heads,
+    against_ground_truth,
     blind_pairs,
     frechet,
     geometry,
@@ -29,11 +29,12 @@ from eg3d_rlhf.evaluation.heldout_evaluators import (
 )
 from eg3d_rlhf.evaluation.paired import span
 from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, chosen, surface_change, write_pictures
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
 from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.heldout_metrics import Watch
+from eg3d_rlhf.tuning.gan.heldout_metrics import Monitor
 from eg3d_rlhf.tuning.gan.settings import control_differs
 from training import networks, storage
 from training.networks import state_hash
@@ -49,7 +50,7 @@ class Evaluation:
     settings: dict  # as its folder records them
     before: Generator  # frozen, before tuning
     reward: Reward
-    watch: Watch | None = None
+    monitor: Monitor | None = None
     early_stop: EarlyStop | None = None  # chose what is evaluated; None: the last networks are
 
 
@@ -76,9 +77,9 @@ def control_figures(settings: dict, delta: float) -> dict:
         return {"control_delta_mean": delta, "control_source": "this run"}
     path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
     path = path / "summary.json" if path.is_dir() else path
-    record = json.loads(path.read_text())
+    record = version_0_1.summary(json.loads(path.read_text()))
     options = path.parent / "training_options.json"  # a run's; the bundled record holds its own settings
-    known = record.get("settings") or json.loads(options.read_text())
+    known = record.get("settings") or version_0_1.options(json.loads(options.read_text()))
     differ = control_differs(
         settings,
         {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known},
@@ -104,11 +105,11 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
         control = record.pop("control_heads", None)
-        record |= against_whole_heads(c) | blind_pairs(c) | frechet(c)
+        record |= against_ground_truth(c) | blind_pairs(c) | frechet(c)
         record["heads"] |= {"control": control} if control else {}
     measures = geometry(c)
     judged = shapes(c) if c.synthetic else {"geometry": []}
-    record |= once(c, CHANGE, lambda: surface_change(c, JUDGE.take(CHANGED)))
+    record |= once(c, CHANGE, lambda: surface_change(c, EVALUATION.take(CHANGED)))
     record |= {
         **measures,
         **judged,
@@ -125,13 +126,17 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
             "reward_test_against": "noise-free order" if clean else "labels",
         }
     return record | {
-        "over_optimisation": e.watch.alarms if e.watch is not None else [],
+        "over_optimisation": e.monitor.alarms if e.monitor is not None else [],
         "seed": s["seed"],
         "device": str(c.device),
         "versions": versions(),
         "lambda_r": s["lambda_r"],
         "lambda_sigma": s["lambda_sigma"],
-        "seeds": {"reward": [seeds[0], seeds[-1]], "judge": [JUDGE.all[0], JUDGE.all[-1]], "psi": c.psi},
+        "seeds": {
+            "reward": [seeds[0], seeds[-1]],
+            "evaluation": [EVALUATION.all[0], EVALUATION.all[-1]],
+            "psi": c.psi,
+        },
     }
 
 
@@ -179,8 +184,8 @@ def work(c: Comparison, folder: Path, processes: int) -> None:
             task: [first[judges.NEEDS[part]]] if part in judges.NEEDS else []
             for task, (part, _) in parts.items()
         }
-        if "filters" in first:  # of which the pictures show the strongest
-            needs[PICTURES] = [first["filters"]]
+        if "post-processing" in first:  # of which the pictures show the strongest
+            needs[PICTURES] = [first["post-processing"]]
         run_tasks(
             {task: needs.get(task, []) for task in tasks},
             _worker,
@@ -198,7 +203,7 @@ def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[s
     before, after = (load_generator(paths[role]) for role in judges.ROLES)
     c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
     others = {
-        CHANGE: lambda: surface_change(c, JUDGE.take(CHANGED)),
+        CHANGE: lambda: surface_change(c, EVALUATION.take(CHANGED)),
         PICTURES: lambda: write_pictures(c, folder),
     }
     return lambda task: others[task]() if task in others else judges.seen(c, *task.split(", "))
@@ -271,11 +276,11 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     if "win_rate" in record:
         low, high = record["win_rate_ci95"]
         text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"
-        out.append(("annotator without noise prefers the tuned shape (95 % interval)", text, ""))
+        out.append(("simulated annotator without noise prefers the tuned shape (95 % interval)", text, ""))
         text = (
             f"{record['frechet_before']:.3f} -> {record['frechet_after']:.3f} (x{record['frechet_ratio']:.3f}"
         )
-        text += f", {record['frechet_verdict']})" if "frechet_verdict" in record else ")"
+        text += f", {record['frechet_outcome']})" if "frechet_outcome" in record else ")"
         out.append(("Fréchet distance of images before -> after *", text, "<= x1.03"))
     for row in record["geometry"]:
         change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
@@ -283,7 +288,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         out.append(
             (
                 f"{row['name']}{upwards} *",
-                f"{row['before']:.4g} -> {row['after']:.4g} ({row['verdict']}: {change})",
+                f"{row['before']:.4g} -> {row['after']:.4g} ({row['outcome']}: {change})",
                 "better",
             )
         )
@@ -302,14 +307,14 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
     out.append(
         (
-            "over-optimisation watch",
+            "over-optimisation monitor",
             f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet",
             "quiet",
         )
     )
     if (kept := record.get("early_stop")) is not None:
         text = (
-            f"after {kept['images']} of {kept['of']} images: second reward {kept['second']:+.3f}, distance"
+            f"after {kept['images']} of {kept['of']} images: held-out reward {kept['heldout']:+.3f}, distance"
             f" {kept['distance']:.3f}"
         )
         out.append(("early stop kept the snapshot", text, ""))
@@ -317,42 +322,51 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     return out
 
 
-COLUMNS = {"before": "before", "after": "after", "control": "control", "filter": "best filter"}
-# of heads of people: words, form, the whole head's own value; a star: neither annotator nor reward nor early
-# stop reads it
+COLUMNS = {
+    "before": "before",
+    "after": "after",
+    "control": "control",
+    "post_processing": "best post-processing",
+}
+# of heads of people: words, form, the value of the ground-truth head; a star: the measure is used by neither
+# the simulated annotator nor the reward nor the early stop
 MEASURES = {
-    "error_broken": ("volume error behind, broken latents", ".3f", 0.0),
-    "error_whole": ("volume error behind, whole latents", ".3f", 0.0),
-    "repaired": ("  of the error of broken latents gone", ".0%", 1.0),
-    "whole_made_worse": ("  whole latents worse by .01", ".0%", None),
-    "missing_broken": ("  missing, broken latents", ".3f", 0.0),
-    "extra_broken": ("  too much, broken latents", ".3f", 0.0),
-    "fscore_broken": ("F-score behind at one voxel, broken latents *", ".3f", 1.0),
-    "fscore_whole": ("F-score behind at one voxel, whole latents *", ".3f", 1.0),
-    "fine_broken": ("F-score behind at a quarter voxel, broken latents *", ".3f", 1.0),
-    "completeness_broken": ("completeness behind at a quarter voxel, broken latents *", ".3f", 1.0),
-    "distance_broken": ("distance to the named head behind, voxels, broken latents *", ".2f", 0.0),
+    "error_defective": ("back-of-head volume error, defective heads", ".3f", 0.0),
+    "error_intact": ("back-of-head volume error, intact heads", ".3f", 0.0),
+    "error_reduction": ("  error reduction, defective heads", ".0%", 1.0),
+    "intact_degraded": ("  intact heads degraded by .01 or more", ".0%", None),
+    "missing_defective": ("  missing, defective heads", ".3f", 0.0),
+    "extra_defective": ("  extra, defective heads", ".3f", 0.0),
+    "fscore_defective": ("back-of-head F-score at one voxel, defective heads *", ".3f", 1.0),
+    "fscore_intact": ("back-of-head F-score at one voxel, intact heads *", ".3f", 1.0),
+    "fine_defective": ("back-of-head F-score at a quarter voxel, defective heads *", ".3f", 1.0),
+    "completeness_defective": ("back-of-head completeness at a quarter voxel, defective heads *", ".3f", 1.0),
+    "distance_defective": (
+        "back-of-head distance to the ground truth, voxels, defective heads *",
+        ".2f",
+        0.0,
+    ),
     "fine_front": ("F-score in front at a quarter voxel *", ".3f", 1.0),
-    "distance_front": ("distance to the named head in front, voxels *", ".3f", 0.0),
-    "amplitude": ("relief of the face over the named head's *", ".3f", 1.0),
-    "whole_share": ("latents that are whole", ".0%", 1.0),
+    "distance_front": ("distance to the ground truth in front, voxels *", ".3f", 0.0),
+    "amplitude": ("relief of the face over the ground truth's *", ".3f", 1.0),
+    "intact_share": ("intact heads", ".0%", 1.0),
     "face_moved_voxels": ("face moved, median voxels *", ".3f", None),
     "identity_kept": ("identity of the face kept *", ".0%", None),
     "variety": ("variety of faces, voxels *", ".3f", None),
-    "utility": ("annotator's utility without noise", ".3f", 1.0),
+    "utility": ("simulated annotator's utility without noise", ".3f", 1.0),
 }
 
 
 def table_of_heads(record: dict) -> list[tuple[str, ...]]:
-    """(what, before, after, control, best filter, whole heads) lines of the table of heads of people; []
-    where the run had none.
+    """(what, before, after, control, best post-processing, ground truth) lines of the table of heads of
+    people; [] where the run had none.
     """
     if "heads" not in record:
         return []
     columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
-    lines: list[tuple[str, ...]] = [("what", *columns.values(), "whole heads")]
-    for key, (words, form, whole) in MEASURES.items():
-        values = [*(record["heads"][column].get(key) for column in columns), whole]
+    lines: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
+    for key, (words, form, target) in MEASURES.items():
+        values = [*(record["heads"][column].get(key) for column in columns), target]
         lines.append((words, *("" if value is None else f"{value:{form}}" for value in values)))
     return lines
 
@@ -361,20 +375,20 @@ def notes(record: dict) -> list[str]:
     """What must be known of that table."""
     if "heads" not in record:
         return []
-    strongest = record["heads"]["strongest_filter"]
-    spent = [strongest["repaired"], strongest["whole_made_worse"]]
-    repaired, harmed = ("none" if value is None else f"{value:.0%}" for value in spent)
-    chosen = record["filters"]["filter"]
-    any_filter = record["filters"]["strongest_filter"]
+    strongest = record["heads"]["strongest_post_processing"]
+    spent = [strongest["error_reduction"], strongest["intact_degraded"]]
+    reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in spent)
+    chosen = record["post_processing_methods"]["post_processing"]
+    any_method = record["post_processing_methods"]["strongest_post_processing"]
     return [
         (
-            f"{record['heads_n']} held-out latents at psi 1, {record['broken_n']} of them broken before"
+            f"{record['heads_n']} held-out latents at psi 1, {record['defective_n']} of them defective before"
             " tuning. Backs are damaged on purpose in the training scans, as real scans are."
         ),
         (
-            f"Best filter: {chosen}, without labels, of those that spare whole latents, chosen on"
-            f" {record['filters_chosen_on']} others. The strongest of all, {any_filter}, repairs {repaired}"
-            f" and makes {harmed} of the whole latents worse."
+            f"Best label-free post-processing: {chosen}, of those that leave intact heads alone, chosen on"
+            f" {record['post_processing_chosen_on']} others. The strongest of all, {any_method}, reduces"
+            f" the error by {reduction} and degrades {degraded} of the intact heads."
         ),
-        "*: neither annotator nor reward nor early stop reads it.",
+        "*: used by neither the simulated annotator nor the reward nor the early stop.",
     ]

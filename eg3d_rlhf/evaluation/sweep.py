@@ -37,14 +37,14 @@ REWARD = "reward"
 DISTANCE = "distance"
 GEOMETRY = "normal disagreement"
 SECOND = "held-out reward"
-JUDGE = "judge"
+ORACLE = "oracle"
 IMAGES = "kernel distance of images"
 LABELS = {
     REWARD: "change of the tuned reward",
     DISTANCE: "mean |σ - σ before|, raw density",
     GEOMETRY: "change of normal disagreement, degrees",
     SECOND: "change of the held-out reward",
-    JUDGE: "change of the programmatic judge's utility",
+    ORACLE: "change of the oracle's utility",
     IMAGES: "change of the images' kernel distance",
 }
 GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
@@ -162,8 +162,8 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
     sigma = rewards.densities(c, after, seeds)
     values[DISTANCE] = density_l1(sigma, start).double().numpy()
     if c.synthetic:
-        values[JUDGE] = utilities(after.generator, seeds) - _kept(
-            c, "judge", lambda: utilities(c.before.generator, seeds)
+        values[ORACLE] = utilities(after.generator, seeds) - _kept(
+            c, "oracle", lambda: utilities(c.before.generator, seeds)
         )
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
     steps = means_of(values)
@@ -325,7 +325,7 @@ def plot_front(data: dict):
 
 
 def plot_others(data: dict):
-    names = [name for name in (SECOND, JUDGE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
+    names = [name for name in (SECOND, ORACLE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
     drawn, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         _panel(axis, data["rows"], DISTANCE, name)

@@ -24,6 +24,7 @@ from pathlib import Path
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.evaluation.comparison import snapshots
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import sigterm_interrupts
 from eg3d_rlhf.experiments.run import recorded
@@ -57,7 +58,7 @@ class Part:
     def keyed(cls, name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
         """A training in a folder of its own for its flags and files: parent/name-<eight digits over them>."""
         part = cls(name, parent, TRAIN, tuple(flags), needed)
-        digits = json_hash([part.flags, part.files()])[:8]
+        digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
         return cls(name, parent / f"{name}-{digits}", TRAIN, part.flags, needed)
 
     def command(self) -> list[str]:
@@ -74,13 +75,17 @@ class Part:
         paths |= {
             name: Path(value)
             for name, _, value in (flag.partition("=") for flag in self.flags)
-            if value and name not in ("--data", "--out")
+            if value and name not in ("--data", "--out", "--run-dir")
         }
         return {name: _hash(path, path.stat().st_mtime_ns) for name, path in paths.items() if path.is_file()}
 
     def inputs(self) -> dict:
-        """All that the folder's content depends on."""
-        return {"command": self.command(), "inputs": self.files()}
+        """Return all that the folder's content depends on, in the words of version 0.1."""
+        script, *flags = self.command()
+        return {
+            "command": [script, *version_0_1.words(script, flags)],
+            "inputs": version_0_1.file_names(script, self.files()),
+        }
 
     @property
     def store(self) -> Store:

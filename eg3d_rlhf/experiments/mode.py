@@ -211,7 +211,12 @@ class Mode(Generic[S]):
         """The click command: the common flags and the mode's own."""
         mode = self
 
-        @click.command(f"train.py --mode={self.name}", cls=GroupedCommand, help=self.help)
+        @click.command(
+            f"train.py --mode={self.name}",
+            cls=GroupedCommand,
+            job=f"train --mode={self.name}",
+            help=self.help,
+        )
         @run_flags(self)
         @self.flags or options_of(self.settings)
         @click.pass_context

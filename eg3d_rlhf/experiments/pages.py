@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.store import Store
 from training.progress import tqdm
 from training.storage import write_atomic
@@ -68,7 +68,7 @@ class Finding:
     data: dict[str, Any]  # what the plots read
     rows: Sequence[Mapping[str, Any]] = ()  # the table behind the figures, one mapping a line: written as CSV
     says: Sequence[str] = ()  # sentences: what the numbers show, and what they do not
-    pictures: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
+    images: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -128,7 +128,7 @@ def data_file(out: Path, key: str) -> Path:
 
 def _finding(out: Path, key: str) -> Finding:
     """The finding that <out>/data holds."""
-    values = json.loads(data_file(out, key).read_text())
+    values = version_0_1.finding(key, json.loads(data_file(out, key).read_text()))
     known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
     return Finding(**{**known, "facts": Facts(**known["facts"])})
 
@@ -139,7 +139,7 @@ def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, 
     finding = job.compute(path.parent)
     values = {"title": job.title, **finding.to_dict()}
     write_atomic(path, json.dumps(values, indent=1).encode())
-    return [path, *(path.parent / name for name in finding.pictures.values())], {}
+    return [path, *(path.parent / name for name in finding.images.values())], {}
 
 
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
@@ -168,7 +168,7 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
 
 def draw(job: Job, out: Path) -> None:
     """Draw the figures of a job from its JSON file: <out>/figures/<key>-<name>.svg, -dark.svg and .png."""
-    values = json.loads(data_file(out, job.key).read_text())["data"]
+    values = _finding(out, job.key).data
     for name, plot in job.plots.items():
         stem = out / "figures" / f"{job.key}-{name}"
         for theme, endings in (("light", (".svg", ".png")), ("dark", ("-dark.svg",))):

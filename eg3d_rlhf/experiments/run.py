@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from eg3d_rlhf.core.cli import file_hash, versions
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.logs import Log
 from eg3d_rlhf.experiments.process import StopRequest, run_lock
 from training import checkpoint, storage
@@ -315,7 +316,7 @@ def recorded(folder: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}. Restore the file.") from error
-    return values if isinstance(values, dict) else {}
+    return version_0_1.options(values) if isinstance(values, dict) else {}
 
 
 def next_free(outdir: Path, name: str) -> Path:

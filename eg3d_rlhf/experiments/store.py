@@ -38,6 +38,7 @@ import safetensors.numpy
 
 from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.experiments.process import run_lock
+from eg3d_rlhf.experiments.version_0_1 import stored
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
@@ -98,7 +99,7 @@ class Store:
     def folder(self, kind: str, inputs: Mapping[str, Any]) -> Path:
         """Where the artefact of these inputs lies, once it is begun."""
         return self.root / (
-            f"{kind}-{json_hash({'format': FORMAT, **inputs})[:16]}" if self._hashed else kind
+            f"{kind}-{json_hash({'format': FORMAT, **stored(inputs)})[:16]}" if self._hashed else kind
         )
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
@@ -132,7 +133,7 @@ class Store:
             )
         if not reused:
             if self.ranks.main:
-                if self._renew and _stated(folder) not in (None, json_hash(inputs)):
+                if self._renew and _stated(folder) not in (None, json_hash(stored(inputs))):
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True, exist_ok=True)
             self.ranks.barrier()
@@ -170,12 +171,12 @@ class Store:
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
         """Tell whether a folder holds an artefact of these inputs, finished or not."""
-        return _stated(self.folder(kind, inputs)) == json_hash(inputs)
+        return _stated(self.folder(kind, inputs)) == json_hash(stored(inputs))
 
     @staticmethod
     def begin(folder: Path, inputs: Mapping[str, Any]) -> None:
         """Write inputs.json."""
-        write_atomic(folder / INPUTS, _text(inputs, sort_keys=True))
+        write_atomic(folder / INPUTS, _text(stored(inputs), sort_keys=True))
 
     @staticmethod
     def finish(
@@ -236,7 +237,7 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder."
         ) from None
-    if json_hash(stated) != json_hash(inputs):
+    if json_hash(stated) != json_hash(stored(inputs)):
         raise ValueError(
             f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the folder."
         )

@@ -13,7 +13,7 @@ class Measure:
     """One figure of each item, such as a latent's shape.
 
     >>> relief = Measure("face relief", None, "higher", "world units")
-    >>> relief.values({"face relief": [0.1, 0.2]}), relief.verdict(0.01, 0.03), relief.verdict(-0.01, 0.03)
+    >>> relief.values({"face relief": [0.1, 0.2]}), relief.outcome(0.01, 0.03), relief.outcome(-0.01, 0.03)
     (array([0.1, 0.2]), 'better', 'no clear change')
     """
 
@@ -29,8 +29,8 @@ class Measure:
         values = seen[0][self.name] if self.of is None else self.of(*seen)
         return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
-    def verdict(self, lo: float, hi: float) -> str:
-        """'better', 'worse', or 'no clear change' where the interval lo..hi of a change contains 0."""
+    def outcome(self, lo: float, hi: float) -> str:
+        """Return 'better', 'worse', or 'no clear change' where the interval lo..hi of a change contains 0."""
         if lo <= 0 <= hi:
             return "no clear change"
         return "better" if (lo > 0) == (self.better == "higher") else "worse"

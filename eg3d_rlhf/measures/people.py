@@ -19,7 +19,7 @@ from eg3d_rlhf.measures.measure import Measure
 from training.heads.people_mesh import BACK, BASE, FACE, grid_points
 
 VOXEL = 1 / 64  # world units, in which tolerances are stated
-BROKEN = 0.12  # volume error behind from which on an untuned scan is broken
+DEFECTIVE = 0.12  # back-of-head volume error from which on an untuned head counts as defective
 IN_FRONT = 0.06  # no scan is changed in front of z = 0.055
 FINE = VOXEL / 4  # at a whole voxel a head that was blurred by .75 voxel is nearly as good as a true one
 FARTHEST = 32.0  # voxels beyond which surfaces are as far apart as can be
@@ -45,7 +45,7 @@ def shape_grids(field: Field, resolution: int = 64) -> np.ndarray:
     return torch.cat(parts, dim=1).unflatten(1, (resolution,) * 3).cpu().numpy()
 
 
-def behind(points: np.ndarray) -> np.ndarray:
+def back_of_head(points: np.ndarray) -> np.ndarray:
     """Whether points [..., 3] lie at the back of the head."""
     return (points[..., 2] < BACK) & (points[..., 1] > BASE)
 
@@ -55,7 +55,7 @@ def in_front(points: np.ndarray) -> np.ndarray:
     return (points[..., 2] > IN_FRONT) & (points[..., 1] > BASE)
 
 
-def volume_error(values: np.ndarray, whole: np.ndarray, place=behind) -> VolumeError:
+def volume_error(values: np.ndarray, whole: np.ndarray, place=back_of_head) -> VolumeError:
     """What a shape [n, n, n] lacks of the whole head [n, n, n], and has too much of, at a place."""
     here = place(grid_points(len(values)))
     shape = (values < 0) & here
@@ -90,9 +90,9 @@ def surfaces(values: np.ndarray, whole: np.ndarray) -> dict[str, float]:
     shape = surface_points(values)
     head = surface_points(whole)
     found: dict[str, float] = {}
-    for suffix, place in (("", behind), ("_front", in_front)):
+    for suffix, place in (("", back_of_head), ("_front", in_front)):
         # Distances of the shape's points at a place to the head, and of the head's to the shape
-        ways = _away(shape, head, place), _away(head, shape, place)
+        ways = _distances(shape, head, place), _distances(head, shape, place)
         found |= {
             f"fscore{suffix}": _fscore(ways, VOXEL),
             f"fine{suffix}": _fscore(ways, FINE),
@@ -107,7 +107,7 @@ def _fscore(ways: tuple[np.ndarray, np.ndarray], tolerance: float) -> float:
     return 2 * first * second / (first + second) if first + second else 0.0
 
 
-def _away(mine: np.ndarray, other: np.ndarray, place) -> np.ndarray:
+def _distances(mine: np.ndarray, other: np.ndarray, place) -> np.ndarray:
     """Distances of the points of one surface at a place to the other surface's points; infinite where either
     has none.
     """
@@ -178,18 +178,22 @@ def compared(shapes: np.ndarray, wholes: np.ndarray) -> dict[str, np.ndarray]:
 
 MEASURES = {  # by name in a summary; of what `compared` gives
     "error": Measure(
-        "volume error behind",
+        "back-of-head volume error",
         lambda seen: seen["missing"] + seen["extra"],
         "lower",
         "share",
-        "missing and extra, of the whole head's volume behind",
+        "missing and extra, of the ground-truth head's back-of-head volume",
     ),
-    "fine": Measure("F-score behind at a quarter voxel", itemgetter("fine"), "higher", ""),
+    "fine": Measure("back-of-head F-score at a quarter voxel", itemgetter("fine"), "higher", ""),
     "completeness": Measure(
-        "completeness behind at a quarter voxel", itemgetter("completeness"), "higher", "share"
+        "back-of-head completeness at a quarter voxel", itemgetter("completeness"), "higher", "share"
     ),
     "distance": Measure(
-        "distance to the named head behind", itemgetter("distance"), "lower", "voxels", "mean of both ways"
+        "back-of-head distance to the ground-truth head",
+        itemgetter("distance"),
+        "lower",
+        "voxels",
+        "mean of both ways",
     ),
 }
 FRONT_MEASURES = {  # nothing is broken there: tuning is to leave them alone
@@ -198,17 +202,17 @@ FRONT_MEASURES = {  # nothing is broken there: tuning is to leave them alone
         "completeness in front at a quarter voxel", itemgetter("completeness_front"), "higher", "share"
     ),
     "distance_front": Measure(
-        "distance to the named head in front",
+        "distance to the ground-truth head in front",
         itemgetter("distance_front"),
         "lower",
         "voxels",
         "mean of both ways",
     ),
     "amplitude": Measure(
-        "relief of the face over the named head's",
+        "relief of the face over the ground-truth head's",
         itemgetter("amplitude"),
         "higher",
         "",
-        "ratio of deviations",
+        "ratio of standard deviations",
     ),
 }

@@ -52,24 +52,14 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureConfig:
+class MixtureConfig(blocks.ConditionedConfig):
     """What the first flow's file says of its network."""
 
     latents: Mapping[str, LatentConfig]  # in order
-    model_channels: int
-    cond_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
     # group -> what is in it; others are alone
     latent_share_transformer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_shortcut_model: bool = False  # whether it reads a step size
-    share_mod: bool = False
-    qk_rms_norm: bool = False  # the original cannot do without
-    qk_rms_norm_cross: bool = False
     use_fp16: bool = False  # type of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
     time_scale: float = 1000.0  # by which times and step sizes are multiplied before they are embedded
 
     def __post_init__(self):
@@ -85,11 +75,6 @@ class MixtureConfig:
                 f"MixtureConfig: expected a latent {SHAPE!r} in no list, channels that heads divide and"
                 f" qk_rms_norm, got {got}. Correct it."
             )
-
-    @property
-    def heads(self) -> int:
-        """Of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:

@@ -86,28 +86,18 @@ DTYPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class FlowConfig(blocks.ConditionedConfig):
     """What a flow's JSON file calls args."""
 
     # of the structure's grid; a flow on voxels does not use it, and files of the texture's say anything
     resolution: int
     in_channels: int  # of the latent and of what is read beside it
-    model_channels: int
-    cond_channels: int
     out_channels: int
-    num_blocks: int
-    num_heads: int | None = None  # or model_channels / num_head_channels
-    num_head_channels: int = 64
-    mlp_ratio: float = 4
     pe_mode: str = "ape"
     # f_0 and f_1 of `angles_of`; the structure's flow takes these whatever it says
     rope_freq: tuple[float, float] = (1.0, 10000.0)
     dtype: str = "float32"  # of the blocks as built; files bring their own
-    use_checkpoint: bool = False  # compute blocks again in the backward pass
-    share_mod: bool = False
     initialization: str = "vanilla"  # of weights that training starts from: no concern of trained ones
-    qk_rms_norm: bool = False
-    qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "rope_freq", tuple(self.rope_freq))
@@ -130,11 +120,6 @@ class FlowConfig:
             )
 
     @property
-    def heads(self) -> int:
-        """Of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
-
-    @property
     def head_channels(self) -> int:
         """D."""
         return self.model_channels // self.heads
@@ -151,7 +136,7 @@ class Block(blocks.ModulatedBlock):
     """
 
     def __init__(self, channels: int, *args, **kwargs):
-        super().__init__(channels, *args, share_mod=True, **kwargs)
+        super().__init__(channels, *args, **kwargs)
         self.modulation = nn.Parameter(torch.randn(6 * channels) / channels**0.5)
 
     def forward(
@@ -168,22 +153,11 @@ class Flow(nn.Module):
         self.config = config
         self.recompute = config.use_checkpoint
         channels = config.model_channels
-        kind = Block if config.share_mod else blocks.ModulatedBlock
         self.t_embedder = blocks.TimeEmbedder(channels)
         if config.share_mod:
             self.adaLN_modulation = blocks.modulation(channels)
         self.input_layer = nn.Linear(config.in_channels, channels)
-        self.blocks = nn.ModuleList(
-            kind(
-                channels,
-                config.cond_channels,
-                config.heads,
-                config.mlp_ratio,
-                qk_rms_norm=config.qk_rms_norm,
-                qk_rms_norm_cross=config.qk_rms_norm_cross,
-            )
-            for _ in range(config.num_blocks)
-        )
+        self.blocks = config.blocks(Block if config.share_mod else blocks.ModulatedBlock)
         self.out_layer = nn.Linear(channels, config.out_channels)
         blocks.convert_torso(self.blocks, DTYPES[config.dtype])
 
@@ -243,14 +217,8 @@ class StructureFlow(Flow):
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        blocks.check_inputs(
-            "StructureFlow",
-            x_t,
-            ["N", config.in_channels, *[config.resolution] * 3],
-            cond,
-            len(x_t),
-            config.cond_channels,
-        )
+        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
         v = self.transform(
             x_t.flatten(2).transpose(1, 2), t, cond, self.places(x_t.device), blocks.DenseLayout()
         )

@@ -6,9 +6,9 @@ from eg3d_rlhf.core.cli import GroupedCommand, option
 from eg3d_rlhf.modes.shared_flags import print_json, shared
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, job="reward best-of-n")
 @shared(
-    "before reward-ckpt reward-watch n",
+    "before reward-ckpt heldout-reward n",
     before="Generator, untuned.",
     n={"default": 4096, "help": "Latents that are scored."},
     reward_ckpt={
@@ -16,12 +16,13 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
         "default": (),
         "show_default": "the bundled one",
         "help": (
-            "Reward or ensemble on trial, or a kind that learns nothing, as soundness; may be given again."
+            "Reward or ensemble on trial, or a kind without training, such as mesh-validity; may be given"
+            " again."
         ),
     },
-    reward_watch={
+    heldout_reward={
         "show_default": "the annotator, for synthetic heads",
-        "help": "Second reward as the judge.",
+        "help": "Held-out reward as the evaluator.",
     },
 )
 @option(
@@ -33,36 +34,36 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     help="Largest number to choose among.",
 )
 @shared(
-    "out device dry-run",
+    "outdir device dry-run",
     "data psi seed batch",
-    out={"default": "runs/reports/best-of-n"},
+    outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
     data="What the generator was trained on; else the run's own.",
 )
-def main(before, reward_ckpt, reward_watch, data, out, device, dry_run, **sampling) -> None:
-    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and a
-    judge say what that is worth.
+def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
+    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and an
+    evaluator says what that is worth.
 
     A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
-    members and all its aggregates are compared. The judge is the annotator without noise for synthetic heads,
-    else the reward that --reward-watch names.
+    members and all its aggregates are compared. The evaluator is the simulated annotator without noise for
+    synthetic heads, else the reward that --heldout-reward names.
 
     \b
     Example:
-        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --out=runs/best
+        eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --outdir=best
     """
     from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
 
-    trial = trial_of(before, reward_ckpt, reward_watch, data, device, **sampling)
+    trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
     if dry_run:
         single, joined = arms(trial)
         known = {
             "networks": trial.networks(),
-            "judge": "annotator" if trial.judge is None else "reward",
+            "evaluator": "annotator" if trial.evaluator is None else "reward",
             "arms": [*single, *joined],
         }
-        print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "out": str(out)})
+        print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)})
         return
-    finding = write(trial, out)
+    finding = write(trial, outdir)
     click.echo("\n".join(finding.says))
-    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")
+    click.echo(f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/")

@@ -16,7 +16,7 @@ from training.progress import tqdm
 _measures_option = functools.partial(option, group="Measures")
 
 
-@click.command("check-assets", cls=GroupedCommand)
+@click.command("check-assets", cls=GroupedCommand, job="check-assets")
 @click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @option(
     "--by",
@@ -59,19 +59,21 @@ _measures_option = functools.partial(option, group="Measures")
 @_measures_option("--seed", metavar="INT", type=click.IntRange(0), default=0, help="Of the samples.")
 @count_option("--jobs", default=None, show_default="cores", help="Processes.")
 @option(
-    "--out",
-    metavar="PATH",
+    "--outdir",
+    metavar="FOLDER",
     type=FOLDER,
-    default=Path("census"),
+    default=Path("mesh-validation"),
     help="Folder for index.html and data/*.csv, *.json.",
 )
-def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, out: Path, **options) -> None:
+def main(
+    folder: Path, by: str | None, weld: float, up: str, jobs: int | None, outdir: Path, **options
+) -> None:
     """How many meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER are solids: closed, manifold, one
     body, with walls, standing.
 
     \b
     Example:
-        eg3d-rlhf check-assets assets --out=runs/census
+        eg3d-rlhf check-assets assets --outdir=runs/mesh-validation
     """
     from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
@@ -93,9 +95,9 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
         re.compile(by or "")
     except re.error as error:
         raise ValueError(f"--by: expected a regular expression, got {by!r}: {error}. Correct it.") from None
-    if out.exists() and any(out.iterdir()) and not (out / "index.html").is_file():
+    if outdir.exists() and any(outdir.iterdir()) and not (outdir / "index.html").is_file():
         raise ValueError(
-            f"--out: expected a new folder, or one of an earlier census, got {out}. Choose another."
+            f"--outdir: expected a new folder, or one of an earlier validation, got {outdir}. Choose another."
         )
     settings = MeasureOptions(**options)
     with naming("FOLDER"):
@@ -123,7 +125,7 @@ def main(folder: Path, by: str | None, weld: float, up: str, jobs: int | None, o
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
     found = shares(rows)
     page = write_census(
-        out,
+        outdir,
         folder,
         header,
         rows,

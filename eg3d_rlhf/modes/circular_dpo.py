@@ -10,9 +10,7 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import FOLDER, RUN, Flags, Mode, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_circular
 from eg3d_rlhf.modes.flow_flags import (
-    COUNT,
     EARLY,
     LOOP,
     TOY,
@@ -21,13 +19,15 @@ from eg3d_rlhf.modes.flow_flags import (
     check_tuning,
     circular_settings,
     loop_flags,
+    of_circular,
     reader_of,
     source_of,
+    training_seeds,
     tuning_flags,
     unset_option,
 )
 from eg3d_rlhf.modes.shared_flags import rare_option
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation, ProblemSource
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
     ARMS,
     GROUPS,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def check_judges(flags: Flags, problem: "Problem") -> None:
-    """Refuse flags of judging and of early stopping that a problem has no use for.
+    """Refuse flags of the evaluation and of early stopping that a problem has no use for.
 
     Raises: ValueError naming them.
     """
@@ -121,10 +121,7 @@ what_flags = together(
         ),
     ),
 )
-train_flags = together(
-    tuning_flags,
-    options_of(TrainConfig),
-)
+train_flags = together(tuning_flags, options_of(TrainConfig))
 table_flags = together(
     unset_option(
         "--choose-noises",
@@ -134,9 +131,14 @@ table_flags = together(
         "Assets per held-out condition behind a win rate in training; 0: none, no early stop.",
         rare=True,
     ),
-    options_of(Judging),
+    options_of(Evaluation),
     unset_option(
-        "--seeds", TABLE, "INT", COUNT, "With --ablate: trainings of each group, from --seed on.", "3"
+        "--seeds",
+        TABLE,
+        "LIST",
+        str,
+        "With --ablate: training seeds of every group, such as 0,1,2.",
+        "--seed and the next two",
     ),
 )
 
@@ -167,22 +169,21 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     defaults = default_settings(flags["pipeline"] or TOY)
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
-    seed = flags["seed"]
-    judging = flags.of(Judging)
+    evaluation = flags.of(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
         source=source_of(ProblemSource, flags),
         stage=flags["stage"],
         groups=groups,
-        training_seeds=tuple(range(seed, seed + (flags["seeds"] or 3))) if groups else (),
-        judging=Judging(**{"batch": (defaults.choosing or Choosing()).batch, **judging}),
+        training_seeds=training_seeds(flags, 3) if groups else (),
+        evaluation=Evaluation(**{"batch": (defaults.choosing or Choosing()).batch, **evaluation}),
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
-    if "anchor" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
+    if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
-            "--ablate=anchor: expected an anchor to train on, got --loop-sft-weight=0. Raise it, or leave the"
-            " arm out."
+            "--ablate=regulariser: expected a regulariser to train on, got --loop-sft-weight=0. Raise it,"
+            " or leave the arm out."
         )
     return run
 

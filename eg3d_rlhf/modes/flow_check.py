@@ -37,7 +37,7 @@ _LICENCE = ("licen", "notice")  # how names of such files begin
 DONE = {
     EmbedsImages: "conditions of pictures",
     EmbedsText: "conditions of texts",
-    Shows: "draw",
+    Shows: "sample",
     Exports: "export",
 }
 

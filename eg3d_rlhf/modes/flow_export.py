@@ -14,9 +14,9 @@ from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
 
 
-@click.command("export", cls=GroupedCommand)
+@click.command("export", cls=GroupedCommand, job="flow export")
 @click.argument("sources", metavar="[WORK|RUN...]", nargs=-1, type=FOLDER)
-@option("--out", required=True, metavar="DIR", type=FOLDER, help="New folder to write.")
+@option("--outdir", required=True, metavar="DIR", type=FOLDER, help="New folder to write.")
 @option("--adapter", is_flag=True, help="PEFT's folder of every tuned stage, in place of whole networks.")
 @name_option("--tune", "name", show_default="the latest", help="Of WORK: a training, such as tune-00.")
 @option(
@@ -35,7 +35,7 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import FILE, Work
 )
 def export_command(
     sources: Sequence[Path],
-    out: Path,
+    outdir: Path,
     adapter: bool,
     name: str | None,
     root: Path | None,
@@ -46,16 +46,16 @@ def export_command(
 
     \b
     Examples:
-        eg3d-rlhf flow export WORK --out=TUNED
-        eg3d-rlhf flow export WORK --out=ADAPTERS --adapter
-        eg3d-rlhf flow export runs/00000-a runs/00001-b --out=TUNED
+        eg3d-rlhf flow export WORK --outdir=TUNED
+        eg3d-rlhf flow export WORK --outdir=ADAPTERS --adapter
+        eg3d-rlhf flow export runs/00000-a runs/00001-b --outdir=TUNED
     """
     from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
     from eg3d_rlhf.tuning.flow.base.export import export
 
     root, tuned = tuned_of(sources, name, root, weights)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out: expected a new folder, got {out} with files in it. Name another.")
+    if outdir.exists() and any(outdir.iterdir()):
+        raise ValueError(f"--outdir: expected a new folder, got {outdir} with files in it. Name another.")
     if adapter:
         whole = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
         if whole:
@@ -65,14 +65,15 @@ def export_command(
             )
         for stage, path in tuned.items():
             for file in (ADAPTER, CONFIG):
-                link(path / file, out / stage / file)
+                link(path / file, outdir / stage / file)
             click.echo(
-                f"{out / stage}: PeftModel.from_pretrained(network of stage {stage}, {str(out / stage)!r})"
+                f"{outdir / stage}: PeftModel.from_pretrained(network of stage {stage},"
+                f" {str(outdir / stage)!r})"
             )
         return
     family = family_of(root)
-    print_json(export(family, root, out, tuned))
-    click.echo(f"{out}: {family.loaded_by.format(out=out) or 'as any folder of ' + family.name}")
+    print_json(export(family, root, outdir, tuned))
+    click.echo(f"{outdir}: {family.loaded_by.format(out=outdir) or 'as any folder of ' + family.name}")
 
 
 def tuned_of(

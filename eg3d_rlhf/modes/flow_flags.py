@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from eg3d_rlhf.core.cli import option, options_of, together
+from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import RUN, Flags, Mode, flag, refuse_torchrun
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes.shared_flags import COUNT, rare_option
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging, ProblemSource
-from eg3d_rlhf.tuning.flow.families.sources import check_source
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation, ProblemSource
+from eg3d_rlhf.tuning.flow.families import check_source
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings, LoopPairsConfig, Weighing
 from eg3d_rlhf.tuning.flow.training.settings import ArmsRun, DpoConfig, TrainConfig
 from training.config import from_dict
@@ -97,6 +97,12 @@ def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
     return {"lora": None if full else replace(lora or LoraConfig(), **adapters)}
 
 
+def adapters_shown(lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the values that --help shows of --tune and its flags."""
+    targets = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
+    return {"tune": "full" if lora is None else "lora", **targets}
+
+
 # The loop: circular_dpo.py, flow_tune.py.
 
 LOOP = "The loop"
@@ -147,7 +153,9 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
     human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
-    pairs = replace(defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"judge_batch": "batch"}))
+    pairs = replace(
+        defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"evaluation_batch": "batch"})
+    )
     defaults_loop = defaults.loop.dpo  # the loop's loss is people's with the loop's own anchors
     # in this order, so that the defaults' own is exact
     beta = human.dpo.beta * defaults_loop.beta / defaults.human.dpo.beta
@@ -182,6 +190,25 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     )
 
 
+def of_circular(settings: CircularSettings) -> list[object]:
+    """Return what --help shows of a loop: --lr and others are those of training on people's pairs."""
+    loop = settings.loop
+    choosing = settings.choosing
+    return [
+        {
+            **adapters_shown(settings.human.lora),
+            "rounds": settings.rounds,
+            "loop_beta": loop.dpo.beta,
+            "loop_loser_weight": loop.dpo.loser_weight,
+            "loop_sft_weight": loop.dpo.sft_weight,
+            "loop_lr": loop.lr,
+            "loop_steps": loop.steps,
+            "choose_noises": 0 if choosing is None else choosing.per_condition,
+        },
+        settings,
+    ]
+
+
 def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     """Change a training by flags, all but its loss."""
     return replace(config, **flags.of(TrainConfig), **tuned_as(flags, config.lora))
@@ -194,7 +221,12 @@ stage_flag = option(
 )
 arms_table_flags = together(
     unset_option(
-        "--seeds", TABLE, "INT", COUNT, "Trainings of each arm, from --seed on.", "1; 3 with several arms"
+        "--seeds",
+        TABLE,
+        "LIST",
+        str,
+        "Training seeds of every arm, such as 0,1,2.",
+        "--seed; with several arms also the next two",
     ),
     unset_option(
         "--choose-noises",
@@ -206,15 +238,19 @@ arms_table_flags = together(
         rare=True,
     ),
     rare_option("--no-summary", group=RUN, is_flag=True, help="Skip the table that ends a run."),
-    options_of(Judging),
+    options_of(Evaluation),
 )
 
 
 def check_arms(flags: Flags, several: bool) -> None:
     """Raise ValueError naming flags that would have no effect. Args: several: more than one arm."""
-    flags.belong(("jobs",), several or (flags["seeds"] or 1) > 1, "several trainings (--arms, --seeds)")
     flags.belong(
-        ("table_noises", "judge_batch"), not flags["no_summary"], "the table, which --no-summary leaves out"
+        ("jobs",), several or len(training_seeds(flags, 1)) > 1, "several trainings (--arms, --seeds)"
+    )
+    flags.belong(
+        ("table_noises", "evaluation_batch"),
+        not flags["no_summary"],
+        "the table, which --no-summary leaves out",
     )
     check_tuning(flags)
 
@@ -222,8 +258,6 @@ def check_arms(flags: Flags, several: bool) -> None:
 def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[str, Any]:
     """Make the fields of a run that do not depend on what arms learn from."""
     choosing = defaults.choosing
-    seed = flags["seed"]
-    count = flags["seeds"] or (3 if len(arms) > 1 else 1)
     if flags["choose_noises"] is not None:
         choosing = (
             replace(choosing or Choosing(), per_condition=flags["choose_noises"])
@@ -233,11 +267,31 @@ def fields_of(flags: Flags, defaults: ArmsRun, arms: tuple[str, ...]) -> dict[st
     return {
         "stage": flags["stage"],
         "arms": arms,
-        "training_seeds": tuple(range(seed, seed + count)),
+        "training_seeds": training_seeds(flags, 3 if len(arms) > 1 else 1),
         "choosing": choosing,
-        "judging": replace(defaults.judging, **flags.of(Judging)),
+        "evaluation": replace(defaults.evaluation, **flags.of(Evaluation)),
         "summary": not flags["no_summary"],
     }
+
+
+def arms_shown(run: ArmsRun, lora: LoraConfig | None) -> dict[str, Any]:
+    """Return the values that --help shows of flags of a run of arms that are no knobs."""
+    return {
+        **adapters_shown(lora),
+        "arms": ",".join(run.arms),
+        "seeds": ",".join(map(str, run.training_seeds)),
+        "choose_noises": 0 if run.choosing is None else run.choosing.per_condition,
+    }
+
+
+def training_seeds(flags: Flags, count: int) -> tuple[int, ...]:
+    """Return the seeds that --seeds lists; by default, --seed and those after it.
+
+    Args: count: how many there are by default. Raises: ValueError naming --seeds.
+    """
+    if flags["seeds"] is None:
+        return tuple(range(flags["seed"], flags["seed"] + count))
+    return seeds_of("--seeds", flags["seeds"])
 
 
 def names_of(flags: Flags) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
-from eg3d_rlhf.modes.flow_draw import device_flag, work_argument
+from eg3d_rlhf.modes.flow_sample import device_flag, work_argument
 from eg3d_rlhf.people.label import launch
 from eg3d_rlhf.people.label.db_flag import EXTRA, open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
@@ -55,7 +55,7 @@ def label(
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
-    from eg3d_rlhf.tuning.flow.workspace.sample_scores import check_trained, latent_ensemble
+    from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
     check_extra(EXTRA)
     work = Work.open(folder)

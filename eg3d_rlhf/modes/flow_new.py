@@ -22,12 +22,12 @@ from eg3d_rlhf.tuning.flow.base.family import (
 from eg3d_rlhf.tuning.flow.base.settings import PRECISIONS
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.workspace.work_folder import (
-    FILE,
     SHARES,
     SHOWN,
     SPLITS,
     TEST,
     Work,
+    check_new,
     divide,
     hashes,
 )
@@ -44,7 +44,7 @@ PROMPTS = "prompts.txt"
 LONGEST = 2000  # characters of a prompt that the page shows
 
 
-@click.command("new", cls=GroupedCommand)
+@click.command("new", cls=GroupedCommand, job="flow new")
 @click.argument("folder", metavar="WORK", type=FOLDER)
 @option(
     "--pipeline",
@@ -52,19 +52,19 @@ LONGEST = 2000  # characters of a prompt that the page shows
     required=True,
     help="Folder of a generator that is known (docs/reference/families.md), or toy.",
 )
-@file_option("--prompts", help="Texts, one per line, for generators of texts; the toy has its own.")
+@file_option("--prompts", help="Texts, one per line, for text-conditioned generators; the toy has its own.")
 @option(
-    "--pictures",
+    "--images",
     metavar="DIR",
     type=FOLDER,
-    help="Pictures with transparent backgrounds, for generators of pictures.",
+    help="Images with transparent backgrounds, for image-conditioned generators.",
 )
 @option(
-    "--conditions",
+    "--conditioning",
     "embeddings",
     metavar="FILE|DIR",
     type=PATH,
-    help="Embeddings that others made, by name, in place of the generator's encoder.",
+    help="Embeddings made elsewhere, by name, instead of those of the generator's encoder.",
 )
 @option(
     "--each",
@@ -96,7 +96,7 @@ def new(
     folder: Path,
     pipeline: str,
     prompts: Path | None,
-    pictures: Path | None,
+    images: Path | None,
     embeddings: Path | None,
     device: str,
     **flags,
@@ -105,16 +105,13 @@ def new(
 
     \b
     Example:
-        eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --pictures=PICTURES
+        eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
     from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditions, write_conditions
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
 
-    if (folder / FILE).exists():
-        raise ValueError(
-            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
-        )
+    check_new(folder)
     family = family_of(Path(pipeline), say=lambda text: None)
     where = choose_device(device)
     for line in examined(family, Path(pipeline)):
@@ -123,20 +120,20 @@ def new(
     precision = chosen_precision(flags["precision"], where)
     for line in takes(family, Path(pipeline), where, precision, sorted({1, flags["batch"] or family.batch})):
         click.echo(line)
-    names = conditions_of(family, prompts, pictures, given)
+    names = conditions_of(family, prompts, images, given)
     divided = divide(list(names), flags["seed"], shares_of(flags["split"]))
     counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
-    for line in rows("prompts" if pictures is None else "pictures", [f"{len(names)}: {counts}"]):
+    for line in rows("prompts" if images is None else "images", [f"{len(names)}: {counts}"]):
         click.echo(line)
     if given is None:
-        if pictures is None:
+        if images is None:
             assert isinstance(family, EmbedsText)  # or `conditions_of` had raised
             given = family.embed_texts(Path(pipeline), list(names), where)
         else:
             assert isinstance(family, EmbedsImages)
-            images = {name: path for name, path in names.items() if path is not None}
-            given = family.embed_images(Path(pipeline), images, where)
-    if pictures is None:
+            files = {name: path for name, path in names.items() if path is not None}
+            given = family.embed_images(Path(pipeline), files, where)
+    if images is None:
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
         copy_pictures(folder / "inputs", names)
@@ -146,7 +143,7 @@ def new(
         pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()),
         family=family.name,
         stages=family.stages,
-        kind="prompts" if pictures is None else "pictures",
+        kind="prompts" if images is None else "pictures",
         up=flags["up"] or family.up,
         splits=divided,
         files=hashes(family.files(Path(pipeline))),
@@ -155,7 +152,7 @@ def new(
         precision=precision,
         batch=flags["batch"] or family.batch,
         inputs=(
-            {} if pictures is None else {name: path.name for name, path in names.items() if path is not None}
+            {} if images is None else {name: path.name for name, path in names.items() if path is not None}
         ),
     ).write()
     for line in chosen(work, where):
@@ -239,7 +236,7 @@ def conditions_of(
     if given is not None:
         if prompts is not None or pictures is not None:
             raise ValueError(
-                "--conditions: expected no --prompts or --pictures beside it: embeddings have names. Leave"
+                "--conditioning: expected no --prompts or --images beside it: embeddings have names. Leave"
                 " one out."
             )
         return dict.fromkeys(given.names)
@@ -247,22 +244,23 @@ def conditions_of(
         return dict.fromkeys(family.prompts)
     if (prompts is None) == (pictures is None):
         raise ValueError(
-            "new: expected --prompts or --pictures, got neither or both. Name what the generator is told."
+            "new: expected --prompts or --images, got neither or both. Name the conditioning inputs."
         )
     if not isinstance(family, (EmbedsImages, EmbedsText)):
         raise ValueError(
-            f"new: expected --conditions for {family.name}, which has no encoder here. Name a file of"
+            f"new: expected --conditioning for {family.name}, which has no encoder here. Name a file of"
             " embeddings."
         )
     if pictures is not None:
         if not isinstance(family, EmbedsImages):
             raise ValueError(
-                f"--pictures: expected --prompts for {family.name}, which is told texts. Name a file of them."
+                f"--images: expected --prompts for {family.name}, which is text-conditioned. Name a"
+                " file of texts."
             )
         return dict(pictures_in(pictures))
     if not isinstance(family, EmbedsText):
         raise ValueError(
-            f"--prompts: expected --pictures for {family.name}, which is told pictures. Name their folder."
+            f"--prompts: expected --images for {family.name}, which is image-conditioned. Name their folder."
         )
     assert prompts is not None
     lines = [" ".join(line.split()) for line in prompts.read_text(encoding="utf-8").splitlines()]
@@ -288,7 +286,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
     paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in PICTURES]
     if not paths:
         raise FileNotFoundError(
-            f"--pictures: expected pictures ({', '.join(PICTURES)}), got none in {folder}. Name their folder."
+            f"--images: expected pictures ({', '.join(PICTURES)}), got none in {folder}. Name their folder."
         )
     by_name = dict[str, Path]()
     by_content = dict[str, Path]()
@@ -297,7 +295,7 @@ def pictures_in(folder: Path) -> dict[str, Path]:
             other = known.setdefault(key, path)
             if other is not path:  # it could be trained on under one name and tested under the other
                 raise ValueError(
-                    f"--pictures: expected every {what} once, got {other.name} and {path.name}. Remove one."
+                    f"--images: expected every {what} once, got {other.name} and {path.name}. Remove one."
                 )
     return by_name
 
@@ -327,4 +325,4 @@ def chosen(work: Work, device: "torch.device") -> Iterator[str]:
             " the test"
         ],
     )
-    yield from rows("next", [f"eg3d-rlhf flow draw {work.folder}"])
+    yield from rows("next", [f"eg3d-rlhf flow sample {work.folder}"])

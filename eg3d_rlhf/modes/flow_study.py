@@ -21,7 +21,7 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, check_extra, choose_device, option
 from eg3d_rlhf.experiments.mode import running
 from eg3d_rlhf.modes import study as study_job
-from eg3d_rlhf.modes.flow_draw import (
+from eg3d_rlhf.modes.flow_sample import (
     AGAIN,
     device_flag,
     drawing_flags,
@@ -230,7 +230,7 @@ def tell_report(work: Work, study: Study, against: str | None, interim: bool) ->
         flags = [
             "report",
             f"--outdir={study.contest(name).path}",
-            "--pictures=0",
+            "--images=0",
             *(["--interim"] if interim else []),
         ]
         study_job.main.main(flags, standalone_mode=False)

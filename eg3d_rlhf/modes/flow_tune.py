@@ -12,15 +12,13 @@ import click
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, rarely, together
 from eg3d_rlhf.experiments.mode import Flags, flags_of, running
 from eg3d_rlhf.modes.circular_dpo import default_settings
-from eg3d_rlhf.modes.flow_defaults import of_circular
-from eg3d_rlhf.modes.flow_draw import AGAIN, device_flag, timeout_flag, work_argument
-from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, tuning_flags
+from eg3d_rlhf.modes.flow_flags import check_tuning, circular_settings, loop_flags, of_circular, tuning_flags
+from eg3d_rlhf.modes.flow_sample import AGAIN, device_flag, timeout_flag, work_argument
 from eg3d_rlhf.modes.shared_flags import PATH
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily, Shows, check_stages
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
-from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, Work
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, Tuning, Work
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
@@ -75,7 +73,7 @@ what_flags = together(
 )
 
 
-@click.command("tune", cls=GroupedCommand)
+@click.command("tune", cls=GroupedCommand, job="flow tune")
 @work_argument
 @together(
     what_flags,

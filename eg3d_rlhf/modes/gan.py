@@ -108,9 +108,9 @@ HEADS = {
     "nose_floor": "window",
     "reward_clip": "-10,q0.55",
     "reward_shaping": "standardised",
-    "anchor_gate": 0.01,
-    "anchor_psi": 1.0,
-    "anchor_resolution": 32,
+    "consistency_gate": 0.01,
+    "consistency_psi": 1.0,
+    "consistency_resolution": 32,
     "reference": None,
     "early_stop": None,
     "early_stop_distance": None,
@@ -138,7 +138,7 @@ PRESETS: dict[tuple[str, str], dict] = {  # by --cfg and task: what differs from
         "cbase": 2048,
         "cmax": 64,
         "plane_layout": "fixed",
-        "anchor_resolution": 32,
+        "consistency_resolution": 32,
         "nrr_initial": 64,
         "gamma": 0.2,
         "gpc_reg_fade_kimg": 5.0,
@@ -165,10 +165,10 @@ OBSERVED: dict[str, dict] = {  # what suits another observation than sigma, as p
         "lambda_nose": 1.0,
         "reward_shaping": "standardised",
         "reward_clip": "-10,10",
-        "anchor_gate": 1.0,
+        "consistency_gate": 1.0,
     },
     # what is sound gets no push
-    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "anchor_gate": 1.0},
+    "solid": {"lambda_sigma": 0.02, "reward_shaping": "none", "reward_clip": "none", "consistency_gate": 1.0},
 }
 
 
@@ -184,7 +184,7 @@ def with_bundled(flags: Mapping) -> dict:
     if (cfg, given.get("reward")) == ("heads64", "sigma"):
         reward = str(bundled.REWARD)
         if given.get("rounds") or given.setdefault("reward_ckpt", reward) == reward:
-            given.setdefault("reward_watch", str(bundled.WATCH))
+            given.setdefault("heldout_reward", str(bundled.WATCH))
     return given
 
 
@@ -204,7 +204,9 @@ def with_preset(given: Mapping, network: Mapping) -> dict:
         values["blur_fade_kimg"] = values.get("blur_fade_kimg", GanConfig.blur_fade_kimg) * batch / 32
     values["rlr"] = values["rlr"] or values.get("glr", GanConfig.glr)
     if given.get("lambda_sigma") == 0 or given.get("reward_clip") == "none":
-        values["anchor_gate"] = given.get("anchor_gate", 1.0)  # a preset's gate needs an anchor and a clip
+        values["consistency_gate"] = given.get(
+            "consistency_gate", 1.0
+        )  # a preset's gate needs an anchor and a clip
     return values
 
 
@@ -240,8 +242,8 @@ def resolve(flags: Mapping) -> Settings:
                 " --init=bundled."
             )
     check_rounds(given, reward)
-    if given.get("early_stop") is not None and given.get("reward_watch") is None:
-        lacking = "--reward" if reward == "none" else "--reward-watch"
+    if given.get("early_stop") is not None and given.get("heldout_reward") is None:
+        lacking = "--reward" if reward == "none" else "--heldout-reward"
         raise ValueError(
             f"--early-stop: expected {lacking}, whose scores choose the snapshot, got none. Add it, or leave"
             " this out."
@@ -422,6 +424,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     """The settings of a run folder's newest state, or of the state that is named, but for what may change at
     a resume.
     """
+    from eg3d_rlhf.experiments import version_0_1
     from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
     from eg3d_rlhf.experiments.run import recorded as options_of_run
     from training import checkpoint
@@ -443,7 +446,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     state = ranks.broadcast(
         checkpoint.read(newest(source, ranks), previous(flags, ranks))[1]["options"] if ranks.main else None
     )
-    return Settings.of({**state, **changes})
+    return Settings.of({**version_0_1.settings(state), **changes})
 
 
 def newest(source: Path, ranks: "Ranks") -> Path:
@@ -498,7 +501,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
 
         known = {**s.to_dict(), "hashes": run.hashes()}
         finish(
-            Evaluation(known, of(objects.before), objects.reward, objects.watch, objects.early_stop),
+            Evaluation(known, of(objects.before), objects.reward, objects.monitor, objects.early_stop),
             objects.loop,
             run.began,
         )

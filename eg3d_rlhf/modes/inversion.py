@@ -49,7 +49,7 @@ class InversionRun:
     start: str = "mean"  # or "truth"
     network: str | None = None  # None: the bundled one
     reward_ckpt: str | None = None  # None: the bundled one, where a weight is above 0
-    reward_watch: str | None = None
+    heldout_reward: str | None = None
     data: str | None = None
     perceptual: str | None = None
     weights: tuple[float, ...]
@@ -104,12 +104,12 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
     from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
     from eg3d_rlhf.evaluation.inversion.targets import (
-        Judges,
-        annotator_judge,
+        Evaluators,
+        annotator_evaluator,
         of_file,
         of_seed,
         parse_camera,
-        reward_judge,
+        reward_evaluator,
     )
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
     from eg3d_rlhf.experiments.media.video import check_mp4
@@ -130,7 +130,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     guided = s.reward_ckpt is not None or max(s.weights) > 0
     files = {
         "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None,
-        "reward-watch": s.reward_watch,
+        "heldout-reward": s.heldout_reward,
     }
     rewards = {}
     for flag, path in files.items():
@@ -139,14 +139,18 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
-    watch = rewards.get("reward-watch")
-    judges = Judges(reward=reward)
+    watch = rewards.get("heldout-reward")
+    evaluators = Evaluators(reward=reward)
     if watch is not None:
-        judges = Judges(
-            reward=reward, judge=reward_judge(watch), name=f"reward {Path(s.reward_watch or '').stem}"
+        evaluators = Evaluators(
+            reward=reward,
+            evaluator=reward_evaluator(watch),
+            name=f"reward {Path(s.heldout_reward or '').stem}",
         )
     elif judged_by_annotator(loaded, s.data):
-        judges = Judges(reward=reward, judge=annotator_judge, name="the annotator without noise")
+        evaluators = Evaluators(
+            reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
+        )
     if s.image is not None:
         cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:
@@ -160,7 +164,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
         perceptual=features,
         prior=prior_of(generator),
         guidance=None if reward is None else Guidance(generator, reward),
-        judges=judges,
+        evaluators=evaluators,
         cases=cases,
         weights=s.weights,
         config=s.config,
@@ -192,12 +196,16 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         report.draw(inversions, case, shape_res, turns)
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
-    said = {"perceptual": setup.perceptual.name, "judge": setup.judges.name, "targets": len(setup.cases)}
+    said = {
+        "perceptual": setup.perceptual.name,
+        "evaluator": setup.evaluators.name,
+        "targets": len(setup.cases),
+    }
     write_json(folder / "inversion.json", {**said, **summary, "records": records})
     parts = report.jobs(inversions)
     findings = pages.run(parts, folder, quiet=True)
     count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
-    says = report.verdict_sentences(summary, setup.judges.name, setup.perceptual.name)
+    says = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
         f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
         f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0"
@@ -221,7 +229,6 @@ _FLAGS = together(
     ),
     _target_option(
         "--latents",
-        "--seeds",
         "latents",
         metavar="LIST",
         help="Samples of the generator as targets, such as 0,2-5.",
@@ -229,13 +236,13 @@ _FLAGS = together(
     rare_option("--psi", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
     rare_option("--start", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
     shared(
-        "network reward-ckpt reward-watch",
+        "network reward-ckpt heldout-reward",
         "data",
         network={"group": "What"},
         reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
-        reward_watch={
+        heldout_reward={
             "show_default": "the annotator, for synthetic heads",
-            "help": "Second reward as the judge.",
+            "help": "Held-out reward as the evaluator.",
         },
         data="What the generator was trained on; else the run's own.",
     ),

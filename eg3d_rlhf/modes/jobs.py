@@ -14,6 +14,7 @@ import sys
 import click
 from click.shell_completion import CompletionItem
 
+from eg3d_rlhf.core import renamed
 from eg3d_rlhf.core.cli import user_errors, version_flag
 from eg3d_rlhf.modes import ModeCommand
 
@@ -21,7 +22,7 @@ PROGRAM = "eg3d-rlhf"
 
 # Words after eg3d-rlhf: module and click command, and what the job does.
 JOBS: dict[str, tuple[str, str]] = {
-    "train": ("eg3d_rlhf.modes.jobs:train", "a generator, with or without a reward; --mode: other ways"),
+    "train": ("eg3d_rlhf.modes.jobs:train", "a generator, by its data or a reward; see --mode"),
     "label": ("eg3d_rlhf.modes.label:main", "shapes or any 3D assets in the browser; export, ..."),
     "label synthetic": (
         "eg3d_rlhf.modes.label_files:synthetic",
@@ -31,15 +32,15 @@ JOBS: dict[str, tuple[str, str]] = {
     "study": ("eg3d_rlhf.modes.study:main", "compare two generators blind, with several people"),
     "reward train": (
         "eg3d_rlhf.modes.reward_training:train",
-        "on labels: pairs or single shapes; slabs, depth or points",
+        "a reward on labels of pairs or of single shapes",
     ),
     "reward mesh": (
         "eg3d_rlhf.modes.mesh_reward:main",
-        "of meshes, on unpaired labels: RewardCS, reconstructed",
+        "a reward of meshes on unpaired labels (RewardCS)",
     ),
     "reward latent": (
         "eg3d_rlhf.modes.latent_reward:latent",
-        "of a flow stage's latents, so that nothing is decoded",
+        "a reward that reads the latents of a flow stage",
     ),
     "reward join": ("eg3d_rlhf.modes.reward_files:join", "several into one file"),
     "reward import": ("eg3d_rlhf.modes.reward_files:release", "the paper's released reward"),
@@ -49,8 +50,8 @@ JOBS: dict[str, tuple[str, str]] = {
     ),
     "check-assets": ("eg3d_rlhf.modes.check_assets:main", "how many meshes of a folder are solids"),
     "score": ("eg3d_rlhf.modes.score:main", "generators of any family by one reward"),
-    "flow new": ("eg3d_rlhf.modes.flow_new:new", "a folder WORK for a generator and its prompts or pictures"),
-    "flow draw": ("eg3d_rlhf.modes.flow_draw:draw", "assets to compare, with their latents"),
+    "flow new": ("eg3d_rlhf.modes.flow_new:new", "make the folder WORK for a generator and its inputs"),
+    "flow sample": ("eg3d_rlhf.modes.flow_sample:sample", "assets to compare, with their latents"),
     "flow label": ("eg3d_rlhf.modes.flow_label:label", "compare them in the browser"),
     "flow tune": ("eg3d_rlhf.modes.flow_tune:tune_command", "stages learn from the answers, if these teach"),
     "flow export": (
@@ -67,21 +68,21 @@ JOBS: dict[str, tuple[str, str]] = {
         "reward against distance and geometry, over weights",
     ),
     "report all": ("eg3d_rlhf.modes.report_all:report_all", "these four, of a run and its control"),
-    "report pictures": ("eg3d_rlhf.modes.reports:pictures", "those that end a reward run, drawn again"),
-    "report method": ("eg3d_rlhf.modes.reports:method", "the method as one picture"),
+    "report images": ("eg3d_rlhf.modes.reports:images", "render the images that end a reward run again"),
+    "report method": ("eg3d_rlhf.modes.reports:method", "the method as one figure"),
     "report seeds": ("eg3d_rlhf.modes.report_studies:seeds", "the demo with several training seeds"),
     "report heads": (
         "eg3d_rlhf.modes.report_shapes:heads",
         "networks beside the whole heads that latents name",
     ),
     "report solid": ("eg3d_rlhf.modes.report_shapes:solid", "whether shapes are sound bodies"),
-    "report proof": (
-        "eg3d_rlhf.modes.report_studies:proof",
-        "labels beside every cheaper way, with several seeds",
+    "report controlled-study": (
+        "eg3d_rlhf.modes.report_studies:controlled_study",
+        "labels against controls and baselines",
     ),
-    "report zoo": (
-        "eg3d_rlhf.modes.report_studies:zoo",
-        "every kind of reward: trained, tuned by, in one table",
+    "report rewards": (
+        "eg3d_rlhf.modes.report_studies:rewards",
+        "every kind of reward, trained and tuned by",
     ),
     "generator inspect": (
         "eg3d_rlhf.modes.network_files:inspect_network",
@@ -101,18 +102,12 @@ JOBS: dict[str, tuple[str, str]] = {
     "samples sheet": ("eg3d_rlhf.modes.samples:sheet", "contact sheets beside the data, and of shapes"),
     "data convert": (
         "eg3d_rlhf.modes.image_sets:convert",
-        "images to the form that training reads (dataset_tool)",
+        "images to the training format (dataset_tool)",
     ),
     "data metrics": (
         "eg3d_rlhf.modes.image_sets:metrics",
         "FID, KID and the offline distances (calc_metrics)",
     ),
-}
-
-# Jobs of version 0.1 under other names: what an error tells the user to run. To be removed at 1.0.
-RENAMED = {
-    f"assets {job}": f"python -m builders.{job.replace('-', '_')} in a checkout"
-    for job in ("build", "shapes", "features", "toy-flow", "view-prior")
 }
 
 
@@ -173,17 +168,24 @@ class JobGroup(click.Group):
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             where = f"{PROGRAM} {self.noun}".strip()
             words = [word for word in args[:2] if not word.startswith("-")]
+            self.reject_renamed(args)
             meant = "".join(
                 f"Did you mean `{job}`? " for job in nearest_jobs(f"{self.noun} {' '.join(words)}")
             )
-            named, remedy = (
-                (job, f"Run {RENAMED[job]}") if job in RENAMED else (args[0], f"{meant}See {where} --help")
-            )
             click.echo(
-                f"Error: {named}: expected a job of {where}, got none of that name. {remedy}.", err=True
+                f"Error: {args[0]}: expected a job of {where}, got none of that name. {meant}See {where}"
+                " --help.",
+                err=True,
             )
             sys.exit(2)
         return super().resolve_command(ctx, args)
+
+    def reject_renamed(self, args: list[str]) -> None:
+        """Exit with the present name of a job that version 0.1 had under another name."""
+        words = f"{self.noun} {' '.join(args[:2])}".split()[:2]
+        if (now := renamed.JOBS.get(" ".join(words))) is not None:
+            click.echo(f"Error: {PROGRAM} {' '.join(words)}: has another name now. Run {now}.", err=True)
+            sys.exit(2)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the next words of jobs, from the table alone, and what a command itself completes."""

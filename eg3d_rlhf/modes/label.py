@@ -61,7 +61,7 @@ class LabelGroup(GroupedGroup):
         return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
 
 
-@click.command("label", cls=LabelGroup, invoke_without_command=True)
+@click.command("label", cls=LabelGroup, job="label", invoke_without_command=True)
 @_pairs_option(
     "--network", metavar="PATH", show_default="the bundled generator", help="Network file or run folder."
 )
@@ -100,7 +100,8 @@ class LabelGroup(GroupedGroup):
     help="Whether 'both are bad' may be answered; no with --single.",
 )
 @_pairs_option(
-    "--questions",
+    "--criteria",
+    "questions",
     metavar="LIST",
     default="",
     show_default="none",
@@ -209,8 +210,7 @@ def _request(
     )
     if "prompt" in settings["questions"] and assets is None:
         raise ValueError(
-            "--questions: expected no 'prompt' without --assets: a generator's shapes have none. Leave it"
-            " out."
+            "--criteria: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out."
         )
     parse_questions(settings["questions"])
     request.campaign_settings({})  # checks the shares before anything slow
@@ -281,7 +281,7 @@ def _start(
         )
 
 
-@click.command("export", cls=GroupedCommand)
+@click.command("export", cls=GroupedCommand, job="label export")
 @click.argument("out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
 @option(
     "--kind",
@@ -305,10 +305,10 @@ def _start(
 )
 @option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
 @option(
-    "--question",
+    "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Take the votes on this question as the answers.",
+    help="Take the votes on this criterion as the answers.",
 )
 @option(
     "--from-pairs",
@@ -321,9 +321,9 @@ def export(
     ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
 ) -> None:
     """Write labels or judgements to FILE."""
-    if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["question"]):
+    if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["criterion"]):
         raise ValueError(
-            f"--from-pairs: expected --kind=unpaired or asset-scores and no --question, got --kind={kind}."
+            f"--from-pairs: expected --kind=unpaired or asset-scores and no --criterion, got --kind={kind}."
             " Leave it out."
         )
     suffixes, write = KINDS[kind]
@@ -374,12 +374,12 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
     click.echo(f"{source}: {count} judgements imported")
 
 
-@click.command("leaderboard", cls=GroupedCommand)
+@click.command("leaderboard", cls=GroupedCommand, job="label leaderboard")
 @option("--campaign", metavar="NAME", show_default="all that collect preferences", help="One campaign alone.")
-@option("--question", metavar="NAME", show_default="which is better", help="The votes on this question.")
+@option("--criterion", metavar="NAME", show_default="which is better", help="The votes on this criterion.")
 @option("--json", "as_json", is_flag=True, help="Print JSON.")
 @database
-def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: str) -> None:
+def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
@@ -387,16 +387,16 @@ def leaderboard(campaign: str | None, question: str | None, as_json: bool, db: s
         _check(store, campaign)
         rows = list(store.judgements(campaign))
     asked = sorted({name for row in rows for name in row.votes})
-    if question is not None and question not in asked:
+    if criterion is not None and criterion not in asked:
         raise ValueError(
-            f"--question: expected one with votes ({', '.join(asked) or 'there is none'}), got {question}."
+            f"--criterion: expected one with votes ({', '.join(asked) or 'there is none'}), got {criterion}."
             " Name another."
         )
-    board = leaderboard_of(rows, question)
+    board = leaderboard_of(rows, criterion)
     if as_json:
         click.echo(
             json.dumps(
-                {"campaign": campaign, "question": question, **board.to_dict()}, indent=1, ensure_ascii=False
+                {"campaign": campaign, "question": criterion, **board.to_dict()}, indent=1, ensure_ascii=False
             )
         )
     else:

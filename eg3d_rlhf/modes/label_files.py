@@ -15,19 +15,19 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 
-@click.command("synthetic", cls=GroupedCommand)
+@click.command("synthetic", cls=GroupedCommand, job="label synthetic")
 @file_option("--out", required=True, help="Labels to write (.jsonl or .csv).")
 @shared("network", network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample."})
 @options_of(AnnotationOptions)
 @option(
-    "--shuffled",
+    "--randomised",
     is_flag=True,
     group="Judgement",
-    help="Thumbs or scores dealt to the shapes at random: a control.",
+    help="Assign the thumbs or scores to the shapes at random: a control.",
 )
 @shared("device dry-run")
 def synthetic(
-    out: Path, network: Path | None, shuffled: bool, device: str, dry_run: bool, **settings
+    out: Path, network: Path | None, randomised: bool, device: str, dry_run: bool, **settings
 ) -> None:
     """Label seeds of a generator of heads of people, in pairs or one by one, with the programmatic annotator.
 
@@ -44,9 +44,9 @@ def synthetic(
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
-    if shuffled and options.kind == "pairs":
+    if randomised and options.kind == "pairs":
         raise ValueError(
-            "--shuffled: expected --kind=thumbs or scores, got pairs. Name one, or leave it out."
+            "--randomised: expected --kind=thumbs or scores, got pairs. Name one, or leave it out."
         )
     if options.kind != "pairs" and out.suffix != ".jsonl":
         raise ValueError(
@@ -56,7 +56,7 @@ def synthetic(
         resolved = {
             "out": str(out),
             "network": str(network or "bundled"),
-            "shuffled": shuffled,
+            "randomised": randomised,
             "device": device,
         }
         print_json({**resolved, **asdict(options)})
@@ -74,11 +74,11 @@ def synthetic(
         write_labels(out, annotation.preferences(generator.hash))
         count = options.pairs
     else:
-        labels = annotation.unpaired(generator.hash, shuffled)
+        labels = annotation.unpaired(generator.hash, randomised)
         write_unpaired(out, labels)
         flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
         count = len(labels)
-        meta = {**meta, "flipped": flipped, "shuffled": shuffled}
+        meta = {**meta, "flipped": flipped, "randomised": randomised}
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     click.echo(
         f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature"
@@ -103,17 +103,17 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
             ) from None
 
 
-@click.command("elo", cls=GroupedCommand)
+@click.command("elo", cls=GroupedCommand, job="label elo")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
 @option(
-    "--draws",
+    "--ties",
     type=click.Choice(DRAWS),
     default="both",
-    help="A draw is a win for both, as GPTEval3D has it, or Davidson's tie.",
+    help="How a tie counts: as a win for both, as GPTEval3D has it, or in Davidson's model of ties.",
 )
 @file_option("--held", help="Ratings that stay (an --out file): only new methods move.")
 @file_option("--out", help="Write the ratings as JSON, too.")
-def elo(files, draws, held, out) -> None:
+def elo(files, ties, held, out) -> None:
     """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a
     judge's.
 
@@ -139,7 +139,7 @@ def elo(files, draws, held, out) -> None:
         if {name for j in judgements for name in (j.a, j.b)} <= stay.keys():
             click.echo(f"{criterion}: left out, all its methods are held.", err=True)
             continue
-        tables[criterion] = ratings(judgements, draws=draws, held=stay)
+        tables[criterion] = ratings(judgements, draws=ties, held=stay)
     if out is not None:
         write_atomic(
             out, (json.dumps({c: table.to_dict() for c, table in tables.items()}, indent=1) + "\n").encode()

@@ -5,24 +5,30 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import GroupedCommand, choose_device, options_of, together
+from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.modes.flow_flags import source_of
-from eg3d_rlhf.modes.shared_flags import count_option, file_option, name_option, shared, whole_option
+from eg3d_rlhf.modes.shared_flags import file_option, name_option, shared, whole_option
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import Beside
 
 
-@click.command("latent", cls=GroupedCommand)
+@click.command("latent", cls=GroupedCommand, job="reward latent")
 @together(options_of(ProblemSource))
 @name_option("--stage", group="What is trained", show_default="the last", help="Whose latents are read.")
-@whole_option("--seed", group="Run", default=0, help="First training seed, whose reward is written.")
-@count_option("--seeds", group="Run", default=3, help="Trainings, from --seed on.")
+@whole_option("--seed", group="Run", default=0, help="First training seed, where --seeds is not given.")
+@option(
+    "--seeds",
+    group="Run",
+    metavar="LIST",
+    show_default="--seed and the next two",
+    help="Training seeds, such as 0,1,2; the reward of the first is written.",
+)
 @file_option("--out", group="Run", required=True, help="Reward to write, .safetensors.")
 @shared("device")
-def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **source) -> None:
+def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: str, **source) -> None:
     """Teach a reward to read the latents of a flow's stage, for --mode=online --reward=FILE, which then
     decodes nothing.
 
@@ -40,17 +46,18 @@ def latent(stage: str | None, seed: int, seeds: int, out: Path, device: str, **s
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
 
+    numbers = range(seed, seed + 3) if seeds is None else seeds_of("--seeds", seeds)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
     problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
-    reward, beside = compared(problem, name, range(seed, seed + seeds), tqdm.write)
-    reward.taught |= {"told": beside.shown()}
+    reward, beside = compared(problem, name, numbers, tqdm.write)
+    reward.record |= {"evaluation": beside.shown()}
     click.echo("\n".join(markdown(beside)))
     click.echo(
-        f"\n{save(out, reward)}: stage {name}, training seed {seed}. {beside.pairs} pairs of"
-        f" {beside.conditions} held-out conditions; {seeds} trainings; brackets: 95 % over pairs, clustered"
-        " by condition."
+        f"\n{save(out, reward)}: stage {name}, training seed {numbers[0]}. {beside.pairs} pairs of"
+        f" {beside.conditions} held-out conditions; {len(numbers)} trainings; brackets: 95 % over pairs,"
+        " clustered by condition."
     )
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from eg3d_rlhf.core.cli import options_of, together
+from eg3d_rlhf.core.cli import option, options_of, seeds_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.shared_flags import count_option
 from eg3d_rlhf.rewards.meshes.settings import MeshRewardTraining
 from training.progress import tqdm
 
@@ -24,13 +23,14 @@ NAME = "mesh-reward"
 
 flags = together(
     options_of(MeshRewardTraining),
-    count_option(
+    option(
         "--seeds",
         group="Run",
-        show_default="off",
+        metavar="LIST",
+        show_default="none: one training",
         help=(
-            "Train every arm (lambda 1 and 0, shuffled, areas alone) with so many seeds and print their"
-            " table."
+            "Train every arm (lambda 1 and 0, randomised labels, areas alone) with these training seeds and"
+            " print their table."
         ),
     ),
 )
@@ -41,23 +41,24 @@ class MeshRewardRun:
     """One training, or the table of arms x seeds."""
 
     training: MeshRewardTraining
-    seeds: int | None = None  # of the table
+    seeds: tuple[int, ...] | None = None  # of the table
 
 
 def resolve(flags: Flags) -> MeshRewardRun:
     """The run that the flags describe. Raises: ValueError naming what does not fit."""
     training = MeshRewardTraining(**flags.of(MeshRewardTraining))
-    if flags["seeds"] is not None and (training.shuffled or training.area_only):
+    if flags["seeds"] is not None and (training.randomised or training.area_only):
         raise ValueError(
-            "--seeds: expected neither shuffled nor area_only, got one of them. The table has its own arms."
+            "--seeds: expected neither randomised nor area_only, got one of them. The table has its own arms."
             " Leave it out."
         )
-    return MeshRewardRun(training=training, seeds=flags["seeds"])
+    seeds = None if flags["seeds"] is None else seeds_of("--seeds", flags["seeds"])
+    return MeshRewardRun(training=training, seeds=seeds)
 
 
 def record(run: MeshRewardRun, opened: object) -> Mapping:
     """What a run folder holds of the settings."""
-    return {**run.training.to_dict(), **({} if run.seeds is None else {"table_seeds": run.seeds})}
+    return {**run.training.to_dict(), **({} if run.seeds is None else {"table_seeds": list(run.seeds)})}
 
 
 def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
@@ -71,7 +72,9 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     values = {name: value for name, value in values.items() if name in {*names, "table_seeds"}}
     seeds = values.pop("table_seeds", None)
     data = values["data"]
-    return MeshRewardRun(training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds)
+    return MeshRewardRun(
+        training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds and tuple(seeds)
+    )
 
 
 def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | None":
@@ -115,7 +118,7 @@ def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run
     if training is None:
         with bar(run_settings.training) as shapes:
             made = run_table(
-                run_settings.training, run.folder, run_settings.seeds or 1, shapes.update, tqdm.write
+                run_settings.training, run.folder, run_settings.seeds or (), shapes.update, tqdm.write
             )
         click.echo("\n".join([*lines(made["summary"]), f"rows in {run.folder / TABLE}"]))
         return

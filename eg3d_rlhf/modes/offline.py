@@ -10,10 +10,10 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_offline
 from eg3d_rlhf.modes.flow_flags import (
     TOY,
     WHAT,
+    arms_shown,
     arms_table_flags,
     check_arms,
     fields_of,
@@ -25,7 +25,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuning_flags,
 )
 from eg3d_rlhf.modes.shared_flags import PATH
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.families import family_of
 from eg3d_rlhf.tuning.flow.training.offline.settings import (
     ARMS,
@@ -73,9 +73,9 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
             singles=TOY_SINGLES[loss],
             dpo=TOY_DPO,
             choosing=Choosing(per_condition=4),
-            judging=Judging(per_condition=4),
+            evaluation=Evaluation(per_condition=4),
         )
-    return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), judging=Judging(batch=4))
+    return OfflineRun(singles=SinglesConfig(loss=loss), dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
 what_flags = together(
@@ -86,7 +86,7 @@ what_flags = together(
         metavar="DIR|PATH",
         type=PATH,
         show_default="the toy's own",
-        help="The folder that `eg3d-rlhf flow draw` wrote, or its list.",
+        help="The folder that `eg3d-rlhf flow sample` wrote, or its list.",
     ),
     option(
         "--labels",
@@ -118,7 +118,7 @@ def check(flags: Flags) -> None:
     check_arms(flags, "," in flags["arms"])
     if not toy and flags["assets"] is None:
         raise ValueError(
-            "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none. Name it."
+            "--assets: expected the folder that `flow sample` wrote beside --pipeline=DIR, got none. Name it."
         )
 
 
@@ -138,15 +138,22 @@ def resolve(flags: Flags) -> OfflineRun:
     )
 
 
+def shown_by_help(run: OfflineRun) -> list[object]:
+    """Return what --help takes defaults from: the settings of training on single assets."""
+    return [arms_shown(run, run.singles.lora), run.singles, run]
+
+
 def open_offline(settings: OfflineRun, device: str) -> "Opened":
     """Open the problem and the labelled assets of a run; see mode_of_arms."""
-    from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+    from eg3d_rlhf.experiments.version_0_1 import conditioning_file
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     source = settings.source
     if settings.assets is not None and source.pairs is None and source.conditions is None:
         folder = Path(settings.assets)
-        source = replace(source, conditions=str((folder if folder.is_dir() else folder.parent) / CONDITIONS))
+        source = replace(
+            source, conditions=str(conditioning_file(folder if folder.is_dir() else folder.parent))
+        )
     problem = open_problem(source, device)
     return problem, labelled_of(settings, problem)
 
@@ -157,11 +164,7 @@ def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
     from training.progress import tqdm
 
     if settings.assets is None:
-        if problem.labelled is None:
-            raise ValueError(
-                "--assets: expected the folder that `flow draw` wrote beside --pipeline=DIR, got none."
-                " Name it."
-            )
+        assert problem.labelled is not None, "`check` refuses other generators without --assets"
         own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
         return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
@@ -197,7 +200,7 @@ OFFLINE = mode_of_arms(
     open_offline,
     check_opened,
     resolve=resolve,
-    defaults=lambda flags: of_offline(resolve(flags)),
+    defaults=lambda flags: shown_by_help(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
     help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
     (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the

@@ -7,11 +7,11 @@ from eg3d_rlhf.core.cli import option, options_of, together
 from eg3d_rlhf.experiments.mode import Flags, Mode
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.modes import MODES
-from eg3d_rlhf.modes.flow_defaults import of_online
 from eg3d_rlhf.modes.flow_flags import (
     EARLY,
     TOY,
     WHAT,
+    arms_shown,
     arms_table_flags,
     check_arms,
     fields_of,
@@ -22,7 +22,7 @@ from eg3d_rlhf.modes.flow_flags import (
     tuned_as,
     tuning_flags,
 )
-from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Judging
+from eg3d_rlhf.tuning.flow.base.settings import TABLE, Choosing, Evaluation
 from eg3d_rlhf.tuning.flow.training.online.settings import (
     ARMS,
     KINDS,
@@ -84,7 +84,7 @@ TOY_RUN = OnlineRun(
         checkpoint_every=20,
         max_drop=1.0,
     ),
-    judging=Judging(per_condition=4),
+    evaluation=Evaluation(per_condition=4),
 )
 
 # --mode=grpo on the toy: 3,200 samples, chosen with the second judge on CHOOSING by a training seed that its
@@ -102,7 +102,7 @@ _EVERY_STEP = OnlineConfig(
     advantage="group",
     trained_steps=3,
     clip_range=1e-3,
-    max_away=None,
+    max_drift=None,
     held_out_every=25,
     log_every=5,
     checkpoint_every=10,
@@ -136,7 +136,7 @@ def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
-    return OnlineRun(losses=losses, dpo=TrainConfig(), judging=Judging(batch=4))
+    return OnlineRun(losses=losses, dpo=TrainConfig(), evaluation=Evaluation(batch=4))
 
 
 what_flags = together(
@@ -168,7 +168,7 @@ arms_flag = option(
     metavar="LIST",
     show_default="--loss alone",
     help=(
-        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -shuffled or -inverted"
+        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -randomised or -inverted"
         " rewards; or all."
     ),
 )
@@ -195,9 +195,11 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
         bool(kinds - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
-    flags.belong(("curvature", "plain"), "nft" in kinds, "--loss=nft")
+    flags.belong(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
-    flags.belong(("draws", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples")
+    flags.belong(
+        ("noise_samples", "decay", "guided"), bool(kinds & {*ON_LATENTS}), "losses on finished samples"
+    )
     flags.belong(
         ("advantage",),
         len(weighed(flags["reward"])) == 1,
@@ -225,6 +227,13 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
         gate=flags["gate"],
         **fields_of(flags, defaults, arms),
     )
+
+
+def shown_by_help(run: OnlineRun) -> list[object]:
+    """Return what --help takes defaults from: the settings of the loss of the first arm."""
+    kind, _ = divided(run.arms[0])
+    config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
+    return [arms_shown(run, config.lora), config, run]
 
 
 def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
@@ -261,14 +270,14 @@ def mode_named(name: str, preset: str) -> Mode:
         check_opened,
         flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
-        defaults=lambda flags: of_online(resolve(flags, preset)),
+        defaults=lambda flags: shown_by_help(resolve(flags, preset)),
         help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
         where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
 
     \b
     Examples:
         python train.py --mode={name}
-        python train.py --mode={name} --arms={preset},{preset}-shuffled,{preset}-inverted,dpo
+        python train.py --mode={name} --arms={preset},{preset}-randomised,{preset}-inverted,dpo
         python train.py --mode={name} --stage=structure --kl=0.3
     """,
     )

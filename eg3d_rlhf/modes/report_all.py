@@ -42,14 +42,19 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         "sweep": [*SWEEP, f"--seeds={seed}"],
     }
     return {
-        name: [DOOR, "report", name, *flags[name], f"--out={out / name}"] for name in REPORTS if name in only
+        name: [DOOR, "report", name, *flags[name], f"--outdir={out / name}"]
+        for name in REPORTS
+        if name in only
     }
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, job="report all")
 @shared(
-    "out dry-run",
-    out={"default": "runs/reports", "help": "Folder to write; holds both runs and a folder for each report."},
+    "outdir dry-run",
+    outdir={
+        "default": "runs/reports",
+        "help": "Folder to write; holds both runs and a folder for each report.",
+    },
     dry_run="Print the commands as JSON and stop.",
 )
 @option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
@@ -62,7 +67,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     help="Length of both runs; the demo's unless given.",
 )
 @option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
-def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
+def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
     """Every evidence report of one tuning run, with one command: `make reports`.
 
     Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing,
@@ -76,13 +81,13 @@ def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> N
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
     chosen = some_of("--only", only, REPORTS)
-    parts = trainings(out, kimg, seed)
+    parts = trainings(outdir, kimg, seed)
     if dry_run:
         planned = {
             f"{role} run": "finished" if part.finished() else part.continued() for role, part in parts.items()
         }
         folders = {role: part.run or part.folder for role, part in parts.items()}
-        print_json({**planned, **report_commands(out, folders, seed, chosen)})
+        print_json({**planned, **report_commands(outdir, folders, seed, chosen)})
         return
     started = time.time()
     times = dict[str, float]()
@@ -90,7 +95,7 @@ def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> N
         make_in_terminal(f"{role} run", part)
     times["runs"] = time.time() - started
     runs = {role: part.run for role, part in parts.items() if part.run is not None}
-    for name, command in report_commands(out, runs, seed, chosen).items():
+    for name, command in report_commands(outdir, runs, seed, chosen).items():
         times[name] = call(name, command)
     click.echo(
         "\n"
@@ -98,4 +103,4 @@ def report_all(out: Path, only: str, kimg: float, seed: int, dry_run: bool) -> N
         + f"; in all {sum(times.values()):.0f} s on {os.cpu_count()} cores"
     )
     for name in chosen:
-        click.echo(f"{name:<10} {out / name / 'index.html'}")
+        click.echo(f"{name:<10} {outdir / name / 'index.html'}")

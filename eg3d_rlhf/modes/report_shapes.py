@@ -34,7 +34,7 @@ def names_of(networks: Sequence[Path]) -> list[str]:
     raise click.UsageError("[FILE|RUN]: expected different networks, got one of them twice. Name each once.")
 
 
-@click.command("heads", cls=GroupedCommand)
+@click.command("heads", cls=GroupedCommand, job="report heads")
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=PATH)
 @shared(
     "before n out",
@@ -46,8 +46,8 @@ def names_of(networks: Sequence[Path]) -> list[str]:
     "--held-out",
     "place",
     type=click.Choice(list(PLACES)),
-    default="judge",
-    help="Whose latents: the table's, or for choosing settings.",
+    default="evaluation",
+    help="Which held-out latents: those of the published tables, or those for choosing settings.",
 )
 def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
     """Networks of heads of people beside the whole heads that latents name, a line each: what is repaired,
@@ -61,15 +61,15 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     from eg3d_rlhf.experiments.table import figure_table
 
     seeds = PLACES[place].take(n)
-    columns, broken = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
-    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("repaired",))))
-    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {broken} broken before.")
+    columns, defective = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
+    click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
+    click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {defective} defective before.")
     if out is not None:
         data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
         write_atomic(out, json.dumps(data, indent=1).encode())
 
 
-@click.command("solid", cls=GroupedCommand)
+@click.command("solid", cls=GroupedCommand, job="report solid")
 @click.argument("networks", metavar="[FILE|RUN]...", nargs=-1, type=click.Path(path_type=Path, exists=True))
 @option(
     "--pipeline",
@@ -78,11 +78,11 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     help="Flow generator whose tuned runs are named.",
 )
 @option(
-    "--conditions",
+    "--conditioning",
     metavar="FILE|DIR",
     type=click.Path(path_type=Path, exists=True),
     show_default="those of the runs",
-    help="With --pipeline=DIR: embeddings of its conditions.",
+    help="With --pipeline=DIR: embeddings of its prompts or images.",
 )
 @name_option("--stage", show_default="the first", help="With --pipeline: the stage that was tuned.")
 @shared(
@@ -102,7 +102,7 @@ def solid(
     networks: tuple[Path, ...],
     before: Path | None,
     pipeline: str | None,
-    conditions: Path | None,
+    conditioning: Path | None,
     stage: str | None,
     n: int,
     psi: float,
@@ -120,7 +120,7 @@ def solid(
     """
     from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
 
-    for flag, value in (("--stage", stage), ("--conditions", conditions)):
+    for flag, value in (("--stage", stage), ("--conditioning", conditioning)):
         if value is not None and pipeline is None:
             raise ValueError(
                 f"{flag}={value}: expected --pipeline with it, got none. Add it, or leave this out."
@@ -134,7 +134,7 @@ def solid(
     if pipeline is None:
         lines, how = compare_networks(named, before, n, psi, seed, where)
     else:
-        source = source_of(pipeline, conditions, folders)
+        source = source_of(pipeline, conditioning, folders)
         lines, how = compare_stages(named, source, stage, n, seed, where)
     click.echo("\n".join(markdown(lines, how["rules"])))
     click.echo(

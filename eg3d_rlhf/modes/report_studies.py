@@ -1,5 +1,5 @@
-"""The commands that train several networks, compare them and write one table: `report proof`, `zoo`, `seeds`
-and `sweep`.
+"""The commands that train several networks, compare them and write one table: `report controlled-study`,
+`rewards`, `seeds` and `sweep`.
 """
 
 import functools
@@ -13,19 +13,24 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, aligned, choose_device, file_hash, numbers_of, option, some_of
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation.comparison_sources import Sources
+from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
-from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.modes.shared_flags import count_option, print_json, shared
 from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 
 _grid_option = functools.partial(option, group="Grid")
 
 
-@click.command(cls=GroupedCommand)
-@shared("network out dry-run", out={"default": "runs/proof"}, dry_run="Print the commands as JSON and stop.")
+@click.command("controlled-study", cls=GroupedCommand, job="report controlled-study")
+@shared(
+    "network outdir dry-run",
+    outdir={"default": "runs/controlled-study", "help": "Folder to write."},
+    dry_run="Print the commands as JSON and stop.",
+)
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds of every tuning.")
-@count_option("--rewards", default=2, help="Rewards for each draw of labels, with seeds 0, 1, ...")
-@count_option("--draws", default=2, help="Draws of labels; the first are the bundled ones.")
+@count_option("--rewards", default=2, help="Rewards trained on each label set, with seeds 0, 1, ...")
+@count_option("--label-sets", default=2, help="Sets of labels; the first is the bundled one.")
 @option("--only", metavar="LIST", default=",".join(ARMS), help="Arms; labels always are one.")
 @option(
     "--latents",
@@ -40,31 +45,41 @@ _grid_option = functools.partial(option, group="Grid")
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=BUNDLED_LABELS,
     show_default="the bundled ones",
-    help="Labels of the first draw.",
+    help="The first label set.",
 )
 @option("--train", metavar="FLAGS", default="", help='More flags of the rewards\' training, as "--epochs=4".')
 @shared("jobs")
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def proof(
-    seeds: str, only: str, train: str, jobs: int, dry_run: bool, more: tuple[str, ...], **given
+def controlled_study(
+    seeds: str,
+    only: str,
+    train: str,
+    jobs: int,
+    dry_run: bool,
+    outdir: Path,
+    label_sets: int,
+    more: tuple[str, ...],
+    **given,
 ) -> None:
     """Do labels repair heads of people, and does anything cheaper? Every arm with several training seeds,
-    side by side: `make proof`.
+    side by side: `make controlled-study`.
 
     Arms: labels; no reward; the best filter without labels; truncation; a reward that likes smooth surfaces;
     the reward with its weights permuted; labels by coin; labels turned over. All are tuned with the demo's
     settings. Finished parts are not repeated, interrupted ones go on: the same command continues. Flags after
-    -- go to train.py. Writes proof.json, proof.md and proof.png.
+    -- go to train.py. Writes controlled-study.json, controlled-study.md and controlled-study.png.
 
     \b
     Example:
-        eg3d-rlhf report proof --seeds=0,1,2 --rewards=1 --draws=1 --dry-run
+        eg3d-rlhf report controlled-study --seeds=0,1,2 --rewards=1 --label-sets=1 --dry-run
     """
-    from eg3d_rlhf.evaluation.proof import Plan, commands
-    from eg3d_rlhf.evaluation.proof import work as work_proof
+    from eg3d_rlhf.evaluation.controlled_study import Plan, commands
+    from eg3d_rlhf.evaluation.controlled_study import work as work_study
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     plan = Plan(
+        out=version_0_1.outdir(outdir),
+        draws=label_sets,
         arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
         train=tuple(shlex.split(train)),
@@ -74,7 +89,7 @@ def proof(
     if dry_run:
         print_json(commands(plan))
         return
-    _tell(plan.out, work_proof(plan, jobs))
+    _tell(plan.out, work_study(plan, jobs))
 
 
 def _tell(out: Path, paths: list[Path]) -> None:
@@ -82,45 +97,54 @@ def _tell(out: Path, paths: list[Path]) -> None:
     click.echo(f"\n{paths[1].read_text()}\nWritten to {out}: {', '.join(path.name for path in paths)}")
 
 
-@click.command(cls=GroupedCommand)
-@shared("out dry-run", out={"default": "runs/zoo"}, dry_run="Print the commands as JSON and stop.")
+@click.command("rewards", cls=GroupedCommand, job="report rewards")
+@shared(
+    "outdir dry-run",
+    outdir={"default": "runs/rewards", "help": "Folder to write."},
+    dry_run="Print the commands as JSON and stop.",
+)
 @option("--only", metavar="LIST", default=",".join(ENTRIES), help="Rewards.")
 @option("--seeds", metavar="LIST", default="0", help="Training seeds of tuning.")
 @option("--full", is_flag=True, help="Train rewards and tune at default size and length.")
 @shared("jobs")
-def zoo(out: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
+def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run: bool) -> None:
     """Train every reward on the bundled labels, tune the bundled generator by each, and put them side by
-    side: `make zoo`.
+    side: `make rewards`.
 
     A short table by default: smaller depth maps, fewer epochs, half the length of tuning. --full takes every
-    default. Finished parts are not repeated, an interrupted training goes on. Writes zoo.json, zoo.md,
-    zoo.png and the same latents tuned by every reward as zoo-latents.png.
+    default. Finished parts are not repeated, an interrupted training goes on. Writes rewards.json,
+    rewards.md, rewards.png and the same latents tuned by every reward as rewards-latents.png.
 
     \b
     Example:
-        eg3d-rlhf report zoo --only=points --dry-run
+        eg3d-rlhf report rewards --only=points --dry-run
     """
-    from eg3d_rlhf.evaluation import zoo as rewards
+    from eg3d_rlhf.evaluation import reward_comparison
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     wanted = some_of("--only", only, ENTRIES)
+    outdir = version_0_1.outdir(outdir)
     numbers = list(dict.fromkeys(parse_seeds(seeds)))
     if dry_run:
-        plans = rewards.plans_of(out, wanted, numbers, full)
+        plans = reward_comparison.plans_of(outdir, wanted, numbers, full)
         shown = {name: {key: part.command() for key, part in parts.items()} for name, parts in plans.items()}
         print_json(shown)
         return
-    _tell(out, rewards.work(out, wanted, numbers, full, jobs))
+    _tell(outdir, reward_comparison.work(outdir, wanted, numbers, full, jobs))
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, job="report seeds")
 @option("--seeds", metavar="LIST", default="0,1,2", help="Training seeds.")
-@shared("out dry-run", out={"default": "runs/seeds"}, dry_run="Print the commands as JSON and stop.")
+@shared(
+    "outdir dry-run",
+    outdir={"default": "runs/seeds", "help": "Folder to write."},
+    dry_run="Print the commands as JSON and stop.",
+)
 @click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
-def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
+def seeds(seeds: str, outdir: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     """Repeat the demo with several training seeds and put their summaries side by side: `make seeds`.
 
-    Each seed has a folder below --out. Finished runs are not repeated, interrupted ones go on: the same
+    Each seed has a folder below --outdir. Finished runs are not repeated, interrupted ones go on: the same
     command continues. Flags after -- go to train.py.
 
     \b
@@ -129,17 +153,17 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
     """
     from eg3d_rlhf.evaluation import over_seeds
 
-    parts = over_seeds.trainings(out, seeds, more)
+    parts = over_seeds.trainings(outdir, seeds, more)
     if dry_run:
         print_json(
             {seed: "finished" if part.finished() else part.continued() for seed, part in parts.items()}
         )
         return
-    figures = over_seeds.work(out, parts, [*over_seeds.DEMO, *more])
-    click.echo(f"\n{aligned(over_seeds.table(figures))}\n\nWritten to {out / over_seeds.SUMMARY}")
+    figures = over_seeds.work(outdir, parts, [*over_seeds.DEMO, *more])
+    click.echo(f"\n{aligned(over_seeds.table(figures))}\n\nWritten to {outdir / over_seeds.SUMMARY}")
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, job="report sweep")
 @shared(
     "before reward-ckpt",
     before="Initial networks.",
@@ -167,16 +191,16 @@ def seeds(seeds: str, out: Path, dry_run: bool, more: tuple[str, ...]) -> None:
 )
 @option("--train-flags", rare=True, default="", help="More flags of train.py, in one quoted string.")
 @shared(
-    "n jobs out device dry-run",
+    "n jobs outdir device dry-run",
     "data psi seed images batch",
     n={"default": 32},
     jobs={"default": 2, "show_default": True},
     images={"default": 128},
     data="Images.",
-    out={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
+    outdir={"default": "runs/reports/sweep", "help": "Folder to write; holds the cells' runs too."},
     dry_run="Print the cells and what is left to train as JSON and stop.",
 )
-def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_run, **more) -> None:
+def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dry_run, **more) -> None:
     """What do the weights buy? Trains a grid of lambda_r and lambda_sigma, and draws reward against distance
     and geometry.
 
@@ -186,7 +210,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_r
 
     \b
     Example:
-        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --out=sweep
+        eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --outdir=out
     """
     from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
     from eg3d_rlhf.experiments.table import figure_table
@@ -203,7 +227,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_r
         *shlex.split(train_flags),
         *(f"--{name}={value}" for name, value in given.items() if value is not None),
     ]
-    parts = {cell: part_of(cell, out / "cells", kimg, words) for cell in grid(*lists)}
+    parts = {cell: part_of(cell, outdir / "cells", kimg, words) for cell in grid(*lists)}
     states = {cell.name: part.state() for cell, part in parts.items()}
     if dry_run:
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
@@ -215,7 +239,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_r
             "device": str(where),
             **sampling,
         }
-        print_json({**shared, "out": str(out), "cells": states})
+        print_json({**shared, "outdir": str(outdir), "cells": states})
         return
     click.echo(
         f"{len(parts)} cells of {kimg:g} thousand images, {sum(s != 'finished' for s in states.values())} to"
@@ -228,9 +252,14 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_r
         click.echo("Stopped; begun cells keep a checkpoint. The same command goes on from there.", err=True)
         sys.exit(130)
     sources = Sources(
-        before=before, reward_ckpt=reward_ckpt, data=data, device=where, runs_folder=out / "cells", **sampling
+        before=before,
+        reward_ckpt=reward_ckpt,
+        data=data,
+        device=where,
+        runs_folder=outdir / "cells",
+        **sampling,
     )
-    finding = measure_cells(parts, sources, out)
+    finding = measure_cells(parts, sources, outdir)
     rows = {
         row["setting"] + (" (on the front)" if row["on_front"] else ""): {
             **{name: row["measures"][name]["mean"] for name in GOALS},
@@ -240,4 +269,6 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, out, device, dry_r
     }
     columns = {name: (name, ".3g") for name in GOALS}
     click.echo("\n".join(figure_table("setting", rows, columns, intervals=GOALS)))
-    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/, cells/ (the runs)")
+    click.echo(
+        f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/, cells/ (the runs)"
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, option
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, METHODS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.modes.shared_flags import PATH, count_option, print_json, rare_option, shared
@@ -27,9 +27,9 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
 
 
-@click.command("evaluate", cls=GroupedCommand)
+@click.command("evaluate", cls=GroupedCommand, job="report evaluate")
 @shared(
-    "before after run control reward-ckpt reward-watch n",
+    "before after run control reward-ckpt heldout-reward n",
     "data",
     run="Run folder with snapshots, for trajectories.",
     reward_ckpt="Reward that tuned.",
@@ -54,12 +54,12 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     help="Parts to make, comma-separated; see --dry-run.",
 )
 @shared(
-    "out device dry-run",
+    "outdir device dry-run",
     "psi seed images batch",
-    out={"default": "runs/reports/evaluate"},
+    outdir={"default": "runs/reports/evaluate"},
     dry_run="Print the resolved settings and parts as JSON and stop.",
 )
-def evaluate(out, only, dry_run, device, **sources) -> None:
+def evaluate(outdir, only, dry_run, device, **sources) -> None:
     """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out
     latents.
 
@@ -84,19 +84,19 @@ def evaluate(out, only, dry_run, device, **sources) -> None:
             for name in ("run", "control_run", "inception", "lpips", "identity")
         }
         more |= {
-            "reward_watch": c.held_out_hash or None,
+            "heldout_reward": c.held_out_hash or None,
             "mirror": c.mirror,
             "images": c.images,
-            "out": str(out),
+            "outdir": str(outdir),
         }
         print_json({**c.resolved(), **more, "parts": [job.key for job in parts]})
         return
     comparison_page.check_files(c)
-    findings = pages.run(parts, out)
+    findings = pages.run(parts, outdir)
     words = comparison_page.summary(c, findings)
-    _keep_summary(out, words)
+    _keep_summary(outdir, words)
     page = write_page(
-        out / "index.html", comparison_page.TITLE, comparison_page.introduction(c), parts, findings, words
+        outdir / "index.html", comparison_page.TITLE, comparison_page.introduction(c), parts, findings, words
     )
     click.echo("\n".join(pages.first_sentences(parts, findings)))
     click.echo(
@@ -138,7 +138,7 @@ def viewer(out: Path) -> str:
     )
 
 
-@click.command("attribute", cls=GroupedCommand)
+@click.command("attribute", cls=GroupedCommand, job="report attribute")
 @shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.")
 @option(
     "--regions",
@@ -180,20 +180,23 @@ def viewer(out: Path) -> str:
     help="Largest efficiency gap, as a share.",
 )
 @_rare_how_option(
-    "--draws", default=Settings.draws, type=click.IntRange(min=2), help="Rewards with re-drawn weights."
+    "--randomisations",
+    default=Settings.randomisations,
+    type=click.IntRange(min=2),
+    help="Rewards with randomised weights.",
 )
 @_rare_how_option(
     "--checked", default=Settings.checked, type=click.IntRange(min=1), help="Latents that those rewards see."
 )
 @shared(
-    "n out device dry-run",
+    "n outdir device dry-run",
     "psi seed batch",
     n={"default": 6, "type": click.IntRange(min=2)},
-    out={"default": "runs/reports/attribute"},
+    outdir={"default": "runs/reports/attribute"},
     batch="Slabs at once; bounds memory.",
     psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"},
 )
-def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None:
+def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> None:
     """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the
     face.
 
@@ -214,7 +217,7 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     from eg3d_rlhf.experiments import pages
     from eg3d_rlhf.experiments.pages import write_page
 
-    names = ("permutations", "steps", "most_steps", "gap_bound", "draws", "checked")
+    names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
     how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # a wrong flag is named before networks are loaded
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
@@ -232,24 +235,28 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     )
     study = Study(c, chosen, progress=tqdm.write)
     if dry_run:
-        paths = {"regions": str(chosen.regions), "landmarks": landmarks and str(landmarks), "out": str(out)}
+        paths = {
+            "regions": str(chosen.regions),
+            "landmarks": landmarks and str(landmarks),
+            "outdir": str(outdir),
+        }
         print_json({**c.resolved(), **vars(chosen), **paths})
         return
     parts = attribution.jobs(study)
-    findings = pages.run(parts[:1], out)
-    for name in findings["regions"].pictures.values():
-        click.echo(f"The regions are drawn in {out / 'data' / name}; the attribution follows.")
-    findings |= pages.run(parts[1:], out)
+    findings = pages.run(parts[:1], outdir)
+    for name in findings["regions"].images.values():
+        click.echo(f"The regions are drawn in {outdir / 'data' / name}; the attribution follows.")
+    findings |= pages.run(parts[1:], outdir)
     words = attribution_summary(findings)
-    _keep_summary(out, words)
+    _keep_summary(outdir, words)
     page = write_page(
-        out / "index.html",
+        outdir / "index.html",
         attribution.TITLE,
         attribution_introduction(study),
         parts,
         findings,
         words,
-        viewer(out),
+        viewer(outdir),
     )
     data = findings["shapley"].data
     click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
@@ -270,18 +277,18 @@ def attribute(out, dry_run, device, regions, landmarks, method, **flags) -> None
     )
 
 
-@click.command("embed", cls=GroupedCommand)
+@click.command("embed", cls=GroupedCommand, job="report embed")
 @shared(
-    "before after control reward-ckpt n out device dry-run",
+    "before after control reward-ckpt n outdir device dry-run",
     "psi seed batch",
-    out={"default": "runs/reports/embed"},
+    outdir={"default": "runs/reports/embed"},
     after={"show_default": "the newest tuned run in runs/"},
     reward_ckpt="Reward whose feature is mapped.",
     control="The same run with --lambda-r=0, for the test of separability.",
     n="Latents, each in both networks.",
     seed="Other held-out latents, and UMAP, per seed.",
 )
-def embed(out, dry_run, device, **sources) -> None:
+def embed(outdir, dry_run, device, **sources) -> None:
     """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the
     shape behind every point.
 
@@ -298,9 +305,9 @@ def embed(out, dry_run, device, **sources) -> None:
 
     c = load_comparison(Sources(device=choose_device(device), **sources))
     if dry_run:
-        print_json({**c.resolved(), "umap": embedding.umap_version(), "out": str(out)})
+        print_json({**c.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
-    findings = embedding.write(c, out)
+    findings = embedding.write(c, outdir)
     for row in findings[embedding.MAP].data["ranks"]:
         rho = (
             "none: constant"
@@ -312,44 +319,44 @@ def embed(out, dry_run, device, **sources) -> None:
         click.echo(
             f"before and {row['role']:<8} same-network neighbours      {row['share']:.1%}, p = {row['p']:.2g}"
         )
-    click.echo(f"\nWritten to {out}: index.html (open it in a browser), figures/, data/")
+    click.echo(f"\nWritten to {outdir}: index.html (open it in a browser), figures/, data/")
 
 
-@click.command("pictures", cls=GroupedCommand)
-@shared("before run reward-ckpt out device dry-run", out={"show_default": "the run folder"})
+@click.command("images", cls=GroupedCommand, job="report images")
+@shared("before run reward-ckpt outdir device dry-run", outdir={"show_default": "the run folder"})
 @count_option(
     "--pairs",
     help=(
-        "Draw so many pairs from behind alone, sides by coin, for people to choose: pairs.png (heads of"
-        " people)."
+        "Render this many pairs from behind alone, in random order, for people to choose: pairs.png (heads"
+        " of people)."
     ),
 )
-def pictures(out, device, dry_run, pairs, **sources) -> None:
-    """Draw the pictures of a finished reward run again, without evaluating it: comparison.png, turntable.webp
+def images(outdir, device, dry_run, pairs, **sources) -> None:
+    """Render the images of a finished reward run again, without evaluating it: comparison.png, turntable.webp
     and meshes.
 
     Prints the median change of the surface, too, which summary.json holds.
 
     \b
     Example:
-        eg3d-rlhf report pictures --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
+        eg3d-rlhf report images --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
     from eg3d_rlhf.experiments.media.rendering import png
 
     c = load_comparison(Sources(device=choose_device(device), **sources))
-    folder = out or c.run
+    folder = outdir or c.run
     assert folder is not None
     if dry_run:
-        print_json({**c.resolved(), "out": str(folder)})
+        print_json({**c.resolved(), "outdir": str(folder)})
         return
     if pairs is not None:
         write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")
         return
     written = write_pictures(c, folder)
-    click.echo(json.dumps(surface_change(c, JUDGE.take(CHANGED))))
+    click.echo(json.dumps(surface_change(c, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
 

@@ -51,7 +51,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 
     \b
     Example:
-        eg3d-rlhf reward join assets/reward.safetensors assets/reward-watch.safetensors --out=both.safetensors
+        eg3d-rlhf reward join assets/reward.safetensors assets/reward-heldout.safetensors --out=r.safetensors
     """
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import join as joined
@@ -78,7 +78,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     )
 
 
-@click.command("import", cls=GroupedCommand)
+@click.command("import", cls=GroupedCommand, job="reward import")
 @click.argument("source", metavar="SOURCE")
 @_written
 @option(
@@ -98,10 +98,16 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
         " slower."
     ),
 )
+@shared("network", network="Generator whose samples are scored.")
+@option(
+    "--latents",
+    group="Samples",
+    metavar="LIST",
+    default="0-3",
+    help="Latents to score by their seeds, such as 0,2-5, or none.",
+)
 @shared(
-    "network latents device dry-run",
-    network="Generator whose samples are scored.",
-    latents={"default": "0-3", "help": "Seeds to score, such as 0,2-5, or none."},
+    "device dry-run",
     dry_run="Read and check everything, print what was found as JSON, write and score nothing.",
 )
 def release(source, out, transform, lattice, network, latents, device, dry_run) -> None:

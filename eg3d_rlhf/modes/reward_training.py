@@ -34,7 +34,7 @@ reward, its accuracy on held-out pairs with a 95 % interval, and its learning cu
 
 \b
 Example:
-    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --out=runs/reward
+    python tools/train_reward.py --labels=runs/example/labels.jsonl --preset=tiny --epochs=2 --run-dir=reward
 """
 STORE = "Labels of a store"
 _rare_store_option = functools.partial(option, group=STORE, rare=True)
@@ -123,7 +123,10 @@ flags_of_rewards = together(
         help="Received from then on: ISO 8601, or seconds since 1970.",
     ),
     _rare_store_option(
-        "--question", metavar="NAME", show_default="which is better", help="Take the votes on this question."
+        "--criterion",
+        metavar="NAME",
+        show_default="which is better",
+        help="Take the votes on this criterion.",
     ),
     name_option(
         "--preset",
@@ -157,12 +160,12 @@ flags_of_rewards = together(
         help="Augment what is read at random: slabs are flipped left-right.",
     ),
     option(
-        "--out",
+        "--run-dir",
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
         show_default="a numbered one in --outdir",
-        help="The run's folder itself.",
+        help="Folder of the run itself.",
     ),
     option(
         "--cache",
@@ -190,7 +193,7 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
         **({"regression": 25.0, "divergence": 1.0} if alone else {"regression": 1.0, "divergence": 0.04}),
     }
     if not any(options[name] for name in paired) and alone:
-        changed["anchors"] = 0
+        changed["reference_samples"] = 0
     return {name: value for name, value in changed.items() if options[name] is None}
 
 
@@ -201,7 +204,7 @@ def resolve(flags: Flags) -> RewardRun:
         "observation",
         "preset",
         "outdir",
-        "out",
+        "run_dir",
         "desc",
         "device",
         "resume",
@@ -269,20 +272,13 @@ def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
 
 
 def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
-    """Settings of a run's folder. Raises: FileNotFoundError, ValueError for another folder."""
+    """Settings of a run's folder. Raises: ValueError for another folder."""
     from eg3d_rlhf.experiments.run import recorded
 
     del flags
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
-    if not values:
-        raise FileNotFoundError(
-            f"--resume: expected the folder of a reward's training, got {folder}. Check the path."
-        )
-    if "train" not in values or "labels" not in values:
-        raise ValueError(
-            f"--resume: expected the folder of a reward's training, got another run's, {folder}. Name"
-            " another."
-        )
+    if not {"train", "labels"} <= (values or {}).keys():
+        raise ValueError(f"--resume: expected the folder of a reward's training, got {folder}. Name another.")
     unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
     filters = values["filters"] and {
         **values["filters"],
@@ -294,17 +290,17 @@ def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
 
 
 class RewardMode(Mode[RewardRun]):
-    """A mode whose run may have a folder of its own name, `--out`."""
+    """A mode whose run may have a folder of its own name, `--run-dir`."""
 
     def start(
         self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """As `Mode.start`. Raises: ValueError where --out is taken."""
+        """As `Mode.start`. Raises: ValueError where --run-dir is taken."""
         from eg3d_rlhf.experiments.run import recorded
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity
 
-        folder = (flags or Flags()).get("out")
+        folder = (flags or Flags()).get("run_dir")
         ranks = ranks or SINGLE
         if folder is None:
             return super().start(settings, outdir, flags, ranks)
@@ -314,8 +310,8 @@ class RewardMode(Mode[RewardRun]):
         if taken := ranks.broadcast((folder / STATE).exists() if ranks.main else None):
             if not launched:
                 raise ValueError(
-                    f"--out: expected a new folder, got {folder} with a run in it. Pass --resume={folder}, or"
-                    " another --out."
+                    f"--run-dir: expected a new folder, got {folder} with a run in it. Pass"
+                    f" --resume={folder}, or another --run-dir."
                 )
         return (
             self.go_on(settings, folder, flags, ranks)

@@ -9,7 +9,7 @@ import click
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import GroupedCommand, choose_device, naming, option, together
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison_sources import Sources
 from eg3d_rlhf.experiments.media.settings import CAMERAS, FFHQ_FOV, MODES
 from eg3d_rlhf.geometry.settings import MeshOptions
@@ -380,7 +380,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     "outdir network data latents psi",
     outdir={"required": True},
     data={"default": bundled.DATA, "show_default": True, "help": "Images to show beside."},
-    latents={"default": f"{JUDGE.first}-{JUDGE.first + 31}"},
+    latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}"},
     psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
 )
 @_samples_option(

@@ -13,7 +13,7 @@ from eg3d_rlhf.modes.shared_flags import PATH, print_json, shared
 _what_option = functools.partial(option, group="What")
 
 
-@click.command(cls=GroupedCommand)
+@click.command(cls=GroupedCommand, job="score")
 @_what_option(
     "--network",
     "networks",
@@ -32,8 +32,8 @@ _what_option = functools.partial(option, group="What")
     help="Generator whose shapes the reward knows.",
 )
 @options_of(ScoreOptions)
-@shared("out device dry-run", out={"default": Path("runs/scores")})
-def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **settings) -> None:
+@shared("outdir device dry-run", outdir={"default": Path("runs/scores"), "help": "Folder to write."})
+def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, **settings) -> None:
     """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated
     to densities that it knows.
 
@@ -42,7 +42,7 @@ def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **s
 
     \b
     Example:
-        eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --out=runs/example/scores
+        eg3d-rlhf score --n=16 --set=fit=8 --set=known=16 --resolution=32 --outdir=runs/example/scores
     """
     from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
 
@@ -54,11 +54,11 @@ def main(networks, reward, reference, out: Path, device: str, dry_run: bool, **s
             {
                 "networks": shown,
                 "reference": str(trial.reference.path),
-                "out": str(out),
+                "outdir": str(outdir),
                 **asdict(options),
             }
         )
         return
-    for name, finding in write(trial, out).items():
+    for name, finding in write(trial, outdir).items():
         click.echo("\n".join([f"{name}:", *(f"  {line}" for line in finding.says)]))
-    click.echo(f"\nWritten to {out}: index.html (open it in a browser), scores.json, data/")
+    click.echo(f"\nWritten to {outdir}: index.html (open it in a browser), scores.json, data/")

@@ -33,7 +33,7 @@ database = option(
 )
 
 
-@click.command("report", cls=GroupedCommand)
+@click.command("report", cls=GroupedCommand, job="study report")
 @option(
     "--outdir",
     metavar="DIR",
@@ -44,23 +44,23 @@ database = option(
 @database
 @option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
 @option(
-    "--pictures",
+    "--images",
     metavar="INT",
     type=click.IntRange(0, 50),
     default=6,
-    help="Pairs shown of either end; 0 needs no generator.",
+    help="Pairs of images shown from either end; 0 needs no generator.",
 )
-def report(outdir: Path | None, db: str | None, interim: bool, pictures: int) -> None:
+def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
     """Analyse a finished study as designed: report.html and report.json."""
     from eg3d_rlhf.people.study import study_report as reports
 
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
     design, rows = study_rows(folder)
-    pictures = 0 if design.assets else pictures
-    if pictures:
-        click.echo(f"analysing, and drawing up to {2 * pictures} pairs ...", err=True)
-    content = reports.compute(design, rows, interim, pictures, str(choose_device("auto")))
+    pairs = 0 if design.assets else images
+    if pairs:
+        click.echo(f"analysing, and drawing up to {2 * pairs} pairs ...", err=True)
+    content = reports.compute(design, rows, interim, pairs, str(choose_device("auto")))
     for path in reports.write(content, folder.path):
         click.echo(path)
     for sentence in content["conclusions"]:
@@ -134,7 +134,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     for name, row in result["intervals"].items():
         click.echo(
             f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f}"
-            f" {row['rejects_half']:>15.1%}"
+            f" {row['rejects_50_percent']:>15.1%}"
         )
 
 

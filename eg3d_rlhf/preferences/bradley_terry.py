@@ -273,7 +273,7 @@ class Tournament:
         }
         return {
             "ratings": rows,
-            "draws": self.draws,
+            "ties": self.draws,
             "tie_weight": self.tie_weight,
             "regularised": self.regularised,
             "prompts": self.prompts,

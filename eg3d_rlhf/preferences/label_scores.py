@@ -159,8 +159,8 @@ def centred(advantages: Mapping[str, float]) -> dict[str, float]:
 
 
 def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Advantages [K] of ranks by r: the normal's quantile at (place - 1/2) / K, with mean 0 and deviation 1;
-    0 where all are tied.
+    """Advantages [K] of ranks by r: the normal's quantile at (place - 1/2) / K, with mean 0 and standard
+    deviation 1; 0 where all are tied.
 
     >>> normal_scores([0.2, 0.9])
     array([-1.,  1.])
@@ -175,12 +175,12 @@ def normal_scores(r: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def as_used(goodness: Goodness, conditions: Mapping[str, str], use: str, seed: int) -> dict[str, float]:
-    """Return r for a training ("labels") or for one of its controls: "shuffled" gives each asset the r of
+    """Return r for a training ("labels") or for one of its controls: "randomised" gives each asset the r of
     another asset of its condition, "inverted" gives 1 - r. Args: conditions: of every asset.
     """
     if use == "inverted":
         return {name: 1 - r for name, r in goodness.items()}
-    if use != "shuffled":
+    if use != "randomised":
         return dict(goodness)
     rng = np.random.default_rng([seed, 3])
     shuffled = dict[str, float]()

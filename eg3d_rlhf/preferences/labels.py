@@ -23,11 +23,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from training.storage import write_atomic
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("winner", "loser", "generator", "psi", "annotator", "time", "tie", "clean")
 MAX_SEED = 2**32 - 1  # what numpy's RandomState takes
+Label = TypeVar("Label")
+Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]  # numbers and records of a file's lines
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
 
 
@@ -105,43 +107,44 @@ class LabelSource:
         )
 
 
-def read_labels(path: str | Path) -> Iterator[Preference]:
-    """Stream the labels of a .jsonl or .csv file; two-column ranked-seeds tables (index, rank1, rank2) are
-    recognised by their header.
-
-    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit.
-    """
-    path = Path(path)
-    readers = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
-    if path.suffix not in readers:
-        raise ValueError(
-            f"read_labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"read_labels: expected a label file, got none at {path}. Check the path, or label some pairs"
-            " first."
-        )
-    for line, record in readers[path.suffix](path):
-        try:
-            yield _parse(record)
-        except ValueError as error:
-            raise ValueError(f"{path.name}, line {line}: {error}") from error
-
-
 def load_labels(path: str | Path) -> list[Preference]:
-    """All labels of a file. Raises as `read_labels`, and ValueError when there are none.
+    """Read all labels of a .jsonl or .csv file; two-column ranked-seeds tables (index, rank1, rank2) are
+    recognised by their header. Raises as `read_records`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     load_labels(write_labels(Path(folder, "labels.jsonl"), [Preference(winner=3, loser=8)]))[0].winner
     3
     """
-    labels = list(read_labels(path))
+    readers: dict[str, Reader] = {".jsonl": jsonl_records, ".ndjson": jsonl_records, ".csv": _csv_records}
+    return read_records(Path(path), readers, _parse, "pairs")
+
+
+def read_records(
+    path: Path, readers: Mapping[str, Reader], parse: Callable[[Mapping[str, Any]], Label], things: str
+) -> list[Label]:
+    """Read all labels of a file.
+
+    Args: readers: of its records, by the name's ending; things: what is labelled.
+    Raises: FileNotFoundError; ValueError with file, line and remedy for the first record that does not fit,
+        and when there are none.
+    """
+    if path.suffix not in readers:
+        raise ValueError(f"labels: expected a .jsonl or .csv file, got {path.name}. Rename or convert it.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"labels: expected a label file, got none at {path}. Check the path, or label some"
+            f" {things} first."
+        )
+    labels = []
+    for line, record in readers[path.suffix](path):
+        try:
+            labels.append(parse(record))
+        except ValueError as error:
+            raise ValueError(f"{path.name}, line {line}: {error}") from error
     if not labels:
         raise ValueError(
-            f"{Path(path).name}, line 1: expected at least one label, got an empty file. Label some pairs"
-            " first."
+            f"{path.name}, line 1: expected at least one label, got an empty file. Label some {things} first."
         )
     return labels
 
@@ -247,20 +250,23 @@ def _parse(record: Mapping[str, Any]) -> Preference:
         raise ValueError(f"expected tie to be true or false, got {tie!r}. Correct it or leave it out.")
     if str(clean).lower() in ("true", "false"):
         clean = winner if str(clean).lower() == "true" else loser
-    generator, annotator = (
-        None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
-    )
     return Preference(
         winner=winner,
         loser=loser,
-        psi=parse_number(record, "psi"),
-        time=parse_time(record.get("time")),
         tie=tied,
-        generator=generator,
-        annotator=annotator,
         clean=None if clean is None else parse_seed(clean, "clean"),
-        extra={k: v for k, v in record.items() if k not in FIELDS},
+        **common_fields(record, FIELDS),
     )
+
+
+def common_fields(record: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Parse the fields that labels of pairs and of single shapes share; what is not in `names` is `extra`."""
+    return {
+        **{k: None if record.get(k) is None else str(record[k]) for k in ("generator", "annotator")},
+        "psi": parse_number(record, "psi"),
+        "time": parse_time(record.get("time")),
+        "extra": {k: v for k, v in record.items() if k not in names},
+    }
 
 
 def check_seed(name: str, seed: object) -> None:

@@ -15,6 +15,7 @@ those of pairs.
 Other fields are kept in `extra` and written back.
 """
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,11 +33,12 @@ from eg3d_rlhf.preferences.labels import (
     Preference,
     check_psi,
     check_seed,
+    common_fields,
     jsonl_records,
     load_labels,
     parse_number,
     parse_seed,
-    parse_time,
+    read_records,
 )
 from training.storage import write_atomic
 
@@ -101,26 +103,8 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
         path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
     ):
         return from_pairs(load_labels(path))
-    if path.suffix not in (".jsonl", ".ndjson"):
-        raise ValueError(
-            f"load_unpaired: expected a .jsonl or .csv file, got {path.name}. Rename or convert it."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"load_unpaired: expected a label file, got none at {path}. Check the path, or label some shapes"
-            " first."
-        )
-    labels = []
-    for line, record in jsonl_records(path, "{'seed': ..., 'label': ...}"):
-        try:
-            labels.append(_parse(record))
-        except ValueError as error:
-            raise ValueError(f"{path.name}, line {line}: {error}") from error
-    if not labels:
-        raise ValueError(
-            f"{path.name}, line 1: expected at least one label, got an empty file. Label some shapes first."
-        )
-    return labels
+    reader = functools.partial(jsonl_records, example="{'seed': ..., 'label': ...}")
+    return read_records(path, {".jsonl": reader, ".ndjson": reader}, _parse, "shapes")
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:
@@ -135,19 +119,12 @@ def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Pa
 def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
     if record.get("seed") is None:
         raise ValueError("expected seed, got none. Add it.")
-    generator, annotator = (
-        None if record.get(name) is None else str(record[name]) for name in ("generator", "annotator")
-    )
     return UnpairedPreference(
         seed=parse_seed(record["seed"], "seed"),
         label=_truth(record, "label"),
         score=parse_number(record, "score"),
-        generator=generator,
-        psi=parse_number(record, "psi"),
-        annotator=annotator,
-        time=parse_time(record.get("time")),
         clean=_truth(record, "clean"),
-        extra={k: v for k, v in record.items() if k not in FIELDS},
+        **common_fields(record, FIELDS),
     )
 
 

@@ -355,7 +355,7 @@ _PUBLISHED = {
     "batch": 8,
     "lr": 1e-5,
     "cosine": False,
-    "anchors": 1000,
+    "reference_samples": 1000,
     "mirror": False,
     "weights": LossWeights(reconstruction=0.0),
 }

@@ -19,6 +19,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError, StopRequest
 from eg3d_rlhf.preferences.labels import Preference
 from eg3d_rlhf.preferences.losses import PreferenceLoss, UnpairedOutput, median_distance, reconstruction_loss
@@ -93,7 +94,8 @@ def load_state(path: Path, state: "TrainState", options: "TrainOptions") -> None
             f"train_reward({path.name}): expected a training state, got {what}. Delete it to start over."
         ) from error
     wanted = json.loads(json.dumps(asdict(options)))
-    changed = sorted(name for name, value in wanted.items() if plain["options"].get(name) != value)
+    begun = version_0_1.settings(plain["options"])
+    changed = sorted(name for name, value in wanted.items() if begun.get(name) != value)
     if changed:
         raise ValueError(
             f"train_reward({path.name}): expected the options it was begun with, got other"

@@ -96,7 +96,7 @@ OBSERVATIONS: Registry[type[Observation]] = Registry(
         "published-points": "eg3d_rlhf.rewards.points",
         "smoothness": "eg3d_rlhf.rewards.smoothness",
         "solid": "eg3d_rlhf.rewards.solid",
-        "soundness": "eg3d_rlhf.rewards.solid",
+        "mesh-validity": "eg3d_rlhf.rewards.solid",
     },
 )
 Kind = TypeVar("Kind", bound=type[Observation])

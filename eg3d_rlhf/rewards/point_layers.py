@@ -12,16 +12,11 @@ from torch import nn
 
 from eg3d_rlhf.rewards.networks import RewardNetwork
 from eg3d_rlhf.rewards.presets import Architecture
+from training.config import check_choice
 
 NORMS = ("batch", "layer")
 # layers of fewer channels are not normalised: of one or two channels nothing but a sign would be left
 _NARROW = 8
-
-
-def one_of(name: str, value: str, known: Sequence[str]) -> None:
-    """Raise ValueError for a value that is not known."""
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}. Choose one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +34,7 @@ class PointArch(Architecture):
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
 
     def __post_init__(self) -> None:
-        one_of(f"{type(self).__name__}.norm", self.norm, NORMS)
+        check_choice(f"{type(self).__name__}.norm", self.norm, NORMS)
         if self.inputs not in (3, 6):
             raise ValueError(
                 f"{type(self).__name__}.inputs: expected 3 or 6, got {self.inputs!r}. Points have positions,"

@@ -25,10 +25,10 @@ from eg3d_rlhf.rewards.point_layers import (
     leaky,
     nearest,
     norm,
-    one_of,
     take,
 )
 from eg3d_rlhf.rewards.presets import Preset
+from training.config import check_choice
 
 # CurveNet (Xiang et al. 2021, arXiv 2105.01288) as the published point reward has it: blocks that walk curves
 # over a cloud's features. First its curves: where they begin, how they walk from neighbour to neighbour, and
@@ -171,8 +171,8 @@ class CurveNetArch(PointArch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("CurveNetArch.mix", self.mix, MIXES)
-        one_of("CurveNetArch.start", self.start, STARTS)
+        check_choice("CurveNetArch.mix", self.mix, MIXES)
+        check_choice("CurveNetArch.start", self.start, STARTS)
         if not self.blocks or any(
             len(block) != 5 or block[2] <= 0 or block[3] < 1 or block[0] % block[3] for block in self.blocks
         ):
@@ -309,7 +309,7 @@ class PointNet2Arch(PointArch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("PointNet2Arch.start", self.start, STARTS)
+        check_choice("PointNet2Arch.start", self.start, STARTS)
         if (
             len(self.ratios) != 2
             or len(self.radii) != 2
@@ -409,7 +409,7 @@ class PointNetArch(PointArch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("PointNetArch.pool", self.pool, ("max", "max-mean"))
+        check_choice("PointNetArch.pool", self.pool, ("max", "max-mean"))
         if len(self.widths) != 3:
             raise ValueError(f"PointNetArch.widths: expected three widths, got {self.widths}. Name three.")
 
@@ -454,7 +454,7 @@ def build(description: Mapping[str, Any]) -> PointNetwork:
     """A network from its description. Raises: ValueError for an unknown one, or unknown fields."""
     values = dict(description)
     name = str(values.pop("network", None))
-    one_of("reward network", name, tuple(_NETWORKS))
+    check_choice("reward network", name, tuple(_NETWORKS))
     arch, network = _NETWORKS[name]
     return network(arch.from_dict(values))
 
@@ -512,7 +512,7 @@ def published_presets() -> dict[str, Preset]:
             "batch": batch,
             "lr": 1e-5,
             "cosine": False,
-            "anchors": anchors,
+            "reference_samples": anchors,
             "weights": replace(LossWeights(), reconstruction=0.0),
         }
         presets[f"paper-{arch.network}"] = Preset(

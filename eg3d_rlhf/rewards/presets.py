@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from eg3d_rlhf.core.registry import Registry
+from training.config import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,5 @@ def preset(name: str | None = None, kind: str = "sigma") -> Preset:
             " it is."
         )
     name = next(iter(presets)) if name is None else name
-    if name not in presets:
-        raise ValueError(
-            f"reward preset: expected one of {', '.join(presets)}, got {name!r}. Choose one of them."
-        )
+    check_choice("reward preset", name, presets)
     return presets[name]

@@ -44,9 +44,9 @@ class TrainOptions:
     cosine: bool = True  # learning rate falls to 0 along a half cosine over `epochs`; False keeps it
     weight_decay: float = knob(1e-4, "L2 inside Adam.", TRAINING, low=0, rare=True)
     decoupled: bool = False  # AdamW: decay apart from the gradient
-    anchors: int = knob(
+    reference_samples: int = knob(
         0,
-        "High-quality anchors (psi 0.25) that should beat every labelled shape.",
+        "Reference samples of high quality (truncation 0.25) that should beat every labelled shape.",
         TRAINING,
         metavar="SEEDS",
         low=0,
@@ -56,7 +56,7 @@ class TrainOptions:
     weights: LossWeights = field(
         default_factory=lambda: LossWeights(scalar=1.0, bradley_terry=0.1, reconstruction=0.0)
     )
-    seed: int = 0  # of initialisation, order, anchors, flips, bootstrap
+    seed: int = 0  # of initialisation, order, reference samples, flips, bootstrap
     bootstrap: bool = False  # train on as many pairs, drawn with replacement by the seed
     start: str = ""  # SHA-256 of the network that training goes on from; '' begins anew
 
@@ -67,9 +67,10 @@ class TrainOptions:
                 f"unpaired_batch: expected an even number, got {self.unpaired_batch}. Half of them are"
                 " preferred."
             )
-        if self.anchors and not self.weights.on_pairs:
+        if self.reference_samples and not self.weights.on_pairs:
             raise ValueError(
-                f"--anchors: expected 0 where nothing is learnt from pairs, got {self.anchors}. Leave it out."
+                "--reference-samples: expected 0 where nothing is learnt from pairs, got"
+                f" {self.reference_samples}. Leave it out."
             )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from eg3d_rlhf.preferences.settings import LossWeights
 from eg3d_rlhf.rewards import presets
 from eg3d_rlhf.rewards.presets import Architecture, Preset
+from training.config import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,8 @@ class RewardArch(Architecture):
     heads: tuple[int, ...] = (256, 128)  # hidden sizes of each of the three heads
 
     def __post_init__(self):
-        for name, known in (("pooling", ("slice_max", "grid")), ("extractor", ("unet3d", "strided"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"RewardArch.{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}."
-                    " Choose one of them."
-                )
+        check_choice("RewardArch.pooling", self.pooling, ("slice_max", "grid"))
+        check_choice("RewardArch.extractor", self.extractor, ("unet3d", "strided"))
         sizes = (
             self.groups,
             self.recon_channels,
@@ -111,7 +108,7 @@ PRESETS = {
             "batch": 1,
             "lr": 1e-5,
             "cosine": False,
-            "anchors": 1000,
+            "reference_samples": 1000,
             "mirror": False,
             "weights": LossWeights(),
         },

@@ -3,7 +3,7 @@ a surrogate with a gradient.
 
     solid        minus `solid_loss`, which a generator can be tuned with: 0 where there is nothing to mend.
                  Experimental
-    soundness    the score itself beside the shape's own repair; it chooses, and it has no gradient
+    mesh-validity the score itself beside the shape's own repair; it chooses, and it has no gradient
 
 Letters: N shapes; D, H, W = grid points along z, y, x.
 """
@@ -103,7 +103,7 @@ class Soundness(WholeCube):
 
     spec: SlabSpec = SlabSpec.cube(solids.EDGE)
     weights: tuple[float, float, float, float] = HEADS.weights
-    kind: ClassVar[str] = "soundness"
+    kind: ClassVar[str] = "mesh-validity"
     differentiable: ClassVar[bool] = False
 
     @torch.no_grad()

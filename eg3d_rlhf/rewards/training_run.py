@@ -385,7 +385,7 @@ def collect_observations(
     ]
     seeds += [label.seed for part in single.values() for label in part]
     labelled = [seed for _, seed in shapes] or seeds
-    wanted = settings.train.anchors
+    wanted = settings.train.reference_samples
     anchors = anchor_seeds(wanted, settings.fractions, exclude=labelled)["train"] if wanted else ()
     if shapes:
         parts = {

@@ -24,7 +24,7 @@ def bench(tmp_path, monkeypatch):
         monkeypatch.setattr(run, "all_rows", lambda: rows)
         return CliRunner().invoke(
             run.main,
-            ["--threads=1", "--no-memory", "--repeats=2", f"--out={tmp_path / 'out'}", *map(str, flags)],
+            ["--threads=1", "--no-memory", "--repeats=2", f"--outdir={tmp_path / 'out'}", *map(str, flags)],
         )
 
     yield call
@@ -122,7 +122,7 @@ def test_a_real_row_end_to_end_with_memory(repo, tmp_path):
         "--quick",
         "--memory",
         "--threads=1",
-        f"--out={tmp_path}",
+        f"--outdir={tmp_path}",
     ]
     done = subprocess.run(
         command, cwd=repo, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

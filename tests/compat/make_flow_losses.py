@@ -26,9 +26,9 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     outside_clip,
 )
 from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, several
+from eg3d_rlhf.tuning.flow.training.online.settings import progressive_window, random_window
 from eg3d_rlhf.tuning.flow.training.online.snapshot import decay
 from eg3d_rlhf.tuning.flow.training.online.steps import KINDS, divergence, log_density
-from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
 
 PATH = FlowPath(sigma_min=0.0)
 

@@ -18,7 +18,7 @@ from eg3d_rlhf.models.resnet50 import ResNet50
 from eg3d_rlhf.preferences.losses import cs_divergence, median_distance
 from eg3d_rlhf.rewards.aggregates import Aggregate
 from eg3d_rlhf.rewards.depth import nearness
-from eg3d_rlhf.tuning.gan.nose_floor import floor_loss
+from eg3d_rlhf.tuning.gan.phase import floor_loss
 from tests.compat import test_zoo_depth, test_zoo_generators, test_zoo_misc, test_zoo_points
 from tests.compat.test_zoo_points import gradient_row, network_of, run_on
 from training.fullhead import HyPlaneHeadGenerator, PanoHeadGenerator

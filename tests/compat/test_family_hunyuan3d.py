@@ -486,12 +486,12 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, opened, tmp_p
     monkeypatch.setattr(family, "CELLS", 12)  # of meshes that nobody looks at
     picture_encoder(case, opened)
     shown = at_least(3, cut_out(case))
-    Path("PICTURES").mkdir()
+    Path("IMAGES").mkdir()
     for name, (k, shift) in shown.items():
-        Image.fromarray(np.roll(case[f"pre{k}_rgba"].numpy(), shift, 1)).save(f"PICTURES/{name}.png")
+        Image.fromarray(np.roll(case[f"pre{k}_rgba"].numpy(), shift, 1)).save(f"IMAGES/{name}.png")
 
     def look(called, done):
-        if called == "draw":
+        if called == "sample":
             rows = Work.open(Path("WORK")).lines()
             heard(rows)
             assert {row["condition"] for row in rows} < set(shown)
@@ -500,7 +500,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, opened, tmp_p
     few = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
     with surfaces(case) as heard:
         called = run_section("Hunyuan3D-2.1", root, Path(), few, look)
-    assert called == ["new", "draw", "pairs", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "export"]
     read = read_conditions(Path("WORK"))
     tuned = family.FAMILY.load(Path("TUNED"), read)
     assert generate(tuned, [read.names[0]], [0])[0].latent.isfinite().all()

@@ -463,7 +463,7 @@ def cut_out(case):
 @pytest.fixture
 def conditions(case, root, tmp_path):
     """Of the case's pictures, by the command's own way."""
-    paths = {str(k): written(case, tmp_path / "PICTURES", k, str(k)) for k in cut_out(case)}
+    paths = {str(k): written(case, tmp_path / "IMAGES", k, str(k)) for k in cut_out(case)}
     return family.FAMILY.embed_images(root, paths, torch.device("cpu"))
 
 
@@ -658,16 +658,16 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     shown = at_least(3, cut_out(case))
     for name, (k, shift) in shown.items():
-        written(case, Path("PICTURES"), k, name, shift)
+        written(case, Path("IMAGES"), k, name, shift)
 
     def look(called, done):
-        if called == "draw":
+        if called == "sample":
             drawn = Work.open(Path("WORK")).lines()
             assert {row["condition"] for row in drawn} < set(shown)
             assert all(set(row["pose"]) == {"rotation", "translation", "scale"} for row in drawn)
 
     called = run_section("SAM 3D Objects", root, Path(), FEW, look)
-    assert called == ["new", "draw", "pairs", "train", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "train", "export"]
     read = read_conditions(Path("WORK"))
     base, tuned = (family.FAMILY.load(place, read) for place in (root, Path("TUNED")))
     for one, other in zip(base.stages, tuned.stages, strict=True):

@@ -767,22 +767,22 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
     snapshots.mkdir(parents=True)
     (snapshots / "0").symlink_to(case.file(case.fact("encoder")))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    Path("PICTURES").mkdir()
+    Path("IMAGES").mkdir()
     pictures = [case[f"pre{k}/rgba"].numpy() for k in pictures_of(case)]
     shown = next((rgba for rgba in pictures if (rgba[..., 3] < 255).any()), None)
     if shown is None:
         pytest.skip(f"{case.folder.name} has no picture that is cut out")
     for i, name in enumerate("abc"):
-        Image.fromarray(np.roll(shown, i, 1)).save(f"PICTURES/{name}.png")
+        Image.fromarray(np.roll(shown, i, 1)).save(f"IMAGES/{name}.png")
     few = "--steps=1 --batch=2 --lr=0.02 --set=warmup=0 --set=choose_noises=0 --device=cpu".split()
 
     def look(command, done):
-        if command == "draw":
+        if command == "sample":
             heard(Work.open(Path("WORK")).lines())
 
     with surfaces(case) as heard:
         commands = run_section("TRELLIS.2", root, Path(), few, look)
-    assert commands == ["new", "draw", "pairs", "train", "export"]
+    assert commands == ["new", "sample", "pairs", "train", "export"]
     tuned = []
     for stage in case.fact("stages"):
         whole = (
@@ -796,7 +796,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(case, root, tmp_path, mon
         called(train.main, *whole)
         (run,) = Path(stage).glob("00000-*")
         tuned.append(run)
-    called(flow_export.export_command, "--out=ALL", *tuned)
+    called(flow_export.export_command, "--outdir=ALL", *tuned)
     for folder in ("TUNED", "ALL"):
         read = read_conditions(Path("WORK"))
         pipeline = family.FAMILY.load(Path(folder), read)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eg3d_rlhf.tuning.flow.training.online.advantages import Gate, Scale, advantages, several
-from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
+from eg3d_rlhf.tuning.flow.training.online.settings import progressive_window, random_window
 from tests.compat.absent import some
 from tests.compat.online_reference import Values, each, options, present
 

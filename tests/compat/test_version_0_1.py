@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from eg3d_rlhf.experiments import version_0_1
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests import tiny_runs
 from tests.compat.reference import OURS
 
@@ -86,11 +88,14 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(folders):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].numpy() == pytest.approx(value.numpy(), rel=1e-2, abs=1e-3), name
-    assert_near(lines(STOPPED / "stats.jsonl"), lines(FINISHED / "stats.jsonl"))
+    stopped, finished = (
+        [version_0_1.gan_stats(line) for line in lines(run / "stats.jsonl")] for run in (STOPPED, FINISHED)
+    )
+    assert_near(stopped, finished)
 
 
 def test_a_reward_scores_as_before_in_the_report_of_a_finished_run(folders, job):
-    flags = ("--only=reward-shift", "--n=16", "--device=cpu", "--out=found")
+    flags = ("--only=reward-shift", "--n=16", "--device=cpu", "--outdir=found")
     job("report", "evaluate", "--before=network.safetensors", f"--run={FINISHED}", *flags)
     found = json.loads(Path("found/data/reward-shift.json").read_text())
     expected = json.loads(Path("expected/reward-shift.json").read_text())
@@ -112,23 +117,24 @@ def test_exported_judgements_go_into_a_new_store(folders, job):
 
 
 def test_labels_teach_a_new_reward(folders, job):
-    flags = ("--preset=tiny", "--epochs=1", "--resolution=16", "--device=cpu", "--out=new")
+    flags = ("--preset=tiny", "--epochs=1", "--resolution=16", "--device=cpu", "--run-dir=new")
     job("reward", "train", "--labels=labels.jsonl", "--network=network.safetensors", *flags)
     assert Path("new/reward.safetensors").is_file()
 
 
 def test_a_study_is_reported(folders, job):
-    job("study", "report", "--outdir=study", "--pictures=0")
+    job("study", "report", "--outdir=study", "--images=0")
     found = json.loads(Path("study/report.json").read_text())
     expected = json.loads(Path("expected/study.json").read_text())
     del expected["reported"]  # the time
     expected.pop("conclusions")  # sentences
+    expected["images"] = expected.pop("pictures")  # keys that were renamed since
     assert_near(found, expected)
 
 
 def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job):
     before = contents(WORK)
-    job("flow", "draw", WORK, "--device=cpu")
+    job("flow", "sample", WORK, "--device=cpu")
     tune = ("--steps=2", "--batch=4", "--set=held_out_every=1", "--set=lora_rank=1", "--set=warmup=0")
     job("flow", "tune", WORK, "--device=cpu", "--stage=structure", *tune)
     left_out = {"report.json", "report.md"}
@@ -137,7 +143,44 @@ def test_assets_answers_and_stages_of_a_folder_are_never_made_again(folders, job
         name: value for name, value in before.items() if Path(name).name not in left_out
     }
     assert not list(WORK.glob("tune-01"))
-    assert_near(json.loads(after["WORK/tune-00/report.json"]), json.loads(before["WORK/tune-00/report.json"]))
+    tuned, expected = (json.loads(files["WORK/tune-00/report.json"]) for files in (after, before))
+    expected = version_0_1.settings(expected)
+    expected["evaluators"] = expected.pop("judges")  # keys that were renamed since
+    expected["settings"] = version_0_1.options(expected["settings"])
+    for stage in expected["stages"].values():
+        for old, new in (("learnt", "learnable_signal"), ("runs_away", "likelihood_displacement")):
+            stage[new] = stage.pop(old)
+        del stage["why"]  # a sentence
+    assert_near(tuned, expected)
+
+
+def test_embeddings_are_found_under_their_old_name(folders):
+    assert Work.open(WORK).conditions_file == WORK / "conditions.safetensors"
+    (WORK / "conditions.safetensors").rename(WORK / "conditioning.safetensors")
+    assert Work.open(WORK).conditions_file == WORK / "conditioning.safetensors"
+
+
+def test_settings_of_a_reward_are_read_under_their_present_names(folders, job):
+    recorded = json.loads(Path("reward/training_options.json").read_text())
+    shown = json.loads(job("reward", "train", "--resume=reward", "--dry-run"))
+    assert shown["train"]["reference_samples"] == recorded["train"]["anchors"]
+    assert {**shown["train"], "anchors": None, "reference_samples": None} == {
+        **recorded["train"],
+        "anchors": None,
+        "reference_samples": None,
+    }
+
+
+def test_settings_of_a_run_are_read_under_their_present_names(folders):
+    recorded = json.loads((STOPPED / "training_options.json").read_text())
+    shown = json.loads(tiny_runs.run(f"--resume={STOPPED}", "--dry-run").stdout)
+    for old, now in (
+        ("anchor_gate", "consistency_gate"),
+        ("anchor_psi", "consistency_psi"),
+        ("anchor_resolution", "consistency_resolution"),
+        ("reward_watch", "heldout_reward"),
+    ):
+        assert shown[now] == recorded[old] and old not in shown
 
 
 def test_a_tuned_stage_is_found_by_its_hash_and_exported(folders, job):
@@ -155,5 +198,5 @@ def test_a_tuned_stage_is_found_by_its_hash_and_exported(folders, job):
     assert result.exit_code == 0, result.output
     assert contents(artefact) == before
     assert list(Path("stages/artefacts").glob("structure-human-*")) == [artefact]
-    job("flow", "export", "stages/00000-circular-dpo-toy-stage-structure", "--out=TUNED")
+    job("flow", "export", "stages/00000-circular-dpo-toy-stage-structure", "--outdir=TUNED")
     assert Path("TUNED/structure.safetensors").is_file()

@@ -15,7 +15,7 @@ from eg3d_rlhf.evaluation.inversion.projector import learning_rate, noise_scale
 from eg3d_rlhf.rewards.aggregates import Aggregate
 from eg3d_rlhf.rewards.depth import PUBLISHED_FOCAL, VIEWS, Depth
 from eg3d_rlhf.rewards.points import evenly, lift, self_scaled
-from eg3d_rlhf.tuning.gan.nose_floor import floor_loss
+from eg3d_rlhf.tuning.gan.phase import floor_loss
 from tests.compat.absent import some
 from tests.compat.reference import ROOT, array_names, of_set, read_json
 

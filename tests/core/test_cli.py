@@ -102,8 +102,8 @@ def test_published_presets_keep_eg3ds_defaults():
 MISTAKES = {  # flags -> what the line names
     "clip": (["--reward=sigma", "--reward-clip=5,1"], ["--reward-clip", "'5,1'"]),
     "gate without a clip": (
-        ["--reward=sigma", "--anchor-gate=0.1", "--reward-clip=none"],
-        ["--anchor-gate=0.1", "--reward-clip", "none"],
+        ["--reward=sigma", "--consistency-gate=0.1", "--reward-clip=none"],
+        ["--consistency-gate=0.1", "--reward-clip", "none"],
     ),
     "clip words": (["--reward=sigma", "--reward-clip=wide"], ["--reward-clip", "'wide'"]),
     "batch split": (["--batch=8", "--batch-gpu=3"], ["--batch-gpu", "--batch=8", "3"]),
@@ -217,9 +217,9 @@ BAD_FILES = {  # what is changed of the tiny set-up -> what the line names
     ),
     "missing watch": (
         lambda where, reward, **_: {
-            "flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--reward-watch={where}/none"]
+            "flags": ["--reward=sigma", f"--reward-ckpt={reward}", f"--heldout-reward={where}/none"]
         },
-        "--reward-watch: ",
+        "--heldout-reward: ",
         "/none",
     ),
 }

@@ -39,10 +39,10 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
 @pytest.mark.parametrize(
     ("drawn", "names"),
     [
-        ([5, 210_003, 300_000], ("210003", "judge", "210000 to 210199")),
+        ([5, 210_003, 300_000], ("210003", "evaluation", "210000 to 210199")),
         (range(199_990, 200_010), ("200000", "latents", "200000 to 209999")),
-        ([3_210_003], ("3210003", "judge", "--seed=3", "3210000 to 3210199")),
-        ([300_031], ("300031", "watch", "300000 to 300031")),
+        ([3_210_003], ("3210003", "evaluation", "--seed=3", "3210000 to 3210199")),
+        ([300_031], ("300031", "monitor", "300000 to 300031")),
         ([500_127], ("500127", "calibration", "500000 to 500127")),
         ([220_000], ("220000", "geometry", "220000 to 220039")),
     ],
@@ -71,7 +71,7 @@ def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
             Preference(winner=210_000, loser=5),
         ],
     )
-    with raising(str(path), "300007", "watch", "300000 to 300031"):
+    with raising(str(path), "300007", "monitor", "300000 to 300031"):
         TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")
 
 

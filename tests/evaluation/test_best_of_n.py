@@ -29,12 +29,14 @@ def drawn():
 
 @pytest.mark.parametrize("n", range(1, 10))
 def test_the_mean_over_all_subsets(drawn, n):
-    reward, judge = drawn
-    by_hand = [judge[max(subset, key=lambda i: reward[i])] for subset in itertools.combinations(range(9), n)]
-    assert best_of(reward, judge, [n])[0] == pytest.approx(np.mean(by_hand), abs=1e-12)
+    reward, evaluator = drawn
+    by_hand = [
+        evaluator[max(subset, key=lambda i: reward[i])] for subset in itertools.combinations(range(9), n)
+    ]
+    assert best_of(reward, evaluator, [n])[0] == pytest.approx(np.mean(by_hand), abs=1e-12)
 
 
-def test_a_judge_that_is_the_reward_rises_and_its_opposite_falls():
+def test_an_evaluator_that_is_the_reward_rises_and_its_opposite_falls():
     reward = np.random.default_rng(2).normal(size=4096)
     numbers = [1, 2, 3, 10, 50, 512]
     same = best_of(reward, reward, numbers)
@@ -45,13 +47,13 @@ def test_a_judge_that_is_the_reward_rises_and_its_opposite_falls():
 
 def test_equal_rewards_share_their_chances():
     reward = np.array([0.0, 1, 1, 1])
-    judge = np.array([5.0, 1, 2, 6])
-    assert best_of(reward, judge, [4])[0] == pytest.approx(3) and best_of(reward, judge, [2])[
+    evaluator = np.array([5.0, 1, 2, 6])
+    assert best_of(reward, evaluator, [4])[0] == pytest.approx(3) and best_of(reward, evaluator, [2])[
         0
     ] == pytest.approx(3)
     order = [2, 0, 3, 1]
     np.testing.assert_allclose(
-        best_of(reward[order], judge[order], [1, 2, 3, 4]), best_of(reward, judge, [1, 2, 3, 4])
+        best_of(reward[order], evaluator[order], [1, 2, 3, 4]), best_of(reward, evaluator, [1, 2, 3, 4])
     )
 
 
@@ -66,13 +68,13 @@ def test_the_law_is_found_again():
 
 
 def test_resamples(drawn):
-    reward, judge = drawn
+    reward, evaluator = drawn
     counts = np.array([[1] * 9, [0, 2, 1, 1, 1, 1, 1, 1, 1], [9, *[0] * 8]])
-    found = resampled(reward, judge, [1, 3, 9], counts)
-    np.testing.assert_allclose(found[0], best_of(reward, judge, [1, 3, 9]), atol=1e-12)
+    found = resampled(reward, evaluator, [1, 3, 9], counts)
+    np.testing.assert_allclose(found[0], best_of(reward, evaluator, [1, 3, 9]), atol=1e-12)
     kept = np.repeat(np.arange(9), counts[1])
-    np.testing.assert_allclose(found[1], best_of(reward[kept], judge[kept], [1, 3, 9]), atol=1e-12)
-    np.testing.assert_allclose(found[2], judge[0], atol=1e-12)
+    np.testing.assert_allclose(found[1], best_of(reward[kept], evaluator[kept], [1, 3, 9]), atol=1e-12)
+    np.testing.assert_allclose(found[2], evaluator[0], atol=1e-12)
 
 
 N = 1024
@@ -98,22 +100,25 @@ def trial(ensemble, tiny_networks):
     return best_of_n.Trial(
         generator=load_generator(tiny_networks),
         rewards={"reward": (ensemble, "f" * 64)},
-        judge=None,
+        evaluator=None,
         n=N,
         most=128,
     )
 
 
 def planted(errors: float) -> Finding:
-    """Scores of three members: the judge's values and small noise, and now and then a large mistake of one
-    member alone.
+    """Scores of three members: the evaluator's values and small noise, and now and then a large mistake of
+    one member alone.
     """
     random = np.random.default_rng(0)
-    judge = random.normal(size=N)
-    scores = judge + 0.3 * random.normal(size=(3, N)) + errors * (random.random((3, N)) < 0.02)
+    evaluator = random.normal(size=N)
+    scores = evaluator + 0.3 * random.normal(size=(3, N)) + errors * (random.random((3, N)) < 0.02)
     return Finding(
         facts=None,
-        data={"scores": {f"member {i + 1}": list(s) for i, s in enumerate(scores)}, "judge": judge.tolist()},
+        data={
+            "scores": {f"member {i + 1}": list(s) for i, s in enumerate(scores)},
+            "evaluator": evaluator.tolist(),
+        },
     )
 
 
@@ -136,7 +141,7 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
         > 0
         == arms["member 1"]["steps"][0]["mean"]
     )
-    for plot in (best_of_n.plot_judge, best_of_n.plot_reward, best_of_n.plot_peaks):
+    for plot in (best_of_n.plot_evaluator, best_of_n.plot_reward, best_of_n.plot_peaks):
         plot(json.loads(json.dumps(found.data)))
 
 
@@ -155,7 +160,7 @@ def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tm
     small = best_of_n.Trial(
         generator=load_generator(tiny_networks),
         rewards={"a": (ensemble, "a"), "b": (members[0], "b")},
-        judge=(members[1], "c"),
+        evaluator=(members[1], "c"),
         n=6,
         most=2,
         batch=4,
@@ -163,7 +168,7 @@ def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tm
     found = best_of_n.score(small, tmp_path, quiet=True)
     assert (
         set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"}
-        and len(found.data["judge"]) == 6
+        and len(found.data["evaluator"]) == 6
     )
     assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [
         row["seed"] for row in found.rows
@@ -191,7 +196,7 @@ def command(members, ensemble, tiny_networks, tmp_path):
             "--n=32",
             "--most=8",
             "--device=cpu",
-            f"--out={tmp_path / 'page'}",
+            f"--outdir={tmp_path / 'page'}",
         ]
         return CliRunner().invoke(main, [*common, *named]), tmp_path / "page"
 
@@ -199,15 +204,15 @@ def command(members, ensemble, tiny_networks, tmp_path):
 
 
 @pytest.mark.long
-def test_the_page_with_a_reward_as_judge(command):
-    flags = ("--reward-ckpt={joined}", "--reward-watch={m2}")
+def test_the_page_with_a_reward_as_evaluator(command):
+    flags = ("--reward-ckpt={joined}", "--heldout-reward={m2}")
     done, out = command(*flags)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     for arm in ("warm", "softmin 0.5"):
         assert any(line.startswith(arm) and re.search(r"\b8\b", line) for line in lines), arm
     assert 'id="best-of-n"' in (out / "index.html").read_text()
-    assert {"best-of-n-judge.svg", "best-of-n-peaks.png"} <= {
+    assert {"best-of-n-evaluator.svg", "best-of-n-peaks.png"} <= {
         path.name for path in (out / "figures").iterdir()
     }
     before = (out / "data" / "scores.json").stat().st_mtime_ns
@@ -222,12 +227,12 @@ def test_the_page_with_a_reward_as_judge(command):
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--reward-ckpt={m0}"], ["--reward-watch", "none", "annotator"]),
-        (["--reward-ckpt={m0}", "--reward-watch={m0}"], ["--reward-watch", "labels"]),
-        (["--reward-ckpt={joined}", "--reward-watch={m1}"], ["--reward-watch", "labels"]),
-        (["--reward-ckpt={m0}", "--reward-watch={m1}", "--most=64"], ["--most", "--n=32", "64"]),
+        (["--reward-ckpt={m0}"], ["--heldout-reward", "none", "annotator"]),
+        (["--reward-ckpt={m0}", "--heldout-reward={m0}"], ["--heldout-reward", "labels"]),
+        (["--reward-ckpt={joined}", "--heldout-reward={m1}"], ["--heldout-reward", "labels"]),
+        (["--reward-ckpt={m0}", "--heldout-reward={m1}", "--most=64"], ["--most", "--n=32", "64"]),
         (
-            ["--reward-ckpt={tmp}/none.safetensors", "--reward-watch={m1}"],
+            ["--reward-ckpt={tmp}/none.safetensors", "--heldout-reward={m1}"],
             ["--reward-ckpt: ", "none.json"],
         ),
     ],

@@ -10,7 +10,7 @@ import pytest
 from eg3d_rlhf.core.seeds import LATENTS
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.generators import load_generator
-from eg3d_rlhf.measures.people import VOXEL, behind, face_depth, face_relief, relief_correlation
+from eg3d_rlhf.measures.people import VOXEL, back_of_head, face_depth, face_relief, relief_correlation
 from training.heads.people_mesh import grid_points
 
 pytestmark = pytest.mark.long
@@ -24,7 +24,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def whole(generator):
-    return heads.named(generator, SEEDS)
+    return heads.ground_truth(generator, SEEDS)
 
 
 def test_faces_are_those_that_latents_name(generator, whole):
@@ -43,7 +43,7 @@ def test_faces_are_those_that_latents_name(generator, whole):
 def back_depth(values: np.ndarray) -> np.ndarray:
     """z [n, n] of the hindmost surface behind, world units; NaN where there is none."""
     points = grid_points(len(values))
-    here = (values < 0) & behind(points)
+    here = (values < 0) & back_of_head(points)
     return np.where(here.any(axis=2), points[0, 0, here.argmax(axis=2), 2], np.nan)
 
 
@@ -52,9 +52,9 @@ def test_backs_differ(generator, whole):
     depths = [back_depth(scan) for scan in scans]
     apart = [a - b for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
     pairs = [np.nanmedian(np.abs(difference)) / VOXEL for difference in apart]
-    broken = heads.broken(heads.looked_at(scans, whole[: len(scans)])).mean()
+    defective = heads.defective(heads.looked_at(scans, whole[: len(scans)])).mean()
     print(
-        f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {broken:.0%} of 40 are"
-        " broken"
+        f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {defective:.0%} of 40"
+        " are defective"
     )
     assert np.median(pairs) >= 1

@@ -43,7 +43,7 @@ def test_scores_are_the_rewards_and_are_kept(tiny_comparison, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(Comparison, "fields", None)
     assert c.scores(c.after, seeds) is found
-    with raising("--reward-watch"):
+    with raising("--heldout-reward"):
         c.scores(c.after, seeds, held_out=True)
 
 
@@ -66,7 +66,7 @@ def test_the_bundled_reward_is_no_silent_default(tiny_networks, tiny_reward, tmp
     assert "--reward-ckpt" not in capsys.readouterr().err
     load_comparison(
         Sources(
-            before=tiny_networks, after=tiny_networks, reward_ckpt=bundled.REWARD, reward_watch=tiny_reward
+            before=tiny_networks, after=tiny_networks, reward_ckpt=bundled.REWARD, heldout_reward=tiny_reward
         )
     )
     (warning,) = (line for line in capsys.readouterr().err.splitlines() if "--reward-ckpt" in line)
@@ -126,8 +126,8 @@ def test_a_damaged_record_is_named(tiny_networks, tiny_reward, tmp_path):
 
 
 def test_the_tuned_reward_is_no_held_out_one(tiny_networks, tiny_reward):
-    with raising("--reward-watch", str(tiny_reward)):
-        comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, reward_watch=tiny_reward)
+    with raising("--heldout-reward", str(tiny_reward)):
+        comparisons.load(tiny_networks, tiny_reward, after=tiny_networks, heldout_reward=tiny_reward)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["gone", "replaced"])

@@ -36,7 +36,7 @@ def flags(tiny_networks, tiny_reward, tiny_pair, tiny_data, tmp_path):
         "--set=images=20",
         "--set=batch=8",
         "--device=cpu",
-        f"--out={tmp_path / 'out'}",
+        f"--outdir={tmp_path / 'out'}",
         "--only=reward-psi,rank-consistency",
     ]
 
@@ -83,7 +83,7 @@ def test_dry_run_prints_what_would_be_done(flags, tmp_path):
         (("--set=data=none.zip", "--only=image-distances"), ("none.zip",)),
         (("--set=lpips=none.pt",), ("--set lpips=", "none.pt")),
         (("--run=none",), ("--run", "none")),
-        (("--reward-watch=none.safetensors",), ("--reward-watch", "none.json")),
+        (("--heldout-reward=none.safetensors",), ("--heldout-reward", "none.json")),
     ],
 )
 def test_mistakes_are_one_line(flags, more, names):
@@ -150,7 +150,7 @@ def small(monkeypatch):
 
 
 def sizes(finding, folder):
-    return {name: PIL.Image.open(folder / name).size for name in finding.pictures.values()}
+    return {name: PIL.Image.open(folder / name).size for name in finding.images.values()}
 
 
 def test_highest_and_lowest_are_the_rewards(tiny_comparison, small, tmp_path):

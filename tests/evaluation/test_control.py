@@ -28,7 +28,7 @@ def settings(*flags: str) -> dict:
 def recorded(tmp_path, monkeypatch):
     """A bundled control of the demo's own settings, without running it."""
     known = settings("--lambda-r=0")
-    of_machine = ("reward_ckpt", "reward_watch", "versions", "launch")
+    of_machine = ("reward_ckpt", "heldout_reward", "versions", "launch")
     record = {"tuned_delta_mean": 0.125, "images": round(known["kimg"] * 1000), "seed": 0, "lambda_r": 0.0}
     record["settings"] = {name: value for name, value in known.items() if name not in of_machine}
     (tmp_path / "control-summary.json").write_text(json.dumps(record))

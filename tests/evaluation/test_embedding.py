@@ -165,7 +165,7 @@ def test_the_tool_from_files_to_page(
         f"--control={tiny_pair[1]}",
         "--n=16",
         "--device=cpu",
-        f"--out={tmp_path / 'out'}",
+        f"--outdir={tmp_path / 'out'}",
     ]
     done = CliRunner().invoke(reports.embed, flags)
     assert done.exit_code == 0, done.output

@@ -82,7 +82,7 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     assert data["reference"]["calibrated"]["mean"] > 0.95 and len(data["scores"]["raw"]) == 16
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
-    assert (tmp_path / next(iter(found.pictures.values()))).stat().st_size > 1000
+    assert (tmp_path / next(iter(found.images.values()))).stat().st_size > 1000
     fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.own.scores)})
 
 
@@ -191,7 +191,7 @@ def run(*flags):
 
 @pytest.fixture
 def small(tiny_networks, tiny_reward, tmp_path):
-    where = ["--device=cpu", f"--out={tmp_path / 'page'}"]
+    where = ["--device=cpu", f"--outdir={tmp_path / 'page'}"]
     return [f"--network={tiny_networks}", f"--reward={tiny_reward}", f"--reference={tiny_networks}", *where]
 
 

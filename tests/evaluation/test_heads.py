@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.statistics import two_way_interval
 from eg3d_rlhf.evaluation import heads
-from eg3d_rlhf.measures.people import BROKEN
+from eg3d_rlhf.measures.people import DEFECTIVE
 from eg3d_rlhf.modes import report_shapes
 from training.heads.people_mesh import grid_points, whole_grids
 
@@ -48,16 +48,16 @@ def test_figures_of_made_up_shapes():
     before = shapes_seen([0.6, 0.4, 0.02, 0.03])
     after = shapes_seen([0.1, 0.1, 0.02, 0.05])
     found = heads.figures(before, after)
-    assert heads.broken(before).tolist() == [True, True, False, False] and before["missing"][2] < BROKEN
+    assert heads.defective(before).tolist() == [True, True, False, False] and before["missing"][2] < DEFECTIVE
     assert (
-        found["repaired"] == pytest.approx(0.8)
-        and found["whole_made_worse"] == 0.5
-        and found["whole_share"] == 1
+        found["error_reduction"] == pytest.approx(0.8)
+        and found["intact_degraded"] == 0.5
+        and found["intact_share"] == 1
     )
-    assert found["error_broken"] == pytest.approx(0.1) and found["missing_broken"] == pytest.approx(0.1)
+    assert found["error_defective"] == pytest.approx(0.1) and found["missing_defective"] == pytest.approx(0.1)
     assert found["identity_kept"] == 1 and found["face_moved_voxels"] == 0 and found["changed"] == 0
-    assert found["repaired_ci95"][0] <= 0.8 <= found["repaired_ci95"][1]
-    assert heads.figures(before, before)["repaired"] == 0
+    assert found["error_reduction_ci95"][0] <= 0.8 <= found["error_reduction_ci95"][1]
+    assert heads.figures(before, before)["error_reduction"] == 0
 
 
 def test_faces_that_move_lose_their_identity_and_variety():
@@ -78,13 +78,13 @@ def test_faces_that_move_lose_their_identity_and_variety():
     )
 
 
-def test_without_broken_latents_nothing_is_repaired():
+def test_without_defective_heads_there_is_no_error_reduction():
     before = shapes_seen([0.01, 0.02])
     assert (
-        heads.figures(before, before)["repaired"] is None
-        and heads.figures(before, before)["fscore_broken"] is None
+        heads.figures(before, before)["error_reduction"] is None
+        and heads.figures(before, before)["fscore_defective"] is None
     )
-    assert heads.figures(shapes_seen([0.9]), shapes_seen([0.5]))["whole_made_worse"] is None
+    assert heads.figures(shapes_seen([0.9]), shapes_seen([0.5]))["intact_degraded"] is None
 
 
 def test_the_interval_grows_with_the_spread_of_seeds():
@@ -109,9 +109,9 @@ def test_a_cut_back_is_seen_and_no_face():
         and (itself["fscore"] == 1).all()
         and itself["utility"] == pytest.approx(1)
     )
-    assert heads.broken(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
+    assert heads.defective(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
     found = heads.figures(seen, itself)
-    assert found["repaired"] == 1 and found["identity_kept"] == 1 and found["face_moved_voxels"] == 0
+    assert found["error_reduction"] == 1 and found["identity_kept"] == 1 and found["face_moved_voxels"] == 0
     assert found["changed"] == pytest.approx(float(seen["missing"].mean()), abs=0.02)
 
 
@@ -123,7 +123,7 @@ def test_networks_stand_side_by_side(tmp_path):
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "heads.json").read_text())["networks"]
     assert list(found) == ["before", "generator"] and found["generator"] == found["before"]
-    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["whole_made_worse"] in (
+    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["intact_degraded"] in (
         0,
         None,
     )

@@ -1,5 +1,5 @@
-"""The judges of a run's end: verdicts, what became of broken heads; a network against itself and whole heads
-in a network's place.
+"""The judges of a run's end: outcomes, error reduction of defective heads; a network against itself and
+intact heads in a network's place.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.evaluation.comparisons import replaced
 from training.heads.people_mesh import grid_points, whole_grids
 
 N = 32
-UNCLEAR = "no clear change"  # the verdict on an interval that includes 0
+UNCLEAR = "no clear change"  # the outcome of an interval that includes 0
 
 
 @pytest.mark.parametrize(
@@ -34,10 +34,10 @@ UNCLEAR = "no clear change"  # the verdict on an interval that includes 0
         ((0.0, 0.0), "lower", None),
     ],
 )
-def test_verdicts_follow_the_interval_and_the_direction(ends, way, expected):
+def test_outcomes_follow_the_interval_and_the_direction(ends, way, expected):
     change = {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}
     row = measured(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
-    assert row["verdict"] == (expected or UNCLEAR)
+    assert row["outcome"] == (expected or UNCLEAR)
     assert row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
 
 
@@ -63,7 +63,7 @@ def healed(unchanged, monkeypatch):
     for room in (filters, judges):
         monkeypatch.setattr(room, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    monkeypatch.setattr(heads, "named", lambda generator, seeds: whole(seeds))
+    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: whole(seeds))
     monkeypatch.setattr(
         heads,
         "scans",
@@ -72,26 +72,25 @@ def healed(unchanged, monkeypatch):
     return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
 
 
-def test_a_generator_of_whole_heads_repairs_all(healed):
-    record = judges.against_whole_heads(healed) | judges.blind_pairs(healed)
+def test_a_generator_of_intact_heads_removes_all_error(healed):
+    record = judges.against_ground_truth(healed) | judges.blind_pairs(healed)
     assert (
-        record["repaired"] == 1
-        and record["repaired_by_filter"] < 0.3
-        and record["broken_n"] == 2
+        record["error_reduction"] == 1
+        and record["error_reduction_by_post_processing"] < 0.3
+        and record["defective_n"] == 2
         and record["heads_n"] == 4
     )
-    assert (record["whole_made_worse"], record["identity_kept"], record["face_moved_voxels"]) == (0, 1, 0)
+    assert (record["intact_degraded"], record["identity_kept"], record["face_moved_voxels"]) == (0, 1, 0)
     assert (
-        record["fscore_behind"]["before"]
-        < record["fscore_behind"]["after"]
-        == record["fscore_behind"]["whole"]
+        record["fscore_back_of_head"]["before"]
+        < record["fscore_back_of_head"]["after"]
+        == record["fscore_back_of_head"]["intact"]
         == 1
     )
     # two ties
     assert record["variety_after"] == pytest.approx(record["variety_before"]) and record["win_rate"] == 0.75
-    assert set(record["heads"]) == {"before", "after", "filter", "strongest_filter"} and record[
-        "utility_after"
-    ] == pytest.approx(1)
+    columns = {"before", "after", "post_processing", "strongest_post_processing"}
+    assert set(record["heads"]) == columns and record["utility_after"] == pytest.approx(1)
 
 
 def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):
@@ -104,7 +103,7 @@ def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch
     monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
     monkeypatch.setattr(judges, "FAKES", 80)
     found = judges.geometry(Comparison(**{**vars(unchanged), "memory": {}}))["geometry"]
-    assert len(found) == 3 and {row["verdict"] for row in found} == {UNCLEAR}
+    assert len(found) == 3 and {row["outcome"] for row in found} == {UNCLEAR}
     assert all(row["before"] == row["after"] for row in found)
 
 

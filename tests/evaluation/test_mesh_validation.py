@@ -92,7 +92,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     """The first request ends its process, as a parser that crashes would."""
     worker = tmp_path / "eg3d_rlhf" / "evaluation"
     worker.mkdir(parents=True)
-    (worker / "census_worker.py").write_text(
+    (worker / "mesh_validation_worker.py").write_text(
         "import json, os, sys\nfor line in sys.stdin:\n    number = json.loads(line)['number']\n"
         "    number == 1 and os._exit(9)\n    print(json.dumps({'number': number}), flush=True)\n"
     )
@@ -114,7 +114,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         box.export(folder / generator / "chair.glb")
     (folder / "open" / "broken.glb").write_bytes(b"<html>")
     done = CliRunner().invoke(
-        main, ["check-assets", str(folder), f"--out={out}", "--samples=500", "--jobs=1"]
+        main, ["check-assets", str(folder), f"--outdir={out}", "--samples=500", "--jobs=1"]
     )
     assert done.exit_code == 0, done.output
     assert "2 measured, 1 not" in done.output
@@ -142,7 +142,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         (["--by=("], "--by"),
         ([], "FOLDER"),
         (["--samples=1"], "--samples"),
-        (["--out={tmp}"], "--out"),
+        (["--outdir={tmp}"], "--outdir"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, flags, word):
@@ -155,5 +155,7 @@ def test_bad_input_is_one_line(tmp_path, flags, word):
 
 def test_a_folder_of_broken_files_is_refused(tmp_path):
     (tmp_path / "a.glb").write_bytes(b"nothing")
-    done = CliRunner().invoke(main, ["check-assets", str(tmp_path), f"--out={tmp_path / 'out'}", "--jobs=1"])
+    done = CliRunner().invoke(
+        main, ["check-assets", str(tmp_path), f"--outdir={tmp_path / 'out'}", "--jobs=1"]
+    )
     assert done.exit_code == 2 and "a.glb" in done.stderr and not (tmp_path / "out").exists()

@@ -24,12 +24,12 @@ def record(gap: float, shift: float) -> dict:
         "after": 0.1 + shift,
         "higher_is_better": False,
         "paired": paired,
-        "verdict": "better" if shift < 0 else "worse",
+        "outcome": "better" if shift < 0 else "worse",
     }
     return {
         "tuned_delta_mean": 7.0,
-        "repaired": gap,
-        "repaired_ci95": [gap - 0.1, gap + 0.1],
+        "error_reduction": gap,
+        "error_reduction_ci95": [gap - 0.1, gap + 0.1],
         "geometry": [row],
         "seconds": 100.0,
         "over_optimisation": [],
@@ -38,7 +38,7 @@ def record(gap: float, shift: float) -> dict:
 
 def test_means_spread_and_intervals():
     found = gather({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
-    gap = found["repaired"]
+    gap = found["error_reduction"]
     (depth,) = found["geometry"]
     assert found["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert (gap["mean"], gap["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
@@ -46,7 +46,7 @@ def test_means_spread_and_intervals():
         [0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5]
     )
     assert gap["ci95_by_seed"]["1"] == pytest.approx([0.5, 0.7])
-    assert depth["verdicts"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"][
+    assert depth["outcomes"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"][
         "mean"
     ] == pytest.approx(0)
     (share,) = (row for row in table(found) if "%" in row[1])
@@ -56,8 +56,10 @@ def test_means_spread_and_intervals():
 
 
 def test_what_one_summary_lacks_is_left_out():
-    found = gather({"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "repaired": None, "geometry": []}})
-    assert "repaired" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
+    found = gather(
+        {"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "error_reduction": None, "geometry": []}}
+    )
+    assert "error_reduction" not in found and found["geometry"] == [] and "tuned_delta_mean" in found
     assert over_seeds({"0": 2.0})["ci95_over_seeds"] is None
 
 
@@ -79,7 +81,7 @@ def training(monkeypatch):
 
 
 def run(out, *flags):
-    return CliRunner().invoke(seeds, ["--seeds=0,5", f"--out={out}", *flags])
+    return CliRunner().invoke(seeds, ["--seeds=0,5", f"--outdir={out}", *flags])
 
 
 def test_finished_runs_are_not_repeated(training, tmp_path):
@@ -87,7 +89,10 @@ def test_finished_runs_are_not_repeated(training, tmp_path):
     first = run(out)
     assert first.exit_code == 0, first.output
     assert [part.flags[-1] for part in training] == ["--seed=0", "--seed=5"] and "20.0%" in first.stdout
-    assert json.loads((out / "summary.json").read_text())["repaired"]["by_seed"] == {"0": 0.1, "5": 0.2}
+    assert json.loads((out / "summary.json").read_text())["error_reduction"]["by_seed"] == {
+        "0": 0.1,
+        "5": 0.2,
+    }
     assert json.loads(run(out, "-n").stdout) == {"0": "finished", "5": "finished"}
     assert run(out).exit_code == 0 and len(training) == 2
     assert run(out, "--", "--kimg=0.5").exit_code == 0 and len(training) == 4  # other settings are other runs

@@ -200,7 +200,7 @@ def test_curves_of_a_run_with_snapshots(tiny_comparison, tmp_path):
     assert data["distance"][0] == 0 and np.all(np.diff(data["distance"]) > 0)  # the noise grows along the run
     assert data["curves"][rewards.PROXY]["steps"][0] == {"mean": 0, "lo": 0, "hi": 0}
     says = " ".join(found.says)
-    assert "--reward-watch" in says and "KL" in says
+    assert "--heldout-reward" in says and "KL" in says
     assert (tmp_path / "figures" / "over-optimisation-curves.svg").is_file()
 
 
@@ -229,12 +229,12 @@ def test_independence_of_the_second_reward(tiny_comparison):
     others = [stated(labels="b", seed=seed) for seed in (0, 1)]
     unknown = stated()
     assert len({*same, *others, unknown}) == 5
-    assert all("--reward-watch" in text for text in same)
-    assert not any("--reward-watch" in text for text in (*others, unknown))
+    assert all("--heldout-reward" in text for text in same)
+    assert not any("--heldout-reward" in text for text in (*others, unknown))
 
 
 def test_bundled_networks_have_all_three_measures(tmp_path):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=2, images=16))
     found = rewards.overoptimisation(c, tmp_path)
-    assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.JUDGE]
+    assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.ORACLE]
     assert all(any(name in line for line in found.says) for name in found.data["curves"])

@@ -67,7 +67,7 @@ def heads(tiny_networks, tiny_reward, tiny_pair):
     c = comparisons.load(tiny_networks, tiny_reward, after=tiny_pair[0], data="synthetic:people32@n=8")
     known = {
         pictures.CHOSEN: [210_003, 210_001],
-        ("judges", "filters", "before"): {"any_filter": np.array([0])},
+        ("judges", "post-processing", "before"): {"any_method": np.array([0])},
     }
     return comparisons.dataclasses.replace(
         c, before=with_spheres(c.before, 0.2), after=with_spheres(c.after, 0.24), memory=known
@@ -100,7 +100,7 @@ def test_the_caption_says_that_scans_are_broken_on_purpose(heads):
 def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
     c = comparisons.dataclasses.replace(heads, memory={})
     shown = pictures.chosen(c, 6)
-    pool = pictures.JUDGE.take(pictures.POOL)
+    pool = pictures.EVALUATION.take(pictures.POOL)
     scores = c.scores(c.before, pool, 1.0).tolist()
     rewards = [scores[pool.index(seed)] for seed in shown]
     assert (
@@ -142,9 +142,9 @@ def test_small_print_is_broken_into_lines_within_the_sheet():
 
 def test_the_change_of_a_generator_against_itself_is_none(heads):
     same = comparisons.dataclasses.replace(heads, after=heads.before)
-    found = pictures.surface_change(same, pictures.JUDGE.take(1))["surface_change_voxels"]
+    found = pictures.surface_change(same, pictures.EVALUATION.take(1))["surface_change_voxels"]
     assert found["n"] == 1 and found["median"] < 0.02
-    assert pictures.surface_change(heads, pictures.JUDGE.take(1))["surface_change_voxels"]["median"] > 1
+    assert pictures.surface_change(heads, pictures.EVALUATION.take(1))["surface_change_voxels"]["median"] > 1
 
 
 def test_contact_sheets(heads, tiny_networks, tiny_data):
@@ -189,7 +189,7 @@ def test_the_tool_that_draws_a_run_again_states_what_it_compares(
     tiny_networks, tiny_reward, tiny_pair, tmp_path
 ):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
-    found = run(reports.pictures, *named, "--dry-run")
-    assert found.exit_code == 0 and json.loads(found.stdout)["out"] == str(tiny_pair[0])
-    missing = run(reports.pictures, f"--run={tmp_path}/none")
+    found = run(reports.images, *named, "--dry-run")
+    assert found.exit_code == 0 and json.loads(found.stdout)["outdir"] == str(tiny_pair[0])
+    missing = run(reports.images, f"--run={tmp_path}/none")
     rejected(missing, "--run", f"{tmp_path}/none")

@@ -80,7 +80,7 @@ def test_the_command(flags, tmp_path):
 
 def test_what_is_not_there_is_refused(tmp_path):
     toy = "--pipeline=toy"
-    alone = [["--stage=structure"], [f"--conditions={tmp_path}"]]
+    alone = [["--stage=structure"], [f"--conditioning={tmp_path}"]]
     for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], *alone, [toy, str(tmp_path)]):
         result = CliRunner().invoke(solid, flags)
         assert result.exit_code == 2 and "Traceback" not in result.output, flags

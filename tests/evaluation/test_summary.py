@@ -35,14 +35,19 @@ RECORD = {
     "seconds": 300.0,
     "device": "cpu",
     "frechet_ratio": 1.1,
-    "frechet_verdict": "worse",
+    "frechet_outcome": "worse",
     "heads_n": 64,
-    "broken_n": 40,
-    "filters_chosen_on": 32,
-    "filters": {"filter": "largest", "strongest_filter": "closing 14"},
+    "defective_n": 40,
+    "post_processing_chosen_on": 32,
+    "post_processing_methods": {"post_processing": "largest", "strongest_post_processing": "closing 14"},
     "heads": {
         column: dict.fromkeys(MEASURES, value)
-        for column, value in (("before", 0.5), ("after", 0.25), ("filter", 0.4), ("strongest_filter", 0.3))
+        for column, value in (
+            ("before", 0.5),
+            ("after", 0.25),
+            ("post_processing", 0.4),
+            ("strongest_post_processing", 0.3),
+        )
     },
     "geometry": [
         measured(
@@ -73,15 +78,18 @@ def test_rows_state_figures_and_failures():
     assert "depth" in loud and "depth" not in quiet
 
 
-def test_the_table_of_heads_names_the_filter_and_what_the_strongest_one_costs():
+def test_the_table_of_heads_names_the_post_processing_and_the_cost_of_the_strongest():
     (_, *columns), *table = table_of_heads(RECORD)
     assert columns[:2] == ["before", "after"] and len(columns) == 4
-    with_control = {**RECORD, "heads": {**RECORD["heads"], "control": {"repaired": 0.06}}}
+    with_control = {**RECORD, "heads": {**RECORD["heads"], "control": {"error_reduction": 0.06}}}
     assert table_of_heads(with_control)[0][3] == "control" and table_of_heads(with_control)[3][3] == "6%"
-    assert table[list(MEASURES).index("error_broken")][1:] == ("0.500", "0.250", "0.400", "0.000")
+    assert table[list(MEASURES).index("error_defective")][1:] == ("0.500", "0.250", "0.400", "0.000")
     lines = " ".join(notes(RECORD))
-    filters = RECORD["filters"]
-    assert all(text in lines for text in ("64", "40", filters["filter"], filters["strongest_filter"], "30%"))
+    methods = RECORD["post_processing_methods"]
+    assert all(
+        text in lines
+        for text in ("64", "40", methods["post_processing"], methods["strongest_post_processing"], "30%")
+    )
     nothing = {**RECORD, "heads": {column: dict.fromkeys(MEASURES) for column in RECORD["heads"]}}
     assert table_of_heads(nothing)[1][1:] == ("", "", "", "0.000") and notes(nothing)
     del nothing["heads"]

@@ -107,7 +107,7 @@ def flags_of(tmp_path, data, networks, reward):
         "--n=16",
         "--set=images=16",
         "--device=cpu",
-        f"--out={tmp_path / 'sweep'}",
+        f"--outdir={tmp_path / 'sweep'}",
     ]
 
 
@@ -135,7 +135,7 @@ def test_a_real_sweep_of_one_cell(tmp_path, tiny_data, tiny_networks, tiny_rewar
 
 
 def test_make_reports_plans_what_is_missing(tmp_path):
-    planned = json.loads(CliRunner().invoke(report_all, [f"--out={tmp_path}", "--dry-run"]).output)
+    planned = json.loads(CliRunner().invoke(report_all, [f"--outdir={tmp_path}", "--dry-run"]).output)
     tuned, control, *_ = planned.values()
     assert "--snap=1" in tuned and "--lambda-r=0" in control and "--lambda-r=0" not in tuned
     assert list(planned)[2:] == ["evaluate", "attribute", "embed", "sweep"] and planned["embed"][:3] == [
@@ -144,7 +144,7 @@ def test_make_reports_plans_what_is_missing(tmp_path):
         "embed",
     ]
     assert list(
-        json.loads(CliRunner().invoke(report_all, [f"--out={tmp_path}", "--only=embed", "-n"]).output)
+        json.loads(CliRunner().invoke(report_all, [f"--outdir={tmp_path}", "--only=embed", "-n"]).output)
     )[2:] == ["embed"]
     wrong = CliRunner().invoke(report_all, ["--only=nothing"])
     rejected(wrong, "--only", "nothing")

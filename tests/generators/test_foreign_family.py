@@ -184,7 +184,7 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
     nets = load_networks(foreign[0])
     nets.G_ema.inner.decoder.net[2].weight[0, ::2] *= 1.2
     networks.save(after := tmp_path / "after.safetensors", nets)
-    flags = [f"--before={foreign[0]}", f"--after={after}", "--n=16", f"--out={tmp_path / 'out'}"]
+    flags = [f"--before={foreign[0]}", f"--after={after}", "--n=16", f"--outdir={tmp_path / 'out'}"]
     run(reports.evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
     for part in parts:
         assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part

@@ -67,11 +67,11 @@ def here(tmp_path, monkeypatch):
 
 
 def told(kind: str, here: Path) -> tuple[str, str]:
-    """--pipeline, and --prompts or --pictures."""
+    """--pipeline, and --prompts or --images."""
     if kind == "toy":
         return "--pipeline=toy", f"--prompts={write_prompts(here / 'prompts.txt', PROMPTS)}"
     root = {"trellis": write_image_trellis, "hunyuan3d": write_hunyuan3d}[kind](here / "ROOT")
-    return f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES', PICTURES)}"
+    return f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES', PICTURES)}"
 
 
 def goodness(work: Work, kind: str) -> dict[tuple[str, int], float]:
@@ -151,8 +151,8 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     said = flow("new", "WORK", *told(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
     work = Work.open(here / "WORK")
     assets = 4 * len(work.names(*SHOWN))
-    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "draw", "WORK")))
-    assert f"{assets} assets" in flow("draw", "WORK", "--device=cpu", *CELLS.get(kind, ()))
+    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "sample", "WORK")))
+    assert f"{assets} assets" in flow("sample", "WORK", "--device=cpu", *CELLS.get(kind, ()))
     liked = goodness(work, kind)
 
     def better(left: Shape, right: Shape) -> bool:
@@ -196,8 +196,8 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
     assert [sum(against in line for line in lines) for against in ("base", "control")] == [1, 1], said
     check_conditions(work)
 
-    flow("export", "WORK", "--out=TUNED")
-    flow("export", "WORK", "--out=ADAPTERS", "--adapter")
+    flow("export", "WORK", "--outdir=TUNED")
+    flow("export", "WORK", "--outdir=ADAPTERS", "--adapter")
     assert {path.name for path in (here / "ADAPTERS").iterdir()} == set(report["kept"])
     if kind == "toy":
         changed = {
@@ -235,7 +235,7 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
             own = read_conditions(work.conditions_file)
             other = {key: x + 1 if key in work.names(TEST) else x for key, x in own.tokens.items()}
             write_conditions(work.conditions_file, replace(own, tokens=other))
-        flow("draw", name, "--device=cpu")
+        flow("sample", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
         scores = [
             {"asset": str(work.drawn() / line["look_at"]), "score": line["seed"]} for line in work.lines()

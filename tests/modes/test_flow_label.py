@@ -34,7 +34,7 @@ def drawn(tmp_path_factory):
     prompts = write_prompts(folder / "prompts.txt", NAMES)
     new = ("--pipeline=toy", f"--prompts={prompts}", "--each=4", "--device=cpu")
     flow("new", folder / "WORK", *new, "--set=split=0.4,0.4,0.2")
-    flow("draw", folder / "WORK", "--device=cpu")
+    flow("sample", folder / "WORK", "--device=cpu")
     return Work.open(folder / "WORK")
 
 
@@ -170,13 +170,13 @@ def test_the_printed_command_trains_the_ensemble_of_a_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with_encoder(tmp_path, monkeypatch)
     root = write_image_trellis(tmp_path / "ROOT")
-    flow("new", "WORK", f"--pipeline={root}", f"--pictures={write_pictures(tmp_path / 'P', 12)}", "--each=3")
-    flow("draw", "WORK")
+    flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(tmp_path / 'P', 12)}", "--each=3")
+    flow("sample", "WORK")
     flow("label", "WORK")
     said = flow("label", "WORK", "--strategy=active", "--set=campaign=more", code=2)
     pairs, train = said[said.index("eg3d-rlhf ") :].split(" && ")
     typed(pairs)
-    typed(f"{train} --seeds=1 --device=cpu --set=held_out=0.7")
+    typed(f"{train} --seeds=0 --device=cpu --set=held_out=0.7")
     flow("label", "WORK", "--strategy=active", "--set=campaign=more", "--pairs=6")
     assert served == ["labels", "more"]
     _, plan = pairs_of(Work.open(tmp_path / "WORK"), "more")

@@ -1,4 +1,4 @@
-"""`flow new` and `flow draw`: what they say, write and refuse."""
+"""`flow new` and `flow sample`: what they say, write and refuse."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     said = flow("new", "WORK", "--pipeline=toy")
     assert {"192", "116", "38"} <= set(re.findall(r"\d+", said)) and said.rstrip().endswith(
-        command("draw", "WORK")
+        command("sample", "WORK")
     )
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [116, 38, 38]
@@ -59,13 +59,13 @@ def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
 def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(here):
     root = write_image_trellis(here / "ROOT")
     pictures = write_pictures(here / "PICTURES")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", "--each=2")
+    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", "--each=2")
     for words in ("structure", "latent", "huggingface.co/microsoft"):
         assert words in said, said
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [4, 2, 2]
     assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
-    said = flow("draw", "WORK")
+    said = flow("sample", "WORK")
     assert "12 assets" in said and "2 conditions" in said
     prompts = {
         line["prompt"]: line["image"]
@@ -80,7 +80,7 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
     weights = next(root.rglob("*flow*.safetensors"))
     shutil.copyfile(weights, here / "copy")
     weights.write_bytes((here / "copy").read_bytes()[:-1] + b"\1")
-    check_message(flow("draw", "WORK", code=2), (str(root), weights.name, "WORK"))
+    check_message(flow("sample", "WORK", code=2), (str(root), weights.name, "WORK"))
 
 
 def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
@@ -94,13 +94,13 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
     asked = [  # flags, what the line names
         (("--pipeline=nothing", f"--prompts={prompts}"), ("pipeline", "nothing", "huggingface.co/")),
         (
-            (f"--pipeline={here / 'hunyuan3d-2.1'}", f"--pictures={pictures}"),
+            (f"--pipeline={here / 'hunyuan3d-2.1'}", f"--images={pictures}"),
             ("pipeline", str(here / "hunyuan3d-2.1"), "huggingface.co/tencent/Hunyuan3D-2.1"),
         ),
-        ((f"--pipeline={root}",), ("--prompts", "--pictures")),
-        ((f"--pipeline={shapes}", f"--prompts={prompts}"), ("--prompts", "--pictures", "hunyuan3d")),
-        (("--pipeline=toy", f"--pictures={pictures}"), ("--pictures", "--prompts", "toy")),
-        ((f"--pipeline={root}", f"--prompts={prompts}"), ("--pictures", "--prompts")),
+        ((f"--pipeline={root}",), ("--prompts", "--images")),
+        ((f"--pipeline={shapes}", f"--prompts={prompts}"), ("--prompts", "--images", "hunyuan3d")),
+        (("--pipeline=toy", f"--images={pictures}"), ("--images", "--prompts", "toy")),
+        ((f"--pipeline={root}", f"--prompts={prompts}"), ("--images", "--prompts")),
         (("--pipeline=toy", f"--prompts={odd}"), ("--prompts", "'red lamp'", "192")),
         (("--pipeline=toy", f"--prompts={two}"), ("--set split=", "0 to")),
         (
@@ -117,11 +117,11 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
         assert not (here / "WORK").exists()
     Image.open(pictures / "object1.png").save(pictures / "again.png")
     # the same picture would be in two splits
-    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
-    check_message(said, ("--pictures", "again.png", "object1.png"))
+    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
+    check_message(said, ("--images", "again.png", "object1.png"))
     (pictures / "again.png").unlink()
     Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(pictures / "opaque.png")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
+    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
     check_message(said, (str(pictures / "opaque.png"), "RGB"))
 
 
@@ -129,7 +129,7 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
     root = write_image_trellis(here / "ROOT")
     pictures = write_pictures(here / "PICTURES")
     shutil.rmtree(here / "torch")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--pictures={pictures}", code=2)
+    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
     check_message(said, ("dinov2_vitl14_reg", str(here / "torch"), "facebook/dinov2-with-registers-large"))
     texts = write_trellis(here / "TEXTS")
     prompts = write_prompts(here / "p.txt")
@@ -147,20 +147,20 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
         for name, of in sections.items()
     }
     torch.save(held, shapes / "model.fp16.ckpt")
-    said = flow("new", "WORK", f"--pipeline={shapes}", f"--pictures={pictures}")
+    said = flow("new", "WORK", f"--pipeline={shapes}", f"--images={pictures}")
     assert all(word in said for word in ("missing", "autoencoder", "European Union"))
     assert (here / "WORK" / "work.json").is_file()
     del held["model"]["x_embedder.weight"]
     torch.save(held, shapes / "model.fp16.ckpt")
-    said = flow("new", "OTHER", f"--pipeline={shapes}", f"--pictures={pictures}", code=2)
+    said = flow("new", "OTHER", f"--pipeline={shapes}", f"--images={pictures}", code=2)
     check_message(said, ("x_embedder.weight", "model.fp16.ckpt", "huggingface.co/tencent"))
 
 
 def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
     flow("new", "WORK", "--pipeline=toy", f"--prompts={write_prompts(here / 'p.txt')}")
     check_message(flow("new", "WORK", "--pipeline=toy", code=2), ("WORK", "work.json"))
-    check_message(flow("draw", "NOWHERE", code=2), ("NOWHERE", "work.json", command("new")))
-    check_message(flow("label", "WORK", code=2), ("WORK", "ranking.jsonl", command("draw", "WORK")))
+    check_message(flow("sample", "NOWHERE", code=2), ("NOWHERE", "work.json", command("new")))
+    check_message(flow("label", "WORK", code=2), ("WORK", "ranking.jsonl", command("sample", "WORK")))
     check_message(flow("study", "WORK", code=2), ("WORK", command("tune", "WORK")))
     work = Work.open(here / "WORK")
     assert {name for split in SPLITS for name in work.splits[split]} == set(NAMES)
@@ -174,11 +174,11 @@ def test_memory_and_time_are_told_and_a_device_too_small_is_refused(tmp_path, mo
     cpu = torch.device("cpu")
     family = family_of(root, say=lambda text: None)
     small = list(takes(family, root, cpu, "float32", [1]))
-    assert len(small) == 1 and not any("draw" in line or "lora" in line for line in small)
+    assert len(small) == 1 and not any("sample" in line or "lora" in line for line in small)
     monkeypatch.setattr(fit, "LARGE", 1)
     monkeypatch.setattr(estimate, "speed", lambda device, precision: 1e9)
     lines = list(takes(family, root, cpu, "float32", [1, 2]))
-    assert sum("draw" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
+    assert sum("sample" in line for line in lines) == 2 and sum("lora" in line for line in lines) == 4
     monkeypatch.setattr(fit, "free_bytes", lambda device: 1 << 10)
     with raising("GiB", "'shape'"):
         list(takes(family, root, cpu, "float32", [1]))

@@ -36,8 +36,8 @@ def here(tmp_path, monkeypatch):
 @needs_chromium
 def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here, browser):
     root = write_image_trellis(here / "ROOT")
-    flow("new", "WORK", f"--pipeline={root}", f"--pictures={write_pictures(here / 'PICTURES')}", "--each=2")
-    flow("draw", "WORK")
+    flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES')}", "--each=2")
+    flow("sample", "WORK")
     work = Work.open(here / "WORK")
     seen = set()
     broken = work.lines()[0]
@@ -112,7 +112,7 @@ def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against
     prompts = f"--prompts={write_prompts(here / 'p.txt')}"
     flow("new", "WORK", "--pipeline=toy", prompts, "--each=2", "--set=split=0.5,0.25,0.25")
     work = Work.open(here / "WORK")
-    flow("draw", "WORK")
+    flow("sample", "WORK")
     write_tuned(here / "WORK" / "tune-00", "voxels", 0.2)
     write_tuned(here / "WORK" / "tune-00" / "control", "voxels", 0.1)
     ask = " ".join(("eg3d-rlhf", "flow", "study", "WORK"))

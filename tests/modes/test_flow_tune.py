@@ -48,7 +48,7 @@ def made(tmp_path_factory):
         "--device=cpu",
         "--set=split=0.4,0.4,0.2",
     )
-    flow("draw", folder / "WORK", "--device=cpu")
+    flow("sample", folder / "WORK", "--device=cpu")
     return Work.open(folder / "WORK")
 
 
@@ -99,7 +99,7 @@ def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
     foreign = flow("tune", made.folder, *FEW, f"--labels={other}", code=2)
     check_message(foreign, ("labels.jsonl", "line 1", "38", "'x.ply'"))
     tune = " ".join(("eg3d-rlhf", "flow", "tune", str(made.folder)))
-    check_message(flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2), ("WORK", tune))
+    check_message(flow("export", made.folder, f"--outdir={tmp_path / 'X'}", code=2), ("WORK", tune))
     assert not made.numbered("tune")
 
 
@@ -125,22 +125,22 @@ def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
     assert (labels["answers"], labels["pairs"], labels["ties"]) == (19, 19, 0)
     assert (tune / "control" / "structure").is_dir()
     # answers by the files' hashes
-    assert found["learnt"] == (tune / "structure").is_dir() and not found["learnt"]
+    assert found["learnable_signal"] == (tune / "structure").is_dir() and not found["learnable_signal"]
     again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
     assert NOTHING in again.lower()
     assert made.numbered("tune") == [tune] and json.loads((tune / "report.json").read_text()) == report
-    check_message(flow("export", made.folder, f"--out={tmp_path / 'X'}", code=2), (str(tune),))
+    check_message(flow("export", made.folder, f"--outdir={tmp_path / 'X'}", code=2), (str(tune),))
     assert not (tmp_path / "X").exists()
 
     weights = tune / "control" / "structure"
     weights.rename(tune / "structure")  # as if it had learnt
-    assert "load_network" in flow("export", made.folder, f"--out={tmp_path / 'TUNED'}")
+    assert "load_network" in flow("export", made.folder, f"--outdir={tmp_path / 'TUNED'}")
     tuned = tuned_model(load_network("structure"), tune / "structure", merge=True)
     merged = load_network("structure", tmp_path / "TUNED")
     torch.testing.assert_close(merged.state_dict(), tuned.state_dict(), atol=2e-3, rtol=2e-3)
-    full = flow("export", made.folder, f"--out={tmp_path / 'TUNED'}", code=2)
-    check_message(full, ("--out", str(tmp_path / "TUNED")))
-    flow("export", made.folder, f"--out={tmp_path / 'ADAPTER'}", "--adapter")
+    full = flow("export", made.folder, f"--outdir={tmp_path / 'TUNED'}", code=2)
+    check_message(full, ("--outdir", str(tmp_path / "TUNED")))
+    flow("export", made.folder, f"--outdir={tmp_path / 'ADAPTER'}", "--adapter")
     assert {path.name for path in (tmp_path / "ADAPTER" / "structure").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -226,7 +226,7 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
     `pytest -s` prints them.
     """
     flow("new", tmp_path / "WORK", "--pipeline=toy", f"--set=seed={seed}")
-    flow("draw", tmp_path / "WORK")
+    flow("sample", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
     ranks = tmp_path / "ranks.jsonl"
     lines = sorted(work.lines(), key=lambda x: (x["condition"], x["seed"]))
@@ -267,6 +267,9 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
         found = [clustered_rate((0.5 * (1 + gain.sign())).numpy(), names) for gain in gains]
         said = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in found)
         print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(said)}")
-    assert all(found["learnt"] for of in reports.values() for found in of.values())
-    assert not any(found["runs_away"] for found in reports[0].values()) and reports[1]["voxels"]["runs_away"]
+    assert all(found["learnable_signal"] for of in reports.values() for found in of.values())
+    assert (
+        not any(found["likelihood_displacement"] for found in reports[0].values())
+        and reports[1]["voxels"]["likelihood_displacement"]
+    )
     assert wins[0].lo > 0.5 > wins[1].hi

@@ -228,7 +228,7 @@ def test_a_flow_is_drawn_tuned_and_exported_without_the_page():
     )
     blocked = WITHOUT.partition("import runpy")[0]
     done = subprocess.run(
-        [sys.executable, "-c", blocked + jobs, "flow draw", "flow tune", "flow export"],
+        [sys.executable, "-c", blocked + jobs, "flow sample", "flow tune", "flow export"],
         cwd=REPO,
         stderr=subprocess.PIPE,
     )

@@ -102,7 +102,7 @@ def test_the_main_run_is_written_out():
         "init",
         "reward",
         "reward_ckpt",
-        "reward_watch",
+        "heldout_reward",
         "seed",
         "desc",
         "device",
@@ -114,10 +114,10 @@ def test_the_main_run_is_written_out():
 
 @pytest.mark.parametrize("flags", [{"lambda_sigma": 0.0}, {"reward_clip": "none"}])
 def test_the_main_runs_gate_falls_away_with_its_anchor_or_clip(flags):
-    assert resolve({"reward": "sigma"}).reward.terms.anchor_gate < 1
-    assert resolve({"reward": "sigma", **flags}).reward.terms.anchor_gate == 1
-    with pytest.raises(ValueError, match="--anchor-gate"):
-        resolve({"reward": "sigma", **flags, "anchor_gate": 0.2})
+    assert resolve({"reward": "sigma"}).reward.terms.consistency_gate < 1
+    assert resolve({"reward": "sigma", **flags}).reward.terms.consistency_gate == 1
+    with pytest.raises(ValueError, match="--consistency-gate"):
+        resolve({"reward": "sigma", **flags, "consistency_gate": 0.2})
 
 
 def test_minibatch_std_groups_of_a_loaded_network_are_the_runs(tiny_networks, tmp_path):

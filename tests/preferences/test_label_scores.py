@@ -126,8 +126,8 @@ def test_normal_scores_have_mean_0_deviation_1_and_the_order_of_r():
 def test_controls_keep_what_they_should():
     of = {name: "xyz"[i % 3] for i, name in enumerate(f"a{i}" for i in range(30))}
     r = dict(zip(of, RNG.random(30).tolist(), strict=True))
-    shuffled = as_used(r, of, "shuffled", 5)
-    again = as_used(r, of, "shuffled", 5)
+    shuffled = as_used(r, of, "randomised", 5)
+    again = as_used(r, of, "randomised", 5)
     assert shuffled == again != r and as_used(r, of, "labels", 5) == r and list(shuffled) == list(r)
     for condition in "xyz":
         assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(

@@ -132,7 +132,7 @@ def reward(labels, tiny_networks, tmp_path_factory):
     out = tmp_path_factory.mktemp("depth") / "run"
     flags = ("--epochs=1", "--set=fractions=0.5 0.25 0.25")
     result = run(
-        "--preset=small-3", f"--network={tiny_networks}", f"--labels={labels}", f"--out={out}", *flags
+        "--preset=small-3", f"--network={tiny_networks}", f"--labels={labels}", f"--run-dir={out}", *flags
     )
     assert result.exit_code == 0, result.output
     assert re.search(r"\b\d+/\d+ = [01]\.\d{3}\b", result.output)  # of the test pairs
@@ -197,7 +197,9 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(labels, tiny_networks, t
         (["--crop", *[0.1] * 6], ("--crop", "depth", "(0.1, 0.1, ")),
         (["--preset=heads"], ("'heads'",)),
     ):
-        result = run(*flags, f"--network={tiny_networks}", f"--labels={labels}", f"--out={tmp_path / 'run'}")
+        result = run(
+            *flags, f"--network={tiny_networks}", f"--labels={labels}", f"--run-dir={tmp_path / 'run'}"
+        )
         rejected(result, *names)
         assert not (tmp_path / "run").exists()
 

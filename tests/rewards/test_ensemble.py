@@ -233,7 +233,7 @@ def train(tiny_networks, tmp_path):
 
     def go(name: str, *flags: str):
         done = CliRunner().invoke(
-            main, [*common, f"--out={tmp_path / name}", f"--cache={tmp_path / 'cache'}", *flags]
+            main, [*common, f"--run-dir={tmp_path / name}", f"--cache={tmp_path / 'cache'}", *flags]
         )
         return done, tmp_path / name
 

@@ -150,7 +150,7 @@ def test_the_reward_phase_takes_it(join, tiny_networks, tiny_data, shaping):
         nets.G,
         nets.G_ema,
         reward,
-        RewardConfig(anchor_resolution=12, reward_shaping=shaping, reward_clip="iqr"),
+        RewardConfig(consistency_resolution=12, reward_shaping=shaping, reward_clip="iqr"),
     )
     low, high = terms.state.bounds.tolist()
     assert low < high and terms.initial_scores.isfinite().all()
@@ -165,10 +165,10 @@ def test_a_member_may_not_watch(join, files, tiny_networks, tiny_data, tmp_path)
     flags = [
         "--reward=sigma",
         f"--reward-ckpt={out}",
-        f"--reward-watch={files['b']}",
+        f"--heldout-reward={files['b']}",
         "--no-summary",
         "--kimg=0.008",
     ]
     done = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *flags))
-    rejected(done, "--reward-watch", "--reward-ckpt")
+    rejected(done, "--heldout-reward", "--reward-ckpt")
     assert not (tmp_path / "runs").exists()

@@ -103,7 +103,7 @@ def test_resume_and_repetition_equal_the_straight_run(tmp_path, anchors):
     seeds = tuple(range(500, 500 + anchors))
     anchor_store = filled(toy_labels(anchors // 2, 500)) if anchors else None
     data = TrainData(train=train, val=val, store=store, anchors=seeds, anchor_store=anchor_store)
-    options = with_changes(OPTIONS, epochs=5, patience=5, anchors=anchors, reconstruction=0.01)
+    options = with_changes(OPTIONS, epochs=5, patience=5, reference_samples=anchors, reconstruction=0.01)
     straight = train_reward(data, options)
 
     class Stop(Exception):
@@ -141,7 +141,14 @@ def test_training_leaves_the_global_generator_alone():
 
 def test_paper_preset_has_the_papers_settings():
     o = default_options("paper")
-    assert (o.lr, o.weight_decay, o.batch, o.epochs, o.anchors, o.mirror) == (1e-5, 1e-4, 1, 10, 1000, False)
+    assert (o.lr, o.weight_decay, o.batch, o.epochs, o.reference_samples, o.mirror) == (
+        1e-5,
+        1e-4,
+        1,
+        10,
+        1000,
+        False,
+    )
     w = o.weights
     assert (w.pairs, w.scalar, w.bradley_terry, w.strength, w.reconstruction, w.drawn_from_epoch) == (
         1,
@@ -224,7 +231,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
         path,
         "--labels",
         labels,
-        "--out",
+        "--run-dir",
         tmp_path / "run",
         "--preset",
         "tiny",
@@ -233,7 +240,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
         "--resolution",
         32,
     ]
-    result = invoke(*run, "--anchors", 10, "--cache", tmp_path / "cache")
+    result = invoke(*run, "--reference-samples", 10, "--cache", tmp_path / "cache")
     assert result.exit_code == 0, result.output
     assert any("360" in line for line in result.stderr.splitlines() if line.startswith("Warning: "))
     assert "360" in result.stdout.splitlines()[-2]
@@ -260,7 +267,7 @@ def test_command_trains_and_writes_everything(network, tmp_path):
     assert f"{tested['correct']}/{tested['n']}" in result.stdout
     assert all(f"{end:.3f}" in result.stdout for end in tested["interval_95"])
     assert len((tmp_path / "run" / "stats.jsonl").read_text().splitlines()) == 2
-    again = invoke(*run, "--anchors", 10)
+    again = invoke(*run, "--reference-samples", 10)
     rejected(again, "--resume")
     before = (tmp_path / "run" / "reward.safetensors").read_bytes()
     assert invoke("--resume", tmp_path / "run").exit_code == 0
@@ -292,13 +299,13 @@ def test_user_errors_are_one_line_and_exit_code_two(network, tmp_path, label, ex
     labels = write_labels(
         tmp_path / "labels.csv", [Preference(winner=2 * i, loser=2 * i + 1, **common) for i in range(20)]
     )
-    result = invoke("--network", network[0], "--labels", labels, "--out", tmp_path / "run", *extra)
+    result = invoke("--network", network[0], "--labels", labels, "--run-dir", tmp_path / "run", *extra)
     rejected(result, *names)
 
 
 def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
     result = invoke(
-        "--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--out", tmp_path / "run"
+        "--dry-run", "--preset", "paper", "--lr", "0.5", "--set=scalar=2", "--run-dir", tmp_path / "run"
     )
     settings = json.loads(result.stdout)
     assert (
@@ -306,7 +313,7 @@ def test_dry_run_prints_the_resolved_settings_and_writes_nothing(tmp_path):
         and settings["train"]["weights"]["scalar"] == 2
         and settings["resolution"] == 256
     )
-    assert settings["train"]["anchors"] == 1000 and not (tmp_path / "run").exists()
+    assert settings["train"]["reference_samples"] == 1000 and not (tmp_path / "run").exists()
 
 
 # Too few labels are said to be so, and an AUC's interval holds.

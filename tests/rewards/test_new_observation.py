@@ -47,7 +47,7 @@ def reward(tmp_path_factory) -> Path:
         reward_training.train,
         "--observation=frontal-depth",
         f"--labels={folder / 'labels.jsonl'}",
-        f"--out={folder / 'run'}",
+        f"--run-dir={folder / 'run'}",
         "--epochs=2",
         "--set=fractions=0.6 0.2 0.2",
     )
@@ -85,7 +85,7 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
         "--reward=frontal-depth",
         "--lambda-r=1",
         f"--reward-ckpt={reward}",
-        f"--reward-watch={reward}",
+        f"--heldout-reward={reward}",
         f"--data={data}",
         "--kimg=0.016",
         "--tick=0.008",
@@ -99,7 +99,7 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
     assert run.name.endswith("frontal-depth-lambda1") and "Warning" not in result.stderr
     lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(
-        {"RLHF/reward", "Watch/reward", "Watch/second"} <= line.keys() for line in lines
+        {"RLHF/reward", "Monitored/reward", "Monitored/heldout"} <= line.keys() for line in lines
     )
     resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed)
@@ -116,7 +116,7 @@ def test_it_tunes_is_watched_and_resumed(reward, tmp_path):
 )
 def test_what_is_unknown_is_refused_by_name(flags, names, tmp_path):
     result = CliRunner().invoke(
-        reward_training.train, ["--observation=frontal-depth", *flags, f"--out={tmp_path / 'run'}"]
+        reward_training.train, ["--observation=frontal-depth", *flags, f"--run-dir={tmp_path / 'run'}"]
     )
     rejected(result, *names)
 

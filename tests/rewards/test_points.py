@@ -171,7 +171,7 @@ def test_it_trains_and_has_a_gradient(kind, name, labels, tmp_path):
         "--resolution=24",
         "--points=96",
         f"--labels={labels}",
-        f"--out={tmp_path / 'reward'}",
+        f"--run-dir={tmp_path / 'reward'}",
         "--epochs=1",
         "--set=fractions=0.5 0.25 0.25",
     )

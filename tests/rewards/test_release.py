@@ -290,7 +290,7 @@ def test_tool_writes_the_reward_and_prints_both_scores(tiny_networks, tmp_path):
         write_example(tmp_path / "r"),
         f"--out={out}",
         f"--network={tiny_networks}",
-        "--seeds=1,3-4",
+        "--latents=1,3-4",
         "--lattice=skewed",
     )
     assert result.exit_code == 0, result.output

@@ -54,9 +54,9 @@ def test_it_pushes_leaks_and_floaters_and_nothing_else(tmp_path):
     assert floating.grown.grad < 0, "less makes the floater go"
 
 
-def test_soundness_chooses_and_has_no_gradient():
+def test_mesh_validity_chooses_and_has_no_gradient():
     generator = Shells(0.0)
-    reward = untaught("soundness", generator)
+    reward = untaught("mesh-validity", generator)
     scores = reward.score(Shells(0.0, 0.05, 0.0))
     assert not scores.requires_grad and scores[0] == scores[2] and 0 < scores[1] <= scores[0] < 1
     assert (
@@ -71,7 +71,7 @@ def test_an_empty_shape_gets_nothing_and_one_that_is_not_finite_is_refused():
     empty = Shells(0.0)
     empty.level = 1e4
     assert (
-        untaught("soundness", Shells(0.0)).score(empty).item() == 0
+        untaught("mesh-validity", Shells(0.0)).score(empty).item() == 0
         and untaught("solid", Shells(0.0)).score(empty).item() == 0
     )
     with torch.no_grad():
@@ -84,9 +84,9 @@ def test_kinds_that_learn_need_a_file_and_what_only_chooses_tunes_nothing(tmp_pa
     with raising("sigma"):
         untaught("sigma", Shells(0.0))
     result = tiny_runs.run(
-        "--reward=soundness", f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu"
+        "--reward=mesh-validity", f"--outdir={tmp_path}", "--data=synthetic:people64@n=8", "--device=cpu"
     )
-    rejected(result, "--reward=soundness", "gradient")
+    rejected(result, "--reward=mesh-validity", "gradient")
 
 
 @pytest.mark.long

@@ -126,8 +126,8 @@ def test_resume_equals_the_straight_run(data, tmp_path):
 def test_weights_and_labels_that_do_not_go_together_are_refused(data):
     with raising("--divergence", "--regression"):
         LossWeights(pairs=0, scalar=0, bradley_terry=0, divergence=1)
-    with raising("--anchors", "4"):
-        with_changes(OPTIONS, **ALONE, anchors=4)
+    with raising("--reference-samples", "4"):
+        with_changes(OPTIONS, **ALONE, reference_samples=4)
     with raising("--regression", "--divergence", "--unpaired", "none") as one_kind:
         train_reward(
             replace(data, unpaired=[label for label in data.unpaired if label.label]),
@@ -173,7 +173,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
         "--set",
         "unpaired_batch=8",
     ]
-    alone = invoke(*common, "--out", tmp_path / "alone")
+    alone = invoke(*common, "--run-dir", tmp_path / "alone")
     assert alone.exit_code == 0, alone.output
     assert "AUC" in alone.output
     report = json.loads((tmp_path / "alone" / "report.json").read_text())
@@ -190,7 +190,7 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
             for i in range(24)
         )
     )
-    both = invoke(*common, "--labels", pairs, "--out", tmp_path / "both")
+    both = invoke(*common, "--labels", pairs, "--run-dir", tmp_path / "both")
     assert both.exit_code == 0, both.output
     losses = json.loads((tmp_path / "both" / "stats.jsonl").read_text().splitlines()[0])["loss"]
     assert {"scalar", "regression", "divergence"} <= set(losses)
@@ -209,6 +209,6 @@ def test_the_command_takes_unpaired_labels_alone_and_with_pairs(network, tmp_pat
 )
 def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, line, flags, names):
     (tmp_path / "labels.jsonl").write_text(line + "\n")
-    result = invoke("--unpaired", tmp_path / "labels.jsonl", "--out", tmp_path / "run", *flags)
+    result = invoke("--unpaired", tmp_path / "labels.jsonl", "--run-dir", tmp_path / "run", *flags)
     rejected(result, *names)
     assert not (tmp_path / "run").exists()

@@ -271,7 +271,12 @@ def reward_training(ranks: Ranks) -> dict[str, torch.Tensor]:
     seeds = [s for p in anchors for s in (p.winner, p.loser)]
     PRESETS["rank-test"] = Preset(network=replace(HEADS, slab_shape=SHAPE).to_dict())
     options = with_changes(
-        TrainOptions(preset="rank-test"), epochs=2, patience=2, batch=5, anchors=6, drawn_from_epoch=1
+        TrainOptions(preset="rank-test"),
+        epochs=2,
+        patience=2,
+        batch=5,
+        reference_samples=6,
+        drawn_from_epoch=1,
     )
     with in_float64() as cache:
         data = TrainData(
@@ -328,7 +333,7 @@ def test_the_reward_tool_on_two_ranks_draws_the_same_slabs_stops_and_resumes(tin
     flags.append("--set=slab_batch=5")
 
     def cached(folder: str) -> list[str]:
-        return [*flags, f"--out={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
+        return [*flags, f"--run-dir={tmp_path / folder}", f"--cache={tmp_path / folder}-cache"]
 
     assert CliRunner().invoke(main, cached("one")).exit_code == 0
     (first, noted), (second, quiet) = finish(start(REWARD_TOOL, *cached("two")))

@@ -204,7 +204,7 @@ def surface(study: Study, folder: Path) -> Finding:
     write_atomic(folder / PAGE, page.encode())
     facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
     return Finding(
-        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, pictures=pictures
+        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, images=pictures
     )
 
 
@@ -283,7 +283,7 @@ def jobs(study: Study) -> list[Job]:
             key="redrawn-reward",
             title="The same with a reward of random weights",
             compute=partial(redrawn_reward, study),
-            inputs={**shared, "orders": CHECK_ORDERS, "draws": s.draws, "checked": s.checked},
+            inputs={**shared, "orders": CHECK_ORDERS, "draws": s.randomisations, "checked": s.checked},
             plots={"rank-correlation": plot_redrawn},
         ),
         *places,
@@ -326,7 +326,7 @@ def regions(study: Study, folder: Path) -> Finding:
         data={"names": list(study.names), "kind": kind},
         rows=rows,
         says=says,
-        pictures=pictures,
+        images=pictures,
     )
 
 
@@ -540,20 +540,20 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     rows = []
     by_draw = []
     sizes = []
-    for draw in range(s.draws):
+    for draw in range(s.randomisations):
         random = study.redrawn(draw)
         rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]
         size = [rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(trained, random, strict=True)]
         rows += [
-            {"draw": draw, "seed": study.seeds[i], "spearman": r, "spearman_of_sizes": z}
+            {"randomisation": draw, "seed": study.seeds[i], "spearman": r, "spearman_of_sizes": z}
             for i, (r, z) in enumerate(zip(rho, size, strict=True))
         ]
         by_draw += [float(np.mean(known))] if (known := [r for r in rho if r is not None]) else []
         sizes += [float(np.mean(known))] if (known := [z for z in size if z is not None]) else []
     data = {
-        "by_draw": by_draw,
+        "by_randomisation": by_draw,
         "sizes": sizes,
-        "draws": s.draws,
+        "randomisations": s.randomisations,
         "latents": count,
         "mean": bootstrap_mean_interval(by_draw)._asdict() if by_draw else None,
         "mean_of_sizes": bootstrap_mean_interval(sizes)._asdict() if sizes else None,
@@ -586,11 +586,12 @@ def _redrawn_says(data: dict) -> list[str]:
     says = [
         (
             "Spearman correlation between the trained reward's attributions and those of"
-            f" {len(data['by_draw'])} rewards with re-drawn weights: {span(mean, lo, hi, '.2f')}; {verdict}."
+            f" {len(data['by_randomisation'])} rewards with re-drawn weights: {span(mean, lo, hi, '.2f')};"
+            f" {verdict}."
         ),
         (
-            f"With {len(data['by_draw'])} draws a correlation within the interval's width of zero would not"
-            " be noticed."
+            f"With {len(data['by_randomisation'])} draws a correlation within the interval's width of zero"
+            " would not be noticed."
         ),
     ]
     if data["mean_of_sizes"] is not None:
@@ -702,7 +703,7 @@ def plot_agreement(data: dict):
 def plot_redrawn(data: dict):
     """Rank correlation with each reward of random weights, and the mean with its interval."""
     drawn, axes = style.figure(size=(6.4, 2.2))
-    for row, (key, mean) in enumerate((("by_draw", "mean"), ("sizes", "mean_of_sizes"))):
+    for row, (key, mean) in enumerate((("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))):
         axes.plot(
             data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise")
         )

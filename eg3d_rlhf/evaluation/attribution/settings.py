@@ -22,7 +22,7 @@ class Settings:
     steps: int = STEPS  # of the integral, at first
     most_steps: int = MOST_STEPS
     gap_bound: float = BOUND  # largest efficiency gap, as a share of the reward difference
-    draws: int = 8  # rewards with re-drawn weights
+    randomisations: int = 8  # rewards with randomised weights
     checked: int = 2  # latents behind that check
 
     def __post_init__(self) -> None:

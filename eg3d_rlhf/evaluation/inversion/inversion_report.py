@@ -164,17 +164,23 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
         values = {arm: known for arm, known in values.items() if len(known)}
         if values:
             table[name] = {"means": means_of(values), "paired": paired_of(values, base, names)}
-    return {"base": base, "weights": list(weights), "measures": table, **verdicts(table, names, base)}
+    return {
+        "base": base,
+        "weights": list(weights),
+        "measures": table,
+        **over_optimisation(table, names, base),
+    }
 
 
-def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
-    """Whether the reward rises with the weight, the knee, and where the judge falls.
+def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
+    """Whether the reward rises with the weight, the knee, and where the evaluator's value falls.
 
     The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A
-    weight over-optimises where the judge's mean is below the base's; 'clearly' where the whole interval is.
+    weight over-optimises where the evaluator's mean is below the base's; 'clearly' where the whole interval
+    is.
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
-    judged = table["judge"]["paired"] if "judge" in table else {}
+    evaluated = table["evaluator"]["paired"] if "evaluator" in table else {}
     knee = base
     for name in names[1:]:
         if table["psnr"]["paired"][name]["mean"] <= -KNEE:
@@ -183,20 +189,20 @@ def verdicts(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> d
     return {
         "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)),
         "knee": knee,
-        "over_optimised": [name for name in names[1:] if name in judged and judged[name]["mean"] < 0],
+        "over_optimised": [name for name in names[1:] if name in evaluated and evaluated[name]["mean"] < 0],
         "clearly_over_optimised": [
-            name for name in names[1:] if name in judged and judged[name]["mean_hi"] < 0
+            name for name in names[1:] if name in evaluated and evaluated[name]["mean_hi"] < 0
         ],
     }
 
 
-def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
-    says = [f"Perceptual features: {features}. Judge: {judge}."]
+def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
+    says = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]
     if len(summary["weights"]) == 1:
         return says
     last = f"{summary['weights'][-1]:g}"
-    for name in ("psnr", "psnr_side", "depth_side", "reward", "judge"):
+    for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
         if name in table:
             says.append(
                 f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}."
@@ -210,7 +216,7 @@ def verdict_sentences(summary: Mapping, judge: str, features: str) -> list[str]:
     for name in summary["over_optimised"]:
         sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
         says.append(
-            f"Over-optimised at λ {name}: the judge's mean is below that of λ {summary['base']}{sure}."
+            f"Over-optimised at λ {name}: the evaluator's mean is below that of λ {summary['base']}{sure}."
         )
     return says
 
@@ -291,7 +297,7 @@ def jobs(inversions: Inversions) -> list[Job]:
         return Finding(
             facts=facts(setup),
             data={},
-            pictures={
+            images={
                 f"{name}: the target, then {'the truth and ' if case.truth else ''}every weight;"
                 " below the same as shapes": f"strip-{name}.png"
                 for name, case in zip(strips, shown, strict=True)
@@ -328,7 +334,7 @@ def plot_means(data: dict):
         for arm, line in (("truth", "--"), ("w", ":")):
             if arm in means:
                 axis.axhline(means[arm]["mean"], linestyle=line, color=style.colour("noise"))
-        for name in data["over_optimised"] if measure == "judge" else ():
+        for name in data["over_optimised"] if measure == "evaluator" else ():
             axis.plot(
                 [names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9
             )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from eg3d_rlhf.evaluation.inversion import projector
-from eg3d_rlhf.evaluation.inversion.targets import Case, Judges, measure, measure_truth
+from eg3d_rlhf.evaluation.inversion.targets import Case, Evaluators, measure, measure_truth
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator
@@ -57,7 +58,7 @@ class Setup:
     perceptual: projector.Perceptual
     prior: projector.Prior
     guidance: projector.Guidance | None
-    judges: Judges
+    evaluators: Evaluators
     cases: Sequence[Case]
     weights: Sequence[float]
     config: projector.InversionConfig
@@ -105,7 +106,7 @@ class Inversions:
         setup = self.setup
         folder = self.folder(case)
         if at == (0, 0):
-            write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.judges))
+            write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.evaluators))
         objective = projector.Objective(setup.config, case.target, setup.perceptual, setup.guidance)
         for j, leg in enumerate(self.legs):
             if j < at[0]:
@@ -172,13 +173,13 @@ class Inversions:
                 pivot = generator.field(stage.ws).density_grid(projector.cube_of(generator))
             write_json(
                 folder / f"{name}.json",
-                measure(generator, case, stage.ws.detach(), pivot, objective, setup.judges),
+                measure(generator, case, stage.ws.detach(), pivot, objective, setup.evaluators),
             )
             return
         name = f"{leg.weight:g}"
         write_json(
             folder / f"{name}.json",
-            measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.judges),
+            measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.evaluators),
         )
         if i < setup.shown:
             tuned = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
@@ -193,7 +194,11 @@ class Inversions:
         own = [f"{weight:g}" for weight in self.setup.weights]
         arms = ["truth", *([f"{name}-w" for name in own] if self.setup.config.reward_in_w else ["w"]), *own]
         return [
-            {"target": case.name, "arm": arm, **json.loads((self.folder(case) / f"{arm}.json").read_text())}
+            {
+                "target": case.name,
+                "arm": arm,
+                **version_0_1.inversion(json.loads((self.folder(case) / f"{arm}.json").read_text())),
+            }
             for case in self.setup.cases
             for arm in arms
         ]

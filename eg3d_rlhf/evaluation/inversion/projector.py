@@ -173,7 +173,7 @@ def moved(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
     return density_l1(field.density_grid(cube), pivot)
 
 
-# behind mean and deviation of w
+# behind mean and standard deviation of w
 LATENTS = 10_000
 LATENT_SEED = 123
 # shares of the steps: noise, and the learning rate's two ramps
@@ -191,7 +191,7 @@ def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:
 
 
 def noise_scale(step: int, steps: int, first: float = 0.05) -> float:
-    """Deviation of the noise on w over the deviation of w: first * max(0, 1 - t / 0.75)^2."""
+    """Return the standard deviation of the noise on w over that of w: first * max(0, 1 - t / 0.75)^2."""
     return first * max(0.0, 1 - step / steps / FADED) ** 2
 
 
@@ -212,7 +212,7 @@ class Prior(NamedTuple):
 
 @torch.no_grad()
 def prior_of(generator: Generator) -> Prior:
-    """Mean and deviation of w over 10,000 latents under the frontal camera."""
+    """Compute the mean and the standard deviation of w over 10,000 latents under the frontal camera."""
     device = device_of(generator)
     z = torch.from_numpy(
         np.random.RandomState(LATENT_SEED).randn(LATENTS, generator.z_dim).astype(np.float32)

@@ -19,7 +19,9 @@ class InversionConfig:
     pivot_steps: int = knob(64, "Steps on the generator.", STAGES, low=0, rare=True)
     w_lr: float = knob(0.1, "Largest learning rate of the latent.", STAGES, above=0, rare=True)
     pivot_lr: float = knob(3e-4, "Learning rate of the generator.", STAGES, above=0, rare=True)
-    noise: float = knob(0.01, "First noise on the latent, in deviations of w.", STAGES, low=0, rare=True)
+    noise: float = knob(
+        0.01, "First noise on the latent, in standard deviations of w.", STAGES, low=0, rare=True
+    )
     fresh_rays: bool = knob(False, "Draw other ray samples in every step.", STAGES, rare=True)
     sample_mult: float = knob(2.0, "Times the network's samples per ray.", STAGES, above=0, rare=True)
     seed: int = knob(0, "Of noise and ray samples.", STAGES, low=0, flag=False)  # that of the run

@@ -145,7 +145,7 @@ def parse_camera(generator: Generator, text: str | None) -> Tensor:
 
 
 # How good an inversion is: against its image, against the truth where that is known, and by rewards and
-# judges.
+# evaluators.
 
 
 MEASURES = (  # of `measure`
@@ -156,22 +156,23 @@ MEASURES = (  # of `measure`
     Measure("depth", None, "lower", "mean depth error at the target's camera, world units"),
     Measure("depth_side", None, "lower", "mean depth error, held-out views"),
     Measure("reward", None, "higher", "score"),
-    Measure("judge", None, "higher", "judge's value"),
+    Measure("evaluator", None, "higher", "evaluator's value"),
     Measure("moved", None, "lower", "mean |change of density| from the pivot"),
     Measure("mse", None, "lower", "final mean squared error as optimised"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
-    """Who judges shapes besides the reward that guides."""
+class Evaluators:
+    """The guiding reward, and the held-out evaluator of shapes."""
 
     reward: Reward | None = None  # the one that guides, raw
-    judge: Callable[[Case, Field], float | None] | None = None  # of a case's shape; None where it cannot know
+    # of a case's shape; None where it cannot know
+    evaluator: Callable[[Case, Field], float | None] | None = None
     name: str = "none"
 
 
-def annotator_judge(case: Case, field: Field) -> float | None:
+def annotator_evaluator(case: Case, field: Field) -> float | None:
     """The annotator's utility without noise: it knows the whole head of a seed's target, and nothing of an
     image's.
     """
@@ -180,14 +181,14 @@ def annotator_judge(case: Case, field: Field) -> float | None:
     return utility(shape_values(field, RESOLUTION)[0], people_mesh.whole_grids(case.z, RESOLUTION)[0]).total
 
 
-def reward_judge(reward: Reward) -> Callable[[Case, Field], float]:
+def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:
     """Another reward's score."""
     return lambda _case, field: float(reward.score(field)[0])
 
 
 @torch.no_grad()
 def measure(
-    generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objective: Objective, judges: Judges
+    generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objective: Objective, evaluators: Evaluators
 ) -> dict[str, float]:
     """The measures of ws [1, L, W] under a generator; those that nobody can know here are left out.
 
@@ -213,25 +214,25 @@ def measure(
             "depth_side": [depth_error(a, b) for a, b in pairs[1:]],
         }.items():
             found[name] = torch.stack(values).mean()
-    if judges.reward is not None:
-        found["reward"] = judges.reward.score(field)[0]
-    return {**{name: float(value) for name, value in found.items()}, **judged(case, field, judges)}
+    if evaluators.reward is not None:
+        found["reward"] = evaluators.reward.score(field)[0]
+    return {**{name: float(value) for name, value in found.items()}, **evaluated(case, field, evaluators)}
 
 
-def judged(case: Case, field: Field, judges: Judges) -> dict[str, float]:
-    """The judge's value, where there is one."""
-    value = None if judges.judge is None else judges.judge(case, field)
-    return {} if value is None else {"judge": float(value)}
+def evaluated(case: Case, field: Field, evaluators: Evaluators) -> dict[str, float]:
+    """Return the evaluator's value, where there is one."""
+    value = None if evaluators.evaluator is None else evaluators.evaluator(case, field)
+    return {} if value is None else {"evaluator": float(value)}
 
 
 @torch.no_grad()
-def measure_truth(generator: Generator, case: Case, judges: Judges) -> dict[str, float]:
-    """Reward and judge of the target's own shape; {} where it is not known."""
+def measure_truth(generator: Generator, case: Case, evaluators: Evaluators) -> dict[str, float]:
+    """Return the reward and the evaluator's value of the target's own shape; {} where it is not known."""
     if case.truth is None:
         return {}
     field = generator.field(case.truth.ws)
-    reward = {} if judges.reward is None else {"reward": float(judges.reward.score(field)[0])}
-    return {**reward, **judged(case, field, judges)}
+    reward = {} if evaluators.reward is None else {"reward": float(evaluators.reward.score(field)[0])}
+    return {**reward, **evaluated(case, field, evaluators)}
 
 
 def depth_error(found: Rendering, truth: Rendering) -> Tensor:

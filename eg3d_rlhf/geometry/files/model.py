@@ -190,6 +190,14 @@ def linear(srgb: np.ndarray) -> np.ndarray:
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4).astype("<f4")
 
 
+def check_triangles(points: np.ndarray, faces: np.ndarray) -> None:
+    """Raise ValueError for what is no points [N, 3] with triangles [F, 3] of them."""
+    if points.shape[1:] != (3,) or faces.shape[1:] != (3,) or not len(faces) or not len(points):
+        raise ValueError(f"expected a mesh of triangles, got {len(points)} points and {len(faces)} faces")
+    if faces.min() < 0 or faces.max() >= len(points):
+        raise ValueError(f"expected indices of {len(points)} vertices, got {faces.min()}..{faces.max()}")
+
+
 def triangles(
     positions: np.ndarray,
     faces: np.ndarray,
@@ -206,19 +214,9 @@ def triangles(
     """
     positions = np.asarray(positions, dtype="<f4")
     faces = np.asarray(faces)
-    if (
-        positions.ndim != 2
-        or positions.shape[1] != 3
-        or faces.ndim != 2
-        or faces.shape[1] != 3
-        or not len(faces)
-        or not len(positions)
-    ):
-        raise ValueError(f"expected a mesh of triangles, got {len(positions)} points and {len(faces)} faces")
+    check_triangles(positions, faces)
     if not np.isfinite(positions).all():
         raise ValueError("expected finite positions, got others")
-    if faces.min() < 0 or faces.max() >= len(positions):
-        raise ValueError(f"expected indices of {len(positions)} vertices, got {faces.min()}..{faces.max()}")
     attributes = {"POSITION": Array(positions)}
     for name, values in (("NORMAL", normals), ("TEXCOORD_0", uv)):
         if values is not None:

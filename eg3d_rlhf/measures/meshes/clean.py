@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from eg3d_rlhf.geometry.files.model import check_triangles
 from eg3d_rlhf.measures.meshes.settings import MOST_TOLERANCE, TOLERANCE, UPS
+from training.config import check_choice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,22 +47,11 @@ def clean_mesh(
             f"--weld: expected 0 < tolerance <= {MOST_TOLERANCE:g} of the longest edge, got {tolerance:g}."
             " Lower it."
         )
-    if up not in UPS:
-        raise ValueError(f"--up: expected one of {', '.join(UPS)}, got {up!r}. Choose one.")
+    check_choice("--up", up, UPS)
     vertices = np.asarray(vertices, dtype=np.float64)
     faces = np.asarray(faces)
-    if (
-        vertices.ndim != 2
-        or vertices.shape[1] != 3
-        or faces.ndim != 2
-        or faces.shape[1] != 3
-        or not len(faces)
-    ):
-        raise ValueError(f"expected a mesh of triangles, got {len(vertices)} points and {len(faces)} faces")
-    faces = faces.astype(np.int64)
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise ValueError(f"expected indices of {len(vertices)} vertices, got {faces.min()}..{faces.max()}")
-    vertices, faces = _used(vertices, faces)
+    check_triangles(vertices, faces)
+    vertices, faces = _used(vertices, faces.astype(np.int64))
     low = vertices.min(axis=0)
     high = vertices.max(axis=0)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -18,6 +18,7 @@ from eg3d_rlhf.core.shapes import check_shape
 from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis import blocks
 from eg3d_rlhf.models.trellis.blocks import convert_torso, torso_dtype
+from training.config import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,11 +339,7 @@ class GaussianSettings:
             raise ValueError(
                 f"{who}: expected lr for {', '.join(LAYOUT)}, got {', '.join(self.lr) or 'none'}. {advice}"
             )
-        if self.scaling_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{who}: expected scaling_activation {' or '.join(ACTIVATIONS)}, got"
-                f" {self.scaling_activation!r}. {advice}"
-            )
+        check_choice(f"{who}.scaling_activation", self.scaling_activation, ACTIVATIONS)
         if (
             self.num_gaussians < 1
             or not 0 < self.opacity_bias < 1

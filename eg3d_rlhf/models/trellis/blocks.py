@@ -34,19 +34,54 @@ MAX_PERIOD = 10000
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """What the JSON files of TRELLIS's transformers call args, as far as all have it."""
+class HeadsConfig:
+    """What the files of all these transformers say of their blocks."""
 
-    resolution: int
     model_channels: int
     num_blocks: int
     num_heads: int | None = None  # or model_channels / num_head_channels
     num_head_channels: int = 64
     mlp_ratio: float = 4
-    pe_mode: str = "ape"
-    use_fp16: bool = False  # type of the blocks as built; files bring their own
     use_checkpoint: bool = False  # compute blocks again in the backward pass
     qk_rms_norm: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Of every attention."""
+        return self.num_heads or self.model_channels // self.num_head_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionedConfig(HeadsConfig):
+    """What those of flows say besides."""
+
+    cond_channels: int
+    share_mod: bool = False
+    qk_rms_norm_cross: bool = False
+
+    def blocks(self, kind: "type[ModulatedBlock]") -> nn.ModuleList:
+        """The transformer's."""
+        return nn.ModuleList(
+            kind(
+                self.model_channels,
+                self.cond_channels,
+                self.heads,
+                self.mlp_ratio,
+                share_mod=self.share_mod,
+                qk_rms_norm=self.qk_rms_norm,
+                qk_rms_norm_cross=self.qk_rms_norm_cross,
+            )
+            for _ in range(self.num_blocks)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(HeadsConfig):
+    """What the JSON files of TRELLIS's transformers call args, as far as all have it."""
+
+    resolution: int
+    pe_mode: str = "ape"
+    use_fp16: bool = False  # type of the blocks as built; files bring their own
 
     def __post_init__(self):
         who = type(self).__name__
@@ -61,11 +96,6 @@ class TransformerConfig:
                 f"{who}: expected model_channels to divide by heads, got {got}. Correct the model's JSON"
                 " file."
             )
-
-    @property
-    def heads(self) -> int:
-        """Of every attention."""
-        return self.num_heads or self.model_channels // self.num_head_channels
 
 
 def check_inputs(

@@ -23,15 +23,12 @@ KEPT = 2 / 3  # share of the blocks that then keep it: as much memory as passes 
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig(blocks.TransformerConfig):
+class FlowConfig(blocks.TransformerConfig, blocks.ConditionedConfig):
     """What a flow's JSON file calls args, as far as both flows have it."""
 
     in_channels: int
-    cond_channels: int
     out_channels: int
     patch_size: int = 2  # edge of a token, in the latents' cells
-    share_mod: bool = False
-    qk_rms_norm_cross: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,21 +38,6 @@ class FlowConfig(blocks.TransformerConfig):
                 f"{type(self).__name__}: expected patch_size to divide resolution, got {got}. Correct the"
                 " model's JSON file."
             )
-
-    def blocks(self) -> nn.ModuleList:
-        """The transformer's."""
-        return nn.ModuleList(
-            blocks.ModulatedBlock(
-                self.model_channels,
-                self.cond_channels,
-                self.heads,
-                self.mlp_ratio,
-                share_mod=self.share_mod,
-                qk_rms_norm=self.qk_rms_norm,
-                qk_rms_norm_cross=self.qk_rms_norm_cross,
-            )
-            for _ in range(self.num_blocks)
-        )
 
 
 def run_blocks(
@@ -113,21 +95,15 @@ class StructureFlow(nn.Module):
             self.adaLN_modulation = blocks.modulation(channels)
         self.register_buffer("pos_emb", blocks.position_embedding(coords, channels))
         self.input_layer = nn.Linear(config.in_channels * cells, channels)
-        self.blocks = config.blocks()
+        self.blocks = config.blocks(blocks.ModulatedBlock)
         self.out_layer = nn.Linear(channels, config.out_channels * cells)
         if config.use_fp16:
             blocks.convert_torso(self.blocks, torch.float16)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         config = self.config
-        blocks.check_inputs(
-            "StructureFlow",
-            x_t,
-            ["N", config.in_channels, *[config.resolution] * 3],
-            cond,
-            len(x_t),
-            config.cond_channels,
-        )
+        shape: list[int | str] = ["N", config.in_channels, *[config.resolution] * 3]
+        blocks.check_inputs("StructureFlow", x_t, shape, cond, len(x_t), config.cond_channels)
         dtype = blocks.torso_dtype(self.blocks)
         layout = blocks.DenseLayout()
         time = self.t_embedder(t)
@@ -206,7 +182,7 @@ class LatentFlow(nn.Module):
             self.input_blocks.extend(
                 [block(finer, finer) for _ in range(kept)] + [block(finer, coarser, resample="down")]
             )
-        self.blocks = config.blocks()
+        self.blocks = config.blocks(blocks.ModulatedBlock)
         # coarsest first: one block that doubles it, then blocks that keep it
         self.out_blocks = nn.ModuleList()
         for coarser, finer in itertools.pairwise((channels, *reversed(config.io_channels))):

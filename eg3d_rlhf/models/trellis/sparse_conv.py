@@ -27,6 +27,7 @@ from eg3d_rlhf.models.sparse import SparseBatch
 from eg3d_rlhf.models.trellis.blocks import LayerNorm32
 from torch_utils.ops.implementations import once
 from torch_utils.ops.linear import Linear, fits, product
+from training.config import check_choice
 
 BACKENDS = ("auto", "torch", "spconv")
 TAPS = 27
@@ -96,10 +97,7 @@ def submanifold_conv(
 
 def check_backend(backend: str) -> None:
     """Raise ValueError for a name that is none, or spconv where it is not installed."""
-    if backend not in BACKENDS:
-        raise ValueError(
-            f"sparse convolution: expected one of {', '.join(BACKENDS)}, got {backend!r}. Choose one."
-        )
+    check_choice("sparse convolution", backend, BACKENDS)
     if backend == "spconv" and not has_spconv():
         raise ValueError(
             "sparse convolution: expected the package spconv, got none. Install it for this CUDA version, or"

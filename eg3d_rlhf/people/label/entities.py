@@ -376,21 +376,21 @@ def parse_questions(written: Iterable[str]) -> tuple[Question, ...]:
         if not QUESTION_NAME.fullmatch(name) or (not equals and name not in QUESTIONS):
             known = ", ".join(QUESTIONS)
             raise ValueError(
-                f"--questions: expected {known} or NAME=TEXT, where NAME consists of a to z, 0 to 9, _ and"
+                f"--criteria: expected {known} or NAME=TEXT, where NAME consists of a to z, 0 to 9, _ and"
                 f" -, got {entry!r}. Correct it."
             )
         # isprintable() rejects line breaks and control characters, which the page cannot show in a button.
         if equals and (not 1 <= len(text) <= MAX_TEXT or not text.isprintable()):
             got = repr(text[:40])
             raise ValueError(
-                f"--questions: the text of {name} must have 1 to {MAX_TEXT} printable characters, got {got}."
+                f"--criteria: the text of {name} must have 1 to {MAX_TEXT} printable characters, got {got}."
                 " Correct it."
             )
         questions.append(Question(name, text if equals else None))
     names = [question.name for question in questions]
     if len(set(names)) < len(names) or len(names) > MAX_QUESTIONS:
         raise ValueError(
-            f"--questions: expected at most {MAX_QUESTIONS} different questions, got {', '.join(names)}."
+            f"--criteria: expected at most {MAX_QUESTIONS} different questions, got {', '.join(names)}."
             " Remove some."
         )
     return tuple(questions)

@@ -2,7 +2,7 @@
 
 import functools
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from eg3d_rlhf.core.cli import naming, option, together
+from eg3d_rlhf.core.cli import file_hash, naming, option, together
 from eg3d_rlhf.people.label.assets.collection import (
     Collection,
     answers_of,
@@ -19,7 +19,6 @@ from eg3d_rlhf.people.label.assets.collection import (
     prompts_json,
     read_collection,
 )
-from eg3d_rlhf.people.label.assets.scores import mesh_ensemble
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import LOCAL, CampaignSettings, Kind, Mode, PlannedPair, StoredCampaign
 from eg3d_rlhf.people.label.pairing import PairingOptions, plan, reward_ensemble
@@ -28,7 +27,7 @@ from eg3d_rlhf.people.label.server.options import AppOptions, is_loopback
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache
 from eg3d_rlhf.people.label.store_labels import LabelFilters, kept_judgements, store_preferences
 from eg3d_rlhf.preferences.labels import Preference
-from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble
+from eg3d_rlhf.preferences.pair_strategies import STRATEGIES, Ensemble, Scored, check_rewards
 from training.config import knobs_of
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ SETTINGS = (
     "reveal",
 )
 FLAGS = "flags"  # key of a campaign's `extra` under which the flags are stored
+_MESHES = ("glb", "obj", "ply")  # kinds of files that a mesh reward reads
 _server_option = functools.partial(option, group="Server")
 
 
@@ -449,3 +449,47 @@ def round_labels(url: str, name: str, generator: "LoadedGenerator", pairs: int) 
             " Restore the database."
         )
     return labels
+
+
+def mesh_ensemble(strategy: str, rewards: Sequence[str], collection: Collection) -> Ensemble:
+    """Load mesh rewards (`eg3d-rlhf reward mesh`) as an ensemble that scores the assets of a collection by
+    index.
+
+    Raises: ValueError for too few rewards, for other kinds of rewards, and for assets that are no meshes.
+    """
+    if not rewards:
+        least = STRATEGIES[strategy].least_rewards
+        raise ValueError(
+            f"--strategy={strategy}: expected {least} or more mesh rewards for asset files, got none. Train"
+            " them with `eg3d-rlhf reward mesh` and name each by --reward=FILE. For assets that a flow has"
+            f" sampled, use `eg3d-rlhf flow label WORK --strategy={strategy}`."
+        )
+    check_rewards(strategy, len(rewards))
+    other = next((asset for asset in collection.assets if asset.kind not in _MESHES), None)
+    if other is not None:
+        raise ValueError(
+            f"--strategy={strategy}: mesh rewards read meshes only, but {other.path.name} is of kind"
+            f" {other.kind}. Use --strategy=random."
+        )
+    import torch
+
+    from eg3d_rlhf.rewards.meshes.dataset import load_mesh
+    from eg3d_rlhf.rewards.meshes.model import load_mesh_reward
+    from eg3d_rlhf.rewards.meshes.patches import patches_of
+
+    members = [load_mesh_reward(path) for path in rewards]
+
+    @torch.no_grad()
+    def score(indices: Sequence[int]) -> Scored:
+        """Score assets: scores [M members, N], and embeddings [N, sum of widths]."""
+        assets = [collection.assets[index] for index in indices]
+        meshes = [load_mesh(asset.path) for asset in assets]
+        # A prompt without a text, such as one with an image only, is represented by its name.
+        prompts = [collection.prompts[asset.prompt].text or asset.prompt for asset in assets]
+        # One embedding [N, D] per member; the head maps it to a score [N, 1].
+        embeddings = [m.embed(patches_of(meshes, m.patches), prompts) for m in members]
+        scores = [m.head(e)[:, 0] for m, e in zip(members, embeddings, strict=True)]
+        return Scored(torch.stack(scores).double().numpy(), torch.cat(embeddings, dim=1).double().numpy())
+
+    described = [{"file": Path(path).name, "sha256": file_hash(path), "members": 1} for path in rewards]
+    return Ensemble(score, len(members), described)

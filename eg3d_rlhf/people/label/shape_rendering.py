@@ -9,7 +9,6 @@ Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 
 import functools
 import warnings
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from eg3d_rlhf.experiments.media.rendering import camera, cameras_of, png, rende
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh import compact, decimate, extract_mesh_blockwise, face_volumes, parts
 from eg3d_rlhf.geometry.mesh_export import FieldGrid, extract_field_mesh
+from eg3d_rlhf.people.label.assets.damage import damage_draws
 from eg3d_rlhf.people.label.entities import DAMAGES, Shape
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
 from torch_utils.ops.implementations import implementation
@@ -229,13 +229,7 @@ def damage(
         surface: its vertices [V, 3].
         seed: of the shape; another one places the damage elsewhere.
     """
-    if name not in DAMAGES:
-        raise ValueError(
-            f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Plan the campaign with this"
-            " version."
-        )
-    # crc32 and not hash(): Python's hash of a text differs from process to process.
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    rng = damage_draws(name, DAMAGES, seed)
     damaged = {function.__name__: function for function in (floaters, holes, rough)}[name]
     return damaged(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 

@@ -79,9 +79,9 @@ class LabelFilters:
     least_gold_accuracy: float | None = None
     drop_repeats: bool = False  # keep only each annotator's first answer to a pair
     min_milliseconds: int = 0  # least time to answer; faster answers are left out
-    # Further question whose votes are used as answers; judgements without such a vote are left out.
+    # Further criterion whose votes are used as answers; judgements without such a vote are left out.
     # None: the overall question, which shape is better.
-    question: str | None = None
+    criterion: str | None = None
     # Only judgements received since then: ISO 8601 (local time without a time zone), or seconds since 1970.
     since: str | float | None = None
 
@@ -144,7 +144,7 @@ class LabelFilters:
             and row.milliseconds >= self.min_milliseconds
             and row.received_at >= self.start
         ]
-        return kept if self.question is None else answers_to(self.question, kept)
+        return kept if self.criterion is None else answers_to(self.criterion, kept)
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
@@ -298,14 +298,14 @@ def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[J
             raise ValueError(
                 f"campaign {filters.campaign}: expected {expected}, got {actual}. Name another campaign."
             )
-    if filters.question is not None:
+    if filters.criterion is not None:
         selected = [c for c in store.campaigns() if filters.campaign in (None, c.settings.name)]
         asked = {question.name for c in selected for question in parse_questions(c.settings.questions)}
-        if filters.question not in asked:
+        if filters.criterion not in asked:
             questions = ", ".join(sorted(asked)) or "none"
             raise ValueError(
-                f"question: expected one that was asked ({questions}), got {filters.question!r}. Name one of"
-                " them."
+                f"criterion: expected one that was asked ({questions}), got {filters.criterion!r}. Name one"
+                " of them."
             )
     # A misspelled name would otherwise give an empty result without an error.
     annotators = {annotator.name for annotator in store.annotators()}

@@ -330,5 +330,5 @@ def _covered(bounds: tuple[np.ndarray, np.ndarray], truth: float) -> dict:
         "studies": len(lo),
         "coverage": float(((lo <= truth) & (truth <= hi)).mean()),
         "width": float((hi - lo).mean()),
-        "rejects_half": float(((lo > 0.5) | (hi < 0.5)).mean()),
+        "rejects_50_percent": float(((lo > 0.5) | (hi < 0.5)).mean()),
     }

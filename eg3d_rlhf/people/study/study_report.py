@@ -69,7 +69,7 @@ def compute(
     return {
         **analysis,
         "conclusions": conclusions(analysis),
-        "pictures": shown if any(shown.values()) else None,
+        "images": shown if any(shown.values()) else None,
     }
 
 

@@ -16,6 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.models.weights import below
@@ -61,7 +62,7 @@ class MeshTraining:
         self.o = o = options
         self.meshes = replace(meshes, patches=area_only(meshes.patches)) if o.area_only else meshes
         self.train, self.test = meshes.split(o.held_out, o.data_seed)
-        if o.shuffled:
+        if o.randomised:
             self.train = shuffled(self.train, o.seed)
         if o.batch // 2 > min(sum(label.preferred is kind for label in self.train) for kind in (True, False)):
             raise ValueError(
@@ -205,7 +206,7 @@ TABLE = "table.json"
 ARMS: dict[str, dict] = {
     "lambda 1": {"divergence": 1.0},
     "lambda 0": {"divergence": 0.0},
-    "shuffled": {"shuffled": True},
+    "randomised": {"randomised": True},
     "area only": {"area_only": True},
 }
 
@@ -242,28 +243,32 @@ def run_training(training: MeshTraining, run: Run) -> dict:
 def run_table(
     options: MeshRewardTraining,
     out: Path,
-    seeds: int,
+    seeds: Sequence[int],
     on_shape: OnShape = None,
     say: Callable[[str], object] = print,
 ) -> dict:
-    """Every arm of ARMS with seeds 0.. on the same meshes; arms that table.json in `out` holds already are
-    not trained again.
+    """Train every arm of ARMS with each training seed on the same meshes; arms that table.json in `out` holds
+    already are not trained again.
 
     Returns: {"training": settings, "rows": {"arm/seed": held-out figures}, "summary": see `summary`}.
     Raises: ValueError where table.json is of other settings.
     """
     path = out / TABLE
     settings = {
-        k: v for k, v in options.to_dict().items() if k not in ("seed", "divergence", "shuffled", "area_only")
+        k: v
+        for k, v in options.to_dict().items()
+        if k not in ("seed", "divergence", "randomised", "area_only")
     }
-    known = json.loads(path.read_text()) if path.is_file() else {"training": settings, "rows": {}}
+    known = {"training": settings, "rows": {}}
+    if path.is_file():
+        known = version_0_1.mesh_table(json.loads(path.read_text()))
     if known["training"] != json.loads(json.dumps(settings)):
         raise ValueError(
             f"--resume: expected a table of the same settings, got another in {path}. Name another folder."
         )
     meshes = meshes_of(options, on_shape)
     rows = known["rows"]
-    for seed in range(seeds):
+    for seed in seeds:
         for arm, changes in ARMS.items():
             if f"{arm}/{seed}" not in rows:
                 training = MeshTraining(replace(options, seed=seed, **changes), meshes)

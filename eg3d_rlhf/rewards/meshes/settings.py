@@ -108,8 +108,8 @@ class MeshRewardTraining:
     turns: bool = _rare_train_knob(
         True, "Turn meshes by random quarters about the upward axis, and mirror them."
     )
-    shuffled: bool = _rare_train_knob(
-        False, "A control: deal the labels anew. AUC must then be near one half."
+    randomised: bool = _rare_train_knob(
+        False, "A control: permute the labels. The AUC must then be near 0.5."
     )
     area_only: bool = _rare_train_knob(False, "A control: read areas alone. It must not see a second nose.")
     seed: int = knob(0, "Of initialisation and order.", TRAIN, low=0, flag=False)

@@ -123,7 +123,7 @@ def markdown(table: Mapping) -> str:
     ]
     lines = [
         f"{table['n']} pairs of prompt and seed, the same for all arms. Held-out evaluator:"
-        f" {table['judge']}.",
+        f" {table['evaluator']}.",
         "",
         *markdown_rows(["arm", f"wins against {BASE}", *measures, "Elo"], rows),
     ]

@@ -37,14 +37,10 @@ class Method:
 
 METHODS: Registry[Method] = Registry(
     "--method",
-    {
-        "sds": "eg3d_rlhf.tuning.distill.methods",
-        "dreamdpo": "eg3d_rlhf.tuning.distill.methods",
-        "rewardsds": "eg3d_rlhf.tuning.distill.methods",
-        "dreamreward": "eg3d_rlhf.tuning.distill.methods",
-        "psd": "eg3d_rlhf.tuning.distill.methods",
-        "best-of-n": "eg3d_rlhf.tuning.distill.methods",
-    },
+    dict.fromkeys(
+        ("sds", "dreamdpo", "rewardsds", "dreamreward", "psd", "best-of-n"),
+        "eg3d_rlhf.tuning.distill.methods",
+    ),
 )
 _assets_knob = functools.partial(knob, group=ASSETS)
 _rare_opt_knob = functools.partial(knob, group=OPT, rare=True)

@@ -1,7 +1,7 @@
 """Registers the methods with their settings and guidance, and defines presets."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,54 +37,20 @@ def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guida
     return guidance
 
 
-METHODS.add(
-    "sds",
-    Method(
-        settings=SdsSettings,
-        guidance=partial(import_guidance, "sds", "Sds"),
-        noises=lambda s: s.samples,
-        rewarded=False,
-    ),
-)
-METHODS.add(
-    "dreamdpo",
-    Method(
-        settings=DreamDpoSettings,
-        guidance=partial(import_guidance, "dreamdpo", "DreamDpo"),
-        noises=lambda s: 2,
-        judged=True,
-    ),
-)
-METHODS.add(
-    "rewardsds",
-    Method(
-        settings=RewardSdsSettings,
-        guidance=partial(import_guidance, "rewardsds", "RewardSds"),
-        noises=lambda s: s.noises,
-    ),
-)
-METHODS.add(
-    "dreamreward",
-    Method(
-        settings=DreamRewardSettings,
-        guidance=partial(import_guidance, "dreamreward", "DreamReward"),
-        noises=lambda s: 1,
-    ),
-)
-METHODS.add(
-    "psd",
-    Method(
-        settings=PsdSettings, guidance=partial(import_guidance, "psd", "Psd"), noises=lambda s: 2, judged=True
-    ),
-)
-METHODS.add(
-    "best-of-n",
-    Method(
-        settings=BestOfNSettings,
-        guidance=partial(import_guidance, "sds", "BestOfN"),
-        noises=lambda s: s.samples,
-    ),
-)
+def _add(
+    name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **more: bool
+) -> None:
+    """Register a method whose guidance is the class `guidance` of `module`."""
+    make = partial(import_guidance, module, guidance)
+    METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **more))
+
+
+_add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, rewarded=False)
+_add("dreamdpo", DreamDpoSettings, "dreamdpo", "DreamDpo", lambda s: 2, judged=True)
+_add("rewardsds", RewardSdsSettings, "rewardsds", "RewardSds", lambda s: s.noises)
+_add("dreamreward", DreamRewardSettings, "dreamreward", "DreamReward", lambda s: 1)
+_add("psd", PsdSettings, "psd", "Psd", lambda s: 2, judged=True)
+_add("best-of-n", BestOfNSettings, "sds", "BestOfN", lambda s: s.samples)
 
 # Presets by name: our defaults, and those of released code where it differs.
 

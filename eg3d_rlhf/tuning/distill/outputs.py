@@ -61,7 +61,7 @@ def write(settings: DistillSettings, scene: Scene, run: Run, show: int) -> None:
         measured = {arm: scene.measures(asset, prompts) for arm, asset in arms.items()}
         table, judgements = compare(arms, pairs, scene.evaluator, measured)
         # The settings are part of the table, so that it can be understood without the run.
-        table |= {"judge": scene.evaluator_description, "settings": settings.to_dict()}
+        table |= {"evaluator": scene.evaluator_description, "settings": settings.to_dict()}
         run.write("compare.json", table)
         write_atomic(
             run.folder / "judgements.jsonl",
@@ -223,7 +223,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
             | {"Elo": row["elo"]["mean"]}
             for arm, row in arms.items()
         ]
-        sentences = [f"Held-out evaluator: {(table or {})['judge']}."]
+        sentences = [f"Held-out evaluator: {(table or {})['evaluator']}."]
         sentences += [
             f"{arm} beats {BASE} in {row['win_rate']:.1%} of pairs [{row['ci95'][0]:.1%},"
             f" {row['ci95'][1]:.1%}]."
@@ -235,7 +235,7 @@ def jobs(settings: DistillSettings, folder: Path, table: Mapping | None, shown: 
     def images(where: Path) -> Finding:
         (where / "grid.png").write_bytes((folder / "grid.png").read_bytes())
         caption = f"The first {shown} assets, one row per arm; prompt and seed are below them"
-        return Finding(facts=facts, data={}, pictures={caption: "grid.png"})
+        return Finding(facts=facts, data={}, images={caption: "grid.png"})
 
     def training_curves(where: Path) -> Finding:
         del where

@@ -184,10 +184,10 @@ def measures(asset: Asset, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
     targets = modes(tuple(numbers)).flatten(0, 1)
     return {
         "reward": load_reward(bundled.REWARD).score(asset).double(),
-        "watching reward": load_reward(bundled.WATCH).score(asset).double(),
+        "held-out reward": load_reward(bundled.WATCH).score(asset).double(),
         "utility": torch.tensor([utility(*pair).total for pair in pairs]),
         "distance": torch.tensor([distance(*pair) for pair in pairs]),
-        "error behind": torch.tensor([volume_error(*pair).total for pair in pairs]),
+        "back-of-head error": torch.tensor([volume_error(*pair).total for pair in pairs]),
         "rms": (images - targets)
         .square()
         .unflatten(0, (len(asset), -1))

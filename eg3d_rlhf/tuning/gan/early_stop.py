@@ -1,7 +1,7 @@
 """Early stop: a reward run keeps the snapshot that a second reward and the distance from the reference
 choose; no judge is asked.
 
-At each tick, on the watch's latents: the second reward's paired gain over the snapshot that is kept so far,
+At each tick, on the monitor's latents: the second reward's paired gain over the snapshot that is kept so far,
 in standard errors, and the density-consistency distance mean |sigma - sigma_ref|. The burden of proof is on
 what went further away: such a snapshot takes the place of the kept one where its gain is larger than
 `early_stop` standard errors, a nearer one where there is no loss. A snapshot further away than
@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.seeds import WATCH
+from eg3d_rlhf.core.seeds import MONITOR
 from eg3d_rlhf.core.spec import SlabSpec
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import KEPT, of, ws_of_seeds
-from eg3d_rlhf.tuning.gan.heldout_metrics import PSI
+from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, PREFIX, PSI
 from eg3d_rlhf.tuning.gan.phase import density_l1
 from eg3d_rlhf.tuning.gan.settings import EarlyStopConfig
 from training import networks
@@ -50,9 +51,9 @@ def replaces(config: EarlyStopConfig, distance: float, kept: float, gain: np.nda
 
 @torch.no_grad()
 def consistency(
-    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=WATCH.all, batch: int = 8
+    G: torch.nn.Module, G_ref: torch.nn.Module, resolution: int, seeds=MONITOR.all, batch: int = 8
 ) -> np.ndarray:
-    """Density-consistency distance [N] of seeds at the watch's truncation, on a grid of `resolution` points
+    """Density-consistency distance [N] of seeds at the monitor's truncation, on a grid of `resolution` points
     per edge of the whole cube.
     """
     distances = []
@@ -70,10 +71,10 @@ class EarlyStop(torch.nn.Module):
 
     Args:
         nets: that are trained; G_ref: the frozen reference; resolution: of the cubes whose distance is taken;
-            latents: of the watch.
+            latents: of the monitor.
     """
 
-    second: torch.Tensor  # [N] changes of the second reward
+    second: torch.Tensor  # [N] changes of the held-out reward; checkpoints have this name
     distance: torch.Tensor
     at: torch.Tensor  # images; -1: nothing is kept yet
     rendered: torch.Tensor  # resolution that the kept G renders
@@ -84,7 +85,7 @@ class EarlyStop(torch.nn.Module):
         G_ref: torch.nn.Module,
         config: EarlyStopConfig,
         resolution: int,
-        latents: int = WATCH.count,
+        latents: int = MONITOR.count,
     ):
         super().__init__()
         # a list hides it: it has its place in the checkpoint
@@ -106,7 +107,7 @@ class EarlyStop(torch.nn.Module):
         """Choose between the kept snapshot and the present one; adds to the statistics, returns a field for
         the status line.
 
-        Args: second [N]: the second reward's changes since the untuned generator, on the watch's latents.
+        Args: second [N]: the second reward's changes since the untuned generator, on the monitor's latents.
         """
         nets = loop.subject.nets
         distances = consistency(nets.G_ema, self._reference[0], self.resolution)
@@ -115,7 +116,7 @@ class EarlyStop(torch.nn.Module):
         if first or replaces(self.config, float(distances.mean()), float(self.distance), gain):
             self._keep(nets, loop.cur_nimg, second, float(distances.mean()))
             networks.save(loop.files.folder / KEPT, self.networks(nets))
-        stats["Watch/distance"] = {
+        stats[PREFIX + "distance"] = {
             "num": len(distances),
             "mean": float(distances.mean()),
             "std": float(distances.std()),
@@ -139,8 +140,8 @@ class EarlyStop(torch.nn.Module):
         self.ledger.append(
             {
                 "images": cur_nimg,
-                "second": stats["Watch/second"]["mean"],
-                "distance": stats["Watch/distance"]["mean"],
+                "heldout": stats[PREFIX + HELDOUT]["mean"],
+                "distance": stats[PREFIX + "distance"]["mean"],
                 "gain_over_kept": gain["mean"],
                 "gain_error": error,
                 "kept": int(stats["EarlyStop/images"]["mean"]),
@@ -150,7 +151,7 @@ class EarlyStop(torch.nn.Module):
     def restore(self, stats_file: Path) -> None:
         self.ledger = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = json.loads(line)
+            stats = version_0_1.gan_stats(json.loads(line))
             self._note(stats["nimg"], stats)
 
     def networks(self, nets: Networks) -> Networks:
@@ -165,7 +166,7 @@ class EarlyStop(torch.nn.Module):
             "images": int(self.at),
             "of": self.ledger[-1]["images"] if self.ledger else int(self.at),
             "distance": float(self.distance),
-            "second": float(self.second.mean()),
+            "heldout": float(self.second.mean()),
             "rule": dataclasses.asdict(self.config),
             "ticks": self.ledger,
         }

@@ -1,7 +1,7 @@
-"""Watch for over-optimisation: measures that the reward phase never sees, on fixed held-out latents, once per
-tick.
+"""Monitor of over-optimisation: measures that the reward phase does not use, on fixed held-out latents, once
+per tick.
 
-What it measures on a generator: rewards, and the annotator's noise-free utility.
+It measures rewards of a generator, and the simulated annotator's noise-free utility.
 
 Letters: N latents.
 """
@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from eg3d_rlhf.core.seeds import WATCH
+from eg3d_rlhf.core.seeds import MONITOR
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.preferences.settings import RESOLUTION
 from eg3d_rlhf.preferences.synthetic import judge_seeds, names_people
 from eg3d_rlhf.rewards.reward import Reward
 
+PREFIX = "Monitored/"  # of the names in stats.jsonl
+HELDOUT = "heldout"  # the measure of the held-out reward
 PSI = 0.7  # of the latents that rewards score
-JUDGE_RESOLUTION = RESOLUTION  # points along an edge of the cubes that the annotator judges
-WATCH_RESOLUTION = 48  # the same, once per tick
+ORACLE_RESOLUTION = RESOLUTION  # points along an edge of the cubes that the simulated annotator compares
+MONITOR_RESOLUTION = 48  # the same, once per tick
 
 Measure = Callable[[torch.nn.Module, Sequence[int]], np.ndarray]  # (G, seeds) -> [N], higher is better
 
 
-class Watch:
+class Monitor:
     """Deltas of several measures against the untuned generator.
 
     Args:
@@ -38,7 +41,7 @@ class Watch:
     """
 
     def __init__(
-        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = WATCH.all
+        self, measures: dict[str, Measure], G_ref: torch.nn.Module, seeds: Sequence[int] = MONITOR.all
     ):
         self.measures = measures
         self.seeds = seeds
@@ -50,13 +53,13 @@ class Watch:
         return {name: measure(G, self.seeds) for name, measure in self.measures.items()}
 
     def __call__(self, loop, stats: dict) -> dict[str, str]:
-        """Tick callback of the loop: adds 'Watch/<name>' deltas to the statistics, returns fields for the
+        """Tick callback of the loop: adds 'Monitored/<name>' deltas to the statistics, returns fields for the
         status line.
         """
         fields = {}
         for name, values in self._values(loop.subject.nets.G_ema).items():
             delta = self.latest[name] = values - self.initial[name]
-            stats[f"Watch/{name}"] = {
+            stats[f"{PREFIX}{name}"] = {
                 "num": len(delta),
                 "mean": float(delta.mean()),
                 "std": float(delta.std()),
@@ -71,7 +74,7 @@ class Watch:
         """Note an alarm where measures fell by more than two standard errors while the first one rose;
         returns what has fallen.
         """
-        (_, reward), *others = ((name, stats[f"Watch/{name}"]) for name in self.measures)
+        (_, reward), *others = ((name, stats[f"{PREFIX}{name}"]) for name in self.measures)
         errors = {name: m["std"] / np.sqrt(max(m["num"] - 1, 1)) for name, m in others}
         fallen = [
             name for name, m in others if reward["mean"] > 0 > m["mean"] and m["mean"] < -2 * errors[name]
@@ -83,7 +86,7 @@ class Watch:
     def restore(self, stats_file: Path) -> None:
         self.alarms = []
         for line in stats_file.read_text().splitlines() if stats_file.exists() else []:
-            stats = json.loads(line)
+            stats = version_0_1.gan_stats(json.loads(line))
             self._alarm(stats["nimg"], stats)
 
 
@@ -95,7 +98,7 @@ def rewards(G: torch.nn.Module, seeds: Sequence[int], reward: Reward, batch: int
 
 
 def utilities(
-    G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = JUDGE_RESOLUTION
+    G: Any, seeds: Sequence[int], psi: float = 1.0, resolution: int = ORACLE_RESOLUTION
 ) -> np.ndarray:
     """The annotator's noise-free utility [N] of a generator's seeds, each by the whole head that its latent
     names.
@@ -105,12 +108,14 @@ def utilities(
     )
 
 
-def make_watch(settings: dict, reward: Reward, G_ref: torch.nn.Module, second: Reward | None) -> Watch:
-    """Watch of a run: the reward itself, the second reward if any, and the utility for synthetic heads."""
-    named = {"reward": reward, "second": second}
+def make_monitor(settings: dict, reward: Reward, G_ref: torch.nn.Module, heldout: Reward | None) -> Monitor:
+    """Return the monitor of a run: of the reward, of the held-out reward if any, and of the utility for
+    synthetic heads.
+    """
+    named = {"reward": reward, HELDOUT: heldout}
     measures: dict[str, Measure] = {
         name: partial(rewards, reward=scorer) for name, scorer in named.items() if scorer is not None
     }
     if settings["data"].startswith("synthetic:") and names_people(of(G_ref)):
-        measures["utility"] = partial(utilities, resolution=WATCH_RESOLUTION)
-    return Watch(measures, G_ref)
+        measures["utility"] = partial(utilities, resolution=MONITOR_RESOLUTION)
+    return Monitor(measures, G_ref)

@@ -15,19 +15,22 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from eg3d_rlhf.core.field import Field
+from eg3d_rlhf.core.field import Field, RenderOptions, fixed_draws
 from eg3d_rlhf.core.seeds import CALIBRATION, STANDARDISATION
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.experiments.version_0_1 import drop_comparison_counter
 from eg3d_rlhf.generators import Generator, camera, device_of, latents, of, ws_of_seeds
 from eg3d_rlhf.rewards.evaluation import Network
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan.nose_floor import PSI as NOSE_PSI
-from eg3d_rlhf.tuning.gan.nose_floor import NoseFloor
 from eg3d_rlhf.tuning.gan.settings import RewardConfig, clip_range
 from training.gan_phases import Batch
 from training.phases import Loss, Phase
 
+# of the published frontal map that the nose floor reads: its edge; rows and columns 53..72
+PIXELS = 128
+FIRST = 53
+SIDE = 20
+NOSE_PSI = 0.25  # truncation of the untuned samples that set the nose floor
 CUTOFF = 14  # truncation cutoff of the method: all ws of the published backbone
 MOSTLY = 0.5  # share of untuned scores outside the trust region from which the user is warned
 
@@ -153,6 +156,59 @@ def clip_bounds(spec: str, initial_shaped: torch.Tensor) -> tuple[float, float]:
     return clip_range(spec, lambda share: torch.quantile(initial_shaped.float(), share).item())
 
 
+# The nose floor: a penalty on faces that come nearer to the frontal camera than any untuned one does. A depth
+# reward sees one side of a head, and a nose that grows towards the camera is the nearest way to a higher
+# score. h, w: rows and columns of the window.
+
+
+def floor_loss(depth: torch.Tensor, floor: float | torch.Tensor, violators: bool = False) -> torch.Tensor:
+    """Mean of (floor - depth)+ over a window, [N, h, w] -> [N], world units. Differentiable in depth.
+
+    Args: violators: the published mean, over those pixels alone that are nearer than the floor, so that one
+    counts as much as a thousand; 0 where there are none.
+    Deviates: published code takes that mean over all samples of a batch at once.
+    """
+    missing = torch.relu(floor - depth).flatten(1)  # [N, h * w]
+    return missing.sum(dim=1) / (missing > 0).sum(dim=1).clamp_min(1) if violators else missing.mean(dim=1)
+
+
+class NoseFloor(torch.nn.Module):
+    """Least depth d* of untuned faces in the middle of the frontal map, and the loss below it.
+
+    Args: generator: the untuned one; ws: its samples at NOSE_PSI, in batches [N, L, W]; kind: of NOSE_FLOORS,
+        see `floor_loss`.
+    """
+
+    floor: torch.Tensor
+
+    @torch.no_grad()
+    def __init__(self, generator: Generator, ws: torch.Tensor, kind: str):
+        super().__init__()
+        self.kind = kind
+        self._camera = window_camera(generator)
+        self.register_buffer(
+            "floor", torch.stack([self._depth(generator.field(part)).amin() for part in ws.split(16)]).amin()
+        )
+
+    def _depth(self, field: Field) -> torch.Tensor:
+        with fixed_draws():
+            return field.render(self._camera, RenderOptions(resolution=SIDE)).depth[:, 0]
+
+    def forward(self, field: Field) -> torch.Tensor:
+        return floor_loss(self._depth(field), self.floor, self.kind == "violators")
+
+
+def window_camera(generator: Generator) -> torch.Tensor:
+    """Label [1, 25] of a frontal camera whose pixels are rows and columns 53..72 of a picture of 128."""
+    with fixed_draws():  # the pose sampler draws, though to no effect
+        label = generator.cameras.label()
+        scale = PIXELS / SIDE
+    intrinsics = label[0, 16:25].view(3, 3)
+    intrinsics[:2, :2] *= scale
+    intrinsics[:2, 2] = (intrinsics[:2, 2] - FIRST / PIXELS) * scale
+    return label
+
+
 class RewardPhaseState(torch.nn.Module):
     """What the phase carries through a checkpoint: the frozen reference, the shaping's constants, the clip
     bounds, the nose floor.
@@ -190,7 +246,7 @@ class RewardTerms:
         self.reward = reward.eval().requires_grad_(False).arranged()
         G_ref = copy.deepcopy(G_ema).eval().requires_grad_(False)
         self.reference = of(G_ref)
-        self.cube = SlabSpec.of(self.generator.bounds, config.anchor_resolution)
+        self.cube = SlabSpec.of(self.generator.bounds, config.consistency_resolution)
         with torch.no_grad():
             shaping, bounds = self._calibrate()
             floor = None
@@ -222,9 +278,9 @@ class RewardTerms:
             warnings.warn(
                 f"--reward-clip: {found}. Use --reward-shaping=standardised, or other bounds.", stacklevel=2
             )
-        if self.config.anchor_gate < 1 and not (shaped > high).any():
+        if self.config.consistency_gate < 1 and not (shaped > high).any():
             found = f"no untuned score lies above {high:g}, so that no shape is held with full weight"
-            warnings.warn(f"--anchor-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
+            warnings.warn(f"--consistency-gate: {found}. Use e.g. --reward-clip=-10,q0.55.", stacklevel=2)
         return shaping, (low, high)
 
     def losses(self, batch: Batch) -> Iterator[Loss]:
@@ -257,7 +313,7 @@ class RewardTerms:
 
         def field(generator: Generator) -> Field:
             return generator.field(
-                generator.mapping(z, c, truncation_psi=config.anchor_psi, truncation_cutoff=CUTOFF)
+                generator.mapping(z, c, truncation_psi=config.consistency_psi, truncation_cutoff=CUTOFF)
             )
 
         sigma = field(self.generator).density_grid(self.cube)
@@ -272,12 +328,12 @@ class RewardTerms:
                 continue
             stats[statistic] = term(sigma, sigma_ref, self.generator.level)
             part = weight * stats[statistic]
-            if name == "lambda_sigma" and config.anchor_gate < 1:
-                stats["RLHF/held"] = self._gate(untuned, places)
-                part = part * stats["RLHF/held"]
+            if name == "lambda_sigma" and config.consistency_gate < 1:
+                stats["RLHF/consistency_weight"] = self._gate(untuned, places)
+                part = part * stats["RLHF/consistency_weight"]
             parts.append(part)
         loss = functools.reduce(torch.add, parts)
-        return Loss(loss, {**stats, "Loss/Grlhf/anchors": loss})
+        return Loss(loss, {**stats, "Loss/Grlhf/consistency": loss})
 
     @torch.no_grad()
     def _gate(self, untuned: Field, places: torch.Tensor) -> torch.Tensor:
@@ -285,7 +341,7 @@ class RewardTerms:
         get no push either.
         """
         shaped, _ = self.state.shaping(self.reward.network, self.reward.observation.observe(untuned), places)
-        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.anchor_gate)
+        return torch.where(shaped > self.state.bounds[1], 1.0, self.config.consistency_gate)
 
 
 def density_l1(sigma: torch.Tensor, sigma_ref: torch.Tensor, level: float | None = None) -> torch.Tensor:

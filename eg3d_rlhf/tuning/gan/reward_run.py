@@ -1,4 +1,4 @@
-"""A GAN run composed: data, networks, phases, reward, watch and loop; nothing is computed here."""
+"""A GAN run composed: data, networks, phases, reward, monitor and loop; nothing is computed here."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from eg3d_rlhf.rewards.observations import OBSERVATIONS
 from eg3d_rlhf.rewards.presets import presets_of
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward, untaught
 from eg3d_rlhf.tuning.gan.early_stop import EarlyStop
-from eg3d_rlhf.tuning.gan.heldout_metrics import Watch, make_watch
+from eg3d_rlhf.tuning.gan.heldout_metrics import HELDOUT, Monitor, make_monitor
 from eg3d_rlhf.tuning.gan.phase import RewardTerms, reward_phase
 from eg3d_rlhf.tuning.gan.settings import Settings
 from training import networks
@@ -125,7 +125,7 @@ def input_files(s: Settings) -> dict[str, Path]:
     if s.reward.reward != "none":
         named = {
             "reward": s.reward.reward_ckpt,
-            "watch": s.reward.reward_watch,
+            "heldout": s.reward.heldout_reward,
             "reference": s.reward.reference,
         }
         files |= {name: Path(path) for name, path in named.items() if path is not None}
@@ -140,7 +140,7 @@ class Objects:
     nets: networks.Networks  # that it trains
     before: torch.nn.Module | None = None  # with a reward, on the first rank: the untuned generator
     reward: Reward | None = None
-    watch: Watch | None = None
+    monitor: Monitor | None = None
     early_stop: EarlyStop | None = None  # which of its snapshots is kept
 
 
@@ -165,12 +165,12 @@ def build(s: Settings, files: Run) -> Objects:
     phases = GanPhases(G, D, s.gan, augment).phases()
     reward = None
     before = None
-    watch = None
+    monitor = None
     early = None
     if s.reward.reward != "none":
         reward = open_reward(s, of(nets.G_ema), device)
-        with naming("--reward-watch"):
-            second = None if s.reward.reward_watch is None else load_reward(s.reward.reward_watch, device)
+        with naming("--heldout-reward"):
+            second = None if s.reward.heldout_reward is None else load_reward(s.reward.heldout_reward, device)
             if second is not None and second.is_member_of(reward):
                 raise ValueError(
                     "expected a reward that does not tune, got a member of --reward-ckpt. Train one on other"
@@ -182,7 +182,7 @@ def build(s: Settings, files: Run) -> Objects:
                 f"--reward={s.reward.reward}: expected a reward that reads this, got one of {kind}. Pass"
                 f" --reward={kind}."
             )
-        for flag, scorer in (("--reward-ckpt", reward), ("--reward-watch", second)):
+        for flag, scorer in (("--reward-ckpt", reward), ("--heldout-reward", second)):
             if scorer is not None and ranks.main:
                 check_reward(scorer, of(nets.G_ema), flag)
         reference = (
@@ -191,13 +191,13 @@ def build(s: Settings, files: Run) -> Objects:
         if ranks.main:
             print("Measuring the untuned generator on held-out latents (a few seconds).", flush=True)
             before = copy.deepcopy(reference).eval().requires_grad_(False)
-            watch = make_watch(s.to_dict(), reward, before, second)
+            monitor = make_monitor(s.to_dict(), reward, before, second)
         if s.reward.terms.lambda_r > 0:
             terms = RewardTerms(G, reference, reward, s.reward.terms)
             phases.append(reward_phase(terms, lazy_adam(G, s.reward.rlr)))
             if s.reward.keeping.early_stop is not None:
                 early = EarlyStop(
-                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.anchor_resolution
+                    nets, terms.state.G_ref, s.reward.keeping, s.reward.terms.consistency_resolution
                 ).to(device)
     workers = default_workers(dataset, ranks) if s.run.workers is None else s.run.workers
     gan = Gan(nets, dataset, s.gan, s.loop, augment_pipe=augment, ranks=ranks, workers=workers)
@@ -208,20 +208,20 @@ def build(s: Settings, files: Run) -> Objects:
         s.loop,
         files,
         options=s.to_dict(),
-        on_tick=observers(watch, early),
+        on_tick=observers(monitor, early),
         ranks=ranks,
         carries=carries,
     )
-    return Objects(loop, nets, before, reward, watch, early)
+    return Objects(loop, nets, before, reward, monitor, early)
 
 
-def observers(watch: Watch | None, early: EarlyStop | None):
-    """What the loop calls at each tick: the watch, then the early stop, which reads what the watch has
-    measured.
+def observers(monitor: Monitor | None, early: EarlyStop | None):
+    """What the loop calls at each tick: the monitor, then the early stop, which reads what the monitor
+    has measured.
     """
-    if watch is None or early is None:
-        return watch
-    return lambda loop, stats: {**watch(loop, stats), **early.tick(loop, stats, watch.latest["second"])}
+    if monitor is None or early is None:
+        return monitor
+    return lambda loop, stats: {**monitor(loop, stats), **early.tick(loop, stats, monitor.latest[HELDOUT])}
 
 
 def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
@@ -231,8 +231,8 @@ def go_on(s: Settings, run: Run, source: Path, previous: bool) -> Objects:
     """
     objects = build(s, run)  # weights come from the state
     objects.loop.resume(source, previous)
-    if objects.watch is not None:
-        objects.watch.restore(run.folder / STATS)
+    if objects.monitor is not None:
+        objects.monitor.restore(run.folder / STATS)
         if objects.early_stop is not None:
             objects.early_stop.restore(run.folder / STATS)
     return objects

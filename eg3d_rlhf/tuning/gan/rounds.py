@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from eg3d_rlhf.core.cli import choose_device, file_hash, naming
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.mode import Flags
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import OPTIONS, STATS, Run
@@ -41,6 +42,7 @@ from eg3d_rlhf.rewards.settings import RewardRun, default_options, with_changes
 from eg3d_rlhf.rewards.training_run import REPORT, TRAINING
 from eg3d_rlhf.tuning.gan import reward_run as gan
 from eg3d_rlhf.tuning.gan.early_stop import consistency
+from eg3d_rlhf.tuning.gan.heldout_metrics import PREFIX
 from eg3d_rlhf.tuning.gan.settings import LAST, PEOPLE, RoundConfig, Settings
 from training import storage
 from training.distributed import Ranks
@@ -82,7 +84,7 @@ class Ledger:
             found = self.store.find(self._kind(entry, step), {"after": self._last})
             if found is None:
                 break
-            entry[step] = dict(found.record)
+            entry[step] = version_0_1.ledger_step(found.record)
             self._last = found.content
         if len(entry) > 1:
             self.rounds.append(entry)
@@ -175,15 +177,15 @@ def run_rounds(count: int, ledger: Ledger, work: "Rounds") -> bool:
 
 
 def table(ledger: Ledger) -> list[str]:
-    """Lines that show the rounds side by side; the watch's figures are changes since the untuned generator,
+    """Lines that show the rounds side by side; the monitored figures are changes since the untuned generator,
     of one round's own reward.
     """
-    lines = ["round  labels  pooled  noise   test   distance  watch"]
+    lines = ["round  labels  pooled  noise   test   distance  monitored"]
     for entry in ledger.rounds:
         labels, reward, tuned = (entry.get(step, {}) for step in STEPS)
         noise = labels.get("noise")
         test = reward.get("test_accuracy")
-        watch = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("watch", {}).items())
+        monitored = "  ".join(f"{name} {value:+.3f}" for name, value in tuned.get("monitored", {}).items())
         shown = [
             "-" if value is None else form.format(value)
             for value, form in ((noise, "{:.3f}"), (test, "{:.3f}"))
@@ -191,7 +193,7 @@ def table(ledger: Ledger) -> list[str]:
         distance = f"{tuned['distance']:.3f}" if "distance" in tuned else "-"
         lines.append(
             f"{entry['round']:<5d}  {labels.get('count', 0):<6d}  {reward.get('pooled', 0):<6d} "
-            f" {shown[0]:<6s}  {shown[1]:<5s}  {distance:<8s}  {watch}"
+            f" {shown[0]:<6s}  {shown[1]:<5s}  {distance:<8s}  {monitored}"
         )
     return lines
 
@@ -219,9 +221,9 @@ def check(s: Settings, ranks: Ranks) -> None:
         people()
     nets = gan.open_networks(s, gan.open_dataset(s).resolution)
     check_fit(nets, s.gan, s.loop, 1)
-    if s.reward.reward_watch is not None:
-        with naming("--reward-watch"):
-            check_reward(load_reward(s.reward.reward_watch), load_generator(pretrained(s)).generator)
+    if s.reward.heldout_reward is not None:
+        with naming("--heldout-reward"):
+            check_reward(load_reward(s.reward.heldout_reward), load_generator(pretrained(s)).generator)
 
 
 def pretrained(s: Settings) -> Path:
@@ -389,7 +391,7 @@ class Rounds:
         print(f"Round {number}: tuning.", flush=True)
         self.tune(settings, folder)
         ticks = (
-            [json.loads(line) for line in (folder / STATS).read_text().splitlines()]
+            [version_0_1.gan_stats(json.loads(line)) for line in (folder / STATS).read_text().splitlines()]
             if (folder / STATS).is_file()
             else []
         )
@@ -400,18 +402,18 @@ class Rounds:
         after = load_generator(path, self.device)
         before = load_generator(self.first, self.device)
         tick = next((tick for tick in ticks if tick["nimg"] == after.nets.cur_nimg), ticks[-1])
-        watched = {
-            name.removeprefix("Watch/"): value["mean"]
+        monitored = {
+            name.removeprefix(PREFIX): value["mean"]
             for name, value in tick.items()
-            if name.startswith("Watch/")
+            if name.startswith(PREFIX)
         }
-        watched.pop("distance", None)  # stated apart, whether an early stop took it or not
-        distance = consistency(after.G, before.G, settings.reward.terms.anchor_resolution)
+        monitored.pop("distance", None)  # stated apart, whether an early stop took it or not
+        distance = consistency(after.G, before.G, settings.reward.terms.consistency_resolution)
         figures = {
             "generator": after.hash,
             "images": after.nets.cur_nimg,
             "distance": float(distance.mean()),
-            "watch": watched,
+            "monitored": monitored,
             "start": self.s.rounds.round_start,
         }
         return figures, [path]
@@ -436,7 +438,11 @@ def work(s: Settings, run: Run, tune: Tune) -> None:
     ledger = Ledger(run.folder)
     if run_rounds(s.rounds.rounds, ledger, Rounds(s, run.folder, tune)):
         last = run.folder / f"round-{s.rounds.rounds}" / "tuning"
-        summary = json.loads((last / SUMMARY).read_text()) if (last / SUMMARY).is_file() else {}
+        summary = (
+            version_0_1.summary(json.loads((last / SUMMARY).read_text()))
+            if (last / SUMMARY).is_file()
+            else {}
+        )
         run.write(SUMMARY, {**summary, "rounds": ledger.rounds, "seconds": time.time() - run.began})
         print("\n" + "\n".join(table(ledger)))
         print(

@@ -39,7 +39,7 @@ PEOPLE = "people"
 PRETRAINED = "pretrained"
 LAST = "last"
 SHAPINGS = ("none", "standardised", "softplus", "reference")  # see eg3d_rlhf.tuning.gan.phase
-NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.nose_floor
+NOSE_FLOORS = ("window", "violators")  # see eg3d_rlhf.tuning.gan.phase
 DEMO_KIMG = 0.6  # thousand images of the bundled tuning run
 _rare_rounds_knob = functools.partial(knob, group=ROUNDS, rare=True)
 _reward_knob = functools.partial(knob, group=REWARD, control=False)
@@ -99,7 +99,7 @@ class RewardConfig:
         "Its mean, over the window's pixels or the violators alone (published).",
         choices=NOSE_FLOORS,
     )
-    anchor_gate: float = _reward_knob(
+    consistency_gate: float = _reward_knob(
         1.0,
         "Share of the consistency weight for shapes that scored below the clip's HIGH before tuning; 1: the"
         " same for all.",
@@ -113,10 +113,10 @@ class RewardConfig:
         metavar="LOW,HIGH|iqr|none",
     )
     reward_shaping: str = _reward_knob("none", "How the score enters the loss.", choices=SHAPINGS)
-    anchor_resolution: int = _reward_knob(
+    consistency_resolution: int = _reward_knob(
         64, "Grid points per edge of the whole cube that is held to the reference.", low=2, flag=False
     )
-    anchor_psi: float = _rare_reward_knob(
+    consistency_psi: float = _rare_reward_knob(
         0.7, "Truncation of the samples that are held to the reference.", metavar="PSI", low=0
     )
     truncation_psi: float = 1.0  # of the samples that are scored
@@ -124,17 +124,18 @@ class RewardConfig:
     def __post_init__(self):
         check_knobs(self)
         _, high = clip_range(self.reward_clip)
-        if self.anchor_gate == 1:
+        if self.consistency_gate == 1:
             return
         if self.lambda_sigma == 0:
             raise ValueError(
-                f"--anchor-gate={self.anchor_gate:g}: expected --lambda-sigma above 0, got 0. Give it, or"
-                " leave this out."
+                f"--consistency-gate={self.consistency_gate:g}: expected --lambda-sigma above 0, got 0. Give"
+                " it, or leave this out."
             )
         if high == float("inf") and self.reward_clip != "iqr":
             clip = f"--reward-clip with a HIGH, got {self.reward_clip}"
             raise ValueError(
-                f"--anchor-gate={self.anchor_gate:g}: expected {clip}. Write e.g. --reward-clip=-10,q0.55."
+                f"--consistency-gate={self.consistency_gate:g}: expected {clip}. Write e.g."
+                " --reward-clip=-10,q0.55."
             )
 
 
@@ -251,7 +252,7 @@ class RewardSettings(Knobs):
         metavar="none|KIND",
     )
     reward_ckpt: str | None = _reward_knob(None, "Trained reward.", metavar="FILE", shown="bundled")
-    reward_watch: str | None = _reward_knob(
+    heldout_reward: str | None = _reward_knob(
         None,
         "Second reward, never trained on, that must not fall while the first rises.",
         metavar="FILE",

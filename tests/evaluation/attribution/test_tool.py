@@ -34,7 +34,7 @@ def check_error(result, *names):
 
 
 def test_dry_run_is_json(tmp_path):
-    found = json.loads(call("--dry-run", "--n=3", f"--out={tmp_path}").stdout)
+    found = json.loads(call("--dry-run", "--n=3", f"--outdir={tmp_path}").stdout)
     assert (
         found["regions"] == "people" and found["psi"] == 1 and found["n"] == 3 and found["method"] == "exact"
     )
@@ -56,12 +56,18 @@ def test_dry_run_is_json(tmp_path):
     ],
 )
 def test_wrong_settings(tmp_path, arguments, names):
-    check_error(call(*arguments, "--n=2", f"--out={tmp_path / 'out'}"), *names)
+    check_error(call(*arguments, "--n=2", f"--outdir={tmp_path / 'out'}"), *names)
 
 
 @pytest.mark.long
 def test_no_change_attributes_nothing(tmp_path):
-    arguments = ["--regions=boxes", "--n=2", "--set=draws=2", "--set=checked=1", f"--out={tmp_path}"]
+    arguments = [
+        "--regions=boxes",
+        "--n=2",
+        "--set=randomisations=2",
+        "--set=checked=1",
+        f"--outdir={tmp_path}",
+    ]
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     data = json.loads((tmp_path / "data" / "shapley.json").read_text())["data"]
@@ -98,10 +104,10 @@ def test_a_reward_that_reads_no_slab_is_divided_by_labels_of_its_own_shape(tmp_p
         f"--reward-ckpt={reward}",
         "--device=cpu",
         "--n=2",
-        "--set=draws=2",
+        "--set=randomisations=2",
         "--set=checked=1",
     ]
-    flags.append(f"--out={tmp_path / 'out'}")
+    flags.append(f"--outdir={tmp_path / 'out'}")
     boxes = CliRunner().invoke(main, [*flags, "--regions=boxes"])
     check_error(boxes, "--regions=boxes", "frontal-depth", "[16, 16]", "--regions=FILE")
     np.save(tmp_path / "halves.npy", np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0))
@@ -124,9 +130,9 @@ def test_the_parts_of_heads_of_people_divide_the_difference(tmp_path, changed):
         f"--after={changed}",
         "--device=cpu",
         "--n=2",
-        "--set=draws=2",
+        "--set=randomisations=2",
         "--set=checked=1",
-        f"--out={tmp_path / 'out'}",
+        f"--outdir={tmp_path / 'out'}",
     ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

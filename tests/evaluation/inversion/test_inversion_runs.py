@@ -15,7 +15,7 @@ from eg3d_rlhf.evaluation.inversion import inversion_report as report
 from eg3d_rlhf.evaluation.inversion import inversion_runs as running
 from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
-from eg3d_rlhf.evaluation.inversion.targets import Judges, measure, parse_camera, turned
+from eg3d_rlhf.evaluation.inversion.targets import Evaluators, measure, parse_camera, turned
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera
 from eg3d_rlhf.modes import inversion as invert
@@ -37,7 +37,7 @@ def setup(loaded, perceptual, prior, cases, reward, guidance):
             perceptual=perceptual,
             prior=prior,
             guidance=guidance,
-            judges=Judges(reward=reward),
+            evaluators=Evaluators(reward=reward),
             cases=cases,
             weights=[0.0, 0.3],
             config=dataclasses.replace(CONFIG, **change),
@@ -115,7 +115,7 @@ def test_what_is_measured(setup, tmp_path):
         (t, a) for t in ("seed5", "seed6") for a in ("truth", "w", "0", "0.3")
     ]
     last = records[-1]
-    assert set(last) == {"target", "arm", *report.BY_NAME} - {"judge"} and set(records[0]) == {
+    assert set(last) == {"target", "arm", *report.BY_NAME} - {"evaluator"} and set(records[0]) == {
         "target",
         "arm",
         "reward",
@@ -126,7 +126,7 @@ def test_what_is_measured(setup, tmp_path):
     assert change == pytest.approx(
         np.mean([records[3]["psnr"] - records[2]["psnr"], records[7]["psnr"] - records[6]["psnr"]])
     )
-    assert "moved" in summary["measures"] and "judge" not in summary["measures"]
+    assert "moved" in summary["measures"] and "evaluator" not in summary["measures"]
 
 
 def test_the_truth_itself_has_no_error(loaded, perceptual, prior, cases, setup):
@@ -134,21 +134,21 @@ def test_the_truth_itself_has_no_error(loaded, perceptual, prior, cases, setup):
     generator = loaded.generator
     pivot = generator.field(case.truth.ws).density_grid(cube_of(generator))
     exact = measure(
-        generator, case, case.truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges()
+        generator, case, case.truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Evaluators()
     )
     other = measure(
-        generator, case, cases[1].truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Judges()
+        generator, case, cases[1].truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Evaluators()
     )
     assert exact["moved"] == 0 < other["moved"]
     assert all(exact[name] > other[name] for name in ("psnr", "psnr_side"))
     assert all(exact[name] < other[name] for name in ("mse", "depth", "depth_side", "perceptual"))
 
 
-def rows(psnrs, rewards, judges):
+def rows(psnrs, rewards, evaluators):
     return [
-        {"target": f"t{i}", "arm": arm, "psnr": p + i, "reward": r + i, "judge": j + i}
+        {"target": f"t{i}", "arm": arm, "psnr": p + i, "reward": r + i, "evaluator": j + i}
         for i in range(4)
-        for arm, p, r, j in zip(("0", "0.1", "1"), psnrs, rewards, judges, strict=True)
+        for arm, p, r, j in zip(("0", "0.1", "1"), psnrs, rewards, evaluators, strict=True)
     ]
 
 
@@ -209,7 +209,7 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     assert (
         found["perceptual"].startswith("head-factors-")
         and found["perceptual"] in result.stdout
-        and found["judge"] == "none"
+        and found["evaluator"] == "none"
     )
     assert {record["arm"] for record in found["records"]} == {"truth", "w", "0", "0.5"} and "psnr" in found[
         "measures"
@@ -230,27 +230,27 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
 
 MISTAKES = {  # flags -> what the line names
     "no target": ([], ["--image", "--latents"]),
-    "weights": (["--seeds=1", "--weights=0,-1"], ["--weights", ">= 0", "-1"]),
+    "weights": (["--latents=1", "--weights=0,-1"], ["--weights", ">= 0", "-1"]),
     "latents": (["--latents=3-1"], ["--latents", "3-1"]),
-    "camera": (["--seeds=1", "--camera=1,2,3"], ["--camera", "25 numbers", "3"]),
+    "camera": (["--latents=1", "--camera=1,2,3"], ["--camera", "25 numbers", "3"]),
     "camera file": (
-        ["--seeds=1", "--camera={tmp}/none.json"],
+        ["--latents=1", "--camera={tmp}/none.json"],
         ["--camera", "YAW,PITCH", "25 numbers", "none.json"],
     ),
     "large image": (["--image={tmp}/large.png"], ["--image", "32 x 32", "40 x 32"]),
     "empty mask": (["--image={tmp}/fit.png", "--mask={tmp}/fit.png"], ["--mask", "white"]),
     "no image": (["--image={tmp}/text.png"], ["--image", "text.png"]),
-    "mask of a seed": (["--seeds=1", "--mask={tmp}/fit.png"], ["--mask", "--latents"]),
+    "mask of a seed": (["--latents=1", "--mask={tmp}/fit.png"], ["--mask", "--latents"]),
     "start": (
         ["--image={tmp}/fit.png", "--set=start=truth"],
         ["--set start=", "mean", "--image", "truth"],
     ),
     "features": (
-        ["--seeds=1", "--set=perceptual={tmp}/text.png"],
+        ["--latents=1", "--set=perceptual={tmp}/text.png"],
         ["--set perceptual=", "TorchScript", "text.png"],
     ),
     "another box": (
-        ["--seeds=1", "--reward-ckpt={tmp}/wide.safetensors"],
+        ["--latents=1", "--reward-ckpt={tmp}/wide.safetensors"],
         ["--reward-ckpt", "box_warp", "2.0", "1"],
     ),
     "nothing to resume": (["--resume={tmp}"], ["--resume", "{tmp}", "training_options.json"]),
@@ -279,7 +279,7 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
 
 def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
     result = tool(
-        "--seeds=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
+        "--latents=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

@@ -29,7 +29,9 @@ def ball() -> str:
 
 def attribution_page(c: Comparison, out: Path) -> Path:
     """Write the report of two latents; returns the page."""
-    settings = Settings(method="permutation", permutations=2, steps=4, draws=2, checked=1, gap_bound=1.0)
+    settings = Settings(
+        method="permutation", permutations=2, steps=4, randomisations=2, checked=1, gap_bound=1.0
+    )
     study = Study(dataclasses.replace(c, n=2, memory={}), settings)
     parts = report.jobs(study)
     findings = pages.run(parts, out, quiet=True)

@@ -11,10 +11,9 @@ import trimesh
 from eg3d_rlhf.measures.meshes import space as space_module
 from eg3d_rlhf.measures.meshes.clean import clean_mesh
 from eg3d_rlhf.measures.meshes.edges import Edges
-from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
+from eg3d_rlhf.measures.meshes.mesh_measures import inside_distance, measure_mesh, verdict
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import OFFSET, Space, directions, sample
-from eg3d_rlhf.measures.meshes.static_stability import inside_distance, verdict
 
 pytest.importorskip("igl", reason="extra solid")
 # by the samples

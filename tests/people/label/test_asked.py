@@ -101,7 +101,7 @@ def test_every_question_and_no_other_is_voted_on(store, choice, votes, names):
     ],
 )
 def test_questions_that_cannot_be_asked_are_rejected(store, written):
-    with raising("--questions"):
+    with raising("--criteria"):
         begin(store, questions=tuple(written.split(",")))
     assert store.campaigns() == []
 
@@ -118,12 +118,12 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure")
     )
     rows = list(store.judgements())
-    labels = store_preferences(store, LabelFilters(question="geometry"))
+    labels = store_preferences(store, LabelFilters(criterion="geometry"))
     seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
     assert [(label.winner, label.tie) for label in labels] == list(
         zip(seeds, (False, False, True), strict=True)
     )
-    export_labels(store, tmp_path / "ears.csv", question="ears")
+    export_labels(store, tmp_path / "ears.csv", criterion="ears")
     assert (tmp_path / "ears.csv").read_text().count("\n") == 4
     figures = {entry["name"]: entry for entry in quality_report(rows)["questions"]}
     assert {k: figures["geometry"][k] for k in ("n", "left", "right", "tie", "decided", "as_overall")} == {
@@ -134,8 +134,8 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         "decided": 2,
         "as_overall": 1,
     }
-    with raising("question", "ears", "geometry", "'hair'"):
-        store_preferences(store, LabelFilters(question="hair"))
+    with raising("criterion", "ears", "geometry", "'hair'"):
+        store_preferences(store, LabelFilters(criterion="hair"))
 
 
 def two_generators() -> list[PlannedPair]:
@@ -326,11 +326,11 @@ def test_flags_of_what_is_asked(tmp_path):
     usual = resolved(tmp_path)
     assert (usual["both_bad"], usual["questions"], usual["reveal"]) == (True, [], False)
     assert resolved(tmp_path, "--single=thumbs")["both_bad"] is False
-    assert resolved(tmp_path, "--questions=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
+    assert resolved(tmp_path, "--criteria=geometry, ears=Which?")["questions"] == ["geometry", "ears=Which?"]
     rejected(dry_run(tmp_path, "--single=thumbs", "--set=both_bad=true"), "--set both_bad=VALUE", "pairs")
-    rejected(dry_run(tmp_path, "--questions=prompt"), "--questions", "'prompt'", "--assets")
-    result = dry_run(tmp_path, "--questions=hair")
-    rejected(result, "--questions", "geometry", "texture", "prompt", "NAME=TEXT", "'hair'")
+    rejected(dry_run(tmp_path, "--criteria=prompt"), "--criteria", "'prompt'", "--assets")
+    result = dry_run(tmp_path, "--criteria=hair")
+    rejected(result, "--criteria", "geometry", "texture", "prompt", "NAME=TEXT", "'hair'")
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         store.create_campaign(CampaignSettings(name="labels", extra={"flags": {"both_bad": False}}), plan(2))
     assert (

@@ -126,9 +126,9 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
         given = ["--pipeline=toy", f"--prompts={write_prompts(tmp_path / 'prompts.txt', NAMES[:6])}"]
     else:
         write_conditions(tmp_path / "given.safetensors", tokens(NAMES[:6]))
-        given = [f"--pipeline={write_trellis(tmp_path / 'ROOT')}", "--conditions=given.safetensors"]
+        given = [f"--pipeline={write_trellis(tmp_path / 'ROOT')}", "--conditioning=given.safetensors"]
     flow("new", "WORK", *given, "--each=3", "--set=split=0.3,0.2,0.5", "--device=cpu")
-    flow("draw", "WORK", "--device=cpu")
+    flow("sample", "WORK", "--device=cpu")
     work = Work.open(tmp_path / "WORK")
     assert {name for names in work.splits.values() for name in names} == set(NAMES[:6])
     choices = iter(("left", "right", "left", "tie", "right", "left"))

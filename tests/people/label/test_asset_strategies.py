@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import read_collection
-from eg3d_rlhf.people.label.assets.scores import mesh_ensemble
 from eg3d_rlhf.people.label.entities import Choice
+from eg3d_rlhf.people.label.launch import mesh_ensemble
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.preferences.pair_strategies.by_scores import disagreement
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh

@@ -328,7 +328,7 @@ def test_a_plan_that_would_reach_held_out_seeds_is_rejected(held, tmp_path):
 
 
 def test_campaigns_tables_and_archives_are_rejected_whole_and_a_study_is_not(store, tmp_path):
-    with raising("campaign c", "300030 (watch"):
+    with raising("campaign c", "300030 (monitor"):
         store.create_campaign(CampaignSettings(name="c"), plan(3, start=300_030))
     (tmp_path / "table.csv").write_text(",rank1,rank2\n0,5,6\n1,7,200003\n")
     with raising("campaign", "table", "200003 (latents"):
@@ -424,7 +424,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
         "--preset=tiny",
         "--epochs=1",
         "--resolution=24",
-        "--anchors=0",
+        "--reference-samples=0",
         f"--network={tiny_networks}",
         f"--out={out}",
     )

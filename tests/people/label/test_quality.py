@@ -330,6 +330,6 @@ def test_the_command_prints_text_json_and_csv(store, tmp_path):
         ("trellis", 25, 15, 5),
         ("hunyuan", 25, 5, 5),
     ]
-    rejected(run("--question=texture"), "--question", "texture")
+    rejected(run("--criterion=texture"), "--criterion", "texture")
     rejected(run("--campaign=x"), "--campaign", "`status`")
     rejected(run("--campaign=one"), "--campaign", "single")

@@ -88,7 +88,7 @@ def report(pictured):
 
 
 def test_the_report_shows_the_pairs_at_both_ends(report):
-    ends = report["pictures"]
+    ends = report["images"]
     assert all(p["win_rate"] > 0.5 for p in ends["best"]) and all(p["win_rate"] < 0.5 for p in ends["worst"])
     assert len(ends["best"]) == 1 and ends["best"][0]["win_rate"] == max(
         p["win_rate"] for p in report["pairs"]
@@ -108,7 +108,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(report, tmp_pat
     assert "<after>" not in text and "<b>Eve" not in text and "&lt;b&gt;Eve&lt;/b&gt;" in text
     assert re.search(r"@media \(prefers-color-scheme: ?dark\)", text) and re.search(r"@media\s+print", text)
     assert "<svg" in text and report["design"]["hash"] in text
-    assert text.count("<img") == 2 * sum(len(pairs) for pairs in report["pictures"].values())
+    assert text.count("<img") == 2 * sum(len(pairs) for pairs in report["images"].values())
 
 
 def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_page(pictured, tmp_path):
@@ -118,7 +118,7 @@ def test_interim_reports_are_named_so_and_one_on_nothing_that_counts_is_still_a_
     assert (
         page.name == "interim-report.html"
         and 'class="interim"' in page.read_text()
-        and analysis["pictures"] is None
+        and analysis["images"] is None
     )
     analysis = reports.compute(design, [replace(r, milliseconds=1) for r in rows], pictures=2)
     _, page = reports.write(analysis, tmp_path)

@@ -53,10 +53,10 @@ def test_random_sides_cancel_the_side_bias_and_fixed_sides_do_not():
     equals = {"preference": 0.5, "left_bias": 0.65, "tie_share": 0.0}
     # a difference out of nothing
     fair, unfair = (coverage(SimulationOptions(**equals, random_sides=random)) for random in (True, False))
-    assert 0.03 <= fair["intervals"]["clustered"]["rejects_half"] <= 0.07  # false alarms, as designed
+    assert 0.03 <= fair["intervals"]["clustered"]["rejects_50_percent"] <= 0.07  # false alarms, as designed
     assert (
-        fair["intervals"]["wilson"]["rejects_half"] > 0.1
-        and unfair["intervals"]["clustered"]["rejects_half"] > 0.7
+        fair["intervals"]["wilson"]["rejects_50_percent"] > 0.1
+        and unfair["intervals"]["clustered"]["rejects_50_percent"] > 0.7
     )
 
 

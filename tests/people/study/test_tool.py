@@ -78,11 +78,11 @@ def test_a_study_from_design_to_report(pair, tmp_path, served):
         run(f"--outdir={folder}").exit_code == 0 and run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     )
     stopped(run("report", f"--outdir={folder}"), "mine", "12", "0", "--interim")
-    early = run(f"--outdir={folder}", "report", "--interim", "--pictures=0")
+    early = run(f"--outdir={folder}", "report", "--interim", "--images=0")
     assert early.exit_code == 0 and "0 of 12" in early.stdout and (folder / "interim-report.html").is_file()
     answer_all(folder, Person("ann", 0.9), Person("bob", 0.9))
     stopped(run(f"--outdir={folder}"), "mine", "12 of 12", f"report --outdir={folder}")
-    done = run("report", f"--outdir={folder}", "--pictures=1")
+    done = run("report", f"--outdir={folder}", "--images=1")
     assert done.exit_code == 0 and " 12 " in done.stdout, done.output
     report = json.loads((folder / "report.json").read_text())
     assert report["answered"] == 12 and not report["interim"] and (folder / "report.html").is_file()

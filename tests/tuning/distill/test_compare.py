@@ -26,7 +26,7 @@ def table(**arms):
     data, judgements = compare(
         {name: Assets(values) for name, values in arms.items()}, PAIRS, Larger(), measured
     )
-    return {**data, "judge": "size"}, judgements
+    return {**data, "evaluator": "size"}, judgements
 
 
 def test_win_rates_count_ties_half_whatever_the_order_of_arms():
@@ -67,7 +67,7 @@ def test_measures_leave_out_what_does_not_apply():
         and data["arms"]["b"]["measures"]["share"]["n"] == 2
     )
     assert set(data["arms"]["b"]["measures"]) == {"share"} and "unmeasured" not in markdown(
-        {**data, "judge": "size"}
+        {**data, "evaluator": "size"}
     )
 
 

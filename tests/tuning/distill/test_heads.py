@@ -145,8 +145,8 @@ def test_reward_and_judges_follow_its_sign(tmp_path):
     kept, inverted, dealt = (
         arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random")
     )
-    for name in ("reward", "watching reward", "utility"):
+    for name in ("reward", "held-out reward", "utility"):
         assert (
             kept[name]["ci95"][0] > 0 > inverted[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
         ), name
-    assert kept["error behind"]["mean"] < 0 < inverted["error behind"]["mean"]
+    assert kept["back-of-head error"]["mean"] < 0 < inverted["back-of-head error"]["mean"]

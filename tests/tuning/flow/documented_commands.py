@@ -11,9 +11,9 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 import train
-from eg3d_rlhf.modes.flow_draw import draw
 from eg3d_rlhf.modes.flow_export import export_command
 from eg3d_rlhf.modes.flow_new import new
+from eg3d_rlhf.modes.flow_sample import sample
 from eg3d_rlhf.modes.flow_tune import tune_command
 
 PAGES = Path(__file__).resolve().parents[3] / "docs"
@@ -21,11 +21,11 @@ FEW = "--steps=2 --batch=2 --lr=0.02 --set=warmup=0 --device=cpu".split()
 COMMANDS = {
     "python train.py ": train.main,
     "eg3d-rlhf flow new ": new,
-    "eg3d-rlhf flow draw ": draw,
+    "eg3d-rlhf flow sample ": sample,
     "eg3d-rlhf flow tune ": tune_command,
     "eg3d-rlhf flow export ": export_command,
 }
-NAMES = {train.main: "train", new: "new", draw: "draw", tune_command: "pairs", export_command: "export"}
+NAMES = {train.main: "train", new: "new", sample: "sample", tune_command: "pairs", export_command: "export"}
 
 
 def section_of(page: str, section: str) -> list[str]:
@@ -65,7 +65,7 @@ def run_section(
         assert done.exit_code == 0, (start, filled, done.output, done.exception)
         called.append(NAMES[command])
         on_call(called[-1], done)
-        if called[-1] == "draw":
+        if called[-1] == "sample":
             path = folder / "WORK" / "drawn" / "base" / "ranking.jsonl"
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             path.write_text("".join(json.dumps({**row, "rank": 1 + row["seed"]}) + "\n" for row in rows))

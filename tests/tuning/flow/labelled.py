@@ -18,11 +18,11 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.ranking import RANKING, write_latents
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
-from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import turned
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import inverted
 from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from eg3d_rlhf.tuning.flow.workspace import tune as tuning_module
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from tests.modes import flow_works
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import LATENTS, C, tokens
 from training.phases import derive_seed
@@ -39,11 +39,11 @@ FAST = TrainConfig(
 )
 
 
-def by_coin(problem: Problem, seed: int) -> Problem:
+def randomised(problem: Problem, seed: int) -> Problem:
     """Every answer given at random, those that choose and tell among them."""
 
     def tossed(pairs: list[PreferencePair]) -> list[PreferencePair]:
-        return [turned(pair) if derive_seed("answer", seed, pair.id) % 2 else pair for pair in pairs]
+        return [inverted(pair) if derive_seed("answer", seed, pair.id) % 2 else pair for pair in pairs]
 
     return replace(
         problem,
@@ -115,7 +115,7 @@ def write_ranked(folder: Path, like: Mapping[str, Latent], conditions: Condition
     Args: like: latents of some asset, by stage.
     """
     folder.mkdir()
-    write_conditions(folder / "conditions.safetensors", conditions)
+    write_conditions(folder / "conditioning.safetensors", conditions)
     g = torch.Generator().manual_seed(0)
     lines = []
     for i, name in enumerate(conditions.names):
@@ -145,13 +145,13 @@ def check_labels_are_learnt(
     Args: like: latents of some asset, by stage; given: embeddings of WORK; ranked: of the assets that labels
         are of.
     """
-    write_conditions(folder / "conditions.safetensors", given)
+    write_conditions(folder / "conditioning.safetensors", given)
     labels = write_ranked(folder / "RANKED", like, ranked)
     flow_works.flow(
         "new",
         folder / "WORK",
         f"--pipeline={root}",
-        f"--conditions={folder / 'conditions.safetensors'}",
+        f"--conditioning={folder / 'conditioning.safetensors'}",
         "--device=cpu",
     )
     trained = []

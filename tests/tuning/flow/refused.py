@@ -16,7 +16,7 @@ def write_people(folder, stage, preferred, rejected, conditions: Conditions):
         PreferencePair(id=n, condition=n, stage=stage, preferred=preferred, rejected=rejected) for n in names
     ]
     write_pairs(folder / stage, pairs, {"convention": CONVENTION})
-    write_conditions(folder / "conditions.safetensors", conditions)
+    write_conditions(folder / "conditioning.safetensors", conditions)
     return folder
 
 

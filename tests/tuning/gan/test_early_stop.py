@@ -74,7 +74,7 @@ def scripted(nets, values, distances, monkeypatch, tmp_path, **config):
         )
         subject = type("", (), {"nets": nets})()
         files = type("", (), {"folder": tmp_path})()
-        stats = {"Watch/second": {"num": 4, "mean": float(np.mean(second)), "std": 0.0}}
+        stats = {"Monitored/heldout": {"num": 4, "mean": float(np.mean(second)), "std": 0.0}}
         early.tick(
             type("", (), {"subject": subject, "files": files, "cur_nimg": 10 * tick})(),
             stats,
@@ -124,9 +124,9 @@ def flags(tiny_reward, tmp_path_factory):
         "--snap=1",
         "--set=rlr=0.02",
         "--lambda-sigma=0.01",
-        "--anchor-gate=1",
+        "--consistency-gate=1",
     )
-    return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--reward-watch={second}", *lengths)
+    return ("--reward=sigma", f"--reward-ckpt={tiny_reward}", f"--heldout-reward={second}", *lengths)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,11 @@ def lines(folder):
 
 def test_a_run_keeps_a_snapshot_and_trains_as_without(stopped, tiny_data, tiny_networks, flags, tmp_path):
     plain = tiny_runs.whole_run(tiny_data, tiny_networks, tmp_path, *flags, "--no-summary")
-    ours = ("Watch/distance", "EarlyStop/")
+    ours = ("Monitored/distance", "EarlyStop/")
     assert [{k: v for k, v in line.items() if not k.startswith(ours)} for line in lines(stopped)] == lines(
         plain
     )
-    distances = [line["Watch/distance"]["mean"] for line in lines(stopped)]
+    distances = [line["Monitored/distance"]["mean"] for line in lines(stopped)]
     assert 0.0001 < distances[0] < distances[-1], "all are beyond the limit, so the nearest is kept"
     assert [line["EarlyStop/images"]["mean"] for line in lines(stopped)] == [8, 8, 8]
     kept = networks.load(find_network(stopped))
@@ -236,7 +236,7 @@ def test_bad_input_is_one_line(more, names, tmp_path):
 def test_without_a_second_reward_it_is_refused(tiny_data, tiny_networks, tiny_reward, tmp_path):
     more = ("--reward=sigma", f"--reward-ckpt={tiny_reward}", "--early-stop=1")
     result = tiny_runs.run(*tiny_runs.train_flags(tiny_data, tiny_networks, tmp_path / "runs", *more))
-    rejected(result, "--early-stop", "--reward-watch")
+    rejected(result, "--early-stop", "--heldout-reward")
     assert not (tmp_path / "runs").exists()
 
 

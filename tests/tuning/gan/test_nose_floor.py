@@ -10,7 +10,7 @@ from eg3d_rlhf.generators import of, ws_of_seeds
 from eg3d_rlhf.modes.gan import resolve
 from eg3d_rlhf.rewards.depth import Depth, SmallDepth
 from eg3d_rlhf.rewards.reward import Reward
-from eg3d_rlhf.tuning.gan import nose_floor as nose
+from eg3d_rlhf.tuning.gan import phase
 from eg3d_rlhf.tuning.gan.phase import RewardConfig, RewardTerms
 from tests import tiny_runs
 from training.rendering.cameras import RaySampler
@@ -22,9 +22,9 @@ def test_the_loss_in_closed_form():
     depth = torch.full((2, 4, 5), 3.0)
     depth[0, 0, :2] = torch.tensor([2.0, 2.5])
     depth.requires_grad_()
-    assert nose.floor_loss(depth, 2.75).tolist() == pytest.approx([(0.75 + 0.25) / 20, 0.0])
-    assert nose.floor_loss(depth, 2.75, violators=True).tolist() == pytest.approx([0.5, 0.0])
-    nose.floor_loss(depth, 2.75).sum().backward()
+    assert phase.floor_loss(depth, 2.75).tolist() == pytest.approx([(0.75 + 0.25) / 20, 0.0])
+    assert phase.floor_loss(depth, 2.75, violators=True).tolist() == pytest.approx([0.5, 0.0])
+    phase.floor_loss(depth, 2.75).sum().backward()
     assert (
         depth.grad[0, 0].tolist() == pytest.approx([-0.05, -0.05, 0, 0, 0]) and depth.grad[1].abs().sum() == 0
     )
@@ -44,8 +44,8 @@ def test_the_window_is_a_part_of_the_published_map(parts):
         )
         return origins[0, 0], directions[0].unflatten(0, (resolution, resolution))
 
-    origin, window = rays(nose.window_camera(generator), nose.SIDE)
-    whole_origin, whole = rays(generator.cameras.label(), nose.PIXELS)
+    origin, window = rays(phase.window_camera(generator), phase.SIDE)
+    whole_origin, whole = rays(generator.cameras.label(), phase.PIXELS)
     torch.testing.assert_close(origin, whole_origin)
     torch.testing.assert_close(window, whole[53:73, 53:73], rtol=0, atol=1e-6)
 
@@ -58,7 +58,7 @@ def terms_of(parts, **config) -> RewardTerms:
         parts[0].G,
         parts[0].G_ema,
         reward,
-        RewardConfig(lambda_r=1.0, lambda_sigma=0.0, anchor_resolution=8, **config),
+        RewardConfig(lambda_r=1.0, lambda_sigma=0.0, consistency_resolution=8, **config),
     )
 
 
@@ -68,7 +68,7 @@ def test_the_floor_is_the_nearest_of_untuned_faces_and_enters_the_loss(parts):
     assert terms.initial_scores.shape == (STANDARDISATION.count,) == (200,) and plain.state.nose_floor is None
     floor = terms.state.nose_floor
     generator = terms.reference
-    inside = floor(generator.field(ws_of_seeds(generator, [500_001], nose.PSI)))
+    inside = floor(generator.field(ws_of_seeds(generator, [500_001], phase.NOSE_PSI)))
     assert inside.tolist() == [0.0], "one of those that it was made of"
     floor.floor += 0.2
     parts[0].G.requires_grad_(True)  # as the loop does

@@ -34,7 +34,7 @@ def settings(tiny_data, tiny_networks, tiny_reward, tmp_path_factory):
 
     def resolve(*flags: str) -> gan_settings.Settings:
         reward = (
-            [f"--reward-ckpt={tiny_reward}", f"--reward-watch={tiny_reward}", "--reward=sigma"]
+            [f"--reward-ckpt={tiny_reward}", f"--heldout-reward={tiny_reward}", "--reward=sigma"]
             if "REWARD" in flags
             else []
         )
@@ -121,7 +121,7 @@ def parts(tiny_data, tiny_networks, tiny_reward):
 
 def terms_of(parts, **config) -> RewardTerms:
     nets, reward, _ = parts
-    return RewardTerms(nets.G, nets.G_ema, reward, RewardConfig(**{"anchor_resolution": 12, **config}))
+    return RewardTerms(nets.G, nets.G_ema, reward, RewardConfig(**{"consistency_resolution": 12, **config}))
 
 
 def test_the_loss_is_minus_lambda_times_the_clipped_reward(parts):
@@ -197,7 +197,7 @@ def test_the_bundled_heads_reward_is_no_default_for_other_generators(tiny_data, 
     rejected(result, "--reward-ckpt", "--cfg=ffhq", "--reward=sigma")
     for more, expected in (((), None), (("--reward-ckpt=mine.safetensors",), "mine.safetensors")):
         settings = json.loads(tiny_runs.run(*flags, *more, "--dry-run").stdout)
-        assert settings["reward_ckpt"] == expected and settings["reward_watch"] is None
+        assert settings["reward_ckpt"] == expected and settings["heldout_reward"] is None
 
 
 def test_a_trust_region_that_leaves_out_the_untuned_scores_is_named(parts):
@@ -277,7 +277,7 @@ def untuned_scores(parts) -> torch.Tensor:
     nets, reward, batch = parts
     torch.manual_seed(3)
     ws = nets.G_ema.mapping(
-        torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.anchor_psi
+        torch.randn_like(batch.gen_z), batch.gen_c, truncation_psi=RewardConfig.consistency_psi
     )
     return reward.score(of(nets.G_ema).field(ws)).detach()
 
@@ -285,11 +285,11 @@ def untuned_scores(parts) -> torch.Tensor:
 def test_a_gate_of_1_is_the_published_anchor_to_the_bit(parts):
     _, _, batch = parts
     plain = anchors(terms_of(parts, lambda_sigma=0.5), batch)
-    gated = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=1.0, reward_clip="-10,q0.55"), batch)
+    gated = anchors(terms_of(parts, lambda_sigma=0.5, consistency_gate=1.0, reward_clip="-10,q0.55"), batch)
     assert torch.equal(plain.value, gated.value) and torch.equal(
         plain.value, 0.5 * plain.stats["RLHF/consistency"]
     )
-    assert plain.stats.keys() == gated.stats.keys() and "RLHF/held" not in plain.stats
+    assert plain.stats.keys() == gated.stats.keys() and "RLHF/consistency_weight" not in plain.stats
 
 
 def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tuning(parts):
@@ -300,25 +300,27 @@ def test_the_gate_holds_with_full_weight_what_scored_above_the_clip_before_tunin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the calibration's samples need not lie on both sides
         terms = terms_of(
-            parts, lambda_sigma=0.5, lambda_front=2.0, anchor_gate=0.1, reward_clip=f"-1000,{middle}"
+            parts, lambda_sigma=0.5, lambda_front=2.0, consistency_gate=0.1, reward_clip=f"-1000,{middle}"
         )
     loss = anchors(terms, batch)
     expected = torch.where(scores > middle, 1.0, 0.1)
     assert sorted(expected.tolist()) == pytest.approx([0.1, 0.1, 1, 1])
-    assert torch.equal(loss.stats["RLHF/held"], expected), (
+    assert torch.equal(loss.stats["RLHF/consistency_weight"], expected), (
         "by the untuned shape, though the tuned one has moved"
     )
     consistency = loss.stats["RLHF/consistency"]
     growth = loss.stats["RLHF/front_growth"]
     # front growth is not gated
     torch.testing.assert_close(loss.value, 0.5 * expected * consistency + 2 * growth)
-    nothing = anchors(terms_of(parts, lambda_sigma=0.5, anchor_gate=0.0, reward_clip="-1000,q0.55"), batch)
-    assert torch.equal(nothing.value == 0, nothing.stats["RLHF/held"] == 0)
+    nothing = anchors(
+        terms_of(parts, lambda_sigma=0.5, consistency_gate=0.0, reward_clip="-1000,q0.55"), batch
+    )
+    assert torch.equal(nothing.value == 0, nothing.stats["RLHF/consistency_weight"] == 0)
 
 
 def test_above_a_quantile_of_the_untuned_scores_the_reward_pushes_nothing(parts):
     nets, _, batch = parts
-    terms = terms_of(parts, anchor_gate=0.1, reward_clip="-1000,q0.55")
+    terms = terms_of(parts, consistency_gate=0.1, reward_clip="-1000,q0.55")
     high = terms.state.bounds[1]
     assert high == torch.quantile(terms.initial_scores, 0.55)
     nets.G.requires_grad_(True)
@@ -334,8 +336,8 @@ def test_above_a_quantile_of_the_untuned_scores_the_reward_pushes_nothing(parts)
 
 def test_a_gate_that_no_untuned_shape_passes_is_named(parts):
     _, _, batch = parts
-    with pytest.warns(UserWarning, match=r"--anchor-gate.*\b1000\b.*--reward-clip"):
-        terms_of(parts, anchor_gate=0.1, reward_clip="-1000,1000")
+    with pytest.warns(UserWarning, match=r"--consistency-gate.*\b1000\b.*--reward-clip"):
+        terms_of(parts, consistency_gate=0.1, reward_clip="-1000,1000")
 
 
 def test_calibration_uses_the_untuned_generator(parts):

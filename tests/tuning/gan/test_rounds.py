@@ -152,7 +152,7 @@ def test_what_two_rounds_leave(straight, shaped):
     for entry, found in zip((first, second), tuned, strict=True):
         assert entry["tuned"]["generator"] == found.hash != before.hash and entry["tuned"]["images"] == 8
         assert entry["tuned"]["distance"] == pytest.approx(consistency(found.G, before.G, 32).mean())
-        assert set(entry["tuned"]["watch"]) == {"reward", "second", "utility"}
+        assert set(entry["tuned"]["monitored"]) == {"reward", "heldout", "utility"}
     assert json.loads((straight / "summary.json").read_text())["rounds"] == [first, second]
     assert len(table(Ledger(straight))) == 3
 
@@ -161,7 +161,12 @@ def test_a_round_is_an_ordinary_run_from_the_pretrained_network(straight, shaped
     reward = straight / "round-2" / "reward" / "reward.safetensors"
     plain = [flag for flag in tiny_rounds.FLAGS if "round" not in flag]
     flags = tiny_runs.train_flags(
-        tiny_rounds.DATA, shaped, tmp_path, f"--reward-watch={tiny_reward}", f"--reward-ckpt={reward}", *plain
+        tiny_rounds.DATA,
+        shaped,
+        tmp_path,
+        f"--heldout-reward={tiny_reward}",
+        f"--reward-ckpt={reward}",
+        *plain,
     )
     assert tiny_runs.run(*flags).exit_code == 0
     one, other = (
@@ -264,7 +269,7 @@ def test_going_on_from_the_last_network_keeps_the_first_as_the_reference(
     assert options["init"] == str(folder / first["tuned"]["files"][0][0]) and options["reference"] == str(
         shaped
     )
-    assert set(options["hashes"]) == {"init", "reference", "reward", "watch"} and options["rounds"] == 0
+    assert set(options["hashes"]) == {"init", "reference", "reward", "heldout"} and options["rounds"] == 0
     assert second["tuned"]["generator"] != ledger_of(straight)[1]["tuned"]["generator"]
     state = checkpoint.read(folder / "round-2" / "tuning")[0]
     assert torch.equal(
@@ -303,8 +308,8 @@ MISTAKES = {
         ("--set round_aggregate=", "'median'"),
     ),
     "watch": (
-        ["--reward=sigma", "--rounds=1", "--reward-watch=none.safetensors"],
-        ("--reward-watch", "none.json"),
+        ["--reward=sigma", "--rounds=1", "--heldout-reward=none.safetensors"],
+        ("--heldout-reward", "none.json"),
     ),
 }
 

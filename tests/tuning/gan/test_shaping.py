@@ -149,11 +149,11 @@ def test_clip_mistakes(spec):
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        ({"anchor_gate": -0.1}, (">= 0", "-0.1")),
-        ({"anchor_gate": 1.1}, ("<= 1", "1.1")),
-        ({"anchor_gate": math.nan}, ("anchor_gate", "nan")),
-        ({"anchor_gate": 0.1, "lambda_sigma": 0.0}, ("--lambda-sigma",)),  # nothing to gate
-        ({"anchor_gate": 0.1, "reward_clip": "none"}, ("--reward-clip",)),  # nothing above
+        ({"consistency_gate": -0.1}, (">= 0", "-0.1")),
+        ({"consistency_gate": 1.1}, ("<= 1", "1.1")),
+        ({"consistency_gate": math.nan}, ("consistency_gate", "nan")),
+        ({"consistency_gate": 0.1, "lambda_sigma": 0.0}, ("--lambda-sigma",)),  # nothing to gate
+        ({"consistency_gate": 0.1, "reward_clip": "none"}, ("--reward-clip",)),  # nothing above
     ],
 )
 def test_gate_mistakes(config, names):

@@ -7,7 +7,7 @@ the format is recognised by content:
     FOLDER/GENERATOR/PROMPT.glb    one folder per generator, one file per prompt, named like it. The optional
                                    FOLDER/prompts.jsonl describes the prompts: {"prompt": "chair", "text":
                                    "a red chair", "image": "inputs/chair.png"}
-    FOLDER/ranking.jsonl           as eg3d-rlhf flow draw writes it: one generator, several seeds of each
+    FOLDER/ranking.jsonl           as eg3d-rlhf flow sample writes it: one generator, several seeds of each
                                    prompt; or one such folder for each generator,
                                    FOLDER/GENERATOR/ranking.jsonl
     LIST.jsonl                     one line per asset: {"asset": "a/chair.glb", "generator": "a", "prompt":
@@ -306,7 +306,7 @@ def _prompts(folder: Path, known: set[str]) -> dict[str, Prompt]:
 
 
 def _from_rankings(lists: dict[str, Path], root: Path) -> Collection:
-    """Read lists that `flow draw` has written, by generator."""
+    """Read lists that `flow sample` has written, by generator."""
     assets = []
     prompts = {}
     for generator, path in lists.items():

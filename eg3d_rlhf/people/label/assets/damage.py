@@ -3,6 +3,7 @@ one side of a pair whose answer must be known.
 """
 
 import zlib
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
 
     Raises: ValueError for an unknown name, strips or fans, and if nothing would remain.
     """
-    rng = _rng(name, seed)
+    rng = damage_draws(name, DAMAGES, seed)
     parts = [part for mesh in model.meshes for part in mesh]
     if any(part.mode != TRIANGLES for part in parts):
         raise ValueError("only meshes of triangles can be damaged, got strips or fans")
@@ -61,7 +62,7 @@ def damage_mesh(model: Model, name: str, seed: int) -> Model:
 
 def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
     """Damage Gaussian splats. Raises: as `damage_mesh`."""
-    rng = _rng(name, seed)
+    rng = damage_draws(name, DAMAGES, seed)
     size = _size(splats.centres.astype(np.float64))
     if name == "rough":
         moved = splats.centres + rng.normal(scale=_REACH * size, size=splats.centres.shape)
@@ -76,12 +77,11 @@ def damage_splats(splats: Splats, name: str, seed: int) -> Splats:
     return replace(splats, **{array: getattr(splats, array)[kept] for array in arrays})
 
 
-def _rng(name: str, seed: int) -> np.random.Generator:
-    """Return the random generator of a damage. Raises: ValueError for an unknown name."""
-    if name not in DAMAGES:
+def damage_draws(name: str, known: Collection[str], seed: int) -> np.random.Generator:
+    """Return the random generator of a damage. Raises: ValueError if `name` is not one of `known`."""
+    if name not in known:
         raise ValueError(
-            f"damage: expected one of {', '.join(DAMAGES)}, got {name!r}. Plan the campaign with this"
-            " version."
+            f"damage: expected one of {', '.join(known)}, got {name!r}. Plan the campaign with this version."
         )
     # crc32 and not hash(): Python's hash of a text differs from process to process.
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

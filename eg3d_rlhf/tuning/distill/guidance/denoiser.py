@@ -469,3 +469,22 @@ class Ranking:
                 f"--judge: expected {len(first)} answers of 0, 1 or -1, got {answers[:8]}. Check the judge."
             )
         return answers
+
+
+class Ranked(Guided):
+    """Base of the methods that rank two noises by a reward or by a judge."""
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        settings: Any,
+        *,
+        views: int,
+        streams: Streams,
+        reward: RewardModel | None = None,
+        judge: PairwiseJudge | None = None,
+    ):
+        super().__init__(prior, settings, views=views, streams=streams)
+        self.reward = reward
+        self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
+        self.windows = {"scores": self.ranking.history}

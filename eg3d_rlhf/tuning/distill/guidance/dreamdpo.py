@@ -3,40 +3,27 @@ and, if that is clearly better, away from the other.
 """
 
 import warnings
+from typing import Any
 
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
+from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.gradients import History
-from eg3d_rlhf.tuning.distill.guidance.denoiser import Guided, Ranking
-from eg3d_rlhf.tuning.distill.guidance.settings import (
-    DreamDpoSettings,
-    NoiseWeighting,
-)
-from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Ranked
+from eg3d_rlhf.tuning.distill.guidance.settings import NoiseWeighting
 
 
-class DreamDpo(Guided):
+class DreamDpo(Ranked):
     """DreamDPO with one pair of noises per step and asset."""
 
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        settings: DreamDpoSettings,
-        *,
-        views: int,
-        streams: Streams,
-        reward: RewardModel | None = None,
-        judge: PairwiseJudge | None = None,
-    ):
+    def __init__(self, *args: Any, **more: Any):
         """Warn if winner and loser have the same guidance scale, because images then leave the prior
         (docs/understand/distillation.md).
         """
-        super().__init__(prior, settings, views=views, streams=streams)
-        self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
-        self.gaps = History()
-        self.windows = {"scores": self.ranking.history, "gaps": self.gaps}
+        super().__init__(*args, **more)
+        self.gaps = self.windows["gaps"] = History()
+        settings = self.settings
         scale = settings.prior.guidance_scale
         # With an infinite tau losers are never pushed away, so nothing can diverge.
         if scale != 1 and settings.lose_guidance_scale in (None, scale) and settings.tau != float("inf"):

@@ -6,50 +6,31 @@ properties of the loser. Letters: K = 2 noises, A assets, V views, B = A V image
 T, D].
 """
 
+from typing import Any
+
 import torch
 
-from eg3d_rlhf.core.interfaces import DiffusionPrior, GuidanceOutput, PairwiseJudge, RewardModel
+from eg3d_rlhf.core.interfaces import GuidanceOutput
 from eg3d_rlhf.preferences.losses import preference_loss
 from eg3d_rlhf.tuning.distill import gradients
-from eg3d_rlhf.tuning.distill.guidance.denoiser import (
-    Conditioning,
-    Guided,
-    Prediction,
-    Ranking,
-    Ranks,
-    reward_prompts,
-)
-from eg3d_rlhf.tuning.distill.guidance.settings import PsdSettings
-from eg3d_rlhf.tuning.distill.schedule import Streams
+from eg3d_rlhf.tuning.distill.guidance.denoiser import Conditioning, Prediction, Ranked, Ranks, reward_prompts
 
 NEGATIVE_BETA = 1000.0  # inverse temperature of the preference loss, per unit of squared error
 
 
-class Psd(Guided):
+class Psd(Ranked):
     """Distillation, push, and a null embedding for each asset, which is part of the state."""
 
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        settings: PsdSettings,
-        *,
-        views: int,
-        streams: Streams,
-        reward: RewardModel | None = None,
-        judge: PairwiseJudge | None = None,
-    ):
-        super().__init__(prior, settings, views=views, streams=streams)
-        self.ranking = Ranking(self.denoiser, reward, judge, settings.ranking)
-        self.reward = reward
-        self.windows = {"scores": self.ranking.history}
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self.update = self.settings.negative_update
         # A judge's answer has no gradient.
-        differentiable = reward is not None and reward.differentiable and judge is None
-        if settings.negative_update == "reward" and not differentiable:
+        differentiable = self.reward is not None and self.reward.differentiable and self.ranking.judge is None
+        if self.update == "reward" and not differentiable:
             raise ValueError(
                 "--set negative_update=reward needs a differentiable reward and no judge. Use"
                 " negative_update=preference."
             )
-        self.update = settings.negative_update
         if self.update == "auto":
             self.update = "reward" if differentiable else "preference"
         # n - n0, [A, T, D], where n0 is the prior's own null embedding; None: 0

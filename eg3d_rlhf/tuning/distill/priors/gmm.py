@@ -8,6 +8,7 @@ import math
 import torch
 
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
+from training.config import check_choice
 
 
 class GmmPrior:
@@ -69,11 +70,7 @@ class GmmPrior:
         embedded = []
         for prompt, direction in zip(prompts, directions or [""] * len(prompts), strict=True):
             key = f"{prompt}, {direction}" if f"{prompt}, {direction}" in self.prompts else prompt
-            if key not in self.prompts:
-                known = ", ".join(repr(p) for p in self.prompts)
-                raise ValueError(
-                    f"GmmPrior.embed: expected one of {known}, got {prompt!r}. Choose one of them."
-                )
+            check_choice("GmmPrior.embed", key, self.prompts)
             embedded.append(self.prompts[key])
         # One token per prompt.
         return torch.stack(embedded)[:, None]

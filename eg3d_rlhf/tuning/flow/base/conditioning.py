@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models import weights
 from training.storage import read_tensors, write_tensors
 
@@ -75,7 +76,7 @@ def twice(condition: Condition) -> Condition:
 
 
 KIND = "conditions"
-CONDITIONS = "conditions.safetensors"  # usual name of the file of `write_conditions`
+CONDITIONS = version_0_1.CONDITIONING[0]  # usual name of the file of `write_conditions`
 NULL = ""  # name of the empty condition, where a file has one
 SUFFIXES = (".pt", ".npy", ".npz", ".safetensors")
 
@@ -205,7 +206,8 @@ def read_conditions(path: Path, zero_null: bool = True) -> Conditions:
     Raises: FileNotFoundError; ValueError for what is not an embedding.
     """
     path = Path(path)
-    path = path / CONDITIONS if (path / CONDITIONS).is_file() else path
+    if (inside := version_0_1.conditioning_file(path)).is_file():
+        path = inside
     if path.is_file():
         tensors, meta = read_tensors(path, KIND)
         parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -7,41 +7,41 @@ import torch
 from eg3d_rlhf.models.sparse import Latent, SparseSample, feats_of
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES, Judging
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS, Evaluation
 from eg3d_rlhf.tuning.flow.base.stage import Voxels
 from training.progress import tqdm
 
 
-def judged(
+def evaluate(
     problem: Problem,
     models: Models,
-    judging: Judging,
+    evaluation: Evaluation,
     on_asset: Callable[[int], None] | None = None,
     spreads: bool = False,
     given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> dict:
     """Score the held-out conditions' assets; returns JSON: {"conditions": [C], "scores":
-    {judge or part: [C][S]}}.
+    {evaluator or part: [C][S]}}.
 
-    Judges: those of JUDGES that the problem has, and the parts of its table. The noises are the same whatever
-    is judged, so that generators are compared asset by asset.
+    Evaluators: those of EVALUATORS that the problem has, and the parts of its table. The noises are the same
+    whatever is evaluated, so that generators are compared asset by asset.
     Args: spreads: with "spread": {stage: [C]} of the stages before the last, see `spread`; and of the final
         score, its standard deviation over a condition's assets. given: by the name of a stage, what the
-        stages before leave to it, [C S] in the order of Judging.crossed; they are not run.
+        stages before leave to it, [C S] in the order of Evaluation.crossed; they are not run.
     Raises: ValueError for a score that is not finite.
     """
-    judges = {name: judge for name in JUDGES if (judge := getattr(problem, name)) is not None}
+    evaluators = {name: evaluator for name in EVALUATORS if (evaluator := getattr(problem, name)) is not None}
     scores: dict[str, list] = {}
     spread_of: dict[str, list[float]] = (
         {stage.name: [] for stage in problem.pipeline.stages[:-1]} if spreads else {}
     )
     names = list(problem.held_out_conditions)
-    S = judging.per_condition
-    block = max(1, judging.batch // S)
-    all_conditions, all_seeds = judging.crossed(problem)
+    S = evaluation.per_condition
+    block = max(1, evaluation.batch // S)
+    all_conditions, all_seeds = evaluation.crossed(problem)
     for i in tqdm(
         range(0, len(names), block),
-        desc="judging",
+        desc="evaluation",
         unit="batch",
         leave=False,
         disable=True if on_asset else None,
@@ -51,13 +51,15 @@ def judged(
         conditions = all_conditions[rows]
         seeds = all_seeds[rows]
         left = {stage: places[rows] for stage, places in (given or {}).items()}
-        assets = generate(problem.pipeline, conditions, seeds, models, judging.batch, left)
-        values = {name: judge(assets, conditions) for name, judge in judges.items()}
+        assets = generate(problem.pipeline, conditions, seeds, models, evaluation.batch, left)
+        values = {name: evaluator(assets, conditions) for name, evaluator in evaluators.items()}
         if problem.parts is not None:
             values |= problem.parts(assets, conditions)
         for name, value in values.items():
             if not bool(value.isfinite().all()):
-                raise ValueError(f"{name}: expected finite scores, got {value.tolist()}. Correct that judge.")
+                raise ValueError(
+                    f"{name}: expected finite scores, got {value.tolist()}. Correct that evaluator."
+                )
             scores.setdefault(name, []).extend(value.detach().double().cpu().view(-1, S).tolist())
         encoded = problem.pipeline.encode(assets) if spread_of else []
         # encoded latents of the last stage may be dear, and are not needed

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, Models
     from training.distributed import Ranks
 
-TABLE = "Judging and ablation"  # title of its flags
-JUDGES = ("final", "chooser", "reward")
+TABLE = "Evaluation and ablation"  # title of its flags
+EVALUATORS = ("final", "chooser", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Choosing(Knobs):
     """On what the win rate is measured that chooses checkpoints and stops training early."""
 
     per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
-    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="judge_batch", low=1, rare=True)
+    batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="evaluation_batch", low=1, rare=True)
     seed: int = 0  # of the noises, which are not those of the table
 
     def held_out(
@@ -58,9 +58,9 @@ class Choosing(Knobs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging(Knobs):
-    """What is generated for the table: the same noises whatever is judged, so that generators are compared
-    pair by pair.
+class Evaluation(Knobs):
+    """Samples of the table: the same noises for every generator, so that generators are compared pair by
+    pair.
     """
 
     per_condition: int = knob(
@@ -70,7 +70,7 @@ class Judging(Knobs):
         64,
         "Assets at once; bounds memory.",
         TABLE,
-        name="judge_batch",
+        name="evaluation_batch",
         low=1,
         shown="the problem's own",
         rare=True,
@@ -125,7 +125,11 @@ class ProblemSource(EncodingSource, Knobs):
     )
     seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
     conditions: str | None = _what(
-        None, "Embeddings of the conditions.", metavar="FILE|DIR", shown="beside the pairs"
+        None,
+        "Embeddings of the conditioning inputs.",
+        metavar="FILE|DIR",
+        shown="beside the pairs",
+        name="conditioning",  # the field is part of what 0.1 recorded
     )
     dtype: str = _rare_what(
         "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16")

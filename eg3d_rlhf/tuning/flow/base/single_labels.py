@@ -1,7 +1,7 @@
 """Assets with labels that a stage is tuned by: a list of sampled assets with their latents, and labels of any
 kind of them.
 
-The list is what `eg3d-rlhf flow draw` wrote, or one of assets of your own (ranking.py); labels are a file
+The list is what `eg3d-rlhf flow sample` wrote, or one of assets of your own (ranking.py); labels are a file
 (preferences/goodness.py), and without one the list's own ranks. The toy draws its assets and has people of
 its own.
 """

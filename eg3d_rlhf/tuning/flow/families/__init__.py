@@ -6,11 +6,13 @@ recognise its folders by what lies in them.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from eg3d_rlhf.core.registry import Registry, load_plugins
 from eg3d_rlhf.tuning.flow.base.family import Family, FlowFamily, SizedStage
+from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 
 FAMILIES: Registry[FlowFamily] = Registry(
     "flow family",
@@ -72,3 +74,42 @@ def family_of(root: Path, say: Callable[[str], None] = print_notice) -> FlowFami
 def released_sizes() -> dict[str, Callable[[], list[SizedStage]]]:
     """Return the sizes of all published generators by name, in the order of FAMILIES."""
     return {name: make for family in FAMILIES.values() for name, make in family.released().items()}
+
+
+def check_source(source: ProblemSource) -> None:
+    """Reject options that have no effect on a problem, and a folder without pairs, by names alone.
+
+    Raises: ValueError naming it.
+    """
+    family = bundled_family(source.pipeline)
+    if family is not None:
+        refuse(
+            source,
+            (*family.common, *family.options),
+            f"belongs to --pipeline=DIR, and would have no effect on the {family.name}",
+        )
+        return
+    alone = {name for family in FAMILIES.values() if family.bundled for name in family.options}
+    read = [f.name for f in fields(source) if f.name not in alone]
+    refuse(source, read, "belongs to a bundled generator, and would have no effect on --pipeline=DIR")
+    if source.pairs is None and source.needs_pairs:
+        raise ValueError(
+            "--pairs: expected a folder of people's pairs beside --pipeline=DIR, got none. The toy alone"
+            " brings its own."
+        )
+
+
+def beyond(source: ProblemSource, read: Sequence[str]) -> str:
+    """List options that are given though they are not read."""
+    return ", ".join(
+        f"--{(f.metadata['knob'].name or f.name if 'knob' in f.metadata else f.name).replace('_', '-')}"
+        for f in fields(source)
+        if f.name not in read and getattr(source, f.name) != f.default
+    )
+
+
+def refuse(source: ProblemSource, read: Sequence[str], why: str) -> None:
+    """Raise ValueError for options that are given though they are not read."""
+    extra = beyond(source, read)
+    if extra:
+        raise ValueError(f"{extra}: {why}. Leave it out.")

@@ -3,7 +3,7 @@
 A folder of a generator's networks becomes a `Problem` with
 
     PAIRS/<stage>                     pairs of a stage; some stages may be missing
-    PAIRS/conditions.safetensors      embeddings of their conditions
+    PAIRS/conditioning.safetensors    embeddings of their conditions
 """
 
 import functools
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
+from eg3d_rlhf.experiments import version_0_1
+from eg3d_rlhf.tuning.flow.base.conditioning import NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import COMMON, FitsRewards, FlowFamily, Opens
 from eg3d_rlhf.tuning.flow.base.pairs import (
     PairsByStage,
@@ -28,8 +29,7 @@ from eg3d_rlhf.tuning.flow.base.pairs import (
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import CONVENTION, AssetReward, Pipeline, stage_of
-from eg3d_rlhf.tuning.flow.families import family_of
-from eg3d_rlhf.tuning.flow.families.sources import beyond, check_source, refuse
+from eg3d_rlhf.tuning.flow.families import beyond, check_source, family_of, refuse
 
 
 def open_problem(source: ProblemSource, device: str | torch.device = "cpu") -> Problem:
@@ -114,7 +114,7 @@ def open_folder(
         unseen_pairs=pairs_under([*choosing, *held]),
         reward=fitted("reward", halves[0]),
         chooser=fitted("chooser", halves[1]) if judged and halves[1] else None,
-        final=fitted("final judge", held) if judged else None,
+        final=fitted("final evaluator", held) if judged else None,
         fitted_to={"reward": halves[0], "chooser": halves[1], "final": held},
         fit_reward=(
             None if fit is None or last not in folders else lambda pairs, seed: fit(pipeline, pairs, "reward")
@@ -142,7 +142,7 @@ def open_conditions(family: FlowFamily, source: ProblemSource, device: str | tor
     if source.conditions is None or extra:
         got = f"{extra} beside none" if extra else "none"
         raise ValueError(
-            f"--conditions: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
+            f"--conditioning: expected embeddings alone with --pipeline=DIR without --pairs, got {got}. Name"
             " the file."
         )
     root = Path(source.pipeline)
@@ -240,12 +240,16 @@ def conditions_beside(folders: Mapping[str, Path], given: Path | None = None) ->
     Raises: FileNotFoundError.
     """
     # or WORK's
-    places = [place / CONDITIONS for folder in folders.values() for place in folder.absolute().parents[:2]]
+    places = [
+        version_0_1.conditioning_file(place)
+        for folder in folders.values()
+        for place in folder.absolute().parents[:2]
+    ]
     path = Path(given or next((path for path in places if path.is_file()), places[0]))
     if given is None and not path.is_file():
         raise FileNotFoundError(
             f"conditions: expected embeddings of the pairs' conditions at {places[0]}, got none. Name"
-            " --conditions."
+            " --conditioning."
         )
     return path
 

@@ -271,9 +271,9 @@ class Trellis(FlowFamily):
 def _of_kind(root: Path, kind: str) -> files.PipelineFile:
     file = files.read_pipeline(root)
     if file.kind != kind:
-        wanted, got = ({"image": "pictures", "text": "prompts"}[each] for each in (file.kind, kind))
+        wanted, got = ({"image": "images", "text": "prompts"}[each] for each in (file.kind, kind))
         raise ValueError(
-            f"conditions: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call."
+            f"conditioning: expected --{wanted} for a pipeline of {wanted}, got --{got}. Correct the call."
         )
     return file
 

@@ -14,7 +14,7 @@ DSO's folder, anywhere below the root (first stage alone):
     model_info.npz with image_ids, glb_ids, angles (degrees of tilt once let go; of several columns, as of two
     simulations, the largest counts)
 
-What `flow draw` writes has per condition and seed a .ply, the latents of both stages, and a line for the
+What `flow sample` writes has per condition and seed a .ply, the latents of both stages, and a line for the
 ranked list.
 """
 

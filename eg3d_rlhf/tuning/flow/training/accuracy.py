@@ -4,7 +4,7 @@ that it never saw.
 The margin of a pair is that of DPO, (e_ref - e)_preferred - (e_ref - e)_rejected with e the flow-matching
 errors (Wallace et al. 2023, equation 14), at a few seeded times and noises that both members, the policy and
 its reference share. A pair is ordered rightly where the margin is above 0; at 0, as before the first update,
-it counts half. It takes forward passes alone, and no judge.
+it counts half. It takes forward passes alone, and no evaluator.
 
 Answers given at random are told from learnable ones so: a network is chosen on pairs of some conditions, its
 accuracy is taken on pairs of others, and beside it that of a control, trained alike on the same pairs with
@@ -36,7 +36,7 @@ from training.phases import derive_seed
 
 DRAWS = 4  # times and noises of a pair
 LEAST_CONDITIONS = 3  # with labels, that a verdict is given on; of fewer no interval can leave one half out
-# at most: how often "learnt" is said of one stage or more where all answers were given at random
+# largest probability that one stage or more passes the test where all answers were given at random
 FALSE_ALARMS = 0.05
 
 
@@ -114,7 +114,7 @@ def ordered(margins: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.sign(margins))
 
 
-def turned_by_coin(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
+def half_inverted(pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
     """The control's pairs: of each condition half, drawn, are turned over; of an odd number, which half is
     larger alternates.
 
@@ -147,7 +147,7 @@ def turned_by_coin(pairs: Sequence[PreferencePair], seed: int) -> list[Preferenc
     ]
 
 
-# The verdict.
+# The test.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,23 +229,23 @@ def accuracy_of(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What is said of a stage's labels."""
+class SignalTest:
+    """Result of the test of a stage's labels against chance and the control."""
 
-    learnt: bool
+    learnable_signal: bool
     why: str
     # mean difference of the outcomes and its interval; None: no control
     above_control: tuple[float, float, float] | None = None
-    runs_away: bool = False
+    likelihood_displacement: bool = False
 
 
-def verdict(
+def signal_test(
     kept_step: int,
     tuned: Accuracy,
     control: Accuracy | None,
     conditions: Sequence[str],
     confidence: float = 0.95,
-) -> Verdict:
+) -> SignalTest:
     """Args: kept_step: updates behind the network, 0: the base; control: of the same pairs; conditions: [P]
     of the pairs.
     """
@@ -253,27 +253,31 @@ def verdict(
     if control is not None:
         above = clustered_mean(np.subtract(tuned.outcomes, control.outcomes), conditions, confidence)
     if kept_step == 0:
-        return Verdict(
-            learnt=False, why="no update was better than none on the pairs to choose on", above_control=above
+        return SignalTest(
+            learnable_signal=False,
+            why="no update was better than none on the pairs to choose on",
+            above_control=above,
         )
     if tuned.interval[0] <= 0.5:
-        return Verdict(
-            learnt=False, why=f"the interval of the accuracy, {tuned}, holds one half", above_control=above
+        return SignalTest(
+            learnable_signal=False,
+            why=f"the interval of the accuracy, {tuned}, includes 50 %",
+            above_control=above,
         )
     if above is not None and above.lo <= 0:
         why = (
-            f"it is not above the control with shuffled labels ({above.mean:+.3f} [{above.lo:+.3f},"
+            f"it is not above the control with randomised labels ({above.mean:+.3f} [{above.lo:+.3f},"
             f" {above.hi:+.3f}])"
         )
-        return Verdict(learnt=False, why=why, above_control=above)
+        return SignalTest(learnable_signal=False, why=why, above_control=above)
     beside = (
         ""
         if above is None
         else (
-            f", and {above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}] above the control with shuffled"
+            f", and {above.mean:+.3f} [{above.lo:+.3f}, {above.hi:+.3f}] above the control with randomised"
             " labels"
         )
     )
-    why = f"accuracy {tuned} is above one half{beside}"
-    away = tuned.preferred is not None and tuned.preferred[1] > 0
-    return Verdict(learnt=True, why=why, above_control=above, runs_away=away)
+    why = f"accuracy {tuned} is above 50 %{beside}"
+    displaced = tuned.preferred is not None and tuned.preferred[1] > 0
+    return SignalTest(learnable_signal=True, why=why, above_control=above, likelihood_displacement=displaced)

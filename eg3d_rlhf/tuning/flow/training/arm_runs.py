@@ -25,16 +25,17 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core.cli import versions
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import INTERVAL, Table, write
 from eg3d_rlhf.models.policies import link, tuned_model
-from eg3d_rlhf.tuning.flow.base.evaluation import judged
+from eg3d_rlhf.tuning.flow.base.evaluation import evaluate
 from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import voxels_for
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Voxels
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, TrainConfig
@@ -72,6 +73,12 @@ class Bench(ABC):
         """What is known of a training besides its scores, JSON. Args: seed: of the table's noises."""
 
 
+def folder_of(folder: Path, task: str) -> Path:
+    """Return the folder of a task; in a run of version 0.1 it may have the former name of its arm."""
+    former = folder / version_0_1.former_task(task)
+    return former if former.exists() else folder / task
+
+
 def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     """Do what is left to do of a run, and write its results: one training in this process, on all ranks;
     several on a pool.
@@ -97,7 +104,7 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     if not run.ranks.main:
         return
     stage = settings.stage_in(problem).name
-    for file in sorted((folder / tasks[0] / POLICY).iterdir()):
+    for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
         link(file, folder / stage / file.name)
     print(f"Weights of {settings.arms[0]} in {folder / stage}.")
     if settings.summary:
@@ -156,13 +163,13 @@ class Worker:
         bench = settings.bench(self.opened, int(seed) if arm else settings.training_seeds[0])
         choosing = settings.choosing
         inputs = {
-            "task": task,
+            "task": version_0_1.former_task(task),
             "problem": bench.problem.identity,
             "dpo": asdict(bench.dpo),
-            "judging": asdict(settings.judging),
+            "judging": asdict(settings.evaluation),
             "choosing": None if choosing is None else asdict(choosing),
             "summary": settings.summary,
-            **bench.inputs(),
+            **version_0_1.former_settings(bench.inputs()),
         }
 
         def maker(folder: Path) -> tuple[list[Path], dict]:
@@ -179,15 +186,18 @@ class Worker:
                 models = {bench.stage.name: tuned_model(bench.stage.model, done.weights)}
                 result = {
                     **done.record(),
-                    **bench.figures(arm, done, models[bench.stage.name], settings.judging.seed, self.ranks),
+                    **bench.figures(
+                        arm, done, models[bench.stage.name], settings.evaluation.seed, self.ranks
+                    ),
                 }
             if self.ranks.main and settings.summary:
-                result["scores"] = judged(bench.problem, models, settings.judging, given=self._given(bench))[
-                    "scores"
-                ]
+                result["scores"] = evaluate(
+                    bench.problem, models, settings.evaluation, given=self._given(bench)
+                )["scores"]
             return [folder / POLICY] if arm else [], result
 
-        return dict(Store(self.folder, self.ranks, hashed=False).make(task, inputs, maker).record)
+        store = Store(self.folder, self.ranks, hashed=False)
+        return dict(store.make(folder_of(self.folder, task).name, inputs, maker).record)
 
     def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
         """What the stages before leave to the stage that is tuned: the same for all arms, and drawn once in a
@@ -198,8 +208,8 @@ class Worker:
         if name == pipeline.stages[0].name:
             return {}
         if self.left is None:
-            conditions, seeds = self.settings.judging.crossed(bench.problem)
-            self.left = voxels_for(pipeline, name, conditions, seeds, None, self.settings.judging.batch)
+            conditions, seeds = self.settings.evaluation.crossed(bench.problem)
+            self.left = voxels_for(pipeline, name, conditions, seeds, None, self.settings.evaluation.batch)
         return {name: self.left}
 
 
@@ -228,16 +238,16 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
         trainings = [results[f"{arm}-{seed}"] for seed in seeds]
         against = rates.against_base(arm)
         rows[arm] = {
-            "judges": {name: against[name] for name in JUDGES if name in against},
+            "evaluators": {name: against[name] for name in EVALUATORS if name in against},
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
             **settings.row(arm, trainings, against, arrays[arm], base),
         }
-    judge = next(name for name in JUDGES if name in base)
+    evaluator = next(name for name in EVALUATORS if name in base)
     meeting = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {
         "arms": rows,
-        "pairwise": rates.pairwise(judge, meeting),
-        "judge": judge,
+        "pairwise": rates.pairwise(evaluator, meeting),
+        "evaluator": evaluator,
         **rates.sizes,
         "training_seeds": list(seeds),
         "interval": INTERVAL,

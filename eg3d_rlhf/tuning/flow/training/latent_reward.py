@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.models.policies import shared_copy
 from eg3d_rlhf.models.sparse import Batch, SparseBatch, collate, coords_of, count, feats_of, separate
 from eg3d_rlhf.preferences.losses import preference_loss
@@ -105,13 +106,16 @@ class PlaceNetwork(nn.Module):
     mean: torch.Tensor  # [D], of the places it was taught
     std: torch.Tensor
 
-    def __init__(self, numbers: int, condition: int, width: int = 32, told: int = 16):
+    def __init__(self, numbers: int, condition: int, width: int = 32, conditioning: int = 16):
         super().__init__()
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
-        self.told = nn.Sequential(nn.Linear(condition, 2 * told), nn.GELU(), nn.Linear(2 * told, told))
+        # the name in state dicts of files
+        self.told = nn.Sequential(
+            nn.Linear(condition, 2 * conditioning), nn.GELU(), nn.Linear(2 * conditioning, conditioning)
+        )
         self.place = nn.Sequential(
-            nn.Linear(numbers + told, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU()
+            nn.Linear(numbers + conditioning, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU()
         )
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
 
@@ -125,9 +129,11 @@ class PlaceNetwork(nn.Module):
         """Average what is read of the places of each sample, [N, W]. Differentiable in: rows, parameters."""
         lengths = torch.tensor([len(x) for x in rows], device=condition.device)
         sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
-        told = self.told(condition)
+        conditioning = self.told(condition)
         # [P, W]
-        places = self.place(torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, told[sample]], 1))
+        places = self.place(
+            torch.cat([(torch.cat(list(rows)) - self.mean) / self.std, conditioning[sample]], 1)
+        )
         return places.new_zeros(len(rows), places.shape[1]).index_add(0, sample, places) / lengths[:, None]
 
 
@@ -146,11 +152,11 @@ class PlaceNetworks(nn.Module):
 class LatentReward:
     """Networks and the stage that it is of. The stage's network is taken as it is now."""
 
-    def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetworks, taught: Mapping):
+    def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetworks, record: Mapping):
         self.pipeline = pipeline
         self.stage = stage
         self.network = network
-        self.taught = dict(taught)
+        self.record = dict(record)  # of its training, JSON
         self.form = LatentForm.of(stage)
         self.base = FrozenModel(shared_copy(stage.model))
         self.device = next(stage.model.parameters()).device
@@ -328,7 +334,7 @@ def teach(
     reward = LatentReward(
         pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {}
     )
-    reward.taught = {
+    reward.record = {
         "labels": len(pairs),
         "of": "pairs",
         "decoded": decoded is not None,
@@ -426,7 +432,7 @@ def _read(
 
 def save(path: Path, reward: LatentReward) -> Path:
     """Write weights, and as JSON what they are of."""
-    meta = {"form": asdict(reward.form), "taught": reward.taught}
+    meta = {"form": asdict(reward.form), "record": reward.record}
     write_tensors(path, KIND, {name: x.cpu() for name, x in reward.network.state_dict().items()}, meta)
     return path
 
@@ -438,6 +444,7 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
         another form or of another network, and weights that do not fit by name and shape.
     """
     tensors, meta = read_tensors(path, KIND)
+    meta = version_0_1.latent_reward(meta)
     try:
         got = LatentForm(**meta["form"])
     except (KeyError, TypeError) as error:
@@ -454,4 +461,4 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
             )
     network = _new(pipeline, expected, condition, 0)
     load_strict(network, tensors, str(path))
-    return LatentReward(pipeline, stage, network, meta["taught"])
+    return LatentReward(pipeline, stage, network, meta["record"])

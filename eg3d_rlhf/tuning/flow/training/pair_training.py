@@ -41,8 +41,8 @@ from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.sharding import sharded
 from eg3d_rlhf.tuning.flow.training.trainer import (
-    ANCHOR,
     NOTHING,
+    REGULARISE,
     Descent,
     StageResult,
     recomputing,
@@ -88,7 +88,7 @@ class Order(Generic[Example]):
 
 PAIRS = 64  # that the latest figures are taken over
 SEPARATED = 0.95  # implicit accuracy above which pairs are told apart too well to teach more
-RUNAWAY = 2  # times the rejected ones' error at the start, where no reference holds it
+DIVERGED = 2  # times the rejected ones' error at the start, where no reference holds it
 HISTORY = 10  # lines before spikes can be told from usual ones
 CALM = "Raise beta or lower lr."
 
@@ -114,8 +114,8 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
                 f"step {last['step']}: {name} {last[name]:.3g} is over {times} times its median {usual:.3g}."
                 f" {CALM}"
             )
-    if updates and last.get("l_error", 0) > RUNAWAY * updates[0].get("l_error", math.inf):
-        signs["runaway"] = (
+    if updates and last.get("l_error", 0) > DIVERGED * updates[0].get("l_error", math.inf):
+        signs["divergence"] = (
             f"step {last['step']}: the rejected ones' error is {last['l_error']:.3g} after"
             f" {updates[0]['l_error']:.3g}, and that of the preferred {last['w_error']:.3g} after"
             f" {updates[0]['w_error']:.3g}; this loss has no lower bound. Lower loser_weight or steps."
@@ -145,8 +145,8 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     step = lines[-1]["step"]
     if accuracy > SEPARATED:
         signs["separated"] = (
-            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are told apart;"
-            " more of it over-optimises. " + ANCHOR
+            f"step {step}: implicit accuracy {accuracy:.3f} is above {SEPARATED}; the pairs are separated;"
+            " more of it over-optimises. " + REGULARISE
         )
         if len(rates) > 1 and max(abs(rate - rates[0][1]) for _, rate in rates) <= NOTHING:
             signs["no-effect"] = (
@@ -163,7 +163,7 @@ def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> di
     ):
         signs["preferred-worse"] = (
             f"step {step}: the margin grows while the error of the preferred ones is {w_diff:.3g} above the"
-            f" reference's; it runs from the rejected ones instead of towards the preferred. {ANCHOR}"
+            f" reference's; this is likelihood displacement. {REGULARISE}"
         )
     return signs
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from eg3d_rlhf.experiments import logs
 from eg3d_rlhf.models.lora_settings import LoraConfig
-from eg3d_rlhf.tuning.flow.base.settings import Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import Choosing, Evaluation, ProblemSource
 from training.config import check_knobs, knob
 
 if TYPE_CHECKING:
@@ -112,7 +112,11 @@ class DpoConfig:
     )
     sft_weight: float = _rare_loss(0.0, "Of the preferred's own error, added.", low=0)
     condition_dropout: float = _rare_loss(
-        0.0, "Share of pairs trained without their condition.", low=0, high=1
+        0.0,
+        "Share of the pairs that are trained without their conditioning.",
+        low=0,
+        high=1,
+        name="conditioning_dropout",
     )
 
     def __post_init__(self):
@@ -158,7 +162,7 @@ class TrainConfig(PassConfig):
         return self.dpo.needs_reference
 
 
-CONTROLS = ("shuffled", "inverted")  # how their names end
+CONTROLS = ("randomised", "inverted")  # how their names end
 # by title, a cell of an arm's name and its row of the table
 Columns = Mapping[str, Callable[[str, Mapping], Any]]
 
@@ -189,7 +193,7 @@ class ArmsRun(ABC):
     arms: tuple[str, ...] = ()
     training_seeds: tuple[int, ...] = (0,)
     choosing: Choosing | None = None  # None: no win rate while training; the last update is kept
-    judging: Judging = Judging()  # of the table that ends a run
+    evaluation: Evaluation = Evaluation()  # of the table that ends a run
     summary: bool = True  # end with it
 
     def __post_init__(self):
@@ -214,7 +218,7 @@ class ArmsRun(ABC):
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
         """More of an arm's row, JSON, from its trainings, its rates against the base, its scores and the
-        base's by judge.
+        base's by evaluator.
         """
 
     def stage_in(self, problem: "Problem") -> "FlowStage":
@@ -227,11 +231,11 @@ class ArmsRun(ABC):
         """Of the table: arms, what nobody trained on, and arms against each other, where there are such."""
         from eg3d_rlhf.experiments.table import markdown_rows, of_seeds, with_interval
 
-        judge = data["judge"]
+        evaluator = data["evaluator"]
         seeds = [f"seed {seed}" for seed in data["training_seeds"]]
         rows = []
         for name, arm in data["arms"].items():
-            won = arm["judges"][judge]
+            won = arm["evaluators"][evaluator]
             before, behind = (
                 [cell(name, arm) for cell in columns.values()] for columns in (self.BEFORE, self.BEHIND)
             )
@@ -242,7 +246,7 @@ class ArmsRun(ABC):
             f"Stage {data['stage']}; {data['conditions']} held-out conditions x {data['noises']} noises x"
             f" {len(seeds)} training seeds; ties count half. Brackets: {data['interval']}.{self.MORE}"
         )
-        head = [*self.BEFORE, f"{judge} judge, wins against base", *seeds, *self.BEHIND, "kept"]
+        head = [*self.BEFORE, f"{evaluator} evaluator, wins against base", *seeds, *self.BEHIND, "kept"]
         lines = [f"# {self.TITLE}", "", facts, "", *markdown_rows(head, rows)]
         if measures := next(iter(data["arms"].values())).get("measures"):
             rows = [
@@ -250,7 +254,7 @@ class ArmsRun(ABC):
             ]
             lines += [
                 "",
-                "## What nobody trained on, wins against base",
+                "## Held-out measures, wins against base",
                 "",
                 *markdown_rows(["arm", *measures], rows),
             ]
@@ -261,7 +265,7 @@ class ArmsRun(ABC):
             ]
             lines += [
                 "",
-                f"## Pair by pair, {judge} judge",
+                f"## Pair by pair, {evaluator} evaluator",
                 "",
                 *markdown_rows(["arm", "against", "wins", *seeds], rows),
             ]

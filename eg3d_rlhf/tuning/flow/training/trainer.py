@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.process import StoppedError
 from eg3d_rlhf.experiments.run import STATS, Run, recorded
 from eg3d_rlhf.models.lora import add_lora
@@ -218,7 +219,8 @@ def _added(a: Mapping, b: dict) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a stats.jsonl; none where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [version_0_1.flow_stats(json.loads(line)) for line in lines]
 
 
 def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) -> dict[str, str]:
@@ -242,7 +244,7 @@ def shown(record: Mapping, steps: int, columns: Sequence[tuple[str, str, str]]) 
 NOTHING = 0.02  # changes of a win rate that are within its noise
 DROP = 0.1  # of a win rate, measured twice
 
-ANCHOR = "Anchor the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
+REGULARISE = "Regularise the loss (loser_weight=0.5 or sft_weight=0.5), raise beta, or train fewer updates."
 
 
 def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
@@ -250,7 +252,7 @@ def win_rates(lines: Sequence[Mapping]) -> list[tuple[int, float]]:
     return [(line["step"], line[WIN_RATE]) for line in lines if line.get(WIN_RATE) is not None]
 
 
-def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = ANCHOR) -> dict[str, str]:
+def win_rate_signs(rates: Sequence[tuple[int, float]], remedy: str = REGULARISE) -> dict[str, str]:
     """A large fall counts at once, a smaller one when it is measured twice in a row: win rates of a few dozen
     assets are noisy.
     """
@@ -557,8 +559,8 @@ class _Training:
                 tensors |= {name: like(tensors[name], parameter) for name in moments}
             checkpoint.restore_optimizer("optim", self.updates.optimizer, tensors)
             self.updates.restore(tensors)
-            self.progress = Progress(**meta["progress"])
-            self.warnings = dict(meta["warnings"])
+            self.progress = Progress(**version_0_1.flow_progress(meta["progress"]))
+            self.warnings = version_0_1.flow_warnings(meta["warnings"])
             lines = meta["lines"]
         self.named_steps = [self.progress.kept_step]
         self.run.go_on(self.progress.step, lines)
@@ -578,7 +580,8 @@ class _Training:
             divided = any(map(sharded, self.named.values()))
             policy = policy_and_reference(self.stage, self.config)[0] if divided else self.policy
             self._load(values, policy)
-            meta = {**self.run.settings, "kept_step": progress.kept_step, self.chosen_by: progress.best}
+            settings = version_0_1.former_settings(self.run.settings)
+            meta = {**settings, "kept_step": progress.kept_step, self.chosen_by: progress.best}
             save_policy(policy, self.run.folder / POLICY, meta)
             warnings = [f"{name}: {text}" for name, text in self.warnings.items()]
             self.run.write(RESULT, {"kept_step": progress.kept_step, "warnings": warnings})

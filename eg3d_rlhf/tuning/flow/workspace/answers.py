@@ -2,7 +2,7 @@
 
     WORK/pairs/STAGE                        pairs of a stage; made anew from the answers whenever they are
                                             read
-    WORK/pairs/conditions.safetensors       embeddings of their conditions, where these are not WORK's
+    WORK/pairs/conditioning.safetensors     embeddings of their conditions, where these are not WORK's
 
 Of the conditions to choose on, a third chooses networks while they train; the rest tells whether anything was
 learnt. Test conditions take no part.
@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 
+from eg3d_rlhf.core.cli import file_hash
+from eg3d_rlhf.experiments import version_0_1
+from eg3d_rlhf.models.sparse import collate
+from eg3d_rlhf.people.label.assets.collection import Collection
 from eg3d_rlhf.preferences.label_scores import read_goodness, read_said
+from eg3d_rlhf.preferences.pair_strategies import Ensemble, Scored
 from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, NULL, read_conditions
 from eg3d_rlhf.tuning.flow.base.family import Encodes, FlowFamily, ImportsSamples, Opens
 from eg3d_rlhf.tuning.flow.base.problem import Problem, chosen_precision
@@ -33,9 +38,14 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
 )
 from eg3d_rlhf.tuning.flow.base.settings import EncodingSource, ProblemSource
 from eg3d_rlhf.tuning.flow.base.single_labels import known_of
+from eg3d_rlhf.tuning.flow.base.stage import stage_of
+from eg3d_rlhf.tuning.flow.families import bundled_family
 from eg3d_rlhf.tuning.flow.families.opening import divided, open_folder, open_problem
-from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, TRAIN, Work
+from eg3d_rlhf.tuning.flow.training.latent_reward import KIND, load
+from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
+from eg3d_rlhf.tuning.flow.workspace.work_folder import CHOOSE, REWARD, SHOWN, TRAIN, Work
 from training.progress import tqdm
+from training.storage import read_tensors
 
 PAIRS = "pairs"
 Encoding = Mapping[str, Any]  # given fields of EncodingSource
@@ -112,9 +122,9 @@ def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
         return family.read_samples(folder, pipeline)
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
-    if not (folder / CONDITIONS).is_file():
+    if not version_0_1.conditioning_file(folder).is_file():
         return imported  # of WORK's conditions
-    read = read_conditions(folder / CONDITIONS, zero_null=family.zero_null)
+    read = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
     named = _conditions_in(imported)
     read.select(named)  # raises for those that are missing
     return replace(
@@ -183,3 +193,48 @@ def problem_of(
     for stage in problem.pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
     return problem if own is None else replace(problem, reward=own.reward, fitted_to=own.fitted_to)
+
+
+# Scores of WORK's samples by an ensemble of networks that read their stored latents, for strategies of pairs
+# that read scores; nothing is decoded. WORK/latent-reward.safetensors is the ensemble, as `eg3d-rlhf reward
+# latent` writes it.
+
+
+def check_trained(work: Work, strategy: str) -> None:
+    """Raise FileNotFoundError, which names the command that trains the ensemble, if WORK has none. People's
+    answers train it; a bundled generator brings simulated ones.
+    """
+    path = work.folder / REWARD
+    if path.is_file():
+        return
+    train = f"eg3d-rlhf reward latent --pipeline={work.pipeline} --out={path}"
+    if bundled_family(work.pipeline) is None:
+        read = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
+        train = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {train} {read}"
+    raise FileNotFoundError(
+        f"--strategy={strategy}: expected rewards that score WORK's samples, got no {path}. Train them:"
+        f" {train}"
+    )
+
+
+def latent_ensemble(work: Work, device: torch.device, collection: Collection) -> Ensemble:
+    """Open WORK's ensemble, which scores the assets of a collection by their numbers.
+
+    Raises: ValueError for a damaged file, or an ensemble of other networks.
+    """
+    family = work.check_pipeline()
+    path = work.folder / REWARD
+    pipeline = open_pipeline(work, family, device, *SHOWN)
+    stage = stage_of(pipeline, read_tensors(path, KIND)[1]["form"]["stage"])
+    reward = load(path, pipeline, stage, work.names(*SHOWN)[0])
+    samples = read_candidates(work.drawn() / RANKING, pipeline, False, candidate=family.candidate)
+    by_name = {sample.file.name: sample for sample in samples if sample.file is not None}
+
+    def score(numbers: Sequence[int]) -> Scored:
+        shown = [by_name[collection.assets[number].path.name] for number in numbers]
+        latents = collate([candidate.latents[stage.name] for candidate in shown])
+        scores, embeddings = reward.of_members(latents, [candidate.condition for candidate in shown])
+        return Scored(scores.double().numpy(), embeddings.double().numpy())
+
+    size = len(reward.network.members)
+    return Ensemble(score, size, [{"file": path.name, "sha256": file_hash(path), "members": size}])

@@ -202,7 +202,7 @@ def estimate(
     numbers = list(batches)
     rate = None if device is None else speed(device, precision)
     saved = 4 - kinds[dtype]
-    asked = [("draw", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
+    asked = [("sample", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
     jobs = tqdm(
         list(itertools.product(enumerate(stages), asked)),
         desc=name,
@@ -217,7 +217,7 @@ def estimate(
         )
 
         def cost(batch: int, what: str = what, recompute: bool = recompute, twin: SizedStage = twin) -> Cost:
-            if what == "draw":
+            if what == "sample":
                 return drawing(twin, batch, voxels)
             return update(
                 twin, batch, recompute, lora=lora, device=torch.device(device or "cpu").type, voxels=voxels

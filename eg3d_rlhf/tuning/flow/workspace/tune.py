@@ -1,7 +1,7 @@
 """Tune a generator's stages on people's pairs, and test each stage against a control with randomised labels.
 
     STAGE/               weights, where they did; nothing where they did not: the base stays
-    control/STAGE/       weights of the control, trained alike on shuffled labels
+    control/STAGE/       weights of the control, trained alike on randomised labels
     training/STAGE/      stats.jsonl and what else a training keeps (train.py); training/control/STAGE/ the
                          control's
     loop/, loop/control/ the steps of the loop, where it was asked for
@@ -25,38 +25,39 @@ from eg3d_rlhf.models.policies import link_folder, shared_copy, tuned_model
 from eg3d_rlhf.models.sparse import collate
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage, PreferencePair
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.accuracy import (
     LEAST_CONDITIONS,
     Accuracy,
     PairAccuracy,
     accuracy_of,
     confidence_of,
-    turned_by_coin,
-    verdict,
+    half_inverted,
+    signal_test,
 )
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, check, run_loop, whole_weights
-from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, SHUFFLED, CircularSettings
+from eg3d_rlhf.tuning.flow.training.circular.settings import PAIRS, RANDOMISED, CircularSettings
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from eg3d_rlhf.tuning.flow.training.trainer import FREE, POLICY, StageResult
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from training.distributed import SINGLE, Ranks
 
 REPORT = "report"
 CONTROL = "control"
 TRAINING = "training"
 LOOP = "loop"
-FINAL_DRAWS = 8  # times and noises of a pair behind a verdict
-MOST_JUDGED = 200  # pairs that a judge's own accuracy is taken on: each takes two decoded assets
+FINAL_DRAWS = 8  # times and noises of a pair in the test
+MOST_EVALUATED = 200  # pairs on which the accuracy of an evaluator is measured: each takes two decoded assets
 # (stage, network, file): a picture of what it makes, see samples.py
 Samples = Callable[[str, torch.nn.Module, Path], Path]
-NOTHING = "the labels teach nothing"
-AWAY = (
-    "it runs away: the error of the preferred ones rose by {}, so expect worse assets. Keep nearer: --set"
-    " loser_weight below 1, a lower --lr, a larger --set beta."
+NOTHING = "no learnable signal"
+SIGNAL = "learnable signal"
+DISPLACED = (
+    "likelihood displacement: the error of the preferred assets rose by {}, so expect worse samples. Reduce"
+    " the step: --set loser_weight below 1, a lower --lr, a larger --set beta."
 )
 
 
@@ -92,11 +93,11 @@ class StageLabels:
                 " texts, or hold more of them out."
             )
 
-    def shuffled(self, seed: int) -> "StageLabels":
+    def randomised(self, seed: int) -> "StageLabels":
         """Return the control's labels: nothing is left to learn of the pairs that are trained on; those that
         choose are people's own.
         """
-        return replace(self, train=turned_by_coin(self.train, seed))
+        return replace(self, train=half_inverted(self.train, seed))
 
 
 def tune(
@@ -123,11 +124,11 @@ def tune(
     if settings.loop:
         check(problem)
     say_main = say if ranks.main else lambda line: None
-    judges = judge_accuracies(problem) if ranks.main and settings.loop else {}
-    for name, found in judges.items():
+    evaluators = evaluator_accuracies(problem) if ranks.main and settings.loop else {}
+    for name, found in evaluators.items():
         say_main(
-            f"Judge {name!r} orders {found} of pairs that it was not fitted"
-            f" to{'' if found.interval[0] > 0.5 else DEAF}."
+            f"Evaluator {name!r} orders {found} of pairs that it was not fitted"
+            f" to{'' if found.interval[0] > 0.5 else CHANCE}."
         )
     circular = replace(settings.circular, choosing=None)
     seed = circular.seed
@@ -138,34 +139,36 @@ def tune(
         trained = _train_stages(stages, problem.identity, *common, samples=samples)
     control: Mapping[str, StageResult] = {}
     if settings.control:
-        say_main("The control: the same, with half of each condition's answers turned over.")
+        say_main("The control: the same, with half of each condition's answers inverted.")
         if settings.loop:
-            control = _train_loop(shuffled(problem, seed), *common, control=True)
+            control = _train_loop(randomised(problem, seed), *common, control=True)
         else:
-            turned = {name: of_stage.shuffled(seed) for name, of_stage in stages.items()}
-            control = _train_stages(turned, problem.identity, *common, control=True)
+            inverted = {name: of_stage.randomised(seed) for name, of_stage in stages.items()}
+            control = _train_stages(inverted, problem.identity, *common, control=True)
     report: dict = {}
     if ranks.main:
         report = {
-            **_verdicts(stages, trained, control, folder, seed + 1, say),
+            **_tests(stages, trained, control, folder, seed + 1, say),
             "loop": settings.loop,
             "settings": asdict(settings),
             "problem": dict(problem.identity),
             "versions": versions(),
-            "judges": {name: found.shown() for name, found in judges.items()},
+            "evaluators": {name: found.shown() for name, found in evaluators.items()},
             "labels": dict(labels or {}),
         }
         write(report, folder, REPORT, markdown)
     return ranks.broadcast(report)
 
 
-DEAF = ": it knows no more than a coin, and what is chosen by it is chosen by chance"
+CHANCE = ": its accuracy is not above chance, so its selections are random"
 
 
-def shuffled(problem: Problem, seed: int) -> Problem:
-    """Return the loop's problem for the control; see StageLabels.shuffled."""
-    pairs = PairsByStage(problem.train_pairs, lambda stage: turned_by_coin(problem.train_pairs[stage], seed))
-    return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
+def randomised(problem: Problem, seed: int) -> Problem:
+    """Return the loop's problem for the control; see StageLabels.randomised."""
+    pairs = PairsByStage(problem.train_pairs, lambda stage: half_inverted(problem.train_pairs[stage], seed))
+    return replace(
+        problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed}
+    )  # hashed, as in 0.1
 
 
 def _train_stages(
@@ -233,7 +236,7 @@ def _train_loop(
         settings=circular,
         store=Store(folder / LOOP / place, ranks, say),
         ranks=ranks,
-        use=SHUFFLED if control else PAIRS,
+        use=RANDOMISED if control else PAIRS,
         say=say,
         bars=ranks.main,
     )
@@ -254,7 +257,7 @@ def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place
     )
 
 
-def _verdicts(
+def _tests(
     labels: Mapping[str, StageLabels],
     trained: Mapping[str, StageResult],
     control: Mapping[str, StageResult],
@@ -274,27 +277,27 @@ def _verdicts(
         measured = PairAccuracy(of_stage.conditioned, of_stage.held_out, draws=FINAL_DRAWS, seed=seed)
         own = _measured(measured, arm, confidence)
         other = _measured(measured, control[stage], confidence) if stage in control else None
-        said = verdict(arm.kept_step, own, other, conditions, confidence)
+        test = signal_test(arm.kept_step, own, other, conditions, confidence)
         stages[stage] = {
-            "learnt": said.learnt,
-            "runs_away": said.runs_away,
-            "why": said.why,
+            "learnable_signal": test.learnable_signal,
+            "likelihood_displacement": test.likelihood_displacement,
+            "why": test.why,
             "pairs": len(of_stage.train),
             "kept_step": arm.kept_step,
             "held_out": own.shown(),
             "control": None if other is None else other.shown(),
-            "above_control": None if said.above_control is None else list(said.above_control),
+            "above_control": None if test.above_control is None else list(test.above_control),
             "warnings": list(arm.warnings),
-            "weights": stage if said.learnt else None,
+            "weights": stage if test.learnable_signal else None,
         }
-        say(f"Stage {stage!r}: {'learnt' if said.learnt else NOTHING}: {said.why}.")
-        if said.runs_away:
-            say(f"Stage {stage!r}: {AWAY.format(_rise(own.shown()))}")
-        if said.learnt:
+        say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
+        if test.likelihood_displacement:
+            say(f"Stage {stage!r}: {DISPLACED.format(_rise(own.shown()))}")
+        if test.learnable_signal:
             link_folder(arm.weights, folder / stage)
         if stage in control:
             link_folder(control[stage].weights, folder / CONTROL / stage)
-    kept = [stage for stage, found in stages.items() if found["learnt"]]
+    kept = [stage for stage, found in stages.items() if found["learnable_signal"]]
     say(
         f"Weights in {', '.join(str(folder / stage) for stage in kept)}."
         if kept
@@ -311,27 +314,27 @@ def _measured(measured: PairAccuracy, arm: StageResult, confidence: float) -> Ac
     )
 
 
-def judge_accuracies(problem: Problem) -> dict[str, Accuracy]:
-    """How well the problem's judges order people's pairs of the last stage that they were not fitted to,
-    MOST_JUDGED at most each.
+def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
+    """Measure how well the problem's evaluators order people's pairs of the last stage that they were not
+    fitted to, MOST_EVALUATED at most each.
     """
     last = problem.pipeline.stages[-1].name
     found = {}
     people = problem.train_pairs[last] if last in problem.train_pairs else []
     unseen = [] if problem.unseen_pairs is None else problem.unseen_pairs[last]
-    for name in JUDGES:
-        judge = getattr(problem, name)
+    for name in EVALUATORS:
+        evaluator = getattr(problem, name)
         fitted = set(problem.fitted_to.get(name, ()))
-        if judge is None:
+        if evaluator is None:
             continue
         pairs = [pair for pair in (*people, *unseen) if pair.condition not in fitted]
-        pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_JUDGED))]
+        pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_EVALUATED))]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue
         device = next(problem.pipeline.stages[-1].model.parameters()).device
         names = [pair.condition for pair in pairs]
         scores = [
-            judge(
+            evaluator(
                 [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs],
                 names,
             )
@@ -352,7 +355,7 @@ def markdown(data: Mapping) -> str:
         "stage",
         "labels",
         "accuracy on held-out pairs",
-        "with shuffled labels",
+        "with randomised labels",
         "difference",
         "error of the preferred",
         "kept update",
@@ -363,9 +366,8 @@ def markdown(data: Mapping) -> str:
         own = found["held_out"]
         other = found["control"]
         above = found["above_control"]
-        said = (
-            ("**learnt**, runs away" if found["runs_away"] else "**learnt**") if found["learnt"] else NOTHING
-        )
+        said = f"**{SIGNAL}**" if found["learnable_signal"] else NOTHING
+        said += ", likelihood displacement" if found["likelihood_displacement"] else ""
         rows.append(
             [
                 stage,
@@ -380,7 +382,7 @@ def markdown(data: Mapping) -> str:
         )
     kept = ", ".join(data["kept"])
     lines = [
-        "# " + (f"Learnt: {kept}" if kept else f"{NOTHING.capitalize()}; the base stays"),
+        "# " + (f"Learnable signal: {kept}" if kept else f"{NOTHING.capitalize()}; the base stays"),
         "",
         *markdown_rows(head, rows),
         "",
@@ -389,18 +391,18 @@ def markdown(data: Mapping) -> str:
         (
             "Accuracy: share of pairs, of conditions that neither trained nor chose the network, that its"
             f" implicit reward orders as people did. Brackets: {data['confidence']:.1%} intervals over"
-            " conditions. Learnt: both intervals above what chance gives, so that answers given at random"
-            " pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises, the"
-            " network runs from the rejected ones, and assets get worse."
+            " conditions. Learnable signal: both intervals are above chance, so that answers given at"
+            " random pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises"
+            " (likelihood displacement), samples get worse."
         ),
     ]
-    if data["judges"]:
-        rows = [[name, _with_interval(found), found["pairs"]] for name, found in data["judges"].items()]
+    if data["evaluators"]:
+        rows = [[name, _with_interval(found), found["pairs"]] for name, found in data["evaluators"].items()]
         lines += [
             "",
-            "Judges, on pairs that they were not fitted to:",
+            "Evaluators, on pairs that they were not fitted to:",
             "",
-            *markdown_rows(["judge", "accuracy", "pairs"], rows),
+            *markdown_rows(["evaluator", "accuracy", "pairs"], rows),
         ]
     if data["labels"]:
         lines += ["", *(f"- {name.replace('_', ' ')}: {value}" for name, value in data["labels"].items())]

@@ -4,7 +4,7 @@ remembers all of it.
     work.json                   what `new` was given and chose: pipeline, conditions of each split, campaign,
                                 seeds
     inputs/                     the pictures, or prompts.txt
-    conditions.safetensors      embeddings of all conditions, by the generator's own encoder
+    conditioning.safetensors    embeddings of all conditions, by the generator's own encoder
     drawn/base/                 assets of the generator as it is, their latents, ranking.jsonl and
                                 prompts.jsonl, for people to compare
     labels.db                   what people answered
@@ -29,6 +29,7 @@ from eg3d_rlhf.core.cli import file_hash
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.tuning.flow.base.family import FlowFamily
 from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.training.circular.settings import CircularSettings
 
 if TYPE_CHECKING:
     from eg3d_rlhf.people.label.entities import JudgementRow
@@ -42,6 +43,25 @@ TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
 SHOWN = (TRAIN, CHOOSE)  # what annotators see
 SHARES = (0.6, 0.2, 0.2)  # of the conditions
 KINDS = ("prompts", "pictures")
+
+
+def check_new(folder: Path) -> None:
+    """Raise ValueError for a folder that is a WORK already."""
+    if (folder / FILE).exists():
+        raise ValueError(
+            f"WORK: expected a new folder, got {folder} with a {FILE}. Go on with it, or name another."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a training in WORK trains, and with what beside it."""
+
+    circular: CircularSettings  # `human` is how stages learn from people's pairs; the rest is the loop's
+    stages: tuple[str, ...] = ()  # none: all that have pairs
+    # stages before the last learn from what the one behind made better, in place of people's pairs
+    loop: bool = False
+    control: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +186,9 @@ class Work:
         from training.storage import write_atomic
 
         _check_splits(self.splits)
-        path = self.folder / FILE
-        if path.exists():
-            raise ValueError(
-                f"WORK: expected a new folder, got {self.folder} with a {FILE}. Go on with it, or name"
-                " another."
-            )
+        check_new(self.folder)
         fields = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_atomic(path, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(self.folder / FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
         return self
 
     def check_pipeline(self) -> FlowFamily:
@@ -215,9 +230,9 @@ class Work:
 
     @property
     def conditions_file(self) -> Path:
-        from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS
+        from eg3d_rlhf.experiments.version_0_1 import conditioning_file
 
-        return self.folder / CONDITIONS
+        return conditioning_file(self.folder)
 
     # ---- places
 
@@ -281,7 +296,7 @@ class Work:
         path = self.drawn(name) / RANKING
         if not path.is_file():
             raise FileNotFoundError(
-                f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow draw {self.folder}"
+                f"WORK: expected drawn assets, got no {path}. Draw them: eg3d-rlhf flow sample {self.folder}"
             )
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 

@@ -145,4 +145,4 @@ def test_memory_is_told_of_a_folder(root):
     done = CliRunner().invoke(check, [str(root), "--memory"])
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines() if "bfloat16" in line]
-    assert [(line[1], line[5]) for line in lines] == [("draw", "no"), ("lora", "no"), ("lora", "yes")]
+    assert [(line[1], line[5]) for line in lines] == [("sample", "no"), ("lora", "no"), ("lora", "yes")]

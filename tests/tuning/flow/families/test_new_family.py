@@ -46,7 +46,7 @@ def root(tmp_path):
         for i in range(8)
     ]
     write_pairs(tmp_path / "PAIRS" / "points", pairs, {"convention": CONVENTION})
-    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions())
+    write_conditions(tmp_path / "PAIRS" / "conditioning.safetensors", conditions())
     return root
 
 
@@ -62,10 +62,10 @@ def call(tmp_path, *flags):
 def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
     model = f"--pipeline={root}"
-    made = flow("new", tmp_path / "WORK", model, f"--pictures={tmp_path}", code=2)
-    check_message(made, ("--conditions", "points"))
-    flow("new", tmp_path / "WORK", model, f"--conditions={tmp_path / 'c.safetensors'}", "--each=2")
-    flow("draw", tmp_path / "WORK")
+    made = flow("new", tmp_path / "WORK", model, f"--images={tmp_path}", code=2)
+    check_message(made, ("--conditioning", "points"))
+    flow("new", tmp_path / "WORK", model, f"--conditioning={tmp_path / 'c.safetensors'}", "--each=2")
+    flow("sample", tmp_path / "WORK")
     work = Work.open(tmp_path / "WORK")
     ranked = ("tune", work.folder, f"--labels={work.drawn()}", "--pairs-only")
     check_message(flow(*ranked, code=2), ("ranking.jsonl, line 1", "rank", "None"))
@@ -80,13 +80,13 @@ def test_its_files_go_round_from_drawn_assets_to_a_tuned_folder(root, tmp_path):
         work, work.check_pipeline(), "later", ["test"], torch.device("cpu"), tuned={"points": run / "points"}
     )
     assert later.run().count == 2
-    flow("export", run, f"--out={tmp_path / 'TUNED'}")
+    flow("export", run, f"--outdir={tmp_path / 'TUNED'}")
     latents = read_latents(later.folder / "00000-0.safetensors")["points"]
     merged = generate(point_family.FAMILY.load(tmp_path / "TUNED", conditions()), work.names("test"), [0])[0]
     torch.testing.assert_close(merged, latents)
-    nothing = flow("export", model, f"--out={tmp_path / 'X'}", code=2)
+    nothing = flow("export", model, f"--outdir={tmp_path / 'X'}", code=2)
     check_message(nothing, ("WORK", "--weights"))
-    unknown = flow("export", model, f"--out={tmp_path / 'X'}", "--weights=dots=x", code=2)
+    unknown = flow("export", model, f"--outdir={tmp_path / 'X'}", "--weights=dots=x", code=2)
     check_message(unknown, ("points", "dots"))
     assert not (tmp_path / "X").exists()
 
@@ -99,7 +99,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
-    assert called == ["new", "draw", "pairs", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "export"]
     assert sorted(path.name for path in Path("TUNED").iterdir()) == ["points.json", "points.safetensors"]
 
 
@@ -140,7 +140,7 @@ def test_conditions_and_latents_of_others_are_refused(root, tmp_path):
     rejected(call(tmp_path, "--stage=points"), "'0'", "preferred", "[6, 3]", "[3, 2, 2, 2]")
     other = {name: {"kind": torch.zeros(1, 9), "size": torch.zeros(1)} for name in "abcd"}
     write_conditions(
-        tmp_path / "PAIRS" / "conditions.safetensors",
+        tmp_path / "PAIRS" / "conditioning.safetensors",
         type(conditions())(tokens=other, encoder="another", zero_null=True),
     )
     names = ("{'kind': [1, 4], 'size': [1]}", "{'kind': [1, 9], 'size': [1]}", "another")
@@ -174,7 +174,7 @@ def test_a_convention_that_contradicts_the_files_is_refused(root, tmp_path):
 
 def test_flags_of_trellis_are_refused_elsewhere(root, tmp_path):
     write_conditions(tmp_path / "c.safetensors", conditions())
-    flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditions={tmp_path / 'c.safetensors'}")
+    flow("new", tmp_path / "WORK", f"--pipeline={root}", f"--conditioning={tmp_path / 'c.safetensors'}")
     (tmp_path / "SAMPLES").mkdir()
     for flags, names in (
         (["--set=views=2"], ("--set views", "points")),

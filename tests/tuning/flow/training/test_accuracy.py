@@ -18,9 +18,9 @@ from eg3d_rlhf.tuning.flow.training.accuracy import (
     PairAccuracy,
     accuracy_of,
     confidence_of,
+    half_inverted,
     ordered,
-    turned_by_coin,
-    verdict,
+    signal_test,
 )
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.dpo import draw_pairs
@@ -134,12 +134,10 @@ def test_the_control_turns_half_of_every_condition_and_stages_alike():
     for n in (1, 2, 5, 9, 24):
         pairs = voxel_pairs(n)
         others = structure_pairs(n)
-        turned = [
-            a.preferred is not b.preferred for a, b in zip(pairs, turned_by_coin(pairs, 3), strict=True)
-        ]
+        turned = [a.preferred is not b.preferred for a, b in zip(pairs, half_inverted(pairs, 3), strict=True)]
         of_others = [
             a.preferred is not b.preferred
-            for a, b in zip(others[::-1], turned_by_coin(others[::-1], 3), strict=True)
+            for a, b in zip(others[::-1], half_inverted(others[::-1], 3), strict=True)
         ]
         assert of_others[::-1] == turned and abs(2 * sum(turned) - n) <= 1
         counts = Counter(p.condition for p in pairs)
@@ -153,7 +151,7 @@ def test_the_control_turns_half_of_every_condition_and_stages_alike():
             )
     pairs = voxel_pairs(12)
     drawn = {
-        tuple(a.preferred is b.preferred for a, b in zip(pairs, turned_by_coin(pairs, s), strict=True))
+        tuple(a.preferred is b.preferred for a, b in zip(pairs, half_inverted(pairs, s), strict=True))
         for s in range(6)
     }
     assert len(drawn) > 1
@@ -214,20 +212,26 @@ def test_the_rule():
     names = np.repeat(np.arange(20), 6).tolist()
     rng = np.random.default_rng(0)
     good, coin = (accuracy_of(rng.random(120) - share, names) for share in (0.2, 0.5))
-    assert verdict(5, good, None, names).learnt and verdict(5, good, coin, names).learnt
-    assert not verdict(0, good, coin, names).learnt and not verdict(5, coin, None, names).learnt
-    said = verdict(5, good, good, names)
-    assert not said.learnt and said.above_control[1] <= 0
+    assert (
+        signal_test(5, good, None, names).learnable_signal
+        and signal_test(5, good, coin, names).learnable_signal
+    )
+    assert (
+        not signal_test(0, good, coin, names).learnable_signal
+        and not signal_test(5, coin, None, names).learnable_signal
+    )
+    said = signal_test(5, good, good, names)
+    assert not said.learnable_signal and said.above_control[1] <= 0
     assert all(f"{figure:+.3f}" in said.why for figure in said.above_control)  # the control is the reason
     assert confidence_of(1) == confidence_of(2) == 0.95 and confidence_of(5) == pytest.approx(0.98)
     assert isinstance(good, Accuracy) and good.shown()["pairs"] == 120
     # of the preferred ones' error: pairs in order, assets worse
     for rise, away in ((0.3, True), (-0.3, False), (0.0, False)):
         found = accuracy_of(rng.random(120) - 0.2, names, preferred=rng.normal(rise, 0.2, 120))
-        said = verdict(5, found, coin, names)
+        said = signal_test(5, found, coin, names)
         assert (
-            said.learnt
-            and said.runs_away == (away and found.preferred[1] > 0)
+            said.learnable_signal
+            and said.likelihood_displacement == (away and found.preferred[1] > 0)
             and found.preferred[1] < rise < found.preferred[2]
         )
     with raising("conditions", "3", "2"):

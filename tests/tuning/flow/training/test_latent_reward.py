@@ -51,7 +51,7 @@ def test_it_learns_from_a_reward_of_finished_assets_whatever_the_answers_were():
     )
     learnt = teach(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
     turned = teach(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
-    assert accuracy(learnt, held) > 0.8 and accuracy(turned, held) > 0.8 and learnt.taught["decoded"]
+    assert accuracy(learnt, held) > 0.8 and accuracy(turned, held) > 0.8 and learnt.record["decoded"]
 
 
 def _turned(pairs):
@@ -111,7 +111,7 @@ def test_files_are_read_strictly(tmp_path):
     again = load(path, pipeline, stages[1], "a")
     assert (
         torch.equal(*(r.of_latents(collate([pair.preferred]), ["a"]) for r in (reward, again)))
-        and again.taught == reward.taught
+        and again.record == reward.record
     )
     with raising("'structure'", "'voxels'"):
         load(path, pipeline, stages[0], "a")
@@ -143,9 +143,9 @@ def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
     task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])
-    scores, watched = task.scores(x_0, ["a"] * 4, [0] * 4)
+    scores, heldout = task.scores(x_0, ["a"] * 4, [0] * 4)
     assert (
-        scores.shape == (1, 4) and watched == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
+        scores.shape == (1, 4) and heldout == {} and torch.equal(scores[0], reward.of_latents(x_0, ["a"] * 4))
     )
 
 

@@ -222,13 +222,13 @@ def test_the_fastest_update_that_fits_is_chosen():
 
 def test_what_fits_nowhere_is_told_with_figures():
     rows = estimate.estimate([structure(empty)])
-    assert {(row.what, row.recompute) for row in rows} == {("draw", False), ("lora", False), ("lora", True)}
+    assert {(row.what, row.recompute) for row in rows} == {("sample", False), ("lora", False), ("lora", True)}
     untimed, timed = (
         estimate.table([replace(row, seconds=seconds) for row in rows]) for seconds in (None, 2.0)
     )
     assert "time" not in untimed and "2 s" in timed
     estimate.check_fits(rows, 1 << 40, "flow new")
-    least = min(row.bytes for row in rows if row.what == "draw") / estimate.SHARE / GIB
-    names = (f"{least:.1f} GiB", "0.0", "'structure'", "(draw, ", "--set dtype=bfloat16")
+    least = min(row.bytes for row in rows if row.what == "sample") / estimate.SHARE / GIB
+    names = (f"{least:.1f} GiB", "0.0", "'structure'", "(sample, ", "--set dtype=bfloat16")
     with raising(*names):
         estimate.check_fits(rows, 1 << 20, "flow new")

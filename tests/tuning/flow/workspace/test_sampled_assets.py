@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def toy_work(folder: Path) -> Work:
     """Five conditions to draw, three assets each, five at once."""
     family = family_of(Path("toy"))
-    write_conditions(folder / "conditions.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
+    write_conditions(folder / "conditioning.safetensors", family.embed_texts(Path("toy"), NAMES, CPU))
     return Work(
         folder=folder,
         pipeline="toy",

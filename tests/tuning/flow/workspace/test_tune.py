@@ -15,8 +15,8 @@ from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.tuning.flow.base.pairs import PairsByStage
 from eg3d_rlhf.tuning.flow.families import hunyuan3d
 from eg3d_rlhf.tuning.flow.workspace import tune as module
-from eg3d_rlhf.tuning.flow.workspace.settings import Tuning
-from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING, StageLabels, judge_accuracies, shuffled, tune
+from eg3d_rlhf.tuning.flow.workspace.tune import NOTHING, StageLabels, evaluator_accuracies, randomised, tune
+from eg3d_rlhf.tuning.flow.workspace.work_folder import Tuning
 from tests.rejections import raising
 from tests.tuning.flow import labelled
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
@@ -47,7 +47,7 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
     report = run(problem, tmp_path / "tune-00", said=said, **short)
     found = report["stages"]["shape"]
     assert (
-        found["learnt"]
+        found["learnable_signal"]
         and report["kept"] == ["shape"]
         and found["held_out"]["interval"][0] > 0.5
         and found["above_control"][1] > 0
@@ -66,7 +66,7 @@ def test_a_tiny_hunyuan3d_learns_labels_and_keeps_nothing_of_answers_by_coin(roo
     ]
     assert [line["step"] for line in lines if "held_out_accuracy" in line] == [0, 15, 30]
 
-    report = run(labelled.by_coin(problem, 0), tmp_path / "tune-01", said=said, **{**short, "steps": 10})
+    report = run(labelled.randomised(problem, 0), tmp_path / "tune-01", said=said, **{**short, "steps": 10})
     assert (
         report["kept"] == []
         and not (tmp_path / "tune-01" / "shape").exists()
@@ -132,13 +132,13 @@ def test_the_loop_and_its_control(tmp_path):
     assert set(report["stages"]) == {"structure", "voxels"} and all(
         found["control"] for found in report["stages"].values()
     )
-    assert set(report["judges"]) == {"reward", "chooser", "final"}
+    assert set(report["evaluators"]) == {"reward", "chooser", "final"}
     assert (tmp_path / "control" / "structure" / "policy.json").exists()
-    share = f"{report['judges']['reward']['accuracy']:.3f}"
+    share = f"{report['evaluators']['reward']['accuracy']:.3f}"
     assert any("'reward'" in line and share in line for line in said)
 
 
-def test_a_judge_that_knows_nothing_is_told(tmp_path):
+def test_an_evaluator_at_chance_is_reported(tmp_path):
     """Win rates of judges that order pairs like a coin used to be printed and believed."""
 
     def deaf(assets, conditions):
@@ -150,15 +150,15 @@ def test_a_judge_that_knows_nothing_is_told(tmp_path):
         )
 
     problem = tiny(reward=deaf)
-    found = judge_accuracies(problem)
+    found = evaluator_accuracies(problem)
     assert found["final"].interval[0] > 0.5 >= found["reward"].interval[0]
     fitted = replace(problem, fitted_to={"final": ("red", "green", "blue")})
-    assert judge_accuracies(fitted)["final"].pairs == found["final"].pairs - 12
+    assert evaluator_accuracies(fitted)["final"].pairs == found["final"].pairs - 12
 
 
 def test_the_control_learns_from_half_turned_pairs_and_is_chosen_by_true_ones():
     problem = tiny()
-    control = shuffled(problem, 3)
+    control = randomised(problem, 3)
     own = problem.train_pairs["voxels"]
     other = control.train_pairs["voxels"]
     assert sum(a.preferred is not b.preferred for a, b in zip(own, other, strict=True)) == len(own) / 2
@@ -188,7 +188,7 @@ def told(report) -> str:
         f"{stage} {found['held_out']['accuracy']:.3f} [{found['held_out']['interval'][0]:.3f},"
         f" {found['held_out']['interval'][1]:.3f}], control {found['control']['accuracy']:.3f}, difference"
         f" {found['above_control'][0]:+.3f} [{found['above_control'][1]:+.3f},"
-        f" {found['above_control'][2]:+.3f}]: {'learnt' if found['learnt'] else 'nothing'}"
+        f" {found['above_control'][2]:+.3f}]: {'learnt' if found['learnable_signal'] else 'nothing'}"
         for stage, found in report["stages"].items()
     )
 
@@ -202,7 +202,9 @@ def test_learnable_labels_are_learnt_with_three_seeds(what, root, tmp_path):
         )
         report = run(problem, tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, seed {seed}: {told(report)}", flush=True)
-        assert set(report["kept"]) == {stage for stage, found in report["stages"].items() if found["learnt"]}
+        assert set(report["kept"]) == {
+            stage for stage, found in report["stages"].items() if found["learnable_signal"]
+        }
         # of the toy's two stages one or both
         assert report["kept"] if what == "toy" else len(report["kept"]) == len(report["stages"])
 
@@ -217,7 +219,7 @@ def test_of_twenty_sets_of_random_answers_nineteen_teach_nothing(what, root, tmp
             if what == "toy"
             else (labelled.shapes(root, seed), {**SHAPES, "steps": 30, "held_out_every": 10})
         )
-        report = run(labelled.by_coin(problem, seed), tmp_path / str(seed), seed, **changes)
+        report = run(labelled.randomised(problem, seed), tmp_path / str(seed), seed, **changes)
         print(f"\n{what}, random {seed}: {told(report)}", flush=True)
         kept += [seed] if report["kept"] else []
     assert len(kept) <= 1, kept

@@ -31,7 +31,7 @@ from eg3d_rlhf.experiments.table import (
 )
 from eg3d_rlhf.models.policies import link_folder
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS, ProblemSource
 from eg3d_rlhf.tuning.flow.training.arm_runs import pooled
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import (
     CircularLoop,
@@ -66,7 +66,8 @@ def table(
     """The whole table as JSON.
 
     Args:
-        scores: by group, a `problem.judged` for each training seed; trained: by group and seed, what is known
+        scores: by group, the scores of `evaluate` for each training seed; trained: by group and seed, what
+        is known
             of its trainings.
         loop: figures of the loop's pairs by training seed; facts: what a reader of the file needs besides.
     """
@@ -83,13 +84,13 @@ def table(
     for letter, of_group in arrays.items():
         start = spreads["i"]
         ends = spreads[letter]
-        judged = rates.against_base(letter)
+        won = rates.against_base(letter)
         groups[letter] = {
             "title": ALL[letter].title,
-            **judged["final"],
+            **won["final"],
             "score_mean": float(of_group["final"].mean()),
-            "judges": {name: judged[name] for name in JUDGES if name in judged},
-            "parts": {name: judged[name] for name in of_group if name not in JUDGES},
+            "evaluators": {name: won[name] for name in EVALUATORS if name in won},
+            "parts": {name: won[name] for name in of_group if name not in EVALUATORS},
             "spread": {  # as a share of the base's, too: a collapsed generator is near 0
                 stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None}
                 for stage, mean in ends.items()
@@ -126,7 +127,7 @@ def markdown(data: Mapping) -> str:
         cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
         cells += [
-            f"{group['judges'][name]['win_rate']:.3f}" if name in group["judges"] else ""
+            f"{group['evaluators'][name]['win_rate']:.3f}" if name in group["evaluators"] else ""
             for name in ("chooser", "reward")
         ]
         shares = [group["spread"][stage]["of_base"] for stage in stages]
@@ -135,7 +136,7 @@ def markdown(data: Mapping) -> str:
     facts = (
         f"{data['conditions']} held-out conditions x {data['noises']} noises x {len(data['training_seeds'])}"
         " training seeds; ties count "
-        f"half. Brackets: {data['interval']}. The final judge labelled nothing, trained nothing and chose"
+        f"half. Brackets: {data['interval']}. The final evaluator labelled nothing, trained nothing and chose"
         ' nothing; "chooser" chose '
         'checkpoints, "reward" scored the loop\'s pairs. Spread: how far assets of one condition differ, as'
         " a share of the base's."
@@ -150,7 +151,10 @@ def markdown(data: Mapping) -> str:
         "## Pair by pair",
         "",
     ]
-    lines += ["Share of assets of the first that the final judge prefers to the second's, same noises.", ""]
+    lines += [
+        "Share of assets of the first that the final evaluator prefers to the second's, same noises.",
+        "",
+    ]
     head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
     rows = []
     for name, rated in data["pairwise"].items():
@@ -163,8 +167,8 @@ def markdown(data: Mapping) -> str:
             for stage, pairs in stages.items():
                 better = (
                     ""
-                    if pairs.get("op_rewarded_where_changed") is None
-                    else f"{pairs['op_rewarded_where_changed']:.2f}"
+                    if pairs.get("tuned_rewarded_where_changed") is None
+                    else f"{pairs['tuned_rewarded_where_changed']:.2f}"
                 )
                 rows.append(
                     [
@@ -181,7 +185,7 @@ def markdown(data: Mapping) -> str:
             "stage",
             "pairs",
             "structure changed",
-            "of these, op rewarded more",
+            "of these, tuned sample rewarded more",
             "mean reward gap",
         ]
         lines += ["", "## The loop's pairs", "", *markdown_rows(head, rows)]
@@ -196,8 +200,8 @@ def plot(data: Mapping):
         for name, rated in data["pairwise"].items()
         if name.startswith("a_vs_")
     }
-    panels = [("win rate against base, final judge", titled)]
-    panels += [("win rate of (a) against, final judge", rivals)] if rivals else []
+    panels = [("win rate against base, final evaluator", titled)]
+    panels += [("win rate of (a) against, final evaluator", rivals)] if rivals else []
     return plot_rates(
         panels,
         f"{data['conditions']} conditions x {data['noises']} noises, training seeds"
@@ -278,7 +282,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
         compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
         scores = {
-            letter: [loop.judged(own, settings.judging).record]
+            letter: [loop.evaluate(own, settings.evaluation).record]
             for letter, own in {**compared, "i": {}}.items()
         }
         pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
@@ -293,7 +297,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
 def describe(step: Mapping) -> str:
     where = f"round {step['round']}, stage {step['stage']}"
     if step["step"] == "pairs":
-        better = step.get("op_rewarded_where_changed")
+        better = step.get("tuned_rewarded_where_changed")
         more = "" if better is None else f"; of these the reward prefers the tuned one in {better:.0%}"
         return (
             f"{where}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with another"
@@ -343,9 +347,9 @@ class Ablation:
         else:
             networks = self._trained(loop, group.last, "last") if group.last != BASE else {}
             networks |= self._trained(loop, group.first, "first") if group.first != BASE else {}
-        judged = loop.judged(networks, self.plan.judging)
+        scored = loop.evaluate(networks, self.plan.evaluation)
         trained = {stage: _training(line[-1]) for stage, line in networks.items()}
-        return {"scores": judged.record, "trainings": trained, "reused": judged.reused}
+        return {"scores": scored.record, "trainings": trained, "reused": scored.reused}
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
         """The last stage, or those before it, each trained from the base."""
@@ -385,7 +389,7 @@ def ablate(run: CircularRun, problem: Problem, folder: Path, device: str, jobs: 
     plan = run.plan
     tasks = run.plan.tasks()
     print(f"{len(tasks)} tasks on {jobs} processes; what they print is in {folder / 'logs'}.", flush=True)
-    sees = detectable(len(problem.held_out_conditions), plan.judging.per_condition, len(plan.seeds))
+    sees = detectable(len(problem.held_out_conditions), plan.evaluation.per_condition, len(plan.seeds))
     print(
         f"What the table can see: win rates from {sees:.3f} on, in 80 % of such tables, were all comparisons"
         " independent.",

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.store import Artefact, Store
 from eg3d_rlhf.models.policies import save_policy, tuned_model
-from eg3d_rlhf.tuning.flow.base.evaluation import judged
+from eg3d_rlhf.tuning.flow.base.evaluation import evaluate
 from eg3d_rlhf.tuning.flow.base.pairs import PreferencePair, read_pairs
 from eg3d_rlhf.tuning.flow.base.problem import Problem
-from eg3d_rlhf.tuning.flow.base.settings import Judging
+from eg3d_rlhf.tuning.flow.base.settings import Evaluation
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     LoopPairMaker,
     NoPairsError,
@@ -31,8 +32,8 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     weighed,
 )
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
-    ANCHOR,
     PAIRS,
+    REGULARISER,
     WINNERS,
     CircularSettings,
     Weighing,
@@ -120,15 +121,16 @@ class CircularLoop:
         before = before or {}
         seed = self.settings.seed
         behind = stage_behind(self.names, stage)
-        un_op = {behind: before[behind]} if before.get(behind) else {}
+        references = {behind: before[behind]} if before.get(behind) else {}
         inputs = {
             "step": "loop pairs",
             "problem": self.problem.identity,
             "stage": stage,
             "seed": seed,
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
+            # "op" and "un_op" stand in the hash, as in version 0.1
             "op": self._named({k: v for k, v in lineage.items() if k != stage}),
-            "un_op": self._named(un_op),
+            "un_op": self._named(references),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
@@ -139,13 +141,15 @@ class CircularLoop:
                 self.settings.loop_pairs,
                 seed,
                 stage=stage,
-                models_unop=self.models(un_op),
+                reference_models=self.models(references),
             )
             with self._bar(f"pairs for {stage}", -(-len(human) // self.ranks.world)) as bar:
                 place, figures = make_in_chunks(folder, make, human, ranks=self.ranks, on_pair=bar.update)
             return [place], figures
 
-        return self.store.make("pairs", inputs, maker, f"pairs for stage {stage!r} out of stage {behind!r}")
+        title = f"pairs for stage {stage!r} out of stage {behind!r}"
+        made = self.store.make("pairs", inputs, maker, title)
+        return replace(made, record=version_0_1.loop_pairs(made.record))
 
     def from_loop(
         self,
@@ -162,12 +166,12 @@ class CircularLoop:
         config = self.settings.loop
         use = use or self.use
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
-        if use == ANCHOR:
+        if use == REGULARISER:
             config = replace(config, dpo=replace(config.dpo, kind="sigmoid", beta=NO_BETA))
         elif use == WINNERS:
             config = replace(config, dpo=self.settings.sft.dpo)
         elif use != PAIRS:
-            source["use"] = use
+            source["use"] = version_0_1.former_use(use)
 
         def read() -> tuple[list[PreferencePair], dict]:
             kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
@@ -241,19 +245,21 @@ class CircularLoop:
     def _bar(self, title: str, total: int) -> tqdm:
         return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
-    def judged(self, lineage: Lineage, judging: Judging) -> Artefact:
-        """Scores of the held-out conditions' assets by every judge; the record holds them."""
+    def evaluate(self, lineage: Lineage, evaluation: Evaluation) -> Artefact:
+        """Score the held-out conditions' assets by every evaluator; the record holds the scores."""
         inputs = {
             "step": "judge",
             "problem": self.problem.identity,
             "networks": self._named(lineage),
-            "judging": asdict(judging),
+            "judging": asdict(evaluation),
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             del folder
-            with self._bar("judging", judging.per_condition * len(self.problem.held_out_conditions)) as bar:
-                return [], judged(self.problem, self.models(lineage), judging, bar.update, spreads=True)
+            with self._bar(
+                "evaluation", evaluation.per_condition * len(self.problem.held_out_conditions)
+            ) as bar:
+                return [], evaluate(self.problem, self.models(lineage), evaluation, bar.update, spreads=True)
 
         names = ", ".join(k for k, v in lineage.items() if v) or "none"
         return self.store.make("scores", inputs, maker, f"scores of the generator with tuned stages: {names}")

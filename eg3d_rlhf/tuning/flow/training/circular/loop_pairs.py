@@ -41,10 +41,10 @@ from eg3d_rlhf.tuning.flow.base.problem import Problem
 from eg3d_rlhf.tuning.flow.base.sampling import Models, generate
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, Pipeline
 from eg3d_rlhf.tuning.flow.training.circular.settings import (
+    INVERTED,
     PEOPLES,
+    RANDOMISED,
     REWARD,
-    SHUFFLED,
-    TURNED,
     LoopPairsConfig,
     Weighing,
 )
@@ -66,9 +66,9 @@ class LoopPairMaker:
     pipeline: Pipeline
     reward: AssetReward
     stage: str
-    models_op: Models  # tuned networks by stage, that of the stage behind among them
-    # references; of these the one of the stage behind counts: further stages are models_op's on both sides
-    models_unop: Models
+    tuned_models: Models  # tuned networks by stage, that of the stage behind among them
+    # references; of these the one of the stage behind counts: further stages are tuned_models' on both sides
+    reference_models: Models
     config: LoopPairsConfig
     seed: int  # of the noises, with the human pair's id: some of the pairs give the same part of the result
 
@@ -76,21 +76,23 @@ class LoopPairMaker:
     def from_problem(
         cls,
         problem: Problem,
-        models_op: Models,
+        tuned_models: Models,
         config: LoopPairsConfig,
         seed: int,
         *,
         stage: str,
-        models_unop: Models | None = None,
+        reference_models: Models | None = None,
     ) -> "LoopPairMaker":
-        """Take pipeline and reward of a problem. Args: models_unop: None for the pipeline's own networks."""
+        """Take pipeline and reward of a problem. Args: reference_models: None for the pipeline's own
+        networks.
+        """
         assert problem.reward is not None
         return cls(
             pipeline=problem.pipeline,
             reward=problem.reward,
             stage=stage,
-            models_op=models_op,
-            models_unop=models_unop or {},
+            tuned_models=tuned_models,
+            reference_models=reference_models or {},
             config=config,
             seed=seed,
         )
@@ -100,15 +102,15 @@ class LoopPairMaker:
     ) -> list[PreferencePair]:
         """Make pairs. Args: pairs: human ones of the stage; on_pair: called with the number of pairs done."""
         behind = stage_behind([stage.name for stage in self.pipeline.stages], self.stage)
-        assert behind in self.models_op
-        un_op = {k: v for k, v in self.models_op.items() if k != behind} | {
-            k: v for k, v in self.models_unop.items() if k == behind
+        assert behind in self.tuned_models
+        references = {k: v for k, v in self.tuned_models.items() if k != behind} | {
+            k: v for k, v in self.reference_models.items() if k == behind
         }
         per_batch = max(1, self.config.batch // self.config.per_pair)
         made = []
         for i in range(0, len(pairs), per_batch):
             part = pairs[i : i + per_batch]
-            made += self._batch(part, (self.models_op, un_op), behind)
+            made += self._batch(part, (self.tuned_models, references), behind)
             if on_pair:
                 on_pair(len(part))
         return made
@@ -145,30 +147,32 @@ class LoopPairMaker:
                 id=f"{pair.id}/{k}",
                 condition=pair.condition,
                 stage=stage,
-                preferred=op,
-                rejected=un_op,
+                preferred=tuned,
+                rejected=reference,
                 source="loop",
                 reward_preferred=float(rewards[0][n]),
                 reward_rejected=float(rewards[1][n]),
                 provenance={"human_pair": pair.id, "noise_seed": seeds[n], "sampled_stage": behind},
             )
-            for n, ((pair, _, k), op, un_op) in enumerate(zip(rows, *latents, strict=True))
+            for n, ((pair, _, k), tuned, reference) in enumerate(zip(rows, *latents, strict=True))
         ]
         return [replace(pair, provenance={**pair.provenance, SAME: same_structure(pair)}) for pair in made]
 
 
 def with_roles(pairs: Sequence[PreferencePair], roles: str) -> list[PreferencePair]:
-    """Pairs with op preferred ("op", the paper's), or whichever of the two the reward prefers ("reward")."""
-    return [turned(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
+    """Return pairs whose preferred sample is the tuned network's ("tuned", as in the paper), or the one with
+    the higher reward ("reward").
+    """
+    return [inverted(pair) if roles == REWARD and pair.reward_gap < 0 else pair for pair in pairs]
 
 
-def turned(pair: PreferencePair) -> PreferencePair:
+def inverted(pair: PreferencePair) -> PreferencePair:
     """The same pair the other way round, which its provenance says."""
     return replace(
         pair,
         preferred=pair.rejected,
         rejected=pair.preferred,
-        provenance={**pair.provenance, "turned": True},
+        provenance={**pair.provenance, "inverted": True},
         reward_preferred=pair.reward_rejected,
         reward_rejected=pair.reward_preferred,
     )
@@ -223,8 +227,8 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
     return {
         "pairs": len(pairs),
         "changed_structure": float(changed.double().mean()),
-        "op_rewarded": float((gaps > 0).double().mean()),
-        "op_rewarded_where_changed": (
+        "tuned_rewarded": float((gaps > 0).double().mean()),
+        "tuned_rewarded_where_changed": (
             float((gaps[changed] > 0).double().mean()) if bool(changed.any()) else None
         ),
         "reward_gap_mean": float(gaps.mean()),
@@ -354,14 +358,14 @@ def weighed(pairs: Sequence[PreferencePair], weighing: Weighing) -> tuple[list[P
 def used(
     pairs: Sequence[PreferencePair], use: str, seed: int, human_pairs: Sequence[PreferencePair]
 ) -> list[PreferencePair]:
-    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed that of the
-    coin.
+    """What a control trains on in place of the loop's kept pairs; `use` is one of USES, seed of the random
+    inversions.
     """
     if use == PEOPLES:
         origins = {pair.provenance["human_pair"] for pair in pairs}
         return [pair for pair in human_pairs if pair.id in origins]
-    if use == TURNED:
-        return [turned(pair) for pair in pairs]
-    if use == SHUFFLED:
-        return [turned(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
+    if use == INVERTED:
+        return [inverted(pair) for pair in pairs]
+    if use == RANDOMISED:
+        return [inverted(pair) if derive_seed("coin", seed, pair.id) % 2 else pair for pair in pairs]
     return list(pairs)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from eg3d_rlhf.core.cli import versions
-from eg3d_rlhf.tuning.flow.base.settings import Choosing, Judging, ProblemSource
+from eg3d_rlhf.tuning.flow.base.settings import Choosing, Evaluation, ProblemSource
 from eg3d_rlhf.tuning.flow.training.settings import DpoConfig, TrainConfig
 from training.config import Knobs, knob
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
 
 REWARD = "reward"
-ROLES = ("op", REWARD)
-# What a stage learns of the loop's pairs: all; the anchor of their loss alone; the pairs with some or all
-# turned over; their preferred by fine-tuning; and in their place the people's pairs that they were made from.
-PAIRS, ANCHOR, SHUFFLED, TURNED, WINNERS, PEOPLES = USES = (
+TUNED = "tuned"
+ROLES = (TUNED, REWARD)
+# What a stage learns of the loop's pairs: all; the regulariser of their loss alone; the pairs with some or
+# all inverted; their preferred by fine-tuning; and in their place the people's pairs that they were made
+# from.
+PAIRS, REGULARISER, RANDOMISED, INVERTED, WINNERS, PEOPLES = USES = (
     "pairs",
-    "anchor",
-    "shuffled",
-    "turned",
+    "regulariser",
+    "randomised",
+    "inverted",
     "winners",
     "people",
 )
@@ -45,8 +47,9 @@ class Weighing(Knobs):
     use_w1: bool = True  # drop pairs whose op is not rewarded more
     use_w2: bool = True  # weigh the others by how much more
     roles: str = _loop(
-        "op",
-        "Preferred: the tuned network's, as in the paper, or whichever the reward prefers.",
+        TUNED,
+        "Preferred sample of a pair: the tuned network's, as in the paper, or the one with the higher"
+        " reward.",
         choices=ROLES,
         rare=True,
     )
@@ -110,19 +113,20 @@ GROUPS = {
     "d": Group(title="last stage alone, people's pairs", last=PEOPLE),
     "e": Group(title="first stage fine-tuned on the preferred", first=SUPERVISED),
     "f": Group(title="last stage fine-tuned on the preferred", last=SUPERVISED),
-    "g": Group(title="full loop without the filter w1", first=LOOP, last=PEOPLE, use_w1=False),
+    "g": Group(title="full loop without the selection by w1", first=LOOP, last=PEOPLE, use_w1=False),
     "h": Group(title="full loop without the weight w2", first=LOOP, last=PEOPLE, use_w2=False),
     "i": Group(title="base"),
 }
 # (a), but for what the stages before the last learn: controls of what the loop's preferences are worth
 ARMS = {
-    "anchor": Group(
-        title="full loop, the anchor without the preference term", first=LOOP, last=PEOPLE, use=ANCHOR
+    "regulariser": Group(
+        title="full loop, the regulariser without the preference term",
+        first=LOOP,
+        last=PEOPLE,
+        use=REGULARISER,
     ),
-    "shuffled": Group(
-        title="full loop, each pair turned over by the toss of a coin", first=LOOP, last=PEOPLE, use=SHUFFLED
-    ),
-    "turned": Group(title="full loop, each pair turned over", first=LOOP, last=PEOPLE, use=TURNED),
+    "randomised": Group(title="full loop, randomised pairs", first=LOOP, last=PEOPLE, use=RANDOMISED),
+    "inverted": Group(title="full loop, inverted pairs", first=LOOP, last=PEOPLE, use=INVERTED),
     "fed_winners": Group(
         title="full loop, fine-tuning on the preferred of its pairs", first=LOOP, last=PEOPLE, use=WINNERS
     ),
@@ -137,8 +141,8 @@ ALL = GROUPS | ARMS
 
 
 def letters(text: str) -> list[str]:
-    """ "a..i", "a,d,i" or "a..d,anchor" as groups in order, the base always among them since all are compared
-    with it.
+    """ "a..i", "a,d,i" or "a..d,regulariser" as groups in order, the base always among them since all are
+    compared with it.
 
     Raises: ValueError for other text.
     """
@@ -165,7 +169,7 @@ class AblationPlan:
 
     groups: tuple[str, ...] = tuple(GROUPS)
     seeds: tuple[int, ...] = (0, 1, 2)  # of training; assets are judged on the same noises whatever the seed
-    judging: Judging = Judging()
+    evaluation: Evaluation = Evaluation()
 
     def tasks(self) -> dict[str, list[str]]:
         """What is to be done, and what each waits for, in an order that lets what others wait for start
@@ -204,18 +208,18 @@ class CircularRun:
     stage: str | None = None  # train this stage alone, on people's pairs
     groups: tuple[str, ...] | None = None  # of the ablation; None: no ablation
     training_seeds: tuple[int, ...] = ()  # of the ablation
-    judging: Judging = Judging()  # for the table that ends a run
+    evaluation: Evaluation = Evaluation()  # for the table that ends a run
     summary: bool = True  # end a run with that table, where the problem has a judge for it
     artefacts: str = "runs/artefacts"  # folder that runs share
 
     @property
     def plan(self) -> AblationPlan:
-        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, judging=self.judging)
+        return AblationPlan(groups=self.groups or (), seeds=self.training_seeds, evaluation=self.evaluation)
 
     def facts(self, problem: "Problem") -> dict:
         return {
             "problem": dict(problem.identity),
             "settings": asdict(self.circular),
-            "judging": asdict(self.judging),
+            "evaluation": asdict(self.evaluation),
             "versions": versions(),
         }

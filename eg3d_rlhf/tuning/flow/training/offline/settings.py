@@ -13,7 +13,7 @@ from training.config import knob
 if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
-    from eg3d_rlhf.tuning.flow.training.offline.offline_arms import OfflineBench
+    from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
 NFT, DGPO = LOSSES = ("nft", "dgpo")
 _loss = functools.partial(knob, group="Loss of single assets")
@@ -64,11 +64,11 @@ LABELS = "labels"
 DPO = "dpo"
 ARMS = {
     LABELS: "labels of single assets",
-    "shuffled": "labels shuffled within conditions",
-    "inverted": "labels inverted",
+    "randomised": "randomised labels (within conditions)",
+    "inverted": "inverted labels",
     DPO: "DPO on pairs",
-    "dpo-shuffled": "DPO, pairs turned over by a coin",
-    "dpo-inverted": "DPO, pairs inverted",
+    "dpo-randomised": "DPO, randomised pairs",
+    "dpo-inverted": "DPO, inverted pairs",
 }
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
 OWN_KINDS = ("thumbs", "ranks")  # what the toy's own people say of single assets
@@ -113,7 +113,7 @@ class OfflineRun(ArmsRun):
         return self.labels or ("ranks" if self.singles.loss == DGPO else "thumbs")
 
     def bench(self, opened: "Opened", seed: int) -> "OfflineBench":
-        from eg3d_rlhf.tuning.flow.training.offline.offline_arms import OfflineBench
+        from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
         problem, labelled = opened
         assert labelled is not None

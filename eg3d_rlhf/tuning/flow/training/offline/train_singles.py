@@ -10,8 +10,8 @@ Shape letters as in sparse.py; K assets of a group.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,15 @@ from eg3d_rlhf.models.sparse import Batch, collate, coords_of, feats_of, single
 from eg3d_rlhf.preferences.label_scores import normal_scores
 from eg3d_rlhf.tuning.flow.base.conditioning import Condition, to_device
 from eg3d_rlhf.tuning.flow.base.pairs import by_condition, check_unique
-from eg3d_rlhf.tuning.flow.base.single_labels import Single
+from eg3d_rlhf.tuning.flow.base.single_labels import Labelled, Single
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage, check_convention
+from eg3d_rlhf.tuning.flow.training.arm_runs import Bench
+from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import used
+from eg3d_rlhf.tuning.flow.training.circular.settings import INVERTED, RANDOMISED
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
 from eg3d_rlhf.tuning.flow.training.losses import dgpo_loss, nft_errors, nft_loss
-from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, NFT, SinglesConfig
-from eg3d_rlhf.tuning.flow.training.pair_training import Example, Passes, latents_checksum
+from eg3d_rlhf.tuning.flow.training.offline.settings import DGPO, DPO, NFT, SinglesConfig
+from eg3d_rlhf.tuning.flow.training.pair_training import Example, Passes, latents_checksum, train_stage
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_signs, win_rates
 from training.distributed import SINGLE, Ranks
@@ -127,7 +130,7 @@ class LabelPasses(Passes[Example]):
     columns = (
         ("agreement", "agreement", "<5.3f"),
         ("distance", "distance", "<8.2e"),
-        ("left", "left", "<6.3f"),
+        ("drift", "drift", "<6.3f"),
     )
 
     def velocities(
@@ -145,7 +148,7 @@ class LabelPasses(Passes[Example]):
         )
 
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Samples; distance from the reference, and what share it is of the reference's own error (left);
+        """Samples; distance from the reference, and what share it is of the reference's own error (drift);
         agreement: the share of samples that are not even whose label says whether the policy knows them
         better than the reference.
         """
@@ -157,16 +160,16 @@ class LabelPasses(Passes[Example]):
             "grad_norm": norm,
             "samples": int(n),
             "distance": distance / n,
-            "left": distance / error if error else 0.0,
+            "drift": distance / error if error else 0.0,
             "agreement": right / uneven if uneven else 0.5,
         }
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
-        last = next((line for line in reversed(lines) if "left" in line), None)
-        if last is not None and last["left"] > FAR:
+        last = next((line for line in reversed(lines) if "drift" in line), None)
+        if last is not None and last["drift"] > FAR:
             got = (
-                f"step {last['step']}: velocities are {last['left']:.2f} of the untuned network's error away"
+                f"step {last['step']}: velocities are {last['drift']:.2f} of the untuned network's error away"
                 " from it"
             )
             signs["far"] = f"{got}; it leaves what it was trained on. {CALM}"
@@ -294,3 +297,48 @@ def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss
     some = singles[:8]
     cond = to_device(conditioned.conditions([one.condition for one in some]), device)
     check_convention(stage, collate([one.latent for one in some]).to(device), cond)
+
+
+@dataclass(frozen=True)
+class OfflineBench(Bench):
+    """Training data of the arms of an offline run.
+
+    All arms are evaluated on the same noises of held-out prompts.
+
+    labels                       the loss of single assets on what people said of them
+    randomised, inverted         controls: r shuffled within prompts must have no effect, 1 - r must do harm
+    dpo                          DPO on the problem's pairs
+    dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
+    """
+
+    labelled: Labelled
+    singles: SinglesConfig
+
+    @property
+    def conditions(self) -> Collection[str] | None:
+        """To train on; None: all, where no judge is there to hold some for."""
+        judged = self.problem.final is not None or self.problem.chooser is not None
+        return self.problem.train_conditions if judged else None
+
+    def inputs(self) -> dict:
+        return {"labels": self.labelled.identity, "singles": asdict(self.singles)}
+
+    def answers(self, arm: str) -> list:
+        """The pairs or single assets that an arm learns from."""
+        if not arm.startswith(DPO):
+            return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
+        pairs = self.problem.train_pairs[self.stage.name]
+        if arm == DPO:
+            return list(pairs)
+        return used(pairs, RANDOMISED if arm.endswith(RANDOMISED) else INVERTED, self.dpo.seed, pairs)
+
+    def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
+        return (
+            train_stage(*what, self.dpo, out, **options)
+            if arm.startswith(DPO)
+            else train_singles(*what, self.singles, out, **options)
+        )
+
+    def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
+        return {"answers": len(self.answers(arm))}

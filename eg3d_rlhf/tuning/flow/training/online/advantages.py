@@ -11,7 +11,7 @@ import torch
 
 from training.phases import derive_seed
 
-TINY = 1e-4  # added to a deviation
+TINY = 1e-4  # added to a standard deviation
 OVER = ("group", "batch", "raw", "none")
 
 
@@ -43,8 +43,8 @@ class Scale:
 
 
 def advantages(rewards: torch.Tensor, scale: Scale | None = None, clip: float = math.inf) -> torch.Tensor:
-    """(r - mean of its group) / deviation within ±clip, [G, K] -> [G, K] float32; 0 in a group whose rewards
-    are all alike.
+    """(r - mean of its group) / standard deviation within ±clip, [G, K] -> [G, K] float32; 0 in a group
+    whose rewards are all alike.
 
     >>> advantages(torch.tensor([[1.0, 3.0], [2.0, 2.0]])).round(decimals=2)
     tensor([[-1.,  1.],
@@ -98,12 +98,12 @@ def normal_scores(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def as_used(rewards: torch.Tensor, use: str, seeds: Sequence[int]) -> torch.Tensor:
-    """Rewards [..., G, K] for a run or for one of its controls: "shuffled" gives each sample those of another
-    of its group, so that they say nothing; "inverted" turns them over. Args: seeds: of every group.
+    """Rewards [..., G, K] for a run or for one of its controls: "randomised" gives each sample those of
+    another of its group, so that they carry no signal; "inverted" negates them. Args: seeds: of every group.
     """
     if use == "inverted":
         return -rewards
-    if use == "shuffled":
+    if use == "randomised":
         generators = [torch.Generator().manual_seed(derive_seed("shuffled", seed)) for seed in seeds]
         order = torch.stack(
             [torch.randperm(rewards.shape[-1], generator=generator) for generator in generators]

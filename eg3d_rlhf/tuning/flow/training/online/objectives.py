@@ -27,10 +27,9 @@ from eg3d_rlhf.tuning.flow.training.losses import (
     outside_clip,
 )
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Drawn, Explorer
-from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig
+from eg3d_rlhf.tuning.flow.training.online.settings import OnlineConfig, progressive_window, random_window
 from eg3d_rlhf.tuning.flow.training.online.snapshot import Snapshot
 from eg3d_rlhf.tuning.flow.training.online.steps import divergence, log_density
-from eg3d_rlhf.tuning.flow.training.online.windows import progressive_window, random_window
 from training.phases import derive_seed
 
 EARLIEST = 0.02  # time to train on: below it errors of finished samples teach next to nothing
@@ -79,11 +78,11 @@ class OnSteps:
                 at = feats_of(move.x).new_full([count(move.x)], move.step.t)
                 # leads from x to where the sample ended
                 target = self.path.velocity_to(move.x, at, samples.x_0)
-                away = self.path.apart(move.v, move.v_ref)
+                drift = self.path.apart(move.v, move.v_ref)
                 left = self.path.apart(target, move.v_ref)
-                rows.append(torch.stack([torch.ones_like(away), move.far, away, left]).sum(1))
-        moves, kl, away, left = torch.stack(rows).sum(0)
-        return {"moves": moves, "kl": kl, "away": away, "missing": left}
+                rows.append(torch.stack([torch.ones_like(drift), move.far, drift, left]).sum(1))
+        moves, kl, drift, left = torch.stack(rows).sum(0)
+        return {"moves": moves, "kl": kl, "drift": drift, "missing": left}
 
     def add(
         self, drawn: Drawn, advantage: torch.Tensor, held: torch.Tensor, step: int, number: int
@@ -186,7 +185,7 @@ class OnLatents:
         ref = single(self.explorer.reference.velocity(stage, x_t, t, drawn.cond))
         with evaluating(policy):
             v = single(stage.velocity(x_t, t, drawn.cond, policy))
-        away = path.apart(v, ref)
+        drift = path.apart(v, ref)
         old_missing = path.apart(u, old)
         missing = path.apart(u, ref)
         stopped = torch.zeros_like(advantage, dtype=torch.bool)
@@ -202,12 +201,12 @@ class OnLatents:
             )
             loss = dgpo_loss(error, ref_error, of_group, config.group_beta).repeat_interleave(config.group)
         if config.kl:
-            loss = loss + config.kl * held * away
+            loss = loss + config.kl * held * drift
         loss.sum().backward()
         parts = (
-            torch.ones_like(away),
+            torch.ones_like(drift),
             loss,
-            away,
+            drift,
             path.apart(v, old),
             path.apart(old, ref),
             old_missing,

@@ -1,11 +1,11 @@
-"""A run of online tuning: arms trained with one seed or several, and judged on the same noises of held-out
+"""A run of online tuning: arms trained with one seed or several, and evaluated on the same noises of held-out
 conditions.
 
     nft, grpo, grpo-guard, dppo, dgpo      by that loss, as the run's settings have it
     grpo-plain      GRPO with noise at every step of the sampler, and deviations of groups
     dpo             DPO on pairs of as many samples of the untuned network, ordered by the same reward
-    <arm>-shuffled  with the rewards of every group shuffled: must do nothing
-    <arm>-inverted  with every reward turned over: must do harm
+    <arm>-randomised  with the rewards of every group shuffled: must have no effect
+    <arm>-inverted    with every reward negated: must do harm
 
 Each is trained from the same network and ends in a folder of weights. What a run writes, and which networks
 arms keep: see flow/arms.py.
@@ -63,8 +63,8 @@ class OnlineBench(Bench):
         return replace(self.losses.grpo_plain if kind == DPO else self.losses.of(kind), use=use)
 
     def check_gate(self) -> None:
-        """Raises: ValueError for a name of --gate that is not watched."""
-        known = self.watched()
+        """Raises: ValueError for a name of --gate that is no held-out reward."""
+        known = self.heldout()
         for name in self.task.gate:
             if name not in known:
                 raise ValueError(
@@ -72,13 +72,13 @@ class OnlineBench(Bench):
                     " not trained on."
                 )
 
-    def watched(self) -> list[str]:
-        """Names of the rewards that are watched: of one asset of the untuned network."""
-        if self.task.watched is None or not self.task.gate:
+    def heldout(self) -> list[str]:
+        """Return the names of the held-out rewards, of one asset of the untuned network."""
+        if self.task.heldout is None or not self.task.gate:
             return []
         condition = self.task.conditions[0]
         assets = generate(self.problem.pipeline, [condition], [0], self.task.others)
-        return list(self.task.watched(assets, [condition]))
+        return list(self.task.heldout(assets, [condition]))
 
     def inputs(self) -> dict:
         return {"problem": self.known, "losses": asdict(self.losses), "gate": list(self.task.gate)}
@@ -212,10 +212,12 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     return REWARDS[name](problem)
 
 
-def watch(
+def heldout_scores(
     problem: Problem, trained: Collection[str], assets: Sequence, conditions: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Scores of a problem that nothing is trained on, by name; its final judge is kept for the table."""
+    """Score assets by the rewards that nothing is trained on, by name; the final evaluator is kept for the
+    table.
+    """
     found: dict[str, torch.Tensor] = {}
     if problem.reward is not None and OWN not in trained:
         found[OWN] = problem.reward(assets, conditions)
@@ -239,7 +241,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         rewards=rewards,
         weights=tuple(weights.values()),
         conditions=problem.train_conditions,
-        watched=None if latent else partial(watch, problem, weights),
+        heldout=None if latent else partial(heldout_scores, problem, weights),
         gate=tuple(name.strip() for name in run.gate.split(",")) if run.gate else (),
     )
 

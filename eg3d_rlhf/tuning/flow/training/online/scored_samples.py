@@ -32,7 +32,7 @@ from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from training.phases import derive_seed
 
 # of (assets, conditions), scores [N] by name
-Watch = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
+HeldOutScores = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
 Frozen = FrozenModel | Snapshot
 
 
@@ -45,8 +45,8 @@ class Task:
     rewards: Mapping[str, AssetReward]  # that are trained on
     conditions: Sequence[str]  # to train on
     weights: Sequence[float] = (1.0,)  # of the rewards
-    watched: Watch | None = None  # rewards that are not trained on
-    # of those that are watched: the distance is paid where they do not confirm what is trained on
+    heldout: HeldOutScores | None = None  # rewards that are not trained on
+    # of the held-out ones: the distance is paid where they do not confirm what is trained on
     gate: Sequence[str] = ()
     # networks of the other stages; those that are not named are the pipeline's own
     others: Models = field(default_factory=dict)
@@ -67,25 +67,25 @@ class Task:
     def scores(
         self, x_0: Batch, conditions: Sequence[str], seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Rewards [R, N] float32 on the CPU, and those that are watched, [N] each.
+        """Rewards [R, N] float32 on the CPU, and held-out rewards, [N] each.
 
         Raises: ValueError for a reward that is not finite.
         """
         read = {name: reward for name, reward in self.rewards.items() if isinstance(reward, LatentReward)}
-        decoded = len(read) < len(self.rewards) or self.watched is not None
+        decoded = len(read) < len(self.rewards) or self.heldout is not None
         assets = self.assets(x_0, conditions, seeds) if decoded else []
         trained = {
             name: read[name].of_latents(x_0, conditions) if name in read else reward(assets, conditions)
             for name, reward in self.rewards.items()
         }
-        watched = {} if self.watched is None else dict(self.watched(assets, conditions))
-        for name, values in (trained | watched).items():
+        heldout = {} if self.heldout is None else dict(self.heldout(assets, conditions))
+        for name, values in (trained | heldout).items():
             if not bool(values.isfinite().all()):
                 raise ValueError(
                     f"reward {name}: expected finite rewards, got {values.tolist()}. Correct the reward."
                 )
         return _cpu(torch.stack(list(trained.values()))), {
-            name: _cpu(values) for name, values in watched.items()
+            name: _cpu(values) for name, values in heldout.items()
         }
 
 

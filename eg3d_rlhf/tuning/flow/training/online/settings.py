@@ -4,13 +4,12 @@ its runs. This file imports no torch, so that `--help` is quick.
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar
 
-from eg3d_rlhf.tuning.flow.base.settings import JUDGES
-from eg3d_rlhf.tuning.flow.training.online.windows import check_window
+from eg3d_rlhf.tuning.flow.base.settings import EVALUATORS
 from eg3d_rlhf.tuning.flow.training.settings import CONTROLS, ArmsRun, Columns, StageTraining, train_knob
 from training.config import knob
 
@@ -69,12 +68,13 @@ class OnlineConfig(StageTraining):
         choices=OVER,
     )
     adv_clip: float = _rare_online(5.0, "Largest advantage; nft: the C that makes goodness of it.", above=0)
-    max_away: float | None = _rare_online(
+    max_drift: float | None = _rare_online(
         0.4,
-        "Mean square of what the velocity has moved, relative to its error at the reference, above "
-        "which training stops.",
+        "Largest policy drift: mean square of the velocity's change, relative to its error at the reference,"
+        " above which training stops.",
         above=0,
         shown="0.4",
+        name="max_drift",
     )
     reset: int | None = _rare_online(
         None,
@@ -120,14 +120,16 @@ class OnlineConfig(StageTraining):
     )
     # on finished samples
     curvature: float = _rare_online(1.0, "nft: b, of the network that draws; large: stays near it.", above=0)
-    plain: bool = _rare_online(False, "nft: without the weight that divides by the error.")
+    plain: bool = _rare_online(
+        False, "nft: leave out the weight that divides by the error.", name="unweighted"
+    )
     group_beta: float = _rare_online(100.0, "dgpo: beta, per unit of error.", above=0)
-    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1)
+    draws: int = _rare_online(2, "nft, dgpo: times and noises per sample.", low=1, name="noise_samples")
     decay: str = _rare_online("slow", "nft, dgpo: how the network that draws follows.", choices=tuple(DECAYS))
     guided: bool = _rare_online(
         False, "nft, dgpo: samples by the stage's guidance; velocities are compared without it."
     )
-    use: str = "reward"  # as it is, or a control's: shuffled, inverted
+    use: str = "reward"  # as it is, or a control's: randomised, inverted
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,8 +213,8 @@ ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use
 def divided(arm: str) -> tuple[str, str]:
     """Kind and use of the rewards of an arm.
 
-    >>> divided("grpo-guard-shuffled"), divided("dpo")
-    (('grpo-guard', 'shuffled'), ('dpo', 'reward'))
+    >>> divided("grpo-guard-randomised"), divided("dpo")
+    (('grpo-guard', 'randomised'), ('dpo', 'reward'))
     """
     kind, _, use = arm.rpartition("-")
     return (kind, use) if use in CONTROLS else (arm, "reward")
@@ -262,7 +264,7 @@ class OnlineRun(ArmsRun):
 
     losses: Losses
     reward: str = OWN  # names, with weights
-    gate: str | None = None  # names of watched rewards
+    gate: str | None = None  # names of held-out rewards
     arms: tuple[str, ...] = ("nft",)
 
     def __post_init__(self):
@@ -293,7 +295,7 @@ class OnlineRun(ArmsRun):
                 "mean_seeds": own.mean((1, 2)).tolist(),
                 "base": float(untuned.mean()),
             },
-            "measures": {name: rate for name, rate in rates.items() if name not in JUDGES},
+            "measures": {name: rate for name, rate in rates.items() if name not in EVALUATORS},
         }
 
 
@@ -303,3 +305,44 @@ def mean_of(values: Sequence[float | None]) -> str:
 
     known = [value for value in values if value is not None]
     return f"{np.mean(known):.2g}" if known else ""
+
+
+# Which steps of the sampler draw noise and are trained on: a window, the same for all samples of an update
+# (MixGRPO; Flow-GRPO-Fast). Outside it the sampler takes the flow's own steps: noise there would reach the
+# reward as defects of the asset.
+#
+# Deviates: published windows that move past the last step shrink, and then stand empty while the run goes on.
+# These stay whole: a window begins at `steps - size` at the latest, and, there, stays or starts again.
+
+
+def check_window(size: int, low: int, high: int, steps: int) -> None:
+    """Args: steps: of the sampler that may draw noise.
+
+    Raises: ValueError for a window of `size` steps that low..high cannot hold.
+    """
+    if not 0 <= low < high <= steps or not 1 <= size <= high - low:
+        got = f"{size} of steps {low} to {high}"
+        raise ValueError(
+            f"window: expected 1 or more of the sampler's steps 0 to {steps}, got {got}. The last step draws"
+            " nothing."
+        )
+
+
+def random_window(size: int, low: int, high: int, draw: Callable[[int, int], int]) -> range:
+    """Args: high: the end of what it may cover; draw: an integer of low..high, both included."""
+    check_window(size, low, high, high)
+    begin = draw(low, high - size)
+    return range(begin, begin + size)
+
+
+def progressive_window(
+    round_number: int, size: int, low: int, high: int, *, stride: int, rounds: int, again: bool
+) -> range:
+    """From noisy steps to quiet ones: it moves by `stride` every so many `rounds`; at the end it stays, or
+    begins again.
+    """
+    check_window(size, low, high, high)
+    begins = list(dict.fromkeys(min(begin, high - size) for begin in range(low, high, stride)))
+    place = round_number // rounds
+    begin = begins[place % len(begins) if again else min(place, len(begins) - 1)]
+    return range(begin, begin + size)

@@ -1,10 +1,10 @@
 """One update of online tuning: groups of samples, their rewards, advantages, and steps of the optimiser by
 one of the losses.
 
-    reward, <name>      mean of the trained rewards, weighted; of each trained or watched one by its name
-    spread, alike       its deviation within groups; share of groups whose rewards are all one
+    reward, <name>      mean of the trained rewards, weighted; of each trained or held-out one by its name
+    spread, alike       its standard deviation within groups; share of groups whose rewards are all one
     kl                  distance from the reference: of steps the divergence, of velocities m((v - v_ref)^2)
-    away                m((v - v_ref)^2) / m((u - v_ref)^2): how much of the way to the samples themselves the
+    drift               m((v - v_ref)^2) / m((u - v_ref)^2): how much of the way to the samples themselves the
                         velocity has gone
     clip_high, clip_low, clipped, ratio, ratio_std      on steps: shares outside the clip, share whose
                                                         gradient it takes, mean ratio - 1
@@ -92,10 +92,10 @@ class OnlineUpdates(Descent):
         mine = slice(ranks.rank, None, ranks.world)
         conditions = [condition for _, condition in items[mine]]
         drawn = self.objective.draw(conditions, seeds[mine], step)
-        rewards, watched = self._scored(drawn)
+        rewards, heldout = self._scored(drawn)
         advantage = self._advantage(as_used(rewards, config.use, seeds))
-        held, figures = self._held(rewards, watched)
-        figures |= {"samples": config.batch * K, **self._reward_figures(rewards, watched, advantage, drawn)}
+        held, figures = self._held(rewards, heldout)
+        figures |= {"samples": config.batch * K, **self._reward_figures(rewards, heldout, advantage, drawn)}
         own, held_own = (values[mine].flatten().to(self.device) for values in (advantage, held))
         sums = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
         for number in range(config.passes):
@@ -117,12 +117,12 @@ class OnlineUpdates(Descent):
     # What samples are worth.
 
     def _scored(self, drawn: Sequence[Drawn]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Rewards [R, B, K] of all ranks, and those that are watched, [B, K] each."""
+        """Rewards [R, B, K] of all ranks, and held-out ones, [B, K] each."""
         found = [self.task.scores(samples.x_0, samples.conditions, samples.seeds) for samples in drawn]
         rewards = torch.cat([values for values, _ in found], 1)
-        watched = {name: torch.cat([others[name] for _, others in found]) for name in found[0][1]}
+        heldout = {name: torch.cat([others[name] for _, others in found]) for name in found[0][1]}
         everyone = self.ranks.gather(
-            [rewards.tolist(), {name: values.tolist() for name, values in watched.items()}]
+            [rewards.tolist(), {name: values.tolist() for name, values in heldout.items()}]
         )
 
         def whole(parts: list) -> torch.Tensor:
@@ -134,7 +134,7 @@ class OnlineUpdates(Descent):
             return grouped.flatten(-3, -2)
 
         return whole([part for part, _ in everyone]), {
-            name: whole([others[name] for _, others in everyone]) for name in watched
+            name: whole([others[name] for _, others in everyone]) for name in heldout
         }
 
     def _advantage(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -148,20 +148,20 @@ class OnlineUpdates(Descent):
         return advantages(rewards[0], Scale(over=config.advantage), clip)
 
     def _held(
-        self, rewards: torch.Tensor, watched: Mapping[str, torch.Tensor]
+        self, rewards: torch.Tensor, heldout: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """What multiplies each sample's distance, [B, K] of mean 1: without a gate 1."""
         if self.gate is None:
             return torch.ones_like(rewards[0]), {}
         weights = torch.tensor(self.task.weights).view(-1, 1)
-        others = torch.stack([watched[name].flatten() for name in self.task.gate])
+        others = torch.stack([heldout[name].flatten() for name in self.task.gate])
         gated = self.gate((weights * rewards.flatten(1)).sum(0), others).float()
         return (gated / gated.mean()).view(rewards[0].shape), {"gated": float(gated.mean())}
 
     def _reward_figures(
         self,
         rewards: torch.Tensor,
-        watched: Mapping[str, torch.Tensor],
+        heldout: Mapping[str, torch.Tensor],
         advantage: torch.Tensor,
         drawn: Sequence[Drawn],
     ) -> dict[str, float]:
@@ -171,7 +171,7 @@ class OnlineUpdates(Descent):
         figures |= {
             f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
         }
-        figures |= {f"watched/{name}": values.mean() for name, values in watched.items()}
+        figures |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
             figures |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
@@ -181,7 +181,7 @@ class OnlineUpdates(Descent):
             found = dict(zip(totals, sums, strict=True))
             figures |= {
                 "kl": found["kl"] / found["moves"],
-                "away": found["away"] / found["missing"].clamp(min=1e-12),
+                "drift": found["drift"] / found["missing"].clamp(min=1e-12),
             }
         return {name: float(value) for name, value in figures.items()}
 
@@ -199,7 +199,7 @@ class OnlineUpdates(Descent):
             "clipped": stopped,
             "moved": means["moved"] / old,
             "lag": means["lag"] / old,
-            "away": means["kl"] / missing,
+            "drift": means["kl"] / missing,
         }
 
     # What follows the policy.
@@ -238,7 +238,7 @@ class OnlineUpdates(Descent):
         return online_signs(lines, self.config.on_steps)
 
     def ends(self, record: Mapping) -> str | None:
-        return too_far(record, self.config.max_away)
+        return too_far(record, self.config.max_drift)
 
 
 def train_online(
@@ -311,11 +311,11 @@ def online_signs(lines: Sequence[Mapping], on_steps: bool) -> dict[str, str]:
 
 
 def unconfirmed(lines: Sequence[Mapping]) -> str | None:
-    """Where the trained reward has risen, and every watched one has fallen by as much of its own rise and
+    """Where the trained reward has risen, and every held-out one has fallen by as much of its own rise and
     fall over the run: means of the first lines and the last.
     """
     rewarded = [line for line in lines if "reward" in line]
-    names = [name for name in rewarded[0] if name.startswith("watched/")] if rewarded else []
+    names = [name for name in rewarded[0] if name.startswith("heldout/")] if rewarded else []
     if len(rewarded) < 2 * LINES or not names:
         return None
 
@@ -326,7 +326,7 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
 
     if risen("reward") > 0.5 and all(risen(name) < -0.5 for name in names):
         shown = ", ".join(
-            f"{name.removeprefix('watched/')} {rewarded[-1][name]:.3g} from {rewarded[0][name]:.3g}"
+            f"{name.removeprefix('heldout/')} {rewarded[-1][name]:.3g} from {rewarded[0][name]:.3g}"
             for name in names
         )
         return (
@@ -338,7 +338,7 @@ def unconfirmed(lines: Sequence[Mapping]) -> str | None:
 
 def too_far(record: Mapping, limit: float | None) -> str | None:
     """Why to stop after a line; None: go on."""
-    away = record.get("away")
-    if limit is None or away is None or away <= limit:
+    drift = record.get("drift")
+    if limit is None or drift is None or drift <= limit:
         return None
-    return f"the velocity has gone {away:.2f} of the way to its own samples, more than {limit:g}. {CALM}"
+    return f"the policy drift is {drift:.2f}, more than {limit:g}. {CALM}"

@@ -68,7 +68,7 @@ def make_pairs(tmp_path, shape=(LATENTS, C), conditions=None):
         for i in range(8)
     ]
     write_pairs(tmp_path / "PAIRS" / "shape", pairs, {"convention": CONVENTION})
-    write_conditions(tmp_path / "PAIRS" / "conditions.safetensors", conditions or tokens())
+    write_conditions(tmp_path / "PAIRS" / "conditioning.safetensors", conditions or tokens())
 
 
 def run(tmp_path):
@@ -276,11 +276,11 @@ def test_meshes_of_ones_own_become_pairs(root, tmp_path):
         trimesh.creation.box(size).export(tmp_path / "ASSETS" / f"{rank}.obj")
         lines.append({"condition": "lamp", "rank": rank, "asset": f"{rank}.obj"})
     (tmp_path / "ASSETS" / "ranking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_conditions(tmp_path / "ASSETS" / "conditions.safetensors", tokens())
+    write_conditions(tmp_path / "ASSETS" / "conditioning.safetensors", tokens())
 
     work = tmp_path / "WORK"
     ranked = f"--labels={tmp_path / 'ASSETS'}"
-    flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditions={tmp_path / 'ASSETS'}")
+    flow("new", work, f"--pipeline={tmp_path / 'REPO'}", f"--conditioning={tmp_path / 'ASSETS'}")
     assert re.search(r"\b1 .*\bshape\b", flow("tune", work, ranked, "--pairs-only"))
     (pair,), _ = read_pairs(
         work / "pairs" / "shape", family.FAMILY.load(tmp_path / "REPO", tokens()).stages[0]

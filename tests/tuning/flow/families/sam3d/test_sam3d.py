@@ -23,10 +23,9 @@ from eg3d_rlhf.tuning.flow.base.conditioning import Conditions, write_conditions
 from eg3d_rlhf.tuning.flow.base.export import export
 from eg3d_rlhf.tuning.flow.base.settings import ProblemSource
 from eg3d_rlhf.tuning.flow.base.stage import FlowPath
-from eg3d_rlhf.tuning.flow.families import family_of
+from eg3d_rlhf.tuning.flow.families import check_source, family_of
 from eg3d_rlhf.tuning.flow.families import sam3d as family
 from eg3d_rlhf.tuning.flow.families import sam3d_files as files
-from eg3d_rlhf.tuning.flow.families.sources import check_source
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import draw
 from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from tests.compat.family_reference import Case, folders
@@ -339,15 +338,15 @@ def test_errors_are_weighed_by_name():
 
 def test_drawing_in_few_steps_and_with_a_pose(released, width, tmp_path):
     told = tokens(width, **{family.SCALE: torch.full([3], 2.0), family.SHIFT: torch.tensor([0.0, 0.0, 5.0])})
-    write_conditions(tmp_path / "conditions.safetensors", told)
+    write_conditions(tmp_path / "conditioning.safetensors", told)
     flow_works.flow(
         "new",
         tmp_path / "WORK",
         f"--pipeline={released}",
-        f"--conditions={tmp_path / 'conditions.safetensors'}",
+        f"--conditioning={tmp_path / 'conditioning.safetensors'}",
         "--each=2",
     )
-    flow_works.flow("draw", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
+    flow_works.flow("sample", tmp_path / "WORK", "--set=few_steps=2", "--device=cpu")
     few = Work.open(tmp_path / "WORK").lines()
     assert {tuple(sorted(row["pose"])) for row in few} == {("rotation", "scale", "translation")} and len(
         few
@@ -377,7 +376,7 @@ def write_encoder(root):
 def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MESHES").mkdir()
-    write_conditions(tmp_path / "MESHES" / "conditions.safetensors", tokens(width))
+    write_conditions(tmp_path / "MESHES" / "conditioning.safetensors", tokens(width))
     lines = []
     for rank, mesh in enumerate(
         (trimesh.creation.box((1, 1, 2)), trimesh.creation.icosphere(subdivisions=2)), 1
@@ -386,9 +385,11 @@ def test_the_shape_alone_is_tuned_on_meshes_of_ones_own(root, width, tmp_path, m
         lines += [json.dumps({"condition": name, "rank": rank, "asset": f"{rank}.ply"}) for name in NAMES]
     (tmp_path / "MESHES" / "ranking.jsonl").write_text("\n".join(lines))
     made = ("--labels=MESHES", "--pairs-only", "--device=cpu")
-    flow_works.flow("new", "WITHOUT", f"--pipeline={root}", "--conditions=MESHES", "--device=cpu")
+    flow_works.flow("new", "WITHOUT", f"--pipeline={root}", "--conditioning=MESHES", "--device=cpu")
     check_message(flow_works.flow("tune", "WITHOUT", *made, code=2), ("ss_encoder.yaml",))
-    flow_works.flow("new", "WORK", f"--pipeline={write_encoder(root)}", "--conditions=MESHES", "--device=cpu")
+    flow_works.flow(
+        "new", "WORK", f"--pipeline={write_encoder(root)}", "--conditioning=MESHES", "--device=cpu"
+    )
     flow_works.flow("tune", "WORK", *made)
     training = ["--mode=circular-dpo", f"--pipeline={root}", "--pairs=WORK/pairs", "--stage=structure", *FEW]
     rejected(CliRunner().invoke(train.main, training), "--set parts=shape")

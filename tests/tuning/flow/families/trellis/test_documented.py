@@ -29,7 +29,7 @@ def test_from_texts_to_a_folder_that_stock_trellis_loads(trellis_root, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("\n".join(NAMES))
     called = run_section("TRELLIS", trellis_root, tmp_path, FEW, each=4)
-    assert called == ["new", "draw", "pairs", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "export"]
     base, tuned = (FAMILY.load(root, tokens()) for root in (trellis_root, tmp_path / "TUNED"))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was
     weights = [zip(one.model.parameters(), other.model.parameters(), strict=True) for one, other in both]

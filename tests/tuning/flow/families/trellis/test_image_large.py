@@ -34,17 +34,17 @@ def root(tmp_path, monkeypatch):
     write_hub(tmp_path / "torch" / "hub" / "checkpoints" / "dinov2_vitl14_reg4_pretrain.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "PICTURES").mkdir()
+    (tmp_path / "IMAGES").mkdir()
     for i, name in enumerate(NAMES):
         pixels = np.zeros((40, 50, 4), np.uint8)
         pixels[5 : 15 + 3 * i, 10:30] = (40 * i, 200 - 30 * i, 90, 255)
-        Image.fromarray(pixels).save(tmp_path / "PICTURES" / f"{name}.png")
+        Image.fromarray(pixels).save(tmp_path / "IMAGES" / f"{name}.png")
     return write_image_trellis(tmp_path / "ROOT")
 
 
 def test_settings_conditions_and_the_null_are_those_of_image_large(root):
     assert family_of(root).name == "trellis"
-    flow("new", "WORK", f"--pipeline={root}", "--pictures=PICTURES")
+    flow("new", "WORK", f"--pipeline={root}", "--images=IMAGES")
     tokens = read_conditions(Path("WORK"))
     assert tokens.encoder == "dinov2_vitl14_reg" and tokens.form == [1 + 4 + 2 * 2, DINO] and tokens.zero_null
     pipeline = FAMILY.load(root, tokens)
@@ -53,8 +53,8 @@ def test_settings_conditions_and_the_null_are_those_of_image_large(root):
         assert stage.sampling == Sampling(steps=2, cfg_strength=5.0, cfg_interval=(0.5, 1.0), rescale_t=3.0)
     other = Conditions(tokens={name: torch.zeros(9, 32) for name in NAMES}, encoder="CLIP", zero_null=True)
     write_conditions(Path("OTHER.safetensors"), other)
-    flow("new", "OTHER", f"--pipeline={root}", "--conditions=OTHER.safetensors")
-    check_message(flow("draw", "OTHER", code=2), (f"[L, {DINO}]", "'structure'"))
+    flow("new", "OTHER", f"--pipeline={root}", "--conditioning=OTHER.safetensors")
+    check_message(flow("sample", "OTHER", code=2), (f"[L, {DINO}]", "'structure'"))
 
 
 @pytest.mark.long
@@ -65,7 +65,7 @@ def test_from_pictures_to_a_tuned_folder_as_documented(root):
             assert 0 < found["iou"] <= 1 and [found["share"], found["iou"]] in found["tried"]
 
     called = run_section("TRELLIS-image-large", "ROOT", Path(), FEW, look)
-    assert called == ["new", "draw", "pairs", "train", "export"]
+    assert called == ["new", "sample", "pairs", "train", "export"]
     tokens = read_conditions(Path("WORK"))
     base, tuned = (FAMILY.load(path, tokens) for path in (root, Path("TUNED")))
     both = zip(base.stages, tuned.stages, strict=True)  # a stage that no update made better stays as it was

@@ -183,7 +183,7 @@ def test_samples_of_dso(samples, pipeline, tmp_path):
     assert imported.conditions.names == ("000", "001") and not imported.conditions.null(1).any()
     write_imported(tmp_path / "out", imported, pipeline.file)
     assert torch.equal(
-        read_conditions(tmp_path / "out" / "conditions.safetensors").select(["001"]), torch.ones(1, 3, E)
+        read_conditions(tmp_path / "out" / "conditioning.safetensors").select(["001"]), torch.ones(1, 3, E)
     )
     assert len(read_pairs(tmp_path / "out" / STRUCTURE, pipeline.stages[0])[0]) == 3
 

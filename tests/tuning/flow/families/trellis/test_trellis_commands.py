@@ -35,7 +35,7 @@ def work(trellis_root, tmp_path):
         "new",
         tmp_path / "WORK",
         f"--pipeline={trellis_root}",
-        f"--conditions={tmp_path / 'c.safetensors'}",
+        f"--conditioning={tmp_path / 'c.safetensors'}",
         "--each=2",
     )
     return Work.open(tmp_path / "WORK")
@@ -46,7 +46,7 @@ def test_dso(work, samples):  # noqa: F811
     stale.mkdir(parents=True)
     said = flow("tune", work.folder, f"--labels={samples}", "--pairs-only")
     assert re.search(r"\b3 .*\bstructure\b", said) and not stale.exists()
-    assert read_conditions(work.folder / "pairs" / "conditions.safetensors").names == ("000", "001")
+    assert read_conditions(work.folder / "pairs" / "conditioning.safetensors").names == ("000", "001")
 
 
 def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
@@ -62,7 +62,7 @@ def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
     root = f"--pipeline={trellis_root}"
     calls = {"a": [tmp_path / "one"], "b": [root, weights], "c": [tmp_path / "one", tmp_path / "two"]}
     for name, flags in calls.items():
-        said = flow("export", *flags, f"--out={tmp_path / name}")
+        said = flow("export", *flags, f"--outdir={tmp_path / name}")
         tuned = json.loads(said[: said.rindex("}") + 1])["tuned"]
         assert (
             list(tuned) == ["structure", *(["latent"] if name == "c" else [])] and "from_pretrained" in said
@@ -71,13 +71,13 @@ def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
     assert (
         merged[0] == merged[1] == merged[2] != (trellis_root / "ckpts" / "ss_flow.safetensors").read_bytes()
     )
-    flow("export", tmp_path / "one", tmp_path / "two", "--adapter", f"--out={tmp_path / 'adapters'}")
+    flow("export", tmp_path / "one", tmp_path / "two", "--adapter", f"--outdir={tmp_path / 'adapters'}")
     assert (tmp_path / "adapters/latent/adapter_model.safetensors").read_bytes() == (
         tmp_path / "two/latent/adapter_model.safetensors"
     ).read_bytes()
     (tmp_path / "other").mkdir()
     empty = [tmp_path / "one", f"--weights=structure={tmp_path / 'other'}"]
-    check_message(flow("export", *empty, f"--out={tmp_path / 'd'}", code=2), (str(tmp_path / "other"),))
+    check_message(flow("export", *empty, f"--outdir={tmp_path / 'd'}", code=2), (str(tmp_path / "other"),))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_was_tuned_is_found(pipeline, trellis_root, tmp_path):
 )
 def test_exports_of_nothing_are_refused(trellis_root, tmp_path, flags, names):
     filled = [flag.replace("ROOT", str(trellis_root)) for flag in flags]
-    check_message(flow("export", *filled, f"--out={tmp_path / 'out'}", code=2), names)
+    check_message(flow("export", *filled, f"--outdir={tmp_path / 'out'}", code=2), names)
     assert not (tmp_path / "out").exists()
 
 

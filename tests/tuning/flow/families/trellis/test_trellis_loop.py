@@ -50,7 +50,7 @@ def test_the_loop_tunes_both_stages(run):
 
 
 def test_the_result_goes_back_into_the_stock_layout(run, trellis_root, tmp_path):
-    said = flow("export", run, f"--out={tmp_path / 'out'}")
+    said = flow("export", run, f"--outdir={tmp_path / 'out'}")
     assert set(json.loads(said[: said.rindex("}") + 1])["tuned"]) == {STRUCTURE, LATENT}
     tuned, base = (FAMILY.load(root, tokens()) for root in (tmp_path / "out", trellis_root))
     for stage, old in zip(tuned.stages, base.stages, strict=True):

@@ -212,11 +212,11 @@ def test_pairs_of_another_convention_or_model_are_refused(trellis_root, copied):
 
 def test_pairs_without_embeddings_and_folders_without_pairs_are_refused(trellis_root, copied, tmp_path):
     few = Conditions(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
-    write_conditions(copied / "conditions.safetensors", few)
+    write_conditions(copied / "conditioning.safetensors", few)
     with raising("conditions", "'a lamp'"):
         trellis_problem(trellis_root, copied)
-    (copied / "conditions.safetensors").unlink()
-    with raising(str(copied / "conditions.safetensors"), kind=FileNotFoundError):
+    (copied / "conditioning.safetensors").unlink()
+    with raising(str(copied / "conditioning.safetensors"), kind=FileNotFoundError):
         trellis_problem(trellis_root, copied)
     with raising("pairs", "structure", "latent", str(tmp_path / "none"), kind=FileNotFoundError):
         trellis_problem(trellis_root, tmp_path / "none")

@@ -165,19 +165,19 @@ def write_meshes(folder):
             box.export(folder / f"{i}-{rank}.ply")
             lines.append(json.dumps({"condition": name, "rank": rank, "asset": f"{i}-{rank}.ply"}))
     (folder / "ranking.jsonl").write_text("".join(line + "\n" for line in lines))
-    write_conditions(folder / "conditions.safetensors", tokens())
+    write_conditions(folder / "conditioning.safetensors", tokens())
 
 
 @pytest.mark.long
 def test_the_loop_on_structure_and_shape_with_its_controls(trellis2_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_meshes(tmp_path / "MESHES")
-    few = "--steps=3 --batch=4 --lr=0.05 --table-noises=2 --seeds=1 --device=cpu".split()
+    few = "--steps=3 --batch=4 --lr=0.05 --table-noises=2 --seeds=0 --device=cpu".split()
     few += [f"--set={setting}" for setting in ("warmup=0", "choose_noises=0", "roles=reward")]
     assert run_section("TRELLIS.2's loop", trellis2_root, tmp_path, few) == ["new", "pairs", "train"]
     (run,) = (tmp_path / "runs").glob("00000-*")
     groups = json.loads((run / "ablation.json").read_text())["groups"]
-    assert set(groups) == {"a", "d", "i", "anchor", "shuffled"}
+    assert set(groups) == {"a", "d", "i", "regulariser", "randomised"}
 
 
 def test_without_encoders_there_is_no_loop_and_a_line_says_so(copied, tmp_path, capsys):

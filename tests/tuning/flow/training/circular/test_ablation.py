@@ -10,8 +10,8 @@ import torch
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import rate, with_interval, write
-from eg3d_rlhf.tuning.flow.base.evaluation import judged, spread
-from eg3d_rlhf.tuning.flow.base.settings import Judging
+from eg3d_rlhf.tuning.flow.base.evaluation import evaluate, spread
+from eg3d_rlhf.tuning.flow.base.settings import Evaluation
 from eg3d_rlhf.tuning.flow.training.circular import ablation, circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.ablation import Ablation, tabled
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop
@@ -20,7 +20,7 @@ from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from tests.rejections import raising
 from tests.tuning.flow.tiny_problem import HELD_OUT, SETTINGS, full, tiny_problem
 
-JUDGING = Judging(per_condition=3, batch=8)
+EVALUATION = Evaluation(per_condition=3, batch=8)
 
 
 def test_letters():
@@ -29,8 +29,8 @@ def test_letters():
         and letters("d") == ["d", "i"]
         and letters("a..c, e") == list("abcei")
     )
-    assert letters("anchor,d,a") == ["a", "d", "i", "anchor"] and letters("a..i") == list(GROUPS)
-    for wrong in ("", "j", "a..anchor", "winners", "c..a", "a.d", "a..z", "A"):
+    assert letters("regulariser,d,a") == ["a", "d", "i", "regulariser"] and letters("a..i") == list(GROUPS)
+    for wrong in ("", "j", "a..regulariser", "winners", "c..a", "a.d", "a..z", "A"):
         with raising("a..i", repr(wrong)):
             letters(wrong)
 
@@ -68,7 +68,7 @@ def halfway(assets, conditions):
 
 def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path, monkeypatch):
     """All start from the same networks with the same draws; the table has each against (a)."""
-    plan = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), judging=Judging(per_condition=2, batch=8))
+    plan = AblationPlan(groups=("a", "i", *ARMS), seeds=(0,), evaluation=Evaluation(per_condition=2, batch=8))
     calls = []
     problem = tiny_problem(reward=halfway)
 
@@ -81,28 +81,29 @@ def test_arms_differ_from_the_loop_in_what_the_first_stage_learns_alone(tmp_path
     results = run_tasks(plan.tasks(), lambda: Ablation(plan=plan, loop_of=lambda seed: loop), [], 1, None)
     assert [stage for stage, _, _ in calls] == ["voxels"] + 6 * ["structure"]
     (_, pairs, config), *arms = calls[1:]
-    anchor, shuffled, turned, winners, people = arms
+    regulariser, randomised, inverted, winners, people = arms
     assert len({results[f"0/{name}"]["trainings"]["structure"]["artefact"] for name in ("a", *ARMS)}) == 6
 
     def same(a, b):
         return torch.equal(a.preferred, b.preferred) and torch.equal(a.rejected, b.rejected)
 
-    for _, own, _ in (anchor, winners):
+    for _, own, _ in (regulariser, winners):
         assert all(same(p, q) and p.w2 == q.w2 for p, q in zip(own, pairs, strict=True))
-    assert (anchor[2].dpo.beta, anchor[2].dpo.sft_weight) == (1e-6, config.dpo.sft_weight) and winners[
-        2
-    ].dpo.kind == "sft"
+    assert (regulariser[2].dpo.beta, regulariser[2].dpo.sft_weight) == (
+        1e-6,
+        config.dpo.sft_weight,
+    ) and winners[2].dpo.kind == "sft"
     assert all(
-        torch.equal(p.preferred, q.rejected) and p.w2 == q.w2 for p, q in zip(turned[1], pairs, strict=True)
+        torch.equal(p.preferred, q.rejected) and p.w2 == q.w2 for p, q in zip(inverted[1], pairs, strict=True)
     )
-    order = [same(p, q) for p, q in zip(shuffled[1], pairs, strict=True)]
+    order = [same(p, q) for p, q in zip(randomised[1], pairs, strict=True)]
     assert 0 < sum(order) < len(order)
     assert all(
-        same(p, q) or torch.equal(p.preferred, q.rejected) for p, q in zip(shuffled[1], pairs, strict=True)
+        same(p, q) or torch.equal(p.preferred, q.rejected) for p, q in zip(randomised[1], pairs, strict=True)
     )
     origins = {p.provenance["human_pair"] for p in pairs}
     assert {p.id for p in people[1]} == origins and {p.source for p in people[1]} == {"human"}
-    for _, _, own in (shuffled, turned, people):
+    for _, _, own in (randomised, inverted, people):
         assert own == config
     data = tabled(results, plan, {})
     assert list(data["groups"]) == ["a", "i", *ARMS] and {f"a_vs_{arm}" for arm in ARMS} <= set(
@@ -119,7 +120,7 @@ def whole(tmp_path_factory):
     """All nine groups with two seeds: results, plan, calls of train_stage, and the handler."""
     folder = tmp_path_factory.mktemp("ablation")
     calls = []
-    plan = AblationPlan(seeds=(0, 1), judging=JUDGING)
+    plan = AblationPlan(seeds=(0, 1), evaluation=EVALUATION)
     problem = tiny_problem(reward=halfway)
 
     def loop_of(seed):
@@ -185,7 +186,7 @@ def test_the_table_in_json_markdown_and_figure(whole, tmp_path):
     for group in data["groups"].values():
         low, high = group["ci95"]
         assert 0 <= low <= group["win_rate"] <= high <= 1 and [s["seed"] for s in group["seeds"]] == [0, 1]
-        assert set(group["parts"]) == {"filled", "value"} and set(group["judges"]) == {
+        assert set(group["parts"]) == {"filled", "value"} and set(group["evaluators"]) == {
             "final",
             "chooser",
             "reward",
@@ -220,18 +221,18 @@ def test_rates_are_means_over_paired_assets_with_intervals_over_conditions():
     assert one["ci95"][1] - one["ci95"][0] == pytest.approx(2 * 1.96 * spread_out.std() / 30**0.5, rel=0.15)
 
 
-def test_judges_see_the_same_noises_whatever_the_generator():
+def test_evaluators_see_the_same_noises_whatever_the_generator():
     problem = tiny_problem()
-    found = judged(problem, {}, JUDGING)
-    assert found == judged(problem, {}, replace(JUDGING, batch=100))
+    found = evaluate(problem, {}, EVALUATION)
+    assert found == evaluate(problem, {}, replace(EVALUATION, batch=100))
     assert found["conditions"] == list(HELD_OUT) and np.shape(found["scores"]["final"]) == (2, 3)
     assert np.allclose(2 * np.array(found["scores"]["filled"]), found["scores"]["final"])
-    assert set(judged(replace(problem, final=None), {}, JUDGING)["scores"]) == set(found["scores"]) - {
+    assert set(evaluate(replace(problem, final=None), {}, EVALUATION)["scores"]) == set(found["scores"]) - {
         "final"
     }
     broken = replace(problem, final=lambda assets, conditions: problem.final(assets, conditions) / 0)
     with raising("final", "inf"):
-        judged(broken, {}, JUDGING)
+        evaluate(broken, {}, EVALUATION)
 
 
 def test_spread_of_equal_latents_is_zero():

@@ -52,14 +52,17 @@ def test_the_gan_mode_is_the_default_and_keeps_its_settings():
 
 
 MISTAKES = {
-    "seeds": (["--seeds=2"], ("--seeds", "--ablate")),
+    "seeds": (["--seeds=0,1"], ("--seeds", "--ablate")),
     "noises": (["--table-noises=4", "--set=no_summary=true"], ("--table-noises", "no_summary")),
     "summary": (["--ablate=a", "--set=no_summary=true"], ("no_summary", "--ablate")),
     "loop of one stage": (["--stage=structure", "--rounds=2"], ("--rounds", "--stage")),
     "both": (["--stage=structure", "--ablate=a..i"], ("--stage", "--ablate")),
     "groups decide": (["--ablate=a", "--rounds=2"], ("--rounds", "--ablate")),
     "adapter of none": (["--tune=full", "--lora-rank=4"], ("--lora-rank", "--tune=lora")),
-    "no anchor": (["--ablate=a,anchor", "--set=loop_sft_weight=0"], ("--ablate=anchor", "loop_sft_weight=0")),
+    "no regulariser": (
+        ["--ablate=a,regulariser", "--set=loop_sft_weight=0"],
+        ("--ablate=regulariser", "loop_sft_weight=0"),
+    ),
     "sft": (["--loss=sft", "--set=loser_weight=0.5"], ("loser_weight", "sft", "0.5")),
     "toy": (
         ["--set=dtype=float16", "--set=voxel_share=0.5"],
@@ -80,7 +83,7 @@ def test_mistakes_in_flags(case, tmp_path):
 
 
 def test_dry_run_prints_the_settings_and_touches_nothing(tmp_path):
-    result = run("-n", "--ablate=a,d", "--seeds=2", "--seed=5", f"--outdir={tmp_path / 'runs'}")
+    result = run("-n", "--ablate=a,d", "--seeds=5,6", "--seed=5", f"--outdir={tmp_path / 'runs'}")
     found = json.loads(result.stdout)
     assert (
         found["groups"] == ["a", "d", "i"]
@@ -202,7 +205,7 @@ def test_two_rounds_leave_the_whole_network(tiny, tmp_path):
 
 
 def test_an_ablation_writes_its_table(tiny, tmp_path):
-    result = tiny("--ablate=a,d", "--seeds=2", "--table-noises=2", "--jobs=1")
+    result = tiny("--ablate=a,d", "--seeds=0,1", "--table-noises=2", "--jobs=1")
     folder = tmp_path / "00000-circular-dpo-toy-ablation-adi"
     found = json.loads((folder / "ablation.json").read_text())
     assert set(found["groups"]) == {"a", "d", "i"} and set(found["pairwise"]) == {
@@ -219,7 +222,7 @@ def test_a_run_and_its_ablation_share_artefacts(tiny, tmp_path):
     tiny("--set=no_summary=true")
     assert not (tmp_path / "00000-circular-dpo-toy-loop" / "summary.json").exists()
     before = {path.name for path in (tmp_path / "artefacts").iterdir()}
-    tiny("--ablate=a", "--seeds=1", "--table-noises=2", "--jobs=1")
+    tiny("--ablate=a", "--seeds=0", "--table-noises=2", "--jobs=1")
     assert {
         path.name.split("-")[0] for path in (tmp_path / "artefacts").iterdir() if path.name not in before
     } == {"scores"}

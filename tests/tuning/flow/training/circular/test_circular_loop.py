@@ -152,7 +152,9 @@ def test_a_second_round_starts_from_the_first(tmp_path, trained, monkeypatch):
     original = circular_loop.make_in_chunks
 
     def watched(folder, make, *args, **options):
-        sides.append((state(make.models_op["voxels"]), {k: state(v) for k, v in make.models_unop.items()}))
+        sides.append(
+            (state(make.tuned_models["voxels"]), {k: state(v) for k, v in make.reference_models.items()})
+        )
         return original(folder, make, *args, **options)
 
     monkeypatch.setattr(circular_loop, "make_in_chunks", watched)
@@ -252,7 +254,7 @@ def test_settings():
         0.5,
         4 * plain.dpo.beta,
     )
-    with raising("roles", "op", "reward", "winner"):
+    with raising("roles", "tuned", "reward", "winner"):
         Weighing(roles="winner")
 
 

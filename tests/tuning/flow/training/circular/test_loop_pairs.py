@@ -40,8 +40,8 @@ def tuned(model: torch.nn.Module, seed: int = 9, by: float = 0.3) -> torch.nn.Mo
     return other
 
 
-def make_loop_pairs(problem, models_op, config, seed, pairs=None, stage="structure", **options):
-    make = LoopPairMaker.from_problem(problem, models_op, config, seed, stage=stage, **options)
+def make_loop_pairs(problem, tuned_models, config, seed, pairs=None, stage="structure", **options):
+    make = LoopPairMaker.from_problem(problem, tuned_models, config, seed, stage=stage, **options)
     return make(problem.train_pairs[stage] if pairs is None else pairs)
 
 
@@ -98,7 +98,7 @@ def test_an_untuned_network_gives_identical_sides_from_the_same_noise(problem):
     )
     kept, report = weigh(same)
     assert kept == [] and report["dropped"]["same_structure"] == len(same)
-    assert figures(same)["changed_structure"] == 0 and figures(same)["op_rewarded_where_changed"] is None
+    assert figures(same)["changed_structure"] == 0 and figures(same)["tuned_rewarded_where_changed"] is None
 
 
 def test_marks_say_whether_the_structure_changed(made):
@@ -117,7 +117,7 @@ def test_noise_belongs_to_seed_and_pair_whatever_the_batch(problem, op, made):
 
 def test_the_reference_may_be_an_earlier_network(problem, op, made):
     turned = make_loop_pairs(
-        problem, {"voxels": problem.pipeline.stages[1].model}, CONFIG, seed=3, models_unop=op
+        problem, {"voxels": problem.pipeline.stages[1].model}, CONFIG, seed=3, reference_models=op
     )
     assert all(
         torch.equal(a.preferred, b.rejected) and a.reward_preferred == b.reward_rejected
@@ -148,10 +148,10 @@ def test_rewards_that_are_not_finite_are_refused(problem, op):
 
 def test_roles(made):
     turned = with_roles(made, "reward")
-    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "op") == list(
+    assert all(p.reward_preferred >= p.reward_rejected for p in turned) and with_roles(made, "tuned") == list(
         made
     )
-    swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("turned")]
+    swapped = [(a, b) for a, b in zip(made, turned, strict=True) if b.provenance.get("inverted")]
     assert swapped and all(
         torch.equal(a.preferred, b.rejected) and torch.equal(a.rejected, b.preferred) for a, b in swapped
     )

@@ -14,8 +14,8 @@ from eg3d_rlhf.experiments.table import with_interval
 from eg3d_rlhf.models.lora_settings import LoraConfig
 from eg3d_rlhf.models.policies import tuned_model
 from eg3d_rlhf.modes import offline as commands
-from eg3d_rlhf.modes.flow_draw import draw
 from eg3d_rlhf.modes.flow_new import new
+from eg3d_rlhf.modes.flow_sample import sample
 from eg3d_rlhf.modes.offline import default_run
 from eg3d_rlhf.preferences.label_scores import of_votes
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
@@ -53,12 +53,12 @@ def run(*flags: str):
 MISTAKES = {
     "arms": (
         ["--arms=labels,ppo"],
-        ("--arms", "inverted", "dpo-shuffled", "dpo-inverted", "ppo"),
+        ("--arms", "inverted", "dpo-randomised", "dpo-inverted", "ppo"),
     ),
     "jobs": (["--jobs=2"], ("--jobs", "--arms")),
     "no table": (["--set=no_summary=true", "--table-noises=4"], ("--table-noises", "no_summary")),
     "assets": (["--assets=x"], ("--assets", "--pipeline")),
-    "no assets": (["--pipeline={tmp}"], ("--assets", "flow draw")),
+    "no assets": (["--pipeline={tmp}"], ("--assets", "flow sample")),
     "trust": (["--loss=dgpo", "--trust=1"], ("--trust", "--loss=nft")),
     "group": (["--group=4"], ("--group", "--loss=dgpo")),
     "no labels": (["--labels={tmp}/none.jsonl"], ("--labels", "{tmp}/none.jsonl")),
@@ -147,7 +147,7 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
     assert not torch.equal(tuned.to_out.lora_B.weight, torch.zeros_like(tuned.to_out.lora_B.weight))
     found = json.loads((folder / "offline.json").read_text())
     assert (
-        set(found["arms"]["labels"]["judges"]) == {"final", "chooser", "reward"}
+        set(found["arms"]["labels"]["evaluators"]) == {"final", "chooser", "reward"}
         and found["arms"]["labels"]["answers"] == 24
     )
     tiny(f"--resume={folder}")
@@ -155,7 +155,9 @@ def test_a_run_writes_weights_and_a_table(loss, tiny, tmp_path):
 
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
-    result = tiny("--arms=labels,shuffled,inverted,dpo,dpo-shuffled,dpo-inverted", "--seeds=2", "--jobs=1")
+    result = tiny(
+        "--arms=labels,randomised,inverted,dpo,dpo-randomised,dpo-inverted", "--seeds=0,1", "--jobs=1"
+    )
     found = json.loads((tmp_path / "00000-offline-nft-toy-voxels" / "offline.json").read_text())
     assert (
         list(found["arms"]) == list(ARMS)
@@ -172,7 +174,8 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     root = write_folder(tmp_path / "ROOT")
     known = tmp_path / "c.safetensors"
     write_conditions(known, conditions())
-    for command, flags in ((new, [f"--pipeline={root}", f"--conditions={known}", "--each=12"]), (draw, [])):
+    made = [f"--pipeline={root}", f"--conditioning={known}", "--each=12"]
+    for command, flags in ((new, made), (sample, [])):
         done = CliRunner().invoke(command, [str(tmp_path / "WORK"), *flags])
         assert done.exit_code == 0, (done.output, done.exception)
     assets = Work.open(tmp_path / "WORK").drawn()
@@ -198,7 +201,7 @@ def test_a_folder_is_tuned_by_thumbs_on_what_it_drew(tmp_path):
     folders = [
         f"--pipeline={root}",
         f"--assets={assets}",
-        f"--conditions={known}",
+        f"--conditioning={known}",
         f"--outdir={tmp_path / 'runs'}",
     ]
     done = run(*folders, f"--labels={assets / 'thumbs.jsonl'}", *few)

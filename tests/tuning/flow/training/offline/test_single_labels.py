@@ -17,7 +17,7 @@ from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pai
 
 @pytest.fixture
 def folder(tmp_path):
-    """A drawn folder of six assets of two conditions, as `flow draw` leaves it."""
+    """A drawn folder of six assets of two conditions, as `flow sample` leaves it."""
     rows = []
     for i, (one, other) in enumerate(zip(structure_pairs(6), voxel_pairs(6), strict=True)):
         write_latents(tmp_path / f"{i}.safetensors", {"structure": one.preferred, "voxels": other.preferred})

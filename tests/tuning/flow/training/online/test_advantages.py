@@ -13,7 +13,7 @@ from eg3d_rlhf.tuning.flow.training.online.advantages import (
     normal_scores,
     several,
 )
-from eg3d_rlhf.tuning.flow.training.online.windows import check_window, progressive_window, random_window
+from eg3d_rlhf.tuning.flow.training.online.settings import check_window, progressive_window, random_window
 from tests.rejections import raising
 
 
@@ -71,11 +71,11 @@ def test_controls_keep_what_is_in_a_group():
     assert torch.equal(as_used(rewards, "reward", seeds), rewards) and torch.equal(
         as_used(rewards, "inverted", seeds), -rewards
     )
-    mixed = as_used(rewards, "shuffled", seeds)
+    mixed = as_used(rewards, "randomised", seeds)
     assert torch.equal(mixed.sort(1).values, rewards) and not torch.equal(mixed, rewards)
     # whatever other groups there are
-    assert torch.equal(as_used(rewards[1:], "shuffled", seeds[1:]), mixed[1:])
-    both = as_used(torch.stack([rewards, -rewards]), "shuffled", seeds)
+    assert torch.equal(as_used(rewards[1:], "randomised", seeds[1:]), mixed[1:])
+    both = as_used(torch.stack([rewards, -rewards]), "randomised", seeds)
     assert torch.equal(both[0], mixed) and torch.equal(both[1], -mixed)  # a sample's rewards stay together
 
 

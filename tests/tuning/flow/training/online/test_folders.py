@@ -18,7 +18,7 @@ from tests.tuning.flow.tiny_points import conditions, write_folder
 
 FEW = [
     *"--steps=15 --batch=3 --group=8 --lr=0.02 --kl=0 --lora-rank=4 --device=cpu".split(),
-    *"--set=warmup=0 --set=sampler_steps=4 --set=max_away=9".split(),
+    *"--set=warmup=0 --set=sampler_steps=4 --set=max_drift=9".split(),
 ]
 
 
@@ -36,11 +36,11 @@ def call(tmp_path, *flags):
 
 def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "ROOT")
-    write_conditions(tmp_path / "conditions.safetensors", conditions())
-    known = f"--conditions={tmp_path / 'conditions.safetensors'}"
+    write_conditions(tmp_path / "conditioning.safetensors", conditions())
+    known = f"--conditioning={tmp_path / 'conditioning.safetensors'}"
     monkeypatch.setitem(arms.REWARDS, "right", lambda problem: to_the_right)
     for flags, names in (
-        (["--reward=right"], ("--conditions", "--pipeline", "--pairs")),
+        (["--reward=right"], ("--conditioning", "--pipeline", "--pairs")),
         ([known, "--reward=right", "--set=views=3"], ("--set views", "points")),
         ([known], ("--reward", "none")),
     ):
@@ -49,7 +49,7 @@ def test_a_folder_is_tuned_by_a_reward_alone(tmp_path, monkeypatch):
     assert done.exit_code == 0, (done.output, done.exception)
     (run,) = (tmp_path / "runs").glob("*-online-grpo-ROOT-points-x")
     found = json.loads((run / "online.json").read_text())
-    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["judge"] == "reward"
+    assert found["arms"]["grpo"]["reward"]["up"] == 1 and found["evaluator"] == "reward"
     pipeline = point_family.FAMILY.load(root, conditions())
     names, seeds = crossed("abcd", 16, 5)
     before, after = (

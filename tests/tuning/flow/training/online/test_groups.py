@@ -40,7 +40,7 @@ SETTINGS = {
     "advantage": "group",
     "passes": 2,
     "clip_range": 1e-3,
-    "max_away": None,
+    "max_drift": None,
 }
 
 
@@ -116,17 +116,17 @@ def test_the_reward_of_new_samples_rises_and_its_inverse_falls(tmp_path, loss, s
 
 
 @LOSS
-def test_shuffled_rewards_move_next_to_nothing_beside_the_rewards(loss):
+def test_randomised_rewards_move_next_to_nothing_beside_the_rewards(loss):
     """Their gradient is noise: its mean over updates is far smaller than that of the rewards."""
     sums = {}
-    for use in ("reward", "shuffled"):
+    for use in ("reward", "randomised"):
         updates = updates_of(use=use, passes=1, lr=1e-12, clip=1e9, batch=12, loss=loss, **OF_LOSS[loss])
         found = []
         for step in range(4):
             updates.run(step)
             found.append(torch.cat([p.grad.flatten() for p in updates.parameters if p.grad is not None]))
         sums[use] = float(torch.stack(found).mean(0).norm())
-    assert sums["shuffled"] < 0.6 * sums["reward"]
+    assert sums["randomised"] < 0.6 * sums["reward"]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "nft"])
@@ -153,7 +153,7 @@ def test_a_first_pass_has_ratios_of_one_and_a_gradient_that_is_the_scores(loss):
     )
     assert (
         figures["ratio"] == pytest.approx(0, abs=1e-6)
-        and figures["clip_high"] == figures["clip_low"] == figures["away"] == 0
+        and figures["clip_high"] == figures["clip_low"] == figures["drift"] == 0
     )
 
 
@@ -163,7 +163,7 @@ def test_figures_of_finished_samples():
     second = updates.run(1)
     assert first["r"] == pytest.approx(0.5, abs=0.02) and first["r_ends"] == 0 and first["lag"] == 0
     assert first["moved"] > 0  # the second pass is off the network that drew
-    assert second["lag"] > 0 and second["away"] > 0 and second["kl"] > 0 and set(second) == set(first)
+    assert second["lag"] > 0 and second["drift"] > 0 and second["kl"] > 0 and set(second) == set(first)
 
 
 def test_a_group_shares_what_other_stages_draw():
@@ -242,13 +242,13 @@ def test_several_rewards_are_normalised_before_they_are_added():
 
 
 def gated_task() -> Task:
-    def watch(assets, conditions):
+    def heldout(assets, conditions):
         return {
             "bright": brightness(assets, conditions),
             "size": torch.tensor([float(len(asset.coords)) for asset in assets]),
         }
 
-    return replace(task_of(), watched=watch, gate=("bright",))
+    return replace(task_of(), heldout=heldout, gate=("bright",))
 
 
 @LOSS
@@ -320,8 +320,8 @@ def test_the_status_line_and_the_file_hold_the_figures(tmp_path):
     assert [line["samples"] for line in result.stats] == [36, 36] and "pairs" not in result.stats[0]
     assert {
         "reward/target",
-        "watched/bright",
-        "watched/size",
+        "heldout/bright",
+        "heldout/size",
         "alike",
         "clip_high",
         "clip_low",
@@ -340,15 +340,15 @@ def test_rewards_that_are_all_alike_are_told(tmp_path):
 
 def test_a_policy_that_runs_away_is_stopped(tmp_path):
     said = []
-    result = run(tmp_path / "run", loss="nft", lr=0.2, max_away=0.05, say=said.append)
-    assert result.stats[-1]["step"] < 10 and result.stats[-1]["away"] > 0.05
+    result = run(tmp_path / "run", loss="nft", lr=0.2, max_drift=0.05, say=said.append)
+    assert result.stats[-1]["step"] < 10 and result.stats[-1]["drift"] > 0.05
     assert str(result.stats[-1]["step"]) in said[-1] and "--kl" in said[-1]
 
 
 def test_what_is_not_trained_on_and_falls_is_told():
-    lines = [{"step": i, "reward": float(i), "watched/a": -float(i), "watched/b": 1.0 - i} for i in range(8)]
+    lines = [{"step": i, "reward": float(i), "heldout/a": -float(i), "heldout/b": 1.0 - i} for i in range(8)]
     assert "unconfirmed" in online_signs(lines, True)
-    assert "unconfirmed" not in online_signs([{**line, "watched/b": line["reward"]} for line in lines], True)
+    assert "unconfirmed" not in online_signs([{**line, "heldout/b": line["reward"]} for line in lines], True)
     assert "clip" in online_signs([{"step": i, "clipped": 0.95} for i in range(3)], True)
     assert "ends" in online_signs([{"step": i, "r_ends": 0.6} for i in range(3)], False)
 

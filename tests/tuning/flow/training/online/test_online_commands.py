@@ -34,7 +34,7 @@ SHORT = {
     "max_drop": 1.0,
 }
 LORA = LoraConfig(rank=2, alpha=4)
-ONE = OnlineConfig(lora=LORA, group=4, sampler_steps=3, max_away=None, **SHORT)
+ONE = OnlineConfig(lora=LORA, group=4, sampler_steps=3, max_drift=None, **SHORT)
 TINY = OnlineRun(
     losses=Losses(
         **{
@@ -116,7 +116,7 @@ def test_the_preset_is_grpo_at_every_step():
         and json.loads(run("-n").stdout)["arms"] == ["nft"]
     )
     every = json.loads(run("-n", "--arms=all").stdout)["arms"]
-    assert len(every) == 18 and {divided(arm)[1] for arm in every} == {"reward", "shuffled", "inverted"}
+    assert len(every) == 18 and {divided(arm)[1] for arm in every} == {"reward", "randomised", "inverted"}
 
 
 def test_weights_of_rewards():
@@ -153,7 +153,7 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
     arm = found["arms"]["grpo"]
     assert (
         0 <= arm["reward"]["up"] <= 1
-        and set(arm["judges"]) == {"final", "chooser", "reward"}
+        and set(arm["evaluators"]) == {"final", "chooser", "reward"}
         and arm["kl"][0] > 0
     )
     assert (
@@ -163,14 +163,14 @@ def test_a_run_of_the_first_stage_writes_weights_and_a_table(tiny, tmp_path):
         and "eta" in result.output
     )
     lines = [json.loads(line) for line in (folder / "grpo-0" / "stats.jsonl").read_text().splitlines()]
-    assert {"watched/chooser", "reward/own", "gated"} <= set(lines[-1])
+    assert {"heldout/chooser", "reward/own", "gated"} <= set(lines[-1])
     tiny(f"--resume={folder}")
     assert json.loads((folder / "online.json").read_text()) == found
 
 
 def test_arms_are_compared_on_the_same_noises(tiny, tmp_path):
-    names = "nft,grpo,dpo,dpo-shuffled,nft-inverted"
-    result = tiny(f"--arms={names}", "--seeds=2", "--jobs=1")
+    names = "nft,grpo,dpo,dpo-randomised,nft-inverted"
+    result = tiny(f"--arms={names}", "--seeds=0,1", "--jobs=1")
     folder = tmp_path / "00000-online-arms-toy-voxels"
     found = json.loads((folder / "online.json").read_text())
     # controls are compared with the base alone
@@ -212,7 +212,7 @@ def test_pairs_of_samples_are_ordered_by_the_reward_within_groups():
 # What online tuning does on the toy, for one training seed.
 
 
-ARMS = ("nft", "nft-shuffled", "nft-inverted")
+ARMS = ("nft", "nft-randomised", "nft-inverted")
 
 
 @pytest.mark.long
@@ -224,6 +224,6 @@ def test_the_reward_rises_on_held_out_conditions_and_the_controls_do_not_raise_i
     rows = table(results, settings, {"stage": "voxels"})["arms"]
     assert rows["nft"]["reward"]["up"] >= 0.75 and rows["nft"]["kl"][0] > 0
     assert (
-        rows["nft-shuffled"]["reward"]["up"] < rows["nft"]["reward"]["up"]
+        rows["nft-randomised"]["reward"]["up"] < rows["nft"]["reward"]["up"]
         and rows["nft-inverted"]["reward"]["up"] < 0.3
     )

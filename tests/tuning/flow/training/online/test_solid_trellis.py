@@ -33,8 +33,8 @@ FEW = (
 @pytest.mark.long
 def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     root = write_trellis(tmp_path / "TRELLIS-text-tiny")
-    write_conditions(tmp_path / "conditions.safetensors", tokens(NAMES))
-    known = f"--conditions={tmp_path / 'conditions.safetensors'}"
+    write_conditions(tmp_path / "conditioning.safetensors", tokens(NAMES))
+    known = f"--conditioning={tmp_path / 'conditioning.safetensors'}"
     flags = [f"--pipeline={root}", known, f"--outdir={tmp_path / 'runs'}", "--table-noises=2"]
     done = CliRunner().invoke(train.main, [*FEW.split(), *flags])
     assert done.exit_code == 0, (done.output, done.exception)
@@ -72,4 +72,4 @@ def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     assert all(line["reward"] <= line["solid"] for line in lines.values())
 
     done = CliRunner().invoke(main, ["report", "solid", f"--pipeline={root}", "--n=4", "--device=cpu"])
-    assert done.exit_code == 2 and "--conditions" in done.stderr and "Traceback" not in done.output
+    assert done.exit_code == 2 and "--conditioning" in done.stderr and "Traceback" not in done.output

@@ -1,4 +1,4 @@
-"""`eg3d-rlhf flow draw`: assets of WORK's generator, to compare."""
+"""`eg3d-rlhf flow sample`: assets of WORK's generator, to compare."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,11 +46,11 @@ drawing_flags = together(
 )
 
 
-@click.command("draw", cls=GroupedCommand)
+@click.command("sample", cls=GroupedCommand)
 @work_argument
 @device_flag
 @drawing_flags
-def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, timeout: float) -> None:
+def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, timeout: float) -> None:
     """Assets of the generator as it is, to compare, with the latents that they came from; those of test
     conditions are not drawn.
 
@@ -58,7 +58,7 @@ def draw(folder: Path, device: str, cells: int | None, few_steps: int | None, ti
 
     \b
     Example:
-        eg3d-rlhf flow draw WORK
+        eg3d-rlhf flow sample WORK
     """
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 

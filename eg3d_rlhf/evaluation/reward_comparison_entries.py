@@ -1,11 +1,14 @@
-"""The rewards of the zoo: what each reads, and the flags that train it and tune by it; imports no torch."""
+"""The rewards that are compared: what each reads, and the flags that train it and tune by it.
+
+Imports no torch.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One reward of the zoo."""
+    """One of the rewards."""
 
     words: str  # what it reads, and what taught it
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
@@ -22,7 +25,7 @@ UNPAIRED = (
     "--set=pairs=0",
     "--set=scalar=0",
     "--set=bradley_terry=0",
-    "--anchors=0",
+    "--reference-samples=0",
     "--regression=25",
     "--divergence=1",
 )

@@ -1,4 +1,6 @@
-"""The proof: its arms' labels and rewards, its verdict on made-up numbers, and all of it at tiny size."""
+"""The controlled study: its arms' labels and rewards, its criterion on made-up numbers, and all of it at tiny
+size.
+"""
 
 import json
 
@@ -8,8 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
-from eg3d_rlhf.evaluation import filters, heads, proof, trainings
-from eg3d_rlhf.evaluation.proof import PSIS, coin, permuted, truncated, turned, verdict
+from eg3d_rlhf.evaluation import controlled_study, filters, heads, trainings
+from eg3d_rlhf.evaluation.controlled_study import PSIS, criterion, inverted, permuted, randomised, truncated
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
@@ -23,16 +25,16 @@ from tests.evaluation.test_heads import shapes_seen
 from training import networks
 
 
-def test_labels_by_coin_and_turned_over():
+def test_randomised_and_inverted_labels():
     labels = [Preference(winner=2 * i, loser=2 * i + 1, clean=2 * i) for i in range(400)]
-    over = [turned(label) for label in labels]
+    over = [inverted(label) for label in labels]
     assert all(
         (a.winner, a.loser, a.clean) == (b.loser, b.winner, b.clean)
         for a, b in zip(labels, over, strict=True)
     )
-    tossed = coin(labels, 0)
+    tossed = randomised(labels, 0)
     swapped = np.mean([a.winner != b.winner for a, b in zip(labels, tossed, strict=True)])
-    assert 0.4 < swapped < 0.6 and tossed == coin(labels, 0) != coin(labels, 1)
+    assert 0.4 < swapped < 0.6 and tossed == randomised(labels, 0) != randomised(labels, 1)
     assert all({a.winner, a.loser} == {b.winner, b.loser} for a, b in zip(labels, tossed, strict=True))
 
 
@@ -47,25 +49,25 @@ def test_permuted_weights_are_the_same_numbers_elsewhere(tiny_reward):
 
 
 def arm_of(error, frechet, harm) -> dict:
-    return {"error_broken": error, "shape_frechet": frechet, "whole_made_worse": harm}
+    return {"error_defective": error, "shape_frechet": frechet, "intact_degraded": harm}
 
 
-def test_the_verdict_asks_for_every_seed_and_both_primaries():
+def test_the_criterion_asks_for_every_seed_and_both_primary_endpoints():
     labels = arm_of([0.1, 0.1], [1.0, 1.0], [0.02, 0.0])
-    primaries = ["error_broken", "shape_frechet"]
+    primary_endpoints = ["error_defective", "shape_frechet"]
 
     def beaten(**other) -> bool:
-        return verdict({LABELS: labels, **other}, primaries)["labels_win"]
+        return criterion({LABELS: labels, **other}, primary_endpoints)["labels_win"]
 
     weak = arm_of([0.5, 0.5], [2.0, 2.0], [0.0, 0.0])
-    assert beaten(coin=weak) and not beaten()  # nothing to beat is no proof
-    assert not beaten(coin=weak, filter=arm_of([0.5, 0.09], [2.0, 2.0], [0.5, 0.5]))
-    assert not beaten(coin=arm_of([0.5, 0.5], [2.0, 0.9], [0.0, 0.0]))
-    found = verdict({LABELS: {**labels, "whole_made_worse": [0.1, 0.0]}, "coin": weak}, primaries)
-    assert not found["labels_win"] and found["against"]["coin"]["no_more_harm"] == [False, True]
-    assert verdict({LABELS: labels, "coin": {**weak, "shape_frechet": [0.0, 0.0]}}, ["error_broken"])[
-        "labels_win"
-    ]
+    assert beaten(randomised=weak) and not beaten()  # nothing to beat is no proof
+    assert not beaten(randomised=weak, post_processing=arm_of([0.5, 0.09], [2.0, 2.0], [0.5, 0.5]))
+    assert not beaten(randomised=arm_of([0.5, 0.5], [2.0, 0.9], [0.0, 0.0]))
+    worse = {**labels, "intact_degraded": [0.1, 0.0]}
+    found = criterion({LABELS: worse, "randomised": weak}, primary_endpoints)
+    assert not found["labels_win"] and found["against"]["randomised"]["no_more_harm"] == [False, True]
+    near = {**weak, "shape_frechet": [0.0, 0.0]}
+    assert criterion({LABELS: labels, "randomised": near}, ["error_defective"])["labels_win"]
 
 
 def test_truncation_takes_the_largest_psi_that_reaches_the_share():
@@ -82,23 +84,23 @@ def test_truncation_takes_the_largest_psi_that_reaches_the_share():
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(report_studies.proof, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.controlled_study, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_commands(tmp_path):
-    plan = planned(f"--out={tmp_path}", "--seeds=0,4", "--rewards=2", "--draws=2", "--", "--kimg=0.1")
+    plan = planned(f"--outdir={tmp_path}", "--seeds=0,4", "--rewards=2", "--label-sets=2", "--", "--kimg=0.1")
     kinds = {arm: sum(name.startswith(f"{arm}-s") for name in plan) for arm in ARMS}
     assert kinds == {
         LABELS: 8,
         "no-reward": 2,
-        "filter": 0,
+        "post-processing": 0,
         "truncation": 0,
         "smoothness": 2,
         "permuted": 4,
-        "coin": 8,
-        "turned": 8,
+        "randomised": 8,
+        "inverted": 8,
     }
     assert sum(name.startswith("reward: ") for name in plan) == 3 * 4 - 1  # one is bundled
     tuned = [command for name, command in plan.items() if "-s4" in name]
@@ -106,8 +108,8 @@ def test_commands(tmp_path):
     assert (
         "--lambda-r=0" in plan["no-reward-s4-d0-r0"] and "--reward=smoothness" in plan["smoothness-s0-d0-r0"]
     )
-    reward, *tuned = planned("--only=coin", "--seeds=0", "--rewards=1", "--draws=1")
-    assert reward.startswith("reward: coin") and tuned == ["labels-s0-d0-r0", "coin-s0-d0-r0"]
+    reward, *tuned = planned("--only=randomised", "--seeds=0", "--rewards=1", "--label-sets=1")
+    assert reward.startswith("reward: randomised") and tuned == ["labels-s0-d0-r0", "randomised-s0-d0-r0"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,26 +137,26 @@ def in_this_process(monkeypatch):
 @pytest.mark.parametrize(
     "arms",
     [
-        [LABELS, "filter", "truncation"],
-        pytest.param([name for name in ARMS if name != "turned"], marks=pytest.mark.long),
+        [LABELS, "post-processing", "truncation"],
+        pytest.param([name for name in ARMS if name != "inverted"], marks=pytest.mark.long),
     ],
     ids=["few", "most"],
 )
 def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "POINTS", 32)
-    monkeypatch.setattr(proof, "CHOOSING", 2)
+    monkeypatch.setattr(controlled_study, "CHOOSING", 2)
     for name in ("CALIBRATION", "STANDARDISATION"):  # a few latents to find the reward's scale with
         monkeypatch.setattr(phase, name, HeldOut(name, 500_000, 8, ""))
-    monkeypatch.setattr(proof, "PSIS", PSIS[::4])
+    monkeypatch.setattr(controlled_study, "PSIS", PSIS[::4])
     few = dict(list(filters.FILTERS.items())[:2])
-    for room in (filters, proof):
+    for room in (filters, controlled_study):
         monkeypatch.setattr(room, "FILTERS", few)
 
     def occupied(_, shapes):
         return (shapes < 0).reshape(len(shapes), 8, -1).mean(axis=2).astype(float)
 
-    monkeypatch.setattr(proof.ShapeFeatures, "of_grids", occupied)
-    monkeypatch.setattr(proof, "DEFAULT_ASSET", tmp_path / "tiny.safetensors")
+    monkeypatch.setattr(controlled_study.ShapeFeatures, "of_grids", occupied)
+    monkeypatch.setattr(controlled_study, "DEFAULT_ASSET", tmp_path / "tiny.safetensors")
     networks.save(tmp_path / "tiny.safetensors", tiny_runs.build_networks(z_dim=64))
     generator = load_generator(tmp_path / "tiny.safetensors").hash
     pairs = [Preference(winner=2 * i, loser=2 * i + 1, generator=generator) for i in range(12)]
@@ -162,10 +164,10 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     flags = [
         f"--network={tmp_path / 'tiny.safetensors'}",
         f"--labels={labels}",
-        f"--out={tmp_path / 'proof'}",
+        f"--outdir={tmp_path / 'proof'}",
         "--seeds=0,1",
         "--rewards=1",
-        "--draws=1",
+        "--label-sets=1",
         "--latents=3",
         "--jobs=1",
         f"--only={','.join(arms)}",
@@ -177,18 +179,20 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         for flag in tiny_runs.train_flags(tiny_data, "", "")
         if not flag.startswith(("--init", "--outdir"))
     ]
-    result = CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"])
+    result = CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"])
     assert result.exit_code == 0, result.output
-    data = json.loads((tmp_path / "proof" / "proof.json").read_text())
-    assert list(data["arms"]) == arms and data["primaries"] == ["error_broken", "shape_frechet"]
+    data = json.loads((tmp_path / "proof" / "controlled-study.json").read_text())
+    assert list(data["arms"]) == arms and data["primary_endpoints"] == ["error_defective", "shape_frechet"]
     assert all(
-        len(figures["error_broken"]) == len(figures["shape_frechet"]) == 2
+        len(figures["error_defective"]) == len(figures["shape_frechet"]) == 2
         for figures in data["arms"].values()
     )
-    assert set(data["verdict"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
-    assert (tmp_path / "proof" / "proof.md").read_text().count("(primary)") == len(data["primaries"])
+    assert set(data["criterion"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
+    assert (tmp_path / "proof" / "controlled-study.md").read_text().count("(primary)") == len(
+        data["primary_endpoints"]
+    )
     done = len(in_this_process)
     assert (
-        CliRunner().invoke(report_studies.proof, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
+        CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"]).exit_code == 0
         and len(in_this_process) == done
     )

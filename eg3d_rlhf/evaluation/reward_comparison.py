@@ -1,7 +1,7 @@
 """Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
 to held-out latents.
 
-Train and tune -> compute -> zoo.json -> zoo.md, zoo.png: `make zoo`. Letters: N rewards.
+Train and tune -> compute -> rewards.json -> rewards.md, rewards.png: `make rewards`. Letters: N rewards.
 """
 
 import os
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.core import bundled
-from eg3d_rlhf.core.seeds import JUDGE
+from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
+from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.run_images import BEHIND, USUAL, PictureOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
-from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
+from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
 from eg3d_rlhf.experiments.pages import seed_range
@@ -33,8 +34,8 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-PICTURE = "zoo-latents.png"
-HEADS = ("repaired", "whole_made_worse", "face_moved_voxels")  # of the figures of heads
+PICTURE = "rewards-latents.png"
+HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # of the figures of heads
 BY_SEED = (*HEADS, "frechet_ratio")
 
 
@@ -65,12 +66,12 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
         )
         scripts["reward"] = (
             TRAIN_REWARD,
-            [*entry.train, *taught, *(() if full else entry.short), f"--out={folder / 'reward'}"],
+            [*entry.train, *taught, *(() if full else entry.short), f"--run-dir={folder / 'reward'}"],
         )
     flags = [
         *entry.tune,
         f"--reward-ckpt={reward_of(out, name)}",
-        f"--reward-watch={bundled.WATCH}",
+        f"--heldout-reward={bundled.WATCH}",
         f"--kimg={kimg:g}",
         "--no-summary",
     ]
@@ -97,7 +98,7 @@ def tuned(c: Comparison) -> dict:
 def record(
     reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float
 ) -> dict:
-    """One reward's line in zoo.json.
+    """One reward's line in rewards.json.
 
     Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the
         largest peak of its processes.
@@ -106,7 +107,7 @@ def record(
     test = clean or labels
     if test is None:
         raise ValueError(
-            "zoo: expected a reward that states its accuracy on held-out pairs, got none. Use"
+            "rewards: expected a reward that states its accuracy on held-out pairs, got none. Use"
             " tools/train_reward.py."
         )
     wins = sum(tuning["win_rate"] for tuning in tunings) / len(tunings)
@@ -123,9 +124,9 @@ def record(
         "n": test["n"],
         "against": "noise-free order" if clean else "labels",
         "accuracy_labels": labels and labels["accuracy"],
-        "judge_rate": wins,
-        "judge_range": ends,
-        "judge_n": n,
+        "oracle_win_rate": wins,
+        "oracle_win_rate_range": ends,
+        "oracle_n": n,
         **{name: float(np.mean(found)) if found else None for name, found in by_seed.items()},
         **{f"{name}_by_seed": found for name, found in by_seed.items()},
         "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings],
@@ -138,24 +139,24 @@ def record(
 
 
 def plot(data: Mapping):
-    """Accuracy on held-out pairs with its interval, and the judge's rate, for each reward."""
+    """Accuracy on held-out pairs with its interval, and the oracle's win rate, for each reward."""
     accuracy = {
         name: {"win_rate": row["accuracy"], "ci95": row["ci95"]} for name, row in data["rewards"].items()
     }
-    judge = {
-        name: {"win_rate": row["judge_rate"], "ci95": row["judge_range"]}
+    oracle = {
+        name: {"win_rate": row["oracle_win_rate"], "ci95": row["oracle_win_rate_range"]}
         for name, row in data["rewards"].items()
     }
-    panels = [("accuracy on held-out pairs", accuracy), ("judge prefers the tuned shape", judge)]
-    return plot_rates(panels, "95 %, Wilson; of several training seeds the judge's least and greatest rate")
+    panels = [("accuracy on held-out pairs", accuracy), ("oracle prefers the tuned shape", oracle)]
+    return plot_rates(panels, "95 %, Wilson; of several training seeds the oracle's least and greatest rate")
 
 
 COLUMNS = {  # of the table: words and form
     "accuracy": ("accuracy", ".3f"),
     "rewards_up": ("rewards up", ".0f"),
-    "judge_rate": ("judge", ".1%"),
-    "repaired_by_seed": ("repaired", ".0%"),
-    "whole_made_worse_by_seed": ("whole made worse", ".0%"),
+    "oracle_win_rate": ("oracle prefers tuned", ".1%"),
+    "error_reduction_by_seed": ("error reduction", ".0%"),
+    "intact_degraded_by_seed": ("intact degraded", ".0%"),
     "face_moved_voxels_by_seed": ("face moved", ".3f"),
     "frechet_ratio_by_seed": ("image Fréchet, after / before", ".3f"),
     "seconds": ("seconds", ".0f"),
@@ -169,19 +170,20 @@ def markdown(data: Mapping) -> str:
         f"{name} ({ENTRIES[name].words})": {
             **row,
             "accuracy_ci95": row["ci95"],
-            "judge_rate_ci95": row["judge_range"],
+            "oracle_win_rate_ci95": row["oracle_win_rate_range"],
         }
         for name, row in data["rewards"].items()
     }
-    table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "judge_rate"))
+    table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "oracle_win_rate"))
     first = next(iter(data["rewards"].values()))
     text = (
         f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
         f" {first['seeds']} training seed(s). Accuracy on {first['n']} held-out pairs; rewards up of"
-        f" {first['rewards_n']} latents; the judge's of {first['judge_n']}, {seed_range(JUDGE.all)}, ψ 1."
-        " Brackets: Wilson 95 %; of several training seeds the judge's least and greatest rate. The judge is"
-        " the annotator without its noise: it shares its view of a head with the labels that taught every"
-        " reward here."
+        f" {first['rewards_n']} latents; the oracle's of {first['oracle_n']}, {seed_range(EVALUATION.all)},"
+        " ψ 1."
+        " Brackets: Wilson 95 %; of several training seeds the oracle's least and greatest rate. The oracle"
+        " is the simulated annotator without its noise: it applies the rule by which the labels of every"
+        " reward here were made."
     )
     return "\n".join(["# Every reward on the bundled heads", "", *table, "", text, ""])
 
@@ -189,7 +191,7 @@ def markdown(data: Mapping) -> str:
 def strip(
     networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL
 ) -> np.ndarray:
-    """The same latents from behind under every network, a row each; uint8 [H, B, 3]."""
+    """The same latents from the back under every network, a row each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
         label = camera(loaded.generator, *BEHIND)
@@ -209,8 +211,8 @@ def strip(
 def measured(
     out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
 ) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
-    """zoo.json's lines; the networks of the page's picture: before, and after by each reward with its first
-    seed; the latents in it.
+    """Return the lines of rewards.json, and the networks and latents of the image: the network before tuning,
+    and the one that each reward tuned with its first seed.
 
     These are chosen by what the first reward says of them before tuning.
     """
@@ -223,8 +225,13 @@ def measured(
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
                 pairs.setdefault(name, c)
-                inputs = {"before": c.before.hash, "after": c.after.hash, "figures": sorted(BY_SEED)}
-                figures.append(dict(store.make("tuned", inputs, partial(_tuned, c)).record))
+                inputs = {
+                    "before": c.before.hash,
+                    "after": c.after.hash,
+                    "figures": sorted(map(version_0_1.former, BY_SEED)),
+                }
+                made = store.make("tuned", inputs, partial(_tuned, c))
+                figures.append(version_0_1.figures_of_tuning(made.record))
         costs = {key: found.record for key, part in plans[name].items() if (found := part.found())}
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
@@ -255,7 +262,7 @@ def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) 
 
 
 def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
-    """Make what is missing, and write zoo.json, zoo.md, zoo.png and the picture of the same latents."""
+    """Make what is missing, and write rewards.json, rewards.md, rewards.png and rewards-latents.png."""
     plans = plans_of(out, names, seeds, full)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
@@ -264,4 +271,4 @@ def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs
     lines, networks, shown = measured(out, plans, jobs)
     write_atomic(out / PICTURE, png(strip(networks, shown, 1.0)))
     data = {"rewards": lines, "full": full, "kimg": length_of(full)}
-    return [*write(data, out, "zoo", markdown, plot), out / PICTURE]
+    return [*write(data, out, "rewards", markdown, plot), out / PICTURE]

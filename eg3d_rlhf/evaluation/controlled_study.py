@@ -1,7 +1,7 @@
 """Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one
-table. `make proof`.
+table. `make controlled-study`.
 
-Labels -> rewards -> tunings -> shapes of held-out latents -> proof.json -> proof.md, proof.png. The primary
+Labels -> rewards -> tunings -> shapes of held-out latents -> controlled-study.json -> .md, .png. The primary
 measures were fixed on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training
 seeds, N latents, Q features; n grid points.
 """
@@ -21,9 +21,9 @@ from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
 from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
-from eg3d_rlhf.evaluation.settings import ARMS, LABELS
+from eg3d_rlhf.evaluation.settings import ARMS, INVERTED, LABELS, POST_PROCESSING, RANDOMISED
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
-from eg3d_rlhf.experiments import style
+from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
 from eg3d_rlhf.experiments.table import figure_table, write
@@ -35,11 +35,11 @@ from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
 from training.progress import tqdm
 
-BY_LABELS = (LABELS, "coin", "turned")  # a reward for each draw of labels and each seed of its training
-PRIMARIES = ("error_broken", "shape_frechet")  # lower is better; fixed before the run
-HARM = 0.02  # share of whole latents that an arm may make worse and still count as harmless
+BY_LABELS = (LABELS, RANDOMISED, INVERTED)  # a reward for each draw of labels and each seed of its training
+PRIMARY_ENDPOINTS = ("error_defective", "shape_frechet")  # lower is better; pre-registered
+HARM = 0.02  # share of intact heads that an arm may degrade and still count as harmless
 PSIS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # tried by truncation
-CHOOSING = 64  # validation latents on which the filter is chosen
+CHOOSING = 64  # validation latents on which the post-processing method is chosen
 FIRST_SEED = 40_000  # of further draws of labels
 TUNED = ("--reward=sigma",)  # the demo's own settings
 
@@ -47,13 +47,13 @@ TUNED = ("--reward=sigma",)  # the demo's own settings
 # Rewards of the arms.
 
 
-def coin(labels: Sequence[Preference], seed: int) -> list[Preference]:
-    """The same pairs, each with a winner by coin."""
+def randomised(labels: Sequence[Preference], seed: int) -> list[Preference]:
+    """Return the same pairs, each with a random winner."""
     heads_up = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
-    return [turned(label) if up else label for label, up in zip(labels, heads_up, strict=True)]
+    return [inverted(label) if up else label for label, up in zip(labels, heads_up, strict=True)]
 
 
-def turned(label: Preference) -> Preference:
+def inverted(label: Preference) -> Preference:
     return replace(label, winner=label.loser, loser=label.winner)
 
 
@@ -85,7 +85,15 @@ class Plan:
         return self.labels if number == 0 else self.out / "labels" / f"draw{number}" / "labels.jsonl"
 
     def labels_of(self, arm: str, number: int) -> Path:
-        return self.draw(number) if arm == LABELS else self.out / "labels" / f"{arm}{number}.jsonl"
+        return (
+            self.draw(number)
+            if arm == LABELS
+            else self.out / "labels" / f"{self.in_paths(arm)}{number}.jsonl"
+        )
+
+    def in_paths(self, arm: str) -> str:
+        """Return the name of an arm in file names."""
+        return version_0_1.arm_in_paths(self.out, arm)
 
     def label_parts(self) -> list[Part]:
         """What labels further draws of pairs."""
@@ -123,9 +131,9 @@ class Plan:
             *more,
             *self.train,
         ]
-        folder = self.out / "rewards" / f"{arm}-d{draw}-r{seed}"
+        folder = self.out / "rewards" / f"{self.in_paths(arm)}-d{draw}-r{seed}"
         return Part(
-            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--out={folder}")
+            f"reward: {arm}, draw {draw}, seed {seed}", folder, TRAIN_REWARD, (*flags, f"--run-dir={folder}")
         )
 
     def reward_parts(self) -> list[Part]:
@@ -162,7 +170,7 @@ class Plan:
                 flags += ["--lambda-r=0"] if arm == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
                 parts[arm, *case] = Part.keyed(
-                    f"{arm}-s{seed}-d{d}-r{r}",
+                    f"{self.in_paths(arm)}-s{seed}-d{d}-r{r}",
                     self.out / "runs",
                     [*flags, f"--seed={seed}", "--no-summary", *self.tune],
                 )
@@ -170,7 +178,7 @@ class Plan:
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
         """(training seed, draw, reward) of an arm."""
-        if arm in ("filter", "truncation"):
+        if arm in (POST_PROCESSING, "truncation"):
             return
         draws = self.draws if arm in BY_LABELS else 1
         rewards = self.rewards if arm in (*BY_LABELS, "permuted") else 1
@@ -180,7 +188,10 @@ class Plan:
 def write_labels_of_arms(plan: Plan) -> None:
     for d in range(plan.draws):
         labels = load_labels(plan.draw(d))
-        for arm, made in (("coin", coin(labels, d)), ("turned", [turned(label) for label in labels])):
+        for arm, made in (
+            (RANDOMISED, randomised(labels, d)),
+            (INVERTED, [inverted(label) for label in labels]),
+        ):
             if arm in plan.arms:
                 plan.labels_of(arm, d).parent.mkdir(parents=True, exist_ok=True)
                 write_labels(plan.labels_of(arm, d), made)
@@ -199,9 +210,9 @@ def write_rewards(plan: Plan) -> None:
 # What is seen of each arm's shapes.
 
 
-WHOLE = "whole heads"
+GROUND_TRUTH = "ground-truth heads"
 BEFORE = "before"
-FILTER = "filter"
+METHOD = "filter"  # array with the number of the chosen method; the name that version 0.1 wrote
 
 
 def _task_of_psi(psi: float) -> str:
@@ -222,22 +233,24 @@ def _looker(
     load_plugins()
     before = load_generator(network).generator
     seeds = held.take(latents)
-    whole = heads.named(before, seeds)
+    targets = heads.ground_truth(before, seeds)
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
     def seen(shapes: np.ndarray) -> dict:
-        return heads.looked_at(shapes, whole) | ({"features": features.of_grids(shapes)} if features else {})
+        return heads.looked_at(shapes, targets) | (
+            {"features": features.of_grids(shapes)} if features else {}
+        )
 
     def work(task: str) -> dict:
-        if task == WHOLE:
-            return {"features": features.of_grids(whole) if features else np.zeros((0, 0))}
-        if task == FILTER:
+        if task == GROUND_TRUTH:
+            return {"features": features.of_grids(targets) if features else np.zeros((0, 0))}
+        if task == POST_PROCESSING:
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
             name = best_filter(
-                tried(heads.scans(before, validation), heads.named(before, validation)), spares=True
+                tried(heads.scans(before, validation), heads.ground_truth(before, validation)), spares=True
             )
             made = np.stack([FILTERS[name](values) for values in heads.scans(before, seeds)])
-            return {**seen(made), "filter": np.array([list(FILTERS).index(name)])}
+            return {**seen(made), METHOD: np.array([list(FILTERS).index(name)])}
         if task.startswith("psi "):
             return seen(heads.scans(before, seeds, float(task.removeprefix("psi "))))
         return seen(heads.scans(before if task == BEFORE else load_generator(tuned[task]).generator, seeds))
@@ -249,22 +262,27 @@ def _looker(
 
 
 def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
-    """What is seen of the whole heads, of the scans before, of every network, filter and truncation; kept in
+    """Measure the ground-truth heads, the heads before tuning and those of every arm; the results are kept in
     <out>/seen.
     """
-    tasks = [WHOLE, BEFORE, *tuned]
-    tasks += [FILTER] if FILTER in plan.arms else []
+    tasks = [GROUND_TRUTH, BEFORE, *tuned]
+    tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
     tasks += [_task_of_psi(psi) for psi in PSIS] if "truncation" in plan.arms else []
     shared = {
         "generator": file_hash(plan.network or bundled.GENERATOR),
         "features": file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else "",
         "latents": plan.latents,
     }
-    inputs = {task: {"seen": file_hash(tuned[task]) if task in tuned else task, **shared} for task in tasks}
+    inputs = {
+        task: {"seen": file_hash(tuned[task]) if task in tuned else version_0_1.former(task), **shared}
+        for task in tasks
+    }
     store = Store(plan.out / "seen", renew=True)
     missing = [task for task in tasks if store.find("shapes", inputs[task]) is None]
-    # the whole heads come first: computing them writes them to the disk, where the others find them
-    needs = {task: [WHOLE] if WHOLE in missing and task != WHOLE else [] for task in missing}
+    # the ground-truth heads come first: computing them writes them to the disk, where the others find them
+    needs = {
+        task: [GROUND_TRUTH] if GROUND_TRUTH in missing and task != GROUND_TRUTH else [] for task in missing
+    }
     words = "shapes of held-out latents"
     with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=words, unit="arm") as bar:
         if missing:
@@ -285,7 +303,7 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
 def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
     """One network's figures."""
     found = heads.figures(before, seen)
-    del found["repaired_ci95"]
+    del found["error_reduction_ci95"]
     return found | (
         {} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)}
     )
@@ -300,7 +318,7 @@ def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping)
     by_seed = {name: [_mean([one[name] for one in each]) for each in rows.values()] for name in names}
     return {
         **by_seed,
-        "repaired_ci95": heads.interval(before, errors),
+        "error_reduction_ci95": heads.interval(before, errors),
         "runs": {str(seed): list(each) for seed, each in rows.items()},
     }
 
@@ -311,17 +329,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def truncated(seen: Mapping[float, Mapping], share: float) -> float:
-    """The largest psi at which as large a share of latents is whole; the one with the largest share where
+    """The largest psi at which as large a share of heads is intact; the one with the largest share where
     none is enough.
     """
-    shares = {psi: float((heads.error(found) <= heads.BROKEN).mean()) for psi, found in seen.items()}
+    shares = {psi: float((heads.error(found) <= heads.DEFECTIVE).mean()) for psi, found in seen.items()}
     enough = [psi for psi, reached in shares.items() if reached >= share]
     return max(enough) if enough else max(shares, key=lambda psi: (shares[psi], psi))
 
 
-def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
-    """Whether labels are lower than every other arm in each primary with every training seed, at no more harm
-    to whole heads.
+def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> dict:
+    """Evaluate the pre-registered criterion: labels are lower than every other arm in each primary endpoint
+    with every training seed, and degrade no more intact heads.
 
     Harm up to HARM counts as none.
     """
@@ -331,10 +349,10 @@ def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
         if name == LABELS:
             continue
         lower = {
-            primary: [a < b for a, b in zip(ours[primary], theirs[primary], strict=True)]
-            for primary in primaries
+            endpoint: [a < b for a, b in zip(ours[endpoint], theirs[endpoint], strict=True)]
+            for endpoint in primary_endpoints
         }
-        pairs = zip(ours["whole_made_worse"], theirs["whole_made_worse"], strict=True)
+        pairs = zip(ours["intact_degraded"], theirs["intact_degraded"], strict=True)
         harmless = [mine is None or mine <= max(HARM, other or 0.0) for mine, other in pairs]
         against[name] = {
             "lower": lower,
@@ -348,21 +366,23 @@ def verdict(arms: Mapping[str, Mapping], primaries: Sequence[str]) -> dict:
 
 
 def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
-    """proof.json, of what was seen. Args: names: the task of each tuning."""
+    """Make controlled-study.json of what was measured. Args: names: the task of each tuning."""
     before = seen[BEFORE]
-    reference = seen[WHOLE]["features"] if len(seen[WHOLE]["features"]) else None
-    primaries = [name for name in PRIMARIES if name != "shape_frechet" or reference is not None]
+    reference = seen[GROUND_TRUTH]["features"] if len(seen[GROUND_TRUTH]["features"]) else None
+    primary_endpoints = [
+        name for name in PRIMARY_ENDPOINTS if name != "shape_frechet" or reference is not None
+    ]
     shares = {}
     arms: dict[str, dict] = {}
     errors: dict[str, np.ndarray] = {}
     for name in plan.arms:
         cases = {seed: [names[case] for case in names if case[:2] == (name, seed)] for seed in plan.seeds}
-        if name == FILTER:
-            cases = {seed: [FILTER] for seed in plan.seeds}
+        if name == POST_PROCESSING:
+            cases = {seed: [POST_PROCESSING] for seed in plan.seeds}
         if name == "truncation":
             tried = {psi: seen[_task_of_psi(psi)] for psi in PSIS}
             shares = {
-                seed: truncated(tried, _mean(arms[LABELS]["whole_share"][i : i + 1]) or 0.0)
+                seed: truncated(tried, _mean(arms[LABELS]["intact_share"][i : i + 1]) or 0.0)
                 for i, seed in enumerate(plan.seeds)
             }
             cases = {seed: [_task_of_psi(psi)] for seed, psi in shares.items()}
@@ -373,23 +393,25 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         arms[name] = arm(rows, errors[name], before)
     untuned = row(before, before, reference)
     for name in arms:
-        gains = zip(arms[name]["error_broken"], arms[LABELS]["error_broken"], strict=True)
-        arms[name]["share_of_gain"] = [_share(untuned["error_broken"], a, b) for a, b in gains]
+        gains = zip(arms[name]["error_defective"], arms[LABELS]["error_defective"], strict=True)
+        arms[name]["share_of_gain"] = [_share(untuned["error_defective"], a, b) for a, b in gains]
         if name != LABELS:
-            arms[name]["error_over_labels"] = _over(errors[name] - errors[LABELS], heads.broken(before))
+            arms[name]["error_over_labels"] = _over(errors[name] - errors[LABELS], heads.defective(before))
     return {
-        "primaries": primaries,
-        "fixed": "2026-11-24",
+        "primary_endpoints": primary_endpoints,
+        "pre_registered": "2026-11-24",
         "seeds": list(plan.seeds),
         "rewards": plan.rewards,
-        "draws": plan.draws,
+        "label_sets": plan.draws,
         "latents": plan.latents,
-        "broken": int(heads.broken(before).sum()),
+        "defective": int(heads.defective(before).sum()),
         "before": untuned,
         "arms": arms,
-        "filter": list(FILTERS)[int(seen[FILTER]["filter"][0])] if FILTER in seen else None,
+        "post_processing": list(FILTERS)[int(seen[POST_PROCESSING][METHOD][0])]
+        if POST_PROCESSING in seen
+        else None,
         "psi": {str(seed): psi for seed, psi in shares.items()},
-        "verdict": verdict(arms, primaries),
+        "criterion": criterion(arms, primary_endpoints),
         "harm_allowed": HARM,
         "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
     }
@@ -402,7 +424,7 @@ def _share(before: float | None, after: float | None, best: float | None) -> flo
 
 
 def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
-    """Mean of differences [S, N] over seeds and broken latents, with its interval over both, and over seeds
+    """Mean of differences [S, N] over seeds and defective heads, with its interval over both, and over seeds
     alone.
     """
     here = difference[:, ill]
@@ -418,14 +440,14 @@ def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
 
 
 FIGURES = {  # of the table: words and form
-    "error_broken": ("volume error behind", ".3f"),
+    "error_defective": ("back-of-head volume error", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
-    "repaired": ("repaired", ".0%"),
-    "whole_made_worse": ("whole made worse", ".0%"),
-    "whole_share": ("whole now", ".0%"),
-    "fscore_broken": ("F-score", ".3f"),
-    "missing_broken": ("missing", ".3f"),
-    "extra_broken": ("too much", ".3f"),
+    "error_reduction": ("error reduction", ".0%"),
+    "intact_degraded": ("intact degraded", ".0%"),
+    "intact_share": ("intact after", ".0%"),
+    "fscore_defective": ("F-score", ".3f"),
+    "missing_defective": ("missing", ".3f"),
+    "extra_defective": ("extra", ".3f"),
     "variety": ("variety", ".3f"),
     "identity_kept": ("identity", ".0%"),
     "face_moved_voxels": ("face moved", ".2f"),
@@ -436,34 +458,35 @@ FIGURES = {  # of the table: words and form
 def markdown(data: Mapping) -> str:
     """The table, and what it says."""
     columns = {
-        name: (words + (" (primary)" if name in data["primaries"] else ""), form)
+        name: (words + (" (primary)" if name in data["primary_endpoints"] else ""), form)
         for name, (words, form) in FIGURES.items()
         if name in data["before"]
     }
     arms = {"before tuning": data["before"]}
     for name, figures in data["arms"].items():
         psi = ", ".join(f"{psi:g}" for psi in sorted(set(data["psi"].values())))
-        more = {"truncation": f" (ψ {psi})", FILTER: f" ({data['filter']})"}
+        more = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({data['post_processing']})"}
         arms[ARMS[name] + more.get(name, "")] = figures
     table = figure_table("arm", arms, columns)
-    found = data["verdict"]
+    found = data["criterion"]
     unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
     says = (
-        "Labels beat every other arm in each primary with every training seed, at no more harm to whole"
-        " heads."
+        "Labels beat every other arm in each primary endpoint with every training seed, and degrade no more"
+        " intact heads."
         if found["labels_win"]
         else (
-            "Not beaten in each primary with every training seed at no more harm:"
+            "Not beaten in each primary endpoint with every training seed without degrading more heads:"
             f" {', '.join(unbeaten) or 'there was no other arm'}."
         )
     )
     text = (
-        f"{data['latents']} held-out latents, ψ 1, {data['broken']} of them broken before tuning; training"
-        f" seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
-        f" {data['draws']} draw(s) of labels. Means over training seeds, in brackets the least and the"
-        " greatest. Volume error, missing, too much: shares of the whole head's volume behind, of broken"
-        f" latents; F-score behind at one voxel, of broken latents. Made worse: by {heads.WORSE}. Lengths in"
-        " voxels of 64³. Changed: share of the volume behind that became solid or empty."
+        f"{data['latents']} held-out latents, ψ 1, {data['defective']} of them defective before tuning;"
+        f" training seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
+        f" {data['label_sets']} set(s) of labels. Means over training seeds, in brackets the least and the"
+        " greatest. Volume error, missing, extra: shares of the ground-truth head's back-of-head volume, of"
+        f" defective heads; F-score at the back at one voxel, of defective heads. Degraded: by"
+        f" {heads.WORSE}. Lengths in"
+        " voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
     )
     return "\n".join(["# What repairs heads of people", "", says, "", *table, "", text, ""])
 
@@ -471,8 +494,8 @@ def markdown(data: Mapping) -> str:
 def plot(data: Mapping):
     """Each primary of every arm by training seed."""
     names = list(data["arms"])
-    drawn, axes = style.figure(columns=len(data["primaries"]), size=(9.4, 1.4 + 0.3 * len(names)))
-    for axis, primary in zip(np.atleast_1d(axes), data["primaries"], strict=True):
+    drawn, axes = style.figure(columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(names)))
+    for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):
         for place, name in enumerate(names):
             values = data["arms"][name][primary]
             axis.plot(
@@ -496,7 +519,7 @@ def commands(plan: Plan) -> dict[str, list[str]]:
 
 
 def work(plan: Plan, jobs: int) -> list[Path]:
-    """Make what is missing, look at all of it, and write proof.json, proof.md and proof.png."""
+    """Make what is missing, look at all of it, and write controlled-study.json, .md and .png."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for write_more, parts, words in (
         (write_labels_of_arms, plan.label_parts(), "draws of labels"),
@@ -508,4 +531,4 @@ def work(plan: Plan, jobs: int) -> list[Path]:
     make_shown([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
     data = compare(plan, look(plan, networks, jobs), {case: part.name for case, part in tunings.items()})
-    return write(data, plan.out, "proof", markdown, plot)
+    return write(data, plan.out, "controlled-study", markdown, plot)

@@ -5,8 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from eg3d_rlhf.evaluation.zoo import markdown, plot, record
-from eg3d_rlhf.evaluation.zoo_entries import ENTRIES
+from eg3d_rlhf.evaluation.reward_comparison import markdown, plot, record
+from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.experiments.table import write
 from eg3d_rlhf.modes import report_studies
 
@@ -23,8 +23,8 @@ TUNED = {
     "win_rate": 0.9,
     "win_rate_ci95": [0.85, 0.93],
     "win_rate_n": 200,
-    "repaired": 0.5,
-    "whole_made_worse": 0.0,
+    "error_reduction": 0.5,
+    "intact_degraded": 0.0,
     "face_moved_voxels": 0.02,
     "frechet_ratio": 0.99,
     "reward_delta_positive": 97,
@@ -38,24 +38,32 @@ def test_a_line_takes_the_noise_free_order_where_it_is_known():
         Learnt(test_accuracy=TEST, test_accuracy_clean=clean), [TUNED], {"reward": 10.0, "seed0": 5.0}, 600.0
     )
     assert (line["accuracy"], line["accuracy_labels"], line["against"]) == (0.85, 0.8, "noise-free order")
-    assert (line["seconds"], line["judge_rate"], line["judge_range"]) == (15.0, 0.9, [0.85, 0.93])
+    assert (line["seconds"], line["oracle_win_rate"], line["oracle_win_rate_range"]) == (
+        15.0,
+        0.9,
+        [0.85, 0.93],
+    )
     assert record(Learnt(test_accuracy=TEST), [TUNED], {}, 600.0)["against"] == "labels"
 
 
 def test_several_training_seeds_show_their_spread():
-    line = record(Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "repaired": 0.7}], {}, 600.0)
-    assert line["judge_rate"] == pytest.approx(0.95) and line["judge_range"] == [0.9, 1.0]
-    assert line["repaired"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
+    line = record(
+        Learnt(test_accuracy=TEST), [TUNED, {**TUNED, "win_rate": 1.0, "error_reduction": 0.7}], {}, 600.0
+    )
+    assert line["oracle_win_rate"] == pytest.approx(0.95) and line["oracle_win_rate_range"] == [0.9, 1.0]
+    assert line["error_reduction"] == pytest.approx(0.6) and line["rewards_up"] == [97, 97]
 
 
 def test_table_and_figure_are_made_of_the_json_alone(tmp_path):
-    second = {**TUNED, "repaired": 0.7, "win_rate": 1.0}
+    second = {**TUNED, "error_reduction": 0.7, "win_rate": 1.0}
     lines = {
         "sigma": record(Learnt(test_accuracy=TEST), [TUNED, second], {"seed0": 5.0}, 600.0),
-        "depth": record(Learnt(test_accuracy=TEST), [{**TUNED, "repaired": None}], {"seed0": 5.0}, 600.0),
+        "depth": record(
+            Learnt(test_accuracy=TEST), [{**TUNED, "error_reduction": None}], {"seed0": 5.0}, 600.0
+        ),
     }
-    paths = write({"rewards": lines, "full": False, "kimg": 0.3}, tmp_path, "zoo", markdown, plot)
-    assert [path.name for path in paths] == ["zoo.json", "zoo.md", "zoo.png"]
+    paths = write({"rewards": lines, "full": False, "kimg": 0.3}, tmp_path, "rewards", markdown, plot)
+    assert [path.name for path in paths] == ["rewards.json", "rewards.md", "rewards.png"]
     sigma, depth = (
         line for line in paths[1].read_text().splitlines() if line.startswith(("| sigma", "| depth"))
     )
@@ -65,13 +73,13 @@ def test_table_and_figure_are_made_of_the_json_alone(tmp_path):
 
 
 def planned(*flags: str) -> dict:
-    result = CliRunner().invoke(report_studies.zoo, ["-n", *flags])
+    result = CliRunner().invoke(report_studies.rewards, ["-n", *flags])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
 def test_commands(tmp_path):
-    plan = planned(f"--out={tmp_path}", "--seeds=0,4")
+    plan = planned(f"--outdir={tmp_path}", "--seeds=0,4")
     assert list(plan) == list(ENTRIES)
     assert list(plan["sigma"]) == ["seed0", "seed4"]  # bundled: nothing to train
     assert list(plan["thumbs"]) == ["label", "reward", "seed0", "seed4"]

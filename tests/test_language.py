@@ -1,0 +1,120 @@
+"""Tests of the language lint: each finder finds its own kind alone, and the code meets the figures."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import language
+
+# Rows of the table of terms that no word of a text betrays: an entry of these gives its reason instead.
+BY_READING = {"slab"}
+
+
+def source(text: str) -> language.Source:
+    return language.Source(Path("module.py"), text)
+
+
+def messages(places) -> list[str]:
+    return [place.message for place in places]
+
+
+@pytest.mark.parametrize("word", ["What", "Of", "Whether", "Which", "Its", "Where", "How", "Who"])
+def test_a_docstring_that_opens_with_a_question_word_is_found(word):
+    assert len(messages(language.openers(source(f'def f():\n    """{word} it computes."""\n')))) == 1
+
+
+def test_a_docstring_that_opens_with_a_verb_passes():
+    text = '"""Compute depths."""\n\n\nclass Depths:\n    """Depths of rays."""\n'
+    assert not list(language.openers(source(text)))
+
+
+@pytest.mark.parametrize(
+    "code", ["found = 1", "for own in []:\n    pass", "def f(told):\n    pass", "[one for one in ()]"]
+)
+def test_variables_of_the_stop_list_are_found(code):
+    assert len(list(language.stop_names(source(code)))) == 1
+
+
+def test_reading_a_name_of_the_stop_list_is_no_assignment():
+    assert not list(language.stop_names(source("print(found)\n")))
+
+
+@pytest.mark.parametrize(
+    "code, findings",
+    [
+        ("# the coin decides\nx = 1\n", 1),
+        ('x = "refused: no such file"\n', 1),
+        ('"""Draw assets."""\n', 1),
+        ('"""Plot the\npicture."""\n', 1),
+        ("max_away = 1\n", 1),
+        ('x = row["max_away"]\n', 1),
+        ('x = ["--max-away"]\n', 1),
+        ("def told():\n    pass\n", 1),
+        ('"""Compute the standard deviation."""\n', 0),
+        ('x = filter(None, ["connection refused by the host"])\n', 0),
+    ],
+)
+def test_terms_of_our_own_are_found_in_texts_names_and_keys(code, findings):
+    assert len(set(language.private_terms(source(code), language.read_terms()))) == findings
+
+
+def test_a_phrase_over_a_line_end_is_found_at_its_line():
+    text = '"""Compare.\n\nThe interval holds\none half.\n"""\n'
+    (place,) = set(language.private_terms(source(text), language.read_terms()))
+    assert place.line == 3
+
+
+def test_every_entry_can_find_something_or_says_why_not():
+    for term in language.read_terms():
+        assert term.pattern or term.names or term.here in BY_READING
+        assert term.pattern or term.names or term.why
+
+
+def test_every_exempt_file_exists_and_needs_its_exemption():
+    terms = language.read_terms()
+    for kept in language.read_kept():
+        path = language.REPO / kept.file
+        assert path.exists(), kept.file
+        places = language.private_terms(language.Source(path, path.read_text()), terms)
+        assert any(kept.words.search(place.message) for place in places), kept.file
+
+
+def test_an_entry_without_pattern_and_reason_is_an_error(tmp_path):
+    path = tmp_path / "terms.toml"
+    path.write_text('[[term]]\nhere = "a"\nwrite = "b"\n')
+    with pytest.raises(ValueError, match="a: "):
+        language.read_terms(path)
+
+
+def test_a_comment_that_repeats_its_line_is_found():
+    restating = "def f(planes):\n    # the planes\n    return planes\n"
+    telling = "def f(planes):\n    # [N, 3, C, H, W]; EG3D's order\n    return planes\n"
+    assert len(list(language.restating(source(restating)))) == 1
+    assert not list(language.restating(source(telling)))
+
+
+def test_counts_of_a_module_counted_by_hand():
+    text = '"""Whose."""\n\n\ndef f(own):  # [N]\n    """Add one."""\n    # why\n    return own\n'
+    counts = language.counts([source(text)])
+    assert counts["docstrings"] == 2
+    assert counts["docstrings that open with a stop word, %"] == 50
+    assert counts["variables and arguments from the stop list"] == 1
+    assert counts["comment tokens per 100 lines"] == pytest.approx(200 / 7)
+    assert counts["full-line comments inside functions per 100 lines"] == pytest.approx(100 / 7)
+
+
+def test_the_code_meets_the_figures_of_contributing():
+    counts = language.counts(
+        [language.Source(path, path.read_text()) for path in language.files(language.COUNTED)]
+    )
+    assert counts["docstrings that open with a stop word, %"] <= 2
+    assert counts["variables and arguments from the stop list"] == 0
+    assert counts["comment tokens per 100 lines"] >= 9
+    assert counts["full-line comments inside functions per 100 lines"] >= 3
+
+
+def test_the_lint_exits_with_1_and_names_the_line(tmp_path, capsys):
+    path = tmp_path / "module.py"
+    path.write_text('"""Of everything."""\n')
+    assert language.main([str(path)]) == 1
+    assert "module.py:1:" in capsys.readouterr().out
