@@ -1,1 +1,1 @@
-"""What everybody uses: flags, registry, plugins, settings, seeds, statistics, Field, grids."""
+"""Shared basics of all packages: command line, registries, seeds, statistics, Field, grids."""

@@ -1,19 +1,20 @@
-"""Where the bundled default lives; `make assets` regenerates it."""
+"""Paths of the bundled generator, rewards and data. `make assets` regenerates the files."""
 
-from eg3d_rlhf.core.cli import ASSETS
+from eg3d_rlhf.core.cli import ASSETS  # the folder assets/ of the repository
 
-GENERATOR = ASSETS / "generator.safetensors"  # G, D and G_ema that learnt scans of heads of people
-# pictures that D sees and image distances compare with: rendered once, in under 25 seconds on 2 cores
+GENERATOR = ASSETS / "generator.safetensors"  # G, D and G_ema, trained on synthetic head scans
+# Images for the discriminator and for image distances: rendered once, in under 25 seconds on 2 cores.
 DATA = "synthetic:people64@n=1500"
-REWARD = ASSETS / "reward.safetensors"  # trained on the bundled labels; its description beside it
-WATCH = ASSETS / "reward-heldout.safetensors"  # second reward, for the over-optimisation watch
-# the small learned prior of score distillation (builders/view_prior.py)
+REWARD = ASSETS / "reward.safetensors"  # trained on the bundled labels; a description lies beside it
+# Second reward, which no training uses: its score shows over-optimisation of the first.
+WATCH = ASSETS / "reward-heldout.safetensors"
+# Small diffusion prior of score distillation, trained by builders/view_prior.py.
 VIEW_PRIOR = ASSETS / "view-prior.safetensors"
 CONTROL = ASSETS / "control-summary.json"  # summary of the lambda_r = 0 run
 
-# Stands wherever the example is shown.
+# Shown wherever results of the bundled generator are shown.
 DAMAGED = (
-    "Many of the scans that the bundled generator learnt from are broken behind, on purpose, as real scans"
-    " are where no camera looked: the defects are in the data, the generator learns them, and preferences"
-    " remove them."
+    "The bundled generator was trained on synthetic head scans. Many of them have damage at the back of the"
+    " head, which we added deliberately, because real scans lack surfaces that no camera saw. The generator"
+    " reproduces these defects, and preferences remove them."
 )

@@ -1,12 +1,13 @@
-"""Memory and computing of networks, estimated without a device and without their weights.
+"""Estimate the memory and the floating-point operations of networks, without a GPU and without their weights.
 
-Inside a `MemoryTrace` float tensors are fake: they have shapes and no numbers. Integer tensors are computed.
-A network of sparse grids decides by its coordinates which rows meet, and a mixture of experts decides by
-integers which expert a token goes to. Integers that follow from fake numbers are spread evenly.
+Inside a `MemoryTrace` float tensors are fake: they have a shape and a dtype, but no values. Integer tensors
+are computed. They are needed because a network on sparse grids finds neighbouring rows by integer
+coordinates, and because a mixture of experts assigns tokens to experts by integers. Integers that depend on
+fake values are replaced by evenly spread ones.
 
-Counted is every tensor that is alive at once, as PyTorch allocates it on a CPU. Not counted are the CUDA
-context (about half a GiB), workspaces of convolutions and fragmentation. Attention is counted as fused: there
-is no matrix of tokens x tokens.
+The estimate counts all tensors that are alive at the same time, with the sizes that PyTorch allocates on a
+CPU. It leaves out the CUDA context (about half a GiB), the workspaces of convolutions and fragmentation.
+Attention is counted as fused, without a matrix of tokens x tokens.
 """
 
 import weakref
@@ -25,23 +26,30 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACK = aten._scaled_dot_product_flash_attention_for_cpu_backward
+# operators that accept boolean masks as indices
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index)
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Context in which new float tensors are fake. It counts the bytes of all living tensors, and
-    multiplications and additions.
+    """A context in which new float tensors are fake.
+
+    It counts the bytes of all living tensors, and the multiplications and additions that were executed.
 
     >>> with MemoryTrace() as trace: model = Denoiser(config); model(x, t, cond).sum().backward()
     >>> trace.peak, trace.flops
     """
 
     def __init__(self) -> None:
-        TorchDispatchMode.__init__(self)  # through super(), mypy does not see that it is torch's, untyped
-        self.now = 0  # bytes
+        # Through super(), mypy does not see that it is torch's, untyped
+        TorchDispatchMode.__init__(self)
+        self.now = 0  # bytes of all living storages
+        # Largest value of `now` since the last `mark`, bytes
         self.peak = 0
-        self.flops = 0  # since the last `mark`
-        self._sizes: dict[int, int] = {}  # of living storages
+        # Multiplications and additions since the last `mark`
+        self.flops = 0
+        # Bytes of each living storage, by the address of its implementation
+        self._sizes: dict[int, int] = {}
+        # Computed integer tensors are inputs of operators next to fake ones, so both have to be allowed.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> Self:
@@ -54,24 +62,29 @@ class MemoryTrace(TorchDispatchMode):
         self._fake.__exit__(*error)
 
     def mark(self) -> None:
-        """Count from here."""
+        """Start a new count: the peak becomes the present number of bytes, and the operations become 0."""
         self.peak = self.now
         self.flops = 0
 
     def fill(self, module: Module) -> Module:
-        """Give a module on the meta device fake numbers, in place."""
+        """Replace the tensors of a module on the meta device by fake ones on the CPU, in place. Return the
+        module.
+        """
         with self:
             return module.to_empty(device="cpu")
 
     def peak_of(self, run: Callable[[], object]) -> int:
-        """Return the most bytes that what `run` makes holds at once, its result included; what lived before
-        is not counted.
+        """Return the largest number of bytes that `run` allocates at once, its result included.
+
+        Tensors that existed before the call are not counted.
         """
         with self:
             self.mark()
             before = self.now
-            held = run()
-            del held
+            # The result is kept until the call is over, so that it counts, and is then freed for the next
+            # measurement.
+            result = run()
+            del result
         return self.peak - before
 
     def __torch_dispatch__(
@@ -82,64 +95,86 @@ class MemoryTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if not given and torch.device(kwargs.get("device") or "cpu").type == "meta":
-            return self._really(func, args, kwargs)
-        if given and not any(isinstance(x, FakeTensor) or x.device.type == "meta" for x in given):
-            result = self._really(func, args, kwargs)
+        # All tensors among the arguments.
+        input_tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # A tensor that is created on the meta device occupies no memory. It is returned without being
+        # counted.
+        if not input_tensors and torch.device(kwargs.get("device") or "cpu").type == "meta":
+            return self._execute(func, args, kwargs)
+        # All inputs are computed (integers): execute the operator on their values.
+        if input_tensors and not any(
+            isinstance(x, FakeTensor) or x.device.type == "meta" for x in input_tensors
+        ):
+            result = self._execute(func, args, kwargs)
         elif func is aten._local_scalar_dense.default:
+            # `.item()` of a fake tensor. There is no value, and 1 keeps loops and divisions valid.
             return 1
         else:
             if func.overloadpacket in INDEXED:
-                args = (args[0], self._numbered(args[1]), *args[2:])
+                # The number of rows that a fake is_mask selects is unknown, and FakeTensorMode would raise an
+                # error.
+                args = (args[0], self._indices_from_masks(args[1]), *args[2:])
+            # The fake mode computes shapes and dtypes only.
             result = func(*args, **kwargs)
-            whole = [
+            integer_tensors = [
                 x
                 for x in tree_leaves(result)
                 if isinstance(x, torch.Tensor) and not (x.is_floating_point() or x.is_complex())
             ]
-            if whole and not given:
-                result = self._really(func, args, kwargs)
-            elif whole:
-                most = (
+            # A new integer tensor, e.g. of torch.arange: compute it.
+            if integer_tensors and not input_tensors:
+                result = self._execute(func, args, kwargs)
+            elif integer_tensors:
+                # Integers that depend on fake values. Of topk they are indices along its dimension (the third
+                # argument, -1 by default); for every other operator 0 is valid wherever an index is needed.
+                upper_bound = (
                     args[0].shape[args[2] if len(args) > 2 else -1] if func.overloadpacket is aten.topk else 1
                 )
                 result = tree_map(
-                    lambda x: self._spread(x, most) if any(x is y for y in whole) else x, result
+                    lambda x: self._spread(x, upper_bound) if any(x is y for y in integer_tensors) else x,
+                    result,
                 )
         self.flops += flops_of(func.overloadpacket, args, kwargs, result)
+        # Tensors on the meta device have no memory.
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.device.type != "meta":
                 self._count(x)
         return result
 
     @staticmethod
-    def _really(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _execute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Execute an operator on values, outside the fake mode."""
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
-    def _numbered(self, indices: Any) -> list[Any]:
-        """Replace masks among indices by the numbers of the rows that they choose."""
+    def _indices_from_masks(self, indices: Any) -> list[Any]:
+        """Replace boolean masks among indices by the indices of the rows that they select."""
         chosen: list[Any] = []
         for index in indices:
-            mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
-            chosen += self._really(lambda i: [*i.nonzero(as_tuple=True)], (index,), {}) if mask else [index]
+            is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            chosen += (
+                self._execute(lambda i: [*i.nonzero(as_tuple=True)], (index,), {}) if is_mask else [index]
+            )
         return chosen
 
     @staticmethod
-    def _spread(x: torch.Tensor, most: int) -> torch.Tensor:
-        """Return integers below `most` in place of those that follow from fake numbers: they go round.
-        Conditions hold.
+    def _spread(x: torch.Tensor, upper_bound: int) -> torch.Tensor:
+        """Return valid integers in place of those that depend on fake values: 0 .. most - 1, repeated in this
+        order.
+
+        Booleans become True.
         """
         with unset_fake_temporarily():
             return (
                 torch.ones(x.shape, dtype=x.dtype)
                 if x.dtype == torch.bool
-                else torch.arange(x.numel()).view(x.shape) % most
+                else torch.arange(x.numel()).view(x.shape) % upper_bound
             )
 
     def _count(self, x: torch.Tensor) -> None:
+        """Add a tensor's storage to the count, and subtract it when the storage is freed."""
         storage = x.untyped_storage()
+        # Views share a storage, which is counted once.
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
@@ -148,46 +183,53 @@ class MemoryTrace(TorchDispatchMode):
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
+        """Subtract a storage that was freed."""
         self.now -= self._sizes.pop(key, 0)
 
 
 def flops_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Count multiplications and additions as torch does, and those of the CPU's attention, which it leaves
-    out.
+    """Count the multiplications and additions of one operator call, as torch.utils.flop_counter does.
+
+    Adds the fused attention of the CPU, which torch's table leaves out.
     """
     if op is ATTENTION:
         return int(sdpa_flop_count(*(x.shape for x in args[:3])))
     if op is ATTENTION_BACK:
         return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+    # 0: operators outside torch's table, such as additions
     return int(flop_registry[op](*args, **kwargs, out_val=result)) if op in flop_registry else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Weights by network and peaks by stage."""
+    """Memory of a job: the weights of each network, and the peak of each stage."""
 
-    weights: dict[str, tuple[int, int]]  # numbers, bytes
-    stages: dict[str, int]  # bytes on top of all weights
+    weights: dict[str, tuple[int, int]]  # name -> (number of parameters, bytes)
+    stages: dict[str, int]  # name -> peak in bytes, in addition to all weights
 
     @property
     def total(self) -> int:
+        """Return the bytes of all weights and of the most expensive stage."""
         return sum(size for _, size in self.weights.values()) + max(self.stages.values(), default=0)
 
     def __add__(self, other: "Costs") -> "Costs":
-        """Join both tables: all weights are held, the stages come one after another."""
+        """Join two tables. The weights of both are in memory together; the stages run one after another."""
         return Costs(weights=self.weights | other.weights, stages=self.stages | other.stages)
 
     def __str__(self) -> str:
-        rows = [f"{'weights':44}{'numbers':>12}{'GiB':>9}"]
+        """Format both tables for the terminal, in GiB."""
+        # The first line of each block is its heading.
+        rows = [f"{'weights':44}{'parameters':>12}{'GiB':>9}"]
         rows += [
             f"  {name:42}{n / 1e6:>10.1f} M{size / GIB:>9.2f}" for name, (n, size) in self.weights.items()
         ]
-        rows += [f"{'at its most, on top of the weights':56}{'GiB':>9}"]
+        rows += [f"{'peak memory of a stage, in addition to the weights':56}{'GiB':>9}"]
         rows += [f"  {name:54}{size / GIB:>9.2f}" for name, size in self.stages.items()]
-        return "\n".join([*rows, f"{'weights and the largest of these':56}{self.total / GIB:>9.2f}"])
+        return "\n".join([*rows, f"{'weights and the largest stage':56}{self.total / GIB:>9.2f}"])
 
 
 def weight_row(module: torch.nn.Module, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Return (numbers, bytes) of a module whose parameters are kept as `dtype`."""
+    """Return (number of parameters, bytes) of a module whose parameters are stored as `dtype`."""
+    # Shared parameters count once: parameters() yields each one once.
     numbers = sum(p.numel() for p in module.parameters())
     return numbers, numbers * dtype.itemsize

@@ -1,42 +1,46 @@
-"""Which seeds are held out, and who may draw them: the only place where a range of seeds is written down.
+"""Ranges of seeds: held-out seeds, and the parts of the project that use each range.
 
-A seed names a latent, z = RandomState(seed).randn(z_dim). Rewards learn from labels about some seeds;
-whatever judges a reward, or a generator that was tuned with it, draws others. Labels may use every seed that
-is not held out; the bundled ones are about 0..3999, new campaigns begin at 10000. Reports move every range of
-theirs by STRIDE for each --seed, beyond all the others.
+All ranges are written down here and nowhere else. A seed gives a latent, z = RandomState(seed).randn(z_dim).
+Rewards are trained on labels of some seeds. Every evaluation of a reward, or of a generator that was tuned
+with it, uses other seeds. Labels may use every seed that is not held out: the bundled labels use about
+0..3999, and new campaigns begin at 10,000. A report shifts each of its ranges by STRIDE per unit of --seed,
+beyond all other ranges.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# first seed of a reward's high-quality anchors; not held out: they pass over seeds that are labelled
+# First seed of a reward's high-quality reference samples. Not held out: seeds with labels are skipped.
 ANCHORS = 100_000
-# first of the latents whose heads the shape features learn from; not held out, and used by nothing else
+# First seed of the ground-truth heads that the shape features are trained on. Not held out; no other use.
 TRUE_HEADS = 400_000
-STRIDE = 1_000_000
+STRIDE = 1_000_000  # larger than every seed below, so that shifted ranges do not overlap
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A range that nothing may learn from."""
+    """A range of seeds that no training may use."""
 
     name: str
     first: int
     count: int
-    drawn_by: str
-    moved: bool = False  # whether --seed of a report moves it
+    drawn_by: str  # the parts of the project that use it
+    moved: bool = False  # True: --seed of a report shifts the range
 
     @property
     def all(self) -> range:
+        """Return all seeds of the range, not shifted."""
         return range(self.first, self.first + self.count)
 
     def take(self, n: int, move: int = 0) -> range:
-        """The first n seeds, moved by `move` strides.
+        """Return the first n seeds, shifted by `move` strides.
 
-        Raises: ValueError where there are fewer.
+        Raises: ValueError if the range has fewer.
         """
         if n > self.count:
-            raise ValueError(f"{self.name} seeds: expected at most {self.count:,}, got {n:,}. Ask for fewer.")
+            raise ValueError(
+                f"{self.name} seeds: expected at most {self.count:,}, got {n:,}. Use a smaller number."
+            )
         start = self.first + STRIDE * move
         return range(start, start + n)
 
@@ -46,7 +50,7 @@ EVALUATION = HeldOut(
     "evaluation",
     210_000,
     200,
-    "a run's summary (oracle-labelled pairs; images and meshes), images of reports",
+    "a run's summary (pairs that the oracle labels, images, meshes) and the images of reports",
     moved=True,
 )
 GEOMETRY = HeldOut("geometry", 220_000, 40, "a run's summary")
@@ -58,9 +62,12 @@ IMAGES = HeldOut(
     "distances to the data, in reports and a run's summary (the first 500)",
     moved=True,
 )
-MONITOR = HeldOut("monitor", 300_000, 32, "the monitor for over-optimisation, during tuning")
+MONITOR = HeldOut("monitor", 300_000, 32, "the held-out reward that detects over-optimisation during tuning")
 CALIBRATION = HeldOut(
-    "calibration", 500_000, 128, "the reward phase, for its shaping and its clip, before tuning"
+    "calibration",
+    500_000,
+    128,
+    "the reward phase before tuning: calibration of reward shaping and gradient clipping",
 )
 STANDARDISATION = HeldOut(
     "standardisation",
@@ -68,24 +75,22 @@ STANDARDISATION = HeldOut(
     200,
     "reward phase and inversions: mean and standard deviation of the standardised reward",
 )
-SCALES = HeldOut(
-    "scales", 510_000, 256, "ensembles of rewards, to put their members on one scale, before tuning"
-)
+SCALES = HeldOut("scales", 510_000, 256, "ensembles of rewards before tuning: the scale of each member")
 BEST_OF_N = HeldOut(
-    "best-of-n", 520_000, 10_000, "the best-of-n report, by which rewards may be chosen", moved=True
+    "best-of-n", 520_000, 10_000, "the best-of-n report, which may select rewards", moved=True
 )
 ALIGNMENT = HeldOut(
     "alignment",
     540_000,
     1_024,
-    "scores across generators: where shapes lie, scale of density, what the reward knows",
+    "scores across generators: position of shapes, scale of density, the reward's training distribution",
 )
 INVERSION = HeldOut(
     "inversion", 550_000, 64, "targets of the table of inversions (eg3d-rlhf generator invert --latents)"
 )
-DISTILLED = HeldOut("distilled", 560_000, 1_024, "shapes that text to 3D on heads of people starts from")
+DISTILLED = HeldOut("distilled", 560_000, 1_024, "initial shapes of text-to-3D on head generators")
 VALIDATION = HeldOut(
-    "validation", 590_000, 100, "the choice of filters and settings, before a controlled study"
+    "validation", 590_000, 100, "choice of post-processing filters and settings, before a controlled study"
 )
 HELD_OUT = (
     LATENTS,
@@ -106,14 +111,16 @@ HELD_OUT = (
 
 
 def refuse_held_out(seeds: Iterable[int], who: str) -> None:
-    """Raise ValueError naming the first of `seeds` that is held out."""
+    """Raise ValueError that names the first of `seeds` that is held out."""
     for seed in seeds:
+        # The ranges do not overlap, so the first match is the only one.
         for held in HELD_OUT:
+            # The shift that a seed of a report's --seed would have; ranges that do not move have no shift.
             move = seed // STRIDE if held.moved else 0
             if seed - STRIDE * move in held.all:
-                found = held.take(held.count, move)
+                reserved = held.take(held.count, move)
                 name = held.name + (f" of --seed={move}" if move else "")
                 raise ValueError(
-                    f"{who}: expected seeds that are not held out, got {seed} ({name}, {found[0]} to"
-                    f" {found[-1]}). Choose others."
+                    f"{who}: expected seeds that are not held out, got {seed} ({name}, {reserved[0]} to"
+                    f" {reserved[-1]}). Choose other seeds."
                 )

@@ -1,4 +1,4 @@
-"""Letter legend for every tensor of this package, and the one check made at its public edges.
+"""Letters for the axes of tensors, and the check of tensor shapes at the public functions of the package.
 
 Letters used in shape comments and in `check_shape` patterns:
 
@@ -17,23 +17,29 @@ import torch
 
 
 def check_shape(who: str, tensor: torch.Tensor, pattern: Sequence[int | str], what_to_do: str) -> None:
-    """Raise ValueError unless `tensor` has the shape `pattern`; ints must match, letters are free but
-    consistent.
+    """Raise ValueError unless `tensor` has the shape `pattern`.
 
     Args:
         who: name of the caller and argument, e.g. "RewardModel.score(slab)".
-        pattern: one entry per axis, an int (exact size) or a letter of the legend (any size >= 1, equal
-            wherever it recurs).
-        what_to_do: the remedy, one sentence.
-    Raises: ValueError for what is no tensor, another number of axes, or another size.
+        pattern: one entry per axis. An int is the exact size. A letter of the legend allows any size >= 1,
+            but the same size wherever the letter occurs again.
+        what_to_do: the remedy, one sentence, which ends the message.
+    Raises: ValueError for an object that is no tensor, another number of axes, or another size.
     """
+    # For the message, e.g. [N, 1, 128, 141, 129].
     expected = "[" + ", ".join(str(p) for p in pattern) + "]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{who}: expected a tensor {expected}, got {type(tensor).__name__}. {what_to_do}")
     got = list(tensor.shape)
-    seen: dict[str, int] = {}
+    # letter -> size at its first occurrence
+    size_of_letter: dict[str, int] = {}
     fits = len(got) == len(pattern)
-    for size, want in zip(got, pattern, strict=False):
-        fits = fits and size >= 1 and size == (want if isinstance(want, int) else seen.setdefault(want, size))
+    # strict=False: a different number of axes is already recorded in `fits`.
+    for size, allowed in zip(got, pattern, strict=False):
+        fits = (
+            fits
+            and size >= 1
+            and size == (allowed if isinstance(allowed, int) else size_of_letter.setdefault(allowed, size))
+        )
     if not fits:
         raise ValueError(f"{who}: expected {expected}, got {got}. {what_to_do}")

@@ -55,7 +55,7 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
     Args: record: training_options.json or the options in a checkpoint, of version 0.1 or of the present one;
         nested mappings are converted, too.
     """
-    renamed: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for name, value in record.items():
         if name == "roles" and isinstance(value, str):
             value = next((now for now, old in HASHED_ROLES.items() if old == value), value)
@@ -65,17 +65,17 @@ def settings(record: Mapping[str, Any]) -> dict[str, Any]:
             beside = Path(value).with_name(HELDOUT[0])  # the bundled file, which was renamed
             value = str(beside) if beside.exists() else value
         made[SETTINGS.get(name, name)] = settings(value) if isinstance(value, Mapping) else value
-    return renamed
+    return made
 
 
 def stored(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of an artefact with the values that version 0.1 hashed."""
-    renamed: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for name, value in inputs.items():
         if name == "roles" and isinstance(value, str):
             value = HASHED_ROLES.get(value, value)
         made[name] = stored(value) if isinstance(value, Mapping) else value
-    return renamed
+    return made
 
 
 def words(script: str, flags: Sequence[str]) -> list[str]:
@@ -98,7 +98,7 @@ def words(script: str, flags: Sequence[str]) -> list[str]:
         if value.endswith(f"/{HELDOUT[0]}"):
             value = value.removesuffix(HELDOUT[0]) + HELDOUT[1]
         made.append(f"{'--set=' if setting else ''}{name}{equals}{value}")
-    return renamed
+    return made
 
 
 def file_names(script: str, files: Mapping[str, str]) -> dict[str, str]:
@@ -234,8 +234,8 @@ def options(values: Mapping[str, Any]) -> dict[str, Any]:
         key: _renamed(value, {"watch": "heldout"} if key == "hashes" else _SETTINGS)
         for key, value in settings(values).items()
     }
-    renamed: dict[str, Any] = _control_renamed(known)
-    return renamed
+    made: dict[str, Any] = _control_renamed(known)
+    return made
 
 
 def _control_renamed(values: Any, key: str = "") -> Any:
@@ -311,8 +311,6 @@ def finding(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args: key: of the part's job.
     """
-    if "pictures" not in values:  # written since
-        return dict(values)
     values = {"images" if name == "pictures" else name: value for name, value in values.items()}
     data = dict(values["data"])
     rows = list(values["rows"])

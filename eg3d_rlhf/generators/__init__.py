@@ -1,7 +1,8 @@
-"""Generators as the rest of the package meets them, and the registry of their families.
+"""Interface of generators for the rest of the package, and the registry of their families.
 
-A family is one file of this folder, or a plugin's (see docs/extending.md): a network, and a class that fits
-`Generator` around it. Network files name their family; `load_generator` reads them by that name.
+A family is one file of this folder or of a plugin (see docs/extending.md): a network, and a class around it
+that implements `Generator`. A network file contains the name of its family, and `load_generator` finds the
+reader by this name.
 
 Letters: N samples, Z z_dim, L layers of ws, W w_dim.
 """
@@ -23,15 +24,15 @@ from training import networks
 
 @runtime_checkable
 class Generator(Protocol):
-    """A network that turns latents into fields."""
+    """A network that maps latents to fields."""
 
     @property
     def architecture(self) -> str:
-        """Name of the family."""
+        """Return the name of the family."""
 
     @property
     def module(self) -> torch.nn.Module:
-        """The network itself: its parameters, its state, its training mode."""
+        """Return the network itself, with its parameters, buffers and training mode."""
 
     @property
     def z_dim(self) -> int: ...
@@ -44,23 +45,23 @@ class Generator(Protocol):
 
     @property
     def img_resolution(self) -> int:
-        """Pixels per edge of the final image."""
+        """Return the pixels per edge of the final image."""
 
     @property
     def bounds(self) -> Bounds:
-        """Of its fields."""
+        """Return the cube that contains the shapes of its fields."""
 
     @property
     def level(self) -> float:
-        """Raw density of the surface."""
+        """Return the raw density at the surface."""
 
     @property
     def cameras(self) -> CameraFamily:
-        """Where it was trained to be seen from."""
+        """Return the family of cameras that it was trained with."""
 
     @property
     def conditioned(self) -> bool:
-        """Whether the mapping reads the camera."""
+        """Return True if the mapping network is conditioned on the camera."""
 
     def mapping(
         self,
@@ -69,39 +70,41 @@ class Generator(Protocol):
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """z [N, Z], conditioning camera c [N, 25] -> ws [N, L, W]."""
+        """Map z [N, Z] and conditioning cameras c [N, 25] to ws [N, L, W]."""
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Field:
-        """The shapes of ws [N, L, W], synthesised once, now. Noise modes: see
+        """Synthesise the shapes of ws [N, L, W] immediately. Noise modes: see
         `training.config.NOISE_MODES`.
         """
 
 
 def count_of(generator: Generator) -> int | None:
-    """How many shapes a generator has that can be counted (attribute `count`): seeds 0 to `count` - 1 name
-    them, and no others do.
+    """Return the number of shapes of a generator with countably many (attribute `count`), else None.
+
+    Seeds 0 to `count` - 1 are then the only valid ones.
     """
+    # Most families have a continuous latent space and no such attribute.
     return getattr(generator, "count", None)
 
 
 def check_seeds(generator: Generator, last: int, who: str) -> None:
-    """Raise ValueError where seeds up to `last` are more than a generator has shapes."""
+    """Raise ValueError if seeds up to `last` exceed the number of a generator's shapes."""
     count = count_of(generator)
     if count is not None and last >= count:
         raise ValueError(
-            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Choose"
-            " smaller ones."
+            f"{who}: expected seeds 0 to {count - 1}, one for each shape of this network, got {last}. Use"
+            " smaller seeds."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of network and how to use it."""
+    """A kind of network, and the functions to use it."""
 
-    name: str  # as network files name it
-    module: type[torch.nn.Module]  # built from the arguments that a network file states
-    discriminator: type[torch.nn.Module] | None  # None where the family cannot be trained here
-    wrap: Callable[[Any], Generator]  # a network -> what the package speaks to
+    name: str  # the name in network files
+    module: type[torch.nn.Module]  # built from the arguments that a network file contains
+    discriminator: type[torch.nn.Module] | None  # None: the family cannot be trained in this project
+    wrap: Callable[[Any], Generator]  # makes a `Generator` from a network
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -114,30 +117,32 @@ FAMILIES: Registry[Family] = Registry(
         "assets": "eg3d_rlhf.generators.assets.asset",
     },
 )
-# in a run folder: the snapshot that an early stop chose (eg3d_rlhf.tuning.gan.early_stop)
+# File in a run folder: the snapshot that early stopping selected (eg3d_rlhf.tuning.gan.early_stop).
 KEPT = "network-kept.safetensors"
 
 
 def register(family: Family) -> Family:
-    """Make a family known by its name and by the type of its networks."""
+    """Add a family to the registry, under its name."""
     return FAMILIES.add(family.name, family)
 
 
 def classes_of(architecture: str) -> networks.Classes:
-    """G and D of the family called so. Raises: ValueError naming those that are known."""
+    """Return the classes of G and D of a family. Raises: ValueError that lists the known names."""
     family = FAMILIES[architecture]
     return family.module, family.discriminator
 
 
 def of(network: Any) -> Generator:
-    """A network as a `Generator`, by the family of its type; a Generator comes back as it is.
+    """Wrap a network as a `Generator`, by the family of its type. A Generator is returned unchanged.
 
     Raises: TypeError for a network of no known family.
     """
+    # Already a `Generator`.
     if not isinstance(network, torch.nn.Module):
         return network
     kinds = {family.module: family for family in FAMILIES.values()}
-    for kind in type(network).__mro__:  # families may build upon each other
+    # Subclasses first, because a family may extend another one
+    for kind in type(network).__mro__:
         if kind in kinds:
             return kinds[kind].wrap(network)
     raise TypeError(
@@ -148,16 +153,16 @@ def of(network: Any) -> Generator:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedGenerator:
-    """A frozen generator and its identity."""
+    """A frozen generator, with the hash that identifies it."""
 
-    generator: Generator  # the moving average, in eval mode
-    hash: str  # SHA-256 of its state
+    generator: Generator  # G_ema, the moving average of the weights, in eval mode
+    hash: str  # SHA-256 of its state dict
     path: Path
-    nets: networks.Networks  # with G and D where the file holds them
+    nets: networks.Networks  # includes G and D if the file contains them
 
     @property
     def G(self) -> torch.nn.Module:
-        """The network itself."""
+        """Return the network itself."""
         return self.generator.module
 
 
@@ -165,8 +170,9 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
     """Load a network.
 
     Args:
-        source: a network file (ours, or a pickle of EG3D, which is read without running it), a run folder
-            (the snapshot that it kept, else its newest), or None for the bundled generator.
+        source: a network file (ours, or an EG3D pickle, which is parsed without running code in it); a run
+            folder (its selected snapshot if there is one, else its newest); or None for the bundled
+            generator.
     Raises: FileNotFoundError, ValueError.
 
     >>> load_generator().generator.z_dim
@@ -180,53 +186,62 @@ def load_generator(source: str | Path | None = None, device: str | torch.device 
 def load_networks(
     path: str | Path, device: str | torch.device = "cpu", freeze_layers: int | None = None
 ) -> networks.Networks:
-    """`training.networks.load` for our files, `pickles.load` for EG3D's .pkl; see there."""
+    """Load all networks of a file: ours with `training.networks.load`, EG3D's .pkl with `pickles.load`."""
+    # No code of the pickle is executed, see `pickles`.
     if Path(path).suffix.lower() == ".pkl":
         return pickles.load(path, device, freeze_layers)
     return networks.load(path, device, freeze_layers, classes_of)
 
 
 def find_network(source: str | Path | None) -> Path:
-    """The network file that `source` names; see `load_generator`."""
+    """Return the path of the network file for `source`; see `load_generator`."""
     if source is None:
         if not bundled.GENERATOR.exists():
             raise FileNotFoundError(
-                f"bundled generator: expected {bundled.GENERATOR}, got nothing. Restore assets/ from the"
+                f"bundled generator: expected {bundled.GENERATOR}, got no such file. Restore assets/ from the"
                 " repository."
             )
         return bundled.GENERATOR
     path = Path(source)
     if path.is_dir():
+        # The snapshot that early stopping selected is better than the newest one.
         if (path / KEPT).is_file():
             return path / KEPT
+        # names contain the number of images with leading zeros, so the last one is the newest
         snapshots = sorted(path.glob("network-snapshot-*.safetensors")) or sorted(
             path.glob("network-snapshot-*.pkl")
         )
         if not snapshots:
-            wanted = "a network-snapshot-*.safetensors or .pkl"
+            expected = "a network-snapshot-*.safetensors or .pkl"
             raise FileNotFoundError(
-                f"network: expected {wanted} in {path}, got none. Name a file or another run."
+                f"network: expected {expected} in {path}, got none. Pass a network file or another run."
             )
         return snapshots[-1]
     return path
 
 
 def latents(seeds: Sequence[int], z_dim: int) -> torch.Tensor:
-    """z [N, Z] of integer seeds: RandomState(seed).randn(z_dim), as the field's labels refer to them."""
+    """Return z [N, Z] of integer seeds: RandomState(seed).randn(z_dim), as EG3D's scripts do. Labels
+    refer to them.
+    """
     return torch.from_numpy(
+        # float64 random numbers, rounded to float32 as in EG3D's gen_samples.py.
         np.stack([np.random.RandomState(int(s)).randn(z_dim) for s in seeds]).astype(np.float32)
     )
 
 
 def device_of(generator: Generator) -> torch.device:
-    """Where the generator's parameters lie."""
+    """Return the device of the generator's parameters."""
     return next(generator.module.parameters()).device
 
 
 def camera(
     generator: Any, yaw: float = 0.0, pitch: float = 0.0, n: int = 1, focal: float | None = None
 ) -> torch.Tensor:
-    """Camera labels [N, 25] of the generator's own camera family; yaw and pitch in radians about frontal."""
+    """Return camera labels [N, 25] of the generator's camera family.
+
+    Args: yaw, pitch: radians from frontal; focal: focal length over image size, by default the family's.
+    """
     generator = of(generator)
     cameras = generator.cameras if focal is None else dataclasses.replace(generator.cameras, focal=focal)
     return cameras.label(yaw, pitch, n, device_of(generator))
@@ -236,12 +251,13 @@ def camera(
 def ws_of_seeds(
     generator: Any, seeds: Sequence[int], truncation_psi: float = 1.0, truncation_cutoff: int | None = 14
 ) -> torch.Tensor:
-    """ws [N, L, W] of seeds, conditioned on the frontal camera. Not differentiable.
+    """Map seeds to ws [N, L, W], conditioned on the frontal camera. Not differentiable.
 
     >>> ws_of_seeds(load_generator().generator, [1, 2], truncation_psi=0.7).shape[0]
     2
     """
     generator = of(generator)
+    # Before synthesis, so that the error names the seeds.
     check_seeds(generator, max(seeds, default=0), "seeds")
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     return generator.mapping(

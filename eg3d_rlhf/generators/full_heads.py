@@ -1,5 +1,5 @@
-"""Families of full heads: PanoHead (An et al. 2023), SphereHead (Li et al. 2024), HyPlaneHead
-(Li et al. 2025).
+"""Families of full-head generators: PanoHead (An et al. 2023), SphereHead (Li et al. 2024), HyPlaneHead (Li
+et al. 2025).
 
 Letters: N samples, P points, F features, X, Y, Z = grid points along x, y, z.
 """
@@ -19,27 +19,30 @@ from torch_utils.ops import implementations
 from training.discriminator import DualDiscriminator
 from training.fullhead import HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
 
-_POINT_CHUNK = 1 << 16  # points decoded at once where no gradient is recorded
+_POINT_CHUNK = 1 << 16  # points decoded at once if no gradient is recorded
 
 
 class HeadField(PlaneField):
-    """The fields of ws [N, L, W]. Differentiable as `PlaneField` is."""
+    """Fields of ws [N, L, W] of a full-head network. Differentiable like `PlaneField`."""
 
     def __init__(self, G: Any, ws: torch.Tensor, noise_mode: str = "const"):
         super().__init__(G, ws, noise_mode)
+        # These decoders have no fast path, and expect float32.
         self.planes = self._wide(self.planes)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """See `Field`."""
+        """Return the raw density, see `Field`."""
         points = points.to(self.planes).expand(len(self), -1, -1)  # [N, P, 3]
+        # The graph is recorded if any of the inputs needs a gradient.
         recorded = any(
             tensor.requires_grad for tensor in (self.planes, points, *self._G.decoder.parameters())
         )
+        # With a graph, chunks would save no memory.
         parts = (points,) if torch.is_grad_enabled() and recorded else points.split(_POINT_CHUNK, dim=1)
         return torch.cat([self._decoded(part, sigma_only=True)["sigma"].squeeze(2) for part in parts], dim=1)
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
-        """See `Field`: every point on its own.
+        """Return the raw density at grid points, see `Field`. Each point is decoded by itself.
 
         Raises: ValueError for an impl other than 'auto' or 'pointwise'.
         """
@@ -51,63 +54,70 @@ class HeadField(PlaneField):
         return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
 
     def separable(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> None:
-        """None: see `SeparableField`."""
+        """Return None: the density has no separable form (see `SeparableField`)."""
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `PlaneField`."""
+        """Return density and colour in one pass, see `PlaneField`."""
+        # Density and features come from the same pass.
         decoded = self._decoded(points.to(self.planes))
-        return decoded["sigma"].squeeze(2), self._pictured(decoded["rgb"]).clamp(0, 1)
+        return decoded["sigma"].squeeze(2), self._to_colours(decoded["rgb"]).clamp(0, 1)
 
     def _colours(self, points: torch.Tensor) -> torch.Tensor:
-        return self._pictured(self._decoded(points)["rgb"])
+        """Decode colours [N, P, 3] at world points [N, P, 3]."""
+        return self._to_colours(self._decoded(points)["rgb"])
 
-    def _pictured(self, features: torch.Tensor) -> torch.Tensor:
-        """Colours [N, P, 3] of decoded features [N, P, F] as raw pictures show them,
-        before super-resolution.
+    def _to_colours(self, features: torch.Tensor) -> torch.Tensor:
+        """Convert decoded features [N, P, F] to colours [N, P, 3] as in the raw image, before
+        super-resolution.
         """
         features = self._G.scaled(features).transpose(1, 2).unsqueeze(3)  # [N, F, P, 1]
+        # to_rgb is a style-modulated convolution; points take the place of pixels. -1..1 -> 0..1.
         return (self._G.to_rgb(features, self.ws).squeeze(3).transpose(1, 2) + 1) / 2
 
 
 class FullHead(EG3D):
-    """`Generator` around a full-head network."""
+    """A `Generator` around a full-head network."""
 
     field_class = HeadField
 
     @property
     def cameras(self) -> CameraFamily:
-        """They look at the origin, where these heads are, whatever avg_camera_pivot says."""
+        """Return the training cameras. They look at the origin, the centre of these heads.
+
+        The avg_camera_pivot of EG3D, which the networks' options still contain, does not apply.
+        """
         return dataclasses.replace(super().cameras, pivot=(0.0, 0.0, 0.0))
 
 
 class TriGridField(HeadField):
-    """The fields of a tri-grid: on a straight grid density comes from slices,
-    without a look at every point.
-    """
+    """Fields of a tri-grid. On a straight grid the density is computed from slices, not point by point."""
 
     def density_grid(self, grid: SlabSpec, impl: str = "auto") -> torch.Tensor:
-        """See `Field`.
+        """Return the raw density at grid points, see `Field`.
 
-        Args: impl: 'separable' (from slices), 'pointwise', or 'auto' (the first where the lattice is
-            straight).
-        Raises: ValueError for another impl, or 'separable' on a skewed lattice or of stacks along fewer than
-            three axes.
+        Args:
+            impl: 'separable' (from slices), 'pointwise', or 'auto' ('separable' if the lattice is straight).
+        Raises: ValueError for another impl, and for 'separable' with a skewed lattice or with stacks along
+        fewer than three axes.
         """
-        possible = grid.lattice == "straight" and self._orders is not None
-        if impl == "separable" and not possible:
+        has_slices = grid.lattice == "straight" and self._orders is not None
+        if impl == "separable" and not has_slices:
             raise ValueError(
-                f"density_grid: expected a straight lattice and stacks along x, y, z, got {grid.lattice!r}."
-                " Use impl='auto'."
+                "density_grid: impl='separable' needs a straight lattice and stacks along x, y and z, got"
+                f" lattice {grid.lattice!r}. Use impl='auto'."
             )
-        if impl == "separable" or (impl == "auto" and possible and implementations.current() != "ref"):
+        if impl == "separable" or (impl == "auto" and has_slices and implementations.current() != "ref"):
+            # [N, X, Y, Z] -> [N, D, H, W]
             return self.density_product(*grid.axes()).permute(0, 3, 2, 1).contiguous()
         return super().density_grid(grid, impl)
 
     def density_product(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """See `ProductField`."""
+        """Return the raw density on a product of coordinates, see `ProductField`."""
         if self._orders is None:
+            # [X, Y, Z, 3]; indexing "ij" keeps x first.
             points = torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1)
             return self.density(points.reshape(-1, 3)).unflatten(1, points.shape[:3])
+        # Interpolation weights are computed on the CPU, see `tri_grid_density`.
         axes = [axis.cpu().to(self.planes.dtype) * (2 / self.bounds.side) for axis in (x, y, z)]
         return tri_grid_density(
             self.planes, self._orders, self._weights(self.planes.dtype), axes, self._G.extent
@@ -115,31 +125,34 @@ class TriGridField(HeadField):
 
     @functools.cached_property
     def _orders(self) -> list[Order] | None:
-        """Coordinates along width, height and slices of each stack;
-        None unless slices lie along x, y and z.
+        """Return the coordinates along width, height and slices of each stack; None unless slices lie
+        along x, y and z.
         """
+        # The bases are permutation matrices: the row's largest entry is the coordinate.
         orders = [tuple(int(i) for i in rows.argmax(dim=1)) for rows in self._axes]
         return orders if {order[2] for order in orders} == {0, 1, 2} else None  # type: ignore[return-value]
 
 
 class PanoHead(FullHead):
-    """`Generator` around PanoHead's network."""
+    """A `Generator` around PanoHead's network: tri-grids."""
 
     architecture = "panohead"
     field_class = TriGridField
 
 
 class SphereHead(FullHead):
-    """Two balls of spherical planes. Angles and radius of a grid point depend on all three coordinates, so no
-    part of a grid is shared.
+    """A `Generator` around SphereHead's network: two balls of spherical planes.
+
+    The angles and the radius of a grid point depend on all three coordinates, so grids have no shared parts.
     """
 
     architecture = "spherehead"
 
 
 class HyPlaneHead(FullHead):
-    """Three planes and a sphere over directions, whose share of every hidden unit depends on all three
-    coordinates.
+    """A `Generator` around HyPlaneHead's network: three planes, and a sphere over directions.
+
+    The sphere's contribution to every hidden unit depends on all three coordinates.
     """
 
     architecture = "hyplanehead"

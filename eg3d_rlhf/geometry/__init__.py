@@ -1,1 +1,1 @@
-"""Shapes as numbers: slabs of density, level sets, meshes."""
+"""Geometry of shapes: sigma slabs (cropped density grids), level sets, meshes, solids and mesh files."""

@@ -1,4 +1,4 @@
-"""Settings of the export of meshes; imports no numpy."""
+"""Settings of the mesh export. This module imports no numpy, so that `--help` is fast."""
 
 import math
 from dataclasses import dataclass
@@ -6,17 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class MeshOptions:
-    """How a field becomes a mesh.
+    """Settings of the conversion of a field into a mesh.
+
+    Raises: ValueError for a value outside its range.
 
     >>> MeshOptions(resolution=64, colors=False).component
     'largest'
     """
 
     resolution: int = 256  # grid points per axis, 16..1024
-    level: float | None = None  # raw density of the surface; None is the field's own
-    border: float = 0.0  # share of the cube's edge trimmed from each face, 0 <= border < 0.5
-    component: str = "largest"  # 'largest' by enclosed volume, or 'all'
-    faces: int | None = None  # decimate to about so many faces, >= 4; None keeps all
+    level: float | None = None  # raw density at the surface; None: the level of the field
+    border: float = 0.0  # fraction of the cube's edge that is trimmed at each face, 0 <= border < 0.5
+    component: str = "largest"  # 'largest': only the part that encloses the largest volume; or 'all'
+    faces: int | None = None  # decimate the mesh to about this number of faces, >= 4; None: no decimation
     colors: bool = True  # vertex colours from the radiance field
 
     def __post_init__(self) -> None:
@@ -26,13 +28,15 @@ class MeshOptions:
             )
         if self.level is not None and not math.isfinite(self.level):
             raise ValueError(
-                f"MeshOptions: expected a finite level, got {self.level}. Leave it out for the field's own."
+                f"MeshOptions: expected a finite level, got {self.level}. Leave it out to use the field's"
+                " level."
             )
         if self.component not in ("largest", "all"):
             raise ValueError(
-                f"MeshOptions: expected a component of 'largest' or 'all', got {self.component!r}."
+                f"MeshOptions: expected component to be 'largest' or 'all', got {self.component!r}. Use one"
+                " of these."
             )
         if self.faces is not None and self.faces < 4:
             raise ValueError(
-                f"MeshOptions: expected at least 4 faces, got {self.faces}. Leave it out to keep all."
+                f"MeshOptions: expected faces >= 4, got {self.faces}. Leave it out to keep all faces."
             )

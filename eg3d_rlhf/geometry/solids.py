@@ -1,14 +1,16 @@
-"""Is a shape on a grid a sound body? Measures and a score without labels, of what is solid: in one part,
-without inner walls, thick enough.
+"""Measures of whether a shape on a grid is a physically valid solid, and a label-free score.
 
-A grid is bool [X, Y, Z], True where solid, its second axis up; [D, H, W] of a density is one, too. The unit
-of length is the voxel inside and the grid's longest edge R in what is measured. Solid is 6-connected, so is
-background: a slit along a diagonal closes nothing that a slicer would trust. Balls by the Euclidean distance
-transform: grown by r is distance <= r, eroded by r is distance > r.
+A solid is in one part, has no inner walls and is thick enough.
 
-Alone the score is useless: a ball is a perfect solid. It is paired with fidelity to the shape before
-(`reward`).
-Reduce large grids first (`reduced`): the score takes .1 s at 64^3.
+A grid is bool [X, Y, Z], True where solid; its second axis points up. A density [D, H, W] is such a grid,
+too. Lengths are in voxels inside this module. Measures are relative to the longest edge R of the grid. The
+solid is 6-connected, and so is the background: a slit along a diagonal closes nothing that a slicer would
+accept. Balls are computed with the Euclidean distance transform: dilation by r is distance <= r, erosion by r
+is distance > r.
+
+The score alone is useless, because a ball is a perfect solid. It is combined with the fidelity to the shape
+before tuning (`reward`).
+Reduce large grids first (`reduced`): the score takes 0.1 s at 64^3.
 """
 
 import itertools
@@ -21,151 +23,168 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 
 EDGE = 64  # voxels per edge that the score is meant for
-MOST = 256  # voxels per edge that are measured
-LEAK = 0.05  # of the edge: the radius that bridges holes
-CRUMB = 0.05  # share of the exposed faces under which a part is no part of the repaired shape
-GATE = (0.75, 0.95)  # fidelity below which the reward is 0, and above which it is whole
-FLOOR = 0.01  # least value of a term in the mean
+MOST = 256  # largest number of voxels per edge that is accepted
+LEAK = 0.05  # radius that bridges holes, as a fraction of the longest edge
+CRUMB = 0.05  # fraction of the exposed faces below which a part is dropped from the reference shape
+GATE = (0.75, 0.95)  # fidelity up to which the reward is 0, and from which it is the full score
+FLOOR = 0.01  # smallest value of a term in the geometric mean
 TERMS = ("main", "inner", "thin", "stand")
 _AROUND = ndimage.generate_binary_structure(3, 3)  # 26 neighbours
-_FALLS = -90.0  # degrees, of what is empty
+_FALLS = -90.0  # degrees; stability of an empty grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the score asks for."""
+    """Settings of the score."""
 
-    # voxels; what no ball of this radius fits in is too thin. None: not asked, nothing of 16^3 is thick
+    # Radius in voxels: solid where no ball of this radius fits is too thin. None: the term is not used; at
+    # 16^3 every structure is thin.
     thin: float | None = 1.0
-    # voxels; holes that a ball of this radius does not pass are bridged. None: LEAK of the edge
+    # Radius in voxels: holes that a ball of this radius cannot pass are bridged. None: LEAK of the edge.
     leak: float | None = None
-    # of TERMS; 0 leaves one out, as `stand` of a head cut by its cube
+    # Weights of TERMS. 0 leaves a term out, for example `stand` of a head that the cube cuts off.
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(TERMS) or min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise ValueError(
-                f"Rules(weights): expected {len(TERMS)} weights >= 0, not all 0, got {self.weights}. Correct"
-                " them."
+                f"Rules(weights): expected {len(TERMS)} weights >= 0, not all of them 0, got {self.weights}."
+                " Correct the weights."
             )
-        odd = [value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf]
-        if odd:
-            raise ValueError(f"Rules: expected radii above 0, got {odd[0]}. Correct it.")
+        invalid = [
+            value for value in (self.thin, self.leak) if value is not None and not 0 < value < math.inf
+        ]
+        if invalid:
+            raise ValueError(f"Rules: expected radii > 0, got {invalid[0]}. Use a positive radius or None.")
 
     def bridge(self, solid: np.ndarray) -> float:
+        """Return the radius that bridges holes of a grid, in voxels."""
         return LEAK * max(solid.shape) if self.leak is None else self.leak
 
 
 OBJECTS = Rules()
-HEADS = Rules(weights=(1.0, 1.0, 1.0, 0.0))  # up and floor mean nothing
-OCCUPANCY = Rules(thin=None, weights=(1.0, 1.0, 0.0, 0.0))  # of 16^3
+HEADS = Rules(weights=(1.0, 1.0, 1.0, 0.0))  # the cube cuts heads off, so they do not stand on anything
+OCCUPANCY = Rules(thin=None, weights=(1.0, 1.0, 0.0, 0.0))  # of grids of 16^3
 
 
-# Grids: where they come from, and their edges.
+# Conversion into grids, and their bounding boxes.
 
 
 def occupied(density: np.ndarray, level: float, who: str = "solid") -> np.ndarray:
-    """Where a density [D, H, W] is above the level.
+    """Return where a density [D, H, W] is above the level.
 
-    Raises: ValueError for values that are not finite, and for no grid.
+    Raises: ValueError for values that are not finite, and for other shapes than one grid.
     """
     density = np.asarray(density)
     if density.ndim != 3 or 0 in density.shape:
         raise ValueError(
-            f"{who}: expected a grid [X, Y, Z], got {list(density.shape)}. Give one shape at a time."
+            f"{who}: expected a grid [X, Y, Z], got {list(density.shape)}. Pass one shape at a time."
         )
     bad = int((~np.isfinite(density)).sum())
     if bad:
         raise ValueError(
-            f"{who}: expected finite densities, got NaN or infinity in {bad:,} of {density.size:,}. Mend the"
-            " generator."
+            f"{who}: expected finite densities, got NaN or infinity in {bad:,} of {density.size:,}. Check the"
+            " weights of the generator."
         )
     return density > level
 
 
 def reduced(solid: np.ndarray, edge: int = EDGE) -> np.ndarray:
-    """At most `edge` voxels per axis: blocks of k^3 voxels become one, solid where more than half of them
-    are. Smaller grids stay.
+    """Reduce a grid to at most `edge` voxels per axis. Smaller grids are returned unchanged.
+
+    Blocks of k^3 voxels become one voxel, which is solid if more than half of the block is.
     """
-    k = -(-max(solid.shape) // edge)
+    k = -(-max(solid.shape) // edge)  # rounded up
     if k <= 1:
         return solid
+    # The grid is padded with background to a multiple of k.
     padded = np.pad(solid, [(0, -size % k) for size in solid.shape])
     x, y, z = (size // k for size in padded.shape)
+    # [x k, y k, z k] -> [x, k, y, k, z, k]
     return padded.reshape(x, k, y, k, z, k).mean(axis=(1, 3, 5), dtype=np.float32) > 0.5
 
 
 def _checked(solid: np.ndarray) -> np.ndarray:
-    """Raises: ValueError for what is no grid, and for one that is too large."""
+    """Return the grid as an array. Raises: ValueError for other types and shapes, and for a grid that is
+    too large.
+    """
     solid = np.asarray(solid)
     if solid.ndim != 3 or solid.dtype != bool:
         got = f"{solid.dtype} {list(solid.shape)}"
-        raise ValueError(
-            f"solid: expected a grid of bool [X, Y, Z], got {got}. Compare a density with its level."
-        )
+        raise ValueError(f"solid: expected a grid of bool [X, Y, Z], got {got}. Pass density > level.")
     if max(solid.shape) > MOST:
         raise ValueError(
             f"solid: expected at most {MOST} voxels per edge, got {max(solid.shape)}. Reduce the grid to"
-            f" {EDGE}^3 first."
+            f" {EDGE}^3 first (`reduced`)."
         )
     return solid
 
 
 def _box(solid: np.ndarray, margin: int) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """The bounding box of what is solid, with a margin of background; and the slices of that box in it,
-    without the margin.
+    """Return the bounding box of the solid with a margin of background, and the slices of the box without
+    margin.
     """
-    where = ndimage.find_objects(solid.astype(np.uint8))[0]
-    return np.pad(solid[where], margin), where
+    bounds = ndimage.find_objects(solid.astype(np.uint8))[0]
+    return np.pad(solid[bounds], margin), bounds
 
 
-def _back(part: np.ndarray, where: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `_box`. What lies in the margin is left out where the grid ends."""
+def _back(part: np.ndarray, bounds: tuple[slice, ...], margin: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Put a box with its margin back into a grid of the given shape: the inverse of `_box`.
+
+    The parts of the margin that lie outside the grid are dropped.
+    """
     out = np.zeros(shape, dtype=bool)
-    there = [
+    # slices in the grid, clipped to it
+    in_grid = [
         slice(max(s.start - margin, 0), min(s.stop + margin, size))
-        for s, size in zip(where, shape, strict=True)
+        for s, size in zip(bounds, shape, strict=True)
     ]
-    here = [
+    # the same slices in the box
+    in_box = [
         slice(t.start - s.start + margin, t.stop - s.start + margin)
-        for s, t in zip(where, there, strict=True)
+        for s, t in zip(bounds, in_grid, strict=True)
     ]
-    out[tuple(there)] = part[tuple(here)]
+    out[tuple(in_grid)] = part[tuple(in_box)]
     return out
 
 
 def grown(solid: np.ndarray, radius: float) -> np.ndarray:
+    """Dilate by a ball. An empty grid stays empty; its distance transform would be undefined."""
     return ndimage.distance_transform_edt(~solid) <= radius if solid.any() else solid
 
 
 def opening(solid: np.ndarray, radius: float) -> np.ndarray:
-    """The union of the balls that fit inside."""
-    # What is outside the grid is background
+    """Return the union of the balls of this radius that fit into the solid (morphological opening)."""
+    # Padding makes everything outside the grid background.
     return grown(ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1, 1:-1] > radius, radius) & solid
 
 
 def closing(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What no ball outside can reach, beyond the grid's edge, too."""
+    """Return all points that no ball of this radius outside the solid can cover (morphological closing).
+
+    The balls may lie beyond the edge of the grid.
+    """
     if not solid.any():
         return solid
+    # The margin leaves space for balls outside the bounding box.
     margin = math.ceil(radius) + 1
-    box, where = _box(solid, margin)
-    closed = ndimage.distance_transform_edt(grown(box, radius)) > radius
-    return _back(closed | box, where, margin, solid.shape)
+    box, bounds = _box(solid, margin)
+    closed = ndimage.distance_transform_edt(grown(box, radius)) > radius  # erosion by the same ball
+    return _back(closed | box, bounds, margin, solid.shape)
 
 
 def enclosed(solid: np.ndarray) -> np.ndarray:
-    """Background that does not reach the grid's border."""
+    """Return the background that is not connected to the border of the grid."""
+    # 0 is solid; the padding joins all background at the border into the label of the corner
     labels, _ = ndimage.label(np.pad(~solid, 1, constant_values=True))
     return ((labels > 0) & (labels != labels[0, 0, 0]))[1:-1, 1:-1, 1:-1]
 
 
 def fill(solid: np.ndarray, radius: float) -> np.ndarray:
-    """The shape with its hollows: closed ones, and those behind holes that a ball of this radius does not
-    pass.
+    """Fill the hollows of a shape: closed ones, and those whose openings a ball of this radius cannot pass.
 
-    Background of the closing that does not reach the border is filled, the bridge itself is not: piercing a
-    shell gains nothing.
+    The background of the closing that is not connected to the border is filled. The bridges over the openings
+    are not added, so that piercing a shell does not change its filled volume.
     """
     return solid | enclosed(closing(solid, radius))
 
@@ -174,82 +193,93 @@ def fill(solid: np.ndarray, radius: float) -> np.ndarray:
 
 
 def exposed(labels: np.ndarray, count: int) -> np.ndarray:
-    """Faces of voxels that border on background or the grid's edge,
-    of each of the parts 1 to count: [count].
+    """Count the voxel faces that border on background or on the edge of the grid, for each part: [count].
+
+    Args: labels: [X, Y, Z], 0 for background and 1..count for parts.
     """
     padded = np.pad(labels, 1)
     total = np.zeros(count + 1, dtype=np.int64)
     for axis in range(3):
         for before, after in ((slice(None, -1), slice(1, None)), (slice(1, None), slice(None, -1))):
-            here, there = (padded[(slice(None),) * axis + (part,)] for part in (before, after))
-            total += np.bincount(here[(here > 0) & (there == 0)], minlength=count + 1)
+            # neighbours along the axis, in both directions
+            voxel, neighbour = (padded[(slice(None),) * axis + (part,)] for part in (before, after))
+            total += np.bincount(voxel[(voxel > 0) & (neighbour == 0)], minlength=count + 1)
     return total[1:]
 
 
 def main_share(solid: np.ndarray) -> float:
-    """Share of the exposed faces that the largest part has; 0 of an empty grid."""
+    """Return the largest part's fraction of the exposed faces; 0 for an empty grid."""
     faces = exposed(*ndimage.label(solid))
     return float(faces.max() / faces.sum()) if len(faces) else 0.0
 
 
 def main_part(solid: np.ndarray) -> np.ndarray:
-    """The part of the most exposed faces."""
+    """Return the part that has the most exposed faces."""
     labels, count = ndimage.label(solid)
     return labels == 1 + exposed(labels, count).argmax() if count > 1 else solid
 
 
 def euler(solid: np.ndarray) -> int:
-    """Vertices - edges + faces - cubes of the union of closed cubes: bodies - tunnels + cavities; bodies that
-    touch at a corner are one.
+    """Compute the Euler number of the union of closed cubes: vertices - edges + faces - cubes.
+
+    It equals bodies - tunnels + cavities. Bodies that touch at a corner count as one.
     """
     padded = np.pad(solid, 1)
     total = 0
-    # along the other axes a cell is shared by both neighbours
+    # A cell is extended along the axes in `thick` and flat along the others. (True, True, True) are the
+    # cubes, (False, False, False) the vertices. Along a flat axis a cell belongs to both of its neighbours.
     for thick in itertools.product((False, True), repeat=3):
         cells = padded
         for axis in (axis for axis in range(3) if not thick[axis]):
             cells = np.delete(cells, -1, axis) | np.delete(cells, 0, axis)
+        # the sign of a cell is (-1)^dimension
         total += (-1) ** sum(thick) * int(cells.sum())
     return total
 
 
 def tip(solid: np.ndarray) -> tuple[float, float]:
-    """How far it is from falling over: degrees that it can be tilted, and voxels by which its centre of mass
-    is inside what it stands on.
+    """Compute the stability of a shape that stands on its lowest layer.
 
-    That is the hull of the lowest layer's voxels; negative where the centre, projected, lies outside. -90 of
-    an empty grid.
+    Returns: the angle in degrees by which it can be tilted before it falls, and the distance in voxels of its
+    projected centre of mass from the edge of the convex hull of the lowest layer's voxels. Both are negative
+    if the centre lies outside of the hull. (-90, -inf) for an empty grid.
     """
     points = np.argwhere(solid)
     if not len(points):
         return _FALLS, -math.inf
-    floor = points[:, 1].min()
+    lowest = points[:, 1].min()
+    # voxel (i, j, k) covers [i, i + 1] along the first axis, and so on
     centre = points.mean(axis=0) + 0.5
-    corners = points[points[:, 1] == floor][:, [0, 2]]
+    # x and z of the voxels of the lowest layer
+    corners = points[points[:, 1] == lowest][:, [0, 2]]
+    # Each voxel contributes four corners. Rows of `equations`: outward unit normal (2) and offset.
     sides = ConvexHull(
         np.concatenate([corners + step for step in itertools.product((0, 1), repeat=2)])
     ).equations
+    # distance to the nearest side, negative outside
     margin = -float((sides[:, :2] @ centre[[0, 2]] + sides[:, 2]).max())
-    return math.degrees(math.atan2(margin, centre[1] - floor)), margin
+    return math.degrees(math.atan2(margin, centre[1] - lowest)), margin
 
 
-# The score, and its pair.
+# The score of one shape, and its combination with fidelity.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Terms in 0..1, and their geometric mean by the rules' weights: one failed demand cannot be bought with
-    another.
+    """Terms of the score in 0..1, and their geometric mean with the weights of the rules.
+
+    In a geometric mean one failed term cannot be compensated by another.
     """
 
-    # exp(-8 share outside the largest part): a floater of 3 % of the surface must cost more than rounding
+    # exp(-8 fraction outside the largest part): a floater of 3 % of the surface must cost more than rounding
     main: float
-    inner: float  # share of the filled shape that is solid
-    thin: float  # exp(-8 share that is too thin)
-    stand: float  # clip(1/2 + tip / 20 degrees)
-    solid: float
+    inner: float  # fraction of the filled shape that is solid
+    thin: float  # exp(-8 fraction that is too thin)
+    stand: float  # clip(1/2 + angle of `tip` / 20 degrees, 0, 1)
+    solid: float  # the weighted geometric mean
 
     def to_dict(self) -> dict[str, float]:
+        """Return the fields as a dict."""
         return asdict(self)
 
 
@@ -257,21 +287,26 @@ NOTHING = Score(main=0.0, inner=0.0, thin=0.0, stand=0.0, solid=0.0)
 
 
 def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None = None) -> Score:
-    """How sound a shape is; all 0 of an empty grid. Args: filled: `fill` of it, where that is known.
+    """Score a shape; all terms are 0 for an empty grid.
 
-    Parts and standing are those of the shape or of its opening, whichever is worse: a thread to a floater and
-    a leg of one voxel carry nothing. Raises: ValueError for a foreign and a gigantic grid.
+    Parts and standing are measured on the shape and on its opening, and the worse value counts. A thin
+    connection to a floater and a leg of one voxel carry no load.
+
+    Args: filled: `fill` of the shape, if it is already computed.
+    Raises: ValueError for other types and shapes, and for a grid that is too large.
     """
     if solid.ndim == 3 and solid.dtype == bool and not solid.any():
         return NOTHING
     solid = _checked(solid)
     inner = float(solid.sum() / (fill(solid, rules.bridge(solid)) if filled is None else filled).sum())
+    # A bounding box gives the same measures in less time
     solid = _box(solid, 0)[0]
     main = main_share(solid)
     angle = tip(solid)[0]
     thin = 1.0
     if rules.thin is not None:
         opened = opening(solid, rules.thin)
+        # The opening rounds off edges; growing it by one voxel gives these back.
         thick = grown(opened, 1) & solid
         main = min(main, main_share(opened))
         angle = min(angle, tip(thick)[0])
@@ -288,28 +323,34 @@ def score(solid: np.ndarray, rules: Rules = OBJECTS, filled: np.ndarray | None =
 
 
 def joined(terms: Mapping[str, float], rules: Rules) -> Score:
-    """The geometric mean of the terms, each at least FLOOR."""
+    """Compute the weighted geometric mean of the terms.
+
+    Each counts as at least 0.01, so that one term of 0 does not decide alone.
+    """
     weights = dict(zip(TERMS, rules.weights, strict=True))
     mean = sum(weights[name] * math.log(max(terms[name], FLOOR)) for name in TERMS) / sum(rules.weights)
     return Score(**terms, solid=math.exp(mean))
 
 
 def repaired(solid: np.ndarray, rules: Rules = OBJECTS) -> np.ndarray:
-    """What a cure would leave: filled, without parts of less than CRUMB of the exposed faces. An empty grid
-    stays.
+    """Return a reference shape without simple defects: filled, and without small parts.
+
+    Parts with less than CRUMB of the exposed faces are dropped. An empty grid is returned unchanged.
     """
     filled = fill(solid, rules.bridge(solid))
     labels, count = ndimage.label(filled)
     if count <= 1:
         return np.asarray(filled)
     faces = exposed(labels, count)
-    kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
-    return kept[labels]
+    # [count + 1], by label; the largest part always stays
+    is_kept = np.concatenate([[False], (faces >= CRUMB * faces.sum()) | (faces == faces.max())])
+    return is_kept[labels]
 
 
 def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
-    """F: IoU of a filled shape with the repaired one before, since the plain IoU punishes the cure. 0 where
-    both are empty.
+    """Compute F, the IoU of a filled shape with the reference shape (`repaired`); 0 if both are empty.
+
+    The IoU of the unfilled shapes would penalise the removal of defects.
     """
     union = int((filled | reference).sum())
     return float((filled & reference).sum() / union) if union else 0.0
@@ -317,34 +358,37 @@ def overlap(filled: np.ndarray, reference: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A shape beside the one before."""
+    """Score of a shape, and its fidelity to the shape before tuning."""
 
     score: Score
-    fidelity: float
+    fidelity: float  # F of `overlap`, 0..1
 
     @property
     def reward(self) -> float:
-        """solid * clip((F - .75) / .2, 0, 1). The product of both lets a hull pass its shape; the gate does
-        not.
+        """Compute solid * clip((F - 0.75) / 0.2, 0, 1), in 0..1.
+
+        With the product solid * F, the convex hull of a shape would score higher than the shape. The clipped
+        weight prevents that.
         """
         low, high = GATE
         return self.score.solid * min(max((self.fidelity - low) / (high - low), 0.0), 1.0)
 
     def to_dict(self) -> dict[str, float]:
+        """Return the score's terms, the fidelity and the reward."""
         return {**self.score.to_dict(), "fidelity": self.fidelity, "reward": self.reward}
 
 
 def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = OBJECTS) -> Judged:
-    """The score of a shape, and its fidelity to that of the references, `repaired` grids of its size, which
-    it is likest to.
+    """Score a shape and compute its fidelity to the most similar of the references.
 
-    Raises: ValueError for grids that differ in size, or are none.
+    Args: references: grids of the same size, see `repaired`.
+    Raises: ValueError for grids that differ in size or are no grids.
     """
     for reference in references:
         if reference.shape != solid.shape:
             raise ValueError(
                 f"solid: expected grids of one size, got {list(solid.shape)} and {list(reference.shape)}."
-                " Sample both alike."
+                " Sample both on the same grid."
             )
     filled = fill(solid, rules.bridge(solid))
     return Judged(
@@ -354,33 +398,38 @@ def beside(solid: np.ndarray, references: Sequence[np.ndarray], rules: Rules = O
 
 
 def reward(solid: np.ndarray, untuned: np.ndarray, rules: Rules = OBJECTS) -> Judged:
-    """A shape beside the same seed's before; both are reduced to EDGE first. Raises: see `beside`."""
+    """Score a shape with its fidelity to the untuned shape of the same seed. Both are reduced to EDGE first.
+
+    Raises: see `beside`.
+    """
     small = reduced(untuned)
     return beside(reduced(solid), [repaired(small, rules)], rules)
 
 
-# Defects that a gradient can mend.
+# Defects that a gradient on the density can correct.
 
 
 def floaters(solid: np.ndarray) -> np.ndarray:
-    """All but the largest part."""
+    """Return all parts but the largest one."""
     return solid & ~main_part(solid)
 
 
 def caps(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What would close leaks and tunnels of the largest part that a ball of this radius does not pass; dents
-    and pits are left.
+    """Return the voxels that would close openings and tunnels of the largest part. Dents and pits are left
+    open.
 
-    Pieces of its closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), a tunnel
-    is stopped (0 to 1). Misses holes of radius h in a wall w where radius < (h^2 + w^2/4) / w, about.
+    Only openings that a ball of this radius cannot pass are closed. The result consists of the pieces of the
+    closing whose addition raises the Euler number: a leak becomes a cavity (1 to 2), a tunnel is closed (0 to
+    1). It misses holes of radius h in a wall of thickness w if approximately radius < (h^2 + w^2/4) / w.
     """
     body = main_part(solid)
     pieces, count = ndimage.label(closing(body, radius) & ~body, _AROUND)
-    found = np.zeros_like(solid)
-    for number, where in enumerate(ndimage.find_objects(pieces), start=1):
-        around = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in where)
+    plugs = np.zeros_like(solid)
+    for number, bounds in enumerate(ndimage.find_objects(pieces), start=1):
+        # one voxel more on each side, for the Euler number of the piece with its surroundings
+        around = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in bounds)
         piece = pieces[around] == number
         before = body[around]
         if euler(before | piece) > euler(before):
-            found[around] |= piece
-    return found
+            plugs[around] |= piece
+    return plugs

@@ -1,5 +1,5 @@
-"""Preference labels: formats, splits, losses, and the annotators that give them."""
+"""Preference labels: formats, splits, losses, and simulated annotators."""
 
-# of a single shape: least score of a preferred one, highest of one that is not
+# scores of single shapes: preferred from GOOD on, not preferred up to BAD, no label in between
 GOOD = 4.0
 BAD = 3.5

@@ -1,7 +1,10 @@
-"""Leaderboard of generators: Bradley-Terry strengths whose intervals allow for comparisons that share
-annotators and prompts, and points for those generators that have enough games.
+"""Leaderboard of generators: Bradley-Terry strengths with intervals that allow for shared annotators and
+prompts.
 
-Letters: N items, R repetitions, C cells (two generators that met), G generators.
+Generators with enough comparisons ("games") get points.
+
+Letters: N items, M games, R repetitions, C cells (pairs of generators that met), G generators, F free
+directions.
 """
 
 from collections import Counter
@@ -16,110 +19,128 @@ from scipy.stats import t as student
 from eg3d_rlhf.preferences.bradley_terry import MEAN, SCALE, Comparison
 from eg3d_rlhf.preferences.label_scores import linked
 
-# Intervals that allow for comparisons sharing annotators and prompts, and that hold for few. A score is 1
-# where the first of a cell's two generators was preferred, 0 where the second was, 0.5 for a tie. The same
-# code serves one leaderboard and a thousand simulated ones.
+# Intervals that allow for comparisons with common annotators and prompts, and that have their coverage for
+# few of them. A score is 1 if the first of a cell's two generators was preferred, 0 if the second was, 0.5
+# for a tie. The same code serves one leaderboard (R = 1) and thousands of simulated ones.
 
 
-FEW = 4  # annotators; fewer are taken as they are, and the figures speak of them alone
-REACH = 8.0  # an end beyond is none: nothing bounds the strength on that side
-# least of V_annotators - V_both over V_both; tuned by simulation (docs/results/intervals.md)
+# Number of annotators below which they are not resampled; the intervals then apply to these annotators only.
+FEW = 4
+REACH = 8.0  # the search for an end stops here; further out, the data do not bound the strength on that side
+# Smallest (V_annotators - V_both) / V_both; tuned by simulation (docs/results/intervals.md).
 _TOGETHER = -0.5
-# of the variance that the model gives untied comparisons: what residuals say is too little where one nearly
-# always wins
+# Smallest variance relative to the model's for untied games. Where one generator nearly always wins, the
+# variance from residuals is too small.
 _LEAST = 0.45
-_FIT_STEPS = 60
-_HALVINGS = 40
-_PRECISION = 1e-4
+_FIT_STEPS = 60  # of Newton's method
+_HALVINGS = 40  # of the search for an end
+_PRECISION = 1e-4  # of an end, in units of strength
 
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """Who met whom, before whom, over what."""
+    """Structure of the games: the generators, annotator and prompt of each."""
 
-    cells: np.ndarray  # [C, 2] numbers of generators from 0; every generator is reachable from every other
-    cell: np.ndarray  # [M] numbers from 0
-    annotator: np.ndarray  # [M] numbers from 0
-    prompt: np.ndarray  # [M] numbers from 0
+    cells: np.ndarray  # [C, 2] indices of generators, from 0; the games connect all generators
+    cell: np.ndarray  # [M] index of each game's cell, from 0
+    annotator: np.ndarray  # [M] index of each game's annotator, from 0
+    prompt: np.ndarray  # [M] index of each game's prompt, from 0
 
     @property
     def generators(self) -> int:
+        """Return the number of generators G."""
         return int(self.cells.max()) + 1
 
     @property
     def signs(self) -> np.ndarray:
-        """[C, G]: 1 for a cell's first generator, -1 for its second."""
+        """Return [C, G]: 1 for a cell's first generator, -1 for its second."""
         signs = np.zeros((len(self.cells), self.generators))
         rows = np.arange(len(self.cells))
+        # A game between generators i and j depends on s_i - s_j only.
         signs[rows, self.cells[:, 0]], signs[rows, self.cells[:, 1]] = 1, -1
         return signs
 
     @property
     def games(self) -> np.ndarray:
+        """Return the number of games of each cell [C]."""
         return np.bincount(self.cell, minlength=len(self.cells)).astype(np.float64)
 
 
 def fit(
     score: np.ndarray, games: np.ndarray, signs: np.ndarray, held: tuple[np.ndarray, np.ndarray] | None = None
 ) -> np.ndarray:
-    """Strengths [R, G] with mean 0 that make the logistic quasi-likelihood of the scores largest.
+    """Maximise the logistic quasi-likelihood of scores. Returns the strengths [R, G], with mean 0.
 
-    Args: score [R, C] sums, games [C], signs [C, G]; held: (c [G], value [R]) keeps c . strength = value.
+    Args:
+        score: [R, C], sum of the scores of each cell.
+        games: [C]; signs: [C, G].
+        held: (c [G], value [R]) adds the constraint c . strength = value.
     """
-    fixed = np.ones((signs.shape[1], 1)) if held is None else np.c_[np.ones(signs.shape[1]), held[0]]
-    free = np.linalg.svd(fixed)[0][:, fixed.shape[1] :]  # [G, F] directions that may move
+    constraints = np.ones((signs.shape[1], 1)) if held is None else np.c_[np.ones(signs.shape[1]), held[0]]
+    # The null space of the constraints, from the singular value decomposition.
+    free = np.linalg.svd(constraints)[0][:, constraints.shape[1] :]  # [G, F] directions that may move
+    # A start that fulfils the constraints.
     start = (
         np.zeros((len(score), signs.shape[1]))
         if held is None
         else held[1][:, None] * held[0] / (held[0] @ held[0])
     )
-    along = signs @ free
-    moved = np.zeros((len(score), free.shape[1]))
+    free_signs = signs @ free
+    coefficients = np.zeros((len(score), free.shape[1]))
     for _ in range(_FIT_STEPS if free.shape[1] else 0):
-        p = expit((start + moved @ free.T) @ signs.T)
-        hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), along, along) + 1e-12 * np.eye(
+        p = expit((start + coefficients @ free.T) @ signs.T)
+        # Newton's method. 1e-12: a cell that one generator wins with certainty has no curvature.
+        hessian = np.einsum("rc,ca,cb->rab", games * p * (1 - p), free_signs, free_signs) + 1e-12 * np.eye(
             free.shape[1]
         )
-        step = np.linalg.solve(hessian, ((score - games * p) @ along)[..., None])[..., 0]
+        step = np.linalg.solve(hessian, ((score - games * p) @ free_signs)[..., None])[..., 0]
+        # at most 2 units of strength per step
         step *= np.minimum(1, 2 / np.abs(step).max(axis=1, keepdims=True).clip(1e-12))
-        moved = moved + step
+        coefficients = coefficients + step
+        # Far below the precision of an interval's end.
         if np.abs(step).max() < 1e-7:
             break
-    strength: np.ndarray = start + moved @ free.T
+    strength: np.ndarray = start + coefficients @ free.T
     return strength
 
 
 def strengths(
     scores: np.ndarray, design: Design, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Strengths [R, G] with mean 0, and the ends of their intervals [R, G]; infinite where nothing bounds a
-    strength.
+    """Estimate strengths [R, G], with mean 0, and the ends of their intervals [R, G].
 
-    P(score) = sigmoid(s_i - s_j): ties count half, so of two generators the difference is the log-odds of the
-    share of wins. G - 1 drawn games, spread evenly over the cells, keep the estimate finite (two generators:
-    Firth's). Ends: where the efficient score of the given games, squared, exceeds its variance times
-    Student's t quantile, squared; with two generators and independent games that is Wilson's interval. Its
-    variance (Cameron, Gelbach and Miller 2011) is V = V_prompts + V_annotators - V_both, the last two not
-    below -0.5 V_both; degrees of freedom after Satterthwaite. With fewer than FEW annotators V = V_prompts. V
-    is never below 0.45 that of untied independent games.
+    An end is infinite if the data do not bound the strength on that side.
 
-    Args: scores [R, M]; design: with two prompts or more.
+    P(score) = sigmoid(s_i - s_j): ties count half, so with two generators the difference of strengths is the
+    log-odds of the fraction of wins. G - 1 additional drawn games, spread evenly over the cells, keep the
+    estimate finite (with two generators this is Firth's estimate).
+
+    Ends: where the squared efficient score of the given games exceeds its variance times the squared quantile
+    of Student's t. With two generators and independent games this is Wilson's interval. The variance
+    (Cameron, Gelbach and Miller 2011) is V = V_prompts + V_annotators - V_both, where the sum of the last two
+    is at least -0.5 V_both; degrees of freedom after Satterthwaite. With fewer than FEW annotators V =
+    V_prompts. V is never below 0.45 times that of untied independent games.
+
+    Args: scores: [R, M]; design: with at least two prompts.
     """
-    member = np.zeros((len(design.cell), len(design.cells)))
-    member[np.arange(len(design.cell)), design.cell] = 1
-    score = scores @ member
+    cell_of_game = np.zeros((len(design.cell), len(design.cells)))  # [M, C]
+    cell_of_game[np.arange(len(design.cell)), design.cell] = 1
+    score = scores @ cell_of_game  # [R, C]
+    # Each game counts equally, independent of its annotator.
     games = design.games
     signs = design.signs
+    # One additional draw less than generators, as fractions of games per cell.
     drawn = np.full(len(games), (design.generators - 1) / len(games))
     estimate = fit(score + drawn / 2, games + drawn, signs)
     p = expit(estimate @ signs.T)
-    # [R, M]; the drawn games' share makes their sum 0
+    # [R, M]. The second term is the drawn games' part of the estimate; with it the residuals sum to 0.
     residual = scores - (p - drawn / games * (0.5 - p))[:, design.cell]
-    least = _LEAST * (scores != 0.5).mean(axis=1)  # [R]
+    least_variance = _LEAST * (scores != 0.5).mean(axis=1)  # [R]; ties carry no variance
     ends = np.empty((2, *estimate.shape))
     for k in range(design.generators):
+        # the strength of generator k relative to the mean
         contrast = np.eye(design.generators)[k] - 1 / design.generators
-        allowed = _allowed(residual, least, estimate, design, contrast, confidence)
+        allowed = _allowed(residual, least_variance, estimate, design, contrast, confidence)
         for side, out in zip((-1, 1), ends, strict=True):
             out[:, k] = _end(estimate[:, k], side, contrast, allowed, (score, games, signs, drawn))
     return estimate, ends[0], ends[1]
@@ -128,128 +149,148 @@ def strengths(
 def _direction(
     strength: np.ndarray, games: np.ndarray, signs: np.ndarray, contrast: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the score [R, G] that say most of the contrast, the other strengths unknown, and that
-    score's information [R].
+    """Compute the efficient score of a contrast of strengths, with the other strengths unknown.
+
+    Returns: its weights on the scores [R, G], and its information [R].
     """
     p = expit(strength @ signs.T)
     information = np.einsum("rc,ca,cb->rab", games * p * (1 - p), signs, signs)
+    # the direction in which all strengths move has no information; this makes the matrix regular
     size = np.trace(information, axis1=1, axis2=2)[:, None, None] / len(contrast) ** 2
-    wanted = np.broadcast_to(contrast, strength.shape)[..., None]
-    solved = np.linalg.solve(information + size + 1e-14 * np.eye(len(contrast)), wanted)[..., 0]
+    right_side = np.broadcast_to(contrast, strength.shape)[..., None]
+    solved = np.linalg.solve(information + size + 1e-14 * np.eye(len(contrast)), right_side)[..., 0]
+    # Inverse of the efficient information: contrast . I^-1 contrast
     variance = (solved @ contrast)[:, None]
     return solved / variance, 1 / variance[:, 0]
 
 
 def _allowed(
     residual: np.ndarray,
-    least: np.ndarray,
+    least_variance: np.ndarray,
     strength: np.ndarray,
     design: Design,
     contrast: np.ndarray,
     confidence: float,
 ) -> np.ndarray:
-    """How large the squared score over its information may be [R]:
-    quantile squared times the design effect.
+    """Compute the largest accepted squared score relative to its information [R]: squared quantile times
+    design effect.
     """
     weights, information = _direction(strength, design.games, design.signs, contrast)
-    each = residual * (weights @ design.signs.T)[:, design.cell]  # [R, M]
-    alone = (each**2).sum(axis=1)
+    contributions = residual * (weights @ design.signs.T)[:, design.cell]  # [R, M]
+    independent_variance = (contributions**2).sum(axis=1)
+    # numbers of clusters
     annotators, prompts = (len(np.unique(group)) for group in (design.annotator, design.prompt))
-    total = _clustered(each, design.prompt)
-    degrees = np.full(len(each), prompts - 1.0)
+    # Games of one prompt are not independent, so prompts are always clusters.
+    total = _clustered(contributions, design.prompt)
+    degrees = np.full(len(contributions), prompts - 1.0)
     if annotators >= FEW:
-        of_prompts = total
-        of_annotators = _clustered(each, design.annotator)
-        of_both = _clustered(
-            each, design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator
+        prompt_variance = total  # the variance over prompts
+        annotator_variance = _clustered(contributions, design.annotator)
+        # one key for each combination of prompt and annotator
+        both_variance = _clustered(
+            contributions,
+            design.prompt.astype(np.int64) * (int(design.annotator.max()) + 1) + design.annotator,
         )
-        more = np.maximum(of_annotators - of_both, _TOGETHER * of_both)
-        total = of_prompts + more
-        spread = of_annotators**2 * (more > 0) / (annotators - 1) + of_prompts**2 / (prompts - 1)
+        annotator_part = np.maximum(annotator_variance - both_variance, _TOGETHER * both_variance)
+        total = prompt_variance + annotator_part
+        # Satterthwaite's approximation of the degrees of freedom of a sum of two variances
+        spread = annotator_variance**2 * (annotator_part > 0) / (annotators - 1) + prompt_variance**2 / (
+            prompts - 1
+        )
         degrees = np.clip(total**2 / spread.clip(1e-300), min(annotators, prompts) - 1, prompts - 1)
-    varied = alone > 1e-9 * information  # else nothing tells the spread
-    total = np.where(varied, np.maximum(total, least * information), information)
+    # Without any variation (all games won) the data have no variance, and the model's is used.
+    varied = independent_variance > 1e-9 * information
+    total = np.where(varied, np.maximum(total, least_variance * information), information)
     allowed: np.ndarray = student.ppf(0.5 + confidence / 2, degrees) ** 2 * total / information
     return allowed
 
 
-def _clustered(each: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Variance [R] of the sum of M scores, from the sums over groups."""
+def _clustered(contributions: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Compute the variance [R] of a sum of M contributions from their sums over groups."""
+    # Stable, for a fixed order of summation.
     order = np.argsort(group, kind="stable")
     starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    squares: np.ndarray = (np.add.reduceat(each[:, order], starts, axis=1) ** 2).sum(axis=1)
+    # add.reduceat sums runs, so contributions are sorted by group.
+    squares: np.ndarray = (np.add.reduceat(contributions[:, order], starts, axis=1) ** 2).sum(axis=1)
+    # correction for few groups, C / (C - 1)
     return squares * len(starts) / max(1, len(starts) - 1)
 
 
 def _end(
     inside: np.ndarray, side: int, contrast: np.ndarray, allowed: np.ndarray, data: tuple[np.ndarray, ...]
 ) -> np.ndarray:
-    """Where the statistic passes what is allowed [R], between the estimate and REACH on that side; infinite
-    where it does not.
+    """Find where the test statistic exceeds the accepted value [R], between the estimate and REACH on one
+    side.
+
+    The result is infinite where it never does.
     """
     score, games, signs, drawn = data
 
-    def holds(value: np.ndarray) -> np.ndarray:
-        held = fit(score + drawn / 2, games + drawn, signs, (contrast, value))
-        weights, information = _direction(held, games, signs, contrast)
-        gained = (((score - games * expit(held @ signs.T)) @ signs) * weights).sum(axis=1)
-        inside: np.ndarray = gained**2 <= allowed * information
-        return inside
+    def accepted(value: np.ndarray) -> np.ndarray:
+        """Test a value of the contrast [R] with the other strengths at their best."""
+        constrained = fit(score + drawn / 2, games + drawn, signs, (contrast, value))
+        weights, information = _direction(constrained, games, signs, contrast)
+        efficient_score = (((score - games * expit(constrained @ signs.T)) @ signs) * weights).sum(axis=1)
+        is_accepted: np.ndarray = efficient_score**2 <= allowed * information
+        return is_accepted
 
+    # The bracket: `inside` is accepted, `outside` may not be.
     outside = np.full(len(inside), side * REACH)
-    endless = holds(outside)
-    for _ in range(_HALVINGS):
+    endless = accepted(outside)
+    for _ in range(_HALVINGS):  # bisection
         middle = (inside + outside) / 2
-        good = holds(middle)
-        inside = np.where(good, middle, inside)
-        outside = np.where(good, outside, middle)
+        middle_accepted = accepted(middle)
+        inside = np.where(middle_accepted, middle, inside)
+        outside = np.where(middle_accepted, outside, middle)
         if np.abs(inside - outside).max() < _PRECISION:
             break
     return np.where(endless, side * np.inf, inside)
 
 
-# A leaderboard of generators: points with intervals, nothing of those with too few games, and only among
-# those who met. Points are 1000 + 400 / ln 10 times the strength, as Elo counts: 100 points ahead win 64 % of
-# the games, 200 points 76 %.
+# A leaderboard of generators: points with intervals. Generators with too few games get no points, and only
+# generators that met, directly or through others, are compared. Points are 1000 + 400 / ln 10 times the
+# strength, as in Elo: 100 points more mean 64 % of the games won, 200 points 76 %.
 
 
-# of a generator, of a group; fewer: no figure, none was found that holds (docs/results/intervals.md)
+# Numbers of games and prompts that a generator needs for points. With fewer, no interval that we tried has
+# its coverage (docs/results/intervals.md).
 LEAST_GAMES = 20
 LEAST_PROMPTS = 10
 
 
 class Game(NamedTuple):
-    """One judgement of two generators' shapes."""
+    """One comparison of shapes of two generators."""
 
     first: str
     second: str
-    winner: str | None  # one of the two; None: a tie
+    winner: str | None  # one of the two names; None: a tie
     annotator: str
-    prompt: Hashable  # what the two were made for; games over the same one are not independent
-    bad: bool = False  # of a tie: both are bad
+    prompt: Hashable  # what both shapes were generated from; games of the same prompt are not independent
+    bad: bool = False  # of a tie: both shapes are bad
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """One generator's."""
+    """The results of one generator."""
 
     name: str
     games: int
     wins: int
     losses: int
-    ties: int  # both bad among them
+    ties: int  # including those with both bad
     both_bad: int
     prompts: int
     points: float | None  # None: too few games or prompts
-    lo: float | None  # None: open, nothing bounds it, or no points
-    hi: float | None
+    lo: float | None  # None: unbounded, or no points
+    hi: float | None  # likewise
 
     @property
     def score(self) -> float:
-        """Share of games won, ties half."""
+        """Return the fraction of games won, ties counted half."""
         return (self.wins + self.ties / 2) / self.games
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
         return {
             "name": self.name,
             "points": self.points,
@@ -267,43 +308,48 @@ class Standing:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """Groups of generators that met each other, directly or over others, best first; the points of two groups
-    say nothing of each other.
+    """Groups of generators that met each other, directly or through others, best first.
+
+    Points of different groups cannot be compared.
     """
 
     groups: tuple[tuple[Standing, ...], ...]
-    few: tuple[Standing, ...]  # too few games for points; nobody's points count their games
+    few: tuple[Standing, ...]  # generators with too few games; their games count for no one's points
     games: int
     annotators: int
     prompts: int
 
     def notes(self) -> list[str]:
-        """What a reader has to know, in sentences."""
+        """Return what a reader has to know, in sentences."""
         sentences = []
         if self.groups:
-            whose = "each group" if len(self.groups) > 1 else "all"
-            sentences.append(f"95 % intervals. Ties count half; the mean of {whose} is {MEAN:g} points.")
+            average_over = "each group" if len(self.groups) > 1 else "all generators"
+            sentences.append(
+                f"95 % intervals. Ties count half. The mean of {average_over} is {MEAN:g} points."
+            )
         if len(self.groups) > 1:
             sentences.append(
                 f"{len(self.groups)} groups of generators never met: points of different groups cannot be"
                 " compared."
             )
         if self.groups and self.annotators < FEW:
-            whose = "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
+            annotators = "this annotator" if self.annotators == 1 else f"these {self.annotators} annotators"
             sentences.append(
-                f"The intervals speak of {whose} alone: to speak of people like them takes"
-                f" {FEW - self.annotators} more."
+                f"The intervals apply to {annotators} only. Add {FEW - self.annotators} or more annotators"
+                " for intervals that include the differences between annotators."
             )
         for s in (s for group in self.groups for s in group if not s.ties and not (s.wins and s.losses)):
-            never, far = ("won", "behind") if s.losses else ("lost", "ahead")
+            lower = bool(s.losses)
             sentences.append(
-                f"{s.name} has never {never}: nothing tells how far {far}, so the mean and the others' points"
-                " are open, too."
+                f"{s.name} has {'lost' if lower else 'won'} every game. The games do not bound how much"
+                f" {'lower' if lower else 'higher'} its strength is, so the mean and the others' points are"
+                " unbounded, too."
             )
         sentences += [f"{s.name}: {needs(s.games, s.prompts)}." for s in self.few]
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
         return {
             "groups": [[s.to_dict() for s in group] for group in self.groups],
             "few": [s.to_dict() for s in self.few],
@@ -317,34 +363,41 @@ class Leaderboard:
 
 
 def needs(games: int, prompts: int) -> str:
-    """What is missing before there are points, in words."""
+    """Describe what is missing before a generator gets points."""
     missing = [
         (LEAST_GAMES - games, "more comparison", "s"),
         (LEAST_PROMPTS - prompts, "more prompt", "s or pairs"),
     ]
-    words = [f"{short} {what}{plural if short > 1 else ''}" for short, what, plural in missing if short > 0]
+    words = [
+        f"{missing_count} {unit}{plural if missing_count > 1 else ''}"
+        for missing_count, unit, plural in missing
+        if missing_count > 0
+    ]
     if not words:
-        return f"{games} comparisons; its opponents have too few"
-    return f"{games} comparisons over {prompts}; needs {' and '.join(words)}"
+        return f"{games} comparisons, but its opponents have too few"
+    return f"{games} comparisons over {prompts} prompts; needs {' and '.join(words)}"
 
 
 def leaderboard(games: Iterable[Game]) -> Leaderboard:
-    """Points of every generator with LEAST_GAMES games over LEAST_PROMPTS prompts against others that have
-    them, too.
+    """Compute points of every generator with at least LEAST_GAMES games over LEAST_PROMPTS prompts.
+
+    Only games against generators that fulfil this, too, are counted.
     """
     games = list(games)
     assert all(game.first != game.second and game.winner in (game.first, game.second, None) for game in games)
-    kept = games
-    while True:  # who is left out takes the games away from the others
-        names = sorted(name for name in _names(kept) if _enough(kept, name))
-        fewer = [g for g in kept if g.first in names and g.second in names]
-        if len(fewer) == len(kept):
+    # Games among generators that have enough of them.
+    ranked_games = games
+    # Removing a generator removes games of its opponents, which may then have too few as well.
+    while True:
+        names = sorted(name for name in _names(ranked_games) if _enough(ranked_games, name))
+        remaining_games = [g for g in ranked_games if g.first in names and g.second in names]
+        if len(remaining_games) == len(ranked_games):
             break
-        kept = fewer
-    met = linked([Comparison(g.first, g.second) for g in kept]) if kept else []
-    names_of_groups = [{name for c in part for name in c[:2]} for part in met]
-    groups = [_standings([g for g in kept if g.first in names]) for names in names_of_groups]
-    few = [_standing(games, name, None) for name in sorted(_names(games) - _names(kept))]
+        ranked_games = remaining_games
+    connected = linked([Comparison(g.first, g.second) for g in ranked_games]) if ranked_games else []
+    names_of_groups = [{name for c in part for name in c[:2]} for part in connected]
+    groups = [_standings([g for g in ranked_games if g.first in names]) for names in names_of_groups]
+    few = [_standing(games, name, None) for name in sorted(_names(games) - _names(ranked_games))]
     return Leaderboard(
         groups=tuple(sorted(groups, key=lambda group: (-len(group), group[0].name))),
         few=tuple(few),
@@ -355,18 +408,21 @@ def leaderboard(games: Iterable[Game]) -> Leaderboard:
 
 
 def _names(games: Iterable[Game]) -> set[str]:
+    """Return the names of all generators in games."""
     return {name for game in games for name in (game.first, game.second)}
 
 
 def _enough(games: Sequence[Game], name: str) -> bool:
-    mine = [g for g in games if name in (g.first, g.second)]
-    return len(mine) >= LEAST_GAMES and len({g.prompt for g in mine}) >= LEAST_PROMPTS
+    """Return True if a generator has enough games over enough prompts."""
+    own_games = [g for g in games if name in (g.first, g.second)]
+    return len(own_games) >= LEAST_GAMES and len({g.prompt for g in own_games}) >= LEAST_PROMPTS
 
 
 def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
-    """The members of one group, best first."""
+    """Return the standings of one group, best first."""
     names = {name: i for i, name in enumerate(sorted(_names(games)))}
     cells: dict[tuple[str, str], int] = {}
+    # A cell is an unordered pair of names; the smaller name is its first generator.
     cell = [cells.setdefault((min(g[:2]), max(g[:2])), len(cells)) for g in games]
     design = Design(
         cells=np.array([[names[a], names[b]] for a, b in cells]),
@@ -374,6 +430,7 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
         annotator=_numbers(g.annotator for g in games),
         prompt=_numbers(g.prompt for g in games),
     )
+    # The score of a game is that of its cell's first generator, the smaller name.
     scores = np.array([0.5 if g.winner is None else float(g.winner == min(g[:2])) for g in games])
     points, lo, hi = (MEAN + SCALE * part[0] for part in strengths(scores[None], design))
     rows = [_standing(games, name, (points[i], lo[i], hi[i])) for name, i in names.items()]
@@ -381,25 +438,28 @@ def _standings(games: Sequence[Game]) -> tuple[Standing, ...]:
 
 
 def _numbers(values: Iterable[Hashable]) -> np.ndarray:
-    """From 0, in order of appearance."""
-    known: dict[Hashable, int] = {}
-    return np.array([known.setdefault(value, len(known)) for value in values])
+    """Number values from 0, in order of appearance."""
+    number_of_value: dict[Hashable, int] = {}
+    return np.array([number_of_value.setdefault(value, len(number_of_value)) for value in values])
 
 
 def _standing(games: Sequence[Game], name: str, ends: tuple[float, float, float] | None) -> Standing:
-    mine = [g for g in games if name in (g.first, g.second)]
+    """Return the results of one generator; `ends` is (points, lo, hi) or None."""
+    own_games = [g for g in games if name in (g.first, g.second)]
     points, lo, hi = (
+        # infinite ends are None in JSON
         (float(x) if np.isfinite(x) else None for x in ends) if ends is not None else (None, None, None)
     )
-    results = Counter("tie" if g.winner is None else "win" if g.winner == name else "loss" for g in mine)
+    # From the point of view of this generator.
+    results = Counter("tie" if g.winner is None else "win" if g.winner == name else "loss" for g in own_games)
     return Standing(
         name=name,
-        games=len(mine),
+        games=len(own_games),
         wins=results["win"],
         losses=results["loss"],
         ties=results["tie"],
-        both_bad=sum(g.bad for g in mine),
-        prompts=len({g.prompt for g in mine}),
+        both_bad=sum(g.bad for g in own_games),
+        prompts=len({g.prompt for g in own_games}),
         points=points,
         lo=lo,
         hi=hi,

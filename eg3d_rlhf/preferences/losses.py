@@ -1,14 +1,14 @@
-"""Preference losses: the one of a per-pair margin, the reward network's terms, and the weighted sum of the
-paper. Pure and unreduced.
+"""Preference losses: of a margin per pair, the terms of the reward network, and their weighted sum. Pure
+functions, unreduced.
 
 The margin is a difference of rewards or of flow-matching errors:
     reward model    delta = r_preferred - r_rejected
                     Bradley and Terry (1952)
     flow            delta = (e_ref - e)_preferred - (e_ref - e)_rejected, e the flow-matching errors
                     Circular-DPO, equation 6
-The reward network's terms: arXiv 2606.27305 (2026), reward training.
+Terms of the reward network: arXiv 2606.27305 (2026), reward training.
 
-Shape letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
+Letters: N samples, P pairs given as (better, worse), D, H, W = z, y, x.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from eg3d_rlhf.preferences.settings import LossWeights
 
-# How far two sets of embeddings lie apart. Letters: m, n members of the two sets, N samples, M entries of an
+# Divergence of two sets of embeddings. Letters: m, n members of the two sets, N samples, M entries of an
 # embedding.
 
 
@@ -31,16 +31,21 @@ ESTIMATORS = ("V", "U")
 def cs_divergence(
     x: torch.Tensor, y: torch.Tensor, bandwidth: torch.Tensor | float, estimator: str = "V"
 ) -> torch.Tensor:
-    """log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2
-    bandwidth^2)).
+    """Compute the Cauchy-Schwarz divergence of two sets of embeddings.
 
-    It says how far apart the sets are and not which one is better: exchanging them changes nothing.
+    log mean k(x, x') + log mean k(y, y') - 2 log mean k(x, y), k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)).
 
-    Args: x [m, M], y [n, M]; bandwidth: > 0, in the embeddings' units; estimator: 'V' takes every pair, a
-    member with itself included, is at least 0 and too large in many dimensions (by about log((1/m + (1 - 1/m)
-    A) / A) of each set, A = mean k of different members); 'U' leaves those pairs out of the first two means,
-    has less bias and may be below 0: for measuring, not for training.
-    Returns: []. Differentiable in: x, y, bandwidth. Identical sets have gradient 0.
+    It measures the distance between the sets and not which one is better: it is symmetric.
+
+    Args:
+        x, y: [m, M], [n, M].
+        bandwidth: > 0, in units of the embeddings.
+        estimator: 'V' takes every pair, including a member with itself. It is at least 0, and too large in
+            many dimensions: by about log((1/m + (1 - 1/m) A) / A) for each set, with A = mean k of different
+            members. 'U' leaves those pairs out of the first two means. It has less bias and may be negative;
+            use it to measure, not to train.
+    Returns: [].
+    Differentiable in x, y and bandwidth. Identical sets have gradient 0.
     """
     assert (
         estimator in ESTIMATORS
@@ -49,22 +54,26 @@ def cs_divergence(
     )
 
     def log_mean(a: torch.Tensor, b: torch.Tensor, within: bool = False) -> torch.Tensor:
-        # [m, n]; exact for near points, unlike the expanded form
+        """Return log mean k(a, b). `within`: both are the same set."""
+        # [m, n]. The expanded form |a|^2 - 2 a b + |b|^2 would lose precision for close points.
         squares = (a[:, None] - b[None]).square().sum(2)
         exponents = -squares / (2 * bandwidth**2)
         count = squares.numel()
         if within and estimator == "U":
+            # Members paired with themselves have k = 1, which biases the mean upwards.
             exponents = exponents[~torch.eye(len(a), dtype=torch.bool, device=a.device)]
             count = count - len(a)
         return torch.logsumexp(exponents.flatten(), 0) - math.log(count)
 
-    between = log_mean(x, y) + log_mean(y, x)  # both ways, so that exchanging the sets keeps the last bit
+    # Both orders, so that exchanging the sets gives a bitwise identical result.
+    between = log_mean(x, y) + log_mean(y, x)
     return log_mean(x, x, within=True) + log_mean(y, y, within=True) - between
 
 
 def median_distance(points: torch.Tensor) -> torch.Tensor:
-    """Median distance [] between different members of [N, M]; the mean of the two middle ones of an even
-    number. Without gradient.
+    """Compute the median distance [] between different members of [N, M], without gradient.
+
+    For an even number of distances it is the mean of the two middle ones.
     """
     return F.pdist(points.detach()).quantile(0.5)
 
@@ -72,26 +81,31 @@ def median_distance(points: torch.Tensor) -> torch.Tensor:
 def preference_loss(
     delta: torch.Tensor, beta: float = 1.0, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """-log sigmoid(beta weight delta) of each pair's margin, unreduced (Rafailov et al. 2023 and
-    Circular-DPO, equation 7 of both).
+    """Compute -log sigmoid(beta weight delta) of each pair's margin, unreduced.
+
+    Rafailov et al. (2023), equation 7; Circular-DPO, equation 7.
 
     Args:
-        delta: [P], positive where the preferred one is ahead; beta: > 0, per unit of delta; weight: [P],
-            rescales what is asked of a pair.
-    Returns: [P]. Differentiable in: delta, weight.
+        delta: [P], positive if the preferred sample is ahead.
+        beta: > 0, per unit of delta.
+        weight: [P], scales the margin of a pair.
+    Returns: [P]. Differentiable in delta and weight.
 
     >>> preference_loss(torch.tensor([0.0, 2.0])).round(decimals=3)
     tensor([0.6930, 0.1270])
     """
     assert weight is None or weight.shape == delta.shape
     z = beta * (delta if weight is None else weight * delta)
+    # -log sigmoid(z) = softplus(-z), without overflow
     loss = F.softplus(-z)
     return loss
 
 
 def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy [P] of the pair head's logits [P, 2] of (better, worse), target 0, and of
-    (worse, better), target 1.
+    """Compute the cross-entropy [P] of the pair head, averaged over both presentation orders.
+
+    Args: better_first, worse_first: logits [P, 2] of (better, worse), target 0, and of (worse, better),
+    target 1.
     """
     return 0.5 * (_cross_entropy(better_first, 0) + _cross_entropy(worse_first, 1))
 
@@ -99,56 +113,65 @@ def pair_loss_both_orders(better_first: torch.Tensor, worse_first: torch.Tensor)
 def pair_loss_drawn_order(
     better_first: torch.Tensor, worse_first: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Cross-entropy of one presentation order per pair, drawn with probability one half each, [P]. Arguments
-    as above.
+    """Compute the cross-entropy [P] of one presentation order per pair, chosen at random with equal
+    probability.
+
+    Arguments as in `pair_loss_both_orders`.
     """
     both = torch.stack([_cross_entropy(better_first, 0), _cross_entropy(worse_first, 1)], dim=1)  # [P, 2]
-    # [P, 1] on the CPU, whatever the device
-    drawn = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)
-    return both.gather(1, drawn.to(both.device)).squeeze(1)
+    # [P, 1], sampled on the CPU so that all devices use the same orders
+    order = torch.multinomial(torch.full((both.shape[0], 2), 0.5), 1, generator=generator)
+    return both.gather(1, order.to(both.device)).squeeze(1)
 
 
 def _cross_entropy(logits: torch.Tensor, target: int) -> torch.Tensor:
+    """Compute -log softmax of the target class: [P, 2] -> [P]."""
     return -F.log_softmax(logits, dim=1)[:, target]  # [P]
 
 
 def margin_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
-    """-log sigmoid(better - worse), [P] -> [P], of rewards, or of *log* strengths.
+    """Compute -log sigmoid(better - worse), [P] -> [P], of rewards or of *log* strengths.
 
-    Of strengths it is -log(l_better / (l_better + l_worse)). Deviates: computed from the logarithms'
-    difference, without overflow of exp.
+    For strengths l this is -log(l_better / (l_better + l_worse)).
+    Deviates: computed from the difference of the logarithms, without overflow of exp.
     """
     return preference_loss(better - worse)
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, slab: torch.Tensor) -> torch.Tensor:
-    """L1 between a slab and its reconstruction rescaled to the slab's own range, [N, 1, D, H, W]
-    twice -> [N].
+    """Compute the L1 error between a slab and its reconstruction, after rescaling to the range of the slab.
 
-    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then mean |r' - o| over its
+    r' = (r - min r) / (max r - min r) * (max o - min o) + min o per sample, then the mean of |r' - o| over
     voxels.
-    Differentiable in: both. Minimum and maximum are in the graph, so an affine map of r gets no gradient.
+
+    Args: reconstruction, slab: [N, 1, D, H, W].
+    Returns: [N].
+    Differentiable in both. Minimum and maximum are in the graph, so an affine change of r has no gradient.
     Deviates: a constant reconstruction gives r' = min o, where the formula has 0/0.
     """
-    # [N, D*H*W]
+    # [N, D H W]
     r = reconstruction.flatten(1)
     o = slab.flatten(1)
+    # Range of the reconstruction and of the slab, per sample.
     r_low = r.amin(1, keepdim=True)
     o_low = o.amin(1, keepdim=True)
+    # A constant reconstruction has no range; the smallest normal number avoids 0 / 0.
     span = (r.amax(1, keepdim=True) - r_low).clamp_min(torch.finfo(r.dtype).tiny)
     return ((r - r_low) / span * (o.amax(1, keepdim=True) - o_low) + o_low - o).abs().mean(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedOutput:
-    """What the unpaired terms read. Letters: U labels of this process, B of the whole step."""
+    """Inputs of the unpaired terms. Letters: U labels of this process, B labels of all processes in a
+    step.
+    """
 
     scalar: torch.Tensor  # [U] rewards
-    target: torch.Tensor  # [U] what they should be
-    # [B, M] of the whole step, of length 1; differentiable in this process's rows alone
+    target: torch.Tensor  # [U] desired rewards
+    # [B, M], unit length; differentiable only in the rows of this process
     embedding: torch.Tensor
     preferred: torch.Tensor  # [B] bool
-    bandwidth: float  # of the divergence's kernel, > 0
+    bandwidth: float  # bandwidth of the divergence's kernel, > 0
 
 
 class PairedOutput(Protocol):
@@ -156,28 +179,27 @@ class PairedOutput(Protocol):
 
     @property
     def embedding(self) -> torch.Tensor:
-        """[N, M] the trunk's output."""
+        """Return the output of the trunk [N, M]."""
 
     @property
     def scalar(self) -> torch.Tensor:
-        """[N] rewards."""
+        """Return the rewards [N]."""
 
     @property
     def log_strength(self) -> torch.Tensor:
-        """[N] logarithms of the Bradley-Terry strengths."""
+        """Return the logarithms of the Bradley-Terry strengths [N]."""
 
     @property
     def reconstruction(self) -> torch.Tensor | None:
-        """The network's input, reconstructed; None if not asked for."""
+        """Return the reconstructed input of the network; None if it was not requested."""
 
 
 class PreferenceLoss:
-    """The paper's weighted sum, from a reward network's output and index pairs; and the terms of unpaired
-    labels.
+    """The paper's weighted sum, from a reward network's output and pairs of indices, and the terms of
+    unpaired labels.
 
-    Call: (output, better [P], worse [P], pair_logits, observed, epoch, generator) -> dict of weighted scalar
-    terms that the loop sums. Pairs are averaged over the batch, samples likewise; a term of weight 0 is
-    neither computed nor returned.
+    A call returns a dict of weighted scalar terms, which the training loop sums. Pairs are averaged over the
+    batch, and so are samples. A term of weight 0 is neither computed nor returned.
     """
 
     def __init__(self, weights: LossWeights):
@@ -194,8 +216,15 @@ class PreferenceLoss:
         epoch: int,
         generator: torch.Generator,
     ) -> dict[str, torch.Tensor]:
-        """Args: `output` a RewardOutput over N samples; `better`, `worse` int64 indices into them;
-        `pair_logits` the model's pair head.
+        """Compute the terms of paired labels.
+
+        Args:
+            output: over N samples.
+            better, worse: [P] int64, indices of samples.
+            pair_logits: the model's pair head.
+            observed: the input of the network.
+            epoch: 0-based.
+            generator: of random presentation orders.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
@@ -203,18 +232,23 @@ class PreferenceLoss:
             first = output.embedding[better]
             second = output.embedding[worse]
             logits = pair_logits(first, second), pair_logits(second, first)
-            drawn = epoch >= w.drawn_from_epoch
-            per_pair = pair_loss_drawn_order(*logits, generator) if drawn else pair_loss_both_orders(*logits)
+            one_order = epoch >= w.drawn_from_epoch
+            per_pair = (
+                pair_loss_drawn_order(*logits, generator) if one_order else pair_loss_both_orders(*logits)
+            )
             terms["pairs"] = w.pairs * per_pair.mean()
+        # No presentation order: the scalar reward does not depend on it.
         if w.scalar:
             terms["scalar"] = w.scalar * margin_loss(output.scalar[better], output.scalar[worse]).mean()
         if w.bradley_terry:
             terms["bradley_terry"] = (
                 w.bradley_terry * margin_loss(output.log_strength[better], output.log_strength[worse]).mean()
             )
-        # L2 norm of all strengths of the batch; detached as in the paper's code: a figure to log, no gradient
+        # L2 norm of all strengths of the batch, detached as in the paper's code: it is logged and has no
+        # gradient.
         if w.strength:
             terms["strength"] = w.strength * output.log_strength.detach().exp().norm()
+        # The network returns a reconstruction only if it was requested.
         if w.reconstruction and output.reconstruction is not None:
             terms["reconstruction"] = (
                 w.reconstruction * reconstruction_loss(output.reconstruction, observed).mean()
@@ -222,18 +256,22 @@ class PreferenceLoss:
         return terms
 
     def unpaired(self, shapes: UnpairedOutput) -> dict[str, torch.Tensor]:
-        """`regression` = w mean (reward - target)^2, and `divergence` = -w D, which is no mean over samples:
-        it needs the whole step.
+        """Compute `regression` = w mean (reward - target)^2 and `divergence` = -w D.
+
+        The divergence is no mean over samples, so it needs the samples of all processes.
         """
         w = self.weights
         terms: dict[str, torch.Tensor] = {}
         if w.regression:
             terms["regression"] = w.regression * (shapes.scalar - shapes.target).square().mean()
+        # With its minus sign below, training increases the divergence between the sets.
         if w.divergence:
-            good = shapes.embedding[shapes.preferred]
-            others = shapes.embedding[~shapes.preferred]
-            bound = 4 / shapes.bandwidth**2  # of vectors of length 1
-            terms["divergence"] = -w.divergence * cs_divergence(good, others, shapes.bandwidth).clamp(
-                max=bound
-            )
+            preferred_set = shapes.embedding[shapes.preferred]
+            other_set = shapes.embedding[~shapes.preferred]
+            # The largest possible value. Unit vectors have a squared distance of at most 4, so each of the
+            # three log mean k is at least -2 / bandwidth^2.
+            bound = 4 / shapes.bandwidth**2
+            terms["divergence"] = -w.divergence * cs_divergence(
+                preferred_set, other_set, shapes.bandwidth
+            ).clamp(max=bound)
         return terms

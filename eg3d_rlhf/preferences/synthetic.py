@@ -1,7 +1,6 @@
-"""Preference labels without people: seeds of a generator of heads of people, judged by the programmatic
-annotator.
+"""Simulated preference labels: a simulated annotator evaluates seeds of a head generator.
 
-Shape letters: S = seeds, P = pairs, N = latents, Z = 64 coordinates; n points along x, y, z.
+Letters: S seeds, P pairs, N latents, Z = 64 coordinates; n points along x, y, z.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,30 +33,32 @@ from eg3d_rlhf.preferences.unpaired import SCALE, UnpairedPreference
 from training.heads import people_mesh
 from training.heads.people import LATENT
 
-PSI = 1.0  # a truncated latent names no head any more
-SHARE = 0.47  # of all shapes, that are preferred, and that are not; those in between have no thumb
+PSI = 1.0  # truncation; a truncated latent has no ground-truth head
+SHARE = 0.47  # fraction of shapes with each thumb, up and down; those in between get none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """Labels with everything that is needed to repeat or audit them."""
+    """Labels, with everything that is needed to repeat or check them."""
 
     options: AnnotationOptions
     labels: list[PairLabel]  # winner and loser are seeds
-    judged: dict[int, Utility]  # by seed
-    temperature: float
+    judged: dict[int, Utility]  # seed -> evaluation
+    temperature: float  # of the label noise, in units of utility
 
     @property
     def utilities(self) -> np.ndarray:
-        """[S] in the order of the seeds."""
-        return np.array([found.total for found in self.judged.values()])
+        """Return the utilities [S] in the order of the seeds."""
+        return np.array([evaluation.total for evaluation in self.judged.values()])
 
     def preferences(self, generator: str) -> list[Preference]:
-        """The labels in the open format; `generator` is the sampled network's hash. No time: equal options
-        give equal bytes.
+        """Return the labels in the open format. They contain no time, so equal options give equal bytes.
 
-        `gap` in a label's extra is by how much the volume errors of both differ.
+        `gap` in a label's extra is the difference of the volume errors of both shapes.
+
+        Args: generator: the hash of the network that generated the shapes.
         """
+        # Fields that all labels share.
         common: dict[str, Any] = {"generator": generator, "psi": PSI, "annotator": ANNOTATOR}
         return [
             Preference(
@@ -75,23 +76,30 @@ class Annotation:
         ]
 
     def unpaired(self, generator: str, shuffled: bool = False) -> list[UnpairedPreference]:
-        """Labels of single shapes, by the rank of the utility with noise as pairs have it:
-        utility + temperature * Gumbel's distribution.
+        """Return labels of single shapes, from the rank of the noisy utility: utility + temperature * Gumbel
+        noise.
 
-        The upper and the lower 47 % of the shapes are preferred and not; scores are straight lines within
+        The difference of two Gumbel variables is logistic, so the noise is that of the pairs. The upper and
+        the lower 47 % of the shapes are preferred and not preferred. Scores are linear in the rank within
         these, and in between.
 
-        Args: shuffled: labels dealt to the shapes at random, a control from which nothing can be learnt.
+        Args: shuffled: assign labels to shapes at random. This control has no learnable signal.
         """
+        # a stream of its own, so that pairs do not change
         rng = np.random.default_rng([self.options.seed, 3])
+        # One shape per seed.
         count = len(self.judged)
         utilities = self.utilities
+        # Rank of each shape in 0..1, with noise and without.
         quantile = [
+            # argsort of argsort is the rank.
             (np.argsort(np.argsort(values)) + 0.5) / count  # [S] each
             for values in (utilities + self.temperature * rng.gumbel(size=count), utilities)
         ]
-        given, clean = (np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile)
-        given = rng.permutation(given) if shuffled else given
+        noisy_scores, clean_scores = (
+            np.interp(q, [0, SHARE, 1 - SHARE, 1], [0, BAD, GOOD, SCALE]) for q in quantile
+        )
+        noisy_scores = rng.permutation(noisy_scores) if shuffled else noisy_scores
         common: dict[str, Any] = {
             "generator": generator,
             "psi": PSI,
@@ -99,20 +107,23 @@ class Annotation:
         }
         labels = [
             UnpairedPreference(
-                seed=seed, score=round(float(score), 3), clean=bool(true >= (GOOD + BAD) / 2), **common
+                seed=seed, score=round(float(score), 3), clean=bool(clean_score >= (GOOD + BAD) / 2), **common
             )
-            for seed, score, true in zip(self.judged, given, clean, strict=True)
+            for seed, score, clean_score in zip(self.judged, noisy_scores, clean_scores, strict=True)
         ]
+        # The same quantiles give scores or thumbs.
         if self.options.kind == "scores":
             return labels
         return [
+            # A thumb replaces the score; shapes without a preference are dropped.
             replace(label, score=None, label=label.preferred)
             for label in labels
             if label.preferred is not None
         ]
 
     def summary(self) -> dict[str, Any]:
-        """Settings and outcome as JSON values."""
+        """Return settings and outcome as JSON values."""
+        # Minimum, quartiles and maximum.
         quantiles = np.quantile(self.utilities, [0, 0.25, 0.5, 0.75, 1])
         return {
             **asdict(self.options),
@@ -125,7 +136,9 @@ class Annotation:
             "psi": PSI,
             "utility_quantiles": [round(float(value), 6) for value in quantiles],
             "defect_medians": {
-                name: round(float(np.median([found.defects[name] for found in self.judged.values()])), 4)
+                name: round(
+                    float(np.median([evaluation.defects[name] for evaluation in self.judged.values()])), 4
+                )
                 for name in DEFECTS
             },
             "weights": WEIGHTS,
@@ -135,16 +148,21 @@ class Annotation:
 
 
 def names_people(generator: Generator) -> bool:
-    """Whether a generator's latents can name heads of people: 64 coordinates, in the cube of side 1."""
+    """Return True if a generator's latents can have ground-truth heads: 64 coordinates, in the cube of
+    side 1.
+    """
     return generator.z_dim == LATENT and generator.bounds == Bounds()
 
 
 def shape_values(field: Field, resolution: int) -> np.ndarray:
-    """Shapes of a field as the annotator reads them: level minus density [N, n, n, n], axes x, y, z, at the
-    middles of voxels.
+    """Return shapes of a field in the annotator's form: level minus density [N, n, n, n], axes x, y, z,
+    at centres of voxels.
     """
+    # from the centre of the first voxel to that of the last
     side = field.bounds.side * (resolution - 1) / resolution
+    # The grid of SlabSpec has its outermost points on the faces, so the cube is smaller by one voxel.
     density = field.density_grid(SlabSpec.of(field.bounds, resolution, box_warp=side))
+    # [N, z, y, x] -> [N, x, y, z]; negative inside
     return (field.level - density).permute(0, 3, 2, 1).cpu().numpy()
 
 
@@ -157,23 +175,24 @@ def judge_seeds(
     psi: float = PSI,
     batch: int = 16,
 ) -> Iterator[Utility]:
-    """The annotator's judgement of a generator's seeds, one after the other, each by the whole head that its
-    latent names.
+    """Evaluate seeds of a generator, one after another, each against the ground-truth head of its latent.
 
-    Args: psi: truncation; below 1 the shape is still judged by the head that the untruncated latent names.
-    Raises: ValueError for a generator whose latents do not name heads of people.
+    Args: psi: truncation. Below 1 the shape is still compared with the head of the untruncated latent.
+    Raises: ValueError for a generator whose latents have no ground-truth heads.
     """
+    # A ground truth exists only for latents of the synthetic head model.
     if not names_people(generator):
         raise ValueError(
-            f"--network: expected a generator of heads of people, latents of {LATENT} numbers in the unit"
-            f" cube, got {generator.z_dim} numbers in {generator.bounds}. Its latents do not name heads: name"
-            " one of synthetic:people64, or label with people."
+            f"--network: expected a generator trained on synthetic heads, with latents of {LATENT} numbers in"
+            f" the unit cube, got {generator.z_dim} numbers in {generator.bounds}. Use a generator that was"
+            " trained on synthetic:people64, or collect labels from people."
         )
     for start in range(0, len(seeds), batch):
+        # Batches bound the memory of synthesis.
         part = seeds[start : start + batch]
-        wholes = people_mesh.whole_grids(latents(part, generator.z_dim), resolution)
+        ground_truths = people_mesh.whole_grids(latents(part, generator.z_dim), resolution)
         shapes = shape_values(generator.field(ws_of_seeds(generator, part, psi)), resolution)
-        yield from map(utility, shapes, wholes)
+        yield from map(utility, shapes, ground_truths)
 
 
 def annotate(
@@ -184,37 +203,41 @@ def annotate(
     pairs: Sequence[tuple[int, int]] | None = None,
     temperature: float | None = None,
 ) -> Annotation:
-    """Judge the options' seeds, pair them block by block, and draw one noisy label per pair.
+    """Evaluate the options' seeds, pair them block by block, and sample one noisy label per pair.
+
+    Deterministic in the options and the generator.
 
     Args:
-        on_seed: is told each judgement, for a progress bar.
-        pairs: seeds that were paired already, in place of the options' own.
-        temperature: of the noise, such as that of earlier labels; None: the one that flips the options' share
-            of these pairs.
-    Deterministic in the options and the generator.
-    Raises ValueError when every pair ties (for example a generator without any surface), and as
+        on_seed: called with each evaluation, for a progress bar.
+        pairs: seeds that are already paired, instead of the options' own.
+        temperature: of the noise, for example that of earlier labels. None: the temperature that flips the
+            options' fraction of these pairs.
+    Raises: ValueError if every pair ties (for example for a generator without any surface), and as
     `judge_seeds`.
     """
+    # Without repetitions, in order of first appearance.
     seeds = list(options.seeds if pairs is None else dict.fromkeys(seed for pair in pairs for seed in pair))
     judged: dict[int, Utility] = {}
-    for seed, found in zip(
+    for seed, evaluation in zip(
         seeds, judge_seeds(generator, seeds, resolution=options.resolution, batch=options.batch), strict=True
     ):
-        judged[seed] = found
+        judged[seed] = evaluation
         if on_seed is not None:
-            on_seed(found)
+            on_seed(evaluation)
+    # Also used for the noise below, so the order of calls matters
     rng = np.random.default_rng(options.seed)
-    utilities = [found.total for found in judged.values()]
-    place = {seed: number for number, seed in enumerate(seeds)}
-    table = (
+    utilities = [evaluation.total for evaluation in judged.values()]
+    index_of_seed = {seed: number for number, seed in enumerate(seeds)}
+    index_pairs = (
         blocks_of_pairs(options.pairs, options.block, rng)
         if pairs is None
-        else [(place[a], place[b]) for a, b in pairs]
+        else [(index_of_seed[a], index_of_seed[b]) for a, b in pairs]
     )
+    # The noise is calibrated on these pairs, so the flip rate is reached in expectation.
     if temperature is None:
-        temperature = solve_temperature(utilities, table, options.flip_rate)
+        temperature = solve_temperature(utilities, index_pairs, options.flip_rate)
     labels = [
         PairLabel(seeds[label.winner], seeds[label.loser], label.clean)
-        for label in label_pairs(utilities, table, temperature, rng)
+        for label in label_pairs(utilities, index_pairs, temperature, rng)
     ]
     return Annotation(options=options, labels=labels, judged=judged, temperature=temperature)

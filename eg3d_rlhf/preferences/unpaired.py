@@ -1,18 +1,18 @@
-"""Labels of single shapes, thumbs or scores: one JSON object per line, as `eg3d_rlhf.preferences.labels` has
-those of pairs.
+"""Labels of single shapes (thumbs or scores), one JSON object per line. The counterpart of pairs is
+`eg3d_rlhf.preferences.labels`.
 
-| field     | meaning                                                                                   |
-| --------- | ----------------------------------------------------------------------------------------- |
-| seed      | of the shape, z = RandomState(seed).randn(z_dim); required                                |
-| label     | 1 or true: preferred, 0 or false: not; this or score is required                          |
-| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 not, in between it is left out |
-| generator | sha256 hex of the generator's weights that drew the shape                                 |
-| psi       | truncation it was drawn at                                                                |
-| annotator | who or what judged                                                                        |
-| time      | when: ISO 8601 text, or seconds since 1970                                                |
-| clean     | 1 or 0: what a noise-free annotator would say, where it is known                          |
+| field     | meaning                                                                                       |
+| --------- | --------------------------------------------------------------------------------------------- |
+| seed      | seed of the shape, z = RandomState(seed).randn(z_dim); required                               |
+| label     | 1 or true: preferred, 0 or false: not preferred; this or score is required                    |
+| score     | from 0 to 5; from 4.0 on the shape is preferred, up to 3.5 it is not, in between it is unused |
+| generator | SHA-256, in hex, of the weights of the generator of the shape                                 |
+| psi       | truncation that the shape was generated with                                                  |
+| annotator | name of the person or program that gave the label                                             |
+| time      | ISO 8601 text, or seconds since 1970                                                          |
+| clean     | 1 or 0: the label of a noise-free annotator, if it is known                                   |
 
-Other fields are kept in `extra` and written back.
+Other fields are kept in `extra` and written again.
 """
 
 import functools
@@ -44,21 +44,25 @@ from training.storage import write_atomic
 
 FIELDS = ("seed", "label", "score", "generator", "psi", "annotator", "time", "clean")
 SCALE = 5.0  # the best score
-MIDDLE = 0.2  # share of the shapes with both roles in pairs that is left out, about the median strength
+# Fraction of the shapes with both roles in pairs that gets no label, around the median strength.
+MIDDLE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedPreference:
-    """One judgement of one shape. Fields as in the table above."""
+    """A label of one shape. Fields as in the table above. Raises: ValueError."""
 
-    seed: int
+    seed: int  # of the shape
+    # Exactly one of label and score is set.
     label: bool | None = None
     score: float | None = None
     generator: str | None = None
+    # None in the following fields: unknown.
     psi: float | None = None
     annotator: str | None = None
     time: str | float | None = None
     clean: bool | None = None
+    # Not hashed: dicts have no hash.
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -66,39 +70,45 @@ class UnpairedPreference:
         if (self.label is None) == (self.score is None):
             got = "neither" if self.label is None else "both"
             raise ValueError(
-                f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write one of them."
+                f"expected a label (1 or 0) or a score (0 to {SCALE:g}), got {got}. Write exactly one of"
+                " them."
             )
         if self.score is not None and not 0 <= self.score <= SCALE:
-            raise ValueError(f"expected a score from 0 to {SCALE:g}, got {self.score:g}. Rescale the scores.")
+            raise ValueError(
+                f"expected a score from 0 to {SCALE:g}, got {self.score:g}. Rescale the scores to this range."
+            )
         check_psi(self.psi)
 
     @property
     def preferred(self) -> bool | None:
-        """Whether the shape is preferred; None between the two thresholds of a score."""
+        """Return True if the shape is preferred, False if not; None between the two thresholds of a score."""
+        # A thumb is always decided; a score between the thresholds is not.
         if self.score is None:
             return self.label
         return True if self.score >= GOOD else False if self.score <= BAD else None
 
     @property
     def target(self) -> float:
-        """What the reward should say, 0..1."""
+        """Return the desired reward, 0..1."""
         return float(bool(self.label)) if self.score is None else self.score / SCALE
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; fields that say nothing are left out."""
-        known = {name: getattr(self, name) for name in FIELDS}
+        """Return JSON values; fields without a value are left out."""
+        # In the order of the table.
+        fields = {name: getattr(self, name) for name in FIELDS}
         return {
-            **{k: int(v) if isinstance(v, bool) else v for k, v in known.items() if v is not None},
+            **{k: int(v) if isinstance(v, bool) else v for k, v in fields.items() if v is not None},
             **self.extra,
         }
 
 
 def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
-    """All labels of a .jsonl file; of a file of pairs, what `from_pairs` makes of them.
+    """Load all labels of a .jsonl file. Pairs are converted by `from_pairs`.
 
     Raises: FileNotFoundError, ValueError.
     """
     path = Path(path)
+    # The first record decides whether a .jsonl file contains pairs.
     if path.suffix == ".csv" or (
         path.is_file() and "winner" in next((record for _, record in jsonl_records(path, "")), {})
     ):
@@ -108,17 +118,20 @@ def load_unpaired(path: str | Path) -> list[UnpairedPreference]:
 
 
 def write_unpaired(path: str | Path, labels: Iterable[UnpairedPreference]) -> Path:
-    """Write .jsonl; the file appears whole or not at all. Returns the path."""
+    """Write a .jsonl file, atomically. Returns the path."""
     path = Path(path)
     if path.suffix != ".jsonl":
-        raise ValueError(f"write_unpaired: expected a name ending in .jsonl, got {path.name}. Rename it.")
+        raise ValueError(
+            f"write_unpaired: expected a name ending in .jsonl, got {path.name}. Change the suffix."
+        )
     write_atomic(path, "".join(json.dumps(label.to_dict()) + "\n" for label in labels).encode())
     return path
 
 
 def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
+    """Parse a record. Raises: ValueError without file and line."""
     if record.get("seed") is None:
-        raise ValueError("expected seed, got none. Add it.")
+        raise ValueError("expected the field seed, got none. Add it.")
     return UnpairedPreference(
         seed=parse_seed(record["seed"], "seed"),
         label=_truth(record, "label"),
@@ -129,62 +142,73 @@ def _parse(record: Mapping[str, Any]) -> UnpairedPreference:
 
 
 def _truth(record: Mapping[str, Any], name: str) -> bool | None:
+    """Return a field that is 1 or 0, or None if it is missing. Raises: ValueError."""
     value = record.get(name)
+    # True == 1 in Python, so true and false are accepted
     if value not in (None, 0, 1):
         raise ValueError(
-            f"expected {name} to be 1 or 0, got {value!r}. Correct it; marks on a scale are a score."
+            f"expected {name} to be 1 or 0, got {value!r}. Correct it; for ratings on a scale use the field"
+            " score."
         )
     return None if value is None else bool(value)
 
 
 def from_pairs(labels: Sequence[Preference]) -> list[UnpairedPreference]:
-    """Judgements of pairs as those of shapes: a winner is preferred, a loser not.
+    """Convert labels of pairs to labels of shapes: a winner is preferred, a loser is not.
 
-    A shape with both roles goes by its Bradley-Terry strength among those of its kind: the lower ones are not
-    preferred, the upper ones are, and the middle fifth is left out. One label a shape, by seed; shapes of
-    several generators are told apart.
+    Shapes with both roles are ordered by their Bradley-Terry strength: the lower two fifths are not
+    preferred, the upper two fifths are, and the middle fifth gets no label. There is one label per shape,
+    sorted by seed. Shapes of several generators are distinguished.
     """
     roles: dict[tuple[str, int], set[bool]] = defaultdict(set)
-    first: dict[tuple[str, int], Preference] = {}
+    first_label: dict[tuple[str, int], Preference] = {}
     for label in labels:
         for seed, won in ((label.winner, True), (label.loser, False)):
-            first.setdefault(key := (label.generator or "", seed), label)
-            roles[key] |= set() if label.tie else {won}
+            first_label.setdefault(key := (label.generator or "", seed), label)
+            # True: it won; False: it lost. A shape with both has both in the set.
+            roles[key] |= set() if label.tie else {won}  # a tie gives no role
     both = [key for key, won in roles.items() if len(won) == 2]
+    # One role: the label follows from it.
     preferred = {key: next(iter(won)) for key, won in roles.items() if len(won) == 1}
+    # Both roles: the label follows from the strength.
     if both:
+        # (generator, seed) identifies a shape
         compared = [
             Comparison((p.generator or "", p.winner), (p.generator or "", p.loser), p.tie) for p in labels
         ]
         fitted = bradley_terry(compared)
         strength = dict(zip(fitted.items, fitted.strength, strict=True))
+        # The quantiles bound the middle fifth among shapes with both roles.
         low, high = np.quantile([strength[key] for key in both], [0.5 - MIDDLE / 2, 0.5 + MIDDLE / 2])
         preferred |= {key: strength[key] > high for key in both if not low <= strength[key] <= high}
     return [
         UnpairedPreference(
             seed=seed,
             label=bool(preferred[generator, seed]),
-            generator=first[generator, seed].generator,
-            psi=first[generator, seed].psi,
-            annotator=first[generator, seed].annotator,
+            generator=first_label[generator, seed].generator,
+            psi=first_label[generator, seed].psi,
+            annotator=first_label[generator, seed].annotator,
         )
         for generator, seed in sorted(preferred)
     ]
 
 
 def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Preference]:
-    """Disjoint pairs of a preferred and another shape, drawn by `seed`: what accuracy on pairs needs where
-    nobody judged any.
+    """Form disjoint pairs of a preferred and another shape, at random by `seed`.
 
-    Raises: ValueError where all shapes, or all labels of a shape, are of one kind.
+    Accuracy on pairs needs them if there are no labels of pairs.
+
+    Raises: ValueError if all shapes, or all labels of each shape, are of one kind.
     """
+    # A stream of its own; the second number distinguishes it from other uses of the seed.
     rng = np.random.default_rng([seed, 1])
     good, bad = ({label.seed: label for label in labels if label.preferred is kind} for kind in (True, False))
     if not set(good) - set(bad) or not set(bad) - set(good):
         raise ValueError(
-            f"unpaired labels: expected shapes of both kinds, got {len(good)} preferred and {len(bad)}"
-            " others. Label more."
+            f"unpaired labels: expected preferred and other shapes, got {len(good)} preferred and {len(bad)}"
+            " others. Label more shapes."
         )
+    # Shapes with labels of both kinds are excluded.
     winners, losers = (
         rng.permutation(sorted(set(a) - set(b))).tolist() for a, b in ((good, bad), (bad, good))
     )
@@ -197,14 +221,14 @@ def to_pairs(labels: Sequence[UnpairedPreference], seed: int = 0) -> list[Prefer
 
 
 def source_of_unpaired(path: Path, seed: int = 0) -> LabelSource:
-    """`to_pairs` of a file, where a training has no labels of pairs."""
+    """Return the labels of a file as pairs (`to_pairs`), for a training without labels of pairs."""
     return LabelSource(
         path.name, lambda: to_pairs(load_unpaired(path), seed), {"labels": str(path), "filters": None}, path
     )
 
 
 def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None:
-    """The seed that a noise-free annotator prefers, where the labels tell."""
+    """Return the seed that a noise-free annotator prefers; None if it is unknown."""
     if first.clean is None or second.clean is None or first.clean == second.clean:
         return None
     return first.seed if first.clean else second.seed
@@ -213,41 +237,49 @@ def _better(first: UnpairedPreference, second: UnpairedPreference) -> int | None
 def split_unpaired(
     labels: Sequence[UnpairedPreference], pairs: Splits, fractions: Sequence[float], seed: int = 0
 ) -> dict[str, tuple[UnpairedPreference, ...]]:
-    """Usable labels per split ('train', 'val', 'test'): those of a shape that pairs hold go with them, the
-    others are dealt by `fractions`.
+    """Divide usable labels into 'train', 'val' and 'test'.
 
-    No shape is in two splits. Each kind of label is dealt by itself, so that every split gets its share of
-    both.
+    Labels of a shape that occurs in pairs go to the split of the pairs. The others are divided by
+    `fractions`. No shape is in two splits. Each kind of label is divided by itself, so that every split gets
+    its fraction of both.
     """
-    home = {s: name for name in SPLITS for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)}
+    split_of_seed = {
+        s: name for name in SPLITS for pair in getattr(pairs, name) for s in (pair.winner, pair.loser)
+    }
+    # A stream of its own, see `to_pairs`.
     rng = np.random.default_rng([seed, 2])
     usable = [label for label in labels if label.preferred is not None]
+    # Each kind by itself, so that all splits have the same fraction of preferred shapes.
     for kind in (True, False):
-        free = sorted({label.seed for label in usable if label.preferred is kind} - set(home))
+        free = sorted({label.seed for label in usable if label.preferred is kind} - set(split_of_seed))
+        # + 0.5: rounded to the nearest integer
         edges = np.floor(np.cumsum(fractions) * len(free) + 0.5)
-        for place, drawn in enumerate(rng.permutation(free).tolist()):
-            home[drawn] = SPLITS[min(int(np.searchsorted(edges, place, side="right")), 2)]
-    return {name: tuple(label for label in usable if home[label.seed] == name) for name in SPLITS}
+        for position, shape_seed in enumerate(rng.permutation(free).tolist()):
+            # min: a guard against rounding of the last boundary
+            split_of_seed[shape_seed] = SPLITS[min(int(np.searchsorted(edges, position, side="right")), 2)]
+    return {name: tuple(label for label in usable if split_of_seed[label.seed] == name) for name in SPLITS}
 
 
 def batches_of(
     labels: Sequence[UnpairedPreference], size: int, rng: np.random.Generator
 ) -> Iterator[list[UnpairedPreference]]:
-    """Endless batches of `size` labels, the preferred half first; each kind comes in a new order whenever it
-    has run out.
+    """Yield batches of `size` labels without end, the preferred half first.
+
+    Each kind is shuffled again when all of its labels have been used.
     """
     kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
 
     def endless(shapes: list[UnpairedPreference]) -> Iterator[UnpairedPreference]:
+        """Yield labels of one kind without end, in a new order each time."""
         while True:
             yield from (shapes[i] for i in rng.permutation(len(shapes)))
 
-    draws = [endless(shapes) for shapes in kinds]
+    streams = [endless(shapes) for shapes in kinds]
     while True:
-        yield [next(draw) for draw in draws for _ in range(size // 2)]
+        yield [next(stream) for stream in streams for _ in range(size // 2)]
 
 
 def redrawn(labels: Sequence[UnpairedPreference], rng: np.random.Generator) -> list[UnpairedPreference]:
-    """As many labels of each kind, drawn with replacement."""
+    """Sample as many labels of each kind, with replacement."""
     kinds = [[label for label in labels if label.preferred is kind] for kind in (True, False)]
     return [shapes[i] for shapes in kinds for i in rng.integers(max(len(shapes), 1), size=len(shapes))]

@@ -26,7 +26,7 @@ def run(*flags: str):
 
 
 def test_help_loads_no_tensors():
-    """What --help and a wrong flag wait for: torch, numpy and scipy take seconds."""
+    """Check that --help and a wrong flag do not import torch, numpy or scipy, which takes seconds."""
     code = (
         "import sys, train\ntry:\n    train.main(sys.argv[1:])\nfinally:\n    print({'torch', 'numpy',"
         " 'scipy'} & sys.modules.keys())"
@@ -50,7 +50,7 @@ def test_eg3d_spellings_with_underscores_mean_the_same():
     assert json.loads(first.stdout)["density_reg"] == 0.5
 
 
-def test_flags_without_effect_are_named_and_those_that_differ_refused(tmp_path):
+def test_flags_without_effect_are_named_and_those_that_differ_rejected(tmp_path):
     result = run("-n", "--workers=3", "--metrics=fid50k_full", "--nobench=True")
     (warning,) = result.stderr.splitlines()
     assert result.exit_code == 0 and "--metrics" in warning and "--nobench" in warning
@@ -236,7 +236,7 @@ def without_discriminator(where):
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_what_cannot_be_tuned_is_named(case, attempt, tiny_networks, tiny_reward, tmp_path):
+def test_flags_of_parts_that_cannot_be_tuned_are_named(case, attempt, tiny_networks, tiny_reward, tmp_path):
     change, *names = BAD_FILES[case]
     (tmp_path / "inputs").mkdir()
     changed = change(where=tmp_path / "inputs", networks=tiny_networks, reward=tiny_reward)
@@ -274,7 +274,7 @@ def test_an_unknown_mode_names_those_that_are_known():
     rejected(run("--mode=gann", "--kimg=1"), "--mode", *(f" {name}," for name in known), "'gann'")
 
 
-def test_flags_of_another_mode_are_refused_by_name():
+def test_flags_of_another_mode_are_rejected_by_name():
     rejected(run("--ablate=a..i"), "--ablate", "--mode=circular-dpo")
     rejected(run("--mode=circular-dpo", "--gamma=1"), "--gamma", "--mode=gan")
 

@@ -87,17 +87,17 @@ class Text(nn.Module):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_priors_costs_follow_the_pictures_and_the_precision(half):
+def test_costs_of_a_prior_follow_the_number_of_images_and_the_precision(half):
     options = PriorOptions(device="meta", half=half)
 
-    def costs(pictures):
+    def costs(images):
         networks = {name: empty(kind) for name, kind in (("unet", Unet), ("vae", Vae), ("text", Text))}
         prior = LatentPrior(networks, None, torch.empty(1000, device="meta"), "epsilon", options)
-        return latent_costs(prior, pictures)
+        return latent_costs(prior, images)
 
-    one = costs(4)
+    four_images = costs(4)
     many = costs(8)
-    assert [size / numbers for numbers, size in one.weights.values()] == [2 if half else 4, 4, 4]
-    assert one.weights == many.weights
-    for low, high in zip(one.stages.values(), many.stages.values(), strict=True):
+    assert [size / numbers for numbers, size in four_images.weights.values()] == [2 if half else 4, 4, 4]
+    assert four_images.weights == many.weights
+    for low, high in zip(four_images.stages.values(), many.stages.values(), strict=True):
         assert 1.5 * low < high < 2.5 * low

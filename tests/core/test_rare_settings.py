@@ -42,7 +42,7 @@ def run(*flags: str) -> dict:
     return json.loads(result.stdout)
 
 
-def test_what_is_not_given_is_none():
+def test_missing_values_are_none():
     assert run() == {"radius": None, "seams": None, "soft": None, "also": [], "written": []}
 
 
@@ -127,5 +127,5 @@ def test_help_shows_what_the_command_resolves_to(monkeypatch):
     assert "--radius: expected" in text and "default" not in re.search(r"--radius FLOAT.*", text)[0]
 
 
-def test_a_flag_that_is_nearly_a_rare_setting_is_told_which():
+def test_an_error_names_the_rare_setting_that_a_flag_resembles():
     rejected(CliRunner().invoke(throw, ["--seam=3"]), "--seam", "--set seams=VALUE")

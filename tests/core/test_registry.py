@@ -21,10 +21,10 @@ def things(tmp_path, monkeypatch):
     """
     package = f"things_{tmp_path.name.replace('-', '_')}"
     (tmp_path / package).mkdir()
-    ours = {"one": f"{package}.first", "two": f"{package}.second"}
+    ours = {"alpha": f"{package}.first", "beta": f"{package}.second"}
     table = ["from eg3d_rlhf.core.registry import Registry", f'THINGS = Registry("thing", {ours})']
     (tmp_path / package / "__init__.py").write_text("\n".join(table))
-    for name, module, value in (("one", "first", 1), ("two", "second", 2)):
+    for name, module, value in (("alpha", "first", 1), ("beta", "second", 2)):
         (tmp_path / package / f"{module}.py").write_text(MODULE.format(table=package, name=name, value=value))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
@@ -33,15 +33,15 @@ def things(tmp_path, monkeypatch):
 
 def test_a_module_is_imported_when_its_name_is_asked_for(things):
     table, package = things
-    assert list(table) == ["one", "two"] and len(table) == 2 and "two" in table and "three" not in table
+    assert list(table) == ["alpha", "beta"] and len(table) == 2 and "beta" in table and "gamma" not in table
     assert not {f"{package}.first", f"{package}.second"} & sys.modules.keys()
-    assert table["two"] == 2 and f"{package}.first" not in sys.modules
-    assert dict(table) == {"one": 1, "two": 2}
+    assert table["beta"] == 2 and f"{package}.first" not in sys.modules
+    assert dict(table) == {"alpha": 1, "beta": 2}
 
 
-@pytest.mark.parametrize("name", ["three", None, 3])
-def test_an_unknown_name_is_refused_with_those_that_are_known(name, things):
-    with raising("thing", "one", "two", repr(name)):
+@pytest.mark.parametrize("name", ["gamma", None, 3])
+def test_an_unknown_name_is_rejected_with_a_list_of_known_names(name, things):
+    with raising("thing", "alpha", "beta", repr(name)):
         things[0][name]
 
 
@@ -50,13 +50,13 @@ def test_a_plugin_adds_a_name_and_may_ask_while_it_is_loaded(things, tmp_path, m
     # loads plugins again, which must not run this file again
     asking = "try:\n    THINGS['later']\nexcept ValueError:\n    pass\n"
     plugin = tmp_path / f"plugin_of_{package}.py"
-    plugin.write_text(MODULE.format(table=package, name="three", value=3) + asking)
+    plugin.write_text(MODULE.format(table=package, name="gamma", value=3) + asking)
     monkeypatch.setenv(registry.VARIABLE, str(plugin))
-    assert table["three"] == 3 and list(table) == ["one", "two", "three"]
+    assert table["gamma"] == 3 and list(table) == ["alpha", "beta", "gamma"]
 
 
 def test_a_plugin_that_cannot_be_imported_is_named_each_time(things, monkeypatch):
     monkeypatch.setenv(registry.VARIABLE, "no_such_plugin")
     for _ in range(2):
         with raising(registry.VARIABLE, "no_such_plugin"):
-            things[0]["three"]
+            things[0]["gamma"]

@@ -1,4 +1,4 @@
-"""Held-out seeds: one register, no overlaps, and everything that learns refuses them."""
+"""Held-out seeds: one register, no overlaps, and every training rejects them."""
 
 import ast
 import itertools
@@ -18,8 +18,8 @@ from tests.rejections import raising, rejected
 
 
 def test_ranges_do_not_overlap():
-    for one, other in itertools.combinations(HELD_OUT, 2):
-        assert not set(one.all) & set(other.all)
+    for first, other in itertools.combinations(HELD_OUT, 2):
+        assert not set(first.all) & set(other.all)
     assert all(seeds.ANCHORS + 1000 <= held.first and held.all[-1] < STRIDE for held in HELD_OUT)
     assert len({held.name for held in HELD_OUT}) == len(HELD_OUT)
 
@@ -30,8 +30,8 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
             numbers = [
                 node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
             ]
-            whole = [n for n in numbers if type(n) is int]
-            assert not [n for n in whole for held in HELD_OUT if n in held.all], (
+            integers = [n for n in numbers if type(n) is int]
+            assert not [n for n in integers for held in HELD_OUT if n in held.all], (
                 f"{path}: draw from eg3d_rlhf/core/seeds.py instead"
             )
 
@@ -47,7 +47,7 @@ def test_the_package_writes_no_held_out_seed_elsewhere(repo):
         ([220_000], ("220000", "geometry", "220000 to 220039")),
     ],
 )
-def test_a_held_out_seed_is_refused_by_name(drawn, names):
+def test_a_held_out_seed_is_rejected_with_the_name_of_its_range(drawn, names):
     with raising("labels", *names):
         refuse_held_out(drawn, "labels")
 
@@ -61,7 +61,7 @@ def test_other_seeds_pass():
     )
 
 
-def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
+def test_reward_training_rejects_labels_of_held_out_seeds(tmp_path):
     path = tmp_path / "labels.jsonl"
     write_labels(
         path,
@@ -75,7 +75,7 @@ def test_reward_training_refuses_labels_of_held_out_seeds(tmp_path):
         TRAINING.begin(RewardRun(labels=LabelSource.of_file(path)), tmp_path / "out")
 
 
-def test_synthetic_labels_refuse_held_out_seeds(tmp_path):
+def test_synthetic_labels_reject_held_out_seeds(tmp_path):
     with raising("--first-seed", "200000", "200000 to 209999"):
         AnnotationOptions(first_seed=199_995)
     flags = ["--pairs=4", "--first-seed=210000", f"--out={tmp_path / 'labels.jsonl'}"]

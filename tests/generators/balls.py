@@ -1,4 +1,4 @@
-"""A generator family of two balls in closed form: it writes density and colour, and has pictures, sheets,
+"""A generator family of two balls in closed form: it defines density and colour, and gets renders, sheets,
 meshes and label pages.
 
 Load it as a plugin: EG3D_RLHF_PLUGINS=tests/generators/balls.py. Letters: N shapes, P points.
@@ -47,7 +47,7 @@ class BallsField(Field):
         return len(self._radii)
 
     def _heights(self, points: torch.Tensor) -> torch.Tensor:
-        """How far points [P, 3] or [N, P, 3] lie below the surface of either ball, [N, P, 2]."""
+        """Return the depth of points [P, 3] or [N, P, 3] below the surface of either ball, [N, P, 2]."""
         return self._radii - (points.unsqueeze(-2) - self._module.middles).norm(dim=-1)
 
     def density(self, points: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from training.triplane import TriPlaneGenerator
 
 
 class MirroredNetwork(torch.nn.Module):
-    """What a network file holds: the arguments of the network inside, and how its world lies in ours."""
+    """Content of a network file: arguments of the inner network, and the position of its world in ours."""
 
     def __init__(self, inner: dict[str, Any], scale: float, centre: tuple[float, float, float]):
         super().__init__()
@@ -30,7 +30,7 @@ class MirroredNetwork(torch.nn.Module):
         return (points - points.new_tensor(self.centre)) / self.scale * points.new_tensor([-1.0, 1.0, 1.0])
 
     def labels(self, c: torch.Tensor) -> torch.Tensor:
-        """Cameras [N, 25] that show the inner world what the mirrored picture is to show of ours."""
+        """Return cameras [N, 25] of the inner world whose mirrored image shows ours."""
         moved = c.clone()
         moved[:, [3, 7, 11]] = (c[:, [3, 7, 11]] - c.new_tensor(self.centre)) / self.scale
         return mirror_label(moved)
@@ -108,7 +108,7 @@ class Mirrored:
 
 
 def wrap(module: MirroredNetwork) -> Generator:
-    """What the registry calls."""
+    """Wrap a network as a generator, for the registry."""
     return Mirrored(module)
 
 

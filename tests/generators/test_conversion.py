@@ -1,4 +1,4 @@
-"""The bundled generator as a tri-grid: the same density, colours, pictures and meshes through PanoHead's
+"""The bundled generator as a tri-grid: the same density, colours, images and meshes through PanoHead's
 path.
 """
 
@@ -68,7 +68,7 @@ def test_density_and_colour_are_the_same(files, fields):
         torch.testing.assert_close(after.colour(points), before.colour(points), rtol=0, atol=1e-5)
 
 
-def test_pictures_are_the_same(files, fields):
+def test_images_are_the_same(files, fields):
     label = camera(files[0].generator, 0.3, -0.1)
     seen = []
     for field in fields:
@@ -87,7 +87,7 @@ def test_pictures_are_the_same(files, fields):
 @pytest.mark.parametrize("layout", ["eg3d", "fixed"])
 def test_other_networks_are_converted_too(layout):
     """With super-resolution, noise, rays that leave the box, slices along two axes only,
-    and no white behind.
+    and no white background.
     """
     nets = tiny_runs.build_networks(plane_layout=layout)
     converted, residual = to_tri_grid(nets, extent=6)
@@ -97,7 +97,7 @@ def test_other_networks_are_converted_too(layout):
     after = converted.G_ema
     ws = before.mapping(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 25))
     label = camera(before, 0.2, 0.1, n=2)
-    for a, b in zip(*(picture(G, ws, label) for G in (before, after)), strict=True):
+    for a, b in zip(*(render_image(G, ws, label) for G in (before, after)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     grid = SlabSpec.cube(9)
     torch.testing.assert_close(
@@ -105,13 +105,13 @@ def test_other_networks_are_converted_too(layout):
     )
 
 
-def picture(G, ws, label):
+def render_image(G, ws, label):
     torch.manual_seed(0)
     out = G.synthesis(ws, label, noise_mode="const")
     return out["image"], out["image_raw"], out["image_opacity"]
 
 
-def test_what_cannot_be_converted(tmp_path):
+def test_networks_that_cannot_be_converted(tmp_path):
     G, kwargs = head_generator("panohead")
     path = tmp_path / "x.safetensors"
     networks.save(path, networks.Networks(None, None, G, kwargs, None, {}, architecture="panohead"))

@@ -1,4 +1,4 @@
-"""A generator family that the package has never heard of goes through the public tools: labelled, scored,
+"""A generator family from outside the package works with the public tools: labelled, scored,
 exported, evaluated.
 """
 
@@ -66,7 +66,7 @@ def foreign(tmp_path_factory):
     tiny_runs.forget_plugin("mirrored")
 
 
-def test_tuning_says_what_is_missing(foreign, tiny_data, tmp_path):
+def test_tuning_names_the_missing_input(foreign, tiny_data, tmp_path):
     unheard = tmp_path / "unheard.safetensors"
     storage.write_tensors(
         unheard, "network", {}, {"architecture": "unheard-of", "G_kwargs": {}, "D_kwargs": None}
@@ -103,16 +103,16 @@ def test_density_and_colour_are_those_inside_at_the_mirrored_point(pair):
     generator, inner, ws = pair
     points = torch.rand(200, 3, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
     field = generator.field(ws)
-    own = inner.field(ws)
-    torch.testing.assert_close(field.density(points), own.density(inside(points)))
-    torch.testing.assert_close(field.colour(points), own.colour(inside(points)))
+    inner_field = inner.field(ws)
+    torch.testing.assert_close(field.density(points), inner_field.density(inside(points)))
+    torch.testing.assert_close(field.colour(points), inner_field.colour(inside(points)))
     grid = SlabSpec.of(generator.bounds, 20)
     # a cube about the box is the inner cube, x reversed
-    mirrored = own.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)
+    mirrored = inner_field.density_grid(SlabSpec.of(inner.bounds, 20)).flip(-1)
     torch.testing.assert_close(field.density_grid(grid), mirrored, rtol=1e-3, atol=1e-3)
 
 
-def test_a_mirrored_camera_sees_the_mirrored_picture(pair):
+def test_a_mirrored_camera_gives_the_mirrored_image(pair):
     generator, inner, ws = pair
     label = camera(generator.cameras, 0.3, -0.1)
     moved = label.clone()
@@ -121,8 +121,10 @@ def test_a_mirrored_camera_sees_the_mirrored_picture(pair):
     torch.manual_seed(0)
     seen = generator.field(ws).render(label, options)
     torch.manual_seed(0)
-    own = inner.field(ws).render(mirror_label(moved), options)
-    assert torch.equal(seen.image, own.image.flip(-1)) and torch.equal(seen.depth, SCALE * own.depth.flip(-1))
+    inner_render = inner.field(ws).render(mirror_label(moved), options)
+    assert torch.equal(seen.image, inner_render.image.flip(-1)) and torch.equal(
+        seen.depth, SCALE * inner_render.depth.flip(-1)
+    )
     assert seen.opacity.max() > 0.9
 
 
@@ -133,13 +135,13 @@ def test_its_mesh_lies_in_its_bounds_mirrored_and_watertight(foreign, tmp_path):
     run(samples.mesh, f"--network={path}", f"--out={out}", *flags)
     run(samples.mesh, f"--out={tmp_path / 'own.ply'}", *flags)
     mesh = trimesh.load(out)
-    own = trimesh.load(tmp_path / "own.ply")
+    inner_mesh = trimesh.load(tmp_path / "own.ply")
     assert mesh.is_watertight and mesh.is_winding_consistent and mesh.volume > 0
     assert json.loads(out.with_name("mirrored.ply.json").read_text())["options"]["level"] == 10
-    expected = np.sort((own.bounds * [-1, 1, 1]) * SCALE + CENTRE, axis=0)
+    expected = np.sort((inner_mesh.bounds * [-1, 1, 1]) * SCALE + CENTRE, axis=0)
     np.testing.assert_allclose(mesh.bounds, expected, atol=2e-3)
     assert (np.abs(mesh.bounds - CENTRE) <= SCALE / 2 + 1e-3).all()
-    assert mesh.volume == pytest.approx(own.volume * SCALE**3, rel=1e-2)
+    assert mesh.volume == pytest.approx(inner_mesh.volume * SCALE**3, rel=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +168,16 @@ def reward(pair, tmp_path_factory):
     )
 
 
-def test_a_reward_made_for_its_box_scores_it_and_the_bundled_one_is_refused(pair, reward):
+def test_a_reward_for_its_box_scores_it_and_the_bundled_reward_is_rejected(pair, reward):
     generator, inner, ws = pair
-    own = load_reward(reward)
+    reward_of_box = load_reward(reward)
     bundled_reward = load_reward(bundled.REWARD)
-    check_reward(own, generator)
+    check_reward(reward_of_box, generator)
     # the crop is the same on both sides of x
     slab = SigmaSlab.of(inner, resolution=24).observe(inner.field(ws)).flip(-1)
-    torch.testing.assert_close(own.score(generator.field(ws)), own.score_observed(slab), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        reward_of_box.score(generator.field(ws)), reward_of_box.score_observed(slab), rtol=1e-4, atol=1e-5
+    )
     with raising("box_warp", "1.0", "1.25", "(0.05, -0.03, 0.02)"):
         check_reward(bundled_reward, generator)
 
@@ -188,5 +192,5 @@ def test_tuning_it_is_evaluated(parts, foreign, reward, tmp_path):
     run(reports.evaluate, *flags, f"--reward-ckpt={reward}", f"--only={','.join(parts)}")
     for part in parts:
         assert json.loads((tmp_path / "out" / "data" / f"{part}.json").read_text())["rows"], part
-    refused = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
-    rejected(refused, "box_warp", "1.0", "1.25")
+    result = CliRunner().invoke(reports.evaluate, [*flags, f"--reward-ckpt={bundled.REWARD}"])
+    rejected(result, "box_warp", "1.0", "1.25")

@@ -99,10 +99,10 @@ def test_the_sphere_plane_does_not_know_the_radius(equal_area):
 def test_one_slice_fades_and_three_do_not_until_two_thirds():
     # box 1: t is in units of half of it
     points = torch.tensor([[[0.0, 0.0, t / 2] for t in (0.0, 0.3, 2 / 3, 1.0)]])
-    one, three = (
+    one_slice, three = (
         sample_tri_grid(AXES, torch.ones(1, 3, 1, d, 9, 9), points, 1.0)[0, 0, :, 0] for d in (1, 3)
     )
-    torch.testing.assert_close(one, torch.tensor([1.0, 0.85, 2 / 3, 0.5]))
+    torch.testing.assert_close(one_slice, torch.tensor([1.0, 0.85, 2 / 3, 0.5]))
     torch.testing.assert_close(three, torch.tensor([1.0, 1.0, 1.0, 0.5]))
     stretched = sample_tri_grid(AXES, torch.ones(1, 3, 1, 3, 9, 9), points, 1.0, extent=1.5)[0, 0, :, 0]
     torch.testing.assert_close(stretched, torch.ones(4))
@@ -164,7 +164,7 @@ def test_only_the_tri_grid_has_the_fast_path(head):
 
 
 def test_colour_at_a_point_is_that_of_an_opaque_ray(head):
-    """A ray that is all one point's colour shows it: raw pictures and colours share decoder
+    """A ray that is all one point's colour shows it: raw images and colours share decoder
     and style layer.
     """
     _, generator, ws = head
@@ -175,13 +175,11 @@ def test_colour_at_a_point_is_that_of_an_opaque_ray(head):
     features = G.renderer.run_model(
         field.planes, G.decoder, points.expand(2, -1, -1), None, G.rendering_kwargs
     )["rgb"]
-    picture = G.to_rgb(G.scaled(features).transpose(1, 2).unflatten(2, (5, 6)), ws)  # [2, 3, 5, 6]
-    torch.testing.assert_close(
-        field.colour(points), ((picture.flatten(2).transpose(1, 2) + 1) / 2).clamp(0, 1)
-    )
+    image = G.to_rgb(G.scaled(features).transpose(1, 2).unflatten(2, (5, 6)), ws)  # [2, 3, 5, 6]
+    torch.testing.assert_close(field.colour(points), ((image.flatten(2).transpose(1, 2) + 1) / 2).clamp(0, 1))
 
 
-def test_pictures_repeat_and_show_mask_and_background(head):
+def test_images_are_reproducible_and_show_mask_and_background(head):
     _, generator, ws = head
     field = generator.field(ws)
     label = camera(generator, 0.3, -0.1)
@@ -202,9 +200,9 @@ def test_pictures_repeat_and_show_mask_and_background(head):
         out["image_mask"], torch.tensor(-0.001), atol=1e-6
     )
     more = [ws[:, -1:]] * (G.bcg_synthesis.num_ws - ws.shape[1])
-    assert more  # the background has the larger pictures, hence the last w again
-    behind = G.bcg_synthesis(torch.cat([ws, *more], dim=1), noise_mode="const")
-    small = torch.nn.functional.interpolate(behind, size=(8, 8), mode="bilinear", antialias=True)
+    assert more  # the background has the larger images, hence the last w again
+    background = G.bcg_synthesis(torch.cat([ws, *more], dim=1), noise_mode="const")
+    small = torch.nn.functional.interpolate(background, size=(8, 8), mode="bilinear", antialias=True)
     torch.testing.assert_close(out["image_raw"], G.to_rgb(small, ws), rtol=1e-4, atol=1e-5)
 
 
@@ -231,10 +229,10 @@ def test_forward_moves_the_camera_and_synthesis_does_not(head):
     c = camera(generator, 0.2, 0.1, n=2)
     before = c.clone()
     torch.manual_seed(0)
-    whole = G(z, c, noise_mode="const")
+    output = G(z, c, noise_mode="const")
     torch.manual_seed(0)
     parts = G.synthesis(G.mapping(z, c), G.moved_camera(z, c), noise_mode="const")
-    assert torch.equal(whole["image"], parts["image"]) and torch.equal(c, before)
+    assert torch.equal(output["image"], parts["image"]) and torch.equal(c, before)
     moved = G.moved_camera(z, c) - c
     assert moved[:, [3, 7, 11]].abs().min() > 0 and moved.abs().sum() == pytest.approx(
         float(moved[:, [3, 7, 11]].abs().sum())

@@ -1,4 +1,4 @@
-"""A family that writes density and colour has pictures by `march`, and with them sheets and meshes."""
+"""A family that defines density and colour gets renders from `march`, and with them sheets and meshes."""
 
 import math
 import sys
@@ -20,11 +20,11 @@ from tests import tiny_runs
 PLUGIN = Path(__file__).with_name("balls.py")
 CENTRE = (0.05, -0.03, 0.02)
 SLOPE = 200.0  # of balls.py
-MIDDLE = 20  # of a picture of 41 pixels, which looks at the centre
+MIDDLE = 20  # of an image of 41 pixels, which looks at the centre
 
 
 def entry(radius: float) -> float:
-    """Where a ray through a ball's middle is lost on average, world units below the surface."""
+    """Return the mean depth at which a ray through a ball's centre ends, world units below the surface."""
     below = np.linspace(-0.1, 2 * radius + 0.1, 100_001)
     absorbed = np.logaddexp(0, LEVEL + SLOPE * (radius - np.abs(below - radius)) - 1) * (below[1] - below[0])
     weights = absorbed * np.exp(-np.cumsum(absorbed))
@@ -51,7 +51,7 @@ def pair(balls):
     return generator, generator.field(ws), ws[:, 0]
 
 
-def test_pictures_in_closed_form(pair):
+def test_images_equal_closed_forms(pair):
     """From the front, each camera looking at a ball: the way to its surface, its colour, and nothing beside
     it.
     """
@@ -62,16 +62,16 @@ def test_pictures_in_closed_form(pair):
         labels = camera(generator, n=2).clone()
         labels[:, 3] += (-0.2, 0.2)[ball]  # beside its place, so that it looks at the ball
         with torch.no_grad():
-            picture = field.render(labels, options)
+            rendering = field.render(labels, options)
         middle = generator.module.middles[ball].detach()
         ways = (labels[:, [3, 7, 11]] - middle).norm(dim=1).double() - radii[:, ball].double()
         ways += torch.tensor([entry(radius) for radius in radii[:, ball].tolist()])
-        torch.testing.assert_close(picture.depth[:, 0, MIDDLE, MIDDLE].double(), ways, rtol=0, atol=1e-4)
-        assert picture.raw[:, :, MIDDLE, MIDDLE].flatten().tolist() == pytest.approx(colour * 2, abs=0.1)
-        assert (picture.opacity[:, 0, MIDDLE, MIDDLE] > 0.95).all() and (
-            picture.opacity[:, 0, 0, 0] == 0
+        torch.testing.assert_close(rendering.depth[:, 0, MIDDLE, MIDDLE].double(), ways, rtol=0, atol=1e-4)
+        assert rendering.raw[:, :, MIDDLE, MIDDLE].flatten().tolist() == pytest.approx(colour * 2, abs=0.1)
+        assert (rendering.opacity[:, 0, MIDDLE, MIDDLE] > 0.95).all() and (
+            rendering.opacity[:, 0, 0, 0] == 0
         ).all()
-        assert (picture.raw[:, :, 0, 0] == -1).all()
+        assert (rendering.raw[:, :, 0, 0] == -1).all()
 
 
 def test_one_pass_or_two_are_the_same():

@@ -41,10 +41,12 @@ def test_labelled_scored_tuned_exported(tmp_path):
     flags = ["--pairs=24", "--resolution=24"]
     run(synthetic, f"--network={network}", f"--out={labels}", *flags)
     run(synthetic, f"--out={tmp_path / 'own.jsonl'}", *flags)
-    found = read(labels)
-    own = read(tmp_path / "own.jsonl")
-    assert len(found) == 24 and [{k: v for k, v in row.items() if k != "generator"} for row in found] == [
-        {k: v for k, v in row.items() if k != "generator"} for row in own
+    converted_labels = read(labels)
+    original_labels = read(tmp_path / "own.jsonl")
+    assert len(converted_labels) == 24 and [
+        {k: v for k, v in row.items() if k != "generator"} for row in converted_labels
+    ] == [
+        {k: v for k, v in row.items() if k != "generator"} for row in original_labels
     ]  # the same shapes get the same labels
     assert json.loads(labels.with_suffix(".meta.json").read_text())["generator"] == before.hash
 
@@ -60,9 +62,9 @@ def test_labelled_scored_tuned_exported(tmp_path):
     released = load_reward(bundled.REWARD)
     field = before.generator.field(ws_of_seeds(before.generator, [11, 12], 0.7))
     with torch.no_grad():
-        for one in (trained, released):
-            check_reward(one, before.generator)
-            assert one.score(field).isfinite().all()
+        for reward_model in (trained, released):
+            check_reward(reward_model, before.generator)
+            assert reward_model.score(field).isfinite().all()
 
     small = [
         "--batch=4",

@@ -12,7 +12,7 @@ LEAST = 8  # voxels of a part that is more than a crumb
 
 
 def lost(solid: np.ndarray, radius: float) -> np.ndarray:
-    """What is too thin: voxels further than one from all balls of this radius that fit inside."""
+    """Return the voxels that are too thin: further than 1 from all balls of this radius that fit inside."""
     return solid & ~solids.grown(solids.opening(solid, radius), 1)
 
 
@@ -31,7 +31,7 @@ def measure_grid(solid: np.ndarray, rules: solids.Rules = solids.OBJECTS) -> dic
     """All measures of a grid, as JSON values: shares are 0..1, lengths shares of the longest edge.
 
     volume, surface; parts, parts_least (of LEAST voxels or more), main (largest part's share of the exposed
-    faces), main_volume; cavities, cavity_volume, cavity_share, leak_share (hollows behind holes), inner
+    faces), main_volume; cavities, cavity_volume, cavity_share, leak_share (hollows with openings), inner
     (all of them; share of the filled shape); euler; thin (share lost); ridge (5 and 50 % of the thicknesses
     along the middle, low by up to a voxel); tip_angle, margin; cut (voxels on the grid's faces that are
     solid); solidity; symmetry (IoU with the mirror image, along each axis).

@@ -49,5 +49,5 @@ def sigma_grid(G, ws, spec, impl="auto", noise_mode="const"):
 
 
 def sample_slab(G, ws, spec):
-    """What a reward reads of ws, [N, 1, D, H, W]."""
+    """Return the slab that a reward reads of ws, [N, 1, D, H, W]."""
     return SigmaSlab(spec).observe(PlaneField(G, ws))

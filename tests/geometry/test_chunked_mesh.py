@@ -1,6 +1,4 @@
-"""Blockwise meshing against the whole volume, the mesh checks against meshes whose faults are known, and the
-files.
-"""
+"""Blockwise meshing against the full volume, mesh checks against meshes with known faults, and files."""
 
 import mrcfile
 import numpy as np
@@ -66,13 +64,13 @@ def test_a_sphere_across_blocks(planes):
     np.testing.assert_allclose(body.center_mass, CENTRE, atol=1e-3)
     outward = (vertex_normals(*mesh) * (mesh[0] - CENTRE)).sum(axis=1) / RADIUS
     assert outward.min() > 0.99
-    whole = extract_mesh(sigma.permute(2, 1, 0), AXES)
-    assert_same_surface(mesh, whole)
+    full_volume = extract_mesh(sigma.permute(2, 1, 0), AXES)
+    assert_same_surface(mesh, full_volume)
 
 
 @pytest.mark.parametrize("kind", ["raw", "smooth", "steps"])
 @pytest.mark.parametrize("planes", [1, 5, 64])
-def test_blocks_give_the_whole_volumes_surface(kind, planes):
+def test_blocks_give_the_surface_of_the_full_volume(kind, planes):
     sigma = noise(kind)
     axes = [np.linspace(-0.5, 0.5, n) for n in sigma.shape]
     mesh = extract_mesh_blockwise(lambda part: sigma[part], axes, 0.0, planes)
@@ -84,7 +82,7 @@ def test_blocks_give_the_whole_volumes_surface(kind, planes):
 
 
 def assert_same_surface(mesh, other) -> None:
-    """The same triangles, wound the same way, in whatever order."""
+    """Check for the same triangles with the same orientation, in any order."""
     assert len(mesh[0]) == len(other[0]) and len(mesh[1]) == len(other[1])
     vertices, faces = mesh
     other_vertices, other_faces = other
@@ -99,16 +97,16 @@ def assert_same_surface(mesh, other) -> None:
 
 def test_every_plane_is_asked_for_once_and_progress_ends_at_the_last():
     asked = []
-    told = []
+    progress_calls = []
     sigma = ball()
 
     def sample(part):
         asked.extend(range(part.start, part.stop))
         return sigma[part]
 
-    extract_mesh_blockwise(sample, AXES, planes=7, progress=lambda *call: told.append(call))
+    extract_mesh_blockwise(sample, AXES, planes=7, progress=lambda *call: progress_calls.append(call))
     assert asked == list(range(POINTS))
-    assert told[-1] == ("density", POINTS, POINTS) and len(told) == 7
+    assert progress_calls[-1] == ("density", POINTS, POINTS) and len(progress_calls) == 7
 
 
 def test_edges_of_a_tetrahedron_with_faults():
@@ -169,30 +167,32 @@ def test_blocks_of_a_field_are_the_grid(layout):
     assert G.noise_modes == ["const"]
     blocks = torch.cat([grid(slice(0, 7)), grid(slice(7, 8)), grid(slice(8, 20))])
     torch.testing.assert_close(blocks, sigma_grid(G, ws, spec)[0].permute(2, 1, 0), rtol=1e-5, atol=1e-5)
-    assert len(G.noise_modes) == 2  # one synthesis pass per field, whatever the number of blocks
+    assert len(G.noise_modes) == 2  # one synthesis pass per field for any number of blocks
 
 
 def test_a_border_is_cleared(field):
-    whole = FieldGrid(field, 20)(slice(0, 20))
+    full_volume = FieldGrid(field, 20)(slice(0, 20))
     trimmed = FieldGrid(field, 20, border=0.2)
     got = torch.cat([trimmed(slice(0, 3)), trimmed(slice(3, 10)), trimmed(slice(10, 20))])
     inside = torch.zeros_like(got, dtype=torch.bool)
     inside[4:16, 4:16, 4:16] = True
-    torch.testing.assert_close(got[inside], whole[inside], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[inside], full_volume[inside], rtol=1e-5, atol=1e-5)
     assert (got[~inside] == OUTSIDE).all()
 
 
 def test_mrc_volume_reads_back_in_eg3ds_order(field, tmp_path):
     grid = FieldGrid(field, 21)
-    told = []
-    path = write_mrc(tmp_path / "new" / "a.mrc", grid, 21, 1.2 / 20, lambda *call: told.append(call))
+    progress_calls = []
+    path = write_mrc(
+        tmp_path / "new" / "a.mrc", grid, 21, 1.2 / 20, lambda *call: progress_calls.append(call)
+    )
     assert mrcfile.validate(path)
     with mrcfile.open(path) as file:
         assert file.header.mode == 2 and file.data.shape == (21, 21, 21)
         np.testing.assert_allclose(file.data, grid(slice(0, 21)).numpy()[::-1], rtol=1e-6)
         assert float(file.header.dmax) == pytest.approx(float(file.data.max()))
         assert any("0.06" in label for label in file.get_labels())
-    assert told[-1] == ("density", 21, 21)
+    assert progress_calls[-1] == ("density", 21, 21)
     assert [p.name for p in path.parent.iterdir()] == ["a.mrc"]  # no temporary left
 
 

@@ -17,8 +17,8 @@ def grid_of(mesh, resolution):
 def test_corners_and_edges_of_a_box_stay():
     half = torch.tensor([0.37, 0.29, 0.41], dtype=torch.float64)
     made, points = grid_of(trimesh.creation.box(2 * half.numpy()), 16)
-    away = (points.abs() - half).amax(1).abs() * 16
-    assert float(away.max()) < 0.05  # of a voxel: the mean of the crossings pulls a little
+    distance_to_surface = (points.abs() - half).amax(1).abs() * 16
+    assert float(distance_to_surface.max()) < 0.05  # of a voxel: the mean of the crossings pulls a little
     for corner in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3):
         assert float((points - corner * half).norm(dim=1).min()) * 16 < 0.05
     assert torch.equal(made.coords, torch.unique(made.coords, dim=0)) and made.crossed.any(0).all()
@@ -34,6 +34,6 @@ def test_an_open_square_ends_where_it_ends():
     assert not made.crossed[:, :2].any() and made.crossed[:, 2].any()
 
 
-def test_a_mesh_between_the_lines_is_refused():
+def test_a_mesh_that_crosses_no_grid_line_is_rejected():
     with raising("grid", " 4 ", "none"):
         dual_grid(torch.full((3, 3), 0.1) + 0.01 * torch.eye(3), torch.tensor([[0, 1, 2]]), 4)

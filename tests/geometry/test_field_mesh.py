@@ -46,7 +46,7 @@ def whole_surface(grid: FieldGrid, level: float):
     ("resolution", "border", "share"),
     [(22, 0, 0.5), (23, 0.0, 0.9), (24, 0.2, 0.3), (31, 0.1, 0.7), (56, 0.0, 0.97)],
 )
-def test_the_surface_is_that_of_the_whole_volume(layout, resolution, border, share):
+def test_the_surface_equals_that_of_the_full_volume(layout, resolution, border, share):
     grid = FieldGrid(smooth_field(layout), resolution, border)
     level = level_of(grid, share)
     mesh = extract_field_mesh(grid, level)
@@ -116,7 +116,7 @@ def test_a_box_whose_corners_lie_on_corners_of_bricks(size):
             assert count_edges(mesh[1]).watertight
 
 
-def test_errors_are_those_of_the_whole_volume():
+def test_errors_equal_those_of_the_full_volume():
     field = smooth_field()
     for level in (1e4, -1e4):
         with raising(f"level {level:g}") as fast:
@@ -125,10 +125,10 @@ def test_errors_are_those_of_the_whole_volume():
             whole_surface(FieldGrid(field, 24), level)
         assert str(fast.value).split(", got")[0] == str(slow.value).split(", got")[0]
     for plane in range(3):
-        broken = smooth_field()
-        broken.planes[0, plane, 0, 2, 2] = torch.nan
+        not_finite = smooth_field()
+        not_finite.planes[0, plane, 0, 2, 2] = torch.nan
         with raising("finite"):
-            extract_field_mesh(FieldGrid(broken, 24), 0.0)
+            extract_field_mesh(FieldGrid(not_finite, 24), 0.0)
 
 
 def test_a_level_below_the_trimmed_borders_density():
@@ -164,7 +164,7 @@ class Points:
 @pytest.mark.parametrize("form", ["planes", "points"])
 @pytest.mark.parametrize("side", [-1, 1])
 def test_a_level_that_is_not_crossed_is_answered_with_one_that_is(form, border, side):
-    """The trimmed border is no density: a field above the level everywhere is refused with and without it."""
+    """The trimmed border is no density: a field above the level everywhere is rejected in both cases."""
     field = smooth_field() if form == "planes" else Points(smooth_field())
     grid = FieldGrid(field, 24, border)
     inside = volume_of(grid)[(grid.inside,) * 3]

@@ -28,33 +28,33 @@ def test_rays_meet_a_sphere_where_they_should():
     origin = torch.tensor([0.05, -0.1, 2.7])
     directions = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) * 0.08
     directions = torch.nn.functional.normalize(directions + torch.tensor([0.0, 0.0, -1.0]), dim=1)
-    found = sphere(0.3).trace(origin.expand(4000, 3), directions)
+    distances = sphere(0.3).trace(origin.expand(4000, 3), directions)
     along = -(directions @ origin)
     inside = along**2 - (origin @ origin - 0.3**2)
     expected = along - inside.clamp_min(0).sqrt()
     clear = inside.abs() > 0.02
     assert (
-        torch.equal(found.isfinite()[clear], (inside > 0)[clear])
-        and 0.2 < found.isfinite().float().mean() < 0.95
+        torch.equal(distances.isfinite()[clear], (inside > 0)[clear])
+        and 0.2 < distances.isfinite().float().mean() < 0.95
     )
     hit = clear & (inside > 0)
-    assert (found - expected)[hit].abs().max() < SPEC.voxel / 20
+    assert (distances - expected)[hit].abs().max() < SPEC.voxel / 20
 
 
 def test_thin_and_small_things_are_met_too():
     sheet = body(lambda points: points[..., 2].abs() - 0.015)  # 1.4 voxels thick
-    found = sheet.trace(torch.tensor([[0.1, 0.1, 2.7]]), torch.tensor([[0.0, 0.0, -1.0]]))
-    assert found.item() == pytest.approx(2.7 - 0.015, abs=SPEC.voxel / 20)
+    distance = sheet.trace(torch.tensor([[0.1, 0.1, 2.7]]), torch.tensor([[0.0, 0.0, -1.0]]))
+    assert distance.item() == pytest.approx(2.7 - 0.015, abs=SPEC.voxel / 20)
     speck = sphere(0.03, (0.2, 0.1, 0.0))
     assert speck.trace(torch.tensor([[0.2, 0.1, 2.7]]), torch.tensor([[0.0, 0.0, -1.0]])).isfinite().all()
 
 
 def test_a_body_that_leaves_the_cube_is_met_at_its_face_and_nothing_outside_counts():
     slab = body(lambda points: points[..., 0] - 2.0)  # full everywhere
-    found = slab.trace(
+    distances = slab.trace(
         torch.tensor([[0.0, 0.0, 2.5], [0.9, 0.0, 2.5]]), torch.tensor([[0.0, 0.0, -1.0]]).expand(2, 3)
     )
-    assert found[0].item() == pytest.approx(2.0, abs=SPEC.voxel) and math.isinf(found[1].item())
+    assert distances[0].item() == pytest.approx(2.0, abs=SPEC.voxel) and math.isinf(distances[1].item())
     assert slab.inside(torch.tensor([[0.9, 0.0, 0.0]])).item() < -100
 
 

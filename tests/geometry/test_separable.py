@@ -58,7 +58,7 @@ def test_equals_pointwise_with_gradients(layout, box_warp):
         assert relative(got, expected) < 1e-4
 
 
-def test_a_second_derivative_is_refused_and_every_point_on_its_own_has_it(layout):
+def test_only_the_pointwise_density_has_a_second_derivative(layout):
     planes = random_planes(1, 3, 9, 9)
     weights = random_weights(3, 4)
     axes = generate_planes(layout)
@@ -112,8 +112,8 @@ def test_chunks_do_not_change_the_values():
 
 
 def test_saved_for_backward_does_not_grow_with_the_volume_times_hidden(layout):
-    """What autograd keeps is the pair maps, the planes and small matrices: far below volume * hidden,
-    whatever the resolution.
+    """Autograd keeps the pair maps, the planes and small matrices: far below volume * hidden,
+    at any resolution.
     """
     planes, weights = with_grad(random_planes(1, 4, 16, 16), random_weights(4, 32))
     sizes = {}
@@ -156,12 +156,12 @@ def test_values_and_gradients(layout, slices, extent):
         torch.linspace(-1, 0.9, 8).double(),
     ]
     orders = [tuple(row.argmax(dim=1).tolist()) for row in generate_planes(layout)]
-    found = tri_grid_density(planes, orders, weights, axes, extent)
+    computed = tri_grid_density(planes, orders, weights, axes, extent)
     expected = at_points(planes, layout, weights, axes, extent)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    cotangent = torch.randn(found.shape, generator=rng, dtype=torch.float64)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-12)
+    cotangent = torch.randn(computed.shape, generator=rng, dtype=torch.float64)
     for ours, theirs in zip(
-        *(torch.autograd.grad(s, (planes, *weights), cotangent) for s in (found, expected)), strict=True
+        *(torch.autograd.grad(s, (planes, *weights), cotangent) for s in (computed, expected)), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
     with torch.no_grad():
@@ -175,6 +175,6 @@ def test_blocks_of_any_size_give_the_same(monkeypatch):
     weights = random_weights(4, 6)
     axes = [torch.linspace(-1, 1, 9)] * 3
     orders = [(0, 1, 2), (0, 2, 1), (1, 2, 0)]
-    whole = tri_grid_density(planes, orders, weights, axes)
+    at_once = tri_grid_density(planes, orders, weights, axes)
     monkeypatch.setattr("eg3d_rlhf.geometry.slab._CPU_BLOCK", 6 * 9 * 2)  # two rows of x
-    torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes), whole)
+    torch.testing.assert_close(tri_grid_density(planes, orders, weights, axes), at_once)

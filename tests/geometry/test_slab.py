@@ -75,7 +75,7 @@ def test_oblique_planes_fall_back_with_one_warning(stand_in):
 
 
 def test_the_real_generator_agrees_with_its_own_point_sampler(layout):
-    """TriPlaneGenerator.sample_mixed, which knows nothing of this package, is the oracle; gradients reach
+    """TriPlaneGenerator.sample_mixed, which is independent of this package, is the oracle; gradients reach
     mapping and backbone.
     """
     torch.manual_seed(0)

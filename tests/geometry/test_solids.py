@@ -1,5 +1,5 @@
-"""Sound bodies on grids: closed forms, the order of the spec's table, invariances, and what a gradient leaves
-alone.
+"""Measures of valid solids on grids: closed forms, the order of the spec's table, invariances, and
+defects that a gradient can correct.
 """
 
 import math
@@ -51,10 +51,10 @@ SHAPES = {
 def test_nothing_depends_on_where_a_shape_lies_or_how_it_is_turned_about_the_upright(name):
     shape = np.pad(SHAPES[name], 4)
     moved = np.roll(shape, (2, -3, 4), axis=(0, 1, 2))
-    turned = np.rot90(shape, axes=(0, 2))
+    rotated = np.rot90(shape, axes=(0, 2))
     rules = Rules(leak=3.2)
     expected = solids.score(shape, rules).to_dict()
-    for other in (moved, turned):
+    for other in (moved, rotated):
         assert solids.score(other, rules).to_dict() == pytest.approx(expected, abs=1e-9)
         assert solids.euler(other) == solids.euler(shape)
 
@@ -78,8 +78,8 @@ def test_closed_forms():
 def test_a_slit_along_a_diagonal_closes_nothing_for_a_slicer():
     corner = np.zeros((4, 4, 4), dtype=bool)
     corner[1, 1, 1] = corner[2, 2, 1] = True
-    found = measure_grid(corner)
-    assert found["parts"] == 2 and found["euler"] == 1  # of the closed cubes, which touch
+    measures = measure_grid(corner)
+    assert measures["parts"] == 2 and measures["euler"] == 1  # of the closed cubes, which touch
 
 
 def test_holes_up_to_the_bridge_are_no_way_out():
@@ -92,16 +92,16 @@ def test_holes_up_to_the_bridge_are_no_way_out():
     assert pierced.inner == pytest.approx(closed.inner, abs=0.02)
 
 
-def test_the_pair_knows_a_cure_from_a_blob():
+def test_the_reward_prefers_a_correction_to_a_blob():
     sick = SHAPES["leaky"]
     cured = ball(0.3)
     blobs = (ball(0.45), box((-0.3, 0.5), (-0.3, 0.5), (-0.3, 0.5)), np.roll(ball(0.3), 9, axis=0))
     as_it_is = solids.reward(sick, sick)
-    repair = solids.reward(cured, sick)
-    assert repair.reward > 0.95 and repair.reward > as_it_is.reward + 0.1
+    correction = solids.reward(cured, sick)
+    assert correction.reward > 0.95 and correction.reward > as_it_is.reward + 0.1
     for blob in blobs:
-        found = solids.reward(blob, sick)
-        assert found.score.solid > 0.9 and found.reward < as_it_is.reward / 2
+        blob_reward = solids.reward(blob, sick)
+        assert blob_reward.score.solid > 0.9 and blob_reward.reward < as_it_is.reward / 2
     assert solids.reward(sick & ~ball(0.05, (0.42, 0.42, 0.42)), sick).reward > as_it_is.reward
 
 
@@ -118,7 +118,7 @@ def test_a_thread_joins_nothing_and_a_leg_of_one_voxel_carries_nothing():
     )
 
 
-def test_what_is_empty_gets_nothing_and_what_is_no_grid_is_refused():
+def test_empty_grids_score_zero_and_other_arrays_are_rejected():
     empty = np.zeros((8, 8, 8), dtype=bool)
     assert solids.score(empty) == solids.NOTHING and solids.reward(empty, shell()[:8, :8, :8]).reward == 0
     assert solids.reward(empty, empty).reward == 0 and not solids.caps(empty, 5).any()
@@ -144,11 +144,11 @@ def test_large_grids_become_small_ones_by_majority():
 
 def test_weights_leave_terms_out():
     leaning = SHAPES["two"]
-    found = solids.score(leaning, OBJECTS)
+    score = solids.score(leaning, OBJECTS)
     head = solids.score(leaning, HEADS)
     assert head.solid == pytest.approx((head.main * head.inner * head.thin) ** (1 / 3))
-    assert found.solid == pytest.approx(
-        (found.main * found.inner * found.thin * max(found.stand, 0.01)) ** 0.25
+    assert score.solid == pytest.approx(
+        (score.main * score.inner * score.thin * max(score.stand, 0.01)) ** 0.25
     )
 
 
@@ -176,7 +176,7 @@ def test_a_hole_is_mended_and_a_mouth_is_kept():
     assert (solid & tube()).sum() > 0.995 * tube().sum()
 
 
-def test_the_loss_knows_the_density_up_to_its_unit():
+def test_the_loss_determines_the_density_up_to_its_unit():
     sick = SHAPES["leaky"]
     distance = torch.from_numpy(
         ndimage.distance_transform_edt(sick) - ndimage.distance_transform_edt(~sick)

@@ -1,4 +1,4 @@
-"""SlabSpec: the published slab's indices, what it stores, and what it refuses."""
+"""SlabSpec: the published slab's indices, the stored fields, and rejected values."""
 
 import json
 
@@ -78,12 +78,12 @@ def test_digest_tells_specs_apart():
         ({"value_max": "100"}, ("value_max", "'100'")),
     ],
 )
-def test_refuses_bad_values(values, names):
+def test_rejects_bad_values(values, names):
     with raising(*names):
         SlabSpec(**values)
 
 
-def test_from_dict_refuses_missing_and_unknown_fields():
+def test_from_dict_rejects_missing_and_unknown_fields():
     values = SlabSpec().to_dict()
     with raising("'colour'", str(sorted({*values, "colour"}))):
         SlabSpec.from_dict({**values, "colour": 1})
@@ -94,7 +94,8 @@ def test_from_dict_refuses_missing_and_unknown_fields():
         SlabSpec.from_dict([1, 2])
 
 
-# The skewed lattice of the published reward's training data: its points, its densities, and what it refuses.
+# The skewed lattice of the published reward's training data: its points, its densities, and functions that
+# reject it.
 
 
 SMALL = {"resolution": 20, "crop": (0.25, 0.25, 0.25, 0.20, 0.40, 0.10)}
@@ -149,7 +150,7 @@ def test_densities_are_those_of_the_loops_points(stand_in):
     assert slab.shape == (2, 1, *spec.shape) and slab.amin() == 0 and slab.amax() == pytest.approx(100)
 
 
-def test_what_needs_axes_refuses_it():
+def test_functions_that_need_axes_reject_a_skewed_lattice():
     spec = SlabSpec(**SMALL, lattice="skewed")
     ws = torch.zeros(1, 2, 3)
     with raising("'skewed'", "points()"):

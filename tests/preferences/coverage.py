@@ -19,7 +19,7 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # of a standard normal
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """How annotators answer: each names a unit's answer with one and the same chance,
+    """A model of annotators: each names a unit's answer with one and the same chance,
     else another at random.
     """
 
@@ -40,8 +40,8 @@ class Answers:
         """Kappa, and alpha, of endlessly many units."""
         shares, right = self.parts()
         k = len(self.parts()[0])
-        said = np.where(np.eye(k) > 0, right, (1 - right) / (k - 1))  # [unit's, given]
-        both = np.einsum("u,ua,ub->ab", shares, said, said)
+        answer_rates = np.where(np.eye(k) > 0, right, (1 - right) / (k - 1))  # [unit's, given]
+        both = np.einsum("u,ua,ub->ab", shares, answer_rates, answer_rates)
         return float(1 - (1 - np.trace(both)) / (1 - (both.sum(axis=0) ** 2).sum()))
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -60,13 +60,13 @@ def agreement_coverage(kind: Answers, studies: int, seed: int = 0) -> float:
     held = []
     for answers in (kind.draw(rng) for _ in range(studies)):
         pair = kind.annotators == 2
-        found = (
+        agreement = (
             cohen_kappa(*answers.T.tolist())
             if pair
             else krippendorff_alpha([dict(enumerate(row)) for row in answers.tolist()])
         )
-        if found.lo is not None:  # else all answers are alike
-            held.append(found.lo <= kind.truth() <= found.hi)
+        if agreement.lo is not None:  # else all answers are alike
+            held.append(agreement.lo <= kind.truth() <= agreement.hi)
     return float(np.mean(held))
 
 
@@ -83,7 +83,7 @@ def agreement_grid(units: int, full: bool = True) -> Iterator[Answers]:
 
 @dataclass(frozen=True, kw_only=True)
 class Games:
-    """How generators fare: every two meet once or more in each prompt; strengths lie evenly from `strength`
+    """A model of generators: every two meet once or more in each prompt; strengths lie evenly from `strength`
     to -`strength`.
     """
 
@@ -103,7 +103,7 @@ class Games:
         return Design(cells=cells, cell=cell, annotator=np.arange(len(cell)) % self.annotators, prompt=prompt)
 
     def draw(self, studies: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [S, M], and the annotators' deviations [S, A, G]."""
+        """Scores [S, M], and the annotators' offsets [S, A, G]."""
         d = self.design()
         even = np.linspace(self.strength, -self.strength, self.generators)
         people = self.annotator_sd * rng.standard_normal((studies, self.annotators, self.generators))
@@ -139,9 +139,9 @@ class Games:
 def _outcomes(difference: np.ndarray, ties: float) -> tuple[np.ndarray, np.ndarray]:
     """Chances of a win and of a tie."""
     ahead = np.exp(difference / 2)
-    behind = np.exp(-difference / 2)
+    second_wins = np.exp(-difference / 2)
     nu = 2 * ties / (1 - ties)
-    return ahead / (ahead + behind + nu), nu / (ahead + behind + nu)
+    return ahead / (ahead + second_wins + nu), nu / (ahead + second_wins + nu)
 
 
 def leaderboard_coverage(kind: Games, studies: int, seed: int = 0) -> float:

@@ -36,7 +36,7 @@ def test_kappa_is_one_for_equal_and_zero_for_independent_answers():
     assert independent.value == pytest.approx(0, abs=1e-12) and independent.lo < 0 < independent.hi
 
 
-def test_kappa_is_undefined_where_nobody_varies_or_nothing_is_shared():
+def test_agreement_is_undefined_for_constant_answers_or_without_shared_units():
     assert cohen_kappa("aaa", "aaa").value is None and cohen_kappa("", "").to_dict() == {
         "value": None,
         "ci95": None,
@@ -61,14 +61,14 @@ def test_alpha_of_published_examples(rows, expected):
 @pytest.mark.parametrize("n", [2, 9])
 def test_few_units_have_no_interval(n):
     same = "ab" + "a" * (n - 2)
-    for found in (cohen_kappa(same, same), krippendorff_alpha(units_of(same, same))):
-        assert (found.value, found.lo, found.hi, found.n) == (1, None, None, n)
+    for agreement in (cohen_kappa(same, same), krippendorff_alpha(units_of(same, same))):
+        assert (agreement.value, agreement.lo, agreement.hi, agreement.n) == (1, None, None, n)
 
 
-def test_full_agreement_on_ten_leaves_room_for_doubt():
+def test_full_agreement_on_ten_units_has_a_wide_interval():
     answers_ = "ab" * 5
-    for found in (cohen_kappa(answers_, answers_), krippendorff_alpha(units_of(answers_, answers_))):
-        assert found.value == found.hi == 1 and 0.3 < found.lo < 0.75
+    for agreement in (cohen_kappa(answers_, answers_), krippendorff_alpha(units_of(answers_, answers_))):
+        assert agreement.value == agreement.hi == 1 and 0.3 < agreement.lo < 0.75
 
 
 def test_alpha_agrees_with_a_loop_over_the_definition():
@@ -100,9 +100,9 @@ def test_alpha_is_undefined_without_variation():
 
 
 def check_coverage(units: int, studies: int, full: bool, least: float) -> None:
-    found = [agreement_coverage(kind, studies, seed=1) for kind in agreement_grid(units, full)]
-    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least, list(
-        zip(found, agreement_grid(units, full), strict=True)
+    coverages = [agreement_coverage(kind, studies, seed=1) for kind in agreement_grid(units, full)]
+    assert 0.93 <= np.mean(coverages) <= 0.97 and min(coverages) >= least, list(
+        zip(coverages, agreement_grid(units, full), strict=True)
     )
 
 

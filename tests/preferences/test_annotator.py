@@ -1,5 +1,5 @@
-"""The annotator on heads of people: the whole head scores 1, every defect costs, and labels flip as often as
-asked.
+"""The simulated annotator of heads: the ground truth scores 1, every defect costs, and labels flip at the
+requested rate.
 """
 
 import functools
@@ -28,89 +28,109 @@ N = 32
 
 
 @functools.cache
-def _whole(number: int) -> np.ndarray:
+def _ground_truth(number: int) -> np.ndarray:
     z = np.random.RandomState(number).randn(1, LATENT)
     return head_grid(named_people(z)[0], N).astype(np.float32)
 
 
 @pytest.fixture(params=[3, 4])
-def whole(request):
-    return _whole(request.param)
+def ground_truth(request):
+    return _ground_truth(request.param)
 
 
 def _ball(centre: tuple[float, float, float], radius: float) -> np.ndarray:
     return np.linalg.norm(grid_points(N) - np.array(centre), axis=-1).astype(np.float32) - radius
 
 
-def _broken(whole: np.ndarray, amount: float) -> np.ndarray:
+def _damaged(ground_truth: np.ndarray, amount: float) -> np.ndarray:
     """The scan without its back, as the family's damage has it, or a part of the way there."""
     quality = torch.zeros(1, 18)
     quality[0, 0], quality[0, 1] = 2.0, -2.0
     points = torch.from_numpy(grid_points(N).reshape(1, -1, 3)).float()
-    scan = damaged(points, torch.from_numpy(whole.reshape(1, -1)), quality).reshape(whole.shape).numpy()
-    return np.where(grid_points(N)[..., 1] < 0.35 - 0.7 * amount, whole, scan)
+    scan = (
+        damaged(points, torch.from_numpy(ground_truth.reshape(1, -1)), quality)
+        .reshape(ground_truth.shape)
+        .numpy()
+    )
+    return np.where(grid_points(N)[..., 1] < 0.35 - 0.7 * amount, ground_truth, scan)
 
 
-def _rough(whole: np.ndarray, amount: float) -> np.ndarray:
+def _rough(ground_truth: np.ndarray, amount: float) -> np.ndarray:
     x, y, z = np.moveaxis(grid_points(N), -1, 0)
-    return (whole + amount * 0.012 * np.sin(90 * x) * np.sin(95 * y + 1) * np.sin(85 * z + 2)).astype(
+    return (ground_truth + amount * 0.012 * np.sin(90 * x) * np.sin(95 * y + 1) * np.sin(85 * z + 2)).astype(
         np.float32
     )
 
 
 DAMAGE = {  # by amount in 0..1; what must cost
-    "missing": _broken,
-    "extra": lambda whole, amount: np.minimum(whole, _ball((0.0, -0.1, -0.22), 0.05 + 0.07 * amount)),
-    "floaters": lambda whole, amount: np.minimum(whole, _ball((0.38, 0.38, -0.38), 0.03 + 0.04 * amount)),
+    "missing": _damaged,
+    "extra": lambda ground_truth, amount: np.minimum(
+        ground_truth, _ball((0.0, -0.1, -0.22), 0.05 + 0.07 * amount)
+    ),
+    "floaters": lambda ground_truth, amount: np.minimum(
+        ground_truth, _ball((0.38, 0.38, -0.38), 0.03 + 0.04 * amount)
+    ),
     "roughness": _rough,
-    "face": lambda whole, amount: np.maximum(
-        whole, grid_points(N)[..., 2].astype(np.float32) - 0.2 + 0.08 * amount
+    "face": lambda ground_truth, amount: np.maximum(
+        ground_truth, grid_points(N)[..., 2].astype(np.float32) - 0.2 + 0.08 * amount
     ),
 }
 
 
-def test_the_whole_head_scores_one(whole):
+def test_the_ground_truth_has_utility_one(ground_truth):
     assert sum(WEIGHTS.values()) == pytest.approx(1)
-    assert utility(whole, whole).total == pytest.approx(1) and set(defects(whole, whole).values()) == {0.0}
+    assert utility(ground_truth, ground_truth).total == pytest.approx(1) and set(
+        defects(ground_truth, ground_truth).values()
+    ) == {0.0}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_every_defect_costs_through_its_own_part_and_more_of_it_costs_more(whole, defect):
+def test_every_defect_costs_through_its_own_part_and_more_of_it_costs_more(ground_truth, defect):
     judged = [
-        utility(whole, whole),
-        *(utility(DAMAGE[defect](whole, amount), whole) for amount in (0.3, 0.65, 1.0)),
+        utility(ground_truth, ground_truth),
+        *(utility(DAMAGE[defect](ground_truth, amount), ground_truth) for amount in (0.3, 0.65, 1.0)),
     ]
-    for values in ([found.total for found in judged], [found.parts[defect] for found in judged]):
+    for values in (
+        [evaluation.total for evaluation in judged],
+        [evaluation.parts[defect] for evaluation in judged],
+    ):
         assert all(a > b for a, b in zip(values, values[1:], strict=False)), values
 
 
-@pytest.mark.parametrize("deviation", [0.375, 0.5, 1.0])  # voxels of 32: .75, 1 and 2 of 64
-def test_a_head_that_is_smoother_than_its_own_loses(whole, deviation):
-    smooth = utility(ndimage.gaussian_filter(whole, deviation), whole)
+@pytest.mark.parametrize("sigma", [0.375, 0.5, 1.0])  # voxels of 32: .75, 1 and 2 of 64
+def test_a_head_that_is_smoother_than_the_ground_truth_loses(ground_truth, sigma):
+    smooth = utility(ndimage.gaussian_filter(ground_truth, sigma), ground_truth)
     assert smooth.total < 0.98 and smooth.defects["roughness"] > 0 and smooth.defects["face"] > 0
 
 
-def test_a_missing_back_costs_more_than_smoothing_can_win(whole):
-    broken = _broken(whole, 1.0)
-    assert utility(broken, whole).total < 0.75
-    assert utility(ndimage.gaussian_filter(broken, 0.5), whole).total < utility(broken, whole).total + 0.02
+def test_a_missing_back_costs_more_than_smoothing_can_win(ground_truth):
+    damaged = _damaged(ground_truth, 1.0)
+    assert utility(damaged, ground_truth).total < 0.75
+    assert (
+        utility(ndimage.gaussian_filter(damaged, 0.5), ground_truth).total
+        < utility(damaged, ground_truth).total + 0.02
+    )
 
 
-def test_only_the_level_set_matters_not_the_steepness(whole):
-    scan = _rough(whole, 0.5)
-    assert utility(600 * scan, whole).total == pytest.approx(utility(scan, whole).total, abs=1e-5)
+def test_only_the_level_set_matters_not_the_steepness(ground_truth):
+    scan = _rough(ground_truth, 0.5)
+    assert utility(600 * scan, ground_truth).total == pytest.approx(
+        utility(scan, ground_truth).total, abs=1e-5
+    )
 
 
-def test_mirroring_changes_nothing(whole):
-    scan = _broken(whole, 1.0)
-    assert utility(scan[::-1], whole[::-1]).total == pytest.approx(utility(scan, whole).total, abs=1e-6)
+def test_mirroring_changes_nothing(ground_truth):
+    scan = _damaged(ground_truth, 1.0)
+    assert utility(scan[::-1], ground_truth[::-1]).total == pytest.approx(
+        utility(scan, ground_truth).total, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("value", [5.0, 0.0, float("nan"), float("inf"), float("-inf")])
-def test_no_surface_is_worse_than_any_broken_head_and_never_nan(value, whole):
-    empty = utility(np.full((N,) * 3, value), whole)
-    assert np.isfinite(empty.total) and empty.total < utility(_broken(whole, 1.0), whole).total
-    assert 0 < utility(np.random.RandomState(0).randn(N, N, N), whole).total < 0.5
+def test_no_surface_is_worse_than_any_damaged_head_and_never_nan(value, ground_truth):
+    empty = utility(np.full((N,) * 3, value), ground_truth)
+    assert np.isfinite(empty.total) and empty.total < utility(_damaged(ground_truth, 1.0), ground_truth).total
+    assert 0 < utility(np.random.RandomState(0).randn(N, N, N), ground_truth).total < 0.5
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.12, 0.25])

@@ -20,8 +20,8 @@ def of(wins: int, losses: int, ties: int = 0) -> list[Judgement]:
     return [Judgement("x", "y", w) for w, n in (("a", wins), ("b", losses), ("tie", ties)) for _ in range(n)]
 
 
-def gap(found) -> float:
-    return found.ratings["x"].elo - found.ratings["y"].elo
+def gap(tournament) -> float:
+    return tournament.ratings["x"].elo - tournament.ratings["y"].elo
 
 
 def test_two_methods_have_the_log_odds_in_elo():
@@ -32,11 +32,14 @@ def test_two_methods_have_the_log_odds_in_elo():
     assert sum(r.elo for r in elo(of(30, 10), resamples=0).ratings.values()) == pytest.approx(2000)
 
 
-def test_held_ratings_stay_and_the_new_one_is_measured_against_them():
-    found = elo(of(30, 10), held={"y": 1270.0}, resamples=50)
-    assert found.ratings["y"].elo == 1270.0 and found.ratings["y"].lo == found.ratings["y"].hi == 1270.0
-    assert found.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
-    assert found.ratings["x"].lo < found.ratings["x"].elo < found.ratings["x"].hi
+def test_held_ratings_stay_and_new_ones_are_relative_to_them():
+    tournament = elo(of(30, 10), held={"y": 1270.0}, resamples=50)
+    assert (
+        tournament.ratings["y"].elo == 1270.0
+        and tournament.ratings["y"].lo == tournament.ratings["y"].hi == 1270.0
+    )
+    assert tournament.ratings["x"].elo == pytest.approx(1270 + 400 * math.log10(3))
+    assert tournament.ratings["x"].lo < tournament.ratings["x"].elo < tournament.ratings["x"].hi
     with raising("held"):
         elo(of(3, 1), held={"x": 1.0, "y": 2.0})
 
@@ -57,7 +60,7 @@ def call(*arguments):
     return CliRunner().invoke(label_files.elo, [str(a) for a in arguments])
 
 
-def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
+def test_the_tool_rates_each_criterion_and_continues_from_its_file(tmp_path):
     source = write(tmp_path / "j.jsonl", records(30, 10) + records(10, 30, "texture"))
     out = tmp_path / "elo.json"
     done = call(source, f"--out={out}")
@@ -77,7 +80,7 @@ def test_the_tool_rates_each_criterion_and_goes_on_from_its_own_file(tmp_path):
 @pytest.mark.parametrize(
     "text", ['{"a": "x"', '{"a": "x", "b": "y"}', '{"a": "x", "b": "x", "winner": "a"}', ""]
 )
-def test_damaged_files_are_refused_in_one_line(tmp_path, text):
+def test_damaged_files_are_rejected_in_one_line(tmp_path, text):
     path = tmp_path / "j.jsonl"
     path.write_text(text + "\n")
     done = call(path, f"--out={tmp_path / 'o.json'}")
@@ -205,5 +208,5 @@ def test_cycles_agree_with_a_loop():
         edges = [e for e in itertools.permutations(trio, 2) if e in beats]
         triples += len(edges) == 3
         cyclic += len(edges) == 3 and len({winner for winner, _ in edges}) == 3
-    found = cycles([Comparison(*e) for e in beats])
-    assert (found["triples"], found["cyclic"]) == (triples, cyclic) and cyclic > 0
+    counted = cycles([Comparison(*e) for e in beats])
+    assert (counted["triples"], counted["cyclic"]) == (triples, cyclic) and cyclic > 0

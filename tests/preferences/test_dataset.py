@@ -1,4 +1,4 @@
-"""Splits share no seed, in any label graph; anchors; agreement of labels."""
+"""Splits share no seed, in any label graph; reference samples; agreement of labels."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,16 +61,16 @@ def test_too_few_labels_and_bad_shares_are_explained():
         split_by_seed(pairs([(1, 2)]), (0.5, 0.5, 0.5))
 
 
-def test_anchors_are_the_papers_and_avoid_labelled_seeds():
-    found = anchor_seeds()
-    assert [len(found[k]) for k in ("train", "val", "test")] == [700, 150, 150]
-    assert found["train"][0] == 100000 and found["test"][-1] == 100999
+def test_reference_seeds_are_the_papers_and_avoid_labelled_seeds():
+    seeds = anchor_seeds()
+    assert [len(seeds[k]) for k in ("train", "val", "test")] == [700, 150, 150]
+    assert seeds["train"][0] == 100000 and seeds["test"][-1] == 100999
     assert (
         100005 not in anchor_seeds(10, exclude=[100005])["train"] + anchor_seeds(10, exclude=[100005])["val"]
     )
 
 
-def test_common_value_refuses_mixed_labels():
+def test_common_value_rejects_mixed_labels():
     labels = [
         Preference(winner=1, loser=2, psi=0.7),
         Preference(winner=3, loser=4),

@@ -1,4 +1,4 @@
-"""Labels of any kind -> r: sums, closed forms, what shuffling keeps, and what is refused."""
+"""Labels of any kind -> r: sums, closed forms, what shuffling keeps, and rejected lines."""
 
 import json
 import math
@@ -10,15 +10,15 @@ from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
 from eg3d_rlhf.preferences.label_scores import (
     Known,
     as_used,
-    by_rater,
     contrast,
+    goodness_from_probabilities,
+    goodness_from_scores,
     normal_scores,
     of_pairs,
-    of_probabilities,
     of_ranks,
-    of_scores,
     of_votes,
     read_goodness,
+    standardised_by_rater,
 )
 from tests.rejections import raising
 
@@ -30,8 +30,10 @@ ANY = {
         [(NAMES[i], bool(good)) for i, good in zip(RNG.integers(0, 7, 30), RNG.random(30) < 0.8, strict=True)]
     ),
     "a thumb each": lambda: of_votes(zip(NAMES, [True] * 6 + [False], strict=True)),
-    "scores": lambda: of_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
-    "probabilities": lambda: of_probabilities([(name, p) for name in NAMES for p in RNG.random(3)]),
+    "scores": lambda: goodness_from_scores(zip(NAMES, 3 * RNG.standard_normal(7), strict=True)),
+    "probabilities": lambda: goodness_from_probabilities(
+        [(name, p) for name in NAMES for p in RNG.random(3)]
+    ),
     "pairs": lambda: of_pairs(
         [Comparison(*RNG.choice(NAMES, 2, replace=False).tolist(), tie=bool(i % 5 == 0)) for i in range(25)]
     ),
@@ -89,23 +91,23 @@ def test_one_pair_is_laplace_and_several_are_bradley_terry():
         return 1 / (1 + math.exp(theta[j] - theta[i]))
 
     expected = np.array([(beats(i, j) + beats(i, k)) / 2 for i, j, k in ("abc", "bac", "cab")])
-    found = of_pairs(chain)
-    assert [found[name] for name in "abc"] == pytest.approx(expected - expected.mean() + 0.5)
+    goodness = of_pairs(chain)
+    assert [goodness[name] for name in "abc"] == pytest.approx(expected - expected.mean() + 0.5)
     beside = of_pairs([*chain, Comparison("x", "y")])  # that nothing links to them
-    assert beside["x"] == pytest.approx(2 / 3) and beside["a"] == pytest.approx(found["a"])
+    assert beside["x"] == pytest.approx(2 / 3) and beside["a"] == pytest.approx(goodness["a"])
 
 
-def test_raters_of_another_scale_and_level_say_the_same():
+def test_scores_do_not_depend_on_a_raters_scale_and_level():
     scores = RNG.integers(1, 6, 12).astype(float)
-    strict = by_rater([("strict", s) for s in scores])
-    assert by_rater([("kind", 3 * s + 20) for s in scores]) == pytest.approx(strict)
+    strict = standardised_by_rater([("strict", s) for s in scores])
+    assert standardised_by_rater([("kind", 3 * s + 20) for s in scores]) == pytest.approx(strict)
     assert np.mean(strict) == pytest.approx(0) and np.std(strict) == pytest.approx(1)
-    assert by_rater([("always", 5.0)] * 3) == [0, 0, 0]
+    assert standardised_by_rater([("always", 5.0)] * 3) == [0, 0, 0]
 
 
 def test_members_that_differ_are_near_one_half():
-    sure = of_probabilities([("a", 0.9), ("b", 0.1)])
-    torn = of_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
+    sure = goodness_from_probabilities([("a", 0.9), ("b", 0.1)])
+    torn = goodness_from_probabilities([("a", 1.0), ("a", 0.2), ("b", 0.4), ("b", 0.6)])
     assert sure["a"] == pytest.approx(0.9) and torn["a"] == pytest.approx(0.55)
 
 
@@ -133,11 +135,11 @@ def test_controls_keep_what_they_should():
         assert sorted(shuffled[a] for a in r if of[a] == condition) == sorted(
             r[a] for a in r if of[a] == condition
         )
-    turned = as_used(r, of, "inverted", 5)
-    assert all(turned[name] == 1 - r[name] for name in r)
+    inverted_r = as_used(r, of, "inverted", 5)
+    assert all(inverted_r[name] == 1 - r[name] for name in r)
 
 
-def test_assets_alone_in_their_condition_teach_nothing():
+def test_assets_alone_in_their_prompt_have_no_training_signal():
     of = {"a": "x", "b": "x", "c": "y", "d": "z", "e": "z"}
     assert contrast({"a": 1.0, "b": 0.0, "c": 0.5, "d": 0.7, "e": 0.3}, {"x", "y"}, of) == {
         "a": 1.0,
@@ -169,7 +171,7 @@ def test_every_kind_is_read(tmp_path):
         tmp_path,
         *({"asset": a, "score": s, "rater": r} for a, s, r in (("a", 5, "p"), ("b", 1, "p"), ("c", 3, "q"))),
     )
-    # a deviation is A = 1/2
+    # a standard deviation is A = 1/2
     assert read_goodness(scores, KNOWN) == pytest.approx({"a": 0.75, "b": 0.25, "c": 0.5})
     ranks = written(
         tmp_path,

@@ -31,7 +31,7 @@ def test_unknown_fields_survive(tmp_path):
 
 
 @pytest.mark.parametrize(("clean", "seed"), [(True, 1), (False, 2), (2, 2)])
-def test_clean_is_a_seed_or_says_whether_the_winner_is_better(tmp_path, clean, seed):
+def test_clean_is_a_seed_or_a_truth_value(tmp_path, clean, seed):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"winner": 1, "loser": 2, "clean": clean}) + "\n")
     assert load_labels(path)[0].clean == seed
@@ -64,7 +64,7 @@ def test_errors_name_file_line_and_remedy(tmp_path, name, text, names):
         load_labels(path)
 
 
-def test_missing_file_says_so(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with raising("none.jsonl", kind=FileNotFoundError):
         load_labels(tmp_path / "none.jsonl")
 

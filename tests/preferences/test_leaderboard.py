@@ -30,12 +30,12 @@ def two(scores, annotator=None, prompt=None) -> tuple[np.ndarray, np.ndarray, np
 
 
 def test_of_two_generators_and_independent_games_the_interval_is_wilsons():
-    found, lo, hi = two([1] * 700 + [0] * 300)
-    share = 1 / (1 + np.exp(-2 * np.array([lo[0, 0], found[0, 0], hi[0, 0]])))
+    estimates, lo, hi = two([1] * 700 + [0] * 300)
+    share = 1 / (1 + np.exp(-2 * np.array([lo[0, 0], estimates[0, 0], hi[0, 0]])))
     wilson = wilson_interval(700, 1000)
     assert share == pytest.approx(
         [wilson.lo, 700.5 / 1001, wilson.hi], abs=1e-3
-    ) and found.sum() == pytest.approx(0)
+    ) and estimates.sum() == pytest.approx(0)
 
 
 def test_a_hundred_points_ahead_win_64_per_cent():
@@ -113,9 +113,9 @@ def test_annotators_who_disagree_widen_the_interval():
 
 def check_coverage(prompts: int, studies: int, full: bool, least: float, most: float) -> None:
     kinds = list(leaderboard_grid(prompts, full))
-    found = [leaderboard_coverage(kind, studies, seed=1) for kind in kinds]
-    assert 0.93 <= np.mean(found) <= 0.97 and min(found) >= least and max(found) <= most, list(
-        zip(found, kinds, strict=True)
+    coverages = [leaderboard_coverage(kind, studies, seed=1) for kind in kinds]
+    assert 0.93 <= np.mean(coverages) <= 0.97 and min(coverages) >= least and max(coverages) <= most, list(
+        zip(coverages, kinds, strict=True)
     )
 
 

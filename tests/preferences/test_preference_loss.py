@@ -114,8 +114,8 @@ def test_reconstruction_ignores_affine_maps_and_survives_a_constant():
 
 
 def points(count, size, seed=0, mean=0.0):
-    found = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return found + torch.tensor([mean] + [0.0] * (size - 1), dtype=torch.float64)
+    normal = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return normal + torch.tensor([mean] + [0.0] * (size - 1), dtype=torch.float64)
 
 
 def test_order_rotation_shift_and_which_set_is_which_do_not_matter():
@@ -128,7 +128,7 @@ def test_order_rotation_shift_and_which_set_is_which_do_not_matter():
         assert float(cs_divergence(a, b, 0.9)) == pytest.approx(known, abs=1e-12)
     one_dimensional = x[:, :1], y[:, :1]
     assert torch.equal(cs_divergence(*one_dimensional, 0.9), cs_divergence(*one_dimensional[::-1], 0.9)), (
-        "labels turned over"
+        "inverted labels"
     )
 
 
@@ -163,5 +163,5 @@ def test_v_is_too_large_in_many_dimensions_and_u_is_not():
 
 def test_medians_are_of_different_members_and_carry_no_gradient():
     x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
-    found = median_distance(x)
-    assert float(found) == 2 and not found.requires_grad
+    median = median_distance(x)
+    assert float(median) == 2 and not median.requires_grad

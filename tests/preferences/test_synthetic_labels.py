@@ -1,4 +1,4 @@
-"""Labels from a stand-in generator whose scans lack more or less of the heads that its latents name."""
+"""Labels from a stand-in generator whose scans lack more or less of the ground-truth heads."""
 
 import json
 import types
@@ -63,7 +63,7 @@ def test_shapes_are_read_at_the_middles_of_voxels_along_x_y_z():
     ws[0, 0, 0] = 2.0
     values = shape_values(_Heads().field(ws), 16)[0]
     middles = (np.arange(16) + 0.5) / 16 - 0.5
-    # behind, in front of nothing
+    # at the back of the head
     assert values[8, 8, 0] == pytest.approx(600 * (-0.1 - middles[0]), rel=1e-4)
     assert values[0, 8, 8] == pytest.approx(600 * (np.linalg.norm(middles[[0, 8, 8]]) - RADIUS), rel=1e-4)
 
@@ -82,7 +82,7 @@ def test_all_pairs_of_a_block_are_labelled_and_clean_means_the_better_one_won(ge
         assert label.clean == (annotation.judged[label.winner].total >= annotation.judged[label.loser].total)
 
 
-def test_whole_heads_win(generator):
+def test_intact_heads_win(generator):
     annotation = annotate(generator, AnnotationOptions(pairs=112, resolution=16, flip_rate=0.0))
     cut = {seed: abs(np.random.RandomState(seed).randn(64)[0]) for seed in annotation.judged}
     share = np.mean([cut[label.winner] < cut[label.loser] for label in annotation.labels])
@@ -106,12 +106,12 @@ def test_labels_survive_the_open_format(generator, tmp_path):
 def test_progress_is_reported(generator):
     seen = []
     annotate(generator, OPTIONS, on_seed=seen.append)
-    assert [found.total for found in seen] == annotate(generator, OPTIONS).utilities.tolist()
+    assert [evaluation.total for evaluation in seen] == annotate(generator, OPTIONS).utilities.tolist()
 
 
-def test_a_truncated_scan_is_judged_by_the_head_of_the_whole_latent(generator):
-    whole, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
-    assert half[0].defects["missing"] < whole[0].defects["missing"]
+def test_a_truncated_scan_is_compared_with_the_head_of_the_untruncated_latent(generator):
+    untruncated, half = (list(judge_seeds(generator, [3], resolution=32, psi=psi)) for psi in (1.0, 0.5))
+    assert half[0].defects["missing"] < untruncated[0].defects["missing"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_mistakes_are_named(settings, field):
 
 
 @pytest.mark.parametrize("changed", [{"z_dim": 8}, {"bounds": Bounds(side=2.0)}])
-def test_a_generator_of_other_things_is_refused(generator, changed):
+def test_a_generator_of_other_objects_is_rejected(generator, changed):
     for name, value in changed.items():
         setattr(generator, name, value)
     with raising("--network", "synthetic:people64"):

@@ -85,8 +85,8 @@ def test_pairs_become_roles_and_both_roles_become_strengths(tmp_path):
         assert load_unpaired(write_labels(tmp_path / name, pairs)) == simple
     # 0 beats all, 10 none; 1..9 have both roles
     chain = [Preference(winner=a, loser=b) for a in range(11) for b in range(a + 1, 11)]
-    found = {label.seed: label.label for label in from_pairs(chain)}
-    assert found == {
+    thumbs = {label.seed: label.label for label in from_pairs(chain)}
+    assert thumbs == {
         **dict.fromkeys(range(5), True),
         **dict.fromkeys(range(6, 11), False),
     }, "the middle one of nine is left out"
@@ -118,7 +118,7 @@ def test_splits_follow_the_pairs_and_share_no_shape():
 
 
 def test_pairs_for_validation_are_disjoint_and_of_both_kinds():
-    labels = [*thumbs(30), UnpairedPreference(seed=0, label=False)]  # 0 has both: nobody knows
+    labels = [*thumbs(30), UnpairedPreference(seed=0, label=False)]  # 0 has both, so it cannot be used
     pairs = to_pairs(labels)
     assert len(pairs) == 14 and len({s for p in pairs for s in (p.winner, p.loser)}) == 28
     assert all(p.winner % 2 == 0 and p.loser % 2 == 1 and p.winner for p in pairs)

@@ -1,1 +1,1 @@
-"""Assets under optimisation, how they are seen, and where cameras stand."""
+"""Assets under optimisation, their renderings, and the cameras."""

@@ -1,5 +1,6 @@
-"""Assets under optimisation: a `Field` whose numbers are parameters. Slabs, depth maps, clouds, meshes and
-rewards read it as any other. What is finished is a generator family.
+"""Assets under optimisation: a `Field` whose values are parameters. Finished assets form a generator family.
+
+Slabs, depth maps, point clouds, meshes and rewards use an asset like any other field.
 
 Letters: A assets, P points, D, H, W = grid points along z, y, x, M rays, S samples along a ray, r pixels per
 edge; of the generator N samples, Z z_dim.
@@ -20,9 +21,9 @@ from eg3d_rlhf.generators import Family, Generator, latents, register
 from training import networks
 from training.storage import load_strict, read_tensors
 
-ARCHITECTURE = "assets"  # as network files name their family
-RESOLUTION = 64  # pixels per edge of a rendering that does not say
-_EDGE = 1e-4  # share of half a side by which a point may lie outside: rays end on the bounds
+ARCHITECTURE = "assets"  # the name of the family in network files
+RESOLUTION = 64  # pixels per edge of a render without a given resolution
+_EDGE = 1e-4  # tolerance of the bounds, as a fraction of half a side: rays end exactly on the bounds
 KINDS: Registry[type["Asset"]] = Registry(
     "kind of asset",
     {
@@ -34,92 +35,103 @@ KINDS: Registry[type["Asset"]] = Registry(
 
 
 class Asset(torch.nn.Module, abc.ABC):
-    """A assets at once, each with parameters of its own: the first axis of every parameter is A. Fills the
-    unit cube about the origin.
+    """A assets in one module, each with its own parameters: the first axis of every parameter is A.
 
-    Renderings are without jitter, black where nothing is, and differentiable in the parameters.
+    The assets fill the unit cube about the origin. Renders have no jitter, are black where space is empty,
+    and are differentiable in the parameters.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # name in files and flags
     level = LEVEL
     bounds = Bounds(border=0.0)
 
     def __init_subclass__(cls, **more) -> None:
+        """Add the subclass to the registry of kinds."""
         super().__init_subclass__(**more)
         KINDS.add(cls.kind, cls)
 
     @property
     @abc.abstractmethod
     def settings(self) -> dict:
-        """Arguments of the constructor but for `assets`, as JSON values."""
+        """Return the constructor's arguments except `assets`, as JSON values."""
 
     @property
     @abc.abstractmethod
     def samples(self) -> int:
-        """Samples along a ray that a rendering takes unless it says otherwise."""
+        """Return the samples along a ray of a render that does not specify them."""
 
     @abc.abstractmethod
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw density [A, P] and colour [A, P, 3] in 0..1 at world points [A, P, 3] inside the bounds."""
+        """Return raw density [A, P] and colour [A, P, 3] in 0..1 at world points [A, P, 3] inside the
+        bounds.
+        """
 
     @abc.abstractmethod
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """Named penalties [A], each smaller for simpler assets; a loss adds them with weights."""
+        """Return named penalties [A], smaller for simpler assets. A loss adds them with weights."""
 
     @abc.abstractmethod
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Parameters by the learning rate they want: 'grid', and 'decoder' where there is one."""
+        """Return the parameters by the learning rate that they need: 'grid', and 'decoder' if there is
+        one.
+        """
 
     def __len__(self) -> int:
         return len(next(self.parameters()))
 
     def density(self, points: torch.Tensor) -> torch.Tensor:
-        """See `Field`. Differentiable in the parameters and the points."""
-        points = self._of_each(points)
+        """Return the raw density, see `Field`. Differentiable in the parameters and the points."""
+        points = self._per_asset(points)
+        # The cube is centred at the origin, see `bounds`.
         inside = (points.abs() <= self.bounds.side / 2 * (1 + _EDGE)).all(dim=-1)
+        # Points outside are decoded as well, and their result is discarded.
         return torch.where(inside, self.decode(points)[0], EMPTY)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """See `Field`."""
+        """Return the raw density at grid points, see `Field`."""
         return self.density(grid.points().reshape(-1, 3)).unflatten(1, grid.shape)
 
     def colour(self, points: torch.Tensor) -> torch.Tensor:
-        """See `Field`."""
-        return self.decode(self._of_each(points))[1]
+        """Return the colour, see `Field`."""
+        return self.decode(self._per_asset(points))[1]
 
-    def _of_each(self, points: torch.Tensor) -> torch.Tensor:
-        """Points [P, 3] or [A, P, 3] as [A, P, 3]."""
+    def _per_asset(self, points: torch.Tensor) -> torch.Tensor:
+        """Expand points [P, 3] or [A, P, 3] to [A, P, 3], on the device of the parameters."""
         return points.to(next(self.parameters())).expand(len(self), -1, -1)
 
     def render(self, cameras: torch.Tensor, options: RenderOptions = OWN) -> Rendering:
-        """See `Field`."""
+        """Render, see `Field`."""
         return march(self, cameras.to(next(self.parameters())), options, RESOLUTION, self.samples)
 
     def pick(self, indices: list[int]) -> Self:
-        """A copy of some of the assets, as meshes want one."""
+        """Return a copy of some of the assets; the mesh export needs a single one."""
+        # All attributes and buffers, with the parameters replaced below.
         chosen = copy.deepcopy(self)
         for name, parameter in self.named_parameters():
-            kept = torch.nn.Parameter(
+            selected = torch.nn.Parameter(
                 parameter.detach()[indices].clone(), requires_grad=parameter.requires_grad
             )
-            setattr(chosen, name, kept)
+            setattr(chosen, name, selected)
         return chosen
 
     def save(self, path: str | Path, pairs: Sequence[tuple[str, int]] = ()) -> None:
-        """Write as a network file, which tools take as a generator.
+        """Write a network file, which other commands accept as a generator.
 
         Args: pairs: prompt and seed of each asset.
         """
-        held = torch.nn.ModuleDict({"asset": self})
-        made = {"field": self.kind, "assets": len(self), "settings": self.settings}
-        trained = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
+        # the same parameter names as in `AssetNetwork`
+        network = torch.nn.ModuleDict({"asset": self})
+        arguments = {"field": self.kind, "assets": len(self), "settings": self.settings}
+        training_set = {"name": "distilled", **({"pairs": [list(pair) for pair in pairs]} if pairs else {})}
+        # No G and D: finished assets are not trained further.
         networks.save(
-            path, networks.Networks(None, None, held, made, None, trained, architecture=ARCHITECTURE)
+            path,
+            networks.Networks(None, None, network, arguments, None, training_set, architecture=ARCHITECTURE),
         )
 
 
 class AssetNetwork(torch.nn.Module):
-    """What a network file of assets holds: the field of a kind, so many assets, the settings of the kind.
+    """The network in a file of assets: an asset of a kind, with its number of assets and its settings.
 
     Raises: ValueError.
     """
@@ -130,13 +142,14 @@ class AssetNetwork(torch.nn.Module):
 
 
 def load_assets(path: str | Path) -> Asset:
-    """The assets that `Asset.save` wrote. Raises: ValueError for another kind of file or of field."""
+    """Read assets that `Asset.save` wrote. Raises: ValueError for another kind of file or of field."""
     tensors, meta = read_tensors(path, "network")
+    # Files of EG3D networks have no such entry.
     if meta.get("architecture") != ARCHITECTURE:
         got = meta.get("architecture", networks.EG3D)
         raise ValueError(
-            f"load_assets({Path(path).name}): expected finished assets, got a generator of {got}. Pass"
-            " another file."
+            f"load_assets({Path(path).name}): expected finished assets, got a generator of the family {got}."
+            " Pass a file of assets."
         )
     network = AssetNetwork(**meta["G_kwargs"])
     load_strict(
@@ -148,33 +161,36 @@ def load_assets(path: str | Path) -> Asset:
 
 
 def sparsity(raw: torch.Tensor, step: float) -> dict[str, torch.Tensor]:
-    """Penalties [A] of raw density [A, ...] at points `step` world units apart, on their opacity
-    o = 1 - exp(-softplus(raw - 1) step).
+    """Compute penalties [A] on the opacity o = 1 - exp(-softplus(raw - 1) step) of grid points.
 
-    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 where all is
-        either full or empty.
+    Args: raw: density [A, ...] at points that are `step` world units apart.
+    Returns: 'sparsity', the mean of o; 'opacity', its mean binary entropy in nats, which is 0 if every point
+    is either full or empty.
     """
-    free = torch.nn.functional.softplus(raw - 1) * step  # optical depth
-    opacity = -torch.expm1(-free)
-    entropy = (1 - opacity) * free - opacity * opacity.clamp_min(1e-12).log()
+    optical_depth = torch.nn.functional.softplus(raw - 1) * step
+    # 1 - exp(-x), accurate for small x
+    opacity = -torch.expm1(-optical_depth)
+    # -log(1 - o) is the optical depth; the clamp avoids log(0)
+    entropy = (1 - opacity) * optical_depth - opacity * opacity.clamp_min(1e-12).log()
     return {"sparsity": opacity.flatten(1).mean(dim=1), "opacity": entropy.flatten(1).mean(dim=1)}
 
 
-# Finished assets as a generator family: the file that a run writes for an arm; seeds 0, 1, 2, ... name its
-# assets in order. Labelling, the blind study, meshes, pictures and rewards then take it as any generator. It
-# cannot be tuned: a shape per seed is all it has.
+# Finished assets as a generator family: the file that a run writes for an arm. Seeds 0, 1, 2, ... are its
+# assets in order. Labelling, the blind study, meshes, images and rewards then use it like any generator. It
+# cannot be tuned, since it has no latent space between its shapes.
 
 
 class AssetGenerator:
-    """`Generator` around A assets, which can be counted."""
+    """A `Generator` around A assets. It has as many shapes as assets (attribute `count`)."""
 
     architecture = ARCHITECTURE
     conditioned = False
-    z_dim = 8
+    z_dim = 8  # latents of seeds only identify the asset
     w_dim = 1
     num_ws = 1
     img_resolution = RESOLUTION
-    cameras = CameraFamily(radius=6.0)  # the whole cube, also from its corners, with the lens of portraits
+    # far enough to show the full cube, corners included, with the focal length of portraits
+    cameras = CameraFamily(radius=6.0)
 
     def __init__(self, module: AssetNetwork):
         self.module = module
@@ -189,37 +205,42 @@ class AssetGenerator:
         truncation_psi: float = 1.0,
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
-        """ws [N, 1, 1], the numbers of the assets whose seeds have the latents z [N, Z]. Camera and
-        truncation change nothing.
+        """Return ws [N, 1, 1], the indices of the assets whose seeds have the latents z [N, Z].
 
-        Raises: ValueError for the latent of no asset.
+        Camera and truncation have no effect.
+
+        Raises: ValueError for a latent of no asset.
         """
         del c, truncation_psi, truncation_cutoff
-        known = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
-        same = (z[:, None] == known).all(dim=2)  # [N, A]
+        latents_of_assets = latents(range(self.count), self.z_dim).to(z)  # [A, Z]
+        # Exact comparison: latents of seeds are reproducible bitwise.
+        same = (z[:, None] == latents_of_assets).all(dim=2)  # [N, A]
         if not bool(same.any(dim=1).all()):
             raise ValueError(
-                f"assets: expected latents of seeds 0 to {self.count - 1}, got others. This file has"
-                f" {self.count} shapes."
+                f"assets: expected latents of seeds 0 to {self.count - 1}, the shapes of this file, got"
+                " others. Use these seeds."
             )
         return same.float().argmax(dim=1).view(-1, 1, 1).to(z)
 
     def field(self, ws: torch.Tensor, noise_mode: str = "const") -> Asset:
-        """The assets of numbers ws [N, 1, 1].
+        """Return the assets with the indices ws [N, 1, 1].
 
-        Raises: ValueError for what is between them: there is nothing.
+        Raises: ValueError for values that are no index. Assets cannot be interpolated.
         """
         del noise_mode
-        numbers = ws.flatten().tolist()
-        if ws.shape[1:] != (1, 1) or not all(number in range(self.count) for number in numbers):
-            got = f"{list(ws.shape)} with {numbers[:4]}"
-            wanted = f"ws [N, 1, 1] of whole numbers below {self.count}"
-            raise ValueError(f"assets: expected {wanted}, got {got}. There is nothing between two assets.")
-        return self.module.asset.pick([int(number) for number in numbers])
+        indices = ws.flatten().tolist()
+        if ws.shape[1:] != (1, 1) or not all(index in range(self.count) for index in indices):
+            got = f"{list(ws.shape)} with {indices[:4]}"
+            expected = f"ws [N, 1, 1] of indices below {self.count}"
+            raise ValueError(
+                f"assets: expected {expected}, got {got}. Assets cannot be interpolated; pass latents of"
+                " seeds."
+            )
+        return self.module.asset.pick([int(index) for index in indices])
 
 
 def wrap(module: AssetNetwork) -> Generator:
-    """What the registry calls."""
+    """Wrap a network as a generator, for the registry."""
     return AssetGenerator(module)
 
 

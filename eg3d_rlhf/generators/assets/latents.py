@@ -1,7 +1,8 @@
-"""Assets as latents of the bundled generator: its shapes, moved through its own latent space.
+"""Assets as latents of the bundled generator: score distillation moves its shapes in its latent space.
 
-A reward that learned from this generator's shapes is asked about nothing else. Letters: A assets, L layers of
-ws, W w_dim, P points.
+A reward that was trained on shapes of this generator is then evaluated only on such shapes.
+
+Letters: A assets, L layers of ws, W w_dim, P points.
 """
 
 import functools
@@ -15,73 +16,81 @@ from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, ws_
 from eg3d_rlhf.generators.assets.asset import Asset, sparsity
 from eg3d_rlhf.generators.eg3d import PlaneField
 
-_PROBES = 16  # grid points per edge at which regularisers read the density
+_PROBES = 16  # grid points per edge at which regularisers evaluate the density
 
 
 @functools.cache
 def _bundled() -> LoadedGenerator:
+    """Load the bundled generator once per process."""
     return load_generator()
 
 
 class Latents(Asset):
-    """The fields of ws [A, L, W], a latent for each layer; starts at the generator's mean latent."""
+    """Fields of ws [A, L, W], a latent for each layer. The initial value is the generator's mean latent."""
 
     kind = "latents"
 
     def __init__(self, assets: int, generator: str | None = None):
-        """Args: generator: SHA-256 of the state that the latents are of; None: that of the bundled one.
+        """Create latents.
 
-        Raises: ValueError for another.
+        Args: generator: SHA-256 of the generator's state; None: the bundled generator's.
+        Raises: ValueError for another generator.
         """
         super().__init__()
+        # Latents are meaningless for another network.
         if generator not in (None, _bundled().hash):
             bundled = _bundled().hash[:12]
             raise ValueError(
-                f"Latents: expected those of the bundled generator {bundled}, got {generator:.12}. Bring its"
-                " file."
+                f"Latents: expected latents of the bundled generator {bundled}, got those of {generator:.12}."
+                " Restore the generator that they were made with to assets/."
             )
+        # psi = 0 gives the mean latent for every seed
         mean = ws_of_seeds(_bundled().generator, [0], truncation_psi=0.0)
+        # [A, L, W], every layer by itself (the W+ space)
         self.ws = torch.nn.Parameter(mean.repeat(assets, 1, 1))
 
     @classmethod
     def of_seeds(cls, seeds: Sequence[int]) -> "Latents":
-        """The generator's shapes of seeds."""
-        made = cls(len(seeds))
+        """Create latents of the generator's shapes of seeds."""
+        asset = cls(len(seeds))
         with torch.no_grad():
-            made.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
-        return made
+            # In place, so that the parameter stays the same object.
+            asset.ws.copy_(ws_of_seeds(_bundled().generator, seeds))
+        return asset
 
     @property
     def settings(self) -> dict:
-        """See `Asset`."""
+        """Return the constructor's arguments, see `Asset`."""
         return {"generator": _bundled().hash}
 
     @property
     def samples(self) -> int:
-        """Along the cube; planes have 64 texels."""
+        """Return the samples along a ray; planes have 64 texels."""
         return 48
 
     @property
     def generator(self) -> Generator:
-        """Whose latents these are."""
+        """Return the generator of these latents."""
         return _bundled().generator
 
     @property
     def field(self) -> PlaneField:
-        """Synthesised now."""
+        """Synthesise the field of the present latents."""
         return cast(PlaneField, self.generator.field(self.ws))
 
     def decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Asset`."""
+        """Return density and colour, see `Asset`."""
         return self.field.decode(points)
 
     def density_grid(self, grid: SlabSpec) -> torch.Tensor:
-        """See `Field`."""
+        """Return the raw density at grid points, see `Field`."""
         return self.field.density_grid(grid)
 
     def regularisers(self) -> dict[str, torch.Tensor]:
-        """'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared step
-        between the layers' latents.
+        """Return the penalties [A].
+
+        'sparsity' and 'opacity' on a coarse grid, see `sparsity`; 'roughness', the mean squared difference
+        between latents of successive layers.
         """
         probes = SlabSpec.of(self.bounds, _PROBES)
         return {
@@ -90,5 +99,5 @@ class Latents(Asset):
         }
 
     def groups(self) -> dict[str, list[torch.nn.Parameter]]:
-        """See `Asset`."""
+        """Return the parameters by learning rate, see `Asset`."""
         return {"grid": [self.ws]}

@@ -1,10 +1,10 @@
-"""EG3D's own pickles, read without running them: `load` gives networks, `read` the records and the names that
-a file asks for.
+"""Reader of EG3D's pickles that runs no code in them: `load` returns networks, `read` records and the names
+that a file refers to.
 
-Loaded the usual way such a file executes the source text that it carries. Here it is a stream of opcodes for
-a small machine (machine.py) that knows the names of eg3d.md, section 9, each standing for an inert record,
-and parses the torch streams inside (snapshot.py); networks are rebuilt from the stated constructor arguments
-(rebuild.py).
+Loading such a file with `pickle` executes the source text that it contains. Here it is parsed as a stream of
+opcodes by a small interpreter (pickle_reader.py), which knows only the names that EG3D's snapshots use. Each
+name stands for an inert record. The torch streams inside are parsed in the same way (snapshot.py), and
+networks are built from the constructor arguments in the file (rebuild.py).
 """
 
 from eg3d_rlhf.generators.pickles.rebuild import load, plan, rebuild

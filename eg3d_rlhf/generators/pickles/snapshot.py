@@ -1,11 +1,11 @@
-"""A snapshot of EG3D as records: what it holds, what it asked for, and the tensors of its modules by
-state-dict name.
+"""A snapshot of EG3D as records: its contents, the names that it refers to, and the tensors of its modules.
 
-A snapshot embeds the source of its modules and asks to run it. Here the call becomes a `ModuleRecord`, the
-source stays text. Its tensors lie in legacy torch streams: a storage is a stream of five small pickles
-(magic number, protocol 1001, system, the storage's persistent id, list of keys), the number of elements
-(int64) and their bytes, little-endian. Claims about shape and stride are checked before anything is
-allocated.
+A snapshot contains the source text of its modules and a call that runs it. Here the call becomes a
+`ModuleRecord`, and the source remains text.
+
+Tensors are in legacy torch streams. The stream of a storage has five small pickles (magic number, protocol
+1001, system, persistent id of the storage, list of keys), then the number of elements (int64) and their
+bytes, little-endian. Claims about shape and stride are checked before memory is allocated.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from eg3d_rlhf.generators.pickles.pickle_reader import (
     Global,
     LongText,
     Machine,
-    Refusal,
+    RejectedError,
     Rules,
-    brief,
-    brief_text,
     decode,
+    describe,
     members,
+    shorten,
 )
 
-# The names that EG3D's snapshots use, and the inert record that each one stands for (eg3d.md, section 9).
+# The names that EG3D's snapshots use, and the inert records that they stand for.
 
-MAGIC = 0x1950A86A20F9469CFC6C
-VERSION = 1001
+MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
+VERSION = 1001  # torch.serialization.PROTOCOL_VERSION
 MAX_DIMENSIONS = 8
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -55,7 +55,7 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StorageRecord:
-    """Bytes of a storage, where they lie in the file."""
+    """The bytes of a storage, as a view into the file."""
 
     dtype: torch.dtype
     data: memoryview
@@ -63,24 +63,27 @@ class StorageRecord:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorRecord:
-    """A view of a storage, proved to lie inside it."""
+    """A view of a storage, checked to lie inside it."""
 
     storage: StorageRecord
-    offset: int
+    offset: int  # elements
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...]  # elements
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def tensor(self) -> torch.Tensor:
-        """A contiguous copy."""
+        """Return a contiguous copy."""
         dtype = self.storage.dtype
         if not self.nbytes:
+            # numpy rejects a view of an empty buffer
             return torch.empty(self.shape, dtype=dtype)
         size = dtype.itemsize
+        # Integers of the same size, since numpy has no bfloat16.
+        # The view is inside the buffer, which `_tensor` has checked.
         view = np.ndarray(
             self.shape,
             dtype=f"<i{size}",
@@ -93,71 +96,80 @@ class TensorRecord:
 
 @dataclasses.dataclass(frozen=True)
 class _StorageId:
+    """A persistent id of a storage."""
+
     dtype: torch.dtype
     key: str
     count: int
 
 
 class StorageRules(Rules):
-    """Rules of the streams inside: storage classes and persistent ids of storages, and nothing else."""
+    """Rules of tensor streams: storage classes and persistent ids of storages are accepted, nothing else."""
 
     inside = " in a tensor stream"
 
     def find(self, name: Global) -> Global:
-        """torch.FloatStorage and its kind."""
+        """Accept torch.FloatStorage and similar names."""
         if name.module not in ("torch", "torch.cuda") or name.name not in DTYPES:
             super().find(name)
         return name
 
     def persistent(self, pid: Any) -> Any:
-        """('storage', class, key, location, count, view), with view None. The location is where it once was;
-        we read to the CPU.
+        """Accept ('storage', class, key, location, count, view) with view None.
+
+        The location is the device of the original tensor. It is ignored: all tensors are read to the CPU.
         """
+        # Types of the six members.
         kinds: tuple[type, ...] = (str, Global, str, str, int, type(None))
         if (
             not isinstance(pid, tuple)
             or len(pid) != 6
             or not all(isinstance(v, k) for v, k in zip(pid, kinds, strict=True))
         ):
-            raise Refusal(f"a storage id that is {brief(pid)}")
-        if pid[0] != "storage" or isinstance(pid[4], bool) or pid[4] < 0:
-            raise Refusal(f"a storage id that begins with {brief(pid[0])} and holds {brief(pid[4])} elements")
+            raise RejectedError(f"a storage id that is {describe(pid)}")
+        if pid[0] != "storage" or isinstance(pid[4], bool) or pid[4] < 0:  # a bool is an int in Python
+            raise RejectedError(
+                f"a storage id that begins with {describe(pid[0])} and claims {describe(pid[4])} elements"
+            )
         return _StorageId(DTYPES[pid[1].name], pid[2], pid[4])
 
 
 def read_storage(data: memoryview, budget: Budget, asked: Counter) -> StorageRecord:
     """Parse one legacy stream.
 
-    Raises: Refusal for another format, a name outside DTYPES, or a size that is not what the stream holds.
+    Raises: RejectedError for another format, a name outside DTYPES, or a size that differs from the stream's.
     """
     position = 0
-    values = []
+    pickled_values = []
     for _ in range(5):
+        # Five pickles follow one another without separators.
         machine = Machine(data, position, StorageRules(budget, asked))
-        values.append(machine.run())
+        pickled_values.append(machine.run())
         position = machine.position
-    magic, version, system, storage, keys = values
+    magic, version, system, storage, keys = pickled_values
     if magic != MAGIC or version != VERSION:
-        raise Refusal("a tensor stream of another format")
+        raise RejectedError("a tensor stream of another format")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise Refusal("a tensor stream of a big-endian machine")
+        raise RejectedError("a tensor stream of a big-endian machine")
     if (
         not isinstance(storage, _StorageId)
         or not isinstance(keys, list)
         or len(keys) != 1
         or keys[0] != storage.key
     ):
-        raise Refusal("a tensor stream that does not hold exactly one storage")
+        raise RejectedError("a tensor stream that does not hold exactly one storage")
     if len(data) - position < 8:
-        raise Refusal("the end of a tensor stream")
+        raise RejectedError("the end of a tensor stream")
+    # The number of elements is stored twice, in the persistent id and here.
     (count,) = struct.unpack("<q", data[position : position + 8])
     body = data[position + 8 :]
     if count != storage.count or count * storage.dtype.itemsize != len(body):
         claim = f"{storage.count} and {count} elements of {storage.dtype.itemsize} bytes"
-        raise Refusal(f"a tensor stream that claims {claim} and holds {len(body)} bytes")
+        raise RejectedError(f"a tensor stream that claims {claim} and holds {len(body)} bytes")
     return StorageRecord(storage.dtype, body)
 
 
+# Modules whose class is not persistent: they are pickled as plain objects.
 PLAIN_MODULES = {
     "training.triplane.OSGDecoder",
     "training.volumetric_rendering.renderer.ImportanceRenderer",
@@ -167,7 +179,7 @@ PLAIN_MODULES = {
     "torch.nn.modules.container.Sequential",
 }
 DICTIONARIES = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
-SCALARS = {  # NumPy's code -> struct's
+SCALARS = {  # numpy's code -> struct's
     "f8": "d",
     "f4": "f",
     "f2": "e",
@@ -185,22 +197,22 @@ SCALARS = {  # NumPy's code -> struct's
 
 @dataclasses.dataclass(eq=False)
 class ModuleRecord:
-    """A module: the name of its class and its attributes, uninterpreted."""
+    """A module: the name of its class, and its attributes, uninterpreted."""
 
     class_name: str
-    state: Any  # a dict; None until the stream gives it
+    state: Any  # a dict; None until the stream sets it
 
 
 @dataclasses.dataclass(eq=False)
 class DtypeRecord:
-    """A NumPy scalar type."""
+    """A numpy scalar type."""
 
-    code: str  # as in SCALARS
+    code: str  # a key of SCALARS
     order: str = "<"
 
 
 class SnapshotRules(Rules):
-    """Rules of a snapshot's outer stream. `asked` also counts the names of the tensor streams."""
+    """Rules of a snapshot's outer stream. `asked` also counts the names in tensor streams."""
 
     def __init__(self, budget: Budget, asked: Counter):
         super().__init__(budget, asked)
@@ -214,7 +226,7 @@ class SnapshotRules(Rules):
             "numpy.dtype": self._dtype,
             "numpy.core.multiarray.scalar": self._scalar,
             "numpy._core.multiarray.scalar": self._scalar,
-            # protocol 2 writes bytes and sets as calls
+            # protocol 2 writes bytes and sets as calls of these functions
             "_codecs.encode": self._bytes,
             "__builtin__.bytes": self._empty_bytes,
             "__builtin__.set": self._set,
@@ -222,14 +234,16 @@ class SnapshotRules(Rules):
         }
 
     def find(self, name: Global) -> Global:
-        """A name of the list above."""
+        """Accept the names of the calls, modules and dictionaries above."""
         if name.path not in self.calls and name.path not in PLAIN_MODULES and name.path not in DICTIONARIES:
-            raise Refusal(f"the global {brief(name)}, which no network needs")
+            raise RejectedError(f"the global {describe(name)}, which no network needs")
         return name
 
     def reduce(self, function: Any, args: tuple) -> Any:
-        """What the call stands for."""
+        """Return the record of a call."""
+        # A call of a record instead of a name is rejected by the base class.
         path = function.path if isinstance(function, Global) else ""
+        # Dictionaries are created by a call without arguments, or as new objects.
         if path in DICTIONARIES:
             return self.new(function, args)
         if path not in self.calls:
@@ -237,18 +251,18 @@ class SnapshotRules(Rules):
         return self.calls[path](args)
 
     def new(self, cls: Any, args: tuple) -> Any:
-        """A module without state, or a dictionary."""
+        """Return the record of a module without state, or an empty dictionary."""
         path = cls.path if isinstance(cls, Global) else ""
         if args != ():
-            raise Refusal(f"arguments for a new {brief(cls)}")
+            raise RejectedError(f"arguments for a new {describe(cls)}")
         if path in DICTIONARIES:
             return {}
         if path not in PLAIN_MODULES:
-            raise Refusal(f"a new object of {brief(cls)}")
+            raise RejectedError(f"a new object of {describe(cls)}")
         return ModuleRecord(cls.name, None)
 
     def build(self, record: Any, state: Any) -> None:
-        """The state of a module (once), or of a scalar type."""
+        """Set the state of a module (once), or of a scalar type."""
         if isinstance(record, ModuleRecord) and record.state is None and self._is_state(state):
             record.state = state
         elif (
@@ -257,200 +271,232 @@ class SnapshotRules(Rules):
             and len(state) >= 2
             and state[1] in ("<", "|", ">")
         ):
+            # "|" means that the order does not apply (single bytes)
             record.order = ">" if state[1] == ">" else "<"
         else:
-            raise Refusal(f"a state of {brief(state)} for {brief(record)}")
+            raise RejectedError(f"a state of {describe(state)} for {describe(record)}")
 
     def _is_state(self, value: Any) -> bool:
+        """Return True for a dictionary with names as keys."""
+        # Checking a large dictionary again and again would take time without any opcode.
         self.budget.spend(opcodes=len(value) if isinstance(value, dict) else 0)
         return isinstance(value, dict) and all(isinstance(k, str) for k in value)
 
-    # Calls: arguments -> record.
+    # Calls: each method maps arguments to a record.
 
     def _module(self, args: tuple) -> ModuleRecord:
+        """Return the record of a persistent module from its description."""
+        # The description written by torch_utils.persistence.
         meta = _only(args, dict, "module")
         if (
             meta.get("type") != "class"
             or not isinstance(meta.get("class_name"), str)
             or not self._is_state(meta.get("state"))
         ):
-            raise Refusal("a module description without type, class_name or state")
+            # meta["module_src"], the source text that EG3D would execute, is ignored.
+            raise RejectedError("a module description without type, class_name or state")
         return ModuleRecord(meta["class_name"], meta["state"])
 
     def _tensor(self, args: tuple) -> TensorRecord:
-        """The view that a stream claims.
+        """Return the view of a storage that a stream claims.
 
-        Refused unless all indices lie in the storage and no element is used twice over (a stride of 0 makes
-        gigabytes from one number).
+        Rejected unless all indices lie in the storage and the tensor has no more elements than the storage.
+        With a stride of 0, one number could become gigabytes.
         """
         if not 6 <= len(args) <= 7:
-            raise Refusal(f"a tensor of {len(args)} arguments")
+            raise RejectedError(f"a tensor of {len(args)} arguments")
         storage, offset, shape, stride = args[:4]
         if not isinstance(storage, StorageRecord):
-            raise Refusal(f"a tensor on {brief(storage)}")
+            raise RejectedError(f"a tensor on {describe(storage)}")
         if (
             not isinstance(shape, tuple)
             or not isinstance(stride, tuple)
             or not len(shape) == len(stride) <= MAX_DIMENSIONS
         ):
-            raise Refusal(f"a tensor of shape {brief(shape)} and stride {brief(stride)}")
+            raise RejectedError(f"a tensor of shape {describe(shape)} and stride {describe(stride)}")
         if not all(type(v) is int and 0 <= v < 1 << 62 for v in (offset, *shape, *stride)):
-            raise Refusal("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
+            # type(): a bool is an int in Python
+            raise RejectedError("a tensor whose offset, shape or stride is not made of whole numbers >= 0")
+        # Python integers cannot overflow.
         count = math.prod(shape)
         elements = len(storage.data) // storage.dtype.itemsize
+        # index of the last element; strides are not negative
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset
+        # an empty tensor may start at the end of an empty storage
         if count > elements or last >= max(elements, 1):
-            raise Refusal(f"a tensor of {count} elements, the last at {last}, in a storage of {elements}")
+            raise RejectedError(
+                f"a tensor of {count} elements, the last at {last}, in a storage of {elements}"
+            )
         return TensorRecord(storage, offset, shape, stride)
 
     def _parameter(self, args: tuple) -> TensorRecord:
+        """Return the tensor of a parameter."""
         if len(args) != 3 or not isinstance(args[0], TensorRecord):
-            raise Refusal("a parameter without its tensor")
+            raise RejectedError("a parameter without its tensor")
         return args[0]
 
     def _dtype(self, args: tuple) -> DtypeRecord:
+        """Return a scalar type."""
         if not args or not isinstance(args[0], str) or args[0] not in SCALARS:
-            raise Refusal(f"a scalar type that is {brief(args[0] if args else None)}")
+            raise RejectedError(f"a scalar type that is {describe(args[0] if args else None)}")
         return DtypeRecord(args[0])
 
     def _scalar(self, args: tuple) -> float | int | bool:
+        """Return a number from a scalar type and its bytes."""
         if len(args) != 2 or not isinstance(args[0], DtypeRecord) or not isinstance(args[1], memoryview):
-            raise Refusal("a scalar without its type and bytes")
+            raise RejectedError("a scalar without its type and bytes")
+        # Byte order and type in struct's notation.
         form = args[0].order + SCALARS[args[0].code]
         if len(args[1]) != struct.calcsize(form):
-            raise Refusal(f"a scalar of {len(args[1])} bytes")
+            raise RejectedError(f"a scalar of {len(args[1])} bytes")
         return struct.unpack(form, args[1])[0]
 
     def _bytes(self, args: tuple) -> memoryview:
+        """Return bytes that protocol 2 has written as latin-1 text."""
         if len(args) != 2 or not isinstance(args[0], (str, LongText)) or args[1] not in ("latin1", "latin-1"):
-            raise Refusal("bytes in another encoding than latin1")
+            raise RejectedError("bytes in another encoding than latin1")
+        # latin-1: each character is one byte.
         text = args[0]
         self.budget.spend(decoded=len(text.utf8) if isinstance(text, LongText) else len(text))
         text = decode(bytes(text.utf8)) if isinstance(text, LongText) else text
         try:
             return memoryview(text.encode("latin-1"))
         except UnicodeEncodeError:
-            raise Refusal("bytes with values above 255") from None
+            raise RejectedError("bytes with values above 255") from None
 
     def _empty_bytes(self, args: tuple) -> memoryview:
+        """Return empty bytes, which protocol 2 writes as a call without arguments."""
         if args != ():
-            raise Refusal("arguments for empty bytes")
+            raise RejectedError("arguments for empty bytes")
         return memoryview(b"")
 
     def _set(self, args: tuple) -> set:
+        """Return a set, which protocol 2 writes as a call with a list."""
         items = _only(args, list, "set")
+        # Each copy of the same list costs work.
         self.budget.spend(opcodes=len(items))
         return set(members(items))
 
 
 def _only(args: tuple, kind: type, what: str) -> Any:
+    """Return the only argument of a call. Raises: RejectedError for other arguments."""
     if len(args) != 1 or not isinstance(args[0], kind):
-        raise Refusal(f"a {what} of {brief(args[0]) if len(args) == 1 else f'{len(args)} arguments'}")
+        raise RejectedError(
+            f"a {what} of {describe(args[0]) if len(args) == 1 else f'{len(args)} arguments'}"
+        )
     return args[0]
 
 
-MAX_DEPTH = 24  # modules in modules, lists in lists
+MAX_DEPTH = 24  # levels of nested modules, or of nested lists
 MAX_NODES = 20_000  # modules and tensors of one network, or values of one option
-# characters of a name, of an option
-MAX_KEY = 200
-MAX_OPTION = 4096
+MAX_KEY = 200  # characters of a name
+MAX_OPTION = 4096  # characters of a text among options
 NETWORKS = ("G", "D", "G_ema")
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a file holds."""
+    """The contents of a file."""
 
-    who: str  # the file, for messages
+    who: str  # name of the file in messages
     size: int  # bytes
     protocol: int
-    networks: dict[str, ModuleRecord]  # of G, D, G_ema those that are there
-    augment_pipe: ModuleRecord | None
+    networks: dict[str, ModuleRecord]  # those of G, D and G_ema that the file contains
+    augment_pipe: ModuleRecord | None  # ADA's augmentation, if the file contains it
     training_set: dict[str, Any]  # training_set_kwargs
-    asked: dict[str, int]  # name that the file asks for -> how often
+    asked: dict[str, int]  # name that the file refers to -> number of times
 
 
 def read(path: str | Path) -> Snapshot:
-    """Read a snapshot without running anything in it. The file is mapped into memory, tensors stay where they
-    are.
+    """Read a snapshot without running code in it.
 
-    Raises: FileNotFoundError, ValueError (one line, whatever the file holds).
+    The file is mapped into memory, and tensors remain in it.
+
+    Raises: FileNotFoundError; ValueError, in one line, for any file that is no such snapshot.
     """
     return parse(_mapped(path), str(path))
 
 
 def parse(data: memoryview, who: str) -> Snapshot:
-    """As `read`, of bytes."""
+    """Parse the bytes of a snapshot, see `read`. `who` is the name of the file in messages."""
     asked: Counter = Counter()
+    # text is at most as long as the file
     machine = Machine(data, 0, SnapshotRules(Budget(decoded=len(data)), asked))
-    with refusing(who, machine):
+    with reporting_rejection(who, machine):
         root = machine.run()
-        if isinstance(root, ModuleRecord):  # a generator by itself
+        # a pickled generator without the other networks
+        if isinstance(root, ModuleRecord):
             root = {"G_ema": root}
         if not isinstance(root, dict):
-            raise Refusal(f"{brief(root)} instead of a dictionary")
+            raise RejectedError(f"{describe(root)} instead of a dictionary")
+        # Other entries of the file are ignored.
         modules = {
             name: _module(root[name], name)
             for name in (*NETWORKS, "augment_pipe")
             if root.get(name) is not None
         }
         augment = modules.pop("augment_pipe", None)
-        training_set = plain(root.get("training_set_kwargs") or {})
+        training_set = json_values(root.get("training_set_kwargs") or {})
         if not isinstance(training_set, dict):
-            raise Refusal("training_set_kwargs that are not a dictionary")
+            raise RejectedError("training_set_kwargs that are not a dictionary")
         return Snapshot(who, len(data), machine.protocol, modules, augment, training_set, dict(asked))
 
 
 @contextlib.contextmanager
-def refusing(who: str, machine: Machine | None = None) -> Iterator[None]:
-    """Turn a Refusal into the user's line: file, what was found and where."""
+def reporting_rejection(who: str, machine: Machine | None = None) -> Iterator[None]:
+    """Convert a RejectedError into a message for the user: the file, the reason and its position."""
     try:
         yield
-    except Refusal as refusal:
+    except RejectedError as rejection:
         where = f" (byte {machine.position})" if machine is not None else ""
         raise ValueError(
-            f"{who}: expected a network pickle of EG3D, got {refusal}{where}. "
-            "Nothing in it was run; get the file again from its source, or name another."
+            f"{who}: expected a network pickle of EG3D, got {rejection}{where}. "
+            "No code in it was run. Download the file again from its source, or choose another file."
         ) from None
 
 
 def _mapped(path: str | Path) -> memoryview:
+    """Map a file into memory, read-only."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a network pickle, got nothing there. Check the path.")
+        raise FileNotFoundError(f"{path}: expected a network pickle, got no such file. Check the path.")
     with open(path, "rb") as file:
+        # mmap rejects empty files with an error of its own
         if path.stat().st_size == 0:
             raise ValueError(
-                f"{path}: expected a network pickle, got an empty file. Get it again from its source."
+                f"{path}: expected a network pickle, got an empty file. Download it again from its source."
             )
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _module(value: Any, name: str) -> ModuleRecord:
+    """Return a module record with its state. Raises: RejectedError for other values."""
     if not isinstance(value, ModuleRecord) or value.state is None:
-        raise Refusal(f"{brief(value)} as {name}")
+        raise RejectedError(f"{describe(value)} as {name}")
     return value
 
 
-def plain(value: Any) -> Any:
-    """Options as JSON knows them: tuples and sets become lists.
+def json_values(value: Any) -> Any:
+    """Convert options to JSON values. Tuples and sets become lists.
 
-    Raises: Refusal for records among them, for more than MAX_NODES values or MAX_DEPTH levels.
+    Raises: RejectedError for records among them, for more than MAX_NODES values or MAX_DEPTH levels.
     """
     count = 0
 
     def convert(value: Any, depth: int) -> Any:
+        """Convert one value. Values are counted over the entire tree."""
         nonlocal count
         count += 1
+        # shared containers could expand exponentially, and nested ones exceed Python's recursion limit
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise Refusal(f"options of more than {MAX_NODES} values or {MAX_DEPTH} levels")
+            raise RejectedError(f"options of more than {MAX_NODES} values or {MAX_DEPTH} levels")
         if (
             value is None
             or isinstance(value, (bool, int))
             or (isinstance(value, str) and len(value) <= MAX_OPTION)
         ):
             return value
-        if isinstance(value, float) and math.isfinite(value):
+        if isinstance(value, float) and math.isfinite(value):  # JSON has no infinity and no NaN
             return value
         if isinstance(value, (list, tuple)):
             return [convert(v, depth + 1) for v in value]
@@ -458,46 +504,49 @@ def plain(value: Any) -> Any:
             return sorted((convert(v, depth + 1) for v in value), key=str)
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
             return {k: convert(v, depth + 1) for k, v in value.items()}
+        # small tensors, such as avg_camera_pivot
         if isinstance(value, TensorRecord) and 0 < value.nbytes <= 1 << 12:
             return convert(value.tensor().tolist(), depth + 1)
-        raise Refusal(
-            f"an option that is {'a long text' if isinstance(value, (str, LongText)) else brief(value)}"
+        raise RejectedError(
+            f"an option that is {'a long text' if isinstance(value, (str, LongText)) else describe(value)}"
         )
 
     return convert(value, 0)
 
 
 def tensors(module: ModuleRecord, name: str) -> dict[str, TensorRecord]:
-    """State-dict name -> tensor, of a module and those in it, in the order of torch's state_dict.
+    """Return state-dict name -> tensor, of a module and its submodules, in the order of torch's state_dict.
 
-    Raises: Refusal for what is no module, and for more than MAX_NODES of them, as where modules contain
-        themselves.
+    Raises: RejectedError for values that are no modules, and for more than MAX_NODES of them, as when a
+    module contains itself.
     """
     records: dict[str, TensorRecord] = {}
     count = 0
 
     def collect(record: Any, prefix: str, depth: int) -> None:
+        """Add the tensors of a module whose names start with `prefix`."""
         nonlocal count
         count += 1
         if count > MAX_NODES or depth > MAX_DEPTH:
-            raise Refusal(f"more than {MAX_NODES} modules or {MAX_DEPTH} levels of them in {name}")
-        state = _module(record, brief_text(prefix.removesuffix(".")) or name).state
-        hidden = state.get("_non_persistent_buffers_set", set())
-        if not isinstance(hidden, (set, frozenset)):
-            raise Refusal(f"{brief(hidden)} as names of buffers")
+            raise RejectedError(f"more than {MAX_NODES} modules or {MAX_DEPTH} levels of them in {name}")
+        state = _module(record, shorten(prefix.removesuffix(".")) or name).state
+        non_persistent = state.get("_non_persistent_buffers_set", set())
+        if not isinstance(non_persistent, (set, frozenset)):
+            raise RejectedError(f"{describe(non_persistent)} as names of buffers")
         for part in ("_parameters", "_buffers", "_modules"):
             children = state.get(part, {})
-            few = isinstance(children, dict) and len(children) <= MAX_NODES
-            if not few or not all(isinstance(k, str) and len(k) <= MAX_KEY for k in children):
-                raise Refusal(f"{part} that are not a dictionary of names")
-            count += len(children)
+            is_small = isinstance(children, dict) and len(children) <= MAX_NODES
+            if not is_small or not all(isinstance(k, str) and len(k) <= MAX_KEY for k in children):
+                raise RejectedError(f"{part} that are not a dictionary of names")
+            count += len(children)  # tensors count as well
             for key, value in children.items():
-                if value is None or (part == "_buffers" and key in hidden):
+                # absent from a state dict
+                if value is None or (part == "_buffers" and key in non_persistent):
                     continue
                 if part == "_modules":
                     collect(value, f"{prefix}{key}.", depth + 1)
                 elif not isinstance(value, TensorRecord):
-                    raise Refusal(f"{brief(value)} as the tensor {brief_text(prefix + key)}")
+                    raise RejectedError(f"{describe(value)} as the tensor {shorten(prefix + key)}")
                 else:
                     records[prefix + key] = value
 

@@ -1,3 +1,3 @@
-"""Files of meshes, read without trust: GLB, PLY and OBJ as they are shown (`model.Model`), or any mesh as
-triangles alone (`triangles`).
+"""Readers of mesh files from untrusted sources: GLB, PLY and OBJ as they are shown (`model.Model`), or
+any mesh file as triangles alone (`triangles`).
 """

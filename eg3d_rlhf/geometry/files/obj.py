@@ -1,7 +1,8 @@
 """OBJ files with their materials (MTL) and textures, which must lie in the same folder or below it.
 
-Faces of any number of corners become triangles; smooth groups are left out, as normals say the same. The
-textures' bytes are embedded as they are. Where the MTL file is missing the mesh is grey.
+Faces with any number of corners are triangulated. Smoothing groups are ignored, since normals contain the
+same information. The bytes of texture files are embedded unchanged apart from metadata. Without its MTL file
+a mesh is shown in grey.
 """
 
 import re
@@ -14,27 +15,27 @@ import numpy as np
 from eg3d_rlhf.geometry.files.model import Model, Picture, linear, scene_of, stripped, triangles
 from eg3d_rlhf.geometry.files.polygons import triangulated
 
-# bytes
-MAX_MTL = 4 << 20
-MAX_TEXTURE = 128 << 20
+MAX_MTL = 4 << 20  # bytes
+MAX_TEXTURE = 128 << 20  # bytes
 MAX_MATERIALS = 1000
 _LIBRARY = re.compile(rb"^[ \t]*mtllib[ \t]+([^\r\n]+)", re.MULTILINE)
-GREY = [0.4, 0.4, 0.4, 1.0]  # linear
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+GREY = [0.4, 0.4, 0.4, 1.0]  # linear RGB, and alpha
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # a URL, or a path with a drive letter
 
 
 @dataclass
 class Material:
-    """What is taken of a material."""
+    """The supported properties of a material."""
 
     colour: tuple[float, ...] = (1.0, 1.0, 1.0)  # Kd, sRGB
-    opacity: float = 1.0
-    texture: Path | None = None  # map_Kd
+    opacity: float = 1.0  # d, 0..1
+    texture: Path | None = None  # map_Kd; takes the place of the colour
 
 
 def companions(data: bytes | memoryview, path: Path) -> list[Path]:
-    """The files that an OBJ file needs and has, each once, in order. Raises: ValueError naming one that it
-    may not have, or a texture that is not there.
+    """Return the existing files that an OBJ file needs, each once, in order.
+
+    Raises: ValueError for a file that lies elsewhere, or a texture that is missing.
     """
     files: dict[Path, None] = {}
     for library in _libraries(data, path)[0]:
@@ -46,25 +47,27 @@ def companions(data: bytes | memoryview, path: Path) -> list[Path]:
 
 
 def missing_libraries(data: bytes | memoryview, path: Path) -> list[str]:
-    """Names of the material files that an OBJ file asks for and that are not there: it is shown in grey."""
+    """Return the names of the material files that an OBJ file needs and that are missing."""
     return _libraries(data, path)[1]
 
 
 def as_text(data: bytes | memoryview) -> str:
-    """Text as UTF-16, with or without its mark, or UTF-8."""
+    """Decode text in UTF-16, with or without a byte order mark, or in UTF-8."""
     head = bytes(data[:512])
     name = utf16(head)
     return bytes(data).decode(name or "utf-8-sig", "replace")
 
 
 def utf16(head: bytes) -> str | None:
-    """The encoding of text in UTF-16 by its first bytes, of Latin letters where it has no mark; None for
-    anything else.
+    """Return the encoding of text in UTF-16 from its first bytes; None for other text.
+
+    Without a byte order mark it is recognised by the zero bytes of Latin letters.
     """
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     even = head[: len(head) // 2 * 2 : 2]
     odd = head[1::2]
+    # Two zero bytes in sequence do not occur in Latin text
     if len(head) < 8 or b"\0\0" in head:
         return None
     return (
@@ -77,20 +80,23 @@ def utf16(head: bytes) -> str | None:
 
 
 def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) -> Model:
-    """Read the mesh, a part for each material.
+    """Read a mesh, with one primitive per material.
 
-    Args: geometry_only: open neither materials nor textures. Vertices and faces stay the same, in the same
-        order.
+    Args:
+        path: of the file; materials and textures are searched relative to it.
+        geometry_only: open neither materials nor textures. Vertices and faces are the same, in the same
+            order.
     Raises: ValueError.
     """
     libraries, missing = ([], []) if geometry_only else _libraries(data, path)
     if len(libraries) > 1:
-        raise ValueError(f"expected one mtllib, got {len(libraries)}; join them in one file")
+        raise ValueError(f"expected one mtllib, got {len(libraries)}; join the material files into one")
     materials = _materials(as_text(libraries[0].read_bytes()), libraries[0]) if libraries else {}
     parts = _Lines(as_text(data)).parts()
     used = [name for name in materials if any(name == part[0] for part in parts)]
     numbers = {name: i for i, name in enumerate(used)}
-    records, pictures = _records([materials[name] for name in used])
+    records, images = _records([materials[name] for name in used])
+    # A material file is missing: all parts get the same grey material.
     if missing:
         numbers = dict.fromkeys([part[0] for part in parts], 0)
         records = [
@@ -100,27 +106,32 @@ def read_obj(data: bytes | memoryview, path: Path, geometry_only: bool = False) 
             }
         ]
     return scene_of(
-        [triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, pictures
+        [triangles(**arrays, material=numbers.get(name)) for name, arrays in parts], records, images
     )
 
 
 class _Lines:
-    """What the lines of an OBJ file say: points, and faces with the numbers of their corners."""
+    """The parsed lines of an OBJ file: numbers of points, texture coordinates and normals, and corners of
+    faces.
+    """
 
     def __init__(self, text: str):
-        # all numbers of a kind, and all corners
+        # v, vt, vn: words of all lines of this kind, each a number; f: words of all faces, each a corner
         self.words: dict[str, list[str]] = {"v": [], "vt": [], "vn": [], "f": []}
-        self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # of each line
-        self.lines: list[int] = []  # number of each face's line
+        self.widths: dict[str, list[int]] = {kind: [] for kind in self.words}  # number of words of each line
+        self.lines: list[int] = []  # line number of each face
         self.names: list[str] = []  # material of each face
         material = ""
+        # A backslash at the end of a line continues it.
         for number, line in enumerate(text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines(), 1):
             kind, *words = (line.split("#", 1)[0] if "#" in line else line).split() or [""]
             if kind == "f":
                 if len(words) < 3:
+                    # faces with fewer than three corners are dropped
                     continue
+                # A negative index counts back from the points read so far, so it is resolved here.
                 if "-" in line:
-                    words = [self._counted(word, number) for word in words]
+                    words = [self._resolved(word, number) for word in words]
                 self.lines.append(number)
                 self.names.append(material)
             elif kind == "usemtl":
@@ -131,9 +142,10 @@ class _Lines:
         if not self.lines:
             raise ValueError("expected triangles in the OBJ file, got none")
 
-    def _counted(self, word: str, line: int) -> str:
-        """A corner whose numbers below 0 count back from the last point above its line, with numbers from 1
-        on.
+    def _resolved(self, word: str, line: int) -> str:
+        """Return a corner with its negative indices replaced by positive ones, which count from 1.
+
+        A negative index counts back from the last point above the line of the face.
         """
         parts = word.split("/")
         for i, (part, kind) in enumerate(zip(parts, self.widths, strict=False)):
@@ -141,52 +153,61 @@ class _Lines:
                 parts[i] = str(len(self.widths[kind]) + int(part) + 1)
                 if int(parts[i]) < 1:
                     raise ValueError(
-                        f"expected indices of {len(self.widths['v'])} vertices, got {word[:40]!r} in line"
-                        f" {line}"
+                        f"expected indices of the {len(self.widths['v'])} vertices above, got {word[:40]!r}"
+                        f" in line {line}"
                     )
         return "/".join(parts)
 
     def corners(self) -> np.ndarray:
-        """Numbers [C, 3] of v, vt and vn from 0 on; -1 for none."""
+        """Return indices [C, 3] of v, vt and vn, which count from 0; -1 for none."""
         words = self.words["f"]
         slashes = {word.count("/") for word in words}
+        # Corners of different forms (1, 1/2, 1//3) are padded with 0 to one form; 0 means none.
         if len(slashes) > 1 or "//" in (text := " ".join(words)) or "/ " in text or text.endswith("/"):
             split = [[*(part or "0" for part in word.split("/")), "0", "0"] for word in words]
             words = ["/".join(parts[: max(3, len(parts) - 2)]) for parts in split]
             slashes = {word.count("/") for word in words}
             text = " ".join(words)
         width = slashes.pop() + 1
+        # all corners at once: parsing them one by one is slow
         numbers = _numbers(text.replace("/", " "), np.int64)
         if (
-            slashes
+            slashes  # still several forms
             or width > 3
             or len(numbers) != width * len(words)
             or (numbers < 0).any()
             or not numbers[::width].all()
         ):
+            # An error names the first corner that is malformed, and its line.
             right = re.compile(r"0*[1-9]\d*(/\d*){0,2}")
             wrong = next((i for i, word in enumerate(self.words["f"]) if not right.fullmatch(word)), 0)
             line = self.lines[int(np.searchsorted(np.cumsum(self.widths["f"]), wrong, side="right"))]
             raise ValueError(
                 f"expected corners such as 1 or 1/1/1 in line {line}, got {self.words['f'][wrong][:40]!r}"
             )
-        found = np.full((len(words), 3), -1)
-        found[:, :width] = numbers.reshape(-1, width) - 1
-        return found
+        indices = np.full((len(words), 3), -1)
+        indices[:, :width] = numbers.reshape(-1, width) - 1
+        return indices
 
     def _table(self, kind: str, least: int, most: int) -> np.ndarray:
-        """[N, least..most] float64, columns that all lines have. Raises: ValueError."""
+        """Return the numbers of one kind of lines, [N, least..most] float64: the columns that all lines have.
+
+        Raises: ValueError for lines with fewer than `least` numbers, or with other words.
+        """
         widths = np.array(self.widths[kind], dtype=np.int64)
         numbers = _numbers(" ".join(self.words[kind]), np.float64)
         if len(widths) and (widths.min() < least or len(numbers) != widths.sum()):
-            raise ValueError(f"expected {least} numbers or more after each {kind}, got others")
+            raise ValueError(f"expected at least {least} numbers after each {kind}, got fewer or other words")
         width = min(int(widths.min(initial=most)), most)
+        # [N, width]: position of each line's first number, plus the column
         return numbers[(np.cumsum(widths) - widths)[:, None] + np.arange(width)]
 
     def parts(self) -> list[tuple[str, dict]]:
-        """Of each material: its name, and arrays as `triangles` takes them; vertices of their own where
-        texture or normals have a seam.
+        """Return the name and the arrays (arguments of `triangles`) of each material's part.
+
+        A vertex is duplicated at seams of texture coordinates or normals.
         """
+        # x, y, z; and r, g, b, a if all lines have them
         points = self._table("v", 3, 7)
         uv = self._table("vt", 1, 2)
         normals = self._table("vn", 3, 3)
@@ -194,8 +215,9 @@ class _Lines:
         sizes = np.array([len(points), len(uv), len(normals)])
         wrong = corners >= sizes
         if wrong[:, 0].any():
-            raise ValueError(f"expected indices of {len(points)} vertices, got {corners[:, 0].max() + 1}")
-        kept = [
+            raise ValueError(f"expected indices of the {len(points)} vertices, got {corners[:, 0].max() + 1}")
+        # Texture coordinates and normals are used only if every corner has a valid index.
+        usable = [
             i
             for i, values in ((1, uv), (2, normals))
             if len(values) and not (wrong[:, i] | (corners[:, i] < 0)).any()
@@ -203,31 +225,39 @@ class _Lines:
         cut, face = triangulated(points[:, :3], corners[:, 0], np.array(self.widths["f"]))
         names = {name: i for i, name in enumerate(dict.fromkeys(self.names))}
         material = np.array([names[name] for name in self.names])[face]
-        key = corners[:, 0]
-        for i in kept:
-            key = key * sizes[i] + corners[:, i]
+        # One integer key for each combination of position, texture coordinates and normal.
+        vertex_key = corners[:, 0]
+        for i in usable:
+            vertex_key = vertex_key * sizes[i] + corners[:, i]
         result = []
         for name, number in names.items():
-            mine = cut[material == number]
-            if not len(mine):
+            corner_indices = cut[material == number]
+            if not len(corner_indices):
                 continue
-            _, first, faces = np.unique(key[mine.reshape(-1)], return_index=True, return_inverse=True)
-            at = corners[mine.reshape(-1)[first]]
-            arrays: dict = {"positions": points[at[:, 0], :3], "faces": faces.reshape(-1, 3)}
+            _, first_use, faces = np.unique(
+                vertex_key[corner_indices.reshape(-1)], return_index=True, return_inverse=True
+            )
+            vertex_corners = corners[corner_indices.reshape(-1)[first_use]]
+            arrays: dict = {"positions": points[vertex_corners[:, 0], :3], "faces": faces.reshape(-1, 3)}
             if points.shape[1] >= 6:
-                arrays["colours"] = np.rint(points[at[:, 0], 3:].clip(0, 1) * 255)
-            if 1 in kept and uv.shape[1] == 2:  # OBJ counts v upwards, glTF downwards
-                arrays["uv"] = np.stack([uv[at[:, 1], 0], 1 - uv[at[:, 1], 1]], axis=1)
-            if 2 in kept:
-                arrays["normals"] = normals[at[:, 2]]
+                # vertex colours, a common extension of OBJ
+                arrays["colours"] = np.rint(points[vertex_corners[:, 0], 3:].clip(0, 1) * 255)
+            # v increases upwards in OBJ and downwards in glTF.
+            if 1 in usable and uv.shape[1] == 2:
+                arrays["uv"] = np.stack(
+                    [uv[vertex_corners[:, 1], 0], 1 - uv[vertex_corners[:, 1], 1]], axis=1
+                )
+            if 2 in usable:
+                arrays["normals"] = normals[vertex_corners[:, 2]]
             result.append((name, arrays))
         return result
 
 
 def _numbers(text: str, kind: type) -> np.ndarray:
-    """Numbers of words; none where one of them is no number."""
+    """Parse numbers separated by spaces. The result is empty if a word is no number."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", DeprecationWarning)  # older numpy stops there and warns, newer raises
+        # np.fromstring stops at a word that is no number: older versions of numpy warn, newer ones raise.
+        warnings.simplefilter("error", DeprecationWarning)
         try:
             return np.fromstring(text, dtype=kind, sep=" ") if text else np.zeros(0, kind)
         except (ValueError, DeprecationWarning):
@@ -235,8 +265,9 @@ def _numbers(text: str, kind: type) -> np.ndarray:
 
 
 def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
+    """Return glTF's records of materials, and the images of their textures, each once."""
     places: dict[Path, int] = {}
-    pictures: list[Picture] = []
+    images: list[Picture] = []
     records = []
     for material in materials:
         surface: dict = {"metallicFactor": 0, "roughnessFactor": 1}
@@ -244,31 +275,34 @@ def _records(materials: list[Material]) -> tuple[list[dict], list[Picture]]:
             surface["baseColorFactor"] = [*linear(np.array(material.colour)).tolist(), material.opacity]
         else:
             if material.texture not in places:
-                places[material.texture] = len(pictures)
-                pictures.append(stripped(material.texture.read_bytes())[0])
+                places[material.texture] = len(images)
+                images.append(stripped(material.texture.read_bytes())[0])
             surface["baseColorTexture"] = {"index": places[material.texture]}
+        # a texture contains its own transparency
         blend = {"alphaMode": "BLEND"} if material.opacity < 1 and material.texture is None else {}
         records.append({"pbrMetallicRoughness": surface, "doubleSided": True, **blend})
-    return records, pictures
+    return records, images
 
 
 def _libraries(data: bytes | memoryview, path: Path) -> tuple[list[Path], list[str]]:
-    """The files of materials, and the names of those that are not there.
+    """Return the existing material files, and the names of those that are missing.
 
-    Raises: ValueError for one elsewhere.
+    Raises: ValueError for a file outside of the folder.
     """
+    # the pattern below works on bytes of UTF-8
     if utf16(bytes(data[:512])) is not None:
         data = as_text(data).encode()
     names = dict.fromkeys(
         match.group(1).decode("utf-8", "replace").strip().strip('"') for match in _LIBRARY.finditer(data)
     )
-    there = {name: _beside(path, name, MAX_MTL, optional=True) for name in names}
-    return [file for file in there.values() if file is not None], [
-        name for name, file in there.items() if file is None
+    files = {name: _companion(path, name, MAX_MTL, optional=True) for name in names}
+    return [file for file in files.values() if file is not None], [
+        name for name, file in files.items() if file is None
     ]
 
 
 def _materials(text: str, path: Path) -> dict[str, Material]:
+    """Parse a material file. Raises: ValueError."""
     materials: dict[str, Material] = {}
     current = Material()
     for line in text.splitlines():
@@ -295,27 +329,36 @@ def _materials(text: str, path: Path) -> dict[str, Material]:
             elif len(numbers) == 3:
                 current.colour = numbers
         elif key.startswith(("map_", "bump", "disp", "decal", "norm", "refl")):
-            _refuse_foreign(path, value)
+            _check_name(path, value)
             if key == "map_kd":
                 if value.startswith("-"):
                     raise ValueError(f"expected map_Kd in {path.name} without options, got {value[:40]!r}")
-                current.texture = _beside(path, value, MAX_TEXTURE)
+                current.texture = _companion(path, value, MAX_TEXTURE)
     return materials
 
 
-def _refuse_foreign(path: Path, name: str) -> None:
+def _check_name(path: Path, name: str) -> None:
+    """Raise ValueError for the name of a file that is an address, an absolute path, or leads to a parent."""
     last = name.split()[-1]
     if _ADDRESS.match(last) or last.startswith(("/", "\\")) or ".." in Path(last.replace("\\", "/")).parts:
-        raise ValueError(f"expected files beside {path.name}, got {name[:80]!r} named in it")
+        raise ValueError(
+            f"expected only files in the folder of {path.name} or below, got {name[:80]!r} in it"
+        )
 
 
-def _beside(path: Path, name: str, limit: int, optional: bool = False) -> Path | None:
-    _refuse_foreign(path, name)
+def _companion(path: Path, name: str, limit: int, optional: bool = False) -> Path | None:
+    """Return the path of a file that `path` names; None if it is optional and missing.
+
+    Raises: ValueError for a file outside of the folder, a missing one, or one larger than `limit` bytes.
+    """
+    _check_name(path, name)
     file = path.parent / name.replace("\\", "/").strip('"')
     folder = path.parent.resolve()
+    # A symbolic link may lead out of the folder although its name does not.
     if not file.resolve().is_relative_to(folder):
         raise ValueError(
-            f"expected files beside {path.name}, got {name[:80]!r} named in it, which leads elsewhere"
+            f"expected only files in the folder of {path.name} or below, got {name[:80]!r} in it, a link to"
+            " another place"
         )
     if not file.is_file():
         if optional:

@@ -63,7 +63,7 @@ def test_an_asset_is_a_field(asset):
     assert (asset.density(torch.tensor([[0.0, 0.0, 0.6]])) < -900).all()
 
 
-def test_voxels_hold_their_own_values():
+def test_voxels_interpolate_their_values_exactly():
     voxels = random_voxels()
     assert isinstance(voxels, ProductField)
     grid = SlabSpec.of(voxels.bounds, 5)
@@ -138,10 +138,10 @@ def test_rendering_in_parts_is_the_same(monkeypatch):
         (seen.raw.square().sum() + seen.depth.sum()).backward()
         return seen.raw.detach(), field.shape.grad.clone()
 
-    whole = gradient()
+    full_grid = gradient()
     monkeypatch.setattr("eg3d_rlhf.core.field._SAMPLES_AT_ONCE", 2 * 12 * 50)
     parts = gradient()
-    assert torch.allclose(whole[0], parts[0]) and torch.allclose(whole[1], parts[1], atol=1e-5)
+    assert torch.allclose(full_grid[0], parts[0]) and torch.allclose(full_grid[1], parts[1], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_files_and_copies(asset, tmp_path):
     assert sum(map(len, asset.groups().values())) == len(list(asset.parameters()))
 
 
-def test_a_foreign_file_is_refused(tmp_path):
+def test_a_file_of_another_kind_is_rejected(tmp_path):
     meta = {"architecture": ARCHITECTURE, "G_kwargs": {"field": "hash-grid", "assets": 1, "settings": {}}}
     write_tensors(tmp_path / "b.safetensors", "network", {"x": torch.zeros(1)}, meta)
     with raising("voxels", "planes", "latents", "'hash-grid'"):

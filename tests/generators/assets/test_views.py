@@ -67,11 +67,11 @@ def test_gradients_are_finite_differences():
 
 
 @torch.no_grad()
-def test_orthographic_is_perspective_from_far_away():
+def test_orthographic_views_are_the_limit_of_distant_perspective_views():
     voxels = balls(1, 16)
     voxels.shape[:, 10:, 9:, 8:] = 2.0  # something that is not symmetric, coloured by where it is
     voxels.paint.copy_(torch.stack(torch.meshgrid(*[torch.linspace(-2, 2, 16)] * 3, indexing="ij")))
-    pictures = FourViews().render(voxels, FourViews().draw(1, torch.Generator()), BLACK)
+    orthographic = FourViews().render(voxels, FourViews().draw(1, torch.Generator()), BLACK)
     far = 200.0
     # pixels on the voxels
     cameras = evenly_around(1, distance=far, fov=math.degrees(2 * math.atan(0.5 * 16 / 15 / far))).cameras
@@ -79,7 +79,7 @@ def test_orthographic_is_perspective_from_far_away():
         [voxels.render(camera, RenderOptions(resolution=16, samples=100)).raw for camera in cameras.split(1)]
     )
     # rays at the rim leave the cube
-    near, distant = (part[:, :, 1:-1, 1:-1] for part in (pictures.images[:, :3], (distant + 1) / 2))
+    near, distant = (part[:, :, 1:-1, 1:-1] for part in (orthographic.images[:, :3], (distant + 1) / 2))
     apart = (near[:, None] - distant).abs().mean(dim=(2, 3, 4))  # [view, view]
     mirrored = (near.flip(3) - distant).abs().mean(dim=(1, 2, 3))
     assert (apart.diagonal() < 0.03).all()

@@ -103,7 +103,7 @@ def streams(marker: str) -> Iterator[tuple[str, bytes]]:
         "build in the id": storage_bytes(body, 4, pid=Built({}, {})),
         "100 GB claimed twice": storage_bytes(body, 25_000_000_000),
         "100 GB claimed in front": storage_bytes(body, 25_000_000_000, claimed=4),
-        "100 GB claimed behind": storage_bytes(body, 4, claimed=25_000_000_000),
+        "100 GB claimed after it": storage_bytes(body, 4, claimed=25_000_000_000),
         "less than nothing": storage_bytes(body, -4, claimed=-4),
         "more than int64": storage_bytes(body, 1 << 80, claimed=4),
         "cut": storage_bytes(body, 4)[:-5],
@@ -376,7 +376,7 @@ SOURCES: tuple[Callable[[str], Iterator[tuple[str, bytes]]], ...] = (
 
 
 def attempt(data: bytes, who: str) -> str:
-    """Read and build; the refusal, or 'loaded'. Anything but ValueError is passed on."""
+    """Read and build; return the error, or 'loaded'. Anything but ValueError is passed on."""
     try:
         pickles.rebuild(pickles.parse(memoryview(data), who))
     except ValueError as error:

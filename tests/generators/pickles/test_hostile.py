@@ -38,13 +38,13 @@ def report(request, repo, tmp_path_factory) -> dict:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo)}
     result = subprocess.run(command, cwd=repo, env=env, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    found["executed"] = sorted(p.name for p in folder.iterdir())
-    return found
+    outcome = json.loads(result.stdout.splitlines()[-1])
+    outcome["executed"] = sorted(p.name for p in folder.iterdir())
+    return outcome
 
 
 def problem(text: str, who: str) -> str | None:
-    """What is wrong with a refusal, if anything."""
+    """Return what is wrong with an error message, or an empty text."""
     if "\n" in text or not text.isprintable():
         return "not one printable line"
     if not text.startswith(who) or "expected" not in text or "got" not in text:
@@ -52,7 +52,7 @@ def problem(text: str, who: str) -> str | None:
     return "too long" if len(text) > 1000 else None
 
 
-def test_every_hostile_file_is_refused_in_one_line(report):
+def test_every_hostile_file_is_rejected_in_one_line(report):
     wrong = {
         n: (why, text)
         for n, (text, _) in report["outcomes"].items()
@@ -81,7 +81,7 @@ def test_the_attempts_are_real(tmp_path):
     assert marker.exists()
 
 
-def test_the_refused_name_is_told(report):
+def test_the_message_contains_the_rejected_name(report):
     for case, name in (
         ("os.system, protocol 4", "os.system"),
         ("stream: a storage that is os.system", "os.system"),
@@ -132,42 +132,42 @@ def structure(data: bytes) -> list[int]:
     """Positions outside long runs of payload: where a flipped bit changes what the file says."""
     import pickletools
 
-    found = []
+    offsets = []
     steps = list(pickletools.genops(data))
     for (_, arg, start), (_, _, end) in zip(steps, [*steps[1:], (None, None, len(data))], strict=True):
         head = 300 if isinstance(arg, (bytes, str)) else 100
-        found += range(start, min(end, start + head))
-    return found
+        offsets += range(start, min(end, start + head))
+    return offsets
 
 
 def flip_bytes(data: bytes, seed: int, count: int) -> dict[str, int]:
     """Flip bits of single bytes, half of them anywhere and half in the structure; how many loaded, how many
-    were refused.
+    were rejected.
     """
     rng = random.Random(seed)
     spots = structure(data)
-    outcomes = {"loaded": 0, "refused": 0}
+    outcomes = {"loaded": 0, "rejected": 0}
     for i in range(count):
         damaged = bytearray(data)
         position = rng.choice(spots) if i % 2 else rng.randrange(len(data))
         damaged[position] ^= rng.randrange(1, 256)
-        outcomes["loaded" if survives(bytes(damaged)) == "loaded" else "refused"] += 1
+        outcomes["loaded" if survives(bytes(damaged)) == "loaded" else "rejected"] += 1
     return outcomes
 
 
 @pytest.fixture(scope="module")
 def small_file() -> bytes:
     """A discriminator-sized module tree under G_ema's name: small, so that many copies can be damaged;
-    refused in the end for its class.
+    rejected in the end because of its class.
     """
     nets = stock_networks()
     return dumps({"G_ema": SnapshotWriter().discriminator(nets.D, nets.D_kwargs)})
 
 
 def test_a_sample_of_flipped_bytes(files, small_file):
-    assert flip_bytes(small_file, 1, 200)["refused"] == 200
+    assert flip_bytes(small_file, 1, 200)["rejected"] == 200
     outcomes = flip_bytes(files["protocol 4"], 2, 60)
-    assert outcomes["refused"] > 10 and outcomes["loaded"] > 10
+    assert outcomes["rejected"] > 10 and outcomes["loaded"] > 10
 
 
 @pytest.mark.long

@@ -56,7 +56,7 @@ def recorded(path: Path):
 
 
 def outputs(G, ref, psi: float) -> dict:
-    """What was recorded of one generator, in the recorded way."""
+    """Compute the outputs that were recorded of a generator, in the recorded way."""
     z, c, points = (torch.as_tensor(ref[k]) for k in ("z", "c", "points"))
     with torch.no_grad(), Draws(None).injected():
         ws = G.mapping(z, c, truncation_psi=psi)
@@ -81,13 +81,13 @@ def test_recorded_outputs(loaded):
         if f"{name}/z" not in arrays:
             continue
         expected = {k.removeprefix(f"{name}/"): arrays[k] for k in arrays if k.startswith(f"{name}/")}
-        found = outputs(getattr(nets, name).eval(), expected, described.get("truncation_psi", 0.7))
+        computed = outputs(getattr(nets, name).eval(), expected, described.get("truncation_psi", 0.7))
         for key in BOUND.keys() & expected.keys():
-            assert relative_error(found[key], expected[key]) <= BOUND[key], (name, key)
+            assert relative_error(computed[key], expected[key]) <= BOUND[key], (name, key)
             compared.add(f"{name}/{key}")
         if f"D/logits_on_{name}" in arrays:
             with torch.no_grad():
-                logits = nets.D.eval()(found["_img"], found["_c"])
+                logits = nets.D.eval()(computed["_img"], computed["_c"])
             assert relative_error(logits, arrays[f"D/logits_on_{name}"]) <= BOUND["logits"]
             compared.add(f"D/logits_on_{name}")
     inputs = {k for k in arrays if k.rsplit("/", 1)[-1] in ("z", "c", "points")}
@@ -119,19 +119,19 @@ def test_to_our_format_and_back(loaded, tmp_path):
 
 def assert_same(a: networks.Networks, b: networks.Networks) -> None:
     for name in ("G", "D", "G_ema"):
-        one = getattr(a, name)
-        two = getattr(b, name)
-        assert (one is None) == (two is None)
-        if one is not None:
-            assert networks.state_hash(one) == networks.state_hash(two), name
+        first = getattr(a, name)
+        second = getattr(b, name)
+        assert (first is None) == (second is None)
+        if first is not None:
+            assert networks.state_hash(first) == networks.state_hash(second), name
     for name in ("G", "G_ema"):
-        one = getattr(a, name)
-        two = getattr(b, name)
-        if one is not None:
-            assert one.neural_rendering_resolution == two.neural_rendering_resolution
-            assert torch.equal(one.renderer.plane_axes, two.renderer.plane_axes)
-            assert json.dumps(one.rendering_kwargs, sort_keys=True) == json.dumps(
-                two.rendering_kwargs, sort_keys=True
+        first = getattr(a, name)
+        second = getattr(b, name)
+        if first is not None:
+            assert first.neural_rendering_resolution == second.neural_rendering_resolution
+            assert torch.equal(first.renderer.plane_axes, second.renderer.plane_axes)
+            assert json.dumps(first.rendering_kwargs, sort_keys=True) == json.dumps(
+                second.rendering_kwargs, sort_keys=True
             )
     assert (a.G_kwargs, a.D_kwargs, a.training_set, a.cur_nimg) == (
         b.G_kwargs,
@@ -146,7 +146,7 @@ STD = torch.linspace(0, 1, 25)
 
 @pytest.fixture(scope="module")
 def marker(tmp_path_factory) -> Path:
-    """What the source that our snapshots embed would write."""
+    """Return the file that the source inside our snapshots would write."""
     return tmp_path_factory.mktemp("executed") / "marker"
 
 
@@ -161,15 +161,16 @@ def test_protocols_and_numpy_names(protocol, numpy, marker, tmp_path):
             nets, ("D", "G_ema") if protocol < 4 else ("G_ema",), STD, training_set_kwargs={"path": "a/b.zip"}
         )
     )
-    found = pickles.load(path)
-    assert networks.state_hash(found.G_ema) == networks.state_hash(nets.G_ema)
-    assert found.G is None and (found.D is None) == (protocol >= 4)
+    reloaded = pickles.load(path)
+    assert networks.state_hash(reloaded.G_ema) == networks.state_hash(nets.G_ema)
+    assert reloaded.G is None and (reloaded.D is None) == (protocol >= 4)
     assert (
-        found.G_ema.plane_layout == nets.G_ema.plane_layout and found.G_ema.neural_rendering_resolution == 8
+        reloaded.G_ema.plane_layout == nets.G_ema.plane_layout
+        and reloaded.G_ema.neural_rendering_resolution == 8
     )
-    assert not found.G_ema.training and not any(p.requires_grad for p in found.G_ema.parameters())
-    assert found.training_set["name"] == "b" and torch.equal(
-        torch.tensor(found.training_set["label_std"]), STD
+    assert not reloaded.G_ema.training and not any(p.requires_grad for p in reloaded.G_ema.parameters())
+    assert reloaded.training_set["name"] == "b" and torch.equal(
+        torch.tensor(reloaded.training_set["label_std"]), STD
     )
     assert not marker.exists()
     assert (
@@ -230,19 +231,23 @@ def test_frozen_layers_of_D_are_chosen_on_loading(tmp_path):
     nets = stock_networks()
     path = tmp_path / "x.pkl"
     path.write_bytes(SnapshotWriter().snapshot(nets))
-    found = generators.load_networks(path, freeze_layers=2)
-    assert "fromrgb.weight" in dict(found.D.b128.named_buffers()) and networks.state_hash(
-        found.D
+    reloaded = generators.load_networks(path, freeze_layers=2)
+    assert "fromrgb.weight" in dict(reloaded.D.b128.named_buffers()) and networks.state_hash(
+        reloaded.D
     ) == networks.state_hash(nets.D)
-    assert networks.state_hash(found.G) == networks.state_hash(nets.G) != networks.state_hash(found.G_ema)
+    assert (
+        networks.state_hash(reloaded.G) == networks.state_hash(nets.G) != networks.state_hash(reloaded.G_ema)
+    )
 
 
 def test_a_run_folder_of_eg3d(tmp_path):
     nets = stock_networks()
     (tmp_path / "network-snapshot-000200.pkl").write_bytes(SnapshotWriter().snapshot(nets, ("G_ema",)))
     (tmp_path / "network-snapshot-000100.pkl").write_bytes(b"older")
-    found = generators.load_generator(tmp_path)
-    assert found.path.name == "network-snapshot-000200.pkl" and found.hash == networks.state_hash(nets.G_ema)
+    generator = generators.load_generator(tmp_path)
+    assert generator.path.name == "network-snapshot-000200.pkl" and generator.hash == networks.state_hash(
+        nets.G_ema
+    )
 
 
 def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_all: bool = False) -> None:
@@ -255,8 +260,8 @@ def copy_params_and_buffers(src: torch.nn.Module, dst: torch.nn.Module, require_
 
 
 def test_the_recipe_in_the_docs(repo, tmp_path, monkeypatch):
-    """Its lines, with a stand-in for EG3D's own function, give the same generator; training's extra buffer is
-    there too.
+    """Run the printed lines with a stand-in for EG3D's function: the generator is the same, with training's
+    extra buffer.
     """
     nets = stock_networks("fixed")
     nets = networks.Networks(
@@ -290,8 +295,8 @@ def test_the_fixtures_source_would_raise():
         assert b"raise RuntimeError" in path.read_bytes()
 
 
-# Pickles of full heads: read as the family that their tensors show, refused in one line where they state what
-# it does not know.
+# Pickles of full heads are read as the family that their tensors show, and rejected in one line if they state
+# options that the family does not have.
 
 
 FAMILIES = sorted(HEAD_CLASSES)
@@ -344,16 +349,16 @@ REASONS = {
 }
 
 
-def test_what_a_family_does_not_know_is_one_line_and_exit_code_2(touched, tmp_path):
-    told = {}
+def test_unknown_options_of_a_family_give_one_line_and_exit_code_2(touched, tmp_path):
+    messages = {}
     for name, data in heads(str(touched)):
         path = tmp_path / "x.pkl"
         path.write_bytes(data)
         result = CliRunner().invoke(network_files.convert, [str(path), f"--out={tmp_path / 'x.safetensors'}"])
-        told[name] = rejected(result, str(path))
-    assert len(told) > 20
+        messages[name] = rejected(result, str(path))
+    assert len(messages) > 20
     for name, names in REASONS.items():
-        check_message(told[name], names)
+        check_message(messages[name], names)
     assert not touched.exists() and [p.name for p in tmp_path.iterdir()] == ["x.pkl"]
 
 

@@ -42,28 +42,30 @@ def test_the_example_in_the_help_runs(tool, repo, tmp_path):
 def test_inspect_a_pickle(pkl):
     result = run(network_files.inspect_network, pkl, "--json", "--n=16")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
+    report = json.loads(result.stdout)
     nets = stock_networks()
     assert (
-        found["sha256"] == file_hash(pkl) and found["bytes"] == pkl.stat().st_size and found["protocol"] == 4
+        report["sha256"] == file_hash(pkl)
+        and report["bytes"] == pkl.stat().st_size
+        and report["protocol"] == 4
     )
     assert (
-        found["globals"]["torch.storage._load_from_bytes"] >= 1 and "torch.FloatStorage" in found["globals"]
+        report["globals"]["torch.storage._load_from_bytes"] >= 1 and "torch.FloatStorage" in report["globals"]
     )
-    assert found["networks"]["G_ema"]["hash"] == networks.state_hash(nets.G_ema) and set(
-        found["networks"]
+    assert report["networks"]["G_ema"]["hash"] == networks.state_hash(nets.G_ema) and set(
+        report["networks"]
     ) == {"G", "D", "G_ema"}
     elements = sum(v.numel() for v in nets.G.state_dict().values())
-    assert found["networks"]["G"]["parameters"] + found["networks"]["G"]["buffers"] == elements
-    assert found["generator"]["planes"] == {"layout": "eg3d", "resolution": 256, "channels": 32}
+    assert report["networks"]["G"]["parameters"] + report["networks"]["G"]["buffers"] == elements
+    assert report["generator"]["planes"] == {"layout": "eg3d", "resolution": 256, "channels": 32}
     assert (
-        found["generator"]["superresolution"] == "SuperresolutionHybrid2X"
-        and found["generator"]["neural_rendering_resolution"] == 8
+        report["generator"]["superresolution"] == "SuperresolutionHybrid2X"
+        and report["generator"]["neural_rendering_resolution"] == 8
     )
     w_avg = nets.G_ema.backbone.mapping.w_avg
-    assert found["psi"]["w_avg_norm"] == pytest.approx(float(w_avg.norm()))
+    assert report["psi"]["w_avg_norm"] == pytest.approx(float(w_avg.norm()))
     ws = generators.ws_of_seeds(nets.G_ema, range(16))[:, 0]
-    assert found["psi"]["distance_mean"] == pytest.approx(float((ws - w_avg).norm(dim=1).mean()))
+    assert report["psi"]["distance_mean"] == pytest.approx(float((ws - w_avg).norm(dim=1).mean()))
 
 
 def test_inspect_our_file_and_a_run_folder(tmp_path):
@@ -75,7 +77,7 @@ def test_inspect_our_file_and_a_run_folder(tmp_path):
         assert "w_avg_norm" in result.stdout and "globals" not in result.stdout
 
 
-def test_inspect_a_hostile_file_names_what_it_asks_for(tmp_path):
+def test_inspecting_a_hostile_file_lists_the_names_it_refers_to(tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(dict(calls(str(tmp_path / "marker")))["os.system, protocol 4"])
     result = run(network_files.inspect_network, path)

@@ -12,7 +12,7 @@ from training import networks
 from training.fullhead import FullHeadGenerator, HyPlaneHeadGenerator, PanoHeadGenerator, SphereHeadGenerator
 from training.rendering.renderer import ImportanceRenderer
 
-PLAIN = {
+PLAIN_CLASSES = {
     "OSGDecoder": "training.triplane",
     "ImportanceRenderer": "training.volumetric_rendering.renderer",
     "MipRayMarcher2": "training.volumetric_rendering.ray_marcher",
@@ -178,7 +178,7 @@ class Built:
 
 
 class Writer(pickle._Pickler):
-    """Python's pickler with the opcodes above at hand."""
+    """Python's pickler with the opcodes above."""
 
     def save_ref(self, obj: Ref) -> None:
         """GLOBAL or STACK_GLOBAL."""
@@ -309,8 +309,8 @@ class SnapshotWriter:
 
     def module(self, module: torch.nn.Module, **extra) -> Call | New:
         """A module and those in it."""
-        own = type(module).__name__
-        name = HEADS.get(own, own)
+        class_name = type(module).__name__
+        name = HEADS.get(class_name, class_name)
         state = {
             "training": module.training,
             "_buffers": {k: tensor(v, self.storage) for k, v in module._buffers.items()},
@@ -327,8 +327,8 @@ class SnapshotWriter:
             state["plane_axes"] = tensor(module.plane_axes, self.storage)
         if hasattr(module, "weight_gain"):
             state["weight_gain"] = Call(self.scalar, (self.dtype, struct.pack("<d", module.weight_gain)))
-        if own in PLAIN:
-            return New(ref(PLAIN[name], name), state)
+        if class_name in PLAIN_CLASSES:
+            return New(ref(PLAIN_CLASSES[name], name), state)
         return self.persistent(name, state)
 
     def persistent(self, name: str, state: dict) -> Call:

@@ -12,7 +12,7 @@ from eg3d_rlhf.geometry.files.glb import read_glb
 from eg3d_rlhf.geometry.files.model import Model, Node, scene_of, triangles
 from eg3d_rlhf.geometry.files.obj import read_obj, utf16
 from eg3d_rlhf.geometry.files.polygons import MAX_CORNERS, triangulated
-from eg3d_rlhf.geometry.files.triangles import read_triangles, triangles_of
+from eg3d_rlhf.geometry.files.triangles import read_triangles, scene_triangles
 from eg3d_rlhf.people.label.assets import reading
 from eg3d_rlhf.people.label.assets.collection import read_collection
 from eg3d_rlhf.rewards.meshes.dataset import load_mesh
@@ -98,14 +98,14 @@ OBJ_FACES = "".join("f " + " ".join(map(str, face)) + "\n" for face in QUADS)
 INTERLEAVED = "".join(
     "".join("v {} {} {}\n".format(*CUBE_POINTS[i - 1]) for i in face) + "f -4 -3 -2 -1\n" for face in QUADS
 )
-WITH_ALL = (  # texture, normals, groups, smooth groups, a comment, a line that goes on
+WITH_ALL = (  # texture, normals, groups, smooth groups, a comment, a continued line
     CUBE
     + "vt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\nvn 0 0 1\ng part\ns 1\n"
     + "".join(
         "f " + " \\\n".join(f"{i}/{k}/1" for k, i in enumerate(face, 1)) + " # side\n" for face in QUADS
     )
 )
-WHOLE = {  # name -> bytes, volume
+CLOSED = {  # name -> bytes, volume
     "quads.obj": (CUBE + OBJ_FACES, 1.0),
     "backwards.obj": (INTERLEAVED, 1.0),
     "all.obj": (WITH_ALL, 1.0),
@@ -142,7 +142,7 @@ WHOLE = {  # name -> bytes, volume
         area(STAR),
     ),
 }
-REFUSED = {  # name -> bytes, what is named
+REJECTED = {  # name -> bytes, texts in the error
     "points.obj": (CUBE, ("triangles", "OBJ")),
     "points.ply": (ply_faces(CUBE_POINTS, [], "ascii"), ("splats", "points")),
     "empty.obj": ("", ("1 byte", "0 bytes")),
@@ -175,9 +175,9 @@ def write(folder, name: str, data):
 
 
 def answer(request: dict) -> dict:
-    """What the process of labelling answers, here without a process.
+    """Return the answer of the labelling process, here without a process.
 
-    Raises: ValueError for what it refuses.
+    Raises: ValueError for files that it rejects.
     """
     answered = reading._answer(request)
     if "refused" in answered:
@@ -190,9 +190,9 @@ def volume(vertices: np.ndarray, faces: np.ndarray) -> float:
     return float((a * np.cross(b, c)).sum()) / 6
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", CLOSED)
 def test_what_examination_accepts_is_shown(tmp_path, name):
-    data, expected = WHOLE[name]
+    data, expected = CLOSED[name]
     path = write(tmp_path, name, data)
     vertices, faces = read_triangles(path)
     assert volume(vertices, faces) == pytest.approx(expected, rel=1e-5)
@@ -215,9 +215,9 @@ def test_what_examination_accepts_is_shown(tmp_path, name):
     assert volume(*(part.numpy() for part in load_mesh(path))) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_shown_is_refused_at_examination(tmp_path, name):
-    data, names = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_assets_that_cannot_be_shown_are_rejected_at_examination(tmp_path, name):
+    data, names = REJECTED[name]
     path = write(tmp_path, name, data)
     with raising(*names):
         answer({"do": "examine", "path": str(path)})
@@ -226,14 +226,14 @@ def test_what_cannot_be_shown_is_refused_at_examination(tmp_path, name):
 
 
 def test_all_kinds_are_examined_in_one_process(tmp_path):
-    paths = [write(tmp_path, name, data) for name, (data, _) in WHOLE.items()]
+    paths = [write(tmp_path, name, data) for name, (data, _) in CLOSED.items()]
     assert {examined.kind for examined in reading.examine(paths)} == {"obj", "ply"}
-    with raising("points.obj", str(len(REFUSED) - 5)):
-        reading.examine(paths + [write(tmp_path, name, data) for name, (data, _) in REFUSED.items()])
+    with raising("points.obj", str(len(REJECTED) - 5)):
+        reading.examine(paths + [write(tmp_path, name, data) for name, (data, _) in REJECTED.items()])
 
 
 def test_a_missing_library_is_grey_and_named(tmp_path):
-    path = write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
+    path = write(tmp_path, "chair.obj", CLOSED["no-mtl.obj"][0])
     (examined,) = reading.examine([path])
     assert "gone.mtl" in examined.note and "grey" in examined.note
     document, _ = files.unpack_glb(gzip.decompress(reading.clean(path, examined.hash)))
@@ -243,14 +243,14 @@ def test_a_missing_library_is_grey_and_named(tmp_path):
     )
     (tmp_path / "all" / "a").mkdir(parents=True)
     path.rename(tmp_path / "all" / "a" / "chair.obj")
-    said: list[str] = []
-    read_collection(tmp_path / "all", said.append)
-    assert any("chair.obj" in line and "grey" in line for line in said)
+    notes: list[str] = []
+    read_collection(tmp_path / "all", notes.append)
+    assert any("chair.obj" in line and "grey" in line for line in notes)
     write(tmp_path, "gone.mtl", "newmtl red\nKd 1 0 0\n".encode("utf-16"))
-    write(tmp_path, "chair.obj", WHOLE["no-mtl.obj"][0])
-    (found,) = reading.examine([tmp_path / "chair.obj"])
-    document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", found.hash)))
-    assert found.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
+    write(tmp_path, "chair.obj", CLOSED["no-mtl.obj"][0])
+    (examined,) = reading.examine([tmp_path / "chair.obj"])
+    document, _ = files.unpack_glb(gzip.decompress(reading.clean(tmp_path / "chair.obj", examined.hash)))
+    assert examined.note == "" and document["materials"][0]["pbrMetallicRoughness"]["baseColorFactor"] == [
         1,
         0,
         0,
@@ -308,13 +308,13 @@ def test_places_of_nodes_strips_and_integers(tmp_path):
         [0],
         [[part]],
     )
-    assert np.allclose(triangles_of(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
+    assert np.allclose(scene_triangles(placed)[0], [[1, 2, 0], [-1, 0, 0], [1, 0, 2]])
     strip = scene_of([part])
     object.__setattr__(strip.meshes[0][0], "mode", 5)
-    assert len(triangles_of(strip)[1]) == 1
+    assert len(scene_triangles(strip)[1]) == 1
 
 
-def test_stl_and_what_is_none(tmp_path):
+def test_stl_files_and_files_of_other_formats(tmp_path):
     trimesh.creation.box().export(tmp_path / "box.stl")
     assert volume(*read_triangles(tmp_path / "box.stl")) == pytest.approx(1)
     for name, data in (("a.stl", b"solid nothing"), ("b.glb", b"<html>"), ("c", json.dumps({}).encode())):
@@ -323,7 +323,7 @@ def test_stl_and_what_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, found",
+    "text, encoding",
     [
         ("v 1 2 3".encode("utf-16"), "utf-16"),
         ("v 1 2 3\n".encode("utf-16-le"), "utf-16-le"),
@@ -333,26 +333,26 @@ def test_stl_and_what_is_none(tmp_path):
         (b"glTF\2\0\0\0aaaa", None),
     ],
 )
-def test_utf16_is_told_by_its_first_bytes(text, found):
-    assert utf16(text) == found
+def test_utf16_is_recognised_by_its_first_bytes(text, encoding):
+    assert utf16(text) == encoding
 
 
-def test_geometry_alone_is_the_geometry_of_the_whole_file(tmp_path):
+def test_geometry_alone_equals_the_geometry_of_the_full_file(tmp_path):
     data = files.glb(300, 32, seed=1)
     path = files.write_obj(tmp_path / "p.obj", 300, seed=1)
     (tmp_path / "p.glb").write_bytes(data)
-    for whole, file in (
+    for model, file in (
         (read_glb(memoryview(data)), tmp_path / "p.glb"),
         (read_obj(path.read_bytes(), path), path),
     ):
-        for found, expected in zip(read_triangles(file), triangles_of(whole), strict=True):
-            assert found.dtype == expected.dtype and np.array_equal(found, expected)
+        for geometry, expected in zip(read_triangles(file), scene_triangles(model), strict=True):
+            assert geometry.dtype == expected.dtype and np.array_equal(geometry, expected)
     alone = read_glb(memoryview(data), geometry_only=True)
     assert not (alone.materials or alone.textures or alone.pictures or alone.samplers)
     assert {name for part in alone.meshes[0] for name in part.attributes} == {"POSITION"}
 
 
-def test_what_is_no_geometry_is_not_looked_at(tmp_path):
+def test_parts_without_geometry_are_not_checked(tmp_path):
     document, binary = files.glb_document()
     document["images"] = [{"uri": "http://127.0.0.1:9/x.png"}]
     document["accessors"][1]["count"] = 10**12  # texture coordinates
@@ -372,7 +372,7 @@ OF_TEXTURES = {"image", "passwd", "svg", "pixels", "textures"}
 
 
 @pytest.mark.parametrize("name", sorted(GLBS.keys() - OF_TEXTURES))
-def test_hostile_geometry_is_refused_alike(name):
+def test_hostile_geometry_is_rejected_alike(name):
     data = memoryview(GLBS[name][0])
     reasons = []
     for geometry_only in (False, True):

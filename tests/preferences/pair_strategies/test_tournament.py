@@ -1,4 +1,4 @@
-"""Rounds of a tournament: nobody sits out, nobody meets twice, and the standings decide who meets next."""
+"""Rounds of a tournament: no item sits out, no two meet twice, and the standings decide the next pairs."""
 
 import itertools
 
@@ -34,9 +34,9 @@ def test_a_swiss_round_pairs_neighbours_that_have_not_met():
     assert len(pairs) == 4 and sorted(itertools.chain(*pairs)) == [1, 2, 3, 4, 5, 6, 7, 8]
     assert {frozenset(p) for p in pairs}.isdisjoint(met)
     assert all((a <= 4) == (b <= 4) for a, b in pairs)  # winners meet winners
-    # with fewer pairs the upper part goes on
+    # with fewer pairs the upper part continues
     assert sorted(itertools.chain(*swiss_round(results, 2, rng()))) == [1, 2, 3, 4]
-    # they meet again where nobody else is left
+    # they meet again if no other item is left
     assert swiss_round(won((1, 2)), 1, rng()) in ([(1, 2)], [(2, 1)])
     odd = swiss_round(won((1, 2), (1, 3)), 9, rng())
     assert len(odd) == 1 and 1 in odd[0]  # an odd table leaves out its last
