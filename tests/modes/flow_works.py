@@ -14,7 +14,7 @@ from PIL import Image
 from sqlalchemy import select
 
 from eg3d_rlhf.modes.jobs import command_of
-from eg3d_rlhf.people.label.campaigns import shape_of
+from eg3d_rlhf.people.label.campaigns import shape_from_row
 from eg3d_rlhf.people.label.database import Database, assignments, pairs, shapes
 from eg3d_rlhf.people.label.entities import Shape
 from tests.people.label.browser import Page
@@ -132,7 +132,7 @@ def sides_of(database: str, token: str) -> tuple[Shape, Shape]:
         pair = connection.execute(select(pairs).where(pairs.c.id == row.pair_id)).one()
         numbers = (pair.first_id, pair.second_id) if row.first_is_left else (pair.second_id, pair.first_id)
         sides = [
-            shape_of(connection.execute(select(shapes).where(shapes.c.id == number)).one())
+            shape_from_row(connection.execute(select(shapes).where(shapes.c.id == number)).one())
             for number in numbers
         ]
     opened.close()

@@ -1,9 +1,8 @@
-"""Draw the shapes of a campaign ahead of the annotators, in a process of its own that leaves the machine to
-others.
+"""Prepares the shapes of a campaign in advance, in a separate process with low priority.
 
-It works through the shapes in the order of the plan, keeps to one thread, may be ended at any moment and
-takes up where it was. A shape that cannot be drawn is noted and passed over. It ends by itself when the
-process that started it is gone, however that ended.
+The process works through the shapes in the order of the plan with one thread. It may be stopped at any moment
+and continues later with the shapes that are missing. A shape that cannot be prepared is recorded and skipped.
+The process ends by itself when the process that started it has ended, regardless of the reason.
 """
 
 import contextlib
@@ -26,36 +25,41 @@ from eg3d_rlhf.people.label.entities import Shape
 from eg3d_rlhf.people.label.shape_files import DEFAULT_FOLDER, ShapeCache, shape_key
 from training.storage import write_atomic
 
-_RECENT = 50  # shapes over which the pace is taken
+_RECENT = 50  # number of shapes over which the pace is averaged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeProgress:
-    """How far the preparation of a campaign is."""
+    """Progress of the preparation of a campaign."""
 
     campaign: str
     done: int = 0  # shapes that are prepared
     total: int = 0  # distinct shapes
-    failed: int = 0  # shapes that cannot be drawn; their pairs are never shown
-    reason: str | None = None  # why, of the last one; may name files
-    seconds_per_shape: float | None = None  # over the last 50 that were drawn; None before the first
-    seconds_left: float | None = None
-    finished: bool = False  # nothing is left to draw
-    error: str | None = None  # why the worker gave up; may name files, so it is for administrators
+    failed: int = 0  # shapes that cannot be prepared; their pairs are never shown
+    reason: str | None = None  # of one of these failures; may contain names of files
+    seconds_per_shape: float | None = None  # average over the last 50 prepared shapes; None before the first
+    seconds_left: float | None = None  # estimate; None before the first shape
+    finished: bool = False  # no shape is left to prepare
+    error: str | None = None  # why the worker ended; may contain names of files, so only admins see it
 
     def write(self, path: Path) -> None:
+        """Write the progress as JSON; readers see the old or the new file, never a part."""
         write_atomic(path, (json.dumps(asdict(self)) + "\n").encode())
 
     @classmethod
     def read(cls, path: Path) -> "ShapeProgress | None":
+        """Read a progress file; None if it is missing, or written by another version."""
         try:
             return cls(**json.loads(path.read_text()))
+        # TypeError: fields of another version.
         except (OSError, ValueError, TypeError):
             return None
 
 
 def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
-    """Where a campaign's progress is written: campaigns of several databases may share a cache."""
+    """Return the file of a campaign's progress. Its name depends on the database, because campaigns of
+    several databases may share a cache.
+    """
     name = hashlib.sha256(json.dumps([url, campaign]).encode()).hexdigest()[:16]
     return cache.folder / f"progress-{name}.json"
 
@@ -63,134 +67,152 @@ def progress_file(cache: ShapeCache, url: str, campaign: str) -> Path:
 def prepare(
     shapes: Iterable[Shape],
     cache: ShapeCache,
-    drawer: Any,
+    renderer: Any,
     renders: bool = False,
-    tell: Callable[[dict], None] = lambda fields: None,
+    report: Callable[[dict], None] = lambda fields: None,
 ) -> None:
-    """Draw whatever of the shapes is missing in the cache, in order.
+    """Prepare the shapes that are missing in the cache, in order.
 
-    Args: renders: also the RGB pictures; tell: hears the fields of `ShapeProgress` that it knows, before the
-        first shape and after each.
+    Args:
+        shapes: of a campaign; equal ones are prepared once.
+        cache: in which results and failures are stored.
+        renderer: a `ShapeRenderer`, or an `AssetPreparer` for assets.
+        renders: also make the RGB renders.
+        report: called with fields of `ShapeProgress` before the first shape and after each.
     """
+    # A dictionary keeps the order of the plan.
     distinct = {shape_key(shape): shape for shape in shapes}
     failed = {key for key, shape in distinct.items() if cache.failure(shape)}
-    drawn = {
+    prepared = {
         key for key, shape in distinct.items() if cache.mesh(shape) and (not renders or cache.render(shape))
     }
-    missing = [key for key in distinct if key not in failed and key not in drawn]
+    missing = [key for key in distinct if key not in failed and key not in prepared]
     seconds: deque[float] = deque(maxlen=_RECENT)
     reason = next((cache.failure(distinct[key]) for key in failed), None)
 
-    def report(left: int) -> None:
+    def report_left(left: int) -> None:
         pace = sum(seconds) / len(seconds) if seconds else None
-        tell(
+        report(
             {
                 "done": len(distinct) - len(failed) - left,
                 "total": len(distinct),
                 "failed": len(failed),
                 "reason": reason,
                 "seconds_per_shape": pace,
+                # `pace and pace * left` is None as long as no pace is known.
                 "seconds_left": 0.0 if left == 0 else pace and pace * left,
                 "finished": left == 0,
             }
         )
 
-    report(len(missing))
+    report_left(len(missing))
     for number, key in enumerate(missing, 1):
         start = time.monotonic()
-        drawer.generator(distinct[key])
-        wrong = _draw(distinct[key], cache, drawer, renders)
-        if wrong is not None:
-            reason = str(wrong)
-            cache.put_failure(distinct[key], reason, passing=isinstance(wrong, reading.ChangedError))
+        # An error of the generator's file ends the preparation: it concerns all shapes, not this one.
+        renderer.generator(distinct[key])
+        failure = _prepare_shape(distinct[key], cache, renderer, renders)
+        if failure is not None:
+            reason = str(failure)
+            cache.put_failure(distinct[key], reason, temporary=isinstance(failure, reading.ChangedError))
             failed.add(key)
-            print(f"not shown: {reason}", file=sys.stderr, flush=True)
+            print(f"this shape is not shown: {reason}", file=sys.stderr, flush=True)
         seconds.append(time.monotonic() - start)
-        report(len(missing) - number)
+        report_left(len(missing) - number)
 
 
-def _draw(shape: Shape, cache: ShapeCache, drawer: Any, renders: bool) -> ValueError | None:
-    """Draw what is missing of one shape; the picture first, as a shape counts as prepared with its mesh.
-    Returns why it cannot be drawn.
-    """
+def _prepare_shape(shape: Shape, cache: ShapeCache, renderer: Any, renders: bool) -> ValueError | None:
+    """Prepare what is missing of one shape. Returns the error if that is impossible, else None."""
     try:
-        picture = drawer.picture(shape) if renders and cache.render(shape) is None else None
-        mesh = drawer.mesh(shape) if cache.mesh(shape) is None else None
+        image = renderer.image(shape) if renders and cache.render(shape) is None else None
+        mesh = renderer.mesh(shape) if cache.mesh(shape) is None else None
     except ValueError as error:
         return error
-    if picture is not None:
-        cache.put_render(shape, picture)
+    # The mesh is stored last: a shape counts as prepared when its mesh is there.
+    if image is not None:
+        cache.put_render(shape, image)
     if mesh is not None:
         cache.put_mesh(shape, mesh)
     return None
 
 
-class AssetDrawer:
-    """Gives assets their clean form, where `drawing.ShapeDrawer` draws shapes."""
+class AssetPreparer:
+    """Cleans asset files; it has the interface of `shape_rendering.ShapeRenderer`."""
 
     def generator(self, shape: Shape) -> object:
-        """Nothing: an asset is the file itself."""
+        """Return None: an asset has no generator that must be loaded."""
 
     def mesh(self, shape: Shape) -> bytes:
+        """Return the cleaned file of an asset, damaged if the shape says so."""
         return reading.clean(Path(shape.source), shape.file, shape.degradation, shape.seed)
 
-    def picture(self, shape: Shape) -> bytes:
-        raise ValueError("expected a generator's shape, got an asset, of which no picture is made")
+    def image(self, shape: Shape) -> bytes:
+        raise ValueError("an asset has no render. Plan the campaign without renders.")
 
 
-def prepare_prompts(conditions: Iterable[Mapping], cache: ShapeCache) -> None:
-    """Make the pictures of prompts that are missing in the cache; one that cannot be shown is noted."""
-    for condition in conditions:
-        key = condition.get("hash")
+def prepare_prompts(prompts: Iterable[Mapping], cache: ShapeCache) -> None:
+    """Make the images of prompts that are missing in the cache. An image that cannot be shown is recorded."""
+    for prompt in prompts:
+        key = prompt.get("hash")
+        # Prompts that consist of a text have no image.
         if not key or cache.prompt_settled(key):
             continue
         try:
-            cache.put_prompt(key, reading.clean(Path(condition["image"]), key))
+            cache.put_prompt(key, reading.clean(Path(prompt["image"]), key))
         except ValueError as error:
             cache.put_prompt_failure(key, str(error))
 
 
-_ROOT = Path(__file__).resolve().parents[3]  # found by the worker, wherever the server was started
-# passes the database's address, password included, out of sight of the process list
+# the worker imports the package from here, in any working directory
+_ROOT = Path(__file__).resolve().parents[3]
+# The environment passes the address of the database, because other users can read the arguments of a process,
+# and the address may contain a password.
 URL_VARIABLE = "EG3D_RLHF_LABEL_URL"
 _WRITE_EVERY = 0.5  # seconds between two writes of the progress
-_WATCH_EVERY = 0.5  # seconds between two looks at the parent
-_PATIENCE = 5.0  # seconds that a worker has to end when it is asked to
-_RESTARTS = 3  # of a worker that died, without a shape in between
+_CHECK_PARENT_EVERY = 0.5  # seconds between two checks of the parent process
+_PATIENCE = 5.0  # seconds that a worker has for ending before it is killed
+_RESTARTS = 3  # restarts of a worker that ended with an error without preparing a shape
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process at once when `parent` is no longer its parent. What it writes it writes whole, so it
-    may be cut off anywhere.
+    """End this process at once when `parent` is no longer its parent. Files are written atomically, so the
+    process may be stopped at any point.
     """
 
-    def watch() -> None:
+    def end_if_orphaned() -> None:
+        # A process whose parent has ended gets another parent, such as init.
         while os.getppid() == parent:
-            time.sleep(_WATCH_EVERY)
-        os._exit(3)
+            time.sleep(_CHECK_PARENT_EVERY)
+        os._exit(3)  # sys.exit would end this thread only
 
-    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+    threading.Thread(target=end_if_orphaned, name="parent check", daemon=True).start()
 
 
 def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) -> None:
-    """Draw what is missing of a campaign's shapes in `cache`; runs in the process that `Preparation` starts.
+    """Prepare the missing shapes of a campaign, in the process that `Preparation` starts.
 
-    Args: nice: 0..19, how far other processes go first; parent: id of the process with which this one ends.
+    Args:
+        url: of the database.
+        campaign: name.
+        cache: folder of the prepared shapes.
+        nice: 0..19; with a higher number, other processes get more of the processor.
+        parent: id of the process with which this one ends.
     """
     end_with_parent(parent)
+    # Before PyTorch is imported, which takes seconds of processor time itself.
     os.nice(nice)
     import torch
 
-    from eg3d_rlhf.people.label.store import Store  # of the extra, which the flags of a server do without
+    from eg3d_rlhf.people.label.store import Store  # of the optional dependencies [label]
 
     torch.set_num_threads(1)
+    # One thread, so that the machine stays usable for annotators' requests and for its other users.
     shapes = ShapeCache(cache)
     shapes.remove_leftovers()
     file = progress_file(shapes, url, campaign)
     progress = ShapeProgress(campaign=campaign)
     last = -float("inf")
 
-    def tell(fields: dict) -> None:
+    def write_progress(fields: dict) -> None:
         nonlocal progress, last
         progress = ShapeProgress(campaign=campaign, **fields)
         if progress.finished or time.monotonic() - last >= _WRITE_EVERY:
@@ -201,23 +223,26 @@ def work_through(url: str, campaign: str, cache: str, nice: int, parent: int) ->
         with Store.open(url, create=False) as store:
             stored = store.campaign(campaign)
             if stored is None:
-                wrong = f"--campaign: expected the name of a campaign in the database, got {campaign!r}."
-                raise ValueError(f"{wrong} Make it with tools/label.py.")
+                raise ValueError(
+                    f"--campaign: expected the name of a campaign in the database, got {campaign!r}. Plan it"
+                    " with tools/label.py."
+                )
             planned = [shape for _, shape in store.shapes(stored.id)]
         prepare_prompts(stored.settings.extra.get("conditions", {}).values(), shapes)
-        drawer: Any = AssetDrawer()
-        if not planned[0].file:  # all of a campaign's shapes are assets, or none is
-            from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer
+        renderer: Any = AssetPreparer()
+        if not planned[0].file:  # a campaign contains assets only, or none
+            from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 
-            drawer = ShapeDrawer()
-        prepare(planned, shapes, drawer, stored.settings.show_render, tell)
+            renderer = ShapeRenderer()
+        prepare(planned, shapes, renderer, stored.settings.show_render, write_progress)
     except Exception as error:
+        # The server reads the error from the file; the traceback goes to the log.
         replace(progress, error=str(error).strip() or type(error).__name__).write(file)
         raise
 
 
 class Preparation:
-    """The worker of one campaign, as the server sees it. Its methods may be called from any thread."""
+    """The worker process of one campaign, as the server uses it. All methods are thread-safe."""
 
     def __init__(
         self, url: str, campaign: str, cache: ShapeCache | str | Path = DEFAULT_FOLDER, nice: int = 10
@@ -228,31 +253,37 @@ class Preparation:
         self.nice = nice
         self._file = progress_file(self.cache, url, campaign)
         self._process: subprocess.Popen | None = None
-        # starts after a death, and how many shapes there were at the last one
+        # Restarts since the last prepared shape, and the number of prepared shapes at the last failure.
         self._restarts = 0
         self._done = 0
         self._lock = threading.RLock()
 
     @property
     def running(self) -> bool:
+        """True while the worker runs."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def gave_up(self) -> bool:
+        """True if the worker has failed so often that it is not started again."""
         return self._restarts >= _RESTARTS and not self.running
 
     @property
     def log(self) -> Path:
+        """File of the worker's output."""
         return self._file.with_suffix(".log")
 
     def start(self) -> None:
+        """Start the worker, unless it runs."""
         with self._lock:
             if self.running:
                 return
             self.cache.folder.mkdir(0o700, parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                self._file.unlink()  # what an earlier worker said is no longer so
+                self._file.unlink()  # the progress of an earlier worker is out of date
+            # Libraries read the number of threads when they are imported, so it must be set before the start.
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            # Also without installation, in a checkout.
             path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
             arguments = {
                 "campaign": self.campaign,
@@ -266,11 +297,12 @@ class Preparation:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,
+                    start_new_session=True,  # Ctrl-C in the server's terminal must not reach the worker
                     env={**os.environ, **threads, "PYTHONPATH": path, URL_VARIABLE: self.url},
                 )
 
     def stop(self) -> None:
+        """Stop the worker and wait for its end."""
         with self._lock:
             if self._process is None:
                 return
@@ -283,30 +315,33 @@ class Preparation:
             self._process = None
 
     def ensure(self) -> None:
-        """Start a worker that was started and died before it was done; gives up after three deaths without a
-        shape in between.
+        """Start the worker again if it ended with an error. After three failures without a prepared shape it
+        is not started any more.
         """
         with self._lock:
             if self._process is None or self.running or self._process.returncode == 0:
                 return
             progress = ShapeProgress.read(self._file)
             done = progress.done if progress else 0
+            # Progress since the last failure means that the failure was not caused by the next shape.
             self._restarts = 0 if done > self._done else self._restarts + 1
             self._done = max(done, self._done)
             if self._restarts < _RESTARTS:
                 self.start()
 
     def progress(self) -> dict:
+        """Return the fields of `ShapeProgress`, with `running` and the error of a worker that has ended."""
         progress = ShapeProgress.read(self._file) or ShapeProgress(campaign=self.campaign)
         process = self._process
         error = progress.error
+        # A worker that was killed could not write its error.
         if (
             error is None
             and not progress.finished
             and process is not None
             and process.poll() not in (None, 0)
         ):
-            error = f"the worker ended with code {process.returncode}; see {self.log}"
+            error = f"the preparation ended with exit code {process.returncode}. See {self.log}."
         return {**asdict(progress), "error": error, "running": self.running}
 
 

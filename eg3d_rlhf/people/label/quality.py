@@ -1,8 +1,8 @@
-"""How far judgements can be trusted: each annotator's pace, side bias, consistency and gold accuracy, and how
-far annotators agree.
+"""Computes quality figures of judgements: each annotator's pace, side bias, consistency and accuracy on gold
+checks, and the agreement between annotators.
 
-Pure functions of the store's rows; `quality_report` is what the admin page shows. Judgements taken back and
-training rounds never count.
+All functions are pure functions of the store's rows. The admin page shows the result of `quality_report`.
+Judgements that were taken back and training pairs never count.
 """
 
 import itertools
@@ -24,29 +24,29 @@ from eg3d_rlhf.preferences.leaderboard import Game, Leaderboard, Standing, leade
 
 @dataclass(frozen=True, kw_only=True)
 class QualityLimits:
-    """From where on something is flagged or left out."""
+    """Thresholds from which on something is flagged or left out."""
 
-    gold_accuracy: float = 0.8  # below: flagged
-    gold_least: int = 4  # gold checks before accuracy is judged
-    fast_seconds: float = 1.0  # a median below: flagged
-    least: int = 20  # judgements before pace, sides, ties and skips are judged
-    side_p: float = 0.001  # two-sided exact test of left against right: flagged below
-    one_sided: float = 0.03  # of shapes one by one: flagged where fewer, or all but fewer, are good
-    consistency: float = 0.65  # flagged where the whole interval lies below
-    skip_share: float = 0.3  # above: flagged
-    tie_share: float = 0.7  # above: flagged
-    break_seconds: float = 600.0  # a longer gap between two judgements is a break and not counted as work
-    strengths: int = 400  # items at most in the Bradley-Terry fit; the most compared are kept
+    gold_accuracy: float = 0.8  # share of correct gold checks; flagged below
+    gold_least: int = 4  # least number of gold checks for a flag
+    fast_seconds: float = 1.0  # median time to answer; flagged below
+    least: int = 20  # least number of judgements for a flag of pace, sides, ties and skips
+    side_p: float = 0.001  # p-value of a two-sided exact binomial test of left against right; flagged below
+    one_sided: float = 0.03  # single shapes: flagged if the share of good or of bad ratings is below
+    consistency: float = 0.65  # flagged if the entire confidence interval lies below
+    skip_share: float = 0.3  # share of skips; flagged above
+    tie_share: float = 0.7  # share of ties; flagged above
+    break_seconds: float = 600.0  # a longer gap between two judgements counts as a break, not as work
+    strengths: int = 400  # largest number of items in the Bradley-Terry fit; the most compared are kept
 
 
 def counting(rows: Iterable[JudgementRow]) -> list[JudgementRow]:
-    """Rows that say something: not taken back, not training, in order of receipt."""
+    """Return the rows that count (not taken back, no training pairs) in order of receipt."""
     return sorted((r for r in rows if not r.undone and r.kind != Kind.TRAINING), key=lambda r: r.id)
 
 
 def side_free(row: JudgementRow) -> str:
-    """The answer without sides: 'first', 'second', 'tie' (both bad is one) or 'skip'; of a shape by itself,
-    the answer.
+    """Return the answer independent of sides: 'first', 'second', 'tie' (also for 'bad') or 'skip'; for a
+    single shape the answer itself.
     """
     if row.choice.equal:
         return Choice.TIE.value
@@ -56,51 +56,60 @@ def side_free(row: JudgementRow) -> str:
 
 
 def quality_report(rows: Iterable[JudgementRow], limits: QualityLimits | None = None) -> dict:
-    """All figures as JSON types; None where there is nothing to say.
+    """Compute all figures as JSON values; None where there are no data.
 
-    Campaigns in study mode get no strengths: they would give away the result before the study is over. Shapes
-    one by one have none.
+    Campaigns in study mode get no strengths, because these would reveal the result before the study is
+    complete. Single shapes have no strengths.
     """
     limits = limits or QualityLimits()
     rows = list(rows)
-    kept = counting(rows)
+    counted = counting(rows)
+    # An answer that was changed may have been given after a look at an earlier answer to the same pair.
     changed = {row.assignment for row in rows if row.undone}
     by_annotator: dict[str, list[JudgementRow]] = defaultdict(list)
-    for row in kept:
+    for row in counted:
         by_annotator[row.annotator].append(row)
-    labelling = [r for r in kept if r.mode == Mode.LABEL]
+    # Studies stay blind until their report.
+    labelling = [r for r in counted if r.mode == Mode.LABEL]
     comparisons, names = _comparisons(labelling)
     return {
-        "judgements": len(kept),
+        "judgements": len(counted),
         "annotators": [
-            annotator_quality(name, mine, limits, changed) for name, mine in sorted(by_annotator.items())
+            annotator_quality(name, theirs, limits, changed) for name, theirs in sorted(by_annotator.items())
         ],
-        "agreement": agreement(kept),
+        "agreement": agreement(counted),
         "bradley_terry": _strengths(comparisons, names, limits),
         "cycles": cycles(comparisons),
-        "questions": by_question(kept),
-        "leaderboards": leaderboards(kept),
-        "timeline": timeline(kept),
+        "questions": by_question(counted),
+        "leaderboards": leaderboards(counted),
+        "timeline": timeline(counted),
     }
 
 
 def annotator_quality(
     name: str, rows: Sequence[JudgementRow], limits: QualityLimits, changed: Collection[str] = ()
 ) -> dict:
-    """One annotator's figures from her counting rows, with flags in words.
+    """Compute the figures of one annotator from her rows that count, with flags in words.
 
-    Args: changed: assignments whose answer was changed, perhaps after a look at an earlier one: they say
-        nothing about consistency.
+    Args:
+        name: of the annotator.
+        rows: her judgements that count.
+        limits: thresholds of the flags.
+        changed: assignments whose answer was changed. They are left out of the consistency, because the
+            annotator may have looked at an earlier answer.
     """
-    lasting = [row for row in rows if row.assignment not in changed]
+    unchanged = [row for row in rows if row.assignment not in changed]
     choices = Counter(r.choice for r in rows)
     left = choices[Choice.LEFT]
     right = choices[Choice.RIGHT]
+    # The page sends 0 milliseconds if it could not measure the time, and imported answers have 0, too.
     seconds = [r.milliseconds / 1000 for r in rows if r.choice != Choice.SKIP and r.milliseconds > 0]
+    # A skipped check counts neither as correct nor as wrong.
     gold = [r for r in rows if r.kind == Kind.GOLD and r.expected is not None and r.choice != Choice.SKIP]
+    # Time of work is the sum of the gaps between judgements, without breaks. It gives the pace per hour.
     gaps = [b - a for a, b in itertools.pairwise(sorted(r.received_at for r in rows))]
     worked = [gap for gap in gaps if gap <= limits.break_seconds]
-    out = {
+    figures = {
         "name": name,
         "judgements": len(rows),
         "ties": choices[Choice.TIE],
@@ -110,6 +119,7 @@ def annotator_quality(
         "skip_reasons": dict(Counter(r.reason or "other" for r in rows if r.choice == Choice.SKIP)),
         "median_seconds": statistics.median(seconds) if seconds else None,
         "per_hour": 3600 * len(worked) / sum(worked) if sum(worked) > 0 else None,
+        # good_share counts ratings of single shapes only; `good` is None for pairs.
         **_share(
             "good_share",
             sum(r.choice.good is True for r in rows),
@@ -117,31 +127,35 @@ def annotator_quality(
         ),
         **_share("left_share", left, left + right),
         "left_right_n": left + right,
+        # Sides are random, so the left one is expected in half of the answers.
         "left_p": binomial_test(left, left + right),
-        **_consistency("self_consistency", lasting, Kind.REPEAT),
-        **_consistency("swap_consistency", lasting, Kind.SWAP),
+        **_consistency("self_consistency", unchanged, Kind.REPEAT),
+        **_consistency("swap_consistency", unchanged, Kind.SWAP),
         **_share(
             "gold_accuracy", sum(r.choice.meets(r.expected) for r in gold), len(gold), "gold_n", "gold_ci95"
         ),
     }
-    return {**out, "flags": _flags(out, limits)}
+    return {**figures, "flags": _flags(figures, limits)}
 
 
 def agreement(rows: Iterable[JudgementRow]) -> dict:
-    """Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all, over left out
-    sides: first, second, tie.
+    """Compute Cohen's kappa of every two annotators who share pairs, and Krippendorff's alpha of all
+    annotators, over the answers independent of sides: first, second, tie.
 
-    Below LEAST_UNITS common pairs there is no figure, and `needs` says how many more it takes.
+    With fewer than LEAST_UNITS common pairs there is no figure, and `needs` is the number that is missing.
     """
-    # to each pair, by annotator; gold aside, on which all should agree
+    # Pair -> annotator -> answer. Gold checks are left out: agreement on them is expected and would inflate
+    # kappa.
     answers: dict[int, dict[str, str]] = defaultdict(dict)
     for row in counting(rows):
         if row.kind != Kind.GOLD and row.choice != Choice.SKIP:
+            # setdefault keeps the first answer: repeats of a pair do not count as agreement.
             answers[row.pair].setdefault(row.annotator, side_free(row))
     shared: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    for given in answers.values():
-        for a, b in itertools.combinations(sorted(given), 2):
-            shared[a, b].append((given[a], given[b]))
+    for by_name in answers.values():
+        # Sorted, so that a pair of annotators has one key.
+        for a, b in itertools.combinations(sorted(by_name), 2):
+            shared[a, b].append((by_name[a], by_name[b]))
     kappas = []
     for (a, b), pairs in sorted(shared.items()):
         result = cohen_kappa([x for x, _ in pairs], [y for _, y in pairs])
@@ -155,6 +169,7 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
                 **same,
             }
         )
+    # Units are pairs; annotators need not have answered the same ones.
     alpha = krippendorff_alpha(list(answers.values()))
     shown = alpha.value if alpha.lo is not None else None
     return {
@@ -168,18 +183,20 @@ def agreement(rows: Iterable[JudgementRow]) -> dict:
 
 
 def leaderboards(rows: Sequence[JudgementRow]) -> list[dict]:
-    """Of shapes of two or more generators: overall, then of each question that was asked besides; none of a
-    study.
+    """Compute leaderboards of the generators: of the overall answers, and of each further question. There is
+    none for a single generator, and studies never count.
     """
     if len({shape.generator for row in rows for shape in (row.left, row.right)}) < 2:
+        # With one generator every game would be between the generator and itself.
         return []
+    # A dictionary keeps the order of the questions and drops repeats.
     asked = dict.fromkeys(name for row in rows for name in row.votes)
     boards = {name: leaderboard_of(rows, name) for name in (None, *asked)}
     return [{"question": name, **board.to_dict()} for name, board in boards.items() if board.games]
 
 
 def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
-    """Of each question that was asked besides: counts, how far the votes go with the overall answer, and
+    """Compute figures of each further question: counts, agreement of the votes with the overall answer, and
     Krippendorff's alpha.
     """
     rows = [row for row in rows if row.kind != Kind.GOLD]
@@ -192,7 +209,7 @@ def by_question(rows: Iterable[JudgementRow]) -> list[dict]:
 
 
 def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
-    """Counts of a question's votes, and how many chose the same side in all; JSON types."""
+    """Count the votes on a question, and how many of them choose the same side as the overall answer."""
     voted = [row for row in rows if question in row.votes]
     counts = Counter(row.votes[question] for row in voted)
     decided = [
@@ -210,34 +227,33 @@ def vote_figures(question: str, rows: Iterable[JudgementRow]) -> dict:
 
 
 def timeline(rows: Sequence[JudgementRow], bins: int = 240) -> list[dict]:
-    """Judgements and median seconds over time: bins of whole minutes, at most `bins` between the first and
-    the last.
-    """
+    """Compute judgements and median seconds over time, in at most `bins` bins of whole minutes."""
     if not rows:
         return []
     start = min(r.received_at for r in rows)
     end = max(r.received_at for r in rows)
-    # minutes, hours and days, in seconds
+    # The first width that gives few enough bins, in seconds: 1, 5, 15 minutes, 1, 4 hours, then whole days.
     widths = itertools.chain((60, 300, 900, 3600, 4 * 3600), itertools.count(86400, 86400))
     width = next(w for w in widths if (end - start) / w < bins - 1)
+    # Bins begin at multiples of their width since 1970, not at the first judgement.
     filled: dict[int, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         filled[int(row.received_at // width)].append(row)
     return [
         {
-            "time": place * width,
+            "time": index * width,
             "seconds": width,
-            "judgements": len(judged),
-            "median_seconds": statistics.median(r.milliseconds for r in judged) / 1000,
-            "annotators": dict(sorted(Counter(r.annotator for r in judged).items())),
+            "judgements": len(inside),
+            "median_seconds": statistics.median(r.milliseconds for r in inside) / 1000,
+            "annotators": dict(sorted(Counter(r.annotator for r in inside).items())),
         }
-        for place, judged in sorted(filled.items())
+        for index, inside in sorted(filled.items())
     ]
 
 
 def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: str | None = None) -> dict:
-    """A share with its count and Wilson interval, which few have none of: below LEAST_UNITS; None where
-    nothing was counted.
+    """Return a share, its count and its Wilson interval. The interval is None below LEAST_UNITS, and the
+    share is None if nothing was counted.
     """
     bounds = list(wilson_interval(hits, n)) if n >= LEAST_UNITS else None
     figures = {
@@ -249,13 +265,17 @@ def _share(name: str, hits: int, n: int, n_name: str | None = None, interval: st
 
 
 def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
+    """Compute the share of repeats that were answered like the first time, independent of sides."""
     first: dict[int, str] = {}
-    hits = n = 0
+    hits = 0
+    n = 0
     for row in rows:
+        # A skipped repeat is no inconsistency: it contains no preference.
         if row.choice == Choice.SKIP:
             continue
         if row.kind == kind and row.pair in first:
             n += 1
+            # Without sides, a repeat and a swapped repeat are compared in the same way.
             hits += side_free(row) == first[row.pair]
         elif row.kind == Kind.PAIR:
             first.setdefault(row.pair, side_free(row))
@@ -263,24 +283,29 @@ def _consistency(name: str, rows: Sequence[JudgementRow], kind: Kind) -> dict:
 
 
 def _flags(figures: dict, limits: QualityLimits) -> list[str]:
+    """Describe in words which figures exceed their limits."""
     n = figures["judgements"]
     flags = []
     if figures["gold_n"] >= limits.gold_least and figures["gold_accuracy"] < limits.gold_accuracy:
-        flags.append(f"gold checks: {figures['gold_accuracy']:.0%} of {figures['gold_n']} right")
+        flags.append(f"gold checks: {figures['gold_accuracy']:.0%} of {figures['gold_n']} correct")
+    # With few answers these figures vary too much to flag anybody.
     if n >= limits.least:
         if figures["median_seconds"] is not None and figures["median_seconds"] < limits.fast_seconds:
-            flags.append(f"fast: {figures['median_seconds']:.1f} s in the median")
+            flags.append(f"fast: {figures['median_seconds']:.1f} s median time")
         if figures["left_p"] < limits.side_p:
-            flags.append(f"side bias: left in {figures['left_share']:.0%} of {figures['left_right_n']}")
+            flags.append(
+                f"side bias: left in {figures['left_share']:.0%} of {figures['left_right_n']} answers"
+            )
         if (
             figures["good_share"] is not None
             and not limits.one_sided <= figures["good_share"] <= 1 - limits.one_sided
         ):
-            flags.append(f"one-sided: good in {figures['good_share']:.0%}")
+            flags.append(f"one-sided: good in {figures['good_share']:.0%} of the ratings")
         if figures["skips"] > limits.skip_share * n:
             flags.append(f"skips {figures['skips']} of {n}")
         if figures["ties"] + figures["both_bad"] > limits.tie_share * n:
             flags.append(f"ties {figures['ties'] + figures['both_bad']} of {n}")
+    # Only the upper bound matters: an annotator is flagged when chance alone is an unlikely explanation.
     for name, words in (("self_consistency", "repeats"), ("swap_consistency", "swapped repeats")):
         bounds = figures[f"{name}_ci95"]
         if bounds is not None and bounds[1] < limits.consistency:
@@ -291,9 +316,10 @@ def _flags(figures: dict, limits: QualityLimits) -> list[str]:
 
 
 def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callable[[Shape], str]]:
-    """Comparisons of shapes, and how to name a shape: by its seed, and by its generator and psi where these
-    differ.
+    """Return comparisons of shapes and a function that names a shape: by its seed, and by its generator and
+    psi where these differ.
     """
+    # One object per shape: the comparisons refer to it, and the fit groups them by it.
     shapes = {_same(s): s for r in rows for s in (r.left, r.right)}
     generators = {s.generator for s in shapes.values()}
     psis = {s.psi for s in shapes.values() if not s.file}
@@ -301,6 +327,7 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
     def name(shape: Shape) -> str:
         if shape.file:
             return f"{shape.generator}: {shape.source.rpartition('/')[2]}"
+        # Multiplication by a truth value adds a part only where shapes differ in it.
         more = [f"generator {shape.generator[:8]}"] * (len(generators) > 1) + [f"psi {shape.psi:g}"] * (
             len(psis) > 1
         )
@@ -318,7 +345,8 @@ def _comparisons(rows: Sequence[JudgementRow]) -> tuple[list[Comparison], Callab
 
 
 def _same(shape: Shape) -> tuple:
-    """Equal for equal shapes, assets among them, whose psi and level are nan."""
+    """Return a key that is equal for equal shapes, also for assets, whose psi and level are nan."""
+    # nan is unequal to itself, but its text is equal.
     return (
         shape.generator,
         shape.source,
@@ -332,19 +360,22 @@ def _same(shape: Shape) -> tuple:
 def _strengths(
     comparisons: list[Comparison], name: Callable[[Shape], str], limits: QualityLimits
 ) -> list[dict]:
-    partners: dict[Any, set] = defaultdict(set)  # by shape
+    """Fit Bradley-Terry strengths to the shapes that are compared often enough, best first."""
+    partners: dict[Any, set] = defaultdict(set)  # shape -> shapes that it was compared with
     times: Counter = Counter()
     for c in comparisons:
         partners[c.winner].add(c.loser)
         partners[c.loser].add(c.winner)
         times.update((c.winner, c.loser))
-    ranked = {shape for shape, met in partners.items() if len(met) >= 2}
+    # An item with one opponent has no reliable strength: it stays only if that opponent has several.
+    ranked = {shape for shape, opponents in partners.items() if len(opponents) >= 2}
     ranked |= {other for shape in ranked for other in partners[shape]}
     kept = set(sorted(ranked, key=lambda s: (-times[s], s.generator, s.seed, s.psi))[: limits.strengths])
     used = [c for c in comparisons if c.winner in kept and c.loser in kept]
     if not used:
         return []
     result = bradley_terry(used)
+    # A stable sort: shapes of equal strength stay in the order of the fit.
     order = np.argsort(-result.strength, kind="stable")
     return [
         {
@@ -364,40 +395,44 @@ def _strengths(
 
 
 def leaderboard_of(rows: Iterable[JudgementRow], question: str | None = None) -> Leaderboard:
-    """The leaderboard of judgements, or of the votes on a question.
+    """Compute the leaderboard of the overall answers, or of the votes on a question.
 
-    Each annotator's first answer to a pair counts: no repeats, gold checks, practice, skips or answers taken
-    back. Pairs of one generator say nothing of it. A study's answers never count: they would give its result
-    away. Games are clustered by the shapes' condition; where they have none, by their seed if it is one, else
-    by the pair.
+    Each annotator's first answer to a pair counts. Repeats, gold checks, training pairs, skips and answers
+    that were taken back do not, nor do pairs of one generator. Answers of studies never count, because they
+    would reveal the result. Games are clustered by the prompt of the shapes; without a prompt by their common
+    seed; otherwise by the pair.
     """
-    kept = sorted(
+    counted = sorted(
         (r for r in rows if r.kind == Kind.PAIR and r.mode == Mode.LABEL and not r.undone), key=lambda r: r.id
     )
-    kept = [r for r in kept if r.choice != Choice.SKIP and r.left.generator != r.right.generator]
+    counted = [r for r in counted if r.choice != Choice.SKIP and r.left.generator != r.right.generator]
     if question is not None:
-        kept = answers_to(question, kept)
-    names = generator_names(shape for r in kept for shape in (r.left, r.right))
-    games = {(r.annotator, r.campaign, r.pair): _game(r, names) for r in reversed(kept)}
+        counted = answers_to(question, counted)
+    names = generator_names(shape for r in counted for shape in (r.left, r.right))
+    # Later entries of a dictionary replace earlier ones. Reversed order keeps the first answer to each pair.
+    games = {(r.annotator, r.campaign, r.pair): _game(r, names) for r in reversed(counted)}
     return leaderboard(list(games.values())[::-1])
 
 
 def _game(row: JudgementRow, names: dict[str, str]) -> Game:
+    """Make a game of two generators; its cluster is the prompt, the seed or the pair."""
     left = names[row.left.generator]
     right = names[row.right.generator]
     winner = {Choice.LEFT: left, Choice.RIGHT: right}.get(row.choice)
+    # Shapes of the same latent resemble each other, so their games are not independent.
     seed = row.left.seed if row.left.seed == row.right.seed and not row.left.file else None
     prompt = row.left.condition or (("seed", seed) if seed is not None else ("pair", row.campaign, row.pair))
     return Game(left, right, winner, row.annotator, prompt, row.choice == Choice.BAD)
 
 
 def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
-    """What to call each generator: an asset's label; a network's file, with its folder or the hash's
-    beginning where files share a name.
+    """Name each generator: an asset by its label, a network by its file, with the folder or the beginning of
+    the hash where several files share a name.
     """
     first = {shape.generator: shape for shape in shapes}
     paths = {key: Path(shape.source or "bundled generator") for key, shape in first.items() if not shape.file}
     names = {key: paths[key].name if key in paths else key for key in first}
+    # First the folder is added to names that occur twice, then the hash to those that still do.
     for parts in (2, 3):
         times = Counter(names.values())
         for key in [key for key in paths if times[names[key]] > 1]:
@@ -406,9 +441,9 @@ def generator_names(shapes: Iterable[Shape]) -> dict[str, str]:
 
 
 def as_text(board: Leaderboard) -> str:
-    """A table to read in a terminal."""
+    """Format a leaderboard as a table for a terminal."""
     if not board.groups and not board.few:
-        return "No comparisons of two generators yet."
+        return "There are no comparisons of two generators yet."
     width = max(len(s.name) for s in (*(s for group in board.groups for s in group), *board.few))
     lines = []
     for group in board.groups:
@@ -420,6 +455,7 @@ def as_text(board: Leaderboard) -> str:
 
 
 def _line(s: Standing, width: int) -> str:
+    # A bound that cannot be computed, as after wins only, leaves the interval open on that side.
     ends = f"{_end(s.lo)} to {_end(s.hi)}"
     if s.lo is None or s.hi is None:
         ends = (
@@ -433,4 +469,5 @@ def _line(s: Standing, width: int) -> str:
 
 
 def _end(value: float | None) -> str:
+    """Format an end of an interval in Elo points."""
     return "" if value is None else f"{value:.0f}"

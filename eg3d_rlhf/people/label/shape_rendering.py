@@ -1,8 +1,8 @@
-"""From a shape's record to what the browser gets: the mesh, and the picture of the same latent.
+"""Computes what the browser shows of a shape's record: the mesh, and a render of the same latent.
 
-Also damage that nobody can overlook, done to a density on purpose: one side of every pair whose answer must
-be known. It moves the surface alone and is measured by the surface's own size, so it looks alike for any
-generator, whatever its densities are.
+The module also damages a density deliberately, so strongly that every annotator can see it. The damaged shape
+is one side of a pair whose answer must be known. The damage moves only the surface, and its size is relative
+to the size of the body, so it looks alike for all generators and all scales of their densities.
 
 Letters: V vertices, F triangles; X, Y, Z = grid points along x, y, z.
 """
@@ -24,36 +24,40 @@ from eg3d_rlhf.people.label.entities import DAMAGES, Shape
 from eg3d_rlhf.people.label.shape_files import compress, encode_mesh
 from torch_utils.ops.implementations import implementation
 
-_SLACK = 1.1  # times the wanted triangles that a mesh may have
-_PASSES = 5  # of decimation, each of which stops where edges are too costly
-_DUST = 16  # triangles; smaller parts are left out
-# lumps or bites, and how few will do
+_SLACK = 1.1  # a mesh may have this many times the requested number of triangles
+_PASSES = 5  # largest number of decimations; each stops where further edges cost too much
+_DUST = 16  # parts with fewer triangles are removed
+# Number of lumps or holes, and the number that is enough if there is not enough space.
 _PLACES = 6
 _FEWEST = 3
-_TRIED = 2000  # places looked at for lumps
-# their radii, in sizes of the body
+_TRIED = 2000  # number of random places that are tried for lumps
+# Radii of lumps and holes, relative to the size of the body.
 _LUMP = 0.075
 _BITE = 0.10
-# of the roughness: width of its bumps and the standard deviation of the displacement, in sizes
+# Roughness: width of the bumps and standard deviation of the displacement, relative to the size of the body.
 _GRAIN = 0.07
 _REACH = 0.03
-_STEEP = 1e3  # slope of the density at the new surface, in levels per world unit
-_HELD = 2  # generators in memory: the two of a study
+_STEEP = 1e3  # slope of the density at the new surface, in multiples of the level per world unit
+_HELD = 2  # number of generators in memory: a study compares two
 
 
 def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] float32 and triangles [F, 3] of a shape's surface, all its parts that can be seen,
-    decimated.
+    """Compute the surface of a shape: all its visible parts, decimated.
 
-    The border of the generator's cube is cleared. Hollows inside the body and dust are left out. In plain
-    torch: what is judged should not depend on the compiler of the machine, nor wait for it.
+    The density at the border of the generator's cube is cleared, so that the surface is closed. Cavities
+    inside the body and tiny parts are removed. The computation uses plain PyTorch operators, because results
+    should not depend on the compiler of the machine.
+
+    Returns: vertices [V, 3] float32, in world units, and triangles [F, 3].
     """
     with implementation("torch"):
         field = generator.field(ws_of_seeds(generator, [shape.seed], shape.psi))
         grid = FieldGrid(field, shape.resolution, field.bounds.border)
         vertices, faces = extract_field_mesh(grid, shape.level)
         if shape.degradation:
+            # The damage works on the entire grid [X, Y, Z]; undamaged shapes are extracted block by block.
             axes = tuple(axis.double().numpy() for axis in grid.axes)
+            # Parts that are removed below must not attract the damage, so only the visible surface is passed.
             sigma = grid(slice(0, shape.resolution)).numpy()
             sigma = damage(
                 shape.degradation, sigma, axes, shape.level, visible_parts(vertices, faces)[0], shape.seed
@@ -64,26 +68,28 @@ def surface(generator: Generator, shape: Shape) -> tuple[np.ndarray, np.ndarray]
 
 
 def visible_parts(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mesh without hollows (parts that enclose a negative volume) and without dust; always with the
-    largest part.
+    """Remove cavities (parts that enclose a negative volume) and parts with few triangles. The part with the
+    largest volume always stays.
     """
     count, part = parts(faces, len(vertices))
     if count == 1:
         return vertices, faces
+    # Faces are oriented outwards, so the surface of a cavity encloses a negative volume.
     volume = np.bincount(part, weights=face_volumes(vertices, faces), minlength=count)
-    kept = (volume > 0) & (np.bincount(part, minlength=count) >= _DUST)
-    kept[volume.argmax()] = True
-    return compact(vertices, faces[kept[part]])
+    visible = (volume > 0) & (np.bincount(part, minlength=count) >= _DUST)
+    visible[volume.argmax()] = True
+    return compact(vertices, faces[visible[part]])
 
 
 def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tuple[np.ndarray, np.ndarray]:
-    """About so many triangles, closed where that can be had; a mesh that stays closed only with more is
-    opened instead.
+    """Decimate a mesh to about `triangles` triangles. The result stays closed if that is possible; a mesh
+    that would stay closed only with more triangles is opened.
 
-    What is looked at must load in time and need not be closed.
+    The mesh is only looked at: it must load fast and need not be closed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # says that more triangles were kept
+        # the warning that more triangles remain is handled below
+        warnings.simplefilter("ignore", UserWarning)
         fewer, fewer_faces = decimate(vertices, faces, triangles)
     if len(fewer_faces) <= _SLACK * triangles:
         return fewer, fewer_faces
@@ -97,18 +103,19 @@ def within_budget(vertices: np.ndarray, faces: np.ndarray, triangles: int) -> tu
     return fewer, fewer_faces
 
 
-class ShapeDrawer:
-    """Draws shapes; keeps the generators that it used last."""
+class ShapeRenderer:
+    """Computes meshes and renders of shapes. It keeps the generators that were used last in memory."""
 
     def __init__(self, device: str = "cpu"):
         self._load = functools.lru_cache(_HELD)(lambda source: load_generator(source or None, device))
 
     def mesh(self, shape: Shape) -> bytes:
+        """Return the mesh of a shape, encoded and compressed."""
         return compress(encode_mesh(*surface(self.generator(shape).generator, shape)))
 
-    def picture(self, shape: Shape) -> bytes:
-        """The frontal rendering as PNG; that of a damaged shape shows the latent undamaged, as the image is
-        not drawn from the mesh.
+    def image(self, shape: Shape) -> bytes:
+        """Return the frontal render as PNG. For a damaged shape it shows the undamaged latent, because the
+        generator renders it without the mesh.
         """
         generator = self.generator(shape).generator
         with implementation("torch"):
@@ -118,20 +125,21 @@ class ShapeDrawer:
         return png(pixels)
 
     def generator(self, shape: Shape) -> LoadedGenerator:
+        """Return the generator of a shape. Raises: ValueError if the file now contains other weights."""
         loaded = self._load(shape.source)
         if loaded.hash != shape.generator:
-            wanted = shape.generator[:12]
-            got = loaded.hash[:12]
+            expected = shape.generator[:12]
+            actual = loaded.hash[:12]
             raise ValueError(
-                f"{loaded.path.name}: expected the campaign's weights {wanted}..., got {got}... Restore the"
-                " file."
+                f"{loaded.path.name}: expected the campaign's weights {expected}..., got {actual}... Restore"
+                " the file."
             )
         return loaded
 
 
 @dataclass(frozen=True)
 class Body:
-    """What is damaged."""
+    """A shape to be damaged: its density on a grid and its surface."""
 
     sigma: np.ndarray  # raw density [X, Y, Z]
     axes: tuple[np.ndarray, ...]  # world coordinates x [X], y [Y], z [Z], evenly spaced
@@ -141,80 +149,102 @@ class Body:
 
     @property
     def size(self) -> float:
+        """Mean extent of the surface along the axes, in world units."""
         return float(np.ptp(self.surface, axis=0).mean())
 
     def front(self) -> np.ndarray:
-        """The third of the vertices nearest to the camera [V', 3], in random order; +z looks at it."""
+        """Return the third of the vertices nearest to the frontal camera [V', 3], in random order."""
+        # The frontal camera stands on the side of +z.
         ahead = self.surface[self.surface[:, 2] >= np.quantile(self.surface[:, 2], 2 / 3)]
         return self.rng.permutation(ahead)
 
     def distance(self, centres: np.ndarray) -> np.ndarray:
-        """Distance [X, Y, Z] from every grid point to the nearest of centres [.., 3]."""
+        """Compute the distance [X, Y, Z] from every grid point to the nearest of the centres [.., 3]."""
+        # x [X, 1, 1], y [1, Y, 1], z [1, 1, Z]: the sum broadcasts to the grid.
         x, y, z = np.ix_(*self.axes)
         squares = [(x - a) ** 2 + (y - b) ** 2 + (z - c) ** 2 for a, b, c in centres]
         return np.sqrt(np.minimum.reduce(squares))
 
     def signed(self, distance: np.ndarray) -> np.ndarray:
-        """A density that crosses the level where a distance is 0 and rises with it."""
+        """Return a density that equals the level where `distance` is 0 and increases with it."""
+        # max(.., 1): a level near 0 must not give a flat density.
         return self.level + _STEEP * max(abs(self.level), 1.0) * distance
 
 
 def floaters(body: Body) -> np.ndarray:
-    """Round lumps that hang in the air in front of the surface."""
+    """Add round lumps in front of the surface that touch nothing."""
     radius = _LUMP * body.size
-    near = body.front()[:_TRIED]
-    low, high = (np.array([axis[i] for axis in body.axes]) for i in (0, -1))
-    direction = body.rng.normal(size=near.shape)
-    direction[:, 2] = abs(direction[:, 2])
+    candidates = body.front()[:_TRIED]  # [N, 3]
+    low, high = (np.array([axis[end] for axis in body.axes]) for end in (0, -1))
+    direction = body.rng.normal(size=candidates.shape)
+    direction[:, 2] = abs(direction[:, 2])  # towards the camera
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    centres = near + body.rng.uniform(1.5, 2.5, (len(near), 1)) * radius * direction
+    distance = body.rng.uniform(1.5, 2.5, (len(candidates), 1)) * radius
+    centres = candidates + distance * direction
+    # World coordinates to fractional grid indices [N, 3], as map_coordinates expects them.
     index = (centres - low) / (high - low) * (np.array(body.sigma.shape) - 1)
     outside = ndimage.map_coordinates(body.sigma, index.T, order=1, mode="nearest") < body.level
+    # A lump keeps a gap of at least 0.35 radii to the surface, so it is visibly loose.
     free = outside & (cKDTree(body.surface).query(centres)[0] > 1.35 * radius)
-    margin = radius + 0.12 * (high - low)  # the outermost parts of the cube may be trimmed
+    margin = radius + 0.12 * (high - low)  # the border of the cube may be cleared
     free &= np.all((centres > low + margin) & (centres < high - margin), axis=1)
     lumps = _scattered("floaters", centres[free], 2.5 * radius)
+    # The maximum of two densities is the union of their shapes.
     return np.maximum(body.sigma, body.signed(radius - body.distance(lumps)))
 
 
 def holes(body: Body) -> np.ndarray:
-    """Round bites out of the side that looks at the camera."""
+    """Cut round holes into the side that faces the camera."""
     radius = _BITE * body.size
-    bites = _scattered("holes", body.front(), 2 * radius)
-    return np.minimum(body.sigma, body.signed(body.distance(bites) - radius))
+    centres = _scattered("holes", body.front(), 2 * radius)
+    # The minimum of two densities is the intersection of their shapes, here with the outside of the spheres.
+    return np.minimum(body.sigma, body.signed(body.distance(centres) - radius))
 
 
 def rough(body: Body) -> np.ndarray:
-    """A surface full of bumps: every point takes the density of a place nearby."""
+    """Make the surface bumpy: every grid point takes the density of a random place nearby."""
     step = np.array([axis[1] - axis[0] for axis in body.axes])
-    at = np.indices(body.sigma.shape, dtype=np.float32)
+    # source [3, X, Y, Z]: for each grid point, the indices where its density is read.
+    source = np.indices(body.sigma.shape, dtype=np.float32)
     for axis in range(3):
         noise = body.rng.standard_normal(body.sigma.shape, dtype=np.float32)
+        # Smoothing by half the width of a bump, in grid points of each axis.
         noise = ndimage.gaussian_filter(noise, (_GRAIN * body.size / 2 / step).tolist(), mode="wrap")
-        at[axis] += noise * np.float32(_REACH * body.size / step[axis] / noise.std())
-    return ndimage.map_coordinates(body.sigma, at, order=1, mode="nearest")
+        # Division by the actual standard deviation: smoothing has reduced it by a factor that depends on the
+        # grid.
+        source[axis] += noise * np.float32(_REACH * body.size / step[axis] / noise.std())
+    return ndimage.map_coordinates(body.sigma, source, order=1, mode="nearest")
 
 
 def damage(
     name: str, sigma: np.ndarray, axes: tuple[np.ndarray, ...], level: float, surface: np.ndarray, seed: int
 ):
-    """The density [X, Y, Z] after damage `name`; equal arguments give equal values."""
+    """Compute the density [X, Y, Z] after damage `name`. Equal arguments give equal values.
+
+    Args:
+        name: a key of DAMAGES.
+        sigma: raw density [X, Y, Z].
+        axes: world coordinates x [X], y [Y], z [Z].
+        level: raw density of the surface.
+        surface: its vertices [V, 3].
+        seed: of the shape; another one places the damage elsewhere.
+    """
     rng = damage_draws(name, DAMAGES, seed)
     damaged = {function.__name__: function for function in (floaters, holes, rough)}[name]
     return damaged(Body(sigma, axes, level, surface, rng)).astype(np.float32)
 
 
 def _scattered(name: str, places: np.ndarray, least: float) -> np.ndarray:
-    """The first places [.., 3] that keep a distance of `least` from those before."""
-    kept: list[np.ndarray] = []
+    """Select the first places [.., 3] whose distance to all places before is at least `least`."""
+    selected: list[np.ndarray] = []
     for place in places:
-        if all(np.linalg.norm(place - other) >= least for other in kept):
-            kept.append(place)
-            if len(kept) == _PLACES:
+        if all(np.linalg.norm(place - other) >= least for other in selected):
+            selected.append(place)
+            if len(selected) == _PLACES:
                 break
-    if len(kept) < _FEWEST:
+    if len(selected) < _FEWEST:
         raise ValueError(
-            f"damage({name}): expected room for {_FEWEST} places, got {len(kept)}. Choose another seed, psi"
-            " or level."
+            f"damage({name}): expected space for {_FEWEST} places, got {len(selected)}. Choose another seed,"
+            " psi or level."
         )
-    return np.array(kept)
+    return np.array(selected)

@@ -1,7 +1,7 @@
-"""Preferences out of a store: which judgements count, what they say in the open label format, and how a store
-is named.
+"""Reads preferences from a store: selects the judgements that count and converts them to the open label
+format.
 
-Importing this needs no database package; reading a store does.
+Importing this module needs no database package; reading a store does.
 """
 
 import contextlib
@@ -33,75 +33,88 @@ if TYPE_CHECKING:
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
 _STORE = re.compile(r"(sqlite|postgresql|postgres)(\+\w+)?:")
-# gold and training pairs have known answers and damaged shapes
+# Gold and training pairs are not exported: their answers are known and they contain damaged shapes.
 COMPARED = (Kind.PAIR, Kind.REPEAT, Kind.SWAP)
-WORDS = {
-    Mode.LABEL: "one that collects preferences",
+MODE_NAMES = {
+    Mode.LABEL: "a campaign that collects preferences",
     Mode.STUDY: "a study",
-    Mode.SINGLE: "one of shapes judged one by one",
+    Mode.SINGLE: "a campaign of shapes shown one by one",
 }
+# The password of a URL: what stands between the colon after the user's name and the @.
 _PASSWORD = re.compile(r"(//[^:/@]*):[^/]*@")
 
 
 def is_store_url(source: object) -> bool:
-    """Whether `source` names a store and not a file."""
+    """Return True if `source` is the URL of a store, and False for the name of a file."""
+    # A `Path` is never a URL, also if its name contains a colon.
     return isinstance(source, str) and _STORE.match(source) is not None
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown and written down."""
+    """Return the URL with its password replaced, for messages and files."""
     return _PASSWORD.sub(r"\1:***@", url)
 
 
 def labels_source(source: str | Path) -> str | Path:
-    """A store's URL as it is, anything else as a path."""
+    """Return a store's URL unchanged, and anything else as a path."""
     return source if is_store_url(source) else Path(source)
 
 
 def source_stem(source: str | Path) -> str:
-    """A short name: the file's or database's, without its ending."""
+    """Return a short name: that of the file or database, without its suffix."""
     if is_store_url(source) and not str(source).startswith("sqlite"):
-        return str(source).split("?")[0].rpartition("/")[2]  # a database's name has no ending
+        return str(source).split("?")[0].rpartition("/")[2]  # PostgreSQL's name of the database has no suffix
     return Path(str(source).split("?")[0] if is_store_url(source) else source).stem
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFilters:
-    """Which judgements become labels. Skips, gold checks, training and what was undone never do."""
+    """Selection of the judgements that become labels. Skips, gold checks, training pairs and judgements that
+    were taken back never do.
+    """
 
-    campaign: str | None = None  # name; None: all that collect preferences
+    campaign: str | None = None  # name; None: all campaigns that collect preferences
     annotators: tuple[str, ...] = ()  # names; empty: all
-    # 0..1; annotators below it, or without an answered gold check, are left out
+    # 0..1; annotators with a lower accuracy, or without an answered gold check, are left out
     least_gold_accuracy: float | None = None
-    drop_repeats: bool = False  # keep each annotator's first answer to a pair alone
-    min_milliseconds: int = 0  # leave out faster answers
-    # take the votes on it as answers; judgements without one are left out. None: which one is better
+    drop_repeats: bool = False  # keep only each annotator's first answer to a pair
+    min_milliseconds: int = 0  # least time to answer; faster answers are left out
+    # Further criterion whose votes are used as answers; judgements without such a vote are left out.
+    # None: the overall question, which shape is better.
     criterion: str | None = None
-    # received from then on: ISO 8601 (local time unless it says otherwise), or seconds since 1970
+    # Only judgements received since then: ISO 8601 (local time without a time zone), or seconds since 1970.
     since: str | float | None = None
 
     def __post_init__(self):
         if self.least_gold_accuracy is not None and not 0 <= self.least_gold_accuracy <= 1:
-            raise ValueError(f"least_gold_accuracy must be 0..1, got {self.least_gold_accuracy}")
+            raise ValueError(f"least_gold_accuracy must be 0..1, got {self.least_gold_accuracy}. Correct it.")
         if self.min_milliseconds < 0:
-            raise ValueError(f"min_milliseconds must be >= 0, got {self.min_milliseconds}")
-        _ = self.start  # says at once what is wrong with `since`
+            raise ValueError(f"min_milliseconds must be >= 0, got {self.min_milliseconds}. Correct it.")
+        _ = self.start  # raises now for an invalid `since`, not at the first row
 
     @property
     def start(self) -> float:
+        """The time of `since` in seconds since 1970; minus infinity without it."""
         if self.since is None:
             return -math.inf
+        # A number is read first: fromisoformat would accept some numbers as dates, such as 20250131.
         with contextlib.suppress(ValueError):
             return float(self.since)
         try:
             return datetime.fromisoformat(str(self.since)).timestamp()
         except ValueError:
             raise ValueError(
-                f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write 2025-01-31 or so."
+                f"since: expected ISO 8601 or seconds since 1970, got {self.since!r}. Write it as 2025-01-31."
             ) from None
 
     def keep(self, rows: Iterable[JudgementRow], mode: Mode = Mode.LABEL) -> list[JudgementRow]:
-        """The judgements that count, in their order. Args: mode: of the campaigns, where none is named."""
+        """Return the judgements that become labels, in their order.
+
+        Args:
+            rows: of one or several campaigns.
+            mode: of the campaigns, if none is named.
+        """
+        # A campaign that is named explicitly counts in any mode.
         rows = [row for row in rows if not row.undone and (row.mode == mode or row.campaign == self.campaign)]
         rows = [
             row
@@ -110,16 +123,18 @@ class LabelFilters:
             and (not self.annotators or row.annotator in self.annotators)
         ]
         trusted = {row.annotator for row in rows}
-        # those whose gold checks suffice, over all their checks in these rows
+        # The accuracy covers all gold checks of these rows, before the filters by time below.
         if self.least_gold_accuracy is not None:
             hits: dict[str, list[bool]] = defaultdict(list)
             for row in rows:
                 if row.kind is Kind.GOLD and row.choice is not Choice.SKIP:
                     hits[row.annotator].append(row.choice.meets(row.expected))
             trusted = {
-                name for name, right in hits.items() if sum(right) >= self.least_gold_accuracy * len(right)
+                name
+                for name, correct in hits.items()
+                if sum(correct) >= self.least_gold_accuracy * len(correct)
             }
-        kinds = COMPARED[:1] if self.drop_repeats else COMPARED
+        kinds = COMPARED[:1] if self.drop_repeats else COMPARED  # the first one is PAIR
         kept = [
             row
             for row in rows
@@ -133,52 +148,64 @@ class LabelFilters:
 
 
 def label_source(source: str | Path, filters: LabelFilters | None = None) -> LabelSource:
-    """Labels by the name of their file or the URL of their store.
+    """Return labels by the name of their file or the URL of their store.
 
-    Raises: ValueError when a file is to be filtered.
+    Raises: ValueError if filters are given for a file.
     """
     if is_store_url(source):
         name = without_password(str(source))
+        # The password never gets into the record of a training.
         filters = filters or LabelFilters()
         return LabelSource(
             name,
+            # The store is opened only when the labels are needed.
             functools.partial(read_preferences, str(source), filters),
             {"labels": name, "filters": asdict(filters)},
         )
-    given = [
+    # Names of the filters that differ from their default.
+    used = [
         name
         for name, value in asdict(filters or LabelFilters()).items()
         if value != getattr(LabelFilters(), name)
     ]
-    if given:
-        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in given)
+    if used:
+        flags = ", ".join("--campaign" if name == "campaign" else f"--set {name}" for name in used)
         raise ValueError(
-            f"{flags}: expected a store in --labels, got {Path(source).name}. Write"
+            f"{flags}: filters need a store in --labels, got the file {Path(source).name}. Write"
             " --labels=sqlite:///labels.db."
         )
     return LabelSource.of_file(Path(source))
 
 
 def to_preference(row: JudgementRow) -> Preference:
-    """A judgement of a pair in the open label format, its provenance in `extra`: texts and numbers alone, so
-    that CSV holds them too.
+    """Convert a judgement of a pair to the open label format. Its origin is stored in `extra`, as texts and
+    numbers only, so that CSV files can hold it.
+
+    Raises: ValueError for files, single shapes, and pairs that two seeds do not identify.
     """
     left = row.left
     right = row.right
-    refuse_assets(row, "asset-pairs")
+    reject_assets(row, "asset-pairs")
     if row.choice.good is not None:
         raise ValueError(
-            f"campaign {row.campaign}: expected pairs, got shapes one by one. Export it with --kind=unpaired."
+            f"campaign {row.campaign}: it shows shapes one by one, not pairs. Export it with --kind=unpaired."
         )
-    if _drawn(left) != _drawn(right) or left.seed == right.seed or left.degradation or right.degradation:
-        wrong = "expected two seeds of one generator, got a pair that seeds alone do not tell apart"
+    # A preference names its shapes by seeds only, so both must agree in everything else.
+    if (
+        _parameters(left) != _parameters(right)
+        or left.seed == right.seed
+        or left.degradation
+        or right.degradation
+    ):
         raise ValueError(
-            f"judgement {row.id} of campaign {row.campaign}: {wrong}. Export the judgements whole."
+            f"judgement {row.id} of campaign {row.campaign}: the shapes of its pair differ in more than"
+            " their seeds, which labels cannot express. Export complete judgements with --kind=judgements."
         )
+    # For a tie the left shape stands in `winner`; `tie` says that it means nothing.
     winner, loser = (right, left) if row.choice is Choice.RIGHT else (left, right)
     side = {Choice.LEFT: "left", Choice.RIGHT: "right"}.get(row.choice)
     both = "bad" if row.choice is Choice.BAD else None
-    known = {**_known(row), "side": side, "left_seed": left.seed, "both": both}
+    extra = {**_origin(row), "side": side, "left_seed": left.seed, "both": both}
     return Preference(
         winner=winner.seed,
         loser=loser.seed,
@@ -187,11 +214,13 @@ def to_preference(row: JudgementRow) -> Preference:
         annotator=row.annotator,
         time=row.received_at,
         tie=row.choice.equal,
-        extra={k: v for k, v in known.items() if v is not None},
+        extra={k: v for k, v in extra.items() if v is not None},
     )
 
 
-def _known(row: JudgementRow) -> dict:
+def _origin(row: JudgementRow) -> dict:
+    """Return campaign, pair, times and rendering parameters of a judgement."""
+    # Both shapes have the same parameters (see to_preference).
     shape = row.left
     return {
         "campaign": row.campaign,
@@ -209,14 +238,16 @@ def _known(row: JudgementRow) -> dict:
 
 
 def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
-    """What a judgement says of a shape by itself, its provenance in `extra`; "both are bad" says of either:
-    not good.
+    """Convert a judgement of a single shape, or "both are bad" for one shape of a pair, which means not good.
+    Its origin is stored in `extra`.
     """
     from eg3d_rlhf.preferences.unpaired import UnpairedPreference
 
+    # A score replaces the label, because its threshold for "good" is a choice of the training.
     score = float(row.choice.value) if row.choice.value.isdigit() else None
+    # BAD belongs to a pair: both of its shapes are bad.
     label = False if row.choice is Choice.BAD else row.choice.good if score is None else None
-    refuse_assets(row, "asset-scores")
+    reject_assets(row, "asset-scores")
     return UnpairedPreference(
         seed=shape.seed,
         label=label,
@@ -225,193 +256,222 @@ def to_unpaired(row: JudgementRow, shape: Shape) -> "UnpairedPreference":
         psi=None if math.isnan(shape.psi) else shape.psi,
         annotator=row.annotator,
         time=row.received_at,
-        extra={k: v for k, v in _known(row).items() if v is not None},
+        extra={k: v for k, v in _origin(row).items() if v is not None},
     )
 
 
-def refuse_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
-    """Raises: ValueError for a judgement of files, which seeds cannot name."""
+def reject_assets(row: JudgementRow, kind: str = "asset-pairs") -> None:
+    """Raise ValueError for a judgement of asset files, which seeds cannot identify."""
     if row.left.file or row.right.file:
         raise ValueError(
-            f"campaign {row.campaign}: expected shapes of a generator's seeds, got files. Export it with"
+            f"campaign {row.campaign}: its shapes are files, not seeds of a generator. Export it with"
             f" --kind={kind}."
         )
 
 
-def _drawn(shape: Shape) -> tuple:
+def _parameters(shape: Shape) -> tuple:
+    """Return everything besides the seed that determines a shape; nan becomes None, which equals itself."""
     values = (shape.generator, shape.psi, shape.level, shape.resolution, shape.triangles)
     return tuple(None if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
-def preferences_of(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
-    """Labels of a store in order of receipt."""
+def store_preferences(store: "Store", filters: LabelFilters | None = None) -> list[Preference]:
+    """Return the labels of a store in order of receipt."""
     return [to_preference(row) for row in kept_judgements(store, filters or LabelFilters(), Mode.LABEL)]
 
 
-def kept_judgements(store: "Store", chosen: LabelFilters, mode: Mode) -> list[JudgementRow]:
-    """The judgements that become labels, of campaigns of one mode."""
-    if chosen.campaign is not None:
-        campaign = store.campaign(chosen.campaign)
+def kept_judgements(store: "Store", filters: LabelFilters, mode: Mode) -> list[JudgementRow]:
+    """Return the judgements that become labels, from campaigns of one mode.
+
+    Raises: ValueError for an unknown campaign, question or annotator, and for a campaign of another mode.
+    """
+    if filters.campaign is not None:
+        campaign = store.campaign(filters.campaign)
         if campaign is None:
-            known = ", ".join(c.settings.name for c in store.campaigns()) or "none"
+            names = ", ".join(c.settings.name for c in store.campaigns()) or "none"
             raise ValueError(
-                f"campaign: expected one of the store's ({known}), got {chosen.campaign!r}. Name one of them."
-            )
-        if campaign.settings.mode is not mode:
-            wanted, got = (WORDS[m] for m in (mode, campaign.settings.mode))
-            raise ValueError(f"campaign {chosen.campaign}: expected {wanted}, got {got}. Name another.")
-    if chosen.criterion is not None:
-        named = [c for c in store.campaigns() if chosen.campaign in (None, c.settings.name)]
-        asked = {question.name for c in named for question in parse_questions(c.settings.questions)}
-        if chosen.criterion not in asked:
-            listed = ", ".join(sorted(asked)) or "none"
-            raise ValueError(
-                f"criterion: expected one that was asked ({listed}), got {chosen.criterion!r}. Name one of"
+                f"campaign: expected a campaign of the store ({names}), got {filters.campaign!r}. Name one of"
                 " them."
             )
-    names = {annotator.name for annotator in store.annotators()}
-    unknown = sorted(set(chosen.annotators) - names)
+        if campaign.settings.mode is not mode:
+            expected, actual = (MODE_NAMES[m] for m in (mode, campaign.settings.mode))
+            raise ValueError(
+                f"campaign {filters.campaign}: expected {expected}, got {actual}. Name another campaign."
+            )
+    if filters.criterion is not None:
+        selected = [c for c in store.campaigns() if filters.campaign in (None, c.settings.name)]
+        asked = {question.name for c in selected for question in parse_questions(c.settings.questions)}
+        if filters.criterion not in asked:
+            questions = ", ".join(sorted(asked)) or "none"
+            raise ValueError(
+                f"criterion: expected one that was asked ({questions}), got {filters.criterion!r}. Name one"
+                " of them."
+            )
+    # A misspelled name would otherwise give an empty result without an error.
+    annotators = {annotator.name for annotator in store.annotators()}
+    unknown = sorted(set(filters.annotators) - annotators)
     if unknown:
-        listed = ", ".join(sorted(names)) or "none"
+        known = ", ".join(sorted(annotators)) or "none"
         raise ValueError(
-            f"annotator: expected some of the store's ({listed}), got {', '.join(unknown)}. Name others."
+            f"annotator: expected annotators of the store ({known}), got {', '.join(unknown)}. Name others."
         )
-    return chosen.keep(store.judgements(chosen.campaign, chosen.annotators), mode)
+    return filters.keep(store.judgements(filters.campaign, filters.annotators), mode)
 
 
 def read_preferences(url: str, filters: LabelFilters | None = None) -> list[Preference]:
-    """Labels of the store at a URL, in order of receipt."""
+    """Return the labels of the store at a URL, in order of receipt.
+
+    Raises: ValueError without SQLAlchemy, and if no label passes the filters.
+    """
     try:
         from eg3d_rlhf.people.label.store import Store
     except ImportError as error:
         raise ValueError(
-            f"--labels: expected SQLAlchemy to read a store, got: {error}. pip install 'eg3d-rlhf[label]'."
+            f"--labels: reading a store needs SQLAlchemy ({error}). Run pip install 'eg3d-rlhf[label]'."
         ) from None
     with Store.open(url, create=False) as store:
-        labels = preferences_of(store, filters)
+        # Read completely before the store is closed.
+        labels = store_preferences(store, filters)
     if not labels:
         name = without_password(url)
         raise ValueError(
-            f"{name}: expected at least one label, got none that passes the filters. Label some pairs first,"
-            " or ask for less."
+            f"{name}: expected at least one label that passes the filters, got none. Label some pairs first,"
+            " or loosen the filters."
         )
     return labels
 
 
 def export_labels(store: "Store", path: str | Path, **filters) -> Path:
-    """Write .jsonl or .csv in the open label format, with everything known of each judgement as further
-    fields. Returns the path.
+    """Write labels to a .jsonl or .csv file in the open label format, with further fields for the origin of
+    each judgement. Returns the path.
     """
-    return write_labels(path, preferences_of(store, LabelFilters(**filters)))
+    return write_labels(path, store_preferences(store, LabelFilters(**filters)))
 
 
 def export_unpaired(store: "Store", path: str | Path, from_pairs: bool = False, **filters) -> Path:
-    """Write .jsonl of the labels of single shapes, with everything known of each judgement as further fields.
+    """Write labels of single shapes to a .jsonl file, with further fields for the origin of each judgement.
     Returns the path.
+
+    Args:
+        from_pairs: use the pairs of which both shapes were called bad.
     """
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
     rows = kept_judgements(store, LabelFilters(**filters), Mode.LABEL if from_pairs else Mode.SINGLE)
-    shown = [(row, row.left) for row in rows]
+    labelled = [(row, row.left) for row in rows]
     if from_pairs:
-        shown = [(row, shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)]
-    return write_unpaired(path, [to_unpaired(row, shape) for row, shape in shown])
+        labelled = [
+            (row, shape) for row in rows if row.choice is Choice.BAD for shape in (row.left, row.right)
+        ]
+    return write_unpaired(path, [to_unpaired(row, shape) for row, shape in labelled])
 
 
-# ---- judgements of assets as files that trainings read, JSON lines:
+# ---- judgements of assets in files that trainings read, as JSON lines:
 #
 #     asset-pairs    {"condition", "prompt", "preferred", "rejected", "tie", ...}
-#                    whoever trains a reward of images
+#                    trainings of rewards of images
 #     rankings       {"condition", "rank", "asset", "strength", "judgements", ...}
 #                    eg3d-rlhf flow tune --labels
 #     asset-scores   {"mesh", "prompt", "score" or "label", ...}
 #                    eg3d-rlhf reward mesh --data
 #
-# Paths are relative to the file where an asset lies below its folder, else absolute. An asset that a
-# generator's tool drew (eg3d_rlhf.tuning.flow) brings along where its latents are, as its list says.
+# Paths are relative to the file for an asset below its folder, and absolute otherwise. Lines about an asset
+# that
+# `eg3d-rlhf flow sample` generated also contain the paths of its latents, which the list of that tool names.
 
-DRAWN = "ranking.jsonl"  # a generator's tool lists there what it drew
-PLACES = ("structure", "latent", "latents", "look_at", "asset")  # fields of its lines that are paths
-Where = Callable[[Path | str], str]  # a path as it is written
+SAMPLE_LIST = "ranking.jsonl"  # file in which a generator's tool lists its samples
+PATH_FIELDS = ("structure", "latent", "latents", "look_at", "asset")  # fields of its lines that are paths
+WritePath = Callable[[Path | str], str]  # converts a path to the text that is written
 
 
 def export_assets(store: "Store", path: Path, kind: str, from_pairs: bool = False, **filters) -> Path:
-    """Write asset-pairs, rankings or asset-scores of a store; `filters` as of `LabelFilters`. Returns the
-    path.
+    """Write asset-pairs, rankings or asset-scores of a store. Returns the path.
+
+    Args:
+        path: of the file; asset paths below its folder are written relative to it.
+        kind: "asset-pairs", "rankings" or "asset-scores".
+        from_pairs: for asset-scores, use the pairs of which both shapes were called bad.
+        filters: as of `LabelFilters`.
+
+    Raises: ValueError if no judgement of assets passes the filters.
     """
     mode = Mode.SINGLE if kind == "asset-scores" and not from_pairs else Mode.LABEL
     rows = kept_judgements(store, LabelFilters(**filters), mode)
     if from_pairs:
+        # Each such pair gives two judgements of single shapes. The shape is stored in `left`.
         rows = [
             replace(row, left=shape)
             for row in rows
             if row.choice is Choice.BAD
             for shape in (row.left, row.right)
         ]
+    # Shapes of generators have no file that a line could name.
     rows = [row for row in rows if row.left.file]
     if not rows:
         raise ValueError(
-            f"--kind={kind}: expected judgements of assets, got none that passes the filters. Label some with"
+            f"--kind={kind}: expected judgements of assets that pass the filters, got none. Label some with"
             " --assets."
         )
     texts = {c.settings.name: c.settings.extra.get("conditions", {}) for c in store.campaigns()}
 
-    def where(place: Path | str) -> str:
+    def write_path(place: Path | str) -> str:
         place = Path(place).resolve()
         folder = path.parent.resolve()
+        # Relative paths, so that a folder with its assets and labels can be moved.
         return str(place.relative_to(folder)) if place.is_relative_to(folder) else str(place)
 
     lines = (
-        rankings(rows, where)
+        rankings(rows, write_path)
         if kind == "rankings"
-        else [KINDS[kind](row, prompt_of(row, texts), where) for row in rows]
+        else [KINDS[kind](row, prompt_of(row, texts), write_path) for row in rows]
     )
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     return path
 
 
 def prompt_of(row: JudgementRow, texts: Mapping[str, Mapping]) -> str:
-    """The prompt's text; its name where it is a picture alone."""
+    """Return the text of the prompt, or its name if it is an image without a text."""
     return texts.get(row.campaign, {}).get(row.left.condition, {}).get("text") or row.left.condition
 
 
-def to_pair(row: JudgementRow, prompt: str, where: Where) -> dict:
-    """A judgement of two assets."""
+def to_pair(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
+    """Convert a judgement of two assets to a line of asset-pairs."""
     winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
-    known = {
+    fields = {
         "condition": row.left.condition,
         "prompt": prompt,
-        "preferred": where(winner.source),
-        "rejected": where(loser.source),
+        "preferred": write_path(winner.source),
+        "rejected": write_path(loser.source),
         "tie": row.choice not in (Choice.LEFT, Choice.RIGHT),
         "preferred_generator": winner.generator,
         "rejected_generator": loser.generator,
     }
-    return {**known, "choice": row.choice.value, **_provenance(row)}
+    return {**fields, "choice": row.choice.value, **_provenance(row)}
 
 
-def to_score(row: JudgementRow, prompt: str, where: Where) -> dict:
-    """A judgement of one asset."""
-    said: dict = (
+def to_score(row: JudgementRow, prompt: str, write_path: WritePath) -> dict:
+    """Convert a judgement of one asset to a line of asset-scores."""
+    rating: dict = (
         {"score": float(row.choice.value)}
         if row.choice.value.isdigit()
         else {"label": int(bool(row.choice.good))}
     )
-    known = {
-        "mesh": where(row.left.source),
+    fields = {
+        "mesh": write_path(row.left.source),
         "prompt": prompt,
-        **said,
+        **rating,
         "generator": row.left.generator,
         "condition": row.left.condition,
     }
-    return {**known, **_provenance(row)}
+    return {**fields, **_provenance(row)}
 
 
 KINDS = {"asset-pairs": to_pair, "asset-scores": to_score}
 
 
 def _provenance(row: JudgementRow) -> dict:
-    known = {
+    """Return the origin of a judgement; votes and comment only if there are any."""
+    origin = {
         "annotator": row.annotator,
         "time": row.received_at,
         "campaign": row.campaign,
@@ -419,69 +479,82 @@ def _provenance(row: JudgementRow) -> dict:
         "kind": row.kind.value,
     }
     return {
-        **known,
+        **origin,
         **{name: value for name, value in (("votes", row.votes), ("comment", row.comment)) if value},
     }
 
 
-def rankings(rows: Sequence[JudgementRow], where: Where = str) -> list[dict]:
-    """A line per asset that was compared, best first within its prompt: ranks by Bradley-Terry strengths,
-    equal ones for equal strengths.
+def rankings(rows: Sequence[JudgementRow], write_path: WritePath = str) -> list[dict]:
+    """Return one line per compared asset, best first within its prompt. Ranks follow Bradley-Terry strengths,
+    and equal strengths get equal ranks.
 
-    Of assets that no chain of comparisons links, those of the largest group alone are ranked: their strengths
-    say nothing of each other.
+    Strengths are comparable only between assets that a chain of comparisons links. If there are several such
+    groups, only the largest is ranked.
     """
     from eg3d_rlhf.preferences.bradley_terry import Comparison, bradley_terry
     from eg3d_rlhf.preferences.label_scores import linked
 
+    # Prompt -> judgements. Assets of different prompts are never compared.
     by_condition: dict[str, list[JudgementRow]] = defaultdict(list)
     for row in rows:
         by_condition[row.left.condition].append(row)
     lines = []
-    drawn = _Drawn()
-    for condition, judged in by_condition.items():
-        assets = {shape.source: shape for row in judged for shape in (row.left, row.right)}
+    sample_lists = _SampleLists()
+    for condition, compared_rows in by_condition.items():
+        # The path identifies an asset within a campaign.
+        assets = {shape.source: shape for row in compared_rows for shape in (row.left, row.right)}
         compared = []
-        for row in judged:
+        for row in compared_rows:
             winner, loser = (row.right, row.left) if row.choice is Choice.RIGHT else (row.left, row.right)
             tie = row.choice not in (Choice.LEFT, Choice.RIGHT)
             compared.append(Comparison(winner.source, loser.source, tie))
-        # within the largest group of items that a chain of comparisons links
+        # The largest group of assets; the first two entries of a comparison are its assets.
         comparisons = max(linked(compared), key=lambda part: len({end for c in part for end in c[:2]}))
         fit = bradley_terry(comparisons)
+        # Rounding makes strengths equal that differ by the tolerance of the solver only.
         strengths = dict(zip(map(str, fit.items), fit.strength.round(9).tolist(), strict=True))
+        # Equal strengths are ordered by path, so that the file is the same at every export.
         for source in sorted(strengths, key=lambda source: (-strengths[source], source)):
-            known = {
+            fields = {
                 "condition": condition,
                 "rank": 1 + sum(other > strengths[source] for other in strengths.values()),
                 "generator": assets[source].generator,
                 "strength": strengths[source],
                 "judgements": sum(source in (c.winner, c.loser) for c in comparisons),
             }
-            lines.append({**(drawn.of(assets[source], where) or {"asset": where(source)}), **known})
+            # A sample of a flow is written as its tool's list has it; any other asset as its path.
+            sample = sample_lists.fields_of(assets[source], write_path)
+            lines.append({**(sample or {"asset": write_path(source)}), **fields})
     return lines
 
 
-class _Drawn:
+class _SampleLists:
+    """Cache of the lists in which generators' tools describe their samples, by folder."""
+
     def __init__(self):
         self._lists: dict[Path, dict[str, dict]] = {}
 
-    def of(self, shape: Shape, where: Where) -> dict:
+    def fields_of(self, shape: Shape, write_path: WritePath) -> dict:
+        """Return the line of an asset with its paths rewritten; empty if the asset is in no list."""
         path = Path(shape.source)
         if path.parent not in self._lists:
             self._lists[path.parent] = {
-                str(line.get("look_at")): line for line in _lines(path.parent / DRAWN)
+                str(line.get("look_at")): line for line in _lines(path.parent / SAMPLE_LIST)
             }
+        # `look_at` is the name of the file that annotators have seen.
         line = self._lists[path.parent].get(path.name, {})
         return {
-            name: where(path.parent / value) if name in PLACES and isinstance(value, str) else value
+            name: write_path(path.parent / value) if name in PATH_FIELDS and isinstance(value, str) else value
             for name, value in line.items()
+            # The rank of an earlier export is replaced by the rank of these comparisons.
             if name != "rank"
         }
 
 
 def _lines(path: Path) -> Iterable[dict]:
+    """Read the JSON objects of a file of JSON lines; a missing file has none."""
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Lines of other JSON types are ignored: the list comes from another tool.
     return [line for line in lines if isinstance(line, dict)]

@@ -1,4 +1,4 @@
-"""Settings and guidance of the methods by name, and their presets."""
+"""Registers the methods with their settings and guidance, and defines presets."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, Method, ramp_of
+from eg3d_rlhf.tuning.distill.config import METHODS, Arm, DistillSettings, Method, parse_ramp
 from eg3d_rlhf.tuning.distill.guidance.settings import (
     BestOfNSettings,
     DenoiserSettings,
@@ -26,19 +26,23 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.distill.schedule import Streams
 
 
-def imported(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
-    """Make the guidance of a method, whose module imports torch: `--help` is spared that."""
-    made: Guidance = getattr(importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name)(
-        *args, **kwargs
-    )
-    return made
+def import_guidance(module: str, name: str, *args: Any, **kwargs: Any) -> "Guidance":
+    """Make the guidance of a method. Its module imports PyTorch, so it is imported here:
+    `--help` stays fast.
+    """
+    # By name: importing the module only when a run starts.
+    guidance: Guidance = getattr(
+        importlib.import_module(f"eg3d_rlhf.tuning.distill.guidance.{module}"), name
+    )(*args, **kwargs)
+    return guidance
 
 
 def _add(
     name: str, settings: type, module: str, guidance: str, noises: Callable[[Any], int], **more: bool
 ) -> None:
-    made = partial(imported, module, guidance)
-    METHODS.add(name, Method(settings=settings, guidance=made, noises=noises, **more))
+    """Register a method whose guidance is the class `guidance` of `module`."""
+    make = partial(import_guidance, module, guidance)
+    METHODS.add(name, Method(settings=settings, guidance=make, noises=noises, **more))
 
 
 _add("sds", SdsSettings, "sds", "Sds", lambda s: s.samples, rewarded=False)
@@ -48,12 +52,12 @@ _add("dreamreward", DreamRewardSettings, "dreamreward", "DreamReward", lambda s:
 _add("psd", PsdSettings, "psd", "Psd", lambda s: 2, judged=True)
 _add("best-of-n", BestOfNSettings, "sds", "BestOfN", lambda s: s.samples)
 
-# Presets by name: ours, and those of released code as far as it differs.
+# Presets by name: our defaults, and those of released code where it differs.
 
 MVDREAM = DenoiserSettings(guidance_scale=50.0, form="recon", rescale=0.5)
 PRESETS = {
     "sds": SdsSettings(),
-    # threestudio writes 100
+    # threestudio's formula for guidance adds 1 to its scale, so its 100 is 101 here (see gradients.guided).
     "dreamfusion": SdsSettings(prior=DenoiserSettings(guidance_scale=101.0, view_prompts=True)),
     "mvdream": SdsSettings(prior=MVDREAM),
     "dreamreward": DreamRewardSettings(),
@@ -93,29 +97,33 @@ PRESETS = {
     "psd-fixed-negative": PsdSettings(negative_update="none"),
 }
 
-RAMPS = ("weight",)  # settings that may change with the step: text in flags and JSON
+RAMPS = ("weight",)  # settings that may change with the step; they are texts in flags and JSON
 
 
 def settings_of(name: str, values: Mapping[str, Any], preset: str | None = None) -> Any:
-    """A method's settings: the preset's, where it is one of this method, else its own, with `values` by name
-    over them.
+    """Build the settings of a method: those of the preset if it belongs to this method, else the method's
+    defaults, with `values` in place of the fields of the same names.
     """
     kind = METHODS[name].settings
-    # best-of-n has those of sds
+    # best-of-n has the settings of sds and more, so a preset of sds is valid for it, too.
     base = PRESETS[preset] if preset is not None and issubclass(kind, type(PRESETS[preset])) else kind()
-    given = {name: ramp_of(value) if name in RAMPS else value for name, value in values.items()}
-    return built(kind, {**flat(base), **given})
+    # Flags and JSON contain ramps as texts.
+    changed = {name: parse_ramp(value) if name in RAMPS else value for name, value in values.items()}
+    # `built` distributes the flat values to the nested dataclasses.
+    return built(kind, {**flat(base), **changed})
 
 
 def flat(settings: Any) -> dict[str, Any]:
+    """Return all settings by name, those of nested dataclasses included; a `Ramp` counts as one setting."""
     values: dict[str, Any] = {}
     for field in fields(settings):
+        # A setting keeps its own name in the flat form, so names must be unique within a method.
         value = getattr(settings, field.name)
         values |= flat(value) if is_dataclass(value) and not isinstance(value, Ramp) else {field.name: value}
     return values
 
 
-def guidance_of(
+def make_guidance(
     name: str,
     settings: Any,
     prior: "DiffusionPrior",
@@ -124,32 +132,37 @@ def guidance_of(
     views: int,
     streams: "Streams",
 ) -> "Guidance":
-    """The guidance of a method. Raises: ValueError for a method without the reward that it needs."""
+    """Make the guidance of a method. Raises: ValueError for a method without the reward that it needs."""
     method = METHODS[name]
-    more = dict[str, Any]()
+    # A method gets only the arguments that it accepts.
+    options = dict[str, Any]()
     if method.judged:
-        more["judge"] = judge
+        options["judge"] = judge
     if method.rewarded:
-        if reward is None and more.get("judge") is None:
+        # A judge can take the place of the reward.
+        if reward is None and options.get("judge") is None:
             raise ValueError(
-                f"--reward: expected a reward for --method={name}, got none. Name one, or use --method=sds."
+                f"--method={name} needs a reward, got none. Name one with --reward, or use --method=sds."
             )
-        more["reward"] = reward
-    return method.guidance(prior, settings, views=views, streams=streams, **more)
+        options["reward"] = reward
+    return method.guidance(prior, settings, views=views, streams=streams, **options)
 
 
 def owners() -> dict[str, list[str]]:
+    """Return the methods that have each setting: setting -> names of methods."""
     methods: dict[str, list[str]] = {}
+    # From the defaults of each method, so that a new method needs no list of its settings.
     for name, method in METHODS.items():
         for setting in flat(method.settings()):
             methods.setdefault(setting, []).append(name)
     return methods
 
 
-def of_arm(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
-    """An arm's settings of its method, how many starts each asset has, and how many noises a picture gets in
-    a step.
+def arm_settings(settings: DistillSettings, arm: str) -> tuple[Any, int, int]:
+    """Return an arm's settings of its method, the number of starts of each asset, and the number of noises of
+    an image in a step.
     """
     method = Arm.parse(arm).method
+    # Only best of n has several starts.
     chosen = settings_of(method, settings.guidance, settings.preset)
     return chosen, getattr(chosen, "starts", 1), METHODS[method].noises(chosen)

@@ -1,5 +1,5 @@
-"""Kinds of problems that need no files, by the name that `--prior` has. This file imports no torch, so that
-`--help` is quick.
+"""Registers the problems that need no files, under the names that `--prior` has. This file imports no
+PyTorch, so that `--help` is fast.
 """
 
 import re
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneKind:
-    """A kind of problem that needs no files: what its module adds to SCENES, by the name that --prior has."""
+    """A problem that needs no files. Its module adds one to SCENES, under its name for --prior."""
 
     open: "Callable[[DistillSettings, torch.device], Scene]"
     check: Callable[[tuple[str, ...], int | None, bool], tuple[tuple[str, ...], int]]
-    """(prompts, assets of each or None, whether arms are compared) -> both, its own where none are given.
-    Raises: ValueError.
+    """Takes prompts, number of assets per prompt (or None) and True for a comparison of arms. Returns prompts
+    and number, with the problem's defaults if none are given. Raises: ValueError.
     """
 
 
-# of the default comparison on heads
+# Defaults of a comparison on heads.
 HEADS = 8
-HEAD_SEEDS = 2  # of each head
+HEAD_SEEDS = 2  # number of assets of each head
 
 
 def head_numbers(prompts: Sequence[str]) -> list[int]:
+    """Return the numbers of prompts 'head N'. Raises: ValueError for another prompt."""
     matches = [re.fullmatch(r"head (\d{1,4})", prompt) for prompt in prompts]
     for prompt, match in zip(prompts, matches, strict=True):
         if match is None:
             raise ValueError(
-                f"--prompt: expected 'head N' with a number up to 9999 and --prior=heads, got {prompt!r}."
-                " Name one."
+                f"--prompt: expected 'head N' with a number up to 9999 for --prior=heads, got {prompt!r}."
+                " Correct it."
             )
     return [int(match[1]) for match in matches if match is not None]
 
 
-PRIORS = ("bundled", "bundled-unet")  # exact, learned
+PRIORS = ("bundled", "bundled-unet")  # in closed form; trained on samples of it
 
 
 SCENES: Registry[SceneKind] = Registry("--prior", {})
@@ -53,12 +54,13 @@ SCENES: Registry[SceneKind] = Registry("--prior", {})
 def check_boxes(
     prompts: tuple[str, ...], assets: int | None, comparison: bool
 ) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: the problem's own where none are given.
+    """Return prompts and number of assets per prompt, with the bundled problem's defaults if none are given.
 
-    Raises: ValueError for a prompt that it does not know.
+    Raises: ValueError for an unknown prompt.
     """
     for text in prompts:
         box_prompts.prompt_of(text)
+    # Both kinds of prompts in turn, in the order of the default problem.
     chosen = prompts or tuple(dict.fromkeys(text for text, _ in box_prompts.pairs(1)))
     return chosen, assets or (box_prompts.SEEDS if comparison and not prompts else 1)
 
@@ -66,7 +68,7 @@ def check_boxes(
 def check_heads(
     prompts: tuple[str, ...], assets: int | None, comparison: bool
 ) -> tuple[tuple[str, ...], int]:
-    """Prompts and assets of each: 'head 0' and following where none are given.
+    """Return prompts and number of assets per prompt; 'head 0' and following by default.
 
     Raises: ValueError for another prompt.
     """
@@ -77,12 +79,15 @@ def check_heads(
 
 
 def open_boxes(settings: "DistillSettings", device: "torch.device") -> "Scene":
+    """Open the bundled problem; its module imports PyTorch."""
+    # Checks of flags and --help run without PyTorch, so it is imported here.
     from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
 
     return bundled_scene(settings, device)
 
 
 def open_heads(settings: "DistillSettings", device: "torch.device") -> "Scene":
+    """Open the problem on heads of people; its module imports PyTorch."""
     from eg3d_rlhf.tuning.distill.scene_heads import heads_scene
 
     return heads_scene(settings, device)

@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 SECRET = "generator-seven"  # stands in every place of a file that should not reach an annotator
 
 
-def picture(side: int = 16, kind: str = "PNG", seed: int = 0, noise: bool = False) -> bytes:
-    """A picture that holds SECRET beside its pixels; `noise` does not compress."""
+def image_bytes(side: int = 16, kind: str = "PNG", seed: int = 0, noise: bool = False) -> bytes:
+    """Bytes of an image file that holds SECRET beside its pixels; `noise` does not compress."""
     rng = np.random.default_rng(seed)
     grain = rng.integers(0, 256, (side, side, 3) if noise else (4, 4, 3), dtype=np.uint8)
     image = Image.fromarray(grain).resize((side, side), Image.Resampling.NEAREST)
@@ -87,7 +87,7 @@ def glb_document(
 ) -> tuple[dict, bytes]:
     """The parts of a textured GLB with SECRET as names, extras, generator and copyright."""
     positions, faces, uv = sphere(points, seed)
-    pieces = [positions.tobytes(), uv.tobytes(), faces.tobytes(), picture(side, kind, seed, noise)]
+    pieces = [positions.tobytes(), uv.tobytes(), faces.tobytes(), image_bytes(side, kind, seed, noise)]
     views = []
     at = 0
     for piece in pieces:
@@ -217,7 +217,7 @@ def write_obj(path: Path, points: int = 200, seed: int = 0) -> Path:
     path.with_suffix(".mtl").write_text(
         f"# {SECRET}\nnewmtl {SECRET}\nKd 0.8 0.8 0.8\nmap_Kd {path.stem}.png\n"
     )
-    path.with_suffix(".png").write_bytes(picture(16, "PNG", seed))
+    path.with_suffix(".png").write_bytes(image_bytes(16, "PNG", seed))
     return path
 
 

@@ -2,7 +2,7 @@
 `python -m tests.people.label.attack PORT COUNT SECONDS`.
 
 They go to 127.0.0.1 only, from there or each from an address of its own in 127.0.0.0/8, and end by
-themselves. Whoever is closed comes again after a while.
+themselves. A closed connection is opened again after a while.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import ssl
 from collections import Counter
 
 BEGUN = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
-BACK = 5.0  # seconds until one whose connection was closed comes again
+BACK = 5.0  # seconds until a closed connection is opened again
 
 
 def any_server() -> ssl.SSLContext:
-    """Settings of a client that trusts everybody."""
+    """Return settings of a client that accepts any certificate."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -24,7 +24,7 @@ def any_server() -> ssl.SSLContext:
 
 
 class Attack:
-    """So many clients; counts what becomes of them."""
+    """Slow clients, with counts of their connections."""
 
     def __init__(self, port: int, tls: bool, many: bool):
         self.port = port
@@ -53,11 +53,11 @@ class Attack:
                     writer.transport.abort()
                 self.counts["closed"] += 1
             except OSError:
-                self.counts["refused"] += 1
+                self.counts["errors"] += 1
             await asyncio.sleep(BACK)
 
     async def closed(self, reader: asyncio.StreamReader) -> bool:
-        """Whether the server ends it within a second."""
+        """Return whether the server closes the connection within a second."""
         try:
             async with asyncio.timeout(1.0):
                 return not await reader.read(4096)

@@ -125,7 +125,7 @@ def serving_page(
 
 
 class Page:
-    """The label page as its annotator meets it; notes whatever should not happen."""
+    """The label page as its annotator sees it; notes errors and requests to other hosts."""
 
     def __init__(self, browser, url: str, **context):
         self.context = browser.new_context(**{"viewport": {"width": 760, "height": 560}, **context})
@@ -136,9 +136,9 @@ class Page:
         self.strangers: list[str] = []  # addresses of other hosts
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", self._watch)
+        self.page.on("request", self._record_request)
 
-    def _watch(self, request) -> None:
+    def _record_request(self, request) -> None:
         if not request.url.startswith((self.url, "data:", "blob:")):
             self.strangers.append(request.url)
 
@@ -202,7 +202,7 @@ class Page:
     def sent(self) -> None:
         self.page.wait_for_function("() => window.labelState.queued === 0", timeout=20_000)
 
-    def picture(self, side: str) -> np.ndarray:
+    def side_image(self, side: str) -> np.ndarray:
         """A viewport's inner part as the screen shows it, [H, W, 3], 0..255;
         without its label and corners.
         """
@@ -245,8 +245,8 @@ def rows(served: Served) -> list:
 @pytest.fixture(scope="module")
 def browser():
     """A browser for a module's tests; not for longer, as it keeps an event loop running."""
-    with chromium() as found:
-        yield found
+    with chromium() as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -83,8 +83,8 @@ class Work:
     acknowledged: dict[tuple[str, str], str] = field(default_factory=dict)  # (annotator, key) -> choice
     sent: Counter = field(default_factory=Counter)  # (annotator, key) -> attempts
     seconds: list[float] = field(default_factory=list)  # of each answered submission
-    duplicates: int = 0  # answers that the server had kept although nobody had heard so
-    refused: Counter = field(default_factory=Counter)  # status -> count
+    duplicates: int = 0  # answers that the server had stored without an acknowledgement that arrived
+    rejected: Counter = field(default_factory=Counter)  # status -> count
 
 
 class Annotator:
@@ -114,10 +114,10 @@ class Annotator:
                     pending = (await self._send("GET", "/api/assignments?count=3")).json()["assignments"]
                     assert pending, f"{self.name}: no pair left after {done} judgements"
                 await asyncio.sleep(self.rng.expovariate(1 / self.look))
-                await self._judge(pending.pop(0)["assignment"], f"{self.name}-{done}")
+                await self._submit_answer(pending.pop(0)["assignment"], f"{self.name}-{done}")
                 done += 1
 
-    async def _judge(self, assignment: str, key: str) -> None:
+    async def _submit_answer(self, assignment: str, key: str) -> None:
         choice = self.rng.choice(["left", "right", "tie"])
         body = {
             "key": key,
@@ -134,7 +134,7 @@ class Annotator:
             self.work.acknowledged[self.name, key] = choice
             self.work.duplicates += response.json()["duplicate"]
         else:
-            self.work.refused[response.status_code] += 1
+            self.work.rejected[response.status_code] += 1
 
     async def _send(
         self, method: str, path: str, count: tuple[str, str] | None = None, **kwargs
@@ -183,7 +183,7 @@ def main(
     from eg3d_rlhf.people.label.shape_files import ShapeCache
     from eg3d_rlhf.people.label.store import Store
 
-    limits = Limits(strangers=(1e4, 1e5))  # all annotators share one address here
+    limits = Limits(anonymous=(1e4, 1e5))  # all annotators share one address here
     options = AppOptions(
         store=Store.open(url, create=False),
         campaign=campaign,

@@ -1,5 +1,6 @@
-"""Takes the pictures of the pages for docs/images: `python -m tests.people.label.page_screenshots`, about two
-minutes, needs Chromium.
+"""Take the screenshots of the pages for docs/images: `python -m tests.people.label.page_screenshots`.
+
+It takes about two minutes and needs Chromium.
 """
 
 import io
@@ -20,34 +21,34 @@ from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.geometry.files.model import Picture, glb_parts, scene_of, triangles
 from eg3d_rlhf.geometry.files.ply import Splats, splat_parts
 from eg3d_rlhf.people.label.entities import Choice, PlannedPair, Shape
-from eg3d_rlhf.people.label.pairing import PairingOptions, shape_of
+from eg3d_rlhf.people.label.pairing import PairingOptions, shape_factory
 from eg3d_rlhf.people.label.preparation import prepare
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress
-from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer
+from eg3d_rlhf.people.label.shape_rendering import ShapeRenderer
 from tests.people.label.asset_files import sphere
 from tests.people.label.browser import Page, chromium, plan, serving_page
 from tests.people.label.plans import Clock, answer_all
 from tests.people.label.serving import Served
 
 SEEDS = (10_003, 10_012, 10_021, 10_030, 10_044, 10_051, 10_060, 10_075)
-LIMIT = 300_000  # bytes of a picture
+LIMIT = 300_000  # bytes of an image
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 TEXT = "A small green planet with snow on its mountains and a deep blue sea"
 SIZE = (512, 1024)  # pixels of a planet's map
-PEOPLE = {"ada": 2.0, "bea": 1.4, "cem": 0.25}  # how sharply they tell shapes apart
+PEOPLE = {"ada": 2.0, "bea": 1.4, "cem": 0.25}  # slope of each annotator's choice probability
 
 
 def keep(page: Page, path: Path) -> None:
     """A screenshot taken at twice the size, so that edges are smooth."""
     large = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
-    picture = large.resize((large.width // 2, large.height // 2), Image.Resampling.LANCZOS)
-    picture.save(path, optimize=True)
+    image = large.resize((large.width // 2, large.height // 2), Image.Resampling.LANCZOS)
+    image.save(path, optimize=True)
     if path.stat().st_size > LIMIT:
-        picture.quantize(255).save(path, optimize=True)
+        image.quantize(255).save(path, optimize=True)
     click.echo(f"{path}: {path.stat().st_size} bytes")
 
 
-def judge(served: Served) -> None:
+def submit_answers(served: Served) -> None:
     """Simulated answers of some evenings; the shapes' worth is made up."""
     rng = random.Random(1)
     store = served.store
@@ -78,7 +79,7 @@ def judge(served: Served) -> None:
             pass
 
 
-def pictures(served: Served, browser, folder: Path) -> None:
+def write_screenshots(served: Served, browser, folder: Path) -> None:
     """All of them."""
 
     def page(**context) -> Page:
@@ -101,7 +102,7 @@ def pictures(served: Served, browser, folder: Path) -> None:
         label.page.wait_for_timeout(400)
         keep(label, folder / f"{name}.png")
         label.context.close()
-    judge(served)
+    submit_answers(served)
     admin = page(viewport={"width": 1280, "height": 1610})
     admin.page.goto(served.url + "/admin")
     admin.page.wait_for_selector("#strengths svg")
@@ -160,17 +161,19 @@ def gaussians(seed: int) -> bytes:
     height = relief(3, 0.6)
     count = 60_000 if seed % 2 else 4000
     rng = np.random.default_rng(seed)
-    away = rng.normal(size=(count, 3))
-    away /= np.linalg.norm(away, axis=1, keepdims=True)
-    row = (np.arccos(away[:, 1]) / np.pi * (SIZE[0] - 1)).astype(int)
-    column = (np.arctan2(away[:, 0], away[:, 2]) % (2 * np.pi) / (2 * np.pi) * (SIZE[1] - 1)).astype(int)
-    tints = colours(height)[row, column] / 255 * (0.75 + 0.25 * (away @ [0.4, 0.8, 0.45])[:, None])
+    directions = rng.normal(size=(count, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    row = (np.arccos(directions[:, 1]) / np.pi * (SIZE[0] - 1)).astype(int)
+    column = (
+        np.arctan2(directions[:, 0], directions[:, 2]) % (2 * np.pi) / (2 * np.pi) * (SIZE[1] - 1)
+    ).astype(int)
+    tints = colours(height)[row, column] / 255 * (0.75 + 0.25 * (directions @ [0.4, 0.8, 0.45])[:, None])
     # the z axis to the surface's normal
-    turns = np.stack([1 + away[:, 2], -away[:, 1], away[:, 0], np.zeros(count)], 1)
+    turns = np.stack([1 + directions[:, 2], -directions[:, 1], directions[:, 0], np.zeros(count)], 1)
     turns /= np.linalg.norm(turns, axis=1, keepdims=True).clip(1e-6)
     wide = math.log(3 / math.sqrt(count))
     made = Splats(
-        ((1 + 0.12 * height[row, column].clip(0))[:, None] * away).astype("<f4"),
+        ((1 + 0.12 * height[row, column].clip(0))[:, None] * directions).astype("<f4"),
         np.tile([wide, wide, wide - 2.5], (count, 1)).astype("<f2"),
         np.rint(turns * 32767).astype("<i2"),
         np.full(count, 245, "u1"),
@@ -181,12 +184,12 @@ def gaussians(seed: int) -> bytes:
     return compress(b"".join(bytes(part) for part in splat_parts(made)))
 
 
-def asset_pictures(browser, folder: Path) -> None:
+def write_asset_screenshots(browser, folder: Path) -> None:
     """Made-up planets as textured meshes and as Gaussians."""
     key = "a" * 64
-    drawing = io.BytesIO()
-    Image.fromarray(colours(relief(3, 0.62))).resize((480, 240)).save(drawing, "WEBP")
-    conditions = {"text": {"text": TEXT}, "both": {"text": TEXT, "image": "planet.png", "hash": key}}
+    image_file = io.BytesIO()
+    Image.fromarray(colours(relief(3, 0.62))).resize((480, 240)).save(image_file, "WEBP")
+    prompts = {"text": {"text": TEXT}, "both": {"text": TEXT, "image": "planet.png", "hash": key}}
     for name, made, condition in (("label-assets", glb, "both"), ("label-gaussians", gaussians, "text")):
         pairs = plan(2)
         planned = [
@@ -196,8 +199,8 @@ def asset_pictures(browser, folder: Path) -> None:
             for p in pairs
         ]
         with tempfile.TemporaryDirectory() as place:
-            ShapeCache(Path(place) / "cache").put_prompt(key, drawing.getvalue())
-            campaign = {"extra": {"conditions": conditions}}
+            ShapeCache(Path(place) / "cache").put_prompt(key, image_file.getvalue())
+            campaign = {"extra": {"conditions": prompts}}
             with serving_page(
                 Path(place), planned, lambda planet, made=made: made(planet.seed), campaign=campaign
             ) as served:
@@ -213,13 +216,13 @@ def asset_pictures(browser, folder: Path) -> None:
 
 
 def _drawn(planned: list[PlannedPair]) -> Callable[[Shape], bytes]:
-    """Draws the shapes in the default cache, where a later run finds them."""
+    """Prepare the shapes in the default cache, for later runs too."""
     cache = ShapeCache()
     prepare(
         (s for pair in planned for s in (pair.first, pair.second)),
         cache,
-        ShapeDrawer(),
-        tell=lambda fields: click.echo(str(fields)),
+        ShapeRenderer(),
+        report=lambda fields: click.echo(str(fields)),
     )
     return lambda shape: cache.mesh(shape).read_bytes()
 
@@ -229,8 +232,8 @@ def _drawn(planned: list[PlannedPair]) -> Callable[[Shape], bytes]:
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("docs/images"), show_default=True
 )
 def main(out: Path) -> None:
-    """Draw shapes of the bundled generator, label them and take pictures."""
-    shape = shape_of(PairingOptions(), load_generator())
+    """Prepare shapes of the bundled generator, label them and take screenshots."""
+    shape = shape_factory(PairingOptions(), load_generator())
     rng = random.Random(0)
     sides = [rng.sample(pair, 2) for pair in itertools.combinations(SEEDS, 2)]
     planned = [PlannedPair(first=shape(a), second=shape(b)) for a, b in rng.sample(sides, len(sides))]
@@ -246,8 +249,8 @@ def main(out: Path) -> None:
         serving_page(Path(folder), planned, _drawn(planned), campaign=campaign) as served,
     ):
         with chromium() as browser:
-            pictures(served, browser, out)
-            asset_pictures(browser, out)
+            write_screenshots(served, browser, out)
+            write_asset_screenshots(browser, out)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def plan(pairs: int, gold: int = 0, training: int = 0, start: int = 0) -> list[P
 
 
 def singles(count: int, gold: int = 0, training: int = 0, first: int = 0) -> list[PlannedPair]:
-    """Shapes by themselves: practice, then gold checks (both broken), then what is asked."""
+    """Shapes by themselves: practice, then gold checks (both damaged), then what is asked."""
     kinds = [Kind.TRAINING] * training + [Kind.GOLD] * gold + [Kind.PAIR] * count
     return [
         PlannedPair(
@@ -83,13 +83,13 @@ def answer_all(
     shapes = dict(store.shapes(campaign))
     tokens = []
     while len(tokens) < most and (shown := store.assignments(campaign, who, ahead, ready)):
-        said = (
+        chosen = (
             choice(*(shapes[side] for side in (shown[0].left, shown[0].right)))
             if callable(choice)
             else choice
         )
         tokens.append(shown[0].token)
-        store.submit(campaign, who, answer(tokens[-1], f"answer {next(_keys)}", said, **changes))
+        store.submit(campaign, who, answer(tokens[-1], f"answer {next(_keys)}", chosen, **changes))
     return tokens
 
 

@@ -24,15 +24,15 @@ _numbers = itertools.count(1)
 
 def find_binaries() -> Path | None:
     """Folder with initdb and postgres: the newest of Debian's, else that on the PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: float(p.parts[-3]))
-    if found:
-        return found[-1].parent
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: float(p.parts[-3]))
+    if binaries:
+        return binaries[-1].parent
     on_path = shutil.which("initdb")
     return Path(on_path).resolve().parent if on_path else None
 
 
 def unprivileged() -> pwd.struct_passwd | None:
-    """Whom to run the server as: nobody else, unless this process is root, which PostgreSQL refuses."""
+    """Return the user to run the server as if this process is root, which PostgreSQL rejects; else None."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from eg3d_rlhf.people.label.entities import CampaignSettings, Kind, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.server.app import create_app
 from eg3d_rlhf.people.label.server.http_server import Server, listen
-from eg3d_rlhf.people.label.server.identity import kept_secret
+from eg3d_rlhf.people.label.server.identity import server_secret
 from eg3d_rlhf.people.label.server.options import AppOptions, Limits
 from eg3d_rlhf.people.label.server.served_shapes import Addresses
 from eg3d_rlhf.people.label.shape_files import ShapeCache, compress, encode_mesh
@@ -28,7 +28,7 @@ NAMES = {"a": "baseline-network", "b": "finetuned-network"}  # of the two genera
 FIRST_SEED = 7_654_321
 SAME = {"Sec-Fetch-Site": "same-origin"}
 
-GENEROUS = Limits(strangers=(1e4, 1e5), guesses=(1e4, 1e5), requests=(1e4, 1e5))  # for tests of other things
+GENEROUS = Limits(anonymous=(1e4, 1e5), guesses=(1e4, 1e5), requests=(1e4, 1e5))  # for tests of other things
 
 
 def shape(generator: str, seed: int) -> Shape:
@@ -89,7 +89,7 @@ class Served:
     def asset(self, address: str) -> str:
         """The store's token of the shape at an address."""
         if self.addresses is None:
-            secret = self.options.secret or kept_secret(self.options.cache.folder / "server.key")
+            secret = self.options.secret or server_secret(self.options.cache.folder / "server.key")
             self.addresses = Addresses(secret, (asset for asset, _ in self.store.shapes(self.campaign)))
         return self.addresses.asset(address)
 

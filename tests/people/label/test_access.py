@@ -1,5 +1,5 @@
-"""Who may ask what: nothing answers a stranger, and every malformed, foreign or oversized request is refused
-with a 4xx.
+"""Access to the API: no data without authentication, and a 4xx for every malformed, foreign or oversized
+request.
 """
 
 import json
@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from eg3d_rlhf.people.label.server.gate import OPEN
 from eg3d_rlhf.people.label.server.options import Limits
+from eg3d_rlhf.people.label.server.request_checks import OPEN
 from tests.people.label import serving
 from tests.people.label.serving import SAME, routes
 
-BODY = {"key": "k-refused", "assignment": "x" * 22, "choice": "left", "milliseconds": 1, "views": []}
+BODY = {"key": "k-rejected", "assignment": "x" * 22, "choice": "left", "milliseconds": 1, "views": []}
 BODY |= {"answered_at": 1.0, "page_version": "t"}
 FOREIGN = {"Sec-Fetch-Site": "cross-site"}
 JSON = {"Content-Type": "application/json"}
@@ -35,7 +35,7 @@ def raw(served, head: str, body: bytes = b"", close: bool = True) -> tuple[int, 
         try:
             connection.sendall(body)
         except OSError:
-            pass  # refused before all was sent
+            pass  # rejected before all was sent
         received = b""
         try:
             while part := connection.recv(65536):
@@ -67,7 +67,7 @@ def test_without_a_token_nothing_but_login_and_health_answers(exposed):
 
 # name -> (method, path, arguments of the request, status); asked by a page on loopback, which may ask
 # everything
-REFUSED = {
+REJECTED = {
     "another site": ("POST", "/api/judgements", {"json": BODY, "headers": FOREIGN}, 403),
     "another port of this machine": (
         "POST",
@@ -171,7 +171,7 @@ REFUSED = {
     "NUL in an asset": ("GET", "/api/shapes/abc%00", {}, 400),
     "line break in a path": ("GET", "/api/shapes/abc%0d%0aX-A:1", {}, 400),
     "unknown asset": ("GET", "/api/shapes/" + "A" * 22, {}, 404),
-    "picture that is not shown": ("GET", "/api/renders/" + "A" * 22, {}, 404),
+    "image that is not shown": ("GET", "/api/renders/" + "A" * 22, {}, 404),
     "long address": ("GET", "/api/session?" + "a" * 4000, {}, 414),
     "large headers": ("GET", "/api/session", {"headers": {"X-A": "a" * 33_000}}, 431),
     "large headers in small ones": (
@@ -248,7 +248,7 @@ REFUSED = {
     "half a surrogate pair": (
         "POST",
         "/api/judgements",
-        {"content": json.dumps(BODY).replace("k-refused", "\\ud800").encode(), "headers": JSON},
+        {"content": json.dumps(BODY).replace("k-rejected", "\\ud800").encode(), "headers": JSON},
         422,
     ),
     "script as a key": (
@@ -299,7 +299,12 @@ REFUSED = {
         422,
     ),
     "name that is reserved": ("POST", "/api/admin/annotators", {"json": {"name": "local"}}, 409),
-    "revoking nobody": ("POST", "/api/admin/annotators/revoke", {"json": {"name": "nobody"}}, 404),
+    "revoking an unknown annotator": (
+        "POST",
+        "/api/admin/annotators/revoke",
+        {"json": {"name": "nobody"}},
+        404,
+    ),
     "unknown export": ("GET", "/api/admin/export?format=../../x", {}, 422),
     "TRACE": ("TRACE", "/", {}, 405),
     "origin null": ("POST", "/api/judgements", {"json": BODY, "headers": {"Origin": "null"}}, 403),
@@ -318,9 +323,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(local, case):
-    method, path, kwargs, status = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected(local, case):
+    method, path, kwargs, status = REJECTED[case]
     before = len(list(local.store.judgements()))
     page = local.browser()
     url = httpx.URL(local.url).copy_with(raw_path=path.encode())
@@ -383,7 +388,7 @@ RAW = {  # requests that no well-behaved client sends
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_raw_requests_are_refused(local, case):
+def test_raw_requests_are_rejected(local, case):
     head, body, status = RAW[case]
     answered, received = raw(local, head, body)
     assert answered in (status if isinstance(status, tuple) else (status,)), received[:500]
@@ -392,7 +397,7 @@ def test_raw_requests_are_refused(local, case):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_what_follows_a_length_and_chunks_is_no_request(local, order):
-    """A proxy may believe the length, and take a request that a client hides behind the chunks for a body."""
+    """A proxy may use the length, and take a request that a client hides behind the chunks for a body."""
     both = "\n".join(["Content-Length: 99", "Transfer-Encoding: chunked"][::order])
     head = f"POST /login HTTP/1.1\nHost: {{host}}\n{both}"
     status, received = raw(

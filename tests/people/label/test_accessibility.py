@@ -8,7 +8,7 @@ import pytest
 
 from tests.people.label.browser import Page, needs_chromium, plan
 from tests.people.label.plans import QUIET
-from tests.people.label.test_admin_page import judge
+from tests.people.label.test_admin_page import submit_answers
 
 pytestmark = needs_chromium
 AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
@@ -26,7 +26,7 @@ GRAVE = ("serious", "critical")
 
 
 def faults(page: Page) -> list[tuple]:
-    """What axe finds grave: rule, elements and what is the matter."""
+    """Return the serious findings of axe: rule, elements and description."""
     page.page.evaluate("document.getAnimations().forEach(one => one.finish())")
     if not page.page.evaluate("'axe' in window"):
         page.page.evaluate(AXE)
@@ -92,7 +92,7 @@ def test_the_label_page_in_all_its_states(serve, page, theme, screen):
 def test_the_results_and_the_login(serve, page, theme, screen):
     served = serve(plan(24), exposed=True, campaign={"annotators_per_pair": 2, **QUIET})
     for name in ("ada", "bea"):
-        judge(served, served.store.add_annotator(name), "llrtllrsllllllll")
+        submit_answers(served, served.store.add_annotator(name), "llrtllrsllllllll")
     results = page(served.url, color_scheme=theme, **screen)
     results.page.goto(served.url + "/login")
     assert faults(results) == []

@@ -48,7 +48,7 @@ def test_scores_are_those_of_the_rewards_over_their_temperature(generator, rewar
     assert scored.embeddings.shape == (25, 32) and [d["members"] for d in ensemble.described] == [1, 1]
 
 
-def test_rewards_that_do_not_fit_are_refused_or_told(generator, rewards, tmp_path, capsys):
+def test_rewards_that_do_not_fit_are_rejected_or_reported(generator, rewards, tmp_path, capsys):
     with raising("2", "1", "rewards"):
         reward_ensemble(PairingOptions(strategy="active", rewards=rewards[:1]), generator)
     assert reward_ensemble(PairingOptions(strategy="close", rewards=rewards[:1]), generator).size == 1
@@ -98,7 +98,7 @@ def test_a_share_of_an_active_plan_is_random(generator, rewards):
         (pair.first.seed, pair.second.seed) for pair in plan(options, generator, ensemble=ensemble).pairs
     ]
     why = {tuple(entry["seeds"]) for entry in planned.report["why"]}
-    whole = plan(replace(options, doubtful=1.0), generator, ensemble=ensemble).report["why"]
-    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in whole[:4]}, (
+    reasons = plan(replace(options, doubtful=1.0), generator, ensemble=ensemble).report["why"]
+    assert len(why) == 4 and why < set(pairs) and why == {tuple(entry["seeds"]) for entry in reasons[:4]}, (
         "the greatest doubts come first"
     )

@@ -16,7 +16,7 @@ pytestmark = needs_chromium
 LOGIN = TEXTS["en"]
 
 
-def judge(served, token: str, choices: str) -> None:
+def submit_answers(served, token: str, choices: str) -> None:
     """Answer as many pairs as there are letters: l(eft), r(ight), t(ie), s(kip)."""
     words = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
     with contextlib.closing(served.browser(token)) as client:
@@ -42,14 +42,14 @@ def test_results_tokens_and_exports(serve, page):
     served = serve(plan(30), campaign={"annotators_per_pair": 2, "gold_every": 0}, exposed=True)
     ada, bob = (served.store.add_annotator(name) for name in ("ada", "bob"))
     chief = served.store.add_annotator("chief", "admin")
-    judge(served, ada, "llrtllrs")
-    judge(served, bob, "lrrtlrrl")
+    submit_answers(served, ada, "llrtllrs")
+    submit_answers(served, bob, "lrrtlrrl")
     results = page(served.url)
     results.sign_in(chief)
     results.page.goto(served.url + "/admin")
     results.page.wait_for_function("() => document.querySelector('#judgements').textContent === '16'")
     _check_figures(results)
-    judge(served, ada, "ll")
+    submit_answers(served, ada, "ll")
     results.page.wait_for_function(
         "() => document.querySelector('#judgements').textContent === '18'", timeout=10_000
     )
@@ -70,7 +70,7 @@ def _check_figures(results: Page) -> None:
     )
     assert results.page.locator("#timeline").locator("rect.mark").count() >= 1
     assert results.page.locator("#sides").locator("svg").count() == 0  # seven answers are no share yet
-    assert results.page.inner_text("#alpha") == "–", "too few pairs judged by two"
+    assert results.page.inner_text("#alpha") == "–", "too few pairs with two annotators"
     assert len(re.findall(r"\d+", results.page.inner_text("#alphaNote"))) == 2, (
         "how many, and how many it takes"
     )
@@ -145,7 +145,7 @@ def test_a_link_logs_in_and_answers_survive_a_withdrawal(serve, page):
     label.wait("text => document.querySelector('[role=alert]')?.textContent === text", LOGIN["409"])
     label.page.goto(served.url + "/")
     label.page.wait_for_selector("#helpDialog[open]")
-    assert label.page.inner_text("#who") == "ann", "a link takes nobody's place"
+    assert label.page.inner_text("#who") == "ann", "a link does not end the session of another annotator"
     label.page.keyboard.press("Enter")
     label.ready(ahead=1)
     label.offline = True

@@ -1,5 +1,5 @@
-"""What a campaign may ask and tell besides which is better: both bad, questions, comments, names after the
-answer, one's own answers.
+"""Options of a campaign besides which is better: both bad, questions, comments, names after the answer, the
+annotator's own answers.
 """
 
 import itertools
@@ -13,7 +13,12 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Kind, Mode, PlannedPair
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
+from eg3d_rlhf.people.label.store_labels import (
+    LabelFilters,
+    export_labels,
+    export_unpaired,
+    store_preferences,
+)
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label import serving
 from tests.people.label.plans import QUIET, answer, answer_all, plan, shape
@@ -33,7 +38,7 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
     for k, choice in enumerate((Choice.BAD, Choice.TIE, Choice.LEFT)):
         shown = store.assignments(campaign, ann, 1)[0]
         store.submit(campaign, ann, answer(shown, f"k{k}", choice))
-    bad, tie, left = preferences_of(store)
+    bad, tie, left = store_preferences(store)
     assert (bad.tie, tie.tie, left.tie) == (True, True, False) and (
         bad.extra.get("both"),
         tie.extra.get("both"),
@@ -48,7 +53,7 @@ def test_both_bad_is_a_tie_that_keeps_its_word_and_two_shapes_that_are_not_good(
     assert (figures["ties"], figures["both_bad"], figures["left_right_n"]) == (1, 1, 1)
 
 
-def test_what_a_campaign_does_not_ask_or_tell_is_refused(store):
+def test_votes_and_names_outside_the_campaign_are_rejected(store):
     campaign, ann = begin(store)
     shown, *_ = store.assignments(campaign, ann)
     with raising("left", "right", "tie", "skip", "bad"):
@@ -95,7 +100,7 @@ def test_every_question_and_no_other_is_voted_on(store, choice, votes, names):
         "a=1,b=1,c=1,d=1,e=1,f=1,g=1",
     ],
 )
-def test_questions_that_cannot_be_asked_are_refused(store, written):
+def test_questions_that_cannot_be_asked_are_rejected(store, written):
     with raising("--criteria"):
         begin(store, questions=tuple(written.split(",")))
     assert store.campaigns() == []
@@ -113,7 +118,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         campaign, ann, answer(store.assignments(campaign, ann, 1)[0], "s", Choice.SKIP, reason="unsure")
     )
     rows = list(store.judgements())
-    labels = preferences_of(store, LabelFilters(criterion="geometry"))
+    labels = store_preferences(store, LabelFilters(criterion="geometry"))
     seeds = [rows[0].right.seed, rows[1].left.seed, rows[2].left.seed]
     assert [(label.winner, label.tie) for label in labels] == list(
         zip(seeds, (False, False, True), strict=True)
@@ -130,7 +135,7 @@ def test_the_votes_on_a_question_become_labels(store, tmp_path):
         "as_overall": 1,
     }
     with raising("criterion", "ears", "geometry", "'hair'"):
-        preferences_of(store, LabelFilters(criterion="hair"))
+        store_preferences(store, LabelFilters(criterion="hair"))
 
 
 def two_generators() -> list[PlannedPair]:
@@ -150,9 +155,9 @@ def two_generators() -> list[PlannedPair]:
     ]
 
 
-def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
+def test_names_are_revealed_after_pairs_only_and_the_answer_then_stays(store):
     campaign, ann = begin(store, two_generators(), reveal=True, gold_every=3, repeat_share=0.25, repeat_gap=1)
-    told: dict[Kind, set] = {}
+    revealed: dict[Kind, set] = {}
     for k in range(12):
         shown = store.assignments(campaign, ann, 1)[0]
         choice = Choice.SKIP if k == 11 else Choice.LEFT
@@ -164,13 +169,13 @@ def test_names_are_told_after_pairs_alone_and_the_answer_then_stays(store):
             {"a": "run-a/network", "b": "run-b/network"}[side.generator[0]] for side in (row.left, row.right)
         )
         assert kept.reveal in (None, names)
-        told.setdefault(row.kind if k < 11 else "skip", set()).add(kept.reveal is not None)
+        revealed.setdefault(row.kind if k < 11 else "skip", set()).add(kept.reveal is not None)
         if k < 11 and row.kind is not Kind.TRAINING:
             with pytest.raises(ConflictError):
                 store.undo(campaign, ann, f"u{k}")
             assert list(store.judgements())[-1] == row
-    assert store.undo(campaign, ann, "last") == shown.token, "a skip tells nothing"
-    assert told == {
+    assert store.undo(campaign, ann, "last") == shown.token, "a skip reveals nothing"
+    assert revealed == {
         Kind.TRAINING: {False},
         Kind.GOLD: {False},
         Kind.REPEAT: {False},
@@ -200,7 +205,7 @@ def test_own_answers_list_checks_and_repeats_like_pairs_and_a_change_stays_in_it
         entry.assignment for page in pages for entry in page
     ] == given[::-1]
     assert [entry.sequence for page in pages for entry in page] == list(range(13, 1, -1)), (
-        "no gap tells of a check"
+        "no gap reveals a check"
     )
     assert {entry.changeable for page in pages for entry in page} == {True} and pages[1][3].comment == "hm"
     old = given[1]
@@ -294,7 +299,7 @@ def send(page, key: str, **values):
         {"comment": 5},
     ],
 )
-def test_bad_votes_and_comments_are_refused_and_nothing_is_kept(served, values):
+def test_bad_votes_and_comments_are_rejected_and_nothing_is_kept(served, values):
     _, response = send(served.browser(served.tokens["ann"]), "k", **values)
     assert (
         response.status_code == 422
@@ -311,7 +316,7 @@ def dry_run(tmp_path, *flags):
 
 
 def resolved(tmp_path, *flags) -> dict:
-    """What --dry-run prints."""
+    """Return the output of --dry-run."""
     result = dry_run(tmp_path, *flags)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)

@@ -1,5 +1,5 @@
-"""Hostile assets are refused with the file's name and the reason: nothing is fetched, nothing is allocated by
-a claim, no traceback.
+"""Hostile assets are rejected with the file's name and the reason: nothing is fetched, nothing is allocated
+by a claim, no traceback.
 """
 
 import gzip
@@ -185,7 +185,7 @@ def fails_in_little_memory(read, data: bytes, names: tuple[str, ...], megabytes:
 
 
 @pytest.mark.parametrize("name", GLBS)
-def test_a_hostile_glb_is_refused(name):
+def test_a_hostile_glb_is_rejected(name):
     fails_in_little_memory(lambda data: glb_parts(glb.read_glb(data)), *GLBS[name])
 
 
@@ -198,7 +198,7 @@ def read_ply(data: memoryview) -> list:
 
 
 @pytest.mark.parametrize("name", PLYS)
-def test_a_hostile_ply_is_refused(name):
+def test_a_hostile_ply_is_rejected(name):
     fails_in_little_memory(read_ply, *PLYS[name], megabytes=30)  # trimesh's import, where it is the first
 
 
@@ -217,14 +217,14 @@ def test_a_hostile_ply_is_refused(name):
         (None, ("a.obj", "'/etc/passwd'")),
     ],
 )
-def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, names):
+def test_a_material_that_leads_elsewhere_is_rejected(tmp_path, library, names):
     (tmp_path / "inner").mkdir()
     path = files.write_obj(tmp_path / "inner" / "a.obj")
-    (tmp_path / "secret.png").write_bytes(files.picture())
+    (tmp_path / "secret.png").write_bytes(files.image_bytes())
     (tmp_path / "inner" / "link.png").symlink_to(tmp_path / "secret.png")
     for folder in ("http:/127.0.0.1:9", "C:"):  # as names of files, they would be there
         (tmp_path / "inner" / folder).mkdir(parents=True)
-        (tmp_path / "inner" / folder / "x.png").write_bytes(files.picture())
+        (tmp_path / "inner" / folder / "x.png").write_bytes(files.image_bytes())
     if library is None:
         path.write_text(path.read_text().replace("mtllib a.mtl", "mtllib /etc/passwd"))
     else:
@@ -233,7 +233,7 @@ def test_a_material_that_leads_elsewhere_is_refused(tmp_path, library, names):
 
 
 @pytest.mark.long
-def test_files_that_are_none_are_refused_by_name(tmp_path):
+def test_files_that_are_none_are_rejected_by_name(tmp_path):
     folder = tmp_path / "assets" / "a"
     folder.mkdir(parents=True)
     outside = tmp_path / "outside.glb"
@@ -260,7 +260,7 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pipe", ".loop"])
-def test_what_is_no_file_at_all_is_refused(tmp_path, suffix):
+def test_what_is_no_file_at_all_is_rejected(tmp_path, suffix):
     path = tmp_path / f"a{suffix}.glb"
     if suffix == ".pipe":
         os.mkfifo(path)
@@ -270,21 +270,21 @@ def test_what_is_no_file_at_all_is_refused(tmp_path, suffix):
         reading.examine([path])
 
 
-def test_a_file_that_takes_too_much_is_refused_and_the_others_are_still_looked_at(tmp_path, monkeypatch):
+def test_a_file_that_takes_too_much_is_rejected_and_the_others_are_still_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "MEMORY", 150 << 20)
     monkeypatch.setattr(reading, "PER_BYTE", 0)
     fine = tmp_path / "fine.glb"
     large = tmp_path / "large.glb"
     fine.write_bytes(files.glb())
     large.write_bytes(b"glTF" + bytes(200 << 20))
-    (found,) = reading.examine([fine])
-    assert found.kind == "glb"
+    (result,) = reading.examine([fine])
+    assert result.kind == "glb"
     with raising(str(large), "memory") as caught:
         reading.examine([large, fine])
     assert str(fine) not in str(caught.value)
     with raising("fine.glb", "memory"):
         monkeypatch.setattr(reading, "MEMORY", 20 << 20)
-        reading.clean(fine, found.hash)
+        reading.clean(fine, result.hash)
 
 
 def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
@@ -301,7 +301,7 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
             out = tmp_path / "out.mp4"
             path.write_text(text)
             with raising("video"):
-                reading.clean_film(path, out)
+                reading.clean_video(path, out)
             assert not out.exists()
         listening.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -309,7 +309,7 @@ def test_a_film_fetches_nothing_and_opens_no_other_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\x1b[31m", "a\x07"])
-def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
+def test_a_prompt_that_no_answer_can_hold_is_rejected(tmp_path, text):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "p.glb").write_bytes(files.glb(seed=ord(name)))
@@ -322,7 +322,7 @@ def test_a_prompt_that_no_answer_can_hold_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", [b"a\xff", b"a\x1b[31m", b"a\nb"])
-def test_a_generators_folder_whose_name_cannot_be_shown_is_refused(tmp_path, name):
+def test_a_generators_folder_whose_name_cannot_be_shown_is_rejected(tmp_path, name):
     folder = os.path.join(os.fsencode(tmp_path), name)
     os.mkdir(folder)
     with open(os.path.join(folder, b"p.glb"), "wb") as file:
@@ -355,7 +355,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch)
 
 
 def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
-    reading.clean_film(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
+    reading.clean_video(files.write_film(tmp_path / "a.mp4"), tmp_path / "copied.mp4")
     source = [
         "-f",
         "lavfi",
@@ -367,7 +367,7 @@ def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
         str(tmp_path / "b.mp4"),
     ]
     assert reading._ffmpeg(source, 30)[0] == 0
-    reading.clean_film(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
+    reading.clean_video(tmp_path / "b.mp4", tmp_path / "encoded-anew.mp4")
     for name in ("copied.mp4", "encoded-anew.mp4"):
         assert [
             word for word in (b"x264", b"Lavc", b"Lavf") if word in (tmp_path / name).read_bytes()
@@ -375,8 +375,8 @@ def test_a_film_that_is_encoded_anew_does_not_tell_so(tmp_path):
 
 
 def second_frame(kind: str) -> bytes:
-    """A picture of 16 x 16 behind a frame that states 16383 x 16383."""
-    data = files.picture(16, kind)
+    """An image of 16 x 16 behind a frame that states 16383 x 16383."""
+    data = files.image_bytes(16, kind)
     if kind == "WEBP":
         at = data.index(b"VP8 ")
         length = int.from_bytes(data[at + 4 : at + 8], "little")
@@ -390,7 +390,7 @@ def second_frame(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_a_picture_that_states_two_sizes_is_refused(kind):
+def test_an_image_that_states_two_sizes_is_rejected(kind):
     for read in (model.stripped, model.small):
         with raising({"WEBP": "WebP"}.get(kind, kind)):
             read(second_frame(kind))
@@ -400,7 +400,7 @@ SEEDS = {
     "glb": files.glb(60),
     "splats": files.splats(20, 1),
     "ply": files.ply(60),
-    **{kind: files.picture(16, kind) for kind in ("PNG", "JPEG", "WEBP")},
+    **{kind: files.image_bytes(16, kind) for kind in ("PNG", "JPEG", "WEBP")},
 }
 READERS = {
     "glb": lambda data: glb_parts(glb.read_glb(data)),
@@ -414,7 +414,7 @@ CHANGES = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
 @pytest.mark.parametrize("kind", SEEDS)
 @settings(max_examples=150, deadline=None)
 @given(cut=st.floats(0, 1), changes=CHANGES)
-def test_damaged_files_are_read_or_refused_and_nothing_else(kind, cut, changes):
+def test_damaged_files_are_read_or_rejected_and_nothing_else(kind, cut, changes):
     data = bytearray(SEEDS[kind])
     data = data[: max(1, round(cut * len(data)))] if cut < 0.7 else data
     for place, value in changes:
@@ -433,7 +433,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(kind, cut, changes):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @settings(max_examples=60, deadline=None)
 @given(changes=CHANGES)
-def test_damaged_pictures_of_prompts_are_shown_or_refused(kind, changes):
+def test_damaged_images_of_prompts_are_shown_or_rejected(kind, changes):
     data = bytearray(SEEDS[kind])
     for place, value in changes:
         data[min(int(place * len(data)), len(data) - 1)] = value

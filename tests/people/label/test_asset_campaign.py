@@ -1,5 +1,5 @@
 """From a folder of assets to what the browser gets: planning, preparation, prompts, films in parts; and what
-is refused before.
+is rejected before.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.assets.collection import (
     Asset,
     Collection,
-    conditions,
     plan_assets,
+    prompts_json,
     read_collection,
 )
 from eg3d_rlhf.people.label.entities import Kind
 from eg3d_rlhf.people.label.pairing import PairingOptions
-from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
+from eg3d_rlhf.people.label.preparation import AssetPreparer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import ShapeCache
 from tests.people.label import asset_files as files
 from tests.people.label import serving
@@ -46,7 +46,7 @@ def folder_of(root: Path, generators=("alpha-net", "beta-net"), films: bool = Tr
         if films:
             files.write_film(root / generator / "turn.mp4", frames=6 + 20 * number, seed=number)
     (root / "asked").mkdir()
-    (root / "asked" / "chair.jpg").write_bytes(files.picture(1400, "JPEG"))
+    (root / "asked" / "chair.jpg").write_bytes(files.image_bytes(1400, "JPEG"))
     asked = [
         {"prompt": "chair", "text": CHAIR, "image": "asked/chair.jpg"},
         {"prompt": "cat", "text": "a cat"},
@@ -67,7 +67,7 @@ def test_a_folder_is_read_as_it_is_laid_out(collection):
     )
     kinds = {asset.prompt: asset.kind for asset in collection.assets}
     assert kinds == {"chair": "glb", "cat": "splats", "mug": "ply", "dog": "obj", "turn": "film"}
-    asked = conditions(collection)
+    asked = prompts_json(collection)
     assert (
         asked["chair"]["text"] == CHAIR
         and asked["chair"]["image"].endswith("asked/chair.jpg")
@@ -144,28 +144,28 @@ def test_the_first_pairs_are_balanced_over_generators_and_prompts():
 
 
 def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
-    said = []
+    notes = []
     collection = made_up(2, 5)
     same = replace(collection.assets[5], hash=collection.assets[0].hash)
     planned = plan_assets(
         PairingOptions(pairs=50),
         Collection([*collection.assets[:5], same, *collection.assets[6:]]),
-        said.append,
+        notes.append,
     )
     kinds = Counter(pair.kind for pair in planned.pairs)
-    assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and len(said) == 1 and "4" in said[0]
+    assert kinds == {Kind.PAIR: 4, Kind.GOLD: 4, Kind.TRAINING: 3} and len(notes) == 1 and "4" in notes[0]
     for pair in planned.pairs:
-        broken = pair.second if pair.expected == "first" else pair.first
+        worse = pair.second if pair.expected == "first" else pair.first
         assert (pair.kind is Kind.PAIR) == (pair.expected is None) == (
-            not broken.degradation
+            not worse.degradation
         ) and pair.first.file
         if pair.expected:
             assert pair.first.file == pair.second.file and pair.first.condition == pair.second.condition
     films = Collection([replace(asset, kind="film") for asset in collection.assets])
-    assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, said.append).pairs} == {
+    assert {pair.kind for pair in plan_assets(PairingOptions(pairs=50), films, notes.append).pairs} == {
         Kind.PAIR
     }
-    assert len(said) == 3 and not re.search(r"\d", said[-1]), "no checks of films, besides the 4 pairs"
+    assert len(notes) == 3 and not re.search(r"\d", notes[-1]), "no checks of films, besides the 4 pairs"
     with raising("assets", "prompt", "generator"):
         plan_assets(PairingOptions(pairs=3), made_up(1, 5))
 
@@ -177,7 +177,7 @@ def test_pairs_end_where_there_are_no_more_and_equal_files_do_not_meet():
         (["--set=psi=0.7", "--set=level=3"], ("--set level=VALUE", "--set psi=VALUE", "--assets")),
     ],
 )
-def test_flags_of_generators_are_refused(tmp_path, flags, names):
+def test_flags_of_generators_are_rejected(tmp_path, flags, names):
     done = CliRunner().invoke(
         main, [f"--assets={tmp_path}", f"--db=sqlite:///{tmp_path}/x.db", *flags, "--dry-run"]
     )
@@ -191,17 +191,17 @@ def served(collection, tmp_path_factory):
     quick = [asset for asset in collection.assets if asset.kind in ("glb", "splats", "film")]
     some = Collection(quick, collection.prompts)
     planned = plan_assets(PairingOptions(pairs=50, gold=2, training=1), some).pairs
-    campaign = {"extra": {"conditions": conditions(some)}}
+    campaign = {"extra": {"conditions": prompts_json(some)}}
     cache = ShapeCache(folder / "cache")
-    said = {}
-    prepare_prompts(conditions(some).values(), cache)
+    progress = {}
+    prepare_prompts(prompts_json(some).values(), cache)
     prepare(
         [shape for pair in planned for shape in (pair.first, pair.second)],
         cache,
-        AssetDrawer(),
-        tell=said.update,
+        AssetPreparer(),
+        report=progress.update,
     )
-    assert said["finished"] and said["failed"] == 0, said
+    assert progress["finished"] and progress["failed"] == 0, progress
     with serving.running(
         folder, planned=planned, prepared=False, campaign=campaign, limits=serving.GENEROUS
     ) as running:
@@ -238,12 +238,12 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
             name: pair[name] for name in ("left", "right", "prompt")
         }
         chair = next(asset for asset, shape in shapes.items() if shape.condition == "chair")
-        picture = client.get(f"/api/prompts/{chair}")
-        shown = Image.open(io.BytesIO(picture.content))
+        response = client.get(f"/api/prompts/{chair}")
+        shown = Image.open(io.BytesIO(response.content))
         assert (
-            picture.headers["content-type"] == "image/webp"
+            response.headers["content-type"] == "image/webp"
             and max(shown.size) == 1024
-            and SECRET not in picture.content
+            and SECRET not in response.content
         )
         assert (
             client.get(
@@ -256,12 +256,12 @@ def test_the_browser_gets_every_kind_with_its_prompt(served):
 def test_films_are_sent_in_parts(served):
     asset = next(asset for asset, shape in served.store.shapes(served.campaign) if shape.condition == "turn")
     with contextlib.closing(served.browser()) as client:
-        whole = client.get(f"/api/shapes/{asset}")
-        assert whole.headers["content-type"] == "video/mp4" and whole.headers["accept-ranges"] == "bytes"
-        assert "content-encoding" not in whole.headers and int(whole.headers["content-length"]) == len(
-            whole.content
+        full = client.get(f"/api/shapes/{asset}")
+        assert full.headers["content-type"] == "video/mp4" and full.headers["accept-ranges"] == "bytes"
+        assert "content-encoding" not in full.headers and int(full.headers["content-length"]) == len(
+            full.content
         )
-        size = len(whole.content)
+        size = len(full.content)
         for asked, first, stop in (
             ("0-99", 0, 100),
             ("100-", 100, size),
@@ -269,7 +269,7 @@ def test_films_are_sent_in_parts(served):
             (f"10-{size + 99}", 10, size),
         ):
             part = client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={asked}"})
-            assert part.status_code == 206 and part.content == whole.content[first:stop]
+            assert part.status_code == 206 and part.content == full.content[first:stop]
             assert part.headers["content-range"] == f"bytes {first}-{stop - 1}/{size}"
         assert client.get(f"/api/shapes/{asset}", headers={"Range": f"bytes={size}-"}).status_code == 416
         for ignored in ("bytes=5-2,8-9", "bytes=-", "lines=1-2", "bytes=9999999999999999999-"):
@@ -286,19 +286,19 @@ def test_a_file_that_changed_since_planning_is_not_shown_until_it_is_restored(tm
     shapes = [pair.first for pair in planned if pair.first.condition == "chair"]
     path = root / "alpha-net" / "chair.glb"
     cache = ShapeCache(tmp_path / "cache")
-    said = {}
+    progress = {}
     before = path.read_bytes()
     for content, failed in ((files.glb(seed=9), 1), (None, 1), (before, 0)):
         path.unlink(missing_ok=True)
         if content:
             path.write_bytes(content)
-        cache.forget_passing(shapes)
-        prepare(shapes, cache, AssetDrawer(), tell=said.update)
-        assert said["finished"] and said["failed"] == failed
+        cache.forget_temporary_failures(shapes)
+        prepare(shapes, cache, AssetPreparer(), report=progress.update)
+        assert progress["finished"] and progress["failed"] == failed
         if content != before:
             wrong = (
-                "the file that the campaign was planned with, got a changed one"
+                "the file has changed since the campaign was planned"
                 if content
-                else "a file, got: No such file"
+                else "the file cannot be opened: No such file"
             )
-            assert f"chair.glb: expected {wrong}" in said["reason"]
+            assert f"chair.glb: {wrong}" in progress["reason"]

@@ -1,5 +1,5 @@
-"""Assets come out as they went in, to the last bit of a vertex or a pixel, and with nothing else: whatever
-the format.
+"""Vertices and pixels of assets are bitwise identical after cleaning, without any other content, in every
+format.
 """
 
 import io
@@ -31,8 +31,8 @@ def array(document: dict, binary: bytes, number: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_pictures_pixels_stay_and_its_notes_go(kind):
-    before = files.picture(40, kind)
+def test_an_images_pixels_stay_and_its_notes_go(kind):
+    before = files.image_bytes(40, kind)
     after, pixels = model.stripped(before)
     assert SECRET in before and SECRET not in after.data and pixels == 1600
     assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(data))) for data in (before, after.data)))
@@ -51,7 +51,7 @@ def test_a_glb_keeps_every_bit_that_is_seen_and_no_name():
     view = clean["bufferViews"][clean["images"][0]["bufferView"]]
     texture = kept[view["byteOffset"] : view["byteOffset"] + view["byteLength"]]
     assert np.array_equal(
-        *(np.asarray(Image.open(io.BytesIO(data))) for data in (files.picture(32), texture))
+        *(np.asarray(Image.open(io.BytesIO(data))) for data in (files.image_bytes(32), texture))
     )
     assert set(clean) <= {
         "asset",
@@ -120,7 +120,7 @@ def test_splats_are_written_as_documented(degree):
         sent[:4] == b"GSP1" and struct.unpack_from("<II", sent, 4) == (count, degree) and SECRET not in sent
     )
     at = 36
-    found = {}
+    values = {}
     arrays = [
         ("centres", "<f4", 3),
         ("scales", "<f2", 3),
@@ -129,18 +129,18 @@ def test_splats_are_written_as_documented(degree):
         ("colours", "<f2", 3),
     ]
     for name, dtype, width in (*arrays, ("rest", "<f2", rows.shape[1] - 17)):
-        found[name] = np.frombuffer(sent, dtype, count * width, at).reshape(count, width)
-        at += -(-found[name].nbytes // 4) * 4
+        values[name] = np.frombuffer(sent, dtype, count * width, at).reshape(count, width)
+        at += -(-values[name].nbytes // 4) * 4
     assert at == len(sent)
-    assert found["centres"].tobytes() == rows[:, :3].tobytes() and np.array_equal(
-        found["colours"], rows[:, 6:9].astype("<f2")
+    assert values["centres"].tobytes() == rows[:, :3].tobytes() and np.array_equal(
+        values["colours"], rows[:, 6:9].astype("<f2")
     )
-    assert np.array_equal(found["rest"], rows[:, 9:-8].astype("<f2")) and np.array_equal(
-        found["scales"], rows[:, -7:-4].astype("<f2")
+    assert np.array_equal(values["rest"], rows[:, 9:-8].astype("<f2")) and np.array_equal(
+        values["scales"], rows[:, -7:-4].astype("<f2")
     )
-    assert np.allclose(found["opacity"] / 255, 1 / (1 + np.exp(-rows[:, -8:-7])), atol=1 / 255)
+    assert np.allclose(values["opacity"] / 255, 1 / (1 + np.exp(-rows[:, -8:-7])), atol=1 / 255)
     turns = rows[:, -4:] / np.linalg.norm(rows[:, -4:], axis=1, keepdims=True)
-    assert np.abs(found["turns"] / 32767 - turns).max() < 1e-4
+    assert np.abs(values["turns"] / 32767 - turns).max() < 1e-4
     least, extent = np.frombuffer(sent, "<f4", 6, 12).reshape(2, 3)
     assert np.allclose([least, least + extent], [rows[:, :3].min(0), rows[:, :3].max(0)])
 
@@ -183,7 +183,7 @@ def test_a_film_keeps_its_frames_and_loses_its_notes(tmp_path, suffix):
 
     before = files.write_film(tmp_path / f"a{suffix}")
     after = tmp_path / "clean.mp4"
-    reading.clean_film(before, after)
+    reading.clean_video(before, after)
     data = after.read_bytes()
     assert SECRET in before.read_bytes() and not any(
         word in data for word in (SECRET, b"x264", b"Lavf", b"Lavc")

@@ -12,7 +12,7 @@ import train
 from eg3d_rlhf.modes.label import main
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, Mode, PlannedPair, Shape
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import export_assets, preferences_of
+from eg3d_rlhf.people.label.store_labels import export_assets, store_preferences
 from eg3d_rlhf.preferences.label_scores import Known, read_said
 from eg3d_rlhf.tuning.flow.base.conditioning import write_conditions
 from eg3d_rlhf.tuning.flow.base.pairs import read_pairs
@@ -50,12 +50,12 @@ def judged(folder, pairs, mode=Mode.LABEL, **settings) -> Store:
     ann = store.annotator_without_token("ann", "annotator").id
     made = CampaignSettings(name="assets", mode=mode, extra={"conditions": CONDITIONS}, **QUIET, **settings)
     campaign = store.create_campaign(made, [PlannedPair(first=a, second=b) for a, b, _ in pairs])
-    said = {(a.source, b.source): choice for a, b, choice in pairs}
+    choices = {(a.source, b.source): choice for a, b, choice in pairs}
 
     def choose(left: Shape, right: Shape) -> Choice:
         sides = left.source, right.source
-        choice = said.get(sides) or said[sides[::-1]]
-        places = ("left", "right") if sides in said else ("right", "left")
+        choice = choices.get(sides) or choices[sides[::-1]]
+        places = ("left", "right") if sides in choices else ("right", "left")
         return Choice(dict(zip(("first", "second"), places, strict=True)).get(choice, choice))
 
     answer_all(store, campaign, ann, choose)
@@ -105,7 +105,7 @@ def test_pairs_of_files_are_what_the_flow_mode_reads(five, tmp_path):
     known = Known(
         conditions={line[side]: line["condition"] for line in written for side in ("preferred", "rejected")}
     )
-    assert [(said.asset, said.other, said.tie) for said in read_said(path, known)] == [
+    assert [(row.asset, row.other, row.tie) for row in read_said(path, known)] == [
         (line["preferred"], line["rejected"], line["tie"]) for line in written
     ]
 
@@ -118,8 +118,8 @@ FIRST_STAGE = (
 
 @pytest.mark.parametrize("kind", ["toy", "trellis"])
 def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path, monkeypatch, kind):
-    """By the commands: assets are drawn, planned and exported by the labelling tool, and read as pairs;
-    TRELLIS, whose conditions come as a file, is trained on them.
+    """With the commands: assets are generated, planned and exported by the labelling tool, and read as pairs;
+    TRELLIS, whose prompt features come as a file, is trained on them.
     """
     monkeypatch.chdir(tmp_path)
     if kind == "toy":
@@ -134,7 +134,7 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
     choices = iter(("left", "right", "left", "tie", "right", "left"))
     extras = []
 
-    def serve(options, *args, **kwargs):  # in place of the server: somebody answers all
+    def serve(options, *args, **kwargs):  # in place of the server: one annotator answers all
         store = options.store
         campaign = store.campaign(options.campaign)
         extras.append(campaign.settings.extra)
@@ -160,16 +160,16 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
     flow("tune", "WORK", "--labels=judged.jsonl", "--pairs-only", "--device=cpu")
     pairs = {stage: read_pairs(work.folder / "pairs" / stage)[0] for stage in work.stages}
     second = {"toy": "voxels", "trellis": "latent"}[kind]
-    assert {stage: len(found) for stage, found in pairs.items()} == {"structure": 5, second: 5}
+    assert {stage: len(stage_pairs) for stage, stage_pairs in pairs.items()} == {"structure": 5, second: 5}
     latents = {line["look_at"]: first_latent(work, line) for line in work.lines()}
     for line in (line for line in answers if not line["tie"]):
         preferred, rejected = (latents[Path(line[side]).name] for side in ("preferred", "rejected"))
-        found = [
+        conditions = [
             pair.condition
             for pair in pairs["structure"]
             if pair.preferred.equal(preferred) and pair.rejected.equal(rejected)
         ]
-        assert found == [line["condition"]]
+        assert conditions == [line["condition"]]
 
     if kind == "trellis":
         done = CliRunner().invoke(train.main, [given[0], *FIRST_STAGE.split()])
@@ -180,7 +180,7 @@ def test_drawn_assets_that_the_tool_asks_about_become_pairs_of_latents(tmp_path,
 
 
 def first_latent(work: Work, line: dict):
-    """Latent of the first stage of a drawn asset, as the family keeps it."""
+    """Return the latent of the first stage of a generated asset, as the family stores it."""
     if "structure" in line:
         return load_file(work.drawn() / line["structure"])["mean"]
     return read_latents(work.drawn() / line["latents"])["structure"]
@@ -231,11 +231,11 @@ def test_assets_that_nothing_links_are_not_ranked_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scale", "said", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})]
+    ("scale", "choice", "expected"), [("thumbs", "up", {"label": 1}), ("scores", "2", {"score": 2.0})]
 )
-def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale, said, expected):
+def test_scores_of_single_assets_are_what_the_mesh_reward_reads(tmp_path, scale, choice, expected):
     a = asset(tmp_path, "a", "cup")
-    with judged(tmp_path, [(a, a, said)], Mode.SINGLE, scale=scale) as store:
+    with judged(tmp_path, [(a, a, choice)], Mode.SINGLE, scale=scale) as store:
         (written,) = lines(export_assets(store, tmp_path / "scores.jsonl", "asset-scores"))
     assert written["mesh"] == "a.glb" and written["prompt"] == "cup" and expected.items() <= written.items()
     assert ("label" in written) != ("score" in written)
@@ -255,7 +255,7 @@ def test_assets_that_are_both_bad_are_scored_as_not_good(tmp_path):
 def test_files_are_never_taken_for_seeds(five, tmp_path):
     store, _ = five
     with raising("campaign", "assets", "seeds", "--kind=asset-pairs"):
-        preferences_of(store)
+        store_preferences(store)
     store.create_campaign(CampaignSettings(name="seeds"), plan_of_seeds(2))
     with raising("--kind=rankings", "--assets"):
         export_assets(store, tmp_path / "x.jsonl", "rankings", campaign="seeds")

@@ -1,4 +1,4 @@
-"""A blind study of assets tells annotators nothing of where they are from: not in bytes, headers or
+"""A blind study of assets does not reveal the generators to annotators: not in bytes, headers or
 addresses.
 """
 
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.modes import study as study_job
 from eg3d_rlhf.people.label import launch
-from eg3d_rlhf.people.label.preparation import AssetDrawer, prepare, prepare_prompts
+from eg3d_rlhf.people.label.preparation import AssetPreparer, prepare, prepare_prompts
 from eg3d_rlhf.people.label.shape_files import shape_key
 from eg3d_rlhf.people.study import design, planning
 from eg3d_rlhf.people.study.power import PowerOptions
@@ -37,7 +37,7 @@ def folders(root):
         (root / name / "only-here.glb" if number else root / name / "other.glb").write_bytes(
             files.glb(seed=90 + number)
         )
-    (root / "input.png").write_bytes(files.picture(64))
+    (root / "input.png").write_bytes(files.image_bytes(64))
     asked = [{"prompt": f"glb-{i}", "text": f"thing {i}", "image": "input.png"} for i in range(PROMPTS)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
     return root / NAMES[0], root / NAMES[1]
@@ -53,8 +53,8 @@ def flags_of(a, b, **more):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("assets")
-    said = []
-    return planning.make_design("blind", flags_of(*folders(root)), said.append), said, root
+    notes = []
+    return planning.make_design("blind", flags_of(*folders(root)), notes.append), notes, root
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def study(made, tmp_path_factory):
     designed, _, _ = made
     folder = tmp_path_factory.mktemp("study")
     planned = design.study_pairs(designed)
-    said = {}
+    progress = {}
     chosen = design.campaign_settings(designed)
     names = ("mode", "extra", "gold_every", "repeat_share", "swap_share", "trials_per_annotator")
     campaign = {name: getattr(chosen, name) for name in names}
@@ -80,10 +80,10 @@ def study(made, tmp_path_factory):
         prepare(
             [shape for pair in planned for shape in (pair.first, pair.second)],
             served.options.cache,
-            AssetDrawer(),
-            tell=said.update,
+            AssetPreparer(),
+            report=progress.update,
         )
-        assert said["finished"] and said["failed"] == 0, said
+        assert progress["finished"] and progress["failed"] == 0, progress
         served.seen = []
         served.pairs = []
         with contextlib.closing(served.browser(served.store.add_annotator("ann"))) as page:
@@ -132,7 +132,7 @@ def test_the_two_of_a_pair_are_sent_as_prepared_with_the_same_headers(study):
         assert heads[0] == heads[1]
 
 
-def test_a_changed_file_is_refused_and_a_study_is_begun_and_gone_on_with(tmp_path):
+def test_a_changed_file_is_rejected_and_a_study_is_begun_and_gone_on_with(tmp_path):
     a, b = folders(tmp_path / "assets")
     folder = planning.Folder(tmp_path / "study")
     flags = flags_of(a, b)
@@ -144,7 +144,7 @@ def test_a_changed_file_is_refused_and_a_study_is_begun_and_gone_on_with(tmp_pat
         planning.prepare(folder, "s", flags, set(), lambda text: None)
 
 
-def test_one_generator_and_one_folder_are_refused(tmp_path):
+def test_one_generator_and_one_folder_are_rejected(tmp_path):
     a, b = folders(tmp_path / "assets")
     done = CliRunner().invoke(
         study_job.main, [f"--a={a}", f"--outdir={tmp_path / 'x'}", "--n=3", "--dry-run"]

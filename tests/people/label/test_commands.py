@@ -127,7 +127,7 @@ def test_a_tournament_goes_on_from_its_results(planned, db):
 
 def test_exposing_needs_an_annotator_and_says_that_tokens_are_compulsory(planned, db, tmp_path):
     result, served = planned("--pairs=5", "--host=0.0.0.0")
-    rejected(result, "--host=0.0.0.0", "tokens", "add-annotator NAME")
+    rejected(result, "--host=0.0.0.0", "token", "add-annotator NAME")
     assert served is None and not (tmp_path / "new").exists()
     assert len(run("add-annotator", "ann", f"--db={db}").stdout.strip()) >= 32
     result, (options, _, kwargs) = planned("--pairs=5", "--host=0.0.0.0")
@@ -175,7 +175,7 @@ MISTAKES = {  # flags -> what the line must name
     "another database": (["--db=mysql://x/y"], ("--db", "SQLite", "PostgreSQL", "mysql")),
     "flags before a command": (["--pairs=3", "status"], ("--pairs", "--db", "status")),
     "no database": (["status", "--db=sqlite:///{tmp}/none.db"], ("--db", "{tmp}/none.db")),
-    "revoking nobody": (
+    "revoking an unknown annotator": (
         ["revoke", "nobody", "--db=sqlite:///{tmp}/some.db"],
         ("annotator", "'nobody'", "token"),
     ),

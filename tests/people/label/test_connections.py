@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from eg3d_rlhf.people.label.server.http_server import Server, listen
-from eg3d_rlhf.people.label.server.models import LOGGER, SPARING
+from eg3d_rlhf.people.label.server.models import LOGGER, RATE_FILTER
 from eg3d_rlhf.people.label.server.options import Limits
 from tests.people.label import serving
 from tests.people.label.attack import any_server
@@ -29,7 +29,7 @@ HALF = b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 BODY = b"Host: 127.0.0.1\r\nContent-Type: application/x-www-form-urlencoded\r\nSec-Fetch-Site: same-origin"
 BODY = b"POST /login HTTP/1.1\r\n" + BODY + b"\r\nContent-Length: 99\r\n\r\nt"
 # is answered before its body has come
-REFUSED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
+REJECTED = b"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
 
 def connect(served, data: bytes = b"", context: ssl.SSLContext | None = None) -> socket.socket:
@@ -42,7 +42,7 @@ def connect(served, data: bytes = b"", context: ssl.SSLContext | None = None) ->
 
 
 def is_open(connection: socket.socket, seconds: float = 0.0) -> bool:
-    """Whether the server has not closed it after so long."""
+    """Return whether the connection is still open after so long."""
     connection.settimeout(seconds or 0.001)
     try:
         while connection.recv(65536):
@@ -79,7 +79,7 @@ def test_every_stage_has_its_time(tmp_path):
         )
         slow = {"silent": connect(served), "header": connect(served, HALF), "body": connect(served, BODY)}
         slow |= {"idle": connect(served, HALF + b"\r\n\r\n"), "second": connect(served, head + HALF)}
-        slow |= {"known": connect(served, head), "refused": connect(served, REFUSED)}
+        slow |= {"known": connect(served, head), "rejected": connect(served, REJECTED)}
         end = time.monotonic() + 4
         for _ in range(10):  # byte by byte is not faster
             drip([slow[name] for name in ("header", "second", "body")])
@@ -121,7 +121,7 @@ def test_half_a_handshake_has_its_time(tmp_path, certificate):
 
 
 def held_up(served, data: bytes, count: int, tls: bool, seconds: float) -> list[float]:
-    """Return the seconds that a page took beside `count` clients that sent `data` and go on byte by byte.
+    """Return the seconds that a page took beside `count` clients that sent `data` and continue byte by byte.
     Check that all are closed within `seconds`.
     """
     context = any_server() if tls else None
@@ -142,8 +142,8 @@ def held_up(served, data: bytes, count: int, tls: bool, seconds: float) -> list[
 @pytest.mark.parametrize(
     ("data", "count", "limits", "seconds"),
     [
-        (HALF, 150, Limits(header_seconds=1.5, strangers=(1e4, 1e5)), 5.0),
-        (BODY, 50, Limits(body_seconds=1.5, strangers=(1e4, 1e5)), 5.0),
+        (HALF, 150, Limits(header_seconds=1.5, anonymous=(1e4, 1e5)), 5.0),
+        (BODY, 50, Limits(body_seconds=1.5, anonymous=(1e4, 1e5)), 5.0),
         pytest.param(HALF, 1500, Limits(), 15.0, marks=pytest.mark.long),
         pytest.param(BODY, 200, Limits(), 20.0, marks=pytest.mark.long),
     ],
@@ -205,11 +205,11 @@ def test_no_descriptors_is_a_pause(tmp_path):
 
 
 def test_one_wording_is_noted_a_few_times(caplog):
-    SPARING._seen.clear()
+    RATE_FILTER._seen.clear()
     for number in range(50):
         LOGGER.error("test of the log: %s", number)
     assert len(caplog.messages) == 5
-    SPARING._seen.clear()
+    RATE_FILTER._seen.clear()
 
 
 # ---- the end

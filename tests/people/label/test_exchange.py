@@ -25,8 +25,8 @@ from eg3d_rlhf.people.label.store_labels import (
     LabelFilters,
     export_labels,
     label_source,
-    preferences_of,
     read_preferences,
+    store_preferences,
 )
 from eg3d_rlhf.preferences.labels import load_labels
 from eg3d_rlhf.rewards.training_run import read_labels
@@ -48,7 +48,7 @@ def test_the_published_table_comes_in_within_two_seconds(store, published_labels
         campaign.pairs == 4346
         and len({s.seed for _, s in store.shapes(campaign.id)}) == len(store.shapes(campaign.id)) == 8692
     )
-    labels = preferences_of(store)
+    labels = store_preferences(store)
     assert [(p.winner, p.loser) for p in labels] == [
         (p.winner, p.loser) for p in load_labels(published_labels)
     ]
@@ -69,7 +69,7 @@ def test_the_published_table_comes_in_within_two_seconds(store, published_labels
         ("a,b\n", ("line 1", "winner", "loser", "['a', 'b']")),
     ],
 )
-def test_tables_that_do_not_fit_leave_nothing_behind(store, tmp_path, text, names):
+def test_tables_that_do_not_fit_leave_no_files(store, tmp_path, text, names):
     (tmp_path / "bad.csv").write_text(text)
     with raising("bad.csv", *names):
         import_ranked_seeds(store, tmp_path / "bad.csv")
@@ -123,7 +123,7 @@ def judged(store):
 
 def test_labels_say_what_was_judged(judged):
     rows = [row for row in judged.judgements() if row.kind is Kind.PAIR and row.choice is not Choice.SKIP]
-    labels = preferences_of(judged)
+    labels = store_preferences(judged)
     assert len(labels) == len(rows) and {row.kind for row in judged.judgements()} == {Kind.PAIR, Kind.GOLD}
     for label, row in zip(labels, rows, strict=True):
         assert (label.generator, label.psi, label.annotator, label.time) == (
@@ -156,11 +156,11 @@ def test_filters(judged, case):
     chosen, keep = FILTERS[case]
     rows = [row for row in judged.judgements() if row.kind is Kind.PAIR and row.choice is not Choice.SKIP]
     expected = [row.id for row in rows if keep(row)]
-    assert [p.extra["judgement"] for p in preferences_of(judged, LabelFilters(**chosen))] == expected
+    assert [p.extra["judgement"] for p in store_preferences(judged, LabelFilters(**chosen))] == expected
     assert 0 < len(expected) < len(rows) or case in ("zero", "campaign")
 
 
-def test_filters_that_make_no_sense_are_refused(judged, tmp_path):
+def test_filters_that_make_no_sense_are_rejected(judged, tmp_path):
     url = f"sqlite:///{tmp_path / 'labels.db'}"
     for chosen, names in [
         ({"campaign": "x"}, ("campaign", "(heads)", "'x'")),
@@ -185,16 +185,16 @@ def test_a_study_and_pairs_that_seeds_cannot_name_are_no_source_of_labels(store,
     pairs = [PlannedPair(first=shape(0), second=shape(1 if mode is Mode.LABEL else 0, **second))]
     campaign = store.create_campaign(CampaignSettings(name="c", mode=mode, gold_every=0), pairs)
     answer_all(store, campaign, store.annotator_without_token("local", "admin").id)
-    assert mode is Mode.LABEL or preferences_of(store) == []
+    assert mode is Mode.LABEL or store_preferences(store) == []
     with raising(*names):
-        preferences_of(store, LabelFilters(campaign=named))
+        store_preferences(store, LabelFilters(campaign=named))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_exported_labels_read_back(judged, tmp_path, ending):
     path = export_labels(judged, tmp_path / f"labels.{ending}", campaign="heads")
     read = load_labels(path)
-    expected = preferences_of(judged)
+    expected = store_preferences(judged)
     for field in ("winner", "loser", "generator", "psi", "annotator", "time", "tie"):
         assert [getattr(p, field) for p in read] == [getattr(p, field) for p in expected]
     assert read[0].extra["views"].split() == ["front", "left"] and str(read[0].extra["level"]) == "10.0"
@@ -227,7 +227,7 @@ def test_a_store_moves_to_another_database_whole(judged, tmp_path, database_url)
             before.done,
             before.total,
         )
-        work = copy.assignments(campaign, ann)  # goes on where it was
+        work = copy.assignments(campaign, ann)  # continues at the same place
         there = judged.assignments(1, 1)
         # the same decision on the same past
         assert [(a.left, a.right) for a in work] == [(a.left, a.right) for a in there]
@@ -282,7 +282,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
+def test_damaged_exports_leave_no_rows(judged, tmp_path, case):
     line, names = BAD_LINES[case]
     path = export_judgements(judged, tmp_path / "all.jsonl")
     if case == "votes":
@@ -298,7 +298,7 @@ def test_damaged_exports_leave_nothing_behind(judged, tmp_path, case):
         assert copy.campaigns() == []
 
 
-def test_what_is_no_export_is_refused(store, tmp_path):
+def test_what_is_no_export_is_rejected(store, tmp_path):
     (tmp_path / "old.jsonl").write_text('{"record": "format", "version": 99}\n')
     (tmp_path / "empty.jsonl").write_text("")
     for name, error, names in (
@@ -317,7 +317,7 @@ def test_what_is_no_export_is_refused(store, tmp_path):
 
 
 @pytest.mark.parametrize("held", HELD_OUT, ids=lambda held: held.name)
-def test_a_plan_that_would_reach_held_out_seeds_is_refused(held, tmp_path):
+def test_a_plan_that_would_reach_held_out_seeds_is_rejected(held, tmp_path):
     with raising(f"--first-seed={held.first}", f"{held.first} ({held.name}"):
         PairingOptions(pairs=2, gold=0, training=0, first_seed=held.first)
     result = CliRunner().invoke(
@@ -327,7 +327,7 @@ def test_a_plan_that_would_reach_held_out_seeds_is_refused(held, tmp_path):
     rejected(result, f"--first-seed={held.first}", f"{held.first} ({held.name}")
 
 
-def test_campaigns_tables_and_archives_are_refused_whole_and_a_study_is_not(store, tmp_path):
+def test_campaigns_tables_and_archives_are_rejected_whole_and_a_study_is_not(store, tmp_path):
     with raising("campaign c", "300030 (monitor"):
         store.create_campaign(CampaignSettings(name="c"), plan(3, start=300_030))
     (tmp_path / "table.csv").write_text(",rank1,rank2\n0,5,6\n1,7,200003\n")
@@ -401,7 +401,7 @@ def test_filters_reach_the_run_and_are_written_down(tmp_path):
         ),
     ],
 )
-def test_filters_of_a_file_and_a_missing_store_are_refused(flag, tmp_path):
+def test_filters_of_a_file_and_a_missing_store_are_rejected(flag, tmp_path):
     result = run("--dry-run", "--labels=labels.jsonl", flag)
     name = flag.split("=")[-2].removeprefix("--")
     rejected(result, name, "labels.jsonl", "--labels=sqlite:///")
@@ -431,7 +431,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
     result = run(f"--labels={url}", "--campaign=c", *flags)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "report.json").read_text())["labels_file"] == url
-    assert load_labels(out / "labels.jsonl") == preferences_of(store)
-    store.undo(campaign, who, "u")  # the store goes on; the run that is resumed does not notice
+    assert load_labels(out / "labels.jsonl") == store_preferences(store)
+    store.undo(campaign, who, "u")  # the store changes; the resumed run uses its own copy
     assert len(read_labels(label_source(url), resumed=out)) == 20 == len(read_labels(label_source(url))) + 1
     assert math.isfinite(json.loads((out / "report.json").read_text())["temperature"])

@@ -1,6 +1,4 @@
-"""Whatever is sent, the server never fails: requests made from the API's own description, and bytes that
-nobody describes.
-"""
+"""The server never fails: with requests made from the API's own description, and with bytes outside it."""
 
 import json
 
@@ -48,8 +46,8 @@ def description(served, admin):
 
 def test_requests_from_the_description(description, admin):
     statuses = {}
-    for found in description.get_all_operations():
-        operation = found.ok()
+    for result in description.get_all_operations():
+        operation = result.ok()
         statuses[operation.label] = send_generated(
             operation, {"Authorization": admin.headers["Authorization"]}
         )

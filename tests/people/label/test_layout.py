@@ -9,7 +9,7 @@ import pytest
 from eg3d_rlhf.people.label.entities import Mode
 from tests.people.label.browser import Page, needs_chromium, plan
 from tests.people.label.plans import singles
-from tests.people.label.test_admin_page import judge
+from tests.people.label.test_admin_page import submit_answers
 from tests.people.label.test_texts import TABLES, TEXTS
 
 pytestmark = needs_chromium
@@ -158,7 +158,7 @@ def test_the_results_and_the_login_fit(serve, page, screen):
     served = serve(plan(12), exposed=True, campaign={"annotators_per_pair": 2, "gold_every": 0})
     names = ["Maximiliane Mustermann-Beispiel", "W" * 60]
     for name in names:
-        judge(served, served.store.add_annotator(name), "llrtllrs")
+        submit_answers(served, served.store.add_annotator(name), "llrtllrs")
     chief = served.store.add_annotator("chief", "admin")
     for language in TEXTS:
         login = page(served.url, locale=language, **SCREENS[screen])

@@ -1,4 +1,6 @@
-"""A blind study tells annotators nothing: not in texts, headers, addresses, orders, sides or times."""
+"""A blind study reveals no generator to annotators: not in texts, headers, addresses, orders, sides or
+times.
+"""
 
 import itertools
 import random
@@ -87,7 +89,7 @@ def work(served, page, number: int) -> None:
 
 
 def secrets(served) -> list[str]:
-    """Whatever would tell an annotator which shape is which, or why a pair is shown."""
+    """Return all values that would reveal the generator of a shape, or the kind of a pair."""
     words = [*NAMES.values(), "baseline", "finetuned", "0.7125", "10.25", "safetensors", "/secret", ".shp"]
     words.append(str(served.options.cache.folder))
     for asset, shape in served.store.shapes(served.campaign):
@@ -143,9 +145,9 @@ def test_an_assignment_says_nothing_but_tokens_and_training(study):
     assert len({address for address, _ in shown}) == len(shown)
 
 
-def test_only_admins_of_a_study_see_results_and_only_others_judge(study, tmp_path):
-    refused = [r for r in study.seen if "admin" in r.request.url.path]
-    assert refused and all(r.status_code == 403 for r in refused)
+def test_only_admins_of_a_study_see_results_and_only_others_answer(study, tmp_path):
+    responses = [r for r in study.seen if "admin" in r.request.url.path]
+    assert responses and all(r.status_code == 403 for r in responses)
     boss = study.client(study.store.add_annotator("boss", "admin"))
     assert boss.get("/api/admin/quality").status_code == 200
     assert boss.get("/api/assignments").status_code == answer(boss, "x", "x").status_code == 403
@@ -226,7 +228,7 @@ def test_times_do_not_separate_the_generators(study):
                 client.get(f"/api/shapes/{asset}")
                 taken[name].append((time.perf_counter() - began) if turn else None)
     assert separation((t for t in taken["a"] if t), (t for t in taken["b"] if t)) > CHANCE
-    # nor does that of an answer tell which was chosen
+    # nor does that of an answer reveal the choice
     name = {asset: generator for generator, assets in by.items() for asset in assets}
     assert (
         separation(*([s for asset, s in study.times if name[study.asset(asset)] == g] for g in "ab")) > CHANCE
@@ -242,13 +244,17 @@ ASSETS = [token_urlsafe(16) for _ in range(300)]
 def test_addresses_lead_back_and_tell_nothing():
     made = Addresses(b"k" * 32, ASSETS)
     addresses = {
-        (assignment, asset): made.of(assignment, asset) for assignment in ("one", "two") for asset in ASSETS
+        (assignment, asset): made.address(assignment, asset)
+        for assignment in ("one", "two")
+        for asset in ASSETS
     }
     assert len(set(addresses.values())) == 600 and all(
         len(address) == LETTERS for address in addresses.values()
     )
     assert all(made.asset(address) == asset for (_, asset), address in addresses.items())
-    assert Addresses(b"k" * 32, ASSETS).of("one", ASSETS[7]) == addresses["one", ASSETS[7]]  # after a restart
+    assert (
+        Addresses(b"k" * 32, ASSETS).address("one", ASSETS[7]) == addresses["one", ASSETS[7]]
+    )  # after a restart
     numbers = [address[16:21] for address in addresses.values()]  # where the hidden number is
     assert len(set(numbers)) > 590
 
@@ -256,7 +262,7 @@ def test_addresses_lead_back_and_tell_nothing():
 @pytest.mark.parametrize("place", [0, 15, 16, 20, 22, 31])
 def test_addresses_cannot_be_made_up(place):
     made = Addresses(b"k" * 32, ASSETS)
-    address = made.of("one", ASSETS[3])
+    address = made.address("one", ASSETS[3])
     other = "A" if address[place] != "A" else "B"
     assert made.asset(address[:place] + other + address[place + 1 :]) is None
     assert Addresses(b"x" * 32, ASSETS).asset(address) is None

@@ -17,10 +17,10 @@ from tests.people.label.load import Annotator, ServerProcess, Work, labour
 
 
 def free_port() -> int:
-    """A port that nobody uses now; the server comes back on it after every kill."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Return a free port; the server comes back on it after every kill."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run(folder, url: str, annotators: int, each: int, kills: int, look: float) -> Work:
@@ -36,7 +36,7 @@ def run(folder, url: str, annotators: int, each: int, kills: int, look: float) -
         cache = ShapeCache(folder / "cache")
         serving.fill(cache, few)
         original = cache.mesh(few[0])
-        for _, shape in store.shapes(campaign)[1:]:  # thousands: links are enough where nobody looks
+        for _, shape in store.shapes(campaign)[1:]:  # thousands: links are enough, as no test looks at them
             link = cache._path(shape, ".shp.gz")
             link.parent.mkdir(exist_ok=True)
             link.hardlink_to(original)
@@ -53,8 +53,8 @@ def run(folder, url: str, annotators: int, each: int, kills: int, look: float) -
 
 
 def check(url: str, work: Work, total: int) -> None:
-    """The store holds every acknowledged judgement once, as it was sent, and nothing that nobody sent."""
-    assert work.refused == {} and len(work.acknowledged) == total
+    """The store holds every acknowledged judgement once, as it was sent, and no others."""
+    assert work.rejected == {} and len(work.acknowledged) == total
     with Store.open(url, create=False) as store:
         rows = list(store.judgements(include_undone=True))
     assert len(rows) == total
@@ -82,12 +82,12 @@ def test_fifty_annotators_at_work_while_the_server_is_killed_five_times(tmp_path
     each = 200
     kills = 5
     look = 1.0  # seconds; people look for several
-    found = figures(
+    latencies = figures(
         run(tmp_path, database_url, annotators, each, kills, look), database=database_url.split(":")[0]
     )
     with capsys.disabled():
-        print(json.dumps(found))
-    assert found["p95"] < 80
+        print(json.dumps(latencies))
+    assert latencies["p95"] < 80
     lines = [json.loads(line) for line in (tmp_path / "cache" / "access.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "start" for line in lines) == 1 + kills
     assert (

@@ -59,5 +59,5 @@ def test_finished_assets(tmp_path):
 def test_an_unknown_strategy_lists_it_too(tmp_path):
     flags = [f"--db=sqlite:///{tmp_path / 'new.db'}", "--strategy=best"]
     rejected(CliRunner().invoke(main, flags), "--strategy", "random", "neighbours", "'best'")
-    told = CliRunner().invoke(main, [flags[0], "--strategy=neighbours", "--dry-run"])
-    assert json.loads(told.stdout)["strategy"] == "neighbours"
+    result = CliRunner().invoke(main, [flags[0], "--strategy=neighbours", "--dry-run"])
+    assert json.loads(result.stdout)["strategy"] == "neighbours"

@@ -1,5 +1,5 @@
-"""The label page in a real browser: judging and undoing by keyboard and by touch, looking from all sides,
-what a screen reader hears.
+"""The label page in a real browser: answers and undo by keyboard and by touch, views from all sides, texts
+for screen readers.
 """
 
 import statistics
@@ -21,17 +21,17 @@ PHONE = {
 }
 
 
-def alike(picture: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two pictures agree but for the rounding of edges."""
+def alike(image: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two images agree except for the rounding of edges."""
     return (
-        picture.shape == other.shape
-        and (np.abs(picture - other).max(-1) > 24).mean() < 0.002
-        and np.abs(picture - other).mean() < 0.5
+        image.shape == other.shape
+        and (np.abs(image - other).max(-1) > 24).mean() < 0.002
+        and np.abs(image - other).mean() < 0.5
     )
 
 
-def blank(picture: np.ndarray) -> bool:
-    return (np.abs(picture - picture[2, 2]).max(-1) > 24).mean() < 0.02
+def blank(image: np.ndarray) -> bool:
+    return (np.abs(image - image[2, 2]).max(-1) > 24).mean() < 0.02
 
 
 @pytest.mark.long
@@ -40,8 +40,8 @@ def test_thirty_pairs_by_keyboard_two_undone_and_a_reload(serve, page):
     served = serve(plan(40, training=1), large)
     label = page(served.url).open()
     _practise(label)
-    left = label.picture("left")
-    right = label.picture("right")
+    left = label.side_image("left")
+    right = label.side_image("right")
     assert not blank(left) and not blank(right)
     assert (np.abs(left - right).max(-1) > 24).mean() > 0.05
 
@@ -88,8 +88,8 @@ def test_both_sides_share_one_camera(serve, page):
     same = bumpy_ball(1, 4000)
     served = serve(planned, lambda shape: same)
     label = page(served.url, reduced_motion="reduce").open()
-    start = label.picture("left")
-    assert alike(start, label.picture("right")) and not blank(start)
+    start = label.side_image("left")
+    assert alike(start, label.side_image("right")) and not blank(start)
     seen = {}
     for name, look in {
         "drag": lambda: label.drag("left", 90, -40),
@@ -109,30 +109,30 @@ def test_both_sides_share_one_camera(serve, page):
         assert cameras["left"] == cameras["right"]
         seen[name] = cameras["left"]["view"]
     assert len({tuple(view) for view in seen.values()}) == len(seen), "every movement changes the view"
-    turned = label.picture("left")
-    assert alike(turned, label.picture("right"))
-    assert (np.abs(turned - start).max(-1) > 24).mean() > 0.05
+    rotated = label.side_image("left")
+    assert alike(rotated, label.side_image("right"))
+    assert (np.abs(rotated - start).max(-1) > 24).mean() > 0.05
     label.page.keyboard.press("0")
     label.drawn()
-    assert alike(label.picture("left"), start)
+    assert alike(label.side_image("left"), start)
     label.press("ArrowDown")
     label.sent()
     assert {"front", "orbit", "zoom", "pan", "left", "below"} <= set(rows(served)[0].views)
 
 
-def test_a_campaign_that_opens_its_pairs_from_behind(serve, page):
+def test_a_campaign_that_opens_its_pairs_at_the_back_view(serve, page):
     served = serve(plan(2, training=0), campaign={"view": "back"})
     label = page(served.url).open()
     label.drawn()
-    behind = label.picture("left")
+    back_view = label.side_image("left")
     assert label.state("orbit")["yaw"] == pytest.approx(np.pi)
     label.page.keyboard.press("1")
     label.page.wait_for_function("() => Math.abs(Math.sin(window.labelState.orbit.yaw / 2)) < 1e-6")
     label.drawn()
-    assert not alike(label.picture("left"), behind)
+    assert not alike(label.side_image("left"), back_view)
     label.page.keyboard.press("0")
     label.drawn()
-    assert alike(label.picture("left"), behind)
+    assert alike(label.side_image("left"), back_view)
     label.press("ArrowDown")
     label.sent()
     assert {"back", "front"} <= set(rows(served)[0].views)
@@ -198,13 +198,13 @@ def test_a_phone(serve, page):
     middle = (left["x"] + left["width"] / 2, left["y"] + left["height"] / 2)
     before = label.state("orbit")
     _touch(label, [middle], [(middle[0] + 60, middle[1])])
-    turned = label.state("orbit")
-    assert turned["yaw"] != before["yaw"] and turned["distance"] == before["distance"]
+    rotated = label.state("orbit")
+    assert rotated["yaw"] != before["yaw"] and rotated["distance"] == before["distance"]
     x, y = middle
     _touch(label, [(x - 30, y), (x + 30, y)], [(x - 90, y), (x + 90, y)])
-    assert label.state("orbit")["distance"] == pytest.approx(turned["distance"] / 3, rel=0.02)
-    assert label.state("orbit")["yaw"] == pytest.approx(turned["yaw"])
-    assert not blank(label.picture("left")) and not blank(label.picture("right"))
+    assert label.state("orbit")["distance"] == pytest.approx(rotated["distance"] / 3, rel=0.02)
+    assert label.state("orbit")["yaw"] == pytest.approx(rotated["yaw"])
+    assert not blank(label.side_image("left")) and not blank(label.side_image("right"))
     target = label.page.get_by_role("button", name=ENGLISH["answer.bottom"])
     assert target.bounding_box()["height"] >= 44
     target.tap()
@@ -244,7 +244,7 @@ def single(serve, page):
 @pytest.mark.long
 def test_thumbs_by_keyboard_with_practice_and_undo(single):
     label, served = single("thumbs", training=1)
-    assert not label.page.locator("#right").is_visible() and not blank(label.picture("left"))
+    assert not label.page.locator("#right").is_visible() and not blank(label.side_image("left"))
     width = label.page.locator("#left").bounding_box()["width"]
     assert width > 0.9 * label.page.locator(".stage").bounding_box()["width"]
     label.answer("ArrowDown")

@@ -1,5 +1,5 @@
-"""The label page where a campaign asks and tells more: both bad, questions, comments, names after the answer,
-one's own answers.
+"""The label page with more options of a campaign: both bad, questions, comments, names after the answer, the
+annotator's own answers.
 """
 
 import re
@@ -104,7 +104,7 @@ def test_an_old_answer_is_looked_at_and_changed_by_a_further_record(serve, page)
     assert [(row.assignment, row.choice) for row in rows(served) if row.undone] == [(given[0], "left")]
     label.page.wait_for_timeout(500)
     label.press("u")
-    assert label.state("pair.assignment") == given[2], "undo goes on where it was"
+    assert label.state("pair.assignment") == given[2], "undo continues at the same place"
 
 
 def test_results_show_questions_and_comments_as_text(serve, page):

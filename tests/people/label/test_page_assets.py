@@ -39,17 +39,17 @@ def mesh(shape: Shape) -> bytes:
     return textured(shape.seed % 6)
 
 
-def width(picture: np.ndarray) -> int:
+def width(image: np.ndarray) -> int:
     """Columns that show more than the background."""
-    return int((np.abs(picture - picture[2, 2]).max(-1) > 24).any(0).sum())
+    return int((np.abs(image - image[2, 2]).max(-1) > 24).any(0).sum())
 
 
 @pytest.mark.long
 def test_assets_whose_z_is_up_are_turned(serve, page):
-    """What a file has along z stands up, what it has along y lies behind; sizes are as ever."""
+    """The z axis of files points up, their y axis backwards; sizes do not change."""
     planned = plan(1)
-    turned = {"up": "z"}
-    served = serve(planned, mesh, campaign={"extra": turned})
+    up_axis = {"up": "z"}
+    served = serve(planned, mesh, campaign={"extra": up_axis})
     label = page(served.url).open()
     x, y, z = np.asarray(label.state("places.left")).reshape(4, 4)[:3, :3]  # where the file's axes go
     scale = x[0]
@@ -65,18 +65,18 @@ def test_a_textured_pair(serve, page):
     far = packed(asset_files.pack_glb(document, binary))
     served = serve(plan(2), lambda shape: far if shape.seed % 2 else textured(1))
     label = page(served.url).open()
-    left = label.picture("left")
-    right = label.picture("right")
+    left = label.side_image("left")
+    right = label.side_image("right")
     assert np.ptp(left, axis=-1).max() > 80, "in colour"
     assert np.abs(left - right).mean() < 0.5, "one shape in two sizes and places looks the same"
     assert label.state("cameras.left") == label.state("cameras.right")
     assert 0.8 * left.shape[0] < width(left) < left.shape[1]
     label.page.keyboard.press("m")
     label.drawn()
-    assert np.ptp(label.picture("left"), axis=-1).max() < 24, "the shape alone is grey"
+    assert np.ptp(label.side_image("left"), axis=-1).max() < 24, "the shape alone is grey"
     label.page.keyboard.press("n")
     label.drawn()
-    assert np.ptp(label.picture("left"), axis=-1).max() > 80, "normals as colours"
+    assert np.ptp(label.side_image("left"), axis=-1).max() > 80, "normals as colours"
     label.press("ArrowLeft")
     label.sent()
     assert {"clay", "normals"} <= set(rows(served)[0].views)
@@ -84,7 +84,7 @@ def test_a_textured_pair(serve, page):
 
 @pytest.mark.long
 def test_a_damaged_texture_is_said(serve, page):
-    served = serve(plan(1), lambda shape: _broken() if shape.seed % 2 else textured(1))
+    served = serve(plan(1), lambda shape: _damaged_file() if shape.seed % 2 else textured(1))
     label = page(served.url)
     label.page.goto(served.url)
     label.ready("failed")
@@ -92,10 +92,10 @@ def test_a_damaged_texture_is_said(serve, page):
     label.forgive("load texture")
 
 
-def _broken() -> bytes:
-    whole = gzip.decompress(textured(1))
-    at = whole.index(b"IDAT") + 4
-    return compress(whole[:at] + bytes(64) + whole[at + 64 :])
+def _damaged_file() -> bytes:
+    content = gzip.decompress(textured(1))
+    at = content.index(b"IDAT") + 4
+    return compress(content[:at] + bytes(64) + content[at + 64 :])
 
 
 @pytest.mark.long
@@ -167,7 +167,7 @@ def test_the_prompt_is_beside_the_pair(tmp_path, serve, page, context):
     "made", [lambda shape: textured(shape.seed % 6, 512), lambda shape: heavy_mesh(shape.seed % 2)]
 )
 def test_memory_is_steady_over_fifty_pairs(serve, page, made):
-    """What the page holds, after each ten of fifty pairs."""
+    """Return the memory of the page after each ten of fifty pairs."""
     label = page(serve(plan(56), made, campaign=QUIET).url).open()
     seen = []
     for place in range(50):
@@ -186,8 +186,8 @@ def _memory(label: Page) -> dict:
     wire = label.context.new_cdp_session(label.page)
     wire.send("HeapProfiler.collectGarbage")
     wire.send("Performance.enable")
-    found = {m["name"]: m["value"] for m in wire.send("Performance.getMetrics")["metrics"]}
-    return {**label.state("memory"), "heap": found["JSHeapUsedSize"] / 1e6, "nodes": found["Nodes"]}
+    metrics = {m["name"]: m["value"] for m in wire.send("Performance.getMetrics")["metrics"]}
+    return {**label.state("memory"), "heap": metrics["JSHeapUsedSize"] / 1e6, "nodes": metrics["Nodes"]}
 
 
 # ---- how long large ones take, from the disk cache over loopback: two textured meshes of 55 MB, and 500,000

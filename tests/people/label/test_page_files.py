@@ -22,16 +22,16 @@ class Tags(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.found: list[tuple[str, dict]] = []
+        self.elements: list[tuple[str, dict]] = []
         self.texts: dict[str, str] = {}
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data):
-        if self.found and data.strip():
-            tag = self.found[-1][0]
+        if self.elements and data.strip():
+            tag = self.elements[-1][0]
             self.texts[tag] = self.texts.get(tag, "") + data
 
 
@@ -39,10 +39,10 @@ class Tags(HTMLParser):
 def test_bundles_are_made_from_the_sources_beside_them(name):
     sources = sorted(["build.mjs", "package-lock.json", *(f"src/{p.name}" for p in (WEB / "src").glob("*"))])
     digest = hashlib.sha256(
-        "".join(f"{one}\0{(WEB / one).read_text()}\0" for one in sources).encode()
+        "".join(f"{name}\0{(WEB / name).read_text()}\0" for name in sources).encode()
     ).hexdigest()
-    found = re.match(r"/\* sources ([0-9a-f]{64});", (STATIC / name).read_text())
-    assert found and found[1] == digest, (
+    banner = re.match(r"/\* sources ([0-9a-f]{64});", (STATIC / name).read_text())
+    assert banner and banner[1] == digest, (
         f"{name} is stale: cd eg3d_rlhf/people/label/web && npm ci && npm run build"
     )
 
@@ -69,7 +69,7 @@ def test_three_js_is_there_with_its_licence_and_of_the_pinned_version():
 def test_pages_fit_the_policy_and_load_nothing_from_elsewhere(name):
     tags = Tags((STATIC / name).read_text())
     assert "script" not in tags.texts and "style" not in tags.texts, "no inline script or style"
-    for tag, attributes in tags.found:
+    for tag, attributes in tags.elements:
         assert not [key for key in attributes if key == "style" or key.startswith("on")], (tag, attributes)
         for key in ("src", "href", "action", "poster", "srcset", "data"):
             address = attributes.get(key)
@@ -77,7 +77,7 @@ def test_pages_fit_the_policy_and_load_nothing_from_elsewhere(name):
                 assert re.match(r"/(?!/)|#|data:image/", address), (tag, address)
             if address is not None and address.startswith("/static/"):
                 assert (STATIC / address.removeprefix("/static/")).is_file()
-    assert ("html", "en") in [(tag, attributes.get("lang")) for tag, attributes in tags.found]
+    assert ("html", "en") in [(tag, attributes.get("lang")) for tag, attributes in tags.elements]
 
 
 BANNED = (

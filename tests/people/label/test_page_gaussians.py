@@ -11,7 +11,7 @@ from tests.people.label import asset_files
 from tests.people.label.browser import Page, needs_chromium, plan
 
 pytestmark = needs_chromium
-# of 255: differences between the page and the oracle; rounding to a picture alone is 0.25 and 0.5
+# of 255: differences between the page and the oracle; rounding to an image alone is 0.25 and 0.5
 MEAN = 0.5
 LARGEST = 3.0
 
@@ -31,7 +31,7 @@ WHOLE_PIXELS = """() => {
 def draw(
     splats: Splats, view: np.ndarray, projection: np.ndarray, size: tuple[int, int], background: np.ndarray
 ) -> np.ndarray:
-    """A picture [H, W, 3] in 0..255, slowly and obviously: numpy, float64, one after the other
+    """An image [H, W, 3] in 0..255, by a direct implementation: numpy, float64, one after the other
     (Kerbl et al. 2023; EWA, Zwicker et al. 2001).
 
     Args: view [4, 4] from the Gaussians' coordinates to the camera's, which looks along -z; projection [4, 4]
@@ -44,7 +44,7 @@ def draw(
     spreads = np.einsum("ij,njk,lk->nil", view[:3, :3], _covariances(splats), view[:3, :3])
     # pixels from the middle, y up
     x, y = np.meshgrid(np.arange(width) + 0.5 - width / 2, height / 2 - np.arange(height) - 0.5)
-    picture = np.broadcast_to(np.asarray(background, float) / 255, (height, width, 3)).copy()
+    image = np.broadcast_to(np.asarray(background, float) / 255, (height, width, 3)).copy()
     for i in np.argsort(centres[:, 2], kind="stable"):  # the furthest first
         depth = -centres[i, 2]
         if depth <= 0:
@@ -64,8 +64,8 @@ def draw(
         power = inverse[0, 0] * dx * dx + 2 * inverse[0, 1] * dx * dy + inverse[1, 1] * dy * dy
         alpha = np.minimum(0.99, splats.opacities[i] / 255 * np.exp(-power / 2))
         alpha = np.where(alpha < 1 / 255, 0, alpha)[..., None]
-        picture = alpha * colours[i] + (1 - alpha) * picture
-    return 255 * picture.clip(0, 1)
+        image = alpha * colours[i] + (1 - alpha) * image
+    return 255 * image.clip(0, 1)
 
 
 def _covariances(splats: Splats) -> np.ndarray:
@@ -85,8 +85,8 @@ def _covariances(splats: Splats) -> np.ndarray:
 def _colours(splats: Splats, view: np.ndarray) -> np.ndarray:
     """[N, 3], seen from the camera: real spherical harmonics with the usual signs, degree by degree."""
     eye = np.linalg.inv(view)[:3, 3]
-    away = splats.centres - eye
-    x, y, z = (away / np.linalg.norm(away, axis=1, keepdims=True)).T
+    from_eye = splats.centres - eye
+    x, y, z = (from_eye / np.linalg.norm(from_eye, axis=1, keepdims=True)).T
     basis = [-y, z, -x]
     basis = [np.sqrt(3 / (4 * np.pi)) * b for b in basis]
     basis += [
@@ -129,7 +129,7 @@ def gsp1(splats: Splats) -> bytes:
 
 
 def settled(label: Page) -> None:
-    """Wait until the picture is as good as it gets."""
+    """Wait until the image has its final quality."""
     label.page.wait_for_function("() => window.labelState.settled", timeout=60_000)
     label.drawn()
 
@@ -141,7 +141,7 @@ def settled(label: Page) -> None:
 def test_as_a_slow_renderer_draws_them(serve, page, degree, card):
     planned = plan(1)
     clouds = {planned[0].first.seed: cloud(300, degree, 1), planned[0].second.seed: cloud(300, degree, 2)}
-    served = serve(planned, lambda one: gsp1(clouds[one.seed]))
+    served = serve(planned, lambda shape: gsp1(clouds[shape.seed]))
     label = page(served.url, viewport={"width": 760, "height": 560})
     if card:
         label.page.add_init_script(NAMELESS)
@@ -166,10 +166,10 @@ def _difference(served, label: Page, clouds: dict, side: str) -> tuple[float, fl
     place = label.state("places")[side]
     view = np.reshape(camera["view"], (4, 4)).T @ np.reshape(place, (4, 4)).T
     seed = dict(served.store.shapes(served.campaign))[served.asset(label.state("pair")[side])].seed
-    found = label.picture(side)
+    image = label.side_image(side)
     drawn = draw(
         clouds[seed], view, np.reshape(camera["projection"], (4, 4)).T, size, np.array([0xE9, 0xE6, 0xE0])
     )
-    inner = drawn[48 : 48 + found.shape[0], 12 : 12 + found.shape[1]]
-    gap = np.abs(found - inner)
+    inner = drawn[48 : 48 + image.shape[0], 12 : 12 + image.shape[1]]
+    gap = np.abs(image - inner)
     return gap.mean(), gap.max()

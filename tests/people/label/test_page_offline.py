@@ -1,5 +1,5 @@
-"""The page without a network: a reload keeps the pair at hand, its shapes and the answers that wait; nobody
-else's are ever shown.
+"""The page without a network: a reload keeps the open pair, its shapes and the answers that wait, and never
+shows those of another annotator.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def test_a_reload_while_offline_keeps_the_pair_and_three_answers(serve, page):
     label.context.set_offline(True)
     label.page.reload()
     label.ready()
-    assert label.state("pair.assignment") == first, "the pair at hand stays"
+    assert label.state("pair.assignment") == first, "the open pair stays"
     given = [label.press("ArrowLeft") for _ in range(2)]
     label.page.reload()
     label.ready()
@@ -97,7 +97,7 @@ def test_signing_out_and_another_annotator_leave_nothing(serve, page):
     assert "ada" not in kept and hers not in kept
     label.page.click("#signOut")
     label.wait("text => document.body.innerText.includes(text)", ENGLISH["error.connection"])
-    assert label.page.url.rstrip("/") == served.url.rstrip("/"), "who cannot be signed out is told so"
+    assert label.page.url.rstrip("/") == served.url.rstrip("/"), "the page reports that it cannot sign out"
     label.context.set_offline(False)
     label.page.reload()
     label.ready()

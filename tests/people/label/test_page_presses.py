@@ -150,7 +150,7 @@ class Bursts:
 @pytest.mark.parametrize(("bursts", "seed"), [(30, 1), (1000, 2)])
 def test_a_burst_answers_one_pair_at_most_and_half_a_second_later_all_is_taken(serve, page, bursts, seed):
     served = serve(
-        plan(2 * bursts + 10), lambda one: bumpy_ball(one.seed % 6, 400), campaign=QUIET, limits=GENEROUS
+        plan(2 * bursts + 10), lambda shape: bumpy_ball(shape.seed % 6, 400), campaign=QUIET, limits=GENEROUS
     )
     label = page(served.url, has_touch=True)
     label.page.add_init_script(CLOCK)

@@ -33,21 +33,21 @@ def test_trouble_at_the_server_loses_nothing(serve, page):
         {"status": 403},
         {"status": 429, "headers": {"Retry-After": "1"}},
     ]
-    broken = []
+    missing = []
     reason = "No such shape."
 
-    def first_refuse(route):
+    def fail_first(route):
         route.fulfill(json={"error": "No.", "remedy": ""}, **replies.pop(0)) if replies else route.continue_()
 
     def without_the_first(route):
-        broken[:] = broken or [route.request.url]
+        missing[:] = missing or [route.request.url]
         (
             route.fulfill(status=404, json={"error": reason, "remedy": ""})
-            if route.request.url in broken
+            if route.request.url in missing
             else route.continue_()
         )
 
-    label.page.route("**/api/judgements", first_refuse)
+    label.page.route("**/api/judgements", fail_first)
 
     label.page.route("**/api/shapes/*", without_the_first)
     label.page.goto(served.url)

@@ -1,4 +1,4 @@
-"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers spread
+"""Plans of pairs: decided by their options, disjoint where they promise it, with known answers interleaved
 between.
 """
 
@@ -114,7 +114,7 @@ def test_the_next_round_follows_from_the_results():
         ("tournament", {"psi": 0.5}, ("generator", "c" * 12, "psi 0.5")),
     ],
 )
-def test_results_that_do_not_fit_are_refused(strategy, result, names):
+def test_results_that_do_not_fit_are_rejected(strategy, result, names):
     results = [Preference(**{"winner": 1, "loser": 2, "generator": "c" * 64, "psi": 1.0, **result})]
     with raising(*names):
         plan(PairingOptions(pairs=8, strategy=strategy), GENERATOR, results)
@@ -132,13 +132,13 @@ def test_results_that_do_not_fit_are_refused(strategy, result, names):
         ({"pool": 1.0}, ("pool", "2", "1.0")),
         ({"gold": -1}, ("gold", "-1")),
         ({"diversity": 1.5}, ("diversity", "1.5")),
-        ({"first_seed": 2**32 - 10}, ("first_seed=4294967286", "4294967295")),
+        ({"first_seed": 2**32 - 10}, ("--first-seed", "4294967286", "4294967295")),
         ({"triangles": 3}, ("triangles", "100", "3")),
         ({"training": -1}, ("training", "-1")),
         ({"rounds": 0}, ("rounds", "0")),
         ({"seed": -1}, ("seed", "-1")),
     ],
 )
-def test_impossible_options_are_refused(fields, names):
+def test_impossible_options_are_rejected(fields, names):
     with raising(*names):
         PairingOptions(**fields)

@@ -1,4 +1,4 @@
-"""Who may label: lost tokens, withdrawn access, names that are equal but for their form, and links."""
+"""Access of annotators: lost tokens, revoked access, names that differ only in their form, and links."""
 
 import html
 import json
@@ -65,12 +65,12 @@ def test_a_lost_token_is_replaced_and_the_work_stays(database_url):
         again = store.new_token("ann")
         assert store.authenticate(again).id == ann.id and store.annotators()[0].revoked is None
         assert store.session(login) is None, "what was opened before stays closed"
-        for nobody in ("nobody", "local"):
-            with raising("annotator", f"'{nobody}'", "token"):
-                store.new_token(nobody)
+        for name in ("nobody", "local"):
+            with raising("annotator", f"'{name}'", "token"):
+                store.new_token(name)
 
 
-def test_who_was_revoked_is_told_and_nobody_else(exposed):
+def test_only_revoked_annotators_see_the_reason(exposed):
     token = exposed.store.add_annotator("rue")
     page = exposed.browser(token)
     exposed.store.revoke_annotator("rue")
@@ -89,9 +89,9 @@ def test_who_was_revoked_is_told_and_nobody_else(exposed):
 
 
 def alert(response) -> str | None:
-    """What the log-in page says besides."""
-    found = re.search(r"<p role=alert>(.*?)</p>", response.text)
-    return html.unescape(found[1]) if found else None
+    """Return the alert on the log-in page, if there is one."""
+    match = re.search(r"<p role=alert>(.*?)</p>", response.text)
+    return html.unescape(match[1]) if match else None
 
 
 def test_the_last_admin_stays_where_one_is_to_be_kept(exposed, database_url):
@@ -125,7 +125,7 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("case", ALIKE)
-def test_names_that_are_equal_but_for_their_form_are_refused(store, case):
+def test_names_that_are_equal_but_for_their_form_are_rejected(store, case):
     known, name = ALIKE[case]
     store.add_annotator(known)
     with raising("annotator", repr(name)):
@@ -155,15 +155,12 @@ def test_databases_that_hold_such_names_go_on(store):
 
 
 def test_a_token_comes_with_its_link_and_qr_code(db, tmp_path):
-    picture = tmp_path / "ann.svg"
-    result = run(
-        "add-annotator", "ann", f"--db={db}", "--address=https://lab.example:8000/", f"--qr={picture}"
-    )
+    code = tmp_path / "ann.svg"
+    result = run("add-annotator", "ann", f"--db={db}", "--address=https://lab.example:8000/", f"--qr={code}")
     token = result.stdout.strip()
     assert f"https://lab.example:8000/login#token={token}" in result.stderr.splitlines()
     assert (
-        ElementTree.parse(picture).getroot().tag.endswith("svg")
-        and stat.S_IMODE(picture.stat().st_mode) == 0o600
+        ElementTree.parse(code).getroot().tag.endswith("svg") and stat.S_IMODE(code.stat().st_mode) == 0o600
     )
     result = run("new-token", "ann", f"--db={db}", f"--qr={tmp_path / 'b.png'}", "--address=http://lab")
     assert (tmp_path / "b.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

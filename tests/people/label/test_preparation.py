@@ -34,12 +34,12 @@ def generator_hash() -> str:
 def campaign(tmp_path, generator_hash):
     """Makes a campaign of so many pairs; returns the database's URL."""
 
-    def make(pairs: int, show_render: bool = False, broken: int | None = None, **fields) -> str:
+    def make(pairs: int, show_render: bool = False, failing: int | None = None, **fields) -> str:
         shapes = numbered(
             2 * pairs, generator=generator_hash, **{"resolution": 32, "triangles": 500, **fields}
         )
-        if broken is not None:
-            shapes[broken] = replace(shapes[broken], level=1e6)
+        if failing is not None:
+            shapes[failing] = replace(shapes[failing], level=1e6)
         url = f"sqlite:///{tmp_path}/labels.db"
         with Store.open(url) as store:
             settings = CampaignSettings(name="first", show_render=show_render)
@@ -65,7 +65,7 @@ def wait_until(condition, what: str, seconds: float = SECONDS) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not yet waited for does not."""
+    """Return whether a process runs; a zombie does not count."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
@@ -145,7 +145,7 @@ def test_it_ends_with_a_parent_that_is_killed(campaign, tmp_path, repo):
         parent.wait()
         parent.stdout.close()
     wait_until(lambda: not alive(worker), "the worker's end", 10)
-    assert threads <= 4  # main, the watch over the parent, and no team of workers
+    assert threads <= 4  # main, the monitor of the parent, and no worker threads
     assert len(list((tmp_path / "cache").glob("*/*.shp.gz"))) < 800
 
 

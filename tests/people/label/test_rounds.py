@@ -1,5 +1,5 @@
-"""Rounds whose labels come from people: the run makes a campaign and ends, refuses to go on without answers,
-and tunes with them.
+"""Rounds whose labels come from people: the run makes a campaign and ends, stops again without answers, and
+tunes with them.
 """
 
 import shlex
@@ -55,7 +55,7 @@ def begun(shaped, tiny_data, tiny_reward, tmp_path, monkeypatch) -> Callable[[in
 
 
 def answer(url: str, count: int, choice: Choice = Choice.LEFT) -> None:
-    """Somebody answers so many trials, or all there are."""
+    """Answer so many trials, or all there are, as one annotator."""
     with Store.open(url, create=False) as store:
         me = store.annotator_without_token("local", "admin").id
         campaign = store.campaign(CAMPAIGN).id
@@ -102,13 +102,13 @@ def test_it_waits_for_answers_and_goes_on_with_them(begun):
     assert "round  labels" in result.output and entry["tuned"]["generator"] != entry["labels"]["generator"]
 
 
-def test_answers_without_a_preference_are_refused(begun):
+def test_answers_without_a_preference_are_rejected(begun):
     folder, url = begun(8)
     answer(url, 99, Choice.TIE)
     stops(folder, "split_by_seed", "train", "val", "test", "0")
 
 
-def test_labels_of_another_generator_are_refused(begun, tiny_networks):
+def test_labels_of_another_generator_are_rejected(begun, tiny_networks):
     folder, url = begun(8)
     answer(url, 99)
     generator = load_generator(tiny_networks)

@@ -1,4 +1,4 @@
-"""What the page and the admin get from the server, and what is kept of what they send."""
+"""Answers of the server to the page and the admin, and the stored parts of their requests."""
 
 import gzip
 import json
@@ -112,7 +112,7 @@ def test_shapes_that_are_not_prepared_wait_alone(tmp_path):
 
 
 def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatch):
-    """After a restart everybody asks at once: nobody may wait until the server has looked for tens of
+    """After a restart all annotators send requests at once: none may wait for a search through tens of
     thousands of files.
     """
     with serving.running(tmp_path, limits=GENEROUS) as served:
@@ -126,7 +126,7 @@ def test_prepared_shapes_are_known_before_the_first_request(tmp_path, monkeypatc
         }
 
 
-def test_pictures_are_shown_where_the_campaign_allows(tmp_path):
+def test_images_are_shown_where_the_campaign_allows(tmp_path):
     for mode, status in ((Mode.LABEL, 200), (Mode.STUDY, 404)):
         with serving.running(tmp_path / mode, mode=mode, pairs=2, campaign={"show_render": True}) as served:
             page = served.browser()
@@ -152,11 +152,14 @@ def test_static_files_are_compressed_and_revalidated(served):
         gzip.decompress(packed) == (served.options.static / "app.js").read_bytes()
         and response.headers["vary"] == "Accept-Encoding"
     )
-    plain = client.get("/static/app.js", headers={"Accept-Encoding": "identity"})
-    assert "content-encoding" not in plain.headers and plain.headers["content-type"].startswith(
+    uncompressed = client.get("/static/app.js", headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in uncompressed.headers and uncompressed.headers["content-type"].startswith(
         "text/javascript"
     )
-    assert client.get("/static/app.js", headers={"If-None-Match": plain.headers["etag"]}).status_code == 304
+    assert (
+        client.get("/static/app.js", headers={"If-None-Match": uncompressed.headers["etag"]}).status_code
+        == 304
+    )
 
 
 def test_an_open_page_survives_a_restart(tmp_path):
@@ -191,7 +194,7 @@ def test_the_admin_sees_quality_and_exports(tmp_path, served):
     page = served.browser()
     answer(page, past_training(page)["assignment"], "k")
     response = page.get("/api/admin/export?format=csv")
-    assert response.status_code == 409 and response.json()["remedy"] == "Ask for format=judgements."
+    assert response.status_code == 409 and response.json()["remedy"] == "Request format=judgements."
 
 
 def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
@@ -207,10 +210,10 @@ def test_a_report_is_not_computed_for_every_look(served, monkeypatch):
 def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
     from sqlalchemy.exc import OperationalError
 
-    def broken(*_):
+    def raise_error(*_):
         raise OperationalError("SELECT secret", {}, Exception("disk"))
 
-    monkeypatch.setattr(served.store, "progress", broken)
+    monkeypatch.setattr(served.store, "progress", raise_error)
     response = served.browser().get("/api/assignments")
     assert (
         response.status_code == 503
@@ -218,7 +221,7 @@ def test_errors_of_the_database_say_to_try_again(served, monkeypatch, caplog):
         and response.headers["retry-after"] == "2"
     )
     assert caplog.messages == ["database: disk"]  # a line, without the statement
-    monkeypatch.setattr(served.store, "session", broken)
+    monkeypatch.setattr(served.store, "session", raise_error)
     response = served.client(Cookie="session=" + "a" * 40).get("/api/session")
     assert (
         response.status_code == 503 and response.headers["retry-after"] == "2" and len(caplog.messages) == 2

@@ -133,7 +133,7 @@ def test_wrong_tokens_from_everywhere_keep_nobody_from_the_first_log_in(tmp_path
 
 @pytest.mark.parametrize(
     ("limits", "exposed", "path"),
-    [({"strangers": (0.1, 5.0)}, True, "/health"), ({"requests": (0.1, 5.0)}, False, "/api/session")],
+    [({"anonymous": (0.1, 5.0)}, True, "/health"), ({"requests": (0.1, 5.0)}, False, "/api/session")],
 )
 def test_requests_are_limited(tmp_path, limits, exposed, path):
     with serving.running(tmp_path, exposed=exposed, limits=Limits(**limits)) as served:

@@ -1,5 +1,5 @@
-"""Files of shapes: the browser's mesh format, a name for everything that a shape is drawn from, and working
-through a plan.
+"""Files of shapes: the browser's mesh format, a key of everything that a shape depends on, and the
+preparation of a plan.
 """
 
 import os
@@ -42,12 +42,12 @@ def random_mesh(vertices: int, faces: int, seed: int = 0) -> tuple[np.ndarray, n
 def test_positions_are_half_a_step_off_at_most_and_indices_exact(vertices, faces):
     points, triangles = random_mesh(vertices, faces)
     triangles[-1] = vertices - 1  # the largest index
-    found, found_faces = decode_mesh(encode_mesh(points, triangles))
+    decoded, decoded_faces = decode_mesh(encode_mesh(points, triangles))
     # float32 header
     assert np.all(
-        np.abs(found - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0)
+        np.abs(decoded - points) <= 0.51 * np.ptp(points, axis=0) / 65535 + 1e-6 * np.abs(points).max(axis=0)
     )
-    assert np.array_equal(found_faces, triangles)
+    assert np.array_equal(decoded_faces, triangles)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_positions_are_half_a_step_off_at_most_and_indices_exact(vertices, faces
         ([[0, 0, np.nan]] * 3, [[0, 1, 2]], ("positions", "NaN")),
     ],
 )
-def test_meshes_that_cannot_be_shown_are_refused(points, faces, names):
+def test_meshes_that_cannot_be_shown_are_rejected(points, faces, names):
     with raising("mesh", *names):
         encode_mesh(points, faces)
 
@@ -92,7 +92,7 @@ def test_files_are_found_by_shape(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_being_written_is_not_there(cache, monkeypatch):
-    """Whatever happens before the rename, the cache does not have the shape."""
+    """After a failure at any time before the rename, the cache does not have the shape."""
     seen = []
 
     def replace_file(temporary, path):
@@ -112,17 +112,17 @@ UNCROSSED = "the level is not crossed"
 
 
 class Recorder:
-    """Draws a few bytes; refuses the seeds that have no surface."""
+    """Makes a few bytes; rejects the seeds that have no surface."""
 
     def __init__(self, without_surface: tuple[int, ...] = (), lost: tuple[int, ...] = ()):
         self.drawn: list[int] = []
-        self.pictures: list[int] = []
+        self.images: list[int] = []
         self._without = without_surface
         self._lost = lost
 
     def generator(self, shape):
         if shape.seed in self._lost:
-            raise FileNotFoundError("network.safetensors is gone")
+            raise FileNotFoundError("network.safetensors is missing")
 
     def mesh(self, shape) -> bytes:
         self.drawn.append(shape.seed)
@@ -130,27 +130,27 @@ class Recorder:
             raise ValueError(UNCROSSED)
         return shape_key(shape).encode()
 
-    def picture(self, shape) -> bytes:
-        self.pictures.append(shape.seed)
+    def image(self, shape) -> bytes:
+        self.images.append(shape.seed)
         return b"png"
 
 
 def test_shapes_are_drawn_in_order_and_each_once(cache):
     shapes = [*numbered(3, 5), *numbered(5, 4)]
-    drawer = Recorder()
+    recorder = Recorder()
     prepare(shapes[1:2], cache, Recorder())  # what is there is not drawn again
-    prepare(shapes, cache, drawer)
-    assert drawer.drawn == [5, 7, 4, 8] and drawer.pictures == []
+    prepare(shapes, cache, recorder)
+    assert recorder.drawn == [5, 7, 4, 8] and recorder.images == []
     assert all(cache.mesh(shape).read_bytes() == shape_key(shape).encode() for shape in shapes)
-    prepare(shapes, cache, drawer, renders=True)  # pictures are added to shapes that have none
+    prepare(shapes, cache, recorder, renders=True)  # images are added to shapes that have none
     assert (
-        len(drawer.drawn) == 4
-        and drawer.pictures == [5, 6, 7, 4, 8]
+        len(recorder.drawn) == 4
+        and recorder.images == [5, 6, 7, 4, 8]
         and cache.render(shapes[1]).read_bytes() == b"png"
     )
 
 
-def test_a_shape_counts_as_prepared_only_with_its_picture(cache):
+def test_a_shape_counts_as_prepared_only_with_its_image(cache):
     """The server looks for the mesh alone, so that comes last."""
     seen = []
     put = cache.put_mesh
@@ -162,12 +162,12 @@ def test_a_shape_counts_as_prepared_only_with_its_picture(cache):
 
 def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
     shapes = numbered(5)
-    drawer = Recorder(without_surface=(1, 3))
-    told: list[dict] = []
+    recorder = Recorder(without_surface=(1, 3))
+    reports: list[dict] = []
     for _ in range(2):
-        prepare(shapes, cache, drawer, tell=told.append)
-    assert drawer.drawn == [0, 1, 2, 3, 4] and told[-1] == {
-        **told[-1],
+        prepare(shapes, cache, recorder, report=reports.append)
+    assert recorder.drawn == [0, 1, 2, 3, 4] and reports[-1] == {
+        **reports[-1],
         "done": 3,
         "failed": 2,
         "total": 5,
@@ -182,9 +182,9 @@ def test_a_shape_that_cannot_be_drawn_is_noted_once_and_passed_over(cache):
 
 def test_a_lost_generator_stops_the_work_and_is_held_against_no_shape(cache):
     shapes = numbered(3)
-    drawer = Recorder()
+    recorder = Recorder()
     with pytest.raises(FileNotFoundError):
         prepare(shapes, cache, Recorder(lost=(1,)))
     assert cache.failure(shapes[1]) is None
-    prepare(shapes, cache, drawer)
-    assert drawer.drawn == [1, 2]
+    prepare(shapes, cache, recorder)
+    assert recorder.drawn == [1, 2]

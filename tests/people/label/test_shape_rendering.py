@@ -14,7 +14,13 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.generators import latents, load_generator, ws_of_seeds
 from eg3d_rlhf.geometry.mesh import count_edges, decimate, extract_mesh, face_volumes, parts
 from eg3d_rlhf.people.label.entities import DAMAGES
-from eg3d_rlhf.people.label.shape_rendering import ShapeDrawer, damage, surface, visible_parts, within_budget
+from eg3d_rlhf.people.label.shape_rendering import (
+    ShapeRenderer,
+    damage,
+    surface,
+    visible_parts,
+    within_budget,
+)
 from eg3d_rlhf.preferences.annotator import utility
 from tests.people.label.plans import SHAPE, decode_mesh
 from tests.rejections import raising
@@ -45,17 +51,17 @@ def balls(*centres_and_radii) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_mesh_is_the_surface_within_the_quantisation(generator, shape):
-    drawer = ShapeDrawer()
-    vertices, faces = surface(drawer.generator(shape).generator, shape)
-    data = drawer.mesh(shape)
-    found, found_faces = decode_mesh(gzip.decompress(data))
-    assert np.array_equal(found_faces, faces) and np.abs(found - vertices).max() < 1 / 65535
+    renderer = ShapeRenderer()
+    vertices, faces = surface(renderer.generator(shape).generator, shape)
+    data = renderer.mesh(shape)
+    decoded, decoded_faces = decode_mesh(gzip.decompress(data))
+    assert np.array_equal(decoded_faces, faces) and np.abs(decoded - vertices).max() < 1 / 65535
     assert (
         1800 <= len(faces) <= 2200
         and count_edges(faces).open == 0
         and face_volumes(vertices, faces).sum() > 0.01
     )
-    assert data == drawer.mesh(shape)
+    assert data == renderer.mesh(shape)
 
 
 @pytest.mark.parametrize("degradation", ["floaters", "holes", "rough"])
@@ -92,16 +98,16 @@ def test_the_number_of_triangles_is_kept_even_where_the_mesh_must_be_opened():
     assert len(faces) > 20_000 and 0 < len(fewer) <= 2200
 
 
-def test_a_level_that_is_not_crossed_and_other_weights_are_refused(shape, tiny_networks):
+def test_a_level_that_is_not_crossed_and_other_weights_are_rejected(shape, tiny_networks):
     with raising("level 1e+06"):
-        ShapeDrawer().mesh(replace(shape, level=1e6))
+        ShapeRenderer().mesh(replace(shape, level=1e6))
     with raising(tiny_networks.name, shape.generator[:12]):
-        ShapeDrawer().mesh(replace(shape, source=str(tiny_networks)))
+        ShapeRenderer().mesh(replace(shape, source=str(tiny_networks)))
 
 
-def test_the_picture_is_that_of_the_latent(generator, shape):
-    drawer = ShapeDrawer()
-    first, again, other = (drawer.picture(replace(shape, seed=seed)) for seed in (7, 7, 8))
+def test_the_image_is_that_of_the_latent(generator, shape):
+    renderer = ShapeRenderer()
+    first, again, other = (renderer.image(replace(shape, seed=seed)) for seed in (7, 7, 8))
     assert first == again != other
     with PIL.Image.open(io.BytesIO(first)) as image:
         assert image.format == "PNG" and image.size == (64, 64) and np.asarray(image).std() > 10
@@ -141,9 +147,9 @@ def test_floaters_are_loose_parts_and_holes_lie_on_the_side_that_looks_at_the_ca
     after = damage("floaters", sigma, axes, 10.0, surface, seed=0)
     assert ndimage.label(after > 10)[1] >= 1 + 3
     assert np.all((after > 10)[sigma > 10]) and np.mean(after != sigma) < 0.1
-    gone = (sigma > 10) & (damage("holes", sigma, axes, 10.0, surface, seed=0) < 10)
-    depth = np.broadcast_to(axes[2], gone.shape)[gone]
-    assert gone.sum() > 0.02 * (sigma > 10).sum() and np.mean(depth > 0) > 0.95
+    removed = (sigma > 10) & (damage("holes", sigma, axes, 10.0, surface, seed=0) < 10)
+    depth = np.broadcast_to(axes[2], removed.shape)[removed]
+    assert removed.sum() > 0.02 * (sigma > 10).sum() and np.mean(depth > 0) > 0.95
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.long)])
@@ -158,9 +164,9 @@ def test_the_programmatic_annotator_always_prefers_the_undamaged_shape(generator
     cubes = (
         generator.generator.field(ws_of_seeds(generator.generator, seeds)).density_grid(spec).detach().numpy()
     )
-    wholes = whole_grids(latents(seeds, generator.generator.z_dim), n)
-    for seed, cube, whole in zip(seeds, cubes, wholes, strict=True):
+    intact_grids = whole_grids(latents(seeds, generator.generator.z_dim), n)
+    for seed, cube, intact in zip(seeds, cubes, intact_grids, strict=True):
         sigma = np.ascontiguousarray(cube.transpose(2, 1, 0))
         surface, _ = extract_mesh(cube, spec, level)
         worse = damage(name, sigma, axes, level, surface, seed)
-        assert utility(level - worse, whole).total < utility(level - sigma, whole).total - 0.01, seed
+        assert utility(level - worse, intact).total < utility(level - sigma, intact).total - 0.01, seed

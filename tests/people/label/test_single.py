@@ -9,7 +9,12 @@ from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.people.label.pairing import plan as plan_pairs
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.label.store_labels import LabelFilters, export_labels, export_unpaired, preferences_of
+from eg3d_rlhf.people.label.store_labels import (
+    LabelFilters,
+    export_labels,
+    export_unpaired,
+    store_preferences,
+)
 from eg3d_rlhf.preferences.unpaired import load_unpaired
 from tests.people.label.plans import answer_all, shape, singles
 from tests.rejections import raising
@@ -92,7 +97,7 @@ def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
             Answer(key="k", assignment=store.assignments(pairs, who, 1)[0].token, choice=Choice.UP),
         )
     answer_all(store, campaign, who, Choice.UP)
-    assert preferences_of(store) == []
+    assert store_preferences(store) == []
     with raising("campaign", "singles"):
         export_labels(store, tmp_path / "x.jsonl", campaign="singles")
     with raising("campaign", "pairs"):
@@ -101,7 +106,7 @@ def test_every_campaign_has_its_own_answers_and_labels(store, tmp_path):
     assert len(LabelFilters().keep(store.judgements(), Mode.SINGLE)) == 4
 
 
-def test_plans_that_do_not_fit_are_refused(store):
+def test_plans_that_do_not_fit_are_rejected(store):
     for names, made in (
         (
             ("singles", "pair 0"),
@@ -120,7 +125,7 @@ def test_plans_that_do_not_fit_are_refused(store):
     assert store.campaigns() == []
 
 
-def test_the_plan_shows_each_seed_once_and_checks_are_broken():
+def test_the_plan_shows_each_seed_once_and_checks_are_damaged():
     options = PairingOptions(pairs=20, single="scores", gold=4, training=2, first_seed=500)
     planned = plan_pairs(options, load_generator()).pairs
     assert all(pair.first == pair.second for pair in planned)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from eg3d_rlhf.people.label.database import REFUSAL
+from eg3d_rlhf.people.label.database import APPEND_ONLY
 from eg3d_rlhf.people.label.entities import CampaignSettings, Choice, ConflictError, Mode, PlannedPair
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import answer, plan, shape
@@ -85,7 +85,7 @@ def test_a_campaign_comes_back_as_it_was_made(store, database_url):
         ("c", [PlannedPair(first=shape(1), second=shape(1))], ("pair 0", "seed 1")),
     ],
 )
-def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, names):
+def test_plans_that_cannot_be_shown_are_rejected_whole(lasting, name, pairs, names):
     store, *_ = lasting
     with raising("campaign", *names):
         store.create_campaign(CampaignSettings(name=name), pairs)
@@ -110,7 +110,7 @@ def test_plans_that_cannot_be_shown_are_refused_whole(lasting, name, pairs, name
         {"choice": Choice.SKIP, "reason": "dull"},
     ],
 )
-def test_answers_that_cannot_be_stored_are_refused(lasting, changes):
+def test_answers_that_cannot_be_stored_are_rejected(lasting, changes):
     store, campaign, ann = lasting
     shown = store.assignments(campaign, ann)[0]
     with raising("answer", "view" if "views" in changes else list(changes)[-1]):
@@ -203,7 +203,7 @@ def test_undo_is_a_further_record_and_the_pair_comes_back_first(store, work):
         ]
 
 
-def test_the_database_refuses_to_change_judgements(store, work, database_url):
+def test_the_database_rejects_to_change_judgements(store, work, database_url):
     campaign, ann = work
     answered(store, campaign, ann, 2)
     statements = [
@@ -219,11 +219,11 @@ def test_the_database_refuses_to_change_judgements(store, work, database_url):
     ]:
         with pytest.raises(DBAPIError) as caught, store.database.write() as c:
             c.execute(text(statement))
-        assert REFUSAL in str(caught.value), statement
+        assert APPEND_ONLY in str(caught.value), statement
     assert [row.choice for row in store.judgements()] == ["left", "left"]
 
 
-def test_sqlite_refuses_from_other_programs_too(tmp_path):
+def test_sqlite_rejects_from_other_programs_too(tmp_path):
     with Store.open(f"sqlite:///{tmp_path / 'l.db'}") as store:
         campaign = store.create_campaign(CampaignSettings(name="c"), plan(3))
         answered(store, campaign, store.annotator_without_token("local", "admin").id, 1)
@@ -235,7 +235,7 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
         ):
             with pytest.raises(sqlite3.IntegrityError) as caught:
                 other.execute(statement)
-            assert REFUSAL in str(caught.value), statement
+            assert APPEND_ONLY in str(caught.value), statement
         assert other.execute("SELECT choice FROM judgements").fetchall() == [("left",)]
     other.close()
 
@@ -243,7 +243,7 @@ def test_sqlite_refuses_from_other_programs_too(tmp_path):
 @pytest.mark.parametrize(
     "name", ["", " a", "a ", "<b>", "a\nb", "a/b", "=1", "x" * 81, "local", "a\0", "'; --"]
 )
-def test_names_that_could_do_harm_are_refused(lasting, name):
+def test_names_that_could_do_harm_are_rejected(lasting, name):
     store, *_ = lasting
     with raising("annotator", repr(name)):
         store.add_annotator(name)

@@ -127,10 +127,10 @@ def test_what_was_acknowledged_survives_a_kill(database_url):
         assert process.returncode == -signal.SIGKILL
         acknowledged.update(json.loads(line) for line in lines if line.endswith("]\n"))
     with Store.open(database_url) as store:
-        found = {row.id: row.assignment for row in store.judgements()}
-        assert len(acknowledged) >= 30 and acknowledged.items() <= found.items()
+        assignments = {row.id: row.assignment for row in store.judgements()}
+        assert len(acknowledged) >= 30 and acknowledged.items() <= assignments.items()
         # at most those in flight were not acknowledged
-        assert len(set(found.values())) == len(found) <= len(acknowledged) + 8
+        assert len(set(assignments.values())) == len(assignments) <= len(acknowledged) + 8
         for annotator in store.annotators():
             work(store, 1, annotator.id)
         assert len(assert_each_pair_so_often(store, 1)) == 120

@@ -1,5 +1,5 @@
-"""Opening a database: made once, whatever comes at once; what is no store of this version is refused and left
-as it is.
+"""Opening a database: it is created once, even by concurrent processes; a database that is no store of this
+version is rejected and left unchanged.
 """
 
 import os
@@ -13,8 +13,8 @@ from sqlalchemy import text
 from eg3d_rlhf.people.label.database import VERSION
 from eg3d_rlhf.people.label.db_flag import open_store
 from eg3d_rlhf.people.label.entities import CampaignSettings
-from eg3d_rlhf.people.label.server.gate import AccessLog
-from eg3d_rlhf.people.label.server.identity import kept_secret
+from eg3d_rlhf.people.label.server.identity import server_secret
+from eg3d_rlhf.people.label.server.request_checks import AccessLog
 from eg3d_rlhf.people.label.store import Store
 from tests.people.label.plans import plan
 from tests.rejections import raising
@@ -38,7 +38,7 @@ def test_opening_twice_at_once_makes_one_schema(database_url):
         "DELETE FROM schema_versions",
     ],
 )
-def test_another_version_is_refused(store, tmp_path, statement):
+def test_another_version_is_rejected(store, tmp_path, statement):
     with store.database.write() as c:
         c.execute(text(statement))
     with raising("labels.db", f"version {VERSION}"):
@@ -57,7 +57,7 @@ def test_another_version_is_refused(store, tmp_path, statement):
         ("sqlite:///{tmp}/foreign.db", ValueError, ("{tmp}/foreign.db", "pairs")),
     ],
 )
-def test_what_is_no_store_is_refused(tmp_path, url, error, names):
+def test_what_is_no_store_is_rejected(tmp_path, url, error, names):
     (tmp_path / "text.db").write_text("seed,seed\n" * 500)
     with sqlite3.connect(tmp_path / "foreign.db") as other:
         other.execute("CREATE TABLE pairs (x)")
@@ -105,7 +105,7 @@ def test_what_is_written_is_its_owners_alone(tmp_path, ordinary_umask):
         log = AccessLog(folder / "access.jsonl")
         log.write("start", {})
         log.close()
-        kept_secret(folder / "server.key")
+        server_secret(folder / "server.key")
         write_atomic(folder / "design.json", b"{}", private=True)
         rights_of = {path.name: rights(path) for path in folder.iterdir()}
     assert set(rights_of) == {

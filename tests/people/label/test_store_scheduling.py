@@ -1,5 +1,5 @@
-"""Who is shown what: decided by seed and name, in the shares asked for, each pair as often as it has places,
-nothing lost by absence.
+"""Assignments: determined by seed and name, in the requested shares, each pair as often as it has places, and
+none lost by absence.
 """
 
 import re
@@ -251,9 +251,9 @@ def test_pairs_that_cannot_be_drawn_are_not_counted(store, clock):
 HOT = {
     "answered": assignments.ANSWERED,
     "free": assignments.FREE,
-    "had": assignments.FREE_BUT_HAD,
-    "hers": assignments.FREE_TO_HER,
-    "open": assignments.OPEN_ONES,
+    "had": assignments.FREE_ASSIGNED_BEFORE,
+    "hers": assignments.FREE_FOR_ANNOTATOR,
+    "open": assignments.OPEN_ASSIGNMENTS,
     "past": assignments.PAST,
     "stamp": assignments.STAMP,
     "window": assignments.PAGE,

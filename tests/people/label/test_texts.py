@@ -1,4 +1,4 @@
-"""What the pages say in three languages: complete tables, and pages without a word of another language."""
+"""Texts of the pages in three languages: complete tables, and no page with words of another language."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from eg3d_rlhf.people.label.assets.damage import DAMAGES as ASSET_DAMAGES
 from eg3d_rlhf.people.label.entities import DAMAGES, SKIP_REASONS, Mode
-from eg3d_rlhf.people.label.pairing import BROKEN, EXPLANATION
+from eg3d_rlhf.people.label.pairing import EXPLANATION, SINGLE_EXPLANATION
 from eg3d_rlhf.people.label.server.app import TEXTS, language_of
 from tests.people.label.browser import needs_chromium
 from tests.people.label.plans import singles
@@ -38,7 +38,7 @@ def test_every_language_has_the_same_texts_with_the_same_placeholders(tables):
 
 
 def test_pages_name_texts_that_exist_and_no_text_is_left_over():
-    tags = Tags((STATIC / "index.html").read_text()).found
+    tags = Tags((STATIC / "index.html").read_text()).elements
     named = {
         attributes[key]
         for _, attributes in tags
@@ -62,7 +62,7 @@ def test_pages_name_texts_that_exist_and_no_text_is_left_over():
 
 def test_what_the_server_says_to_annotators_is_in_the_table():
     damages = set(DAMAGES.values()) | set(ASSET_DAMAGES.values())
-    lessons = [known.format(seen) for known in (EXPLANATION, BROKEN) for seen in damages]
+    lessons = [known.format(seen) for known in (EXPLANATION, SINGLE_EXPLANATION) for seen in damages]
     assert sorted(lessons) == sorted(text for key, text in ENGLISH.items() if key.startswith("known."))
     assert all(f"skip.{reason}" in ENGLISH for reason in SKIP_REASONS)
 

@@ -8,7 +8,13 @@ import numpy as np
 
 from eg3d_rlhf.people.label.entities import Choice, JudgementRow, Kind
 from eg3d_rlhf.people.label.store import Store
-from eg3d_rlhf.people.study.design import Contender, StudyDesign, campaign_settings, shape_of, study_pairs
+from eg3d_rlhf.people.study.design import (
+    Contender,
+    StudyDesign,
+    campaign_settings,
+    contender_shape,
+    study_pairs,
+)
 from tests.people.label.plans import answer_all
 
 A = Contender(label="before", source="before.safetensors", generator="a" * 64)
@@ -46,7 +52,7 @@ def row(
     """A judgement; chosen is 'a', 'b', 'tie' or 'skip'."""
     pair = id if pair is None else pair
     seeds = design.seeds()[0]
-    first, second = (shape_of(design, of, seeds[pair % len(seeds)]) for of in (design.a, design.b))
+    first, second = (contender_shape(design, of, seeds[pair % len(seeds)]) for of in (design.a, design.b))
     choice = {"b": "left" if b_left else "right", "a": "right" if b_left else "left"}.get(chosen, chosen)
     made = JudgementRow(
         id=id,

@@ -31,8 +31,8 @@ def two_people(design, first: str, second: str):
 
 def varied(analysis: dict, start: str) -> dict:
     """The result under another rule: whose name begins so."""
-    (found,) = [value for name, value in analysis["sensitivity"].items() if name.startswith(start)]
-    return found
+    (row,) = [value for name, value in analysis["sensitivity"].items() if name.startswith(start)]
+    return row
 
 
 def test_counts_rates_and_tests_by_hand():
@@ -154,9 +154,9 @@ def test_annotators_are_left_out_by_the_rules_with_the_reason():
     everybody = varied(analysis, "without")
     assert everybody["n"] == 80 and analysis["result"]["interval"][0] > 0.5 > everybody["interval"][0]
     # one sentence with the figure, and one that the conclusion is another with it
-    said = conclusions(analysis)
-    at = next(i for i, line in enumerate(said) if f"{100 * everybody['win_rate']:.1f} %" in line)
-    assert not re.search(r"\d", said[at + 1])
+    text = conclusions(analysis)
+    at = next(i for i, line in enumerate(text) if f"{100 * everybody['win_rate']:.1f} %" in line)
+    assert not re.search(r"\d", text[at + 1])
     assert [(p["name"], p["excluded"] is None) for p in analysis["annotators"]] == [
         ("careful", True),
         ("careless", False),
@@ -183,7 +183,7 @@ def test_when_nobody_is_left_the_report_says_so():
     assert not re.search(r"\d", line), "one sentence, without a figure"
 
 
-def test_foreign_answers_and_answers_older_than_the_design_are_refused():
+def test_foreign_answers_and_answers_older_than_the_design_are_rejected():
     design = small_design(annotators=1, annotators_per_pair=1, trials=2)
     rows = answers(design, "bb")
     with raising("small", "elsewhere"):
@@ -203,11 +203,11 @@ def test_opposed_annotators_widen_the_interval_and_the_words_say_so():
         hi - lo > 2 * (analysis["result"]["wilson"][1] - analysis["result"]["wilson"][0])
         and analysis["result"]["design_effect"] > 5
     )
-    said = conclusions(analysis)
-    lines = [line for line in said if f"{analysis['result']['design_effect']:.1f}" in line]
+    text = conclusions(analysis)
+    lines = [line for line in text if f"{analysis['result']['design_effect']:.1f}" in line]
     assert len(lines) == 1, "the design effect"
-    assert sum("2 annotators" in line for line in said) == 2, "with the interval, and that they are few"
-    assert sum(f"{100 * (hi - lo):.1f} %" in line for line in said) == 1, "how wide the interval is"
+    assert sum("2 annotators" in line for line in text) == 2, "with the interval, and that they are few"
+    assert sum(f"{100 * (hi - lo):.1f} %" in line for line in text) == 1, "how wide the interval is"
     assert analysis["result"]["p_exact"] < 1e-4 < analysis["result"]["p_clustered"]
 
 

@@ -54,7 +54,7 @@ def test_a_design_survives_the_disk_with_its_hash(tmp_path):
         ('{"hash": "x", "format": 9001}', ("9001",)),
     ],
 )
-def test_what_is_no_design_is_refused(tmp_path, text, names):
+def test_what_is_no_design_is_rejected(tmp_path, text, names):
     path = tmp_path / "design.json"
     path.write_text(text)
     with raising(str(path), *names):
@@ -76,7 +76,7 @@ def test_what_is_no_design_is_refused(tmp_path, text, names):
         ({"until": "tomorrow"}, ("until", "ISO 8601", "'tomorrow'")),
     ],
 )
-def test_impossible_designs_are_refused(wrong, names):
+def test_impossible_designs_are_rejected(wrong, names):
     with raising(*names):
         small_design(**wrong)
     with raising("fast_share", "2"):

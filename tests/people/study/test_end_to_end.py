@@ -137,10 +137,15 @@ def _conclusions(page) -> int:
     return text.split('<ul class="says">')[1].split("</ul>")[0].count("<li>")
 
 
-def test_both_generators_are_shaded_alike_and_other_weights_refused(pictured):
+def test_both_generators_are_shaded_alike_and_other_weights_rejected(pictured):
     design, _ = pictured
     changed = replace(design, b=replace(design.b, generator="0" * 64))
     with raising("<after>", "0" * 12, "after.safetensors"):
-        reports.draw(changed, changed.b, [1])
-    same = reports.draw(design, design.a, [5]) == reports.draw(design, replace(design.a, label="other"), [5])
-    assert same and reports.draw(design, design.a, [5])[5] != reports.draw(design, design.a, [6])[6]
+        reports.shape_images(changed, changed.b, [1])
+    same = reports.shape_images(design, design.a, [5]) == reports.shape_images(
+        design, replace(design.a, label="other"), [5]
+    )
+    assert (
+        same
+        and reports.shape_images(design, design.a, [5])[5] != reports.shape_images(design, design.a, [6])[6]
+    )

@@ -140,6 +140,6 @@ def test_the_bootstrap_over_clusters_has_the_clusters_spread():
     "wrong",
     [{"preference": 1.0}, {"left_bias": 0}, {"tie_share": 1}, {"annotators_per_pair": 9}, {"ties": "drop"}],
 )
-def test_impossible_simulations_are_refused(wrong):
+def test_impossible_simulations_are_rejected(wrong):
     with raising(*wrong):
         SimulationOptions(**wrong)

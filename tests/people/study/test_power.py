@@ -34,8 +34,14 @@ def test_textbook_figures():
 
 
 def test_ties_and_clusters_cost_trials():
-    plain = sample_size(PowerOptions(true_rate=0.7, tie_share=0, annotators=8, annotator_icc=0, latent_icc=0))
-    assert plain.trials == plain.decided == 54 and plain.design_effect == 1 and plain.attained >= 0.8
+    independent = sample_size(
+        PowerOptions(true_rate=0.7, tie_share=0, annotators=8, annotator_icc=0, latent_icc=0)
+    )
+    assert (
+        independent.trials == independent.decided == 54
+        and independent.design_effect == 1
+        and independent.attained >= 0.8
+    )
     tied = sample_size(
         PowerOptions(true_rate=0.7, tie_share=0.5, annotators=8, annotator_icc=0, latent_icc=0)
     )
@@ -75,6 +81,6 @@ def test_one_annotator_speaks_for_herself_and_too_few_cannot_be_made_up_for_by_t
         ({"annotators_per_pair": 2}, ("annotators_per_pair", "annotators = 1", "2")),
     ],
 )
-def test_impossible_wishes_are_refused(wrong, names):
+def test_impossible_wishes_are_rejected(wrong, names):
     with raising(*names):
         PowerOptions(**wrong)

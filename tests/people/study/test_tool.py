@@ -51,7 +51,7 @@ def run(*flags):
 
 
 def stopped(result, *names):
-    """An error behind lines of warning or progress."""
+    """Check an error that follows lines of warning or progress."""
     assert result.exit_code == 2, result.output
     line = result.stderr.splitlines()[-1]
     assert line.startswith("Error: "), result.stderr
@@ -92,8 +92,8 @@ def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
     folder = tmp_path / "altered"
     assert run(*pair, *SMALL, f"--outdir={folder}").exit_code == 0
     path = folder / "design.json"
-    whole = path.read_text()
-    made = json.loads(whole)
+    original = path.read_text()
+    made = json.loads(original)
     content = {**made, "trials": 2}
     path.write_text(json.dumps(content))
     for command in ((f"--outdir={folder}",), ("report", f"--outdir={folder}", "--interim")):
@@ -104,7 +104,7 @@ def test_a_design_that_was_altered_stops_everything(pair, tmp_path, served):
         rejected(run(*command), str(path), made["hash"][:12])
     path.unlink()
     rejected(run(*pair, *SMALL, f"--outdir={folder}"), str(path), "'altered'", "--set name=VALUE")
-    path.write_text(whole)
+    path.write_text(original)
     assert run(f"--outdir={folder}").exit_code == 0 and len(served) == 2
 
 
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(flags, names, tmp_path, monkeypatch):
         (("--host=0.0.0.0",), ("--host=0.0.0.0", "add-annotator")),
     ],
 )
-def test_mistakes_in_a_design_leave_nothing_behind(pair, tmp_path, flags, names):
+def test_mistakes_in_a_design_leave_no_files(pair, tmp_path, flags, names):
     folder = tmp_path / "none"
     stopped(run(*pair, *SMALL, f"--outdir={folder}", *flags), *names)
     assert not (folder / "design.json").exists()

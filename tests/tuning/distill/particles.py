@@ -1,9 +1,9 @@
-"""The smallest problem with an exact answer: 256 pictures of 4 x 4 are optimised directly against a mixture
+"""The smallest problem with an exact answer: 256 images of 4 x 4 are optimised directly against a mixture
 of Gaussians.
 
 Modes are permutations of one another and the null condition is symmetric in them: otherwise Adam or guidance
 alone prefers one.
-Letters: B = 256 pictures, one view each.
+Letters: B = 256 images, one view each.
 """
 
 import functools
@@ -28,7 +28,7 @@ BROAD = 0.6
 
 
 def some(assets: int = 4, views: int = 1, step: int = 3):
-    """Arguments of a guidance: pictures, times, prompts, no cameras, the step."""
+    """Arguments of a guidance: images, times, prompts, no cameras, the step."""
     draws = torch.Generator().manual_seed(0)
     t = torch.randint(100, 900, (assets,), generator=draws).repeat_interleave(views)
     return torch.randn(assets * views, 1, 4, 4, generator=draws), t, [PROMPT] * (assets * views), None, step
@@ -51,7 +51,7 @@ def prior(modes: int = 2, std: float = STD, broad: float = BROAD) -> GmmPrior:
 class Outcome:
     """Figures of one run."""
 
-    share: float  # of pictures nearest to the first mode
+    share: float  # of images nearest to the first mode
     rms: float  # root mean square distance per entry to the nearest mode, whose entries are 1 and -1
     log_p: float  # median, in nats, against that of the mode itself
     near: float  # share within 3 nats of the mode
@@ -76,7 +76,7 @@ def optimise(
 ):
     """Adam from small noise.
 
-    Args: measure: makes the figures of pictures and prior; by default an `Outcome`.
+    Args: measure: makes the figures of images and prior; by default an `Outcome`.
     """
     window = window or TimeWindow()
     streams = Streams(seed=seed)
@@ -91,11 +91,11 @@ def optimise(
         (distillation_loss(x, guidance(x.detach(), t, list(prompts), None, step)) * len(prompts)).backward()
         adam.step()
         rate.step()
-    return (measure or judge)(x.detach(), made)
+    return (measure or measure_outcome)(x.detach(), made)
 
 
-def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:
-    """The figures of pictures [B, 1, 4, 4]."""
+def measure_outcome(x: torch.Tensor, made: GmmPrior) -> Outcome:
+    """Return the figures of images [B, 1, 4, 4]."""
     cond = made.embed([PROMPT] * len(x))
     index, rms = made.nearest(x)
     modes = len(made.means) // 2
@@ -111,7 +111,7 @@ def judge(x: torch.Tensor, made: GmmPrior) -> Outcome:
 
 
 class Towards:
-    """A reward of pictures: minus the squared distance to the first mode, or its inverse, or noise of its
+    """A reward of images: minus the squared distance to the first mode, or its inverse, or noise of its
     own.
     """
 
@@ -148,9 +148,7 @@ class Along:
 
 
 class Prefers:
-    """A judge that says which picture a reward scores higher, and nothing more; asked not to, it does not
-    answer.
-    """
+    """A judge that returns which image a reward scores higher; with `silent` it does not answer."""
 
     def __init__(self, reward, silent: bool = False):
         self.reward = reward
@@ -164,15 +162,15 @@ class Prefers:
 
 
 def gain(end: Outcome) -> float:
-    """How far pictures moved along `Along`, in standard deviations of the mode."""
-    return float(end.x.mean()) * 4 / STD  # the mean of 16 entries has a quarter of their deviation
+    """Return the mean shift of images along `Along`, in standard deviations of the mode."""
+    return float(end.x.mean()) * 4 / STD  # the mean of 16 entries has a quarter of their standard deviation
 
 
 BRIEF = {"steps": 400, "lr": 0.05}
 
 
 @functools.cache
-def plain(modes: int = 2, samples: int = 1) -> Outcome:
-    """Score distillation alone."""
+def sds_outcome(modes: int = 2, samples: int = 1) -> Outcome:
+    """Return the outcome of score distillation without a reward."""
     made = prior(modes)
     return optimise(Sds(made, SdsSettings(samples=samples), views=1, streams=Streams(seed=1)), made, **BRIEF)

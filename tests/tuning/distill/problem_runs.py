@@ -26,12 +26,12 @@ BLACK = torch.zeros(3)
 
 
 class End(NamedTuple):
-    """What became of the assets."""
+    """Outcome of the assets."""
 
     asset: Voxels
     before: torch.Tensor  # [A] noses at the start
     after: torch.Tensor  # [A]
-    rms: torch.Tensor  # [A] of pictures in 0..1, to the nearest modes
+    rms: torch.Tensor  # [A] of images in 0..1, to the nearest modes
 
 
 class Shares(NamedTuple):
@@ -43,13 +43,13 @@ class Shares(NamedTuple):
 
 
 def shares(counts: torch.Tensor) -> Shares:
-    """Of counts [A]."""
+    """Return the outcome of counts [A]."""
     return Shares(*(float(hit.double().mean()) for hit in (counts == 0, counts == 1, counts >= 2)))
 
 
 def exact_prior(std: float = 0.3) -> GmmPrior:
-    """Each prompt an even mixture of its two modes, of deviation `std` in latents of -1..1; the null one of
-    all.
+    """Each prompt an even mixture of its two modes, of standard deviation `std` in latents of -1..1;
+    the null prompt a mixture of all.
 
     It is exact, so guide by 1: larger scales push away from what all prompts share, and so from plain sides.
     """

@@ -1,4 +1,4 @@
-"""The table of a comparison against counting by hand, with judges that are known."""
+"""The table of a comparison against counts by hand, with known judges."""
 
 import pytest
 import torch

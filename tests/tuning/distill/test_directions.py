@@ -10,7 +10,7 @@ from eg3d_rlhf.tuning.distill import gradients
 from eg3d_rlhf.tuning.distill.guidance.denoiser import direction_of, mixture
 from eg3d_rlhf.tuning.distill.guidance.sds import Sds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, SdsSettings
-from eg3d_rlhf.tuning.distill.methods import guidance_of, settings_of
+from eg3d_rlhf.tuning.distill.methods import make_guidance, settings_of
 from eg3d_rlhf.tuning.distill.priors.gmm import GmmPrior
 from eg3d_rlhf.tuning.distill.schedule import Streams
 
@@ -91,7 +91,7 @@ def test_perp_neg(made):
 
 
 class Listening:
-    """A reward that keeps what it is told."""
+    """A reward that records its prompts."""
 
     views = 1
     modality = "image"
@@ -99,24 +99,24 @@ class Listening:
 
     def __init__(self, view_prompts: bool):
         self.view_prompts = view_prompts
-        self.told = []
+        self.prompts = []
 
     def score(self, pixels, prompts):
-        self.told += prompts
+        self.prompts += prompts
         return pixels.flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("method", ["dreamreward", "dreamdpo", "rewardsds", "psd"])
-def test_a_reward_is_told_the_side_where_it_was_trained_so(made, method):
+def test_a_reward_trained_with_the_side_gets_it(made, method):
     x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([100, 300, 500, 700])
     for view_prompts in (False, True):
         reward = Listening(view_prompts)
-        guidance = guidance_of(
+        guidance = make_guidance(
             method, settings_of(method, {}), made, Inverted(reward), None, 1, Streams(seed=0)
         )
         guidance(x, t, ["cup"] * 4, cameras(), 0)
         sides = ["cup, front view", "cup, side view", "cup, overhead view", "cup, back view"]
-        assert set(reward.told) == (set(sides) if view_prompts else {"cup"}) and reward.told[:4] == (
+        assert set(reward.prompts) == (set(sides) if view_prompts else {"cup"}) and reward.prompts[:4] == (
             sides if view_prompts else ["cup"] * 4
         )

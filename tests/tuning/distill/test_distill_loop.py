@@ -21,7 +21,7 @@ from eg3d_rlhf.generators.assets.asset import load_assets
 from eg3d_rlhf.rewards.meshes.model import RewardCS
 from eg3d_rlhf.rewards.meshes.settings import EncoderOptions, PatchOptions
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
-from eg3d_rlhf.tuning.distill.distill_loop import signs
+from eg3d_rlhf.tuning.distill.distill_loop import find_warnings
 from eg3d_rlhf.tuning.distill.distill_run import ASSETS, Part, distil
 from eg3d_rlhf.tuning.distill.outputs import notes
 from eg3d_rlhf.tuning.distill.scene_boxes import bundled_scene
@@ -164,14 +164,14 @@ def test_a_batch_does_not_depend_on_the_others():
 def test_signs_of_failure():
     usual = {"step": 1, "first_wins": 0.5, "one_sided": 0.2, "gap_90": 1.0, "reward": 0.0, "log_prob": 100.0}
     usual |= {"image_low": 0.0, "image_high": 1.0}
-    assert signs([usual] * 4) == {}
-    assert set(signs([{**usual, "one_sided": 1.0}])) == {"gaps"} and set(
-        signs([{**usual, "first_wins": 1.0}])
+    assert find_warnings([usual] * 4) == {}
+    assert set(find_warnings([{**usual, "one_sided": 1.0}])) == {"gaps"} and set(
+        find_warnings([{**usual, "first_wins": 1.0}])
     ) == {"winner"}
-    assert set(signs([{**usual, "image_high": 255.0}])) == {"range"} and set(
-        signs([{**usual, "gap_90": 0.0}])
+    assert set(find_warnings([{**usual, "image_high": 255.0}])) == {"range"} and set(
+        find_warnings([{**usual, "gap_90": 0.0}])
     ) == {"flat"}
-    assert set(signs([usual, usual, usual, {**usual, "reward": 1.0, "log_prob": 50.0}])) == {"drift"}
+    assert set(find_warnings([usual, usual, usual, {**usual, "reward": 1.0, "log_prob": 50.0}])) == {"drift"}
 
 
 def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
@@ -180,8 +180,8 @@ def test_best_of_n_keeps_the_start_that_the_reward_likes_best(tmp_path):
     )
     scene = bundled_scene(settings, CPU)
     work = scene.distillation(settings, Arm("best-of-n"), 0)
-    plain = scene.distillation(settings, Arm("sds"), 0).asset
-    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), plain.state_dict())
+    sds_asset = scene.distillation(settings, Arm("sds"), 0).asset
+    assert len(work.asset) == 6 and same(work.asset.pick([0, 1]).state_dict(), sds_asset.state_dict())
     for step in range(2):
         work.step(step)
     _, seen = work.look("views", 0)

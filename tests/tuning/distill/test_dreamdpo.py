@@ -20,8 +20,8 @@ from tests.tuning.distill.particles import (
     Towards,
     gain,
     optimise,
-    plain,
     prior,
+    sds_outcome,
     some,
 )
 
@@ -41,8 +41,8 @@ def dpo(made, reward=None, judge=None, views=1, **settings) -> DreamDpo:
 def test_t1_the_preferred_mode_is_reached(kind, low, high):
     made = prior()
     end = optimise(dpo(made, Towards(made, kind)), made, **BRIEF)
-    print("T1", kind, end, "| sds", plain())
-    assert low <= end.share <= high and end.rms <= 2 * plain().rms
+    print("T1", kind, end, "| sds", sds_outcome())
+    assert low <= end.share <= high and end.rms <= 2 * sds_outcome().rms
 
 
 @pytest.mark.long
@@ -53,10 +53,14 @@ def test_t2_a_larger_tau_trades_reward_for_likelihood():
         for tau in (0.001, 0.1, 0.3, math.inf)
     ]
     print(
-        "T2", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", gain(plain(1)), plain(1)
+        "T2",
+        [(round(gain(end), 2), round(end.log_p, 2)) for end in ends],
+        "| sds",
+        gain(sds_outcome(1)),
+        sds_outcome(1),
     )
     assert all(gain(a) > gain(b) and a.log_p < b.log_p for a, b in itertools.pairwise(ends))
-    assert gain(ends[-1]) > gain(plain(1)) + 0.1
+    assert gain(ends[-1]) > gain(sds_outcome(1)) + 0.1
     inverted = optimise(dpo(made, Along(made, -1.0), ranking=RAW), made, **BRIEF)
     assert gain(inverted) == pytest.approx(-gain(ends[0]), rel=0.15)
 
@@ -79,7 +83,7 @@ def test_t5_one_guidance_scale_for_both_diverges():
         guidance = dpo(made, Towards(made), lose_guidance_scale=None)
     end = optimise(guidance, made, steps=800, lr=0.05)
     print("T5", end)
-    assert end.log_p < plain().log_p - 100
+    assert end.log_p < sds_outcome().log_p - 100
 
 
 def test_an_infinite_tau_pulls_alone():
@@ -92,7 +96,7 @@ def test_an_infinite_tau_pulls_alone():
     d = dpo(made, Towards(made)).denoiser
     noise = STREAMS.noises(2, x, 3)
     x_t = d.noised(x, noise, t)
-    prediction = d.predict(x_t, t, d.conditions([PROMPT] * 4, None), None)
+    prediction = d.predict(x_t, t, d.conditioning([PROMPT] * 4, None), None)
     b = torch.arange(4)
     pulled = (d.schedule.weight(t, "sds", x) * (prediction.guided(7.5) - noise))[output.winner, b]
     torch.testing.assert_close(output.grad, pulled)

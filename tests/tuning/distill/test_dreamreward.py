@@ -8,7 +8,7 @@ from eg3d_rlhf.tuning.distill.guidance.dreamreward import DreamReward
 from eg3d_rlhf.tuning.distill.guidance.settings import DreamRewardSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
 from eg3d_rlhf.tuning.distill.schedules_by_step import Ramp
-from tests.tuning.distill.particles import BRIEF, Along, gain, optimise, plain, prior, some
+from tests.tuning.distill.particles import BRIEF, Along, gain, optimise, prior, sds_outcome, some
 
 STREAMS = Streams(seed=1)
 
@@ -31,11 +31,11 @@ def rewarded(made, reward, weight=0.3, **settings) -> DreamReward:
     ("reward", "low", "high"),
     [(Along, 0.8, 3.0), (lambda made: Along(made, -1.0), -3.0, -0.8), (Slope, -0.1, 0.1)],
 )
-def test_the_reward_moves_pictures_within_the_mode(reward, low, high):
+def test_the_reward_moves_images_within_the_mode(reward, low, high):
     made = prior(1)
     end = optimise(rewarded(made, reward(made), 0.1), made, **BRIEF)
     print("DreamReward", gain(end), end)
-    assert low < gain(end) < high and end.log_p > plain(1).log_p - 3
+    assert low < gain(end) < high and end.log_p > sds_outcome(1).log_p - 3
 
 
 def test_the_weight_is_a_share_of_the_norm():
@@ -84,7 +84,7 @@ def test_the_first_and_the_last_steps():
     assert (spreads[1] < 1e-5).all() and (spreads[0] > 0.1).all()
 
 
-def test_pictures_get_their_own_gradient():
+def test_images_get_their_own_gradient():
     made = prior()
     args = some()
     images = made.decode(args[0])

@@ -1,4 +1,4 @@
-"""A run's finished assets as a generator: seeds name assets, and labelling, study, meshes and pictures take
+"""A run's finished assets as a generator: seeds name assets, and labelling, study, meshes and images take
 the file as any other.
 """
 
@@ -41,8 +41,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def said(command, *flags) -> str:
-    """What a command says of a mistake, in one line."""
+def error_of(command, *flags) -> str:
+    """Return the error message of a command, in one line."""
     result = CliRunner().invoke(command, [str(flag) for flag in flags])
     errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert result.exit_code == 2 and errors == result.stderr.splitlines()[-1:], (
@@ -70,7 +70,7 @@ def test_a_seed_names_an_asset(run):
 
 
 def test_it_cannot_be_tuned(run, tiny_data, tmp_path):
-    error = said(
+    error = error_of(
         train.main, f"--init={run / 'assets-sds.safetensors'}", f"--data={tiny_data}", f"--outdir={tmp_path}"
     )
     check_message(error, ("--init", "assets-sds.safetensors", "G_ema"))
@@ -84,7 +84,7 @@ def test_it_is_labelled_whole(run, tmp_path):
     vertices, _ = surface(loaded.generator, next(shape for shape in shapes if not shape.degradation))
     assert (abs(vertices).max(axis=0) > 0.45).all()  # nothing of the cube is cleared
     network = f"--network={run / 'assets-dreamdpo.safetensors'}"
-    error = said(
+    error = error_of(
         label.main, network, f"--db=sqlite:///{tmp_path / 'labels.db'}", "--first-seed=0", "--pairs=5"
     )
     check_message(error, ("--first-seed=0", "17", "0 to 11"))
@@ -106,8 +106,8 @@ def test_two_arms_are_compared_blind(run, tmp_path, monkeypatch):
     planned = study_pairs(design)
     assert {shape.seed for pair in planned for shape in (pair.first, pair.second)} == set(range(12))
     assert sum(pair.kind is Kind.GOLD for pair in planned) == 24  # shapes come again where none are left
-    check_message(said(study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}"), ("--n", "12", "13"))
-    check_message(said(study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}"), ("--a", "--b"))
+    check_message(error_of(study.main, a, b, "--n=13", f"--outdir={tmp_path / 'more'}"), ("--n", "12", "13"))
+    check_message(error_of(study.main, a, "--n=3", f"--outdir={tmp_path / 'other'}"), ("--a", "--b"))
 
 
 def documented() -> list[list[str]]:
@@ -118,26 +118,26 @@ def documented() -> list[list[str]]:
 
 
 def label_export(folder, path) -> None:
-    """What an annotator would say who wants one nose: labels of pairs of a file's assets."""
+    """Return labels of pairs of a file's assets by an annotator who prefers one nose."""
     loaded = load_generator(folder / "assets-dreamdpo.safetensors")
     rng = np.random.default_rng(0)
-    away = (noses(loaded.generator.module.asset) - 1).abs().tolist()
+    distances = (noses(loaded.generator.module.asset) - 1).abs().tolist()
     pairs = [
-        sorted(rng.choice(len(away), 2, replace=False).tolist(), key=lambda seed: away[seed])
+        sorted(rng.choice(len(distances), 2, replace=False).tolist(), key=lambda seed: distances[seed])
         for _ in range(400)
     ]
-    told = [
+    labels = [
         {"winner": better, "loser": worse, "generator": loaded.hash}
         for better, worse in pairs
-        if away[better] < away[worse]
+        if distances[better] < distances[worse]
     ]
-    path.write_text("".join(json.dumps(label) + "\n" for label in told))
+    path.write_text("".join(json.dumps(label) + "\n" for label in labels))
 
 
 @pytest.mark.long
 def test_the_documented_commands(tmp_path, monkeypatch):
-    """As written, but for RUN, whose assets are drawn, for the annotators, whom a rule replaces, and for the
-    last run's length.
+    """As written, except that RUN's assets are generated here, a rule replaces the annotators, and the last
+    run is shorter.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("eg3d_rlhf.people.label.server.app.serve", lambda *args, **kwargs: None)
@@ -167,7 +167,7 @@ def test_the_documented_commands(tmp_path, monkeypatch):
         }.get(flags[1], [])
         result = CliRunner().invoke(tools[name.removeprefix("tools/")], flags)
         if flags[0] == "export":
-            assert re.search(r"labels\.jsonl\b.*\b0\b", result.output)  # nobody has answered
+            assert re.search(r"labels\.jsonl\b.*\b0\b", result.output)  # no annotator has answered
             label_export(tmp_path, tmp_path / "labels.jsonl")
         assert result.exit_code == 0, (name, flags, result.output, result.exception)
     report = json.loads((tmp_path / "runs" / "head-reward" / "report.json").read_text())

@@ -47,17 +47,17 @@ def test_its_norm_is_a_share_of_the_distillations_that_rises():
         linear, GeometrySettings(geometry_weight=0.5, geometry_weight_from=0.1, geometry_start=0.2), 100
     )
     assert [geometry.alpha(step) for step in (20, 60, 100)] == pytest.approx([0.1, 0.3, 0.5])
-    said = geometry.add(asset, list(asset.parameters()), ["", ""], 60)
+    terms = geometry.add(asset, list(asset.parameters()), ["", ""], 60)
     norm = sum(g.flatten(1).square().sum(dim=1) for g in before).sqrt()
     moved = before[0] - asset.shape.grad
     assert torch.allclose(moved.flatten(1).norm(dim=1), 0.3 * norm, rtol=1e-4)
     assert (moved > 0).all()  # descent on -r, whose gradient is one everywhere
     assert torch.equal(asset.paint.grad, before[1])
-    assert torch.allclose(said["geometry"], asset.shape.flatten(1).sum(dim=1)) and said[
+    assert torch.allclose(terms["geometry"], asset.shape.flatten(1).sum(dim=1)) and terms[
         "geometry_alpha"
     ].item() == pytest.approx(0.3)
     expected = -before[0].flatten(1).sum(dim=1) / (norm * asset.shape[0].numel() ** 0.5)
-    assert torch.allclose(said["geometry_cosine"], expected, atol=1e-5)
+    assert torch.allclose(terms["geometry_cosine"], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_between_looks_the_gradient_stays():
     moved = []
     for step in range(6):
         asset, before = with_gradients()
-        said = geometry.add(asset, list(asset.parameters()), ["", ""], step)
+        terms = geometry.add(asset, list(asset.parameters()), ["", ""], step)
         pull = (before[0] - asset.shape.grad).flatten(1)
-        moved.append((said["geometry"], pull / pull.norm(dim=1, keepdim=True)))
+        moved.append((terms["geometry"], pull / pull.norm(dim=1, keepdim=True)))
         assert torch.equal(asset.paint.grad, before[1])
     for a, b, alike in ((0, 1, True), (1, 2, True), (2, 3, False), (3, 5, True)):
         assert (
@@ -162,12 +162,12 @@ def test_rewards_of_every_kind_reach_every_asset(kind, tiny_reward):
         parameter.grad = torch.ones_like(parameter)
     geometry = ProgressiveGeometry(reward, GeometrySettings(geometry_start=0.0, geometry_weight_from=0.1), 10)
     heads = ["a white head with a red nose"] * 2
-    said = geometry.add(field, list(field.parameters()), heads, 0)
-    assert said["geometry"].shape == (2,) and said["geometry"].isfinite().all()
+    terms = geometry.add(field, list(field.parameters()), heads, 0)
+    assert terms["geometry"].shape == (2,) and terms["geometry"].isfinite().all()
     assert ((field.shape.grad - 1).flatten(1).norm(dim=1) > 0).all() and field.shape.grad.isfinite().all()
 
 
-def test_solid_closes_leaks_and_leaves_what_is_sound():
+def test_solid_closes_leaks_and_does_not_change_valid_meshes():
     field = balls(2, 32)
     assert GEOMETRY_REWARDS["solid"].make()(field, ["", ""], 0).tolist() == [0, 0]
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_the_condition_has_a_gradient(made):
     assert torch.autograd.gradcheck(lambda c: made.predict_noise(x, t, c), (cond,))
 
 
-def test_pictures_and_latents(made):
+def test_images_and_latents(made):
     images = torch.rand(2, *SHAPE, generator=DRAWS, dtype=torch.float64)
     torch.testing.assert_close(made.decode(made.encode(images)), images)
     assert isinstance(made, DiffusionPrior)

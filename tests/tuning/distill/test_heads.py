@@ -1,5 +1,5 @@
 """Text to 3D on heads of people: assets are the generator's own shapes, the prior is of the head that a
-prompt names, and a reward on the density mends what pictures do not show.
+prompt names, and a reward on the density corrects errors that images do not show.
 """
 
 import json
@@ -20,7 +20,7 @@ from eg3d_rlhf.rewards.images.analytic import OneNose
 from eg3d_rlhf.rewards.reward import load_reward
 from eg3d_rlhf.tuning.distill import scene_heads as heads
 from eg3d_rlhf.tuning.distill.config import Arm, DistillSettings, LoopConfig, SceneConfig
-from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, dealt_anew
+from eg3d_rlhf.tuning.distill.guidance.geometry import ObservedGeometry, shuffle_weights
 from eg3d_rlhf.tuning.distill.scene import open_scene
 from eg3d_rlhf.tuning.distill.scene_kinds import HEAD_SEEDS, HEADS, check_heads
 from eg3d_rlhf.tuning.distill.schedule import NoiseSchedule
@@ -66,19 +66,19 @@ def test_assets_are_the_generators_shapes_and_a_reward_reads_them_as_those(tmp_p
 def test_the_prior_knows_the_head_that_is_named_and_where_the_camera_stands():
     # [H, K, 3, R, R]
     prior = heads.mixture(PROMPTS)
-    pictures = heads.modes((3, 4))
-    x = prior.encode(pictures[0])
+    images = heads.modes((3, 4))
+    x = prior.encode(images[0])
     named, other = (prior.log_prob(x, prior.embed([prompt] * len(x))) for prompt in PROMPTS)
     assert bool((named > other + 100).all())
     t = torch.full((len(x),), 100)
     noise = torch.zeros_like(x)
     cameras = heads.all_cameras().cameras[:, :16]
     mixed = NoiseSchedule(prior.alphas_cumprod).mix(x, noise, t)
-    seen, turned = (
+    seen, inverted = (
         prior.predict_noise(mixed, t, prior.embed([PROMPTS[0]] * len(x)), c)
         for c in (cameras, cameras.flip(0))
     )
-    assert float(seen.abs().max()) < 1e-3 and float(turned[0].abs().max()) > 0.1
+    assert float(seen.abs().max()) < 1e-3 and float(inverted[0].abs().max()) > 0.1
     with raising("--prompt", "'a cube'"):
         check_heads(("a cube",), None, comparison=False)
 
@@ -101,28 +101,28 @@ def test_a_scene_moves_every_asset_from_the_same_start_in_all_arms():
 
 
 def test_the_distance_to_the_named_head_is_that_of_its_surface(monkeypatch):
-    heads.whole.cache_clear()
-    monkeypatch.setattr(heads, "JUDGED", 32)
-    grids = [head_grid(heads.named(number), 32) for number in (0, 1)]
+    heads.target_grid.cache_clear()
+    monkeypatch.setattr(heads, "GRID", 32)
+    grids = [head_grid(heads.target_head(number), 32) for number in (0, 1)]
     same = heads.distance(grids[0], grids[0])
     other = heads.distance(grids[1], grids[0])
     assert same == 0 and 0.001 < other < 0.05 and heads.distance(np.ones_like(grids[0]), grids[0]) == 0.5
     monkeypatch.setattr(heads, "shape_grids", lambda asset, n: np.stack([grids[int(asset)]]))
-    assert heads.ShapeJudge().compare(torch.tensor(0), torch.tensor(1), ("head 0",)) == [0]
-    assert heads.ShapeJudge().compare(torch.tensor(0), torch.tensor(1), ("head 1",)) == [1]
+    assert heads.ShapeEvaluator().compare(torch.tensor(0), torch.tensor(1), ("head 0",)) == [0]
+    assert heads.ShapeEvaluator().compare(torch.tensor(0), torch.tensor(1), ("head 1",)) == [1]
 
 
 def test_controls_of_a_geometry_reward():
     learned = ObservedGeometry(load_reward(bundled.REWARD))
     field = Latents.of_seeds([3])
-    dealt = dealt_anew(learned, seed=0)
+    dealt = shuffle_weights(learned, seed=0)
     with torch.no_grad():
         kept, other = (reward(field, ["head 3"], 0) for reward in (learned, dealt))
     assert not torch.allclose(other, kept)
     for old, new in zip(learned.reward.parameters(), dealt.reward.parameters(), strict=True):
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
     with raising("+geometry-random", "--geometry-reward"):
-        dealt_anew(OneNose(), 0)
+        shuffle_weights(OneNose(), 0)
 
 
 def test_flags_of_the_heads():
@@ -142,9 +142,11 @@ def test_reward_and_judges_follow_its_sign(tmp_path):
     result = run("--show=0", "--jobs=1", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
     arms = json.loads((tmp_path / "00000-distill-heads-compare" / "compare.json").read_text())["arms"]
-    kept, turned, dealt = (arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random"))
+    kept, inverted, dealt = (
+        arms[f"sds+geometry{twist}"]["changes"] for twist in ("", "-inverted", "-random")
+    )
     for name in ("reward", "held-out reward", "utility"):
         assert (
-            kept[name]["ci95"][0] > 0 > turned[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
+            kept[name]["ci95"][0] > 0 > inverted[name]["ci95"][1] and kept[name]["mean"] > dealt[name]["mean"]
         ), name
-    assert kept["error behind"]["mean"] < 0 < turned["error behind"]["mean"]
+    assert kept["back-of-head error"]["mean"] < 0 < inverted["back-of-head error"]["mean"]

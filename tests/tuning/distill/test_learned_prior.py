@@ -1,9 +1,9 @@
-"""What is claimed of DreamDPO (T1, T5) and PSD (P2, P5) on the analytic prior, again on learned noise: the
+"""The claims about DreamDPO (T1, T5) and PSD (P2, P5) on the analytic prior, tested on learned noise: the
 bundled U-Net.
 
-Pictures of boxes, four views of each, are optimised directly from grey noise. A prompt's two emblems are one
-another's permutations; the reward likes the first, and likes more of it than there is. What comes out is
-judged by the exact prior of the same pictures.
+Images of boxes, four views of each, are optimised directly from grey noise. A prompt's two emblems are one
+another's permutations; the reward likes the first, and likes more of it than there is. The
+exact prior of the same images measures the outcome.
 """
 
 import functools
@@ -34,7 +34,7 @@ from tests.tuning.distill.problem_runs import exact_prior
 pytestmark = pytest.mark.long
 
 BOXES = [prompt.text for prompt in box_prompts.PROMPTS if prompt.kind == "mode"] * 3  # 33 assets
-VIEWS = [text for text in BOXES for _ in range(problem.SIDES)]  # 132 pictures
+VIEWS = [text for text in BOXES for _ in range(problem.SIDES)]  # 132 images
 SCALE = 1.5
 STEPS = 200
 RATE = 0.05
@@ -52,7 +52,7 @@ def missed(*values, why: str):
 class End(NamedTuple):
     """Figures of one run."""
 
-    share: float  # of pictures nearer to the first emblem
+    share: float  # of images nearer to the first emblem
     rms: float  # root mean square distance per entry to the nearest mode, whose entries are in -1..1
     log_p: float  # median of the exact prior, in nats, against that of the mode itself
 
@@ -61,7 +61,7 @@ class End(NamedTuple):
 
 
 def measure(x: torch.Tensor, made) -> End:
-    """The figures of pictures [B, 4, 16, 16]."""
+    """Return the figures of images [B, 4, 16, 16]."""
     del made
     exact = exact_prior()
     both = 2 * problem.modes_of(VIEWS) - 1
@@ -77,7 +77,7 @@ def measure(x: torch.Tensor, made) -> End:
 
 @functools.cache
 def end_of(method: str, kind: str = "", **settings) -> End:
-    """Of one arm."""
+    """Return the outcome of one arm."""
     prior = load_view_prior()
     denoiser = DenoiserSettings(guidance_scale=SCALE)
     common = {"views": prior.views, "streams": Streams(seed=SEED + 1000)}
@@ -128,7 +128,7 @@ def test_p2_psd_reaches_the_preferred_mode(kind, low, high):
     "eta", [0.5, 1.0, missed(2.0, why="log p drops 7.9"), missed(5.0, why="log p drops 35")]
 )
 def test_p5_more_eta_costs_little_likelihood(eta):
-    plain = end_of("sds", samples=2)
+    sds_end = end_of("sds", samples=2)
     end = end_of("psd", "good", eta=eta)
-    print("P5", eta, end, "| sds", plain)
-    assert plain.log_p - end.log_p <= 5
+    print("P5", eta, end, "| sds", sds_end)
+    assert sds_end.log_p - end.log_p <= 5

@@ -1,5 +1,5 @@
-"""Every preset builds its guidance and makes one finite step; what does not fit is refused; without
-preference a method is the base.
+"""Every preset builds its guidance and makes one finite step; settings that do not fit are rejected;
+without preference a method is the base.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def test_one_step(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if METHODS[method_of(name)].rewarded])
-def test_a_reward_of_other_views_is_refused(name):
+def test_a_reward_of_other_views_is_rejected(name):
     made = prior()
     settings = PRESETS[name]
     reward = Along(made)
@@ -139,7 +139,8 @@ def test_no_warning_by_default():
     assert guided.update == "preference"  # a judge has no gradient
 
 
-# A method whose preference is turned off is the base to the last bit, with the same draws (E3, P1).
+# A method whose preference is turned off is bitwise identical to the base, with the same random numbers (E3,
+# P1).
 
 
 STREAMS = Streams(seed=1)

@@ -30,14 +30,18 @@ def filled(field, prompts, step):
 
 
 def test_distillation_keeps_the_noses_it_finds_and_a_geometry_reward_removes_them():
-    plain, shaped = (
+    sds_noses, shaped = (
         optimise(heads(10), 3, steps=90, geometry=reward, weight=0.5) for reward in (None, OneNose())
     )
-    assert torch.equal(plain.before, shaped.before)
-    assert float((plain.after == plain.before).double().mean()) >= 0.9 and float(plain.rms.mean()) < 0.04
-    assert shares(shaped.after).two_or_more < shares(plain.after).two_or_more
+    assert torch.equal(sds_noses.before, shaped.before)
     assert (
-        shares(shaped.after).exactly_one > shares(plain.after).exactly_one and float(shaped.rms.mean()) < 0.04
+        float((sds_noses.after == sds_noses.before).double().mean()) >= 0.9
+        and float(sds_noses.rms.mean()) < 0.04
+    )
+    assert shares(shaped.after).two_or_more < shares(sds_noses.after).two_or_more
+    assert (
+        shares(shaped.after).exactly_one > shares(sds_noses.after).exactly_one
+        and float(shaped.rms.mean()) < 0.04
     )
 
 
@@ -61,7 +65,7 @@ def learned():
 
 
 def faces_everywhere(prior, seed):
-    """A reward of pictures that likes a face in each view, by its gradient."""
+    """A reward of images that scores a face in each view, by its gradient."""
     settings = DreamRewardSettings(prior=DenoiserSettings(guidance_scale=1.0))
     return DreamReward(
         prior, settings, views=problem.SIDES, streams=Streams(seed=seed), reward=ModeDistance()
@@ -79,7 +83,7 @@ def arms():
         ("gentle", OneNose(), 0.1, sds),
         ("inverted", inverted, 0.3, sds),
         ("volume", filled, 0.3, sds),
-        ("pictures", None, 0.0, faces_everywhere),
+        ("images", None, 0.0, faces_everywhere),
         ("learned", learned(), 0.3, sds),
     ):
         ends = []
@@ -124,7 +128,7 @@ def test_the_controls_remove_none(arms):
     noses, _ = arms
     assert noses["inverted"].two_or_more >= noses["sds"].two_or_more - 0.03
     assert noses["volume"].two_or_more >= (1 - 0.15) * noses["sds"].two_or_more
-    assert noses["pictures"].two_or_more >= noses["sds"].two_or_more + 0.1
+    assert noses["images"].two_or_more >= noses["sds"].two_or_more + 0.1
 
 
 @pytest.mark.long

@@ -19,8 +19,8 @@ from tests.tuning.distill.particles import (
     Towards,
     gain,
     optimise,
-    plain,
     prior,
+    sds_outcome,
     some,
 )
 
@@ -46,8 +46,8 @@ def psd(made, reward=None, judge=None, views=1, update="none", **settings) -> Ps
 def test_p2_the_preferred_mode_is_reached(kind, low, high):
     made = prior()
     end = optimise(psd(made, Towards(made, kind)), made, steps=800, lr=0.03)
-    print("P2", kind, end, "| sds", plain(2, 2))
-    assert low <= end.share <= high and end.rms <= 1.5 * plain(2, 2).rms
+    print("P2", kind, end, "| sds", sds_outcome(2, 2))
+    assert low <= end.share <= high and end.rms <= 1.5 * sds_outcome(2, 2).rms
 
 
 @functools.cache
@@ -70,10 +70,12 @@ def test_p3_p5_more_eta_more_reward_and_little_drift():
         "P3, P5",
         [(eta, round(gain(end), 3), round(end.log_p, 2)) for eta, end in zip(ETAS, ends, strict=True)],
         "| sds",
-        plain(1, 2),
+        sds_outcome(1, 2),
     )
-    assert all(gain(a) < gain(b) for a, b in itertools.pairwise(ends)) and gain(ends[0]) > gain(plain(1, 2))
-    assert all(plain(1, 2).log_p - end.log_p <= 5 for end in ends)
+    assert all(gain(a) < gain(b) for a, b in itertools.pairwise(ends)) and gain(ends[0]) > gain(
+        sds_outcome(1, 2)
+    )
+    assert all(sds_outcome(1, 2).log_p - end.log_p <= 5 for end in ends)
 
 
 @pytest.mark.long
@@ -98,14 +100,16 @@ def test_p4_the_null_embedding_alone(update):
 def test_p6_a_tenfold_weight_spoils_the_pixel_gradient_and_not_psd():
     made = prior(1)
     drops = {}
-    drops["psd"] = [plain(1, 2).log_p - along(eta).log_p for eta in (0.5, 5.0)]
+    drops["psd"] = [sds_outcome(1, 2).log_p - along(eta).log_p for eta in (0.5, 5.0)]
     for name, balance, weights in (
         ("pixel", "none", (1.0, 10.0)),
         ("balanced", "grad-norm", (0.1, 1.0)),
     ):
         settings = [DreamRewardSettings(weight=Ramp(weight), balance=balance) for weight in weights]
         guidances = [DreamReward(made, s, views=1, streams=STREAMS, reward=Along(made)) for s in settings]
-        drops[name] = [plain(1).log_p - optimise(guidance, made, **BRIEF).log_p for guidance in guidances]
+        drops[name] = [
+            sds_outcome(1).log_p - optimise(guidance, made, **BRIEF).log_p for guidance in guidances
+        ]
     print("P6", drops)
     assert max(drops["psd"]) <= 5 < min(max(drops["pixel"]), max(drops["balanced"]))
 
@@ -139,23 +143,21 @@ def test_each_asset_has_its_own_null_embedding():
     made = prior()
     x, t, prompts, *_ = some(6)
     raw = RankingSettings(standardise=False)  # whose spread would be that of all assets
-    whole, part = (
-        psd(made, Towards(made), update="reward", ranking=raw, negative_rate=0.1) for _ in range(2)
-    )
-    whole(x, t, prompts, None, 0)
+    full, part = (psd(made, Towards(made), update="reward", ranking=raw, negative_rate=0.1) for _ in range(2))
+    full(x, t, prompts, None, 0)
     noises = STREAMS.noises(2, x, 0)
     part.denoiser.streams = type("Cut", (), {"noises": lambda self, n, like, step: noises[:, :2]})()
     part(x[:2], t[:2], prompts[:2], None, 0)
-    torch.testing.assert_close(whole.moved[:2], part.moved)
+    torch.testing.assert_close(full.moved[:2], part.moved)
 
 
-def test_the_push_grows_with_eta_and_away_from_the_loser():
+def test_the_gradient_grows_with_eta_and_opposes_the_loser():
     made = prior()
     args = some(6)
     off, on, more = (psd(made, Towards(made), eta=eta)(*args).grad for eta in (0.0, 1.0, 3.0))
     torch.testing.assert_close(more - off, 3 * (on - off), rtol=1e-3, atol=1e-3)
-    away = psd(made, Towards(made, "bad"), eta=1.0)(*args).grad
-    torch.testing.assert_close(away - off, off - on, rtol=1e-3, atol=1e-3)
+    gradient = psd(made, Towards(made, "bad"), eta=1.0)(*args).grad
+    torch.testing.assert_close(gradient - off, off - on, rtol=1e-3, atol=1e-3)
 
 
 def test_no_answer_is_distillation_alone():

@@ -44,22 +44,22 @@ def made(tmp_path_factory):
     return paths | {("mvdream", form): layouts.write_mvdream(root / f"mvdream{form}", form) for form in FORMS}
 
 
-def one_sds_step(prior, pictures):
-    """The gradient on the pictures, and what it should be by the chain rule."""
-    images = drawn(pictures, 3, 24, 24).sigmoid().requires_grad_()
+def one_sds_step(prior, count):
+    """Return the gradient on the images, and the expected one by the chain rule."""
+    images = drawn(count, 3, 24, 24).sigmoid().requires_grad_()
     x = prior.encode(images)
-    t = torch.full((pictures,), 500)
+    t = torch.full((count,), 500)
     noise = drawn(*x.shape, seed=1)
     alpha = prior.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = (alpha.sqrt() * x + (1 - alpha).sqrt() * noise).detach()
     cameras = four_cameras() if prior.views == 4 else None
     with torch.no_grad():
-        text = prior.predict_noise(x_t, t, prior.embed(["a red fox"] * pictures), cameras)
-        null = prior.predict_noise(x_t, t, prior.embed([""] * pictures), cameras)
+        text = prior.predict_noise(x_t, t, prior.embed(["a red fox"] * count), cameras)
+        null = prior.predict_noise(x_t, t, prior.embed([""] * count), cameras)
     assert not torch.allclose(text, null)  # the prompt counts
     grad = sds(guided(text, null, 7.5), noise, 1 - alpha)
     target_loss(x, grad).backward()
-    expected = torch.autograd.grad(prior.encode(images), images, grad / pictures)[0]
+    expected = torch.autograd.grad(prior.encode(images), images, grad / images)[0]
     return images.grad, expected
 
 
@@ -68,9 +68,11 @@ def test_every_layout_loads_and_drives_a_step(made, kind, form, capsys):
     tell_once.cache_clear()
     prior = load_prior(made[kind, form])
     load_prior(made[kind, form])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert isinstance(prior, DiffusionPrior) and prior.views == (4 if kind == "mvdream" else 1)
-    assert told.count("\n") == 1 and ("MVDream" in told if kind == "mvdream" else "OpenRAIL" in told)  # once
+    assert output.count("\n") == 1 and (
+        "MVDream" in output if kind == "mvdream" else "OpenRAIL" in output
+    )  # once
     grad, expected = one_sds_step(prior, 4)
     assert grad.abs().max() > 0
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-6)
@@ -99,8 +101,8 @@ def test_stable_diffusion_is_what_its_parts_say(made, form):
             for w in (*word[:-1], word[-1] + "</w>")
         ]
         pad = 0 if form == "2.1" else 513
-        said = [512, *letters, *view, 513]
-        tokens = torch.tensor([said + [pad] * (77 - len(said)), [512, 513] + [pad] * 75])
+        ids = [512, *letters, *view, 513]
+        tokens = torch.tensor([ids + [pad] * (77 - len(ids)), [512, 513] + [pad] * 75])
         torch.testing.assert_close(cond, text(tokens).last_hidden_state)
         out = unet(x, t, encoder_hidden_states=cond).sample
         alpha = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)[t].view(-1, 1, 1, 1)
@@ -117,8 +119,8 @@ def test_mvdream_is_what_was_written(made, form):
     cameras = four_cameras()
     with torch.no_grad():
         cond = prior.embed(["ab"] * 4, directions=["front"] * 4)
-        said = [512, layouts.clip_words().index("a"), layouts.clip_words().index("b</w>"), 513]
-        tokens = torch.tensor([said + [0 if form == "2.1" else 513] * (77 - len(said))])
+        ids = [512, layouts.clip_words().index("a"), layouts.clip_words().index("b</w>"), 513]
+        tokens = torch.tensor([ids + [0 if form == "2.1" else 513] * (77 - len(ids))])
         torch.testing.assert_close(cond, text(tokens).last_hidden_state.expand(4, -1, -1))
         expected = join_views(unet)(
             x, t, encoder_hidden_states=cond, class_labels=network_cameras(cameras)
@@ -141,9 +143,9 @@ def test_options_change_what_they_say(made):
     images = drawn(2, 3, 16, 16).sigmoid()
     x = drawn(2, 4, 8, 8)
     t = torch.tensor([100, 700])
-    plain = load_prior(path, PriorOptions(checkpointing=False))
+    stored = load_prior(path, PriorOptions(checkpointing=False))
     results = []
-    for prior in (plain, load_prior(path)):
+    for prior in (stored, load_prior(path)):
         leaf = images.clone().requires_grad_()
         latents = prior.encode(leaf)
         results.append((latents.detach(), *torch.autograd.grad(latents.sin().sum(), leaf)))
@@ -151,8 +153,8 @@ def test_options_change_what_they_say(made):
     half = load_prior(path, PriorOptions(half=True))
     assert half.prior.unet.dtype == torch.float16 and half.prior.vae.dtype == torch.float32
     with torch.no_grad():
-        cond = plain.embed(["a", "b"])
-        full, low = (prior.predict_noise(x, t, cond) for prior in (plain, half))
+        cond = stored.embed(["a", "b"])
+        full, low = (prior.predict_noise(x, t, cond) for prior in (stored, half))
     assert low.dtype == torch.float32 and 0 < (full - low).abs().max() < 0.02 * full.abs().max()
 
 

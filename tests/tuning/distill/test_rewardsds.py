@@ -6,7 +6,17 @@ import torch
 from eg3d_rlhf.tuning.distill.guidance.rewardsds import RewardSds
 from eg3d_rlhf.tuning.distill.guidance.settings import DenoiserSettings, NoiseWeighting, RewardSdsSettings
 from eg3d_rlhf.tuning.distill.schedule import Streams
-from tests.tuning.distill.particles import BRIEF, PROMPT, Along, Towards, gain, optimise, plain, prior, some
+from tests.tuning.distill.particles import (
+    BRIEF,
+    PROMPT,
+    Along,
+    Towards,
+    gain,
+    optimise,
+    prior,
+    sds_outcome,
+    some,
+)
 
 STREAMS = Streams(seed=1)
 
@@ -21,8 +31,8 @@ def weighted(made, reward, **settings) -> RewardSds:
 def test_r1_the_preferred_mode_is_reached(kind, low, high):
     made = prior()
     end = optimise(weighted(made, Towards(made, kind)), made, **BRIEF)
-    print("R1", kind, end, "| sds", plain())
-    assert low <= end.share <= high and end.rms <= 2 * plain().rms
+    print("R1", kind, end, "| sds", sds_outcome())
+    assert low <= end.share <= high and end.rms <= 2 * sds_outcome().rms
 
 
 @pytest.mark.long
@@ -34,9 +44,9 @@ def test_r1_a_linear_reward_rises_within_the_mode():
         optimise(weighted(made, Along(made, sign), weighting=weighting), made, **BRIEF)
         for sign, weighting in arms
     ]
-    print("R1 linear", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", plain(1))
+    print("R1 linear", [(round(gain(end), 2), round(end.log_p, 2)) for end in ends], "| sds", sds_outcome(1))
     assert gain(ends[0]) > 0.75 and gain(ends[1]) < -0.75 and gain(ends[2]) > 0.75
-    assert min(end.log_p for end in ends) > plain(1).log_p - 10
+    assert min(end.log_p for end in ends) > sds_outcome(1).log_p - 10
 
 
 @pytest.mark.parametrize("strategy", ["min-max", "best", "weighted", "none", "push"])
@@ -68,30 +78,30 @@ def test_exploration_ends_on_the_prior():
     guidance = weighted(made, Towards(made), explore_steps=30, prior=DenoiserSettings(guidance_scale=1.0))
     d = guidance.denoiser
     x_t = d.noised(x, STREAMS.noises(2, x, 0), t.clamp_min(700))
-    conditions = d.conditions(prompts, None)
-    explored = guidance.explore(x_t, t.clamp_min(700), conditions, None, 1.0)
-    one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditions, None).text, t.clamp_min(700))
+    conditioning = d.conditioning(prompts, None)
+    explored = guidance.explore(x_t, t.clamp_min(700), conditioning, None, 1.0)
+    one_step = d.x0(x_t, d.predict(x_t, t.clamp_min(700), conditioning, None).text, t.clamp_min(700))
     near, far = (
         made.log_prob(latents.flatten(0, 1), made.embed([PROMPT] * 128)).median()
         for latents in (explored, one_step)
     )
     assert near > far + 5
     ends_early = weighted(made, Towards(made), explore_steps=30, explore_end="t0").explore(
-        x_t, t.clamp_min(700), conditions, None, 1.0
+        x_t, t.clamp_min(700), conditioning, None, 1.0
     )
     assert 0 < (ends_early - explored).abs().max() < 0.2
 
 
-def test_each_picture_is_explored_from_its_own_time():
+def test_each_image_is_explored_from_its_own_time():
     made = prior()
     x, _, prompts, *_ = some(3)
     t = torch.tensor([60, 400, 900])
     guidance = weighted(made, Towards(made), explore_steps=15)
     x_t = guidance.denoiser.noised(x, STREAMS.noises(2, x, 0), t)
-    whole = guidance.explore(x_t, t, guidance.denoiser.conditions(prompts, None), None, 7.5)
+    full = guidance.explore(x_t, t, guidance.denoiser.conditioning(prompts, None), None, 7.5)
     for b in range(3):
         row = slice(b, b + 1)
         alone = guidance.explore(
-            x_t[:, row], t[row], guidance.denoiser.conditions(prompts[row], None), None, 7.5
+            x_t[:, row], t[row], guidance.denoiser.conditioning(prompts[row], None), None, 7.5
         )
-        torch.testing.assert_close(whole[:, row], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(full[:, row], alone, rtol=1e-3, atol=1e-3)

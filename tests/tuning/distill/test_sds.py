@@ -63,8 +63,8 @@ def test_the_chained_jacobian_is_sds_with_equal_weights():
         sds(made, **more)(x, t, prompts, None, 0).grad for more in ({"form": "sjc"}, {"weighting": "uniform"})
     )
     torch.testing.assert_close(chained, equal, rtol=1e-3, atol=1e-4)
-    plain = sds(made, form="sjc-plain")(x, t, prompts, None, 0).grad
-    torch.testing.assert_close(plain - equal, STREAMS.noises(1, x, 0)[0], rtol=1e-3, atol=1e-4)
+    reference = sds(made, form="sjc-plain")(x, t, prompts, None, 0).grad
+    torch.testing.assert_close(reference - equal, STREAMS.noises(1, x, 0)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_reconstruction_form_is_sds_weighted_by_the_noise_ratio():
@@ -78,20 +78,20 @@ def test_the_reconstruction_form_is_sds_weighted_by_the_noise_ratio():
     )
 
 
-def test_the_loss_on_pictures():
+def test_the_loss_on_images():
     made = prior()
     x, t, prompts = some()
     images = made.decode(x).requires_grad_()
     output = sds(made, image_loss=1.0)(x, t, prompts, None, 0, images.detach())
-    plain = sds(made)(x, t, prompts, None, 0)
-    assert torch.equal(output.grad, plain.grad)  # beside the other term
+    reference = sds(made)(x, t, prompts, None, 0)
+    assert torch.equal(output.grad, reference.grad)  # beside the other term
     # (a / s) w (image - decoded x0) = w (p - e) / (2 scale), as decoding halves and divides
-    torch.testing.assert_close(output.image_grad, plain.grad / (2 * made.scale), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output.image_grad, reference.grad / (2 * made.scale), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
         torch.autograd.grad(distillation_loss(x, output, images=images), images)[0],
         output.image_grad / len(x),
     )
-    assert not distillation_loss(x, plain, images=images).requires_grad
+    assert not distillation_loss(x, reference, images=images).requires_grad
 
 
 def test_the_target_rule():
@@ -134,7 +134,7 @@ def test_times():
         TimeWindow(low=Ramp(0.5), high=Ramp((0, 0.98, 0.02, 10))).at(10)
 
 
-class Broken:
+class Failing:
     """A prior that answers NaN."""
 
     def __init__(self, made):
@@ -151,8 +151,8 @@ def test_hostile_priors_and_settings():
     made = prior()
     x, t, prompts = some()
     with raising("--prior", "NaN"):
-        sds(Broken(made))(x, t, prompts, None, 0)
-    four = Broken(made)
+        sds(Failing(made))(x, t, prompts, None, 0)
+    four = Failing(made)
     four.views = 4
     with raising("--set views=6", "4"):
         Sds(four, SdsSettings(), views=6, streams=STREAMS)

@@ -1,3 +1,3 @@
-"""Finished 3D assets in the labelling application: told apart by content, read without trust, and given a
-clean form for the browser.
+"""Reads 3D asset files for the labelling application. Files are identified by content, parsed without
+trusting them, and converted to a clean form for the browser.
 """

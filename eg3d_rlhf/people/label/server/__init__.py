@@ -1,1 +1,1 @@
-"""The web server of the labelling application: who may ask what, and the answers."""
+"""Web server of the labelling application: checks of requests, pages and the API."""

@@ -1,5 +1,5 @@
-"""Who asks: a bearer token, a session cookie, or on loopback whoever sits at this machine; and how often one
-may.
+"""Identifies the client of a request by a bearer token, a session cookie or, on loopback, as the user of the
+server's machine; limits the rates of requests.
 """
 
 import contextlib
@@ -18,33 +18,37 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 
 from eg3d_rlhf.people.label.entities import LOCAL, Mode, StoredAnnotator
-from eg3d_rlhf.people.label.server.models import Refusal, Withdrawn, too_many
+from eg3d_rlhf.people.label.server.models import AccessRevoked, RequestError, too_many
 from eg3d_rlhf.people.label.server.options import AppOptions
 
 COOKIE = "session"
-_WORDS = 256  # characters of a token or session id at most
-KEYS = 10_000  # buckets kept; the least recently used is forgotten
+_WORDS = 256  # largest number of characters of a token or session id
+KEYS = 10_000  # largest number of buckets; the least recently used one is deleted
 
 
 class Buckets:
-    """One bucket of `burst` tokens per key, refilled at `rate` a second. Thread-safe."""
+    """Token buckets, one per key: `burst` tokens, refilled at `rate` per second. Thread-safe."""
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic):
         self.rate = rate
         self.burst = burst
         self.clock = clock
-        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()  # key -> (tokens, when)
+        # key -> (tokens, time of that level); the last used key is at the end
+        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
     def take(self, key: str, count: float = 1.0) -> float:
-        """Take tokens (put back where `count` < 0). Returns 0, or the seconds until there are enough; then
-        nothing is taken.
+        """Take tokens from a key's bucket, or put them back if `count` < 0.
+
+        Returns: 0 if there were enough, else the seconds until there are; then nothing is taken.
         """
         with self._lock:
             now = self.clock()
+            # A new key has a full bucket.
             level, since = self._levels.pop(key, (self.burst, now))
             level = min(self.burst, level + (now - since) * self.rate)
             enough = level >= count
+            # Inserted again at the end, which marks the key as recently used.
             self._levels[key] = (min(self.burst, level - count) if enough else level, now)
             if len(self._levels) > KEYS:
                 self._levels.popitem(last=False)
@@ -52,13 +56,14 @@ class Buckets:
 
 
 def address_key(address: str) -> str:
-    """What counts as one address: an IPv4 address, or the /64 network of an IPv6 one, which belongs to one
-    subscriber.
+    """Return the key by which addresses are limited: an IPv4 address, or the /64 network of an IPv6 address,
+    which belongs to one subscriber.
     """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return address
+        return address  # a Unix socket or a test client has no IP address
+    # ::ffff:192.0.2.1 is an IPv4 address on a socket for both versions.
     mapped = getattr(ip, "ipv4_mapped", None)
     if mapped is not None:
         return str(mapped)
@@ -67,28 +72,33 @@ def address_key(address: str) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """An annotator and how she is known."""
+    """An annotator and the way she was identified."""
 
     annotator: StoredAnnotator
     by: str  # 'token', 'session' or 'local'
     admin: bool
-    csrf: str = ""  # what X-CSRF-Token must be; '' with a token, which no browser sends by itself
-    session: str = ""  # id, to close it
+    csrf: str = ""  # required value of X-CSRF-Token; '' for a token, which browsers do not send by themselves
+    session: str = ""  # session id, for logging out
 
 
 class Identities:
-    """Finds the identity behind a request. Its methods block."""
+    """Identification of clients. All methods block while they use the database."""
 
     def __init__(self, options: AppOptions, mode: Mode):
         self.store = options.store
         self.exposed = options.exposed
         self.blind = mode is Mode.STUDY
         self.guesses = Buckets(*options.limits.guesses)
-        self.secret = options.secret or kept_secret(options.cache.folder / "server.key")
+        self.secret = options.secret or server_secret(options.cache.folder / "server.key")
         self._local = None if options.exposed else self.store.annotator_without_token(LOCAL, "admin")
 
     def find(self, headers: Headers, address: str) -> Identity | None:
-        """The identity, or None. A wrong bearer token is refused, never ignored. Raises: Refusal 401, 429."""
+        """Return the identity of a client, or None. A wrong bearer token is an error even if there is a
+        session.
+
+        Raises: RequestError 401, 429.
+        """
+        # Two Authorization headers are ambiguous, so they count as a wrong token.
         if "authorization" in headers:
             scheme, _, token = headers["authorization"].partition(" ")
             bearer = (
@@ -101,59 +111,68 @@ class Identities:
         annotator = self.store.session(session) if _plausible(session) else None
         if annotator is not None:
             return self._identity(annotator, "session", csrf_token(session, "csrf"), session)
+        # On loopback a request without a session comes from the user of this machine.
         if self._local is not None:
             return self._identity(self._local, "local", csrf_token(self.secret, "local"))
         if _plausible(session) and self.store.withdrawn(session):
-            raise Withdrawn
+            raise AccessRevoked
         return None
 
     def by_token(self, token: str, address: str) -> StoredAnnotator:
-        """The annotator whose token this is.
+        """Return the annotator of a token. Raises: RequestError 401, 429.
 
-        A token has 192 random bits and needs no limit to be safe: a right one is let in whatever others have
-        sent. Many wrong ones of an address are refused in another way, which whoever runs a script or reads
-        the access log will notice.
+        A token has 192 random bits, so guessing needs no limit: a correct token is accepted even after many
+        wrong ones from the same address. After many wrong ones the error is 429 instead of 401, which users
+        of scripts and readers of the access log notice.
         """
         annotator = self.store.authenticate(token) if _plausible(token) else None
         if annotator is None:
-            # told to who holds the token, and to nobody else
+            # Only the owner of a token learns that it was revoked.
             if _plausible(token) and self.store.withdrawn(token):
-                raise Withdrawn
+                raise AccessRevoked
             if wait := self.guesses.take(address_key(address)):
                 raise too_many(wait)
-            remedy = "Ask the person who gave it to you for a new one."
-            raise Refusal(401, "Unknown or revoked token.", remedy, {"WWW-Authenticate": "Bearer"})
+            remedy = "Ask the person who gave it to you for a new token."
+            raise RequestError(
+                401, "The token is unknown or was revoked.", remedy, {"WWW-Authenticate": "Bearer"}
+            )
         return annotator
 
     def _identity(self, annotator: StoredAnnotator, by: str, csrf: str = "", session: str = "") -> Identity:
-        # In a blind study not even the person at this machine sees results without an admin's token.
+        # In a blind study, results are shown only for an admin's token, not to the user of this machine.
         admin = (by == "local" and not self.blind) or (by != "local" and annotator.role == "admin")
         return Identity(annotator, by, admin, csrf, session)
 
 
 def _plausible(token: str) -> bool:
+    """Return True for a text that can be a token or session id. Others are not looked up in the database."""
     return 16 <= len(token) <= _WORDS and token.isascii() and token.isprintable()
 
 
-def kept_secret(path: Path) -> bytes:
-    """32 random bytes, kept in a file that only its owner reads, so that open pages survive a restart of the
-    server.
+def server_secret(path: Path) -> bytes:
+    """Return 32 random bytes that are stored in a file, readable for its owner only. Pages that are open
+    remain valid when the server restarts.
     """
     path.parent.mkdir(0o700, parents=True, exist_ok=True)
+    # O_EXCL: of several servers that start together, one creates the file and all read it.
     with (
         contextlib.suppress(FileExistsError),
         os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
     ):
         file.write(os.urandom(32))
+    # Read again in any case: another server may have created the file.
     secret = path.read_bytes()
+    # A file that was cut off, or edited.
     if len(secret) != 32:
-        raise ValueError(f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; it is made again.")
+        raise ValueError(
+            f"{path}: expected 32 bytes, got {len(secret)}. Delete the file; the server creates it again."
+        )
     return secret
 
 
 def csrf_token(key: str | bytes, purpose: str) -> str:
-    """HMAC-SHA256 of the purpose under a key that other sites cannot know: the session's id, or the server's
-    secret.
+    """Return the HMAC-SHA256 of a purpose. The key must be unknown to other sites: the session's id, or the
+    server's secret.
     """
     return hmac.new(
         key.encode() if isinstance(key, str) else key, purpose.encode(), hashlib.sha256

@@ -1,4 +1,4 @@
-"""The routes under /api: what the label page asks and sends, and what the admin page asks."""
+"""Defines the routes under /api: those of the label page, and those of the admin page."""
 
 import tempfile
 import threading
@@ -27,39 +27,41 @@ from eg3d_rlhf.people.label.entities import (
 from eg3d_rlhf.people.label.quality import quality_report
 from eg3d_rlhf.people.label.server import models
 from eg3d_rlhf.people.label.server.identity import Identities, Identity
-from eg3d_rlhf.people.label.server.models import Refusal
+from eg3d_rlhf.people.label.server.models import RequestError
 from eg3d_rlhf.people.label.server.options import AppOptions
 from eg3d_rlhf.people.label.server.served_shapes import Addresses, PreparedShapes, respond
 from eg3d_rlhf.people.label.store import Store
 from eg3d_rlhf.people.label.store_labels import export_labels, export_unpaired
 
-IMMUTABLE = "private, max-age=31536000, immutable"
-KEEP = 3.0  # seconds for which a quality report is not computed again
+IMMUTABLE = "private, max-age=31536000, immutable"  # an address always gives the same file
+KEEP = 3.0  # least time in seconds before a quality report is computed again
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """One server's parts."""
+    """Parts of one server, which its routes share."""
 
     options: AppOptions
     store: Store
     campaign: StoredCampaign
     identities: Identities
-    shapes: PreparedShapes
-    addresses: Addresses
+    shapes: PreparedShapes  # state of the preparation
+    addresses: Addresses  # addresses of shapes, different in each assignment
     files: dict  # name -> app.StaticFile
-    page_version: str  # changes with any file of the page; judgements name it
+    page_version: str  # changes with every file of the page; stored in judgements
 
 
-async def identity_of(request: Request) -> Identity:  # async: nothing to wait for, and no thread
-    """The identity that the gate has found."""
+# async, because it does not block: a plain function would run in a thread
+async def identity_of(request: Request) -> Identity:
+    """Return the identity that the checks of requests have determined."""
+    # Set by RequestChecks, which has rejected all requests without an identity.
     return request.scope["state"]["identity"]
 
 
 async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Identity:
-    """The identity of an admin. Raises: Refusal 403."""
+    """Return the identity of an admin. Raises: RequestError 403."""
     if not identity.admin:
-        raise Refusal(
+        raise RequestError(
             403,
             "Only admins may see this.",
             "Log in with an admin's token: tools/label.py add-annotator NAME --admin.",
@@ -67,12 +69,14 @@ async def admin_of(identity: Annotated[Identity, Depends(identity_of)]) -> Ident
     return identity
 
 
-Who = Annotated[Identity, Depends(identity_of)]
+Requester = Annotated[Identity, Depends(identity_of)]
 Admin = Annotated[Identity, Depends(admin_of)]
 
 
 def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
-    first, second = (context.addresses.of(assignment, asset) for asset in (left, right))
+    """Return an assignment as the page gets it: token, addresses of both shapes, prompt."""
+    # Annotators never get the store's tokens, which are the same in all assignments.
+    first, second = (context.addresses.address(assignment, asset) for asset in (left, right))
     return {
         "assignment": assignment,
         "left": first,
@@ -82,35 +86,44 @@ def _shown(context: Context, assignment: str, left: str, right: str) -> dict:
 
 
 def _asset(context: Context, address: str) -> str:
-    """The store's token of the shape at an address. Raises: Refusal 404."""
+    """Return the store's token of the shape at an address. Raises: RequestError 404."""
+    # Unknown and foreign addresses give the same answer, so that addresses cannot be tested.
     asset = context.addresses.asset(address)
     if asset is None or not context.shapes.known(asset):
-        raise Refusal(404, "No such shape.", "Ask for /api/assignments again.")
+        raise RequestError(404, "There is no such shape.", "Request /api/assignments again.")
     return asset
 
 
-def _progress(context: Context, who: Identity) -> dict:
-    return asdict(context.store.progress(context.campaign.id, who.annotator.id, context.shapes.lost))
+def _progress(context: Context, requester: Identity) -> dict:
+    """Return the progress of the client as JSON values."""
+    return asdict(context.store.progress(context.campaign.id, requester.annotator.id, context.shapes.lost))
 
 
-def _judge(context: Context, who: Identity) -> None:
-    """Refuse, in a study, answers of those who can see results."""
-    if context.shapes.blind and who.admin:
-        raise Refusal(
-            403, "Admins see results, so they cannot take part in a blind study.", "Use an annotator's token."
+def _check_may_answer(context: Context, requester: Identity) -> None:
+    """Check that the client may answer: in a blind study, admins may not, because they can see results.
+
+    Raises: RequestError 403.
+    """
+    if context.shapes.blind and requester.admin:
+        raise RequestError(
+            403,
+            "Admins can see results, so they cannot take part in a blind study.",
+            "Use an annotator's token.",
         )
 
 
 def _work(router: APIRouter, context: Context) -> None:
+    """Add the routes that give work to the label page."""
+
     @router.get("/session")
-    def session(who: Who):
-        """The page's session."""
+    def session(requester: Requester):
+        """Return the client's name and role, and the settings that the page needs."""
         settings = context.campaign.settings
         return JSONResponse(
             {
-                "annotator": who.annotator.name,
-                "role": "admin" if who.admin else "annotator",
-                "csrf": who.csrf,
+                "annotator": requester.annotator.name,
+                "role": "admin" if requester.admin else "annotator",
+                "csrf": requester.csrf,
                 "mode": settings.mode.value,
                 "scale": settings.scale,
                 "title": context.options.title,
@@ -127,29 +140,35 @@ def _work(router: APIRouter, context: Context) -> None:
         )
 
     @router.get("/assignments")
-    def assignments(who: Who, count: Annotated[int, Query(ge=1, le=10)] = 3):
-        """The next pairs; those that are open come first. None and not waiting: finished."""
-        _judge(context, who)
+    def assignments(requester: Requester, count: Annotated[int, Query(ge=1, le=10)] = 3):
+        """Return the next pairs, open ones first. If there are none and `waiting` is false, the
+        annotator is finished.
+        """
+        _check_may_answer(context, requester)
         shapes = context.shapes
+        # Read before the assignments: a shape that becomes ready in between must not look like the end.
         settled = shapes.settled()
         pairs = context.store.assignments(
-            context.campaign.id, who.annotator.id, count, shapes.ready, shapes.lost
+            context.campaign.id, requester.annotator.id, count, shapes.ready, shapes.lost
         )
-        progress = _progress(context, who)
+        progress = _progress(context, requester)
+        # None is open, but trials are left whose shapes are not prepared yet.
         waiting = (
             not pairs
             and not settled
             and (progress["done"] < progress["total"] or progress["training_left"] > 0)
         )
+        # `training` is the only property of a pair that the page gets.
         shown = [{**_shown(context, p.token, p.left, p.right), "training": p.training} for p in pairs]
-        practice = context.store.training(context.campaign.id)
+        # Training pairs with a shape that cannot be prepared are skipped; the page shows their number.
+        training = context.store.training(context.campaign.id)
         return JSONResponse(
             {
                 "assignments": shown,
                 "progress": progress,
                 "waiting": waiting,
                 "practice_lost": sum(
-                    shapes.lost(pair.first) or shapes.lost(pair.second) for pair in practice
+                    shapes.lost(pair.first) or shapes.lost(pair.second) for pair in training
                 ),
                 "preparation": shapes.progress(),
             }
@@ -157,15 +176,16 @@ def _work(router: APIRouter, context: Context) -> None:
 
     @router.get("/answers")
     def answers(
-        who: Who,
+        requester: Requester,
         before: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
         count: Annotated[int, Query(ge=1, le=50)] = 20,
     ):
-        """One's own answers, practice aside: the pair that was handed out last first. /api/undo by assignment
-        opens one again.
+        """Return the client's own answers without training pairs, newest assignment first. /api/undo with the
+        assignment opens one again.
         """
-        _judge(context, who)
-        rows = context.store.answers(context.campaign.id, who.annotator.id, before, count + 1)
+        _check_may_answer(context, requester)
+        # One more than requested shows whether there are further answers.
+        rows = context.store.answers(context.campaign.id, requester.annotator.id, before, count + 1)
         shown = [
             {**asdict(answer), **_shown(context, answer.assignment, answer.left, answer.right)}
             for answer in rows[:count]
@@ -174,21 +194,23 @@ def _work(router: APIRouter, context: Context) -> None:
 
 
 def label_api(context: Context) -> APIRouter:
-    """The router."""
+    """Make the router of the label page."""
     router = APIRouter(prefix="/api")
     _work(router, context)
 
     @router.get("/shapes/{address}", response_class=Response)
-    def shape(address: models.AssetPath, request: Request, who: Who) -> Response:
-        """A shape's surface ("SHP1"), or an asset: a GLB or Gaussians ("GSP1"), gzip-encoded all; or a video,
-        of which parts may be had.
+    def shape(address: models.AssetPath, request: Request, requester: Requester) -> Response:
+        """Return the surface of a shape ("SHP1"), or an asset: GLB or Gaussian splats ("GSP1"), all
+        gzip-encoded, or a video, of which parts may be requested.
         """
         shapes = context.shapes
         asset = _asset(context, address)
+        # In a study nothing is served before all shapes are ready.
         if not shapes.ready(asset):
-            raise Refusal(
+            raise RequestError(
                 503, "Shapes are being prepared.", "Try again in a few seconds.", {"Retry-After": "5"}
             )
+        # The address identifies the content, so it can serve as ETag, and browsers need not ask again.
         headers = {"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(None, 304, headers)
@@ -197,11 +219,11 @@ def label_api(context: Context) -> APIRouter:
     @router.get(
         "/prompts/{address}", response_class=Response, responses={200: {"content": {"image/webp": {}}}}
     )
-    def prompt(address: models.AssetPath, who: Who) -> Response:
-        """The picture that an asset was made from."""
-        path = context.shapes.prompt_picture(_asset(context, address))
+    def prompt(address: models.AssetPath, requester: Requester) -> Response:
+        """Return the image that an asset was generated from."""
+        path = context.shapes.prompt_image(_asset(context, address))
         if path is None:
-            raise Refusal(404, "No such picture.", "Ask for /api/assignments again.")
+            raise RequestError(404, "There is no such image.", "Request /api/assignments again.")
         return Response(
             path.read_bytes(),
             media_type="image/webp",
@@ -211,13 +233,14 @@ def label_api(context: Context) -> APIRouter:
     @router.get(
         "/renders/{address}", response_class=Response, responses={200: {"content": {"image/png": {}}}}
     )
-    def render(address: models.AssetPath, who: Who) -> Response:
-        """The picture of a shape, where the campaign shows it; never in a study."""
+    def render(address: models.AssetPath, requester: Requester) -> Response:
+        """Return the render of a shape's latent if the campaign shows renders; never in a study."""
+        # A render could reveal the generator.
         shown = context.campaign.settings.show_render and not context.shapes.blind
         asset = _asset(context, address)
         path = context.options.cache.render(context.shapes.shapes[asset]) if shown else None
         if path is None:
-            raise Refusal(404, "No such picture.", "Pictures are shown where the campaign allows them.")
+            raise RequestError(404, "There is no such image.", "Use a campaign that shows renders.")
         return FileResponse(
             path, media_type="image/png", headers={"ETag": f'"{address}"', "Cache-Control": IMMUTABLE}
         )
@@ -227,89 +250,101 @@ def label_api(context: Context) -> APIRouter:
 
 
 @contextmanager
-def _refusals(conflict: str, remedy: str, correct: str) -> Iterator[None]:
-    """What the store refuses, as responses: 404, 409 (`conflict` and its `remedy`) or 422 (`correct` says
-    how).
+def _store_errors(conflict: str, remedy: str, correct: str) -> Iterator[None]:
+    """Convert errors of the store to responses: 404, 409 or 422.
+
+    Args:
+        conflict: text of a 409.
+        remedy: what to do after a 409.
+        correct: what to do after a 422.
     """
     try:
         yield
     except LookupError:
-        raise Refusal(
-            404, "No such assignment of this annotator.", "Ask for /api/assignments again."
+        raise RequestError(
+            404, "This annotator has no such assignment.", "Request /api/assignments again."
         ) from None
     except ConflictError:
-        raise Refusal(409, conflict, remedy) from None
+        raise RequestError(409, conflict, remedy) from None
     except ValueError as error:
-        raise Refusal(422, str(error), correct) from None
+        raise RequestError(422, str(error), correct) from None
 
 
 def _judgements(router: APIRouter, context: Context) -> None:
+    """Add the routes for answers and undos."""
+
     @router.post("/judgements", status_code=201)
-    def judge(body: models.Judgement, who: Who):
-        """Keep an answer. It is kept for good once this responds; sent again with the same key, nothing
-        changes.
+    def submit(body: models.Judgement, requester: Requester):
+        """Store an answer. It is on the disk when this responds. Sending it again with the same key
+        changes nothing.
         """
-        _judge(context, who)
+        _check_may_answer(context, requester)
+        # The store's `Answer` has an enumeration and a tuple where JSON has texts and a list.
         values = body.model_dump() | {"choice": Choice(body.choice), "views": tuple(body.views)}
-        conflict = "This assignment is answered already, or the key was another answer's."
-        with _refusals(conflict, "Undo that answer first, or go on.", "Correct the answer."):
-            kept = context.store.submit(context.campaign.id, who.annotator.id, Answer(**values))
-        lesson = (
-            {"correct": kept.correct, "better": kept.better, "explanation": kept.explanation}
-            if kept.training
+        conflict = "This assignment is answered already, or another answer has the same key."
+        with _store_errors(
+            conflict, "Undo that answer first, or continue with the next pair.", "Correct the answer."
+        ):
+            submitted = context.store.submit(context.campaign.id, requester.annotator.id, Answer(**values))
+        training = (
+            {"correct": submitted.correct, "better": submitted.better, "explanation": submitted.explanation}
+            if submitted.training
             else None
         )
-        names = {"left": kept.reveal[0], "right": kept.reveal[1]} if kept.reveal else None
+        names = {"left": submitted.reveal[0], "right": submitted.reveal[1]} if submitted.reveal else None
         reply = {
             "accepted": True,
-            "duplicate": kept.duplicate,
-            "training": lesson,
+            "duplicate": submitted.duplicate,
+            "training": training,
             "reveal": names,
-            "progress": _progress(context, who),
+            "progress": _progress(context, requester),
         }
-        return JSONResponse(reply, 200 if kept.duplicate else 201)
+        # 201 Created only for the first of several equal requests.
+        return JSONResponse(reply, 200 if submitted.duplicate else 201)
 
     @router.post("/undo")
-    def undo(body: models.Undo, who: Who):
-        """Take an answer back by a further record; its assignment is open again."""
-        _judge(context, who)
-        with _refusals(
-            "This cannot be undone, or the key was an answer's.",
-            "Ask for /api/assignments again.",
+    def undo(body: models.Undo, requester: Requester):
+        """Take an answer back with a further record. Its assignment is open again."""
+        _check_may_answer(context, requester)
+        with _store_errors(
+            "This answer cannot be undone, or another answer has the same key.",
+            "Request /api/assignments again.",
             "Correct the key.",
         ):
-            token = context.store.undo(context.campaign.id, who.annotator.id, body.key, body.assignment)
-        return JSONResponse({"assignment": token, "progress": _progress(context, who)})
+            token = context.store.undo(context.campaign.id, requester.annotator.id, body.key, body.assignment)
+        return JSONResponse({"assignment": token, "progress": _progress(context, requester)})
 
 
 def admin_api(context: Context) -> APIRouter:
-    """The router; every route of it needs an admin."""
+    """Make the router of the admin page. Every route needs an admin."""
     router = APIRouter(prefix="/api/admin", dependencies=[Depends(admin_of)])
     lock = threading.Lock()
     until = 0.0
-    kept: dict = {}
+    report: dict = {}
 
     @router.get("/quality")
     def quality() -> dict:
-        """Quality of annotators and answers, and how far the shapes are."""
-        nonlocal kept, until
-        # one thread at a time computes it, and it is kept for a moment: it may take longer than a submission
-        # may wait
+        """Return figures about annotators and answers, and the progress of the preparation."""
+        nonlocal report, until
+        # One thread at a time computes the report, and it is reused for at least ten times as long as that
+        # took. So the reports of many open pages take at most a tenth of one thread.
         with lock:
+            # After waiting for the lock, another thread may have computed the report.
             if (began := time.monotonic()) >= until:
-                kept = quality_report(
+                report = quality_report(
                     context.store.judgements(context.campaign.settings.name, include_undone=True)
                 )
                 until = time.monotonic() + max(KEEP, 10 * (time.monotonic() - began))
-        return {**kept, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
+        return {**report, "preparation": {**context.shapes.progress(), "error": context.shapes.trouble()}}
 
     @router.get("/openapi.json", include_in_schema=False)
     def description(request: Request) -> JSONResponse:
+        """Return the description of the API (OpenAPI)."""
         return JSONResponse(request.app.openapi())
 
     @router.get("/comments")
     def comments(count: Annotated[int, Query(ge=1, le=1000)] = 200):
-        """What annotators remarked, newest first; remarks of answers that were taken back are left out."""
+        """Return comments of annotators, newest first, without those on answers that were taken back."""
         rows = context.store.comments(context.campaign.id, count)
         return [
             {
@@ -329,8 +364,9 @@ def admin_api(context: Context) -> APIRouter:
         responses={200: {"content": {"text/csv": {}, "application/x-ndjson": {}}}},
     )
     def export(format: Annotated[Literal["csv", "jsonl", "judgements"], Query()] = "jsonl"):
-        """Labels in the open form, as CSV or JSON lines, or all judgements without loss."""
+        """Return labels in the open label format as CSV or JSON lines, or all judgements without loss."""
         name = {"csv": "labels.csv", "jsonl": "labels.jsonl", "judgements": "judgements.jsonl"}[format]
+        # A file and not memory: an export of a large campaign is streamed.
         folder = tempfile.TemporaryDirectory(prefix="eg3d-label-export-")
         path = Path(folder.name) / name
         try:
@@ -339,61 +375,70 @@ def admin_api(context: Context) -> APIRouter:
                 export_judgements if format == "judgements" else export_unpaired if single else export_labels
             )
             write(context.store, path, campaign=context.campaign.settings.name)
+        # The folder is deleted after any failure, also after a disconnected client.
         except BaseException as error:
             folder.cleanup()
-            # a study holds no labels, and those of single shapes are no table
+            # A study has no labels, and labels of single shapes have no CSV form.
             if isinstance(error, ValueError):
-                raise Refusal(409, str(error), "Ask for format=judgements.") from None
+                raise RequestError(409, str(error), "Request format=judgements.") from None
             raise
         kind = "text/csv" if format == "csv" else "application/x-ndjson"
+        # The file is deleted after it was sent.
         return FileResponse(path, media_type=kind, filename=name, background=BackgroundTask(folder.cleanup))
 
     return router
 
 
-def _handed_over(request: Request, name: str, token: str) -> dict:
-    """A new token with its link, at the address by which the admin has reached the server."""
+def _new_access(request: Request, name: str, token: str) -> dict:
+    """Return a new token with its link. The link has the address at which the admin has reached the
+    server.
+    """
+    # The Host header was checked, so it can be used in a link.
     link = login_link(f"{request.url.scheme}://{request.headers['host']}", token)
     return {"name": name, "token": token, "link": link, "qr": qr_data(link)}
 
 
 def _annotators(router: APIRouter, context: Context) -> None:
+    """Add the routes that manage annotators."""
+
     @router.get("/annotators", response_model=list[models.AnnotatorLine])
     def annotators():
-        """All annotators, revoked ones included."""
+        """Return all annotators, revoked ones included."""
         return context.store.annotators()
 
     @router.post("/annotators", status_code=201)
     def add(body: models.NewAnnotator, request: Request):
-        """Make an annotator; the token is shown this once."""
+        """Add an annotator. The token is returned only this once."""
         try:
-            return _handed_over(request, body.name, context.store.add_annotator(body.name, body.role))
+            return _new_access(request, body.name, context.store.add_annotator(body.name, body.role))
         except ValueError as error:
-            raise Refusal(409, str(error), "Choose another name.") from None
+            raise RequestError(409, str(error), "Choose another name.") from None
 
     @router.post("/annotators/token")
-    def new_token(body: models.Named, request: Request, who: Who):
-        """Replace a token, or give one to somebody revoked: the old token and sessions end, but the one that
-        asks; the work stays.
+    def new_token(body: models.Named, request: Request, requester: Requester):
+        """Replace a token, or give a revoked annotator a new one. The old token and all sessions become
+        invalid, except the session of the client. Answers stay.
         """
         try:
-            return _handed_over(
-                request, body.name, context.store.new_token(body.name, keep_session=who.session)
+            return _new_access(
+                request, body.name, context.store.new_token(body.name, keep_session=requester.session)
             )
         except ValueError as error:
-            raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
 
     @router.post("/annotators/revoke", response_model=list[models.AnnotatorLine])
-    def revoke(body: models.Named, who: Who):
-        """Withdraw a token; the annotator's sessions end too. Returns all annotators."""
-        if body.name == who.annotator.name:
-            raise Refusal(
-                409, "You cannot revoke yourself.", "Another admin can, or tools/label.py revoke NAME."
+    def revoke(body: models.Named, requester: Requester):
+        """Withdraw a token and end the annotator's sessions. Returns all annotators."""
+        # An admin who revoked herself by mistake could not undo that.
+        if body.name == requester.annotator.name:
+            raise RequestError(
+                409, "You cannot revoke yourself.", "Ask another admin, or run tools/label.py revoke NAME."
             )
         try:
+            # On loopback the user of the machine is admin without a token, so no admin must remain.
             context.store.revoke_annotator(body.name, keep_an_admin=context.options.exposed)
         except ConflictError as error:
-            raise Refusal(409, str(error), "Make another admin first.") from None
+            raise RequestError(409, str(error), "Add another admin first.") from None
         except ValueError as error:
-            raise Refusal(404, str(error), "Ask for /api/admin/annotators.") from None
+            raise RequestError(404, str(error), "Request /api/admin/annotators.") from None
         return annotators()

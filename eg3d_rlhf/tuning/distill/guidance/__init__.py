@@ -1,1 +1,3 @@
-"""Methods of score distillation: each gives the gradient of one step on the latents of the rendered views."""
+"""Methods of score distillation. Each computes the gradient of one step on the latents of the rendered
+views.
+"""

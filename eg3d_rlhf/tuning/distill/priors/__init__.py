@@ -1,1 +1,1 @@
-"""Frozen diffusion models of pictures."""
+"""Frozen diffusion models of images, which serve as priors."""

@@ -61,7 +61,7 @@ function show(quality, annotators) {
   page.strengths.replaceChildren(strengthsPlot(quality.bradley_terry));
 }
 
-// One figure per question and group of generators that met; what is said of it stands below.
+// One figure per question and group of generators that met; notes on it stand below.
 function leaderboards(all) {
   page.leaderboardPanel.hidden = !all.length;
   page.leaderboards.replaceChildren(...all.flatMap((board) => {

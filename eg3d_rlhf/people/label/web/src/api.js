@@ -1,4 +1,4 @@
-// The server's answers as objects, its refusals as errors with a status; status 0 is no connection.
+// The server's answers as objects, its error answers as errors with a status; status 0 is no connection.
 
 import { forget } from './shelf.js';
 import { t } from './texts.js';
@@ -20,7 +20,7 @@ const TIMEOUT = 20_000; // milliseconds: a phone between two masts hangs rather 
 
 export class Api {
   csrf = '';
-  check = null; // what must be done before pairs are asked for
+  check = null; // a step that is due before pairs are requested
 
   async session() {
     const session = await this.json('GET', '/api/session');
@@ -74,23 +74,23 @@ export class Api {
     } catch {
       throw new ApiError(0, t('error.connection'));
     }
-    if (!response.ok) throw await refusal(response);
+    if (!response.ok) throw await readError(response);
     return response;
   }
 }
 
 export async function signIn() {
-  await forget(true); // somebody else may be next
+  await forget(true); // another annotator may be next
   location.assign('/login');
 }
 
-async function refusal(response) {
-  let told = {};
+async function readError(response) {
+  let reply = {};
   try {
-    told = await response.json();
+    reply = await response.json();
   } catch { /* not JSON: the status says enough */ }
   const seconds = Number.parseFloat(response.headers.get('Retry-After'));
-  return new ApiError(response.status, told.error || t('error.status', { status: String(response.status) }), told.remedy || '',
+  return new ApiError(response.status, reply.error || t('error.status', { status: String(response.status) }), reply.remedy || '',
     Number.isFinite(seconds) ? seconds : null);
 }
 

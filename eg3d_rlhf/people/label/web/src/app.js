@@ -49,7 +49,7 @@ class LabelPage {
     this.shapes = new Shapes(this.api, { keep: (data) => this.viewer.keep(data), drop: (shape) => this.viewer.drop(shape) }, this.shelf);
     this.outbox = new Outbox(this.api, this.session.annotator, {
       delivered: (item, reply) => this.delivered(item, reply),
-      refused: (item, error) => this.refused(item, error),
+      rejected: (item, error) => this.rejected(item, error),
       changed: () => this.queueChanged(),
       unauthorised: signIn,
       forbidden: () => this.renewSession(),
@@ -58,7 +58,7 @@ class LabelPage {
       open: (pair, started) => this.open(pair, started),
       idle: (state, text, share) => this.idle(state, text, share),
       progress: () => this.showProgress(),
-      practiceLost: () => { this.told ??= this.ui.say(t('practice.lost'), true) ?? true; },
+      practiceLost: () => { this.practiceNoted ??= this.ui.say(t('practice.lost'), true) ?? true; },
       failed: (error) => this.failed(error),
     }, (body) => this.session.reveal && body.choice !== 'skip');
     if (this.unchecked) this.work.restore(this.shelf.kept);
@@ -102,7 +102,7 @@ class LabelPage {
     const session = await this.api.session();
     await this.shelf.begin(session);
     if (session.annotator === this.session.annotator) return true;
-    location.reload(); // somebody else has signed in here; the answers stay with whose they are
+    location.reload(); // another annotator has signed in here; answers that wait stay with their own annotator
     return false;
   }
 
@@ -243,7 +243,7 @@ class LabelPage {
     this.ui.explain(result);
   }
 
-  refused(item, error) {
+  rejected(item, error) {
     const again = item.body.key === this.awaited;
     this.awaited = null;
     const conflict = item.path === '/api/undo' ? 'own.stays' : 'answeredElsewhere';
@@ -306,7 +306,7 @@ class LabelPage {
     if (started !== null) performance.measure('next-pair', { start: started, end: performance.now() });
   }
 
-  // The graphics card has forgotten everything.
+  // The graphics context was lost, with everything on the GPU.
   drawAnew() {
     this.looking.show(null);
     this.shapes.clear();
@@ -330,7 +330,7 @@ class LabelPage {
     this.ui.undo.disabled = (!this.work.history.length && !this.work.done) || Boolean(this.work.current?.review);
   }
 
-  // What is said above an answer that is looked at again.
+  // The text above an earlier answer that is open again.
   reviewed(answer) {
     const said = t('own.given', { when: when(answer.answered), answer: this.ui.answered(answer.choice) });
     return `${said} ${t(answer.changeable ? 'own.change' : 'own.stays')}`;
@@ -369,7 +369,7 @@ class LabelPage {
     else this.ui.say(t('error.connection'), true); // the session goes on
   }
 
-  // What the page knows, for tests and the curious; reading changes nothing.
+  // The page's state, for tests; reading changes nothing.
   publish() {
     const page = this;
     window.labelState = Object.freeze({

@@ -1,4 +1,4 @@
-// Of the results page: figures of the questions that were asked besides which is better, and what annotators remarked.
+// For the results page: figures of the questions asked besides which is better, and the annotators' comments.
 
 export function showQuestions(panel, body, questions) {
   panel.hidden = !questions.length;

@@ -23,7 +23,7 @@ export class OrbitCamera {
   radius = 1;
   share = 1;
   start = 'front'; // of VIEWS: what is framed is looked at from there
-  flat = false; // pictures, not shapes: they are moved in their plane whatever the turn
+  flat = false; // images, not shapes: they are moved in their plane whatever the turn
 
   constructor(start = 'front') {
     this.start = start;
@@ -106,7 +106,7 @@ export class OrbitCamera {
     return this.fitting() / before;
   }
 
-  // How a picture that fills the viewport is enlarged, and moved in shares of the viewport's height, y down.
+  // Scale of an image that fills the viewport, and its shift in shares of the viewport's height, y down.
   flatView() {
     const height = 2 * this.distance * Math.tan((FIELD_OF_VIEW / 360) * Math.PI);
     return { scale: this.fitting() / this.distance, x: (this.centre[0] - this.target[0]) / height, y: (this.target[1] - this.centre[1]) / height };

@@ -40,7 +40,7 @@ export function decodeGaussians(buffer) {
   };
 }
 
-// Of each: x y z | red, green; covariance xx xy xz yy; covariance yz zz | blue, opacity (uint8) | 0.
+// Texels of a Gaussian: x y z | red, green; covariance xx xy xz yy; covariance yz zz | blue, opacity (uint8) | 0.
 function splatTexels(count, { positions, opacities, scales, rotations, colours }) {
   const words = new Uint32Array(12 * PER_ROW * Math.ceil(count / PER_ROW));
   const floats = new Float32Array(words.buffer);
@@ -74,8 +74,8 @@ function restTexels(count, degree, values) {
 }
 
 
-// What is framed: the middle of the box that holds all but a hundredth of the centres on each side, and the radius that holds all but a hundredth
-// of them with a standard deviation around, told from some 50,000. A few strays must not make the rest small; they are drawn all the same. Centres that can hardly be seen do not count.
+// The framed ball: the middle of the box that holds all but a hundredth of the centres on each side, and the radius that holds all but a hundredth
+// of them with a standard deviation around, estimated from some 50,000. A few outliers must not make the rest small; they are drawn all the same. Centres that can hardly be seen do not count.
 function ball({ positions, opacities, scales }) {
   const seen = [];
   const step = Math.ceil(opacities.length / 50_000);

@@ -1,4 +1,4 @@
-// Draws Gaussians where there is no graphics card: workers make the pictures, this shows them. While the camera moves they are coarser.
+// Draws Gaussians where there is no graphics card: workers render the images, this shows them. While the camera moves they are coarser.
 
 import { DataTexture, Group, LinearFilter, RGBAFormat, UnsignedByteType } from 'three';
 
@@ -6,7 +6,7 @@ import { GaussianWorkers } from './gaussian_workers.js';
 import { Sheet } from './sheet.js';
 
 const LEAST = 0.2; // share of the pixels along each axis that is left while moving
-const AIM = 90; // milliseconds for a picture while moving
+const AIM = 90; // milliseconds for an image while moving
 
 export class GaussianPictures {
   scale = 0.5; // share of the pixels along each axis while moving
@@ -14,7 +14,7 @@ export class GaussianPictures {
 
   constructor(renderer, changed) {
     this.changed = changed;
-    this.workers = new GaussianWorkers(2, (message) => this.told(message)); // one for each side
+    this.workers = new GaussianWorkers(2, (message) => this.receive(message)); // one for each side
     this.sheet = new Sheet(renderer);
   }
 
@@ -38,7 +38,7 @@ export class GaussianPictures {
     this.workers.end();
   }
 
-  told({ id, picture, camera, milliseconds }) {
+  receive({ id, picture, camera, milliseconds }) {
     const shape = this.shapes.get(id);
     if (!shape) return;
     const [width, height] = camera.size;
@@ -56,7 +56,7 @@ export class GaussianPictures {
     this.changed();
   }
 
-  // Asks for a picture, once the one asked for before has come.
+  // Requests an image once the previous request has been answered.
   ask(shape, camera) {
     shape.wanted = camera;
     if (shape.asked || shape.drawn === camera.name) return;

@@ -1,4 +1,4 @@
-// Gaussians without a graphics card: the same picture as gaussian_shading.js describes, made by the processor. The nearest comes first, so that
+// Gaussians without a graphics card: the same image as gaussian_shading.js describes, computed by the CPU. The nearest comes first, so that
 // what is hidden costs nothing.
 
 import { HALVES, PER_ROW, REST_TEXELS } from './gaussian_file.js';
@@ -122,7 +122,7 @@ function cover(seen, width, height, ellipse, opacity, reach) {
   }
 }
 
-// Where the camera stands in the Gaussians' coordinates; view is a turn, a uniform scale and a move.
+// The camera's position in the Gaussians' coordinates; view is a turn, a uniform scale and a move.
 function eyeOf(v) {
   const scale = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
   return [0, 4, 8].map((column) => -(v[column] * v[12] + v[column + 1] * v[13] + v[column + 2] * v[14]) / scale);

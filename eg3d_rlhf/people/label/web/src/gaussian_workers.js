@@ -13,7 +13,7 @@ export class GaussianWorkers {
     this.heard = heard;
     this.workers = Array.from({ length: count }, () => new Worker(WORKER, { type: 'module' }));
     for (const worker of this.workers) {
-      worker.onmessage = ({ data }) => this.told(data);
+      worker.onmessage = ({ data }) => this.receive(data);
       worker.onerror = () => this.fail();
     }
   }
@@ -29,7 +29,7 @@ export class GaussianWorkers {
     });
   }
 
-  told({ id, found, error, ...rest }) {
+  receive({ id, found, error, ...rest }) {
     const reader = this.reading.get(id);
     this.reading.delete(id);
     if (error) reader?.reject(new Error(t('error.shape')));

@@ -19,10 +19,10 @@ export class Gaussians {
   scale = 1; // share of the pixels along each axis while moving
   shapes = new Map(); // id -> shape
 
-  // changed(): a better picture can be drawn.
+  // changed(): a better image can be drawn.
   constructor(renderer, changed) {
     Object.assign(this, { renderer, changed });
-    this.workers = new GaussianWorkers(1, (message) => this.told(message));
+    this.workers = new GaussianWorkers(1, (message) => this.receive(message));
     const fine = renderer.extensions.has('EXT_color_buffer_float') || renderer.extensions.has('EXT_color_buffer_half_float');
     this.target = new WebGLRenderTarget(1, 1, { type: fine ? HalfFloatType : UnsignedByteType, depthBuffer: false, magFilter: LinearFilter, minFilter: LinearFilter });
     this.batch = quads();
@@ -78,7 +78,7 @@ export class Gaussians {
 
   // ---- the order
 
-  told({ id, order, direction }) {
+  receive({ id, order, direction }) {
     const shape = this.shapes.get(id);
     if (!shape) return;
     shape.textures.order.image.data = order;
@@ -97,7 +97,7 @@ export class Gaussians {
     this.workers.tell(shape.id, { direction });
   }
 
-  // Whether the last drawing had the order of its camera.
+  // True if the last drawing had the order of its camera.
   settled(shape) {
     return equal(shape.sorted, shape.wanted);
   }

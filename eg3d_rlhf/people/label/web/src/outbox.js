@@ -1,7 +1,7 @@
 // Answers on their way to the server, in order, kept in localStorage until the server has acknowledged them.
 //
 // One storage item per answer, so that two tabs never overwrite each other's; either may send it. Every answer carries a key of its own:
-// the server takes it once, however often it is sent. Items belong to one annotator; whoever else signs in on this device neither sends nor loses them.
+// the server takes it once, however often it is sent. Items belong to one annotator; another annotator who signs in on this device neither sends nor loses them.
 
 import { ApiError } from './api.js';
 
@@ -9,7 +9,7 @@ const PREFIX = 'eg3d-outbox:';
 const SLOWEST = 15_000; // milliseconds between two attempts without a connection
 
 export class Outbox {
-  // handlers: delivered(item, reply), refused(item, error), changed(), unauthorised(), forbidden() -> whether to try once more
+  // handlers: delivered(item, reply), rejected(item, error), changed(), unauthorised(), forbidden() -> whether to try once more
   constructor(api, annotator, handlers, storage = localStorage) {
     this.api = api;
     this.prefix = `${PREFIX}${encodeURIComponent(annotator)}:`;
@@ -70,7 +70,7 @@ export class Outbox {
         if (error.temporary) await this.pause(error);
         else {
           this.settle(item);
-          this.handlers.refused(item, error);
+          this.handlers.rejected(item, error);
         }
       }
     }

@@ -1,4 +1,4 @@
-// How fast the annotator works, and how long the rest will take.
+// The annotator's pace, and an estimate of the remaining time.
 
 import { t } from './texts.js';
 

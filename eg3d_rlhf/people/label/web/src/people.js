@@ -1,6 +1,6 @@
-// Who has access: the list, new annotators, tokens replaced and withdrawn. A token is on the page only while its dialog is open.
+// Access: the list of annotators, new ones, tokens replaced and revoked. A token is on the page only while its dialog is open.
 
-const LOCAL = 'local'; // whoever sits at the server's machine; has no token
+const LOCAL = 'local'; // the user at the server's machine, without a token
 const HERE_ALONE = /^(localhost|127\..*|\[::1\])$/; // names by which no other machine reaches the server
 
 export class People {

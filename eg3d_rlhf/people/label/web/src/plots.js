@@ -33,20 +33,20 @@ export function rowsPlot(entries, { low, high, middle, digits = 2, percent = fal
   const [row, left, right] = [22, 130, 116];
   const height = known.length * row + 26;
   const x = (value) => left + ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (width - left - right);
-  const said = (value) => (percent ? `${Math.round(100 * value)} %` : value.toFixed(digits));
-  const plot = canvas(width, height, known.map((entry) => `${entry.label}: ${said(entry.value)}`).join('; '));
+  const format = (value) => (percent ? `${Math.round(100 * value)} %` : value.toFixed(digits));
+  const plot = canvas(width, height, known.map((entry) => `${entry.label}: ${format(entry.value)}`).join('; '));
   plot.append(line('middle', x(middle), 4, x(middle), height - 20));
   known.forEach((entry, place) => {
     const y = 14 + place * row;
     const group = node('g', {});
     group.append(label('name', left - 10, y + 4, shortened(entry.label), 'end'));
     if (entry.ci95) group.append(line('range', x(entry.ci95[0]), y, x(entry.ci95[1]), y));
-    group.append(node('circle', { class: 'mark', cx: x(entry.value), cy: y, r: 4.5 }), label('', width - right + 12, y + 4, said(entry.value), 'start'),
+    group.append(node('circle', { class: 'mark', cx: x(entry.value), cy: y, r: 4.5 }), label('', width - right + 12, y + 4, format(entry.value), 'start'),
       label('', width - 4, y + 4, entry.note ?? '', 'end'));
-    group.append(titled(`${entry.label}: ${said(entry.value)}${entry.ci95 ? ` (${entry.ci95.map(said).join(' to ')})` : ''} ${[entry.note, entry.more].filter(Boolean).join(', ')}`));
+    group.append(titled(`${entry.label}: ${format(entry.value)}${entry.ci95 ? ` (${entry.ci95.map(format).join(' to ')})` : ''} ${[entry.note, entry.more].filter(Boolean).join(', ')}`));
     plot.append(group);
   });
-  for (const value of [low, middle, high]) plot.append(label('', x(value), height - 4, said(value), 'middle'));
+  for (const value of [low, middle, high]) plot.append(label('', x(value), height - 4, format(value), 'middle'));
   return plot;
 }
 
@@ -59,7 +59,7 @@ export function boardPlot(group) {
   const bottom = top + group.length * row;
   const columns = [['points', 350], ['95 %', 235], ['won', 185], ['lost', 150], ['tied', 114], ['both bad', 45], ['n', 0]];
   const at = (back) => width - 4 - back;
-  const plot = canvas(width, bottom + 24, group.map((one, place) => `${place + 1}. ${one.name}: ${said(one)}, n = ${one.n}`).join('; '));
+  const plot = canvas(width, bottom + 24, group.map((one, place) => `${place + 1}. ${one.name}: ${formatScore(one)}, n = ${one.n}`).join('; '));
   plot.classList.add('board');
   const step = 50 * Math.ceil((high - low) / 300);
   for (let value = step * Math.ceil(low / step); value <= high; value += step) {
@@ -77,13 +77,13 @@ export function boardPlot(group) {
     entry.append(node('circle', { class: 'mark', cx: x(one.points), cy: y, r: 6 }));
     const figures = [Math.round(one.points), bounds(one.ci95), one.wins, one.losses, one.ties - one.both_bad, one.both_bad, one.n];
     figures.forEach((figure, k) => entry.append(label(k ? '' : 'name', at(columns[k][1]), y + 5, String(figure), 'end')));
-    entry.append(titled(`${one.name}: ${said(one)}; won ${Math.round(100 * one.score)} %, ties half, n = ${one.n} over ${one.prompts} prompts or pairs`));
+    entry.append(titled(`${one.name}: ${formatScore(one)}; won ${Math.round(100 * one.score)} %, ties half, n = ${one.n} over ${one.prompts} prompts or pairs`));
     plot.append(entry);
   });
   return plot;
 }
 
-function said(one) {
+function formatScore(one) {
   return `${Math.round(one.points)} points (${bounds(one.ci95)})`;
 }
 

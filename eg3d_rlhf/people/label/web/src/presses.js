@@ -1,4 +1,4 @@
-// Which press of a key, mouse or finger may answer: one that began after its pair had been on the screen for long enough to be seen, and
+// Decides which press of a key, mouse or finger may answer: one that began after its pair had been on the screen for long enough to be seen, and
 // after a pause. What follows sooner belongs to the burst on whose pair it began: a double click, a double tap, two keys at once.
 
 const SEEN = 200; // milliseconds on the screen: nobody sees and decides faster
@@ -33,7 +33,7 @@ export class Presses {
     if (scene === this.scene) this.since = performance.now();
   }
 
-  // Whether the press that is being handled may act, once. seen: on what must have been seen; opens: a dialog, where a key may follow at once.
+  // True, once, if the press that is being handled may act. seen: on what must have been seen; opens: a dialog, where a key may follow at once.
   take({ seen = true, opens = false } = {}) {
     const press = this.current;
     if (!press || press.taken) return false;

@@ -1,4 +1,4 @@
-// What both shapes were made from: a text, a picture, or both. On small screens one line, which a button opens.
+// The prompt of both shapes: a text, an image, or both. On small screens one line, which a button opens.
 
 export class Prompt {
   constructor(ui) {

@@ -63,7 +63,7 @@ export class Shapes {
     return [...this.entries].filter(([, { shape }]) => shape);
   }
 
-  // Whether another pair like the largest so far would fit.
+  // True if another pair like the largest so far would fit.
   room() {
     const largest = Math.max(0, ...this.kept().map(([, { shape }]) => shape.bytes));
     return this.trim(2 * largest, 2);
@@ -124,7 +124,7 @@ export class Shapes {
   }
 }
 
-// Decoding takes some 10 ms: not while the annotator turns a shape or waits for a picture.
+// Decoding takes some 10 ms: not while the annotator turns a shape or waits for an image.
 function idle() {
   return new Promise((resolve) => {
     if (globalThis.requestIdleCallback) requestIdleCallback(resolve, { timeout: 400 });

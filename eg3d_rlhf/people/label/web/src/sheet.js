@@ -1,11 +1,11 @@
-// Lays a picture, colours times opacity, over a whole viewport.
+// Draws an image, colours times opacity, over a whole viewport.
 
 import { BufferGeometry, CustomBlending, GLSL3, Mesh, OneFactor, OneMinusSrcAlphaFactor, Scene, ShaderMaterial, Vector2 } from 'three';
 
 export const OVER = { transparent: true, blending: CustomBlending, blendSrc: OneFactor, blendDst: OneMinusSrcAlphaFactor, depthTest: false, depthWrite: false };
 
 const VERTEX = /* glsl */ `
-uniform vec2 part; // of the picture that is drawn on
+uniform vec2 part; // of the image that is drawn
 out vec2 at;
 void main() {
   vec2 corner = vec2(gl_VertexID == 1 ? 2.0 : 0.0, gl_VertexID == 2 ? 2.0 : 0.0);

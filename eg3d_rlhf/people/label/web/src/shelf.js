@@ -1,4 +1,4 @@
-// What a reload without a network needs, kept on this device for the annotator who was here last: session, pairs at hand, their shapes.
+// Everything a reload without a network needs, stored on this device for the annotator who was here last: session, pairs at hand, their shapes.
 //
 // Signing out, a session that has ended and another annotator's arrival empty it. Where a browser keeps nothing (no https, storage full or
 // forbidden), it stays empty, and the page works as without.
@@ -13,7 +13,7 @@ export class Shelf {
   sizes = new Map(); // path -> bytes, oldest first
   wanted = ''; // addresses of the shapes at hand
 
-  // Whose the page is, online. Returns nothing; whoever else's things lie here go.
+  // Registers the annotator of the page, online. Stored data of another annotator are removed.
   async begin(session) {
     if (this.kept.session?.annotator !== session.annotator) await forget();
     this.kept = { session: { ...session, csrf: '' } };
@@ -30,7 +30,7 @@ export class Shelf {
     this.dropOthers(paths).catch(() => {});
   }
 
-  // Where the shapes lie, null where nothing is kept.
+  // The cache of shapes, null where nothing is stored.
   async shapes() {
     return closed ? null : globalThis.caches?.open(SHAPES).catch(() => null) ?? null;
   }

@@ -6,7 +6,7 @@
 const { version, files } = self.PAGE;
 const NAME = `eg3d-page-${version}`;
 const PATIENCE = 8000; // milliseconds for the network
-const AWAY = [502, 503, 504]; // what a proxy says of a server that is not there
+const AWAY = [502, 503, 504]; // a proxy's status when the server is unreachable
 
 self.addEventListener('install', (event) => event.waitUntil(keep().then(() => self.skipWaiting())));
 self.addEventListener('activate', (event) => event.waitUntil(dropOthers().then(() => self.clients.claim())));

@@ -1,4 +1,4 @@
-// What the pages say, in the reader's language. The tables texts.*.json have the same keys; a new text goes into each of them.
+// The pages' texts, in the reader's language. The tables texts.*.json have the same keys; a new text goes into each of them.
 
 import de from './texts.de.json';
 import en from './texts.en.json';
@@ -32,7 +32,7 @@ export function known(sentence) {
   return key ? t(key) : sentence;
 }
 
-// Fills elements with the texts that their attributes name: data-text the content, data-label the accessible name, data-alt a picture's.
+// Fills elements with the texts that their attributes name: data-text the content, data-label the accessible name, data-alt an image's.
 export function fillTexts() {
   document.documentElement.lang = language;
   for (const element of document.querySelectorAll('[data-text]')) element.textContent = t(element.dataset.text);

@@ -52,7 +52,7 @@ export class Textured {
     return shape;
   }
 
-  // Everything to the GPU, a part at a time; the pictures' own memory is given back.
+  // Everything to the GPU, a part at a time; the images' own memory is freed.
   async upload({ root, geometries, textures }, camera) {
     for (const texture of textures) {
       texture.anisotropy = this.anisotropy;
@@ -89,7 +89,7 @@ export class Textured {
   }
 }
 
-// The file's scene and all its textures. A picture that cannot be read is an error, not a white shape.
+// The file's scene and all its textures. An image that cannot be read is an error, not a white shape.
 async function parse(data) {
   const loader = new GLTFLoader();
   const broken = [];
@@ -143,7 +143,7 @@ function size({ geometries, textures }) {
   return sum;
 }
 
-// Lets a frame and the annotator's input pass.
+// Yields to a frame and to the annotator's input.
 function breath() {
   return new Promise((resolve) => { setTimeout(resolve, 4); });
 }

@@ -1,4 +1,4 @@
-// What the page says and shows besides the shapes.
+// The page's texts and controls around the shapes.
 
 import { paceText } from './pace.js';
 import { known, t } from './texts.js';
@@ -12,7 +12,7 @@ export class Ui {
     for (const element of document.querySelectorAll('[id]')) this[element.id] = element;
   }
 
-  // What is asked: 'pairs', or, of one shape at a time, 'thumbs' or 'scores'.
+  // The kind of question: 'pairs', or, of one shape at a time, 'thumbs' or 'scores'.
   arrange(scale) {
     this.single = scale !== 'pairs';
     this.root.dataset.scale = scale;
@@ -52,13 +52,13 @@ export class Ui {
     this.say(said ? `${this.answered(said)} ${where}` : where);
   }
 
-  // What is asked of the pair, above the answers; '' is nothing.
+  // The question about the pair, above the answers; '' is none.
   ask(text) {
     this.askedText.textContent = text;
     this.asked.hidden = !text && !this.askedNote.textContent;
   }
 
-  // What is said of an answer that is looked at again, and the answer on its button; '' and null: it is a new pair.
+  // The text about an earlier answer that is open again, and the answer on its button; '' and null for a new pair.
   review(text, choice) {
     this.askedNote.textContent = text;
     this.backToWork.hidden = !text;
@@ -97,7 +97,7 @@ export class Ui {
     this.onward.focus();
   }
 
-  // Tells whose shapes they were.
+  // Shows the generators of the two shapes.
   reveal({ left, right }) {
     this.explanationTitle.textContent = t('reveal');
     this.explanationText.textContent = `${t(this.side('left'))}: ${left} · ${t(this.side('right'))}: ${right}`;
@@ -113,7 +113,7 @@ export class Ui {
     for (const side of ['left', 'right']) this[side].setAttribute('aria-label', `${t(this.single ? 'shape' : `shape.${this.side(side)}`)}${from}`);
   }
 
-  // How a side is called as the page is laid out; another word stays as it is.
+  // Name of a side in the page's layout; another word stays as it is.
   side(name) {
     return (STACKED.matches && { left: 'top', right: 'bottom' }[name]) || name;
   }
@@ -124,7 +124,7 @@ export class Ui {
     setTimeout(() => button?.classList.remove('chosen'), 180);
   }
 
-  // Tells a screen reader, and for a while the eye when asked to.
+  // Announces a text to screen readers; visibly too, for a while, on request.
   say(text, visibly = false) {
     this.live.textContent = text;
     if (!visibly) return;

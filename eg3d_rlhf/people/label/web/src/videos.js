@@ -1,18 +1,18 @@
 // Turntable videos: one element for each shape, both in step. A turn of the camera about the vertical axis is a turn of the table, so that
-// the same gestures and keys work; the distance enlarges and the target moves the picture.
+// the same gestures and keys work; the distance enlarges and the target moves the image.
 
 import { t } from './texts.js';
 
 const APART = 0.05; // seconds by which two videos may differ while they play
-const PATIENCE = 20_000; // milliseconds until the first picture
+const PATIENCE = 20_000; // milliseconds until the first image
 
 export class Videos {
   playing = false;
   shown = {}; // side -> shape
 
-  // panes: {left, right}: where the elements go; told(playing): the state has changed.
-  constructor(panes, told) {
-    Object.assign(this, { panes, told });
+  // panes: {left, right}: where the elements go; changed(playing): the state has changed.
+  constructor(panes, changed) {
+    Object.assign(this, { panes, changed });
   }
 
   async keep(data) {
@@ -27,7 +27,7 @@ export class Videos {
       this.drop(shape);
       throw error;
     }
-    shape.bytes += 40 * video.videoWidth * video.videoHeight; // pictures that the decoder keeps
+    shape.bytes += 40 * video.videoWidth * video.videoHeight; // images that the decoder keeps
     return shape;
   }
 
@@ -51,7 +51,7 @@ export class Videos {
       seek(video, 0);
     }
     if (this.first && !calm) this.play();
-    else this.told(false);
+    else this.changed(false);
   }
 
   get first() {
@@ -64,13 +64,13 @@ export class Videos {
       video.playbackRate = (video.duration / this.first.duration) || 1; // one turn takes both as long
       video.play().catch(() => this.pause()); // the browser forbids it, or the page has gone on
     }
-    this.told(true);
+    this.changed(true);
   }
 
   pause() {
     this.playing = false;
     for (const { video } of Object.values(this.shown)) video.pause();
-    this.told(false);
+    this.changed(false);
   }
 
   // Share of the turn, 0..1, that is seen.

@@ -45,7 +45,7 @@ export class Viewer {
     });
   }
 
-  // What draws a kind of shapes, made when the first of them comes.
+  // The painter of a kind of shapes, made for the first of them.
   painter(kind) {
     this.painters[kind] ??= {
       textured: () => new Textured(this.renderer, this.painters.surface, this.gpu),
@@ -63,7 +63,7 @@ export class Viewer {
     return shape;
   }
 
-  // Lets the painter make ready what is seen first, should the pair be framed by balls.
+  // Prepares the first view, in case the pair is framed by balls.
   async foresee(shape) {
     const { width, height, aspect } = this.size();
     const painter = this.painters[shape.kind];
@@ -162,7 +162,7 @@ export class Viewer {
     }, REST);
   }
 
-  // Whether what is on the screen is as good as it gets.
+  // True if the screen shows the final quality.
   get settled() {
     const still = !this.requested && !this.look.moving;
     return still && SIDES.every((side) => this.shown?.[side].kind !== 'gaussians' || this.painters.gaussians.settled(this.shown[side]));
@@ -235,7 +235,7 @@ function place({ root, ball }, world, upright) {
   root.matrixWorldNeedsUpdate = true;
 }
 
-// Which kind a file is, by its first bytes.
+// Kind of a file, by its first bytes.
 function kindOf(data) {
   const [first, second] = data.byteLength < 8 ? [0, 0] : new Uint32Array(data, 0, 2);
   if (first === 0x46546c67) return 'textured'; // 'glTF'

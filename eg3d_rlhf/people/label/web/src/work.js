@@ -111,7 +111,7 @@ export class Work {
     if (pair) this.reopen(pair);
   }
 
-  // The server refuses the answer or the pair: on with the next. reopens: it may be offered again, should the other answer be taken back.
+  // The server rejects the answer or the pair: continue with the next. reopens: it may be offered again, should the other answer be taken back.
   forget(token, reopens = false) {
     this.changes += 1;
     if (reopens) this.answered.delete(token);

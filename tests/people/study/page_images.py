@@ -2,7 +2,7 @@
 sides of each trial showed:
 
     python tools/study.py --b=RUN --n=40 --annotators-per-pair=1 --set view=back --set psi=1 &
-    python -m tests.people.study.page_pictures
+    python -m tests.people.study.page_images
 
 Needs Chromium. The study is used up by it; delete its folder afterwards.
 """
@@ -20,7 +20,7 @@ from tests.people.label.browser import Page, chromium
 # trials beside each other; pixels of one side
 COLUMNS = 5
 HEAD = (104, 128)
-CROP = (0.27, 0.07, 0.73, 0.83)  # of a side's picture: the head
+CROP = (0.27, 0.07, 0.73, 0.83)  # of a side's image: the head
 QUERY = """select a.token, a.first_is_left, f.generator, s.generator
            from assignments a join pairs p on a.pair_id = p.id
            join shapes f on f.id = p.first_id join shapes s on s.id = p.second_id
@@ -28,13 +28,13 @@ QUERY = """select a.token, a.first_is_left, f.generator, s.generator
 
 
 def trials(page: Page) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What both sides showed, by assignment, lessons and checks included."""
+    """Answer all trials; return the images of both sides by assignment, training and checks included."""
     seen = {}
     while page.state("state") == "label":
         page.drawn()
         page.page.wait_for_timeout(250)  # shading settles
         shown = page.state("pair.assignment")
-        seen[shown] = (page.picture("left"), page.picture("right"))
+        seen[shown] = (page.side_image("left"), page.side_image("right"))
         page.answer("ArrowDown")
         while page.state("state") != "finished" and (
             page.state("state") != "label" or page.state("pair.assignment") == shown
@@ -47,13 +47,13 @@ def trials(page: Page) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def after_is_left(study: Path) -> dict[str, bool]:
-    """Whether --b stood at the left, by assignment; trials between the two networks alone."""
+    """Return, by assignment, whether --b was on the left, for trials between the two networks only."""
     with contextlib.closing(sqlite3.connect(f"file:{study / 'study.db'}?mode=ro", uri=True)) as store:
-        found = store.execute(QUERY).fetchall()
+        rows = store.execute(QUERY).fetchall()
         # checks are of --a
         (before,) = store.execute("select generator from shapes where degradation != '' limit 1").fetchone()
     return {
-        token: (first if first_is_left else second) != before for token, first_is_left, first, second in found
+        token: (first if first_is_left else second) != before for token, first_is_left, first, second in rows
     }
 
 
@@ -68,10 +68,12 @@ def tiled(seen: dict[str, tuple[np.ndarray, np.ndarray]], key: dict[str, bool]) 
         x = i % COLUMNS * wide + 5
         y = i // COLUMNS * high
         draw.text((x, y + 2), f"{i + 1}", (110, 110, 110))
-        for side, picture in enumerate(sides):
-            whole = Image.fromarray(picture.astype(np.uint8))
-            box = tuple(round(share * edge) for share, edge in zip(CROP, 2 * whole.size, strict=True))
-            sheet.paste(whole.crop(box).resize(HEAD, Image.Resampling.LANCZOS), (x + side * HEAD[0], y + 15))
+        for side, image in enumerate(sides):
+            full_image = Image.fromarray(image.astype(np.uint8))
+            box = tuple(round(share * edge) for share, edge in zip(CROP, 2 * full_image.size, strict=True))
+            sheet.paste(
+                full_image.crop(box).resize(HEAD, Image.Resampling.LANCZOS), (x + side * HEAD[0], y + 15)
+            )
         at = x + (0 if left else HEAD[0])
         draw.rectangle((at + 4, y + HEAD[1] + 17, at + HEAD[0] - 5, y + HEAD[1] + 19), fill="black")
     return sheet

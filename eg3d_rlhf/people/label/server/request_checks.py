@@ -1,25 +1,26 @@
-"""The gate before the application: every request passes all checks here, so that no route can forget one, and
-gets its headers here.
+"""Checks every request before it reaches the application, adds the headers of every response, and writes the
+access log. The checks are in one place, so that no route can omit one.
 
-Access log: one JSON object a line for each request; no token, session, CSRF value, body or query ever enters
-it.
+The access log contains one JSON object per line and request. It never contains a token, session id, CSRF
+value, body or query.
 
 Fields:
     time          ISO 8601, UTC, milliseconds
-    event         'request'; 'start' with mode, exposed and version when a server starts
+    event         'request'; 'start' with mode, exposed and page_version when a server starts
     request       8 random hex digits, also sent as the header X-Request-Id
     address       of the client
     method        GET, POST, ...
-    route         template of the route, as '/api/shapes/{address}'; of an unknown address its path, long
-                  words replaced by '*'
-    status        of the response; 0 where the client left before it began
-    milliseconds  from the request's head to the response's last byte
+    route         template of the route, such as '/api/shapes/{address}'; for an unknown address its path,
+    with
+                  long words replaced by '*'
+    status        of the response; 0 if the client disconnected before it began
+    milliseconds  from the request's headers to the last byte of the response
     bytes         of the response's body
-    annotator     name, or null where nobody is known
-    by            'token', 'session', 'local' or null: how she is known
-    refused       short reason of a refusal, else absent
+    annotator     name, or null for an unknown client
+    by            'token', 'session', 'local' or null: the kind of identification
+    refused       short reason for a rejected request, absent otherwise
 
-A file is continued as FILE.1 ... FILE.5 at 20 MB each.
+At 20 MB a file is renamed to FILE.1, up to FILE.5, and a new one is started.
 """
 
 import asyncio
@@ -42,26 +43,34 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eg3d_rlhf.people.label.server.identity import COOKIE, Buckets, Identities, Identity, address_key
-from eg3d_rlhf.people.label.server.models import LOGGER, REMEDIES, Refusal, Withdrawn, no_database, too_many
+from eg3d_rlhf.people.label.server.models import (
+    LOGGER,
+    REMEDIES,
+    AccessRevoked,
+    RequestError,
+    no_database,
+    too_many,
+)
 from eg3d_rlhf.people.label.server.options import LOOPBACK, AppOptions, Limits
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-PAGES = ("/", "/login", "/admin")  # a link on another site may lead here
+PAGES = ("/", "/login", "/admin")  # pages to which another site may link
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
-_LONG_WORD = re.compile(r"[^/]{16,}")  # of an unknown path: what might be a token
-_CLOSE = {"Connection": "close"}  # the rest of the body is not waited for
-# all that answers without a token when exposed
+_LONG_WORD = re.compile(r"[^/]{16,}")  # a word of an unknown path that might be a token
+_CLOSE = {"Connection": "close"}  # sent when the rest of the body is not read
+# Requests that need no token when other machines can reach the server.
 OPEN = {("GET", "/health"), ("GET", "/login"), ("POST", "/login")}
+# Set-Cookie value that deletes the session cookie
 FORGET = f"{COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Strict"
 COMMON_POLICY = "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-# blob: is what the page has loaded itself, textures of a GLB (connect-src, img-src) and videos; the worker
-# reads Gaussians
+# blob: allows what the page itself has loaded: textures of a GLB (connect-src, img-src) and videos
+# (media-src). The worker reads Gaussian splats.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; media-src blob:;"
     f" worker-src 'self'; connect-src 'self' blob:; {COMMON_POLICY}"
 )
 FIXED = {
-    "Server": "-",  # granian names itself where nothing is sent
+    "Server": "-",  # without a value granian sends its own name
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -76,23 +85,27 @@ FIXED = {
 
 
 def check_host(headers: Headers, exposed: bool) -> None:
-    """Exactly one well-formed Host; on loopback a name of this machine, so that no foreign name can be
-    pointed at it (DNS rebinding).
+    """Check that there is exactly one well-formed Host header. On loopback it must name this machine.
+    Otherwise a foreign name that resolves to 127.0.0.1 could be used to read the page (DNS rebinding).
+
+    Raises: RequestError 400, 421.
     """
+    # Two Host headers could be read differently by a proxy and by this server.
     hosts = headers.getlist("host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if match is None:
-        raise Refusal(400, "Expected one valid Host header.", "Use the address that the server printed.")
+        raise RequestError(400, "Expected one valid Host header.", "Use the address that the server printed.")
     if not exposed and match.group(1).strip("[]").lower() not in LOOPBACK:
-        raise Refusal(
+        raise RequestError(
             421,
-            "This server answers only to this machine's own names.",
+            "This server can be reached only by the names of this machine.",
             "Open http://127.0.0.1 with the server's port.",
         )
 
 
 def check_fetch(headers: Headers, method: str, path: str) -> None:
-    """Refuse what a browser says another site asked for, but for links to a page. Raises: Refusal 403."""
+    """Reject what a browser requests for another site, except links to a page. Raises: RequestError 403."""
+    # Scripts and old browsers do not send the header; their requests are checked by token or CSRF value.
     site = headers.get("sec-fetch-site", "same-origin")
     if site in ("same-origin", "none"):
         return
@@ -103,33 +116,40 @@ def check_fetch(headers: Headers, method: str, path: str) -> None:
         and headers.get("sec-fetch-dest") == "document"
     ):
         return
-    raise Refusal(403, "Another site asked for this.", "Open the application's own page.")
+    raise RequestError(403, "Another site has sent this request.", "Open the application's own page.")
 
 
 def check_same_origin(headers: Headers, scheme: str) -> None:
-    """An unsafe request that a browser authorises by itself must come from this server's own pages."""
+    """Check that an unsafe request, which a browser authorises by a cookie, comes from this server's own
+    pages.
+
+    Raises: RequestError 403.
+    """
     origins = headers.getlist("origin")
     sites = headers.getlist("sec-fetch-site")
     if not origins and not sites:
-        raise Refusal(
+        raise RequestError(
             403,
             "Expected an Origin or Sec-Fetch-Site header.",
             "Scripts send 'Authorization: Bearer TOKEN' instead.",
         )
-    ours = [f"{scheme}://{headers.get('host', '')}".lower()]
-    if origins and [o.lower() for o in origins] != ours or sites and sites != ["same-origin"]:
-        raise Refusal(403, "Another site sent this.", "Send it from the application's own page.")
+    expected = [f"{scheme}://{headers.get('host', '')}".lower()]
+    if origins and [o.lower() for o in origins] != expected or sites and sites != ["same-origin"]:
+        raise RequestError(
+            403, "Another site has sent this request.", "Send it from the application's own page."
+        )
 
 
 class Disconnected(Exception):
-    """The client left before its request was complete."""
+    """Error of a client that disconnects before its request is complete."""
 
 
 async def read_body(receive: Receive, limits: Limits) -> bytes:
-    """The whole body, chunked or not. Raises: Refusal 408, 413; Disconnected."""
+    """Read the entire body, chunked or not. Raises: RequestError 408, 413; Disconnected."""
     parts = []
     size = 0
     try:
+        # granian limits the time of the headers only.
         async with asyncio.timeout(limits.body_seconds):
             while True:
                 message = await receive()
@@ -137,21 +157,24 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
                     raise Disconnected
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                # The size is checked while the body arrives: a chunked body has no Content-Length.
                 if size > limits.body:
                     raise _too_large(limits)
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise Refusal(408, "The request took too long to arrive.", "Send it again.", _CLOSE) from None
+        raise RequestError(408, "The request took too long to arrive.", "Send it again.", _CLOSE) from None
 
 
-def _too_large(limits: Limits) -> Refusal:
-    return Refusal(413, f"Expected a body of at most {limits.body} bytes.", "Send less.", _CLOSE)
+def _too_large(limits: Limits) -> RequestError:
+    return RequestError(
+        413, f"Expected a body of at most {limits.body} bytes.", "Send a smaller body.", _CLOSE
+    )
 
 
 @dataclass
 class Entry:
-    """One request as it proceeds."""
+    """Line of the access log for one request, completed while the request is processed."""
 
     address: str
     method: str
@@ -165,14 +188,16 @@ class Entry:
     began: float = field(default_factory=time.perf_counter)
 
     def fields(self) -> dict:
+        """Return the fields of the line; times are in milliseconds."""
         values = asdict(self) | {"milliseconds": round(1000 * (time.perf_counter() - self.began), 1)}
         return {k: v for k, v in values.items() if k != "began" and (k != "refused" or v is not None)}
 
 
 class PrivateFileHandler(RotatingFileHandler):
-    """Its files can be read by their owner alone."""
+    """Rotating log handler whose files only their owner can read."""
 
     def _open(self):
+        # The mode is given at creation, so that the file is never readable for others.
         return open(
             self.baseFilename,
             self.mode,
@@ -182,18 +207,20 @@ class PrivateFileHandler(RotatingFileHandler):
 
 
 class AccessLog:
-    """Writes the lines; without a path, drops them."""
+    """Access log in a file; without a path, lines are dropped."""
 
     def __init__(self, path: Path | None):
         self._logger = None
         if path is not None:
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
-            self._logger = logging.Logger(f"access:{path}")  # not registered: nobody else's settings reach it
+            # not registered: other logging settings cannot change it
+            self._logger = logging.Logger(f"access:{path}")
             self._logger.addHandler(
                 PrivateFileHandler(path, maxBytes=20_000_000, backupCount=5, encoding="utf-8", delay=True)
             )
 
     def write(self, event: str, fields: dict) -> None:
+        """Write one line."""
         if self._logger is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -204,9 +231,9 @@ class AccessLog:
             handler.close()
 
 
-class Gate:
-    """ASGI middleware: host, origin, size, identity, rate, CSRF and content type; adds headers and writes the
-    access log.
+class RequestChecks:
+    """ASGI middleware that checks host, origin, size, identity, rate, CSRF value and content type, adds
+    headers and writes the access log.
     """
 
     def __init__(self, app: ASGIApp, options: AppOptions, identities: Identities, log: AccessLog):
@@ -215,10 +242,11 @@ class Gate:
         self.identities = identities
         self.log = log
         self.annotators = Buckets(*options.limits.requests)
-        self.strangers = Buckets(*options.limits.strangers)
+        self.anonymous = Buckets(*options.limits.anonymous)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
+            # The application has no websockets. 1008: policy violation.
             await send({"type": "websocket.close", "code": 1008})
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
@@ -226,13 +254,18 @@ class Gate:
             await self.app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check one request, pass it to the application, and log it."""
+        # Behind a trusted proxy this is already the client's address.
         address = (scope.get("client") or ("", 0))[0]
-        # no 'http.response.pathsend': granian reads such a file after the application has removed it
+        # without 'http.response.pathsend': granian would read an export's file after the application has
+        # removed it
         scope["extensions"] = {}
         entry = Entry(address, scope["method"][:16], _LONG_WORD.sub("*", scope["path"])[:200])
+        # From here on every response gets the headers and is recorded.
         send = _recorded(send, entry, scope["scheme"] == "https")
         try:
             try:
+                # The body was read by the checks, so the application gets it from a list of one element.
                 body = [await self._admit(scope, receive, entry)]
 
                 async def replay() -> Message:
@@ -243,10 +276,10 @@ class Gate:
                     )
 
                 await self.app(scope, replay, send)
-            except Refusal as refusal:
-                entry.refused = refusal.error
-                response: Response = refusal.response()
-                if refusal.status == 401:  # a person without a session is sent to the login page
+            except RequestError as rejection:
+                entry.refused = rejection.error
+                response: Response = rejection.response()
+                if rejection.status == 401:  # a person without a session is sent to the login page
                     headers = Headers(scope=scope)
                     page = (
                         scope["method"] == "GET"
@@ -254,88 +287,106 @@ class Gate:
                         and "authorization" not in headers
                     )
                     response = RedirectResponse("/login", 303) if page else response
-                    # by it the login page knows her
-                    if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(refusal, Withdrawn):
+                    # An invalid session cookie is deleted. That of a revoked annotator stays: the login page
+                    # recognises her by it and says that the access was revoked.
+                    if f"{COOKIE}=" in headers.get("cookie", "") and not isinstance(rejection, AccessRevoked):
                         response.headers.append("Set-Cookie", FORGET)
                 await response(scope, receive, send)
         except Disconnected:
-            entry.refused = "disconnected"
+            entry.refused = "disconnected"  # the response, if any, cannot be sent
         except (exc.DBAPIError, exc.TimeoutError) as error:
             answer = no_database(error)
             entry.refused = answer.error
             await answer.response()(scope, receive, send)
         except Exception:
+            # The number also stands in the response, so that a report can be found in the log.
             LOGGER.exception("request %s failed", entry.request)
+            # Once a response has begun, no other status can be sent.
             if entry.status == 0:
-                await Refusal(500, "The server made a mistake.", REMEDIES[500]).response()(
+                await RequestError(500, "The server has an internal error.", REMEDIES[500]).response()(
                     scope, receive, send
                 )
         finally:
+            # The router has stored the route in the scope.
             route = scope.get("route")
             entry.route = getattr(route, "path", entry.route)
             entry.refused = entry.refused or scope.get("state", {}).get("refused")
             self.log.write("request", entry.fields())
 
     async def _admit(self, scope: Scope, receive: Receive, entry: Entry) -> bytes:
+        """Check a request in order of cost and return its body. Raises: RequestError, Disconnected."""
         headers = Headers(scope=scope)
         method = scope["method"]
         path = scope["path"]
         limits = self.options.limits
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > limits.url:
-            raise Refusal(414, f"Expected an address of at most {limits.url} bytes.", "Ask for less.")
+            raise RequestError(
+                414, f"Expected an address of at most {limits.url} bytes.", "Use a shorter address."
+            )
         if not path.isprintable():
-            raise Refusal(400, "Expected printable characters in the address.", "Correct the address.")
-        # the parser looks only where they come in parts
+            raise RequestError(
+                400, "The address must consist of printable characters.", "Correct the address."
+            )
+        # granian limits the headers only where they arrive in several parts.
         if sum(len(name) + len(value) for name, value in headers.raw) > limits.headers:
-            raise Refusal(431, f"Expected headers of at most {limits.headers} bytes.", "Send less.", _CLOSE)
+            raise RequestError(
+                431, f"Expected headers of at most {limits.headers} bytes.", "Send smaller headers.", _CLOSE
+            )
         check_host(headers, self.options.exposed)
         check_fetch(headers, method, path)
-        lengths = headers.getlist("content-length")  # looked at before a byte of the body is read
+        lengths = headers.getlist("content-length")  # checked before any byte of the body is read
+        # isdigit() alone would accept digits of other scripts.
         if lengths and (len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit())):
-            raise Refusal(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
+            raise RequestError(400, "Expected one Content-Length of digits.", "Correct the header.", _CLOSE)
+        # A number of more than 20 digits is cut: it remains larger than the limit.
         if lengths and int(lengths[0][:20]) > limits.body:
             raise _too_large(limits)
         state = scope.setdefault("state", {})
         identity = state["identity"] = await self._identify(headers, method, path, entry)
         if method not in SAFE_METHODS:
+            # A token in a header is no authority that a browser adds by itself, so it needs no CSRF check.
             if identity is None or identity.by != "token":
                 check_same_origin(headers, scope["scheme"])
             if identity is not None and identity.by != "token" and path != "/login":
                 if not hmac.compare_digest(
                     identity.csrf.encode(), headers.get("x-csrf-token", "").encode("utf-8", "replace")
                 ):
-                    remedy = "Ask for /api/session and send its 'csrf' as X-CSRF-Token."
-                    raise Refusal(403, "Expected the X-CSRF-Token of this session.", remedy)
+                    remedy = "Request /api/session and send its 'csrf' as X-CSRF-Token."
+                    raise RequestError(403, "Expected the X-CSRF-Token of this session.", remedy)
             _check_type(headers, path)
         body = await read_body(receive, limits)
-        if b"\0" in body:  # in UTF-8, neither JSON nor a form has one; JSON in UTF-16 has
-            raise Refusal(400, "Expected a body in UTF-8 without NUL.", "Send it in UTF-8.")
+        if b"\0" in body:  # JSON and forms in UTF-8 contain no NUL, JSON in UTF-16 does
+            raise RequestError(400, "The body must be in UTF-8 without NUL.", "Send it in UTF-8.")
         return body
 
     async def _identify(self, headers: Headers, method: str, path: str, entry: Entry) -> Identity | None:
-        """Who asks, within her rate; None only for what is open to everybody. Raises: Refusal 401, 429."""
+        """Return the identity of the client within its rate limit; None only for requests that need none.
+
+        Raises: RequestError 401, 429.
+        """
         public = (method, path) in OPEN
         address = address_key(entry.address)
         identity = None
-        refusal = None
+        rejection = None
         try:
-            identity = (
-                None if public else await run_in_threadpool(self.identities.find, headers, entry.address)
-            )
-        except Refusal as error:
-            refusal = error
+            if not public:
+                # Looks into the database, so it runs in a thread.
+                identity = await run_in_threadpool(self.identities.find, headers, entry.address)
+        except RequestError as error:
+            rejection = error
         if identity is not None:
             entry.annotator = identity.annotator.name
             entry.by = identity.by
-        wait = self.annotators.take(str(identity.annotator.id)) if identity else self.strangers.take(address)
+        # A wrong token counts for the address as well: the limit is applied before the rejection.
+        wait = self.annotators.take(str(identity.annotator.id)) if identity else self.anonymous.take(address)
         if wait:
             raise too_many(wait)
-        if refusal is not None:
-            raise refusal
+        if rejection is not None:
+            raise rejection
         if identity is None and not public:
-            raise Refusal(
+            raise RequestError(
                 401,
-                "Expected a token or a session.",
+                "This request needs a token or a session.",
                 "Log in at /login, or send 'Authorization: Bearer TOKEN'.",
                 {"WWW-Authenticate": "Bearer"},
             )
@@ -343,7 +394,7 @@ class Gate:
 
 
 def _check_type(headers: Headers, path: str) -> None:
-    """Bodies are JSON under /api, a form at /login. Raises: Refusal 415."""
+    """Check the type of a body: JSON under /api, a form at /login. Raises: RequestError 415."""
     expected = (
         "application/json"
         if path.startswith("/api/")
@@ -352,14 +403,20 @@ def _check_type(headers: Headers, path: str) -> None:
         else None
     )
     kind, _, rest = headers.get("content-type", "").partition(";")
+    # Other parameters than charset end up here, too, and are rejected.
     charset = rest.strip().lower().removeprefix("charset=").strip('"')
     if expected is not None and (kind.strip().lower() != expected or charset not in ("", "utf-8")):
-        raise Refusal(415, f"Expected Content-Type {expected}.", "Send the body in that form, in UTF-8.")
+        raise RequestError(
+            415, f"The Content-Type must be {expected}.", "Send the body in that format, in UTF-8."
+        )
+    # A compressed body could be small when it arrives and huge afterwards.
     if "content-encoding" in headers:
-        raise Refusal(415, "Expected a body without Content-Encoding.", "Send it uncompressed.")
+        raise RequestError(415, "The body must not have a Content-Encoding.", "Send it uncompressed.")
 
 
 def _recorded(send: Send, entry: Entry, https: bool) -> Send:
+    """Wrap `send` to add headers to the response and to record its status and size."""
+
     async def recorded(message: Message) -> None:
         if message["type"] == "http.response.start":
             entry.status = message["status"]
@@ -368,8 +425,9 @@ def _recorded(send: Send, entry: Entry, https: bool) -> Send:
             for name, value in (
                 FIXED | ({"Strict-Transport-Security": "max-age=31536000"} if https else {})
             ).items():
-                headers.setdefault(name, value)  # where the response does not set it itself
+                headers.setdefault(name, value)  # a response may have set its own value
         elif message["type"] == "http.response.body":
+            # The bytes of the body, without headers.
             entry.bytes += len(message.get("body", b""))
         await send(message)
 
