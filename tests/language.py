@@ -220,6 +220,12 @@ def restating(source: Source) -> Iterator[Place]:
             yield Place(source.path, token.start[0], "comment repeats the line below; say why, or delete it")
 
 
+FIGURES = {
+    "stop_word_percent": "docstrings that open with a stop word, %",
+    "stop_names": "variables and arguments from the stop list",
+    "comments_per_100": "comment tokens per 100 lines",
+    "full_line_per_100": "full-line comments inside functions per 100 lines",
+}
 FILLERS = frozenset("the and for from with into that this each all are its set get return".split())
 
 
@@ -232,12 +238,10 @@ def counts(sources: list[Source]) -> dict[str, float]:
         "files": len(sources),
         "lines": lines,
         "docstrings": len(documented),
-        "docstrings that open with a stop word, %": 100 * stopped / max(len(documented), 1),
-        "variables and arguments from the stop list": sum(len(list(stop_names(s))) for s in sources),
-        "comment tokens per 100 lines": 100 * sum(len(s.comments) for s in sources) / max(lines, 1),
-        "full-line comments inside functions per 100 lines": 100
-        * sum(len(s.full_line_comments()) for s in sources)
-        / max(lines, 1),
+        "stop_word_percent": 100 * stopped / max(len(documented), 1),
+        "stop_names": sum(len(list(stop_names(s))) for s in sources),
+        "comments_per_100": 100 * sum(len(s.comments) for s in sources) / max(lines, 1),
+        "full_line_per_100": 100 * sum(len(s.full_line_comments()) for s in sources) / max(lines, 1),
     }
 
 
@@ -278,7 +282,7 @@ def main(arguments: list[str]) -> int:
     if options.counts:
         paths = [path.resolve() for path in options.files] or files(COUNTED)
         for name, value in counts([Source(path, path.read_text()) for path in paths]).items():
-            print(f"{value:8.1f}  {name}")
+            print(f"{value:8.1f}  {FIGURES.get(name, name)}")
         return 0
     places = check([path.resolve() for path in options.files] or files())
     if options.summary:

@@ -1,5 +1,6 @@
 """Tests of the language lint: each finder finds its own kind alone, and the code meets the figures."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tests import language
 
 # Rows of the table of terms that no word of a text betrays: an entry of these gives its reason instead.
 BY_READING = {"slab"}
+SAMPLES = tomllib.loads((Path(__file__).parent / "language_samples.toml").read_text())["sample"]
 
 
 def source(text: str) -> language.Source:
@@ -39,23 +41,10 @@ def test_reading_a_name_of_the_stop_list_is_no_assignment():
     assert not list(language.stop_names(source("print(found)\n")))
 
 
-@pytest.mark.parametrize(
-    "code, findings",
-    [
-        ("# the coin decides\nx = 1\n", 1),
-        ('x = "refused: no such file"\n', 1),
-        ('"""Draw assets."""\n', 1),
-        ('"""Plot the\npicture."""\n', 1),
-        ("max_away = 1\n", 1),
-        ('x = row["max_away"]\n', 1),
-        ('x = ["--max-away"]\n', 1),
-        ("def told():\n    pass\n", 1),
-        ('"""Compute the standard deviation."""\n', 0),
-        ('x = filter(None, ["connection refused by the host"])\n', 0),
-    ],
-)
-def test_terms_of_our_own_are_found_in_texts_names_and_keys(code, findings):
-    assert len(set(language.private_terms(source(code), language.read_terms()))) == findings
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample["code"].strip())
+def test_terms_of_our_own_are_found_in_texts_names_and_keys(sample):
+    places = set(language.private_terms(source(sample["code"]), language.read_terms()))
+    assert len(places) == sample["findings"]
 
 
 def test_a_phrase_over_a_line_end_is_found_at_its_line():
@@ -97,20 +86,20 @@ def test_counts_of_a_module_counted_by_hand():
     text = '"""Whose."""\n\n\ndef f(own):  # [N]\n    """Add one."""\n    # why\n    return own\n'
     counts = language.counts([source(text)])
     assert counts["docstrings"] == 2
-    assert counts["docstrings that open with a stop word, %"] == 50
-    assert counts["variables and arguments from the stop list"] == 1
-    assert counts["comment tokens per 100 lines"] == pytest.approx(200 / 7)
-    assert counts["full-line comments inside functions per 100 lines"] == pytest.approx(100 / 7)
+    assert counts["stop_word_percent"] == 50
+    assert counts["stop_names"] == 1
+    assert counts["comments_per_100"] == pytest.approx(200 / 7)
+    assert counts["full_line_per_100"] == pytest.approx(100 / 7)
 
 
 def test_the_code_meets_the_figures_of_contributing():
     counts = language.counts(
         [language.Source(path, path.read_text()) for path in language.files(language.COUNTED)]
     )
-    assert counts["docstrings that open with a stop word, %"] <= 2
-    assert counts["variables and arguments from the stop list"] == 0
-    assert counts["comment tokens per 100 lines"] >= 9
-    assert counts["full-line comments inside functions per 100 lines"] >= 3
+    assert counts["stop_word_percent"] <= 2
+    assert counts["stop_names"] == 0
+    assert counts["comments_per_100"] >= 9
+    assert counts["full_line_per_100"] >= 3
 
 
 def test_the_lint_exits_with_1_and_names_the_line(tmp_path, capsys):
