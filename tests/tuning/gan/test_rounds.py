@@ -307,7 +307,7 @@ MISTAKES = {
         ["--reward=sigma", "--rounds=1", "--set=round_aggregate=median"],
         ("--set round_aggregate=", "'median'"),
     ),
-    "watch": (
+    "heldout reward": (
         ["--reward=sigma", "--rounds=1", "--heldout-reward=none.safetensors"],
         ("--heldout-reward", "none.json"),
     ),
