@@ -405,7 +405,7 @@ def test_filters_of_a_file_and_a_missing_store_are_rejected(flag, tmp_path):
     result = run("--dry-run", "--labels=labels.jsonl", flag)
     name = flag.split("=")[-2].removeprefix("--")
     rejected(result, name, "labels.jsonl", "--labels=sqlite:///")
-    result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--out={tmp_path / 'run'}")
+    result = run(f"--labels=sqlite:///{tmp_path / 'none.db'}", f"--run-dir={tmp_path / 'run'}")
     rejected(result, f"{tmp_path / 'none.db'}")
     assert list(tmp_path.iterdir()) == []
 
@@ -426,7 +426,7 @@ def test_a_reward_is_trained_from_a_store(store, tiny_networks, tmp_path):
         "--resolution=24",
         "--reference-samples=0",
         f"--network={tiny_networks}",
-        f"--out={out}",
+        f"--run-dir={out}",
     )
     result = run(f"--labels={url}", "--campaign=c", *flags)
     assert result.exit_code == 0, result.output
