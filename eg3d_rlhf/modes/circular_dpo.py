@@ -266,9 +266,9 @@ CIRCULAR_DPO = Mode(
     },
     jobs="--ablate",
     again="The same command, or --resume=RUN,",
-    help="""Preference training of a multi-stage flow generator (Circular-DPO), by default of the bundled toy.
-    The last stage trains on people's pairs; every earlier stage trains on pairs ranked by how well the next stage
-    decodes them. --resume=RUN, or the same command, resumes a run that was stopped.
+    help="""Preference training of a multi-stage flow generator (Circular-DPO), by default the bundled toy.
+    The last stage trains on people's pairs; every earlier stage trains on pairs ranked by how well the
+    next stage decodes them. --resume=RUN, or the same command, resumes a run that was stopped.
 
     \b
     Examples:

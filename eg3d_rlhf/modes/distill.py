@@ -383,8 +383,9 @@ DISTILL = Mode(
     defaults=shown_by_help,
     on_cpu=lambda run: run.settings.scene.prior in SCENES,  # the bundled problems are small enough for a CPU
     jobs="several parts",
-    help="""Text to 3D by score distillation, with preferences in the gradient. Without flags, it runs the
-    bundled problem with all arms on the same seeds and writes a table of win rates against plain score distillation.
+    help="""Text to 3D by score distillation, with preferences in the gradient. Without flags, it
+    runs the bundled problem with all arms on the same seeds and writes a table of win rates
+    against plain score distillation.
     --resume=RUN resumes a run that was stopped.
 
     \b
