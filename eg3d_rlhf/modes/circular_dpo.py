@@ -267,8 +267,8 @@ CIRCULAR_DPO = Mode(
     jobs="--ablate",
     again="The same command, or --resume=RUN,",
     help="""Preference training of a multi-stage flow generator (Circular-DPO), by default the bundled toy.
-    The last stage trains on people's pairs; every earlier stage trains on pairs ranked by how well the
-    next stage decodes them. --resume=RUN, or the same command, resumes a run that was stopped.
+    The last stage trains on people's pairs. Every earlier stage trains on pairs of samples that the tuned and
+    the untuned next stage produce. --resume=RUN, or the same command, resumes a run that was stopped.
 
     \b
     Examples:
