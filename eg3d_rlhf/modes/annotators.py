@@ -114,6 +114,7 @@ def revoke(name: str, db: str) -> None:
             for person in store.annotators()
             if person.role == "admin" and person.revoked is None and person.name != LOCAL
         ]
+        # the role is needed after the database is closed
         role = next(person.role for person in store.annotators() if person.name == name)
     click.echo(f"{name}: token revoked")
     if role == "admin" and not left:
@@ -153,6 +154,7 @@ def status(as_json: bool, db: str) -> None:
         known = store.annotators()
         work = store.tally()
         campaigns = store.campaigns()
+    # one row per campaign, also the keys of --json
     rows: list[dict] = []
     for campaign in campaigns:
         # a tally counts the judgements of one annotator in one campaign

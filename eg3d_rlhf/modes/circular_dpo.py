@@ -57,6 +57,7 @@ def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
     # `chooser` evaluates during training, `final` fills the table; each exists only for some generators
     flags.belong(noises, problem.chooser is not None, without)
     flags.belong(("table_noises",), problem.final is not None, without)
+    # a checkpoint can be chosen by held-out pairs or by a win rate
     chosen = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
     flags.belong(EARLY, bool(chosen), "early stopping, which needs held-out pairs or an evaluator")
 
@@ -90,6 +91,7 @@ def default_settings(pipeline: str) -> CircularSettings:
     """Return the default settings of a run: for the toy those tuned on it, for other generators those of
     public code.
     """
+    # the toy's latents are small, so its settings suit nothing else
     if pipeline == TOY:
         return TOY_RUN
     return CircularSettings(
@@ -180,7 +182,9 @@ def resolve(flags: Flags) -> CircularRun:
     check(flags)
     # an ablation compares groups over three training seeds by default
     defaults = default_settings(flags["pipeline"] or TOY)
+    # None: no ablation
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
+    # only the flags that were given
     evaluation = flags.of(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
@@ -219,6 +223,7 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
     # flags are absent where a run resumes from its record
     if isinstance(run.flags, Flags):
         check_evaluation_flags(run.flags, problem)
+    # one stage needs that stage alone; the loop needs all of them and a reward
     if settings.stage is not None:
         stage_of(problem.pipeline, settings.stage)  # raises ValueError for an unknown stage
     else:
@@ -240,6 +245,7 @@ def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
 
 def title(settings: CircularRun, problem: "Problem") -> str:
     """Name the run's folder by the generator and by what is trained."""
+    # groups of the table are letters, controls are words
     named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
     what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"

@@ -149,6 +149,7 @@ class DistillRun:
 
 def kind_of(prior: str | None) -> str:
     """Return the kind of a prior, a column of DEFAULTS. All that are not scenes count as files."""
+    # without --prior, the bundled problem
     prior = prior or KINDS[0]
     return prior if prior in SCENES else "files"
 
@@ -160,6 +161,7 @@ def default(name: str, kind: str) -> Any:
 
 def defaults_of(kind: str, steps: int | None) -> dict[str, Any]:
     """Return the default settings by name. Args: steps: length of the run, if given."""
+    # None in the table leaves the default of the dataclass
     values = {name: default(name, kind) for name in DEFAULTS.keys() - BY_SCENE}
     if kind.startswith("bundled"):
         # the ramp of t_max follows the length of the run: its last number is 60 % of the steps
@@ -173,6 +175,7 @@ def arms_of(given: Mapping) -> tuple[str, ...]:
     preset = given.get("preset")
     listed = given.get("compare")
     kind = kind_of(given.get("prior"))
+    # a geometry reward adds its gradient to the arm
     shaped = given.get("geometry_reward", "none") != "none"
     if method is not None and listed not in (None, "none"):
         raise ValueError(f"--method={method} cannot be combined with --compare. Remove one of them.")
@@ -192,6 +195,7 @@ def arms_of(given: Mapping) -> tuple[str, ...]:
     # sds is the reference of the table, so it is always the first arm
     arms = [Arm("sds"), *(arm for arm in arms if arm != Arm("sds"))]
     # Controls show whether an advantage comes from the reward: its sign inverted, or random numbers.
+    # the first arm that uses the reward as it is, to which the controls belong
     rewarded = next((arm for arm in arms if METHODS[arm.method].rewarded and arm.twist is None), None)
     arms += (
         [Arm(rewarded.method, twist) for twist in CONTROLS if Arm(rewarded.method, twist) not in arms]
@@ -238,6 +242,7 @@ def resolve(flags: Flags) -> DistillRun:
     methods = {arm.method for arm in arms}
     shaped = any(arm.geometry for arm in arms)
     reject_unused(given, methods, shaped, kind)
+    # later entries override earlier ones
     values = {**defaults_of(kind, given.get("steps")), **given}
     if not shaped:
         values["geometry_reward"] = "none"
@@ -249,6 +254,7 @@ def resolve(flags: Flags) -> DistillRun:
         prompts, values["assets"] = SCENES[kind].check(prompts, given.get("assets"), len(names) > 1)
     # with a preset, only flags that were given override it; without one, the prior's defaults apply, too
     of_methods = values if flags["preset"] is None else given
+    # settings that the chosen methods read; others would have no effect
     known = {
         *(name for name, users in owners().items() if methods & set(users)),
         *(field.name for field, *_ in knobs_of(GeometrySettings)),
@@ -318,7 +324,9 @@ def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
 
     from eg3d_rlhf.tuning.distill.scene import open_scene
 
+    # loads the prior and the rewards onto the device
     scene = open_scene(run_settings.settings, torch.device(run.device))
+    # hashed with the run, so that a resume finds changed files
     run.inputs = dict(scene.inputs)
     return scene
 
@@ -326,6 +334,7 @@ def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
 def title(run_settings: DistillRun, scene: "Scene") -> str:
     """Name the run's folder by the prior and the arms."""
     settings = run_settings.settings
+    # the names of many arms would be too long for a folder
     arms = "compare" if len(settings.arms) > 1 else settings.arms[0]
     return f"distill-{Path(settings.scene.prior).stem}-{arms}"
 
@@ -362,6 +371,7 @@ def shown(run_settings: DistillRun) -> dict:
     s = run_settings.settings
     methods = {name: flat(settings_of(Arm.parse(name).method, s.guidance, s.preset)) for name in s.arms}
     # a ramp is printed as the text that the flag takes
+    # by arm
     ramps = {
         name: {key: getattr(value, "spec", value) for key, value in values.items()}
         for name, values in methods.items()

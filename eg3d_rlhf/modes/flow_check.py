@@ -57,6 +57,7 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
     Example:
         eg3d-rlhf flow check /data/Hunyuan3D-2.1
     """
+    # the estimate needs settings only, so ROOT may be missing
     if memory:
         for line in memory_of(root):
             click.echo(line)
@@ -105,6 +106,7 @@ def faults(network: Network) -> list[str]:
         return (
             [] if network.without else [f"{network.name} has no tensors in {network.file}. Restore the file."]
         )
+    # shapes as lists, as `shapes` reads them from the file's header
     expected = {name: list(shape) for name, shape in network.expected.items()}
     present = shapes(network.found)
     shared = sorted(expected.keys() & present.keys())
@@ -117,6 +119,7 @@ def faults(network: Network) -> list[str]:
             if present[name] != expected[name]
         ],
     }
+    # only kinds of faults that occur
     listed = (
         f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}"
         for kind, names in odd.items()
@@ -134,7 +137,9 @@ def screen(
     root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]
 ) -> Iterator[str]:
     """Yield the lines of the screen: files, networks, licence, what the folder can be used for, faults."""
+    # name -> path of the files that the family loads
     read = dict(family.files(root))
+    # resolved, so that a link and its target count as the same file
     used = {path.resolve() for path in (*read.values(), *(network.file for network in networks))}
     # hidden files and folders, such as a download's cache, are not listed
     hidden = set(root.rglob(".*"))
@@ -152,11 +157,13 @@ def screen(
     yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
     # a family offers what it implements a Protocol for
     can = [words for protocol, words in DONE.items() if isinstance(family, protocol)]
+    # optional networks that the folder lacks, with what is impossible without them
     lost = [
         f"{network.name} is missing, so there is no {network.without}"
         for network in networks
         if network.without and not network.found
     ]
+    # the loop needs a reward of finished assets that can be fitted to the pairs
     loop = (
         ["no loop: tune stages one by one"]
         if not isinstance(family, FitsRewards)
@@ -183,6 +190,7 @@ def screen(
 
 def licences(root: Path) -> list[Path]:
     """List the licence files in a folder and beside it."""
+    # files of the folder itself, without hidden folders such as .git
     below = [
         path
         for path in sorted(root.rglob("*"))
@@ -199,6 +207,7 @@ def rows(title: str, parts: Iterable[str]) -> list[str]:
     """Wrap comma-separated parts into lines, of which the first has the title."""
     # `or ["none"]`: textwrap returns no line for an empty text
     parts = list(parts)
+    # long lists end with the number of parts that are left out
     shown = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
     wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [
         "none"
@@ -211,6 +220,7 @@ def _described(network: Network) -> str:
     tensors = network.found
     if not tensors:
         return f"{network.name}: missing"
+    # numbers in all tensors; from shapes alone, no data is read
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     # a fine-tuned copy has the published sizes, another variant of the model has not

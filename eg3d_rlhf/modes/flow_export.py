@@ -55,9 +55,12 @@ def export_command(
     from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
     from eg3d_rlhf.tuning.flow.base.export import export
 
+    # stage -> folder of its tuned weights
     root, tuned = tuned_of(sources, name, root, weights)
+    # never mix an export with other files
     if outdir.exists() and any(outdir.iterdir()):
         raise ValueError(f"--outdir: {outdir} has files in it. Name a new folder.")
+    # copy PEFT's two files per stage and print how to load them
     if adapter:
         full_stages = [stage for stage, path in tuned.items() if not (path / ADAPTER).is_file()]
         if full_stages:
@@ -110,6 +113,7 @@ def tuned_of(
                 )
             roots.append(Path(source_record["pipeline"]))
             tuned += [(stage, source / stage) for stage in stages]
+    # (stage, "=", path); without "=" sign and path are empty
     parted = [text.partition("=") for text in weights]
     odd = [name + sign + path for name, sign, path in parted if not (name and path)]
     if odd or (parted and not roots):
@@ -117,11 +121,13 @@ def tuned_of(
             f"--weights needs STAGE=PATH and --pipeline=ROOT, got {' '.join(odd) or 'no --pipeline'}."
             " Give both."
         )
+    # nothing to export
     if not tuned and not parted:
         raise ValueError(
             "flow export needs WORK, runs of train.py or --weights, got none. Name what was tuned."
         )
     root = roots[0]
+    # with --pipeline, the user vouches for the generator
     if given is None and any(place.resolve() != root.resolve() for place in roots):
         raise ValueError(
             f"flow export writes one generator, got stages of {root} and {roots[-1]}. Export them one by one."

@@ -98,9 +98,11 @@ def check_tuning(flags: Flags) -> None:
 
 def tuned_as(flags: Flags, lora: LoraConfig | None) -> dict:
     """Build the field `lora` of a training. Args: lora: that of the default settings."""
+    # rank, alpha and dropout, where given
     adapters = flags.of(LoraConfig)
     if flags["lora_targets"] is not None:
         adapters["targets"] = tuple(name.strip() for name in flags["lora_targets"].split(","))
+    # without --tune, as in the default settings
     full = (flags["tune"] or ("full" if lora is None else "lora")) == "full"
     if full and adapters:
         raise ValueError(
@@ -173,6 +175,7 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
     """Apply the flags to the default settings of the loop."""
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
     human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
+    # supervised fine-tuning has no preference loss, but the same condition dropout
     sft = replace(sft, dpo=replace(sft.dpo, condition_dropout=human.dpo.condition_dropout))
     pairs = replace(
         defaults.loop_pairs, **flags.of(LoopPairsConfig), **flags.some({"evaluation_batch": "batch"})
@@ -334,6 +337,7 @@ def names_of(flags: Flags) -> tuple[str, ...]:
 
 def record(mode: str, settings: ArmsRun, opened: "Opened") -> dict:
     """Build the record of a run folder: its settings, problem and labels."""
+    # online runs have no labels
     problem, labelled = opened
     labels = {} if labelled is None else {"labels": labelled.identity}
     return {"mode": mode, "run": asdict(settings), "problem": dict(problem.identity), **labels}
@@ -372,6 +376,7 @@ def mode_of_arms(
         arm_runs.work(settings, opened, run, open)
 
     def titled(settings: ArmsRun, opened: "Opened") -> str:
+        # the folder's name, without its path
         generator = Path(settings.source.pipeline).name
         return f"{settings.NAME}-{title(settings)}-{generator}-{settings.stage_in(opened[0]).name}"
 

@@ -66,7 +66,9 @@ def label(
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
+    # lines of the list of generated assets
     assets = len(work.lines())
+    # WORK has a default campaign; others are made with --set campaign=NAME
     name = campaign or work.campaign
     request = request_of(work, name, pairs or assets, strategy)
     with open_store(work.database, create=True) as store:
@@ -77,13 +79,16 @@ def label(
             )
         stored = store.campaign(name)
         if stored is None:
+            # active strategies need trained rewards, which the first answers provide
             if STRATEGIES[strategy].least_rewards:
                 check_trained(work, strategy)
+            # loaded only if the strategy scores pairs
             scorer = partial(latent_ensemble, work, choose_device(device))
             store.create_campaign(*launch.plan_campaign(store, request, click.echo, scorer))
             stored = store.campaign(name)
             assert stored is not None
         else:  # an existing campaign resumes, so its pairs and strategy cannot change
+            # raises an error if these differ from the stored campaign
             asked = {"pairs": pairs, "strategy": strategy}
             launch.check_resumed(stored, asked, launch.given_flags(ctx), "--set campaign=NAME")
         answered = sum(1 for _ in store.judgements(name))

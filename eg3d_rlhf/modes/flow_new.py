@@ -130,20 +130,24 @@ def new(
 
     # Everything is checked and its cost is shown before the first slow step, the embedding of the inputs.
     check_new(folder)
+    # the remarks of `family_of` are replaced by the lines of `examined`
     family = family_of(Path(pipeline), say=lambda text: None)
     where = choose_device(device)
     for line in examined(family, Path(pipeline)):
         click.echo(line)
     # zero_null: the family's unconditional embedding is zero, so a file need not contain it
     given = None if embeddings is None else read_conditions(embeddings, zero_null=family.zero_null)
+    # auto depends on the device
     precision = chosen_precision(flags["precision"], where)
     for line in takes(family, Path(pipeline), where, precision, sorted({1, flags["batch"] or family.batch})):
         click.echo(line)
     names = conditioning_names(family, prompts, images, given)
+    # prompts are split, not pairs, so that no prompt is in two splits
     divided = divide(list(names), flags["seed"], shares_of(flags["split"]))
     counts = ", ".join(f"{len(divided[split])} to {split} on" for split in SPLITS)
     for line in rows("prompts" if images is None else "images", [f"{len(names)}: {counts}"]):
         click.echo(line)
+    # no --conditioning: the generator's own encoder computes the embeddings
     if given is None:
         if images is None:
             assert isinstance(family, EmbedsText)  # conditioning_names` raised an error otherwise
@@ -194,6 +198,7 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
 
     Raises: ValueError for a folder that cannot be used.
     """
+    # a plugin may not list its networks; then nothing is checked here
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     where = f"Fetch the folder again: {family.address}" if family.address else "Restore the folder."
     # the first fault is enough to stop; `flow check` lists all
@@ -207,6 +212,7 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
     yield from rows(
         "licence", [family.notice or ("this package's" if family.bundled else "see the publisher's")]
     )
+    # a downloaded generator has a licence of its own
     if not family.bundled:
         listed = ", ".join(path.name for path in papers) or f"none, see {family.address or 'the publisher'}"
         yield from rows("", [f"files of it: {listed}"])
@@ -236,6 +242,7 @@ def takes(
     )
 
     stages = sized_stages(family, root)
+    # memory is a concern only if the largest stage is large
     most = max(sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages)
     if most < LARGE:
         yield from rows("memory", [f"small networks: at most {most:,} parameters"])
@@ -269,6 +276,7 @@ def conditioning_names(
         raise ValueError(
             "flow new needs either --prompts or --images, got neither or both. Give one of them."
         )
+    # a family without an encoder needs precomputed embeddings
     if not isinstance(family, (EmbedsImages, EmbedsText)):
         raise ValueError(
             f"flow new: {family.name} has no encoder in this package. Give --conditioning=FILE with"
@@ -314,6 +322,7 @@ def images_in(folder: Path) -> dict[str, Path]:
             f"--images: expected images ({', '.join(IMAGE_SUFFIXES)}), got none in {folder}. Name another"
             " folder."
         )
+    # by stem: a.png and a.webp would be one name
     by_name = dict[str, Path]()
     by_content = dict[str, Path]()
     for path in paths:
@@ -344,6 +353,7 @@ def chosen(work: Work, device: "torch.device") -> Iterator[str]:
     """Describe what was chosen and give the next command. Yields lines."""
     import torch
 
+    # shown, so that a wrong device is noticed before sampling
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     yield from rows("device", [f"{name}, {work.precision}", f"{work.batch} assets at once"])
     count = work.each * len(work.names(*SHOWN))

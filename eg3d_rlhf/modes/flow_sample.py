@@ -70,14 +70,18 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
 
     work = Work.open(folder)
     family = work.check_pipeline()
+    # torchrun's processes are joined here; a signal ends the work with a message
     with running(device, timeout, AGAIN) as ranks:
+        # with torchrun every process has its own device
         where = choose_device(device) if ranks.world == 1 else ranks.device
         sampling = drawing_of(work, family, BASE, SHOWN, where, ranks, cells=cells, few_steps=few_steps)
         drawn = sample_with_bar(sampling)
+        # one process prints
         if not ranks.main:
             return
     for line in lines_of(sampling, drawn):
         click.echo(line)
+    # a family may add a remark about its samples
     if remark := family.remark(sampling.folder, work.lines(), sampling.pipeline):
         click.echo(remark)
     click.echo(f"{len(work.names(TEST))} prompts or images are kept for the test")
@@ -88,6 +92,7 @@ def sample_with_bar(sampling: "Drawing") -> "Drawn":
     """Generate the assets with a progress bar."""
     from training.progress import tqdm
 
+    # assets of all ranks
     total = len(sampling.jobs)
     with tqdm(
         total=total,
@@ -103,6 +108,7 @@ def sample_with_bar(sampling: "Drawing") -> "Drawn":
 def lines_of(sampling: "Drawing", drawn: "Drawn") -> list[str]:
     """Report the number of generated assets and of those left out."""
     lines = [f"{drawn.count} assets in {sampling.folder}"]
+    # such samples cannot be shown or compared
     if drawn.left_out:
         lines.append(
             f"{len(drawn.left_out)} more samples have no surface and are left out: {drawn.left_out[0]}"

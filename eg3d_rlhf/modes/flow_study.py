@@ -146,13 +146,16 @@ def study(
 
     check_extra(EXTRA)
     work = Work.open(folder)
+    # the latest one unless --tune names another
     training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
+    # reports read the stored answers; they need no generator
     if report:
         write_reports(work, Study.of(work, training, False), against, interim)
         return
     family = work.check_pipeline()
+    # arm -> tuned weights; None: the generator as it is
     arms = {"test-base": None, numbered("tuned", training): work.tuned(training)}
     if against != BASE and (control := work.tuned(training, control=True)):
         arms[numbered("control", training)] = control
@@ -170,6 +173,7 @@ def study(
                 click.echo(line)
         if not ranks.main:
             return
+    # only flags that were given are passed on; the others keep `study`'s defaults
     given = {name: server[name] for name in launch.given_flags(ctx) & server.keys()}
     serve(work, Study.of(work, training, again), list(arms), against, n, annotators, given)
 
@@ -192,6 +196,7 @@ def serve(
     # arms: test-base, tuned-NN and, if there is one, control-NN
     contests = dict(zip((BASE, CONTROL), (arms[0], *arms[2:]), strict=False))
     states = {name: study.answered(name) for name in contests}
+    # not designed yet, or not all trials answered
     still = [name for name, state in states.items() if state is None or state[0] < state[1]]
     if not still or (against is not None and against not in still):
         raise ValueError(
@@ -200,6 +205,7 @@ def serve(
         )
     chosen = against or still[0]
     place = study.contest(chosen)
+    # a new comparison is designed from the assets; an existing one resumes from its folder
     new = states[chosen] is None
     rare = study_job.main.rare  # of a GroupedCommand
     flags = [f"--outdir={place.path}"]

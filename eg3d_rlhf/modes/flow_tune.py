@@ -103,6 +103,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
     Example:
         eg3d-rlhf flow tune WORK
     """
+    # `circular_settings` expects the flag, which this command does not have
     flags = Flags({**given, "choose_noises": None}, flags_of(context).written)
     flags.belong(LOOP_ONLY, flags["loop"], "--loop")
     check_tuning(flags)
@@ -113,6 +114,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
     work = Work.open(folder)
     check_stages("--stage", work.check_pipeline(), flags["stages"])
     asked = asked_of(flags, work)
+    # settings only; the labels are not read
     if flags["dry_run"]:
         click.echo(json.dumps(asdict(asked), indent=2, sort_keys=True))
         return
@@ -127,6 +129,7 @@ def shown_by_help(context: click.Context) -> list[object]:
     if context.params["folder"] is None:
         raise ValueError("WORK: name the folder to see the defaults, which depend on its generator.")
     work = Work.open(context.params["folder"])
+    # as in `tune_command`
     asked = asked_of(Flags({**context.params, "choose_noises": None}), work)
     return [{"seed": work.seed}, *of_circular(asked.circular)]
 
@@ -136,6 +139,7 @@ tune_command.resolved = shown_by_help
 
 def asked_of(flags: Flags, work: Work) -> Tuning:
     """Apply the flags to the default settings of WORK's generator."""
+    # 0 is a valid seed, so `or` would be wrong
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
     # checkpoints are chosen by held-out pairs here, never by a win rate of generated assets
     circular = replace(circular_settings(flags, default_settings(work.pipeline)), choosing=None)
@@ -167,6 +171,7 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") ->
     family = work.check_pipeline()
     where = choose_device(device) if ranks.world == 1 else ranks.device
     encoding = flags.of(EncodingSource)
+    # WORK's own answers, or those of --labels, as pairs per stage
     imported = imported_of(work, family, flags["labels"], where, encoding)
     if ranks.main:
         write_pairs(work, family, imported)
@@ -180,6 +185,7 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") ->
     record = json.loads(
         json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)})
     )
+    # one process chooses the folder, so that all use the same
     folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
     begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
     if ranks.main:
@@ -206,6 +212,7 @@ def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) 
     """
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
+    # prompts of the selection split: training samples must not come from the test split
     names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][
         : asked.circular.human.samples
     ]
@@ -227,6 +234,7 @@ def folder_of(work: Work, record: dict) -> Path:
     """
     from eg3d_rlhf.experiments.run import recorded
 
+    # in order of their numbers, so the last one is the newest
     there = work.numbered("tune")
     asked = decided(record)
     if there and asked.items() <= decided(recorded(there[-1])).items():
@@ -247,6 +255,7 @@ def decided(record: Mapping) -> dict:
 
 def lines_of(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
     """Summarise the labels and the number of pairs that they make."""
+    # keys of the report become words
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [
         facts,

@@ -45,83 +45,83 @@ GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSet
 # Settings of `python train.py --reward=sigma --lambda-r=10`, except --reward and its bundled reward files.
 HEADS = {
     # Length and intervals, in thousands of images. The run has 150 iterations.
-    "kimg": DEMO_KIMG,
+    "kimg": DEMO_KIMG,  # length of the run
     "batch": 4,
-    "batch_gpu": None,
-    "tick": 0.12,
-    "snap": 0,
-    "checkpoint_ticks": 1,
-    "workers": None,
+    "batch_gpu": None,  # images per forward pass; None: the whole batch
+    "tick": 0.12,  # status line every 120 images
+    "snap": 0,  # snapshot at the end only
+    "checkpoint_ticks": 1,  # resumable state at every tick
+    "workers": None,  # processes that read images ahead
     # Data and networks: training continues from the bundled generator's moving average. Settings that only
     # new networks use are taken from the file.
-    "data": bundled.DATA,
-    "cond": True,
+    "data": bundled.DATA,  # synthetic heads
+    "cond": True,  # camera labels are used
     "mirror": False,
-    "start": "G_ema",
-    "mbstd_group": 4,
-    "freezed": 0,
+    "start": "G_ema",  # G starts from its moving average
+    "mbstd_group": 4,  # images per minibatch-std group of D
+    "freezed": 0,  # frozen layers of D
     "cbase": 2048,
     "cmax": 64,
     "map_depth": 2,
     "plane_layout": "fixed",
-    "sr_module": None,
+    "sr_module": None,  # chosen by the resolution
     "sr_noise_mode": "none",
     "sr_num_fp16_res": 4,
     "g_num_fp16_res": 0,
     "d_num_fp16_res": 4,
-    "c_scale": 1.0,
-    "disc_c_noise": 0.0,
-    "decoder_lr_mul": 1.0,
+    "c_scale": 1.0,  # scale of the camera label
+    "disc_c_noise": 0.0,  # noise on D's camera label, in its standard deviations
+    "decoder_lr_mul": 1.0,  # learning-rate multiplier
     # Adversarial training: no fades, no augmentation, no camera conditioning in the mapping network.
     "gamma": 0.3,
-    "aug": "noaug",
-    "p": 0.2,
-    "target": 0.6,
+    "aug": "noaug",  # no augmentation of D's inputs
+    "p": 0.2,  # for --aug=fixed only
+    "target": 0.6,  # of sign(D(real)), for --aug=ada only
     "ada_kimg": 100.0,
     "style_mixing_prob": 0.0,
     "gen_pose_cond": False,
-    "gpc_reg_prob": 0.5,
+    "gpc_reg_prob": 0.5,  # probability of a swapped camera; no effect without conditioning
     "gpc_reg_fade_kimg": 0.0,
     "blur_fade_kimg": 0.0,
     "nrr_initial": 64,
-    "nrr_final": None,
+    "nrr_final": None,  # no change of the resolution
     "nrr_fade_kimg": 1000.0,
-    "density_reg": 0.25,
-    "density_reg_every": 4,
-    "density_reg_p_dist": 0.004,
+    "density_reg": 0.25,  # weight
+    "density_reg_every": 4,  # iterations
+    "density_reg_p_dist": 0.004,  # perturbation of the points, world units
     "reg_type": "l1",
     # Optimisers: one Adam for G, one for D, and a separate one for the reward's gradient on G.
     "glr": 2e-5,
     "dlr": 1e-4,
     "rlr": 1.2e-3,
-    "ema_kimg": 0.1,
-    "ema_rampup": None,
-    "amp": "off",
+    "ema_kimg": 0.1,  # half-life of G_ema, thousands of images
+    "ema_rampup": None,  # no ramp
+    "amp": "off",  # single precision
     # The reward: its weight, density consistency with the untuned generator, and the trust region. Adam
     # normalises the scale, so only the ratio of the two weights matters. The reward is clipped: defective
     # shapes
     # score below the clip, are pushed up to it and may change; intact ones score above it, get no push, and
     # are held by the consistency term with full weight.
-    "lambda_r": 10.0,
-    "lambda_sigma": 5.0,
-    "lambda_front": 0.0,
-    "lambda_nose": 0.0,
+    "lambda_r": 10.0,  # weight of the reward
+    "lambda_sigma": 5.0,  # weight of the density-consistency term
+    "lambda_front": 0.0,  # front-growth penalty off
+    "lambda_nose": 0.0,  # nose penalty off
     "nose_floor": "window",
-    "reward_clip": "-10,q0.55",
+    "reward_clip": "-10,q0.55",  # upper bound: the 55 % quantile of untuned scores
     "reward_shaping": "standardised",
-    "consistency_gate": 0.01,
-    "consistency_psi": 1.0,
+    "consistency_gate": 0.01,  # share of lambda_sigma for shapes below the clip
+    "consistency_psi": 1.0,  # truncation of its samples
     "consistency_resolution": 32,
-    "reference": None,
-    "early_stop": None,
+    "reference": None,  # the generator that tuning starts from
+    "early_stop": None,  # off
     "early_stop_distance": None,
     "control": None,
     # Rounds of labelling, reward training and tuning: none.
-    "rounds": 0,
-    "round_pairs": 400,
+    "rounds": 0,  # tune once
+    "round_pairs": 400,  # pairs to label per round
     "round_labels": SYNTHETIC,
-    "round_doubtful": 0.5,
-    "round_members": 5,
+    "round_doubtful": 0.5,  # share of pairs on which the last rewards disagree
+    "round_members": 5,  # rewards per ensemble
     "round_preset": None,
     "round_aggregate": None,
     "round_start": "pretrained",
@@ -182,6 +182,7 @@ def task_of(init: str, reward: str) -> str:
 
 def with_bundled(flags: Mapping) -> dict:
     """Return the given flags (not None), and the bundled files that are defaults beside them."""
+    # None means that the flag was not given; 0 and False are values
     given = {k: v for k, v in flags.items() if v is not None}
     cfg = given.setdefault("cfg", "heads64")
     given.setdefault("init", "bundled" if cfg == "heads64" else "scratch")
@@ -200,6 +201,7 @@ def with_preset(given: Mapping, network: Mapping) -> dict:
     """
     cfg = given["cfg"]
     reward = given.get("reward", "none")
+    # the row of PRESETS depends on the configuration and on the task
     task = task_of(given["init"], reward)
     # later dictionaries override earlier ones
     values = {"task": task, **PRESETS[cfg, task], **OBSERVED.get(reward, {}), **network, **given}
@@ -221,6 +223,7 @@ def with_preset(given: Mapping, network: Mapping) -> dict:
 def shown_by_help(flags: Mapping) -> list[dict]:
     """Return the values that --help shows as defaults; reads no file except that of --init."""
     given = with_bundled(flags)
+    # other configurations have no default dataset, which --help shows as required
     lacking = {"data": None} if given["cfg"] != "heads64" else {}
     network = {} if given["init"] in ("scratch", "bundled") else network_facts(given["init"])
     return [{**lacking, **with_preset(given, network)}]
@@ -237,12 +240,14 @@ def resolve(flags: Mapping) -> Settings:
     if cfg != "heads64" and "data" not in given:
         raise ValueError(f"--data is required with --cfg={cfg}. Name a zip file or folder in EG3D's format.")
     init = given["init"]
+    # a reward needs a generator that produces shapes already
     if reward != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
         with naming("--reward"):
             # a look-up for its error: unknown observations raise
             OBSERVATIONS[reward]
+        # an untrained generator has no shapes to score
         if init == "scratch":
             raise ValueError(
                 f"--reward={reward} needs pretrained networks, got --init=scratch. Name a file with"
@@ -265,6 +270,7 @@ def resolve(flags: Mapping) -> Settings:
             init = given["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else network_facts(None if init == "bundled" else init)
     values = with_preset(given, file_settings)
+    # EG3D has no default for these two, because they depend on the dataset
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(
@@ -283,6 +289,7 @@ def check_rounds(given: Mapping, reward: str) -> None:
     """Raise ValueError for flags that cannot be combined with --rounds, or that need it."""
     flags = {"round_pairs": "--round-pairs", "round_labels": "--round-labels"}
     round_flags = [flags.get(name, f"--set {name}") for name in given if name.startswith("round_")]
+    # 0 rounds is the same as no --rounds
     without = not given.get("rounds")
     if without and round_flags:
         raise ValueError(f"{round_flags[0]} needs --rounds. Add --rounds, or remove {round_flags[0]}.")
@@ -298,6 +305,7 @@ def check_rounds(given: Mapping, reward: str) -> None:
             " Remove"
             " --reward-ckpt."
         )
+    # the simulated annotator needs the ground truth, which only synthetic heads have
     if given.get("round_labels", SYNTHETIC) == SYNTHETIC and not given.get(
         "data", DataConfig.data
     ).startswith("synthetic:"):
@@ -333,12 +341,14 @@ def network_facts(source: str | None) -> dict:
             G = meta["G_kwargs"]
             D = meta["D_kwargs"]
             rendered = meta.get("neural_rendering_resolution")
+    # a file may hold G alone; then D is new and gets the default group size
     group = (D or {}).get("epilogue_kwargs", {}).get("mbstd_group_size", NetworkConfig.mbstd_group)
     # EG3D zeroes the camera in the mapping network where conditioning is off
     conditioned = not G.get("rendering_kwargs", {}).get("c_gen_conditioning_zero", False)
     return {
         "gen_pose_cond": conditioned,
         "mbstd_group": group,
+        # a file need not record the rendering resolution
         **({} if rendered is None else {"nrr_initial": rendered}),
     }
 
@@ -417,8 +427,10 @@ def check_eg3d(flags: Mapping) -> None:
 def resolve_flags(flags: Flags) -> Settings:
     """`Build the settings as `resolve` does, with warnings for flags that have no effect."""
     check_eg3d(flags)
+    # this function resolves new runs only, so --resume-previous never applies here
     flags.belong(("resume_previous",), False, "--resume")
     settings = resolve(flags)
+    # settings that new networks alone use
     ignored = ["--" + name.replace("_", "-") for name in FRESH if flags[name] is not None]
     if ignored and settings.net.init != "scratch":
         print(
@@ -426,6 +438,7 @@ def resolve_flags(flags: Flags) -> Settings:
             " architecture.",
             file=sys.stderr,
         )
+    # stopping a control early would make it shorter than the run that it is compared with
     if settings.reward.keeping.early_stop is not None and settings.reward.terms.lambda_r == 0:
         print(
             "Warning: --early-stop ignored: a run with --lambda-r=0 is a control and has to be complete.",
@@ -444,12 +457,14 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     from training import checkpoint
 
     check_eg3d(flags)
+    # a network file has no optimiser states, so it can start a run but not continue one
     if source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot"):
         remedy = f"Use --init={source} to start from its weights."
         raise ValueError(
             f"--resume needs a run folder or a checkpoint, got the network file {source}. {remedy}"
         )
     changes = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
+    # the device has a default, so only one that was written changes the recorded one
     changes |= {"device": flags["device"]} if "device" in flags.written else {}
     # a run of rounds has no checkpoint: each of its tunings has one in a folder below
     if source.is_dir() and (options := options_of_run(source)).get("rounds"):
@@ -473,6 +488,7 @@ def newest(source: Path, ranks: "Ranks") -> Path:
     """
     from training import checkpoint
 
+    # a checkpoint is a file in the run's folder
     folder = source if source.is_dir() else source.parent
     return folder if ranks.restarts and checkpoint.available(folder) else source
 
@@ -491,6 +507,7 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
     from eg3d_rlhf.tuning.gan import rounds
 
     run.inputs = dict(gan.input_files(s))
+    # rounds open networks and rewards one after the other, round by round
     if s.rounds.rounds:
         rounds.check(s, run.ranks)
         return None
@@ -505,6 +522,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
+    # a run of rounds
     if objects is None:
         return rounds.work(s, run, lambda settings, folder: tune_in_rounds(settings, folder, run.flags))
     if run.ranks.main and run.resumed is None:
@@ -533,6 +551,7 @@ def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
     """Begin or resume one tuning inside a run of rounds."""
     from training import checkpoint
 
+    # the round was interrupted: its newest checkpoint continues
     if checkpoint.available(folder):
         again = Flags({"resume_previous": flags.get("resume_previous", False), "workers": s.run.workers})
         GAN.go_on(GAN.read(folder, again), folder, again)

@@ -102,6 +102,7 @@ def convert(
     options = ConvertOptions(
         transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
     )
+    # errors inside are attributed to this flag
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
@@ -123,6 +124,7 @@ def convert(
         f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]},"
         f" {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}"
     )
+    # enlarging adds no detail, so it is reported
     if done.enlarged:
         click.echo(f"{done.enlarged} images were smaller than {resolution} and have been enlarged.")
     if done.cropped_labels:
@@ -212,6 +214,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
             f"--data is required, because {generator.path.name} has no {OPTIONS} beside it. Name the dataset."
         )
     data = str(data)
+    # the real set should be the one that the run was trained on
     mirror = bool(trained.get("mirror", False)) if mirror is None else mirror
     # only a run folder receives the records by default
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
@@ -234,6 +237,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     with naming("--inception"):
         features = load_features(inception, target)
     with naming("--data"):
+        # c_dim 25: 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
     def bar(total: int, title: str):

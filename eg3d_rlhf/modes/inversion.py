@@ -82,6 +82,7 @@ def resolve(flags: Flags) -> InversionRun:
     # a flag that was given overrides the preset
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    # paths become text, because the settings are recorded as JSON
     given: dict[str, Any] = {
         name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names
     }
@@ -92,6 +93,7 @@ def recorded(folder: Path, *_: object) -> InversionRun:
     """Read the settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
     from eg3d_rlhf.experiments.run import recorded_by
 
+    # JSON has no tuples and no dataclasses
     settings = recorded_by(folder, "inversion")["settings"]
     return InversionRun(
         **{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])}
@@ -158,6 +160,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
     if s.image is not None:
+        # one target from a file
         cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:
         with naming("--latents"):
@@ -188,6 +191,7 @@ def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
     click.echo(
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
+    # finished inversions of an interrupted run are kept
     inversions.go()
     finish(inversions, s.shape_res, s.turns)
 
@@ -202,6 +206,7 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     folder = inversions.run.folder
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)
+    # one per target and weight
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
     facts = {

@@ -148,6 +148,7 @@ class JobGroup(click.Group):
 
     def jobs(self) -> dict[str, str]:
         """Return, by the words that follow the noun, the description of each of its jobs."""
+        # with the space, so that `report` does not match a longer noun
         start = f"{self.noun} " if self.noun else ""
         # without a noun, `start` is empty and all jobs are listed under their full names
         return {job.removeprefix(start): line for job, (_, line) in JOBS.items() if job.startswith(start)}
@@ -185,7 +186,9 @@ class JobGroup(click.Group):
                 return job, PEOPLE[args[1]], args[2:]
         # While the shell completes a word (resilient parsing), an unknown word is no error.
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            # the group at which the word failed
             where = f"{PROGRAM} {self.noun}".strip()
+            # flags are no part of a job's name
             words = [word for word in args[:2] if not word.startswith("-")]
             self.reject_renamed(args)
             meant = "".join(
@@ -207,6 +210,7 @@ class JobGroup(click.Group):
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete the next word of a job from the table alone, and let a command complete its flags."""
+        # next word -> description; a noun is listed once
         lines: dict[str, str] = {}
         for job, line in self.jobs().items():
             word, _, rest = job.partition(" ")

@@ -156,12 +156,15 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
+    # subcommands take --db from here if they are not given their own
     ctx.obj = db
+    # `label export` and others run by themselves
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
     check_extra(EXTRA)
     request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
+    # compared with the stored campaign at a resume
     wanted = request.to_json()
     server = server_of(flags, db)
     if dry_run:
@@ -195,6 +198,7 @@ def _request(
         _reject_generator_flags(ctx, given)
     elif "up" in given:
         raise ValueError("--up needs --assets: a generator's shapes always stand upright. Remove --up.")
+    # None becomes the default of the setting
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
         names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
@@ -213,6 +217,7 @@ def _request(
             raise FileNotFoundError(
                 f"expected a network file or a run folder, but {network} does not exist. Check the path."
             )
+    # settings that are stored with the campaign
     settings = {name: flags[name] for name in launch.SETTINGS}
     settings["questions"] = tuple(part.strip() for part in flags["questions"].split(",") if part.strip())
     # for single shapes there is no second side to swap and no 'both'
@@ -287,6 +292,7 @@ def _start(
     if not store_exists(db):  # plan first: an error must leave no empty database
         if server.exposed:
             launch.check_annotators(None, server.host, MAKE)
+        # slow: it generates the shapes of the pairs
         planned = launch.plan_campaign(None, request, click.echo)
     with open_store(db, create=True) as store:
         # reachable from other machines: annotators need a login
@@ -437,7 +443,9 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
 
     with open_store(db, create=False) as store:
         _check(store, campaign)
+        # read whole, because the database closes with the block
         rows = list(store.judgements(campaign))
+    # criteria that were asked besides which is better
     asked = sorted({name for row in rows for name in row.votes})
     if criterion is not None and criterion not in asked:
         raise ValueError(
@@ -457,6 +465,7 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
 
 def _check(store: "Store", campaign: str | None) -> None:
     """Raise ValueError if the campaign does not exist or does not collect preferences."""
+    # without --campaign, all that collect preferences are ranked
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
         raise ValueError(f"--campaign: {campaign} is not in this database. `status` lists the campaigns.")

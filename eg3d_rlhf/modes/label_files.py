@@ -49,6 +49,7 @@ def synthetic(
     from eg3d_rlhf.preferences.synthetic import annotate
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
+    # None: not given, so the default of the setting applies
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if randomised and options.kind == "pairs":
         raise ValueError(
@@ -67,6 +68,7 @@ def synthetic(
         }
         print_json({**resolved, **asdict(options)})
         return
+    # the bundled one without --network
     generator = load_generator(network, choose_device(device))
     with tqdm(total=len(options.seeds), unit="seed", desc="labelling") as bar:
 
@@ -76,6 +78,7 @@ def synthetic(
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
         annotation = annotate(generator.generator, options, on_seed)
+    # labels belong to one generator: seeds of another one give other shapes
     meta = {"generator": generator.hash, **annotation.summary()}
     if options.kind == "pairs":
         write_labels(out, annotation.preferences(generator.hash))
@@ -136,10 +139,12 @@ def elo(files, ties, held, out) -> None:
     from eg3d_rlhf.preferences.bradley_terry import elo as ratings
     from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
 
+    # each criterion has its own table of ratings
     by_criterion = defaultdict(list)
     for file in files:
         for judgement in read_judgements(file):
             by_criterion[judgement.criterion].append(judgement)
+    # criterion -> method -> fixed rating
     known = read_held(held)
     tables = {}
     for criterion, judgements in sorted(by_criterion.items()):

@@ -52,13 +52,16 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     from eg3d_rlhf.tuning.flow.training.latent_reward import save
     from training.progress import tqdm
 
+    # three seeds show how much the accuracy varies
     numbers = range(seed, seed + 3) if seeds is None else seeds_of("--seeds", seeds)
+    # checked before the slow part
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
     # the problem itself has seed 0; --seed only varies the training of the reward
     problem = open_problem(source_of(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
     reward, beside = compared(problem, name, numbers, tqdm.write)
+    # the file carries its own accuracy
     reward.record |= {"evaluation": beside.shown()}
     click.echo("\n".join(markdown(beside)))
     click.echo(

@@ -69,12 +69,14 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     """
     from eg3d_rlhf.experiments.run import recorded, recorded_by
 
+    # an empty record if the folder is no run
     values = dict(recorded(folder))
     names = MeshRewardTraining.__dataclass_fields__
     if not set(names) <= values.keys():
         recorded_by(folder, NAME)  # raises an error that names the folder's mode
     values = {name: value for name, value in values.items() if name in {*names, "table_seeds"}}
     seeds = values.pop("table_seeds", None)
+    # a path, or None for generated meshes
     data = values["data"]
     return MeshRewardRun(
         training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds and tuple(seeds)
@@ -89,6 +91,7 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
 
     torch.set_num_threads(1)  # sums then have a fixed order, so the same machine writes the same bytes
     options = run_settings.training
+    # generated meshes follow from the seed and need no file
     run.inputs = {} if options.data is None else {"data": options.data}
     if run_settings.seeds is not None:
         return None
@@ -105,6 +108,7 @@ def lines(summary: dict[str, dict]) -> list[str]:
     """Format the table, one line per arm."""
     rows = []
     for arm, row in summary.items():
+        # lowest and highest over the training seeds
         low, high = row["auc_range"]
         kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
         apart = f"divergence {row['divergence']:6.3f}, at a fixed width {row['divergence_fixed']:6.3f}"
@@ -119,6 +123,7 @@ def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run
     from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
     from eg3d_rlhf.rewards.meshes.mesh_reward_training import REWARD, TABLE, run_table, run_training
 
+    # the table
     if training is None:
         with bar(run_settings.training) as shapes:
             made = run_table(

@@ -84,6 +84,7 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
 
     from training import networks
 
+    # parameters and buffers
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     return {
@@ -126,6 +127,7 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
 def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     """Format a nested description, two spaces of indentation per level."""
     out = []
+    # an empty dictionary is printed as a value
     for key, value in description.items():
         nested = isinstance(value, dict) and value
         out.append(
@@ -157,6 +159,7 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     Example:
         eg3d-rlhf generator inspect assets/generator.safetensors
     """
+    # the file first: a rejected pickle raises an error here
     description = describe_file(file)
     description.update(describe_networks(file, n))
     click.echo(json.dumps(description, indent=1) if as_json else "\n".join(lines(description)))
@@ -198,6 +201,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     from eg3d_rlhf.generators import find_network, load_networks
     from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 
+    # fail before the network is read
     check_suffix(out)
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
@@ -211,6 +215,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             " features of the"
             f" planes: {residual:.2g}."
         )
+    # sizes that differ from those in EG3D's code
     sizes = foreign_sizes(nets)
     if out.suffix != ".safetensors" and sizes:
         click.echo(
@@ -218,6 +223,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
             f" {', '.join(sizes)}.",
             err=True,
         )
+    # number of tensors per network
     counts = write(nets, out, only_ema)
     click.echo(
         f"{out}: "
