@@ -75,7 +75,7 @@ def _hand_over(
     with naming("--qr"):
         if qr is not None and not server:
             raise ValueError(
-                "--qr needs --address: without the server's address a phone cannot open the link. Add"
+                "the QR code needs the server's address: without it, a phone cannot open the link. Add"
                 " --address=URL."
             )
         if qr is not None:

@@ -170,7 +170,7 @@ def check(flags: Flags) -> None:
             "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
     if flags["ablate"] is not None:
-        flags.belong(("rounds",), False, "a run without --ablate, whose groups define the rounds")
+        flags.belong(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
     check_tuning(flags)
 
 

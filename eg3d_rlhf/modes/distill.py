@@ -225,7 +225,7 @@ def read_prompts(texts: tuple[str, ...]) -> tuple[str, ...]:
             raise ValueError(f"--prompt: {path} is an empty file. Write one prompt per line.")
         prompts += lines
     if any(not text.strip() for text in prompts):
-        raise ValueError("--prompt: got an empty text. Describe the asset.")
+        raise ValueError("--prompt: got an empty text. Give a text that describes the asset.")
     return tuple(prompts)
 
 

@@ -238,7 +238,9 @@ def resolve(flags: Mapping) -> Settings:
     cfg = given["cfg"]
     reward = given.get("reward", "none")
     if cfg != "heads64" and "data" not in given:
-        raise ValueError(f"--data is required with --cfg={cfg}. Name a zip file or folder in EG3D's format.")
+        raise ValueError(
+            f"--data: a dataset is required with --cfg={cfg}. Name a zip file or folder in EG3D's format."
+        )
     init = given["init"]
     # a reward needs a generator that produces shapes already
     if reward != "none":
@@ -461,7 +463,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     if source.suffix.lower() == ".pkl" or source.name.startswith("network-snapshot"):
         remedy = f"Use --init={source} to start from its weights."
         raise ValueError(
-            f"--resume needs a run folder or a checkpoint, got the network file {source}. {remedy}"
+            f"--resume: expected a run folder or a checkpoint, got the network file {source}. {remedy}"
         )
     changes = {name: flags[name] for name in ("kimg", "workers") if flags.get(name) is not None}
     # the device has a default, so only one that was written changes the recorded one
@@ -469,7 +471,10 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
     # a run of rounds has no checkpoint: each of its tunings has one in a folder below
     if source.is_dir() and (options := options_of_run(source)).get("rounds"):
         if "kimg" in changes:
-            raise ValueError("--kimg cannot change when rounds resume. Remove --kimg, or start a new run.")
+            raise ValueError(
+                f"--kimg: cannot be combined with --resume of rounds, got {changes['kimg']:g}. Start a"
+                " new run."
+            )
         return Settings.of({**options, **changes})
     if (source / OPTIONS).is_file() and not checkpoint.available(source):
         recorded_by(source, "gan")  # raises if the folder belongs to another mode

@@ -211,7 +211,8 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     data = data or trained.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
         raise ValueError(
-            f"--data is required, because {generator.path.name} has no {OPTIONS} beside it. Name the dataset."
+            f"--data: a dataset is required, because {generator.path.name} has no {OPTIONS} beside it."
+            " Name the dataset."
         )
     data = str(data)
     # the real set should be the one that the run was trained on
