@@ -205,10 +205,10 @@ def licences(root: Path) -> list[Path]:
 
 def rows(title: str, parts: Iterable[str]) -> list[str]:
     """Wrap comma-separated parts into lines, of which the first has the title."""
-    # `or ["none"]`: textwrap returns no line for an empty text
     parts = list(parts)
     # long lists end with the number of parts that are left out
     shown = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
+    # textwrap returns no line for an empty text, hence "none"
     wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [
         "none"
     ]

@@ -527,14 +527,14 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
-    # a run of rounds
+    # no objects: a run of rounds, each of which opens its own
     if objects is None:
         return rounds.work(s, run, lambda settings, folder: tune_in_rounds(settings, folder, run.flags))
     if run.ranks.main and run.resumed is None:
         where = f"{objects.loop.device}" + (f", {run.ranks.world} processes" if run.ranks.world > 1 else "")
         print(f"Training for {s.loop.kimg:g} thousand images on {where}.", flush=True)
+    # `train` returns False where a signal stopped the run; it is then not evaluated
     if (
-        # `train` returns False where the run was stopped
         gan.train(objects, run)
         and objects.before is not None
         and objects.reward is not None

@@ -60,6 +60,7 @@ def names_of(networks: Sequence[Path]) -> list[str]:
 def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, out: Path | None) -> None:
     """Compare generators of synthetic heads with the ground-truth heads of their latents: one line per
     network, with the error reduction on defective heads and the harm to intact ones.
+
     \b
     Example:
         eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
@@ -67,7 +68,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     from eg3d_rlhf.evaluation.heads import TABLE, compare
     from eg3d_rlhf.experiments.table import figure_table
 
-    # the seeds are reserved in core/seeds.py, so that no training or choice of settings uses them
+    # seeds that core/seeds.py reserves, so that no training uses them
     seeds = PLACES[place].take(n)
     columns, defective = compare(dict(zip(names_of(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
@@ -120,6 +121,7 @@ def solid(
 ) -> None:
     """Test whether shapes are physically valid solids: the terms of the `solid` reward before and after
     tuning, compared with filtered shapes, convex hulls and balls.
+
     \b
     Examples:
         eg3d-rlhf report solid runs/00000-* --n=16
