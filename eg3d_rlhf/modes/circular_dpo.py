@@ -69,13 +69,13 @@ def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
 _HUMAN = TrainConfig(
     dpo=DpoConfig(beta=20.0),
     lora=LoraConfig(rank=16, alpha=32),
-    steps=100,
-    batch=16,
-    lr=1e-3,
-    warmup=10,
-    held_out_every=25,
-    log_every=5,
-    checkpoint_every=50,
+    steps=100,  # updates
+    batch=16,  # pairs per update
+    lr=1e-3,  # of AdamW
+    warmup=10,  # updates until the full learning rate
+    held_out_every=25,  # updates between evaluations
+    log_every=5,  # updates per line of stats.jsonl
+    checkpoint_every=50,  # updates between resumable states
 )
 TOY_RUN = CircularSettings(
     human=_HUMAN,  # the last stage, which trains on people's pairs

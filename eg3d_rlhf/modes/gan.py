@@ -46,7 +46,7 @@ GROUPS = (RunConfig, DataConfig, NetworkConfig, GanConfig, LoopConfig, RewardSet
 HEADS = {
     # Length and intervals, in thousands of images. The run has 150 iterations.
     "kimg": DEMO_KIMG,  # length of the run
-    "batch": 4,
+    "batch": 4,  # images per iteration
     "batch_gpu": None,  # images per forward pass; None: the whole batch
     "tick": 0.12,  # status line every 120 images
     "snap": 0,  # snapshot at the end only
@@ -56,16 +56,16 @@ HEADS = {
     # new networks use are taken from the file.
     "data": bundled.DATA,  # synthetic heads
     "cond": True,  # camera labels are used
-    "mirror": False,
+    "mirror": False,  # no mirrored images
     "start": "G_ema",  # G starts from its moving average
     "mbstd_group": 4,  # images per minibatch-std group of D
     "freezed": 0,  # frozen layers of D
-    "cbase": 2048,
-    "cmax": 64,
-    "map_depth": 2,
+    "cbase": 2048,  # channel multiplier
+    "cmax": 64,  # largest number of feature maps
+    "map_depth": 2,  # layers of the mapping network
     "plane_layout": "fixed",
     "sr_module": None,  # chosen by the resolution
-    "sr_noise_mode": "none",
+    "sr_noise_mode": "none",  # no noise in super-resolution
     "sr_num_fp16_res": 4,
     "g_num_fp16_res": 0,
     "d_num_fp16_res": 4,
@@ -73,27 +73,27 @@ HEADS = {
     "disc_c_noise": 0.0,  # noise on D's camera label, in its standard deviations
     "decoder_lr_mul": 1.0,  # learning-rate multiplier
     # Adversarial training: no fades, no augmentation, no camera conditioning in the mapping network.
-    "gamma": 0.3,
+    "gamma": 0.3,  # weight of R1
     "aug": "noaug",  # no augmentation of D's inputs
     "p": 0.2,  # for --aug=fixed only
     "target": 0.6,  # of sign(D(real)), for --aug=ada only
     "ada_kimg": 100.0,
-    "style_mixing_prob": 0.0,
-    "gen_pose_cond": False,
+    "style_mixing_prob": 0.0,  # no style mixing
+    "gen_pose_cond": False,  # no camera in the mapping network
     "gpc_reg_prob": 0.5,  # probability of a swapped camera; no effect without conditioning
-    "gpc_reg_fade_kimg": 0.0,
-    "blur_fade_kimg": 0.0,
-    "nrr_initial": 64,
+    "gpc_reg_fade_kimg": 0.0,  # no fade
+    "blur_fade_kimg": 0.0,  # no blur of D's inputs
+    "nrr_initial": 64,  # neural rendering resolution, pixels
     "nrr_final": None,  # no change of the resolution
-    "nrr_fade_kimg": 1000.0,
+    "nrr_fade_kimg": 1000.0,  # no effect without nrr_final
     "density_reg": 0.25,  # weight
     "density_reg_every": 4,  # iterations
     "density_reg_p_dist": 0.004,  # perturbation of the points, world units
-    "reg_type": "l1",
+    "reg_type": "l1",  # type of the density regulariser
     # Optimisers: one Adam for G, one for D, and a separate one for the reward's gradient on G.
-    "glr": 2e-5,
-    "dlr": 1e-4,
-    "rlr": 1.2e-3,
+    "glr": 2e-5,  # of G's Adam
+    "dlr": 1e-4,  # of D's Adam
+    "rlr": 1.2e-3,  # of the reward's Adam on G
     "ema_kimg": 0.1,  # half-life of G_ema, thousands of images
     "ema_rampup": None,  # no ramp
     "amp": "off",  # single precision
@@ -106,20 +106,20 @@ HEADS = {
     "lambda_sigma": 5.0,  # weight of the density-consistency term
     "lambda_front": 0.0,  # front-growth penalty off
     "lambda_nose": 0.0,  # nose penalty off
-    "nose_floor": "window",
+    "nose_floor": "window",  # no effect while lambda_nose is 0
     "reward_clip": "-10,q0.55",  # upper bound: the 55 % quantile of untuned scores
     "reward_shaping": "standardised",
     "consistency_gate": 0.01,  # share of lambda_sigma for shapes below the clip
     "consistency_psi": 1.0,  # truncation of its samples
-    "consistency_resolution": 32,
+    "consistency_resolution": 32,  # grid points per axis of the consistency term
     "reference": None,  # the generator that tuning starts from
     "early_stop": None,  # off
     "early_stop_distance": None,
-    "control": None,
+    "control": None,  # no control to quote
     # Rounds of labelling, reward training and tuning: none.
     "rounds": 0,  # tune once
     "round_pairs": 400,  # pairs to label per round
-    "round_labels": SYNTHETIC,
+    "round_labels": SYNTHETIC,  # labels of the simulated annotator
     "round_doubtful": 0.5,  # share of pairs on which the last rewards disagree
     "round_members": 5,  # rewards per ensemble
     "round_preset": None,
@@ -356,18 +356,18 @@ def network_facts(source: str | None) -> dict:
 
 
 FRESH = (  # settings that only new networks use; with --init=FILE they are ignored
-    "cbase",
-    "cmax",
-    "plane_layout",
-    "map_depth",
-    "sr_module",
-    "sr_num_fp16_res",
-    "g_num_fp16_res",
-    "d_num_fp16_res",
-    "c_scale",
-    "disc_c_noise",
-    "sr_noise_mode",
-    "decoder_lr_mul",
+    "cbase",  # channel multiplier
+    "cmax",  # largest number of feature maps
+    "plane_layout",  # axes of the third plane
+    "map_depth",  # layers of G's mapping network
+    "sr_module",  # super-resolution module
+    "sr_num_fp16_res",  # half precision in super-resolution
+    "g_num_fp16_res",  # half-precision resolutions of the backbone
+    "d_num_fp16_res",  # half-precision resolutions of D
+    "c_scale",  # scale of the camera label
+    "disc_c_noise",  # noise on D's camera label
+    "sr_noise_mode",  # noise in super-resolution
+    "decoder_lr_mul",  # learning-rate multiplier of the decoder
 )
 
 # The mode: its flags, and the functions that the loop of experiments/mode.py calls.

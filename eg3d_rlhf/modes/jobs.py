@@ -30,6 +30,7 @@ JOBS: dict[str, tuple[str, str]] = {
     ),
     "label elo": ("eg3d_rlhf.modes.label_files:elo", "compute Elo ratings from pairwise judgements"),
     "study": ("eg3d_rlhf.modes.study:main", "run a blind comparison of two generators with people"),
+    # rewards: training, files and a test before tuning
     "reward train": (
         "eg3d_rlhf.modes.reward_training:train",
         "train a reward on labels of pairs or single shapes",
@@ -48,11 +49,13 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.best_of_n:main",
         "test how far a reward can be trusted before tuning",
     ),
+    # measures on assets and generators of any family
     "check-assets": (
         "eg3d_rlhf.modes.check_assets:main",
         "count the meshes of a folder that are closed solids",
     ),
     "score": ("eg3d_rlhf.modes.score:main", "score generators of any family with one reward"),
+    # flow generators: the six commands on a folder WORK, and a check of the generator's folder
     "flow new": ("eg3d_rlhf.modes.flow_new:new", "create a folder WORK for a flow model and its inputs"),
     "flow sample": ("eg3d_rlhf.modes.flow_sample:sample", "generate assets to compare, with their latents"),
     "flow label": ("eg3d_rlhf.modes.flow_label:label", "compare the generated assets in the browser"),
@@ -63,6 +66,7 @@ JOBS: dict[str, tuple[str, str]] = {
     ),
     "flow study": ("eg3d_rlhf.modes.flow_study:study", "compare tuned, untuned and control models blind"),
     "flow check": ("eg3d_rlhf.modes.flow_check:check", "check whether a flow model's folder can be used"),
+    # reports on tuning runs
     "report evaluate": ("eg3d_rlhf.modes.reports:evaluate", "measure what tuning changed, against a control"),
     "report attribute": (
         "eg3d_rlhf.modes.reports:attribute",
@@ -96,6 +100,7 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.report_studies:rewards",
         "train every kind of reward and tune with each",
     ),
+    # network files
     "generator inspect": (
         "eg3d_rlhf.modes.network_files:inspect_network",
         "show what a network file holds; runs no pickle code",
@@ -108,10 +113,12 @@ JOBS: dict[str, tuple[str, str]] = {
         "eg3d_rlhf.modes.inversion:main",
         "reconstruct a shape from an image, with a reward",
     ),
+    # outputs of a generator
     "samples images": ("eg3d_rlhf.modes.samples:images", "render three views of every seed (gen_samples)"),
     "samples videos": ("eg3d_rlhf.modes.samples:videos", "render camera orbits through seeds (gen_videos)"),
     "samples mesh": ("eg3d_rlhf.modes.samples:mesh", "export one seed as a closed, validated mesh"),
     "samples sheet": ("eg3d_rlhf.modes.samples:sheet", "render contact sheets of samples and of shapes"),
+    # image sets
     "data convert": (
         "eg3d_rlhf.modes.image_sets:convert",
         "convert images to training format (dataset_tool)",

@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY: dict[str, Any] = {
     "lora": LORA,
-    "lr": 1e-3,
-    "warmup": 10,
-    "held_out_every": 25,
-    "log_every": 5,
-    "checkpoint_every": 50,
-    "max_drop": 1.0,
+    "lr": 1e-3,  # of AdamW
+    "warmup": 10,  # updates until the full learning rate
+    "held_out_every": 25,  # updates between evaluations
+    "log_every": 5,  # updates per line of stats.jsonl
+    "checkpoint_every": 50,  # updates between resumable states
+    "max_drop": 1.0,  # of the win rate; 1: never stops early
 }
 TOY_SINGLES = {
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),

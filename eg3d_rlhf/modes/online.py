@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY = OnlineConfig(
     lora=LORA,
-    steps=16,
-    batch=8,
-    group=8,
-    lr=2e-3,
-    warmup=2,
-    kl=0.1,
-    draws=1,
-    sampler_steps=4,
-    held_out_every=8,
-    log_every=2,
-    checkpoint_every=8,
-    max_drop=1.0,
+    steps=16,  # updates
+    batch=8,  # prompts per update
+    group=8,  # samples per prompt
+    lr=2e-3,  # of AdamW
+    warmup=2,  # updates until the full learning rate
+    kl=0.1,  # weight of the distance from the untuned network
+    draws=1,  # times and noises per sample
+    sampler_steps=4,  # steps per sample in training
+    held_out_every=8,  # updates between evaluations
+    log_every=2,  # updates per line of stats.jsonl
+    checkpoint_every=8,  # updates between resumable states
+    max_drop=1.0,  # of the win rate; 1: never stops early
 )
 _STEPS = replace(_TOY, passes=2, window=2, window_end=3, sde_step="cps", noise=0.5)
 TOY_LOSSES = Losses(
@@ -78,14 +78,14 @@ TOY_RUN = OnlineRun(
     dpo=TrainConfig(
         dpo=DpoConfig(beta=60.0),
         lora=LORA,
-        steps=50,
-        batch=16,
-        lr=1e-3,
-        warmup=5,
-        held_out_every=20,
-        log_every=5,
-        checkpoint_every=20,
-        max_drop=1.0,
+        steps=50,  # updates
+        batch=16,  # pairs per update
+        lr=1e-3,  # of AdamW
+        warmup=5,  # updates until the full learning rate
+        held_out_every=20,  # updates between evaluations
+        log_every=5,  # updates per line of stats.jsonl
+        checkpoint_every=20,  # updates between resumable states
+        max_drop=1.0,  # of the win rate; 1: never stops early
     ),
     evaluation=Evaluation(per_condition=4),
 )
@@ -97,20 +97,20 @@ TOY_RUN = OnlineRun(
 _EVERY_STEP = OnlineConfig(
     loss="grpo",
     lora=LORA,
-    steps=50,
-    batch=8,
-    group=8,
-    lr=1e-3,
-    warmup=5,
-    kl=0.1,
-    advantage="group",
-    trained_steps=3,
-    clip_range=1e-3,
-    max_drift=None,
-    held_out_every=25,
-    log_every=5,
-    checkpoint_every=10,
-    max_drop=1.0,
+    steps=50,  # updates
+    batch=8,  # prompts per update
+    group=8,  # samples per prompt
+    lr=1e-3,  # of AdamW
+    warmup=5,  # updates until the full learning rate
+    kl=0.1,  # weight of the distance from the untuned network
+    advantage="group",  # normalised within the group
+    trained_steps=3,  # steps that are trained on, chosen at random
+    clip_range=1e-3,  # of density ratios, about 1
+    max_drift=None,  # no limit on the policy drift
+    held_out_every=25,  # updates between evaluations
+    log_every=5,  # updates per line of stats.jsonl
+    checkpoint_every=10,  # updates between resumable states
+    max_drop=1.0,  # of the win rate; 1: never stops early
 )
 TOY_GRPO = replace(
     TOY_RUN,
