@@ -35,6 +35,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     """Return the command lines of the reports by name."""
     from eg3d_rlhf.evaluation.trainings import DOOR
 
+    # attribution needs no control
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {
         "evaluate": [f"--run={runs['tuned']}", *pair],
@@ -94,6 +95,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     """
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
+    # raises ValueError for an unknown report
     chosen = some_of("--only", only, REPORTS)
     parts = trainings(outdir, kimg, seed)
     if dry_run:
@@ -103,6 +105,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
         folders = {role: part.run or part.folder for role, part in parts.items()}
         print_json({**planned, **report_commands(outdir, folders, seed, chosen)})
         return
+    # both runs count as one entry of the summary
     started = time.time()
     times = dict[str, float]()
     for role, part in parts.items():

@@ -24,9 +24,11 @@ def names_of(networks: Sequence[Path]) -> list[str]:
 
     Raises: click.UsageError if a network is listed twice.
     """
+    # a file is named without its suffix
     parts = [
         path.resolve().with_suffix("").parts if path.is_file() else path.resolve().parts for path in networks
     ]
+    # add parent folders until all names differ
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
@@ -139,6 +141,7 @@ def solid(
     ]
     named = dict(zip(names_of(folders), networks, strict=True))
     where = choose_device(device)
+    # generators of density fields; else stages of a flow generator
     if pipeline is None:
         lines, how = compare_networks(named, before, n, psi, seed, where)
     else:

@@ -145,8 +145,10 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     from eg3d_rlhf.evaluation import reward_comparison
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
+    # raises ValueError for an unknown reward
     wanted = some_of("--only", only, ENTRIES)
     outdir = version_0_1.outdir(outdir)
+    # repeated seeds count once
     numbers = list(dict.fromkeys(parse_seeds(seeds)))
     if dry_run:
         plans = reward_comparison.plans_of(outdir, wanted, numbers, full)
@@ -241,6 +243,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dr
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
 
+    # the axes of the grid
     kinds = {"lambda_r": float, "lambda_sigma": float, "seeds": int}
     lists = [numbers_of(f"--{name.replace('_', '-')}", more[name], kind) for name, kind in kinds.items()]
     sampling = {name: value for name, value in more.items() if name not in kinds}
@@ -254,6 +257,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dr
         *(f"--{name}={value}" for name, value in given.items() if value is not None),
     ]
     parts = {cell: part_of(cell, outdir / "cells", kimg, words) for cell in grid(*lists)}
+    # finished, begun or new
     states = {cell.name: part.state() for cell, part in parts.items()}
     if dry_run:
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
@@ -280,6 +284,7 @@ def sweep(before, reward_ckpt, data, kimg, train_flags, jobs, outdir, device, dr
         )
         # 130 = 128 + SIGINT, as shells report an interrupted command
         sys.exit(130)
+    # what the finished cells are measured with
     sources = Sources(
         before=before,
         reward_ckpt=reward_ckpt,

@@ -231,9 +231,11 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     from eg3d_rlhf.experiments.pages import write_page
 
     names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
+    # settings of the attribution, apart from those of the comparison
     how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # checks the flags before the networks are loaded
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
+    # None: chosen below, when the kind of generator is known
     psi = flags.pop("psi")
     c = load_comparison(
         Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi}))
@@ -279,6 +281,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
     ):
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+    # efficiency: the Shapley values add up to the change of the reward
     total = data["difference"]["mean"]
     surface_file = f", data/{PAGE}" if "surface" in findings else ""
     click.echo(
@@ -323,9 +326,11 @@ def embed(outdir, dry_run, device, **sources) -> None:
         print_json({**c.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
     findings = embedding.write(c, outdir)
+    # rank correlation of the reward with each axis
     for row in findings[embedding.MAP].data["ranks"]:
         rho = (
             "undefined: constant"
+            # undefined if all scores or all coordinates are equal
             if row["spearman"] is None
             else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         )
@@ -362,11 +367,13 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     from eg3d_rlhf.experiments.media.rendering import png
 
     c = load_comparison(Sources(device=choose_device(device), **sources))
+    # by default the images replace those of the run
     folder = outdir or c.run
     assert folder is not None
     if dry_run:
         print_json({**c.resolved(), "outdir": str(folder)})
         return
+    # nothing but the sheet of pairs is written
     if pairs is not None:
         write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")

@@ -73,6 +73,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
         print_json(reward.describe())
         return
     path = reward.save(out)
+    # scale and members as the file records them
     known = reward.provenance
     click.echo(
         f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, standard"
@@ -132,6 +133,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     from eg3d_rlhf.rewards.reward import check_reward
 
     with naming("--latents"):
+        # none: convert without scoring
         seeds = [] if latents == "none" else parse_seeds(latents)
     # weights are loaded as tensors only; nothing of the release is executed
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
@@ -157,6 +159,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     compared = compare_lattices(reward.to(where), generator, seeds)
     scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
+    # a last row with the mean over the seeds
     means = (statistics.fmean(s[1] for s in scores), statistics.fmean(s[2] for s in scores))
     for name, straight, skewed in (*scores, ("mean", *means)):
         click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")

@@ -230,6 +230,7 @@ def resolve(flags: Flags) -> RewardRun:
     observation = flags["observation"]
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
+    # filters apply to a label database; those that were not given are left out
     filters = {k: value for k in LabelFilters.__dataclass_fields__ if (value := options.pop(k)) is not None}
     source = source_named(labels, unpaired, options["split_seed"] or 0, filters)
     given = {k: v for k, v in options.items() if k in names and v is not None}
@@ -242,6 +243,7 @@ def resolve(flags: Flags) -> RewardRun:
     # an ensemble's members must differ in their training data
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1
+    # settings of the training; the others belong to the run
     trained = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
     return RewardRun(labels=source, observation=observation, train=trained, **given)
 
@@ -265,6 +267,7 @@ def source_named(
     Raises: ValueError.
     """
     source = label_source(labels, LabelFilters(**(filters or {})))
+    # pairs are given as well, so they decide the split
     if unpaired is None or Path(labels) != unpaired:
         return source
     from eg3d_rlhf.preferences.unpaired import source_of_unpaired
@@ -291,6 +294,7 @@ def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     from eg3d_rlhf.experiments.run import recorded
 
     del flags
+    # one process reads the file
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
     if not {"train", "labels"} <= (values or {}).keys():
         raise ValueError(f"--resume: {folder} is not the folder of a reward's training. Name another folder.")

@@ -126,12 +126,14 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    # 0 is a valid border, so only None means the default
     border = generator.bounds.border if look["shape_border"] is None else look["shape_border"]
     surface = MeshOptions(
         resolution=look["shape_res"], level=look["shape_level"], border=border, component="all"
     )
     check_seeds(generator, max(seeds), "--seeds")
     cameras = rendering.cameras_of(generator, look["fov_deg"])
+    # one camera label per view
     labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
@@ -240,6 +242,7 @@ def videos(
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
     with naming("--grid"):
+        # positive numbers, leading zeros allowed
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
         if cells is None:
             raise ValueError(
@@ -248,6 +251,7 @@ def videos(
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
+    # name of the video -> its seeds
     groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
     # the latent is fixed, so one keyframe a seed is enough
     if not interpolate and options.keyframes is None:
@@ -279,6 +283,7 @@ def videos(
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
+    # None: the network's resolution
     look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
@@ -379,6 +384,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         bar("writing", 0, 1)
         surface.save(out)
         bar("writing", 1, 1)
+    # head.glb.json, so that meshes of two formats keep their reports
     report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
     parts = f"{report.components} of {report.components_extracted} parts"
     tight = (
@@ -391,6 +397,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume"
         f" {report.volume:.4g}"
     )
+    # the mesh is written all the same, for inspection
     if not report.watertight:
         sys.exit(1)
 

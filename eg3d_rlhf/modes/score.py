@@ -47,6 +47,7 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
     from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
 
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
+    # loads and checks all networks, so that --dry-run finds mistakes
     trial = trial_of(networks, reward, reference, device, options)
     if dry_run:
         shown = {name: str(network.path) for name, network in trial.networks.items()}

@@ -117,6 +117,7 @@ def shared(names: str, rare: str = "", **changes: str | dict):
         rare: names of further options, which become rare settings (--set NAME=VALUE).
         changes: by option, its help text or other arguments of its option for this job.
     """
+    # one decorator per option
     made = []
     for name in (*names.split(), *rare.split()):
         parameter = name.replace("-", "_")

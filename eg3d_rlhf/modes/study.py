@@ -56,6 +56,7 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     """Analyse a finished study as its design states. Writes report.html and report.json."""
     from eg3d_rlhf.people.study import study_report as reports
 
+    # --outdir and --db may stand before `report`
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
     design, rows = study_rows(folder)
@@ -223,6 +224,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
 
 def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
     """Return the lines that are printed when the server starts."""
+    # negative if more people have access than are planned
     missing = design.annotators - have
     need = f"{have} have a login token, {missing} need one ({make})" if missing > 0 else "all have a token"
     tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
@@ -231,9 +233,11 @@ def _announcement(address: str, design: StudyDesign, make: str, have: int) -> li
 
 def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
     """Return what --dry-run prints: the design of a new study, or the state of an existing one."""
+    # an existing design is never changed
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
     design = made or designs.read_design(folder.design)
+    # without the long lists of latents and trials
     content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
     return {
         "action": "design" if new else "resume",

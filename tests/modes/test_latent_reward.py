@@ -23,8 +23,8 @@ def test_a_reward_is_written_beside_the_decoded_one(tmp_path, monkeypatch):
     result = CliRunner().invoke(main, ["reward", "latent", f"--out={path}", "--seeds=0,1"])
     assert result.exit_code == 0, result.output
     assert "| latent |" in result.stdout and "| decoded |" in result.stdout and "8 pairs" in result.stdout
-    told = read_tensors(path, "latent-reward")[1]["taught"]["told"]
-    assert told["latent"]["samples_per_second"] > 0 and len(told["decoded"]["by_seed"]) == 2
+    evaluation = read_tensors(path, "latent-reward")[1]["record"]["evaluation"]
+    assert evaluation["latent"]["samples_per_second"] > 0 and len(evaluation["decoded"]["by_seed"]) == 2
     structure, voxels = problem.pipeline.stages
     assert isinstance(reward_of(str(path), problem, voxels), LatentReward)
     with raising(str(path), "'structure'", "'voxels'"):
