@@ -1,18 +1,18 @@
-"""Preferences for 3D generators: rewards on the density field, and tuning by them.
+"""Preference learning for 3D generators: rewards that read the density field, and fine-tuning with them.
 
-The names of a notebook, each imported when it is asked for:
+The public names below are imported lazily, at their first use, so that `import eg3d_rlhf` is fast:
 
     from eg3d_rlhf import load_generator, load_reward, ws_of_seeds
 
     generator = load_generator().generator            # bundled; or a file, an EG3D pickle, a run's folder
     field = generator.field(ws_of_seeds(generator, [1, 2, 3], truncation_psi=0.7))
-    print(load_reward().score(field))                 # a number for each shape, higher is better
+    print(load_reward().score(field))                 # one score per shape; higher is better
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import torch_utils  # noqa: F401 (before torch: says how threads wait)
+import torch_utils  # noqa: F401 (must precede torch: sets how OpenMP threads wait)
 
 if TYPE_CHECKING:
     from eg3d_rlhf.core.field import Field
@@ -41,6 +41,7 @@ __all__ = [
     "ws_of_seeds",
 ]
 
+# public name: the module below eg3d_rlhf that defines it
 _MODULES = {
     "Field": "core.field",
     "MeshOptions": "geometry.settings",
@@ -59,10 +60,12 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562). Raises: AttributeError for other names."""
     if name not in _MODULES:
         raise AttributeError(f"module 'eg3d_rlhf' has no attribute {name!r}")
     return getattr(importlib.import_module(f"eg3d_rlhf.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
+    """List the public names as well, before they are imported, so that completion offers them."""
     return sorted({*globals(), *__all__})

@@ -1,11 +1,13 @@
-"""python -m eg3d_rlhf, or the folder as a script, in a checkout that is not installed: the same as the
-console script eg3d-rlhf.
+"""Run the console script eg3d-rlhf as `python -m eg3d_rlhf`, or from the folder `eg3d_rlhf` as a script.
+
+Both work in a checkout that is not installed.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a folder, which then stands first where modules are looked for
+# Run as a folder, Python puts that folder first on the import path; the packages lie in the folder above it.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eg3d_rlhf.modes.jobs import PROGRAM, main  # noqa: E402

@@ -1,4 +1,7 @@
-"""The command `reward best-of-n`: how far a reward can be trusted, before any tuning."""
+"""The job `reward best-of-n`, which measures how far a reward can be trusted before any tuning.
+
+The expected score of the best of n latents is computed under the reward that selects and under an evaluator.
+"""
 
 import click
 
@@ -9,20 +12,17 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
 @click.command(cls=GroupedCommand, job="reward best-of-n")
 @shared(
     "before reward-ckpt heldout-reward n",
-    before="Generator, untuned.",
-    n={"default": 4096, "help": "Latents that are scored."},
+    before="Untuned generator: a network file or a run folder.",
+    n={"default": 4096, "help": "Number of latents that are scored."},
     reward_ckpt={
         "multiple": True,
         "default": (),
         "show_default": "the bundled one",
-        "help": (
-            "Reward or ensemble on trial, or a kind without training, such as mesh-validity; may be given"
-            " again."
-        ),
+        "help": ("Reward or ensemble to test, or an untrained kind such as mesh-validity; may be repeated."),
     },
     heldout_reward={
-        "show_default": "the annotator, for synthetic heads",
-        "help": "Held-out reward as the evaluator.",
+        "show_default": "the simulated annotator, for synthetic heads",
+        "help": "Held-out reward that serves as the evaluator.",
     },
 )
 @option(
@@ -31,22 +31,22 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     metavar="INT",
     type=click.IntRange(min=2),
     default=512,
-    help="Largest number to choose among.",
+    help="Largest n, the number of latents to choose among.",
 )
 @shared(
     "outdir device dry-run",
     "data psi seed batch",
     outdir={"default": "runs/reports/best-of-n"},
     psi={"default": 1.0},
-    data="What the generator was trained on; else the run's own.",
+    data="Dataset that the generator was trained on; by default that of its run.",
 )
 def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **sampling) -> None:
-    """How far can a reward be trusted, before any tuning? Lets rewards choose the best of n latents, and an
-    evaluator says what that is worth.
+    """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,
+    and an evaluator scores the choice.
 
-    A curve that falls before the largest n shows where the reward's mistakes take over. Of an ensemble, its
-    members and all its aggregates are compared. The evaluator is the simulated annotator without noise for
-    synthetic heads, else the reward that --heldout-reward names.
+    A curve of the evaluator's score that falls before the largest n shows over-optimisation: the reward's
+    errors dominate the choice. For an ensemble, all members and aggregates are compared. The evaluator
+    is the simulated annotator without noise for synthetic heads, else the reward of --heldout-reward.
 
     \b
     Example:
@@ -56,6 +56,7 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
 
     trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
     if dry_run:
+        # `single`: rewards by themselves; `joined`: aggregates of an ensemble's members
         single, joined = arms(trial)
         known = {
             "networks": trial.networks(),

@@ -1,4 +1,4 @@
-"""The command `check-assets`: how many meshes of a folder are solids."""
+"""The job `check-assets`, which counts the meshes of a folder that are closed, manifold, standing solids."""
 
 import functools
 import os
@@ -22,54 +22,63 @@ _measures_option = functools.partial(option, group="Measures")
     "--by",
     metavar="REGEX",
     show_default="first folder below FOLDER",
-    help="Whose a file is: what this finds in its path below FOLDER, its first group if it has one.",
+    help=(
+        "Regular expression that finds a file's generator in its path below FOLDER (its first group, if any)."
+    ),
 )
 @_measures_option(
     "--weld",
     metavar="FLOAT",
     type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
     default=TOLERANCE,
-    help="Corners nearer than this share of the longest edge are one.",
+    help="Merge vertices closer than this share of the longest edge of the bounding box.",
 )
 @_measures_option(
-    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL."
+    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL files."
 )
 @_measures_option(
     "--samples",
     metavar="INT",
     type=click.IntRange(100),
     default=MeasureOptions.samples,
-    help="Points on each surface that see what is hidden, buried and thin.",
+    help="Number of points on each surface that test for hidden, buried and thin parts.",
 )
 @_measures_option(
     "--thin",
     metavar="FLOAT",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=MeasureOptions.thin,
-    help="Walls below this share of the longest edge are thin.",
+    help="Walls thinner than this share of the longest edge count as thin.",
 )
 @_measures_option(
     "--leak",
     metavar="FLOAT",
     type=click.FloatRange(0, 0.25),
     default=MeasureOptions.leak,
-    help="Hollows behind holes that a ball of this radius does not pass are inner ones, in longest edges.",
+    help=(
+        "Cavities whose openings a ball of this radius cannot pass count as inner; in shares of the"
+        " longest edge."
+    ),
 )
-@_measures_option("--hull-mass", is_flag=True, help="Stand by the convex hull's centre of mass, as DSO does.")
-@_measures_option("--seed", metavar="INT", type=click.IntRange(0), default=0, help="Of the samples.")
-@count_option("--jobs", default=None, show_default="cores", help="Processes.")
+@_measures_option(
+    "--hull-mass", is_flag=True, help="Test standing with the centre of mass of the convex hull, as DSO does."
+)
+@_measures_option(
+    "--seed", metavar="INT", type=click.IntRange(0), default=0, help="Random seed of the surface points."
+)
+@count_option("--jobs", default=None, show_default="cores", help="Number of processes.")
 @option(
     "--outdir",
     metavar="FOLDER",
     type=FOLDER,
     default=Path("mesh-validation"),
-    help="Folder for index.html and data/*.csv, *.json.",
+    help="Folder to write: index.html, data/*.csv and data/*.json.",
 )
 def main(
     folder: Path, by: str | None, weld: float, up: str, jobs: int | None, outdir: Path, **options
 ) -> None:
-    """How many meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER are solids: closed, manifold, one
-    body, with walls, standing.
+    """Count the meshes (GLB, OBJ, PLY, STL) of each generator in FOLDER that are solids: closed, manifold, in
+    one piece, with walls of printable thickness, able to stand.
 
     \b
     Example:
@@ -90,20 +99,25 @@ def main(
     from eg3d_rlhf.evaluation.mesh_validation_page import write_census
     from eg3d_rlhf.measures.meshes.space import solid_library
 
-    solid_library("igl"), solid_library("manifold3d")
+    # fail before any mesh is read if an optional library is missing
+    solid_library("igl")
+    solid_library("manifold3d")
     try:
         re.compile(by or "")
     except re.error as error:
-        raise ValueError(f"--by: expected a regular expression, got {by!r}: {error}. Correct it.") from None
+        raise ValueError(f"--by: {by!r} is not a regular expression: {error}. Correct it.") from None
+    # a folder with other files is never overwritten
     if outdir.exists() and any(outdir.iterdir()) and not (outdir / "index.html").is_file():
         raise ValueError(
-            f"--outdir: expected a new folder, or one of an earlier validation, got {outdir}. Choose another."
+            f"--outdir: {outdir} has other files in it. Name a new folder, or that of an earlier validation."
         )
     settings = MeasureOptions(**options)
     with naming("FOLDER"):
         files = found_files(folder)
     request = {"weld": weld, "up": up, "options": asdict(settings)}
+    # the affinity mask counts the cores this process may use, also in a container; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # answers come in the order in which processes finish, so rows are stored by number
     rows: list[dict] = [{} for _ in files]
     with tqdm(total=len(files), desc="measured", unit="file", dynamic_ncols=True) as bar:
         for number, answer in answers(
@@ -111,32 +125,36 @@ def main(
         ):
             path = files[number]
             name = {"file": path.relative_to(folder).as_posix(), "generator": generator_of(path, folder, by)}
+            # a mesh that cannot be read has a reason instead of measures
             rows[number] = {**name, "reason": answer.pop("reason", ""), **answer}
             bar.update()
     measured = [row for row in rows if not row["reason"]]
     if not measured:
         raise ValueError(
-            f"FOLDER: expected a mesh that can be read, got {len(rows)} others; the first: {rows[0]['file']}:"
+            f"FOLDER: none of the {len(rows)} files can be read as a mesh. The first is {rows[0]['file']}:"
             f" {rows[0]['reason']}. Export GLB, OBJ, PLY or STL."
         )
+    # the worst meshes are rendered for the page; the file's name breaks ties, so that the order is fixed
     worst = sorted(measured, key=lambda row: (-badness(row), row["file"]))[:WORST]
-    asked = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
-    pictures = {worst[number]["file"]: answer.get("picture", "") for number, answer in answers(asked, jobs)}
+    render_requests = [{**request, "do": "picture", "path": str(folder / row["file"])} for row in worst]
+    renders = {
+        worst[number]["file"]: answer.get("picture", "") for number, answer in answers(render_requests, jobs)
+    }
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
-    found = shares(rows)
+    table = shares(rows)
     page = write_census(
         outdir,
         folder,
         header,
         rows,
-        {"shares": found, "medians": medians(rows), "paired": paired(rows)},
+        {"shares": table, "medians": medians(rows), "paired": paired(rows)},
         worst,
-        pictures,
+        renders,
     )
     click.echo(
         aligned(
             [
-                ("generator", "demand", "share", "95 %"),
+                ("generator", "criterion", "share", "95 % interval"),
                 *(
                     (
                         row["generator"],
@@ -144,12 +162,13 @@ def main(
                         f"{row['count']} of {row['of']}",
                         f"{row['lo']:.0%} to {row['hi']:.0%}",
                     )
-                    for row in found
+                    for row in table
                 ),
             ]
         )
     )
-    refused = [row for row in rows if row["reason"]]
-    for row in refused[:5]:
+    unreadable = [row for row in rows if row["reason"]]
+    # five are enough to see the cause; the page lists more of them
+    for row in unreadable[:5]:
         click.echo(f"not measured: {row['file']}: {row['reason']}")
-    click.echo(f"{len(measured)} measured, {len(refused)} not; {page}")
+    click.echo(f"{len(measured)} meshes measured, {len(unreadable)} not; {page}")

@@ -1,5 +1,6 @@
-"""`train.py --mode=circular-dpo`: preference training of a generator in stages, as a loop, of one stage, or
-as an ablation.
+"""`train.py --mode=circular-dpo`: preference training of a multi-stage flow generator (Circular-DPO).
+
+A run trains all stages in the loop, one stage alone (--stage), or the groups of an ablation (--ablate).
 """
 
 from dataclasses import asdict, replace
@@ -13,9 +14,9 @@ from eg3d_rlhf.modes import MODES
 from eg3d_rlhf.modes.flow_flags import (
     EARLY,
     LOOP,
+    NON_NEGATIVE,
     TOY,
     WHAT,
-    WHOLE,
     check_tuning,
     circular_settings,
     loop_flags,
@@ -44,47 +45,53 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.problem import Problem
 
 
-def check_judges(flags: Flags, problem: "Problem") -> None:
-    """Refuse flags of the evaluation and of early stopping that a problem has no use for.
+def check_evaluation_flags(flags: Flags, problem: "Problem") -> None:
+    """Reject flags of the evaluation and of early stopping that have no effect for a problem.
 
     Raises: ValueError naming them.
     """
-    noises = ("choose_noises",) if flags.get("choose_noises") else ()  # 0 is none
-    without = "generators that have a judge, and pairs of all stages to fit it to"
+    noises = (
+        ("choose_noises",) if flags.get("choose_noises") else ()
+    )  # 0 switches the win rate off, so it is always allowed
+    without = "generators that have an evaluator, and pairs of all stages to fit it to"
+    # `chooser` evaluates during training, `final` fills the table; each exists only for some generators
     flags.belong(noises, problem.chooser is not None, without)
     flags.belong(("table_noises",), problem.final is not None, without)
+    # a checkpoint can be chosen by held-out pairs or by a win rate
     chosen = problem.unseen_pairs is not None and problem.choosing or problem.chooser is not None
-    flags.belong(EARLY, bool(chosen), "early stopping, for which there are no held-out pairs and no judge")
+    flags.belong(EARLY, bool(chosen), "early stopping, which needs held-out pairs or an evaluator")
 
 
-# The default run, of the bundled toy; chosen with ChooserOracle on CHOOSING, training seeds 11 and 12, never
+# Default settings for the bundled toy. They were chosen with ChooserOracle on CHOOSING, training seeds 11 and
+# 12, never
 # with FinalOracle.
 
 _HUMAN = TrainConfig(
     dpo=DpoConfig(beta=20.0),
     lora=LoraConfig(rank=16, alpha=32),
-    steps=100,
-    batch=16,
-    lr=1e-3,
-    warmup=10,
-    held_out_every=25,
-    log_every=5,
-    checkpoint_every=50,
+    steps=100,  # updates
+    batch=16,  # pairs per update
+    lr=1e-3,  # of AdamW
+    warmup=10,  # updates until the full learning rate
+    held_out_every=25,  # updates between evaluations
+    log_every=5,  # updates per line of stats.jsonl
+    checkpoint_every=50,  # updates between resumable states
 )
 TOY_RUN = CircularSettings(
-    human=_HUMAN,  # the last stage, on people's pairs
-    # those before, on the loop's
+    human=_HUMAN,  # the last stage, which trains on people's pairs
+    # the earlier stages, which train on the loop's pairs
     loop=replace(_HUMAN, dpo=DpoConfig(beta=200.0, sft_weight=1.0), steps=150, batch=32, lr=3e-4),
-    sft=supervised(_HUMAN),  # the ablation's fine-tuning
+    sft=supervised(_HUMAN),  # supervised fine-tuning, an arm of the ablation
     loop_pairs=LoopPairsConfig(per_pair=2, batch=64, chunk=256),
     choosing=Choosing(per_condition=4),
 )
 
 
 def default_settings(pipeline: str) -> CircularSettings:
-    """What a run does where it is not told otherwise: settings that suit the toy, or for other generators
-    those of public code.
+    """Return the default settings of a run: for the toy those tuned on it, for other generators those of
+    public code.
     """
+    # the toy's latents are small, so its settings suit nothing else
     if pipeline == TOY:
         return TOY_RUN
     return CircularSettings(
@@ -99,24 +106,29 @@ artefact_flags = together(
         metavar="DIR",
         type=FOLDER,
         show_default="artefacts in --outdir",
-        help="Finished steps, by the hash of all that they depend on; runs share them.",
+        help="Cache of finished steps, keyed by a hash of their inputs. Runs can share it.",
     ),
     rare_option(
         "--no-summary",
         group=RUN,
         is_flag=True,
-        help="Skip the table that ends a run of the loop or of one stage.",
+        help="Skip the table at the end of a run of the loop or of one stage.",
     ),
 )
 what_flags = together(
     options_of(ProblemSource),
-    option("--stage", group=WHAT, metavar="NAME", help="Train this stage alone, on people's pairs."),
+    option(
+        "--stage",
+        group=WHAT,
+        metavar="NAME",
+        help="Train this stage alone, on people's pairs; without it, all stages in the loop.",
+    ),
     option(
         "--ablate",
         group=WHAT,
         metavar="a..i",
         help=(
-            "Train and compare groups of the paper's table 2: a..i, or letters with commas; and controls:"
+            "Train and compare groups of the paper's table 2: a..i, or comma-separated letters; and controls:"
             f" {', '.join(ARMS)}."
         ),
     ),
@@ -127,8 +139,8 @@ table_flags = together(
         "--choose-noises",
         TABLE,
         "INT",
-        WHOLE,
-        "Assets per held-out condition behind a win rate in training; 0: none, no early stop.",
+        NON_NEGATIVE,
+        "Assets per held-out prompt for the win rate in training; 0: no win rate and no early stopping.",
         rare=True,
     ),
     options_of(Evaluation),
@@ -137,38 +149,42 @@ table_flags = together(
         TABLE,
         "LIST",
         str,
-        "With --ablate: training seeds of every group, such as 0,1,2.",
+        "With --ablate: training seeds of every group, as a list with ranges: 0,1,2.",
         "--seed and the next two",
     ),
 )
 
 
 def check(flags: Flags) -> None:
-    """Refuse what would have no effect. Raises: ValueError naming it."""
+    """Reject flags that would have no effect. Raises: ValueError naming them."""
     flags.belong(("seeds", "jobs"), flags["ablate"] is not None, "--ablate")
     flags.belong(("no_summary",), flags["ablate"] is None, "a run without --ablate")
     flags.belong(("table_noises",), not flags["no_summary"], "the table, which --no-summary leaves out")
+    # the flags of the loop are found by their group in --help, so that a new one is covered, too
     command: Any = CIRCULAR_DPO.command
     settings = [*command.params, *command.rare.values()]
     loop_only = [setting.name for setting in settings if setting.group == LOOP]
     flags.belong(loop_only, flags["stage"] is None, "the loop, not to --stage")
     if flags["stage"] is not None and flags["ablate"] is not None:
         raise ValueError(
-            "--stage: expected a run of one stage or an --ablate of all, got both. Leave one out."
+            "--stage cannot be combined with --ablate, which trains all stages. Remove one of them."
         )
     if flags["ablate"] is not None:
-        flags.belong(("rounds",), False, "a run without --ablate, whose groups decide")
+        flags.belong(("rounds",), False, "a run without --ablate, whose groups decide the rounds")
     check_tuning(flags)
 
 
 def resolve(flags: Flags) -> CircularRun:
-    """The run that the flags describe, with the problem's defaults for those that are None.
+    """Build the settings of the run from the flags; those that are None get the problem's defaults.
 
     Raises: ValueError naming what does not fit.
     """
     check(flags)
+    # an ablation compares groups over three training seeds by default
     defaults = default_settings(flags["pipeline"] or TOY)
+    # None: no ablation
     groups = None if flags["ablate"] is None else tuple(letters(flags["ablate"]))
+    # only the flags that were given
     evaluation = flags.of(Evaluation)
     run = CircularRun(
         circular=circular_settings(flags, defaults),
@@ -180,10 +196,11 @@ def resolve(flags: Flags) -> CircularRun:
         summary=not flags["no_summary"],
         artefacts=str(flags["artefacts"] or flags["outdir"] / "artefacts"),
     )
+    # the arm `regulariser` trains on the regulariser alone, so its weight must not be 0
     if "regulariser" in (groups or ()) and not run.circular.loop.dpo.sft_weight:
         raise ValueError(
-            "--ablate=regulariser: expected a regulariser to train on, got --loop-sft-weight=0. Raise it,"
-            " or leave the arm out."
+            "--ablate=regulariser trains on the regulariser alone, got --loop-sft-weight=0. Raise it,"
+            " or remove the arm."
         )
     return run
 
@@ -195,28 +212,31 @@ def shown_by_help(flags: Flags) -> list[object]:
 
 
 def open_circular(settings: CircularRun, run: "Run") -> "Problem":
-    """The problem of a run. Raises: ValueError where it has not what the run needs."""
+    """Open the problem of a run. Raises: ValueError if it lacks something that the run needs."""
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
 
+    # an ablation distributes its trainings with --jobs instead
     refuse_torchrun(settings.groups is not None, "--ablate")
     problem = open_problem(settings.source, run.device)
+    # flags are absent where a run resumes from its record
     if isinstance(run.flags, Flags):
-        check_judges(run.flags, problem)
+        check_evaluation_flags(run.flags, problem)
+    # one stage needs that stage alone; the loop needs all of them and a reward
     if settings.stage is not None:
-        stage_of(problem.pipeline, settings.stage)
+        stage_of(problem.pipeline, settings.stage)  # raises ValueError for an unknown stage
     else:
         loop.check(problem)
     if settings.groups is not None and problem.final is None:
         raise ValueError(
-            "--ablate: expected a problem with a judge for the table, got one without. The toy has one."
+            "--ablate needs a problem with an evaluator for the table. The toy has one: remove --pipeline."
         )
     return problem
 
 
 def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
-    """Do what is left to do of a run."""
+    """Run, or resume, the training."""
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import ablation
 
@@ -224,6 +244,8 @@ def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
 
 
 def title(settings: CircularRun, problem: "Problem") -> str:
+    """Name the run's folder by the generator and by what is trained."""
+    # groups of the table are letters, controls are words
     named = "".join(name if name in GROUPS else f"-{name}" for name in settings.groups or ())
     what = f"ablation-{named}" if settings.groups else f"stage-{settings.stage}" if settings.stage else "loop"
     return f"circular-dpo-{Path(settings.source.pipeline).name}-{what}"
@@ -250,9 +272,9 @@ CIRCULAR_DPO = Mode(
     },
     jobs="--ablate",
     again="The same command, or --resume=RUN,",
-    help="""Preference training of a generator in stages (Circular-DPO), by default of the bundled toy: the
-    last stage learns from people's pairs, and every stage before it from what the one behind it then makes
-    better. A run that was stopped goes on with --resume=RUN, or with the same flags.
+    help="""Preference training of a multi-stage flow generator (Circular-DPO), by default the bundled toy.
+    The last stage trains on people's pairs. Every earlier stage trains on pairs of samples that the tuned and
+    the untuned next stage produce. --resume=RUN, or the same command, resumes a run that was stopped.
 
     \b
     Examples:

@@ -1,9 +1,8 @@
-"""Whether a folder of a flow generator is what this package reads, and what can be done with it, on one
-screen.
+"""The job `flow check`, which reports on one screen whether this package can use a flow generator's folder.
 
-Which networks lie in a folder, and what they should hold, its `FlowFamily` says. Names and shapes are those
-of our networks of the folder's own settings, which are the original's (tests/compat/test_family_*.py); only
-headers are read.
+The `FlowFamily` of the folder lists its networks and the tensors that each must hold. The expected names and
+shapes are those of our networks, built from the folder's own settings; they equal the original's
+(tests/compat/test_family_*.py). Only the headers of the weight files are read.
 """
 
 import math
@@ -29,14 +28,14 @@ from eg3d_rlhf.tuning.flow.base.family import (
 )
 from eg3d_rlhf.tuning.flow.families import family_of, released_sizes
 
-# columns; files and names that are listed
+# columns of the screen; files listed per row (LISTED) and names listed per fault (FIRST)
 WIDTH = 118
 LISTED = 12
 FIRST = 8
 _LICENCE = ("licen", "notice")  # how names of such files begin
 DONE = {
-    EmbedsImages: "conditions of pictures",
-    EmbedsText: "conditions of texts",
+    EmbedsImages: "embed images",
+    EmbedsText: "embed texts",
     Shows: "sample",
     Exports: "export",
 }
@@ -47,29 +46,31 @@ DONE = {
 @option(
     "--memory",
     is_flag=True,
-    help="Instead: memory of drawing and of an update, from settings; without ROOT, of those published.",
+    help="Estimate the memory of sampling and of an update instead; without ROOT, for the published models.",
 )
 @click.pass_context
 def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
-    """Whether ROOT is a flow generator's folder that can be used, and for what; exit code 0 only where
-    everything fits.
+    """Check whether ROOT is a usable flow generator's folder, and list what can be done with it. The exit
+    code is 0 only if every file fits.
 
     \b
     Example:
         eg3d-rlhf flow check /data/Hunyuan3D-2.1
     """
+    # the estimate needs settings only, so ROOT may be missing
     if memory:
         for line in memory_of(root):
             click.echo(line)
         return
     if root is None:
-        raise ValueError("flow check: expected the folder of a generator, got none. Name it.")
-    told: list[str] = []
-    family = family_of(root, told.append)
+        raise ValueError("flow check needs the folder of a generator, or --memory. Name the folder.")
+    remarks: list[str] = []
+    family = family_of(root, remarks.append)
     networks = list(family.networks(root)) if isinstance(family, ListsNetworks) else []
     problems = [problem for network in networks for problem in faults(network)]
     if not isinstance(family, ListsNetworks):
-        family.load(root, None)  # raises for what does not fit
+        # a plugin that lists no networks: loading raises an error for what does not fit
+        family.load(root, None)
     for line in screen(root, family, networks, problems):
         click.echo(line)
     if problems:
@@ -77,10 +78,14 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
 
 
 def memory_of(root: Path | None) -> Iterator[str]:
-    """Lines of what adapters' training and drawing take at passes in bfloat16; some seconds to minutes for
-    each stage.
+    """Estimate the memory of adapter training and of sampling, with passes in bfloat16. Yields lines.
+
+    The estimate takes some seconds to minutes for each stage.
     """
-    from eg3d_rlhf.tuning.flow.workspace.estimate import estimate, table  # only here: brings all families
+    from eg3d_rlhf.tuning.flow.workspace.estimate import (
+        estimate,
+        table,
+    )  # imported here because it imports all families
 
     if root is not None:
         yield table(estimate(sized_stages(family_of(root), root), precision="bfloat16"))
@@ -91,27 +96,30 @@ def memory_of(root: Path | None) -> Iterator[str]:
 
 
 def faults(network: Network) -> list[str]:
-    """What does not fit, a line each: missing, unexpected and misshapen tensors, the first eight of them."""
+    """Return a line for each fault of a network: missing, unexpected and misshapen tensors, the first
+    eight.
+    """
     from eg3d_rlhf.models.weights import shapes
 
     if not network.found:
+        # a network that the folder may lack is no fault; `screen` says what cannot be done without it
         return (
-            []
-            if network.without
-            else [f"{network.name}: expected its tensors in {network.file}, got none. Restore the file."]
+            [] if network.without else [f"{network.name} has no tensors in {network.file}. Restore the file."]
         )
+    # shapes as lists, as `shapes` reads them from the file's header
     expected = {name: list(shape) for name, shape in network.expected.items()}
-    found = shapes(network.found)
-    shared = sorted(expected.keys() & found.keys())
+    present = shapes(network.found)
+    shared = sorted(expected.keys() & present.keys())
     odd = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - present.keys()),
+        "unexpected": sorted(present.keys() - expected.keys()),
         "misshapen": [
-            f"{name} {found[name]} instead of {expected[name]}"
+            f"{name} {present[name]} instead of {expected[name]}"
             for name in shared
-            if found[name] != expected[name]
+            if present[name] != expected[name]
         ],
     }
+    # only kinds of faults that occur
     listed = (
         f"{kind}: {', '.join(names[:FIRST])}{' ...' if len(names) > FIRST else ''}"
         for kind, names in odd.items()
@@ -119,7 +127,7 @@ def faults(network: Network) -> list[str]:
     )
     got = "; ".join(listed)
     return (
-        [f"{network.name}: expected the tensors of its settings, {got}. Restore {network.file.name}."]
+        [f"{network.name} does not hold the tensors of its settings: {got}. Restore {network.file.name}."]
         if got
         else []
     )
@@ -128,9 +136,12 @@ def faults(network: Network) -> list[str]:
 def screen(
     root: Path, family: FlowFamily, networks: Sequence[Network], problems: Sequence[str]
 ) -> Iterator[str]:
-    """The lines."""
+    """Yield the lines of the screen: files, networks, licence, what the folder can be used for, faults."""
+    # name -> path of the files that the family loads
     read = dict(family.files(root))
+    # resolved, so that a link and its target count as the same file
     used = {path.resolve() for path in (*read.values(), *(network.file for network in networks))}
+    # hidden files and folders, such as a download's cache, are not listed
     hidden = set(root.rglob(".*"))
     there = [
         path for path in sorted(root.rglob("*")) if path.is_file() and not {path, *path.parents} & hidden
@@ -144,14 +155,17 @@ def screen(
         yield from rows("network", [_described(network)])
     yield from rows("licence", [family.notice or "see the publisher's"])
     yield from rows("", [f"files of it: {_names(licences(root), root) or 'none: fetch them'}"])
+    # a family offers what it implements a Protocol for
     can = [words for protocol, words in DONE.items() if isinstance(family, protocol)]
+    # optional networks that the folder lacks, with what is impossible without them
     lost = [
-        f"{network.name} is not there: no {network.without}"
+        f"{network.name} is missing, so there is no {network.without}"
         for network in networks
         if network.without and not network.found
     ]
+    # the loop needs a reward of finished assets that can be fitted to the pairs
     loop = (
-        ["no loop: stages one by one"]
+        ["no loop: tune stages one by one"]
         if not isinstance(family, FitsRewards)
         else []
         if lost
@@ -159,18 +173,24 @@ def screen(
     )
     yield from rows("can", [*can, f"tune {', '.join(family.stages)}", *loop])
     if isinstance(family, Encodes) and not lost:
-        yield from rows("", ["pairs of assets of your own"])
+        yield from rows("", ["train on pairs of your own assets"])
     for line in lost:
         yield from rows("cannot", [line])
     for problem in problems:
         yield from rows("FAULT", [problem])
     yield from rows(
-        "", ["everything fits" if not problems else f"{len(problems)} faults: not usable as it is"]
+        "",
+        [
+            "everything fits"
+            if not problems
+            else f"{len(problems)} faults: the folder cannot be used as it is"
+        ],
     )
 
 
 def licences(root: Path) -> list[Path]:
-    """Files of a licence, in a folder or beside it."""
+    """List the licence files in a folder and beside it."""
+    # files of the folder itself, without hidden folders such as .git
     below = [
         path
         for path in sorted(root.rglob("*"))
@@ -184,9 +204,11 @@ def licences(root: Path) -> list[Path]:
 
 
 def rows(title: str, parts: Iterable[str]) -> list[str]:
-    """A titled line, wrapped."""
+    """Wrap comma-separated parts into lines, of which the first has the title."""
     parts = list(parts)
+    # long lists end with the number of parts that are left out
     shown = parts[:LISTED] + ([f"{len(parts) - LISTED} more"] if len(parts) > LISTED else [])
+    # textwrap returns no line for an empty text, hence "none"
     wrapped = textwrap.wrap(", ".join(shown), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [
         "none"
     ]
@@ -194,29 +216,36 @@ def rows(title: str, parts: Iterable[str]) -> list[str]:
 
 
 def _described(network: Network) -> str:
+    """Describe a network by its number of tensors, its size and its dtypes."""
     tensors = network.found
     if not tensors:
-        return f"{network.name}: not there"
+        return f"{network.name}: missing"
+    # numbers in all tensors; from shapes alone, no data is read
     size = sum(math.prod(tensor.shape) for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    # a fine-tuned copy has the published sizes, another variant of the model has not
     same = network.released == (len(tensors), size)
     sizes = "" if network.released is None else ", as released" if same else ", other sizes than released"
     return f"{network.name}: {len(tensors)} tensors, {size:,} numbers, {' and '.join(kinds)}{sizes}"
 
 
 def _existing(paths: Iterable[Path]) -> list[Path]:
+    """Drop repeated paths and those that are no files, keeping the order."""
     return [path for path in dict.fromkeys(paths) if path.is_file()]
 
 
 def _short(path: Path, root: Path) -> str:
+    """Write a path relative to the folder where it lies below it."""
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def _names(paths: Sequence[Path], root: Path) -> str:
+    """Join short paths with spaces, each once."""
     return " ".join(dict.fromkeys(_short(path, root) for path in paths))
 
 
 def _bytes(size: int) -> str:
+    """Write a file size in decimal units."""
     return (
         f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} bytes"
     )

@@ -1,4 +1,4 @@
-"""`eg3d-rlhf flow label`: what people say of the assets that were drawn."""
+"""The job `flow label`: people compare the generated assets of a WORK folder in the browser."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from eg3d_rlhf.people.label.pairing import PairingOptions
 from eg3d_rlhf.preferences.pair_strategies import STRATEGIES
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, Work
 
-SECONDS = 8  # that an answer takes
+SECONDS = 8  # time that an answer takes, assumed in the estimate of the total
 
 
 @click.command("label", cls=GroupedCommand)
@@ -23,20 +23,26 @@ SECONDS = 8  # that an answer takes
     "--pairs",
     metavar="N",
     type=click.IntRange(1),
-    show_default="as many as assets",
-    help="How many are compared.",
+    show_default="the number of assets",
+    help="Number of pairs to compare.",
 )
 @option(
     "--strategy",
     metavar="NAME",
     default="random",
     help=(
-        f"How pairs are chosen: {', '.join(STRATEGIES)}, or a plugin's. Active and close read the scores of"
-        f" WORK/{REWARD}."
+        f"Strategy that chooses the pairs: {', '.join(STRATEGIES)}, or a plugin's. active and close need"
+        f" rewards in WORK/{REWARD}."
     ),
 )
 @device_flag
-@option("--campaign", rare=True, metavar="NAME", show_default="WORK's", help="Another one, of labels.db.")
+@option(
+    "--campaign",
+    rare=True,
+    metavar="NAME",
+    show_default="WORK's",
+    help="Name of another campaign in labels.db.",
+)
 @launch.server_options("access.jsonl in WORK")
 @click.pass_context
 def label(
@@ -48,7 +54,7 @@ def label(
     campaign: str | None,
     **server,
 ) -> None:
-    """Compare what was drawn, two assets of one condition at a time, in the browser; prints the address.
+    """Compare the generated assets in the browser, two of the same prompt at a time. Prints the address.
 
     \b
     Example:
@@ -60,28 +66,35 @@ def label(
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
+    # lines of the list of generated assets
     assets = len(work.lines())
+    # WORK has a default campaign; others are made with --set campaign=NAME
     name = campaign or work.campaign
     request = request_of(work, name, pairs or assets, strategy)
     with open_store(work.database, create=True) as store:
+        # reachable from other machines: annotators need a login
         if flags.exposed:
             launch.check_annotators(
                 store, flags.host, f"eg3d-rlhf label add-annotator NAME --db={work.database}"
             )
         stored = store.campaign(name)
         if stored is None:
+            # active strategies need trained rewards, which the first answers provide
             if STRATEGIES[strategy].least_rewards:
                 check_trained(work, strategy)
+            # loaded only if the strategy scores pairs
             scorer = partial(latent_ensemble, work, choose_device(device))
             store.create_campaign(*launch.plan_campaign(store, request, click.echo, scorer))
             stored = store.campaign(name)
             assert stored is not None
-        else:
+        else:  # an existing campaign resumes, so its pairs and strategy cannot change
+            # raises an error if these differ from the stored campaign
             asked = {"pairs": pairs, "strategy": strategy}
             launch.check_resumed(stored, asked, launch.given_flags(ctx), "--set campaign=NAME")
         answered = sum(1 for _ in store.judgements(name))
         click.echo(
-            f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s each; {answered}"
+            f"{stored.pairs} pairs, about {duration(SECONDS * stored.pairs)} at {SECONDS} s per answer;"
+            f" {answered}"
             " answers so far"
         )
         launch.serve_campaign(
@@ -95,8 +108,8 @@ def label(
 
 
 def tuning_on(work: Work, campaign: str) -> str:
-    """Return the command that tunes on a campaign's answers; those of further campaigns are exported before,
-    together with WORK's own.
+    """Return the command that tunes on a campaign's answers. Those of a further campaign are exported
+    first.
     """
     tune = f"eg3d-rlhf flow tune {work.folder}"
     if campaign == work.campaign:
@@ -106,7 +119,7 @@ def tuning_on(work: Work, campaign: str) -> str:
 
 
 def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> launch.Request:
-    """A campaign on what was drawn, as the labelling tool plans it."""
+    """Build the request for a campaign on the generated assets of WORK."""
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
     assets = str(work.drawn().resolve())
@@ -123,7 +136,7 @@ def request_of(work: Work, name: str, pairs: int, strategy: str = "random") -> l
 
 
 def duration(seconds: float) -> str:
-    """In words.
+    """Write a duration in hours and minutes; at least one minute.
 
     >>> duration(5400), duration(300)
     ('1 h 30 min', '5 min')

@@ -1,4 +1,4 @@
-"""`eg3d-rlhf flow tune`: stages learn from people's answers, if these teach anything."""
+"""The job `flow tune`: tunes a flow generator's stages on people's answers, with a shuffled-label control."""
 
 import functools
 import json
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
     from training.distributed import Ranks
 
-LOOP_SAYS = "The loop, on the toy level with this, plain DPO (docs/understand/circular-dpo.md)."
+LOOP_HELP = (
+    "Tune with the Circular-DPO loop. On the toy, it does as well as plain DPO"
+    " (docs/understand/circular-dpo.md)."
+)
 LOOP_ONLY = (
     "rounds",
     "loop_beta",
@@ -36,39 +39,49 @@ LOOP_ONLY = (
     "loop_pairs",
     "roles",
 )
-# where none is given: at 1, the papers' DPO, networks run away from the rejected ones (docs/results/flows.md)
+# Default of --loser-weight. At 1, as in the papers, likelihood displacement occurs (docs/results/flows.md).
 LOSER_WEIGHT = 0.5
-RARE = ("lora_rank", "batch_gpu", "loss", "beta", "rounds")  # of the flags of a training
+RARE = (
+    "lora_rank",
+    "batch_gpu",
+    "loss",
+    "beta",
+    "rounds",
+)  # flags of a training that this command lists as rare settings
 _what_is_tuned_option = functools.partial(option, group="What is tuned")
 what_flags = together(
-    _what_is_tuned_option("--loop", is_flag=True, help=LOOP_SAYS),
+    _what_is_tuned_option("--loop", is_flag=True, help=LOOP_HELP),
     _what_is_tuned_option(
         "--stage",
         "stages",
         metavar="NAME",
         multiple=True,
         show_default="all",
-        help="This stage; may be given again.",
+        help="Stage to tune. May be repeated.",
     ),
     _what_is_tuned_option(
         "--labels",
         metavar="FILE|DIR",
         type=PATH,
         show_default=False,
-        help="Of WORK's assets, or a folder of others, ranked.",
+        help="File of labels of WORK's assets, or a folder of other assets with rankings.",
     ),
-    _what_is_tuned_option("--pairs-only", is_flag=True, help="Make WORK/pairs, for train.py, and stop."),
+    _what_is_tuned_option("--pairs-only", is_flag=True, help="Write WORK/pairs, for train.py, and stop."),
     _what_is_tuned_option(
-        "--no-control", is_flag=True, help="Skip the same training on shuffled labels: half the time."
+        "--no-control",
+        is_flag=True,
+        help="Skip the control, the same training on shuffled labels. Halves the time.",
     ),
     _what_is_tuned_option(
         "--seed",
         metavar="INT",
         type=click.IntRange(0),
         show_default="WORK's",
-        help="Of everything that is drawn.",
+        help="Random seed of the training.",
     ),
-    _what_is_tuned_option("-n", "--dry-run", is_flag=True, help="Print the settings as JSON and stop."),
+    _what_is_tuned_option(
+        "-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop."
+    ),
     timeout_flag,
 )
 
@@ -83,24 +96,25 @@ what_flags = together(
 )
 @click.pass_context
 def tune_command(context: click.Context, folder: Path, device: str, **given) -> None:
-    """Tune the generator's stages on people's answers, and say of each whether the labels taught it anything;
-    else nothing is kept. The same command goes on with a training that was stopped.
+    """Tune the generator's stages on people's answers, and test each stage against a shuffled-label control.
+    A stage that does not pass the test is not kept. The same command resumes a training that was stopped.
 
     \b
     Example:
         eg3d-rlhf flow tune WORK
     """
+    # `circular_settings` expects the flag, which this command does not have
     flags = Flags({**given, "choose_noises": None}, flags_of(context).written)
     flags.belong(LOOP_ONLY, flags["loop"], "--loop")
     check_tuning(flags)
     if flags["loop"] and flags["stages"]:
         raise ValueError(
-            "--stage: expected the loop, which tunes all stages, or some stages by themselves, got both."
-            " Leave one out."
+            "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
         )
     work = Work.open(folder)
     check_stages("--stage", work.check_pipeline(), flags["stages"])
     asked = asked_of(flags, work)
+    # settings only; the labels are not read
     if flags["dry_run"]:
         click.echo(json.dumps(asdict(asked), indent=2, sort_keys=True))
         return
@@ -109,10 +123,13 @@ def tune_command(context: click.Context, folder: Path, device: str, **given) -> 
 
 
 def shown_by_help(context: click.Context) -> list[object]:
-    """Return what --help takes defaults from. Raises: ValueError without WORK, whose generator decides."""
+    """Return what --help takes defaults from. Raises: ValueError without WORK, whose generator decides the
+    defaults.
+    """
     if context.params["folder"] is None:
-        raise ValueError("WORK: add the folder, whose generator decides them.")
+        raise ValueError("WORK: name the folder to see the defaults, which depend on its generator.")
     work = Work.open(context.params["folder"])
+    # as in `tune_command`
     asked = asked_of(Flags({**context.params, "choose_noises": None}), work)
     return [{"seed": work.seed}, *of_circular(asked.circular)]
 
@@ -121,15 +138,19 @@ tune_command.resolved = shown_by_help
 
 
 def asked_of(flags: Flags, work: Work) -> Tuning:
-    """The defaults of WORK's generator with what the flags change."""
+    """Apply the flags to the default settings of WORK's generator."""
+    # 0 is a valid seed, so `or` would be wrong
     flags["seed"] = work.seed if flags["seed"] is None else flags["seed"]
+    # checkpoints are chosen by held-out pairs here, never by a win rate of generated assets
     circular = replace(circular_settings(flags, default_settings(work.pipeline)), choosing=None)
     dpo = circular.human.dpo
     if dpo.kind == "sigmoid" and flags.get("loser_weight") is None and not flags["loop"]:
         circular = replace(
             circular, human=replace(circular.human, dpo=replace(dpo, loser_weight=LOSER_WEIGHT))
         )
-    if flags.get("batch_gpu") is None:  # pairs in a pass, as `new` found them to fit
+    if (
+        flags.get("batch_gpu") is None
+    ):  # the largest divisor of the batch that is at most the size that `flow new` chose
         fits = max(
             size
             for size in range(1, circular.human.batch + 1)
@@ -142,7 +163,7 @@ def asked_of(flags: Flags, work: Work) -> Tuning:
 
 
 def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") -> None:
-    """One training, or what is left of it."""
+    """Run one training, or resume it."""
     from eg3d_rlhf.experiments.run import Run, recorded
     from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
     from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
@@ -150,6 +171,7 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") ->
     family = work.check_pipeline()
     where = choose_device(device) if ranks.world == 1 else ranks.device
     encoding = flags.of(EncodingSource)
+    # WORK's own answers, or those of --labels, as pairs per stage
     imported = imported_of(work, family, flags["labels"], where, encoding)
     if ranks.main:
         write_pairs(work, family, imported)
@@ -157,11 +179,13 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") ->
             click.echo(line)
     if flags["pairs_only"]:
         return
-    ranks.barrier()  # all read what the first wrote
+    ranks.barrier()  # the other processes read what the first one wrote
     problem = problem_of(work, family, imported, where, encoding)
+    # through JSON and back, so that tuples become lists and the record compares equal to a stored one
     record = json.loads(
         json.dumps({"mode": "flow tune", "tuning": asdict(asked), "problem": dict(problem.identity)})
     )
+    # one process chooses the folder, so that all use the same
     folder = Path(ranks.broadcast(str(folder_of(work, record)) if ranks.main else None))
     begun = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
     if ranks.main:
@@ -183,13 +207,18 @@ def run(work: Work, asked: Tuning, flags: Flags, device: str, ranks: "Ranks") ->
 
 
 def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) -> "Strip | None":
-    """Draws the first conditions to choose on; None where the family shows nothing, or none has answers."""
+    """Make the renderer of training samples for the first selection prompts; None if there is nothing to
+    show.
+    """
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
+    # prompts of the selection split: training samples must not come from the test split
     names = [name for name in work.names(CHOOSE) if name in problem.choosing_conditions][
         : asked.circular.human.samples
     ]
-    size = () if family.cells is None else (family.cells // 2,)  # coarse and quick
+    size = (
+        () if family.cells is None else (family.cells // 2,)
+    )  # half the family's grid: coarse, but fast enough to repeat during training
     return (
         Strip(pipeline=problem.pipeline, family=family, conditions=names, size=size)
         if names and isinstance(family, Shows)
@@ -198,11 +227,14 @@ def strip_of(work: Work, family: FlowFamily, problem: "Problem", asked: Tuning) 
 
 
 def folder_of(work: Work, record: dict) -> Path:
-    """The last training of WORK where it is the same but for what may change, which then goes on, else a new
+    """Return the folder of WORK's last training if it has the same settings, so that it resumes; else a new
     one.
+
+    Settings that do not affect the result may differ.
     """
     from eg3d_rlhf.experiments.run import recorded
 
+    # in order of their numbers, so the last one is the newest
     there = work.numbered("tune")
     asked = decided(record)
     if there and asked.items() <= decided(recorded(there[-1])).items():
@@ -211,7 +243,7 @@ def folder_of(work: Work, record: dict) -> Path:
 
 
 def decided(record: Mapping) -> dict:
-    """What decides a training's result."""
+    """Drop the entries of a record that do not affect the result of the training."""
     from eg3d_rlhf.tuning.flow.training.trainer import FREE
 
     return {
@@ -222,9 +254,10 @@ def decided(record: Mapping) -> dict:
 
 
 def lines_of(report: Mapping, pairs: Mapping[str, int]) -> Sequence[str]:
-    """Return the lines that say what the labels are, and how many pairs they make."""
+    """Summarise the labels and the number of pairs that they make."""
+    # keys of the report become words
     facts = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in report.items())
     return [
         facts,
-        "pairs with a majority: " + ", ".join(f"{count} of stage {stage}" for stage, count in pairs.items()),
+        "pairs with a majority: " + ", ".join(f"{count} for stage {stage}" for stage, count in pairs.items()),
     ]

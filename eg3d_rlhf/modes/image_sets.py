@@ -1,5 +1,5 @@
-"""Jobs on image sets: conversion to the form that training reads, and distances between a set and a
-generator's images.
+"""Jobs on image sets: `data convert` writes the training format, `data metrics` measures the distance between
+a dataset and a generator's images.
 """
 
 import functools
@@ -24,43 +24,56 @@ _images_option = functools.partial(option, group="Images")
     "--source",
     metavar="PATH|NAME",
     required=True,
-    help="Folder (searched recursively), zip, or synthetic:people<R>@n=...",
+    help="Images to convert: a folder (searched recursively), a zip file, or synthetic:people<R>@n=...",
 )
 @option(
     "--dest",
     metavar="PATH",
     type=PATH,
     required=True,
-    help="Zip to write, or a new or empty folder.",
+    help="Zip file to write, or a new or empty folder.",
 )
 @_images_option(
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="all",
-    help="Take the first so many, in the order of their names.",
+    help="Use only the first images, in the order of their names.",
 )
-@_images_option("--transform", type=click.Choice(TRANSFORMS), show_default="none", help="See above.")
-@_images_option("--resolution", metavar="WxH", show_default="as they are", help="Size of the result, pixels.")
+@_images_option(
+    "--transform", type=click.Choice(TRANSFORMS), show_default="none", help="Crop before resizing; see above."
+)
+@_images_option(
+    "--resolution",
+    metavar="WxH",
+    show_default="that of the source",
+    help="Size of the written images in pixels.",
+)
 @_images_option(
     "--mirror",
     is_flag=True,
-    help="Write every image mirrored as well, right after itself, with its pose mirrored.",
+    help="Write after every image its mirrored copy, with the pose mirrored.",
 )
 @option(
     "--labels",
     type=click.Choice(["check", "drop"]),
     default="check",
     group="Labels",
-    help="Check them, and refuse a set in which only some images have one; or write none.",
+    help="check: require a label for every image if one has a label; drop: write no labels.",
 )
-@count_option("--jobs", "--workers", "jobs", show_default="cores", help="Processes; no effect on the result.")
-@option("--overwrite", is_flag=True, help="Replace a zip that exists.")
+@count_option(
+    "--jobs",
+    "--workers",
+    "jobs",
+    show_default="cores",
+    help="Number of processes. Does not change the result.",
+)
+@option("--overwrite", is_flag=True, help="Replace an existing zip file.")
 @shared("dry-run")
 def convert(
     source, dest, max_images, transform, resolution, mirror, labels, jobs, overwrite, dry_run
 ) -> None:
-    """Convert a folder or zip of images to the dataset form that train.py reads, with camera labels checked
+    """Convert a folder or zip of images to the dataset format that train.py reads, with camera labels checked
     and kept.
 
     The result holds square PNGs of one size under running names (00000/img00000000.png, ...), without
@@ -81,17 +94,20 @@ def convert(
     from training.dataset_convert import convert_dataset
     from training.synthetic_heads import resolve_dataset
 
+    # a comma is accepted as well as an x, as in EG3D's dataset_tool
     sides = None if resolution is None else re.fullmatch(r"(\d{1,5})[x,](\d{1,5})", resolution)
     if resolution is not None and sides is None:
-        raise ValueError(f"--resolution: expected WxH such as 512x512, got {resolution!r}. Correct it.")
+        raise ValueError(f"--resolution: expected WxH, such as 512x512, got {resolution!r}. Correct it.")
     size = sides and (int(sides[1]), int(sides[2]))
     options = ConvertOptions(
         transform=transform, resolution=size, max_images=max_images, mirror=mirror, labels=labels
     )
+    # errors inside are attributed to this flag
     with naming("--source"):
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
     count = min(count, max_images or count)
+    # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if dry_run:
         print_json(
@@ -100,6 +116,7 @@ def convert(
         return
     with tqdm(total=count, desc=f"writing {dest.name}", unit="image") as bar:
         done = convert_dataset(path, dest, options, jobs, bar.update, overwrite)
+    # one number is a class label, 25 are a camera
     kind = {0: "without labels", 1: "with class labels"}.get(
         done.labels, f"with labels of {done.labels} numbers"
     )
@@ -107,19 +124,23 @@ def convert(
         f"{dest}: {done.images} images of {done.shape[1]}x{done.shape[2]},"
         f" {'RGB' if done.shape[0] == 3 else 'greyscale'}, {kind}"
     )
+    # enlarging adds no detail, so it is reported
     if done.enlarged:
         click.echo(f"{done.enlarged} images were smaller than {resolution} and have been enlarged.")
     if done.cropped_labels:
-        click.echo(f"Intrinsics of {done.cropped_labels} camera labels follow the crop.")
+        click.echo(f"The intrinsics of {done.cropped_labels} camera labels were adapted to the crop.")
 
 
 @click.command("metrics", cls=GroupedCommand)
-@shared("network data", data={"help": "Folder, zip or synthetic:people<R>@n=..."})
+@shared(
+    "network data",
+    data={"help": "Dataset to compare with: a folder, a zip file or synthetic:people<R>@n=..."},
+)
 @option(
     "--mirror",
     rare=True,
     type=bool,
-    help="Count every real image mirrored as well, with mirrored poses; else as the run did.",
+    help="Also use the mirrored copy of every real image, with mirrored pose; by default as in the run.",
 )
 @option(
     "--inception",
@@ -127,9 +148,11 @@ def convert(
     type=PATH,
     show_default="the bundled features",
     group="What",
-    help="TorchScript detector: net(uint8 images, return_features=True).",
+    help="TorchScript detector, called as net(uint8 images, return_features=True).",
 )
-@option("--metrics", metavar="LIST", default="fid,kid", group="What", help="Comma-separated; see above.")
+@option(
+    "--metrics", metavar="LIST", default="fid,kid", group="What", help="Metrics, comma-separated; see above."
+)
 @shared(
     "n",
     "seed",
@@ -137,25 +160,25 @@ def convert(
         "type": click.IntRange(min=2),
         "default": None,
         "show_default": "50000",
-        "help": "Generated images for fid and kid.",
+        "help": "Number of generated images for fid and kid.",
     },
-    seed="Seed of latents, cameras, noise and subsets.",
+    seed="Random seed of latents, cameras, noise and subsets.",
 )
 @shared(
     "outdir",
     "batch",
     outdir={
         "show_default": "the network's run folder",
-        "help": "Append the lines to metric-<name>.jsonl there.",
+        "help": "Folder in which the lines are appended to metric-<name>.jsonl.",
     },
     batch={"default": 8},
 )
 @shared("device dry-run")
 def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, device, dry_run) -> None:
-    """Distances between a generator's images and a dataset's, printed as JSON lines.
+    """Compute distances between a generator's images and a dataset's, and print them as JSON lines.
 
-    With --inception=FILE (a TorchScript detector of yours, as FID pipelines use it) they are FID and KID.
-    Without it the bundled feature network of synthetic heads stands in, and the figures are called
+    With --inception=FILE (a TorchScript detector, as FID pipelines use it) they are FID and KID.
+    Without it the bundled feature network of synthetic heads is used, and the figures are called
     frechet_offline and kernel_offline: they compare generators of such heads with each other, never with
     published FIDs. Nothing is downloaded.
 
@@ -184,14 +207,17 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     with naming("--network"):
         generator = load_generator(network, target)
     trained = training_options(generator.path)
+    # --data, else the dataset of the network's run, else that of the bundled generator
     data = data or trained.get("data") or (bundled.DATA if generator.path == bundled.GENERATOR else None)
     if data is None:
         raise ValueError(
-            f"--data: expected a dataset, got none, and {generator.path.name} has no {OPTIONS} beside it."
-            " Name the set."
+            f"--data: a dataset is required, because {generator.path.name} has no {OPTIONS} beside it."
+            " Name the dataset."
         )
     data = str(data)
+    # the real set should be the one that the run was trained on
     mirror = bool(trained.get("mirror", False)) if mirror is None else mirror
+    # only a run folder receives the records by default
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
     if dry_run:
         settings = {
@@ -212,9 +238,11 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     with naming("--inception"):
         features = load_features(inception, target)
     with naming("--data"):
+        # c_dim 25: 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)
 
     def bar(total: int, title: str):
+        """Make the progress bar of one metric and return its update function."""
         return tqdm(total=total, desc=title, unit="image").update
 
     records = evaluate(generator, dataset, features, options, bar)

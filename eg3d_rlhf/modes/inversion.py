@@ -1,4 +1,7 @@
-"""Inversion as a mode: from flags to what they open, a run of many inversions, pictures and a page."""
+"""Mode of inversion (`generator invert`): reconstructs a shape from an image, for each weight of a reward.
+
+Reads the flags, opens what they name, runs the inversions and writes images and a page.
+"""
 
 import functools
 import math
@@ -19,66 +22,67 @@ if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
 
 PRESETS = {"small": {}, "published": PUBLISHED}
-WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # of the strip
+WEIGHTS = "0,0.01,0.03,0.1,0.3,1"  # weights of the reward, one column of the strip each
 _target_option = functools.partial(option, group="Target")
 
 
 def parse_weights(text: str) -> list[float]:
-    """Weights of the reward in rising order.
+    """Parse the weights of the reward, in rising order.
 
-    Raises: ValueError for anything but different finite numbers >= 0.
+    Raises: ValueError unless they are distinct finite numbers >= 0.
     """
     weights = sorted(numbers_of("--weights", text))
+    # weights that print alike would share a file name
     different = len({f"{weight:g}" for weight in weights})
     if not all(math.isfinite(w) and w >= 0 for w in weights) or different < max(1, len(weights)):
         raise ValueError(
-            f"--weights: expected different numbers >= 0 such as {WEIGHTS}, got {text!r}. Correct the list."
+            f"--weights: expected distinct numbers >= 0, such as {WEIGHTS}, got {text!r}. Correct the list."
         )
     return weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class InversionRun:
-    """What is inverted with what, and what is drawn of it; files by their paths."""
+    """Settings of an inversion run: targets, networks, optimisation and outputs. Files are given by path."""
 
-    image: str | None = None  # or `latents`
-    mask: str | None = None
-    camera: str | None = None  # as `parse_camera` reads it
-    latents: str | None = None
-    psi: float = 1.0
-    start: str = "mean"  # or "truth"
+    image: str | None = None  # target: an image file, or `latents`
+    mask: str | None = None  # grey image; white pixels count
+    camera: str | None = None  # in the notation of `parse_camera`; None: frontal
+    latents: str | None = None  # seeds of samples that serve as targets
+    psi: float = 1.0  # truncation of the samples
+    start: str = "mean"  # first latent: "mean", or "truth" for samples
     network: str | None = None  # None: the bundled one
     reward_ckpt: str | None = None  # None: the bundled one, where a weight is above 0
     heldout_reward: str | None = None
     data: str | None = None
     perceptual: str | None = None
-    weights: tuple[float, ...]
-    shown: int = 1
-    shape_res: int = 128
-    turns: int = 12
+    weights: tuple[float, ...]  # of the reward, rising
+    shown: int = 1  # number of targets with images and meshes
+    shape_res: int = 128  # grid points per axis; 0: no meshes
+    turns: int = 12  # views of the orbit; 0: no orbit
     config: InversionConfig
 
     def __post_init__(self) -> None:
         if (self.image is None) == (self.latents is None):
-            got = "none. Name a target." if self.image is None else "both. Leave one out."
-            raise ValueError(f"--image, --latents: expected one of them, got {got}")
+            got = "none. Give one." if self.image is None else "both. Remove one."
+            raise ValueError(f"--image, --latents: exactly one of them is needed, got {got}")
         if self.latents is not None and self.mask is not None:
-            raise ValueError("--mask: expected none with --latents, got one. Leave it out.")
+            raise ValueError("--mask cannot be combined with --latents. Remove --mask.")
         if self.image is not None and self.start == "truth":
             raise ValueError(
-                "--start: expected mean with --image, whose truth is not known, got truth. Leave it out."
+                "--start=truth needs --latents: the true latent of --image is unknown. Remove --start."
             )
         if 0 < self.shape_res < 16 or self.turns == 1:
-            raise ValueError(
-                "--shape-res, --turns: expected 0, or at least 16 points and 2 views. Correct them."
-            )
+            raise ValueError("--shape-res must be 0 or at least 16, --turns 0 or at least 2. Correct them.")
 
 
 def resolve(flags: Flags) -> InversionRun:
-    """The run that the flags describe. Raises: ValueError naming the flag."""
+    """Build the settings of the run from the flags. Raises: ValueError naming the flag."""
     weights = tuple(parse_weights(flags["weights"]))
+    # a flag that was given overrides the preset
     config = InversionConfig(**{**PRESETS[flags["preset"]], **flags.of(InversionConfig)})
     names = [name for name in InversionRun.__dataclass_fields__ if name not in ("weights", "config")]
+    # paths become text, because the settings are recorded as JSON
     given: dict[str, Any] = {
         name: str(flags[name]) if isinstance(flags[name], Path) else flags[name] for name in names
     }
@@ -86,9 +90,10 @@ def resolve(flags: Flags) -> InversionRun:
 
 
 def recorded(folder: Path, *_: object) -> InversionRun:
-    """Settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
+    """Read the settings of a run folder. Raises: FileNotFoundError, ValueError for another folder."""
     from eg3d_rlhf.experiments.run import recorded_by
 
+    # JSON has no tuples and no dataclasses
     settings = recorded_by(folder, "inversion")["settings"]
     return InversionRun(
         **{**settings, "weights": tuple(settings["weights"]), "config": InversionConfig(**settings["config"])}
@@ -96,7 +101,7 @@ def recorded(folder: Path, *_: object) -> InversionRun:
 
 
 def open_setup(s: InversionRun, run: "Run") -> "Setup":
-    """Load and check what the settings name; files by the names under which a run records them.
+    """Load and check the files that the settings name, and record them as inputs of the run.
 
     Raises: ValueError naming the flag.
     """
@@ -116,6 +121,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import check_reward, load_reward
 
+    # fails at once if the encoder for the orbit's video is missing
     if s.turns:
         check_mp4("orbit.mp4")
     with naming("--network"):
@@ -127,6 +133,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
         features = load_perceptual(
             None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device
         )
+    # weights of 0 alone need no reward
     guided = s.reward_ckpt is not None or max(s.weights) > 0
     files = {
         "reward-ckpt": (s.reward_ckpt or bundled.REWARD) if guided else None,
@@ -139,12 +146,13 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
                 rewards[flag] = load_reward(path, run.device)
             check_reward(rewards[flag], generator, f"--{flag}")
     reward = rewards.get("reward-ckpt")
-    watch = rewards.get("heldout-reward")
+    heldout_reward = rewards.get("heldout-reward")
+    # a held-out reward evaluates if one is given, else the simulated annotator where the latents allow it
     evaluators = Evaluators(reward=reward)
-    if watch is not None:
+    if heldout_reward is not None:
         evaluators = Evaluators(
             reward=reward,
-            evaluator=reward_evaluator(watch),
+            evaluator=reward_evaluator(heldout_reward),
             name=f"reward {Path(s.heldout_reward or '').stem}",
         )
     elif judged_by_annotator(loaded, s.data):
@@ -152,6 +160,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
             reward=reward, evaluator=annotator_evaluator, name="the simulated annotator without noise"
         )
     if s.image is not None:
+        # one target from a file
         cases = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), label)]
     else:
         with naming("--latents"):
@@ -174,6 +183,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
 
 
 def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
+    """Run, or resume, all inversions and write the outputs."""
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
@@ -181,11 +191,13 @@ def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
     click.echo(
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
+    # finished inversions of an interrupted run are kept
     inversions.go()
     finish(inversions, s.shape_res, s.turns)
 
 
 def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
+    """Render the shown targets, write inversion.json and the page, and print the conclusions."""
     from eg3d_rlhf.evaluation.inversion import inversion_report as report
     from eg3d_rlhf.evaluation.inversion.inversion_runs import write_json
     from eg3d_rlhf.experiments import pages
@@ -194,22 +206,23 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     folder = inversions.run.folder
     for case in setup.cases[: setup.shown]:
         report.draw(inversions, case, shape_res, turns)
+    # one per target and weight
     records = inversions.records()
     summary = report.summarise(records, setup.weights)
-    said = {
+    facts = {
         "perceptual": setup.perceptual.name,
         "evaluator": setup.evaluators.name,
         "targets": len(setup.cases),
     }
-    write_json(folder / "inversion.json", {**said, **summary, "records": records})
+    write_json(folder / "inversion.json", {**facts, **summary, "records": records})
     parts = report.jobs(inversions)
     findings = pages.run(parts, folder, quiet=True)
     count = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
     says = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)
     introduction = (
         f"{count} under {setup.loaded.path.name}: {setup.config.w_steps} steps on a latent, then"
-        f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. At weight 0"
-        " it is the plain projector."
+        f" {setup.config.pivot_steps} on a copy of the generator for every weight of the reward. Weight 0"
+        " is the projector without a reward."
     )
     page = pages.write_page(folder / "index.html", report.TITLE, introduction, parts, findings, says)
     click.echo("\n".join(says))
@@ -217,65 +230,100 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
 
 
 _FLAGS = together(
-    _target_option("--image", metavar="FILE", type=FILE, help="Image of the generator's size."),
     _target_option(
-        "--mask", metavar="FILE", type=FILE, show_default="all counts", help="Grey image: white counts."
+        "--image", metavar="FILE", type=FILE, help="Target image; it must have the generator's resolution."
+    ),
+    _target_option(
+        "--mask",
+        metavar="FILE",
+        type=FILE,
+        show_default="all pixels",
+        help="Grey image; only white pixels enter the loss.",
     ),
     _target_option(
         "--camera",
         metavar="YAW,PITCH|25 NUMBERS|JSON",
         show_default="frontal",
-        help="Radians from frontal, or 16 numbers of cam2world and 9 of the intrinsics.",
+        help=(
+            "Camera of the image: yaw and pitch in radians, or 16 numbers of cam2world and 9 of the"
+            " intrinsics."
+        ),
     ),
     _target_option(
         "--latents",
         "latents",
         metavar="LIST",
-        help="Samples of the generator as targets, such as 0,2-5.",
+        help="Seeds of generated samples that serve as targets, such as 0,2-5.",
     ),
-    rare_option("--psi", type=click.FloatRange(min=0), default=1.0, help="Their truncation."),
-    rare_option("--start", type=click.Choice(["mean", "truth"]), default="mean", help="First latent."),
+    rare_option(
+        "--psi", type=click.FloatRange(min=0), default=1.0, help="Truncation psi of the samples of --latents."
+    ),
+    rare_option(
+        "--start",
+        type=click.Choice(["mean", "truth"]),
+        default="mean",
+        help="First latent: the mean w, or the true one (with --latents).",
+    ),
     shared(
         "network reward-ckpt heldout-reward",
         "data",
         network={"group": "What"},
-        reward_ckpt={"show_default": "bundled, where a weight is above 0", "help": "Reward that guides."},
-        heldout_reward={
-            "show_default": "the annotator, for synthetic heads",
-            "help": "Held-out reward as the evaluator.",
+        reward_ckpt={
+            "show_default": "bundled, where a weight is above 0",
+            "help": "Reward that guides the inversion.",
         },
-        data="What the generator was trained on; else the run's own.",
+        heldout_reward={
+            "show_default": "the simulated annotator, for synthetic heads",
+            "help": "Held-out reward that serves as the evaluator.",
+        },
+        data="Dataset that the generator was trained on; by default that of its run.",
     ),
     rare_option(
-        "--perceptual", type=FILE, help="TorchScript network (the projectors' VGG16) or .safetensors of ours."
+        "--perceptual",
+        type=FILE,
+        help="Perceptual network: TorchScript (the projectors' VGG16) or our .safetensors.",
     ),
-    option("--weights", group="What", metavar="LIST", default=WEIGHTS, help="Weights of the reward."),
+    option(
+        "--weights",
+        group="What",
+        metavar="LIST",
+        default=WEIGHTS,
+        help="Weights of the reward, comma-separated; each gives one generator.",
+    ),
     option(
         "--preset",
         group="Stages",
         metavar="NAME",
         type=click.Choice(list(PRESETS)),
         default="small",
-        help="small, or published: the projectors' own; flags below go before it.",
+        help=(
+            "Settings of both stages: small, or published (those of EG3D's projectors). Other flags"
+            " override it."
+        ),
     ),
     options_of(InversionConfig),
     rare_option(
         "--shown",
         type=click.IntRange(min=0),
         default=1,
-        help="Targets with strip, orbit, meshes and kept generators.",
+        help="Number of targets for which strip, orbit, meshes and generators are written.",
     ),
     rare_option(
-        "--shape-res", type=click.IntRange(0, 1024), default=128, help="Of meshes, per axis; 0: none."
+        "--shape-res",
+        type=click.IntRange(0, 1024),
+        default=128,
+        help="Grid points per axis of the meshes; 0: no meshes.",
     ),
-    rare_option("--turns", type=click.IntRange(min=0), default=12, help="Views of the orbit; 0: none."),
+    rare_option(
+        "--turns", type=click.IntRange(min=0), default=12, help="Number of views of the orbit; 0: no orbit."
+    ),
 )
-HELP = """From one image to a shape, with a reward on geometry: a latent for the image, then a generator
-around it for each weight.
+HELP = """Reconstruct a shape from one image, with a reward on geometry: first find a latent for the image,
+then fine-tune the generator around it, once for each weight of the reward.
 
-Give an image with its camera, or --latents: samples of the generator itself, of which the truth is known
-and all errors can be measured. Writes a run folder: per target a strip, an orbit, a mesh and a generator
-for each weight; index.html with curves; inversion.json.
+Give an image with its camera, or --latents: samples of the generator, whose ground truth is known, so that
+all errors can be measured. Writes a run folder: for each target a strip, an orbit, a mesh and a generator
+per weight; index.html with curves; inversion.json.
 
 \b
 Example:

@@ -1,4 +1,6 @@
-"""`eg3d-rlhf label`: the server of the labelling page, and its sub-commands."""
+"""The job `label`: serves the labelling page, and the subcommands that export, import and rank its
+answers.
+"""
 
 import functools
 import json
@@ -30,15 +32,16 @@ MAKE = "python tools/label.py add-annotator NAME"
 
 
 def _archive(what: str, *args, **options) -> Any:
-    """Call a function that reads or writes the tables themselves: its module needs the extra, which help does
-    without.
+    """Call a function of people/label/archive.py by name.
+
+    That module needs an optional dependency, so it is imported only when called, and --help works without it.
     """
     from eg3d_rlhf.people.label import archive
 
     return getattr(archive, what)(*args, **options)
 
 
-# of exports: the files' suffixes, and what writes them
+# by --kind of an export: the allowed file suffixes, and the function that writes the file
 KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "labels": ((".jsonl", ".csv"), export_labels),
     "unpaired": ((".jsonl",), export_unpaired),
@@ -53,9 +56,10 @@ _pairs_option = functools.partial(option, group="Pairs")
 
 
 class LabelGroup(GroupedGroup):
-    """Completes its sub-commands, and the jobs that begin with `label`, which have files of their own."""
+    """Group that completes its subcommands and the jobs that begin with `label`, such as `label elo`."""
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete subcommands, flags and jobs."""
         from eg3d_rlhf.modes.jobs import JobGroup
 
         return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
@@ -63,18 +67,22 @@ class LabelGroup(GroupedGroup):
 
 @click.command("label", cls=LabelGroup, job="label", invoke_without_command=True)
 @_pairs_option(
-    "--network", metavar="PATH", show_default="the bundled generator", help="Network file or run folder."
+    "--network",
+    metavar="PATH",
+    show_default="the bundled generator",
+    help="Generator whose shapes are labelled: a network file or a run folder.",
 )
 @_pairs_option(
     "--assets",
     metavar="PATH",
     show_default="a generator's shapes",
     help=(
-        "Finished assets, GLB, PLY, OBJ, splats or videos: a folder GENERATOR/PROMPT.glb, or a list (.jsonl)."
+        "Finished assets to label (GLB, PLY, OBJ, splats, videos): a folder GENERATOR/PROMPT.glb, or a"
+        " .jsonl list."
     ),
 )
 @_pairs_option(
-    "--up", type=click.Choice(["y", "z"]), default="y", help="Of finished assets: the axis that points up."
+    "--up", type=click.Choice(["y", "z"]), default="y", help="With --assets: the axis that points up."
 )
 @options_of(PairingOptions)
 @_pairs_option(
@@ -83,21 +91,23 @@ class LabelGroup(GroupedGroup):
     metavar="FILE",
     multiple=True,
     show_default="the bundled two",
-    help="Active, close: a reward of the ensemble; may be given again.",
+    help="Reward of the ensemble for --strategy=active or close. May be repeated.",
 )
-@_pairs_option("--after", metavar="NAME", help="Tournament: campaign whose results decide this next round.")
+@_pairs_option(
+    "--after", metavar="NAME", help="Tournament: campaign whose results decide the pairs of this round."
+)
 @options_of(CampaignSettings)
 @_pairs_option(
     "--show-render/--no-show-render",
     default=False,
     rare=True,
-    help="Whether the RGB picture may be asked for.",
+    help="Let annotators show the RGB render as well.",
 )
 @_pairs_option(
     "--both-bad/--no-both-bad",
     default=True,
     rare=True,
-    help="Whether 'both are bad' may be answered; no with --single.",
+    help="Allow the answer 'both are bad'; off with --single.",
 )
 @_pairs_option(
     "--criteria",
@@ -105,16 +115,24 @@ class LabelGroup(GroupedGroup):
     metavar="LIST",
     default="",
     show_default="none",
-    help=f"Asked besides which is better, with commas between: {', '.join(QUESTIONS)}, or NAME=TEXT.",
+    help=(
+        f"Criteria to ask about besides which is better, comma-separated: {', '.join(QUESTIONS)}, or"
+        " NAME=TEXT."
+    ),
 )
 @_pairs_option(
     "--reveal/--no-reveal",
     default=False,
     rare=True,
-    help="Whether the generators' names are told after each answer.",
+    help="Show the generators' names after each answer.",
 )
 @option("--db", metavar="URL", default=DB, help=DATABASE)
-@option("--campaign", metavar="NAME", default="labels", help="Made if it is new, else taken up again.")
+@option(
+    "--campaign",
+    metavar="NAME",
+    default="labels",
+    help="Name of the campaign. An existing campaign is resumed.",
+)
 @option("-n", "--dry-run", is_flag=True, help="Print the resolved settings as JSON and stop.")
 @launch.server_options("access.jsonl beside the database")
 @click.pass_context
@@ -129,7 +147,7 @@ def main(
     dry_run: bool,
     **flags,
 ) -> None:
-    """Label pairs of shapes, or shapes one by one, in the browser; prints the address.
+    """Label pairs of shapes, or shapes one by one, in the browser. Prints the address.
 
     \b
     Example:
@@ -138,12 +156,15 @@ def main(
         python tools/label.py add-annotator ann
         python tools/label.py --host=0.0.0.0
     """
+    # subcommands take --db from here if they are not given their own
     ctx.obj = db
+    # `label export` and others run by themselves
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
     check_extra(EXTRA)
     request, given = _request(ctx, campaign, network, assets, after, rewards, flags)
+    # compared with the stored campaign at a resume
     wanted = request.to_json()
     server = server_of(flags, db)
     if dry_run:
@@ -153,7 +174,8 @@ def main(
 
 
 def server_of(flags: Mapping, db: str) -> launch.ServerFlags:
-    """Return how the server is reached; its log is beside the database."""
+    """Build the server's settings; its access log lies beside the database."""
+    # a database server has no folder, so the log goes to runs/labels
     path = sqlite_file(db)
     return launch.ServerFlags.of(flags, path.parent if path else Path("runs/labels"))
 
@@ -167,19 +189,21 @@ def _request(
     rewards: tuple,
     flags: dict,
 ) -> tuple[launch.Request, set[str]]:
+    """Build the request for a campaign from the flags. Returns it and the names of the given flags.
 
+    Raises: ValueError, FileNotFoundError naming the flag.
+    """
     given = launch.given_flags(ctx)
     if assets is not None:
-        _refuse_generators_flags(ctx, given)
+        _reject_generator_flags(ctx, given)
     elif "up" in given:
-        raise ValueError(
-            "--up: expected --assets beside it, got none; a generator's shapes stand upright. Leave it out."
-        )
+        raise ValueError("--up needs --assets: a generator's shapes always stand upright. Remove --up.")
+    # None becomes the default of the setting
     flags = launch.filled(flags, PairingOptions, CampaignSettings)
     if after is not None and not STRATEGIES[flags["strategy"]].reads_answers:
         names = " or ".join(name for name, strategy in STRATEGIES.items() if strategy.reads_answers)
         raise ValueError(
-            f"--after: expected --strategy={names}, got {flags['strategy']}. Add it, or leave --after out."
+            f"--after needs --strategy={names}, got {flags['strategy']}. Change it, or remove --after."
         )
     pairing = PairingOptions(
         rewards=rewards,
@@ -191,10 +215,12 @@ def _request(
         source = find_network(network).resolve() if network else None
         if source is not None and not source.is_file():
             raise FileNotFoundError(
-                f"expected a network file or a run folder, got nothing at {network}. Check the path."
+                f"expected a network file or a run folder, but {network} does not exist. Check the path."
             )
+    # settings that are stored with the campaign
     settings = {name: flags[name] for name in launch.SETTINGS}
     settings["questions"] = tuple(part.strip() for part in flags["questions"].split(",") if part.strip())
+    # for single shapes there is no second side to swap and no 'both'
     if pairing.single:
         settings |= {
             name: value for name, value in (("swap_share", 0.0), ("both_bad", False)) if name not in given
@@ -210,25 +236,37 @@ def _request(
     )
     if "prompt" in settings["questions"] and assets is None:
         raise ValueError(
-            "--criteria: expected no 'prompt' without --assets: a generator's shapes have none. Leave it out."
+            "--criteria: 'prompt' needs --assets, because a generator's shapes have no prompts. Remove it."
         )
-    parse_questions(settings["questions"])
-    request.campaign_settings({})  # checks the shares before anything slow
+    parse_questions(settings["questions"])  # raises ValueError for an unknown criterion
+    request.campaign_settings({})  # checks the shares of repeated and swapped pairs before anything slow
     return request, given
 
 
-def _refuse_generators_flags(ctx: click.Context, given: set[str]) -> None:
-    """Raise ValueError for flags that say how a generator's shapes are drawn: finished assets have none."""
-    drawn = {"network", "show_render", "first_seed", "psi", "level", "resolution", "triangles", "pool"}
-    if wrong := launch.named_flags(ctx, given & drawn):
+def _reject_generator_flags(ctx: click.Context, given: set[str]) -> None:
+    """Raise ValueError for flags that describe how a generator is sampled: they do not apply to finished
+    assets.
+    """
+    sampling_flags = {
+        "network",
+        "show_render",
+        "first_seed",
+        "psi",
+        "level",
+        "resolution",
+        "triangles",
+        "pool",
+    }
+    if wrong := launch.named_flags(ctx, given & sampling_flags):
         raise ValueError(
-            f"{', '.join(wrong)}: expected no such flag with --assets, which are finished. Leave it out."
+            f"{', '.join(wrong)} cannot be combined with --assets, which are finished. Remove the flag."
         )
 
 
 def _dry_run(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> dict:
+    # an existing campaign resumes with its stored settings
     resumed = False
     if store_exists(db):
         with open_store(db, create=False) as store:
@@ -249,12 +287,15 @@ def _dry_run(
 def _start(
     db: str, request: launch.Request, server: launch.ServerFlags, wanted: dict, given: set[str]
 ) -> None:
+    """Serve the campaign; plan it first if it is new."""
     planned = None
-    if not store_exists(db):  # whatever is wrong comes to light before a database is made
+    if not store_exists(db):  # plan first: an error must leave no empty database
         if server.exposed:
             launch.check_annotators(None, server.host, MAKE)
+        # slow: it generates the shapes of the pairs
         planned = launch.plan_campaign(None, request, click.echo)
     with open_store(db, create=True) as store:
+        # reachable from other machines: annotators need a login
         if server.exposed:
             launch.check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
@@ -266,11 +307,10 @@ def _start(
             launch.check_resumed(campaign, wanted, given)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(
-                f"campaign {request.name!r}: taken up again, {campaign.pairs} pairs, {answered} judgements"
-                " so far"
+                f"campaign {request.name!r}: resumed, {campaign.pairs} pairs, {answered} judgements so far"
             )
-        have = f"{len(launch.with_access(store))} can log in, add-annotator NAME makes more"
-        more = [f"other machines can reach this server, by a token: {have}"] if server.exposed else []
+        have = f"{len(launch.with_access(store))} annotators can log in; add-annotator NAME adds one"
+        more = [f"other machines can reach this server with a login token: {have}"] if server.exposed else []
         launch.serve_campaign(
             store,
             db,
@@ -288,60 +328,68 @@ def _start(
     type=click.Choice(tuple(KINDS)),
     default="labels",
     help=(
-        "Labels of pairs in the open form (.jsonl, .csv), of single shapes (.jsonl), all judgements without"
-        " loss (.jsonl), or the paper's table of ranked seeds (.csv). Of assets: pairs of files, rankings of"
-        " each prompt's, scores of single ones."
+        "Content of the file. labels: pairs (.jsonl, .csv); unpaired: single shapes (.jsonl); judgements: all"
+        " answers without loss (.jsonl); ranked-seeds: the paper's table (.csv). For assets: pairs of files,"
+        " rankings per prompt, or scores of single assets (.jsonl)."
     ),
 )
-@option("--campaign", metavar="NAME", default=None, show_default="all", help="One campaign alone.")
+@option("--campaign", metavar="NAME", default=None, show_default="all", help="Campaign to export.")
 @option(
-    "--annotator", "annotators", metavar="NAME", multiple=True, show_default="all", help="May be given again."
+    "--annotator",
+    "annotators",
+    metavar="NAME",
+    multiple=True,
+    show_default="all",
+    help="Annotator to export. May be repeated.",
 )
 @option(
     "--least-gold-accuracy",
     metavar="0..1",
     type=click.FloatRange(0, 1),
-    help="Leave out annotators below it.",
+    help="Leave out annotators with a lower accuracy on gold pairs.",
 )
-@option("--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone.")
+@option("--drop-repeats", is_flag=True, help="Keep only each annotator's first answer to a pair.")
 @option(
     "--criterion",
     metavar="NAME",
     show_default="which is better",
-    help="Take the votes on this criterion as the answers.",
+    help="Export the votes on this criterion.",
 )
 @option(
     "--from-pairs",
     is_flag=True,
-    help="Unpaired, asset-scores: both of each pair that was answered with 'both are bad', as not good.",
+    help=(
+        "For unpaired and asset-scores: also label both shapes of a pair answered 'both are bad' as not good."
+    ),
 )
 @database
 @click.pass_context
 def export(
     ctx: click.Context, out: Path, kind: str, campaign: str | None, db: str, from_pairs: bool, **filters
 ) -> None:
-    """Write labels or judgements to FILE."""
+    """Write the labels or judgements of a database to FILE."""
     if from_pairs and (kind not in ("unpaired", "asset-scores") or filters["criterion"]):
         raise ValueError(
-            f"--from-pairs: expected --kind=unpaired or asset-scores and no --criterion, got --kind={kind}."
-            " Leave it out."
+            f"--from-pairs needs --kind=unpaired or asset-scores, without --criterion; got --kind={kind}."
+            " Remove --from-pairs."
         )
     suffixes, write = KINDS[kind]
     if out.suffix not in suffixes:
         raise ValueError(
-            f"FILE: expected a name with {' or '.join(suffixes)} for --kind={kind}, got {out.name}."
-            " Rename it."
+            f"FILE: --kind={kind} needs a name ending in {' or '.join(suffixes)}, got {out.name}. Rename it."
         )
+    # judgements are an archive of everything, so filters do not apply
     if kind == "judgements":
         if used := launch.named_flags(ctx, launch.given_flags(ctx) & set(filters)):
             raise ValueError(
-                f"{', '.join(used)}: expected no filter with --kind=judgements, which leaves nothing out."
-                " Leave the flag out."
+                f"{', '.join(used)} cannot be combined with --kind=judgements, which exports everything."
+                " Remove the flag."
             )
         filters = {}
     with open_store(db, create=False) as store:
         write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
     with out.open(encoding="utf-8") as file:
+        # the first line of a CSV is its header
         count = sum(1 for _ in file) - (out.suffix == ".csv")
     click.echo(f"{out}: {count} line{'s' if count != 1 else ''} written")
 
@@ -349,22 +397,30 @@ def export(
 @click.command("import", cls=GroupedCommand)
 @click.argument("source", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @option(
-    "--campaign", metavar="NAME", show_default="the file's name", help="Of ranked seeds: campaign to make."
+    "--campaign",
+    metavar="NAME",
+    show_default="the file's name",
+    help="For ranked seeds: name of the campaign to create.",
 )
 @option(
-    "--annotator", metavar="NAME", default=None, show_default="imported", help="Of ranked seeds: who judged."
+    "--annotator",
+    metavar="NAME",
+    default=None,
+    show_default="imported",
+    help="For ranked seeds: name of the annotator.",
 )
 @database
 def import_(source: Path, campaign: str | None, annotator: str | None, db: str) -> None:
-    """Read FILE: judgements that were exported (.jsonl), or a table of ranked seeds (.csv)."""
+    """Import FILE into a database: exported judgements (.jsonl), or a table of ranked seeds (.csv)."""
     if source.suffix not in (".jsonl", ".csv"):
         raise ValueError(
             f"FILE: expected .jsonl (judgements) or .csv (ranked seeds), got {source.name}. Rename it."
         )
     if source.suffix == ".jsonl" and (campaign or annotator):
         raise ValueError(
-            "--campaign, --annotator: expected only with ranked seeds; judgements bring theirs. Leave the"
-            " flag out."
+            "--campaign and --annotator need ranked seeds (.csv): exported judgements contain both."
+            " Remove the"
+            " flag."
         )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
@@ -375,9 +431,11 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 
 
 @click.command("leaderboard", cls=GroupedCommand, job="label leaderboard")
-@option("--campaign", metavar="NAME", show_default="all that collect preferences", help="One campaign alone.")
-@option("--criterion", metavar="NAME", show_default="which is better", help="The votes on this criterion.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--campaign", metavar="NAME", show_default="all that collect preferences", help="Campaign to rank.")
+@option(
+    "--criterion", metavar="NAME", show_default="which is better", help="Criterion whose votes are ranked."
+)
+@option("--json", "as_json", is_flag=True, help="Print the ranking as JSON.")
 @database
 def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes were compared, with 95 % intervals."""
@@ -385,11 +443,13 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
 
     with open_store(db, create=False) as store:
         _check(store, campaign)
+        # read whole, because the database closes with the block
         rows = list(store.judgements(campaign))
+    # criteria that were asked besides which is better
     asked = sorted({name for row in rows for name in row.votes})
     if criterion is not None and criterion not in asked:
         raise ValueError(
-            f"--criterion: expected one with votes ({', '.join(asked) or 'there is none'}), got {criterion}."
+            f"--criterion: {criterion} has no votes. Criteria with votes: {', '.join(asked) or 'none'}."
             " Name another."
         )
     board = leaderboard_of(rows, criterion)
@@ -404,18 +464,19 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
 
 
 def _check(store: "Store", campaign: str | None) -> None:
+    """Raise ValueError if the campaign does not exist or does not collect preferences."""
+    # without --campaign, all that collect preferences are ranked
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
-        raise ValueError(f"--campaign: expected one of this database, got {campaign}. `status` lists them.")
+        raise ValueError(f"--campaign: {campaign} is not in this database. `status` lists the campaigns.")
     if stored is not None and stored.settings.mode is not Mode.LABEL:
         remedy = (
-            "tools/study.py report gives its result"
+            "run tools/study.py report for its result"
             if stored.settings.mode is Mode.STUDY
-            else "it compares nothing"
+            else "name another campaign"
         )
         raise ValueError(
-            f"--campaign: expected one that collects preferences, got {campaign} ({stored.settings.mode}):"
-            f" {remedy}."
+            f"--campaign: {campaign} does not collect preferences ({stored.settings.mode}): {remedy}."
         )
 
 

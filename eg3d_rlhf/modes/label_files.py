@@ -1,4 +1,6 @@
-"""Jobs on labels: those of the programmatic annotator, and ratings of methods from judgements."""
+"""Jobs on label files: `label synthetic` writes labels of the simulated annotator, `label elo` rates
+methods.
+"""
 
 import json
 from collections import defaultdict
@@ -16,23 +18,27 @@ from training.storage import write_atomic
 
 
 @click.command("synthetic", cls=GroupedCommand, job="label synthetic")
-@file_option("--out", required=True, help="Labels to write (.jsonl or .csv).")
-@shared("network", network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample."})
+@file_option("--out", required=True, help="File of labels to write (.jsonl or .csv).")
+@shared(
+    "network",
+    network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
+)
 @options_of(AnnotationOptions)
 @option(
     "--randomised",
     is_flag=True,
     group="Judgement",
-    help="Assign the thumbs or scores to the shapes at random: a control.",
+    help="Assign the thumbs or scores to the shapes at random, as a control.",
 )
 @shared("device dry-run")
 def synthetic(
     out: Path, network: Path | None, randomised: bool, device: str, dry_run: bool, **settings
 ) -> None:
-    """Label seeds of a generator of heads of people, in pairs or one by one, with the programmatic annotator.
+    """Label seeds of a generator of synthetic heads, in pairs or one by one, with the simulated annotator.
 
-    It looks at geometry alone, and knows the whole head that each latent names. Writes labels (JSON lines; of
-    pairs, CSV as well) and, beside them, a .meta.json with settings and temperature.
+    The simulated annotator compares each shape with the ground-truth head of its latent, by geometry alone.
+    Writes labels (JSON lines; for pairs also CSV) and, beside them, a .meta.json with settings and
+    temperature.
 
     \b
     Example:
@@ -43,14 +49,15 @@ def synthetic(
     from eg3d_rlhf.preferences.synthetic import annotate
     from eg3d_rlhf.preferences.unpaired import write_unpaired
 
+    # None: not given, so the default of the setting applies
     options = AnnotationOptions(**{name: value for name, value in settings.items() if value is not None})
     if randomised and options.kind == "pairs":
         raise ValueError(
-            "--randomised: expected --kind=thumbs or scores, got pairs. Name one, or leave it out."
+            "--randomised needs --kind=thumbs or scores, got pairs. Change the kind, or remove --randomised."
         )
     if options.kind != "pairs" and out.suffix != ".jsonl":
         raise ValueError(
-            f"--out: expected a name ending in .jsonl for --kind={options.kind}, got {out.name}. Rename it."
+            f"--out: --kind={options.kind} needs a name ending in .jsonl, got {out.name}. Rename it."
         )
     if dry_run:
         resolved = {
@@ -61,14 +68,17 @@ def synthetic(
         }
         print_json({**resolved, **asdict(options)})
         return
+    # the bundled one without --network
     generator = load_generator(network, choose_device(device))
-    with tqdm(total=len(options.seeds), unit="seed", desc="judging") as bar:
+    with tqdm(total=len(options.seeds), unit="seed", desc="labelling") as bar:
 
         def on_seed(result: Utility) -> None:
+            """Advance the progress bar by one labelled seed."""
             bar.update()
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
         annotation = annotate(generator.generator, options, on_seed)
+    # labels belong to one generator: seeds of another one give other shapes
     meta = {"generator": generator.hash, **annotation.summary()}
     if options.kind == "pairs":
         write_labels(out, annotation.preferences(generator.hash))
@@ -76,18 +86,19 @@ def synthetic(
     else:
         labels = annotation.unpaired(generator.hash, randomised)
         write_unpaired(out, labels)
+        # `clean` is the label without the simulated annotator's noise
         flipped = sum(label.preferred is not None and label.preferred != label.clean for label in labels)
         count = len(labels)
         meta = {**meta, "flipped": flipped, "randomised": randomised}
     out.with_suffix(".meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     click.echo(
-        f"{out}: {count} labels, {meta['flipped']} against the noise-free order, temperature"
+        f"{out}: {count} labels, {meta['flipped']} contradict the noise-free order, temperature"
         f" {annotation.temperature:.4g}"
     )
 
 
 def read_held(path: Path | None) -> dict[str, dict[str, float]]:
-    """Ratings by criterion of a file that --out wrote."""
+    """Read the ratings by criterion from a file that --out wrote. Raises: ValueError for another file."""
     if path is None:
         return {}
     with naming("--held"):
@@ -99,7 +110,7 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path}: expected what --out writes, got: {error!r}. Name such a file."
+                f"{path} is not a file that --out wrote ({error!r}). Name such a file."
             ) from None
 
 
@@ -109,16 +120,16 @@ def read_held(path: Path | None) -> dict[str, dict[str, float]]:
     "--ties",
     type=click.Choice(DRAWS),
     default="both",
-    help="How a tie counts: as a win for both, as GPTEval3D has it, or in Davidson's model of ties.",
+    help="Treatment of ties: both, a win for both methods as in GPTEval3D, or Davidson's model.",
 )
-@file_option("--held", help="Ratings that stay (an --out file): only new methods move.")
-@file_option("--out", help="Write the ratings as JSON, too.")
+@file_option("--held", help="Ratings that stay fixed, a file written with --out; only new methods are rated.")
+@file_option("--out", help="Also write the ratings as JSON.")
 def elo(files, ties, held, out) -> None:
-    """Rate methods by Elo from pairwise judgements of their assets: GPTEval3D's tournament, people's or a
-    judge's.
+    """Compute Elo ratings of methods from pairwise judgements of their assets, as in GPTEval3D's tournament.
+    The judgements may come from people or from a vision-language model.
 
     A judgement is a line of JSON: {"a": "sds", "b": "dreamdpo", "winner": "b", "prompt": "a bust",
-    "criterion": "overall"}; winner is a, b or tie, prompt and criterion may be left out. Runs of train.py
+    "criterion": "overall"}; winner is a, b or tie; prompt and criterion are optional. Runs of train.py
     --mode=distill --compare=... write judgements.jsonl.
 
     \b
@@ -128,16 +139,21 @@ def elo(files, ties, held, out) -> None:
     from eg3d_rlhf.preferences.bradley_terry import elo as ratings
     from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
 
+    # each criterion has its own table of ratings
     by_criterion = defaultdict(list)
     for file in files:
         for judgement in read_judgements(file):
             by_criterion[judgement.criterion].append(judgement)
+    # criterion -> method -> fixed rating
     known = read_held(held)
     tables = {}
     for criterion, judgements in sorted(by_criterion.items()):
         stay = known.get(criterion, {})
+        # nothing to fit: every method of this criterion has a fixed rating
         if {name for j in judgements for name in (j.a, j.b)} <= stay.keys():
-            click.echo(f"{criterion}: left out, all its methods are held.", err=True)
+            click.echo(
+                f"{criterion}: skipped, because --held fixes the ratings of all its methods.", err=True
+            )
             continue
         tables[criterion] = ratings(judgements, draws=ties, held=stay)
     if out is not None:

@@ -1,4 +1,4 @@
-"""Jobs on network files: what one holds, and conversion to another format."""
+"""Jobs on network files: `generator inspect` describes one, `generator convert` writes another format."""
 
 import json
 from pathlib import Path
@@ -15,24 +15,27 @@ if TYPE_CHECKING:
 
 
 def describe_file(source: str | Path | None) -> dict[str, Any]:
-    """The file alone: path, bytes, SHA-256, and for a pickle its protocol and every global that it asks for.
+    """Describe the file itself: path, size in bytes, SHA-256; for a pickle also its protocol and globals.
 
-    Raises: FileNotFoundError; ValueError for a pickle that is refused, naming what it asks for.
+    Raises: FileNotFoundError; ValueError for a pickle that is rejected, naming the globals that it imports.
     """
     from eg3d_rlhf.generators import find_network, pickles
 
     path = find_network(source)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a network file, got nothing there. Check the path.")
-    found: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+        raise FileNotFoundError(f"{path}: there is no such network file. Check the path.")
+    facts: dict[str, Any] = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
     if path.suffix.lower() == ".pkl":
+        # parsed without running any of its code
         snapshot = pickles.read(path)
-        found |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
-    return found
+        facts |= {"protocol": snapshot.protocol, "globals": dict(sorted(snapshot.asked.items()))}
+    return facts
 
 
 def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, Any]:
-    """The networks in the file, with statistics of w over `seeds` latents. Raises: as `load_networks`."""
+    """Describe the networks in the file, with statistics of w over `seeds` latents. Raises: see
+    `load_networks`.
+    """
     from eg3d_rlhf.generators import find_network, load_networks, of
 
     nets = load_networks(find_network(source))
@@ -74,13 +77,14 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
 
 
 def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
-    """Class, tensors, numbers of parameters and of buffer elements, elements that are not finite, hash of the
-    state.
+    """Describe a module: class, numbers of tensors, parameters, buffer elements and non-finite elements, and
+    the hash of its state.
     """
     import torch
 
     from training import networks
 
+    # parameters and buffers
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     return {
@@ -94,17 +98,19 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
 
 
 def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
-    """How far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg), conditioned on the
-    frontal camera.
+    """Measure how far latents lie from the centre of truncation, w(psi) = w_avg + psi (w - w_avg).
+
+    The mapping network is conditioned on the frontal camera.
 
     Returns: w_avg_norm; w_norm_mean, distance_mean, distance_std of |w| and |w - w_avg| over the seeds;
         centre_error = |mean w - w_avg|, small against distance_mean where w_avg is the mean for this camera;
-        component_std, the mean deviation of a component of w.
+        component_std, the standard deviation of a component of w, averaged over components.
     """
     from eg3d_rlhf.generators import ws_of_seeds
 
     G_ema: Any = nets.G_ema
     w_avg = G_ema.backbone.mapping.w_avg
+    # psi is 1: the mapping network repeats w for every layer, so the first is enough
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
     distance = (w - w_avg).norm(dim=1)
     return {
@@ -119,7 +125,9 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
 
 
 def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
+    """Format a nested description, two spaces of indentation per level."""
     out = []
+    # an empty dictionary is printed as a value
     for key, value in description.items():
         nested = isinstance(value, dict) and value
         out.append(
@@ -137,20 +145,21 @@ def lines(description: dict[str, Any], indent: int = 0) -> list[str]:
     metavar="LATENTS",
     type=click.IntRange(2, 100_000),
     default=256,
-    help="Latents for the statistics of w.",
+    help="Number of latents for the statistics of w.",
 )
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the description as JSON.")
 def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
-    """Show what a network file holds: architecture, sizes, plane layout, truncation statistics, SHA-256, and
-    every global it asks for.
+    """Describe a network file: architecture, sizes, plane layout, truncation statistics, SHA-256, and
+    every global that a pickle imports.
 
-    FILE is a network file of ours, a pickle of EG3D (.pkl; nothing in it is run), a run folder, or nothing
-    for the bundled generator.
+    FILE is a network file of ours, a pickle of EG3D (.pkl; its code is not run) or a run folder; without it,
+    the bundled generator is described.
 
     \b
     Example:
         eg3d-rlhf generator inspect assets/generator.safetensors
     """
+    # the file first: a rejected pickle raises an error here
     description = describe_file(file)
     description.update(describe_networks(file, n))
     click.echo(json.dumps(description, indent=1) if as_json else "\n".join(lines(description)))
@@ -163,26 +172,27 @@ def inspect_network(file: Path | None, n: int, as_json: bool) -> None:
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="Where to: .safetensors or .pt.",
+    help="File to write, .safetensors or .pt.",
 )
-@option("--only-ema", is_flag=True, help="Write G_ema alone.")
+@option("--only-ema", is_flag=True, help="Write only G_ema.")
 @option("--overwrite", is_flag=True, help="Replace an existing file.")
 @option(
     "--tri-grid",
     metavar="NUM",
     type=click.FloatRange(min=1, max=100),
     help=(
-        "Convert to PanoHead's kind, its slices along so many sides of the box: from 1.5 on the density is"
-        " the same, 1 is PanoHead's own."
+        "Convert to PanoHead's tri-grid, with slices along this many sides of the box. From 1.5 on the"
+        " density is"
+        " unchanged; 1 is PanoHead's value."
     ),
 )
 def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: float | None) -> None:
-    """Convert a network file (a pickle of EG3D, of which nothing is run, a file of ours or a run folder) to
+    """Convert a network file (a pickle of EG3D, whose code is not run, a file of ours or a run folder) to
     .safetensors or a plain state dict.
 
     --out=X.safetensors is our format. --out=X.pt is a plain state dict for a checkout of EG3D;
-    docs/reference/checkpoints.md has the lines that load it, and says when --tri-grid is of use: it makes a
-    generator of EG3D one of PanoHead's kind with the same shapes.
+    docs/reference/checkpoints.md has the lines that load it, and explains when to use --tri-grid: it turns a
+    generator of EG3D into one of PanoHead's kind with the same shapes.
 
     \b
     Example:
@@ -191,30 +201,32 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     from eg3d_rlhf.generators import find_network, load_networks
     from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 
+    # fail before the network is read
     check_suffix(out)
     if out.exists() and not overwrite:
-        raise ValueError(
-            f"--out: expected a new file, got {out}, which exists. Choose another or add --overwrite."
-        )
+        raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
     source = find_network(file)
     click.echo(f"Reading {source}.")
     nets = load_networks(source)
     if tri_grid is not None:
         nets, residual = to_tri_grid(nets, tri_grid)
         click.echo(
-            f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: features within {residual:.2g} of the"
-            " planes', relative."
+            f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the"
+            " features of the"
+            f" planes: {residual:.2g}."
         )
+    # sizes that differ from those in EG3D's code
     sizes = foreign_sizes(nets)
     if out.suffix != ".safetensors" and sizes:
         click.echo(
-            "Warning: a checkout of EG3D cannot build this generator, whose sizes it hard-wires:"
+            "Warning: a checkout of EG3D cannot build this generator, because it hard-codes these sizes:"
             f" {', '.join(sizes)}.",
             err=True,
         )
+    # number of tensors per network
     counts = write(nets, out, only_ema)
     click.echo(
         f"{out}: "
         + ", ".join(f"{name} {count} tensors" for name, count in counts.items())
-        + ", read back and equal."
+        + "; the file was read back and compared equal."
     )

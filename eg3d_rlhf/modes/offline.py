@@ -1,4 +1,4 @@
-"""`train.py --mode=offline`: a stage is tuned by labels of single assets, or by rankings of them, on stored
+"""`train.py --mode=offline`: tunes a stage on labels of single assets, or on rankings of them, with stored
 latents.
 """
 
@@ -46,18 +46,19 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
-# The default runs, of the bundled toy; chosen with its chooser on CHOOSING, by people and training seeds that
+# Default settings for the bundled toy. They were chosen with its evaluator on CHOOSING, with simulated people
+# and training seeds that
 # the table does not use.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY: dict[str, Any] = {
     "lora": LORA,
-    "lr": 1e-3,
-    "warmup": 10,
-    "held_out_every": 25,
-    "log_every": 5,
-    "checkpoint_every": 50,
-    "max_drop": 1.0,
+    "lr": 1e-3,  # of AdamW
+    "warmup": 10,  # updates until the full learning rate
+    "held_out_every": 25,  # updates between evaluations
+    "log_every": 5,  # updates per line of stats.jsonl
+    "checkpoint_every": 50,  # updates between resumable states
+    "max_drop": 1.0,  # of the win rate; 1: never stops early
 }
 TOY_SINGLES = {
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),
@@ -67,7 +68,7 @@ TOY_DPO = TrainConfig(dpo=DpoConfig(beta=20.0), steps=100, batch=16, **_TOY)
 
 
 def default_run(pipeline: str, loss: str) -> OfflineRun:
-    """What a run does where it is not told otherwise."""
+    """Return the default settings of a run, by generator and loss."""
     if pipeline == TOY:
         return OfflineRun(
             singles=TOY_SINGLES[loss],
@@ -85,16 +86,16 @@ what_flags = together(
         group=WHAT,
         metavar="DIR|PATH",
         type=PATH,
-        show_default="the toy's own",
-        help="The folder that `eg3d-rlhf flow sample` wrote, or its list.",
+        show_default="those of the toy",
+        help="Labelled assets: a folder that `eg3d-rlhf flow sample` wrote, or its list.",
     ),
     option(
         "--labels",
         group=WHAT,
         metavar="PATH",
-        show_default="the list's ranks; of the toy thumbs, with dgpo ranks",
+        show_default="the ranks in the list; for the toy thumbs, with dgpo ranks",
         help=(
-            "What people said of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."
+            "People's labels of these assets: thumbs, scores, ranks or pairs (docs/guides/single-labels.md)."
         ),
     ),
     stage_flag,
@@ -105,12 +106,12 @@ arms_flag = option(
     group=TABLE,
     metavar="LIST",
     default=LABELS,
-    help=f"What is trained and compared, with commas: {', '.join(ARMS)}.",
+    help=f"Arms to train and compare, comma-separated: {', '.join(ARMS)}.",
 )
 
 
 def check(flags: Flags) -> None:
-    """Refuse what would have no effect. Raises: ValueError naming it."""
+    """Reject flags that would have no effect. Raises: ValueError naming them."""
     toy = (flags["pipeline"] or TOY) == TOY
     flags.belong(("assets",), not toy, "--pipeline=DIR")
     flags.belong(("trust",), flags["loss"] in (None, NFT), "--loss=nft")
@@ -118,18 +119,19 @@ def check(flags: Flags) -> None:
     check_arms(flags, "," in flags["arms"])
     if not toy and flags["assets"] is None:
         raise ValueError(
-            "--assets: expected the folder that `flow sample` wrote beside --pipeline=DIR, got none. Name it."
+            "--assets is required with --pipeline=DIR. Name the folder that `flow sample` wrote."
         )
 
 
 def resolve(flags: Flags) -> OfflineRun:
-    """The run that the flags describe. Raises: ValueError naming what does not fit."""
+    """Build the settings of the run from the flags. Raises: ValueError naming a flag that does not fit."""
     check(flags)
     defaults = default_run(flags["pipeline"] or TOY, flags["loss"] or NFT)
     tuned = tuned_as(flags, defaults.singles.lora)
     return OfflineRun(
         singles=replace(defaults.singles, **flags.of(SinglesConfig), **tuned),
-        # what every training of a stage has
+        # only the settings that every training of a stage shares; the others are those of the single-asset
+        # losses
         dpo=replace(defaults.dpo, **flags.of(StageTraining), lora=tuned["lora"]),
         source=source_of(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
@@ -139,7 +141,7 @@ def resolve(flags: Flags) -> OfflineRun:
 
 
 def shown_by_help(run: OfflineRun) -> list[object]:
-    """Return what --help takes defaults from: the settings of training on single assets."""
+    """Return the settings that --help shows as defaults: those of training on single assets."""
     return [arms_shown(run, run.singles.lora), run.singles, run]
 
 
@@ -149,6 +151,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     source = settings.source
+    # without --pairs and --conditioning, the embeddings are those in the folder of the assets
     if settings.assets is not None and source.pairs is None and source.conditions is None:
         folder = Path(settings.assets)
         source = replace(
@@ -159,14 +162,16 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
 
 
 def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
-    """Read the assets and their labels, or take the toy's."""
+    """Read the assets and their labels, or take those of the toy."""
     from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
     from training.progress import tqdm
 
     if settings.assets is None:
-        assert problem.labelled is not None, "`check` refuses other generators without --assets"
-        own = problem.labelled[settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]]
-        return own if settings.own_kind in OWN_KINDS else own.said_by(Path(settings.own_kind))
+        assert problem.labelled is not None, "`check` rejects other generators without --assets"
+        kind = settings.own_kind if settings.own_kind in OWN_KINDS else OWN_KINDS[0]
+        labelled = problem.labelled[kind]
+        # --labels names a kind of the toy's labels, or a file with other labels of the same assets
+        return labelled if settings.own_kind in OWN_KINDS else labelled.said_by(Path(settings.own_kind))
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
         labels = None if settings.labels is None else Path(settings.labels)
@@ -174,23 +179,23 @@ def labelled_of(settings: OfflineRun, problem: "Problem") -> "Labelled":
 
 
 def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
-    """Raise ValueError where a problem and its labels lack what the run needs."""
+    """Raise ValueError if a problem and its labels lack something that the run needs."""
     from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import check_singles
 
     if settings.labels is not None and settings.labels not in OWN_KINDS:
         run.inputs["labels"] = Path(settings.labels)
+    # all seeds have the same data, so the first one is enough for the checks
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in (LABELS, DPO):
+        # skip the kind of arms (on labels, or DPO on pairs) that the run does not have
         if not any(name.startswith(DPO) == (arm == DPO) for name in settings.arms):
             continue
         if arm == LABELS:
             conditioned = ConditionedStage(bench.stage, bench.problem.pipeline)
             check_singles(conditioned, bench.answers(arm), settings.singles.loss)
         elif not bench.answers(arm):
-            raise ValueError(
-                "--arms=dpo: expected people's pairs, got none. Name --pairs, or leave the arm out."
-            )
+            raise ValueError("--arms=dpo needs people's pairs. Name them with --pairs, or remove the arm.")
 
 
 OFFLINE = mode_of_arms(
@@ -202,10 +207,10 @@ OFFLINE = mode_of_arms(
     resolve=resolve,
     defaults=lambda flags: shown_by_help(resolve(flags)),
     flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
-    help=f"""Tuning of one stage of a flow generator by what people said of single assets: thumbs or scores
-    (--loss={LOSSES[0]}), or rankings that are not cut into pairs (--loss={LOSSES[1]}), by default of the
-    bundled toy. Nothing is sampled while it trains but for win rates. A run that was stopped goes on with
-    --resume=RUN.
+    help=f"""Tune one stage of a flow generator on people's labels of single assets: thumbs or scores
+    (--loss={LOSSES[0]}), or rankings that are not split into pairs (--loss={LOSSES[1]}), by default of the
+    bundled toy. Training generates no samples except for win rates. --resume=RUN resumes a run that was
+    stopped.
 
     \b
     Examples:

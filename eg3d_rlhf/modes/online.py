@@ -1,4 +1,6 @@
-"""`train.py --mode=online`: online tuning of a stage by rewards; `--mode=grpo` is its preset of one loss."""
+"""`train.py --mode=online`: tunes a stage online with rewards. `--mode=grpo` is the same with GRPO as
+default.
+"""
 
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -40,24 +42,25 @@ if TYPE_CHECKING:
     from eg3d_rlhf.experiments.run import Run
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
 
-# The default runs of the bundled toy: 1,024 samples each. Learning rate and length chosen by its second judge
-# on CHOOSING, by training seed 20, which no table uses.
+# Default settings for the bundled toy: 1,024 samples per run. Learning rate and length were chosen with its
+# second evaluator
+# on CHOOSING, with training seed 20, which no table uses.
 
 LORA = LoraConfig(rank=16, alpha=32)
 _TOY = OnlineConfig(
     lora=LORA,
-    steps=16,
-    batch=8,
-    group=8,
-    lr=2e-3,
-    warmup=2,
-    kl=0.1,
-    draws=1,
-    sampler_steps=4,
-    held_out_every=8,
-    log_every=2,
-    checkpoint_every=8,
-    max_drop=1.0,
+    steps=16,  # updates
+    batch=8,  # prompts per update
+    group=8,  # samples per prompt
+    lr=2e-3,  # of AdamW
+    warmup=2,  # updates until the full learning rate
+    kl=0.1,  # weight of the distance from the untuned network
+    draws=1,  # times and noises per sample
+    sampler_steps=4,  # steps per sample in training
+    held_out_every=8,  # updates between evaluations
+    log_every=2,  # updates per line of stats.jsonl
+    checkpoint_every=8,  # updates between resumable states
+    max_drop=1.0,  # of the win rate; 1: never stops early
 )
 _STEPS = replace(_TOY, passes=2, window=2, window_end=3, sde_step="cps", noise=0.5)
 TOY_LOSSES = Losses(
@@ -75,38 +78,39 @@ TOY_RUN = OnlineRun(
     dpo=TrainConfig(
         dpo=DpoConfig(beta=60.0),
         lora=LORA,
-        steps=50,
-        batch=16,
-        lr=1e-3,
-        warmup=5,
-        held_out_every=20,
-        log_every=5,
-        checkpoint_every=20,
-        max_drop=1.0,
+        steps=50,  # updates
+        batch=16,  # pairs per update
+        lr=1e-3,  # of AdamW
+        warmup=5,  # updates until the full learning rate
+        held_out_every=20,  # updates between evaluations
+        log_every=5,  # updates per line of stats.jsonl
+        checkpoint_every=20,  # updates between resumable states
+        max_drop=1.0,  # of the win rate; 1: never stops early
     ),
     evaluation=Evaluation(per_condition=4),
 )
 
-# --mode=grpo on the toy: 3,200 samples, chosen with the second judge on CHOOSING by a training seed that its
+# --mode=grpo on the toy: 3,200 samples. Chosen with the second evaluator on CHOOSING, with a training seed
+# that its
 # table does not use.
 
 _EVERY_STEP = OnlineConfig(
     loss="grpo",
     lora=LORA,
-    steps=50,
-    batch=8,
-    group=8,
-    lr=1e-3,
-    warmup=5,
-    kl=0.1,
-    advantage="group",
-    trained_steps=3,
-    clip_range=1e-3,
-    max_drift=None,
-    held_out_every=25,
-    log_every=5,
-    checkpoint_every=10,
-    max_drop=1.0,
+    steps=50,  # updates
+    batch=8,  # prompts per update
+    group=8,  # samples per prompt
+    lr=1e-3,  # of AdamW
+    warmup=5,  # updates until the full learning rate
+    kl=0.1,  # weight of the distance from the untuned network
+    advantage="group",  # normalised within the group
+    trained_steps=3,  # steps that are trained on, chosen at random
+    clip_range=1e-3,  # of density ratios, about 1
+    max_drift=None,  # no limit on the policy drift
+    held_out_every=25,  # updates between evaluations
+    log_every=5,  # updates per line of stats.jsonl
+    checkpoint_every=10,  # updates between resumable states
+    max_drop=1.0,  # of the win rate; 1: never stops early
 )
 TOY_GRPO = replace(
     TOY_RUN,
@@ -116,7 +120,7 @@ TOY_GRPO = replace(
     dpo=replace(TOY_RUN.dpo, steps=100, warmup=10, held_out_every=25, checkpoint_every=50),
 )
 
-# Of other generators: for latents of ten thousand numbers and more.
+# Default settings for other generators, whose latents have ten thousand numbers or more.
 
 _LARGE = OnlineConfig()
 _WINDOW = replace(_LARGE, window=2, sde_step="cps", kl=0.004)
@@ -128,11 +132,11 @@ LARGE_LOSSES = Losses(
     dppo=replace(_WINDOW, loss="dppo"),
     dgpo=replace(_LARGE, loss="dgpo", advantage="ranks", kl=0.01, decay="dgpo"),
 )
-GRPO = "grpo"  # the preset's name, and its loss: GRPO at every step of the sampler
+GRPO = "grpo"  # name of the preset and of its loss: GRPO on every step of the sampler
 
 
 def default_run(pipeline: str, preset: str = "nft") -> OnlineRun:
-    """Args: preset: the loss where none is named."""
+    """Return the default settings of a run. Args: preset: the loss that applies if none is named."""
     if pipeline == TOY:
         return TOY_GRPO if preset == GRPO else TOY_RUN
     losses = replace(LARGE_LOSSES, grpo=LARGE_LOSSES.grpo_plain) if preset == GRPO else LARGE_LOSSES
@@ -148,8 +152,9 @@ what_flags = together(
         metavar="A,B:WEIGHT",
         default=OWN_REWARD,
         help=(
-            "Of finished assets: the problem's own, or plugins'. Several are each normalised in their group,"
-            " then added."
+            "Rewards of finished assets: the problem's built-in one, or plugins. Each of several is"
+            " normalised"
+            " within its group before they are added."
         ),
     ),
     option(
@@ -157,7 +162,8 @@ what_flags = together(
         group=WHAT,
         metavar="LIST",
         help=(
-            "Rewards that must confirm: the distance is paid where what is trained on alone praises a sample."
+            "Rewards that must confirm --reward: a sample that only the trained reward scores high pays"
+            " the gap."
         ),
     ),
 )
@@ -168,14 +174,14 @@ arms_flag = option(
     metavar="LIST",
     show_default="--loss alone",
     help=(
-        f"What is trained and compared, with commas: {', '.join(KINDS)}; each with -randomised or -inverted"
+        f"Arms to train and compare, comma-separated: {', '.join(KINDS)}; each with -randomised or -inverted"
         " rewards; or all."
     ),
 )
 
 
 def arms_of(flags: Flags, preset: str) -> tuple[str, ...]:
-    """Names of arms. Raises: ValueError for a --loss that they would decide."""
+    """Return the names of the arms. Raises: ValueError if --loss is given as well as --arms."""
     if flags["arms"] is None:
         return (flags["loss"] or preset,)
     flags.belong(("loss",), False, "a run without --arms, which name losses")
@@ -185,10 +191,11 @@ def arms_of(flags: Flags, preset: str) -> tuple[str, ...]:
 
 
 def check(flags: Flags, arms: tuple[str, ...]) -> None:
-    """Refuse what would have no effect. Raises: ValueError naming it."""
+    """Reject flags that would have no effect. Raises: ValueError naming them."""
     flags.belong(("labelled",), False, "--mode=circular-dpo")
     check_arms(flags, len(arms) > 1)
-    flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 leaves out")
+    flags.belong(EARLY, flags["choose_noises"] != 0, "early stopping, which --choose-noises=0 switches off")
+    # the losses of all arms; a flag must have an effect on at least one of them
     kinds = {divided(arm)[0] for arm in arms}
     flags.belong(
         ("window", "window_end", "window_moves", "window_updates", "trained_steps", "sde_step", "sde_noise"),
@@ -203,21 +210,22 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
     flags.belong(
         ("advantage",),
         len(weighed(flags["reward"])) == 1,
-        "one reward; several are normalised each in its group",
+        "a run with one reward; several are each normalised within their group",
     )
 
 
 def resolve(flags: Flags, preset: str) -> OnlineRun:
-    """The run that the flags describe. Raises: ValueError naming what does not fit."""
+    """Build the settings of the run from the flags. Raises: ValueError naming a flag that does not fit."""
     arms = arms_of(flags, preset)
     check(flags, arms)
     defaults = default_run(flags["pipeline"] or TOY, preset)
     tuned = tuned_as(flags, defaults.losses.nft.lora)
+    # the flags apply to every loss, so that arms differ in nothing but the loss
     changes = {name: value for name, value in flags.of(OnlineConfig).items() if name != "loss"} | tuned
     losses = Losses(
         **{field.name: changed(getattr(defaults.losses, field.name), changes) for field in fields(Losses)}
     )
-    # of DPO: passes over as many samples
+    # --steps does not apply to the DPO arm, whose default length passes over as many samples.
     common = {name: value for name, value in flags.of(StageTraining).items() if name != "steps"}
     return OnlineRun(
         losses=losses,
@@ -230,14 +238,16 @@ def resolve(flags: Flags, preset: str) -> OnlineRun:
 
 
 def shown_by_help(run: OnlineRun) -> list[object]:
-    """Return what --help takes defaults from: the settings of the loss of the first arm."""
+    """Return the settings that --help shows as defaults: those of the first arm's loss."""
     kind, _ = divided(run.arms[0])
     config = run.losses.grpo_plain if kind == "dpo" else run.losses.of(kind)
     return [arms_shown(run, config.lora), config, run]
 
 
 def changed(config: OnlineConfig, changes: dict) -> OnlineConfig:
-    """With what the flags change; of a window and steps drawn singly the one that was asked for stands."""
+    """Apply the flags. A window of steps and single random steps exclude each other: the given one is
+    kept.
+    """
     if "window" in changes:
         config = replace(config, trained_steps=None)
     elif "trained_steps" in changes:
@@ -253,15 +263,15 @@ def open_online(settings: OnlineRun, device: str) -> "Opened":
 
 
 def check_opened(settings: OnlineRun, opened: "Opened", run: "Run") -> None:
-    """Raise ValueError where a problem lacks what the run needs."""
+    """Raise ValueError if a problem lacks something that the run needs."""
     bench = settings.bench(opened, settings.training_seeds[0])
     for arm in settings.arms:
-        bench.config(arm).sampling(bench.stage)
+        bench.config(arm).sampling(bench.stage)  # raises ValueError if the sampler does not suit the stage
     bench.check_gate()
 
 
 def mode_named(name: str, preset: str) -> Mode:
-    """The mode under one of its two names. Args: preset: the loss where none is named."""
+    """Build the mode under one of its two names. Args: preset: the loss that applies if none is named."""
     return mode_of_arms(
         name,
         OnlineRun,
@@ -271,8 +281,8 @@ def mode_named(name: str, preset: str) -> Mode:
         flags=together(what_flags, train_flags, arms_flag, arms_table_flags),
         resolve=lambda flags: resolve(flags, preset),
         defaults=lambda flags: shown_by_help(resolve(flags, preset)),
-        help=f"""Online tuning of one stage of a flow generator by rewards, by default of the bundled toy: for
-        where a reward is at hand, and pairs are not. A run that was stopped goes on with --resume=RUN.
+        help=f"""Tune one stage of a flow generator online with rewards, by default of the bundled toy. Use
+        it where a reward is available and pairs are not. --resume=RUN resumes a run that was stopped.
 
     \b
     Examples:

@@ -1,6 +1,4 @@
-"""Every evidence report of one tuning run, with one command: the run, its control where they are missing, and
-four reports of them.
-"""
+"""The job `report all`: trains one run and its control where they are missing, and writes four reports."""
 
 import os
 import time
@@ -17,11 +15,13 @@ if TYPE_CHECKING:
     from eg3d_rlhf.evaluation.trainings import Part
 
 REPORTS = ("evaluate", "attribute", "embed", "sweep")
-RUNS = {"tuned": "10", "control": "0"}  # lambda_r
+RUNS = {"tuned": "10", "control": "0"}  # lambda_r of each run
+# a small sweep, so that the whole job takes minutes
 SWEEP = ("--kimg=0.032", "--lambda-r=0,1,10", "--lambda-sigma=0,10", "--n=32", "--set=images=128")
 
 
 def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
+    """Plan the run and its control, which differ in lambda_r alone."""
     from eg3d_rlhf.evaluation.trainings import Part
 
     shared = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
@@ -32,8 +32,10 @@ def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
 
 
 def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]) -> dict[str, list[str]]:
+    """Return the command lines of the reports by name."""
     from eg3d_rlhf.evaluation.trainings import DOOR
 
+    # attribution needs no control
     pair = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {
         "evaluate": [f"--run={runs['tuned']}", *pair],
@@ -53,26 +55,39 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     "outdir dry-run",
     outdir={
         "default": "runs/reports",
-        "help": "Folder to write; holds both runs and a folder for each report.",
+        "help": "Folder to write; it contains both runs and a folder for each report.",
     },
     dry_run="Print the commands as JSON and stop.",
 )
-@option("--only", group="Run", metavar="LIST", default=",".join(REPORTS), help="Reports to make.")
+@option(
+    "--only",
+    group="Run",
+    metavar="LIST",
+    default=",".join(REPORTS),
+    help="Reports to write, comma-separated.",
+)
 @option(
     "--kimg",
     group="Run",
     metavar="KIMG",
     type=click.FloatRange(min=0, min_open=True),
     default=DEMO_KIMG,
-    help="Length of both runs; the demo's unless given.",
+    help="Length of both runs in thousands of images.",
 )
-@option("--seed", group="Run", metavar="INT", type=click.IntRange(min=0), default=0, help="Training seed.")
+@option(
+    "--seed",
+    group="Run",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Training seed of both runs.",
+)
 def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -> None:
-    """Every evidence report of one tuning run, with one command: `make reports`.
+    """Write all four reports on a tuning run with one command (also `make reports`).
 
-    Trains the demo run and its lambda_r = 0 control with a snapshot at every tick where they are missing,
-    then calls evaluate.py, attribute.py, embed.py and a small sweep.py. Each of them keeps what it has
-    computed: a second call, or one after an interrupt, goes on from there.
+    Trains the demo run and its control with lambda_r = 0, with a snapshot at every tick, where they are
+    missing. Then runs `report evaluate`, `attribute`, `embed` and a small `sweep`. Each keeps its results,
+    so a second call, or a call after an interruption, continues from there.
 
     \b
     Example:
@@ -80,6 +95,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     """
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
+    # raises ValueError for an unknown report
     chosen = some_of("--only", only, REPORTS)
     parts = trainings(outdir, kimg, seed)
     if dry_run:
@@ -89,6 +105,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
         folders = {role: part.run or part.folder for role, part in parts.items()}
         print_json({**planned, **report_commands(outdir, folders, seed, chosen)})
         return
+    # both runs count as one entry of the summary
     started = time.time()
     times = dict[str, float]()
     for role, part in parts.items():

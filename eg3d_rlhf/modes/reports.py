@@ -1,4 +1,4 @@
-"""Jobs that say what tuning changed: evaluation, attribution and embedding of a run, and pictures of it."""
+"""Jobs that measure what tuning changed: `report evaluate`, `attribute`, `embed`, `images` and `method`."""
 
 import functools
 import html
@@ -24,6 +24,7 @@ _rare_how_option = functools.partial(option, group="How", rare=True)
 
 
 def _keep_summary(out: Path, words: list[str]) -> None:
+    """Write the sentences of the summary as a text file."""
     write_atomic(out / "summary.txt", ("\n".join(words) + "\n").encode())
 
 
@@ -31,27 +32,29 @@ def _keep_summary(out: Path, words: list[str]) -> None:
 @shared(
     "before after run control reward-ckpt heldout-reward n",
     "data",
-    run="Run folder with snapshots, for trajectories.",
-    reward_ckpt="Reward that tuned.",
-    data="Images to measure distances to.",
+    run="Run folder with snapshots, for plots over training.",
+    reward_ckpt="Reward that was used in tuning.",
+    data="Dataset that image distances are measured to.",
 )
-@rare_option("--inception", type=PATH, help="TorchScript detector: net(uint8 images, return_features=True).")
+@rare_option(
+    "--inception", type=PATH, help="TorchScript detector, called as net(uint8 images, return_features=True)."
+)
 @rare_option(
     "--lpips",
     type=PATH,
-    help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it LPIPS is left out.",
+    help="TorchScript distance f(a, b) of image batches in [-1, 1]; without it, LPIPS is not measured.",
 )
 @rare_option(
     "--identity",
     type=PATH,
-    help="TorchScript embedding of image batches in [-1, 1]; without it identity is left out.",
+    help="TorchScript embedding of image batches in [-1, 1]; without it, identity is not measured.",
 )
 @option(
     "--only",
     group="Run",
     metavar="KEYS",
     show_default="all",
-    help="Parts to make, comma-separated; see --dry-run.",
+    help="Parts of the report, comma-separated; --dry-run lists them.",
 )
 @shared(
     "outdir device dry-run",
@@ -60,12 +63,12 @@ def _keep_summary(out: Path, words: list[str]) -> None:
     dry_run="Print the resolved settings and parts as JSON and stop.",
 )
 def evaluate(outdir, only, dry_run, device, **sources) -> None:
-    """What did tuning change, and did it get better? Compares a generator before and after tuning on held-out
+    """Measure what tuning changed and whether it improved: compare a generator before and after on held-out
     latents.
 
-    With no options: the bundled generator against the newest tuned run in runs/, with the lambda_r = 0 run of
-    the same settings where there is one. Writes one self-contained page with every figure, its data and a
-    summary in words. A second call computes only what is new.
+    With no options: the bundled generator against the newest tuned run in runs/, and the lambda_r = 0 run of
+    the same settings if there is one. Writes one self-contained page with every figure, its data and a
+    summary in words. A second call computes only missing parts.
 
     \b
     Example:
@@ -105,6 +108,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
 
 
 def attribution_introduction(study: "Study") -> str:
+    """Describe what the attribution compares, for the top of its page."""
     c = study.c
     return (
         f"The same held-out latents before ({c.before.path.name}) and after tuning ({c.after.path.name}). A"
@@ -114,23 +118,25 @@ def attribution_introduction(study: "Study") -> str:
 
 
 def attribution_summary(findings) -> list[str]:
+    """Collect the main sentences of the findings, with the limit of what they show."""
     says = [findings["shapley"].says[0], *findings["shapley"].says[1:2], findings["redrawn-reward"].says[0]]
     return [
         *says,
         (
-            "These are statements about this reward and these latents; whether people see the same, nobody"
-            " was asked."
+            "These results hold for this reward and these latents. Whether people see the same differences"
+            " was not measured."
         ),
     ]
 
 
 def viewer(out: Path) -> str:
-    """The interactive surface as a frame of the page."""
+    """Return the interactive surface as an HTML frame for the page; empty if it was not made."""
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
     path = out / "data" / PAGE
     if not path.is_file() or not path.stat().st_size:
         return ""
+    # escaped, because the whole page becomes an attribute of the frame
     frame = html.escape(path.read_text())
     return (
         '<section id="turn"><h2>Turn the surface</h2><iframe title="Attribution on the surface"'
@@ -139,69 +145,76 @@ def viewer(out: Path) -> str:
 
 
 @click.command("attribute", cls=GroupedCommand, job="report attribute")
-@shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is divided.")
+@shared("before after run reward-ckpt", "data", reward_ckpt="Reward whose change is attributed to regions.")
 @option(
     "--regions",
     group="Regions",
     metavar="people|boxes|landmarks|head|FILE",
     show_default="people for heads of people, landmarks with --landmarks, else boxes",
     help=(
-        "Parts of the head that a latent names, fixed boxes, boxes about landmarks, the whole head in eight"
-        " parts about landmarks, or a label volume (.npy; names in the .json beside it)."
+        "people: parts of the ground-truth head; boxes: fixed boxes; landmarks: boxes around landmarks;"
+        " head: all in eight"
+        " parts around landmarks; FILE: a label volume (.npy, with names in the .json beside it)."
     ),
 )
-@rare_option("--landmarks", type=PATH, help="JSON of 98 WFLW points in the frontal view.")
+@rare_option("--landmarks", type=PATH, help="JSON file with 98 WFLW landmarks in the frontal view.")
 @option(
     "--method",
     group="How",
     type=click.Choice(METHODS),
     default="exact",
-    help="How Shapley values are computed.",
+    help="Method that computes the Shapley values.",
 )
 @_rare_how_option(
     "--permutations",
     default=Settings.permutations,
     type=click.IntRange(min=2),
-    help="Orders of the sampled methods.",
+    help="Number of random orders of regions for the sampled methods.",
 )
 @_rare_how_option(
     "--steps",
     default=Settings.steps,
     type=click.IntRange(min=2),
-    help="Of Integrated Gradients at first; they double.",
+    help="Initial number of steps of Integrated Gradients; it is doubled until the gap is small.",
 )
 @_rare_how_option(
-    "--most-steps", default=Settings.most_steps, type=click.IntRange(min=2), help="Where the doubling ends."
+    "--most-steps",
+    default=Settings.most_steps,
+    type=click.IntRange(min=2),
+    help="Largest number of steps of Integrated Gradients.",
 )
 @_rare_how_option(
     "--gap-bound",
     default=Settings.gap_bound,
     type=click.FloatRange(min=0, min_open=True),
-    help="Largest efficiency gap, as a share.",
+    help="Largest allowed efficiency gap, as a share of the change.",
 )
 @_rare_how_option(
     "--randomisations",
     default=Settings.randomisations,
     type=click.IntRange(min=2),
-    help="Rewards with randomised weights.",
+    help="Number of rewards with randomised weights, as controls.",
 )
 @_rare_how_option(
-    "--checked", default=Settings.checked, type=click.IntRange(min=1), help="Latents that those rewards see."
+    "--checked",
+    default=Settings.checked,
+    type=click.IntRange(min=1),
+    help="Number of latents for the rewards with randomised weights.",
 )
 @shared(
     "n outdir device dry-run",
     "psi seed batch",
     n={"default": 6, "type": click.IntRange(min=2)},
     outdir={"default": "runs/reports/attribute"},
-    batch="Slabs at once; bounds memory.",
+    batch="Density slabs per batch; less needs less memory.",
     psi={"default": None, "show_default": f"1 for heads of people, else {Sources.psi}"},
 )
 def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> None:
-    """Why does the reward like the tuned shapes? Divides the change of the reward among the regions of the
-    face.
+    """Attribute the change of the reward to regions of the face (Shapley values), to see why the reward
+    prefers the tuned shapes.
 
     With no options: the bundled generator against the newest tuned run in runs/. The value of a set of
-    regions is the reward of the original slab with those regions replaced by the tuned slab's. Draws the
+    regions is the reward of the original slab with those regions replaced by the tuned slab's. Renders the
     regions on a mesh first, then computes Shapley values, Integrated Gradients, occlusion and a noise
     baseline, compares them with each other and with rewards of random weights, and shows single voxels on the
     surface.
@@ -218,13 +231,16 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     from eg3d_rlhf.experiments.pages import write_page
 
     names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
+    # settings of the attribution, apart from those of the comparison
     how = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
-    # a wrong flag is named before networks are loaded
+    # checks the flags before the networks are loaded
     Settings(**{**how, "regions": LANDMARKS if landmarks else BOXES})
+    # None: chosen below, when the kind of generator is known
     psi = flags.pop("psi")
     c = load_comparison(
         Sources(device=choose_device(device), **flags, **({} if psi is None else {"psi": psi}))
     )
+    # the ground truth of a latent exists only without truncation
     if c.of_people and psi is None:
         c = replace(c, psi=1.0)
     regions = regions or (
@@ -243,9 +259,10 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         print_json({**c.resolved(), **vars(chosen), **paths})
         return
     parts = attribution.jobs(study)
+    # the regions come first, so that the user can check them while the attribution is computed
     findings = pages.run(parts[:1], outdir)
     for name in findings["regions"].images.values():
-        click.echo(f"The regions are drawn in {outdir / 'data' / name}; the attribution follows.")
+        click.echo(f"The regions are shown in {outdir / 'data' / name}. The attribution follows.")
     findings |= pages.run(parts[1:], outdir)
     words = attribution_summary(findings)
     _keep_summary(outdir, words)
@@ -264,8 +281,9 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         zip(data["names"], data["means"], strict=True), key=lambda pair: -pair[1]["mean"]
     ):
         click.echo(f"{name:<18} {mean['mean']:>+14.4f}  [{mean['lo']:+.4f}, {mean['hi']:+.4f}]")
+    # efficiency: the Shapley values add up to the change of the reward
     total = data["difference"]["mean"]
-    turned = f", data/{PAGE}" if "surface" in findings else ""
+    surface_file = f", data/{PAGE}" if "surface" in findings else ""
     click.echo(
         f"{'sum':<18} {total:>+14.4f}  largest efficiency gap {data['largest_relative_gap']:.1e} of the"
         " difference\n"
@@ -273,7 +291,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     click.echo("\n".join(pages.first_sentences(parts, findings)))
     click.echo(
         f"\nWritten to {page.parent}: {page.name} (open it in a browser), summary.txt, figures/,"
-        f" data/{turned}"
+        f" data/{surface_file}"
     )
 
 
@@ -283,18 +301,18 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     "psi seed batch",
     outdir={"default": "runs/reports/embed"},
     after={"show_default": "the newest tuned run in runs/"},
-    reward_ckpt="Reward whose feature is mapped.",
-    control="The same run with --lambda-r=0, for the test of separability.",
-    n="Latents, each in both networks.",
-    seed="Other held-out latents, and UMAP, per seed.",
+    reward_ckpt="Reward whose global feature is embedded.",
+    control="Control: the same run with --lambda-r=0, for the test of separability.",
+    n="Number of latents; each is used in both networks.",
+    seed="Random seed of the held-out latents and of UMAP.",
 )
 def embed(outdir, dry_run, device, **sources) -> None:
-    """Where does the reward see tuned samples? Maps its global feature before and after tuning, with the
-    shape behind every point.
+    """Plot where the reward places tuned samples: a map of its global feature before and after tuning, which
+    shows the shape of every point.
 
     With no options: the bundled generator against the newest tuned run in runs/. Writes one self-contained
     page: UMAP and principal axes, rank correlation of the reward with the main axis, a test of separability,
-    and a map whose points show their shapes.
+    and an interactive map.
 
     \b
     Example:
@@ -308,9 +326,11 @@ def embed(outdir, dry_run, device, **sources) -> None:
         print_json({**c.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
     findings = embedding.write(c, outdir)
+    # rank correlation of the reward with each axis
     for row in findings[embedding.MAP].data["ranks"]:
         rho = (
-            "none: constant"
+            "undefined: constant"
+            # undefined if all scores or all coordinates are equal
             if row["spearman"] is None
             else f"{row['spearman']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
         )
@@ -327,15 +347,16 @@ def embed(outdir, dry_run, device, **sources) -> None:
 @count_option(
     "--pairs",
     help=(
-        "Render this many pairs from behind alone, in random order, for people to choose: pairs.png (heads"
-        " of people)."
+        "Instead write pairs.png: this many pairs seen from the back, in random order, for people to"
+        " choose (synthetic"
+        " heads only)."
     ),
 )
 def images(outdir, device, dry_run, pairs, **sources) -> None:
-    """Render the images of a finished reward run again, without evaluating it: comparison.png, turntable.webp
-    and meshes.
+    """Render the images of a finished reward run again, without the evaluation: comparison.png,
+    turntable.webp and meshes.
 
-    Prints the median change of the surface, too, which summary.json holds.
+    Also prints the median change of the surface, which summary.json contains.
 
     \b
     Example:
@@ -346,11 +367,13 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     from eg3d_rlhf.experiments.media.rendering import png
 
     c = load_comparison(Sources(device=choose_device(device), **sources))
+    # by default the images replace those of the run
     folder = outdir or c.run
     assert folder is not None
     if dry_run:
         print_json({**c.resolved(), "outdir": str(folder)})
         return
+    # nothing but the sheet of pairs is written
     if pairs is not None:
         write_atomic(folder / PAIRS, png(pairs_sheet(c, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")
@@ -366,14 +389,14 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     run={
         "type": click.Path(path_type=Path, exists=True, file_okay=False),
         "required": True,
-        "help": "A finished run.",
+        "help": "Folder of a finished run.",
     },
-    out={"metavar": "FILE", "type": PATH, "required": True, "help": "Picture to write (.png or .svg)."},
+    out={"metavar": "FILE", "type": PATH, "required": True, "help": "Image to write (.png or .svg)."},
 )
 def method(run: Path, out: Path) -> None:
-    """Draw the method as one picture of four boxes, from real data: labels, reward, tuning, report.
+    """Draw the method as one figure with four boxes, from real data: labels, reward, tuning, report.
 
-    Takes the bundled generator and reward and a finished run of `train.py --reward=sigma`.
+    Uses the bundled generator and reward and a finished run of `train.py --reward=sigma`.
 
     \b
     Example:

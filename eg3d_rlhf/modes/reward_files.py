@@ -1,4 +1,4 @@
-"""Jobs on rewards' files: several joined into one, and the paper's release read."""
+"""Jobs on reward files: `reward join` builds an ensemble, `reward import` converts the paper's release."""
 
 import statistics
 import tempfile
@@ -15,7 +15,7 @@ from training.progress import tqdm
 _written = file_option(
     "--out",
     required=True,
-    help="Reward to write (.safetensors; its description is written beside it as .json).",
+    help="Reward file to write (.safetensors). A description is written beside it as .json.",
 )
 
 
@@ -27,7 +27,8 @@ _written = file_option(
     type=click.Choice(CHOICES),
     default="softmin",
     help=(
-        "What the members become; warm is the mean of their weights, for members that share a trained start."
+        "Aggregate of the members' scores. warm averages their weights, for members that share a trained"
+        " start."
     ),
 )
 @option(
@@ -35,19 +36,19 @@ _written = file_option(
     metavar="FLOAT",
     type=click.FloatRange(min=0, min_open=True),
     show_default="1, 0.5, 0.5",
-    help="k of lcb, lambda of uwo, beta of softmin.",
+    help="Strength of the aggregate: k of lcb, lambda of uwo, beta of softmin.",
 )
 @shared(
     "network batch device dry-run",
-    network="The rewards' generator, untuned.",
+    network="Untuned generator whose samples set the scale of the members.",
     batch={"default": 16},
-    dry_run="Check and join everything, print the description as JSON, write nothing.",
+    dry_run="Join the rewards and print the description as JSON, but write nothing.",
 )
 def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> None:
-    """Join rewards into one file whose score is an aggregate of theirs, for train.py --reward-ckpt.
+    """Join rewards into one ensemble file whose score aggregates theirs, for train.py --reward-ckpt.
 
     Members are put on one scale by their scores of the same untuned samples. They should differ in their
-    labels and in their initialisation; five are usual. The reward that watches a run must not be among them.
+    labels and in their initialisation; five are usual. The held-out reward must not be among them.
 
     \b
     Example:
@@ -59,9 +60,10 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a name ending in .safetensors, got {out.name}. Rename it.")
+    # a reward that is listed twice would count twice in the aggregate
     twice = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
     if twice is not None:
-        raise ValueError(f"REWARD: expected different files, got {twice} again. Leave one out.")
+        raise ValueError(f"REWARD: {twice} is listed twice. Remove one.")
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
     with naming("--network"):
         generator = load_generator(network, choose_device(device))
@@ -71,9 +73,11 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
         print_json(reward.describe())
         return
     path = reward.save(out)
+    # scale and members as the file records them
     known = reward.provenance
     click.echo(
-        f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, deviation"
+        f"{path}: {aggregate} of {len(known['joined'])} members; mean {known['score_mean']:.3f}, standard"
+        " deviation"
         f" {known['score_std']:.3f} over {SCALES.count} untuned samples"
     )
 
@@ -86,7 +90,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     type=click.Choice(["config", "published"]),
     default="config",
     group="Release",
-    help="Grid and value range from the configuration, or the published 256 points and [0, 100].",
+    help="Grid and value range: config, those of the configuration; published, 256 points and [0, 100].",
 )
 @option(
     "--lattice",
@@ -94,25 +98,25 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     default="straight",
     group="Release",
     help=(
-        "Lattice that the written reward reads; skewed is the one it was trained on, and several times"
+        "Lattice that the written reward reads. skewed is that of its training data, but several times"
         " slower."
     ),
 )
-@shared("network", network="Generator whose samples are scored.")
+@shared("network", network="Generator whose samples are scored on both lattices.")
 @option(
     "--latents",
     group="Samples",
     metavar="LIST",
     default="0-3",
-    help="Latents to score by their seeds, such as 0,2-5, or none.",
+    help="Seeds of the latents to score, such as 0,2-5, or none.",
 )
 @shared(
     "device dry-run",
-    dry_run="Read and check everything, print what was found as JSON, write and score nothing.",
+    dry_run="Read and check the release and print its description as JSON, but write and score nothing.",
 )
 def release(source, out, transform, lattice, network, latents, device, dry_run) -> None:
-    """Convert the paper's released reward to this project's format, once, and show what its skewed training
-    lattice makes of it.
+    """Convert the paper's released reward to this project's format, once, and show the effect of its skewed
+    training lattice.
 
     SOURCE is the folder with best_model.pt and release_config.yaml (or run_config.yaml), the weights file
     itself, or the word synthetic:reward for a small untrained one in the same layout. Nothing in the files is
@@ -129,7 +133,9 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     from eg3d_rlhf.rewards.reward import check_reward
 
     with naming("--latents"):
+        # none: convert without scoring
         seeds = [] if latents == "none" else parse_seeds(latents)
+    # weights are loaded as tensors only; nothing of the release is executed
     with naming("SOURCE"), tempfile.TemporaryDirectory() as folder:
         reward = import_release(
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
@@ -153,6 +159,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     compared = compare_lattices(reward.to(where), generator, seeds)
     scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")
+    # a last row with the mean over the seeds
     means = (statistics.fmean(s[1] for s in scores), statistics.fmean(s[2] for s in scores))
     for name, straight, skewed in (*scores, ("mean", *means)):
         click.echo(f"{name:>8}  {straight:12.6f}  {skewed:12.6f}  {straight - skewed:+12.6f}")

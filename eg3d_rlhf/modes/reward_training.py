@@ -1,9 +1,9 @@
-"""Training a reward on labels of a generator's shapes, `train.py --mode=reward`, too. That of meshes is
-mesh_reward.py.
+"""Mode `train.py --mode=reward` (also `reward train`): trains a reward on labels of a generator's shapes.
 
-With no flags: the bundled labels of the bundled generator, slabs of its density at 64 points per axis, the
-'heads' network, the epoch chosen on 15 % of the labels and judged on another 15 %; a few minutes on two
-cores, into runs/NNNNN-reward-labels-heads-s0.
+Rewards of meshes are trained in mesh_reward.py. Without flags: the bundled labels of the bundled generator,
+density slabs at 64 points per axis, the 'heads' network; the epoch is chosen on 15 % of the labels and the
+accuracy is measured on another 15 %. This takes a few minutes on two cores and writes
+runs/NNNNN-reward-labels-heads-s0.
 """
 
 import functools
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from eg3d_rlhf.rewards.training_run import Opened
     from training.distributed import Ranks
 
-HELP = """Train a reward network from labelled pairs of seeds, from labels of single seeds, or from both, and
-the generator that drew them.
+HELP = """Train a reward network on labelled pairs of seeds, on labels of single seeds, or on both, with
+the generator that produced the shapes.
 
-With no options: the bundled generator and labels, a small network, a few minutes on two cores. Writes the
+With no options: the bundled generator and labels and a small network; a few minutes on two cores. Writes the
 reward, its accuracy on held-out pairs with a 95 % interval, and its learning curves into a run folder.
 
 \b
@@ -45,15 +45,15 @@ flags_of_rewards = together(
         "--labels",
         metavar="FILE|URL",
         type=labels_source,
-        help="Labels of pairs, .jsonl or .csv, or a labelling store, such as sqlite:///labels.db.",
+        help="File of labelled pairs (.jsonl, .csv), or a label database, such as sqlite:///labels.db.",
     ),
     _data_option(
         "--observation",
         metavar="KIND",
         default="sigma",
         help=(
-            "What the reward reads of a shape: sigma, its density slab; points, a cloud on its surface;"
-            " lifted-points or published-points, a cloud lifted from depth."
+            "Input of the reward: sigma, the density slab; points, a point cloud on the surface;"
+            " lifted-points or published-points, a point cloud lifted from depth maps."
         ),
     ),
     _data_option(
@@ -63,7 +63,7 @@ flags_of_rewards = together(
         nargs=6,
         default=None,
         show_default="that of the observation",
-        help="Shares trimmed from each face of the cube.",
+        help="Shares of the cube that are cropped at each of its six faces.",
     ),
     _data_option(
         "--any-generator", is_flag=True, rare=True, help="Accept labels that name another generator."
@@ -72,7 +72,7 @@ flags_of_rewards = together(
         "--wrong-faces",
         is_flag=True,
         help=(
-            "A control: read other shapes than those that were labelled. Accuracy must then be near one half."
+            "Control: read other shapes than those that were labelled. The accuracy must then be near 50 %."
         ),
     ),
     _data_option(
@@ -83,7 +83,7 @@ flags_of_rewards = together(
         type=PATH,
         multiple=True,
         show_default="none",
-        help="A further generator that labels name; may be given again.",
+        help="Another generator whose shapes were labelled. May be repeated.",
     ),
     _data_option(
         "--fractions",
@@ -92,15 +92,20 @@ flags_of_rewards = together(
         type=click.FloatRange(0, 1),
         nargs=3,
         default=None,
-        help="Shares of the labels per split.",
+        help="Shares of the labels for training, validation and test.",
     ),
-    name_option("--campaign", group=STORE, show_default="all that collect preferences", help="Campaign."),
+    name_option(
+        "--campaign",
+        group=STORE,
+        show_default="all that collect preferences",
+        help="Campaign of the database whose labels are used.",
+    ),
     _rare_store_option(
         "--annotator",
         "annotators",
         metavar="NAME",
         multiple=True,
-        help="Annotator; may be given again.",
+        help="Annotator whose labels are used. May be repeated.",
         show_default="all",
     ),
     _rare_store_option(
@@ -108,31 +113,34 @@ flags_of_rewards = together(
         metavar="0..1",
         type=click.FloatRange(0, 1),
         show_default="any",
-        help="Leave out annotators who got fewer gold checks right, or answered none.",
+        help="Leave out annotators with a lower accuracy on gold pairs, or without gold pairs.",
     ),
     _rare_store_option(
-        "--drop-repeats", is_flag=True, help="Keep each annotator's first answer to a pair alone."
+        "--drop-repeats", is_flag=True, help="Keep only each annotator's first answer to a pair."
     ),
     _rare_store_option(
-        "--min-milliseconds", metavar="MS", type=click.IntRange(min=0), help="Leave out faster answers."
+        "--min-milliseconds",
+        metavar="MS",
+        type=click.IntRange(min=0),
+        help="Leave out answers that were given faster than this.",
     ),
     _rare_store_option(
         "--since",
         metavar="TIME",
         show_default="the beginning",
-        help="Received from then on: ISO 8601, or seconds since 1970.",
+        help="Use only answers received from this time on: ISO 8601, or seconds since 1970.",
     ),
     _rare_store_option(
         "--criterion",
         metavar="NAME",
         show_default="which is better",
-        help="Take the votes on this criterion.",
+        help="Train on the votes on this criterion.",
     ),
     name_option(
         "--preset",
         group="Network",
         help=(
-            "Architecture, with training defaults; heads, paper, small, small-slice or tiny for sigma;"
+            "Architecture, with its training defaults: heads, paper, small, small-slice or tiny for sigma;"
             " pointnet, pointnet2 or curvenet for points; small, coarse or resnet50 for depth, with -3 for"
             " three views."
         ),
@@ -142,22 +150,25 @@ flags_of_rewards = together(
         "--bootstrap/--no-bootstrap",
         group="Network",
         default=None,
-        help="Draw the training pairs with replacement, for each member by its own seed.",
+        help="Resample the training pairs with replacement, with another seed for each member.",
     ),
     option(
         "--shared-start",
         group="Network",
         is_flag=True,
-        help="Train one network first, from which all members go on; --aggregate=warm does so anyway.",
+        help="Train one network first, from which all members continue; implied by --aggregate=warm.",
     ),
     rare_option(
-        "--cosine/--no-cosine", group="Training", default=None, help="Let the learning rate fall to 0."
+        "--cosine/--no-cosine",
+        group="Training",
+        default=None,
+        help="Decay the learning rate to 0 with a cosine schedule.",
     ),
     rare_option(
         "--mirror/--no-mirror",
         group="Training",
         default=None,
-        help="Augment what is read at random: slabs are flipped left-right.",
+        help="Augment the inputs at random: slabs are flipped left-right.",
     ),
     option(
         "--run-dir",
@@ -165,22 +176,22 @@ flags_of_rewards = together(
         metavar="FOLDER",
         type=FOLDER,
         show_default="a numbered one in --outdir",
-        help="Folder of the run itself.",
+        help="Folder of this run.",
     ),
     option(
         "--cache",
         group="Run",
         metavar="FOLDER",
         type=FOLDER,
-        show_default="RAM alone",
-        help="Keep what is drawn here between runs.",
+        show_default="memory only",
+        help="Folder that caches the generated shapes between runs.",
     ),
 )
 
 
 def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict:
-    """What unpaired labels change of the defaults: their terms have weight, and, alone, nothing is learnt
-    from pairs.
+    """Return the defaults that unpaired labels change: their loss terms get a weight; without pairs, the pair
+    terms get weight 0.
 
     The error counts in units of the score, 25 (reward - score / 5)^2, beside the divergence; beside pairs
     both count 25 times less.
@@ -194,11 +205,12 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
     }
     if not any(options[name] for name in paired) and alone:
         changed["reference_samples"] = 0
+    # a value that was given as a flag stays
     return {name: value for name, value in changed.items() if options[name] is None}
 
 
 def resolve(flags: Flags) -> RewardRun:
-    """Command-line values -> the run, with the preset's defaults for what was not given."""
+    """Build the settings of the run from the flags, with the preset's defaults for the others."""
     apart = (
         "labels",
         "observation",
@@ -211,28 +223,33 @@ def resolve(flags: Flags) -> RewardRun:
         "dry_run",
         "timeout",
     )
+    # flags that are no setting of the training are dropped
     options = {name: value for name, value in flags.items() if name not in apart}
     names = set(RewardRun.__dataclass_fields__)
     unpaired = flags["unpaired"]
     observation = flags["observation"]
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
+    # filters apply to a label database; those that were not given are left out
     filters = {k: value for k in LabelFilters.__dataclass_fields__ if (value := options.pop(k)) is not None}
     source = source_named(labels, unpaired, options["split_seed"] or 0, filters)
     given = {k: v for k, v in options.items() if k in names and v is not None}
+    # flags override what the preset says about the observation
     given = {
         **{k: v for k, v in find_preset(flags["preset"], observation).observe.items() if k in names},
         **given,
     }
     defaults = default_options(flags["preset"], observation)
+    # an ensemble's members must differ in their training data
     if options["bootstrap"] is None:
         options["bootstrap"] = given.get("members", 1) > 1
+    # settings of the training; the others belong to the run
     trained = with_changes(defaults, **{k: v for k, v in options.items() if k not in names})
     return RewardRun(labels=source, observation=observation, train=trained, **given)
 
 
 def shown_by_help(flags: Flags) -> list[object]:
-    """Return what --help takes defaults from: the settings of the run that the flags describe."""
+    """Return the settings of the run that the flags describe, from which --help takes its defaults."""
     run = resolve(flags)
     names = ("preset", "bootstrap", "cosine", "mirror")
     return [
@@ -245,11 +262,12 @@ def shown_by_help(flags: Flags) -> list[object]:
 def source_named(
     labels: str | Path, unpaired: Path | None, split_seed: int, filters: dict | None
 ) -> LabelSource:
-    """Labels by the name of their file or store; of single shapes alone, the pairs that they make.
+    """Open labels by the name of their file or database; labels of single shapes alone are turned into pairs.
 
     Raises: ValueError.
     """
     source = label_source(labels, LabelFilters(**(filters or {})))
+    # pairs are given as well, so they decide the split
     if unpaired is None or Path(labels) != unpaired:
         return source
     from eg3d_rlhf.preferences.unpaired import source_of_unpaired
@@ -265,20 +283,21 @@ def open_run(settings: RewardRun, run: "Run") -> "Opened":
 
 
 def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
-    """Train, and write the figures, as `train_and_judge` does."""
+    """Train, evaluate on held-out labels, and write the results."""
     from eg3d_rlhf.rewards.training_run import train_and_judge
 
     train_and_judge(settings, opened, run)
 
 
 def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
-    """Settings of a run's folder. Raises: ValueError for another folder."""
+    """Read the settings from a run's folder. Raises: ValueError for another folder."""
     from eg3d_rlhf.experiments.run import recorded
 
     del flags
+    # one process reads the file
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
     if not {"train", "labels"} <= (values or {}).keys():
-        raise ValueError(f"--resume: expected the folder of a reward's training, got {folder}. Name another.")
+        raise ValueError(f"--resume: {folder} is not the folder of a reward's training. Name another folder.")
     unpaired = None if values["unpaired"] is None else Path(values["unpaired"])
     filters = values["filters"] and {
         **values["filters"],
@@ -290,12 +309,12 @@ def settings_of(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
 
 
 class RewardMode(Mode[RewardRun]):
-    """A mode whose run may have a folder of its own name, `--run-dir`."""
+    """Mode whose run folder can be named with `--run-dir`."""
 
     def start(
         self, settings: RewardRun, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """As `Mode.start`. Raises: ValueError where --run-dir is taken."""
+        """Start a run as `Mode.start` does. Raises: ValueError if --run-dir already contains a run."""
         from eg3d_rlhf.experiments.run import recorded
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity
@@ -304,14 +323,14 @@ class RewardMode(Mode[RewardRun]):
         ranks = ranks or SINGLE
         if folder is None:
             return super().start(settings, outdir, flags, ranks)
+        # torchrun restarted this launch: the folder was begun by it, so it resumes
         launched = ranks.restarts and ranks.broadcast(
             recorded(folder).get("launch") == launch_identity() if ranks.main else None
         )
         if taken := ranks.broadcast((folder / STATE).exists() if ranks.main else None):
             if not launched:
                 raise ValueError(
-                    f"--run-dir: expected a new folder, got {folder} with a run in it. Pass"
-                    f" --resume={folder}, or another --run-dir."
+                    f"--run-dir: {folder} contains a run. Pass --resume={folder}, or another --run-dir."
                 )
         return (
             self.go_on(settings, folder, flags, ranks)

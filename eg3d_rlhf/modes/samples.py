@@ -1,4 +1,4 @@
-"""Jobs that draw from a generator: pictures, films, meshes, contact sheets."""
+"""Jobs that sample a generator: `samples images`, `videos`, `mesh` and `sheet`."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ from training.config import NOISE_MODES
 from training.progress import tqdm
 from training.storage import write_atomic
 
-# radians, of the three views
+# yaws and pitch of the three views, in radians
 YAWS = (0.4, 0.0, -0.4)
 PITCH = -0.2
 SURFACE = MeshOptions()
@@ -35,7 +35,7 @@ _sampling = together(
         "--noise-mode",
         type=click.Choice(NOISE_MODES),
         default="const",
-        help="Noise of the synthesis; random is drawn from the (first) seed.",
+        help="Noise inputs of the synthesis; random noise depends on the (first) seed.",
     ),
 )
 _shapes_option = functools.partial(option, group="Shapes")
@@ -45,13 +45,14 @@ _samples_option = functools.partial(option, group="Samples")
 
 
 def _shapes(rare: bool = False):
+    """Return the flags of exported shapes. Args: rare: whether all but --shapes are rare settings."""
     return together(
         _shapes_option(
             "--shapes",
             metavar="BOOL",
             type=bool,
             default=False,
-            help="Write shapes too; of a film, of every frame's first cell.",
+            help="Also write shapes; for a video, that of the first cell in every frame.",
         ),
         _shapes_option(
             "--shape-res",
@@ -59,14 +60,14 @@ def _shapes(rare: bool = False):
             metavar="POINTS",
             type=click.IntRange(16, 1024),
             default=512,
-            help="Grid points per axis.",
+            help="Grid points per axis for the shapes.",
         ),
         _shapes_option(
             "--shape-format",
             rare=rare,
             metavar="NAME",
             default=".mrc",
-            help=".mrc (density), .ply, .obj or .glb (surface).",
+            help="File format: .mrc (density), .ply, .obj or .glb (surface).",
         ),
     )
 
@@ -79,14 +80,16 @@ def _shapes(rare: bool = False):
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
     default=FFHQ_FOV,
     group="Samples",
-    help="Field of view over the image's diagonal; the default of EG3D's tool is 18.",
+    help="Field of view along the image's diagonal, in degrees; EG3D's tool uses 18.",
 )
 @_shapes()
-@rare_option("--shape-level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option(
+    "--shape-level", type=float, help="Raw density at the surface; by default that of the generator."
+)
 @rare_option(
     "--shape-border",
     type=click.FloatRange(0, 0.5, max_open=True),
-    help="Share of the cube to clear along each face; else the generator's, 30/256 of EG3D's.",
+    help="Share of the cube to clear along each face; by default that of the generator, 30/256 for EG3D's.",
 )
 @shared("device dry-run")
 def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run, **look) -> None:
@@ -103,6 +106,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     from eg3d_rlhf.generators import check_seeds, load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
+    # the flag is called --seeds in EG3D's tool, --latents elsewhere; both spellings are accepted
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
     with naming("--shape-format"):
@@ -122,17 +126,19 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         return
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    # 0 is a valid border, so only None means the default
     border = generator.bounds.border if look["shape_border"] is None else look["shape_border"]
     surface = MeshOptions(
         resolution=look["shape_res"], level=look["shape_level"], border=border, component="all"
     )
     check_seeds(generator, max(seeds), "--seeds")
     cameras = rendering.cameras_of(generator, look["fov_deg"])
+    # one camera label per view
     labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
-        pictures = rendering.render(generator, ws, labels, seed, look["noise_mode"])
-        write_atomic(outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(pictures, len(labels))))
+        renders = rendering.render(generator, ws, labels, seed, look["noise_mode"])
+        write_atomic(outdir / f"seed{seed:04d}.png", rendering.png(rendering.tile(renders, len(labels))))
         if look["shapes"]:
             with rendering.StageBar(f"seed {seed} ") as bar:
                 field = generator.field(ws, look["noise_mode"])
@@ -147,18 +153,22 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     metavar="BOOL",
     type=bool,
     default=True,
-    help="Walk through the seeds, or film each on its own.",
+    help="Interpolate between the seeds; with False, one video per seed.",
 )
-@_film_option("--grid", metavar="WxH", default="1x1", help="Cells across and down.")
+@_film_option("--grid", metavar="WxH", default="1x1", help="Cells of the video, horizontally x vertically.")
 @rare_option(
     "--num-keyframes",
     "keyframes",
     type=click.IntRange(min=1),
-    help="Latents that a cell walks through; else seeds / cells.",
+    help="Latents that a cell interpolates between; by default seeds / cells.",
 )
-@count_option("--w-frames", "frames", default=120, help="Frames between two keyframes.", group="Film")
+@count_option(
+    "--w-frames", "frames", default=120, help="Number of frames between two keyframes.", group="Film"
+)
 @rare_option(
-    "--shuffle-seed", type=click.IntRange(0, 2**32 - 1), help="Seed of the order of the seeds; else as given."
+    "--shuffle-seed",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Random seed that shuffles the seeds; by default they keep their order.",
 )
 @_film_option(
     "--image_mode",
@@ -167,7 +177,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     metavar="NAME",
     type=click.Choice(MODES),
     default="image",
-    help="image, image_depth or image_raw.",
+    help="Output to show: image, image_depth or image_raw.",
 )
 @_film_option(
     "--cfg",
@@ -176,7 +186,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     default=None,
     group="Film",
     show_default="the network's own camera",
-    help="Pivot and field of view of FFHQ, AFHQ or Shapenet.",
+    help="Camera pivot and field of view of FFHQ, AFHQ or Shapenet.",
 )
 @rare_option(
     "--sample_mult",
@@ -184,11 +194,15 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     "sample_mult",
     type=click.FloatRange(0, min_open=True),
     default=2.0,
-    help="Times the samples per ray.",
+    help="Factor on the number of samples per ray.",
 )
-@rare_option("--nrr", type=click.IntRange(min=1), help="Rendered pixels per edge; else the network's own.")
+@rare_option(
+    "--nrr",
+    type=click.IntRange(min=1),
+    help="Neural rendering resolution in pixels; by default that of the network.",
+)
 @rare_option("--fps", type=click.FloatRange(1, 240), default=60.0, help="Frames per second.")
-@rare_option("--bitrate", default="10M", help="Of the mp4, in ffmpeg's notation.")
+@rare_option("--bitrate", default="10M", help="Bitrate of the mp4, in ffmpeg's notation.")
 @_shapes(rare=True)
 @shared("device dry-run")
 def videos(
@@ -209,10 +223,11 @@ def videos(
     dry_run,
     **film,
 ) -> None:
-    """Film a generator: the camera swings about each sample while the latent walks through the seeds.
+    """Render videos of a generator: the camera swings around the samples while the latent moves between
+    seeds.
 
-    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed in which the latent stands
-    still. The frames are keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
+    Writes interpolation.mp4, or with --interpolate=False one SEED.mp4 per seed with a fixed
+    latent. The frames are keyframes x --w-frames; a keyframe is a seed of one cell of the grid.
 
     \b
     Example:
@@ -227,13 +242,18 @@ def videos(
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
     with naming("--grid"):
+        # positive numbers, leading zeros allowed
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
         if cells is None:
-            raise ValueError(f"expected WxH such as 4x3, got {grid!r}. Give cells across and down.")
+            raise ValueError(
+                f"expected WxH, such as 4x3, got {grid!r}. Give the cells horizontally and vertically."
+            )
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
+    # name of the video -> its seeds
     groups = {"interpolation": seeds} if interpolate else {str(seed): [seed] for seed in seeds}
+    # the latent is fixed, so one keyframe a seed is enough
     if not interpolate and options.keyframes is None:
         options = replace(options, keyframes=1)
     with naming("--seeds"):
@@ -257,11 +277,13 @@ def videos(
         }
         print_json(settings)
         return
+    # fails before the generator is loaded if the video encoder is missing
     check_mp4(outdir / "interpolation.mp4")
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
     cameras = rendering.cameras_of(generator, **CAMERAS.get(cfg, {}))
+    # None: the network's resolution
     look = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
         frames = Film(generator, group, cameras, options, look)
@@ -272,7 +294,7 @@ def videos(
             bitrate,
         )
         click.echo(f"{path}: {frames.count} frames")
-        # first cell
+        # shapes are those of the first cell
         for index in tqdm(
             range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes
         ):
@@ -282,7 +304,7 @@ def videos(
 
 
 @click.command("mesh", cls=GroupedCommand)
-@file_option("--out", required=True, help="Mesh to write (.ply, .obj, .glb).")
+@file_option("--out", required=True, help="Mesh file to write (.ply, .obj, .glb).")
 @shared(
     "network seed psi",
     "cutoff",
@@ -296,34 +318,36 @@ def videos(
     metavar="POINTS",
     type=click.IntRange(16, 1024),
     default=SURFACE.resolution,
-    help="Grid points per axis.",
+    help="Grid points per axis on which the surface is extracted.",
 )
-@rare_option("--level", type=float, help="Raw density of the surface; else the generator's own.")
+@rare_option("--level", type=float, help="Raw density at the surface; by default that of the generator.")
 @rare_option(
     "--border",
     type=click.FloatRange(0, 0.5, max_open=True),
     default=SURFACE.border,
-    help="Share of the cube to trim from each face.",
+    help="Share of the cube to clear along each face.",
 )
 @rare_option(
     "--component",
     type=click.Choice(["largest", "all"]),
     default=SURFACE.component,
-    help="Parts to keep: the one of largest volume, or all.",
+    help="Connected parts to keep: the one with the largest volume, or all.",
 )
 @_surface_option(
     "--faces",
     metavar="INT",
     type=click.IntRange(min=4),
-    help="Decimate to about so many faces.",
+    help="Decimate the mesh to about this number of faces.",
     show_default="all",
 )
-@rare_option("--colors", type=bool, default=SURFACE.colors, help="Vertex colours from the radiance field.")
+@rare_option(
+    "--colors", type=bool, default=SURFACE.colors, help="Write vertex colours from the radiance field."
+)
 @shared("device dry-run")
 def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
-    """Turn one sample of a generator into a closed triangle mesh, and check it.
+    """Convert one sample of a generator to a closed triangle mesh, and validate it.
 
-    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. Exit code 1 where the mesh is not
+    Writes FILE (.ply, .obj or .glb) and, beside it, a report FILE.json. The exit code is 1 if the mesh is not
     watertight.
 
     \b
@@ -354,11 +378,13 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         bar("planes", 0, 1)
         field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
         bar("planes", 1, 1)
+        # the level of this generator, unless one was given
         options = options if options.level is not None else replace(options, level=field.level)
         surface, report = export_mesh(field, options, bar)
         bar("writing", 0, 1)
         surface.save(out)
         bar("writing", 1, 1)
+    # head.glb.json, so that meshes of two formats keep their reports
     report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
     parts = f"{report.components} of {report.components_extracted} parts"
     tight = (
@@ -371,6 +397,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         f"{out}: {report.vertices} vertices, {report.faces} faces, {parts}, {tight}, {normals}, volume"
         f" {report.volume:.4g}"
     )
+    # the mesh is written all the same, for inspection
     if not report.watertight:
         sys.exit(1)
 
@@ -379,7 +406,11 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
 @shared(
     "outdir network data latents psi",
     outdir={"required": True},
-    data={"default": bundled.DATA, "show_default": True, "help": "Images to show beside."},
+    data={
+        "default": bundled.DATA,
+        "show_default": True,
+        "help": "Dataset whose images are shown beside the samples.",
+    },
     latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}"},
     psi={"default": None, "show_default": f"{Sources.psi}; shapes of heads of people 1"},
 )
@@ -388,12 +419,12 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     metavar="INT",
     type=click.IntRange(0),
     default=16,
-    help="How many of the seeds to show as shapes.",
+    help="Number of seeds that are also shown as shapes.",
 )
 @shared("device dry-run")
 def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
-    """Draw contact sheets of a generator: images.png (beside as many of the data, under their cameras),
-    shapes.png (in front and behind).
+    """Render contact sheets of a generator: images.png (samples beside images of the dataset, with the same
+    cameras) and shapes.png (front and back).
 
     \b
     Example:
@@ -426,14 +457,16 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):
             raise ValueError(
-                f"expected at least {len(seeds)} images, got {len(dataset)}. Name fewer --latents."
+                f"the dataset has {len(dataset)} images, but {len(seeds)} are needed. Name fewer --latents."
             )
-    named = data.startswith("synthetic:") and generator.z_dim == LATENT  # a truncated latent names no head
+    named = (
+        data.startswith("synthetic:") and generator.z_dim == LATENT
+    )  # only untruncated latents have a ground-truth head
     sheets = {"images.png": image_sheet(generator, dataset, seeds, Sources.psi if psi is None else psi)}
     if shapes:
         sheets["shapes.png"] = shape_sheet(
             generator, seeds[:shapes], psi if psi is not None else 1.0 if named else Sources.psi
         )
-    for name, picture in sheets.items():
-        write_atomic(outdir / name, rendering.png(picture))
+    for name, image in sheets.items():
+        write_atomic(outdir / name, rendering.png(image))
     click.echo(f"{outdir}: {', '.join(sheets)}")

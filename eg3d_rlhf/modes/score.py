@@ -1,4 +1,4 @@
-"""The command `score`: generators of any family by one reward."""
+"""The job `score`, which scores generators of any family with one reward."""
 
 import functools
 from dataclasses import asdict
@@ -21,24 +21,24 @@ _what_option = functools.partial(option, group="What")
     type=PATH,
     multiple=True,
     show_default="the reference",
-    help="Generator to score, of any family; may be given again.",
+    help="Generator to score, of any family. May be repeated.",
 )
-@_what_option("--reward", metavar="FILE", type=PATH, show_default="the bundled one", help="Reward.")
+@_what_option("--reward", metavar="FILE", type=PATH, show_default="the bundled one", help="Reward file.")
 @_what_option(
     "--reference",
     metavar="FILE|RUN",
     type=PATH,
     show_default="the bundled generator",
-    help="Generator whose shapes the reward knows.",
+    help="Generator whose shapes the reward was trained on.",
 )
 @options_of(ScoreOptions)
 @shared("outdir device dry-run", outdir={"default": Path("runs/scores"), "help": "Folder to write."})
 def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, **settings) -> None:
-    """Score generators by a reward that knows one of them: rewards raw, aligned to where it looks, calibrated
-    to densities that it knows.
+    """Score generators with a reward that was trained on one of them: raw scores, scores of shapes aligned to
+    the region that the reward reads, and scores with calibrated densities.
 
-    Says for each how many of its shapes lie outside what the reward knows, and how steady its ranks are.
-    Writes a page with strips of meshes, and scores.json.
+    Reports for each generator how many shapes lie outside the reward's training distribution and how stable
+    their ranks are. Writes a page with strips of meshes, and scores.json.
 
     \b
     Example:
@@ -47,9 +47,10 @@ def main(networks, reward, reference, outdir: Path, device: str, dry_run: bool, 
     from eg3d_rlhf.evaluation.foreign_scores import trial_of, write
 
     options = ScoreOptions(**{name: value for name, value in settings.items() if value is not None})
+    # loads and checks all networks, so that --dry-run finds mistakes
     trial = trial_of(networks, reward, reference, device, options)
     if dry_run:
-        shown = {name: str(one.path) for name, one in trial.networks.items()}
+        shown = {name: str(network.path) for name, network in trial.networks.items()}
         print_json(
             {
                 "networks": shown,

@@ -1,4 +1,4 @@
-"""Flags that several jobs share: one name and one meaning each; EG3D's spellings are second names."""
+"""Options that several jobs share. Each has one name and one meaning; EG3D's spellings are second names."""
 
 import functools
 import json
@@ -23,54 +23,84 @@ name_option = functools.partial(option, metavar="NAME")
 
 
 def print_json(values: Any) -> None:
-    """Print values as indented JSON, as --dry-run and --json do."""
+    """Print values as indented JSON, for --dry-run and --json."""
     click.echo(json.dumps(values, indent=1))
 
 
 def _flag(group: str, metavar: str | None, kind: Any, text: str, default: Any = None, **more: Any) -> dict:
+    """Return the keyword arguments of one option."""
     return {"group": group, "metavar": metavar, "type": kind, "help": text, "default": default, **more}
 
 
 def _network(text: str, shown: str) -> dict:
+    """Return the option of a generator file; `shown` describes its default."""
     return _flag("What", "FILE|RUN", PATH, text, show_default=shown)
 
 
 def _reward(text: str) -> dict:
+    """Return the option of a reward file."""
     return _flag("What", "FILE", PATH, text, show_default="the run's own, else bundled")
 
 
+# By name: the option's arguments. Jobs that leave a help text empty here pass their own to `shared`.
 _FLAGS: dict[str, dict[str, Any]] = {
-    "before": _network("Generator before tuning.", "the bundled generator"),
-    "after": _network("Tuned generator.", "newest snapshot of --run"),
+    "before": _network("Generator before tuning: a network file or a run folder.", "the bundled generator"),
+    "after": _network("Tuned generator: a network file or a run folder.", "newest snapshot of --run"),
     "run": _flag(
-        "What", "RUN", PATH, "Run folder.", show_default="that of --after, else the newest in runs/"
+        "What",
+        "RUN",
+        PATH,
+        "Folder of the tuning run.",
+        show_default="that of --after, else the newest in runs/",
     ),
-    "control": _network("The same run with --lambda-r=0.", "the matching run in runs/"),
+    "control": _network("Control: the same run with --lambda-r=0.", "the matching run in runs/"),
     "reward-ckpt": _reward(""),
-    "heldout-reward": _reward("Second reward, never used in tuning."),
+    "heldout-reward": _reward("Held-out reward, which was not used in tuning."),
     "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the run's own"),
-    "network": _network("Generator.", "the bundled generator"),
-    "latents": _flag("Samples", "LIST", None, "Seeds of latents and ranges of them, such as 0,2-5."),
-    "psi": _flag("Samples", "FLOAT", click.FloatRange(0, 2, min_open=True), "Truncation.", Sources.psi),
-    "cutoff": _flag("Samples", "INT", click.IntRange(min=0), "ws that truncation reaches.", 14),
-    "n": _flag("Samples", "LATENTS", click.IntRange(min=16), "Latents behind a figure.", Sources.n),
-    "seed": _flag("Samples", "INT", click.IntRange(min=0), "Other held-out latents per seed.", Sources.seed),
-    "images": _flag("Samples", "INT", click.IntRange(min=16), "Images per distance.", Sources.images),
+    "network": _network("Generator: a network file or a run folder.", "the bundled generator"),
+    "latents": _flag("Samples", "LIST", None, "Seeds of the latents, as a list with ranges: 0,2-5."),
+    "psi": _flag("Samples", "FLOAT", click.FloatRange(0, 2, min_open=True), "Truncation psi.", Sources.psi),
+    "cutoff": _flag(
+        "Samples",
+        "INT",
+        click.IntRange(min=0),
+        "Number of ws, counted from the first, that are truncated.",
+        14,
+    ),
+    "n": _flag(
+        "Samples", "LATENTS", click.IntRange(min=16), "Number of latents per reported value.", Sources.n
+    ),
+    "seed": _flag(
+        "Samples", "INT", click.IntRange(min=0), "Random seed of the held-out latents.", Sources.seed
+    ),
+    "images": _flag(
+        "Samples",
+        "INT",
+        click.IntRange(min=16),
+        "Number of images per image distance (FID, KID).",
+        Sources.images,
+    ),
     "out": _flag("Run", "FILE", FILE, "File to write."),
     "outdir": _flag("Run", "FOLDER", FOLDER, "Folder to write into."),
-    "batch": _flag("Run", "INT", COUNT, "Samples at once; bounds memory.", Sources.batch),
-    "device": _flag("Run", None, click.Choice(["auto", "cpu", "cuda"]), "Where to compute.", "auto"),
+    "batch": _flag("Run", "INT", COUNT, "Samples per batch; less needs less memory.", Sources.batch),
+    "device": _flag(
+        "Run",
+        None,
+        click.Choice(["auto", "cpu", "cuda"]),
+        "Device to compute on; auto is CUDA where available.",
+        "auto",
+    ),
     "jobs": _flag(
         "Run",
         "INT",
         COUNT,
-        "Trainings side by side.",
+        "Number of trainings that run in parallel.",
         min(2, os.cpu_count() or 1),
         show_default="2, or the cores",
     ),
     "dry-run": _flag("Run", None, None, "Print the resolved settings as JSON and stop.", False, is_flag=True),
 }
-_SPELLINGS = {  # further ones; the flag's own name stays the parameter's
+_SPELLINGS = {  # second spellings, for EG3D's users; the parameter keeps the first name
     "before": ("--network",),
     "latents": ("--seeds",),
     "psi": ("--trunc",),
@@ -80,16 +110,20 @@ _SPELLINGS = {  # further ones; the flag's own name stays the parameter's
 
 
 def shared(names: str, rare: str = "", **changes: str | dict):
-    """The flags of these names, in this order, as a decorator.
+    """Return a decorator that adds the options of these names, in this order.
 
-    Args: rare: names of further ones, which are rare settings; changes: by flag, its help text or further
-        arguments of its option.
+    Args:
+        names: names of options, separated by spaces.
+        rare: names of further options, which become rare settings (--set NAME=VALUE).
+        changes: by option, its help text or other arguments of its option for this job.
     """
+    # one decorator per option
     made = []
     for name in (*names.split(), *rare.split()):
         parameter = name.replace("-", "_")
         change = changes.get(parameter, {})
         spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
         words = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
+        # a string changes the help text alone; a dictionary changes any argument of the option
         made.append(option(*spellings, rare=name in rare.split(), **words))
     return together(*made)

@@ -1,4 +1,4 @@
-"""`eg3d-rlhf study`: design and serve a blind study, report on it, and the calculations beside it."""
+"""The job `study`: designs and serves a blind study, reports on it, and computes its power."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ from eg3d_rlhf.people.study.power import PowerOptions, SimulationOptions, covera
 _study_option = functools.partial(option, group="Study")
 
 database = option(
-    "--db", metavar="URL", show_default="study.db in the folder", help="Database of the answers."
+    "--db", metavar="URL", show_default="study.db in the folder", help="URL of the database of the answers."
 )
 
 
@@ -39,27 +39,31 @@ database = option(
     metavar="DIR",
     type=FOLDER,
     show_default=str(OUTDIR),
-    help="The study's folder; the report goes there.",
+    help="Folder of the study, in which the report is written.",
 )
 @database
-@option("--interim", is_flag=True, help="Report before the stopping rule is met, and mark it so.")
+@option(
+    "--interim", is_flag=True, help="Report before the stopping rule is met; the report is marked as interim."
+)
 @option(
     "--images",
     metavar="INT",
     type=click.IntRange(0, 50),
     default=6,
-    help="Pairs of images shown from either end; 0 needs no generator.",
+    help="Number of best and of worst pairs to show as images; 0 needs no generator.",
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
-    """Analyse a finished study as designed: report.html and report.json."""
+    """Analyse a finished study as its design states. Writes report.html and report.json."""
     from eg3d_rlhf.people.study import study_report as reports
 
+    # --outdir and --db may stand before `report`
     outer = click.get_current_context().meta.get("folder", Folder(OUTDIR))
     folder = Folder(outdir or outer.path, db or (outer.db if outdir is None else None))
     design, rows = study_rows(folder)
+    # assets have no generator that could render them again
     pairs = 0 if design.assets else images
     if pairs:
-        click.echo(f"analysing, and drawing up to {2 * pairs} pairs ...", err=True)
+        click.echo(f"analysing, and rendering up to {2 * pairs} pairs ...", err=True)
     content = reports.compute(design, rows, interim, pairs, str(choose_device("auto")))
     for path in reports.write(content, folder.path):
         click.echo(path)
@@ -69,17 +73,17 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
 
 @click.command("power", cls=GroupedCommand)
 @options_of(PowerOptions)
-@count_option("--annotators", default=1, group="Power", help="People who are asked.")
+@count_option("--annotators", default=1, group="Power", help="Number of annotators.")
 @count_option(
     "--annotators-per-pair",
     group="Power",
     show_default="2 where there are several",
-    help="To judge each pair.",
+    help="Number of annotators that answer each pair.",
 )
-@count_option("--n", help="Also give the power of so many independent decided trials.")
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@count_option("--n", help="Also compute the power of this number of independent decided trials.")
+@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def power(n: int | None, as_json: bool, **options) -> None:
-    """How many trials a study needs."""
+    """Compute the number of trials that a study needs."""
     with flagged(options):
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
     record = asdict(size)
@@ -107,19 +111,19 @@ def power(n: int | None, as_json: bool, **options) -> None:
     "--random-sides/--fixed-sides",
     default=True,
     group="Truth",
-    help="No: b is always on the left, which no study may do.",
+    help="Randomise the sides. With --fixed-sides b is always on the left, which shows the bias.",
 )
 @rare_option(
     "--bootstrap-studies",
     metavar="INT",
     type=click.IntRange(min=0),
     default=0,
-    help="Evaluate the bootstraps on so many.",
+    help="Number of studies on which the bootstrap intervals are evaluated.",
 )
-@option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
-    """Studies with a known truth: how often each interval covers it,
-    and how often each finds a difference.
+    """Simulate studies with a known truth: how often each interval covers it, and how often each finds a
+    difference.
     """
     with flagged(options):
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
@@ -130,7 +134,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     means = f"truth {result['truth']:.3f}, mean {result['mean_win_rate']:.3f}"
     click.echo(f"{result['options']['studies']} studies of {result['trials']} trials; {means}")
     click.echo(f"left chosen in {result['left_share']:.1%}; design effect {result['design_effect']:.2f}")
-    click.echo(f"{'interval':<22} {'studies':>7} {'covers':>8} {'width':>7} {'leaves 0.5 out':>15}")
+    click.echo(f"{'interval':<22} {'studies':>7} {'covers':>8} {'width':>7} {'excludes 50 %':>15}")
     for name, row in result["intervals"].items():
         click.echo(
             f"{name:<22} {row['studies']:>7} {row['coverage']:>8.1%} {row['width']:>7.3f}"
@@ -143,40 +147,42 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     "--a",
     metavar="PATH",
     show_default="the bundled generator",
-    help="Network file or run folder; or a folder of finished assets, PROMPT.glb.",
+    help="First generator: a network file, a run folder, or a folder of finished assets, PROMPT.glb.",
 )
 @_study_option(
-    "--b", metavar="PATH", show_default="the bundled generator", help="The one it is compared with."
+    "--b", metavar="PATH", show_default="the bundled generator", help="Second generator or folder of assets."
 )
 @_study_option(
-    "--label-a", metavar="NAME", show_default="the file's name", rare=True, help="How reports call a."
+    "--label-a", metavar="NAME", show_default="the file's name", rare=True, help="Name of a in reports."
 )
 @_study_option(
-    "--label-b", metavar="NAME", show_default="the file's name", rare=True, help="How reports call b."
+    "--label-b", metavar="NAME", show_default="the file's name", rare=True, help="Name of b in reports."
 )
 @_study_option(
     "--n",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="from the power calculation",
-    help="Trials after which the study is over.",
+    help="Number of trials after which the study ends.",
 )
 @_study_option(
     "--annotators-per-pair",
     metavar="INT",
     type=click.IntRange(min=1),
     show_default="2 where there are several",
-    help="Different annotators to judge each pair.",
+    help="Number of different annotators that answer each pair.",
 )
 @options_of(StudyDesign, PowerOptions)
-@option("--outdir", metavar="DIR", type=FOLDER, default=OUTDIR, help="The study's folder.")
-@rare_option("--name", metavar="NAME", default=None, show_default="the folder's name", help="Of the study.")
+@option("--outdir", metavar="DIR", type=FOLDER, default=OUTDIR, help="Folder of the study.")
+@rare_option(
+    "--name", metavar="NAME", default=None, show_default="the folder's name", help="Name of the study."
+)
 @database
 @option("-n", "--dry-run", is_flag=True, help="Print the design or the study's state as JSON and stop.")
-@launch.server_options("access.jsonl in the folder", "Heading of the page; annotators read it.")
+@launch.server_options("access.jsonl in the folder", "Heading of the page that annotators see.")
 @click.pass_context
 def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry_run: bool, **flags) -> None:
-    """Compare two generators blind: designs the study, serves it and prints the address; then `report`.
+    """Compare two generators blind: design the study, serve it and print the address. `report` analyses it.
 
     \b
     Example:
@@ -187,6 +193,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     name = name or outdir.resolve().name
     ctx.obj = folder.url
     ctx.meta["folder"] = folder
+    # a subcommand takes its flags after its name
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "outdir", "db")
         return
@@ -196,6 +203,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         print_json(_dry_run(folder, name, flags, server))
         return
     make = f"python tools/study.py --outdir={folder.path} add-annotator NAME"
+    # reachable from other machines: every annotator needs a login
     if server.exposed:
         with (
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
@@ -215,16 +223,21 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
 
 
 def _announcement(address: str, design: StudyDesign, make: str, have: int) -> list[str]:
+    """Return the lines that are printed when the server starts."""
+    # negative if more people have access than are planned
     missing = design.annotators - have
-    need = f"{have} have a token, {missing} need one ({make})" if missing > 0 else "all have a token"
+    need = f"{have} have a login token, {missing} need one ({make})" if missing > 0 else "all have a token"
     tokens = f"{design.annotators} annotators are planned: {need}; they log in at {address}login"
     return [f"study at {address}  (Ctrl-C stops)", *([tokens] if design.annotators > 1 else [])]
 
 
 def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlags) -> dict:
+    """Return what --dry-run prints: the design of a new study, or the state of an existing one."""
+    # an existing design is never changed
     new = not folder.design.exists()
     made = make_design(name, flags, lambda text: click.echo(f"Warning: {text}", err=True)) if new else None
     design = made or designs.read_design(folder.design)
+    # without the long lists of latents and trials
     content = {k: v for k, v in design.to_dict().items() if k not in ("latent_seeds", "plan")}
     return {
         "action": "design" if new else "resume",
@@ -238,7 +251,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
 
 
 def shown_by_help(context: click.Context) -> list[object]:
-    """Return what --help takes defaults from."""
+    """Return the values that --help shows as defaults."""
     flags = launch.filled(context.params, StudyDesign, PowerOptions)
     folder = Folder(flags["outdir"], flags["db"])
     return [

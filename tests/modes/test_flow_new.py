@@ -66,7 +66,7 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
     assert [len(work.splits[split]) for split in SPLITS] == [4, 2, 2]
     assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
     said = flow("sample", "WORK")
-    assert "12 assets" in said and "2 conditions" in said
+    assert "12 assets" in said and "2 prompts" in said
     prompts = {
         line["prompt"]: line["image"]
         for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())
