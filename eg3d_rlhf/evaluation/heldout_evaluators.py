@@ -182,12 +182,12 @@ def seen(c: Comparison, part: str, role: str = "before") -> Seen:
     They are computed once and kept in the comparison's memory; those of the bundled network are also kept
     on the disk, since every demo run needs the same ones.
     """
-    # "judges" is a key of stored files and of other processes' memory: version 0.1 used it
-    case = ("judges", part, role)
+    # worker processes of the summary fill the memory under the same key
+    case = ("evaluators", part, role)
     if case not in c.memory:
         compute = partial(PARTS[part], c, c.generators()[role])
         inputs = _inputs(c) if role == "before" else None
-        store = Store(build.cache_dir().parent / "judges", renew=True)
+        store = Store(build.cache_dir().parent / "evaluators", renew=True)
         c.memory[case] = (
             compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
         )

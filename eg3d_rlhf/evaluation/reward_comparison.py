@@ -17,7 +17,7 @@ from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.run_images import BEHIND, USUAL, PictureOptions, Side, chosen
+from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import version_0_1
@@ -189,12 +189,12 @@ def markdown(data: Mapping) -> str:
 
 
 def strip(
-    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL
+    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: ImageOptions = USUAL
 ) -> np.ndarray:
     """The same latents from the back under every network, a row each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
-        label = camera(loaded.generator, *BEHIND)
+        label = camera(loaded.generator, *BACK_VIEW)
         sides = [
             Side.of(loaded.generator, ws, o.resolution)
             for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)

@@ -22,7 +22,7 @@ from training.dataset import ImageFolderDataset
 from training.heads import people, people_mesh
 
 CELL = 40
-SMALL = pictures.PictureOptions(
+SMALL = pictures.ImageOptions(
     shown=2, meshes=1, resolution=32, cell=CELL, film=CELL, thumb=CELL, rays=8, turns=3, samples=4
 )
 FRONT = CameraFamily().label(0.4)
@@ -67,7 +67,7 @@ def heads(tiny_networks, tiny_reward, tiny_pair):
     c = comparisons.load(tiny_networks, tiny_reward, after=tiny_pair[0], data="synthetic:people32@n=8")
     known = {
         pictures.CHOSEN: [210_003, 210_001],
-        ("judges", "post-processing", "before"): {"any_method": np.array([0])},
+        ("evaluators", "post-processing", "before"): {"any_method": np.array([0])},
     }
     return comparisons.dataclasses.replace(
         c, before=with_spheres(c.before, 0.2), after=with_spheres(c.after, 0.24), memory=known
@@ -121,13 +121,15 @@ def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tm
 
 def test_a_grid_is_drawn_where_its_surface_is():
     sphere = np.linalg.norm(people_mesh.grid_points(24), axis=-1) - 0.3
-    view = look(pictures.of_grid(sphere), FRONT, 32)
+    view = look(pictures.level_set_from_grid(sphere), FRONT, 32)
     assert view.hit.any() and (view.points.norm(dim=1) - 0.3).abs().max() < 2e-3
 
 
 def test_a_whole_head_is_seen_where_its_photograph_shows_it():
     (head,) = people.named_people(latents([5], people.LATENT))
-    view = pictures.view_of_head(head, pictures.of_grid(people_mesh.head_grid(head, 16)), FRONT, 32)
+    view = pictures.view_of_head(
+        head, pictures.level_set_from_grid(people_mesh.head_grid(head, 16)), FRONT, 32
+    )
     _, distance = people.picture(head, FRONT[0, :16].reshape(4, 4).numpy(), float(FRONT[0, 16]), 32)
     assert (view.hit.numpy() == np.isfinite(distance)).all()
     assert np.abs(view.depth.numpy() - distance)[np.isfinite(distance)].max() < 1e-3
