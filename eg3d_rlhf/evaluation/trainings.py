@@ -100,7 +100,7 @@ class Part:
         if earlier.is_file() and not (self.folder / INPUTS).is_file():
             known = json.loads(earlier.read_text())
             inputs = {name: known.get(name) for name in ("command", "inputs")}
-            # version 0.1 wrote the seconds last: a record without them is of an interrupted part
+            # a record without seconds belongs to a part that was interrupted
             if "seconds" in known and (self.script != TRAIN or self.complete()):
                 cost = {name: known.get(name, 0.0) for name in ("seconds", "megabytes")}
                 Store.finish(self.folder, inputs, self.products(), cost)
@@ -108,13 +108,13 @@ class Part:
                 Store.begin(self.folder, inputs)
         return Store(self.folder.parent, hashed=False, renew=True)
 
-    def found(self) -> Artefact | None:
+    def artefact(self) -> Artefact | None:
         """Return the artefact of this command and these files, with its cost; None if it is unfinished."""
         return self.store.find(self.folder.name, self.inputs())
 
     def finished(self) -> bool:
         """Return True if this command has finished with these files."""
-        return self.found() is not None
+        return self.artefact() is not None
 
     def products(self) -> list[Path]:
         """List the files of a finished part that other parts read."""
@@ -148,7 +148,7 @@ class Part:
         run = self.run
         if run is None or not (kept := snapshots(run)):
             return None
-        # compared in whole images, since kimg in file names is rounded
+        # compared in whole images, since kimg are floats
         length = round(1000 * recorded(run)["kimg"])
         return next((path for kimg, path in kept[::-1] if round(1000 * kimg) >= length), None)
 
@@ -226,7 +226,8 @@ class _Children:
         process.returncode = code = os.waitstatus_to_exitcode(status)
         if code or part.script == TRAIN and not part.complete():
             raise ValueError(
-                f"expected it to finish, but it {self._how(part, code)}. Run the same command again to resume."
+                f"expected it to finish, but it {self._how(part, code)}."
+                " Run the same command again to resume."
             )
         # ru_maxrss: the factor turns the platform's unit into bytes
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
