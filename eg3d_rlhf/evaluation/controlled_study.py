@@ -227,7 +227,7 @@ def write_rewards(plan: Plan) -> None:
 # Measurements of each arm's shapes.
 
 
-GROUND_TRUTH = "ground-truth heads"
+GROUND_TRUTH = "ground-truth heads"  # tasks; every tuning is a task under its own name
 BEFORE = "before"
 METHOD = "filter"  # array with the number of the chosen method; the name that version 0.1 wrote
 
@@ -445,18 +445,18 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         "primary_endpoints": primary_endpoints,
         "pre_registered": "2026-11-24",
         "seeds": list(plan.seeds),
-        "rewards": plan.rewards,
+        "rewards": plan.rewards,  # for each label set
         "label_sets": plan.draws,
         "latents": plan.latents,
-        "defective": int(heads.defective(before).sum()),
+        "defective": int(heads.defective(before).sum()),  # latents, before tuning
         "before": untuned,
         "arms": arms,
         "post_processing": list(FILTERS)[int(seen[POST_PROCESSING][METHOD][0])]
         if POST_PROCESSING in seen
         else None,
-        "psi": {str(seed): psi for seed, psi in shares.items()},
+        "psi": {str(seed): psi for seed, psi in shares.items()},  # of the truncation arm; JSON keys are text
         "criterion": criterion(arms, primary_endpoints),
-        "harm_allowed": HARM,
+        "harm_allowed": HARM,  # part of the criterion
         "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
     }
 
@@ -473,7 +473,7 @@ def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
 
     One interval covers seeds and heads, the other seeds alone.
     """
-    here = difference[:, ill]
+    here = difference[:, ill]  # [S, defective]
     if not here.size:
         return None
     interval = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)

@@ -168,15 +168,16 @@ def figures(before: Shapes, after: Shapes) -> dict:
     known = face_moved(before, after)
     reduction = error_reduction(error(before)[ill], error(after)[ill])
     return {
-        "error_reduction": reduction,
+        "error_reduction": reduction,  # share of the error before
         "error_reduction_ci95": interval(before, error(after)[None]) if reduction is not None else None,
+        # shares of the ground-truth head's back-of-head volume
         "error_intact": _mean(error(after)[~ill]),
         "missing_defective": _mean(after["missing"][ill]),
         "extra_defective": _mean(after["extra"][ill]),
         "intact_degraded": intact_degraded(before, after),
         "identity_kept": identity_kept(before, after),
         "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
-        "variety": variety(after),
+        "variety": variety(after),  # voxels
         "fscore_defective": _mean(after["fscore"][ill]),
         "fscore_intact": _mean(after["fscore"][~ill]),
         "utility": _mean(after["utility"]),

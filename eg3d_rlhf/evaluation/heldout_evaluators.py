@@ -206,7 +206,7 @@ def _inputs(c: Comparison) -> dict | None:
         return None
     return {
         "generator": c.before.hash,
-        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],
+        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],  # settings that select latents and images
         "data": file_hash(resolve_dataset(c.data)),
         "code": _sources(),
         # another torch, instruction set or op may round differently, which bitwise comparisons would show
@@ -262,11 +262,11 @@ def blind_pairs(c: Comparison) -> dict:
     # Wilson's interval needs a whole number of successes, so an odd tie is dropped here
     low, high = wilson_interval(wins + ties // 2, len(before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(before),
+        "win_rate": (wins + 0.5 * ties) / len(before),  # share of latents
         "win_rate_ci95": [low, high],
         "win_rate_n": len(before),
         "win_rate_ties": ties,
-        "utility_before": float(before.mean()),
+        "utility_before": float(before.mean()),  # 1: the ground-truth head
         "utility_after": float(tuned.mean()),
     }
 
@@ -284,6 +284,7 @@ def against_ground_truth(c: Comparison) -> dict:
     strongest = {
         key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
     }
+    # every column is measured against the same untuned shapes
     columns = {
         "before": heads.figures(before, before),
         "after": figures_of_heads(c),
@@ -295,14 +296,14 @@ def against_ground_truth(c: Comparison) -> dict:
     intact = columns["before"]["fscore_intact"]
     return {
         "heads_n": HEADS,
-        "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],
-        "heads_psi": 1.0,
+        "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
+        "heads_psi": 1.0,  # a truncated latent has no ground-truth head
         "defective_n": int(heads.defective(before).sum()),
         "error_reduction": tuned["error_reduction"],
         "error_reduction_ci95": tuned["error_reduction_ci95"],
         "error_reduction_by_post_processing": columns["post_processing"]["error_reduction"],
         "post_processing_methods": names,
-        "post_processing_chosen_on": CHOOSING,
+        "post_processing_chosen_on": CHOOSING,  # number of validation latents
         "intact_degraded": tuned["intact_degraded"],
         "identity_kept": tuned["identity_kept"],
         "face_moved_voxels": tuned["face_moved_voxels"],
@@ -326,12 +327,13 @@ def frechet(c: Comparison) -> dict:
     network = load_features(c.inception, c.device)
     real = seen(c, "data")["features"]
     fakes = [seen(c, "images", role)["features"] for role in ROLES]
+    # each in the batches in which its features were computed, see `_statistics`
     of_data = _statistics(real, REALS_AT_ONCE)
     before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
     record = {
         "frechet_before": before,
         "frechet_after": tuned,
-        "frechet_ratio": tuned / before,
+        "frechet_ratio": tuned / before,  # below 1: closer to the data
         "frechet_features": network.name,
         "frechet_images": FAKES,
     }
@@ -352,7 +354,7 @@ def geometry(c: Comparison) -> dict:
     """
     rows = []
     for measure in VIEWS:
-        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)
+        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)  # [N] each
         rows.append(measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()))
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
@@ -364,7 +366,8 @@ def shapes(c: Comparison) -> dict:
     """
     if why := unmapped(c):
         return {"shapes_missing": why, "geometry": []}
-    both = [seen(c, "normal maps", role)["features"] for role in ROLES]
+    both = [seen(c, "normal maps", role)["features"] for role in ROLES]  # [N, Q] each
+    # features of ground-truth heads that no latent of the evaluation names; they come with the asset
     true = ShapeFeatures.load().true.double().numpy()
     distances = [heads.shape_frechet(part, true) for part in both]
     change = frechet_change_interval(both[0], both[1], true, RESAMPLES)

@@ -19,7 +19,7 @@ NO_CONTROL = (
     "No control is shown: --control was not given, and no run was found that differs from the tuned run only"
     " in lambda_r = 0. Run train.py with the same flags and the same --seed, and with --lambda-r=0."
 )
-ROLES = ("before", "after", "control")
+ROLES = ("before", "after", "control")  # networks whose hashes the facts of a part list
 
 
 def span(value: float, lo: float, hi: float, form: str = "+.3f") -> str:
@@ -113,7 +113,7 @@ def _sentence(measure: Measure, entry: Mapping) -> str:
     if not entry["paired"]:
         return f"{name}: not measured, since fewer than two latents have it in every network."
     means = entry["means"]
-    change = entry["paired"]["after"]
+    change = entry["paired"]["after"]  # the control is described, but decides nothing
     shown = {role: span(p["mean"], p["mean_lo"], p["mean_hi"], "+.3g") for role, p in entry["paired"].items()}
     if contains_zero(change["mean_lo"], change["mean_hi"]):
         # an interval of width zero at zero: every latent has exactly the same value

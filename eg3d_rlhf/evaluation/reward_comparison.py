@@ -34,7 +34,7 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-IMAGE = "rewards-latents.png"
+IMAGE = "rewards-latents.png"  # the same latents under every tuned network
 HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # taken from `heads.figures`
 BY_SEED = (*HEADS, "frechet_ratio")  # figures that are kept for each training seed
 
@@ -109,7 +109,7 @@ def record(
     """
     # simulated labels also record the noise-free order, which measures accuracy without the labels' noise
     clean, labels = (reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy"))
-    test = clean or labels
+    test = clean or labels  # with its interval and the number of pairs
     if test is None:
         raise ValueError(
             "rewards: the reward does not state its accuracy on held-out pairs. Train it with"
@@ -130,10 +130,10 @@ def record(
         "ci95": test["interval_95"],
         "n": test["n"],
         "against": "noise-free order" if clean else "labels",
-        "accuracy_labels": labels and labels["accuracy"],
-        "oracle_win_rate": wins,
+        "accuracy_labels": labels and labels["accuracy"],  # against noisy labels
+        "oracle_win_rate": wins,  # mean over training seeds
         "oracle_win_rate_range": ends,
-        "oracle_n": n,
+        "oracle_n": n,  # latents
         **{name: float(np.mean(values)) if values else None for name, values in by_seed.items()},
         **{f"{name}_by_seed": values for name, values in by_seed.items()},
         "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings],
@@ -234,9 +234,10 @@ def measured(
         """Measure the networks that a reward tuned."""
         figures = []
         for part in plans[name].values():
+            # trainings of rewards and labellings have no network to measure
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
-                pairs.setdefault(name, c)
+                pairs.setdefault(name, c)  # the first training seed is shown in the image
                 # the names of version 0.1 stay in the hash, so that its measurements are found
                 inputs = {
                     "before": c.before.hash,

@@ -191,8 +191,8 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
 def ranks(c: Comparison, _folder: Path) -> Finding:
     """Compute Spearman's rho between the rewards of the same latents at two truncations."""
     seeds = c.seeds()
-    rho = {}
-    scores = {}
+    rho = {}  # by role
+    scores = {}  # by role: rewards at the two truncations
     for role in ("before", "after"):
         high_scores, low_scores = (
             c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS
@@ -277,6 +277,7 @@ def _trajectory_says(roles: dict) -> list[str]:
         return [*says, NO_CONTROL + " It needs snapshots, too: --snap=1."]
     tuned = roles["after"]
     control = roles["control"]
+    # decided by the interval of the mean, which detects smaller drifts than the spread does
     if contains_zero(control["mean_lo"], control["mean_hi"]):
         return [*says, "The mean slope of the control does not differ from zero: no drift is shown."]
     return [
@@ -299,7 +300,7 @@ def plot_histograms(axes, data: dict):
         axes.hist(
             values,
             bins=edges,
-            histtype="step" if role == "control" else "stepfilled",
+            histtype="step" if role == "control" else "stepfilled",  # an outline, so that it hides nothing
             alpha=1 if role == "control" else 0.6,
             color=style.colour(role),
             label=role,
@@ -339,12 +340,14 @@ def plot_lines(axes, data: dict):
             color=style.colour(role),
             label=f"{role}: slope {line['slope']:.2f} [{line['lo']:.2f}, {line['hi']:.2f}]",
         )
+    # points on the diagonal have not changed
     axes.plot(ends, ends, "--", color=style.colour("noise"), linewidth=1, label="no change")
 
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
 def plot_psi(axes, data: dict):
     """Plot the mean reward with its interval over truncation."""
+    # dict.fromkeys removes repeated roles and keeps their order
     for role in dict.fromkeys(row["role"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["role"] == role]
         style.band(axes, [row["psi"] for row in rows], rows, style.colour(role), role, markersize=3)
@@ -355,7 +358,7 @@ def plot_ranks(data: dict):
     drawn, axes = style.figure(columns=2)
     high, low = data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
-        x, y = (rankdata(values) for values in data["scores"][role])
+        x, y = (rankdata(values) for values in data["scores"][role])  # ties share their mean rank
         rho = data["rho"][role]
         axis.plot(x, y, ".", markersize=4, color=style.colour(role))
         axis.set(
@@ -396,6 +399,7 @@ def plot_slopes(data: dict):
     drawn, axes = style.figure(columns=len(data["roles"]))
     for axis, (role, r) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
         axis.hist(r["slopes"], bins=25, color=style.colour(role), alpha=0.6)
+        # the wide band is the spread of latents, the narrow one the interval of the mean
         axis.axvspan(
             r["spread_lo"],
             r["spread_hi"],
@@ -419,9 +423,9 @@ def plot_slopes(data: dict):
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
 CURVE_ROLES = ("before", "after", "reward", "held-out")
-PROXY = "tuned reward"
-SECOND = "held-out reward"
-ORACLE = "oracle"
+PROXY = "tuned reward"  # the one that the run optimised
+SECOND = "held-out reward"  # trained on other labels; only where one is given
+ORACLE = "oracle"  # utility of the simulated annotator without noise
 NO_SECOND = (
     "No held-out reward was given. Train one on other labels with another seed (tools/train_reward.py), and"
     " name it with --heldout-reward."
@@ -434,6 +438,7 @@ NO_SNAPSHOTS = (
 
 def curve_jobs(c: Comparison) -> list[Job]:
     """Return the single job of this part; it uses the snapshots and evaluators that are available."""
+    # hashes of the snapshots are inputs: a run that has new ones is measured again
     files = {f"{kimg:g}": file_hash(path) for kimg, path in c.snapshots("after")}
     return [
         c.job(
@@ -508,7 +513,7 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
         generator = c.load(source) if isinstance(source, Path) else source
         sigma = densities(c, generator, seeds)
         start = sigma if start is None else start
-        distances.append(density_l1(sigma, start).double().numpy())
+        distances.append(density_l1(sigma, start).double().numpy())  # [N]
         for name, scores in values.items():
             scores.append(
                 utilities(generator.generator, seeds)
@@ -521,21 +526,22 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
     for name, column in columns.items():
         std_before = float(column[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
         steps = means_of_columns((column - column[:, :1]) / std_before)
+        # index into the networks; the proxy cannot diverge from itself
         at = None if name == PROXY else divergence(columns[PROXY], column)
         curves[name] = {"steps": steps, "standard_deviation": std_before, "divergence": at}
         rows += [
             {
                 "measure": name,
                 "kimg": kimg,
-                "distance": float(distances[t].mean()),
-                "raw_mean": float(column[:, t].mean()),
+                "distance": float(distances[t].mean()),  # raw density
+                "raw_mean": float(column[:, t].mean()),  # in the measure's own unit
                 **steps[t],
             }
             for t, (kimg, _) in enumerate(networks)
         ]
     data = {
         "distance": [float(d.mean()) for d in distances],
-        "kimg": [kimg for kimg, _ in networks],
+        "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
         "curves": curves,
     }
     says = [*_says(c, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
@@ -549,6 +555,7 @@ def independence(c: Comparison) -> str:
     first = c.reward.provenance
     second = c.held_out.provenance
     text = "The held-out reward took no part in tuning this generator's weights"
+    # a user may name the tuned reward by mistake, which would look like perfect agreement
     if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return (
             "The run optimised the reward that was given as held out, so it is not held out. Name another one"
@@ -558,6 +565,7 @@ def independence(c: Comparison) -> str:
         # the list of labels is an optional part of a reward's provenance
         return f"{text}. It is not recorded if its labels differ from those of the tuned reward."
     seeds = "another seed" if first.get("seed") != second.get("seed") else "the same seed"
+    # one common label is enough, since both rewards then share its error
     if c.reward.labels & c.held_out.labels:
         return (
             f"{text}, but it was trained on the same labels with {seeds}. It shares the errors of these"
@@ -569,6 +577,7 @@ def independence(c: Comparison) -> str:
 
 def _says(c: Comparison, data: dict) -> list[str]:
     """Describe the curves in sentences."""
+    # the last network of the curve against the one before tuning
     ends = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
     says = [
         f"The {name} changes by {span(e['mean'], e['lo'], e['hi'], '+.2f')} of its standard deviations"

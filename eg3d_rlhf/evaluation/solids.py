@@ -43,7 +43,7 @@ CUTOFF = 14  # synthesis layers that truncation affects
 AT_ONCE = 8  # shapes per batch; bounds memory
 UNTUNED = "untuned"
 
-Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z]
+Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z], True inside
 
 
 def ball(solid: np.ndarray) -> np.ndarray:
@@ -58,6 +58,7 @@ def ball(solid: np.ndarray) -> np.ndarray:
 
 def filtered(make: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
     """Turn a post-processing method of values, negative inside, into one of bool grids."""
+    # -1 inside and +1 outside stand in for signed distances
     return lambda solid: make(np.where(solid, -1.0, 1.0)) < 0
 
 
@@ -71,6 +72,7 @@ def coarse(
     return lambda solid: filtered(lambda values: make(values, max(radius, 64 / len(values))))(solid)
 
 
+# changes of the untuned shapes that need no training; the radius is in voxels of 64^3
 CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "closing 4": coarse(filters.closing, 4),
     "convex hull": filtered(filters.hull),
@@ -149,7 +151,7 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
     # terms without weight do not enter the score
     terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
     columns = {name: (name, ".3f") for name in (*terms, "solid")}
-    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}
+    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}  # the symbols of the documentation
     columns |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
     return figure_table("", lines, columns, intervals=("change", "closed"))
 

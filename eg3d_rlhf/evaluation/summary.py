@@ -39,7 +39,7 @@ from training import networks, storage
 from training.networks import state_hash
 from training.progress import tqdm
 
-MOST_PROCESSES = 4  # each holds both networks
+MOST_PROCESSES = 4  # of evaluation; each holds both networks in memory
 
 
 @dataclass
@@ -60,10 +60,10 @@ def reward_shift(c: Comparison) -> dict:
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
         "reward_after": {"mean": float(tuned.mean()), "std": float(tuned.std())},
-        "reward_delta_positive": int((delta > 0).sum()),
+        "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
         "reward_delta_n": len(delta),
         "tuned_delta_mean": float(delta.mean()),
-        "reward_deltas": delta.tolist(),
+        "reward_deltas": delta.tolist(),  # by seed, in the order of "seeds"
     }
 
 
@@ -93,6 +93,7 @@ def control_figures(settings: dict, delta: float) -> dict:
             "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}",
         }
     return {
+        # "tuned" in the control's own summary: its network after training without the reward
         "control_delta_mean": record["tuned_delta_mean"],
         "control_source": path.name,
         **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
@@ -117,7 +118,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
         **measures,
         **shape_figures,
         "geometry": measures["geometry"] + shape_figures["geometry"],
-        "reward_test_accuracy": None,
+        "reward_test_accuracy": None,  # stays None for a reward that does not state it
     }
     # simulated labels record the annotator's noise-free order, against which accuracy is measured if possible
     clean = e.reward.provenance.get("test_accuracy_clean")
@@ -307,6 +308,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         )
     if "shapes_missing" in record:
         out.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
+    # n counts the latents whose shapes have a surface in both networks
     if (moved := record.get("surface_change_voxels")) and moved["n"]:
         text = (
             f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}]"
@@ -317,6 +319,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
         out.append((f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85"))
+    # an alarm lists the held-out metrics that fell while the tuned reward rose
     fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
     out.append(
         (
@@ -391,6 +394,7 @@ def notes(record: dict) -> list[str]:
     if "heads" not in record:
         return []
     strongest = record["heads"]["strongest_post_processing"]
+    # None where no head was defective, or none intact
     spent = [strongest["error_reduction"], strongest["intact_degraded"]]
     reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in spent)
     chosen = record["post_processing_methods"]["post_processing"]

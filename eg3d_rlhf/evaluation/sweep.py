@@ -32,12 +32,12 @@ from eg3d_rlhf.tuning.gan.phase import density_l1
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
-REWARD = "reward"
-DISTANCE = "distance"
-GEOMETRY = "normal disagreement"
-SECOND = "held-out reward"
-ORACLE = "oracle"
-IMAGES = "kernel distance of images"
+REWARD = "reward"  # the one that the runs optimise
+DISTANCE = "distance"  # from the generator before tuning, in raw density
+GEOMETRY = "normal disagreement"  # between views; the simulated annotator does not use it
+SECOND = "held-out reward"  # only where one is given
+ORACLE = "oracle"  # utility of the simulated annotator without noise; for synthetic data alone
+IMAGES = "kernel distance of images"  # only where data are given
 LABELS = {
     REWARD: "change of the tuned reward",
     DISTANCE: "mean |σ - σ before|, raw density",
@@ -113,10 +113,10 @@ def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
     """List a job for each cell that measures its tuned network. Args: networks: file of each cell."""
     # what changes a measurement must be an input of the job, or a stored result would be reused wrongly
     shared: dict[str, Any] = {
-        "n": c.n,
-        "images": c.images,
+        "n": c.n,  # latents
+        "images": c.images,  # of the kernel distance
         "data": c.data,
-        "views": VIEWS,
+        "views": VIEWS,  # of the geometry measure
         "inception": identity_of_file(c.inception),
     }
     return [
@@ -167,9 +167,9 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
             .double()
             .numpy()
         )
-    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))
-    sigma = rewards.densities(c, after, seeds)
-    values[DISTANCE] = density_l1(sigma, start).double().numpy()
+    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))  # [N, D, H, W]
+    sigma = rewards.densities(c, after, seeds)  # [N, D, H, W]
+    values[DISTANCE] = density_l1(sigma, start).double().numpy()  # [N]
     if c.synthetic:
         values[ORACLE] = utilities(after.generator, seeds) - _kept(
             c, "oracle", lambda: utilities(c.before.generator, seeds)
@@ -180,6 +180,7 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
         network = load_features(c.inception, c.device)
         real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
         fakes = partial(images.fake_features, c, cameras=dataset.get_labels(), network=network)
+        # features of the same latents and cameras under both networks
         pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
         change = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
         steps[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
@@ -193,6 +194,7 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
         {"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}}
         for i, seed in enumerate(seeds)
     ]
+    # the front reads "measures" and "network" from here, not from the networks
     return Finding(
         facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows
     )
@@ -231,7 +233,7 @@ def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
                 "setting": setting,
                 "lambda_r": cell.lambda_r,
                 "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
-                "seeds": [cell.seed for cell in of_setting],
+                "seeds": [cell.seed for cell in of_setting],  # in the order of "each"
                 "measures": measures,
             }
         )
@@ -256,6 +258,7 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
         for row in rows
     ]
     networks = {"before": c.before.hash, "reward": c.reward_hash}
+    # the hashes of all networks stand in the facts of the page
     networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
     facts = c.facts(
         c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks
@@ -322,7 +325,7 @@ def _panel(axes, rows: list[dict], x: str, y: str) -> None:
             linewidth=1,
             marker="o" if i < len(style.CYCLE) else "s",
             markersize=6,
-            markerfacecolor=colour if row["on_front"] else "none",
+            markerfacecolor=colour if row["on_front"] else "none",  # filled: on the front
             label=row["setting"] + (" (front)" if row["on_front"] else ""),
         )
         if len(row["seeds"]) > 1:
