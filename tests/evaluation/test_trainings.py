@@ -1,6 +1,4 @@
-"""Scripts as parts: done once for a command and its files, gone on with after a stop, in order, side by side,
-and stopped together.
-"""
+"""Scripts as parts: they run once for a command and its files, resume after a stop, and stop together."""
 
 import hashlib
 import json
@@ -12,7 +10,7 @@ from eg3d_rlhf.evaluation import trainings
 from eg3d_rlhf.evaluation.trainings import Part, make
 from tests.rejections import raising
 
-SCRIPT = "import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ.get('OMP_NUM_THREADS'))"
+SCRIPT = "import os, sys; memory = b'x' * 30_000_000; print(sys.argv[1], os.environ.get('OMP_NUM_THREADS'))"
 
 
 @pytest.fixture
