@@ -72,7 +72,7 @@ def header(device: str, quick: bool) -> dict:
 
 
 def ratio(reference: list[float], fast: list[float]) -> float:
-    """How many times faster: median over median."""
+    """Return the speed-up: median time of the reference over median time of the fast path."""
     return statistics.median(reference) / statistics.median(fast)
 
 
@@ -128,7 +128,7 @@ def row_record(
 
 
 def key(record: dict) -> tuple[str, str, str]:
-    """What identifies a row of a file."""
+    """Return the key of a row of a file: name, size and device."""
     return record["name"], record["size"], record["device"]
 
 
@@ -228,9 +228,9 @@ def _cells(record: dict, others: list[str]) -> list[str]:
         {True: "yes", False: "no", None: ""}[record["met"]],
         *(
             (
-                f"{found:.3g}"
-                if isinstance(found := record.get("others", {}).get(name, ""), float)
-                else found and "failed"
+                f"{value:.3g}"
+                if isinstance(value := record.get("others", {}).get(name, ""), float)
+                else value and "failed"
             )
             for name in others
         ),

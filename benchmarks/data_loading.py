@@ -1,5 +1,6 @@
-"""How long training waits for images, with the training process reading them and with workers that read ahead
-(train.py --workers).
+"""Measure how long training waits for images.
+
+The training process reads them, or workers that read ahead do (train.py --workers).
 
     python -m benchmarks.data_loading    512 pixels, batches of 32, iterations of one second; a minute
     python -m benchmarks.data_loading --seconds=0.5 --workers=3
@@ -69,7 +70,7 @@ def computing(seconds: float) -> Callable[[], None]:
 
 
 class Seconds(NamedTuple):
-    """Of one case."""
+    """Times of one case, in seconds."""
 
     first: float  # to the first batch
     waited: float  # for a later batch, in each iteration

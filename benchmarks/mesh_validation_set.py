@@ -1,5 +1,6 @@
-"""A folder of meshes to measure the census on: bumpy spheres, some with holes, floaters or walls inside, of
-about so many triangles each.
+"""Write a folder of meshes on which mesh validation is measured.
+
+They are bumpy spheres of about so many triangles each, some with holes, floaters or walls inside.
 
 Example:
     python benchmarks/mesh_validation_set.py runs/mesh-set --count=500 &&

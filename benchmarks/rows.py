@@ -1,5 +1,4 @@
-"""What a row of the benchmark is: a name, what it should show, how its two paths are made, and whether these
-computed the same.
+"""Define the rows of the benchmark: name, target, two paths of computation, and the check that they agree.
 
 The reference is what EG3D's own code does on a CPU: everything inside `implementation("ref")`, or a function
 of the row's own. The fast path is what the project's users get. Both start from the same tensors and the same
@@ -20,7 +19,7 @@ PATHS = (REFERENCE, FAST)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one path computed, by name; gradients are compared relative to the largest of them all."""
+    """Results of one path, by name; gradients are compared relative to the largest of them all."""
 
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -28,7 +27,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far two outcomes lie apart."""
+    """Differences between two outcomes."""
 
     max_abs_error: float  # over all outputs
     relative_error: float  # the same, each output relative to its own largest value or 1
@@ -60,14 +59,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a row should show on a CPU with two threads."""
+    """Targets of a row on a CPU with two threads."""
 
     at_least: float  # ratio
     aim: float
     memory_mb_below: float | None = None  # extra memory of the fast path
 
     def met(self, ratio: float, memory_mb: float | None) -> bool | None:
-        """Whether both limits hold; None where the memory has a limit and was not measured."""
+        """Return True if both limits hold, None if the memory has a limit and was not measured."""
         if ratio < self.at_least or self.memory_mb_below is None:
             return ratio >= self.at_least
         return None if memory_mb is None else memory_mb < self.memory_mb_below
@@ -91,12 +90,12 @@ class Row:
     half_on_cuda: bool = False
 
     def tolerances(self, device: str) -> tuple[float, float]:
-        """(of outputs, of gradients)."""
+        """Return the tolerances of outputs and of gradients on a device."""
         coarse = 5e-2 if self.half_on_cuda and device == "cuda" else 0.0
         return max(self.tolerance, coarse), max(self.gradient_tolerance, coarse)
 
     def seconds_on(self, device: str) -> float:
-        """`seconds`, and a guess of it on a GPU."""
+        """Return `seconds`, or a rough estimate of it on a GPU."""
         return self.seconds / 50 if device == "cuda" else self.seconds
 
 
@@ -105,18 +104,18 @@ class DisagreementError(ValueError):
 
 
 def compare(fast: Outcome, reference: Outcome) -> Agreement:
-    """Largest deviations, tensor by tensor; NaN on one side alone counts as infinite.
+    """Compute the largest differences, tensor by tensor; NaN on one side alone counts as infinite.
 
     Raises: DisagreementError for other names or shapes.
     """
     absolute = 0.0
     relative = 0.0
     for a, b in _pairs(fast.outputs, reference.outputs):
-        error = _deviation(a, b)
+        error = _difference(a, b)
         largest = _largest(b)
         absolute = max(absolute, error)
         relative = max(relative, error / max(largest, 1.0))
-    gradients = [(_deviation(a, b), _largest(b)) for a, b in _pairs(fast.gradients, reference.gradients)]
+    gradients = [(_difference(a, b), _largest(b)) for a, b in _pairs(fast.gradients, reference.gradients)]
     if not gradients:
         return Agreement(max_abs_error=absolute, relative_error=relative)
     scale = max(largest for _, largest in gradients)
@@ -126,7 +125,7 @@ def compare(fast: Outcome, reference: Outcome) -> Agreement:
 
 
 def check(agreement: Agreement, tolerance: float, gradient_tolerance: float) -> None:
-    """Raise DisagreementError where the deviations exceed the tolerances."""
+    """Raise DisagreementError if the differences exceed the tolerances."""
     if not agreement.relative_error <= tolerance:
         raise DisagreementError(
             f"expected outputs within {tolerance:g} of the reference, relative to the largest, got"
@@ -149,7 +148,7 @@ def _pairs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]):
         yield a.detach(), b.detach()
 
 
-def _deviation(a: torch.Tensor, b: torch.Tensor) -> float:
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.numel() == 0:
         return 0.0
     difference = (a.double() - b.double()).abs()
@@ -163,7 +162,7 @@ def _largest(b: torch.Tensor) -> float:
 
 
 def all_rows() -> list[Row]:
-    """The table, in the order in which it runs."""
+    """Return all rows of the table, in the order in which they run."""
     from benchmarks import rows_field, rows_ops, rows_phases, rows_tuning  # here: they import this module
 
     rows = [row for module in (rows_field, rows_tuning, rows_phases, rows_ops) for row in module.ROWS]

@@ -41,7 +41,7 @@ _FROM_LATENT = 5e-5
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneSize:
-    """What is sampled: the planes, the decoder and the grid."""
+    """Sizes of the planes, the decoder and the grid."""
 
     plane: int  # texels per side
     channels: int
@@ -179,10 +179,10 @@ def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions
     field = of(G).field(ws)
     spec = SlabSpec.of(field.bounds, options.resolution)
     vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)
-    found = len(faces)
+    faces_before = len(faces)
     vertices, faces, components = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
-    check_mesh(mesh, field, options, found, components)
+    check_mesh(mesh, field, options, faces_before, components)
     return mesh
 
 
@@ -195,9 +195,10 @@ def compare_meshes(fast: Outcome, reference: Outcome) -> Agreement:
     return Agreement(max_abs_error=float(apart), relative_error=float(apart))
 
 
-def rendering(device: str, tiny: bool, size: str, whole: bool) -> Case:
-    """Planes and rays to features, depth and opacity, coarse and fine pass; or, `whole`, latent and camera to
-    the image.
+def rendering(device: str, tiny: bool, size: str, full_image: bool) -> Case:
+    """Compare rendering: planes and rays to features, depth and opacity, in a coarse and a fine pass.
+
+    With `full_image`, compare the whole way from latent and camera to the image.
     """
     G = _generator(device, tiny, size)
     resolution = G.neural_rendering_resolution if size == "bundled" or tiny else 128  # pixels per edge
@@ -211,7 +212,7 @@ def rendering(device: str, tiny: bool, size: str, whole: bool) -> Case:
 
     @torch.no_grad()
     def run() -> Outcome:
-        if whole:
+        if full_image:
             images = G.synthesis(
                 G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const"
             )
@@ -277,14 +278,14 @@ def _rows(size: str) -> list[Row]:
         ),
         row(
             "renderer forward",
-            part(rendering, whole=False),
+            part(rendering, full_image=False),
             2.5,
             Target(at_least=2.5, aim=4),
             tolerance=FEW_RAYS,
         ),
         row(
             "G forward",
-            part(rendering, whole=True),
+            part(rendering, full_image=True),
             6,
             Target(at_least=3, aim=4),
             tolerance=FEW_RAYS,

@@ -95,7 +95,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     gan._fetched = images.to(device), labels.to(device)  # what its data reader would have brought
     loop.step()  # an iteration in the midst of a run: Adam has its moments
     states = configurations.state_of(*modules)
-    optimizers = {id(one.optimizer): one.optimizer for one in loop.phases}.values()
+    optimizers = {id(phase.optimizer): phase.optimizer for phase in loop.phases}.values()
     moments = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
 
     def prepare() -> None:
@@ -242,14 +242,14 @@ def coalitions(device: str, tiny: bool) -> Case:
         # the order of the fast path
         method.permutation_generator = lambda features, samples: [order.tolist()]
         with torch.no_grad():
-            found = method.attribute(
+            attributions = method.attribute(
                 tuned[None], baselines=original[None], feature_mask=labels[None, None], n_samples=1
             )
         first = torch.tensor(
             [int((labels.flatten() == i).nonzero()[0]) if (labels == i).any() else -1 for i in range(regions)]
         )
         # captum writes a region's value to its voxels
-        values = torch.where(first >= 0, found.flatten().cpu()[first.clamp_min(0)], 0.0)
+        values = torch.where(first >= 0, attributions.flatten().cpu()[first.clamp_min(0)], 0.0)
         return Outcome({"marginal contributions": values.float()})
 
     def fast() -> Outcome:

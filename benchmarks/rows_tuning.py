@@ -49,7 +49,7 @@ HEAD = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured; the defaults are TRELLIS text-large."""
+    """Sizes of the measured flow; the defaults are those of TRELLIS text-large."""
 
     stage: str
     voxels: int = 8000  # of each latent of the second stage
@@ -112,7 +112,7 @@ def _looped(voxels: Voxels) -> torch.Tensor:
     along every ray, running products of what is let through.
     """
     n = voxels.resolution
-    pictures = []
+    images = []
     for asset in range(len(voxels)):
         volume = torch.cat([voxels.raw[asset, None], voxels.paint[asset]])[None]  # [1, 4, N, N, N]
         for view in range(VIEWS):
@@ -127,12 +127,12 @@ def _looped(voxels: Voxels) -> torch.Tensor:
             )
             inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
             values = torch.cat([torch.sigmoid(read[1:]), inverse[None]])
-            pictures.append((alpha * through * values).sum(dim=-1))
-    return torch.stack(pictures)
+            images.append((alpha * through * values).sum(dim=-1))
+    return torch.stack(images)
 
 
 def four_views(device: str, tiny: bool, n: int) -> Case:
-    """Pictures and, under a random cotangent, gradients of shape and paint."""
+    """Compare renders and, under a random cotangent, gradients of shape and paint."""
     rng = torch.Generator().manual_seed(0)
     voxels = Voxels(2 if tiny else ASSETS, 4 if tiny else n)
     with torch.no_grad():
@@ -147,9 +147,9 @@ def four_views(device: str, tiny: bool, n: int) -> Case:
     renderer = FourViews(voxels.resolution)
 
     def run(render) -> Outcome:
-        pictures = render()
-        shape, paint = torch.autograd.grad(pictures, [voxels.shape, voxels.paint], cotangent)
-        return Outcome({"pictures": pictures.detach()}, {"shape": shape, "paint": paint})
+        images = render()
+        shape, paint = torch.autograd.grad(images, [voxels.shape, voxels.paint], cotangent)
+        return Outcome({"images": images.detach()}, {"shape": shape, "paint": paint})
 
     return Case(
         fast=lambda: run(lambda: renderer.render(voxels, views, background).images),
@@ -253,8 +253,10 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
     def run() -> Outcome:
         _, loss, preferred, rejected = work._pass(draw)[:4].unbind()
         margin = -loss.expm1().log() / config.dpo.beta  # the loss has it times beta, and its rounding
-        found = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
-        return Outcome(found, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None})
+        outputs = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
+        return Outcome(
+            outputs, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None}
+        )
 
     return Case(fast=run, prepare=prepare)
 

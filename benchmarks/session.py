@@ -99,7 +99,7 @@ def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> i
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How rows are run."""
+    """Settings of a benchmark run."""
 
     device: str = "cpu"
     quick: bool = False  # tiny inputs, two rounds
@@ -200,12 +200,12 @@ def run_row(row: Row, options: Options) -> dict:
         for path in PATHS:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
-    deviations = {
+    differences = {
         entry.name: [getattr(agreement, entry.name) for agreement in agreements]
         for entry in fields(Agreement)
     }
     worst = Agreement(
-        **{name: None if None in values else max(values) for name, values in deviations.items()}
+        **{name: None if None in values else max(values) for name, values in differences.items()}
     )
     record = report.row_record(
         row, device, {name: times[name] for name in PATHS}, worst, memory_used, judged=not options.quick
@@ -247,7 +247,7 @@ def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], err
         case.prepare()
         torch.manual_seed(0)
         wall, processor = clock(lambda: outcomes.update({name: case.call(name)}))
-    # Whatever torch.compile raises is caught; the two paths themselves must not fail.
+    # any error of torch.compile is caught; the two paths themselves must not fail
     except Exception as error:  # noqa: BLE001
         if name in PATHS:
             raise
@@ -278,7 +278,7 @@ def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device
 
 
 def rounds(pair_seconds: float) -> int:
-    """How often both paths run so that a row stays within its budget: 2 to MOST_ROUNDS times."""
+    """Return the number of rounds that keeps a row within its budget: 2 to MOST_ROUNDS."""
     return max(2, min(MOST_ROUNDS, int(BUDGET / max(pair_seconds, 1e-9))))
 
 

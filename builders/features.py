@@ -67,11 +67,9 @@ def blur(images: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
     return F.conv2d(flat, kernel[:, None, None, :], groups=n * 3).reshape(n, 3, height, width)
 
 
-def noise(images: Tensor, deviation: Tensor, generator: torch.Generator) -> Tensor:
-    """White noise with standard deviation [N] in units of the [-1, 1] range, clipped to it."""
-    return (images + deviation[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(
-        -1, 1
-    )
+def noise(images: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+    """Add white noise of standard deviation [N] to images in [-1, 1], and clip them to that range."""
+    return (images + std[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
 
 
 def colour(images: Tensor, amount: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,8 +142,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def factors(truth: HeadsTruth) -> Tensor:
-    """True factors [N, K] in the order of FACTOR_NAMES: coordinates of the latent that a picture shows, yaw
-    and pitch in radians from frontal. Scan quality is none of them: pictures show whole heads.
+    """Return the true factors [N, K] in the order of FACTOR_NAMES.
+
+    They are the coordinates of the latent that an image shows, and yaw and pitch in radians from frontal.
+    Scan quality is not among them, since the images show ground-truth heads.
     """
     position = truth.labels[:, [3, 7, 11]].astype(np.float64)  # camera centre, the last column of cam2world
     yaw = np.arctan2(position[:, 0], position[:, 2])
@@ -212,7 +212,7 @@ def train_features(
 ) -> HeadFactorFeatures:
     """Regress factors and damage from images by mean squared error on standardised targets.
 
-    Args: `images` uint8 [N, 3, H, W]; `true_factors` [N, K]; `on_step` is told (step, steps, loss).
+    Args: `images` uint8 [N, 3, H, W]; `true_factors` [N, K]; `on_step` is called with (step, steps, loss).
     Returns the network with its record (settings, explained variance per factor on the held-out images, hash
     of the weights).
     """
@@ -323,7 +323,7 @@ def adequacy(network: FeatureNetwork, images: Tensor, seed: int = 0, batch: int 
 )
 @command.dry_run
 def features(out: Path, data: str, check_data: str, check_only: bool, dry_run: bool, **settings) -> None:
-    """Train the bundled feature network on pictures of heads and print how its distances respond to damage
+    """Train the bundled feature network on images of heads and print how its distances respond to damage
     (a few minutes on two cores).
 
     \b

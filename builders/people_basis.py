@@ -43,7 +43,7 @@ LOCAL = (
     "nose",
     "measure-neck",
 )
-# so that pictures show eyes
+# larger eyes than the package's, so that they are visible in images of 64 pixels
 LARGER = {"eye-scale-incr": 0.35, "eye-height2-incr": 0.3, "eye-height1-incr": 0.15, "eye-height3-incr": 0.15}
 NOT_LOCAL = (
     "head-trans",
@@ -59,7 +59,7 @@ NOT_LOCAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class BasisOptions:
-    """What is sampled."""
+    """Numbers of samples."""
 
     heads: int = 2400
     seed: int = 0
@@ -135,7 +135,7 @@ def _label_faces(model: Any, labels: tuple[str, ...]) -> np.ndarray:
 
 
 def _moved_by(model: Any, names: tuple[str, ...]) -> np.ndarray:
-    """How far the named shapes move each vertex at most, as a share of the largest."""
+    """Return the largest movement of each vertex by the named shapes, as a share of the largest of all."""
     rows = [
         i for i, label in enumerate(model.blendshape_labels) if label.removeprefix("local_change:") in names
     ]
@@ -189,7 +189,7 @@ def _regions(mean: np.ndarray, lips: np.ndarray, ears: np.ndarray, eyes: np.ndar
     x = np.abs(mean[:, 0]) / UNIT
     y = mean[:, 1] / UNIT - EYE[1]
     z = mean[:, 2] / UNIT
-    # the hairline: high over the forehead, down before the ears, behind them to the nape
+    # the hairline: high over the forehead, down in front of the ears, behind them to the nape
     line = np.interp(z, [-0.12, -0.04, 0.01, 0.05, 0.09, 0.13], [-0.15, -0.12, -0.045, 0.035, 0.10, 0.125])
     scalp = ramp(-0.012, 0.012, y - line) * (1 - ears) * (1 - eyes) * head
     lobe = ears > 0.5
@@ -227,8 +227,8 @@ def _hair(mean: np.ndarray, normals: np.ndarray, scalp: np.ndarray, ears: np.nda
     radial /= np.maximum(np.linalg.norm(radial, axis=1, keepdims=True), 1e-6)
     volume = 0.030 * scalp[:, None] * normals
     top = 0.050 * (scalp * ramp(0.06, 0.17, y))[:, None] * (0.5 * normals + [0, 0.6, 0])
-    behind = ramp(0.035, -0.03, z) * ramp(-0.36, -0.20, y) * ramp(0.10, -0.02, y)
-    long = 0.065 * (behind * (1 - ears))[:, None] * radial
+    nape = ramp(0.035, -0.03, z) * ramp(-0.36, -0.20, y) * ramp(0.10, -0.02, y)
+    long = 0.065 * (nape * (1 - ears))[:, None] * radial
     knot = np.exp(-(((place - [0, EYE[1] + 0.045, -0.17]) / [0.075, 0.07, 0.09]) ** 2).sum(axis=1))
     bun = 0.085 * (knot * scalp)[:, None] * np.array([0, 0.15, -1])
     fields = UNIT * np.stack([volume, top, long, bun])

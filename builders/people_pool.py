@@ -1,7 +1,7 @@
-"""Exact distances and colours of whole heads of people at many points, once, by the package `warp`: what the
-generator's training reads.
+"""Compute exact distances and colours of ground-truth heads at many points: training data of the generator.
 
-Only building the assets needs it; `training.heads.people_mesh` has the same distances without it.
+The package `warp` computes them once. Only building the assets needs it; `training.heads.people_mesh`
+computes the same distances without it.
 
 Shape letters: N heads, P points, V vertices, T triangles.
 """
@@ -34,12 +34,12 @@ from training.heads.people import (
 CHUNKS = 32
 HEADS = 50
 POINT_STEP = 0.7 / 32767  # of stored coordinates, world units
-NAMED = COMPONENTS + HAIR_FIELDS + APPEARANCE  # coordinates that say what a whole head is
+NAMED = COMPONENTS + HAIR_FIELDS + APPEARANCE  # latent coordinates that define the ground-truth head
 
 
 @functools.cache
 def _kernels() -> tuple[Any, Any, Any]:
-    """warp, a kernel of rays and one of distances."""
+    """Return the package warp, a kernel of rays and one of distances."""
     import warp
 
     wp: Any = warp  # its array types are made by calls, which a type checker does not know
@@ -68,14 +68,14 @@ def _kernels() -> tuple[Any, Any, Any]:
 
 
 def warp_mesh(vertices: np.ndarray, triangles: np.ndarray) -> Any:
-    """A mesh of warp's, which answers questions about the side of points."""
+    """Return a mesh of warp, which supports signs by winding number."""
     wp, _, _ = _kernels()
     corners = wp.array(triangles.ravel().astype(np.int32), dtype=wp.int32)
     return wp.Mesh(points=wp.array(vertices, dtype=wp.vec3), indices=corners, support_winding_number=True)
 
 
 def ray_hits(mesh: Any, origins: np.ndarray, ways: np.ndarray, reach: float) -> np.ndarray:
-    """Whether rays [P, 3] meet the mesh within `reach`: [P] bool."""
+    """Return a mask [P] of the rays [P, 3] that meet the mesh within `reach`, world units."""
     wp, rays, _ = _kernels()
     hit = wp.zeros(len(origins), dtype=wp.int32)
     wp.launch(
@@ -87,8 +87,9 @@ def ray_hits(mesh: Any, origins: np.ndarray, ways: np.ndarray, reach: float) -> 
 
 
 def nearest(mesh: Any, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed distance [P] to a mesh by its winding number, the nearest triangle [P] and the weights [P, 3] of
-    its corners there.
+    """Return for points [P, 3] the signed distances [P] to a mesh, nearest triangles [P], and weights [P, 3].
+
+    The sign comes from the winding number; the weights are those of the triangles' corners.
     """
     wp, _, kernel = _kernels()
     n = len(points)
@@ -102,25 +103,25 @@ def nearest(mesh: Any, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 
 @dataclass(frozen=True, kw_only=True)
 class PoolOptions:
-    """Points of each head."""
+    """Numbers of points of each head, by region."""
 
     face: int = 6000  # near the front of the face
     eyes: int = 2500  # near the eyes
     rest: int = 8000  # near the rest of the surface
-    behind: int = 6000  # in and about the back of the head, where damage is
+    back: int = 6000  # in and around the back of the head, where damage is
     anywhere: int = 5000  # in the cube and a margin around it
     walls: int = 2500  # near the cube's faces
     margin: float = 0.12  # world units beyond the cube
 
     @property
     def total(self) -> int:
-        return self.face + self.eyes + self.rest + self.behind + self.anywhere + self.walls
+        return self.face + self.eyes + self.rest + self.back + self.anywhere + self.walls
 
 
 def _on_surface(
     head: Head, basis: Basis, share: np.ndarray, count: int, spread: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Points [P, 3] about the surface, drawn by area times `share` [V]."""
+    """Sample points [P, 3] around the surface, with probability proportional to area times `share` [V]."""
     corners = head.vertices[basis.triangles]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
     weight = area * share[basis.triangles].mean(axis=1)
@@ -130,7 +131,7 @@ def _on_surface(
 
 
 def draw_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> np.ndarray:
-    """Points [P, 3] of a head, shuffled."""
+    """Sample points [P, 3] of a head in all regions, in random order."""
     x = np.abs(basis.mean[:, 0]) / UNIT
     y = basis.mean[:, 1] / UNIT - 0.005
     eyes = np.exp(-(((x - 0.051) / 0.028) ** 2 + (y / 0.02) ** 2)) * (basis.mean[:, 2] > 0.05)
@@ -145,7 +146,7 @@ def draw_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generat
             _on_surface(head, basis, np.minimum(face, 1), o.face, 0.010, rng),
             _on_surface(head, basis, eyes, o.eyes, 0.006, rng),
             _on_surface(head, basis, 1.02 - np.minimum(face, 1), o.rest, 0.015, rng),
-            rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (o.behind, 3)),
+            rng.uniform([-0.25, -0.36, -0.34], [0.25, 0.32, 0.06], (o.back, 3)),
             (rng.random((o.anywhere, 3)) - 0.5) * side,
             walls,
         ]
@@ -154,8 +155,9 @@ def draw_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generat
 
 
 def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Points of a whole head, in steps, with their distances and the shaded colours of the nearest places of
-    the surface.
+    """Sample points of a ground-truth head, with signed distances and colours.
+
+    A colour is the shaded one of the nearest surface point. Points are stored in steps of POINT_STEP.
     """
     stored = np.round(draw_points(head, basis, o, rng) / POINT_STEP).astype(np.int16)
     points = stored.astype(np.float32) * np.float32(POINT_STEP)
@@ -176,7 +178,7 @@ def head_points(head: Head, basis: Basis, o: PoolOptions, rng: np.random.Generat
 def write_chunk(
     path: Path, basis: Basis, seed: int, heads: int = HEADS, o: PoolOptions = PoolOptions()
 ) -> None:
-    """One file of the pool: latents drawn, named and asked. A file that exists is whole, and stays."""
+    """Write a file of the pool for newly sampled latents. A file that exists is complete, and is kept."""
     if path.exists():
         return
     rng = np.random.default_rng([7, seed])

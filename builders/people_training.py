@@ -1,10 +1,9 @@
-"""Teaches a tri-plane generator the density and colour of scans of people, at points of a pool and without
-rendering.
+"""Train a tri-plane generator on density and colour of synthetic scans, at points and without rendering.
 
-L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|, as `people.density_of` has it: sigma* is the
-scan's, with damage that is drawn afresh at every step, colour* the shaded one of the nearest place of the
-whole head. A latent's 46 coordinates of the whole head and its 18 of damage have unit root mean square
-together, so damage is redrawn at the length that the head leaves.
+L = mean |sigma - sigma*| / 10 + w mean |colour - colour*|. sigma* is the density of the scan
+(`people.density_of`), whose damage is sampled anew at every step. colour* is the shaded colour of the nearest
+surface point of the ground-truth head. The 46 coordinates of the ground-truth head and the 18 of the damage
+have unit root mean square together, so the damage is sampled at the length that the head's coordinates leave.
 
 Shape letters: N heads, Z = 64 coordinates, P points, K of them nearest to the surface, Q = 18 coordinates of
 damage.
@@ -37,36 +36,35 @@ from training.progress import tqdm
 from training.rendering.cameras import FFHQ_FOCAL, FFHQ_RADIUS, camera_position, intrinsics_matrix, look_at
 from training.synthetic_heads import resolve_dataset
 
-# texels of a plane's edge, pixels of the pictures that D sees
+# texels of a plane's edge, pixels of the images that D sees
 PLANES = 128
 PIXELS = 64
 # of a plane, of the decoder
 CHANNELS = 24
 HIDDEN = 64
 SIDE = 1.24  # of the cube and its margin, where points of the pool lie
-# along the edge of the cube and its margin, in which no head of the pool and no damage comes near
-EMPTY_VOXELS = 62
+EMPTY_VOXELS = 62  # voxels along the edge of the cube and its margin, in which empty space is mapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeopleTraining:
-    """Stages, each with step sizes that fall along a cosine."""
+    """Settings of the stages; in each, the learning rate falls along a cosine."""
 
     steps: tuple[int, ...] = (6000, 6000, 7000)
     lr: tuple[float, ...] = (0.02, 0.012, 0.01)
     colour: tuple[float, ...] = (4.0, 8.0, 8.0)  # weight of colour against density
-    # texels of the planes' edge that are taught; the first stage needs no more
+    # texels of the planes' edge that are trained; the first stage needs no more
     planes: tuple[int, ...] = (64, 128, 128)
-    pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of windows of pictures from in front
+    pictures: tuple[float, ...] = (0.0, 0.0, 4.0)  # weight of windows of front images
     heads: int = 4  # per step
-    candidates: int = 16_000  # points of a head that are looked at
-    near: int = 4500  # of these, drawn near the scan's surface
-    behind: int = 2000  # in and about the whole head behind the face, where scans differ most
-    hard: int = 1500  # where the network is most wrong
-    others: int = 500
-    empty: int = 12_000  # more places, where every scan is empty
-    debris: int = 400  # of these, where the network says most density
-    reach: float = 0.02  # how near is near, world units
+    candidates: int = 16_000  # points of a head from which those of a step are selected
+    near: int = 4500  # points near the scan's surface
+    behind: int = 2000  # points at the back of the head, where scans differ most
+    hard: int = 1500  # points with the largest error of the network
+    others: int = 500  # points at random
+    empty: int = 12_000  # further points, in space that is empty in every scan
+    debris: int = 400  # of these, the points where the network has the highest density
+    reach: float = 0.02  # distance up to which a point is near the surface, world units
     unseen: float = 0.2  # weight of colours that no ray meets
     eyes: float = 3.0  # weight of the colours of eyes
     window: int = 24  # pixels of a window's edge
@@ -86,14 +84,14 @@ def fresh_networks(seed: int) -> nets.Networks:
     G_kwargs.update(plane_resolution=PLANES, plane_channels=CHANNELS, decoder_hidden_dim=HIDDEN)
     made = nets.build(G_kwargs, D_kwargs, {"name": "synthetic:people64", "resolution": PIXELS})
     for module in (made.G, made.G_ema):
-        # it is not taught in the first stage
+        # this layer is not trained in the first stage
         torch.nn.init.zeros_(module.backbone.synthesis.b128.torgb.weight)
         module.neural_rendering_resolution = PIXELS
     return made
 
 
 class Pool:
-    """The heads of all files of a folder."""
+    """Heads of all files of a folder, with their points."""
 
     def __init__(self, folder: Path):
         self.z = np.zeros((0, 64), np.float32)
@@ -125,8 +123,9 @@ class Pool:
         return torch.from_numpy(corner[(least > 0.03) & np.isfinite(least) & ~swollen])
 
     def draw(self, rng: np.random.Generator, rows: np.ndarray, points: int) -> tuple[torch.Tensor, ...]:
-        """Latents of whole heads [N, 46], points [N, P, 3], distances [N, P], colours [N, P, 3]: neighbours
-        in the shuffled order.
+        """Return a batch: coordinates of ground-truth heads [N, 46], points [N, P, 3], distances, colours.
+
+        Distances are [N, P], colours [N, P, 3]. The P points are neighbours in the file's random order.
         """
         parts = []
         for row in rows:
@@ -145,10 +144,8 @@ class Pool:
         )
 
 
-class Pictures:
-    """A picture of each whole head of a pool from a camera in front, and where its eyes,
-    nose and mouth are.
-    """
+class FrontImages:
+    """A front image of each ground-truth head of a pool, and the positions of eyes, nose and mouth in it."""
 
     PLACES = np.array(
         [
@@ -178,8 +175,9 @@ class Pictures:
         self.places = (local[..., :2] / local[..., 2:] * FFHQ_FOCAL + 0.5) * size
 
     def windows(self, rng: np.random.Generator, rows: np.ndarray, edge: int) -> torch.Tensor:
-        """Pixels [N, edge^2] of a window of each of the pictures `rows`, about an eye,
-        the nose or the mouth.
+        """Return indices [N, edge^2] of the pixels of a window in each of the images `rows`.
+
+        The window lies around an eye, the nose or the mouth.
         """
         middle = self.places[rows, rng.choice(4, len(rows), p=[0.35, 0.35, 0.1, 0.2])] + rng.uniform(
             -8, 8, (len(rows), 2)
@@ -189,7 +187,7 @@ class Pictures:
         return torch.from_numpy((first[:, 1:] + row) * self.size + first[:, :1] + column)
 
     def loss(self, G: Any, planes: torch.Tensor, rows: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
-        """Mean absolute error [N] of the colours 0..1 of pixels and of the differences of neighbours."""
+        """Compute the mean absolute error [N] of colours in 0..1, and of the differences of neighbours."""
         index = pixels.unsqueeze(2).expand(-1, -1, 3)
         rays = G.ray_sampler(self.poses[rows], self.intrinsics.expand(len(rows), 3, 3), self.size)
         origins, directions = (values.gather(1, index) for values in rays)
@@ -205,8 +203,9 @@ class Pictures:
 
 
 def fresh_damage(named: torch.Tensor) -> torch.Tensor:
-    """Coordinates of damage [N, Q] that bring the latents' 46 of the whole head to unit root mean square,
-    from torch's generator.
+    """Sample coordinates of damage [N, Q] from torch's global generator.
+
+    Together with the 46 coordinates of the ground-truth head they have unit root mean square.
     """
     quality = torch.randn(len(named), 64 - NAMED)
     length = (64 - named.square().sum(dim=1, keepdim=True)).clamp_min(0).sqrt()
@@ -214,7 +213,7 @@ def fresh_damage(named: torch.Tensor) -> torch.Tensor:
 
 
 def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
-    """Planes [N, 3, C, 128, 128] of ws [N, L, W], by the blocks up to `size` texels alone and enlarged."""
+    """Return planes [N, 3, C, 128, 128] of ws [N, L, W] from the blocks up to `size` texels, upsampled."""
     network = G.backbone.synthesis
     x: Any = None
     image: Any = None
@@ -230,20 +229,18 @@ def planes_of(G: Any, ws: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _among(wanted: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [N, count] of points drawn among those that are wanted [N, P], and of others where there are
-    too few.
-    """
+    """Sample indices [N, count] of points that are wanted [N, P], then of others where there are too few."""
+    # uniform noise below 1 orders points at random, with all wanted ones before the others
     return (wanted + torch.rand(wanted.shape)).topk(count, dim=1, sorted=False).indices
 
 
 def losses(
     G: Any, batch: tuple[torch.Tensor, ...], empty: torch.Tensor, o: PeopleTraining, edge: float, size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean absolute errors [N] of density, in tenths of the raw scale, and of colour near the surface; the
-    planes.
+    """Return the mean absolute errors [N] of density and of colour near the surface, and the planes.
 
-    Args: batch: as `Pool.draw`; empty: as `Pool.empty`; edge: world units; size: texels of the planes' edge
-        that are taught.
+    The error of density is divided by 10. Args: batch: of `Pool.draw`; empty: of `Pool.empty`; edge: depth at
+        which a head is fully dense, world units; size: texels of the planes' edge that are trained.
     """
     named, points, distance, colour = batch
     quality = fresh_damage(named)
@@ -256,12 +253,10 @@ def losses(
         scan = damaged(points, distance, quality)
         target = density_of(scan, edge)
         near = _among(scan.abs() < o.reach, o.near)
-        behind = _among((distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
+        back = _among((distance < 0.05) & (points[..., 2] < 0.04) & (points[..., 1] > -0.36), o.behind)
         wrong = (decode(sample_coordinates=points, sigma_only=True)["sigma"].squeeze(2) - target).abs()
         hard = wrong.topk(o.hard, dim=1, sorted=False).indices
-        chosen = torch.cat(
-            [near, behind, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1
-        )
+        chosen = torch.cat([near, back, hard, torch.randint(points.shape[1], (len(named), o.others))], dim=1)
         free = empty[torch.randint(len(empty), (len(named), o.empty))] + torch.rand(
             len(named), o.empty, 3
         ) * (SIDE / EMPTY_VOXELS)
@@ -292,7 +287,7 @@ def losses(
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step of the training is."""
+    """Settings of a training step."""
 
     stage: int
     lr: float
@@ -303,7 +298,7 @@ class Step:
 
 
 def schedule(o: PeopleTraining) -> Iterator[Step]:
-    """All steps in order."""
+    """Yield the settings of all steps in order."""
     for stage, (steps, lr, colour, planes, pictures) in enumerate(
         zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)
     ):
@@ -320,8 +315,9 @@ def schedule(o: PeopleTraining) -> Iterator[Step]:
 
 
 def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Path:
-    """Train, or go on from `folder`'s newest whole checkpoint; the network file. A log.jsonl lies beside
-    them.
+    """Train, or resume from the newest complete checkpoint of `folder`; return the network file.
+
+    The folder also gets a log.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = fresh_networks(o.seed)
@@ -341,12 +337,12 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
     started = time.time()
     sums = np.zeros(4)
     out = folder / "network.safetensors"
-    pictures = None
+    front_images = None
     for number, step in enumerate(schedule(o)):
         if number < begin:
             continue
         optimizer.param_groups[0]["lr"] = step.lr
-        # of the step alone, so that a run that goes on draws what it would have drawn
+        # the seed depends on the step alone, so that a resumed run samples what a straight run would
         rng = np.random.default_rng([o.seed, number])
         torch.manual_seed(int(rng.integers(1 << 62)))
         rows = rng.integers(len(pool.z), size=o.heads)
@@ -354,11 +350,11 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
             G, pool.draw(rng, rows, o.candidates), pool.empty, o, step.edge, step.planes
         )
         loss = density + step.colour * colour
-        picture_error = torch.zeros(1)
+        image_error = torch.zeros(1)
         if step.pictures > 0:
-            pictures = pictures or Pictures(pool.z, o.seed)
-            picture_error = pictures.loss(G, planes, rows, pictures.windows(rng, rows, o.window))
-            loss = loss + step.pictures * picture_error
+            front_images = front_images or FrontImages(pool.z, o.seed)
+            image_error = front_images.loss(G, planes, rows, front_images.windows(rng, rows, o.window))
+            loss = loss + step.pictures * image_error
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
         optimizer.step()
@@ -368,7 +364,7 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
                 mean.lerp_(value, 1 - decay)
             for mean, value in zip(G_ema.buffers(), G.buffers(), strict=True):
                 mean.copy_(value)
-        sums += [*(float(error.detach().mean()) for error in (density, colour, picture_error)), 1]
+        sums += [*(float(error.detach().mean()) for error in (density, colour, image_error)), 1]
         if (number + 1) % 100 == 0:
             rate = (time.time() - started) / (number + 1 - begin)
             means = {
@@ -397,7 +393,7 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
 
 @dataclass(frozen=True, kw_only=True)
 class FrontTraining:
-    """The discriminator, taught on pictures from in front against a generator that stays as it is."""
+    """Settings of training the discriminator on front images against a frozen generator."""
 
     data: str = "synthetic:people64"
     steps: int = 700
@@ -408,7 +404,7 @@ class FrontTraining:
 
 
 def train_discriminator(made: nets.Networks, o: FrontTraining = FrontTraining()) -> list[float]:
-    """Teach D; the losses, step by step. Fakes are G_ema's, from the cameras of the pictures."""
+    """Train D; return the loss of each step. Fakes are those of G_ema, under cameras of the dataset."""
     config = GanConfig(
         gen_pose_cond=False, gamma=o.gamma, dlr=o.lr, blur_fade_kimg=0, density_reg=0, nrr_initial=PIXELS
     )

@@ -43,13 +43,13 @@ def mirrored(maps: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeTraining(Knobs):
-    """One run; it repeats to the byte on the same machine with one thread."""
+    """Settings of a training. On one machine with one thread it repeats bitwise."""
 
     heads: int = knob(
         500, "True heads that the features learn from, each as it is and blurred.", "Data", low=5
     )
     reference: int = knob(
-        300, "True heads behind the shape Fréchet distance, held out of the training.", "Data", low=40
+        300, "True heads of the shape Fréchet distance, held out of the training.", "Data", low=40
     )
     held_out: int = knob(100, "True heads for the figures, held out of both.", "Data", low=5)
     grid: int = knob(64, "Points along an edge of the cube.", "Data", low=16, rare=True)
@@ -63,7 +63,7 @@ class ShapeTraining(Knobs):
 
 
 def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray:
-    """Signed distances [N, n, n, n] of the whole heads of latents [N, 64]; kept in the cache from then on."""
+    """Return signed distances [N, n, n, n] of the ground-truth heads of latents [N, 64], which are cached."""
     grids = []
     for latent in z:
         grids.append(whole_grids(torch.from_numpy(latent[None]), grid))
@@ -73,13 +73,14 @@ def true_grids(z: np.ndarray, grid: int, on_shape: OnShape = None) -> np.ndarray
 
 
 def filled(distances: np.ndarray, edge: float) -> np.ndarray:
-    """Level less density of distances as a generator learns it; distances as they are where `edge` is 0."""
+    """Return LEVEL minus the density that a generator learns for distances; the distances if `edge` is 0."""
     return (LEVEL - density_of(torch.from_numpy(distances), edge)).numpy() if edge else distances
 
 
 def true_maps(distances: np.ndarray, blurs: np.ndarray | None = None) -> Tensor:
-    """Maps [N, F, 4, R, R] half precision of true heads [N, n, n, n], dense by one of EDGES by turns and
-    blurred by voxels of 64.
+    """Return normal maps [N, F, 4, R, R], half precision, of ground-truth heads [N, n, n, n].
+
+    The heads take the values of EDGES in turn. Args: blurs: standard deviations [N] in voxels of 64.
     """
     maps = []
     for i, grid in enumerate(distances):
@@ -91,15 +92,16 @@ def true_maps(distances: np.ndarray, blurs: np.ndarray | None = None) -> Tensor:
 
 
 def targets(z: np.ndarray, blurs: np.ndarray) -> Tensor:
-    """What is learnt [N, S] of latents [N, 64] and blurs [N]."""
+    """Return the regression targets [N, S] of latents [N, 64] and blurs [N]."""
     shown = people.scaled(z)[:, : people.SHAPE]
     columns = [shown[:, :IDENTITY], shown[:, people.COMPONENTS :], blurs[:, None]]
     return torch.from_numpy(np.concatenate(columns, axis=1)).float()
 
 
 def fit(maps: Tensor, wanted: Tensor, o: ShapeTraining) -> MapNet:
-    """A network trained on maps [B, 4, R, R] half precision and targets [B, S], half of every batch mirrored
-    at random: heads are nearly symmetric.
+    """Train a network on maps [B, 4, R, R], half precision, and targets [B, S].
+
+    A random half of every batch is mirrored, since heads are nearly symmetric.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(o.seed)
@@ -121,8 +123,9 @@ def fit(maps: Tensor, wanted: Tensor, o: ShapeTraining) -> MapNet:
 
 
 def train_shape_features(z: np.ndarray, o: ShapeTraining, on_shape: OnShape = None) -> ShapeFeatures:
-    """Learn from the first `o.heads` of latents, standardise by the next `o.reference`, and measure on the
-    next `o.held_out`.
+    """Train the features on the first `o.heads` latents.
+
+    The next `o.reference` latents standardise them, and the next `o.held_out` measure them.
     """
     learnt, known, held = np.split(z[: o.heads + o.reference + o.held_out], [o.heads, o.heads + o.reference])
     blurs = np.random.default_rng(o.seed).uniform(0.25, o.blur, o.heads)
@@ -148,8 +151,9 @@ def train_shape_features(z: np.ndarray, o: ShapeTraining, on_shape: OnShape = No
 
 
 def frechet_figures(features: ShapeFeatures, z: np.ndarray, distances: np.ndarray) -> dict[str, float]:
-    """Fréchet distances to the reference of whole heads [N, n, n, n] that latents [N, 64] name, of blurred
-    ones, and of their scans.
+    """Return Fréchet distances to the reference: of ground-truth heads [N, n, n, n], blurred ones, and scans.
+
+    Args: z: the heads' latents [N, 64]; distances: the heads.
     """
     points = (
         torch.from_numpy(grid_points(distances.shape[1])).float().reshape(1, -1, 3).expand(len(z), -1, -1)
@@ -168,7 +172,7 @@ def frechet_figures(features: ShapeFeatures, z: np.ndarray, distances: np.ndarra
 
 @torch.no_grad()
 def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
-    """Mean share of the coordinates' variance that the network explains on held-out heads."""
+    """Return the mean share of the coordinates' variance that the network explains on held-out heads."""
     maps = true_maps(distances)
     predicted = net(maps.float().flatten(0, 1)).unflatten(0, maps.shape[:2]).mean(dim=1)[:, :-1]
     wanted = targets(z, np.zeros(len(z)))[:, :-1]
@@ -181,7 +185,7 @@ def explained(net: MapNet, z: np.ndarray, distances: np.ndarray) -> float:
 @command.dry_run
 def shapes(out: Path, dry_run: bool, **settings) -> None:
     """Train the features of the shape Fréchet distance on normal maps of true heads, and print how it ranks
-    true, blurred and broken ones.
+    true, blurred and defective ones.
 
     One thread, so that the same command writes the same bytes on the same machine (a few minutes).
 

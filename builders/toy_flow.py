@@ -24,14 +24,14 @@ from eg3d_rlhf.tuning.flow.toy.toy_pipeline import ToyPipeline, draw_drafts
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTraining:
-    """How the base networks learn to draw drafts."""
+    """Settings of training the base networks on drafts."""
 
     steps: int = 2500
     batch: int = 32
     lr: float = 3e-3  # of AdamW, after a warm-up, falling to 0 along a cosine
     warm_up: int = 50  # steps
     ema: float = 0.99  # kept of the average per step; the average is what is stored
-    no_condition: float = 0.1  # share of samples that are drawn without their condition
+    no_condition: float = 0.1  # share of samples that are trained without their conditioning
     seed: int = 0
 
 
@@ -42,7 +42,7 @@ BASES = {STRUCTURE: BaseTraining(steps=7000, batch=64), VOXELS: BaseTraining(ste
 def train_base(
     stage_name: str, training: BaseTraining, on_step: Callable[[int, int, float], None] | None = None
 ) -> nn.Module:
-    """Plain flow matching on fresh drafts of all conditions; returns the average of the weights.
+    """Train a base network by flow matching on new drafts of all prompts; return the average of the weights.
 
     Args: on_step: called with (step, steps, mean loss of the batch).
     """
@@ -98,7 +98,7 @@ def save_network(name: str, network: nn.Module, meta: dict, folder: Path = FOLDE
 def train_reward(
     training: RewardTraining, on_step: Callable[[int, int, float], None] | None = None
 ) -> tuple[LearnedReward, dict]:
-    """Fit by preference_loss to pairs of its own; returns it and its accuracy on pairs that it has not seen.
+    """Train the reward by preference_loss; return it, and its accuracy on pairs that it has not seen.
 
     Args: on_step: called with (step, steps, loss).
     """
@@ -106,13 +106,13 @@ def train_reward(
     names = [
         [toy.TRAINED[i % len(toy.TRAINED)] for i in range(n)] for n in (training.pairs, training.held_out)
     ]
-    judged = [judge_drafts(conditions, generator) for conditions in names]
+    judged = [judge_drafts(prompts, generator) for prompts in names]
     network = fit(*judged[0].assets, judged[0].conditions, training, generator, on_step)
     return network, accuracy(network, judged[1])
 
 
 def accuracy(network: LearnedReward, judged: Judged) -> dict[str, float]:
-    """Share of pairs ordered as the annotator said, and as the labelling oracle thinks."""
+    """Return the share of pairs ordered as the simulated annotator chose, and as its oracle orders."""
     ordered = network(judged.assets[0], judged.conditions) > network(judged.assets[1], judged.conditions)
     return {
         "labels": float(ordered.float().mean()),
@@ -125,6 +125,7 @@ _training_option = functools.partial(option, group="Training")
 
 
 def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> None:
+    """Train a network of the toy generator, save it, and print its figures."""
     losses: list[float] = []
     started = time.monotonic()
     network: torch.nn.Module
@@ -136,8 +137,8 @@ def make_toy(part: str, training: BaseTraining | RewardTraining, out: Path) -> N
             figures = {}
     figures = {"loss": command.last(losses), **figures}
     path = save_network(part, network, {"training": asdict(training), **figures}, out)
-    said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    click.echo(f"{part}: {said}, {time.monotonic() - started:.0f} s, saved to {path}")
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    click.echo(f"{part}: {shown}, {time.monotonic() - started:.0f} s, saved to {path}")
 
 
 @click.command("python -m builders.toy_flow", cls=GroupedCommand)

@@ -23,14 +23,14 @@ from training.config import Knobs, knob
 
 TRAINING = "Training"
 _COLOUR_JITTER = 0.05  # of the training images, in latents of -1..1
-_PICTURES = (SIDES, 4, 16, 16)  # of an object
+_VIEWS_SHAPE = (SIDES, 4, 16, 16)  # latents of the views of an object
 _AVERAGE = 0.99  # decay of the weights' moving average
 _FLOOR = 0.1  # added to s^2 in the weight of the loss: keeps the last bit of noise from outweighing the rest
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorTraining(Knobs):
-    """How the network is trained."""
+    """Settings of training the network."""
 
     steps: int = knob(1500, "Steps.", TRAINING, low=1)
     assets: int = knob(24, "Assets per step, four views each.", TRAINING, low=1, rare=True)
@@ -44,8 +44,9 @@ class PriorTraining(Knobs):
 
 
 def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Values of pictures [A, 4, 4, 16, 16], reflected along what tells the two modes of their prompts [A]
-    apart; normal noise stays so.
+    """Reflect latents [A, 4, 4, 16, 16] along the difference between the two modes of their prompts [A].
+
+    A reflection is orthogonal, so normal noise keeps its distribution.
     """
     apart = (modes()[::2] - modes()[1::2])[prompt][:, None]  # [A, 1, 4, 16, 16]
     apart = apart / apart.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
@@ -53,14 +54,15 @@ def mirrored(values: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
 
 
 def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and the index of their prompt
-    [A]: each side shows one of its prompt's two modes, colours vary with the object, pixels on their own.
-    Each second object is the reverse of the one before, sides and variation, so that chance prefers no mode.
+    """Sample latents [A, 4, 4, 16, 16] of procedural objects seen from four sides, and their prompts [A].
+
+    Each side shows one of the two modes of the prompt. Colours vary by object, pixels independently. Every
+    second object is the reverse of the one before, in sides and variation, so that no mode is more frequent.
     """
     prompt = torch.randint(len(PROMPTS), ((assets + 1) // 2,), generator=rng).repeat_interleave(2)[:assets]
     side = torch.randint(2, (assets, SIDES), generator=rng)
     colour = _COLOUR_JITTER * torch.randn(assets, 1, 4, 1, 1, generator=rng)
-    varied = colour + PIXEL_NOISE * torch.randn(assets, *_PICTURES, generator=rng)
+    varied = colour + PIXEL_NOISE * torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
     side[1::2] = 1 - side[: assets - 1 : 2]
     varied[1::2] = mirrored(varied[: assets - 1 : 2], prompt[1::2])
     return modes()[2 * prompt[:, None] + side] + varied, prompt
@@ -69,13 +71,14 @@ def draw(assets: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]
 def draw_noise(
     prompt: torch.Tensor, settings: PriorTraining, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whether each prompt [A] is withheld [A], times [A] and noises [A, 4, 4, 16, 16]: an object's reverse
-    has the same, its noise mirrored.
+    """Sample for prompts [A] a mask of withheld prompts [A], times [A] and noises [A, 4, 4, 16, 16].
+
+    The reverse of an object gets the same mask and time, and the mirrored noise.
     """
     assets = len(prompt)
     withheld = torch.rand(assets, generator=rng) < settings.no_prompt
     t = (torch.rand(assets, generator=rng) * STEPS).long()
-    noise = torch.randn(assets, *_PICTURES, generator=rng)
+    noise = torch.randn(assets, *_VIEWS_SHAPE, generator=rng)
     withheld[1::2] = withheld[: assets - 1 : 2]
     t[1::2] = t[: assets - 1 : 2]
     noise[1::2] = mirrored(noise[: assets - 1 : 2], prompt[1::2])
@@ -85,8 +88,9 @@ def draw_noise(
 def train(
     settings: PriorTraining, on_step: Callable[[int, float], None] = lambda step, loss: None
 ) -> TinyPrior:
-    """A trained prior: the squared error of x0 over s^2 + 0.1 at even times; the moving average of the
-    weights.
+    """Train a prior; return it with the moving average of its weights.
+
+    The loss is the squared error of x_0 divided by s^2 + 0.1, at times that are uniform.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -99,11 +103,11 @@ def train(
     for step in range(settings.steps):
         x, prompt = draw(settings.assets, rng)
         withheld, t, noise = draw_noise(prompt, settings, rng)
-        told = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
+        conditioning = torch.where(withheld, len(PROMPTS), prompt).repeat_interleave(SIDES)
         x = x.flatten(0, 1)
         noise = noise.flatten(0, 1)
         t = t.repeat_interleave(SIDES)
-        clean = network(network.schedule.mix(x, noise, t), t, network.table(told)[:, None], cameras)
+        clean = network(network.schedule.mix(x, noise, t), t, network.table(conditioning)[:, None], cameras)
         loss = ((clean - x).square() / (1 - network.schedule.alpha(t, x) + _FLOOR)).mean()
         optimiser.zero_grad()
         loss.backward()

@@ -1,1 +1,1 @@
-"""What a comparison of generators shows: each module makes jobs of a report from one Comparison."""
+"""Evaluation of generators: each module makes parts of a report from one `Comparison` of networks."""

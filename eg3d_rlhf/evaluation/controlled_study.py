@@ -1,9 +1,10 @@
-"""Whether labels, and nothing cheaper, repair heads of people: every arm with several training seeds, in one
-table. `make controlled-study`.
+"""Controlled study of the bundled heads: labels against all cheaper arms, with several training seeds.
 
-Labels -> rewards -> tunings -> shapes of held-out latents -> controlled-study.json -> .md, .png. The primary
-measures were fixed on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md. Letters: S training
-seeds, N latents, Q features; n grid points.
+It tests if tuning by labels reduces the errors of heads more than arms without useful labels do. Run it with
+`make controlled-study`.
+Labels -> rewards -> tunings -> shapes of held-out latents -> controlled-study.json -> .md, .png.
+The primary endpoints were pre-registered on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md.
+Letters: S training seeds, N latents, Q features; n grid points.
 """
 
 import os
@@ -35,13 +36,13 @@ from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
 from training.progress import tqdm
 
-BY_LABELS = (LABELS, RANDOMISED, INVERTED)  # a reward for each draw of labels and each seed of its training
+BY_LABELS = (LABELS, RANDOMISED, INVERTED)  # these train a reward for each label set and each reward seed
 PRIMARY_ENDPOINTS = ("error_defective", "shape_frechet")  # lower is better; pre-registered
 HARM = 0.02  # share of intact heads that an arm may degrade and still count as harmless
-PSIS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # tried by truncation
+PSIS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # candidates of the truncation arm
 CHOOSING = 64  # validation latents on which the post-processing method is chosen
-FIRST_SEED = 40_000  # of further draws of labels
-TUNED = ("--reward=sigma",)  # the demo's own settings
+FIRST_SEED = 40_000  # latents of further label sets begin here
+TUNED = ("--reward=sigma",)  # flags of train.py; all others are those of the demo
 
 
 # Rewards of the arms.
@@ -49,18 +50,24 @@ TUNED = ("--reward=sigma",)  # the demo's own settings
 
 def randomised(labels: Sequence[Preference], seed: int) -> list[Preference]:
     """Return the same pairs, each with a random winner."""
+    # the constant 5 separates this random stream from others of the same seed
     heads_up = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
     return [inverted(label) if up else label for label, up in zip(labels, heads_up, strict=True)]
 
 
 def inverted(label: Preference) -> Preference:
+    """Return the label with winner and loser exchanged."""
     return replace(label, winner=label.loser, loser=label.winner)
 
 
 def permuted(reward: Reward, seed: int) -> Reward:
-    """The same network with the entries of each tensor in another order, drawn by a seed."""
+    """Return the reward with the entries of each tensor of its network in a random order.
+
+    The control keeps the distribution of the weights and removes what they have learnt. It changes `reward`
+    in place.
+    """
     random = torch.Generator().manual_seed(seed)
-    state = reward.network.state_dict()
+    state = reward.network.state_dict()  # shares memory with the network
     for values in state.values():
         values.copy_(values.flatten()[torch.randperm(values.numel(), generator=random)].view_as(values))
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
@@ -68,23 +75,25 @@ def permuted(reward: Reward, seed: int) -> Reward:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is made."""
+    """All arms, seeds and label sets of a study, and the parts that make them."""
 
-    out: Path
-    arms: Sequence[str]
-    seeds: Sequence[int]  # of tuning
-    rewards: int  # seeds of rewards, for each draw
-    draws: int  # of labels
-    latents: int
+    out: Path  # folder of the study
+    arms: Sequence[str]  # names in ARMS
+    seeds: Sequence[int]  # training seeds of tuning
+    rewards: int  # number of training seeds of rewards, for each label set
+    draws: int  # number of label sets
+    latents: int  # number of held-out latents that are measured
     network: Path | None  # None: the bundled generator
-    labels: Path  # of the first draw
+    labels: Path  # the first label set
     train: tuple[str, ...]  # further flags of tools/train_reward.py
-    tune: tuple[str, ...]  # and of train.py
+    tune: tuple[str, ...]  # further flags of train.py
 
     def draw(self, number: int) -> Path:
+        """Return the file of a label set."""
         return self.labels if number == 0 else self.out / "labels" / f"draw{number}" / "labels.jsonl"
 
     def labels_of(self, arm: str, number: int) -> Path:
+        """Return the file of an arm's labels: the label set, or its randomised or inverted copy."""
         return (
             self.draw(number)
             if arm == LABELS
@@ -93,10 +102,12 @@ class Plan:
 
     def in_paths(self, arm: str) -> str:
         """Return the name of an arm in file names."""
+        # folders that version 0.1 began keep its names
         return version_0_1.arm_in_paths(self.out, arm)
 
     def label_parts(self) -> list[Part]:
-        """What labels further draws of pairs."""
+        """List the parts that label further sets of pairs."""
+        # as many pairs as the first set has
         count = len(load_labels(self.labels)) if self.draws > 1 else 0
         more = [f"--network={self.network}"] if self.network else []
         return [
@@ -109,6 +120,7 @@ class Plan:
                     "synthetic",
                     f"--pairs={count}",
                     f"--seed={d}",
+                    # each set begins 20,000 latents after the one before, so that they share no latent
                     f"--first-seed={FIRST_SEED + 20_000 * d}",
                     *more,
                     f"--out={self.draw(d)}",
@@ -118,16 +130,16 @@ class Plan:
         ]
 
     def bundled(self, arm: str, draw: int, seed: int) -> bool:
-        """Whether a reward is the bundled one, which has learnt from the bundled labels."""
+        """Return True for the reward that equals the bundled one, so that it need not be trained."""
         return (arm, draw, seed) == (LABELS, 0, 0) and self.labels == BUNDLED_LABELS and not self.train
 
     def reward_part(self, arm: str, draw: int, seed: int) -> Part:
-        """The training of a reward on labels."""
+        """Return the part that trains a reward on an arm's labels."""
         more = [f"--network={self.network}"] if self.network else []
         flags = [
             f"--labels={self.labels_of(arm, draw)}",
             f"--seed={seed}",
-            f"--set=split_seed={seed}",
+            f"--set=split_seed={seed}",  # another seed also has other training, validation and test pairs
             *more,
             *self.train,
         ]
@@ -137,6 +149,7 @@ class Plan:
         )
 
     def reward_parts(self) -> list[Part]:
+        """List the trainings of all rewards, except the bundled one."""
         arms = [arm for arm in BY_LABELS if arm in self.arms]
         return [
             self.reward_part(arm, d, r)
@@ -147,21 +160,23 @@ class Plan:
         ]
 
     def reward(self, arm: str, draw: int = 0, seed: int = 0) -> Path:
-        """The reward that an arm tunes by; made by `reward_parts` or `write_rewards`."""
+        """Return the file of the reward of an arm, which `reward_parts` or `write_rewards` makes."""
         if arm in BY_LABELS:
             return (
                 bundled.REWARD
                 if self.bundled(arm, draw, seed)
                 else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
             )
+        # smoothness has no weights that depend on a seed
         return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
-        """By arm, training seed, draw and reward."""
+        """Return the tunings by (arm, training seed, label set, reward seed)."""
         parts = {}
         for arm in self.arms:
             for case in self._cases(arm):
                 seed, d, r = case
+                # with λ_r = 0 the reward does not change the weights, so any reward will do
                 source = self.reward(LABELS) if arm == "no-reward" else self.reward(arm, d, r)
                 flags = [
                     "--reward=smoothness" if arm == "smoothness" else TUNED[0],
@@ -177,7 +192,8 @@ class Plan:
         return parts
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
-        """(training seed, draw, reward) of an arm."""
+        """Yield the (training seed, label set, reward seed) of an arm's tunings."""
+        # these two change the untuned network's shapes or latents, and tune nothing
         if arm in (POST_PROCESSING, "truncation"):
             return
         draws = self.draws if arm in BY_LABELS else 1
@@ -186,6 +202,7 @@ class Plan:
 
 
 def write_labels_of_arms(plan: Plan) -> None:
+    """Write the randomised and the inverted copy of every label set."""
     for d in range(plan.draws):
         labels = load_labels(plan.draw(d))
         for arm, made in (
@@ -198,7 +215,7 @@ def write_labels_of_arms(plan: Plan) -> None:
 
 
 def write_rewards(plan: Plan) -> None:
-    """Those that learn nothing."""
+    """Write the rewards that need no training: smoothness, and the label reward with permuted weights."""
     if "smoothness" in plan.arms:
         Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(
             plan.reward("smoothness")
@@ -207,15 +224,16 @@ def write_rewards(plan: Plan) -> None:
         permuted(load_reward(plan.reward(LABELS, 0, seed)), seed).save(plan.reward("permuted", 0, seed))
 
 
-# What is seen of each arm's shapes.
+# Measurements of each arm's shapes.
 
 
-GROUND_TRUTH = "ground-truth heads"
+GROUND_TRUTH = "ground-truth heads"  # tasks; every tuning is a task under its own name
 BEFORE = "before"
 METHOD = "filter"  # array with the number of the chosen method; the name that version 0.1 wrote
 
 
 def _task_of_psi(psi: float) -> str:
+    """Return the name of the task that measures the untuned network at a truncation."""
     return f"psi {psi:g}"
 
 
@@ -227,13 +245,16 @@ def _looker(
     latents: int,
     held: HeldOut = LATENTS,
 ) -> Callable[[str], None]:
-    """A process that looks at shapes, and keeps what it sees of a task in a store."""
+    """Set up a worker process; return the function that measures a task's shapes and stores the result.
+
+    Args: folder: of the store; inputs: of each task; tuned: network by task; latents: number of latents.
+    """
     store = Store(folder, renew=True)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # one process per core; more threads would compete
     load_plugins()
     before = load_generator(network).generator
     seeds = held.take(latents)
-    targets = heads.ground_truth(before, seeds)
+    targets = heads.ground_truth(before, seeds)  # [N, n, n, n]
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
     def seen(shapes: np.ndarray) -> dict:
@@ -245,6 +266,7 @@ def _looker(
         if task == GROUND_TRUTH:
             return {"features": features.of_grids(targets) if features else np.zeros((0, 0))}
         if task == POST_PROCESSING:
+            # the method is chosen on validation latents, so that the measured ones do not select it
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
             name = best_filter(
                 tried(heads.scans(before, validation), heads.ground_truth(before, validation)), spares=True
@@ -262,8 +284,10 @@ def _looker(
 
 
 def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
-    """Measure the ground-truth heads, the heads before tuning and those of every arm; the results are kept in
-    <out>/seen.
+    """Measure the ground-truth heads, the heads before tuning, and those of every arm.
+
+    Args: tuned: network file of each tuning, by task; jobs: number of processes.
+    Returns: measurements by task, which are also kept in <out>/seen.
     """
     tasks = [GROUND_TRUTH, BEFORE, *tuned]
     tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
@@ -273,6 +297,7 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
         "features": file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else "",
         "latents": plan.latents,
     }
+    # the tasks' names of version 0.1 stay in the hash, so that its results are found
     inputs = {
         task: {"seen": file_hash(tuned[task]) if task in tuned else version_0_1.former(task), **shared}
         for task in tasks
@@ -297,25 +322,28 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
     return {task: store.load_arrays("shapes", inputs[task]) for task in tasks}
 
 
-# From what was seen to the table.
+# The table, from the measurements.
 
 
 def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
-    """One network's figures."""
-    found = heads.figures(before, seen)
-    del found["error_reduction_ci95"]
-    return found | (
+    """Compute the figures of one network. Args: reference: features [N, Q] of ground-truth heads, or None."""
+    values = heads.figures(before, seen)
+    # a network's interval covers latents alone; `arm` computes the one over seeds and latents
+    del values["error_reduction_ci95"]
+    return values | (
         {} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)}
     )
 
 
 def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
-    """An arm's figures, each a list by training seed, the mean over its rewards.
+    """Combine an arm's figures: each is a list by training seed of means over the arm's rewards.
 
-    Args: rows: by training seed; errors: volume errors behind [S, N].
+    Args: rows: figures of each reward, by training seed; errors: back-of-head volume errors [S, N].
     """
-    names = [name for name in next(iter(rows.values()))[0]]
-    by_seed = {name: [_mean([one[name] for one in each]) for each in rows.values()] for name in names}
+    names = list(next(iter(rows.values()))[0])
+    by_seed = {}
+    for name in names:
+        by_seed[name] = [_mean([figures[name] for figures in each]) for each in rows.values()]
     return {
         **by_seed,
         "error_reduction_ci95": heads.interval(before, errors),
@@ -324,24 +352,29 @@ def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there is none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def truncated(seen: Mapping[float, Mapping], share: float) -> float:
-    """The largest psi at which as large a share of heads is intact; the one with the largest share where
-    none is enough.
+    """Return the largest psi at which at least `share` of the heads is intact.
+
+    If no psi reaches it, return the psi with the largest share. The truncation arm thus leaves as many intact
+    heads as the labels arm, with as little truncation as possible.
     """
-    shares = {psi: float((heads.error(found) <= heads.DEFECTIVE).mean()) for psi, found in seen.items()}
+    shares = {}
+    for psi, shapes in seen.items():
+        shares[psi] = float((heads.error(shapes) <= heads.DEFECTIVE).mean())
     enough = [psi for psi, reached in shares.items() if reached >= share]
     return max(enough) if enough else max(shares, key=lambda psi: (shares[psi], psi))
 
 
 def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> dict:
-    """Evaluate the pre-registered criterion: labels are lower than every other arm in each primary endpoint
-    with every training seed, and degrade no more intact heads.
+    """Evaluate the pre-registered criterion.
 
-    Harm up to HARM counts as none.
+    It holds if labels are lower than every other arm in each primary endpoint with every training seed, and
+    degrade no more intact heads. A share of degraded heads up to HARM counts as none.
     """
     against = {}
     ours = arms[LABELS]
@@ -353,6 +386,7 @@ def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> 
             for endpoint in primary_endpoints
         }
         pairs = zip(ours["intact_degraded"], theirs["intact_degraded"], strict=True)
+        # None: no head was intact before, so none can be degraded
         harmless = [mine is None or mine <= max(HARM, other or 0.0) for mine, other in pairs]
         against[name] = {
             "lower": lower,
@@ -360,14 +394,19 @@ def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> 
             "beaten": all(map(all, lower.values())) and all(harmless),
         }
     return {
-        "labels_win": bool(against) and all(one["beaten"] for one in against.values()),
+        # without another arm nothing was beaten
+        "labels_win": bool(against) and all(result["beaten"] for result in against.values()),
         "against": against,
     }
 
 
 def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
-    """Make controlled-study.json of what was measured. Args: names: the task of each tuning."""
+    """Compute the content of controlled-study.json.
+
+    Args: seen: measurements by task; names: the task of each tuning.
+    """
     before = seen[BEFORE]
+    # the features' network may not be installed; then the shape Fréchet distance is left out
     reference = seen[GROUND_TRUTH]["features"] if len(seen[GROUND_TRUTH]["features"]) else None
     primary_endpoints = [
         name for name in PRIMARY_ENDPOINTS if name != "shape_frechet" or reference is not None
@@ -376,10 +415,13 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
     arms: dict[str, dict] = {}
     errors: dict[str, np.ndarray] = {}
     for name in plan.arms:
+        # training seed: tasks of its rewards
         cases = {seed: [names[case] for case in names if case[:2] == (name, seed)] for seed in plan.seeds}
         if name == POST_PROCESSING:
+            # it has no training, so every seed has the same result
             cases = {seed: [POST_PROCESSING] for seed in plan.seeds}
         if name == "truncation":
+            # as many intact heads as the labels arm has with the same seed; LABELS stands first in ARMS
             tried = {psi: seen[_task_of_psi(psi)] for psi in PSIS}
             shares = {
                 seed: truncated(tried, _mean(arms[LABELS]["intact_share"][i : i + 1]) or 0.0)
@@ -387,12 +429,14 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
             }
             cases = {seed: [_task_of_psi(psi)] for seed, psi in shares.items()}
         rows = {seed: [row(seen[task], before, reference) for task in tasks] for seed, tasks in cases.items()}
+        # [S, N], averaged over rewards
         errors[name] = np.stack(
             [np.mean([heads.error(seen[task]) for task in tasks], axis=0) for tasks in cases.values()]
         )
         arms[name] = arm(rows, errors[name], before)
     untuned = row(before, before, reference)
     for name in arms:
+        # the arm's gain over the untuned network, relative to the gain of the labels
         gains = zip(arms[name]["error_defective"], arms[LABELS]["error_defective"], strict=True)
         arms[name]["share_of_gain"] = [_share(untuned["error_defective"], a, b) for a, b in gains]
         if name != LABELS:
@@ -401,45 +445,47 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         "primary_endpoints": primary_endpoints,
         "pre_registered": "2026-11-24",
         "seeds": list(plan.seeds),
-        "rewards": plan.rewards,
+        "rewards": plan.rewards,  # for each label set
         "label_sets": plan.draws,
         "latents": plan.latents,
-        "defective": int(heads.defective(before).sum()),
+        "defective": int(heads.defective(before).sum()),  # latents, before tuning
         "before": untuned,
         "arms": arms,
         "post_processing": list(FILTERS)[int(seen[POST_PROCESSING][METHOD][0])]
         if POST_PROCESSING in seen
         else None,
-        "psi": {str(seed): psi for seed, psi in shares.items()},
+        "psi": {str(seed): psi for seed, psi in shares.items()},  # of the truncation arm; JSON keys are text
         "criterion": criterion(arms, primary_endpoints),
-        "harm_allowed": HARM,
+        "harm_allowed": HARM,  # part of the criterion
         "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
     }
 
 
 def _share(before: float | None, after: float | None, best: float | None) -> float | None:
+    """Return (before - after) / (before - best); None where that is not defined."""
     if before is None or after is None or best is None or before == best:
         return None
     return (before - after) / (before - best)
 
 
 def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
-    """Mean of differences [S, N] over seeds and defective heads, with its interval over both, and over seeds
-    alone.
+    """Return the mean of differences [S, N] over seeds and defective heads, with two intervals.
+
+    One interval covers seeds and heads, the other seeds alone.
     """
-    here = difference[:, ill]
+    here = difference[:, ill]  # [S, defective]
     if not here.size:
         return None
-    found = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)
+    interval = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)
     over_seeds = t_mean_interval(here.mean(axis=1)) if len(here) > 1 else None
     return {
         "mean": float(here.mean()),
-        "ci95": [found.lo, found.hi],
+        "ci95": [interval.lo, interval.hi],
         "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi],
     }
 
 
-FIGURES = {  # of the table: words and form
+FIGURES = {  # of the table: (words, format)
     "error_defective": ("back-of-head volume error", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
     "error_reduction": ("error reduction", ".0%"),
@@ -456,7 +502,7 @@ FIGURES = {  # of the table: words and form
 
 
 def markdown(data: Mapping) -> str:
-    """The table, and what it says."""
+    """Format the table, the result of the criterion, and the text that describes how the table was made."""
     columns = {
         name: (words + (" (primary)" if name in data["primary_endpoints"] else ""), form)
         for name, (words, form) in FIGURES.items()
@@ -468,33 +514,35 @@ def markdown(data: Mapping) -> str:
         more = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({data['post_processing']})"}
         arms[ARMS[name] + more.get(name, "")] = figures
     table = figure_table("arm", arms, columns)
-    found = data["criterion"]
-    unbeaten = [ARMS[name] for name, one in found["against"].items() if not one["beaten"]]
+    result = data["criterion"]
+    unbeaten = [ARMS[name] for name, against in result["against"].items() if not against["beaten"]]
     says = (
-        "Labels beat every other arm in each primary endpoint with every training seed, and degrade no more"
-        " intact heads."
-        if found["labels_win"]
+        "The pre-registered criterion is met: labels beat every other arm in each primary endpoint with every"
+        " training seed, and degrade no more intact heads."
+        if result["labels_win"]
         else (
-            "Not beaten in each primary endpoint with every training seed without degrading more heads:"
+            "The pre-registered criterion is not met. Labels do not beat these arms in each primary endpoint"
+            " with every training seed, or they degrade more intact heads:"
             f" {', '.join(unbeaten) or 'there was no other arm'}."
         )
     )
     text = (
         f"{data['latents']} held-out latents, ψ 1, {data['defective']} of them defective before tuning;"
         f" training seeds {', '.join(map(str, data['seeds']))}, {data['rewards']} reward(s) for each of"
-        f" {data['label_sets']} set(s) of labels. Means over training seeds, in brackets the least and the"
-        " greatest. Volume error, missing, extra: shares of the ground-truth head's back-of-head volume, of"
-        f" defective heads; F-score at the back at one voxel, of defective heads. Degraded: by"
-        f" {heads.WORSE}. Lengths in"
-        " voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
+        f" {data['label_sets']} set(s) of labels. Figures are means over training seeds; brackets hold the"
+        " least and the greatest. Volume error, missing and extra are shares of the ground-truth head's"
+        " back-of-head volume, of defective heads. The F-score is measured at the back at one voxel, of"
+        f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
+        " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
     )
-    return "\n".join(["# What repairs heads of people", "", says, "", *table, "", text, ""])
+    return "\n".join(["# Controlled study of the bundled heads", "", says, "", *table, "", text, ""])
 
 
 def plot(data: Mapping):
-    """Each primary of every arm by training seed."""
+    """Plot each primary endpoint of every arm, one point for each training seed."""
     names = list(data["arms"])
     drawn, axes = style.figure(columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(names)))
+    # with a single endpoint `axes` is no array
     for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):
         for place, name in enumerate(names):
             values = data["arms"][name][primary]
@@ -513,16 +561,17 @@ def plot(data: Mapping):
 
 
 def commands(plan: Plan) -> dict[str, list[str]]:
-    """The command of every part."""
+    """Return the command of every part, by its name."""
     parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
     return {part.name: part.command() for part in parts}
 
 
 def work(plan: Plan, jobs: int) -> list[Path]:
-    """Make what is missing, look at all of it, and write controlled-study.json, .md and .png."""
+    """Make what is missing, measure it, and write controlled-study.json, .md and .png; return their paths."""
+    # the cores are divided among the processes that run at the same time
     threads = max(1, (os.cpu_count() or 1) // jobs)
     for write_more, parts, words in (
-        (write_labels_of_arms, plan.label_parts(), "draws of labels"),
+        (write_labels_of_arms, plan.label_parts(), "sets of labels"),
         (write_rewards, plan.reward_parts(), "rewards trained"),
     ):
         make_shown([[part] for part in parts], jobs, threads, words)

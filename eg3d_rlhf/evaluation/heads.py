@@ -1,9 +1,8 @@
-"""What tuning made of heads of people: held-out scans before and after, against the whole heads that their
-latents name.
+"""Measure how tuning changed heads of people: held-out shapes before and after against their ground truth.
 
-Of these measures an annotator knows completeness, attached growth, floaters and the face
-(eg3d_rlhf/preferences/annotator.py), from which labels, rewards and the early stop follow; F-score, identity
-and variety nobody reads before the end of a run.
+The simulated annotator (eg3d_rlhf/preferences/annotator.py) uses completeness, attached growth, floaters and
+the face. Labels, rewards and the early stop depend on it. F-score, identity and variety are computed only
+after a run has ended, so no part of tuning depends on them.
 Letters: N latents, S training seeds; n grid points; R, C rows and columns of the face's window.
 """
 
@@ -33,19 +32,21 @@ from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
 
-WORSE = 0.01  # of the ground-truth head's volume: an intact head and has so much more error is harmed
-CUTOFF = 14
-AT_ONCE = 8
+# share of the ground-truth head's volume: an intact head whose error grows by more counts as degraded
+WORSE = 0.01
+CUTOFF = 14  # synthesis layers that truncation affects
+AT_ONCE = 8  # shapes per batch; bounds memory
 POINTS = 64  # n
-LEAST = 0.5  # of a face's window must show a surface
+LEAST = 0.5  # least share of a face's window that must show a surface
 
-Shapes = Mapping[str, np.ndarray]  # what `looked_at` saw of N shapes
+Shapes = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `looked_at` returns them
 
 
 @torch.no_grad()
 def scans(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
-    """The generator's shapes [N, n, n, n] of seeds, negative inside. At psi 1 a latent names the whole head
-    beside it.
+    """Return the generator's shapes [N, n, n, n] of seeds, negative inside.
+
+    Only at psi 1 is a shape comparable with `ground_truth` of the same seed: truncation changes the latent.
     """
     z = latents(seeds, generator.z_dim).to(device_of(generator))
     grids = []
@@ -63,16 +64,17 @@ def ground_truth(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
 
 
 def looked_at(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute all that the figures need of shapes [N, n, n, n], given the ground-truth heads [N, n, n, n] of
-    their latents.
+    """Measure shapes [N, n, n, n] against the ground-truth heads [N, n, n, n] of their latents.
+
+    The result holds everything that `figures` needs, so that grids need not be kept.
     """
-    back = back_of_head(grid_points(shapes.shape[1]))
+    back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
     return {
         **compared(shapes, targets),
         "utility": np.array([utility(*pair).total for pair in zip(shapes, targets, strict=True)]),
         "depth": np.stack([face_depth(values) for values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(values) for values in shapes]).astype(np.float32),
-        "solid": np.packbits(shapes[:, back] < 0, axis=1),
+        "solid": np.packbits(shapes[:, back] < 0, axis=1),  # one bit per voxel: the store keeps every arm
         "volume": (targets[:, back] < 0).sum(axis=1),
     }
 
@@ -103,10 +105,12 @@ def intact_degraded(before: Shapes, after: Shapes) -> float | None:
 
 
 def face_moved(before: Shapes, after: Shapes) -> np.ndarray:
-    """How far each face's surface has moved along the view, its median over the window [N], voxels; NaN where
-    a face is gone.
+    """Return the distance [N] by which each face's surface moved along the view.
+
+    It is the median over the face's window, in voxels, and NaN where no pixel shows a surface in both.
     """
-    moved = np.abs(after["depth"] - before["depth"]).reshape(len(before["depth"]), -1)
+    moved = np.abs(after["depth"] - before["depth"]).reshape(len(before["depth"]), -1)  # [N, R C]
+    # nanmedian warns about rows without a finite value, so those are left out
     known = np.isfinite(moved).any(axis=1)
     return (
         np.array([np.nanmedian(row) if seen else np.nan for row, seen in zip(moved, known, strict=True)])
@@ -115,21 +119,28 @@ def face_moved(before: Shapes, after: Shapes) -> np.ndarray:
 
 
 def _relief(values: np.ndarray) -> np.ndarray:
-    """`face_relief`, NaN where there is too little of a face."""
+    """Return `face_relief` [R, C], all NaN where less than LEAST of the window shows a surface."""
     depth = face_depth(values)
     return face_relief(values) if np.isfinite(depth).mean() >= LEAST else np.full_like(depth, np.nan)
 
 
 def variety(seen: Shapes) -> float | None:
-    """How much faces differ: the standard deviation over latents of their relief, its mean over the window,
-    voxels.
+    """Return the variety of faces, in voxels; None where no pixel shows two faces.
+
+    It is the standard deviation of the relief over latents, averaged over the window.
     """
-    enough = np.isfinite(seen["relief"]).sum(axis=0) > 1
+    # a standard deviation needs two faces at a pixel
+    enough = np.isfinite(seen["relief"]).sum(axis=0) > 1  # [R, C]
     return float(np.nanstd(seen["relief"][:, enough], axis=0).mean() / VOXEL) if enough.any() else None
 
 
 def identity_kept(before: Shapes, after: Shapes) -> float | None:
-    """Share of latents whose face is still likest to its own before; a face that is gone is none."""
+    """Return the share of latents whose face after tuning is most similar to its own face before tuning.
+
+    A face that has vanished counts as not kept. The result is None if a face was missing before tuning,
+    since there is nothing to compare with.
+    """
+    # a relief is NaN in all pixels or has finite ones, so the maximum says whether there is a face  # [N]
     there, left = (
         np.isfinite(seen["relief"]).reshape(len(seen["relief"]), -1).max(axis=1) for seen in (before, after)
     )
@@ -137,6 +148,7 @@ def identity_kept(before: Shapes, after: Shapes) -> float | None:
         return None
     known = list(before["relief"])
     kept = np.zeros(len(known), dtype=bool)
+    # each face after tuning is matched against all N faces before, not against its own alone
     for i in np.flatnonzero(left):
         kept[i] = np.argmax([relief_correlation(after["relief"][i], other) for other in known]) == i
     return float(kept.mean())
@@ -144,25 +156,28 @@ def identity_kept(before: Shapes, after: Shapes) -> float | None:
 
 def changed(before: Shapes, after: Shapes) -> np.ndarray:
     """Return the share of the ground-truth head's back-of-head volume that has become solid or empty [N]."""
+    # packbits pads both with the same zeros, which the exclusive or removes
     bits = np.unpackbits(np.bitwise_xor(before["solid"], after["solid"]).astype(np.uint8), axis=1)
     return bits.sum(axis=1) / before["volume"]
 
 
 def figures(before: Shapes, after: Shapes) -> dict:
-    """The figures of one network, or of what else became of the scans."""
+    """Compute the figures of one network, or of another treatment of the same shapes, as JSON values."""
+    # the untuned shapes decide which latents count as defective, for every arm alike
     ill = defective(before)
     known = face_moved(before, after)
     reduction = error_reduction(error(before)[ill], error(after)[ill])
     return {
-        "error_reduction": reduction,
+        "error_reduction": reduction,  # share of the error before
         "error_reduction_ci95": interval(before, error(after)[None]) if reduction is not None else None,
+        # shares of the ground-truth head's back-of-head volume
         "error_intact": _mean(error(after)[~ill]),
         "missing_defective": _mean(after["missing"][ill]),
         "extra_defective": _mean(after["extra"][ill]),
         "intact_degraded": intact_degraded(before, after),
         "identity_kept": identity_kept(before, after),
         "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
-        "variety": variety(after),
+        "variety": variety(after),  # voxels
         "fscore_defective": _mean(after["fscore"][ill]),
         "fscore_intact": _mean(after["fscore"][~ill]),
         "utility": _mean(after["utility"]),
@@ -188,19 +203,21 @@ def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
     then = after[:, ill]
     if not ill.any():
         return None
-    found = two_way_interval(
+    # a ratio of means, not a mean of ratios: single heads with a small error would dominate the latter
+    ci95 = two_way_interval(
         lambda seeds, items: 1 - then[np.ix_(seeds, items)].mean() / first[items].mean(), *then.shape
     )
-    return [found.lo, found.hi]
+    return [ci95.lo, ci95.hi]
 
 
 def _mean(values: np.ndarray) -> float | None:
+    # no latent is defective, or none is intact: JSON gets null, not NaN
     return float(values.mean()) if values.size else None
 
 
 # Networks side by side: ablations, and further training seeds.
 
-TABLE = {  # figure: words and form
+TABLE = {  # figure: (heading, format)
     "error_reduction": ("error reduction, defective heads", ".1%"),
     "error_defective": ("back-of-head volume error, defective heads", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
@@ -220,7 +237,7 @@ def compare(
     Returns: figures by name; the number of latents whose heads are defective before.
     """
     first = load_generator(before).generator
-    targets = ground_truth(first, seeds)
+    targets = ground_truth(first, seeds)  # [N, n, n, n]
     columns = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
     reference = features.of_grids(targets) if features else np.zeros((0, 0))
@@ -229,7 +246,7 @@ def compare(
     for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):
         shapes = scans(first if path is None else load_generator(path).generator, seeds)
         seen = looked_at(shapes, targets)
-        start = start or seen
+        start = start or seen  # the network before tuning stands first in `paths`
         distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
         columns[name] = figures(start, seen) | distance
     return columns, int(defective(start).sum())

@@ -1,8 +1,8 @@
-"""What judges a reward run at its end, before against after on held-out latents: the whole heads that latents
-name, the annotator without noise, distances to the data, and measures of geometry that share nothing with the
-annotator.
+"""Evaluate a reward run at its end: the network before tuning against the tuned one, on held-out latents.
 
-Every change gets a verdict from its 95 % interval. Letters: N latents.
+The evaluators are the ground-truth heads of the latents, the simulated annotator without noise, Fréchet
+distances to the data, and geometry measures that share nothing with the annotator. The 95 % interval of each
+change decides whether it is called better, worse or open. Letters: N latents.
 """
 
 import functools
@@ -38,10 +38,10 @@ from torch_utils import build
 from training.synthetic_heads import resolve_dataset
 
 FAKES = 500  # images per Fréchet distance
-HEADS = 64  # latents whose shapes stand beside their whole heads
-CHOOSING = 24  # validation latents on which the filter is chosen
-MAPPED = 160  # latents behind the shape Fréchet distance
-RESAMPLES = 60  # of a Fréchet distance's change
+HEADS = 64  # latents whose shapes are compared with their ground-truth heads
+CHOOSING = 24  # validation latents on which the post-processing method is chosen
+MAPPED = 160  # latents of the shape Fréchet distance
+RESAMPLES = 60  # bootstrap resamples of the change of a Fréchet distance
 REALS_AT_ONCE = 64  # images of the data that the features' network reads
 ROLES = ("before", "after")
 
@@ -55,10 +55,12 @@ FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' featur
 
 
 def measured(measure: Measure, before: float, after: float, change: dict) -> dict:
-    """A line of `geometry` of the summary; `change` holds at least mean, mean_lo and mean_hi of
-    after - before.
+    """Return an entry of the summary's `geometry`.
+
+    Args: change: paired change after - before, with at least mean, mean_lo and mean_hi.
     """
     upwards = measure.better == "higher"
+    # `better` compares the two means alone; `outcome` takes the interval into account
     better = after >= before if upwards else after <= before
     return {
         "name": measure.name,
@@ -71,14 +73,17 @@ def measured(measure: Measure, before: float, after: float, change: dict) -> dic
     }
 
 
-# What is seen of one network: arrays, from which the figures follow. Each is computed once, wherever it is
-# asked for (`seen`).
+# Measurements of one network: arrays from which the figures follow. `seen` computes each of them once.
 
 Seen = dict[str, np.ndarray]
 
 
 def _ground_truth(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Ground-truth heads of all latents below, which are then on the disk, and the solid share of each."""
+    """Return the solid share [N] of the ground-truth heads of all latents that other parts use.
+
+    The purpose is the side effect: `heads.ground_truth` writes the heads to the disk, where parts in other
+    processes find them.
+    """
     seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
     return {"solid": (heads.ground_truth(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
@@ -91,21 +96,24 @@ def _heads(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 
 def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """What the best filters make of the scans, chosen on validation latents: of those that spare whole
-    latents, and of all (`any_...`).
+    """Measure the untuned shapes after the best label-free post-processing.
+
+    Two methods are chosen on validation latents: the best of those that leave intact heads alone, and the
+    best of all, whose keys begin with `any_`.
     """
     chosen, held = (
         (heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds))
         for seeds in (VALIDATION.take(CHOOSING), EVALUATION.take(HEADS))
     )
-    found: Seen = {}
+    measurements: Seen = {}
     trial = tried(*chosen)
     for prefix, spares in (("", True), ("any_", False)):
         name = best_filter(trial, spares=spares)
         shapes = np.stack([FILTERS[name](values) for values in held[0]])
-        found |= {f"{prefix}{key}": value for key, value in heads.looked_at(shapes, held[1]).items()}
-        found[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
-    return found
+        measurements |= {f"{prefix}{key}": value for key, value in heads.looked_at(shapes, held[1]).items()}
+        # arrays alone are stored, so the method is kept as its number in FILTERS
+        measurements[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
+    return measurements
 
 
 def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
@@ -113,6 +121,7 @@ def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
     dataset = open_data(c)
     chosen = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
     cameras = dataset.get_labels()
+    # the same latents and cameras for every network, so that the change of the distance is paired
     return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
 
 
@@ -132,7 +141,7 @@ def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
 
 @torch.no_grad()
 def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Features of normal maps."""
+    """Return the features [N, Q] of the shapes' normal maps."""
     features = ShapeFeatures.load()
     return {
         "features": np.concatenate(
@@ -150,13 +159,14 @@ PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those tha
     "data": _data,
     "views": _views,
 }
-NEEDS = {"post-processing": "ground truth", "heads": "ground truth"}  # else two processes would make them
-_OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data")
-_OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
+# without this order two processes would compute the ground-truth heads at the same time
+NEEDS = {"post-processing": "ground truth", "heads": "ground truth"}
+_OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data")  # for synthetic heads alone
+_OF_ONE_NETWORK = ("ground truth", "post-processing", "data")  # the same for both networks
 
 
 def parts_of(c: Comparison) -> list[tuple[str, str]]:
-    """(part, network's role) of everything that the judges of a comparison see."""
+    """List (part, role of the network) of everything that the evaluators of a comparison measure."""
     missing = {*(() if c.synthetic else _OF_THE_FAMILY), *(("normal maps",) if unmapped(c) else ())}
     return [
         (part, role)
@@ -167,14 +177,17 @@ def parts_of(c: Comparison) -> list[tuple[str, str]]:
 
 
 def seen(c: Comparison, part: str, role: str = "before") -> Seen:
-    """What a part sees of the network before or after tuning; kept in the comparison, and of the bundled
-    network on the disk.
+    """Return the measurements of a part of the network before or after tuning.
+
+    They are computed once and kept in the comparison's memory; those of the bundled network are also kept
+    on the disk, since every demo run needs the same ones.
     """
-    case = ("judges", part, role)
+    # worker processes of the summary fill the memory under the same key
+    case = ("evaluators", part, role)
     if case not in c.memory:
         compute = partial(PARTS[part], c, c.generators()[role])
         inputs = _inputs(c) if role == "before" else None
-        store = Store(build.cache_dir().parent / "judges", renew=True)
+        store = Store(build.cache_dir().parent / "evaluators", renew=True)
         c.memory[case] = (
             compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
         )
@@ -182,9 +195,8 @@ def seen(c: Comparison, part: str, role: str = "before") -> Seen:
 
 
 def _inputs(c: Comparison) -> dict | None:
-    """All that a part of the bundled network depends on; None for networks and data that are not the bundled
-    ones.
-    """
+    """Return all that a part of the bundled network depends on; None for other networks or data."""
+    # on the disk are only results of the bundled network with its own data on the CPU
     if (
         c.before.hash != _bundled_hash()
         or c.data != bundled.DATA
@@ -194,9 +206,10 @@ def _inputs(c: Comparison) -> dict | None:
         return None
     return {
         "generator": c.before.hash,
-        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],
+        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],  # settings that select latents and images
         "data": file_hash(resolve_dataset(c.data)),
         "code": _sources(),
+        # another torch, instruction set or op may round differently, which bitwise comparisons would show
         "numerics": [
             torch.__version__,
             np.__version__,
@@ -208,14 +221,16 @@ def _inputs(c: Comparison) -> dict | None:
 
 @functools.cache
 def _bundled_hash() -> str:
+    # the bundled reward records the hash of the generator from which its labels came
     return load_reward(bundled.REWARD).provenance["generator"]
 
 
 @functools.cache
 def _sources() -> str:
-    """Hash of our code and assets: whatever changes in them may change a value."""
+    """Return a hash of this project's code and assets, since any change of them may change a value."""
     root = Path(__file__).resolve().parents[2]
-    code = (path for room in ("eg3d_rlhf", "training", "torch_utils") for path in (root / room).rglob("*.*"))
+    packages = ("eg3d_rlhf", "training", "torch_utils")
+    code = (path for package in packages for path in (root / package).rglob("*.*"))
     files = {str(path.relative_to(root)): path for path in code if path.suffix in (".py", ".cpp", ".h")}
     files |= {path.name: path for path in ASSETS.glob("*.safetensors")}
     return json_hash({name: file_hash(path) for name, path in files.items()})
@@ -225,45 +240,51 @@ def _sources() -> str:
 
 
 def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
-    """Of features in the batches in which they were made,
-    so that rounding does not depend on who made them.
+    """Return the statistics of features [N, Q], added in the batches in which they were computed.
+
+    Sums of floats depend on their grouping: with the same batches, features from the disk give the same
+    bits as features that were just computed.
     """
-    found = FeatureStatistics(features.shape[1])
+    statistics = FeatureStatistics(features.shape[1])
     for start in range(0, len(features), batch):
-        found.update(features[start : start + batch])
-    return found
+        statistics.update(features[start : start + batch])
+    return statistics
 
 
 def blind_pairs(c: Comparison) -> dict:
-    """Share of held-out latents whose tuned shape the annotator prefers without noise; an exact tie counts
-    half.
+    """Compute the share of held-out latents whose tuned shape the noise-free simulated annotator prefers.
+
+    An exact tie counts one half.
     """
-    before, tuned = (seen(c, "heads", role)["utility"] for role in ROLES)
+    before, tuned = (seen(c, "heads", role)["utility"] for role in ROLES)  # [N] each
     wins = int((tuned > before).sum())
     ties = int((tuned == before).sum())
+    # Wilson's interval needs a whole number of successes, so an odd tie is dropped here
     low, high = wilson_interval(wins + ties // 2, len(before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(before),
+        "win_rate": (wins + 0.5 * ties) / len(before),  # share of latents
         "win_rate_ci95": [low, high],
         "win_rate_n": len(before),
         "win_rate_ties": ties,
-        "utility_before": float(before.mean()),
+        "utility_before": float(before.mean()),  # 1: the ground-truth head
         "utility_after": float(tuned.mean()),
     }
 
 
 def figures_of_heads(c: Comparison) -> dict:
-    """What tuning made of held-out scans, against the whole heads that their latents name."""
+    """Compute the figures of the tuned held-out shapes against the ground-truth heads of their latents."""
     return heads.figures(*(seen(c, "heads", role) for role in ROLES))
 
 
 def against_ground_truth(c: Comparison) -> dict:
-    """The same beside what the best filters make of the scans."""
+    """Compute the figures of tuning beside those of the best label-free post-processing methods."""
     before = seen(c, "heads")
     processed = seen(c, "post-processing")
+    # `processed` also holds the any_... arrays, which `heads.figures` does not read
     strongest = {
         key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
     }
+    # every column is measured against the same untuned shapes
     columns = {
         "before": heads.figures(before, before),
         "after": figures_of_heads(c),
@@ -275,14 +296,14 @@ def against_ground_truth(c: Comparison) -> dict:
     intact = columns["before"]["fscore_intact"]
     return {
         "heads_n": HEADS,
-        "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],
-        "heads_psi": 1.0,
+        "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
+        "heads_psi": 1.0,  # a truncated latent has no ground-truth head
         "defective_n": int(heads.defective(before).sum()),
         "error_reduction": tuned["error_reduction"],
         "error_reduction_ci95": tuned["error_reduction_ci95"],
         "error_reduction_by_post_processing": columns["post_processing"]["error_reduction"],
         "post_processing_methods": names,
-        "post_processing_chosen_on": CHOOSING,
+        "post_processing_chosen_on": CHOOSING,  # number of validation latents
         "intact_degraded": tuned["intact_degraded"],
         "identity_kept": tuned["identity_kept"],
         "face_moved_voxels": tuned["face_moved_voxels"],
@@ -297,50 +318,56 @@ def against_ground_truth(c: Comparison) -> dict:
     }
 
 
-def _method_name(found: Seen) -> str:
-    return list(FILTERS)[int(found["method"][0])]
+def _method_name(measurements: Seen) -> str:
+    return list(FILTERS)[int(measurements["method"][0])]
 
 
 def frechet(c: Comparison) -> dict:
+    """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
     network = load_features(c.inception, c.device)
     real = seen(c, "data")["features"]
     fakes = [seen(c, "images", role)["features"] for role in ROLES]
+    # each in the batches in which its features were computed, see `_statistics`
     of_data = _statistics(real, REALS_AT_ONCE)
     before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
     record = {
         "frechet_before": before,
         "frechet_after": tuned,
-        "frechet_ratio": tuned / before,
+        "frechet_ratio": tuned / before,  # below 1: closer to the data
         "frechet_features": network.name,
         "frechet_images": FAKES,
     }
-    if min(FAKES, len(real)) > network.dim:  # an Inception's 2048 features ask for more images
-        found = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
+    # fewer images than features make a singular covariance: Inception's 2048 features need more than FAKES
+    if min(FAKES, len(real)) > network.dim:
+        change = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
         record |= {
-            "frechet_change_ci95": [found.lo, found.hi],
-            "frechet_outcome": FRECHET.outcome(found.lo, found.hi),
+            "frechet_change_ci95": [change.lo, change.hi],
+            "frechet_outcome": FRECHET.outcome(change.lo, change.hi),
         }
     return record
 
 
 def geometry(c: Comparison) -> dict:
-    """Measures that the annotator never used; 'better' compares means, the verdict is that of the paired
-    interval beside it.
+    """Compute the geometry measures, none of which the simulated annotator uses.
+
+    `better` compares means; `outcome` follows from the paired interval.
     """
     rows = []
     for measure in VIEWS:
-        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)
+        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)  # [N] each
         rows.append(measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()))
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
 
 def shapes(c: Comparison) -> dict:
-    """The Fréchet distance of shapes to true heads, of features of normal maps; where it is not measured,
-    why.
+    """Compute the Fréchet distance between shapes and ground-truth heads, over features of normal maps.
+
+    Where it cannot be measured, `shapes_missing` holds the reason.
     """
     if why := unmapped(c):
         return {"shapes_missing": why, "geometry": []}
-    both = [seen(c, "normal maps", role)["features"] for role in ROLES]
+    both = [seen(c, "normal maps", role)["features"] for role in ROLES]  # [N, Q] each
+    # features of ground-truth heads that no latent of the evaluation names; they come with the asset
     true = ShapeFeatures.load().true.double().numpy()
     distances = [heads.shape_frechet(part, true) for part in both]
     change = frechet_change_interval(both[0], both[1], true, RESAMPLES)
@@ -360,8 +387,11 @@ def shapes(c: Comparison) -> dict:
 
 
 def unmapped(c: Comparison) -> str:
-    """Why there is no shape Fréchet distance for these networks; '' where there is one."""
+    """Return the reason why these networks have no shape Fréchet distance; '' where they have one."""
     bounds = c.before.generator.bounds
     if bounds != Bounds():
-        return f"its features know the unit cube alone, not {bounds}"
-    return "" if DEFAULT_ASSET.is_file() else f"no {DEFAULT_ASSET.name}; make it by python -m builders.shapes"
+        # the features were trained on normal maps of shapes in the default bounds
+        return f"its features cover only shapes in {Bounds()}, and these shapes lie in {bounds}"
+    if DEFAULT_ASSET.is_file():
+        return ""
+    return f"{DEFAULT_ASSET.name} does not exist. Make it with: python -m builders.shapes"

@@ -1,7 +1,7 @@
-"""The demo with several training seeds, one after another, and their summaries side by side: `make seeds`.
+"""Run the demo with several training seeds, one after another, and compare their summaries: `make seeds`.
 
-Each figure by seed, its mean, its spread, and its intervals: by seed over latents, as the run's own summary
-holds it; over seeds Student's t of the figures.
+The result holds each figure by seed, its mean and standard deviation over seeds, and two kinds of interval:
+each seed's interval over latents, from the summary of that run, and Student's t interval over seeds.
 """
 
 import json
@@ -17,7 +17,7 @@ from training import storage
 DEMO = ("--reward=sigma", "--lambda-r=10")
 SUMMARY = "summary.json"
 
-# of a run's summary, with its interval there where it has one, and the words and form of the table
+# key in a run's summary: (key of its interval there or None, words of the table, format)
 FIGURES = {
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"),
     "reward_delta_positive": (None, "positive reward deltas", ".0f"),
@@ -38,11 +38,14 @@ FIGURES = {
 
 
 def gather(records: Mapping[str, dict]) -> dict:
-    """What `make seeds` writes: every figure that all summaries hold, and a row of `geometry` for each
-    measure that all hold.
+    """Combine the summaries of the seeds.
+
+    The result holds the figures, and the measures of `geometry`, that no summary lacks.
+    Args: records: summary.json of each run, by seed.
     """
     figures: dict = {"seeds": [int(seed) for seed in records]}
     for name, (interval, _, _) in FIGURES.items():
+        # a figure that one run lacks (say, no defective heads) has no mean over all seeds
         if all(record.get(name) is not None for record in records.values()):
             figures[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
             if interval is not None:
@@ -52,10 +55,12 @@ def gather(records: Mapping[str, dict]) -> dict:
             seed: record["frechet_outcome"] for seed, record in records.items()
         }
     rows = {seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()}
+    # in the order of the first summary
     shared = [name for name in next(iter(rows.values())) if all(name in by_name for by_name in rows.values())]
     figures["geometry"] = [
         measure(name, {seed: by_name[name] for seed, by_name in rows.items()}) for name in shared
     ]
+    # number of alarms of the monitor
     figures["over_optimisation"] = {
         seed: len(record["over_optimisation"]) for seed, record in records.items()
     }
@@ -63,7 +68,8 @@ def gather(records: Mapping[str, dict]) -> dict:
 
 
 def measure(name: str, rows: Mapping[str, dict]) -> dict:
-    """One measure of geometry: before, after and paired change by seed, the verdict of each."""
+    """Combine a geometry measure over seeds: before, after, paired change, and the outcome of each seed."""
+    # the mean paired change of each seed is one observation of the interval over seeds
     change = over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
     change["ci95_by_seed"] = {
         seed: [row["paired"]["mean_lo"], row["paired"]["mean_hi"]] for seed, row in rows.items()
@@ -79,14 +85,15 @@ def measure(name: str, rows: Mapping[str, dict]) -> dict:
 
 
 def table(figures: dict) -> list[list[str]]:
-    """Rows of cells: a figure's words, its value by seed, mean ± standard deviation over seeds."""
+    """Format rows of cells: words of a figure, its value by seed, mean ± standard deviation over seeds."""
     names = [str(seed) for seed in figures["seeds"]]
     rows = [["what", *(f"seed {name}" for name in names), "mean ± sd"]]
     for name, (_, words, form) in FIGURES.items():
         if name in figures:
             figure = figures[name]
-            outcomes = figure.get("outcomes", {})
+            outcomes = figure.get("outcomes", {})  # only the Fréchet ratio has any
             cells = [f"{figure['by_seed'][seed]:{form}} {outcomes.get(seed, '')}".strip() for seed in names]
+            # a standard deviation is never negative, so it gets no sign
             rows.append([words, *cells, f"{figure['mean']:{form}} ± {figure['std']:{form.lstrip('+')}}"])
     for row in figures["geometry"]:
         change = row["change"]
@@ -98,7 +105,11 @@ def table(figures: dict) -> list[list[str]]:
 
 
 def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
-    """A run of the demo for each seed. Raises: ValueError where `more` sets what this command sets."""
+    """Make a part for each seed: the demo with that seed.
+
+    Args: out: parent of their folders; seeds: list of training seeds; more: further flags of train.py.
+    Raises: ValueError if `more` sets a flag that this command sets itself.
+    """
     taken = [
         flag
         for flag in more
@@ -106,9 +117,10 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
     ]
     if taken:
         raise ValueError(
-            f"seeds: expected flags that all seeds share, got {taken[0]}. Use --seeds and --outdir."
+            f"seeds: {taken[0]} cannot be passed on, since this command sets it for each seed. Use --seeds"
+            " and --outdir."
         )
-    numbers = dict.fromkeys(parse_seeds(seeds))
+    numbers = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
     return {
         str(seed): Part.keyed(f"seed{seed}", out, [*DEMO, *more, f"--seed={seed}"], SUMMARY)
         for seed in numbers
@@ -116,10 +128,11 @@ def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
 
 
 def work(out: Path, parts: Mapping[str, Part], flags: Sequence[str]) -> dict:
-    """Make the runs that are missing, and write <out>/summary.json; returns its figures."""
+    """Run the seeds that are not finished, and write <out>/summary.json; return its content."""
     for seed, part in parts.items():
         make_in_terminal(f"seed {seed}", part)
     runs = {seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None}
+    # runs that version 0.1 finished are not repeated; their summaries are translated
     records = {
         seed: version_0_1.summary(json.loads((out / run / SUMMARY).read_text())) for seed, run in runs.items()
     }

@@ -1,7 +1,7 @@
-"""Every reward on the bundled heads, side by side: how well it learnt the labels, and what tuning by it did
-to held-out latents.
+"""Compare all rewards on the bundled heads: accuracy on labels, and the effect of tuning on held-out latents.
 
-Train and tune -> compute -> rewards.json -> rewards.md, rewards.png: `make rewards`. Letters: N rewards.
+Train and tune -> compute -> rewards.json -> rewards.md, rewards.png: `make rewards`. Letters: H, B height and
+width of an image.
 """
 
 import os
@@ -17,7 +17,7 @@ from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.run_images import BEHIND, USUAL, PictureOptions, Side, chosen
+from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, chosen
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import version_0_1
@@ -34,22 +34,26 @@ from eg3d_rlhf.tuning.gan.settings import DEMO_KIMG
 from training.progress import tqdm
 from training.storage import write_atomic
 
-PICTURE = "rewards-latents.png"
-HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # of the figures of heads
-BY_SEED = (*HEADS, "frechet_ratio")
+IMAGE = "rewards-latents.png"  # the same latents under every tuned network
+HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # taken from `heads.figures`
+BY_SEED = (*HEADS, "frechet_ratio")  # figures that are kept for each training seed
 
 
 def length_of(full: bool) -> float:
-    """Thousands of images of tuning: the demo's, or half of it in the short table."""
+    """Return the length of tuning in thousands of images: the demo's, or half of it in the short table."""
     return DEMO_KIMG if full else DEMO_KIMG / 2
 
 
 def reward_of(out: Path, name: str) -> Path:
+    """Return the path of a reward: the bundled file, or the one that its part trains."""
     return bundled.REWARD if ENTRIES[name].train is None else out / name / "reward" / "reward.safetensors"
 
 
 def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float) -> dict[str, Part]:
-    """What makes a reward and tunes by it with each training seed, in order."""
+    """List the parts that train a reward and tune by it with each training seed, in the order of work.
+
+    Args: out: parent of all folders; full: full instead of short training; kimg: length of tuning.
+    """
     entry = ENTRIES[name]
     folder = out / name
     scripts: dict[str, tuple[str, list[str]]] = {}
@@ -59,21 +63,22 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
             ["label", "synthetic", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
         )
     if entry.train is not None:
-        taught = (
+        # the bundled pairs stay: they select the epoch and make the test set
+        label_flags = (
             [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"]
             if entry.label
             else []
         )
         scripts["reward"] = (
             TRAIN_REWARD,
-            [*entry.train, *taught, *(() if full else entry.short), f"--run-dir={folder / 'reward'}"],
+            [*entry.train, *label_flags, *(() if full else entry.short), f"--run-dir={folder / 'reward'}"],
         )
     flags = [
         *entry.tune,
         f"--reward-ckpt={reward_of(out, name)}",
         f"--heldout-reward={bundled.WATCH}",
         f"--kimg={kimg:g}",
-        "--no-summary",
+        "--no-summary",  # this report measures the networks itself
     ]
     scripts |= {f"seed{seed}": (TRAIN, [*flags, f"--seed={seed}"]) for seed in seeds}
     return {
@@ -83,9 +88,7 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
 
 
 def tuned(c: Comparison) -> dict:
-    """What tuning did, in brief: rewards of 100 latents, what became of heads, the annotator's view of it,
-    and pictures.
-    """
+    """Measure the effect of tuning: rewards, the annotator's preference, figures of heads, and images."""
     heads = figures_of_heads(c)
     return (
         reward_shift(c)
@@ -98,37 +101,41 @@ def tuned(c: Comparison) -> dict:
 def record(
     reward: Reward, tunings: Sequence[Mapping], seconds: Mapping[str, float], megabytes: float
 ) -> dict:
-    """One reward's line in rewards.json.
+    """Combine the measurements of a reward to its entry in rewards.json.
 
-    Args: tunings: what tuning did, for each training seed; seconds: of 'train' and 'tune'; megabytes: the
-        largest peak of its processes.
+    Args: tunings: result of `tuned` for each training seed; seconds: by part; megabytes: the largest peak
+        memory of its processes.
+    Raises: ValueError if the reward does not state its accuracy on held-out pairs.
     """
+    # simulated labels also record the noise-free order, which measures accuracy without the labels' noise
     clean, labels = (reward.provenance.get(name) for name in ("test_accuracy_clean", "test_accuracy"))
-    test = clean or labels
+    test = clean or labels  # with its interval and the number of pairs
     if test is None:
         raise ValueError(
-            "rewards: expected a reward that states its accuracy on held-out pairs, got none. Use"
+            "rewards: the reward does not state its accuracy on held-out pairs. Train it with"
             " tools/train_reward.py."
         )
     wins = sum(tuning["win_rate"] for tuning in tunings) / len(tunings)
     n = tunings[0]["win_rate_n"]
+    # one seed: the interval over latents; several: the range over seeds
     ends = (
         [tunings[0]["win_rate_ci95"][0], tunings[0]["win_rate_ci95"][1]]
         if len(tunings) == 1
         else [min(tuning["win_rate"] for tuning in tunings), max(tuning["win_rate"] for tuning in tunings)]
     )
+    # a figure is None where no held-out head is defective, or none is intact
     by_seed = {name: [tuning[name] for tuning in tunings if tuning[name] is not None] for name in BY_SEED}
     return {
         "accuracy": test["accuracy"],
         "ci95": test["interval_95"],
         "n": test["n"],
         "against": "noise-free order" if clean else "labels",
-        "accuracy_labels": labels and labels["accuracy"],
-        "oracle_win_rate": wins,
+        "accuracy_labels": labels and labels["accuracy"],  # against noisy labels
+        "oracle_win_rate": wins,  # mean over training seeds
         "oracle_win_rate_range": ends,
-        "oracle_n": n,
-        **{name: float(np.mean(found)) if found else None for name, found in by_seed.items()},
-        **{f"{name}_by_seed": found for name, found in by_seed.items()},
+        "oracle_n": n,  # latents
+        **{name: float(np.mean(values)) if values else None for name, values in by_seed.items()},
+        **{f"{name}_by_seed": values for name, values in by_seed.items()},
         "rewards_up": [tuning["reward_delta_positive"] for tuning in tunings],
         "rewards_n": tunings[0]["reward_delta_n"],
         "seconds": sum(seconds.values()),
@@ -139,7 +146,7 @@ def record(
 
 
 def plot(data: Mapping):
-    """Accuracy on held-out pairs with its interval, and the oracle's win rate, for each reward."""
+    """Plot each reward's accuracy on held-out pairs, and how often the oracle prefers the tuned shape."""
     accuracy = {
         name: {"win_rate": row["accuracy"], "ci95": row["ci95"]} for name, row in data["rewards"].items()
     }
@@ -148,10 +155,10 @@ def plot(data: Mapping):
         for name, row in data["rewards"].items()
     }
     panels = [("accuracy on held-out pairs", accuracy), ("oracle prefers the tuned shape", oracle)]
-    return plot_rates(panels, "95 %, Wilson; of several training seeds the oracle's least and greatest rate")
+    return plot_rates(panels, "95 %, Wilson; with several training seeds the range of the oracle's rates")
 
 
-COLUMNS = {  # of the table: words and form
+COLUMNS = {  # of the table: (words, format)
     "accuracy": ("accuracy", ".3f"),
     "rewards_up": ("rewards up", ".0f"),
     "oracle_win_rate": ("oracle prefers tuned", ".1%"),
@@ -165,7 +172,7 @@ COLUMNS = {  # of the table: words and form
 
 
 def markdown(data: Mapping) -> str:
-    """The table, and how it was made."""
+    """Format the table, and the text that describes how it was made."""
     arms = {
         f"{name} ({ENTRIES[name].words})": {
             **row,
@@ -175,13 +182,14 @@ def markdown(data: Mapping) -> str:
         for name, row in data["rewards"].items()
     }
     table = figure_table("reward", arms, COLUMNS, intervals=("accuracy", "oracle_win_rate"))
+    # all rewards share seeds, latents and held-out pairs, so the first one describes them
     first = next(iter(data["rewards"].values()))
     text = (
         f"{'Full' if data['full'] else 'Short'} table: {round(1000 * data['kimg'])} images of tuning,"
-        f" {first['seeds']} training seed(s). Accuracy on {first['n']} held-out pairs; rewards up of"
-        f" {first['rewards_n']} latents; the oracle's of {first['oracle_n']}, {seed_range(EVALUATION.all)},"
-        " ψ 1."
-        " Brackets: Wilson 95 %; of several training seeds the oracle's least and greatest rate. The oracle"
+        f' {first["seeds"]} training seed(s). Accuracy is measured on {first["n"]} held-out pairs. "Rewards'
+        f' up" counts the latents, of {first["rewards_n"]}, whose reward rose. The oracle compares the shapes'
+        f" of {first['oracle_n']} latents, {seed_range(EVALUATION.all)}, at ψ 1."
+        " Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The oracle"
         " is the simulated annotator without its noise: it applies the rule by which the labels of every"
         " reward here were made."
     )
@@ -189,17 +197,19 @@ def markdown(data: Mapping) -> str:
 
 
 def strip(
-    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: PictureOptions = USUAL
+    networks: Mapping[str, LoadedGenerator], seeds: Sequence[int], psi: float, o: ImageOptions = USUAL
 ) -> np.ndarray:
-    """The same latents from the back under every network, a row each; uint8 [H, B, 3]."""
+    """Render the same latents from the back under every network, one row for each; uint8 [H, B, 3]."""
     lines = []
     for name, loaded in networks.items():
-        label = camera(loaded.generator, *BEHIND)
+        label = camera(loaded.generator, *BACK_VIEW)
+        # [N, L, W] -> N of [1, L, W]: a field holds one shape here
         sides = [
             Side.of(loaded.generator, ws, o.resolution)
             for ws in ws_of_seeds(loaded.generator, seeds, truncation_psi=psi).split(1)
         ]
         with torch.no_grad():
+            # rendered at SUPERSAMPLE times the cell's size and reduced, against aliasing
             cells = [
                 to_uint8(shrink(paint(look(side.surface, label, o.cell * SUPERSAMPLE))).cpu())
                 for side in sides
@@ -211,20 +221,24 @@ def strip(
 def measured(
     out: Path, plans: Mapping[str, Mapping[str, Part]], jobs: int
 ) -> tuple[dict[str, dict], dict[str, LoadedGenerator], list[int]]:
-    """Return the lines of rewards.json, and the networks and latents of the image: the network before tuning,
-    and the one that each reward tuned with its first seed.
+    """Measure all tuned networks.
 
-    These are chosen by what the first reward says of them before tuning.
+    Returns: the entries of rewards.json; the networks of the image, which are the one before tuning and the
+    one that each reward tuned with its first seed; the latents of the image, which the first reward's scores
+    before tuning select.
     """
     store = Store(out / "seen", renew=True)
     pairs: dict[str, Comparison] = {}
 
     def line(name: str) -> dict:
+        """Measure the networks that a reward tuned."""
         figures = []
         for part in plans[name].values():
+            # trainings of rewards and labellings have no network to measure
             if part.script == TRAIN and (run := part.run) is not None:
                 c = load_comparison(Sources(run=run, after=run))
-                pairs.setdefault(name, c)
+                pairs.setdefault(name, c)  # the first training seed is shown in the image
+                # the names of version 0.1 stay in the hash, so that its measurements are found
                 inputs = {
                     "before": c.before.hash,
                     "after": c.after.hash,
@@ -232,12 +246,12 @@ def measured(
                 }
                 made = store.make("tuned", inputs, partial(_tuned, c))
                 figures.append(version_0_1.figures_of_tuning(made.record))
-        costs = {key: found.record for key, part in plans[name].items() if (found := part.found())}
+        costs = {key: done.record for key, part in plans[name].items() if (done := part.artefact())}
         seconds = {key: cost["seconds"] for key, cost in costs.items()}
         reward = load_reward(reward_of(out, name), "cpu")
         return record(reward, figures, seconds, max(cost["megabytes"] for cost in costs.values()))
 
-    with tqdm(total=len(plans), desc="what tuning did", unit="reward") as bar:
+    with tqdm(total=len(plans), desc="effect of tuning", unit="reward") as bar:
         lines = run_tasks(
             {name: [] for name in plans},
             lambda: line,
@@ -245,7 +259,7 @@ def measured(
             jobs,
             out / "logs",
             lambda *_: bar.update() and None,
-            stop=lambda: None,  # the threads share what is loaded
+            stop=lambda: None,  # given: the tasks run in threads, which share the loaded networks
         )
     first = pairs[next(iter(plans))]
     networks = {"before": first.before, **{name: pairs[name].after for name in plans}}
@@ -262,13 +276,18 @@ def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) 
 
 
 def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs: int) -> list[Path]:
-    """Make what is missing, and write rewards.json, rewards.md, rewards.png and rewards-latents.png."""
+    """Make what is missing; write rewards.json, rewards.md, rewards.png and rewards-latents.png.
+
+    Returns the paths of these files.
+    """
     plans = plans_of(out, names, seeds, full)
+    # the cores are divided among the processes that run at the same time
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    # the longest chain starts first, so that no core waits for it at the end
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
     chains = [list(plans[name].values()) for name in longest_first]
     make_shown(chains, jobs, threads, "rewards trained and tuned")
     lines, networks, shown = measured(out, plans, jobs)
-    write_atomic(out / PICTURE, png(strip(networks, shown, 1.0)))
+    write_atomic(out / IMAGE, png(strip(networks, shown, 1.0)))
     data = {"rewards": lines, "full": full, "kimg": length_of(full)}
-    return [*write(data, out, "rewards", markdown, plot), out / PICTURE]
+    return [*write(data, out, "rewards", markdown, plot), out / IMAGE]

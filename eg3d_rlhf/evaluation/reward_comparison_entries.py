@@ -1,6 +1,6 @@
-"""The rewards that are compared: what each reads, and the flags that train it and tune by it.
+"""Define the rewards of the comparison: their observations, and the flags that train them and tune by them.
 
-Imports no torch.
+Imports no torch, so that --help is fast.
 """
 
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One of the rewards."""
+    """A reward of the comparison."""
 
-    words: str  # what it reads, and what taught it
-    train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: bundled
+    words: str  # its observation and its training data, for the table
+    train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: the bundled reward is used
     tune: tuple[str, ...]  # flags of train.py
-    minutes: float  # about, of the short table on one core: the longest is begun first
+    minutes: float  # rough duration in the short table on one core; the longest starts first
     # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
     label: tuple[str, ...] = ()
-    short: tuple[str, ...] = ()  # more flags of its training in the short table
+    short: tuple[str, ...] = ()  # further flags of its training in the short table
 
 
-# the pairs choose the epoch and make the test, no more; the divergence as published, beside the error in
-# units of the score
+# pairs have no weight in the loss; they only select the epoch and make the test set. The loss is the
+# divergence as published, beside a regression error in units of the score
 UNPAIRED = (
     "--set=pairs=0",
     "--set=scalar=0",
@@ -55,7 +55,7 @@ ENTRIES = {
         short=("--epochs=12",),
     ),
     "thumbs": Entry(
-        words="density slab, taught by thumbs up or down alone",
+        words="density slab, trained on thumbs up or down alone",
         minutes=5,
         label=("--kind=thumbs", "--pairs=1000", "--block=2"),
         train=UNPAIRED,

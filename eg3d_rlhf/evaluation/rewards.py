@@ -1,11 +1,13 @@
-"""Rewards of the same latents: before and after, over truncation, over snapshots beside the control, and
-against what they stand for.
+"""Analyse rewards of the same latents: before and after tuning, over truncation, and over snapshots.
 
-Two intervals of a trajectory's slope stand side by side, since they answer different questions. The *spread*
-is the range in which the middle 95 % of the latents' own least-squares slopes lie: it contains zero unless
-nearly all latents move the same way. The interval of the *mean* slope is a bootstrap over latents: with many
-latents it finds a drift that is far too small to see on any one of them, and it says nothing of other
-training runs, whose number here is one each.
+The last part tests for over-optimisation: it compares the tuned reward with a held-out reward and, for
+synthetic data, with the oracle.
+
+Two intervals of a trajectory's slope are reported, since they answer different questions. The *spread* is the
+range of the middle 95 % of the single latents' least-squares slopes. It contains zero unless nearly all
+latents move in the same direction. The interval of the *mean* slope is a bootstrap over latents. With many
+latents it detects a drift that is too small to see on a single one. Neither interval covers the variation
+between training runs, since there is one run of each kind.
 Letters: N latents, T snapshots or networks in order of training.
 """
 
@@ -35,16 +37,14 @@ from eg3d_rlhf.generators import KEPT, LoadedGenerator
 from eg3d_rlhf.tuning.gan.heldout_metrics import ORACLE_RESOLUTION, utilities
 from eg3d_rlhf.tuning.gan.phase import density_l1
 
-PSIS = (0.25, 0.5, 0.7, 1.0)
+PSIS = (0.25, 0.5, 0.7, 1.0)  # truncations over which the mean reward is plotted
 ROLES = ("before", "after", "reward")
-RANK_PSIS = (0.7, 0.25)
-FEWEST = 3  # networks, the one before tuning among them, under a slope
+RANK_PSIS = (0.7, 0.25)  # truncations between which ranks are compared
+FEWEST = 3  # least number of networks for a slope, with the one before tuning
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Reward shift, reward over psi, rank consistency,
-    and trajectories where the run kept enough snapshots.
-    """
+    """List the jobs of this part: reward shift, reward over psi, rank consistency, and trajectories."""
     shifts = {"histograms": plot_histograms, "deltas": plot_deltas, "final-against-initial": plot_lines}
     return [
         c.job("reward-shift", "Reward of the same latents before and after", shift, shifts, n=c.n),
@@ -63,7 +63,7 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def trajectories_job(c: Comparison) -> Job:
-    """The trajectories, or a part that says which snapshots are missing."""
+    """Return the job of the trajectories, or a part that explains which snapshots are missing."""
     kept = {role: c.snapshots(role) for role in ("after", "control")}
     key = "trajectories"
     title = "Reward of fixed latents over training"
@@ -75,6 +75,7 @@ def trajectories_job(c: Comparison) -> Job:
             f"A trajectory needs {FEWEST - 1} snapshots of the tuned run; {len(kept['after'])} found{where}."
             " Train with --snap=1, which keeps a snapshot per tick, and name the run with --run.",
         )
+    # hashes of the snapshots are inputs: a run that has new ones is measured again
     files = {
         role: {f"{kimg:g}": file_hash(path) for kimg, path in snapshots} for role, snapshots in kept.items()
     }
@@ -83,8 +84,9 @@ def trajectories_job(c: Comparison) -> Job:
 
 
 def shift(c: Comparison, _folder: Path) -> Finding:
-    """Paired deltas with their mean and share positive; line of final against initial reward."""
+    """Compute paired changes of the reward, and the line fitted to final against initial reward."""
     seeds = c.seeds()
+    # float64, so that the statistics add no rounding of their own
     scores = {role: c.scores(generator, seeds).double().numpy() for role, generator in c.generators().items()}
     paired = paired_of(scores)
     lines = {role: statistics.fit_line(scores["before"], scores[role])._asdict() for role in paired}
@@ -105,6 +107,7 @@ def shift(c: Comparison, _folder: Path) -> Finding:
 
 
 def _shift_says(paired: dict, lines: dict) -> list[str]:
+    """Describe the change of the reward in sentences."""
     p = paired["after"]
     line = lines["after"]
     delta = span(p["mean"], p["mean_lo"], p["mean_hi"])
@@ -114,21 +117,22 @@ def _shift_says(paired: dict, lines: dict) -> list[str]:
             f"(share {span(p['positive_rate'], p['positive_lo'], p['positive_hi'], '.3f')})."
         ),
         (
-            "This is the reward that the run optimised: its rise says that tuning did what it was asked, not"
+            "The run optimised this reward. Its rise shows that the optimisation worked; it does not show"
             " that the shapes are better."
         ),
     ]
+    # slope 1: the order is kept and all shift alike; 0: the initial reward predicts nothing
     if line["lo"] > 0:
         kept = (
             "latents keep part of their initial order"
             if line["hi"] < 1
-            else "a latent's initial reward carries over"
+            else "the differences between latents are kept"
         )
     else:
         kept = (
             "no dependence of the final on the initial reward is shown"
             if line["hi"] > 0
-            else "the initial order is turned round"
+            else "the initial order is reversed"
         )
     says.append(
         f"Final against initial reward has slope {span(line['slope'], line['lo'], line['hi'])}: {kept}."
@@ -136,13 +140,14 @@ def _shift_says(paired: dict, lines: dict) -> list[str]:
     if "control" not in paired:
         return [*says, NO_CONTROL]
     q = paired["control"]
+    # the guard is for a run whose mean change is exactly zero
     share = abs(q["mean"]) / max(abs(p["mean"]), 1e-12)
     moved = (
         "no shift is shown"
         if contains_zero(q["mean_lo"], q["mean_hi"])
-        else "a small shift that training alone makes in this run"
+        else "a small shift, which training without the reward causes in this run"
     )
-    alone = "training alone moves this reward much, and the shift is not the reward phase alone"
+    alone = "training without the reward also moves it much, so the shift is not due to the reward alone"
     return [
         *says,
         (
@@ -153,6 +158,7 @@ def _shift_says(paired: dict, lines: dict) -> list[str]:
 
 
 def over_psi(c: Comparison, _folder: Path) -> Finding:
+    """Compute the mean reward at each truncation, before and after tuning."""
     seeds = c.seeds()
     rows = []
     for role in ("before", "after"):
@@ -169,7 +175,8 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
     says = [
         (
             f"Highest mean reward: before at ψ = {best['before']['psi']:g} ({best['before']['mean']:.2f}),"
-            f" after at ψ = {best['after']['psi']:g} ({best['after']['mean']:.2f}), of the truncations tried."
+            f" after at ψ = {best['after']['psi']:g} ({best['after']['mean']:.2f}). Only the listed"
+            " truncations were tried."
         ),
         (
             "Truncation pulls shapes towards the mean shape, so a reward that rises as ψ falls prefers"
@@ -182,10 +189,10 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
 
 
 def ranks(c: Comparison, _folder: Path) -> Finding:
-    """Spearman's rho of the rewards at two truncations of the same latents."""
+    """Compute Spearman's rho between the rewards of the same latents at two truncations."""
     seeds = c.seeds()
-    rho = {}
-    scores = {}
+    rho = {}  # by role
+    scores = {}  # by role: rewards at the two truncations
     for role in ("before", "after"):
         high_scores, low_scores = (
             c.scores(c.generators()[role], seeds, psi).double().numpy() for psi in RANK_PSIS
@@ -198,8 +205,8 @@ def ranks(c: Comparison, _folder: Path) -> Finding:
     says = [
         f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {before}, after {after}.",
         (
-            "Both share the latent, so agreement is expected; what is missing to 1 is order that truncation"
-            " changes."
+            "Both rewards belong to the same latent, so agreement is expected. A rho below 1 means that"
+            " truncation changes the order."
         ),
     ]
     data = {"scores": scores, "rho": rho, "psis": RANK_PSIS}
@@ -209,10 +216,11 @@ def ranks(c: Comparison, _folder: Path) -> Finding:
 
 
 def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
-    """Slopes per kimg of values [N, T]: their mean with bootstrap interval,
-    and the range of the middle 95 %.
+    """Fit a slope per kimg to each row of values [N, T], and summarise the slopes.
+
+    Returns: the slopes; their mean with its bootstrap interval; the range of the middle 95 %.
     """
-    slopes = statistics.slopes(times, values)
+    slopes = statistics.slopes(times, values)  # [N]
     mean, lo, hi = bootstrap_mean_interval(slopes)
     low, high = np.quantile(slopes, [0.025, 0.975])
     return {
@@ -226,15 +234,17 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
 
 
 def trajectories(c: Comparison, _folder: Path) -> Finding:
+    """Score the same latents under every snapshot of the tuned run and of the control."""
     roles: dict[str, dict] = {}
     seeds = c.seeds()
     rows = []
     start = c.scores(c.before, seeds).double().numpy()
     for role in ("after", "control"):
         kept = [(kimg, path) for kimg, path in c.snapshots(role) if kimg > 0]
+        # a control without snapshots is left out
         if len(kept) + 1 < FEWEST:
             continue
-        times = np.array([0.0, *(kimg for kimg, _ in kept)])
+        times = np.array([0.0, *(kimg for kimg, _ in kept)])  # [T]; both runs start from the same network
         # [N, T]
         values = np.stack(
             [start, *(c.scores(c.load(path), seeds).double().numpy() for _, path in kept)], axis=1
@@ -253,40 +263,44 @@ def trajectories(c: Comparison, _folder: Path) -> Finding:
 
 
 def _trajectory_says(roles: dict) -> list[str]:
+    """Describe the slopes in sentences."""
     says = []
     for role, r in roles.items():
         name = "tuned run" if role == "after" else role
-        verdict = "contains" if contains_zero(r["spread_lo"], r["spread_hi"]) else "does not contain"
+        contains = "contains" if contains_zero(r["spread_lo"], r["spread_hi"]) else "does not contain"
         says.append(
             f"Slope of the {name}, reward per kimg: the middle 95 % of latents lie in [{r['spread_lo']:+.2f},"
-            f" {r['spread_hi']:+.2f}], which {verdict} zero; mean"
+            f" {r['spread_hi']:+.2f}], which {contains} zero; mean"
             f" {span(r['mean'], r['mean_lo'], r['mean_hi'], '+.2f')}."
         )
     if "control" not in roles:
         return [*says, NO_CONTROL + " It needs snapshots, too: --snap=1."]
     tuned = roles["after"]
     control = roles["control"]
+    # decided by the interval of the mean, which detects smaller drifts than the spread does
     if contains_zero(control["mean_lo"], control["mean_hi"]):
-        return [*says, "No drift of the control is shown, neither for single latents nor on average."]
+        return [*says, "The mean slope of the control does not differ from zero: no drift is shown."]
     return [
         *says,
         (
             "On average the control does drift: its mean slope differs from zero, at"
-            f" {abs(control['mean'] / tuned['mean']):.1%} of the tuned run's. Going on with GAN training"
-            " moves more latents one way than the other, and a mean over many latents resolves that. One run"
-            " cannot show whether other training seeds drift the same way."
+            f" {abs(control['mean'] / tuned['mean']):.1%} of the tuned run's. Further GAN training moves more"
+            " latents in one direction than in the other, and a mean over many latents resolves that. One run"
+            " cannot show if other training seeds drift in the same direction."
         ),
     ]
 
 
 @style.plot(xlabel="reward", ylabel="latents", title="Reward of held-out latents")
 def plot_histograms(axes, data: dict):
+    """Plot histograms of the reward before, after, and of the control."""
+    # the same bins for all roles
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v) for v in data["scores"].values()]), bins=30)
     for role, values in data["scores"].items():
         axes.hist(
             values,
             bins=edges,
-            histtype="step" if role == "control" else "stepfilled",
+            histtype="step" if role == "control" else "stepfilled",  # an outline, so that it hides nothing
             alpha=1 if role == "control" else 0.6,
             color=style.colour(role),
             label=role,
@@ -298,7 +312,7 @@ def plot_histograms(axes, data: dict):
     xlabel="latents, in order of the change", ylabel="change of the reward", title="Change per latent"
 )
 def plot_deltas(axes, data: dict):
-    """Every latent's change, in order."""
+    """Plot the change of every latent, in ascending order."""
     before = np.asarray(data["scores"]["before"])
     for role, p in data["paired"].items():
         delta = np.sort(np.asarray(data["scores"][role]) - before)
@@ -315,6 +329,7 @@ def plot_deltas(axes, data: dict):
 
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, data: dict):
+    """Plot final against initial reward, with the fitted line of each role."""
     before = np.asarray(data["scores"]["before"])
     ends = np.array([before.min(), before.max()])
     for role, line in data["lines"].items():
@@ -325,21 +340,25 @@ def plot_lines(axes, data: dict):
             color=style.colour(role),
             label=f"{role}: slope {line['slope']:.2f} [{line['lo']:.2f}, {line['hi']:.2f}]",
         )
+    # points on the diagonal have not changed
     axes.plot(ends, ends, "--", color=style.colour("noise"), linewidth=1, label="no change")
 
 
 @style.plot(xlabel="truncation ψ", ylabel="mean reward", title="Reward over truncation")
 def plot_psi(axes, data: dict):
+    """Plot the mean reward with its interval over truncation."""
+    # dict.fromkeys removes repeated roles and keeps their order
     for role in dict.fromkeys(row["role"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["role"] == role]
         style.band(axes, [row["psi"] for row in rows], rows, style.colour(role), role, markersize=3)
 
 
 def plot_ranks(data: dict):
+    """Plot the ranks of latents at one truncation against those at the other."""
     drawn, axes = style.figure(columns=2)
     high, low = data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
-        x, y = (rankdata(values) for values in data["scores"][role])
+        x, y = (rankdata(values) for values in data["scores"][role])  # ties share their mean rank
         rho = data["rho"][role]
         axis.plot(x, y, ".", markersize=4, color=style.colour(role))
         axis.set(
@@ -351,7 +370,7 @@ def plot_ranks(data: dict):
 
 
 def plot_trajectories(data: dict):
-    """Every latent's reward over training, the mean on top."""
+    """Plot the reward of every latent over training, with the mean on top."""
     drawn, axes = style.figure(columns=len(data["roles"]))
     for axis, (role, r) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
         axis.plot(r["kimg"], np.asarray(r["values"]).T, color=style.colour(role), alpha=0.15, linewidth=0.6)
@@ -368,6 +387,7 @@ def plot_trajectories(data: dict):
             xlabel="training, thousand images", ylabel="reward", title=f"{role}, {len(r['values'])} latents"
         )
         axis.legend()
+    # the same limits in all panels, so that control and tuned run can be compared
     every = np.concatenate([np.ravel(r["values"]) for r in data["roles"].values()])
     for axis in np.atleast_1d(axes):
         axis.set_ylim(every.min() - 0.5, every.max() + 0.5)
@@ -375,10 +395,11 @@ def plot_trajectories(data: dict):
 
 
 def plot_slopes(data: dict):
-    """Distribution of latents' slopes per run, with both intervals."""
+    """Plot the distribution of the latents' slopes for each run, with both intervals."""
     drawn, axes = style.figure(columns=len(data["roles"]))
     for axis, (role, r) in zip(np.atleast_1d(axes), data["roles"].items(), strict=True):
         axis.hist(r["slopes"], bins=25, color=style.colour(role), alpha=0.6)
+        # the wide band is the spread of latents, the narrow one the interval of the mean
         axis.axvspan(
             r["spread_lo"],
             r["spread_hi"],
@@ -395,33 +416,34 @@ def plot_slopes(data: dict):
     return drawn
 
 
-# Over-optimisation: does what the reward stands for rise with it? The tuned reward, a second one, and for
-# synthetic data the oracle (the rule of the simulated annotator), over the distance from the generator
-# before tuning. T networks in
-# order of training, the first the one before.
+# Over-optimisation: the tuned reward is a proxy, which may rise while the quality that it represents falls.
+# The curves show the tuned reward, a held-out reward, and for synthetic data the oracle (the rule of the
+# simulated annotator), over the distance from the generator before tuning. T networks in order of training;
+# the first is the one before tuning.
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
 CURVE_ROLES = ("before", "after", "reward", "held-out")
-PROXY = "tuned reward"
-SECOND = "held-out reward"
-ORACLE = "oracle"
+PROXY = "tuned reward"  # the one that the run optimised
+SECOND = "held-out reward"  # trained on other labels; only where one is given
+ORACLE = "oracle"  # utility of the simulated annotator without noise
 NO_SECOND = (
-    "No second reward: name one with --heldout-reward, trained on other labels with another seed"
-    " (tools/train_reward.py)."
+    "No held-out reward was given. Train one on other labels with another seed (tools/train_reward.py), and"
+    " name it with --heldout-reward."
 )
 NO_SNAPSHOTS = (
-    "Only before and after are shown: the run kept no snapshot between them, so a peak inside the run would"
-    " be missed. Train with --snap=1."
+    "Only the networks before and after are shown, since the run kept no snapshot between them. A peak within"
+    " the run would be missed. Train with --snap=1."
 )
 
 
 def curve_jobs(c: Comparison) -> list[Job]:
-    """One job; with fewer snapshots or evaluators it shows what there is."""
+    """Return the single job of this part; it uses the snapshots and evaluators that are available."""
+    # hashes of the snapshots are inputs: a run that has new ones is measured again
     files = {f"{kimg:g}": file_hash(path) for kimg, path in c.snapshots("after")}
     return [
         c.job(
             "over-optimisation",
-            "Over-optimisation: tuned reward against what it stands for",
+            "Over-optimisation: tuned reward against held-out reward and oracle",
             overoptimisation,
             {"curves": plot_curves},
             CURVE_ROLES,
@@ -433,17 +455,18 @@ def curve_jobs(c: Comparison) -> list[Job]:
 
 
 def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | None:
-    """Index of the network from which on the proxy rises while the other measure falls, or None.
+    """Return the index of the network after which the proxy rises while the other measure falls, or None.
 
-    It is the peak p of the other's mean for which a later network exists whose paired differences to p
-    exclude zero: upwards for the proxy, downwards for the other (bootstrap intervals over latents, 95 %
-    together over all T (T - 1) / 2 pairs that could be the peak and a later network, since the peak of mere
-    noise is always followed by a fall).
+    It is the peak p of the other measure's mean, if a later network exists whose paired differences to p
+    exclude zero: upwards for the proxy, and downwards for the other. The intervals are bootstraps over
+    latents. Together they have 95 % confidence over all T (T - 1) / 2 pairs of a peak and a later network,
+    since even pure noise falls after its peak.
 
     Args: proxy, other [N, T] of the same latents and networks.
     """
     peak = int(other.mean(axis=0).argmax())
     networks = other.shape[1]
+    # Bonferroni correction over the pairs; one network has no pair
     confidence = 1 - 0.05 / max(1, networks * (networks - 1) / 2)
     for later in range(peak + 1, networks):
         rise = bootstrap_mean_interval(proxy[:, later] - proxy[:, peak], confidence, seed=seed)
@@ -455,63 +478,70 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
 
 @torch.no_grad()
 def densities(c: Comparison, generator: LoadedGenerator, seeds: range) -> torch.Tensor:
-    """Raw density [N, D, H, W] over the whole cube on the CPU, on the grid of the method's anchor."""
+    """Return raw densities [N, D, H, W] over the whole cube, on the CPU.
+
+    The grid is that of the density-consistency term, so that the distances are comparable with its values.
+    """
     spec = SlabSpec.of(generator.generator.bounds, ORACLE_RESOLUTION)
     return torch.cat([field.density_grid(spec).cpu() for field in c.fields(generator, seeds)])
 
 
 def overoptimisation(c: Comparison, _folder: Path) -> Finding:
-    """Changes of every measure in units of its standard deviation before, over distance,
-    with the point of divergence.
+    """Compute the curve of every measure over distance, and its point of divergence.
+
+    A curve is the change of the mean, in standard deviations of the measure before tuning.
     """
     seeds = c.seeds()
     kept = [(kimg, path) for kimg, path in c.snapshots("after") if kimg > 0]
-    # by an early stop: one of the run's own
+    # the network of an early stop lies within the run: it is sorted in among the snapshots, not at the end
     chosen = c.after.nets.cur_nimg / 1000 if c.after.path.name == KEPT else None
     if chosen is not None and chosen not in dict(kept):
         kept = sorted([*kept, (chosen, c.after.path)])
+    # the last snapshot is often the final network; then it must not be shown twice
     last = c.load(kept[-1][1]).hash if kept else None
     end: list[tuple[None, LoadedGenerator]] = (
         [] if last == c.after.hash or chosen is not None else [(None, c.after)]
     )
     # (kimg, network)
     networks: list[tuple[float | None, LoadedGenerator | Path]] = [(0.0, c.before), *kept, *end]
-    known = {PROXY: True, SECOND: c.held_out is not None, ORACLE: c.synthetic}
-    values = {name: list[np.ndarray]() for name, here in known.items() if here}
-    start = None
+    available = {PROXY: True, SECOND: c.held_out is not None, ORACLE: c.synthetic}
+    values = {name: list[np.ndarray]() for name, here in available.items() if here}
+    start = None  # densities before tuning
     distances = []
     for _, source in networks:
+        # a snapshot is in memory only while it is measured
         generator = c.load(source) if isinstance(source, Path) else source
         sigma = densities(c, generator, seeds)
         start = sigma if start is None else start
-        distances.append(density_l1(sigma, start).double().numpy())
-        for name, found in values.items():
-            found.append(
+        distances.append(density_l1(sigma, start).double().numpy())  # [N]
+        for name, scores in values.items():
+            scores.append(
                 utilities(generator.generator, seeds)
                 if name == ORACLE
                 else c.scores(generator, seeds, held_out=name == SECOND).double().numpy()
             )
-    columns = {name: np.stack(found, axis=1) for name, found in values.items()}  # [N, T]
+    columns = {name: np.stack(scores, axis=1) for name, scores in values.items()}  # [N, T]
     curves = {}
     rows = []
     for name, column in columns.items():
-        deviation = float(column[:, 0].std(ddof=1)) or 1.0
-        steps = means_of_columns((column - column[:, :1]) / deviation)
+        std_before = float(column[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
+        steps = means_of_columns((column - column[:, :1]) / std_before)
+        # index into the networks; the proxy cannot diverge from itself
         at = None if name == PROXY else divergence(columns[PROXY], column)
-        curves[name] = {"steps": steps, "standard_deviation": deviation, "divergence": at}
+        curves[name] = {"steps": steps, "standard_deviation": std_before, "divergence": at}
         rows += [
             {
                 "measure": name,
                 "kimg": kimg,
-                "distance": float(distances[t].mean()),
-                "raw_mean": float(column[:, t].mean()),
+                "distance": float(distances[t].mean()),  # raw density
+                "raw_mean": float(column[:, t].mean()),  # in the measure's own unit
                 **steps[t],
             }
             for t, (kimg, _) in enumerate(networks)
         ]
     data = {
         "distance": [float(d.mean()) for d in distances],
-        "kimg": [kimg for kimg, _ in networks],
+        "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
         "curves": curves,
     }
     says = [*_says(c, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
@@ -519,30 +549,35 @@ def overoptimisation(c: Comparison, _folder: Path) -> Finding:
 
 
 def independence(c: Comparison) -> str:
-    """What the descriptions of both rewards say of their independence."""
+    """Describe how independent the held-out reward is of the tuned one, by the provenance of both."""
     if c.held_out is None:
         return NO_SECOND
     first = c.reward.provenance
     second = c.held_out.provenance
     text = "The held-out reward took no part in tuning this generator's weights"
+    # a user may name the tuned reward by mistake, which would look like perfect agreement
     if settings_of(c.run).get("hashes", {}).get("reward") == c.held_out_hash:
         return (
-            "The run names the held-out reward as the one that it optimised: it is not held out. Name another"
+            "The run optimised the reward that was given as held out, so it is not held out. Name another one"
             " with --heldout-reward."
         )
     if not (c.reward.labels and c.held_out.labels):
-        return f"{text}; whether its labels are others than the tuned reward's is not recorded."
+        # the list of labels is an optional part of a reward's provenance
+        return f"{text}. It is not recorded if its labels differ from those of the tuned reward."
     seeds = "another seed" if first.get("seed") != second.get("seed") else "the same seed"
+    # one common label is enough, since both rewards then share its error
     if c.reward.labels & c.held_out.labels:
         return (
-            f"{text}, but it learnt from the same labels with {seeds}: it shares their faults, and a rise of"
-            " both is weaker evidence than one of a reward with labels of its own. Train one on other labels"
-            " and name it with --heldout-reward."
+            f"{text}, but it was trained on the same labels with {seeds}. It shares the errors of these"
+            " labels, so a rise of both rewards is weaker evidence. Train a reward on other labels, and name"
+            " it with --heldout-reward."
         )
-    return f"{text}; it learnt from other labels with {seeds}."
+    return f"{text}. It was trained on other labels with {seeds}."
 
 
 def _says(c: Comparison, data: dict) -> list[str]:
+    """Describe the curves in sentences."""
+    # the last network of the curve against the one before tuning
     ends = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
     says = [
         f"The {name} changes by {span(e['mean'], e['lo'], e['hi'], '+.2f')} of its standard deviations"
@@ -552,8 +587,7 @@ def _says(c: Comparison, data: dict) -> list[str]:
     for name, curve in data["curves"].items():
         if name != PROXY and curve["divergence"] is None:
             says.append(
-                f"No divergence: the {name} is not shown to fall from its highest while the tuned reward"
-                " rises."
+                f"No divergence: the {name} is not shown to fall after its peak while the tuned reward rises."
             )
         elif name != PROXY:
             where = data["kimg"][curve["divergence"]]
@@ -565,18 +599,19 @@ def _says(c: Comparison, data: dict) -> list[str]:
     says += [
         independence(c),
         (
-            "The distance is no KL divergence: these generators have no density to compare. It only orders"
-            " the networks."
+            "The distance is not a KL divergence, since a GAN has no explicit likelihood. It only orders the"
+            " networks."
         ),
     ]
     return [
         *says,
         (
-            "The oracle is the formula whose noisy answers the labels are: it shows whether tuning reached"
-            " what the reward should mean. It is no second opinion; the geometry measures, which no label"
-            " used, are."
+            "The labels are noisy answers of the oracle, which is a formula. The oracle therefore shows if"
+            " tuning reached what the labels ask for. It is not independent evidence; the geometry measures"
+            " are, since no label used them."
             if c.synthetic
-            else ("No oracle: it applies to synthetic data alone. People's judgement is what settles this.")
+            else "There is no oracle, since it applies only to synthetic data. Ask people which shapes are"
+            " better."
         ),
     ]
 
@@ -588,6 +623,7 @@ def _says(c: Comparison, data: dict) -> list[str]:
     title="Over-optimisation",
 )
 def plot_curves(axes, data: dict):
+    """Plot every measure over distance, with a dashed line at each divergence."""
     colours = {PROXY: style.colour("reward"), SECOND: style.colour("held-out"), ORACLE: style.CYCLE[4]}
     x = data["distance"]
     for name, curve in data["curves"].items():

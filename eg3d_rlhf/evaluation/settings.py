@@ -1,4 +1,4 @@
-"""Settings of reports and what their flags may name; imports no torch."""
+"""Settings of reports, and the names that their flags accept. Imports no torch, so that --help is fast."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,17 @@ from training.config import check_knobs, knob
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """How many latents, and what is fitted on how many others."""
+    """Numbers of latents that are scored, and of others on which alignment and calibration are fitted."""
 
-    n: int = knob(100, "Latents that are scored.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count)
-    psi: float = knob(0.7, "Truncation.", "Samples", above=0, high=2)
-    cutoff: int = knob(14, "Layers that truncation reaches.", "Samples", low=0, rare=True)
-    seed: int = knob(0, "Other held-out latents per seed.", "Samples", low=0, rare=True)
+    n: int = knob(
+        100, "Number of latents to score.", "Samples", metavar="LATENTS", low=16, high=LATENTS.count
+    )
+    psi: float = knob(0.7, "Truncation psi; 1 does not truncate.", "Samples", above=0, high=2)
+    cutoff: int = knob(14, "Number of layers that truncation affects.", "Samples", low=0, rare=True)
+    seed: int = knob(0, "Selects other held-out latents.", "Samples", low=0, rare=True)
     fit: int = knob(
         64,
-        "Further latents behind alignment and calibration.",
+        "Number of further latents on which alignment and calibration are fitted.",
         "Samples",
         metavar="LATENTS",
         low=8,
@@ -25,7 +27,7 @@ class ScoreOptions:
     )
     known: int = knob(
         256,
-        "Further latents of the reference that show what the reward knows.",
+        "Number of further latents of the reference generator that define the reward's known range.",
         "Samples",
         metavar="LATENTS",
         low=16,
@@ -34,30 +36,30 @@ class ScoreOptions:
     )
     resolution: int = knob(
         64,
-        "Edge of the cubes in which surfaces are looked for.",
+        "Edge of the density grids from which surfaces are extracted.",
         "Samples",
         metavar="VOXELS",
         low=24,
         high=256,
     )
-    batch: int = knob(8, "Shapes at once; bounds memory.", "Run", low=1, rare=True)
+    batch: int = knob(8, "Shapes per batch; a smaller number needs less memory.", "Run", low=1, rare=True)
 
     def __post_init__(self) -> None:
         check_knobs(self)
 
 
-CHOOSE = 4  # untuned shapes that the best is chosen of
-PLACES = {"evaluation": EVALUATION, "validation": VALIDATION}
+CHOOSE = 4  # n of the best-of-n control: untuned shapes of which the reward selects one
+PLACES = {"evaluation": EVALUATION, "validation": VALIDATION}  # of --held-out
 LABELS = "labels"
-RANDOMISED = "randomised"
-INVERTED = "inverted"
+RANDOMISED = "randomised"  # each pair's winner is random
+INVERTED = "inverted"  # winner and loser change places
 POST_PROCESSING = "post-processing"
-ARMS = {  # words of the table
+ARMS = {  # of the controlled study, with the words of its table
     LABELS: "labels",
     "no-reward": "no reward (λ_r 0)",
     POST_PROCESSING: "best label-free post-processing that leaves intact heads alone",
     "truncation": "truncation, as many intact heads",
-    "smoothness": "a reward that likes smooth surfaces",
+    "smoothness": "a label-free reward for smooth surfaces",
     "permuted": "the reward, weights permuted",
     RANDOMISED: "randomised labels",
     INVERTED: "inverted labels",

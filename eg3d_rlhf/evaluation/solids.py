@@ -1,10 +1,9 @@
-"""`solid` of generators, a line each: its terms, fidelity, the reward, and the share that is closed; and of
-shapes that only look sound.
+"""Compare generators by the `solid` reward: its terms, fidelity, the reward, and the share of closed shapes.
 
-Networks of fields are compared on held-out latents, tuned stages of flows on held-out conditions; every shape
-is read beside the untuned one of the same latent, or of the same condition and noise. Controls are what costs
-no training: filters of the untuned shapes, a ball of the same volume, and the best of n untuned ones by the
-reward.
+Networks of fields are compared on held-out latents, tuned stages of flows on held-out prompts. Every shape is
+compared with the untuned shape of the same latent, or of the same prompt and noise. The controls need no
+training: post-processing of the untuned shapes, a ball of the same volume, and the best of n untuned shapes
+by the reward. They show how far a shape can score high without being a better shape.
 
 Letters: N shapes; X, Y, Z voxels.
 """
@@ -40,33 +39,40 @@ from eg3d_rlhf.tuning.flow.training.settings import ArmsSource
 from training.config import from_dict
 from training.progress import tqdm
 
-CUTOFF = 14
-AT_ONCE = 8
+CUTOFF = 14  # synthesis layers that truncation affects
+AT_ONCE = 8  # shapes per batch; bounds memory
 UNTUNED = "untuned"
 
-Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z]
+Grids = Sequence[np.ndarray]  # N of bool [X, Y, Z], True inside
 
 
 def ball(solid: np.ndarray) -> np.ndarray:
-    """A ball of the same volume about the same centre."""
+    """Return a ball [X, Y, Z] of the same volume about the same centre."""
     if not solid.any():
-        return solid
+        return solid  # an empty shape has no centre
     centre = np.argwhere(solid).mean(axis=0)
-    distance = sum((axis - middle) ** 2 for axis, middle in zip(np.indices(solid.shape), centre, strict=True))
-    return distance < (3 * solid.sum() / (4 * np.pi)) ** (2 / 3)
+    squared = sum((axis - middle) ** 2 for axis, middle in zip(np.indices(solid.shape), centre, strict=True))
+    # V = 4/3 π r³, so r² = (3 V / 4 π)^(2/3)
+    return squared < (3 * solid.sum() / (4 * np.pi)) ** (2 / 3)
 
 
 def filtered(make: filters.Filter) -> Callable[[np.ndarray], np.ndarray]:
+    """Turn a post-processing method of values, negative inside, into one of bool grids."""
+    # -1 inside and +1 outside stand in for signed distances
     return lambda solid: make(np.where(solid, -1.0, 1.0)) < 0
 
 
 def coarse(
     make: Callable[[np.ndarray, float], np.ndarray], radius: float
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A filter of `radius` voxels of 64^3, which on coarser grids is at least one of theirs."""
+    """Return a post-processing method with a radius in voxels of 64^3.
+
+    On a coarser grid the radius is at least one voxel of that grid, else the method would change nothing.
+    """
     return lambda solid: filtered(lambda values: make(values, max(radius, 64 / len(values))))(solid)
 
 
+# changes of the untuned shapes that need no training; the radius is in voxels of 64^3
 CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "closing 4": coarse(filters.closing, 4),
     "convex hull": filtered(filters.hull),
@@ -76,26 +82,31 @@ CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def seen(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[str, np.ndarray]:
-    """By name [N]: terms of the score, solid, fidelity, reward, and whether a shape is closed: in one part,
-    and nothing hollow.
+    """Measure shapes against the untuned ones; return values [N] by name.
+
+    They are the terms of the score, solid, fidelity, reward, and `closed`, which is 1 for a shape of one part
+    without a cavity.
     """
     rows = []
     for grid, before in zip(grids, untuned, strict=True):
-        judged = solids.beside(grid, [solids.repaired(before, rules)], rules)
-        closed = ndimage.label(grid)[1] == 1 and judged.score.inner == 1
-        rows.append({**judged.to_dict(), "closed": float(closed)})
+        # fidelity compares with the corrected untuned shape: a correct change of a defect costs nothing
+        result = solids.beside(grid, [solids.repaired(before, rules)], rules)
+        closed = ndimage.label(grid)[1] == 1 and result.score.inner == 1
+        rows.append({**result.to_dict(), "closed": float(closed)})
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def best_of(rewards: np.ndarray, groups: int) -> np.ndarray:
-    """Numbers of the best of each group: rewards [N], groups of neighbours -> [groups]."""
+    """Return the index of the best shape of each group of neighbours: rewards [N] -> [groups]."""
     per = len(rewards) // groups
+    # [groups, per] -> index within the group, then plus the group's start
     return rewards.reshape(groups, per).argmax(axis=1) + per * np.arange(groups)
 
 
 def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None) -> dict:
-    """Figures of an arm as JSON: means, the reward's change against what it is compared with, and the share
-    that is closed.
+    """Compute an arm's figures as JSON values: means, change of the reward, and share of closed shapes.
+
+    Args: arm, before: values [N] by name, as `seen` returns them; before: None for no change.
     """
     share = wilson_interval(float(arm["closed"].sum()), len(arm["closed"]))
     reward = bootstrap_mean_interval(arm["reward"])
@@ -105,6 +116,7 @@ def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None)
         "closed_ci95": [share.lo, share.hi],
         "n": len(arm["closed"]),
     }
+    # the change is paired, so it needs one shape for each untuned shape
     if before is not None and len(before["reward"]) == len(arm["reward"]):
         change = paired_summary(before["reward"], arm["reward"])
         row |= {"change": change.mean, "change_ci95": [change.mean_lo, change.mean_hi]}
@@ -114,16 +126,17 @@ def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None)
 def table(
     arms: Mapping[str, Grids], untuned: Grids, groups: int, rules: solids.Rules, on_arm: Callable[[], object]
 ) -> dict[str, dict]:
-    """Lines by name: untuned, the arms, the best of each group of untuned shapes, and controls.
+    """Compute the lines by name: untuned shapes, the arms, the best of each group, and the controls.
 
-    Args: groups: into which neighbouring shapes fall, for the best of n.
+    Args: groups: number of groups of neighbouring untuned shapes, for best of n; on_arm: called after each
+        arm.
     """
     before = seen(untuned, untuned, rules)
     lines = {UNTUNED: line(before, None)}
     for name, grids in arms.items():
         lines[name] = line(seen(grids, untuned, rules), before)
         on_arm()
-    chosen = best_of(before["reward"], groups)
+    chosen = best_of(before["reward"], groups)  # selected by the same reward that the table shows
     lines[f"best of {len(untuned) // groups}"] = line(
         {name: values[chosen] for name, values in before.items()}, None
     )
@@ -134,16 +147,18 @@ def table(
 
 
 def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
+    """Format the table of lines."""
+    # terms without weight do not enter the score
     terms = [name for name, weight in zip(solids.TERMS, rules.weights, strict=True) if weight]
     columns = {name: (name, ".3f") for name in (*terms, "solid")}
-    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}
+    columns |= {"fidelity": ("F", ".3f"), "reward": ("R", ".3f")}  # the symbols of the documentation
     columns |= {"change": ("change of R", "+.3f"), "closed": ("closed", ".0%")}
     return figure_table("", lines, columns, intervals=("change", "closed"))
 
 
 @torch.no_grad()
 def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
-    """The shapes of latents at EDGE^3 of the whole cube."""
+    """Return the shapes of latents, bool [EDGE, EDGE, EDGE] over the whole cube."""
     spec = SlabSpec.of(generator.bounds, solids.EDGE)
     grids = []
     for start in range(0, len(seeds), AT_ONCE):
@@ -154,27 +169,28 @@ def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
     return grids
 
 
-def of_conditions(
-    problem: Problem, weights: Path | None, stage: str, conditions: Sequence[str], seeds: Sequence[int]
+def shapes_of_prompts(
+    problem: Problem, weights: Path | None, stage: str, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Grids:
-    """The shapes of conditions and noises, with a stage's tuned weights or without."""
+    """Generate the shapes of prompts and noise seeds, with a stage's tuned weights, or untuned if None."""
     models = {}
     if weights is not None:
+        # a run's folder holds one folder for each stage; the folder of a stage itself is accepted as well
         folder = weights / stage if (weights / stage).is_dir() else weights
         models = {stage: tuned_model(stage_of(problem.pipeline, stage).model, folder)}
-    return [
-        grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, conditions, seeds, models)
-    ]
+    return [grid_of(problem.pipeline, asset) for asset in generate(problem.pipeline, prompts, seeds, models)]
 
 
-def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> ArmsSource:
-    """What a generator is opened from: a folder's is what its runs were begun with, so that what they held
-    out is held out here.
+def source_of(pipeline: str, conditioning: Path | None, runs: Sequence[Path]) -> ArmsSource:
+    """Return the source from which a generator is opened.
 
-    Args: conditions: in the place of the runs' own. Raises: ValueError for runs that held out different
-        conditions, or may have.
+    For a generator in a folder it is the source of its runs, so that the prompts that they held out are held
+    out here as well.
+    Args: conditioning: embeddings that replace those of the runs.
+    Raises: ValueError for runs that held out different prompts, or may have done so.
     """
     sources: list[ArmsSource] = []
+    # the bundled generators have one fixed division of their prompts
     if not family_of(Path(pipeline)).bundled:
         for run in runs:
             values = recorded(run).get("run", {}).get("source")
@@ -182,11 +198,11 @@ def source_of(pipeline: str, conditions: Path | None, runs: Sequence[Path]) -> A
             sources += [source] if source not in sources else []
     if len(sources) > 1:
         raise ValueError(
-            "runs: expected one division into trained and held-out conditions, got several (by --seed). Name"
-            " fewer."
+            "runs: expected runs with the same division into training and held-out prompts, got several"
+            " divisions. Name only runs with the same --seed."
         )
     source = replace(sources[0] if sources else ArmsSource(), pipeline=pipeline)
-    return source if conditions is None else replace(source, conditions=str(conditions))
+    return source if conditioning is None else replace(source, conditions=str(conditioning))
 
 
 def compare_networks(
@@ -194,12 +210,14 @@ def compare_networks(
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Compare generators of fields on held-out latents.
 
-    Args: networks: tuned ones by name; before: the untuned one; n: latents.
-    Returns: lines of the table; how they were made: "what" in words, the "rules" and the "edge" of the grids.
+    Args: networks: tuned networks by name; before: the untuned one, None for the bundled one; n: latents.
+    Returns: the lines of the table; how they were made: "what" (the sample, in words), the "rules" and the
+        "edge" of the grids in voxels.
     """
     groups = n // CHOOSE
+    # a multiple of CHOOSE, so that every group of best of n is full
     seeds = LATENTS.take(groups * CHOOSE, seed)
-    with naming("--before"):
+    with naming("--before"):  # an error of loading names this flag
         first = load_generator(before, device).generator
 
     def shapes(path: Path | None) -> Grids:
@@ -217,24 +235,25 @@ def compare_stages(
     seed: int,
     device: torch.device,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Compare tuned stages of a flow generator on held-out conditions; see `compare_networks`.
+    """Compare tuned stages of a flow generator on held-out prompts; see `compare_networks`.
 
-    Args: stage: None: the first.
-    Raises: ValueError where no condition is held out.
+    Args: stage: name of the tuned stage, None for the first; n: shapes of each arm, at most.
+    Raises: ValueError if no prompt is held out.
     """
     problem = open_problem(source, device)
     stage = stage_of(problem.pipeline, stage or problem.pipeline.stages[0].name).name
     kept = list(problem.held_out_conditions)[: n // CHOOSE]
     if not kept:
         raise ValueError(
-            "--conditioning: expected two or more, one of which is held out, got one. Embed more."
+            "--conditioning: no prompt is held out. Embed two or more prompts, so that one can be held out."
         )
+    # the same number of noises for each prompt, a multiple of CHOOSE
     each = CHOOSE * (n // CHOOSE // len(kept))
-    conditions, noises = crossed(kept, each, seed)
-    what = f"{len(kept)} held-out conditions x {each} noises, seed {seed}; stage {stage}"
+    prompts, noises = crossed(kept, each, seed)
+    what = f"{len(kept)} held-out prompts x {each} noises, seed {seed}; stage {stage}"
     return _compared(
         networks,
-        lambda path: of_conditions(problem, path, stage, conditions, noises),
+        lambda path: shapes_of_prompts(problem, path, stage, prompts, noises),
         len(kept) * each // CHOOSE,
         lambda grids: rules_for(grids[0]),
         what,
@@ -248,11 +267,13 @@ def _compared(
     rules_of: Callable[[Grids], solids.Rules],
     what: str,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Generate and measure all shapes under one progress bar; None as a path stands for the untuned ones."""
+    # each network is generated and then measured; the untuned shapes count once
     total = 2 * len(networks) + 1 + len(CONTROLS)
     with tqdm(total=total, desc="shapes", unit="arm", leave=False, dynamic_ncols=True) as bar:
         untuned = shapes(None)
         bar.update()
-        rules = rules_of(untuned)
+        rules = rules_of(untuned)  # the same for every arm
         arms = {}
         for name, path in networks.items():
             arms[name] = shapes(path)

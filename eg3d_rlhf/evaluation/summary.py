@@ -1,5 +1,4 @@
-"""The end of a reward run: the comparison of before and after that says whether it worked, its table and
-pictures.
+"""Evaluate a reward run at its end: compare the networks before and after tuning, and write table and images.
 
 Letters: N latents.
 """
@@ -18,7 +17,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import aligned, versions
 from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import EVALUATION
-from eg3d_rlhf.evaluation import heldout_evaluators as judges
+from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import (
     against_ground_truth,
@@ -40,45 +39,47 @@ from training import networks, storage
 from training.networks import state_hash
 from training.progress import tqdm
 
-MOST_PROCESSES = 4  # each holds both networks
+MOST_PROCESSES = 4  # of evaluation; each holds both networks in memory
 
 
 @dataclass
 class Evaluation:
-    """What is known before a run of its end."""
+    """Inputs of the final evaluation, which exist before the run begins."""
 
-    settings: dict  # as its folder records them
+    settings: dict  # as the run's folder records them
     before: Generator  # frozen, before tuning
     reward: Reward
     monitor: Monitor | None = None
-    early_stop: EarlyStop | None = None  # chose what is evaluated; None: the last networks are
+    early_stop: EarlyStop | None = None  # selects the snapshot to evaluate; None: the last networks
 
 
 def reward_shift(c: Comparison) -> dict:
-    before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))
+    """Compute rewards of held-out latents before and after tuning, and their paired differences."""
+    before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))  # [N]
     delta = tuned - before
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
         "reward_after": {"mean": float(tuned.mean()), "std": float(tuned.std())},
-        "reward_delta_positive": int((delta > 0).sum()),
+        "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
         "reward_delta_n": len(delta),
         "tuned_delta_mean": float(delta.mean()),
-        "reward_deltas": delta.tolist(),
+        "reward_deltas": delta.tolist(),  # by seed, in the order of "seeds"
     }
 
 
 def control_figures(settings: dict, delta: float) -> dict:
-    """Mean reward delta of the lambda_r = 0 run: this run's own where it is the control, else that of
-    --control, else the recorded one.
+    """Return the mean reward delta of the lambda_r = 0 control run, and its source.
 
-    None, and what to do about it, where that run's settings are not those of this one.
+    The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record.
+    Where the control's settings differ from this run's, the delta is None and the source names the remedy.
     """
     if settings["lambda_r"] == 0:
         return {"control_delta_mean": delta, "control_source": "this run"}
     path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
     path = path / "summary.json" if path.is_dir() else path
     record = version_0_1.summary(json.loads(path.read_text()))
-    options = path.parent / "training_options.json"  # a run's; the bundled record holds its own settings
+    # a run's folder holds its options in a file; the bundled record holds its settings itself
+    options = path.parent / "training_options.json"
     known = record.get("settings") or version_0_1.options(json.loads(options.read_text()))
     differ = control_differs(
         settings,
@@ -88,9 +89,11 @@ def control_figures(settings: dict, delta: float) -> dict:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
+            # four differences are enough for a table cell
             "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}",
         }
     return {
+        # "tuned" in the control's own summary: its network after training without the reward
         "control_delta_mean": record["tuned_delta_mean"],
         "control_source": path.name,
         **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
@@ -98,31 +101,32 @@ def control_figures(settings: dict, delta: float) -> dict:
 
 
 def summarise(c: Comparison, e: Evaluation) -> dict:
-    """All figures of a run, as JSON values, but the time that it took."""
+    """Compute all figures of a run, as JSON values, except the time that it took."""
     s = e.settings
     seeds = c.seeds()
     record = reward_shift(c)
     record |= control_figures(s, record["tuned_delta_mean"])
     if c.synthetic:
+        # the control's figures of heads become a column of the table of heads
         control = record.pop("control_heads", None)
         record |= against_ground_truth(c) | blind_pairs(c) | frechet(c)
         record["heads"] |= {"control": control} if control else {}
     measures = geometry(c)
-    judged = shapes(c) if c.synthetic else {"geometry": []}
+    shape_figures = shapes(c) if c.synthetic else {"geometry": []}
     record |= once(c, CHANGE, lambda: surface_change(c, EVALUATION.take(CHANGED)))
     record |= {
         **measures,
-        **judged,
-        "geometry": measures["geometry"] + judged["geometry"],
-        "reward_test_accuracy": None,
+        **shape_figures,
+        "geometry": measures["geometry"] + shape_figures["geometry"],
+        "reward_test_accuracy": None,  # stays None for a reward that does not state it
     }
-    # against the noise-free order, where the labels held one
+    # simulated labels record the annotator's noise-free order, against which accuracy is measured if possible
     clean = e.reward.provenance.get("test_accuracy_clean")
-    if (found := clean or e.reward.provenance.get("test_accuracy")) is not None:
+    if (accuracy := clean or e.reward.provenance.get("test_accuracy")) is not None:
         record |= {
-            "reward_test_accuracy": found["accuracy"],
-            "reward_test_accuracy_ci95": found["interval_95"],
-            "reward_test_n": found["n"],
+            "reward_test_accuracy": accuracy["accuracy"],
+            "reward_test_accuracy_ci95": accuracy["interval_95"],
+            "reward_test_n": accuracy["n"],
             "reward_test_against": "noise-free order" if clean else "labels",
         }
     return record | {
@@ -140,52 +144,57 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     }
 
 
-# The work of it, on as many processes as this one has threads: a small network keeps one core busy, and no
-# more.
+# The measurements run on as many processes as this one has threads, since a small network keeps only one core
+# busy.
 
 CHANGE = "change of the surface"
-PICTURES = "pictures"
+IMAGES = "images of the run"
 
 
 def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
-    """What a task came to; it is done now where it was not."""
+    """Return the result of a task from the comparison's memory; compute it first where it is missing."""
     if task not in c.memory:
         c.memory[task] = make()
     return c.memory[task]
 
 
 def work(c: Comparison, folder: Path, processes: int) -> None:
-    """Do all that takes time, so that the figures and pictures find it in `c.memory` and in the run's folder.
+    """Run the slow tasks in worker processes; results go to `c.memory` and to the run's folder.
 
-    Every number is the same in one process and in several: a part is one network's, and what joins them is
-    computed here.
+    Every number is the same in one process and in several: a task measures one network, and what combines
+    two networks is computed in this process.
     """
-    parts = {f"{part}, {role}": (part, role) for part, role in judges.parts_of(c)}
-    tasks = [PICTURES, *parts, CHANGE]
+    parts = {f"{part}, {role}": (part, role) for part, role in heldout_evaluators.parts_of(c)}
+    tasks = [IMAGES, *parts, CHANGE]
     with (
         tempfile.TemporaryDirectory() as temporary,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
-        paths = {role: Path(temporary) / f"{role}.safetensors" for role in judges.ROLES}
+        paths = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
         for role, generator in c.generators().items():
+            # workers load the networks from files; EMA weights alone are evaluated
             networks.save(
                 paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
             )
         names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
         sampling = {name: getattr(c, name) for name in names}
-        sampling["memory"] = {CHOSEN: chosen(c)}  # by the reward, which the workers do not have
+        # the selection of latents needs the reward, which the workers do not have
+        sampling["memory"] = {CHOSEN: chosen(c)}
 
         def done(task: str, result: Any) -> None:
-            c.memory[("judges", *parts[task]) if task in parts else task] = result
+            # the keys under which `heldout_evaluators.seen` and `once` look
+            c.memory[("evaluators", *parts[task]) if task in parts else task] = result
             bar.update()
 
+        # what a task waits for is measured on the network before tuning
         first = {part: task for task, (part, role) in parts.items() if role == "before"}
         needs = {
-            task: [first[judges.NEEDS[part]]] if part in judges.NEEDS else []
+            task: [first[heldout_evaluators.NEEDS[part]]] if part in heldout_evaluators.NEEDS else []
             for task, (part, _) in parts.items()
         }
-        if "post-processing" in first:  # of which the pictures show the strongest
-            needs[PICTURES] = [first["post-processing"]]
+        if "post-processing" in first:
+            # the images show the result of the strongest method, which that part selects
+            needs[IMAGES] = [first["post-processing"]]
         run_tasks(
             {task: needs.get(task, []) for task in tasks},
             _worker,
@@ -197,24 +206,23 @@ def work(c: Comparison, folder: Path, processes: int) -> None:
 
 
 def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
-    """A process that judges: what it does of a task."""
-    torch.set_num_threads(1)
-    load_plugins()  # a family may be one's
-    before, after = (load_generator(paths[role]) for role in judges.ROLES)
+    """Set up a worker process; return the function that computes a task there."""
+    torch.set_num_threads(1)  # one process per core; more threads would compete
+    load_plugins()  # the networks' family may come from a plugin
+    before, after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
+    # no task here scores by the reward, so it is not sent to the workers
     c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
     others = {
         CHANGE: lambda: surface_change(c, EVALUATION.take(CHANGED)),
-        PICTURES: lambda: write_pictures(c, folder),
+        IMAGES: lambda: write_pictures(c, folder),
     }
-    return lambda task: others[task]() if task in others else judges.seen(c, *task.split(", "))
+    return lambda task: others[task]() if task in others else heldout_evaluators.seen(c, *task.split(", "))
 
 
 def finish(e: Evaluation, loop, started: float) -> dict:
-    """Evaluate the finished loop and write summary.json, pictures and meshes into its folder; prints the
-    table.
-    """
+    """Evaluate the finished loop; write summary.json, images and meshes into its folder; print the table."""
     print(
-        "Comparing before and after on held-out latents, and drawing them (about a minute on 2 cores).",
+        "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores).",
         flush=True,
     )
     folder = loop.files.folder
@@ -233,6 +241,7 @@ def finish(e: Evaluation, loop, started: float) -> dict:
         mirror=e.settings["mirror"],
         device=next(nets.G_ema.parameters()).device,
     )
+    # on a GPU, or with one thread, `once` and `seen` compute everything in this process
     if c.device.type == "cpu" and torch.get_num_threads() > 1:
         work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
     record = {
@@ -241,8 +250,10 @@ def finish(e: Evaluation, loop, started: float) -> dict:
         "early_stop": None if early is None else early.record(),
     }
     record["seconds"] = time.time() - started
+    # written before the images, which are rendered only now if there was one process: an error there costs
+    # no figures
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    written = once(c, PICTURES, lambda: write_pictures(c, folder))
+    written = once(c, IMAGES, lambda: write_pictures(c, folder))
     if table := table_of_heads(record):
         print("\n".join(["", aligned(table), *notes(record)]))
     print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
@@ -251,10 +262,10 @@ def finish(e: Evaluation, loop, started: float) -> dict:
 
 
 def rows(record: dict) -> list[tuple[str, str, str]]:
-    """(what, figure, goal) lines of the table."""
+    """Format the printed table as lines of (what, figure, goal)."""
     spreads = [
-        f"{found['mean']:.3f} ± {found['std']:.3f}"
-        for found in (record["reward_before"], record["reward_after"])
+        f"{reward['mean']:.3f} ± {reward['std']:.3f}"
+        for reward in (record["reward_before"], record["reward_after"])
     ]
     positive = (
         f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean"
@@ -265,6 +276,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         ("positive reward deltas", positive, ""),
     ]
     if record.get("control_delta_mean") is not None:
+        # the guard is for a run whose mean delta is exactly zero
         share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
         text = (
             f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift;"
@@ -272,8 +284,10 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         )
         out.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
     elif record.get("control_source"):
+        # there is a control, but its settings differ: the source says how, and what to do
         out.append(("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %"))
     if "win_rate" in record:
+        # synthetic data alone have a simulated annotator
         low, high = record["win_rate_ci95"]
         text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"
         out.append(("simulated annotator without noise prefers the tuned shape (95 % interval)", text, ""))
@@ -294,6 +308,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         )
     if "shapes_missing" in record:
         out.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
+    # n counts the latents whose shapes have a surface in both networks
     if (moved := record.get("surface_change_voxels")) and moved["n"]:
         text = (
             f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}]"
@@ -304,6 +319,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
         out.append((f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85"))
+    # an alarm lists the held-out metrics that fell while the tuned reward rose
     fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
     out.append(
         (
@@ -328,8 +344,8 @@ COLUMNS = {
     "control": "control",
     "post_processing": "best post-processing",
 }
-# of heads of people: words, form, the value of the ground-truth head; a star: the measure is used by neither
-# the simulated annotator nor the reward nor the early stop
+# figures of heads of people: (words, format, value of the ground-truth head); a star marks a measure that
+# neither the simulated annotator nor the reward nor the early stop uses
 MEASURES = {
     "error_defective": ("back-of-head volume error, defective heads", ".3f", 0.0),
     "error_intact": ("back-of-head volume error, intact heads", ".3f", 0.0),
@@ -358,11 +374,13 @@ MEASURES = {
 
 
 def table_of_heads(record: dict) -> list[tuple[str, ...]]:
-    """(what, before, after, control, best post-processing, ground truth) lines of the table of heads of
-    people; [] where the run had none.
+    """Format the table of heads of people; [] where the run had none.
+
+    A line holds (what, before, after, control, best post-processing, ground truth).
     """
     if "heads" not in record:
         return []
+    # a run without a control has one column less
     columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
     lines: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
     for key, (words, form, target) in MEASURES.items():
@@ -372,10 +390,11 @@ def table_of_heads(record: dict) -> list[tuple[str, ...]]:
 
 
 def notes(record: dict) -> list[str]:
-    """What must be known of that table."""
+    """Return the notes below the table of heads: sample, post-processing methods, meaning of the star."""
     if "heads" not in record:
         return []
     strongest = record["heads"]["strongest_post_processing"]
+    # None where no head was defective, or none intact
     spent = [strongest["error_reduction"], strongest["intact_degraded"]]
     reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in spent)
     chosen = record["post_processing_methods"]["post_processing"]
@@ -383,12 +402,12 @@ def notes(record: dict) -> list[str]:
     return [
         (
             f"{record['heads_n']} held-out latents at psi 1, {record['defective_n']} of them defective before"
-            " tuning. Backs are damaged on purpose in the training scans, as real scans are."
+            " tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
         ),
         (
-            f"Best label-free post-processing: {chosen}, of those that leave intact heads alone, chosen on"
-            f" {record['post_processing_chosen_on']} others. The strongest of all, {any_method}, reduces"
-            f" the error by {reduction} and degrades {degraded} of the intact heads."
+            f"Best label-free post-processing that leaves intact heads alone: {chosen}, chosen on"
+            f" {record['post_processing_chosen_on']} other latents. The strongest of all, {any_method},"
+            f" reduces the error by {reduction} and degrades {degraded} of the intact heads."
         ),
-        "*: used by neither the simulated annotator nor the reward nor the early stop.",
+        "*: not used by the simulated annotator, the reward or the early stop.",
     ]

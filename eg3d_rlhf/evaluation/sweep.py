@@ -1,9 +1,8 @@
-"""A sweep over the weights of the reward and of density consistency: what each setting gains in reward and
-pays in distance and geometry.
+"""Sweep the weights of the reward and of density consistency: gain in reward against distance and geometry.
 
-One cell for each pair of weights and seed, each a real run of train.py, resumable; measured against the
-network before tuning.
-Letters: N latents, S seeds.
+A cell is a pair of weights with a training seed. Each cell is a resumable run of train.py, which is measured
+against the network before tuning. The front consists of the settings that no other setting dominates
+(Pareto). Letters: N latents or points, M measures.
 """
 
 import itertools
@@ -33,12 +32,12 @@ from eg3d_rlhf.tuning.gan.phase import density_l1
 
 TITLE = "Sweep of the reward's and the consistency term's weight"
 KEY = "front"
-REWARD = "reward"
-DISTANCE = "distance"
-GEOMETRY = "normal disagreement"
-SECOND = "held-out reward"
-ORACLE = "oracle"
-IMAGES = "kernel distance of images"
+REWARD = "reward"  # the one that the runs optimise
+DISTANCE = "distance"  # from the generator before tuning, in raw density
+GEOMETRY = "normal disagreement"  # between views; the simulated annotator does not use it
+SECOND = "held-out reward"  # only where one is given
+ORACLE = "oracle"  # utility of the simulated annotator without noise; for synthetic data alone
+IMAGES = "kernel distance of images"  # only where data are given
 LABELS = {
     REWARD: "change of the tuned reward",
     DISTANCE: "mean |σ - σ before|, raw density",
@@ -47,18 +46,21 @@ LABELS = {
     ORACLE: "change of the oracle's utility",
     IMAGES: "change of the images' kernel distance",
 }
-GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # of the front: more is better, or less
+GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # measures of the front; 1: more is better, -1: less
 SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or more, else over latents"
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Cell:
+    """A setting with a training seed."""
+
     lambda_r: float  # reward weight, >= 0
     lambda_sigma: float  # density consistency weight, >= 0; 0 is the run without that term
     seed: int
 
     @property
     def setting(self) -> str:
+        """Return the weights in words; cells of one setting differ only in their seed."""
         return (
             "control (λ_r = 0)"
             if self.lambda_r == 0
@@ -67,20 +69,21 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Return the name of the cell in folders and keys."""
         return f"r{self.lambda_r:g}-sigma{self.lambda_sigma:g}-s{self.seed}"
 
 
 def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
-    """Every combination, the cells of a seed together; λ_r = 0 once for each seed, since such a run has no
-    reward phase.
+    """List every combination of weights and seeds, grouped by seed.
 
-    Raises: ValueError for a negative weight or an empty list.
+    A run with λ_r = 0 has no reward phase, so its λ_σ has no effect: it occurs once for each seed.
+    Raises: ValueError for a negative value or an empty list.
     """
     for flag, values in (("--lambda-r", lambda_r), ("--lambda-sigma", lambda_sigma), ("--seeds", seeds)):
         if not values or min(values) < 0:
             raise ValueError(
-                f"{flag}: expected one or more values >= 0, got {list(values)}. Write them with commas:"
-                " 0,1,10."
+                f"{flag}: expected one or more values >= 0, got {list(values)}. Separate them by commas, for"
+                " example 0,1,10."
             )
     cells = [
         Cell(lambda_r=r, lambda_sigma=s if r else 0.0, seed=seed)
@@ -88,13 +91,14 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
         for r in lambda_r
         for s in lambda_sigma
     ]
-    return list(dict.fromkeys(cells))
+    return list(dict.fromkeys(cells))  # removes repeated controls and keeps the order
 
 
 def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> Part:
-    """The run of train.py that a cell is.
+    """Return the run of train.py of a cell.
 
-    Args: folder: of all cells; kimg: length; more: flags that all cells share.
+    Args: folder: parent of all cells' folders; kimg: length of the run, thousands of images; more: flags that
+        all cells share.
     """
     weights = [
         f"--lambda-r={cell.lambda_r:g}",
@@ -106,11 +110,13 @@ def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> 
 
 
 def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
+    """List a job for each cell that measures its tuned network. Args: networks: file of each cell."""
+    # what changes a measurement must be an input of the job, or a stored result would be reused wrongly
     shared: dict[str, Any] = {
-        "n": c.n,
-        "images": c.images,
+        "n": c.n,  # latents
+        "images": c.images,  # of the kernel distance
         "data": c.data,
-        "views": VIEWS,
+        "views": VIEWS,  # of the geometry measure
         "inception": identity_of_file(c.inception),
     }
     return [
@@ -127,7 +133,7 @@ def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
 
 
 def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
-    """The front over the findings of `cell_jobs`."""
+    """Return the job that computes the front from the findings of `cell_jobs`."""
     by_cell = {cell: findings[f"cell-{cell.name}"] for cell in cells}
     plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
     return Job(
@@ -140,7 +146,7 @@ def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Findi
 
 
 def _kept(c: Comparison, name: str, make):
-    """A value of the generator before tuning, computed once for all cells."""
+    """Return a measurement of the generator before tuning; compute it once for all cells."""
     case = ("sweep", name, c.before.hash, c.psi, c.n, c.images, c.seed)
     if case not in c.memory:
         c.memory[case] = make()
@@ -148,7 +154,10 @@ def _kept(c: Comparison, name: str, make):
 
 
 def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
-    """Changes of every measure from before to one cell, per latent where the measure is."""
+    """Measure the change of every measure from the network before tuning to that of a cell.
+
+    Measures of single latents give one value per latent; the kernel distance gives one value for all.
+    """
     seeds = c.seeds()
     after = c.load(path)
     values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
@@ -158,19 +167,20 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
             .double()
             .numpy()
         )
-    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))
-    sigma = rewards.densities(c, after, seeds)
-    values[DISTANCE] = density_l1(sigma, start).double().numpy()
+    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))  # [N, D, H, W]
+    sigma = rewards.densities(c, after, seeds)  # [N, D, H, W]
+    values[DISTANCE] = density_l1(sigma, start).double().numpy()  # [N]
     if c.synthetic:
         values[ORACLE] = utilities(after.generator, seeds) - _kept(
             c, "oracle", lambda: utilities(c.before.generator, seeds)
         )
     values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
-    steps = means_of(values)
+    steps = means_of(values)  # mean and interval over latents
     if c.data:
         network = load_features(c.inception, c.device)
         real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
         fakes = partial(images.fake_features, c, cameras=dataset.get_labels(), network=network)
+        # features of the same latents and cameras under both networks
         pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
         change = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
         steps[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
@@ -179,31 +189,36 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
         interval=BOOTSTRAP,
         networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash},
     )
+    # geometry is measured on half the latents, so the later rows lack it
     rows = [
         {"seed": seed, **{name: float(v[i]) for name, v in values.items() if i < len(v)}}
         for i, seed in enumerate(seeds)
     ]
+    # the front reads "measures" and "network" from here, not from the networks
     return Finding(
         facts=facts, data={"cell": vars(cell), "network": after.hash, "measures": steps}, rows=rows
     )
 
 
 def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
-    """Disagreement of normals between neighbouring views [N / 2], degrees."""
+    """Return the disagreement of normals between neighbouring views [N / 2], in degrees."""
+    # half the latents, since several views of each are rendered
     return view_measures(c, generator, c.seeds(max(2, c.n // 2))).normal
 
 
 def pareto(values: np.ndarray) -> np.ndarray:
-    """Which of points [N, M] none other equals or beats everywhere and beats somewhere; more is better; [N]
-    bool.
+    """Return a mask [N] of the Pareto-optimal points of `values` [N, M], where more is better.
+
+    A point is dominated if another one is at least as good in every column and better in one.
     """
+    # [1, N, M] against [N, 1, M] -> [N, N]
     at_least = np.all(values[None] >= values[:, None], axis=2)  # [i, j]: j is nowhere worse than i
-    better = np.any(values[None] > values[:, None], axis=2)
+    better = np.any(values[None] > values[:, None], axis=2)  # [i, j]: j is better than i somewhere
     return ~np.any(at_least & better, axis=1)
 
 
 def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
-    """One entry for each setting: mean over seeds with interval, and the seeds' values."""
+    """Combine the cells of each setting: mean over seeds with its interval, and the value of each seed."""
     rows: list[dict] = []
     for setting in dict.fromkeys(cell.setting for cell in by_cell):
         of_setting = {cell: finding for cell, finding in by_cell.items() if cell.setting == setting}
@@ -211,16 +226,18 @@ def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
         measures = {}
         for name, step in first.data["measures"].items():
             each = [finding.data["measures"][name]["mean"] for finding in of_setting.values()]
+            # with one seed there is no interval over seeds: that over latents stays
             measures[name] = {**(t_mean_interval(each)._asdict() if len(each) > 1 else step), "each": each}
         rows.append(
             {
                 "setting": setting,
                 "lambda_r": cell.lambda_r,
                 "lambda_sigma": cell.lambda_sigma if cell.lambda_r else None,
-                "seeds": [cell.seed for cell in of_setting],
+                "seeds": [cell.seed for cell in of_setting],  # in the order of "each"
                 "measures": measures,
             }
         )
+    # [settings, M]; the sign turns "less is better" into "more is better"
     means = np.array([[sign * row["measures"][name]["mean"] for name, sign in GOALS.items()] for row in rows])
     for row, kept in zip(rows, pareto(means), strict=True):
         row["on_front"] = bool(kept)
@@ -228,7 +245,7 @@ def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
 
 
 def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
-    """All settings with their measures; those that no other setting beats are on the front."""
+    """Compute the table of all settings, and mark those on the front, which no other setting dominates."""
     rows = gather(by_cell)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
     table = [
@@ -241,6 +258,7 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
         for row in rows
     ]
     networks = {"before": c.before.hash, "reward": c.reward_hash}
+    # the hashes of all networks stand in the facts of the page
     networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
     facts = c.facts(
         c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks
@@ -251,10 +269,11 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
         + "; ".join(row["setting"] for row in kept)
         + ".",
         (
-            "On the front: no other setting has at least this reward with no more distance and no more"
-            " disagreement of normals."
+            "A setting is on the front if no other setting has at least the same reward with no more distance"
+            " and no more disagreement of normals."
         ),
     ]
+    # each setting with the consistency term against the one of the same λ_r without it
     for without, row in itertools.product(rows, rows):
         if (
             row["lambda_r"]
@@ -265,30 +284,35 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
             share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
             gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
             says.append(
-                f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} takes {share:.1%} off the"
-                f" distance of the run without the consistency term, at {gain:.1%} of its reward."
+                f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} reduces the distance by"
+                f" {share:.1%} relative to the run without the consistency term, and reaches {gain:.1%} of"
+                " that run's change of the reward."
             )
     if max(len(row["seeds"]) for row in rows) < 2:
         says.append(
-            "One training seed for each setting: the intervals run over latents, and do not tell how runs"
-            " differ. Add --seeds."
+            "There is one training seed for each setting, so the intervals cover latents and not the"
+            " variation between runs. Name several with --seeds."
         )
     says += [
-        "The front goes by means alone: settings whose intervals overlap may change places in another run.",
         (
-            "The reward phase has an optimiser (Adam) of its own, whose step does not depend on the size of"
-            " its loss: what matters is λ_σ / λ_r, and without the consistency term all λ_r > 0 train nearly"
-            " alike."
+            "The front is computed from means alone. Settings whose intervals overlap may change places in"
+            " another run."
         ),
         (
-            "The distance is what the consistency term holds down; it orders how far a run went, not how good"
-            " its shapes are."
+            "The reward phase has its own optimiser (Adam), whose step does not depend on the scale of the"
+            " loss. Only the ratio λ_σ / λ_r matters, and without the consistency term all λ_r > 0 train"
+            " nearly alike."
+        ),
+        (
+            "The consistency term penalises the distance. The distance orders runs by how far they moved, not"
+            " by the quality of their shapes."
         ),
     ]
     return Finding(facts=facts, data={"rows": rows}, rows=table, says=says)
 
 
 def _panel(axes, rows: list[dict], x: str, y: str) -> None:
+    """Plot two measures of all settings against each other, with the intervals of both."""
     for i, row in enumerate(rows):
         here = row["measures"]
         colour = style.CYCLE[i % len(style.CYCLE)]
@@ -301,18 +325,20 @@ def _panel(axes, rows: list[dict], x: str, y: str) -> None:
             linewidth=1,
             marker="o" if i < len(style.CYCLE) else "s",
             markersize=6,
-            markerfacecolor=colour if row["on_front"] else "none",
+            markerfacecolor=colour if row["on_front"] else "none",  # filled: on the front
             label=row["setting"] + (" (front)" if row["on_front"] else ""),
         )
         if len(row["seeds"]) > 1:
+            # small dots: the single seeds
             axes.plot(here[x]["each"], here[y]["each"], ".", color=colour, markersize=3)
     axes.axhline(0, color=style.colour("noise"), linewidth=0.8)
     axes.set(xlabel=LABELS[x], ylabel=LABELS[y])
 
 
 def plot_front(data: dict):
-    """Reward over distance, and over geometry; filled points are on the front."""
+    """Plot reward over distance, and reward over geometry; filled points are on the front."""
     drawn, axes = style.figure(columns=2)
+    # the dashed line joins the settings of the front in order of distance
     ordered = sorted(
         (row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"]
     )
@@ -325,21 +351,22 @@ def plot_front(data: dict):
 
 
 def plot_others(data: dict):
+    """Plot the measures that do not define the front over distance; the tuned reward where there is none."""
     names = [name for name in (SECOND, ORACLE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
     drawn, axes = style.figure(columns=len(names))
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):  # one column: axes is no array
         _panel(axis, data["rows"], DISTANCE, name)
     return drawn
 
 
 def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool = False) -> Finding:
-    """Measure the cells, draw the front, write the page; returns the finding of the front."""
+    """Measure the cells, compute the front, write the page; return the finding of the front."""
     findings = pages.run(cell_jobs(c, networks), out, quiet=quiet)
     job = front_job(c, list(networks), findings)
     fronts = pages.run([job], out, quiet=True)
     introduction = (
-        f"{len(networks)} runs of train.py from {c.before.path.name}, compared with it on the same {c.n}"
-        " held-out latents. The data of every run lies in data/cell-*.json."
+        f"{len(networks)} runs of train.py started from {c.before.path.name}. Each is compared with it on the"
+        f" same {c.n} held-out latents. The data of every run are in data/cell-*.json."
     )
     write_page(out / "index.html", TITLE, introduction, [job], fronts, fronts[KEY].says[:1])
     return fronts[KEY]
@@ -347,11 +374,13 @@ def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool =
 
 def make_cells(parts: Mapping[Cell, Part], jobs: int) -> None:
     """Train the cells that are not finished."""
+    # the user's OMP_NUM_THREADS wins; else the cores are divided among the runs
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // jobs))
     make_shown([[part] for part in parts.values()], jobs, threads, "training", "cell")
 
 
 def measure_cells(parts: Mapping[Cell, Part], sources: Sources, out: Path) -> Finding:
-    """Measure finished cells and write the page; returns the finding of the front."""
+    """Measure the finished cells and write the page; return the finding of the front."""
+    # a comparison needs a tuned network; `measure_cell` loads the one of each cell itself
     networks = {cell: path for cell, part in parts.items() if (path := part.network()) is not None}
     return write(load_comparison(replace(sources, after=next(iter(networks.values())))), networks, out)

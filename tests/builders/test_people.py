@@ -35,7 +35,7 @@ def pool(tmp_path_factory, latents, heads):
     """
     folder = tmp_path_factory.mktemp("pool")
     rng = np.random.default_rng(6)
-    sizes = PoolOptions(face=100, eyes=50, rest=100, behind=100, anywhere=50, walls=50)
+    sizes = PoolOptions(face=100, eyes=50, rest=100, back=100, anywhere=50, walls=50)
     stored = [
         np.round(draw_points(head, people.load_basis(), sizes, rng) / POINT_STEP).astype(np.int16)
         for head in heads[:2]

@@ -36,11 +36,11 @@ def recorded(tmp_path, monkeypatch):
 
 
 def test_the_recorded_control_is_quoted_by_the_demo(recorded):
-    found = control_figures(settings(), 1.5)
-    assert found == {"control_delta_mean": 0.125, "control_source": "control-summary.json"}
+    figures = control_figures(settings(), 1.5)
+    assert figures == {"control_delta_mean": 0.125, "control_source": "control-summary.json"}
     assert (
         control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5)
-        == found
+        == figures
     )
 
 
@@ -61,9 +61,9 @@ def test_the_bundled_control_is_that_of_the_demo():
     ],
 )
 def test_the_recorded_control_of_other_settings_is_not_quoted(recorded, flags, names):
-    found = control_figures(settings(*flags), 1.5)
-    assert found["control_delta_mean"] is None
-    assert all(name in found["control_source"] for name in [*names, "--lambda-r=0"])
+    figures = control_figures(settings(*flags), 1.5)
+    assert figures["control_delta_mean"] is None
+    assert all(name in figures["control_source"] for name in [*names, "--lambda-r=0"])
 
 
 def test_the_recorded_control_of_another_network_is_not_quoted(recorded, tiny_networks, tiny_reward):
@@ -71,19 +71,24 @@ def test_the_recorded_control_of_another_network_is_not_quoted(recorded, tiny_ne
         (f"--init={tiny_networks}", "init (bytes)"),
         (f"--reward-ckpt={tiny_reward}", "reward (bytes)"),
     ):
-        found = control_figures(settings(flag), 1.5)
-        assert found["control_delta_mean"] is None and name in found["control_source"]
+        figures = control_figures(settings(flag), 1.5)
+        assert figures["control_delta_mean"] is None and name in figures["control_source"]
 
 
 def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     summary = {"tuned_delta_mean": 0.25, "images": 720, "seed": 0, "lambda_r": 0.0}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "training_options.json").write_text(json.dumps(settings("--lambda-r=0", "--gamma=0.5")))
-    own = settings("--gamma=0.5", f"--control={tmp_path}")
-    assert control_figures(own, 1.5) == {"control_delta_mean": 0.25, "control_source": "summary.json"}
-    other = control_figures({**own, "gamma": 0.3}, 1.5)
+    run_settings = settings("--gamma=0.5", f"--control={tmp_path}")
+    assert control_figures(run_settings, 1.5) == {
+        "control_delta_mean": 0.25,
+        "control_source": "summary.json",
+    }
+    other = control_figures({**run_settings, "gamma": 0.3}, 1.5)
     assert other["control_delta_mean"] is None
     assert all(name in other["control_source"] for name in ("summary.json", "gamma 0.5 ", " 0.3"))
-    (tmp_path / "training_options.json").write_text(json.dumps({**own, "lambda_r": 10.0, "kimg": 0.08}))
-    told = control_figures(own, 1.5)["control_source"]
-    assert all(name in told for name in ("kimg 0.08 ", " 0.6", "lambda_r 10.0 ", " 0"))
+    (tmp_path / "training_options.json").write_text(
+        json.dumps({**run_settings, "lambda_r": 10.0, "kimg": 0.08})
+    )
+    source = control_figures(run_settings, 1.5)["control_source"]
+    assert all(name in source for name in ("kimg 0.08 ", " 0.6", "lambda_r 10.0 ", " 0"))

@@ -60,12 +60,12 @@ def test_the_criterion_asks_for_every_seed_and_both_primary_endpoints():
         return criterion({LABELS: labels, **other}, primary_endpoints)["labels_win"]
 
     weak = arm_of([0.5, 0.5], [2.0, 2.0], [0.0, 0.0])
-    assert beaten(randomised=weak) and not beaten()  # nothing to beat is no proof
+    assert beaten(randomised=weak) and not beaten()  # without another arm nothing is shown
     assert not beaten(randomised=weak, post_processing=arm_of([0.5, 0.09], [2.0, 2.0], [0.5, 0.5]))
     assert not beaten(randomised=arm_of([0.5, 0.5], [2.0, 0.9], [0.0, 0.0]))
     worse = {**labels, "intact_degraded": [0.1, 0.0]}
-    found = criterion({LABELS: worse, "randomised": weak}, primary_endpoints)
-    assert not found["labels_win"] and found["against"]["randomised"]["no_more_harm"] == [False, True]
+    result = criterion({LABELS: worse, "randomised": weak}, primary_endpoints)
+    assert not result["labels_win"] and result["against"]["randomised"]["no_more_harm"] == [False, True]
     near = {**weak, "shape_frechet": [0.0, 0.0]}
     assert criterion({LABELS: labels, "randomised": near}, ["error_defective"])["labels_win"]
 
@@ -149,8 +149,8 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
         monkeypatch.setattr(phase, name, HeldOut(name, 500_000, 8, ""))
     monkeypatch.setattr(controlled_study, "PSIS", PSIS[::4])
     few = dict(list(filters.FILTERS.items())[:2])
-    for room in (filters, controlled_study):
-        monkeypatch.setattr(room, "FILTERS", few)
+    for module in (filters, controlled_study):
+        monkeypatch.setattr(module, "FILTERS", few)
 
     def occupied(_, shapes):
         return (shapes < 0).reshape(len(shapes), 8, -1).mean(axis=2).astype(float)
@@ -164,7 +164,7 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     flags = [
         f"--network={tmp_path / 'tiny.safetensors'}",
         f"--labels={labels}",
-        f"--outdir={tmp_path / 'proof'}",
+        f"--outdir={tmp_path / 'study'}",
         "--seeds=0,1",
         "--rewards=1",
         "--label-sets=1",
@@ -181,14 +181,14 @@ def test_all_of_it_at_tiny_size(arms, in_this_process, tiny_data, tmp_path, monk
     ]
     result = CliRunner().invoke(report_studies.controlled_study, [*flags, *tune, "--kimg=0.008"])
     assert result.exit_code == 0, result.output
-    data = json.loads((tmp_path / "proof" / "controlled-study.json").read_text())
+    data = json.loads((tmp_path / "study" / "controlled-study.json").read_text())
     assert list(data["arms"]) == arms and data["primary_endpoints"] == ["error_defective", "shape_frechet"]
     assert all(
         len(figures["error_defective"]) == len(figures["shape_frechet"]) == 2
         for figures in data["arms"].values()
     )
     assert set(data["criterion"]["against"]) == set(arms) - {LABELS} and set(data["psi"]) == {"0", "1"}
-    assert (tmp_path / "proof" / "controlled-study.md").read_text().count("(primary)") == len(
+    assert (tmp_path / "study" / "controlled-study.md").read_text().count("(primary)") == len(
         data["primary_endpoints"]
     )
     done = len(in_this_process)

@@ -19,7 +19,7 @@ N = 32
 
 
 def shapes_seen(missing, extra=0.0, fscore=0.5) -> dict:
-    """What is seen of shapes with these errors; faces are the same random ones."""
+    """Return measurements of shapes with these errors; their faces are always the same random ones."""
     missing = np.asarray(missing, dtype=float)
     faces = np.random.default_rng(0).normal(0.1, 0.01, (len(missing), 6, 5)).astype(np.float32)
     known = (
@@ -47,34 +47,37 @@ def shapes_seen(missing, extra=0.0, fscore=0.5) -> dict:
 def test_figures_of_made_up_shapes():
     before = shapes_seen([0.6, 0.4, 0.02, 0.03])
     after = shapes_seen([0.1, 0.1, 0.02, 0.05])
-    found = heads.figures(before, after)
+    values = heads.figures(before, after)
     assert heads.defective(before).tolist() == [True, True, False, False] and before["missing"][2] < DEFECTIVE
     assert (
-        found["error_reduction"] == pytest.approx(0.8)
-        and found["intact_degraded"] == 0.5
-        and found["intact_share"] == 1
+        values["error_reduction"] == pytest.approx(0.8)
+        and values["intact_degraded"] == 0.5
+        and values["intact_share"] == 1
     )
-    assert found["error_defective"] == pytest.approx(0.1) and found["missing_defective"] == pytest.approx(0.1)
-    assert found["identity_kept"] == 1 and found["face_moved_voxels"] == 0 and found["changed"] == 0
-    assert found["error_reduction_ci95"][0] <= 0.8 <= found["error_reduction_ci95"][1]
+    assert values["error_defective"] == pytest.approx(0.1) and values["missing_defective"] == pytest.approx(
+        0.1
+    )
+    assert values["identity_kept"] == 1 and values["face_moved_voxels"] == 0 and values["changed"] == 0
+    assert values["error_reduction_ci95"][0] <= 0.8 <= values["error_reduction_ci95"][1]
     assert heads.figures(before, before)["error_reduction"] == 0
 
 
 def test_faces_that_move_lose_their_identity_and_variety():
     before = shapes_seen([0.6] * 4)
     after = {**before, "depth": before["depth"] + 0.5 / 64, "relief": before["relief"][::-1].copy()}
-    found = heads.figures(before, after)
-    assert found["face_moved_voxels"] == pytest.approx(0.5, abs=1e-4) and found["identity_kept"] == 0
+    values = heads.figures(before, after)
+    assert values["face_moved_voxels"] == pytest.approx(0.5, abs=1e-4) and values["identity_kept"] == 0
     assert heads.variety({**before, "relief": np.repeat(before["relief"][:1], 4, axis=0)}) == pytest.approx(
         0, abs=1e-6
     )
-    gone = {
+    without_face = {
         **before,
         "depth": np.full_like(before["depth"], np.nan),
         "relief": np.full_like(before["depth"], np.nan),
     }
     assert (
-        heads.figures(before, gone)["identity_kept"] == 0 and heads.figures(before, gone)["variety"] is None
+        heads.figures(before, without_face)["identity_kept"] == 0
+        and heads.figures(before, without_face)["variety"] is None
     )
 
 
@@ -95,24 +98,26 @@ def test_the_interval_grows_with_the_spread_of_seeds():
     narrow = heads.interval(before, alike)
     wide = heads.interval(before, apart)
     assert wide[1] - wide[0] > narrow[1] - narrow[0] and narrow[0] < 0.6 < narrow[1]
-    found = two_way_interval(lambda rows, columns: float(rows.mean()), 1, 5)
-    assert found == (0.0, 0.0)  # a single seed stays as it is
+    values = two_way_interval(lambda rows, columns: float(rows.mean()), 1, 5)
+    assert values == (0.0, 0.0)  # a single seed stays as it is
 
 
 def test_a_cut_back_is_seen_and_no_face():
-    whole = whole_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
-    cut = np.maximum(whole, (-0.05 - grid_points(N)[..., 2]))  # nothing behind z = -.05
-    seen = heads.looked_at(cut, whole)
-    itself = heads.looked_at(whole, whole)
+    intact = whole_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
+    cut = np.maximum(intact, (-0.05 - grid_points(N)[..., 2]))  # nothing behind z = -.05
+    seen = heads.looked_at(cut, intact)
+    itself = heads.looked_at(intact, intact)
     assert (
         (heads.error(itself) == 0).all()
         and (itself["fscore"] == 1).all()
         and itself["utility"] == pytest.approx(1)
     )
     assert heads.defective(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
-    found = heads.figures(seen, itself)
-    assert found["error_reduction"] == 1 and found["identity_kept"] == 1 and found["face_moved_voxels"] == 0
-    assert found["changed"] == pytest.approx(float(seen["missing"].mean()), abs=0.02)
+    values = heads.figures(seen, itself)
+    assert (
+        values["error_reduction"] == 1 and values["identity_kept"] == 1 and values["face_moved_voxels"] == 0
+    )
+    assert values["changed"] == pytest.approx(float(seen["missing"].mean()), abs=0.02)
 
 
 def test_networks_stand_side_by_side(tmp_path):
@@ -121,16 +126,16 @@ def test_networks_stand_side_by_side(tmp_path):
         [str(bundled.GENERATOR), "--n=2", "--held-out=validation", f"--out={tmp_path / 'heads.json'}"],
     )
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "heads.json").read_text())["networks"]
-    assert list(found) == ["before", "generator"] and found["generator"] == found["before"]
-    assert found["generator"]["face_moved_voxels"] == 0 and found["generator"]["intact_degraded"] in (
+    values = json.loads((tmp_path / "heads.json").read_text())["networks"]
+    assert list(values) == ["before", "generator"] and values["generator"] == values["before"]
+    assert values["generator"]["face_moved_voxels"] == 0 and values["generator"]["intact_degraded"] in (
         0,
         None,
     )
     assert "| generator |" in done.output and "2 latents (validation" in done.output
 
 
-def test_networks_of_one_name_are_told_apart(tmp_path):
+def test_networks_of_the_same_name_get_distinct_names(tmp_path):
     runs = [tmp_path / arm / "00000-x" for arm in ("one", "two")]
     assert report_shapes.names_of(runs) == ["one/00000-x", "two/00000-x"]
     assert report_shapes.names_of([*runs[:1], tmp_path / "00001-x"]) == ["00000-x", "00001-x"]

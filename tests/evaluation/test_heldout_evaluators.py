@@ -1,6 +1,4 @@
-"""The judges of a run's end: outcomes, error reduction of defective heads; a network against itself and
-intact heads in a network's place.
-"""
+"""Held-out evaluators of a run: outcomes, error reduction; a network against itself and intact heads."""
 
 from pathlib import Path
 
@@ -9,8 +7,7 @@ import pytest
 
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import HeldOut
-from eg3d_rlhf.evaluation import filters, heads
-from eg3d_rlhf.evaluation import heldout_evaluators as judges
+from eg3d_rlhf.evaluation import filters, heads, heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import measured
 from eg3d_rlhf.generators import latents
@@ -41,7 +38,7 @@ def test_outcomes_follow_the_interval_and_the_direction(ends, way, expected):
     assert row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
 
 
-def whole(seeds) -> np.ndarray:
+def ground_truth(seeds) -> np.ndarray:
     return whole_grids(latents(seeds, 64), N)
 
 
@@ -53,27 +50,27 @@ def cut(shapes: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def healed(unchanged, monkeypatch):
-    """A comparison whose generator makes of every other latent a head without a back before tuning, and whole
-    ones afterwards.
-    """
+    """Make a comparison in which every second head lacks its back before tuning, and none after."""
     after = replaced(unchanged.after)
-    monkeypatch.setattr(judges, "HEADS", 4)
-    monkeypatch.setattr(judges, "CHOOSING", 2)
+    monkeypatch.setattr(heldout_evaluators, "HEADS", 4)
+    monkeypatch.setattr(heldout_evaluators, "CHOOSING", 2)
     few = dict(list(filters.FILTERS.items())[:3])
-    for room in (filters, judges):
-        monkeypatch.setattr(room, "FILTERS", few)
+    for module in (filters, heldout_evaluators):
+        monkeypatch.setattr(module, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: whole(seeds))
+    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: ground_truth(seeds))
     monkeypatch.setattr(
         heads,
         "scans",
-        lambda generator, seeds: whole(seeds) if generator is after.generator else cut(whole(seeds)),
+        lambda generator, seeds: (
+            ground_truth(seeds) if generator is after.generator else cut(ground_truth(seeds))
+        ),
     )
     return Comparison(**{**vars(unchanged), "after": after, "n": 4, "batch": 4, "memory": {}})
 
 
 def test_a_generator_of_intact_heads_removes_all_error(healed):
-    record = judges.against_ground_truth(healed) | judges.blind_pairs(healed)
+    record = heldout_evaluators.against_ground_truth(healed) | heldout_evaluators.blind_pairs(healed)
     assert (
         record["error_reduction"] == 1
         and record["error_reduction_by_post_processing"] < 0.3
@@ -94,36 +91,36 @@ def test_a_generator_of_intact_heads_removes_all_error(healed):
 
 
 def test_without_features_of_shapes_the_summary_says_so(unchanged, monkeypatch, tmp_path):
-    monkeypatch.setattr(judges, "DEFAULT_ASSET", tmp_path / "none.safetensors")
-    found = judges.shapes(unchanged)
-    assert found["geometry"] == [] and "none.safetensors" in found["shapes_missing"]
+    monkeypatch.setattr(heldout_evaluators, "DEFAULT_ASSET", tmp_path / "none.safetensors")
+    result = heldout_evaluators.shapes(unchanged)
+    assert result["geometry"] == [] and "none.safetensors" in result["shapes_missing"]
 
 
 def test_a_network_against_itself_changes_nothing_clearly(unchanged, monkeypatch):
-    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
-    monkeypatch.setattr(judges, "FAKES", 80)
-    found = judges.geometry(Comparison(**{**vars(unchanged), "memory": {}}))["geometry"]
-    assert len(found) == 3 and {row["outcome"] for row in found} == {UNCLEAR}
-    assert all(row["before"] == row["after"] for row in found)
+    monkeypatch.setattr(heldout_evaluators, "GEOMETRY", HeldOut("geometry", 220_000, 4, ""))
+    monkeypatch.setattr(heldout_evaluators, "FAKES", 80)
+    result = heldout_evaluators.geometry(Comparison(**{**vars(unchanged), "memory": {}}))["geometry"]
+    assert len(result) == 3 and {row["outcome"] for row in result} == {UNCLEAR}
+    assert all(row["before"] == row["after"] for row in result)
 
 
 def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monkeypatch, tmp_path):
     monkeypatch.setenv("EG3D_RLHF_CACHE", str(tmp_path))
-    monkeypatch.setattr(judges, "GEOMETRY", HeldOut("geometry", 220_000, 3, ""))
-    monkeypatch.setattr(judges, "resolve_dataset", lambda name: Path(__file__))
+    monkeypatch.setattr(heldout_evaluators, "GEOMETRY", HeldOut("geometry", 220_000, 3, ""))
+    monkeypatch.setattr(heldout_evaluators, "resolve_dataset", lambda name: Path(__file__))
     made = []
-    views = judges.PARTS["views"]
-    monkeypatch.setitem(judges.PARTS, "views", lambda *what: made.append(what) or views(*what))
+    views = heldout_evaluators.PARTS["views"]
+    monkeypatch.setitem(heldout_evaluators.PARTS, "views", lambda *what: made.append(what) or views(*what))
 
     def seen(role="before", **change):
         values = {"data": bundled.DATA, "memory": {}, **change}
-        return judges.seen(Comparison(**{**vars(unchanged), **values}), "views", role)[
+        return heldout_evaluators.seen(Comparison(**{**vars(unchanged), **values}), "views", role)[
             "depth disagreement"
         ].tolist()
 
     first = seen()
     assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one
-    monkeypatch.setattr(judges, "_bundled_hash", lambda: unchanged.before.hash)
+    monkeypatch.setattr(heldout_evaluators, "_bundled_hash", lambda: unchanged.before.hash)
     assert seen() == seen() == first and len(made) == 2
     (path,) = tmp_path.rglob("views-*/*.safetensors")
     path.write_bytes(b"damaged")

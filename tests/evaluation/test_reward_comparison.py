@@ -12,7 +12,7 @@ from eg3d_rlhf.modes import report_studies
 
 
 class Learnt:
-    """What a reward states of itself."""
+    """A reward that has nothing but a provenance."""
 
     def __init__(self, **provenance):
         self.provenance = provenance
@@ -83,7 +83,7 @@ def test_commands(tmp_path):
     assert list(plan) == list(ENTRIES)
     assert list(plan["sigma"]) == ["seed0", "seed4"]  # bundled: nothing to train
     assert list(plan["thumbs"]) == ["label", "reward", "seed0", "seed4"]
-    assert "--set=pairs=0" in plan["thumbs"]["reward"]  # the bundled pairs teach it nothing
+    assert "--set=pairs=0" in plan["thumbs"]["reward"]  # the bundled pairs have no weight
     for name, parts in plan.items():
         assert all(flag in parts["seed4"] for flag in (*ENTRIES[name].tune, "--seed=4", "--no-summary"))
     short = ENTRIES["depth"].short[0]

@@ -34,17 +34,17 @@ def test_planted_shift_is_found(tiny_comparison):
     c = planted(
         tiny_comparison, {"before": before, "after": after, "control": before + 1e-3 * RNG.normal(size=16)}
     )
-    found = rewards.shift(c, None)
-    p = found.data["paired"]["after"]
+    finding = rewards.shift(c, None)
+    p = finding.data["paired"]["after"]
     assert (p["positive"], p["n"]) == ((after > before).sum(), 16)
     np.testing.assert_allclose(p["mean"], (after - before).mean())
-    assert p["mean_lo"] < p["mean"] < p["mean_hi"] and found.data["paired"]["control"]["mean_hi"] < 0.01
-    np.testing.assert_allclose([row["delta_after"] for row in found.rows], after - before)
-    assert [row["seed"] for row in found.rows] == list(range(200_000, 200_016))
-    says = " ".join(found.says)
+    assert p["mean_lo"] < p["mean"] < p["mean_hi"] and finding.data["paired"]["control"]["mean_hi"] < 0.01
+    np.testing.assert_allclose([row["delta_after"] for row in finding.rows], after - before)
+    assert [row["seed"] for row in finding.rows] == list(range(200_000, 200_016))
+    says = " ".join(finding.says)
     assert f"{p['positive']} of 16" in says and f"{p['mean']:+.3f} [{p['mean_lo']:+.3f}" in says
-    share = abs(found.data["paired"]["control"]["mean"] / p["mean"])
-    assert share < 0.1 and f"{share:.1%}" in found.says[-1]
+    share = abs(finding.data["paired"]["control"]["mean"] / p["mean"])
+    assert share < 0.1 and f"{share:.1%}" in finding.says[-1]
 
 
 def test_line_of_final_against_initial(tiny_comparison):
@@ -57,10 +57,10 @@ def test_line_of_final_against_initial(tiny_comparison):
 
 
 def test_a_generator_against_itself(unchanged):
-    found = rewards.shift(unchanged, None)
-    p = found.data["paired"]["after"]
-    assert (p["positive"], p["ties"], p["mean"]) == (0, 16, 0) and "control" not in found.data["paired"]
-    assert any("--control" in text for text in found.says)
+    finding = rewards.shift(unchanged, None)
+    p = finding.data["paired"]["after"]
+    assert (p["positive"], p["ties"], p["mean"]) == (0, 16, 0) and "control" not in finding.data["paired"]
+    assert any("--control" in text for text in finding.says)
     ranks = rewards.ranks(unchanged, None).data
     assert ranks["rho"]["before"] == ranks["rho"]["after"]
 
@@ -112,17 +112,17 @@ TIMES = np.array([0.0, 0.06, 0.12, 0.24])
 def planted_values(slope, scatter, noise=0.0, n=100, seed=0):
     """Rewards [N, T]: every latent rises with its own slope."""
     rng = np.random.default_rng(seed)
-    own = slope + scatter * rng.normal(size=n)
-    return rng.normal(size=n)[:, None] + own[:, None] * TIMES + noise * rng.normal(size=(n, len(TIMES)))
+    slopes = slope + scatter * rng.normal(size=n)
+    return rng.normal(size=n)[:, None] + slopes[:, None] * TIMES + noise * rng.normal(size=(n, len(TIMES)))
 
 
 def test_planted_slopes():
-    found = rewards.slope_summary(TIMES, planted_values(30, 2))
-    assert abs(found["mean"] - 30) < 0.6 and found["mean_lo"] < found["mean"] < found["mean_hi"]
+    finding = rewards.slope_summary(TIMES, planted_values(30, 2))
+    assert abs(finding["mean"] - 30) < 0.6 and finding["mean_lo"] < finding["mean"] < finding["mean_hi"]
     np.testing.assert_allclose(
-        [found["spread_lo"], found["spread_hi"]], np.quantile(found["slopes"], [0.025, 0.975])
+        [finding["spread_lo"], finding["spread_hi"]], np.quantile(finding["slopes"], [0.025, 0.975])
     )
-    assert found["spread_lo"] > 0
+    assert finding["spread_lo"] > 0
 
 
 def test_mean_interval_covers_a_small_drift():
@@ -139,14 +139,14 @@ def _roles(control):
 
 def test_a_drifting_control_is_called_so():
     drifting = _roles(planted_values(-0.17, 0.2))
-    *of_roles, verdict = rewards._trajectory_says(drifting)
-    for (role, found), line in zip(drifting.items(), of_roles, strict=True):
-        assert f"[{found['spread_lo']:+.2f}, {found['spread_hi']:+.2f}]" in line, role
+    *of_roles, last_sentence = rewards._trajectory_says(drifting)
+    for (role, finding), line in zip(drifting.items(), of_roles, strict=True):
+        assert f"[{finding['spread_lo']:+.2f}, {finding['spread_hi']:+.2f}]" in line, role
         # whether the interval holds zero
         assert ("not" in line.split()) == (role == "after"), line
-    assert f"{abs(drifting['control']['mean'] / drifting['after']['mean']):.1%}" in verdict
-    verdict = rewards._trajectory_says(_roles(planted_values(0, 0.2)))[-1]
-    assert "control" in verdict and "%" not in verdict
+    assert f"{abs(drifting['control']['mean'] / drifting['after']['mean']):.1%}" in last_sentence
+    last_sentence = rewards._trajectory_says(_roles(planted_values(0, 0.2)))[-1]
+    assert "control" in last_sentence and "%" not in last_sentence
 
 
 def test_run_with_snapshots(tiny_comparison, tmp_path):
@@ -186,32 +186,32 @@ def test_planted_divergence(means, at):
 
 
 def test_noise_is_seldom_called_divergence():
-    found = [
+    finding = [
         rewards.divergence(measured(PROXY[:3]), measured([0, 0, 0], 1.0, seed=100 + s)) for s in range(60)
     ]
-    assert sum(at is not None for at in found) <= 5  # the peak of noise is always followed by a fall
+    assert sum(at is not None for at in finding) <= 5  # the peak of noise is always followed by a fall
 
 
 def test_curves_of_a_run_with_snapshots(tiny_comparison, tmp_path):
     (part,) = rewards.curve_jobs(tiny_comparison)
-    found = pages.run([part], tmp_path, quiet=True)["over-optimisation"]
-    data = found.data
+    finding = pages.run([part], tmp_path, quiet=True)["over-optimisation"]
+    data = finding.data
     assert data["kimg"] == [0, 0.064, 0.128, 0.192] and list(data["curves"]) == [rewards.PROXY]
     assert data["distance"][0] == 0 and np.all(np.diff(data["distance"]) > 0)  # the noise grows along the run
     assert data["curves"][rewards.PROXY]["steps"][0] == {"mean": 0, "lo": 0, "hi": 0}
-    says = " ".join(found.says)
+    says = " ".join(finding.says)
     assert "--heldout-reward" in says and "KL" in says
     assert (tmp_path / "figures" / "over-optimisation-curves.svg").is_file()
 
 
 def test_without_snapshots_before_and_after_are_shown(unchanged, tmp_path):
-    found = rewards.overoptimisation(unchanged, tmp_path)
+    finding = rewards.overoptimisation(unchanged, tmp_path)
     assert (
-        found.data["kimg"] == [0.0, None]
-        and found.data["distance"] == [0, 0]
-        and rewards.NO_SNAPSHOTS in found.says
+        finding.data["kimg"] == [0.0, None]
+        and finding.data["distance"] == [0, 0]
+        and rewards.NO_SNAPSHOTS in finding.says
     )
-    rewards.plot_curves(found.data)
+    rewards.plot_curves(finding.data)
 
 
 def test_independence_of_the_second_reward(tiny_comparison):
@@ -235,6 +235,6 @@ def test_independence_of_the_second_reward(tiny_comparison):
 
 def test_bundled_networks_have_all_three_measures(tmp_path):
     c = load_comparison(Sources(after=bundled.GENERATOR, n=2, images=16))
-    found = rewards.overoptimisation(c, tmp_path)
-    assert list(found.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.ORACLE]
-    assert all(any(name in line for line in found.says) for name in found.data["curves"])
+    finding = rewards.overoptimisation(c, tmp_path)
+    assert list(finding.data["curves"]) == [rewards.PROXY, rewards.SECOND, rewards.ORACLE]
+    assert all(any(name in line for line in finding.says) for name in finding.data["curves"])

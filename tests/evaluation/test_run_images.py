@@ -1,6 +1,4 @@
-"""The pictures that end a run: their size, which latents they show, what stands beside,
-and contact sheets.
-"""
+"""Images at the end of a run: their size, the latents that they show, and contact sheets."""
 
 import json
 
@@ -22,7 +20,7 @@ from training.dataset import ImageFolderDataset
 from training.heads import people, people_mesh
 
 CELL = 40
-SMALL = pictures.PictureOptions(
+SMALL = pictures.ImageOptions(
     shown=2, meshes=1, resolution=32, cell=CELL, film=CELL, thumb=CELL, rays=8, turns=3, samples=4
 )
 FRONT = CameraFamily().label(0.4)
@@ -67,7 +65,7 @@ def heads(tiny_networks, tiny_reward, tiny_pair):
     c = comparisons.load(tiny_networks, tiny_reward, after=tiny_pair[0], data="synthetic:people32@n=8")
     known = {
         pictures.CHOSEN: [210_003, 210_001],
-        ("judges", "post-processing", "before"): {"any_method": np.array([0])},
+        ("evaluators", "post-processing", "before"): {"any_method": np.array([0])},
     }
     return comparisons.dataclasses.replace(
         c, before=with_spheres(c.before, 0.2), after=with_spheres(c.after, 0.24), memory=known
@@ -75,7 +73,7 @@ def heads(tiny_networks, tiny_reward, tiny_pair):
 
 
 @pytest.mark.parametrize("of_people", [True, False])
-def test_the_pictures_are_written_with_and_without_heads_of_people(heads, of_people, tmp_path, monkeypatch):
+def test_the_images_are_written_with_and_without_heads_of_people(heads, of_people, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "GRID", 16)
     c = heads if of_people else comparisons.dataclasses.replace(heads, data="")
     assert pictures.write_pictures(c, tmp_path, SMALL) == ["comparison.png", "turntable.webp", "meshes/*.ply"]
@@ -84,14 +82,14 @@ def test_the_pictures_are_written_with_and_without_heads_of_people(heads, of_peo
         "seed210003-before.ply",
     ]
     height, width = (round(CELL * pictures.CROP[2 + i]) - round(CELL * pictures.CROP[i]) for i in (1, 0))
-    picture = np.array(PIL.Image.open(tmp_path / "comparison.png"))
-    assert picture.shape[1] == pictures.NAMES + 2 * width + 24
+    image = np.array(PIL.Image.open(tmp_path / "comparison.png"))
+    assert image.shape[1] == pictures.NAMES + 2 * width + 24
     rows = 8 if of_people else 6
-    assert rows * height < picture.shape[0] < rows * (height + 22) + 400  # and the caption
+    assert rows * height < image.shape[0] < rows * (height + 22) + 400  # and the caption
     assert PIL.Image.open(tmp_path / "turntable.webp").n_frames == 3
 
 
-def test_the_caption_says_that_scans_are_broken_on_purpose(heads):
+def test_the_caption_says_that_scans_are_damaged_deliberately(heads):
     with_scans = pictures.caption(heads, 6)
     without = pictures.caption(comparisons.dataclasses.replace(heads, data=""), 6)
     assert bundled.DAMAGED in with_scans and bundled.DAMAGED not in without and "psi 1" in with_scans
@@ -121,20 +119,22 @@ def test_shapes_without_a_surface_are_white_and_stop_nothing(tiny_comparison, tm
 
 def test_a_grid_is_drawn_where_its_surface_is():
     sphere = np.linalg.norm(people_mesh.grid_points(24), axis=-1) - 0.3
-    view = look(pictures.of_grid(sphere), FRONT, 32)
+    view = look(pictures.level_set_from_grid(sphere), FRONT, 32)
     assert view.hit.any() and (view.points.norm(dim=1) - 0.3).abs().max() < 2e-3
 
 
 def test_a_whole_head_is_seen_where_its_photograph_shows_it():
     (head,) = people.named_people(latents([5], people.LATENT))
-    view = pictures.view_of_head(head, pictures.of_grid(people_mesh.head_grid(head, 16)), FRONT, 32)
+    view = pictures.view_of_head(
+        head, pictures.level_set_from_grid(people_mesh.head_grid(head, 16)), FRONT, 32
+    )
     _, distance = people.picture(head, FRONT[0, :16].reshape(4, 4).numpy(), float(FRONT[0, 16]), 32)
     assert (view.hit.numpy() == np.isfinite(distance)).all()
     assert np.abs(view.depth.numpy() - distance)[np.isfinite(distance)].max() < 1e-3
     assert 0.05 < view.light.min() and 0.3 < paint(view)[view.hit].mean() < 0.95
 
 
-def test_small_print_is_broken_into_lines_within_the_sheet():
+def test_small_print_is_wrapped_into_lines_within_the_sheet():
     cell = np.full((10, 120, 3), 255, np.uint8)
     bare, noted = (sheet("", [Row(cells=[cell, cell])], note=note).shape for note in ("", "word " * 40))
     assert noted[1] == bare[1] and noted[0] > bare[0] + 4 * 19
@@ -142,8 +142,8 @@ def test_small_print_is_broken_into_lines_within_the_sheet():
 
 def test_the_change_of_a_generator_against_itself_is_none(heads):
     same = comparisons.dataclasses.replace(heads, after=heads.before)
-    found = pictures.surface_change(same, pictures.EVALUATION.take(1))["surface_change_voxels"]
-    assert found["n"] == 1 and found["median"] < 0.02
+    result = pictures.surface_change(same, pictures.EVALUATION.take(1))["surface_change_voxels"]
+    assert result["n"] == 1 and result["median"] < 0.02
     assert pictures.surface_change(heads, pictures.EVALUATION.take(1))["surface_change_voxels"]["median"] > 1
 
 
@@ -164,7 +164,7 @@ def run(tool, *flags):
 
 
 def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
-    found = run(
+    result = run(
         samples.sheet,
         f"--network={tiny_networks}",
         f"--data={tiny_data}",
@@ -172,7 +172,7 @@ def test_the_tool_that_draws_contact_sheets(tiny_networks, tiny_data, tmp_path):
         "--shapes=1",
         f"--outdir={tmp_path}/a",
     )
-    assert found.exit_code == 0, found.output
+    assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["images.png", "shapes.png"]
     few = run(
         samples.sheet,
@@ -189,7 +189,7 @@ def test_the_tool_that_draws_a_run_again_states_what_it_compares(
     tiny_networks, tiny_reward, tiny_pair, tmp_path
 ):
     named = [f"--before={tiny_networks}", f"--run={tiny_pair[0]}", f"--reward-ckpt={tiny_reward}"]
-    found = run(reports.images, *named, "--dry-run")
-    assert found.exit_code == 0 and json.loads(found.stdout)["outdir"] == str(tiny_pair[0])
+    result = run(reports.images, *named, "--dry-run")
+    assert result.exit_code == 0 and json.loads(result.stdout)["outdir"] == str(tiny_pair[0])
     missing = run(reports.images, f"--run={tmp_path}/none")
     rejected(missing, "--run", f"{tmp_path}/none")

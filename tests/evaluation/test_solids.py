@@ -1,6 +1,4 @@
-"""The table of `report solid`: controls look sound and are not rewarded; the best of n; both kinds of
-generator; what is refused.
-"""
+"""Table of `report solid`: controls look sound and are not rewarded; best of n; both kinds of generator."""
 
 import json
 from dataclasses import asdict
@@ -78,7 +76,7 @@ def test_the_command(flags, tmp_path):
     )
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_missing_inputs_are_rejected(tmp_path):
     toy = "--pipeline=toy"
     alone = [["--stage=structure"], [f"--conditioning={tmp_path}"]]
     for flags in ([str(tmp_path / "none")], [toy, "--stage=roof"], ["--n=2"], *alone, [toy, str(tmp_path)]):

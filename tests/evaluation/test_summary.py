@@ -1,4 +1,4 @@
-"""The table that ends a reward run, and the geometry-only pictures."""
+"""Table at the end of a reward run, and renders of geometry alone."""
 
 import re
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
-from eg3d_rlhf.evaluation import heldout_evaluators as judges
+from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.heldout_evaluators import measured
 from eg3d_rlhf.evaluation.run_images import write_pictures
-from eg3d_rlhf.evaluation.summary import MEASURES, PICTURES, notes, rows, table_of_heads, work
+from eg3d_rlhf.evaluation.summary import IMAGES, MEASURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.measures.measure import Measure
 
@@ -103,7 +103,7 @@ def test_rows_of_a_run_without_judge_or_control():
         for what, figure, _ in rows({**record, "control_delta_mean": None, "reward_test_accuracy": None})
     }
     full = [what for what, *_ in rows(RECORD)]
-    # the rows of the annotator, of the images and of the test pairs are gone, no other
+    # only the rows of the annotator, of the images and of the test pairs are missing
     assert len(table) == len(full) - 3 and set(table) < set(full)
     assert not any("Fréchet" in what or "accuracy" in what for what in table)
     control = row_of(table, "lambda_r = 0")
@@ -114,12 +114,12 @@ def test_shading_shows_a_sphere_of_the_right_size():
     x, y, z = SlabSpec.cube(48).axes()
     radius = 0.3
     distance = (z[:, None, None] ** 2 + y[None, :, None] ** 2 + x[None, None, :] ** 2).sqrt()
-    picture = shade((10 + (radius - distance) * 100)[None], resolution=96)[0, 0]
-    covered = (picture < 1).float().mean().item()
+    image = shade((10 + (radius - distance) * 100)[None], resolution=96)[0, 0]
+    covered = (image < 1).float().mean().item()
     angle = torch.asin(torch.tensor(radius / 2.7))
     expected = torch.pi * (torch.tan(angle) * 4.2647) ** 2  # of the unit image
     assert abs(covered - expected.item()) < 0.02
-    assert picture[48, 48] > picture[70, 48]  # lit from above and in front
+    assert image[48, 48] > image[70, 48]  # lit from above and in front
 
 
 @pytest.mark.long
@@ -128,14 +128,14 @@ def test_several_processes_come_to_the_same(unchanged, tmp_path):
     (tmp_path / "several").mkdir()
     (tmp_path / "alone").mkdir()
     work(several, tmp_path / "several", 2)
-    assert set(several.memory[PICTURES]) == set(write_pictures(alone, tmp_path / "alone"))
+    assert set(several.memory[IMAGES]) == set(write_pictures(alone, tmp_path / "alone"))
     there, here = (
         {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.p[nl][gy]")}
         for name in ("several", "alone")
     )
     assert there == here and "comparison.png" in there  # and meshes, where the surface has any
     known = set(several.memory)
-    assert judges.geometry(several) == judges.geometry(alone) and judges.shapes(several) == judges.shapes(
+    assert heldout_evaluators.geometry(several) == heldout_evaluators.geometry(
         alone
-    )
+    ) and heldout_evaluators.shapes(several) == heldout_evaluators.shapes(alone)
     assert set(several.memory) == known  # nothing was computed again

@@ -42,7 +42,10 @@ def test_grids_that_are_none(lists, flag):
 
 def test_pareto_against_loops():
     values = np.random.default_rng(0).integers(0, 4, size=(40, 3)).astype(float)
-    expected = [not any((other >= own).all() and (other > own).any() for other in values) for own in values]
+    expected = [
+        not any((other >= measures).all() and (other > measures).any() for other in values)
+        for measures in values
+    ]
     assert sweep.pareto(values).tolist() == expected and 0 < sum(expected) < 40
 
 
@@ -63,8 +66,8 @@ def test_front_of_known_settings(tiny_comparison, tmp_path):
         (10, 0.0): (4.5, 3, 2),
         (10, 0.1): (4, 1, 0.4),
     }
-    found = {Cell(lambda_r=r, lambda_sigma=s, seed=0): cell_finding(*v) for (r, s), v in settings.items()}
-    result = sweep.front(tiny_comparison, found, tmp_path)
+    findings = {Cell(lambda_r=r, lambda_sigma=s, seed=0): cell_finding(*v) for (r, s), v in settings.items()}
+    result = sweep.front(tiny_comparison, findings, tmp_path)
     on = {row["setting"]: row["front"] for row in result.rows}
     assert [name for name, text in on.items() if text] == [
         "control (λ_r = 0)",
@@ -81,14 +84,16 @@ def test_front_of_known_settings(tiny_comparison, tmp_path):
 def test_cells_are_measured_against_before(tiny_comparison, tiny_pair):
     c = tiny_comparison
     path = sorted(tiny_pair[0].glob("network-snapshot-*"))[-1]
-    found = sweep.measure_cell(c, None, CELL, path)
-    own = found.data["measures"]
+    findings = sweep.measure_cell(c, None, CELL, path)
+    measures = findings.data["measures"]
     unchanged = sweep.measure_cell(c, None, CELL, c.before.path).data["measures"]
     delta = (c.scores(c.load(path), c.seeds()) - c.scores(c.before, c.seeds())).double().mean()
-    assert own[sweep.REWARD]["mean"] == pytest.approx(float(delta)) and own[sweep.DISTANCE]["mean"] > 0
+    assert (
+        measures[sweep.REWARD]["mean"] == pytest.approx(float(delta)) and measures[sweep.DISTANCE]["mean"] > 0
+    )
     assert {name: step["mean"] for name, step in unchanged.items()} == dict.fromkeys(
         unchanged, 0
-    ) and sweep.IMAGES in own
+    ) and sweep.IMAGES in measures
 
 
 def flags_of(tmp_path, data, networks, reward):

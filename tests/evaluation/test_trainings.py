@@ -1,6 +1,4 @@
-"""Scripts as parts: done once for a command and its files, gone on with after a stop, in order, side by side,
-and stopped together.
-"""
+"""Scripts as parts: they run once for a command and its files, resume after a stop, and stop together."""
 
 import hashlib
 import json
@@ -12,7 +10,7 @@ from eg3d_rlhf.evaluation import trainings
 from eg3d_rlhf.evaluation.trainings import Part, make
 from tests.rejections import raising
 
-SCRIPT = "import os, sys; room = b'x' * 30_000_000; print(sys.argv[1], os.environ.get('OMP_NUM_THREADS'))"
+SCRIPT = "import os, sys; memory = b'x' * 30_000_000; print(sys.argv[1], os.environ.get('OMP_NUM_THREADS'))"
 
 
 @pytest.fixture
@@ -27,13 +25,13 @@ def script_part(tmp_path, *flags, text=SCRIPT, name="part"):
 
 
 def test_a_finished_training_is_not_run_again(training, fake_train):
-    told = []
-    make([[training]], tell=told.append)
+    finished = []
+    make([[training]], on_done=finished.append)
     assert (
         training.finished() and training.state() == "finished" and training.network().parent == training.run
     )
-    make([[training]], tell=told.append)
-    assert told == [training, training] and len(fake_train.calls()) == 1
+    make([[training]], on_done=finished.append)
+    assert finished == [training, training] and len(fake_train.calls()) == 1
     assert fake_train.calls()[0] == f"--seed=1 --outdir={training.folder}"
 
 
@@ -75,7 +73,7 @@ def test_other_flags_and_files_are_other_folders(fake_train, tmp_path):
 def test_a_part_is_finished_with_its_own_command_and_files_alone(tmp_path, monkeypatch):
     part = script_part(tmp_path, "--flag")
     make([[part]], threads=3)
-    cost = part.found().record
+    cost = part.artefact().record
     assert part.finished() and cost["seconds"] > 0 and cost["megabytes"] > 30
     assert (part.folder / trainings.LOG).read_text() == "--flag 3\n"
     other = script_part(tmp_path, "--flag", "--n=3")
@@ -100,7 +98,7 @@ def test_what_version_0_1_made_is_found_and_what_it_began_goes_on(training, fake
     make([[training]])
     as_version_0_1_left_it(training, seconds=3.0, megabytes=500.0)
     make([[training]])
-    assert training.found().record == {"seconds": 3.0, "megabytes": 500.0} and len(fake_train.calls()) == 1
+    assert training.artefact().record == {"seconds": 3.0, "megabytes": 500.0} and len(fake_train.calls()) == 1
     fake_train.mode("stop")
     other = Part.keyed("run", tmp_path / "cells", ["--seed=2"])
     with raising("run"):
