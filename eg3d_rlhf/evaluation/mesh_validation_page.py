@@ -23,7 +23,7 @@ def words(header: Mapping) -> str:
         f" welded; {header['up']} is up; {header['samples']:,} points per mesh, {header['rays']} rays each,"
         f" seed {header['seed']}. Hidden: no ray leaves, on no side; 'nothing hidden' allows"
         f" {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g}"
-        f" thick; thin is below {header['thin']:g}; hollows that open only through holes of radius {header['leak']:g} are"
+        f" thick; thin is below {header['thin']:g}; hollows inside holes of radius {header['leak']:g} are"
         f" inner ones. 'Stands': can be tilted by 3 degrees or more, by the mass of {mass}. 'No crossing': no"
         " edge passes through a face that it does not touch."
     )
@@ -188,8 +188,7 @@ def _tiles(worst: Sequence[dict], images: Mapping[str, str]) -> str:
             f"{html.escape(', '.join(facts))}</figcaption></figure>"
         )
     intro = (
-        "The meshes that fail the most demands come first. Outsides are grey, insides are orange: a hole shows"
-        " the inside."
+        "The meshes that fail the most demands come first. Outsides are grey, insides are orange."
     )
     return (
         f'<section id="worst"><h2>The worst</h2><p class="soft">{intro}</p><div'

@@ -44,7 +44,7 @@ def mesh_of(path: Path, tolerance: float, up: str) -> CleanMesh:
     return clean_mesh(vertices, faces, tolerance, up)
 
 
-def picture(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
+def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
     """Render the mesh from the front and above with an orthographic camera, uint8 [side, side, 4].
 
     Outsides are grey and insides orange, so that holes and inverted faces show. The background is
@@ -85,7 +85,7 @@ def answer(request: dict) -> dict:
             from PIL import Image
 
             out = io.BytesIO()
-            Image.fromarray(picture(mesh)).save(out, "PNG")
+            Image.fromarray(render_mesh(mesh)).save(out, "PNG")
             return {"picture": base64.b64encode(out.getvalue()).decode()}
         return {
             **measure_mesh(mesh, MeasureOptions(**request["options"])),
