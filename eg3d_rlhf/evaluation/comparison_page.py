@@ -234,7 +234,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
     """Show two views of the K latents with the highest and the lowest reward, per network."""
     seeds = c.seeds()
     rows = []
-    images = {}
+    files_by_caption = {}
     # At most half: the strips of best and worst must not overlap.
     k = min(K, len(seeds) // 2)
     above, below = yaws_of(c)
@@ -251,7 +251,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
             # Seeds are consecutive, so a seed's offset is its index.
             listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
-            images[
+            files_by_caption[
                 f"{role}, {which} reward from left to right ({listed}); yaw {above:+.1f} above, {below:+.1f}"
                 " radians below"
             ] = name
@@ -277,15 +277,15 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         data={"k": k},
         rows=rows,
         says=says,
-        images=images,
+        images=files_by_caption,
     )
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
     """Show the same fixed latents under each generator."""
     seeds = list(c.seeds(SHOWN, EVALUATION))
-    images = {}
-    # Each [N, yaws, 1, R, R]
+    files_by_caption = {}
+    # role -> [N, yaws, 1, R, R]
     views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
     scores = {
         f"reward_{role}": c.scores(generator, seeds).double().tolist()
@@ -301,7 +301,7 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
         save_grid(
             torch.cat([role_views[:, j] for role_views in views.values()]), (0, 1), len(seeds), folder / name
         )
-        images[
+        files_by_caption[
             f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
             " right"
         ] = name
@@ -315,7 +315,9 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
         *([NO_CONTROL] if c.control is None else []),
     ]
     data = {"seeds": seeds, "yaws": list(yaws_of(c))}
-    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=images)
+    return Finding(
+        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=files_by_caption
+    )
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
@@ -341,7 +343,7 @@ def orbit(c: Comparison, folder: Path) -> Finding:
     first.save(
         folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS
     )
-    images = {
+    files_by_caption = {
         f"Seed {seed} swung through ±{reach:.2g} radians {SWINGS} times; before left, after right": (
             "orbit.apng"
         ),
@@ -355,5 +357,5 @@ def orbit(c: Comparison, folder: Path) -> Finding:
         facts=c.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
         says=says,
-        images=images,
+        images=files_by_caption,
     )

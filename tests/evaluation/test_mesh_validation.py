@@ -92,7 +92,7 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     """The first request ends its process, as a parser that crashes would."""
     worker = tmp_path / "eg3d_rlhf" / "evaluation"
     worker.mkdir(parents=True)
-    (worker / "census_worker.py").write_text(
+    (worker / "mesh_validation_worker.py").write_text(
         "import json, os, sys\nfor line in sys.stdin:\n    number = json.loads(line)['number']\n"
         "    number == 1 and os._exit(9)\n    print(json.dumps({'number': number}), flush=True)\n"
     )

@@ -219,7 +219,7 @@ def measure(
     # Another seed than the target's: equal rays would make the errors too small.
     views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
     image = objective.seen(views[0].image)
-    values = {
+    results = {
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
         "psnr": psnr(image, case.target.image)[0],
         "perceptual": objective.perceptual(image, case.target.image)[0],
@@ -227,17 +227,17 @@ def measure(
     }
     if case.truth is not None:
         pairs = list(zip(views, case.truth.views, strict=True))
-        values["depth"] = depth_error(*pairs[0])
+        results["depth"] = depth_error(*pairs[0])
         # Held-out views show whether the shape is right, not only the image.
         for name, values in {
             "psnr_side": [psnr(a.image, b.image)[0] for a, b in pairs[1:]],
             "perceptual_side": [objective.perceptual(a.image, b.image)[0] for a, b in pairs[1:]],
             "depth_side": [depth_error(a, b) for a, b in pairs[1:]],
         }.items():
-            values[name] = torch.stack(values).mean()
+            results[name] = torch.stack(values).mean()
     if evaluators.reward is not None:
-        values["reward"] = evaluators.reward.score(field)[0]
-    return {**{name: float(value) for name, value in values.items()}, **evaluated(case, field, evaluators)}
+        results["reward"] = evaluators.reward.score(field)[0]
+    return {**{name: float(value) for name, value in results.items()}, **evaluated(case, field, evaluators)}
 
 
 def evaluated(case: Case, field: Field, evaluators: Evaluators) -> dict[str, float]:
