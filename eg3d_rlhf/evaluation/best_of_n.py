@@ -110,12 +110,13 @@ def resampled(
     T].
     """
     order, ranked = by_rank(reward, evaluator)
+    # Row t weights the sorted evaluator's values.
     table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
     # A resample keeps the order of the latents, so it needs no sorting.
     return np.stack([table @ np.repeat(ranked, latent_counts[order]) for latent_counts in counts])
 
 
-SCORES = "scores"
+SCORES = "scores"  # keys of the two parts
 CURVES = "best-of-n"
 TITLE = "How far can a reward be trusted?"
 RESAMPLES = 1000
@@ -177,15 +178,16 @@ def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
     """Return the arms: rewards to evaluate (single ones, members, averages of weights), and aggregates, which
     follow from the members' scores.
     """
-    single: dict[str, Reward] = {}
-    joined: dict[str, Joined] = {}
+    single: dict[str, Reward] = {}  # arms that a network scores
+    joined: dict[str, Joined] = {}  # arms that aggregate members' scores
     for name, (reward, _) in trial.rewards.items():
         # Names of members carry the ensemble's name if there are several rewards.
         before = f"{name}: " if len(trial.rewards) > 1 else ""
-        network = reward.network
+        network = reward.network  # one network, or an ensemble of them
         if not isinstance(network, RewardEnsemble):
             single[name] = reward
             continue
+        # also the keys of the members' scores
         names = [f"{before}member {i + 1}" for i in range(len(network.members))]
         single.update(zip(names, reward.members(), strict=True))
         # Members that start from common weights can be averaged; `start` records that they do.
@@ -216,9 +218,9 @@ def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, n
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
     """Score every latent by all single arms and by the evaluator, in one pass."""
     generator = trial.generator.generator
-    single, _ = arms(trial)
+    single, _ = arms(trial)  # aggregates follow from the members' scores
     scores: dict[str, list[float]] = {name: [] for name in single}
-    evaluated: list[float] = []
+    evaluated: list[float] = []  # the evaluator's values, [N]
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(
         total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
@@ -229,14 +231,14 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
             seen = dict[Observation, torch.Tensor]()
             # The evaluator, if it is a reward, is an entry without a name.
             for name, reward in (*single.items(), *([("", trial.evaluator[0])] if trial.evaluator else [])):
-                kind = reward.observation
+                kind = reward.observation  # rewards of the same kind read the same input
                 if kind not in seen:
                     seen[kind] = kind.observe(field)
                 (scores[name] if name else evaluated).extend(reward.score_observed(seen[kind]).tolist())
             if trial.evaluator is None:
                 evaluated += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
             bar.update(len(part))
-    columns = {**scores, "evaluator": evaluated}
+    columns = {**scores, "evaluator": evaluated}  # one column per arm
     rows = [
         {"seed": seed, **{name: column[i] for name, column in columns.items()}}
         for i, seed in enumerate(trial.seeds)
@@ -247,14 +249,14 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
 def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     """Compute every arm's curve with intervals, its fit and peak, and the aggregates against the members."""
     single, joined = arms(trial)
-    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}
+    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}  # name -> [N]
     values = {**known, **{name: join(known) for name, join in joined.items()}}
     evaluator = np.asarray(scores.data["evaluator"])
-    numbers = trial.numbers
+    numbers = trial.numbers  # [T]
     # Gains are in the evaluator's standard deviations; a constant evaluator has scale 1.
     scale = float(evaluator.std()) or 1.0
-    distance = np.sqrt(divergence_of(numbers))
-    random = np.random.default_rng(0)
+    distance = np.sqrt(divergence_of(numbers))  # [T]
+    random = np.random.default_rng(0)  # a fixed seed: the page is reproducible
     # [B, N]; the same resamples for all arms, so that arms can be compared in pairs
     counts = np.stack(
         [np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
@@ -263,15 +265,15 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     last = {}
     rows = []
     for name, reward in values.items():
-        exact = best_of(reward, evaluator, numbers)
-        draws = resampled(reward, evaluator, numbers, counts)
+        exact = best_of(reward, evaluator, numbers)  # [T]
+        draws = resampled(reward, evaluator, numbers, counts)  # [B, T]
         # Relative to n = 1, in each resample, too
         gain = (exact - exact[0]) / scale
         gains = (draws - draws[:, :1]) / scale
-        alpha, beta = fit(distance, gain)
-        fits = fit(distance, gains)
+        alpha, beta = fit(distance, gain)  # of all latents
+        fits = fit(distance, gains)  # [B, 2], one fit per resample
         reward_gain = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
-        low, high = np.quantile(gains, [0.025, 0.975], axis=0)
+        low, high = np.quantile(gains, [0.025, 0.975], axis=0)  # [T] each
         steps = [
             dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
             for step in zip(gain, low, high, strict=True)
@@ -290,7 +292,7 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
                 )
             ],
         }
-        last[name] = gain[-1], gains[:, -1]
+        last[name] = gain[-1], gains[:, -1]  # the gain at the largest n, and its resamples
         rows += [
             {"arm": name, "n": n, "evaluator": float(exact[t]), **steps[t], "reward": float(reward_gain[t])}
             for t, n in enumerate(numbers)
@@ -319,7 +321,7 @@ def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, join
         # Members of the same ensemble
         before = name.rpartition(": ")[0]
         members = [member for member in single if member.rpartition(": ")[0] == before and "member" in member]
-        best = max(members, key=lambda member: last[member][0])
+        best = max(members, key=lambda member: last[member][0])  # by the evaluator
         for title, others in (("best member", [best]), ("mean member", members)):
             value = last[name][0] - np.mean([last[member][0] for member in others])
             # Paired: both gains come from the same resamples.
@@ -336,7 +338,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
     """Describe each arm's gain and peak, and the evaluator."""
     most = data["numbers"][-1]
     says = []
-    reach = np.sqrt(data["kl"][-1])
+    reach = np.sqrt(data["kl"][-1])  # d at the largest n
     for name, arm in data["arms"].items():
         end = arm["steps"][-1]
         at, low, high = arm["peak"]
@@ -421,10 +423,10 @@ KL = "KL = log n - (n - 1)/n (nats)"
 )
 def plot_evaluator(axes, data: dict):
     """Plot the evaluator's gain over KL: points, and the fits; also the interval if there is one arm."""
-    alone = len(data["arms"]) == 1
+    alone = len(data["arms"]) == 1  # one arm: its band can be shown
     kl = np.asarray(data["kl"])
     colours = _colours(data)
-    fine = np.linspace(0, kl[-1], 200)
+    fine = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
     for name, arm in data["arms"].items():
         # Members are thin lines without a fit.
         means = [step["mean"] for step in arm["steps"]]
@@ -500,7 +502,7 @@ def plot_peaks(data: dict):
 
 def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
     """Load the networks that the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
-    where = choose_device(device)
+    where = choose_device(device)  # the networks' device
     with naming("--before"):
         generator = load_generator(before, where)
     # A reward that is named twice is tested once.

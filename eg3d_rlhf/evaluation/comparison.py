@@ -35,14 +35,14 @@ class Comparison(Sampling):
     """Loaded networks and settings that all parts of a report share."""
 
     before: LoadedGenerator
-    after: LoadedGenerator
-    control: LoadedGenerator | None = None
+    after: LoadedGenerator  # the tuned generator
+    control: LoadedGenerator | None = None  # tuned with lambda_r = 0
     run: Path | None = None  # folder of the tuning run, with network-snapshot-*
-    control_run: Path | None = None
-    reward: Reward
+    control_run: Path | None = None  # folder of the control's run
+    reward: Reward  # the tuning reward
     reward_hash: str = ""  # SHA-256 of the reward's file
     held_out: Reward | None = None  # second reward, never used in tuning
-    held_out_hash: str = ""
+    held_out_hash: str = ""  # SHA-256 of its file; '' without one
     data: str  # dataset as in train.py --data; '' if none is known
     mirror: bool = False  # True if the run doubled the data by mirroring
     # cache of scores and features: several parts use the same ones
@@ -60,7 +60,7 @@ class Comparison(Sampling):
 
     def generators(self) -> dict[str, LoadedGenerator]:
         """Return the generators by role: 'before', 'after', and 'control' if there is one."""
-        pair = {"before": self.before, "after": self.after}
+        pair = {"before": self.before, "after": self.after}  # a report always has these two
         return pair if self.control is None else {**pair, "control": self.control}
 
     def networks(self, *roles: str) -> dict[str, str]:
@@ -147,11 +147,10 @@ class Comparison(Sampling):
             )
         return self.memory[requested]
 
-    """Return the facts that a figure states: latents, truncation, networks and interval; `more` overrides
-    them.
-    """
-
     def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
+        """Return the facts that a figure states: latents, truncation, networks and interval; `more` overrides
+        them.
+        """
         facts = {
             "n": len(seeds),
             "seeds": seed_range(seeds),
@@ -232,14 +231,14 @@ def load_comparison(s: Sources) -> Comparison:
         # A named file wins over the run's newest snapshot.
         after_path = find_network(s.after or run)
     control_path = s.control or newest_control(s.runs_folder, run)
-    networks: dict[str, Any] = {}
+    networks: dict[str, Any] = {}  # role -> loaded generator
     for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if path is not None:
             with naming(f"--{role}"):
                 networks[role] = load_generator(path, s.device)
                 # Checked at once: a wrong pair should fail before the rewards are loaded.
                 _check_pair(networks["before"], networks[role])
-    before = networks["before"]
+    before = networks["before"]  # the reference of all checks
     reward_path = _reward_path(s, run, before)
     with naming("--reward-ckpt"):
         reward = load_reward(reward_path, s.device)
@@ -270,7 +269,7 @@ def _folder(path: Path | None) -> Path | None:
     """Return the run folder that a path names or lies in; None if it is not in a run folder."""
     if path is None:
         return None
-    folder = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else path.parent  # a file names its folder
     return folder if settings_of(folder) or path.is_dir() else None
 
 
@@ -283,7 +282,7 @@ def _run(s: Sources, before: Path) -> Path | None:
     if s.after is not None:
         return _folder(s.after)
     known = ((run, recorded(run)) for run in _runs(s.runs_folder))
-    init = file_hash(before)
+    init = file_hash(before)  # a run records the hash of the network that it began from
     newest = next(
         # lambda_r = 0 is a control, not a tuning run.
         (
@@ -320,8 +319,8 @@ def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
     if s.reward_ckpt is not None:
         return s.reward_ckpt
     settings = settings_of(run)
-    used = settings.get("reward_ckpt")
-    digest = settings.get("hashes", {}).get("reward")
+    used = settings.get("reward_ckpt")  # path at the time of the run
+    digest = settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
     if digest == file_hash(bundled.REWARD):
         return bundled.REWARD
     # The run records no reward, for example a run of other code.
@@ -350,9 +349,9 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
     none.
     """
     path = s.heldout_reward
-    digest = file_hash(reward)
+    digest = file_hash(reward)  # the first reward's
     settings = settings_of(run)
-    used = settings.get("heldout_reward")
+    used = settings.get("heldout_reward")  # path at the time of the run
     # The recorded path counts only if the file is unchanged.
     if (
         path is None
@@ -392,7 +391,7 @@ def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
     the bundled generator's.
     """
     if data is None:
-        folder = generator.path.parent
+        folder = generator.path.parent  # the run that wrote the generator
         data = (
             bundled.DATA
             if generator.path == bundled.GENERATOR

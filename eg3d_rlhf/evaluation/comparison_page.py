@@ -53,10 +53,10 @@ def check_files(c: Comparison) -> None:
 
 
 def introduction(c: Comparison) -> str:
-    # role -> the run's folder
     """Describe the networks at the top of the page."""
+    # role -> the run's folder
     run_names = {
-        role: f" run_names {run.name}"
+        role: f" of {run.name}"
         for role, run in (("after", c.run), ("control", c.control_run))
         if run is not None
     }
@@ -285,7 +285,7 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
     """Show the same fixed latents under each generator."""
     seeds = list(c.seeds(SHOWN, EVALUATION))
     files_by_caption = {}
-    # role -> [N, yaws, 1, R, R]
+    # yaws: two views of each latent, [N, yaws, 1, R, R] per role
     views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
     scores = {
         f"reward_{role}": c.scores(generator, seeds).double().tolist()

@@ -26,12 +26,12 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from training.progress import tqdm
 
-MAP = "feature-map"
+MAP = "feature-map"  # keys of the three parts
 APART = "separability"
 SHAPES = "feature-shapes"
 TITLE = "What the reward sees before and after tuning"
 ROLES = ("before", "after")
-UMAP_NEIGHBOURS = 15
+UMAP_NEIGHBOURS = 15  # UMAP's default
 # grid points per edge, pixels per render, yaw in radians, renders in a row of the sprite
 RESOLUTION = 64
 PIXELS = 96
@@ -48,7 +48,7 @@ def jobs(c: Comparison) -> list[Job]:
     without a section on the page).
     """
     # The version is an input of the map: another one gives another layout.
-    umap = umap_version()
+    umap = umap_version()  # None leaves the UMAP plot out
     layouts = {"umap": plot_umap} if umap else {}
     layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
@@ -114,7 +114,7 @@ def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
         sign of an axis is arbitrary; its largest entry is made positive.
     """
     mean = untuned.mean(axis=0)
-    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)
+    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
     axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
     # The lower bound guards constant features, whose variance is 0.
     return mean, axes, values[:2] ** 2 / max(float((values**2).sum()), 1e-300)
@@ -150,14 +150,14 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
     if umap_version():
         laid = umap_layout(np.concatenate([features_by_role[role][0] for role in ROLES]), c.seed)
         positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
-        flat = positions["umap"]["before"]
+        flat = positions["umap"]["before"]  # [N, 2]
         centre, main, _ = principal_axes(flat)
         along |= {
             "first axis of UMAP's layout": flat[:, 0],
             # The coordinate axes of a layout are arbitrary; its axis of largest variance is well defined.
             "main axis of UMAP's layout": (flat - centre) @ main[0],
         }
-    ranks: list[dict] = []
+    ranks: list[dict] = []  # one row per axis
     for name, place in along.items():
         rho = (
             # A constant side has no ranks.
@@ -227,7 +227,7 @@ def separability(c: Comparison, _folder: Path) -> Finding:
     test.
     """
     seeds = c.seeds()
-    before, _ = features(c, c.before, seeds)
+    before, _ = features(c, c.before, seeds)  # [N, F]
     result_by_role = {
         role: paired_separability(
             # `paired`: the null distribution swaps the two networks of a latent.
@@ -289,8 +289,8 @@ def shapes(c: Comparison, folder: Path) -> Finding:
     ]
     shape_renders = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
     # White cells fill the last row.
-    rows = -(-len(shape_renders) // COLUMNS)
-    white = torch.ones(rows * COLUMNS - len(shape_renders), PIXELS, PIXELS)
+    rows = -(-len(shape_renders) // COLUMNS)  # rounded up
+    white = torch.ones(rows * COLUMNS - len(shape_renders), PIXELS, PIXELS)  # [missing, R, R]
     # [rows, COLUMNS, R, R] -> [rows * R, COLUMNS * R]
     page = (
         torch.cat([shape_renders, white])
@@ -298,7 +298,7 @@ def shapes(c: Comparison, folder: Path) -> Finding:
         .transpose(1, 2)
         .reshape(rows * PIXELS, COLUMNS * PIXELS)
     )
-    name = f"{SHAPES}.jpg"
+    name = f"{SHAPES}.jpg"  # JPEG: the sheet is embedded in the page
     PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(
         folder / name, quality=80, optimize=True
     )
@@ -359,7 +359,7 @@ def plot_axis(axes, data: dict):
     axes.plot(
         [p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before")
     )
-    row = data["ranks"][0]
+    row = data["ranks"][0]  # the principal axis comes first
     rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
     axes.set(title=f"Reward along the main axis{rho}")
 
@@ -379,9 +379,9 @@ def plot_test(axes, data: dict):
 def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
     """Compute the parts that are missing and write the page; return all findings."""
     parts = jobs(c)
-    findings = pages.run(parts, out, quiet=quiet)
+    findings = pages.run(parts, out, quiet=quiet)  # by key
     feature_points = findings[MAP].data
-    sheet = findings[SHAPES].data
+    sheet = findings[SHAPES].data  # file and layout of the sprite
     # The sprite is embedded, so that the page is one file.
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}

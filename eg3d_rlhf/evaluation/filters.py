@@ -28,17 +28,13 @@ def _with_inside(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.where((values < 0) == inside, values, np.where(inside, -1e-3 - np.abs(values), np.abs(values)))
 
 
-"""Smooth the values with a Gaussian whose standard deviation is `radius`."""
-
-
 def blur(values: np.ndarray, radius: float) -> np.ndarray:
+    """Smooth the values with a Gaussian whose standard deviation is `radius`."""
     return ndimage.gaussian_filter(values, radius * len(values) / 64, mode="nearest")
 
 
-"""Keep the largest connected part of the shape."""
-
-
 def largest_part(values: np.ndarray) -> np.ndarray:
+    """Keep the largest connected part of the shape."""
     return _with_inside(values, annotator.largest_part(values < 0))
 
 
@@ -68,10 +64,8 @@ def mirror(values: np.ndarray) -> np.ndarray:
     return np.minimum(values, values[::-1])
 
 
-"""Replace the shape by its convex hull."""
-
-
 def hull(values: np.ndarray) -> np.ndarray:
+    """Replace the shape by its convex hull."""
     solid = np.argwhere(values < 0)
     # [P, 3] indices of the solid voxels
     try:

@@ -66,11 +66,12 @@ def mean_surface(
     """
     spec = SlabSpec.of(generator.bounds, resolution)
     # [N, D, H, W]; the median over the samples is taken at each grid point
+    # on the CPU: all samples at once
     cubes = torch.cat([field.density_grid(spec).cpu() for field in fields_of(generator, seeds, psi, cutoff)])
     vertices, _, _ = largest_part(*extract_mesh(cubes.quantile(0.5, dim=0), spec, generator.level))
     # Points within 1.5 voxels of the cube's faces are caps, not surface.
     inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
-    points = vertices[inside & (vertices[:, 2] > vertices[inside, 2].mean())].astype(np.float64)
+    points = vertices[inside & (vertices[:, 2] > vertices[inside, 2].mean())].astype(np.float64)  # [P, 3]
     # An even subset bounds the cost of the neighbour searches.
     return points[np.linspace(0, len(points) - 1, min(len(points), _POINTS)).astype(int)]
 
@@ -96,9 +97,9 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
     scale = float(
         np.sqrt(((foreign - centre) ** 2).sum(1).mean() / ((reference - middle) ** 2).sum(1).mean())
     )
-    shift = centre - scale * middle
-    tree = cKDTree(reference)
-    residual = np.inf
+    shift = centre - scale * middle  # foreign = scale * reference + shift
+    tree = cKDTree(reference)  # the reference does not move
+    residual = np.inf  # replaced in the first round
     for _ in range(_ROUNDS):
         aligned_points = (foreign - shift) / scale
         # there: foreign to reference; back: reference to foreign
@@ -116,9 +117,9 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
             )
         )
         # Least squares for p = scale * q + shift, in closed form
-        p_mean = p.mean(axis=0)
+        p_mean = p.mean(axis=0)  # centroids of the matched points
         q_mean = q.mean(axis=0)
-        before = np.append(shift, scale)
+        before = np.append(shift, scale)  # to see when the fit stands still
         scale = float(((p - p_mean) * (q - q_mean)).sum() / ((q - q_mean) ** 2).sum())
         shift = p_mean - scale * q_mean
         if np.abs(np.append(shift, scale) - before).max() < _STILL:
@@ -142,7 +143,7 @@ class DensityMap:
         # The clamp extends the outermost segments. searchsorted needs no gradient: the map is linear in each
         # segment.
         place = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
-        low = knots[place - 1]
+        low = knots[place - 1]  # ends of each density's segment
         high = knots[place]
         return values[place - 1] + (sigma - low) / (high - low) * (values[place] - values[place - 1])
 
@@ -159,7 +160,7 @@ def calibrate_density(
     """
     sides = []
     for above in (False, True):
-        both = ((foreign, level), (reference, reference_level))
+        both = ((foreign, level), (reference, reference_level))  # values with their level
         side_values = [values[(values > least) if above else (values < least)] for values, least in both]
         if min(map(len, side_values)) < QUANTILES:
             where = "above" if above else "below"
@@ -284,7 +285,7 @@ class Trial:
         """Return the share of shapes that are farther from the reference's embeddings than 99 % of the
         reference's are.
         """
-        tree, least = self.known
+        tree, least = self.known  # `least`: distance that counts as outside
         return float((tree.query(embedding, NEIGHBOURS)[0][:, -1] > least).mean())
 
     def places(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
@@ -292,6 +293,7 @@ class Trial:
         o = self.options
         bounds = self.reference.generator.bounds
         cameras = self.reference.generator.cameras
+        # latents that are not scored
         surface = mean_surface(generator, ALIGNMENT.take(o.fit), o.psi, o.cutoff, o.resolution)
         alignment = align(surface, self.surface)
         # A scaled world needs a scaled density: optical depth is density times length.
@@ -327,7 +329,7 @@ def changed(trial: Trial, generator: Generator, place: Place) -> dict[str, np.nd
     """
     o = trial.options
     # Half a voxel of the grid, in the generator's world
-    half = trial.spec.voxel / 2 * place.similarity.scale
+    half = trial.spec.voxel / 2 * place.similarity.scale  # world units of the generator
     scores_by_change = {
         "mirrored": trial.see(Placed(generator, replace(place, mirrored=True)), trial.seeds).scores
     }
@@ -355,7 +357,7 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
     generator = trial.networks[name].generator
     places, alignment = trial.places(generator)
     seen = {stage: trial.see(Placed(generator, place), trial.seeds) for stage, place in places.items()}
-    last = seen["calibrated"].scores
+    last = seen["calibrated"].scores  # the stage that ranks are taken from
     agreement = {
         what: correlation(last, scores)
         for what, scores in changed(trial, generator, places["calibrated"]).items()
@@ -391,7 +393,7 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
     """Render the meshes with the highest and the lowest scores, in the generator's own world."""
     generator = trial.networks[name].generator
     o = trial.options
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")  # best first
     rows: list[Row] = []
     for title, chosen in (("best", order[:STRIP]), ("worst", order[::-1][:STRIP])):
         cells = []
@@ -405,7 +407,7 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
             )
         captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen]
         rows.append(Row(cells=cells, name=title, captions=captions, parted=bool(rows)))
-    file = f"strip-{list(trial.networks).index(name)}.png"
+    file = f"strip-{list(trial.networks).index(name)}.png"  # a name may hold characters that files may not
     Image.fromarray(sheet("", rows, names=90)).save(folder / file)
     return {f"{name}: highest and lowest calibrated reward, seed and reward below": file}
 
@@ -413,8 +415,8 @@ def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str
 def says(data: Mapping) -> list[str]:
     """Describe a generator's scores."""
     place = data["alignment"]
-    outside = data["outside"]["calibrated"]
-    shift = ", ".join(f"{value:+.3f}" for value in place["shift"])
+    outside = data["outside"]["calibrated"]  # share of shapes
+    shift = ", ".join(f"{value:+.3f}" for value in place["shift"])  # along x, y, z
     medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
     lines = [
         f"Median reward: {medians}.",
@@ -490,7 +492,7 @@ def plot_scores(axes, data: dict):
     for j, stage in enumerate(STAGES):
         for i, name in enumerate(names):
             row = data["networks"][name][stage]
-            x = i + 0.22 * (j - 1)
+            x = i + 0.22 * (j - 1)  # the middle stage is on the tick
             axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[j], linewidth=1)
             axes.bar(
                 [x],
@@ -540,7 +542,7 @@ def trial_of(networks, reward, reference, device: str, options: ScoreOptions) ->
     """Load the networks that the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
     where = choose_device(device)
     with naming("--reference"):
-        known = load_generator(reference, where)
+        known = load_generator(reference, where)  # the generator that the reward was trained on
     path = reward or bundled.REWARD
     with naming("--reward"):
         loaded = load_reward(path, where)
@@ -571,7 +573,7 @@ def write(trial: Trial, out: Path) -> dict[str, Finding]:
     parts, compared = jobs(trial)
     findings = pages.run(parts, out)
     by_name = {name: findings[part.key] for name, part in zip(trial.networks, parts, strict=True)}
-    seeds = list(trial.seeds)
+    seeds = list(trial.seeds)  # the same for every network
     values = {
         **trial.shared,
         "networks": {

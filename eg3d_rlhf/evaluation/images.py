@@ -47,8 +47,8 @@ def jobs(c: Comparison) -> list[Job]:
     is given.
     """
     inception = identity_of_file(c.inception)
-    title = "Images against the data"
-    moved = {"similarity": plot_similarity}
+    title = "Images against the data"  # also of the part without a dataset
+    moved = {"similarity": plot_similarity}  # both drift parts have this plot
     identity = "Does a latent keep its identity?"
     return [
         # A part that cannot be computed stays on the page with the reason.
@@ -105,7 +105,7 @@ def open_data(c: Comparison) -> ImageFolderDataset:
     """Open the dataset, with cameras. Raises: ValueError if its images do not have the generator's size."""
     dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
     if dataset.resolution != c.before.generator.img_resolution:
-        size = c.before.generator.img_resolution
+        size = c.before.generator.img_resolution  # pixels per edge
         raise ValueError(
             f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize"
             " the data."
@@ -119,7 +119,7 @@ def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDatase
     """
     dataset = open_data(c)
     chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
-    parts = []
+    parts = []  # features [<= 64, F] of batches of the data
     for start in range(0, len(chosen), 64):
         pixels = np.stack([dataset[int(i)][0] for i in chosen[start : start + 64]])
         # [B, C, R, R] uint8 -> [B, 3, R, R] in [-1, 1]; grey images are repeated
@@ -140,7 +140,7 @@ def images_of(
         # The mapping is conditioned on the camera that renders, as in EG3D's training.
         labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(c.device)
         with torch.no_grad():
-            field = generator.generator.field(
+            field = generator.generator.field(  # ws of the mapping, untruncated
                 generator.generator.mapping(latents(part, generator.generator.z_dim).to(c.device), labels)
             )
         yield render_each(field, [labels], seed=part[0])[0].image
@@ -160,8 +160,8 @@ def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray
 def distances(c: Comparison, _folder: Path) -> Finding:
     """Measure all distances of all networks' images to the data's, and their paired changes."""
     network = load_features(c.inception, c.device)
-    real, dataset = real_features(c, network)
-    cameras = dataset.get_labels()
+    real, dataset = real_features(c, network)  # [M, F]
+    cameras = dataset.get_labels()  # [M, 25]
     fakes = {
         role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()
     }
@@ -170,7 +170,7 @@ def distances(c: Comparison, _folder: Path) -> Finding:
     if min(c.images, len(real)) > network.dim:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
     rows = []
-    changes = []
+    changes = []  # against before, paired by latent and camera
     # single: interval of one distance; paired: interval of a change, from the same resamples
     for name, (single, paired) in measures.items():
         for role, features in fakes.items():
@@ -268,7 +268,7 @@ def image_from(generator: LoadedGenerator, field: Field, yaw: float, jitter: int
     with torch.random.fork_rng(
         devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     ):
-        torch.manual_seed(jitter)
+        torch.manual_seed(jitter)  # of the rays' stratified samples
         return field.render(camera(generator.generator, yaw=yaw)).image
 
 
@@ -297,15 +297,16 @@ def spread(c: Comparison, _folder: Path) -> Finding:
     distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
     for role, generator in c.generators().items():
         # The same jitter for all latents: their distances should not include the sampler's noise.
-        frontal = views(c, generator, seeds, jitter=seeds[0])
+        frontal = views(c, generator, seeds, jitter=seeds[0])  # batches of images
+        # [N, F]
         features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
-        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])
+        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])  # [N, cells]
         for name, items in (("image features", features), (shapes, cells)):
             distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
     rows: list[dict] = []
     for name, roles in distances_by_kind.items():
         for role, matrix in roles.items():
-            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)
+            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)  # to the diversity before tuning
             rows.append(
                 {
                     "of": name,
@@ -353,7 +354,7 @@ def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *m
     """
     seeds = c.seeds()
     images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
-    first = images.pop("before").split(c.batch)
+    first = images.pop("before").split(c.batch)  # batches of the reference images
     # roll by one: image i meets image i - 1.
     images["other latent"] = torch.cat(first).roll(1, 0)
     data = {measure.name: dict[str, list[float]]() for measure in table}
@@ -361,7 +362,7 @@ def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *m
     says = []
     for measure in table:
         name = measure.name
-        texts = {}
+        texts = {}  # role -> mean with interval
         for role, other in images.items():
             pairs = zip(first, other.split(c.batch), strict=True)
             # [N]; float64 for the bootstrap
@@ -369,7 +370,7 @@ def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *m
                 [measure.values(a.to(c.device), b.to(c.device)) for a, b in pairs]
             ).astype(np.float64)
             data[name][role] = values.tolist()
-            interval = bootstrap_mean_interval(values)
+            interval = bootstrap_mean_interval(values)  # over latents
             rows.append({"measure": name, "against": role, **interval._asdict()})
             texts[role] = span(*interval, ".3f")
         beside = f"; control {texts['control']}" if "control" in texts else ""
@@ -401,7 +402,7 @@ def appearance_drift(c: Comparison, _folder: Path) -> Finding:
 def identity_drift(c: Comparison, _folder: Path) -> Finding:
     """Compare the given network's embeddings by cosine similarity, in the frontal view."""
     assert c.identity is not None  # `jobs` makes this part only with a network
-    embed = load_identity(c.identity, c.device)
+    embed = load_identity(c.identity, c.device)  # images -> unit embeddings [N, F]
     meaning = (
         "Identity is what this network was trained to distinguish; outside its domain the figure means"
         " little."
@@ -420,7 +421,7 @@ def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):
 
     Args: look: settings of the axes, in which '{}' stands for the value.
     """
-    names = list(dict.fromkeys(row[of] for row in rows))
+    names = list(dict.fromkeys(row[of] for row in rows))  # in the order of the rows
     figure, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
         panel_rows = [row for row in rows if row[of] == name]
@@ -462,7 +463,7 @@ def plot_similarity(data: dict):
     """Plot the distributions of similarity to the image before, per measure and role."""
     drawn, axes = style.figure(columns=len(data["measures"]))
     for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
-        parts = axis.violinplot(list(roles.values()), showextrema=False)
+        parts = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
         for i, (body, role) in enumerate(zip(parts["bodies"], roles, strict=True)):
             body.set_facecolor(style.colour(role))
             body.set_alpha(0.5)

@@ -76,7 +76,7 @@ def generator_of(path: Path, folder: Path, by: str | None) -> str:
     Without `by` this is the first folder below `folder`. With `by`, a regular expression, it is what the
     expression matches in the path below `folder` (its first group, if it has one).
     """
-    inner = path.relative_to(folder)
+    inner = path.relative_to(folder)  # the path that `by` is searched in
     if by is None:
         # A file directly in `folder` has no subfolder that could name its generator.
         return inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
@@ -85,16 +85,14 @@ def generator_of(path: Path, folder: Path, by: str | None) -> str:
 
 
 class _Worker:
-    """Worker process that answers one request at a time; a process that died is replaced at the next
-    request.
-    """
-
     def __init__(self) -> None:
+        """Worker process that answers one request at a time; a process that died is replaced at the next
+        request.
+        """
         self.process: subprocess.Popen | None = None
 
-    """Send one request and wait for its answer; the answer of a process that died is {"reason": ENDED}."""
-
     def ask(self, request: dict) -> dict:
+        """Send one request and wait for its answer, which is {"reason": ENDED} if the process died."""
         if self.process is None:
             # One thread per worker: the parallelism comes from the number of processes, and numeric libraries
             # that each start a thread per core would slow one another down.
@@ -113,7 +111,7 @@ class _Worker:
         try:
             # One JSON document per line in both directions.
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            line = self.process.stdout.readline()  # waits until the file is measured
         except BrokenPipeError:
             # The process died while the request was being written; this is handled like an empty answer.
             line = ""
@@ -142,8 +140,8 @@ class _Worker:
 
 def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
     """Yield (index of a request, its answer) in the order of completion, from `jobs` processes."""
-    waiting = queue.SimpleQueue[tuple[int, dict]]()
-    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()
+    waiting = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
+    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for item in enumerate(requests):
         waiting.put(item)
     workers = [_Worker() for _ in range(min(jobs, len(requests)))]
@@ -245,15 +243,17 @@ def paired(rows: Iterable[dict]) -> list[dict]:
     """
     groups = dict(_by_generator(rows))
     result = []
+    # rows by stem, so that suffixes may differ
     named = {generator: {Path(row["file"]).stem: row for row in group} for generator, group in groups.items()}
     for a, b in itertools.combinations(sorted(named), 2):
-        both = sorted(named[a].keys() & named[b].keys())
+        both = sorted(named[a].keys() & named[b].keys())  # names that both have
         # A single shared name is no sample: such a pair of generators gets no row.
         for name, meets in DEMANDS.items() if len(both) > 1 else ():
+            # bool [pairs]
             first, second = (np.array([bool(meets(named[side][stem])) for stem in both]) for side in (a, b))
             # McNemar's test uses the discordant pairs alone.
-            more = int((first & ~second).sum())
-            fewer = int((second & ~first).sum())
+            more = int((first & ~second).sum())  # only `a` meets the demand
+            fewer = int((second & ~first).sum())  # only `b` meets it
             result.append(
                 {
                     "first": a,

@@ -17,6 +17,7 @@ REASONS = 12  # unmeasured files that the page lists with their reason
 
 def words(header: Mapping) -> str:
     """Describe the tolerances and thresholds, in the text at the top of the page."""
+    # the body whose centre of mass decides
     mass = "its convex hull" if header["hull_mass"] else "the body itself"
     return (
         f"Lengths are shares of the longest edge of the bounding box. Corners within {header['weld']:g} are"
@@ -53,10 +54,10 @@ def write_census(
         images: PNG in base64 by file name.
     Returns: the path of the page.
     """
-    measured = sum(not row["reason"] for row in rows)
+    measured = sum(not row["reason"] for row in rows)  # number of files
     unmeasured = [row for row in rows if row["reason"]]
     facts: dict[str, Any] = {"n": measured, "unit": "meshes"}
-    generators = sorted({row["generator"] for row in rows if not row["reason"]})
+    generators = sorted({row["generator"] for row in rows if not row["reason"]})  # of measured files alone
     findings = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
@@ -131,6 +132,7 @@ def _sentence(rows: Sequence[dict]) -> str:
 def plot_shares(data: Mapping):
     """Plot the shares with their intervals: one line for every demand, one colour for every generator."""
     rows = data["rows"]
+    # in the order of the rows
     demands, generators = (list(dict.fromkeys(row[key] for row in rows)) for key in ("demand", "generator"))
     figure, axes = style.figure(size=(9.4, 0.9 + len(demands) * (0.16 + 0.14 * len(generators))))
     for i, generator in enumerate(generators):
@@ -166,11 +168,11 @@ def plot_shares(data: Mapping):
 
 def _tiles(worst: Sequence[dict], images: Mapping[str, str]) -> str:
     """Return the section of the worst meshes as HTML, with the renders embedded."""
-    tiles = []
+    tiles = []  # figures of the grid
     for row in worst:
         shown = html.escape(f"{row['generator']}: {row['file']}")
         # Without an image (the render failed) the tile stays, with an empty image.
-        uri = f"data:image/png;base64,{images.get(row['file'], '')}"
+        uri = f"data:image/png;base64,{images.get(row['file'], '')}"  # embedded: the page needs no other file
         facts = [f"{row['faces']:,} triangles", f"{row['parts']} parts"]
         facts += [f"{row['open_edges']:,} open edges"] if row["open_edges"] else []
         facts += [f"{row['nonmanifold_edges']:,} shared edges"] if row["nonmanifold_edges"] else []
@@ -187,9 +189,7 @@ def _tiles(worst: Sequence[dict], images: Mapping[str, str]) -> str:
             f'style="overflow-wrap:anywhere"><b>{shown}</b><br>'
             f"{html.escape(', '.join(facts))}</figcaption></figure>"
         )
-    intro = (
-        "The meshes that fail the most demands come first. Outsides are grey, insides are orange."
-    )
+    intro = "The meshes that fail the most demands come first. Outsides are grey, insides are orange."
     return (
         f'<section id="worst"><h2>The worst</h2><p class="soft">{intro}</p><div'
         f' style="{_TILE}">{"".join(tiles)}</div></section>'

@@ -61,7 +61,7 @@ def draw_method(run: Path, out: Path) -> None:
         after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
     ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
-    scores = reward.score(before.field(ws))
+    scores = reward.score(before.field(ws))  # [40]
     worst = int(scores.argmin())
     # The worst and the best shape before tuning by the reward; the tuned generator gets the worst one's
     # latent.

@@ -81,7 +81,7 @@ def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
 
 def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.ndarray:
     """Return the region of the voxel nearest to each vertex, [V]; -1 outside the slab."""
-    index = np.round(slab_index(vertices, spec)).astype(np.int64)
+    index = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     inside = ((index >= 0) & (index < spec.shape)).all(axis=1)
     # Clipped only so that indexing is valid; `inside` masks these vertices.
     z, y, x = np.clip(index, 0, np.array(spec.shape) - 1).T
@@ -101,7 +101,7 @@ def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, reach:
         * size**3
     )
     index = torch.from_numpy(slab_index(vertices, spec).copy())
-    limits = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)
+    limits = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)  # last index along z, y, x
     # grid_sample expects -1..1 in the order x, y, z; [1, 1, 1, V, 3]
     grid = (2 * index / limits - 1).flip(-1)[None, None, None]  # (x, y, z)
     return F.grid_sample(sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
@@ -110,7 +110,7 @@ def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, reach:
 def diverging(values: np.ndarray, scale: float) -> np.ndarray:
     """Map values to colours [V, 3] uint8: blue at -scale, light at 0, orange at +scale."""
     # A constant zero attribution has scale 0.
-    share = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]
+    share = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
     towards = np.where(share < 0, np.array(LOWERS), np.array(RAISES))
     return np.round(NEUTRAL + (towards - NEUTRAL) * np.abs(share)).astype(np.uint8)
 
@@ -151,14 +151,15 @@ def render_coloured_mesh(
     # Rotation about the vertical axis
     turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
     points = points @ turn.T
-    normals = np.repeat(normals @ turn.T, _SPLATS, axis=0)
+    normals = np.repeat(normals @ turn.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
     column = np.floor((points[:, 0] / half + 1) / 2 * resolution).astype(np.int64)
     row = np.floor((1 - points[:, 1] / half) / 2 * resolution).astype(np.int64)
     # Back faces are dropped; the row index grows downwards.
     shown = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
+    # indices into the F * P points
     order = np.flatnonzero(shown)[np.argsort(points[shown, 2])]  # the nearest to the camera is written last
     light = 0.4 + 0.6 * np.clip(normals[order] @ _LIGHT, 0, 1)
-    out = np.full((resolution, resolution, 3), 255, dtype=np.uint8)
+    out = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
     out[row[order], column[order]] = np.clip(tones[order] * light[:, None], 0, 255).astype(np.uint8)
     return out
 
@@ -167,11 +168,11 @@ def surface(study: Study, folder: Path) -> Finding:
     """Show the attribution per vertex on the first latents' meshes: an interactive page
     (<folder>/surface-attribution.html) and an image.
     """
-    meshes = []
+    meshes = []  # of the interactive page
     renders = []
     rows = []
-    missing = []
-    half = study.cube_spec.box_warp / 2
+    missing = []  # meshes without a surface
+    half = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
     for i, seed in enumerate(study.seeds[:SHOWN]):
         for role in ("before", "after"):
             try:
@@ -224,7 +225,7 @@ def surface(study: Study, folder: Path) -> Finding:
 
 def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scale: float) -> list[Layer]:
     """Return the layers of one mesh on the page: attribution, regions, and the bare shape."""
-    labels = labels_at(vertices, study.partitions[i], study.spec)
+    labels = labels_at(vertices, study.partitions[i], study.spec)  # [V]
     ends = (
         (f"raises the reward (+{_short(scale)})", RAISES),
         ("no influence", NEUTRAL),
@@ -276,13 +277,13 @@ def jobs(study: Study) -> list[Job]:
             ]
     with naming("--landmarks"):
         files["landmarks"] = identity_of_file(s.landmarks)
-    base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)
+    base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)  # inputs of every part
     shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
     # A part is computed again only if one of its inputs changes.
     integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
     divided = partial(Job, inputs=shared, plots={"regions": plot_regions, "latents": plot_latents})
     head_job = divided(
-        key="whole-head_job",
+        key="whole-head",
         title="The entire head in eight parts",
         compute=lambda folder: shapley(study.of_the_head(), folder),
     )
@@ -358,6 +359,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
 def _counts(study: Study) -> list[dict]:
     # The same regions may hold different voxels for each latent, for example about landmarks.
+    # Voxels per latent and region
     counts = np.array([p.counts() for p in study.partitions])  # [N, R]
     return [
         {
@@ -403,7 +405,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     names = study.names
     c = study.c
     values = np.stack([a.values for a in attributions])  # [N, R]
-    means = means_of_columns(values)
+    means = means_of_columns(values)  # one mean with its interval per region
     rows = [
         {
             "seed": seed,
@@ -416,8 +418,8 @@ def shapley(study: Study, folder: Path) -> Finding:
         for seed, a in zip(study.seeds, attributions, strict=True)
         for i, name in enumerate(names)
     ]
-    gap = max(a.relative_gap for a in attributions)
-    total = bootstrap_mean_interval([a.difference for a in attributions])
+    gap = max(a.relative_gap for a in attributions)  # the worst latent's
+    total = bootstrap_mean_interval([a.difference for a in attributions])  # mean change of the reward
     data = {
         "names": list(names),
         "values": values.tolist(),
@@ -474,7 +476,7 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
         says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
         # The number of latents in which the region with the largest mean is also the largest
-        first = int((np.abs(values).argmax(axis=1) == order[0]).sum())
+        first = int((np.abs(values).argmax(axis=1) == order[0]).sum())  # latents in which this region leads
         share = np.mean([p.counts()[order[0]] / p.labels.numel() for p in study.partitions])
         says.append(
             f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in"
@@ -505,7 +507,7 @@ def methods(study: Study, folder: Path) -> Finding:
     names = study.names
     c = study.c
     means = {method: means_of_columns(values) for method, values in attributions.items()}
-    pairs = agreement(attributions)
+    pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
         {
             "seed": seed,
@@ -526,8 +528,8 @@ def methods(study: Study, folder: Path) -> Finding:
         }
         for seed, g in zip(study.seeds, study.integrated, strict=True)
     ]
-    complete = sum(entry["complete"] for entry in ig)
-    worst = max(entry["share"] for entry in ig)
+    complete = sum(entry["complete"] for entry in ig)  # number of latents
+    worst = max(entry["share"] for entry in ig)  # largest gap, as a share of the difference
     steps = [entry["steps"] for entry in ig]
     text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete} of"
@@ -566,7 +568,7 @@ def _pair_says(pairs: list[dict]) -> list[str]:
         if pair["first"] != "Shapley":
             continue
         mean = pair["spearman"]["mean"]
-        tau = pair["kendall"]["mean"]
+        tau = pair["kendall"]["mean"]  # None together with Spearman's
         if mean is None:
             says.append(f"{pair['second']}: no ranks to compare, since one side is constant.")
             continue
@@ -583,15 +585,16 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     s = study.settings
     c = study.c
     count = min(s.checked, len(study.seeds))
-    trained = np.stack([a.values for a in study.shapley[:count]])
+    trained = np.stack([a.values for a in study.shapley[:count]])  # [checked, R]
     rows = []
     signed_means = []
     sizes = []
     # Adebayo et al. 2018: an attribution that survives random weights does not come from training.
     for draw in range(s.randomisations):
-        random = study.redrawn(draw)
-        rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]
+        random = study.redrawn(draw)  # [checked, R]
+        rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]  # with signs
         # Without signs: sizes correlate also for random networks, see `_redrawn_says`.
+        # of the sizes alone
         size = [rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(trained, random, strict=True)]
         rows += [
             {"randomisation": draw, "seed": study.seeds[i], "spearman": r, "spearman_of_sizes": z}
@@ -691,7 +694,7 @@ def plot_latents(data: dict):
     """Plot every latent's value per region."""
     figure, axes = style.figure(size=_bar_size(len(data["names"])))
     order = _order(data["means"])
-    values = np.asarray(data["values"])
+    values = np.asarray(data["values"])  # [N, R]
     # Points of one region are spread vertically, so that they do not cover one another.
     offsets = np.linspace(-0.28, 0.28, len(values))
     for row, region in enumerate(order):
@@ -735,8 +738,8 @@ def plot_methods(data: dict):
 
 
 def plot_agreement(data: dict):
-    # Pairs with a constant method have no correlation.
     """Plot the mean rank correlations of all pairs of methods, with intervals."""
+    # Pairs with a constant method have no correlation.
     pairs = [p for p in data["agreement"] if p["spearman"]["mean"] is not None]
     figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
     for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
@@ -783,7 +786,7 @@ def plot_redrawn(data: dict):
         xlim=(-1.05, 1.05),
         ylim=(-0.5, 1.6),
         xlabel="Spearman correlation with the trained reward's attribution, one point per draw",
-        title="Re-figure weights",
+        title="Re-drawn weights",
     )
     if data["mean"] is not None:
         axes.legend(fontsize=7)

@@ -74,6 +74,7 @@ def arms_of(inversions: Inversions, case: Case) -> list[Arm]:
 def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Render an arm in colour and as an untextured surface, uint8 [R, R, 3] each."""
     # At most RAYS rays per edge; the colours are enlarged to `pixels`.
+    # [3, R, R] in 0..1
     image = colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
     shape = paint(look(arm.side.surface, camera, pixels * factor))
     return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
@@ -90,9 +91,10 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
     image = torch.nn.functional.interpolate(
         case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True
     )[0]
-    blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)
+    blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
     # The target is an image without a shape, so its cells of shape are blank.
     rows: list[list[np.ndarray]] = [[to_uint8(image.movedim(0, -1).cpu())], [blank], [blank]]
+    # a view that the target does not show
     aside = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
     for arm in arms:
         seen = (*cells(arm, case.target.camera, CELL, SUPERSAMPLE), cells(arm, aside, CELL, SUPERSAMPLE)[1])
@@ -124,7 +126,7 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
         turns: number of views of the orbit from side to side; 0 for none.
     """
     folder = inversions.folder(case)
-    arms = arms_of(inversions, case)
+    arms = arms_of(inversions, case)  # columns of strip and orbit
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
     # The video is optional: it renders every arm once per frame.
     if turns:
@@ -139,7 +141,7 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
 
 
 TITLE = "Inversion with a reward"
-INTERVAL = (
+INTERVAL = (  # of all measures on the page
     "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for"
     " few targets"
 )
@@ -149,7 +151,7 @@ KNEE = 0.5  # dB: largest accepted loss of PSNR at the target's camera
 
 def facts(setup: Setup) -> Facts:
     # A long list of names would fill the page.
-    names = ", ".join(case.name for case in setup.cases[:16])
+    names = ", ".join(case.name for case in setup.cases[:16])  # at most 16
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
@@ -168,8 +170,8 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
     """
     names = [f"{weight:g}" for weight in weights]
     base = f"{weights[0]:g}"
-    arms = list(dict.fromkeys(record["arm"] for record in records))
-    table: dict[str, dict] = {}
+    arms = list(dict.fromkeys(record["arm"] for record in records))  # in the order of the records
+    table: dict[str, dict] = {}  # measure -> means and paired changes
     for name in (measure.name for measure in MEASURES):
         # Not every arm has every measure: the truth, for example, has no PSNR.
         values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
@@ -215,7 +217,7 @@ def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[s
     table = summary["measures"]
     if len(summary["weights"]) == 1:
         return says
-    last = f"{summary['weights'][-1]:g}"
+    last = f"{summary['weights'][-1]:g}"  # the largest weight
     for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
         if name in table:
             says.append(
@@ -238,7 +240,7 @@ def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[s
 def measure_sentences(summary: Mapping) -> list[str]:
     """Describe every measure's mean and its changes."""
     says = []
-    base = summary["base"]
+    base = summary["base"]  # the arm that changes refer to
     for name, entry in summary["measures"].items():
         ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
         says.append(
@@ -289,8 +291,8 @@ def curves(folder: Path) -> dict:
 def jobs(inversions: Inversions) -> list[Job]:
     """Return the page's parts."""
     setup = inversions.setup
-    records = inversions.records()
-    shown = setup.cases[: setup.shown]
+    records = inversions.records()  # of all targets and arms
+    shown = setup.cases[: setup.shown]  # targets with renders
     strips = {case.name: inversions.folder(case) / STRIP for case in shown}
     inputs = {"records": records}
 

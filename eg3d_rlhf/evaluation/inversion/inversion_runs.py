@@ -42,9 +42,9 @@ class Leg(NamedTuple):
 
 
 def legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
+    """List the parts of one target's inversion in order."""
     # The reward acts in the second half of the first stage at most, so the first half is shared by all
     # weights.
-    """List the parts of one target's inversion in order."""
     shared = config.w_steps // 2 if config.reward_in_w else config.w_steps
     parts = [Leg("w", None, 0, shared)]
     for weight in weights:
@@ -94,7 +94,7 @@ class Inversions:
         if checkpoint.available(self.run.folder):
             # The checkpoint says where the last run stopped; files of finished parts are on disk.
             state, meta = self.run.read()
-            position = tuple(meta["position"])
+            position = tuple(meta["at"])
             self.done = meta["done"]
             self.run.go_on(self.done, meta["lines"])
         else:

@@ -118,8 +118,8 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
 def _try(
     features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str
 ) -> None:
-    # Two images, so that a missing batch axis is noticed.
     """Call a network once, so that a wrong file fails before the optimisation. Raises: ValueError."""
+    # Two images, so that a missing batch axis is noticed.
     images = torch.zeros(2, 3, resolution, resolution, device=device, requires_grad=True)
     try:
         output = features(images)
