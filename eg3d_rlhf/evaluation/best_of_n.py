@@ -360,7 +360,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
                 " evaluator ranks first."
             )
     evaluator = (
-        "the formula of whose noisy answers the labels consist"
+        "the formula from which the labels were sampled with noise"
         if trial.evaluator is None
         else "another reward, which has errors, too"
     )
@@ -368,8 +368,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
         *says,
         (
             f"The evaluator is {evaluator}. Selection is a weaker optimisation than tuning: a reward that"
-            f" fails"
-            " here will fail there, but not the other way round."
+            " fails here will fail there, but not the other way round."
         ),
     ]
 
@@ -539,8 +538,7 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
     ):
         raise ValueError(
             "--heldout-reward: expected a reward that is not among the tested ones, got one that is. Train"
-            " one on"
-            " other labels."
+            " one on other labels."
         )
     return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
 
@@ -553,8 +551,7 @@ def write(trial: Trial, out: Path) -> Finding:
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the latent"
-        " with"
-        " the highest reward."
+        " with the highest reward."
     )
     write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
     return findings[CURVES]

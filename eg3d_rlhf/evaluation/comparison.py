@@ -329,8 +329,7 @@ def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
             return bundled.REWARD
         raise ValueError(
             f"--reward-ckpt: expected a reward of {before.path.name}, got none. The bundled reward covers"
-            f" only the"
-            " bundled generator. Give a file."
+            " only the bundled generator. Give a file."
         )
     # The path may hold another file by now: its hash decides.
     if not Path(used).is_file() or file_hash(used) != digest:
@@ -370,8 +369,7 @@ def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None
         if file_hash(path) == digest:
             raise ValueError(
                 f"expected another reward than the tuning reward, got the same file {path}. Train one on"
-                f" other"
-                " labels."
+                " other labels."
             )
     return second, file_hash(path)
 

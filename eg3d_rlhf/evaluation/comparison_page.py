@@ -103,7 +103,7 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
                 else "without a point of divergence"
             )
             part = (
-                "of whose noisy answers the labels consist"
+                "from which the labels were sampled with noise"
                 if name == rewards.ORACLE
                 else "which was not used in tuning"
             )
@@ -138,7 +138,9 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     elif (
         c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run)))
     ):
-        says.append(f"a comparison with the control alone: its run also differs in {', '.join(other)}.")
+        says.append(
+            f"a change that is due to the reward alone: the control also differs in {', '.join(other)}."
+        )
     # Rewards from common labels share their errors.
     if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
         says.append(
@@ -268,8 +270,9 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
     says = [
         (
             f"The {k} highest and {k} lowest of {len(seeds)} latents by the tuning reward, each network by"
-            " itself. The difference between highest and lowest is what the reward measures. Look whether"
-            " the highest are better; a defect that they share is one that the reward does not penalise."
+            " itself. The difference between highest and lowest is what the reward measures. Check by eye"
+            " whether the highest are better; a defect that they share is one that the reward does not"
+            " penalise."
         ),
     ]
     return Finding(
@@ -308,9 +311,8 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
     says = [
         (
             "The seeds were fixed before any result was known, so these are ordinary samples without"
-            " selection. A"
-            " few renders show what kind of change to expect; how often it happens is in the counted parts"
-            " of this report."
+            " selection. A few renders show what kind of change to expect; how often it happens is in the"
+            " counted parts of this report."
         ),
         *([NO_CONTROL] if c.control is None else []),
     ]

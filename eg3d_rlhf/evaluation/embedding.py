@@ -214,8 +214,7 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
             if umap_version() is None
             else (
                 "UMAP preserves neighbourhoods. Distances between its clouds, their sizes and axes have no"
-                " unit"
-                " and change with the seed."
+                " unit and change with the seed."
             )
         ),
     ]

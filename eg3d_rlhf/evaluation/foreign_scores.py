@@ -165,7 +165,7 @@ def calibrate_density(
         if min(map(len, side_values)) < QUANTILES:
             where = "above" if above else "below"
             raise ValueError(
-                f"calibration: expected {QUANTILES} densities {where} the level where the reward looks, got"
+                f"calibration: expected {QUANTILES} densities {where} the level in the reward's crop, got"
                 f" {min(map(len, side_values))}. The shapes lie elsewhere. Leave the network out."
             )
         sides.append([np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in side_values])
@@ -422,8 +422,7 @@ def says(data: Mapping) -> list[str]:
         f"Median reward: {medians}.",
         (
             f"The generator's shapes are {place['scale']:.3f} times as large as the reference's and are"
-            f" shifted by"
-            f" ({shift}); the typical distance of the surfaces is {place['residual']:.4f}."
+            f" shifted by ({shift}); the typical distance of the surfaces is {place['residual']:.4f}."
         ),
         f"{outside:.0%} of the shapes lie outside the reference's distribution (1 % of the reference's do).",
     ]
@@ -587,11 +586,9 @@ def write(trial: Trial, out: Path) -> dict[str, Finding]:
     findings |= pages.run([last], out, quiet=True)
     introduction = (
         f"{trial.options.n} latents each. The reward was trained on shapes of {trial.reference.path.name}."
-        f" Raw:"
-        " its crop is the same share of each generator's own cube. Aligned: each generator's typical surface"
-        " is"
-        " mapped onto the reference's by scale and shift. Calibrated: densities, too, get the reference's"
-        " quantiles. Alignment and calibration were fitted on other latents."
+        " Raw: its crop is the same share of each generator's own cube. Aligned: each generator's typical"
+        " surface is mapped onto the reference's by scale and shift. Calibrated: densities, too, get the"
+        " reference's quantiles. Alignment and calibration were fitted on other latents."
     )
     page = out / "index.html"
     write_page(

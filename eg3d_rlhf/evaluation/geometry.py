@@ -142,13 +142,10 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
     notes = [
         (
             f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on"
-            f" {RESOLUTION}³ points. Curvature is the area's mean of |H| on the largest component away from"
             f" {RESOLUTION}³ points. Curvature is the area-weighted mean of |H| on the largest component,"
-            f" without"
-            " the neighbourhood of the cube's faces; lower is smoother, but smoother is not always better."
-            " Holes"
-            " count handles (genus) and rims; the mesher caps a body at the cube's faces, so a leak there is"
-            " not seen."
+            " without the neighbourhood of the cube's faces; lower is smoother, but smoother is not always"
+            " better. Holes count handles (genus) and rims; the mesher caps a body at the cube's faces, so"
+            " a leak there is not seen."
         ),
     ]
     notes += (
@@ -231,8 +228,7 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
     meaning = (
         f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value"
         " has no best size: the reward rescales each slab by its range, so a few very dense voxels compress"
-        " the"
-        " rest of its input. A rise is a warning, not a defect."
+        " the rest of its input. A rise is a warning, not a defect."
     )
     return compare(
         c,
@@ -369,8 +365,7 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
         " one gains them. "
         + (
             "The simulated annotator also checks whether the face is kept, so these measures are not"
-            " independent"
-            " of it."
+            " independent of it."
             if c.synthetic
             else "The windows of nose and cheeks fit aligned frontal heads only."
         ),

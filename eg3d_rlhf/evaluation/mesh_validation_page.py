@@ -24,9 +24,9 @@ def words(header: Mapping) -> str:
         f" welded; {header['up']} is up; {header['samples']:,} points per mesh, {header['rays']} rays each,"
         f" seed {header['seed']}. Hidden: no ray leaves, on no side; 'nothing hidden' allows"
         f" {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g}"
-        f" thick; thin is below {header['thin']:g}; hollows inside holes of radius {header['leak']:g} are"
-        f" inner ones. 'Stands': can be tilted by 3 degrees or more, by the mass of {mass}. 'No crossing': no"
-        " edge passes through a face that it does not touch."
+        f" thick; thin is below {header['thin']:g}; hollows that open only through holes of radius"
+        f" {header['leak']:g} count as inner ones. 'Stands': can be tilted by 3 degrees or more, by the mass"
+        f" of {mass}. 'No crossing': no edge passes through a face that it does not touch."
     )
 
 

@@ -630,8 +630,7 @@ def _redrawn_says(data: dict) -> list[str]:
     if contains_zero(lo, hi):
         conclusion = (
             "its interval contains zero: as far as this check shows, the attributions come from what the"
-            " reward"
-            " has learned"
+            " reward has learned"
         )
     else:
         conclusion = (

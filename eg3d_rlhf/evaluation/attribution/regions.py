@@ -212,8 +212,7 @@ class PixelLandmarks:
             known = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
             raise ValueError(
                 f"--landmarks: expected points for seed {seed}, got points for seeds {known} only. Add this"
-                f" seed, or"
-                " give 'points' for all latents."
+                " seed, or give 'points' for all latents."
             )
         return points
 

@@ -37,8 +37,7 @@ class Settings:
         if self.steps > self.most_steps:
             raise ValueError(
                 f"--steps: expected at most --most-steps={self.most_steps}, got {self.steps}. Lower --steps:"
-                f" the count"
-                " doubles automatically."
+                " the count doubles automatically."
             )
         if self.landmarks is not None and self.regions not in (LANDMARKS, HEAD):
             raise ValueError(

@@ -207,8 +207,7 @@ def sampled(
     if count < 2:
         raise ValueError(
             f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {samples}."
-            f" Raise it:"
-            " standard errors need at least two values."
+            " Raise it: standard errors need at least two values."
         )
     rng = np.random.default_rng(seed)
     orders = np.stack([rng.permutation(regions) for _ in range(count)])
@@ -266,8 +265,7 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: 
             f"--gap-bound: expected an efficiency gap of at most {bound:g} of the reward difference, got"
             f" {gaps[worst]:.3g} for seed {seeds[worst]} (sum {a.values.sum():.6g}, difference"
             f" {a.difference:.6g}). The attribution does not add up: raise the bound if the difference is"
-            f" almost"
-            " zero, else leave that seed out with another --seed."
+            " almost zero, else leave that seed out with another --seed."
         )
 
 

@@ -251,8 +251,7 @@ def measure_sentences(summary: Mapping) -> list[str]:
         *says,
         (
             "In the figures: dashed is the ground truth, dotted the latent before the second stage; a cross"
-            " marks"
-            " over-optimised weights."
+            " marks over-optimised weights."
         ),
     ]
 

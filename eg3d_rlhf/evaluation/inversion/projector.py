@@ -133,7 +133,7 @@ def _try(
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         raise ValueError(
             f"expected features [N, F] from {path}, got {getattr(output, 'shape', type(output))}. Name"
-            f" another."
+            " another."
         )
     if not output.requires_grad:
         raise ValueError(

@@ -67,7 +67,8 @@ def of_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor
         # An all-black mask would divide the loss by zero.
         if float(weights.max()) == 0:
             raise ValueError(
-                f"--mask: expected some white in {mask}, got only black. Paint the pixels that count white."
+                f"--mask: expected some white in {mask}, got only black. Paint the pixels that count in"
+                " white."
             )
     # [R, R, 3] in 0..255 -> [1, 3, R, R] in [-1, 1]
     return Case(image.stem, Target(pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, weights))
@@ -152,8 +153,7 @@ def parse_camera(generator: Generator, text: str | None) -> Tensor:
     if not isinstance(values, list):
         raise ValueError(
             f"expected a list of 25 numbers in {text}, got {type(values).__name__}. Write the pose (16"
-            f" numbers) and"
-            " the intrinsics (9)."
+            " numbers) and the intrinsics (9)."
         )
     labels = label_array([values], ["camera"], "camera", LABEL_NUMBERS)
     return torch.from_numpy(labels).to(device_of(generator))
