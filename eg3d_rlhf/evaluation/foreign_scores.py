@@ -102,7 +102,7 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
     residual = np.inf  # replaced in the first round
     for _ in range(_ROUNDS):
         aligned_points = (foreign - shift) / scale
-        # there: foreign to reference; back: reference to foreign
+        # First from foreign points to the reference, then from the reference to foreign points
         foreign_distances, reference_neighbours = tree.query(aligned_points)
         reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference)
         kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)

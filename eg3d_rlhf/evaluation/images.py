@@ -171,7 +171,7 @@ def distances(c: Comparison, _folder: Path) -> Finding:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
     rows = []
     changes = []  # against before, paired by latent and camera
-    # single: interval of one distance; paired: interval of a change, from the same resamples
+    # single: interval of one distance; paired: interval of a change against before
     for name, (single, paired) in measures.items():
         for role, features in fakes.items():
             rows.append(

@@ -476,7 +476,7 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
         says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
         # The number of latents in which the region with the largest mean is also the largest
-        first = int((np.abs(values).argmax(axis=1) == order[0]).sum())  # latents in which this region leads
+        first = int((np.abs(values).argmax(axis=1) == order[0]).sum())
         share = np.mean([p.counts()[order[0]] / p.labels.numel() for p in study.partitions])
         says.append(
             f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in"

@@ -319,7 +319,7 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     top = brows[:, 1].max()
     base = landmarks[57, 1]  # 57: middle of the base of the nose
     chin = contour[:, 1].min()
-    # At least twice the margin: landmarks of a tilted head may give a very short chin.
+    # At least twice the margin, also if the landmarks give a very short chin.
     rise = max(base - chin, 2 * side)
     low = [brows[:, 0].min() - side, top, brows[:, 2].min() - depth_margin]
     high = [brows[:, 0].max() + side, top + rise, brows[:, 2].max() + front]

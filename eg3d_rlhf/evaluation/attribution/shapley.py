@@ -317,7 +317,7 @@ def integrated_gradients(
             baselines=original[None],
             n_steps=steps,
             method="gausslegendre",
-            # Captum needs at least the two ends of the path in one batch.
+            # Captum evaluates the path's points in batches of this size.
             internal_batch_size=max(batch, 2),
         )
         voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()
@@ -351,7 +351,7 @@ def shuffled_change(
     Regions and the amount of change in each stay, the spatial structure is lost. An attribution of this slab
     is the reward's response to noise of the same energy.
     """
-    # On the CPU, where the random permutation is the same on every machine.
+    # On the CPU, so that the random permutation does not depend on the device.
     change = (tuned - original).flatten().cpu()
     flat = labels.flatten().cpu()
     out = torch.empty_like(change)
