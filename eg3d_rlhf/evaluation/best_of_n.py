@@ -1,13 +1,13 @@
-"""How far can a reward be trusted, before any tuning? The best of n latents by the reward, and what an
-evaluator thinks of it.
+"""Measure before any tuning how far a reward can be trusted: select the best of n latents by the reward, and
+value it by an evaluator.
 
-The more samples a reward chooses among, the more it chooses by its mistakes: the evaluator's mean rises,
-flattens, and falls (Gao et al. 2022, arXiv 2210.10760). Choosing the best of n moves the samples by KL = log
+The more samples a reward selects from, the more it selects by its errors: the evaluator's mean rises,
+flattens, and falls (Gao et al. 2022, arXiv 2210.10760). Selecting the best of n moves the samples by KL = log
 n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other measure follows d (alpha - beta d), which peaks
 at d* = alpha / (2 beta).
 
-Letters: N latents, T numbers n to choose among, B resamples, A arms: single rewards, an ensemble's members,
-and its aggregates.
+Letters: N latents, T values of n, B resamples, A arms: single rewards, an ensemble's members, and its
+aggregates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,16 +36,18 @@ from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from training.progress import tqdm
 
-# The maths: exact expectations of the best of n by one measure, valued by another, their intervals, and the
-# law that they follow.
+# Exact expectations of the best of n by one measure, valued by another; their intervals; and the law that
+# they follow.
 
 
 def chances(total: int, n: int) -> np.ndarray:
-    """Chance of the i-th of `total` in ascending order to be the best of n drawn without replacement:
-    C(i - 1, n - 1) / C(N, n), [N].
+    """Compute the probability of the i-th of `total` in ascending order to be the best of n, drawn without
+    replacement: C(i - 1, n - 1) / C(N, n), [N].
     """
+    # Ratios of neighbours, multiplied from the top down: the binomials themselves would overflow.
     i = np.arange(total, 1, -1)
-    falling = np.cumprod(np.clip((i - n) / (i - 1), 0, None))  # from the i-th to the one below it
+    falling = np.cumprod(np.clip((i - n) / (i - 1), 0, None))  # ratio of the (i - 1)-th to the largest
+    # The largest of all is the best with probability n / N; reversed into ascending order
     return n / total * np.concatenate([[1.0], falling])[::-1]
 
 
@@ -53,40 +55,46 @@ def best_of(reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int]) -
     """Compute the evaluator's expected value of the best of n by the reward, for every n: exact over all
     subsets of the latents.
 
-    Args: reward, evaluator [N]; numbers: each 1 to N. Returns: [T]; n = 1 gives the evaluator's mean, n = N
-    the value
-        of the top latent.
+    Args: reward, evaluator: [N]; numbers: each 1 to N.
+    Returns: [T]; n = 1 gives the evaluator's mean, n = N the value of the top latent.
     """
     ranked = by_rank(reward, evaluator)[1]
     return np.array([chances(len(ranked), n) @ ranked for n in numbers])
 
 
 def by_rank(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Latents in ascending order of reward [N], and the evaluator's values in that order, those of equal
-    rewards averaged.
+    """Sort the latents by reward.
+
+    Returns: the latents in ascending order of reward [N], and the evaluator's values in that order; values of
+        equal rewards are averaged.
     """
+    # Latents of equal reward get the mean of their group, as if ties were resolved at random.
     _, place, count = np.unique(reward, return_inverse=True, return_counts=True)
     return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, evaluator) / count, count)
 
 
 def divergence_of(numbers: Sequence[int]) -> np.ndarray:
-    """KL divergence of the best of n from one sample, nats."""
+    """Compute the KL divergence of the best of n from one sample, in nats."""
     n = np.asarray(numbers, dtype=np.float64)
     return np.log(n) - (n - 1) / n
 
 
 def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Least squares of gain = d (alpha - beta d): distance [T], gain [..., T] -> alpha and beta, [..., 2]."""
+    """Fit gain = d (alpha - beta d) by least squares: distance [T], gain [..., T] -> alpha and beta, [...,
+    2].
+    """
     return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
 
 
 def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """d* = alpha / (2 beta), at least 0; infinite where the fit never falls."""
+    """Compute d* = alpha / (2 beta), at least 0; infinite if the fit never falls."""
+    # The inner `where` avoids a division by zero in the branch that is not used.
     return np.where(beta > 0, np.maximum(alpha, 0) / np.where(beta > 0, 2 * beta, 1), np.inf)
 
 
 def number_at(distance: float) -> float:
-    """The n whose best lies at this distance sqrt(KL)."""
+    """Return the n whose best of n lies at this distance sqrt(KL)."""
+    # Solves log n - 1 + 1 / n = d^2 for log n; the left side is 0 at n = 1 and increases.
     x = (
         brentq(lambda log_n: log_n - 1 + np.exp(-log_n) - distance**2, 0, distance**2 + 2)
         if distance > 0
@@ -98,13 +106,17 @@ def number_at(distance: float) -> float:
 def resampled(
     reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int], counts: np.ndarray
 ) -> np.ndarray:
-    """`best_of` over resamples of the latents: counts [B, N], how often each latent was drawn -> [B, T]."""
+    """Compute `best_of` over resamples of the latents: counts [B, N], the multiplicity of each latent -> [B,
+    T].
+    """
     order, ranked = by_rank(reward, evaluator)
+    # Row t weights the sorted evaluator's values.
     table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
-    return np.stack([table @ np.repeat(ranked, drawn[order]) for drawn in counts])
+    # A resample keeps the order of the latents, so it needs no sorting.
+    return np.stack([table @ np.repeat(ranked, latent_counts[order]) for latent_counts in counts])
 
 
-SCORES = "scores"
+SCORES = "scores"  # keys of the two parts
 CURVES = "best-of-n"
 TITLE = "How far can a reward be trusted?"
 RESAMPLES = 1000
@@ -113,16 +125,16 @@ INTERVAL = f"95 % percentile bootstrap over latents, {RESAMPLES:,} resamples, th
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is scored, and by whom."""
+    """Rewards to test, with the generator and the evaluator."""
 
     generator: LoadedGenerator
-    rewards: Mapping[str, tuple[Reward, str]]  # by name: a reward with its file's SHA-256
-    evaluator: tuple[Reward, str] | None  # None: the annotator's noise-free utility
-    n: int = 4096  # latents
-    most: int = 512  # the largest number to choose among
-    psi: float = 1.0
-    seed: int = 0  # other latents per seed
-    batch: int = 16
+    rewards: Mapping[str, tuple[Reward, str]]  # name -> the reward and its file's SHA-256
+    evaluator: tuple[Reward, str] | None  # None: the simulated annotator's noise-free utility
+    n: int = 4096  # number of latents
+    most: int = 512  # largest n to select from
+    psi: float = 1.0  # truncation
+    seed: int = 0  # shifts the held-out latents
+    batch: int = 16  # shapes at once
 
     def __post_init__(self) -> None:
         if self.most > self.n:
@@ -132,15 +144,19 @@ class Trial:
 
     @property
     def numbers(self) -> list[int]:
-        """1 to `most`, two to an octave."""
+        """Return the values of n: 1 to `most`, two per octave."""
         return sorted({*(round(2 ** (k / 2)) for k in range(64) if 2 ** (k / 2) <= self.most), self.most})
 
     @property
     def seeds(self) -> range:
-        """The latents: of a range that no other report draws, so that rewards may be chosen by this one."""
+        """Return the latents.
+
+        Their range is used by no other report, so rewards may be selected by this one.
+        """
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
+        """Return the hashes of the generator, the rewards and the evaluator."""
         evaluator = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
             "generator": self.generator.hash,
@@ -149,6 +165,7 @@ class Trial:
         }
 
     def facts(self) -> Facts:
+        """Return the facts that the figures state."""
         return Facts(
             n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL
         )
@@ -158,62 +175,70 @@ Joined = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # members' scores by 
 
 
 def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
-    """What is scored by itself (single rewards, members, averages of weights), and what follows from those
-    scores (aggregates).
+    """Return the arms: rewards to evaluate (single ones, members, averages of weights), and aggregates, which
+    follow from the members' scores.
     """
-    single: dict[str, Reward] = {}
-    joined: dict[str, Joined] = {}
+    single: dict[str, Reward] = {}  # arms that a network scores
+    joined: dict[str, Joined] = {}  # arms that aggregate members' scores
     for name, (reward, _) in trial.rewards.items():
+        # Names of members carry the ensemble's name if there are several rewards.
         before = f"{name}: " if len(trial.rewards) > 1 else ""
-        network = reward.network
+        network = reward.network  # one network, or an ensemble of them
         if not isinstance(network, RewardEnsemble):
             single[name] = reward
             continue
+        # also the keys of the members' scores
         names = [f"{before}member {i + 1}" for i in range(len(network.members))]
         single.update(zip(names, reward.members(), strict=True))
+        # Members that start from common weights can be averaged; `start` records that they do.
         if reward.provenance.get("start"):
             single[f"{before}{AVERAGE}"] = Reward(
                 reward.observation, average_weights(network.members), reward.provenance
             )
         standard = network.standard
-        if standard is None:  # a mean of raw scores
+        # An ensemble of raw scores has no statistics of its members; compute them on untuned samples.
+        if standard is None:
             seen = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
             standard = Standard.of(network.members, seen)
         for kind in KINDS:
-            own = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
-            ensemble = RewardEnsemble(network.members, own, standard)
-            strength = "" if own.strength is None else f" {own.strength:g}"
+            # The ensemble's own aggregate keeps its strength; the others use their default.
+            aggregate = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
+            ensemble = RewardEnsemble(network.members, aggregate, standard)
+            strength = "" if aggregate.strength is None else f" {aggregate.strength:g}"
             joined[f"{before}{kind}{strength}"] = partial(_join, ensemble, names)
     return single, joined
 
 
 def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Aggregate the members' scores into those of an arm, [N]."""
     return ensemble.joined([torch.from_numpy(scores[name]) for name in names]).numpy()
 
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Every latent's scores by all single arms, and the evaluator's value, in one pass."""
+    """Score every latent by all single arms and by the evaluator, in one pass."""
     generator = trial.generator.generator
-    single, _ = arms(trial)
+    single, _ = arms(trial)  # aggregates follow from the members' scores
     scores: dict[str, list[float]] = {name: [] for name in single}
-    evaluated: list[float] = []
+    evaluated: list[float] = []  # the evaluator's values, [N]
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(
         total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
     ) as bar:
         for start, part in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
             field = generator.field(part)
+            # Rewards that read the same input share it.
             seen = dict[Observation, torch.Tensor]()
+            # The evaluator, if it is a reward, is an entry without a name.
             for name, reward in (*single.items(), *([("", trial.evaluator[0])] if trial.evaluator else [])):
-                kind = reward.observation
+                kind = reward.observation  # rewards of the same kind read the same input
                 if kind not in seen:
                     seen[kind] = kind.observe(field)
                 (scores[name] if name else evaluated).extend(reward.score_observed(seen[kind]).tolist())
             if trial.evaluator is None:
                 evaluated += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
             bar.update(len(part))
-    columns = {**scores, "evaluator": evaluated}
+    columns = {**scores, "evaluator": evaluated}  # one column per arm
     rows = [
         {"seed": seed, **{name: column[i] for name, column in columns.items()}}
         for i, seed in enumerate(trial.seeds)
@@ -222,74 +247,84 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
 
 
 def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
-    """Every arm's curve with intervals, its fit and peak, and the aggregates against the members."""
+    """Compute every arm's curve with intervals, its fit and peak, and the aggregates against the members."""
     single, joined = arms(trial)
-    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}
+    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}  # name -> [N]
     values = {**known, **{name: join(known) for name, join in joined.items()}}
     evaluator = np.asarray(scores.data["evaluator"])
-    numbers = trial.numbers
+    numbers = trial.numbers  # [T]
+    # Gains are in the evaluator's standard deviations; a constant evaluator has scale 1.
     scale = float(evaluator.std()) or 1.0
-    distance = np.sqrt(divergence_of(numbers))
-    random = np.random.default_rng(0)
+    distance = np.sqrt(divergence_of(numbers))  # [T]
+    random = np.random.default_rng(0)  # a fixed seed: the page is reproducible
+    # [B, N]; the same resamples for all arms, so that arms can be compared in pairs
     counts = np.stack(
         [np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
     )
-    found = {}
+    curve_by_arm = {}
     last = {}
     rows = []
     for name, reward in values.items():
-        exact = best_of(reward, evaluator, numbers)
-        draws = resampled(reward, evaluator, numbers, counts)
+        exact = best_of(reward, evaluator, numbers)  # [T]
+        draws = resampled(reward, evaluator, numbers, counts)  # [B, T]
+        # Relative to n = 1, in each resample, too
         gain = (exact - exact[0]) / scale
         gains = (draws - draws[:, :1]) / scale
-        alpha, beta = fit(distance, gain)
-        fits = fit(distance, gains)
-        own = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
-        low, high = np.quantile(gains, [0.025, 0.975], axis=0)
+        alpha, beta = fit(distance, gain)  # of all latents
+        fits = fit(distance, gains)  # [B, 2], one fit per resample
+        reward_gain = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
+        low, high = np.quantile(gains, [0.025, 0.975], axis=0)  # [T] each
         steps = [
             dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
             for step in zip(gain, low, high, strict=True)
         ]
-        found[name] = {
+        curve_by_arm[name] = {
             "steps": steps,
-            "reward": own.tolist(),
+            "reward": reward_gain.tolist(),
             "fit": [float(alpha), float(beta)],
             "joined": name in joined,
             "peak": [
                 _finite(v)
-                for v in (peak(alpha, beta), *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"))
+                for v in (
+                    # "nearest", since an interpolation between infinite peaks is not defined
+                    peak(alpha, beta),
+                    *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"),
+                )
             ],
         }
-        last[name] = gain[-1], gains[:, -1]
+        last[name] = gain[-1], gains[:, -1]  # the gain at the largest n, and its resamples
         rows += [
-            {"arm": name, "n": n, "evaluator": float(exact[t]), **steps[t], "reward": float(own[t])}
+            {"arm": name, "n": n, "evaluator": float(exact[t]), **steps[t], "reward": float(reward_gain[t])}
             for t, n in enumerate(numbers)
         ]
     data = {
         "numbers": numbers,
         "kl": divergence_of(numbers).tolist(),
-        "arms": found,
+        "arms": curve_by_arm,
         "against": _against(last, single, joined),
     }
     return Finding(facts=trial.facts(), data=data, rows=rows, says=_says(trial, data))
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """Return None for a value that is not finite: JSON has no infinity."""
     return float(value) if np.isfinite(value) else None
 
 
 def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
-    """What each aggregate's last gain is above that of the best member, which the evaluator itself has
-    picked, and of the mean member.
+    """Compare each aggregate's last gain with that of the best member and of the mean member.
+
+    The best member is selected by the evaluator itself, which favours it.
     """
     rows = []
     for name in joined if single else ():
+        # Members of the same ensemble
         before = name.rpartition(": ")[0]
         members = [member for member in single if member.rpartition(": ")[0] == before and "member" in member]
-        best = max(members, key=lambda member: last[member][0])
+        best = max(members, key=lambda member: last[member][0])  # by the evaluator
         for title, others in (("best member", [best]), ("mean member", members)):
             value = last[name][0] - np.mean([last[member][0] for member in others])
+            # Paired: both gains come from the same resamples.
             low, high = np.quantile(
                 last[name][1] - np.mean([last[member][1] for member in others], axis=0), [0.025, 0.975]
             )
@@ -300,12 +335,14 @@ def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, join
 
 
 def _says(trial: Trial, data: Mapping) -> list[str]:
+    """Describe each arm's gain and peak, and the evaluator."""
     most = data["numbers"][-1]
     says = []
-    reach = np.sqrt(data["kl"][-1])
+    reach = np.sqrt(data["kl"][-1])  # d at the largest n
     for name, arm in data["arms"].items():
         end = arm["steps"][-1]
         at, low, high = arm["peak"]
+        # A peak beyond the largest n is extrapolated, so it is not reported.
         if at is None or at > reach:
             where = f"no peak up to n = {most}"
         else:
@@ -323,23 +360,26 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
                 " evaluator ranks first."
             )
     evaluator = (
-        "the formula whose noisy answers the labels are"
+        "the formula from which the labels were sampled with noise"
         if trial.evaluator is None
-        else "another reward, with mistakes of its own"
+        else "another reward, which has errors, too"
     )
     return [
         *says,
         (
-            f"The evaluator is {evaluator}. Choosing is milder than tuning: a reward that fails here will"
-            " fail there, not the other way."
+            f"The evaluator is {evaluator}. Selection is a weaker optimisation than tuning: a reward that"
+            " fails here will fail there, but not the other way round."
         ),
     ]
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
-    """The scores, which take the time, and a function from them to the curves."""
+    """Return the job of the scores, which takes the time, and a function from its finding to the job of the
+    curves.
+    """
     evaluator = "annotator" if trial.evaluator is None else "reward"
     known = {"networks": trial.networks(), "evaluator": evaluator}
+    # The cache's key has the names of version 0.1, so that its scores stay valid.
     inputs = {**version_0_1.former_trial(known), "psi": trial.psi, "seed": trial.seed, "n": trial.n}
     first = Job(
         key=SCORES,
@@ -349,9 +389,10 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
     )
 
     def second(scores: Finding) -> Job:
+        """Return the job of the curves, computed from the scores."""
         return Job(
             key=CURVES,
-            title="Best of n: the evaluator's value of what the reward chooses",
+            title="Best of n: the evaluator's value of the selected latents",
             compute=partial(curves, trial, scores),
             plots={"evaluator": plot_evaluator, "reward": plot_reward, "peaks": plot_peaks},
             inputs={**inputs, "most": trial.most},
@@ -361,6 +402,7 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
 
 
 def _colours(data: Mapping) -> dict[str, str]:
+    """Return a colour per arm: grey for members, the cycle's for the others."""
     shown = [name for name, arm in data["arms"].items() if "member" not in name]
     return {
         name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise")
@@ -379,12 +421,13 @@ KL = "KL = log n - (n - 1)/n (nats)"
     title="Gain by the evaluator",
 )
 def plot_evaluator(axes, data: dict):
-    """The evaluator's gain over KL: points, and the fits; the interval where one arm is shown."""
-    alone = len(data["arms"]) == 1
+    """Plot the evaluator's gain over KL: points, and the fits; also the interval if there is one arm."""
+    alone = len(data["arms"]) == 1  # one arm: its band can be shown
     kl = np.asarray(data["kl"])
     colours = _colours(data)
-    fine = np.linspace(0, kl[-1], 200)
+    fine = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
     for name, arm in data["arms"].items():
+        # Members are thin lines without a fit.
         means = [step["mean"] for step in arm["steps"]]
         if "member" in name:
             axes.plot(kl, means, "-", color=colours[name], linewidth=0.8, label=name)
@@ -409,7 +452,7 @@ def plot_evaluator(axes, data: dict):
     title="Gain by the reward itself",
 )
 def plot_reward(axes, data: dict):
-    """Every arm's own gain over KL."""
+    """Plot every arm's gain by its own reward over KL."""
     for name, ink in _colours(data).items():
         axes.plot(
             data["kl"],
@@ -421,13 +464,14 @@ def plot_reward(axes, data: dict):
 
 
 def plot_peaks(data: dict):
-    """Where each fit peaks, and the evaluator's gain at the largest n."""
+    """Plot the position of each fit's peak, and the evaluator's gain at the largest n."""
     names = list(data["arms"])
     colours = _colours(data)
-    drawn, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
+    figure, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
     reach = float(np.sqrt(data["kl"][-1]))
     for i, name in enumerate(names):
         arm = data["arms"][name]
+        # Peaks beyond the axis, and those that do not exist, are drawn at its right edge.
         at, low, high = (2 * reach if v is None else min(v, 2 * reach) for v in arm["peak"])
         left.errorbar(
             [at],
@@ -452,22 +496,27 @@ def plot_peaks(data: dict):
     for axis, shown in ((left, names), (right, [""] * len(names))):
         axis.set_yticks(range(len(names)), shown)
         axis.invert_yaxis()
-    return drawn
+    return figure
 
 
 def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
-    """Load what the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
-    where = choose_device(device)
+    """Load the networks that the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
+    where = choose_device(device)  # the networks' device
     with naming("--before"):
         generator = load_generator(before, where)
+    # A reward that is named twice is tested once.
     paths = dict.fromkeys(rewards or [bundled.REWARD])
     names = {
         path: path.parent.name if path.stem == "reward" and len(paths) > 1 else path.stem for path in paths
     }
+    # Names that are not unique are replaced by the paths.
     if len(set(names.values())) < len(names):
         names = {path: str(path) for path in paths}
 
     def load(path: Path, flag: str):
+        """Load a reward and its hash; the name of an observation stands for an untrained reward of that
+        kind.
+        """
         if (kind := str(path)) in OBSERVATIONS and not path.exists():
             with naming(flag):
                 return untaught(kind, generator.generator), f"untaught {kind}"
@@ -483,12 +532,13 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
         )
     evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
+    # An evaluator that is among the tested rewards would agree with itself.
     if evaluator is not None and any(
-        digest == evaluator[1] or evaluator[0].is_member_of(one) for one, digest in loaded.values()
+        digest == evaluator[1] or evaluator[0].is_member_of(tested) for tested, digest in loaded.values()
     ):
         raise ValueError(
-            "--heldout-reward: expected a reward that is not on trial, got one that is. Train one on other"
-            " labels."
+            "--heldout-reward: expected a reward that is not among the tested ones, got one that is. Train"
+            " one on other labels."
         )
     return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
 
@@ -500,8 +550,8 @@ def write(trial: Trial, out: Path) -> Finding:
     findings = pages.run([last], out, quiet=True)
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
-        " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the one"
-        " that the reward likes best."
+        " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the latent"
+        " with the highest reward."
     )
     write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
     return findings[CURVES]

@@ -1,5 +1,5 @@
-"""The evaluation report: which parts it has, what it says first, what its figures cannot say, and shapes to
-look at.
+"""Evaluation report: its parts, the summary of what the figures support and what they do not, and renders of
+shapes.
 
 Letters: N latents, D, H, W grid points, R pixels per edge.
 """
@@ -31,18 +31,19 @@ TITLE = "Before and after tuning"
 
 
 def select(c: Comparison, keys: str | None = None) -> list[Job]:
-    """The report's parts, or those of a comma-separated list of keys.
+    """Select the report's parts, all or those of a comma-separated list of keys.
 
     Raises: ValueError for an unknown key.
     """
     parts = (rewards.jobs, images.jobs, geometry.jobs, rewards.curve_jobs, geometry.depth_jobs, strip_jobs)
     jobs = [job for part in parts for job in part(c)]
+    # The page keeps its own order, whatever the order of the list.
     wanted = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
     return [job for job in jobs if wanted is None or job.key in wanted]
 
 
 def check_files(c: Comparison) -> None:
-    """Open the networks that the user names before minutes of work depend on them. Raises: ValueError."""
+    """Open the networks that the user names, before minutes of work depend on them. Raises: ValueError."""
     if c.inception is not None:
         load_features(c.inception, c.device)
     if c.lpips is not None:
@@ -52,12 +53,16 @@ def check_files(c: Comparison) -> None:
 
 
 def introduction(c: Comparison) -> str:
-    of = {
+    """Describe the networks at the top of the page."""
+    # role -> the run's folder
+    run_names = {
         role: f" of {run.name}"
         for role, run in (("after", c.run), ("control", c.control_run))
         if run is not None
     }
-    named = [f"{role} {generator.path.name}{of.get(role, '')}" for role, generator in c.generators().items()]
+    named = [
+        f"{role} {generator.path.name}{run_names.get(role, '')}" for role, generator in c.generators().items()
+    ]
     return (
         "The same held-out latents through each generator:"
         f" {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure states its latents,"
@@ -66,23 +71,31 @@ def introduction(c: Comparison) -> str:
 
 
 def summary(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
-    """What the numbers allow, then what they do not."""
+    """List what the numbers support, then what they do not support."""
     return [f"Allowed: {text}" for text in _allowed(findings)] + [
         f"Not allowed: {text}" for text in _not_allowed(c, findings)
     ]
 
 
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
+    """List the statements that the intervals support."""
     says = []
     data = {key: finding.data for key, finding in findings.items()}
     paired = data.get("reward-shift", {}).get("paired", {})
+    # Only intervals that exclude "no change" support a statement.
     if paired and paired["after"]["mean_lo"] > 0:
-        alone = "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
+        # A control that hardly moved means that further training alone is not the cause.
+        control_unchanged = (
+            "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
+        )
         cause = (
-            "; the control moved by less than a tenth of that, so the reward phase did it" if alone else ""
+            "; the control moved by less than a tenth of that, so the reward phase is the cause"
+            if control_unchanged
+            else ""
         )
         says.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
     for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
+        # The optimised reward itself is reported above.
         if name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
             end = (
                 "though it has passed its peak"
@@ -90,9 +103,9 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
                 else "without a point of divergence"
             )
             part = (
-                "whose noisy answers the labels are"
+                "from which the labels were sampled with noise"
                 if name == rewards.ORACLE
-                else "which took no part in tuning"
+                else "which was not used in tuning"
             )
             says.append(
                 f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} standard deviations),"
@@ -108,12 +121,13 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
         if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
             kind = "less" if row["ratio_hi"] < 1 else "more"
             says.append(f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times).")
-    return says or ["nothing: no selected part shows a change whose interval excludes none."]
+    return says or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
 
 def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+    """List the statements that the figures do not support."""
     says = [
-        "that people prefer the tuned shapes: nobody was asked here. Compare them blind.",
+        "that people prefer the tuned shapes: no person was asked here. Compare them blind.",
         (
             "any statement on other training seeds: there is one run for each setting, and intervals run over"
             " latents."
@@ -124,14 +138,17 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     elif (
         c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run)))
     ):
-        says.append(f"a clean comparison with the control: its run also differs in {', '.join(other)}.")
+        says.append(
+            f"a change that is due to the reward alone: the control also differs in {', '.join(other)}."
+        )
+    # Rewards from common labels share their errors.
     if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
         says.append(
             "freedom from over-optimisation in general: "
             + (
                 "there is no second reward."
                 if c.held_out is None
-                else "the second reward learnt from the same labels as the first."
+                else "the second reward was trained on the same labels as the first."
             )
         )
     if c.synthetic:
@@ -141,34 +158,38 @@ def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     missing = [key for key, finding in findings.items() if "absent" in finding.data]
     if missing:
         says.append(
-            f"what these parts would say, which could not be made (each says why): {', '.join(missing)}."
+            f"statements of these parts, which could not be computed (each gives its reason):"
+            f" {', '.join(missing)}."
         )
     return says
 
 
-# Shapes to look at: the best and worst by reward, the same latents before and after, and an orbit. Pictures
-# are of geometry alone (shaded first crossings of sigma = 10), as labellers of geometry see it; none is
-# chosen by hand.
+# Renders of shapes: the best and worst by reward, the same latents before and after, and an orbit. Renders
+# show the geometry only (shaded first crossings of sigma = 10), as annotators of geometry see it. None is
+# selected by hand.
 
-K = 5  # shapes in a top or bottom strip, as in the paper
-SHOWN = 6  # latents in the before/after strip, of seeds fixed before any result was seen
-# radians from frontal; of heads of people, whose scans are broken behind
+K = 5  # shapes in a strip of the best or the worst, as in the paper
+SHOWN = 6  # latents in the before/after strip; their seeds were fixed before any result was known
+# yaw in radians from frontal; the second pair is for heads of people, whose scans are damaged at the back of
+# the head
 YAWS = (0.0, 0.5)
 BOTH_SIDES = (0.4, math.pi - 0.4)
-# one swing from left to right and back; of heads of people all the way to behind
+# One swing from left to right and back; for heads of people up to the back of the head.
 ORBIT_FRAMES = 16
 ORBIT_YAW = 0.7
-ORBIT_STILLS = 7  # of the film strip
-# 4.5 s in all: it stops by itself
+ORBIT_STILLS = 7  # still images of the orbit
+# milliseconds per frame; swings until the animation stops, 4.5 s in all
 FRAME_MS = 140
 SWINGS = 2
-# grid points per edge of the cube; pixels per edge of a picture
+# grid points per edge of the cube; pixels per edge of a render
 RESOLUTION = 128
 PIXELS = 128
 
 
 def strip_jobs(c: Comparison) -> list[Job]:
+    """Return the parts with renders."""
     shown = list(c.seeds(SHOWN, EVALUATION))
+    # Inputs of the jobs: another size renders again.
     size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
     return [
         c.job(
@@ -193,7 +214,7 @@ def strip_jobs(c: Comparison) -> list[Job]:
 
 
 def yaws_of(c: Comparison) -> tuple[float, float]:
-    """From where shapes are seen."""
+    """Return the two yaws from which shapes are rendered."""
     return BOTH_SIDES if c.of_people else YAWS
 
 
@@ -201,9 +222,10 @@ def yaws_of(c: Comparison) -> tuple[float, float]:
 def shapes(
     c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
+    """Render shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
     spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
     parts = []
+    # A quarter of the batch, since a density grid has RESOLUTION^3 points per shape.
     for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
         sigma = field.density_grid(spec).cpu()
         parts.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
@@ -211,23 +233,27 @@ def shapes(
 
 
 def reward_strips(c: Comparison, folder: Path) -> Finding:
-    """Two views of the K latents with the highest and the lowest reward, per network."""
+    """Show two views of the K latents with the highest and the lowest reward, per network."""
     seeds = c.seeds()
     rows = []
-    pictures = {}
+    files_by_caption = {}
+    # At most half: the strips of best and worst must not overlap.
     k = min(K, len(seeds) // 2)
     above, below = yaws_of(c)
     for role in ("before", "after"):
         generator = c.generators()[role]
         scores = c.scores(generator, seeds).double().numpy()
+        # Stable, so that equal scores keep the order of the seeds.
         order = np.argsort(-scores, kind="stable")
         for which, chosen in (("highest", order[:k]), ("lowest", order[::-1][:k])):
             picked = [seeds[int(i)] for i in chosen]
             views = shapes(c, generator, picked, yaws_of(c))  # [k, 2, 1, R, R]
             name = f"reward-strips-{role}-{which}.png"
+            # All shapes of the first yaw, then all of the second: two rows of k
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
+            # Seeds are consecutive, so a seed's offset is its index.
             listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
-            pictures[
+            files_by_caption[
                 f"{role}, {which} reward from left to right ({listed}); yaw {above:+.1f} above, {below:+.1f}"
                 " radians below"
             ] = name
@@ -243,9 +269,10 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
             ]
     says = [
         (
-            f"The {k} highest and {k} lowest of {len(seeds)} latents by the reward that tuned, each network"
-            " by itself. What tells highest from lowest is what the reward sees; whether the highest are"
-            " better is for the eye, and a fault that they share is one that the reward does not punish."
+            f"The {k} highest and {k} lowest of {len(seeds)} latents by the tuning reward, each network by"
+            " itself. The difference between highest and lowest is what the reward measures. Check by eye"
+            " whether the highest are better; a defect that they share is one that the reward does not"
+            " penalise."
         ),
     ]
     return Finding(
@@ -253,72 +280,84 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         data={"k": k},
         rows=rows,
         says=says,
-        images=pictures,
+        images=files_by_caption,
     )
 
 
 def same_latents(c: Comparison, folder: Path) -> Finding:
+    """Show the same fixed latents under each generator."""
     seeds = list(c.seeds(SHOWN, EVALUATION))
-    pictures = {}
-    # [N, yaws, 1, R, R] each
+    files_by_caption = {}
+    # yaws: two views of each latent, [N, yaws, 1, R, R] per role
     views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
     scores = {
         f"reward_{role}": c.scores(generator, seeds).double().tolist()
         for role, generator in c.generators().items()
     }
     rows = [
-        {"seed": seed, **dict(zip(scores, found, strict=True))}
-        for seed, *found in zip(seeds, *scores.values(), strict=True)
+        {"seed": seed, **dict(zip(scores, seed_scores, strict=True))}
+        for seed, *seed_scores in zip(seeds, *scores.values(), strict=True)
     ]
     for j, yaw in enumerate(yaws_of(c)):
         name = f"same-latents-{j}.png"
-        save_grid(torch.cat([found[:, j] for found in views.values()]), (0, 1), len(seeds), folder / name)
-        pictures[
+        # One row per network
+        save_grid(
+            torch.cat([role_views[:, j] for role_views in views.values()]), (0, 1), len(seeds), folder / name
+        )
+        files_by_caption[
             f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
             " right"
         ] = name
     says = [
         (
-            "Seeds were fixed before any result was seen, so these are ordinary samples and no selection. A"
-            " few pictures show what kind of change to expect; how often it happens is in the counted parts"
-            " of this report."
+            "The seeds were fixed before any result was known, so these are ordinary samples without"
+            " selection. A few renders show what kind of change to expect; how often it happens is in the"
+            " counted parts of this report."
         ),
         *([NO_CONTROL] if c.control is None else []),
     ]
     data = {"seeds": seeds, "yaws": list(yaws_of(c))}
-    return Finding(facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=pictures)
+    return Finding(
+        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=files_by_caption
+    )
 
 
 def orbit(c: Comparison, folder: Path) -> Finding:
-    """One latent seen from an arc, before beside after: an animation (APNG), and stills that remain where
-    motion is unwelcome.
+    """Show one latent from an arc, before beside after: an animation (APNG), and stills for readers who
+    disable motion.
     """
     (seed,) = c.seeds(1, EVALUATION)
     reach = math.pi if c.of_people else ORBIT_YAW
+    # A sine slows the swing at its ends; the last frame meets the first.
     yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()
-    # [frames + stills, 1, R, R] each
+    # views: [frames + stills, 1, R, R] each
     both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]
-    save_grid(torch.cat([found[ORBIT_FRAMES:] for found in both]), (0, 1), ORBIT_STILLS, folder / "orbit.png")
-    frames = torch.cat([found[:ORBIT_FRAMES, 0] for found in both], dim=2)  # [frames, R, 2R]
+    save_grid(
+        torch.cat([role_views[ORBIT_FRAMES:] for role_views in both]),
+        (0, 1),
+        ORBIT_STILLS,
+        folder / "orbit.png",
+    )
+    frames = torch.cat([role_views[:ORBIT_FRAMES, 0] for role_views in both], dim=2)  # [frames, R, 2R]
     first, *more = (PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy())
-    # stops after these
+    # `loop` is the number of swings after which the animation stops.
     first.save(
         folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS
     )
-    pictures = {
+    files_by_caption = {
         f"Seed {seed} swung through ±{reach:.2g} radians {SWINGS} times; before left, after right": (
             "orbit.apng"
         ),
         f"Seed {seed} from yaw {-reach:+.1f} to {reach:+.1f} radians; before above, after below": "orbit.png",
     }
     says = [
-        "One latent, the first of the fixed seeds. It shows the surface in the round and proves nothing about"
-        " the others."
+        "One latent, the first of the fixed seeds. It shows the surface from several sides; it is no evidence"
+        " about the others."
     ]
     return Finding(
         facts=c.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
         says=says,
-        images=pictures,
+        images=files_by_caption,
     )

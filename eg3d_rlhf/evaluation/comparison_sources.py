@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
+# A factory, so that importing this module does not import torch.
 def _cpu() -> "torch.device":
     import torch
 
@@ -18,35 +19,36 @@ def _cpu() -> "torch.device":
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a comparison is made of, besides its networks."""
+    """Settings of a comparison, without its networks."""
 
-    psi: float = 0.7
-    batch: int = 16  # shapes or images at once
-    seed: int = 0
-    n: int = 100  # latents
-    images: int = 400  # per distance
+    psi: float = 0.7  # truncation, 0..1
+    batch: int = 16  # shapes or images evaluated at once
+    seed: int = 0  # shifts the held-out latents; also the seed of bootstraps and permutations
+    n: int = 100  # number of held-out latents
+    images: int = 400  # images of each generator for one distance
     device: "torch.device" = field(default_factory=_cpu)
-    inception: str | None = None
-    lpips: Path | None = None
-    identity: Path | None = None
+    inception: str | None = None  # TorchScript file of the feature detector
+    lpips: Path | None = None  # TorchScript file f(a, b)
+    identity: Path | None = None  # TorchScript file that embeds images of faces
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources(Sampling):
-    """What the user names; None is the default that `load_comparison` finds."""
+    """Networks, rewards and data that the user names; `load_comparison` replaces None by its default."""
 
     before: Path | None = None  # network file or run folder; the bundled generator
     after: Path | None = None  # the newest snapshot of `run`
-    # the run of `runs_folder` that differs from `run` in lambda_r = 0 alone, if there is one
+    # default: the run of `runs_folder` that differs from `run` only in lambda_r = 0, if there is one
     control: Path | None = None
     run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
-    reward_ckpt: Path | None = None  # the run's own, or the bundled one
-    # second reward; the run's own, or the bundled one beside the bundled reward
+    reward_ckpt: Path | None = None  # default: the reward of `run`, or the bundled one
+    # second reward; default: the run's, or the bundled one that belongs to the bundled reward
     heldout_reward: Path | None = None
-    data: str | None = None  # the run's own, or bundled.DATA for the bundled generator
-    runs_folder: Path = Path("runs")
+    data: str | None = None  # default: the data of `run`, or bundled.DATA for the bundled generator
+    runs_folder: Path = Path("runs")  # where `run` and `control` are searched
 
     def __post_init__(self) -> None:
+        # Beyond the count the seeds would leave the held-out range.
         for flag, wanted, held in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
             if wanted > held.count:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""Where the reward sees the samples before and after tuning: a map of its global feature, the feature's main
-axis, separability, shapes.
+"""Map of samples before and after tuning in the reward's feature space: the global feature, its principal
+axes, separability, and the shapes.
 
-The global feature is the vector that the reward network makes of what it reads, before its trunk.
+The global feature is the vector that the reward network computes from its input, before its trunk.
 Letters: N latents, F features, D, H, W grid points, R pixels.
 """
 
@@ -26,28 +26,29 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from training.progress import tqdm
 
-MAP = "feature-map"
+MAP = "feature-map"  # keys of the three parts
 APART = "separability"
 SHAPES = "feature-shapes"
 TITLE = "What the reward sees before and after tuning"
 ROLES = ("before", "after")
-UMAP_NEIGHBOURS = 15
-# grid points per edge, pixels per picture, radians, pictures in a row of the sprite
+UMAP_NEIGHBOURS = 15  # UMAP's default
+# grid points per edge, pixels per render, yaw in radians, renders in a row of the sprite
 RESOLUTION = 64
 PIXELS = 96
 YAW = 0.4
 COLUMNS = 20
 NO_UMAP = (
-    "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again;"
-    " principal axes need none."
+    "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again. The"
+    " principal axes do not need it."
 )
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Map of the features, separability, and the pictures that the interactive map shows (a job without a
-    section of its own).
+    """Return the parts: map of the features, separability, and the renders of the interactive map (a job
+    without a section on the page).
     """
-    umap = umap_version()
+    # The version is an input of the map: another one gives another layout.
+    umap = umap_version()  # None leaves the UMAP plot out
     layouts = {"umap": plot_umap} if umap else {}
     layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
@@ -62,7 +63,7 @@ def jobs(c: Comparison) -> list[Job]:
         ),
         c.job(
             APART,
-            "Are tuned samples told apart from untuned ones?",
+            "Are tuned samples separable from untuned ones?",
             separability,
             {"test": plot_test},
             (*ROLES, "control", "reward"),
@@ -84,7 +85,7 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def umap_version() -> str | None:
-    """Version of umap-learn, None where it is not installed."""
+    """Return the version of umap-learn; None if it is not installed."""
     return importlib.metadata.version("umap-learn") if importlib.util.find_spec("umap") else None
 
 
@@ -92,63 +93,76 @@ def umap_version() -> str | None:
 def features(
     c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Global features [N, F] and rewards [N] of seeds, kept for the parts that share them."""
-    case = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
-    if case not in c.memory:
-        found = [
+    """Compute global features [N, F] and rewards [N] of seeds, and cache them for the parts that share
+    them.
+    """
+    # The prefix keeps features apart from the scores in the same cache.
+    cache_key = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
+    if cache_key not in c.memory:
+        batches = [
             (c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu())
             for x in c.observed(generator, seeds)
         ]
-        c.memory[case] = tuple(torch.cat(part).double().numpy() for part in zip(*found, strict=True))
-    return c.memory[case]
+        c.memory[cache_key] = tuple(torch.cat(part).double().numpy() for part in zip(*batches, strict=True))
+    return c.memory[cache_key]
 
 
 def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean [F], the two axes [2, F] of greatest spread, and their shares [2] of the variance of features
-    [N, F].
+    """Compute the principal axes of features [N, F].
 
-    The sign of an axis is arbitrary; its largest entry is made positive.
+    Returns: the mean [F], the two axes [2, F] of largest variance, and their shares [2] of the variance. The
+        sign of an axis is arbitrary; its largest entry is made positive.
     """
     mean = untuned.mean(axis=0)
-    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)
+    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
     axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    # The lower bound guards constant features, whose variance is 0.
     return mean, axes, values[:2] ** 2 / max(float((values**2).sum()), 1e-300)
 
 
 def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
-    """UMAP (McInnes et al. 2018) of points [N, F] in two dimensions; repeats for a seed."""
+    """Compute the UMAP layout (McInnes et al. 2018) of points [N, F] in two dimensions; reproducible for a
+    seed.
+    """
     tqdm.write("UMAP: the first layout compiles for about 20 seconds.")
     import umap
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its single thread, which a fixed seed asks for
+        # UMAP warns that a fixed seed forces a single thread.
+        warnings.simplefilter("ignore")
         fitted = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
         return fitted.fit_transform(points.astype(np.float32)).astype(np.float64)
 
 
 def feature_map(c: Comparison, _folder: Path) -> Finding:
-    """Positions of all samples under UMAP and on the untuned samples' principal axes; rank correlation of
-    reward and axes.
+    """Place all samples by UMAP and on the untuned samples' principal axes, and correlate the reward with the
+    axes.
     """
     seeds = c.seeds()
-    found = {role: features(c, c.generators()[role], seeds) for role in ROLES}
-    mean, axes, shares = principal_axes(found["before"][0])
-    positions = {"principal": {role: (values - mean) @ axes.T for role, (values, _) in found.items()}}
+    features_by_role = {role: features(c, c.generators()[role], seeds) for role in ROLES}
+    # The axes are those of the untuned samples; the tuned ones are projected onto them.
+    mean, axes, shares = principal_axes(features_by_role["before"][0])
+    positions = {
+        "principal": {role: (values - mean) @ axes.T for role, (values, _) in features_by_role.items()}
+    }
     along = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
+    # One layout of both networks, so that positions are comparable.
     if umap_version():
-        laid = umap_layout(np.concatenate([found[role][0] for role in ROLES]), c.seed)
+        laid = umap_layout(np.concatenate([features_by_role[role][0] for role in ROLES]), c.seed)
         positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
-        flat = positions["umap"]["before"]
+        flat = positions["umap"]["before"]  # [N, 2]
         centre, main, _ = principal_axes(flat)
         along |= {
             "first axis of UMAP's layout": flat[:, 0],
+            # The coordinate axes of a layout are arbitrary; its axis of largest variance is well defined.
             "main axis of UMAP's layout": (flat - centre) @ main[0],
         }
-    ranks: list[dict] = []
+    ranks: list[dict] = []  # one row per axis
     for name, place in along.items():
         rho = (
-            spearman(place, found["before"][1])
-            if np.ptp(found["before"][1]) and np.ptp(place)
+            # A constant side has no ranks.
+            spearman(place, features_by_role["before"][1])
+            if np.ptp(features_by_role["before"][1]) and np.ptp(place)
             else (None, None, None)
         )
         ranks.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
@@ -156,7 +170,7 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
         {
             "role": role,
             "seed": seed,
-            "reward": float(found[role][1][i]),
+            "reward": float(features_by_role[role][1][i]),
             **{
                 f"{name}_{axis}": float(where[role][i, j])
                 for name, where in positions.items()
@@ -199,8 +213,8 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
             NO_UMAP
             if umap_version() is None
             else (
-                "UMAP keeps who is near whom. Distances between its clouds, their sizes and axes have no unit"
-                " and turn with the seed."
+                "UMAP preserves neighbourhoods. Distances between its clouds, their sizes and axes have no"
+                " unit and change with the seed."
             )
         ),
     ]
@@ -208,12 +222,19 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
 
 
 def separability(c: Comparison, _folder: Path) -> Finding:
-    """Share of same-network neighbours after tuning, and for the control, with the permutation test."""
+    """Measure the share of same-network neighbours after tuning, and for the control, with a permutation
+    test.
+    """
     seeds = c.seeds()
-    before, _ = features(c, c.before, seeds)
-    found = {
+    before, _ = features(c, c.before, seeds)  # [N, F]
+    result_by_role = {
         role: paired_separability(
-            before, features(c, generator, seeds)[0], min(NEIGHBOURS, c.n // 2), PERMUTATIONS, c.seed
+            # `paired`: the null distribution swaps the two networks of a latent.
+            before,
+            features(c, generator, seeds)[0],
+            min(NEIGHBOURS, c.n // 2),
+            PERMUTATIONS,
+            c.seed,
         )
         for role, generator in c.generators().items()
         if role != "before"
@@ -226,15 +247,16 @@ def separability(c: Comparison, _folder: Path) -> Finding:
             "k": f.k,
             "chance_97.5": float(np.quantile(f.chance, 0.975)),
         }
-        for role, f in found.items()
+        for role, f in result_by_role.items()
     ]
     says = []
-    for role, f in found.items():
-        verdict = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
+    for role, f in result_by_role.items():
+        conclusion = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
+        # The smallest p-value of a permutation test is 1 / (1 + permutations).
         sign = "<=" if f.p <= 1 / (1 + len(f.chance)) else "="
         says.append(
             f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own"
-            f" network (50 % by chance; p {sign} {f.p:.2g}): the two are {verdict}."
+            f" network (50 % by chance; p {sign} {f.p:.2g}): the two are {conclusion}."
         )
     says += [
         (
@@ -244,13 +266,15 @@ def separability(c: Comparison, _folder: Path) -> Finding:
         *([NO_CONTROL] if c.control is None else []),
     ]
     facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
-    return Finding(facts=facts, data={role: f.to_dict() for role, f in found.items()}, rows=rows, says=says)
+    return Finding(
+        facts=facts, data={role: f.to_dict() for role, f in result_by_role.items()}, rows=rows, says=says
+    )
 
 
 @torch.no_grad()
 def shapes(c: Comparison, folder: Path) -> Finding:
-    """One sheet of shaded shapes, COLUMNS in a row: before and after of the first latent,
-    of the second, ...
+    """Render one sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the
+    second, ...
     """
     seeds = c.seeds()
     parts = [
@@ -262,16 +286,18 @@ def shapes(c: Comparison, folder: Path) -> Finding:
         )
         for generator in (c.before, c.after)
     ]
-    pictures = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
-    rows = -(-len(pictures) // COLUMNS)
-    white = torch.ones(rows * COLUMNS - len(pictures), PIXELS, PIXELS)
+    shape_renders = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
+    # White cells fill the last row.
+    rows = -(-len(shape_renders) // COLUMNS)  # rounded up
+    white = torch.ones(rows * COLUMNS - len(shape_renders), PIXELS, PIXELS)  # [missing, R, R]
+    # [rows, COLUMNS, R, R] -> [rows * R, COLUMNS * R]
     page = (
-        torch.cat([pictures, white])
+        torch.cat([shape_renders, white])
         .unflatten(0, (rows, COLUMNS))
         .transpose(1, 2)
         .reshape(rows * PIXELS, COLUMNS * PIXELS)
     )
-    name = f"{SHAPES}.jpg"
+    name = f"{SHAPES}.jpg"  # JPEG: the sheet is embedded in the page
     PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(
         folder / name, quality=80, optimize=True
     )
@@ -287,10 +313,11 @@ def shapes(c: Comparison, folder: Path) -> Finding:
 
 
 def _scatter(axes, data: dict, layout: str) -> None:
+    """Plot both networks' positions in one layout; those before tuning are coloured by their reward."""
     chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
     x = f"{layout}_x"
     y = f"{layout}_y"
-    drawn = axes.scatter(
+    points_before = axes.scatter(
         [p[x] for p in chosen["before"]],
         [p[y] for p in chosen["before"]],
         c=[p["reward"] for p in chosen["before"]],
@@ -306,18 +333,18 @@ def _scatter(axes, data: dict, layout: str) -> None:
         color=style.colour("after"),
         label="after",
     )
-    axes.figure.colorbar(drawn, ax=axes, label="reward before")
+    axes.figure.colorbar(points_before, ax=axes, label="reward before")
 
 
 @style.plot(7, xlabel="UMAP 1 (no unit)", ylabel="UMAP 2 (no unit)", title="UMAP of the global feature")
 def plot_umap(axes, data: dict):
-    """UMAP of both networks' features."""
+    """Plot the UMAP layout of both networks' features."""
     _scatter(axes, data, "umap")
 
 
 @style.plot(7, title="Principal axes of the untuned samples")
 def plot_principal(axes, data: dict):
-    """Both networks on the untuned samples' principal axes."""
+    """Plot both networks on the untuned samples' principal axes."""
     _scatter(axes, data, "principal")
     axes.set(
         **{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")}
@@ -326,39 +353,45 @@ def plot_principal(axes, data: dict):
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, data: dict):
+    """Plot the reward over the position on the first principal axis."""
     before = [p for p in data["points"] if p["role"] == "before"]
     axes.plot(
         [p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before")
     )
-    row = data["ranks"][0]
+    row = data["ranks"][0]  # the principal axis comes first
     rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
     axes.set(title=f"Reward along the main axis{rho}")
 
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, data: dict):
-    for role, found in data.items():
+    """Plot the permutation distribution and the observed share, per role."""
+    for role, result in data.items():
         axes.hist(
-            found["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
+            result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
         )
-        label = f"{role}: observed {found['share']:.3f}, p = {found['p']:.2g}"
-        axes.axvline(found["share"], color=style.colour(role), linewidth=2, label=label)
+        label = f"{role}: observed {result['share']:.3f}, p = {result['p']:.2g}"
+        axes.axvline(result["share"], color=style.colour(role), linewidth=2, label=label)
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
 
 
 def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
-    """Compute what is missing and write the page; returns the findings."""
+    """Compute the parts that are missing and write the page; return all findings."""
     parts = jobs(c)
-    findings = pages.run(parts, out, quiet=quiet)
-    drawn = findings[MAP].data
-    sheet = findings[SHAPES].data
+    findings = pages.run(parts, out, quiet=quiet)  # by key
+    feature_points = findings[MAP].data
+    sheet = findings[SHAPES].data  # file and layout of the sprite
+    # The sprite is embedded, so that the page is one file.
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}
-    chart = points_section(drawn["points"], [(name, titles[name]) for name in drawn["layouts"]], sprite)
+    chart = points_section(
+        feature_points["points"], [(name, titles[name]) for name in feature_points["layouts"]], sprite
+    )
     introduction = (
         f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before"
         " and after tuning. Points at the end of the page show their shapes."
     )
+    # The first sentence of each part is the summary.
     words = [findings[key].says[0] for key in (MAP, APART)]
     write_page(out / "index.html", TITLE, introduction, parts[:2], findings, words, chart)
     return findings

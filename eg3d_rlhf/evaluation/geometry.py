@@ -1,8 +1,8 @@
-"""Geometry before and after, by measures that took no part in tuning: agreement of views, extracted surface,
-density, frontal depth.
+"""Compare geometry before and after tuning by measures that were not used in tuning: agreement of views,
+extracted surface, density, frontal depth.
 
-A reward reads slabs on each sample's own scale, so the density's raw scale is free: its statistics show
-whether tuning used that freedom.
+A reward reads slabs that are normalised per sample, so the raw scale of the density is free. Its statistics
+show whether tuning changed it.
 Letters: N latents, D, H, W grid points, V vertices, F faces, R pixels per edge.
 """
 
@@ -28,14 +28,14 @@ from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
 from eg3d_rlhf.measures.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from training.gan import save_grid
 
-# of the report's latents for views, surfaces and depth; the rendered views are the most expensive part of it
+# share of the report's latents for views, surfaces and depth; rendering the views is the slowest part
 SHARE = 0.25
-# radians from frontal; samples per ray in each of two passes
+# yaw in radians from frontal; samples per ray in each of two passes
 VIEWS = {"yaws": (-0.4, 0.0, 0.4), "samples": 32}
-RESOLUTION = 96  # grid points per edge of the cube that meshes come from
-# grid steps from the cube's faces within which curvature is not taken: a body is cut and capped there
+RESOLUTION = 96  # grid points per edge of the cube from which meshes are extracted
+# grid steps from the cube's faces within which curvature is not measured: bodies are cut and capped there
 RIM_STEPS = 2
-LARGEST_CURVATURE = 2  # grid steps: a radius below this is not resolved, and counts as this
+LARGEST_CURVATURE = 2  # grid steps: a smaller radius of curvature is not resolved, and counts as this one
 VIEW_MEASURES = (  # of MultiViewMeasures
     Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
     Measure("normal disagreement", attrgetter("normal"), "lower", "degrees"),
@@ -60,13 +60,14 @@ SIGMA_MEASURES = (  # of `sigma_values`
     Measure(POSITIVE, None, "", "share of the cube"),
     Measure(SOLID, None, "", "share of the cube above the surface's level"),
 )
-SHOWN = 8  # latents in the picture
+SHOWN = 8  # latents in the image
 LOOK = RenderOptions(resolution=64, samples=32)  # pixels per edge; samples per ray in each of two passes
 OPACITY = 0.5  # accumulated opacity from which a pixel is valid
-FACE = (-0.10, 0.10, -0.16, 0.18)  # x from, x to, y from, y to, as shares of the cube, from its centre
+# Windows of the face: x from, x to, y from, y to, as shares of the cube, from its centre.
+FACE = (-0.10, 0.10, -0.16, 0.18)
 NOSE = (-0.05, 0.05, -0.10, 0.0)
 CHEEKS = ((-0.09, -0.035, -0.08, -0.025), (0.035, 0.09, -0.08, -0.025))
-LEAST_PIXELS = 8  # in a window below which its measure is missing
+LEAST_PIXELS = 8  # least number of valid pixels in a window; with fewer its measure is missing
 DEPTH_MEASURES = (  # of `measures`
     Measure("valid pixels", None, "", "share of the image"),
     Measure("depth range of the face", None, "", "world units"),
@@ -76,6 +77,7 @@ DEPTH_MEASURES = (  # of `measures`
 
 
 def jobs(c: Comparison) -> list[Job]:
+    """Return the parts on views, surfaces and density; `depth_jobs` has those on depth."""
     n = latents(c)
     plots = {"values": plot_values, "changes": plot_changes}
     return [
@@ -103,39 +105,47 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def latents(c: Comparison) -> int:
+    """Return the number of latents of the slower parts, at least two for an interval."""
     return max(2, round(SHARE * c.n))
 
 
 def view_consistency(c: Comparison, _folder: Path) -> Finding:
-    """Depth and normal disagreement and photometric reprojection error of neighbouring views, per latent."""
+    """Compare depth and normal disagreement and the photometric reprojection error of neighbouring views, per
+    latent.
+    """
     seeds = c.seeds(latents(c))
     seen = {role: view_measures(c, generator, seeds) for role, generator in c.generators().items()}
+    # Agreement is measured on shared pixels only, so their share is stated.
     compared = [f"{role} {views.covisible.mean():.0%}" for role, views in seen.items()]
     meaning = (
         f"Pixels that two neighbouring views share were compared ({', '.join(compared)} of the foreground),"
         f" at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour belong to"
-        " one shape, not that it is a good head: a smooth ball agrees too."
+        " one shape, not that the shape is a good head: a smooth ball agrees too."
     )
     return compare(c, seeds, seen, VIEW_MEASURES, [meaning, *([NO_CONTROL] if c.control is None else [])])
 
 
 def view_measures(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> MultiViewMeasures:
+    """Compute the view measures of seeds, [N] each."""
     views = spec_for(generator.generator, **VIEWS)
+    # Half the batch: several views of each shape are rendered.
     return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2))
 
 
 def surfaces(c: Comparison, _folder: Path) -> Finding:
-    """Curvature, components, holes and cavities of the extracted meshes, per latent."""
+    """Compare curvature, components, holes and cavities of the extracted meshes, per latent."""
     seeds = c.seeds(latents(c))
     meshes = {role: surface_values(c, generator, seeds) for role, generator in c.generators().items()}
-    kept = [i for i in range(len(seeds)) if all(found[i] is not None for found in meshes.values())]
+    # Pairs need a surface in every network: a latent that lacks one is left out everywhere.
+    kept = [i for i in range(len(seeds)) if all(values[i] is not None for values in meshes.values())]
     lost = [seed for i, seed in enumerate(seeds) if i not in kept]
     notes = [
         (
             f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on"
-            f" {RESOLUTION}³ points. Curvature is the area's mean of |H| on the largest component away from"
-            " the cube's faces; lower is smoother, which is not better without end. Holes count handles"
-            " (genus) and rims; the mesher caps a body at the cube's faces, so a leak there is not seen."
+            f" {RESOLUTION}³ points. Curvature is the area-weighted mean of |H| on the largest component,"
+            " without the neighbourhood of the cube's faces; lower is smoother, but smoother is not always"
+            " better. Holes count handles (genus) and rims; the mesher caps a body at the cube's faces, so"
+            " a leak there is not seen."
         ),
     ]
     notes += (
@@ -143,6 +153,7 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
         if lost
         else []
     )
+    # One pair has no interval.
     if len(kept) < 2:
         why = (
             "Fewer than two latents have a surface in every network, so nothing can be compared. Check the"
@@ -153,10 +164,10 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
         )
     columns = {
         role: {
-            m.name: np.array([mesh[m.name] for i in kept if (mesh := found[i]) is not None])
+            m.name: np.array([mesh[m.name] for i in kept if (mesh := values[i]) is not None])
             for m in SURFACE_MEASURES
         }
-        for role, found in meshes.items()
+        for role, values in meshes.items()
     }
     notes += [NO_CONTROL] if c.control is None else []
     return compare(c, [seeds[i] for i in kept], columns, SURFACE_MEASURES, notes)
@@ -166,26 +177,31 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
 def surface_values(
     c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> list[dict[str, float] | None]:
-    """SURFACE_MEASURES of each seed's mesh; None where the density does not cross the level."""
+    """Compute SURFACE_MEASURES of each seed's mesh; None if the density does not cross the level."""
     spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
     level = generator.generator.level
     meshes: list[dict[str, float] | None] = []
+    # A quarter of the batch, since a grid has RESOLUTION^3 points per shape.
     for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
+            # Without a crossing the mesher has no surface to extract.
             crossed = float(sigma.min()) < level < float(sigma.max())
             meshes.append(mesh_values(*extract_mesh(sigma, spec, level), spec) if crossed else None)
     return meshes
 
 
 def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict[str, float]:
-    """SURFACE_MEASURES of one mesh of a cube sampled with `spec`."""
+    """Compute SURFACE_MEASURES of one mesh of a cube sampled with `spec`."""
     shape = topology(vertices, faces)
+    # H: mean curvature per vertex [V], 1/world unit; area: the vertices' areas [V]
     H, area = mean_curvature(vertices, main_surface(vertices, faces))
+    # Largest distance to the centre along an axis: distance from the cube's faces
     offset = np.abs(vertices - np.asarray(spec.centre, dtype=vertices.dtype)).max(axis=1)
     inner = (offset < spec.box_warp / 2 - RIM_STEPS * spec.voxel) & (area > 0)
-    bend = np.minimum(np.abs(H[inner]), 1 / (LARGEST_CURVATURE * spec.voxel))
+    # Curvature above the grid's resolution is an artefact of the mesh.
+    bounded_curvature = np.minimum(np.abs(H[inner]), 1 / (LARGEST_CURVATURE * spec.voxel))
     return {
-        "mean |curvature|": float((bend * area[inner]).sum() / max(area[inner].sum(), 1e-30)),
+        "mean |curvature|": float((bounded_curvature * area[inner]).sum() / max(area[inner].sum(), 1e-30)),
         "components": float(shape.parts),
         "holes": float(shape.holes),
         "cavities": float(shape.cavities),
@@ -195,12 +211,13 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
 
 
 def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
-    """Histogram of positive raw σ over the whole cube; per latent the largest σ and the shares of the cube
-    that are positive and solid.
+    """Compare the raw σ over the whole cube: a histogram of positive values, and per latent the largest σ and
+    the shares of the cube that are positive and solid.
     """
     seeds = c.seeds()
     counts = {}
     values = {}
+    # counts [bins] over all samples; values [N] per measure
     for role, generator in c.generators().items():
         counts[role], values[role] = sigma_values(c, generator, seeds)
     histogram = {
@@ -210,8 +227,8 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
     }
     meaning = (
         f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value"
-        " has no best size: the reward rescales each slab by its own range, so a few very dense voxels"
-        " shrink all else that it sees. A rise is a warning, not a fault."
+        " has no best size: the reward rescales each slab by its range, so a few very dense voxels compress"
+        " the rest of its input. A rise is a warning, not a defect."
     )
     return compare(
         c,
@@ -227,13 +244,15 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
 def sigma_values(
     c: Comparison, generator: LoadedGenerator, seeds: range
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Counts [bins] of positive values over all samples, and SIGMA_MEASURES [N]."""
+    """Count positive values over all samples, [bins], and compute SIGMA_MEASURES [N]."""
     spec = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION)
     level = generator.generator.level
     counts = np.zeros(len(EDGES) - 1, dtype=np.int64)
     values = {m.name: list[np.ndarray]() for m in SIGMA_MEASURES}
     for field in c.fields(generator, seeds):
+        # [n, D * H * W]
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
+        # Clipped, so that values above the last edge count in the last bin.
         counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
         values[LARGEST].append(sigma.max(axis=1).astype(np.float64))
         values[POSITIVE].append((sigma > 0).mean(axis=1))
@@ -243,12 +262,16 @@ def sigma_values(
 
 @style.plot()
 def plot_histogram(axes, data: dict):
+    """Plot the share of positive σ per bin, one outline per role."""
     edges = np.asarray(data["edges"])
+    # The last bin that any network fills bounds the axis.
     top = max(int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values())
     for role, counts in data["counts"].items():
         share = np.asarray(counts) / max(1, sum(counts))
         axes.stairs(
             share,
+            # A logarithmic axis has no 0: the first bin begins one bin width (a factor of 1.26) below its
+            # upper edge.
             np.concatenate([[edges[1] / 1.26], edges[1:]]),
             color=style.colour(role),
             label=role,
@@ -269,6 +292,7 @@ def plot_histogram(axes, data: dict):
     7, xlabel="largest σ of a sample", ylabel="share of latents at or below", title="Largest σ per sample"
 )
 def plot_largest(axes, data: dict):
+    """Plot the cumulative distribution of the largest σ per sample."""
     measure = data["measures"][LARGEST]
     for role, values in measure["values"].items():
         ordered = np.sort(values)
@@ -281,17 +305,18 @@ def plot_largest(axes, data: dict):
         )
 
 
-# The frontal depth map of each latent: how much relief a face has, and where tuning moved it.
+# Frontal depth map of each latent: relief of the face, and where tuning changed it.
 
 
 class DepthMaps(NamedTuple):
-    """Frontal maps of N latents."""
+    """Frontal depth maps of N latents."""
 
     points: np.ndarray  # [N, R, R, 3] world positions along the pixels' rays
-    valid: np.ndarray  # [N, R, R] bool
+    valid: np.ndarray  # [N, R, R] bool; pixels whose ray meets a surface
 
 
 def depth_jobs(c: Comparison) -> list[Job]:
+    """Return the part on frontal depth."""
     plots = {"measures": plot_values, "mean-change": plot_change}
     return [
         c.job(
@@ -309,20 +334,23 @@ def depth_jobs(c: Comparison) -> list[Job]:
 
 
 def canonical_depth(c: Comparison, folder: Path) -> Finding:
-    """Valid pixels, depth range, relief and nose prominence per latent; the mean change of depth at each
-    pixel; depth images.
+    """Compare valid pixels, depth range, relief and nose prominence per latent; show the mean change of depth
+    at each pixel, and depth images.
     """
     seeds = c.seeds(latents(c))
     bounds = c.before.generator.bounds
     maps = {role: depth_maps(c, generator, seeds) for role, generator in c.generators().items()}
-    values = {role: measures(found, bounds) for role, found in maps.items()}
+    values = {role: measures(role_maps, bounds) for role, role_maps in maps.items()}
     change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
     finding = compare(c, seeds, values, DEPTH_MEASURES, change=change)
-    z = np.concatenate([found.points[:SHOWN, :, :, 2] for found in maps.values()])
-    valid = np.concatenate([found.valid[:SHOWN] for found in maps.values()])
+    z = np.concatenate([role_maps.points[:SHOWN, :, :, 2] for role_maps in maps.values()])
+    valid = np.concatenate([role_maps.valid[:SHOWN] for role_maps in maps.values()])
+    # One grey scale for all networks; the quantiles ignore stray pixels.
     low, high = np.quantile(z[valid], [0.02, 0.998]) if valid.any() else (0.0, 1.0)
+    # Hit pixels are at least .15 bright, so that they differ from black, which is no hit.
     shade = np.where(valid, 0.15 + 0.85 * np.clip((z - low) / max(high - low, 1e-9), 0, 1), 0.0)
     name = "canonical-depth.png"
+    # Every pixel is doubled along both edges.
     save_grid(
         shade[:, None].repeat(2, axis=2).repeat(2, axis=3), (0, 1), min(SHOWN, len(seeds)), folder / name
     )
@@ -336,9 +364,10 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
         "These are diagnostics without a best value: a flattened face loses relief and nose, an exaggerated"
         " one gains them. "
         + (
-            "The annotator also reads whether the face is kept, so they are no evidence beside it."
+            "The simulated annotator also checks whether the face is kept, so these measures are not"
+            " independent of it."
             if c.synthetic
-            else "The windows of nose and cheeks suit aligned frontal heads alone."
+            else "The windows of nose and cheeks fit aligned frontal heads only."
         ),
         *([NO_CONTROL] if c.control is None else []),
     ]
@@ -347,7 +376,7 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
 
 @torch.no_grad()
 def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> DepthMaps:
-    """World points behind the pixels of the frontal camera, with constant noise and the same ray jitter in
+    """Compute the world points of the frontal camera's pixels, with constant noise and the same ray jitter in
     every call.
     """
     points = []
@@ -360,6 +389,7 @@ def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> Depth
         # [n, 1, R, R]
         depth = seen.depth.float()
         opacity = seen.opacity.float()
+        # Pixels that are mostly transparent have no reliable depth.
         solid = (opacity >= OPACITY) & depth.isfinite()
         lifted = lift(torch.where(solid, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
         points.append(lifted[:, 0].double().cpu().numpy())
@@ -368,12 +398,12 @@ def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> Depth
 
 
 def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
-    """DEPTH_MEASURES [N] of depth maps; NaN where a window of the face holds too few pixels.
+    """Compute DEPTH_MEASURES [N] of depth maps; NaN if a window of the face has too few pixels.
 
     Depth range: 5th to 95th percentile of z in the window of the face. Relief: RMS of z about its best fit by
-    a quadratic in x and y, which takes the roundness of a head out, so that a flat or a balloon-like face has
-    none. Nose prominence: 98th percentile of z in the nose's window less the mean of the cheeks' 80th
-    percentiles. Windows are fixed places of the cube where aligned heads have these parts.
+    a quadratic in x and y. The fit removes the roundness of a head, so that a flat or a balloon-like face has
+    no relief. Nose prominence: 98th percentile of z in the nose's window minus the mean of the cheeks' 80th
+    percentiles. Windows are fixed regions of the cube where aligned heads have these parts.
     """
     values = {m.name: np.full(len(maps.valid), np.nan) for m in DEPTH_MEASURES}
     values["valid pixels"] = maps.valid.mean(axis=(1, 2))
@@ -381,10 +411,15 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
         face = points[valid & _window(points, FACE, bounds)]
         if len(face) >= LEAST_PIXELS:
             low, high = np.quantile(face[:, 2], [0.05, 0.95])
+            # In shares of the cube's side, so that the least-squares problem is well scaled.
             x, y, z = (face / bounds.side).T
+            # [P, 6]: quadratic in x and y
             terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-            bent = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
-            values["depth range of the face"][i], values["face relief"][i] = high - low, bent * bounds.side
+            residual = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
+            values["depth range of the face"][i], values["face relief"][i] = (
+                high - low,
+                residual * bounds.side,
+            )
         nose, *cheeks = (points[valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
         if min(len(part) for part in (nose, *cheeks)) >= LEAST_PIXELS:
             values["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean(
@@ -394,34 +429,39 @@ def measures(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
 
 
 def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: Bounds) -> np.ndarray:
+    """Return True for points [..., 3] inside a window."""
     x, y = ((points[..., i] - bounds.centre[i]) / bounds.side for i in (0, 1))
     return (x >= box[0]) & (x <= box[1]) & (y >= box[2]) & (y <= box[3])
 
 
 def _change(before: DepthMaps, after: DepthMaps) -> dict:
-    """Mean change of z [R, R] over the latents that are valid in both, in world units; None where fewer than
-    half are.
+    """Compute the mean change of z [R, R] over the latents that are valid in both, in world units.
+
+    A pixel is None if fewer than half of the latents are valid there.
     """
     both = before.valid & after.valid
     count = both.sum(axis=0)
+    # Invalid pixels add 0 and are not counted.
     total = np.where(both, after.points[..., 2] - before.points[..., 2], 0.0).sum(axis=0)
     seen = count >= max(1, len(both) / 2)
     mean = np.where(seen, total / np.maximum(count, 1), np.nan)
+    # JSON has no NaN.
     return {"mean": [[None if not np.isfinite(v) else round(float(v), 6) for v in row] for row in mean]}
 
 
 def plot_change(data: dict):
-    """Where, on average, the surface came nearer (red) or went back (blue)."""
+    """Plot where, on average, the surface moved towards the camera (red) or away from it (blue)."""
     roles = list(data["change"])
-    drawn, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))
+    figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))
     fields = [
         np.array([[np.nan if v is None else v for v in row] for row in data["change"][role]["mean"]])
         for role in roles
     ]
+    # One symmetric scale for all panels.
     top = max([float(np.nanmax(np.abs(f))) for f in fields if np.isfinite(f).any()], default=0.0) or 1e-6
     for axis, role, values in zip(np.atleast_1d(axes), roles, fields, strict=True):
         shown = axis.imshow(values, cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
         axis.set(xticks=[], yticks=[], title=f"{role}: mean change of depth")
         axis.grid(False)
-        drawn.colorbar(shown, ax=axis, label="towards the camera, world units")
-    return drawn
+        figure.colorbar(shown, ax=axis, label="towards the camera, world units")
+    return figure

@@ -1,5 +1,4 @@
-"""Images: their distance to the data, how much they differ from each other, and how far those of the same
-latent have moved.
+"""Compare images: their distance to the data, their diversity, and how far those of the same latent changed.
 
 Letters: N images or latents, F features, R pixels.
 """
@@ -28,28 +27,31 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
 
-REALS_PER_FAKE = 4
-RESAMPLES = 100
+REALS_PER_FAKE = 4  # images of the data per generated image, at most
+RESAMPLES = 100  # of the distances' intervals
 SLABS = "σ slabs"
-SLAB_CELLS = 32  # cells per edge that larger slabs are averaged to before they are compared
-YAW = 0.3  # radians from frontal: a view that shows the shape
+SLAB_CELLS = 32  # cells per edge; larger slabs are averaged to this size before they are compared
+YAW = 0.3  # radians from frontal: a view that shows more of the shape than the frontal one
 NO_LPIPS = (
-    "LPIPS is left out: no weights are bundled. Name them with --lpips=FILE, a TorchScript file that is"
+    "LPIPS is left out: no weights are bundled. Give them with --lpips=FILE, a TorchScript file that is"
     " called as f(a, b)."
 )
 NO_IDENTITY = (
-    "Identity drift is left out: it needs a network that embeds faces, and none is bundled. Name one with"
+    "Identity drift is left out: it needs a network that embeds faces, and none is bundled. Give one with"
     " --identity=FILE, a TorchScript file that maps images [N, 3, H, W] in [-1, 1] to embeddings [N, F]."
 )
 
 
 def jobs(c: Comparison) -> list[Job]:
-    """Distances to the data, diversity, appearance drift, and identity drift where a network is named."""
+    """Return the parts: distances to the data, diversity, appearance drift, and identity drift if a network
+    is given.
+    """
     inception = identity_of_file(c.inception)
-    title = "Images against the data"
-    moved = {"similarity": plot_similarity}
+    title = "Images against the data"  # also of the part without a dataset
+    moved = {"similarity": plot_similarity}  # both drift parts have this plot
     identity = "Does a latent keep its identity?"
     return [
+        # A part that cannot be computed stays on the page with the reason.
         (
             c.job(
                 "image-distances",
@@ -64,7 +66,7 @@ def jobs(c: Comparison) -> list[Job]:
                 inception=inception,
             )
             if c.data
-            else c.absent("image-distances", title, "No dataset is known: name it with --data.")
+            else c.absent("image-distances", title, "No dataset is known. Give it with --data.")
         ),
         c.job(
             "diversity",
@@ -100,10 +102,10 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def open_data(c: Comparison) -> ImageFolderDataset:
-    """The dataset, with cameras. Raises: ValueError where its images are not of the generator's size."""
+    """Open the dataset, with cameras. Raises: ValueError if its images do not have the generator's size."""
     dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
     if dataset.resolution != c.before.generator.img_resolution:
-        size = c.before.generator.img_resolution
+        size = c.before.generator.img_resolution  # pixels per edge
         raise ValueError(
             f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize"
             " the data."
@@ -112,12 +114,15 @@ def open_data(c: Comparison) -> ImageFolderDataset:
 
 
 def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
-    """Features [M, F] of up to REALS_PER_FAKE * images reals drawn by --seed, and the dataset."""
+    """Compute features [M, F] of up to REALS_PER_FAKE * images reals, sampled by --seed, and return the
+    dataset, too.
+    """
     dataset = open_data(c)
     chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
-    parts = []
+    parts = []  # features [<= 64, F] of batches of the data
     for start in range(0, len(chosen), 64):
         pixels = np.stack([dataset[int(i)][0] for i in chosen[start : start + 64]])
+        # [B, C, R, R] uint8 -> [B, 3, R, R] in [-1, 1]; grey images are repeated
         images = torch.from_numpy(pixels).to(c.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
         parts.append(network(images).cpu().numpy())
     return np.concatenate(parts), dataset
@@ -126,41 +131,47 @@ def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDatase
 def images_of(
     c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, seeds: Sequence[int], chosen: np.ndarray
 ) -> Iterator[torch.Tensor]:
-    """Images [<= batch, 3, R, R] of seeds without truncation, seed i under (and conditioned on)
-    cameras[chosen[i]] of cameras [M, 25].
+    """Yield images [<= batch, 3, R, R] of seeds without truncation.
+
+    Seed i is rendered under (and conditioned on) cameras[chosen[i]] of cameras [M, 25].
     """
     for start in range(0, len(seeds), c.batch):
         part = seeds[start : start + c.batch]
+        # The mapping is conditioned on the camera that renders, as in EG3D's training.
         labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(c.device)
         with torch.no_grad():
-            field = generator.generator.field(
+            field = generator.generator.field(  # ws of the mapping, untruncated
                 generator.generator.mapping(latents(part, generator.generator.z_dim).to(c.device), labels)
             )
         yield render_each(field, [labels], seed=part[0])[0].image
 
 
 def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network) -> np.ndarray:
-    """Features [N, F] of c.images fakes under cameras of the data; latents, cameras and ray jitter alike for
-    all networks.
+    """Compute features [N, F] of c.images generated images under cameras of the data.
+
+    Latents, cameras and ray jitter are the same for all networks.
     """
+    # The seed alone decides the cameras, so that networks are compared in pairs.
     chosen = np.random.RandomState(c.seed).randint(len(cameras), size=c.images)
-    drawn = images_of(c, generator, cameras, c.seeds(c.images, IMAGES), chosen)
-    return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in drawn])
+    batches = images_of(c, generator, cameras, c.seeds(c.images, IMAGES), chosen)
+    return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in batches])
 
 
 def distances(c: Comparison, _folder: Path) -> Finding:
-    """All distances of all networks' images to the data's, and paired changes."""
+    """Measure all distances of all networks' images to the data's, and their paired changes."""
     network = load_features(c.inception, c.device)
-    real, dataset = real_features(c, network)
-    cameras = dataset.get_labels()
+    real, dataset = real_features(c, network)  # [M, F]
+    cameras = dataset.get_labels()  # [M, 25]
     fakes = {
         role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()
     }
     measures = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
+    # The covariance of fewer images than features is singular, so a Fréchet distance would be meaningless.
     if min(c.images, len(real)) > network.dim:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
     rows = []
-    changes = []
+    changes = []  # against before, paired by latent and camera
+    # single: interval of one distance; paired: interval of a change against before
     for name, (single, paired) in measures.items():
         for role, features in fakes.items():
             rows.append(
@@ -174,13 +185,14 @@ def distances(c: Comparison, _folder: Path) -> Finding:
                         **paired(fakes["before"], features, real, RESAMPLES, c.seed)._asdict(),
                     }
                 )
+    # As many reals as generated images: both sides' manifolds have the same density of samples.
     counts = {
         role: feature_sets.precision_recall(features, real[: c.images]) for role, features in fakes.items()
     }
     shown = [
-        {"measure": name, "role": role, "value": getattr(found, name), "lo": interval.lo, "hi": interval.hi}
-        for role, found in counts.items()
-        for name, interval in found.intervals().items()
+        {"measure": name, "role": role, "value": getattr(counted, name), "lo": interval.lo, "hi": interval.hi}
+        for role, counted in counts.items()
+        for name, interval in counted.intervals().items()
     ]
     facts = c.facts(
         c.seeds(c.images, IMAGES),
@@ -199,8 +211,10 @@ def distances(c: Comparison, _folder: Path) -> Finding:
 
 
 def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: int) -> list[str]:
+    """Describe the changes of the distances, precision and recall, and their limits."""
     says = []
     for change in changes:
+        # A change is relative to the distance before tuning.
         before = next(r for r in rows if r["distance"] == change["distance"] and r["role"] == "before")
         moved = (
             "farther from"
@@ -214,6 +228,7 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
             f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {before['mean']:.4g}: images are"
             f" {moved} the data."
         )
+    # Precision and recall have intervals, but no paired test here.
     old, new = (
         {r["measure"]: r["value"] for r in shown if r["role"] == role} for role in ("before", "after")
     )
@@ -222,6 +237,7 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
     says.append(f"Precision and recall count the data within {reach}, at this number of images only.")
     if not any(r["distance"] == "Fréchet" for r in rows):
         says.append(f"No Fréchet distance: it needs more images than the {dim} features. Raise --images.")
+    # The Fréchet distance is biased upwards for few samples.
     elif c.images < resampling.SAFE_SAMPLES * dim:
         few = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
         says.append(f"{few} the Fréchet distances stay too high, their change less so. Raise --images.")
@@ -235,9 +251,9 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
 def views(
     c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float = 0.0, jitter: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Images [<= batch, 3, R, R] of seeds.
+    """Yield images [<= batch, 3, R, R] of seeds.
 
-    Args: jitter: seed of the ray jitter of every batch; None: the first of its latents.
+    Args: jitter: seed of the ray jitter of every batch; None: the first seed of the batch.
     """
     for start, field in zip(range(0, len(seeds), c.batch), c.fields(generator, seeds), strict=True):
         yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
@@ -245,20 +261,22 @@ def views(
 
 @torch.no_grad()
 def image_from(generator: LoadedGenerator, field: Field, yaw: float, jitter: int) -> torch.Tensor:
-    """Images [N, 3, R, R] of a field; torch's own state stays. Not `render_each`: EG3D's pose sampler draws
-    first, then the rays do.
+    """Render images [N, 3, R, R] of a field; torch's global random state is kept.
+
+    This is not `render_each`: EG3D's pose sampler draws random numbers before the rays do.
     """
     with torch.random.fork_rng(
         devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     ):
-        torch.manual_seed(jitter)
+        torch.manual_seed(jitter)  # of the rays' stratified samples
         return field.render(camera(generator.generator, yaw=yaw)).image
 
 
 def _cells(seen: torch.Tensor) -> np.ndarray:
-    """[N, cells] of observations [N, ...]; slabs [N, 1, D, H, W] are averaged where they are larger than
+    """Flatten observations [N, ...] to [N, cells]; slabs [N, 1, D, H, W] are averaged if they are larger than
     SLAB_CELLS.
     """
+    # Five axes: a slab. Pairwise distances of full slabs would take much memory.
     if seen.ndim == 5:
         depth, height, width = (min(edge, SLAB_CELLS) for edge in seen.shape[2:])
         seen = functional.adaptive_avg_pool3d(seen, (depth, height, width))
@@ -266,7 +284,9 @@ def _cells(seen: torch.Tensor) -> np.ndarray:
 
 
 def spread(c: Comparison, _folder: Path) -> Finding:
-    """Mean pairwise distances of the same latents' images and slabs, and their ratios to before."""
+    """Compare the mean pairwise distances of the same latents' images and slabs, and their ratios to
+    before.
+    """
     seeds = c.seeds()
     network = load_features(c.inception, c.device)
     shapes = (
@@ -274,17 +294,19 @@ def spread(c: Comparison, _folder: Path) -> Finding:
         if c.reward.observation.kind == SigmaSlab.kind
         else f"what the reward reads ({c.reward.observation.kind})"
     )
-    found: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
+    distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
     for role, generator in c.generators().items():
-        frontal = views(c, generator, seeds, jitter=seeds[0])
+        # The same jitter for all latents: their distances should not include the sampler's noise.
+        frontal = views(c, generator, seeds, jitter=seeds[0])  # batches of images
+        # [N, F]
         features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
-        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])
+        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])  # [N, cells]
         for name, items in (("image features", features), (shapes, cells)):
-            found[name][role] = feature_sets.pairwise_distances(items)
+            distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
     rows: list[dict] = []
-    for name, roles in found.items():
+    for name, roles in distances_by_kind.items():
         for role, matrix in roles.items():
-            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)
+            ratio = feature_sets.pairwise_ratio(roles["before"], matrix)  # to the diversity before tuning
             rows.append(
                 {
                     "of": name,
@@ -310,10 +332,10 @@ def spread(c: Comparison, _folder: Path) -> Finding:
             f" {kept} diverse."
         )
     if shapes == SLABS:
-        says.append("Slabs are compared as the reward reads them, each on its own scale of 0 to 100.")
+        says.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
     says.append(
-        "A collapse would show as a ratio near 0; less diversity alone does not say whether faults or good"
-        " variety went."
+        "A collapse would show as a ratio near 0. Less diversity alone does not say whether defects or good"
+        " variety disappeared."
     )
     return Finding(
         facts=c.facts(seeds, ROLES, feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says
@@ -321,31 +343,34 @@ def spread(c: Comparison, _folder: Path) -> Finding:
 
 
 def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
-    """Images [N, 3, R, R] on the CPU, with constant noise and the same ray jitter in every call."""
+    """Render images [N, 3, R, R] on the CPU, with constant noise and the same ray jitter in every call."""
     return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
 
 
 def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *missing: str) -> Finding:
-    """Values per measure and pair of networks. 'other latent' pairs each image before with
-    the next latent's.
+    """Compare images before with those of each network by the measures of `table`.
+
+    'other latent' pairs each image before with the next latent's, as the value of unrelated images.
     """
     seeds = c.seeds()
     images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
-    first = images.pop("before").split(c.batch)
+    first = images.pop("before").split(c.batch)  # batches of the reference images
+    # roll by one: image i meets image i - 1.
     images["other latent"] = torch.cat(first).roll(1, 0)
     data = {measure.name: dict[str, list[float]]() for measure in table}
     rows = []
     says = []
     for measure in table:
         name = measure.name
-        texts = {}
+        texts = {}  # role -> mean with interval
         for role, other in images.items():
             pairs = zip(first, other.split(c.batch), strict=True)
+            # [N]; float64 for the bootstrap
             values = np.concatenate(
                 [measure.values(a.to(c.device), b.to(c.device)) for a, b in pairs]
             ).astype(np.float64)
             data[name][role] = values.tolist()
-            interval = bootstrap_mean_interval(values)
+            interval = bootstrap_mean_interval(values)  # over latents
             rows.append({"measure": name, "against": role, **interval._asdict()})
             texts[role] = span(*interval, ".3f")
         beside = f"; control {texts['control']}" if "control" in texts else ""
@@ -362,26 +387,27 @@ def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *m
 
 
 def appearance_drift(c: Comparison, _folder: Path) -> Finding:
-    """PSNR, SSIM and, where weights are named, LPIPS between images of the same latent before and after."""
+    """Compare images of the same latent before and after by PSNR, SSIM and, if weights are given, LPIPS."""
     table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
     if c.lpips is not None:
         table.append(Measure("LPIPS", load_lpips(c.lpips, c.device), "lower", "distance"))
     missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
     meaning = (
-        "Drift is change, not harm: a better shape has to look different. The control says how much goes on"
-        " without the reward; another latent says what no likeness at all looks like."
+        "Drift is change, not harm: a better shape has to look different. The control shows how much change"
+        " happens without the reward; another latent shows the value of unrelated images."
     )
     return _drift(c, table, YAW, meaning, *missing)
 
 
 def identity_drift(c: Comparison, _folder: Path) -> Finding:
-    """Cosine similarity of the named network's embeddings, frontal view."""
-    assert c.identity is not None  # the job is made where it is named
-    embed = load_identity(c.identity, c.device)
+    """Compare the given network's embeddings by cosine similarity, in the frontal view."""
+    assert c.identity is not None  # `jobs` makes this part only with a network
+    embed = load_identity(c.identity, c.device)  # images -> unit embeddings [N, F]
     meaning = (
-        "What counts as identity is what this network was trained to tell apart; outside its domain the"
-        " figure means little."
+        "Identity is what this network was trained to distinguish; outside its domain the figure means"
+        " little."
     )
+    # Embeddings have unit length, so their product is the cosine.
     return _drift(
         c,
         [Measure("cosine similarity", lambda a, b: (embed(a) * embed(b)).sum(dim=1), "higher", "-1..1")],
@@ -391,25 +417,26 @@ def identity_drift(c: Comparison, _folder: Path) -> Finding:
 
 
 def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):
-    """One panel for each entry of the column `of`, with a point and its interval per row, named by role.
+    """Draw one panel for each value of the column `of`, with a point and its interval per row, named by role.
 
-    Args: look: '{}' is the entry.
+    Args: look: settings of the axes, in which '{}' stands for the value.
     """
-    names = list(dict.fromkeys(row[of] for row in rows))
-    drawn, axes = style.figure(columns=len(names))
+    names = list(dict.fromkeys(row[of] for row in rows))  # in the order of the rows
+    figure, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        own = [row for row in rows if row[of] == name]
-        for i, row in enumerate(own):
+        panel_rows = [row for row in rows if row[of] == name]
+        for i, row in enumerate(panel_rows):
             style.interval(axis, i, row, row["role"], value)
-        axis.set_xticks(range(len(own)), [row["role"] for row in own])
+        axis.set_xticks(range(len(panel_rows)), [row["role"] for row in panel_rows])
         axis.set(
-            xlim=(-0.5, len(own) - 0.5),
+            xlim=(-0.5, len(panel_rows) - 0.5),
             **{key: v.format(name) if isinstance(v, str) else v for key, v in look.items()},
         )
-    return drawn
+    return figure
 
 
 def plot_distances(data: dict):
+    """Plot the distances to the data with their intervals."""
     return _panels(
         data["distances"],
         "distance",
@@ -419,24 +446,28 @@ def plot_distances(data: dict):
 
 
 def plot_precision_recall(data: dict):
+    """Plot precision and recall with their intervals."""
     return _panels(
         data["precision_recall"], "measure", "value", ylabel="{}, share", title="{}", ylim=(0, 1.02)
     )
 
 
 def plot_spread(data: dict):
+    """Plot the diversity of images and of the reward's input."""
     return _panels(
         data["rows"], "of", ylabel="mean pairwise RMS difference", title="Diversity of {}", ylim=(0, None)
     )
 
 
 def plot_similarity(data: dict):
+    """Plot the distributions of similarity to the image before, per measure and role."""
     drawn, axes = style.figure(columns=len(data["measures"]))
     for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
-        parts = axis.violinplot(list(roles.values()), showextrema=False)
+        parts = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
         for i, (body, role) in enumerate(zip(parts["bodies"], roles, strict=True)):
             body.set_facecolor(style.colour(role))
             body.set_alpha(0.5)
+            # The mean with its interval on top of the distribution
             row = next(r for r in data["rows"] if r["measure"] == name and r["against"] == role)
             style.interval(axis, i + 1, row, role, markersize=4)
         axis.set_xticks(range(1, len(roles) + 1), list(roles))

@@ -1,8 +1,8 @@
-"""A census of assets: how many meshes of each generator are solids, and which are the worst.
+"""Mesh validation of a folder: the share of physically valid meshes of each generator, and the worst meshes.
 
-Every file is measured (eg3d_rlhf/measures/meshes) by one of several processes, which get one file at a time:
-memory does not grow with the folder. A file that cannot be measured is a row with the reason.
-docs/guides/check-assets.md is the manual.
+Several worker processes measure the files (eg3d_rlhf/measures/meshes). Each worker gets one file at a time,
+so the memory does not grow with the size of the folder. A file that cannot be measured is a row with the
+reason. docs/guides/check-assets.md is the manual.
 """
 
 import contextlib
@@ -23,13 +23,16 @@ import numpy as np
 from eg3d_rlhf.core.statistics import binomial_test, two_way_interval, wilson_interval
 from eg3d_rlhf.geometry.files.triangles import SUFFIXES
 
-WORST = 24  # meshes that are drawn
+WORST = 24  # worst meshes that are rendered for the page
 ENDED = "expected a mesh that can be measured with bounded memory and time, got one that takes more"
 _ROOT = Path(__file__).resolve().parents[2]
-# at most so much of the area hidden; at least so thick a wall, in longest edges
+# "nothing hidden": largest hidden share of the area; "thick walls": least thickness, as a share of the
+# longest edge of the bounding box
 HIDDEN = 0.01
 WALL = 0.01
-DEMANDS: dict[str, Callable[[dict], bool]] = {  # what a solid is asked for; a share of each is reported
+DEMANDS: dict[
+    str, Callable[[dict], bool]
+] = {  # requirements of a valid solid; the share that meets each is reported
     "closed": lambda row: row["closed"],
     "manifold": lambda row: row["manifold"],
     "wound one way": lambda row: row["oriented"] and not row["inverted_bodies"],
@@ -55,7 +58,10 @@ MEDIANS = (
 
 
 def found_files(folder: Path) -> list[Path]:
-    """Mesh files of a folder and those below it, sorted. Raises: ValueError where there is none."""
+    """Return the mesh files of a folder and its subfolders, sorted.
+
+    Raises: ValueError when there is none.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise ValueError(
@@ -65,52 +71,66 @@ def found_files(folder: Path) -> list[Path]:
 
 
 def generator_of(path: Path, folder: Path, by: str | None) -> str:
-    """Whose a file is: the first folder below `folder`, or what a regular expression finds in its path there
-    (its first group, if any).
+    """Return the name of the generator that made a file.
+
+    Without `by` this is the first folder below `folder`. With `by`, a regular expression, it is what the
+    expression matches in the path below `folder` (its first group, if it has one).
     """
-    inner = path.relative_to(folder)
+    inner = path.relative_to(folder)  # the path that `by` is searched in
     if by is None:
+        # A file directly in `folder` has no subfolder that could name its generator.
         return inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
     match = re.search(by, inner.as_posix())
     return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
 
 
 class _Worker:
-    """One process that answers one request at a time; another is begun where it has died."""
-
     def __init__(self) -> None:
+        """Worker process that answers one request at a time; a process that died is replaced at the next
+        request.
+        """
         self.process: subprocess.Popen | None = None
 
     def ask(self, request: dict) -> dict:
+        """Send one request and wait for its answer, which is {"reason": ENDED} if the process died."""
         if self.process is None:
+            # One thread per worker: the parallelism comes from the number of processes, and numeric libraries
+            # that each start a thread per core would slow one another down.
             names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "IGL_NUM_THREADS")
             environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(names, "1")}
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "eg3d_rlhf.evaluation.mesh_validation_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                # Libraries print warnings about defective files; they would garble the progress bar.
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 text=True,
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
+            # One JSON document per line in both directions.
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            line = self.process.stdout.readline()  # waits until the file is measured
         except BrokenPipeError:
+            # The process died while the request was being written; this is handled like an empty answer.
             line = ""
+        # An empty line is the end of the stream: the worker was killed, mostly by its limit of memory or
+        # time.
         if not line:
             self.end()
             return {"reason": ENDED}
         return json.loads(line)
 
     def stop(self) -> None:
-        """From any thread: the one that asks then sees the end."""
+        """Kill the process, from any thread; the thread that waits in `ask` then reads the end of the
+        stream.
+        """
         if (process := self.process) is not None:
             process.kill()
 
     def end(self) -> None:
-        """From the thread that asks."""
+        """Kill the process and release its pipes; call it from the thread that calls `ask`."""
         if self.process is not None:
             self.process.kill()
             with contextlib.suppress(BrokenPipeError):
@@ -119,20 +139,22 @@ class _Worker:
 
 
 def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
-    """(place of a request, its answer) as they come, from `jobs` processes."""
-    waiting = queue.SimpleQueue[tuple[int, dict]]()
-    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()
+    """Yield (index of a request, its answer) in the order of completion, from `jobs` processes."""
+    waiting = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
+    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for item in enumerate(requests):
         waiting.put(item)
     workers = [_Worker() for _ in range(min(jobs, len(requests)))]
 
     def work(worker: _Worker) -> None:
+        """Answer requests until the queue is empty; an exception is passed on to the consumer."""
         try:
             while True:
                 number, request = waiting.get_nowait()
                 done.put((number, worker.ask(request)))
         except queue.Empty:
             pass
+        # An exception in a thread would be lost, and the consumer would wait forever for this answer.
         except BaseException as error:
             done.put(error)
         finally:
@@ -148,6 +170,8 @@ def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
                 raise answer
             yield answer
     finally:
+        # Runs also when the consumer stops early: emptying the queue keeps the workers from starting
+        # another file, and killing the processes ends the files that they are measuring.
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting.get_nowait()
@@ -157,7 +181,11 @@ def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
 
 
 def shares(rows: Iterable[dict]) -> list[dict]:
-    """For every generator and demand: how many meet it, of how many measured, with Wilson's 95 % interval."""
+    """Count for every generator and demand the meshes that meet it.
+
+    Returns: one row each, with the count, the number of measured meshes, the share and Wilson's 95 %
+        interval.
+    """
     result = []
     for generator, group in _by_generator(rows):
         for name, meets in DEMANDS.items():
@@ -177,17 +205,20 @@ def shares(rows: Iterable[dict]) -> list[dict]:
     return result
 
 
+# The signature is that of a statistic of `two_way_interval`: resampled rows and columns. There is one column.
 def _median(values: np.ndarray, drawn: np.ndarray, _columns: np.ndarray) -> float:
     return float(np.median(values[drawn]))
 
 
 def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
-    """For every generator and measure: the median of those that have one, with a 95 % percentile bootstrap
-    interval over files.
+    """Compute for every generator and measure the median of the meshes that have this measure.
+
+    Returns: one row each, with a 95 % percentile bootstrap interval over files.
     """
     result = []
     for generator, group in _by_generator(rows):
         for name in MEDIANS:
+            # A measure that is undefined for a mesh is None.
             values = np.array([row[name] for row in group if row[name] is not None], dtype=np.float64)
             if len(values):
                 interval = two_way_interval(partial(_median, values), len(values), 1, seed=seed)
@@ -205,18 +236,24 @@ def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
 
 
 def paired(rows: Iterable[dict]) -> list[dict]:
-    """Generators that have files of the same names: which meets a demand where the other does not, and
-    McNemar's exact test.
+    """Compare generators that have files of the same names.
+
+    Returns: for each pair of generators and each demand, the number of files in which only one of the two
+        meets the demand, and the p-value of McNemar's exact test.
     """
     groups = dict(_by_generator(rows))
     result = []
+    # rows by stem, so that suffixes may differ
     named = {generator: {Path(row["file"]).stem: row for row in group} for generator, group in groups.items()}
     for a, b in itertools.combinations(sorted(named), 2):
-        both = sorted(named[a].keys() & named[b].keys())
+        both = sorted(named[a].keys() & named[b].keys())  # names that both have
+        # A single shared name is no sample: such a pair of generators gets no row.
         for name, meets in DEMANDS.items() if len(both) > 1 else ():
+            # bool [pairs]
             first, second = (np.array([bool(meets(named[side][stem])) for stem in both]) for side in (a, b))
-            more = int((first & ~second).sum())
-            fewer = int((second & ~first).sum())
+            # McNemar's test uses the discordant pairs alone.
+            more = int((first & ~second).sum())  # only `a` meets the demand
+            fewer = int((second & ~first).sum())  # only `b` meets it
             result.append(
                 {
                     "first": a,
@@ -232,7 +269,7 @@ def paired(rows: Iterable[dict]) -> list[dict]:
 
 
 def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
-    """Measured rows of each generator, sorted by its name."""
+    """Group the measured rows by generator, sorted by its name; rows with a reason were not measured."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if not row["reason"]:
@@ -241,9 +278,12 @@ def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def badness(row: dict) -> float:
-    """By how much a mesh is none of a solid: demands that it does not meet, then how open, hidden and crossed
-    it is.
+    """Return a score for sorting: the higher, the worse the mesh.
+
+    The integer part is the number of unmet demands. The rest orders meshes with the same number by the
+    length of open edges, the hidden area and the share of crossing faces.
     """
+    # Each of the three terms is at most 1, so their part stays below one unmet demand.
     return (
         sum(not meets(row) for meets in DEMANDS.values())
         + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4

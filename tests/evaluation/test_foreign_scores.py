@@ -68,8 +68,8 @@ def test_copies_are_recovered(trial, name):
     np.testing.assert_allclose(found.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
     assert found.residual < 0.005
     calibrated = trial.see(Placed(generator, places["calibrated"]), trial.seeds)
-    assert np.corrcoef(calibrated.scores, trial.own.scores)[0, 1] >= 0.99
-    assert trial.outside(calibrated.embedding) <= 0.1 + trial.outside(trial.own.embedding)
+    assert np.corrcoef(calibrated.scores, trial.reference_scores.scores)[0, 1] >= 0.99
+    assert trial.outside(calibrated.embedding) <= 0.1 + trial.outside(trial.reference_scores.embedding)
 
 
 @pytest.mark.long
@@ -83,7 +83,7 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(found.images.values()))).stat().st_size > 1000
-    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.own.scores)})
+    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.reference_scores.scores)})
 
 
 def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
@@ -104,7 +104,7 @@ def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
     assert "mirrored" in lines[-1] and SIDEWAYS in lines[-1] and UP not in lines[-1] and "ψ" not in lines[-1]
     steady = fs.says({**data, "agreement": {"mirrored": {"mean": 0.99}, "ψ 0.5": {"mean": 0.1}}})
     assert len(steady) == len(lines) - 1
-    known = trial.own.embedding
+    known = trial.reference_scores.embedding
     assert trial.outside(known + 100) == 1.0 and trial.outside(known) < 0.5
 
 

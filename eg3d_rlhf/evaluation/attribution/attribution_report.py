@@ -1,4 +1,4 @@
-"""The parts of the attribution report: regions, Shapley values, other methods, a check with re-drawn weights,
+"""Parts of the attribution report: regions, Shapley values, other methods, a check with re-drawn weights, and
 the surface.
 
 Letters: N latents, R regions, K draws, V vertices, F faces, P points, D, H, W = grid points of the slab along
@@ -28,8 +28,8 @@ from eg3d_rlhf.experiments.pages import ColouredMesh, Finding, Job, Layer, ident
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from training.storage import write_atomic
 
-# Regions and Integrated Gradients of single voxels on the surface: colours of a mesh's vertices, pictures,
-# and a page to turn.
+# Regions and Integrated Gradients of single voxels on the surface: colours of a mesh's vertices, images,
+# and an interactive page.
 
 
 Colour = tuple[int, int, int]
@@ -48,28 +48,31 @@ REGION_COLOURS: tuple[Colour, ...] = (
     (119, 170, 221),
     (190, 190, 190),
 )
-GREY: Colour = (160, 160, 160)
-LOWERS = (0, 114, 178)
+GREY: Colour = (160, 160, 160)  # outside the slab
+LOWERS = (0, 114, 178)  # ends and middle of the diverging colour scale
 NEUTRAL = (235, 235, 235)
 RAISES = (213, 94, 0)
-_SPLATS = 64  # points per face of a picture
-_LIGHT = np.array([0.35, 0.5, 0.8]) / np.linalg.norm([0.35, 0.5, 0.8])
-SHOWN = 3  # latents on the page and in pictures
-YAWS = (0.0, 0.6, 2.6)  # radians, of the views in a picture
+_SPLATS = 64  # points per face of a render
+_LIGHT = np.array([0.35, 0.5, 0.8]) / np.linalg.norm([0.35, 0.5, 0.8])  # direction to the light, camera axes
+SHOWN = 3  # latents on the page and in images
+YAWS = (0.0, 0.6, 2.6)  # radians, of the views in an image
 PAGE = "surface-attribution.html"
-_SCALE = 0.99  # quantile of |attribution| on a surface that takes the full colour
+_SCALE = 0.99  # quantile of |attribution| on a surface that gets the full colour
 
 
 def region_colour(index: int) -> Colour:
-    """Colour of a region; they repeat after twelve."""
+    """Return the colour of a region; the colours repeat after twelve."""
     return REGION_COLOURS[index % len(REGION_COLOURS)]
 
 
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
-    """Fractional slab indices [V, 3] (z, y, x) of world positions; of a skewed lattice those of the straight
-    one, under a voxel off.
+    """Convert world positions [V, 3] to fractional slab indices [V, 3] (z, y, x).
+
+    A skewed lattice is treated as a straight one, which is less than a voxel off.
     """
+    # The slab starts at this index of the full lattice, along x, y, z.
     first = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
+    # World -> unit cube -> indices of the full lattice -> indices of the slab
     xyz = ((vertices - np.array(spec.centre, dtype=vertices.dtype)) / spec.box_warp + 0.5) * (
         spec.resolution - 1
     ) - first
@@ -77,46 +80,51 @@ def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
 
 
 def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.ndarray:
-    """Region of the voxel nearest to each vertex, [V]; -1 outside the slab."""
-    index = np.round(slab_index(vertices, spec)).astype(np.int64)
+    """Return the region of the voxel nearest to each vertex, [V]; -1 outside the slab."""
+    index = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
     inside = ((index >= 0) & (index < spec.shape)).all(axis=1)
+    # Clipped only so that indexing is valid; `inside` masks these vertices.
     z, y, x = np.clip(index, 0, np.array(spec.shape) - 1).T
     return np.where(inside, partition.labels.numpy()[z, y, x], -1)
 
 
 def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, reach: int = 1) -> np.ndarray:
-    """Attribution of the voxels about each vertex, [V]: the sum over (2 reach + 1)^3 voxels, trilinear in
-    between; 0 outside the slab.
+    """Return the attribution of the voxels about each vertex, [V].
 
-    A surface moves through the voxels on both of its sides, so one voxel's share alone would flicker.
+    This is the sum over (2 reach + 1)^3 voxels, trilinear in between; 0 outside the slab. A surface moves
+    through the voxels on both of its sides, so the attribution of a single voxel would be noisy.
     """
     size = 2 * reach + 1
+    # Average pooling times the window's volume is the sum; padding with zeros counts as attribution 0.
     sums = (
         F.avg_pool3d(voxels.double()[None, None], size, stride=1, padding=reach, count_include_pad=True)
         * size**3
     )
     index = torch.from_numpy(slab_index(vertices, spec).copy())
-    limits = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)
+    limits = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)  # last index along z, y, x
+    # grid_sample expects -1..1 in the order x, y, z; [1, 1, 1, V, 3]
     grid = (2 * index / limits - 1).flip(-1)[None, None, None]  # (x, y, z)
     return F.grid_sample(sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
 
 
 def diverging(values: np.ndarray, scale: float) -> np.ndarray:
-    """Colours [V, 3] uint8: blue at -scale, light at 0, orange at +scale."""
-    share = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]
+    """Map values to colours [V, 3] uint8: blue at -scale, light at 0, orange at +scale."""
+    # A constant zero attribution has scale 0.
+    share = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
     towards = np.where(share < 0, np.array(LOWERS), np.array(RAISES))
     return np.round(NEUTRAL + (towards - NEUTRAL) * np.abs(share)).astype(np.uint8)
 
 
 def by_region(labels: np.ndarray) -> np.ndarray:
-    """Colours [V, 3] uint8 of region labels [V]; grey for -1."""
+    """Map region labels [V] to colours [V, 3] uint8; grey for -1."""
+    # Grey is the last entry, which index -1 selects.
     table = np.array(
         [region_colour(i) for i in range(max(labels.max(initial=0) + 1, 1))] + [GREY], dtype=np.uint8
     )
     return table[labels]
 
 
-def picture(
+def render_coloured_mesh(
     vertices: np.ndarray,
     faces: np.ndarray,
     colours: np.ndarray,
@@ -125,40 +133,46 @@ def picture(
     half: float = 0.5,
     seed: int = 0,
 ) -> np.ndarray:
-    """A coloured mesh seen from the front, turned by `yaw` radians: [resolution, resolution, 3] uint8 on
+    """Render a coloured mesh from the front, turned by `yaw` radians: [resolution, resolution, 3] uint8 on
     white.
 
-    Orthographic: points drawn over every face, those nearest to the camera kept, lit from above.
+    The projection is orthographic. Random points on every face are splatted, the nearest to the camera are
+    kept, and the light comes from above.
     """
+    # The lower bound guards degenerate faces, whose normal is zero.
     corners = vertices[faces].astype(np.float64)  # [F, 3, 3]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
     rng = np.random.default_rng(seed)
-    shares = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3]
+    shares = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
+    # [F * P, 3]; every face gets the same number of points, independent of its area
     points = np.einsum("pk,fkc->fpc", shares, corners).reshape(-1, 3)
     tones = np.einsum("pk,fkc->fpc", shares, colours[faces].astype(np.float64)).reshape(-1, 3)
+    # Rotation about the vertical axis
     turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
     points = points @ turn.T
-    normals = np.repeat(normals @ turn.T, _SPLATS, axis=0)
+    normals = np.repeat(normals @ turn.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
     column = np.floor((points[:, 0] / half + 1) / 2 * resolution).astype(np.int64)
     row = np.floor((1 - points[:, 1] / half) / 2 * resolution).astype(np.int64)
+    # Back faces are dropped; the row index grows downwards.
     shown = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
+    # indices into the F * P points
     order = np.flatnonzero(shown)[np.argsort(points[shown, 2])]  # the nearest to the camera is written last
     light = 0.4 + 0.6 * np.clip(normals[order] @ _LIGHT, 0, 1)
-    out = np.full((resolution, resolution, 3), 255, dtype=np.uint8)
+    out = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
     out[row[order], column[order]] = np.clip(tones[order] * light[:, None], 0, 255).astype(np.uint8)
     return out
 
 
 def surface(study: Study, folder: Path) -> Finding:
-    """Attribution per vertex of the first latents' meshes: a page to turn (<folder>/surface-attribution.html)
-    and a picture.
+    """Show the attribution per vertex on the first latents' meshes: an interactive page
+    (<folder>/surface-attribution.html) and an image.
     """
-    meshes = []
-    drawn = []
+    meshes = []  # of the interactive page
+    renders = []
     rows = []
-    missing = []
-    half = study.cube_spec.box_warp / 2
+    missing = []  # meshes without a surface
+    half = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
     for i, seed in enumerate(study.seeds[:SHOWN]):
         for role in ("before", "after"):
             try:
@@ -167,54 +181,57 @@ def surface(study: Study, folder: Path) -> Finding:
                 missing.append(f"seed {seed} {role}")
                 continue
             values = voxels_at(vertices, study.integrated[i].voxels, study.spec)
+            # A quantile, not the maximum: a single extreme vertex would make all others pale.
             scale = float(np.quantile(np.abs(values), _SCALE))
             layers = _layers(study, i, vertices, values, scale)
             meshes.append(
                 ColouredMesh(name=f"seed {seed}, {role}", vertices=vertices, faces=faces, layers=layers)
             )
             ends = {"highest": vertices[values.argmax()], "lowest": vertices[values.argmin()]}
-            places = {
+            positions = {
                 f"{name} {axis}": round(float(v), 4)
                 for name, vertex in ends.items()
                 for axis, v in zip("xyz", vertex, strict=True)
             }
             rows.append(
-                {"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **places}
+                {"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **positions}
             )
             if role == "after":
-                drawn.append([picture(vertices, faces, layers[0].colours, yaw, half=half) for yaw in YAWS])
+                renders.append(
+                    [render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half=half) for yaw in YAWS]
+                )
     says = [
         (
             "Orange raises the reward, blue lowers it: the sum of Integrated Gradients over the 3 x 3 x 3"
             " voxels about a vertex. Each mesh has its own scale (full colour in the table), so colours"
             " compare places of a head, not heads."
         ),
-        "Voxels away from the surface are not seen here; the table of regions counts them all.",
+        "Voxels far from the surface are not shown here; the table of regions counts them all.",
     ]
-    says += [f"Without a surface, so not shown: {', '.join(missing)}."] if missing else []
-    pictures = {}
-    if drawn:
-        write_atomic(folder / "surface-attribution.png", png(tile(sum(drawn, []), len(YAWS))))
-        pictures = {
-            f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, behind.": (
+    says += [f"Not shown, because they have no surface: {', '.join(missing)}."] if missing else []
+    images = {}
+    if renders:
+        write_atomic(folder / "surface-attribution.png", png(tile(sum(renders, []), len(YAWS))))
+        images = {
+            f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, back.": (
                 "surface-attribution.png"
             )
         }
     page = mesh_page(meshes, "Attribution on the surface", half) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
     facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
-    return Finding(
-        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, images=pictures
-    )
+    return Finding(facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, images=images)
 
 
 def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scale: float) -> list[Layer]:
-    labels = labels_at(vertices, study.partitions[i], study.spec)
+    """Return the layers of one mesh on the page: attribution, regions, and the bare shape."""
+    labels = labels_at(vertices, study.partitions[i], study.spec)  # [V]
     ends = (
         (f"raises the reward (+{_short(scale)})", RAISES),
         ("no influence", NEUTRAL),
         (f"lowers it (-{_short(scale)})", LOWERS),
     )
+    # The legend lists only the regions that this surface meets.
     names = [(name, region_colour(k)) for k, name in enumerate(study.names) if (labels == k).any()]
     names += [("outside the slab", GREY)] if (labels < 0).any() else []
     return [
@@ -225,6 +242,7 @@ def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scal
 
 
 def _short(value: float) -> str:
+    """Format a value with two significant digits."""
     return "0" if value == 0 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
 
 
@@ -232,8 +250,8 @@ TITLE = "Which regions does the reward like?"
 KINDS = {
     BOXES: "fixed boxes of the slab",
     LANDMARKS: "boxes about each latent's landmarks",
-    HEAD: "the whole head, divided about its landmarks",
-    PEOPLE: "parts of the head that a latent names (of the nearest vertex of its mesh)",
+    HEAD: "the entire head, divided about its landmarks",
+    PEOPLE: "parts of the latent's ground-truth head (of the nearest vertex of its mesh)",
 }
 ROLES = ("before", "after", "reward")
 _COLOURS = {
@@ -245,33 +263,39 @@ _COLOURS = {
 
 
 def jobs(study: Study) -> list[Job]:
-    """Every part of the report; the regions come first, since they are drawn before anything is computed."""
+    """Return the parts of the report; the regions come first, since they are plotted before anything is
+    computed.
+    """
     s = study.settings
     c = study.c
     files: dict = {"regions": s.regions}
     if s.regions not in KINDS:
+        # A user's label volume: its identity and that of its names are inputs of every part.
         with naming("--regions"):
             files["regions"] = [
                 identity_of_file(path) for path in (s.regions, Path(s.regions).with_suffix(".json"))
             ]
     with naming("--landmarks"):
         files["landmarks"] = identity_of_file(s.landmarks)
-    base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)
+    base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)  # inputs of every part
     shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
+    # A part is computed again only if one of its inputs changes.
     integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
     divided = partial(Job, inputs=shared, plots={"regions": plot_regions, "latents": plot_latents})
-    head = divided(
+    head_job = divided(
         key="whole-head",
-        title="The whole head in eight parts",
+        title="The entire head in eight parts",
         compute=lambda folder: shapley(study.of_the_head(), folder),
     )
-    places = [
+    # Only slabs have positions, so only they give an attribution on the surface.
+    surface_jobs = [
         Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)
     ] * study.reads_slabs
     return [
         Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
         divided(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study)),
-        *[head] * (s.regions == LANDMARKS),
+        # Landmarks cover the face alone; the parts of the head show where the rest of the change lies.
+        *[head_job] * (s.regions == LANDMARKS),
         Job(
             key="methods",
             title="Do other methods agree?",
@@ -286,18 +310,19 @@ def jobs(study: Study) -> list[Job]:
             inputs={**shared, "orders": CHECK_ORDERS, "draws": s.randomisations, "checked": s.checked},
             plots={"rank-correlation": plot_redrawn},
         ),
-        *places,
+        *surface_jobs,
     ]
 
 
 def regions(study: Study, folder: Path) -> Finding:
-    """The partition, and that of the whole head where it has one, on meshes of the first latents from three
-    sides; voxels per region.
+    """Describe the partition: voxels per region, and images of the first latents' meshes from three sides.
+
+    With landmarks, the eight parts of the head follow as a second partition.
     """
     c = study.c
     kind = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
-    pictures = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
+    images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
     empty = [row["region"] for row in rows if row["most"] == 0]
     says = [
         (
@@ -310,68 +335,77 @@ def regions(study: Study, folder: Path) -> Finding:
         ),
     ]
     says += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
-    if not pictures:
-        missing = "No latent drawn here has a surface" if study.reads_slabs else "The reward reads no slab"
-        says.append(f"{missing}, so there is no picture.")
+    if not images:
+        missing = (
+            "None of the shown latents has a surface" if study.reads_slabs else "The reward reads no slab"
+        )
+        says.append(f"{missing}, so there is no image.")
     if study.settings.regions == LANDMARKS:
         head = study.of_the_head()
         rows = [
             {"partition": name, **row}
-            for name, part in (("regions", study), ("whole head", head))
+            for name, part in (("regions", study), ("entire head", head))
             for row in _counts(part)
         ]
-        pictures |= draw_regions(head, folder, "whole-head.png", "The whole head in eight parts, ")
+        images |= draw_regions(head, folder, "whole-head.png", "The entire head in eight parts, ")
     return Finding(
         facts=c.facts(study.seeds, ("before",)),
         data={"names": list(study.names), "kind": kind},
         rows=rows,
         says=says,
-        images=pictures,
+        images=images,
     )
 
 
 def _counts(study: Study) -> list[dict]:
+    # The same regions may hold different voxels for each latent, for example about landmarks.
+    # Voxels per latent and region
     counts = np.array([p.counts() for p in study.partitions])  # [N, R]
     return [
         {
             "region": region,
-            "voxels (mean)": float(found.mean()),
-            "least": int(found.min()),
-            "most": int(found.max()),
+            "voxels (mean)": float(region_counts.mean()),
+            "least": int(region_counts.min()),
+            "most": int(region_counts.max()),
             "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(i)),
         }
-        for i, (region, found) in enumerate(zip(study.names, counts.T, strict=True))
+        for i, (region, region_counts) in enumerate(zip(study.names, counts.T, strict=True))
     ]
 
 
 def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") -> dict[str, str]:
-    """A partition on the meshes of the first latents: the picture's name by its caption; nothing where no
-    latent has a surface.
+    """Show a partition on the meshes of the first latents.
+
+    Returns: the image's name by its caption; {} if no latent has a surface.
     """
-    drawn = []
+    renders = []
     for i, seed in enumerate(study.seeds[:SHOWN]):
         try:
             vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec, study.level)
         except ValueError:  # a sample without a surface has nothing to draw on
             continue
         colours = by_region(labels_at(vertices, study.partitions[i], study.spec))
-        drawn.append(
-            [picture(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2) for yaw in YAWS]
+        renders.append(
+            [
+                render_coloured_mesh(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2)
+                for yaw in YAWS
+            ]
         )
-    if not drawn:
+    if not renders:
         return {}
-    write_atomic(folder / name, png(tile(sum(drawn, []), len(YAWS))))
+    # One row per latent, one column per yaw
+    write_atomic(folder / name, png(tile(sum(renders, []), len(YAWS))))
     where = f"{what}on the surface of seeds {study.seeds[0]}.. before tuning"
-    return {f"{where}: front, half turned, behind; colours as in the table, grey: outside the slab.": name}
+    return {f"{where}: front, half turned, back; colours as in the table, grey: outside the slab.": name}
 
 
 def shapley(study: Study, folder: Path) -> Finding:
-    """Shapley values per latent and region, their means with intervals, and the efficiency gaps."""
-    found = study.shapley
+    """Report Shapley values per latent and region, their means with intervals, and the efficiency gaps."""
+    attributions = study.shapley
     names = study.names
     c = study.c
-    values = np.stack([a.values for a in found])
-    means = means_of_columns(values)
+    values = np.stack([a.values for a in attributions])  # [N, R]
+    means = means_of_columns(values)  # one mean with its interval per region
     rows = [
         {
             "seed": seed,
@@ -381,11 +415,11 @@ def shapley(study: Study, folder: Path) -> Finding:
             "difference": a.difference,
             "gap": a.gap,
         }
-        for seed, a in zip(study.seeds, found, strict=True)
+        for seed, a in zip(study.seeds, attributions, strict=True)
         for i, name in enumerate(names)
     ]
-    gap = max(a.relative_gap for a in found)
-    total = bootstrap_mean_interval([a.difference for a in found])
+    gap = max(a.relative_gap for a in attributions)  # the worst latent's
+    total = bootstrap_mean_interval([a.difference for a in attributions])  # mean change of the reward
     data = {
         "names": list(names),
         "values": values.tolist(),
@@ -393,14 +427,16 @@ def shapley(study: Study, folder: Path) -> Finding:
         "method": study.settings.method,
         "seeds": list(study.seeds),
         "errors": (
-            None if found[0].errors is None else [a.errors.tolist() for a in found if a.errors is not None]
+            None
+            if attributions[0].errors is None
+            else [a.errors.tolist() for a in attributions if a.errors is not None]
         ),
         "difference": total._asdict(),
         "largest_relative_gap": gap,
-        "gaps": [a.gap for a in found],
+        "gaps": [a.gap for a in attributions],
     }
     interval = f"means: {BOOTSTRAP}" + (
-        "" if found[0].errors is None else "; bars per latent: standard error of sampling"
+        "" if attributions[0].errors is None else "; bars per latent: standard error of sampling"
     )
     return Finding(
         facts=c.facts(study.seeds, ROLES, interval),
@@ -411,7 +447,9 @@ def shapley(study: Study, folder: Path) -> Finding:
 
 
 def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, gap: float) -> list[str]:
+    # Regions by the size of their mean contribution, largest first
     order = np.argsort([-abs(m["mean"]) for m in means])
+    # An interval without zero: the sign of the mean contribution is established over these latents.
     clear = [i for i in order if not contains_zero(means[i]["lo"], means[i]["hi"])]
     s = study.settings
     how = (
@@ -423,27 +461,30 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         (
             f"The reward changes by {span(*total)} on average; Shapley values from {how} divide that among"
             f" {len(study.names)} regions. The largest efficiency gap is {gap:.1e} of a latent's difference"
-            f" (refused above {s.gap_bound:g})."
+            f" (an error above {s.gap_bound:g})."
         ),
     ]
+    # Shares of the total: Shapley values sum to the difference, so these sum to 100 %.
     if s.regions == PEOPLE:
         parts = dict(zip(study.names, (m["mean"] for m in means), strict=True))
         shares = ", ".join(
             f"the {name} {value / total.mean:.0%}"
             for name, value in sorted(parts.items(), key=lambda p: -p[1])
         )
-        says.append(f"Of that change is: {shares}. {bundled.DAMAGED}")
+        says.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
     if clear:
         listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
         says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
+        # The number of latents in which the region with the largest mean is also the largest
         first = int((np.abs(values).argmax(axis=1) == order[0]).sum())
         share = np.mean([p.counts()[order[0]] / p.labels.numel() for p in study.partitions])
         says.append(
             f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in"
             f" {first} of {len(values)} latents."
         )
+        # The remainder is no named region, so such a partition explains little.
         if study.names[order[0]] in (OTHER, BACKGROUND):
-            below = "the parts of the whole head and " if s.regions == LANDMARKS else ""
+            below = "the parts of the entire head and " if s.regions == LANDMARKS else ""
             says.append(
                 "Most of the change lies outside the named regions, so that this partition explains little"
                 f" of it: look at {below}the surface below, or divide that part with masks of your own"
@@ -453,22 +494,26 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         says.append("No region's mean contribution differs from zero over these latents: raise --n.")
     says.append(
         "A contribution says where this reward sees the change, not that the change is good there. Large"
-        " regions hold more voxels."
+        " regions contain more voxels."
     )
     return says
 
 
 def methods(study: Study, folder: Path) -> Finding:
-    """Mean attribution by four methods, completeness of the integral,
-    and rank correlations between methods.
+    """Report the mean attribution by four methods, the completeness of the integral, and the rank
+    correlations of the methods.
     """
-    found = study.methods
+    attributions = study.methods
     names = study.names
     c = study.c
-    means = {method: means_of_columns(values) for method, values in found.items()}
-    pairs = agreement(found)
+    means = {method: means_of_columns(values) for method, values in attributions.items()}
+    pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
-        {"seed": seed, "region": name, **{method: float(values[n, i]) for method, values in found.items()}}
+        {
+            "seed": seed,
+            "region": name,
+            **{method: float(values[n, i]) for method, values in attributions.items()},
+        }
         for n, seed in enumerate(study.seeds)
         for i, name in enumerate(names)
     ]
@@ -483,21 +528,22 @@ def methods(study: Study, folder: Path) -> Finding:
         }
         for seed, g in zip(study.seeds, study.integrated, strict=True)
     ]
-    complete = sum(entry["complete"] for entry in ig)
-    worst = max(entry["share"] for entry in ig)
+    complete = sum(entry["complete"] for entry in ig)  # number of latents
+    worst = max(entry["share"] for entry in ig)  # largest gap, as a share of the difference
     steps = [entry["steps"] for entry in ig]
     text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete} of"
         f" {len(ig)} latents (largest gap {worst:.2%}) with {min(steps)} to {max(steps)} steps; the count"
         f" rose from {study.settings.steps} by itself for {sum(len(entry['tried']) > 1 for entry in ig)}."
     )
+    # A quadrature that did not converge is reported, not hidden.
     if complete < len(ig):
-        text += " The others stay incomplete: raise --most-steps, or read them with that doubt."
+        text += " The others stay incomplete: raise --most-steps, or interpret them with that reservation."
     says = [text, *_pair_says(pairs)]
     says.append(
-        "Noise has each region's change shuffled among its voxels: the same amount of change without its"
+        "For noise, each region's change is shuffled among its voxels: the same amount of change without its"
         " shape. A method that agrees with it as well as with the others measures how much a region changed,"
-        " not what became of it. Occlusion counts only the last step into the tuned slab, so that regions"
+        " not how its shape changed. Occlusion counts only the last step into the tuned slab, so that regions"
         " which act together count more than once or not at all."
     )
     data = {"names": list(names), "means": means, "agreement": pairs, "integrated": ig}
@@ -510,16 +556,19 @@ def methods(study: Study, folder: Path) -> Finding:
 
 
 def _interval(mean: dict) -> str:
+    """Format a mean with its interval."""
     return span(mean["mean"], mean["lo"], mean["hi"], ".2f")
 
 
 def _pair_says(pairs: list[dict]) -> list[str]:
+    """Describe the rank correlation of each method with Shapley values."""
     says = []
     for pair in pairs:
+        # The other pairs stand in the figure alone.
         if pair["first"] != "Shapley":
             continue
         mean = pair["spearman"]["mean"]
-        tau = pair["kendall"]["mean"]
+        tau = pair["kendall"]["mean"]  # None together with Spearman's
         if mean is None:
             says.append(f"{pair['second']}: no ranks to compare, since one side is constant.")
             continue
@@ -532,41 +581,46 @@ def _pair_says(pairs: list[dict]) -> list[str]:
 
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
-    """Rank correlation of attributions by the trained reward and by rewards with re-drawn weights."""
+    """Correlate attributions by the trained reward with those by rewards with re-drawn weights."""
     s = study.settings
     c = study.c
     count = min(s.checked, len(study.seeds))
-    trained = np.stack([a.values for a in study.shapley[:count]])
+    trained = np.stack([a.values for a in study.shapley[:count]])  # [checked, R]
     rows = []
-    by_draw = []
+    signed_means = []
     sizes = []
+    # Adebayo et al. 2018: an attribution that survives random weights does not come from training.
     for draw in range(s.randomisations):
-        random = study.redrawn(draw)
-        rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]
+        random = study.redrawn(draw)  # [checked, R]
+        rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]  # with signs
+        # Without signs: sizes correlate also for random networks, see `_redrawn_says`.
+        # of the sizes alone
         size = [rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(trained, random, strict=True)]
         rows += [
             {"randomisation": draw, "seed": study.seeds[i], "spearman": r, "spearman_of_sizes": z}
             for i, (r, z) in enumerate(zip(rho, size, strict=True))
         ]
-        by_draw += [float(np.mean(known))] if (known := [r for r in rho if r is not None]) else []
+        # A draw whose attributions are all constant has no correlation.
+        signed_means += [float(np.mean(known))] if (known := [r for r in rho if r is not None]) else []
         sizes += [float(np.mean(known))] if (known := [z for z in size if z is not None]) else []
     data = {
-        "by_randomisation": by_draw,
+        "by_randomisation": signed_means,
         "sizes": sizes,
         "randomisations": s.randomisations,
         "latents": count,
-        "mean": bootstrap_mean_interval(by_draw)._asdict() if by_draw else None,
+        "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
         "mean_of_sizes": bootstrap_mean_interval(sizes)._asdict() if sizes else None,
     }
     facts = c.facts(
         study.seeds[:count],
         ROLES,
-        f"95 % percentile bootstrap over {len(by_draw)} draws of weights, 10,000 resamples",
+        f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
     )
     return Finding(facts=facts, data=data, rows=rows, says=_redrawn_says(data))
 
 
 def _redrawn_says(data: dict) -> list[str]:
+    # Every draw was constant
     if data["mean"] is None:
         return [
             "Every reward with re-drawn weights attributes the same to all regions, so there are no ranks to"
@@ -574,24 +628,24 @@ def _redrawn_says(data: dict) -> list[str]:
         ]
     mean, lo, hi = data["mean"].values()
     if contains_zero(lo, hi):
-        verdict = (
-            "its interval contains zero: the attributions come from what the reward has learnt, as far as"
-            " this check can tell"
+        conclusion = (
+            "its interval contains zero: as far as this check shows, the attributions come from what the"
+            " reward has learned"
         )
     else:
-        verdict = (
-            "its interval leaves zero out: part of the attribution comes from slabs or architecture, not from"
+        conclusion = (
+            "its interval excludes zero: part of the attribution comes from slabs or architecture, not from"
             " training"
         )
     says = [
         (
             "Spearman correlation between the trained reward's attributions and those of"
             f" {len(data['by_randomisation'])} rewards with re-drawn weights: {span(mean, lo, hi, '.2f')};"
-            f" {verdict}."
+            f" {conclusion}."
         ),
         (
             f"With {len(data['by_randomisation'])} draws a correlation within the interval's width of zero"
-            " would not be noticed."
+            " would not be detected."
         ),
     ]
     if data["mean_of_sizes"] is not None:
@@ -604,16 +658,18 @@ def _redrawn_says(data: dict) -> list[str]:
 
 
 def _order(means: list[dict]) -> np.ndarray:
-    """Regions by mean, the largest last, since bars are drawn upwards."""
+    """Return the regions' order by mean, the largest last, since bars are drawn upwards."""
     return np.argsort([m["mean"] for m in means])
 
 
 def _bar_size(count: int) -> tuple[float, float]:
+    # Inches: the height grows with the number of bars.
     return (6.4, 0.9 + 0.34 * count)
 
 
 def plot_regions(data: dict):
-    drawn, axes = style.figure(size=_bar_size(len(data["names"])))
+    """Plot the mean contribution of each region with its interval."""
+    figure, axes = style.figure(size=_bar_size(len(data["names"])))
     order = _order(data["means"])
     means = [data["means"][i] for i in order]
     middle = np.array([m["mean"] for m in means])
@@ -630,14 +686,15 @@ def plot_regions(data: dict):
     axes.set(
         xlabel="mean contribution to the change of the reward", title=f"Shapley values ({data['method']})"
     )
-    return drawn
+    return figure
 
 
 def plot_latents(data: dict):
-    """Every latent's value per region."""
-    drawn, axes = style.figure(size=_bar_size(len(data["names"])))
+    """Plot every latent's value per region."""
+    figure, axes = style.figure(size=_bar_size(len(data["names"])))
     order = _order(data["means"])
-    values = np.asarray(data["values"])
+    values = np.asarray(data["values"])  # [N, R]
+    # Points of one region are spread vertically, so that they do not cover one another.
     offsets = np.linspace(-0.28, 0.28, len(values))
     for row, region in enumerate(order):
         error = None if data["errors"] is None else [latent[region] for latent in data["errors"]]
@@ -653,18 +710,20 @@ def plot_latents(data: dict):
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set_yticks(range(len(order)), [data["names"][i] for i in order])
     axes.set(xlabel="contribution to the change of the reward", title="One point per latent")
-    return drawn
+    return figure
 
 
 def plot_methods(data: dict):
+    """Plot the mean attribution of each region by each method."""
     count = len(data["names"])
-    drawn, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
     order = _order(data["means"]["Shapley"])
+    # The bars of one region share 0.8 of its line.
     thick = 0.8 / len(data["means"])
     for k, (method, means) in enumerate(data["means"].items()):
-        places = np.arange(count) + 0.4 - thick * (k + 0.5)
+        y_positions = np.arange(count) + 0.4 - thick * (k + 0.5)
         axes.barh(
-            places,
+            y_positions,
             [means[i]["mean"] for i in order],
             height=thick,
             color=_COLOURS.get(method, "#777777"),
@@ -674,12 +733,14 @@ def plot_methods(data: dict):
     axes.set_yticks(range(count), [data["names"][i] for i in order])
     axes.set(xlabel="mean attribution", title="Four methods")
     axes.legend(fontsize=7)
-    return drawn
+    return figure
 
 
 def plot_agreement(data: dict):
+    """Plot the mean rank correlations of all pairs of methods, with intervals."""
+    # Pairs with a constant method have no correlation.
     pairs = [p for p in data["agreement"] if p["spearman"]["mean"] is not None]
-    drawn, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
     for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
         means = [p[kind]["mean"] for p in pairs]
         middle = np.array([m["mean"] for m in means])
@@ -697,16 +758,17 @@ def plot_agreement(data: dict):
     axes.set_yticks(range(len(pairs)), [f"{p['first']} / {p['second']}" for p in pairs])
     axes.set(xlim=(-1.05, 1.05), xlabel="rank correlation, mean over latents", title="Agreement of methods")
     axes.legend(fontsize=7)
-    return drawn
+    return figure
 
 
 def plot_redrawn(data: dict):
-    """Rank correlation with each reward of random weights, and the mean with its interval."""
-    drawn, axes = style.figure(size=(6.4, 2.2))
+    """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
+    figure, axes = style.figure(size=(6.4, 2.2))
     for row, (key, mean) in enumerate((("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))):
         axes.plot(
             data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise")
         )
+        # The mean is drawn slightly above the points of its row.
         if data[mean] is not None:
             m = data[mean]
             axes.errorbar(
@@ -727,4 +789,4 @@ def plot_redrawn(data: dict):
     )
     if data["mean"] is not None:
         axes.legend(fontsize=7)
-    return drawn
+    return figure

@@ -1,5 +1,5 @@
-"""One attribution study: the latents, their slabs before and after tuning, their regions, and every method's
-result, each computed once.
+"""One attribution study: the latents, their slabs before and after tuning, their regions, and the result of
+every method. Each of them is computed once.
 
 Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab.
 """
@@ -22,17 +22,18 @@ from eg3d_rlhf.generators import latents
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.heads import people
 
-CHECK_ORDERS = 32  # of the noise baseline and of rewards with re-drawn weights
-_CUBE = 64  # grid points per axis of meshes
+CHECK_ORDERS = 32  # antithetic orders of the noise baseline and of rewards with re-drawn weights
+_CUBE = 64  # grid points per axis of the cube that meshes are extracted from
 
 
 @dataclass
 class Study:
-    """Everything that the parts of the report share."""
+    """Inputs and cached results that the parts of the report share."""
 
     c: Comparison
     settings: Settings
     progress: Callable[[str], None] = lambda text: None
+    # latent's index -> values of its coalitions under the reward itself
     _values: dict[int, game.CoalitionValues] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -41,7 +42,9 @@ class Study:
 
     @property
     def spec(self) -> SlabSpec:
-        """Of the slabs that the reward reads. Raises: ValueError where it reads something else."""
+        """Return the grid of the slabs that the reward reads. Raises: ValueError if it reads something
+        else.
+        """
         observation = self.c.reward.observation
         if not isinstance(observation, SigmaSlab):
             shape = list(regions.region_shape(observation.shape))
@@ -53,16 +56,20 @@ class Study:
 
     @property
     def reads_slabs(self) -> bool:
-        """Whether the reward reads slabs: only they have places, on a surface or about landmarks."""
+        """Return True if the reward reads slabs: only these have positions, on a surface or about
+        landmarks.
+        """
         return isinstance(self.c.reward.observation, SigmaSlab)
 
     @cached_property
     def score(self) -> game.Score:
+        # The network alone, not the reward: the slabs are normalised already, and coalitions mix them as they
+        # are.
         return self.c.reward.network.score
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
-        """What the reward reads by role, before and after tuning: normalised slabs [N, 1, D, H, W], or
+        """Return the reward's input by role, before and after tuning: normalised slabs [N, 1, D, H, W], or
         another observation.
         """
         return {
@@ -72,40 +79,43 @@ class Study:
 
     @cached_property
     def partitions(self) -> list[regions.Partition]:
-        """One partition per latent; all have the same names. Raises: ValueError naming the flag."""
+        """Return one partition per latent; all have the same names. Raises: ValueError naming the flag."""
         s = self.settings
+        # Fixed boxes are the same for every latent; the list repeats one object.
         if s.regions == BOXES:
-            found = [regions.face_partition(self.spec)] * len(self.seeds)
+            partitions = [regions.face_partition(self.spec)] * len(self.seeds)
         elif s.regions in (LANDMARKS, HEAD):
             divide = regions.landmark_partition if s.regions == LANDMARKS else regions.head_partition
             with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
-                found = [divide(points, self.spec) for points in self.landmarks]
+                partitions = [divide(points, self.spec) for points in self.landmarks]
         elif s.regions == PEOPLE:
             with naming(f"--regions={PEOPLE}"):
-                found = [regions.people_partition(head, self.spec) for head in self.heads]
+                partitions = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
             with naming("--regions"):
-                found = [
+                partitions = [
                     regions.read_masks(s.regions, regions.region_shape(self.c.reward.observation.shape))
                 ] * len(self.seeds)
-        count = len(found[0].names)
+        count = len(partitions[0].names)
+        # 2^R coalitions: the exact method is out of reach above MOST_EXACT regions.
         if s.method == "exact" and count > regions.MOST_EXACT:
             raise ValueError(
                 f"--method=exact: expected at most {regions.MOST_EXACT} regions, got {count}. Use"
                 " --method=antithetic."
             )
-        return found
+        return partitions
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.partitions[0].names
 
     def of_the_head(self) -> "Study":
-        """The same latents, slabs and landmarks under the partition of the whole head, which is small enough
-        for exact values.
+        """Return a study of the same latents under the eight parts of the head, few enough for exact values.
+
+        Slabs and landmarks are shared with this study.
         """
         other = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
-        # in place of computing them again
+        # Setting a cached property stores the value, so that the copy does not compute it again.
         other.score = self.score
         other.slabs = self.slabs
         other.landmarks = self.landmarks
@@ -113,39 +123,45 @@ class Study:
 
     @cached_property
     def landmarks(self) -> list[np.ndarray]:
-        """98 world positions [L, 3] per latent: the user's through the frontal depth map."""
+        """Return 98 world positions [L, 3] per latent: the user's 2-D points, lifted by the frontal depth
+        map.
+        """
         if self.settings.landmarks is None:
             raise ValueError(
                 "expected a JSON file of 98 points, got none. Name --landmarks, or use --regions=people or"
                 " boxes."
             )
-        wanted = regions.read_landmarks(self.settings.landmarks)
-        pixels = [wanted.of(seed) for seed in self.seeds]
+        pixel_landmarks = regions.read_landmarks(self.settings.landmarks)
+        pixels = [pixel_landmarks.of(seed) for seed in self.seeds]
         maps = depth_maps(self.c, self.c.before, self.seeds)
+        # One (pixels, world points [R, R, 3], valid [R, R]) per latent
         views = zip(pixels, maps.points, maps.valid, strict=True)
-        return [regions.back_project(points, wanted.size, *view) for points, *view in views]
+        return [regions.back_project(points, pixel_landmarks.size, *view) for points, *view in views]
 
     @cached_property
     def heads(self) -> list[people.Head]:
-        """The whole heads that the latents name."""
+        """Return the ground-truth heads of the latents. Raises: ValueError if the latents have none."""
         if not self.c.of_people:
             raise ValueError(
                 f"expected a generator of heads of people, got one of {self.c.data or 'other data'}. Use"
                 " --regions=boxes."
             )
+        # Truncation moves w off the mapping of z, so the sample is no longer the head of its latent.
         if self.c.psi != 1:
             raise ValueError(
-                f"expected --psi=1, got {self.c.psi:g}: a truncated latent names no head. Change one."
+                f"expected --psi=1, got {self.c.psi:g}: a truncated latent has no ground-truth head. Use"
+                " --psi=1."
             )
         return people.named_people(latents(list(self.seeds), self.c.before.generator.z_dim))
 
     @property
     def cube_spec(self) -> SlabSpec:
+        # The whole scene, not only the slab: meshes show the entire head.
         return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
     def cube(self, role: str, seed: int) -> torch.Tensor:
-        """Raw density [1, D, H, W] of a latent over the whole scene."""
+        """Return the raw density [1, D, H, W] of a latent over the whole scene."""
         generator = self.c.generators()[role]
         return generator.generator.field(self.c.ws(generator, [seed])).density_grid(self.cube_spec)
 
@@ -156,13 +172,15 @@ class Study:
     def values(
         self, i: int, score: game.Score | None = None, tuned: torch.Tensor | None = None
     ) -> game.CoalitionValues:
-        """Values of latent i's coalitions; those of the reward itself are kept, those of another score or
-        slab are not.
+        """Return the values of latent i's coalitions.
+
+        Those of the reward itself are kept; those of another score or slab are not.
         """
+        # Only the reward's own values are cached: the other scores and slabs are used once.
         if score is None and tuned is None and i in self._values:
             return self._values[i]
         partition = self.partitions[i]
-        made = game.CoalitionValues(
+        coalition_values = game.CoalitionValues(
             score or self.score,
             self.slabs["before"][i],
             self.slabs["after"][i] if tuned is None else tuned,
@@ -171,27 +189,31 @@ class Study:
             self.c.batch,
         )
         if score is None and tuned is None:
-            self._values[i] = made
-        return made
+            self._values[i] = coalition_values
+        return coalition_values
 
     def _checked(self, values: game.CoalitionValues, i: int) -> np.ndarray:
-        """Shapley values for a comparison: exact where that is cheap, else from CHECK_ORDERS antithetic
+        """Compute Shapley values for a comparison: exact if that is cheap, else from CHECK_ORDERS antithetic
         orders.
         """
+        # 2^R coalitions against at most CHECK_ORDERS * R along the sampled orders
         exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
         method = "exact" if exactly else "antithetic"
+        # A seed per latent: latents of one study get different orders.
         return game.shapley(
             values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i
         ).values
 
     @cached_property
     def shapley(self) -> list[game.Attribution]:
-        """Shapley values per latent. Raises: ValueError where an efficiency gap is above the bound."""
-        found = []
+        """Compute the Shapley values of each latent. Raises: ValueError if an efficiency gap is above the
+        bound.
+        """
+        attributions = []
         s = self.settings
         for i, seed in enumerate(self.seeds):
             values = self.values(i)
-            found.append(
+            attributions.append(
                 a := game.shapley(
                     values,
                     values.regions,
@@ -205,11 +227,14 @@ class Study:
                 f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e}"
                 f" ({a.relative_gap:.1e} of it)"
             )
-        game.check_gap(found, self.seeds, s.gap_bound)
-        return found
+        # Efficiency: the values must sum to the reward difference, which is computed apart from the
+        # coalitions.
+        game.check_gap(attributions, self.seeds, s.gap_bound)
+        return attributions
 
     @cached_property
     def integrated(self) -> list[game.IntegratedGradients]:
+        # Along the straight path from the slab before tuning to the one after it.
         s = self.settings
         before = self.slabs["before"]
         after = self.slabs["after"]
@@ -222,13 +247,15 @@ class Study:
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
-        """Attributions [N, R] by method."""
+        """Compute the attributions [N, R] of each method."""
         noisy = []
         for i, partition in enumerate(self.partitions):
+            # Same change per region, shuffled in space: the baseline without shape.
             slab = game.shuffled_change(
                 self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i
             )
             noisy.append(self._checked(self.values(i, tuned=slab), i))
+        # Voxels are summed per region, so that all methods compare on [R].
         integrated = [
             p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)
         ]
@@ -241,7 +268,8 @@ class Study:
         }
 
     def redrawn(self, draw: int) -> np.ndarray:
-        """Shapley values [checked, R] of a reward with re-drawn weights, on the first latents."""
+        """Compute Shapley values [checked, R] of a reward with re-drawn weights, for the first latents."""
+        # `+ 1` keeps the seed of the first draw apart from that of the study.
         score = game.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
         count = min(self.settings.checked, len(self.seeds))
         return np.stack([self._checked(self.values(i, score), i) for i in range(count)])

@@ -1,5 +1,5 @@
-"""The page of an inversion: measures over the weight of the reward with paired intervals, the losses step by
-step, the strips.
+"""Page of an inversion: measures over the weight of the reward with paired intervals, the losses step by
+step, and strips of renders.
 
 Letters: N targets, R pixels per edge, T frames.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from eg3d_rlhf.evaluation.inversion.inversion_runs import KIND, Inversions, Setup
-from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, turned
+from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, rotated_camera
 from eg3d_rlhf.evaluation.paired import means_of, paired_of, span
 from eg3d_rlhf.evaluation.run_images import Side, colours, swung
 from eg3d_rlhf.experiments import style
@@ -30,18 +30,18 @@ from eg3d_rlhf.geometry.mesh_export import export_mesh
 from eg3d_rlhf.geometry.settings import MeshOptions
 from training import storage
 
-# What an inversion looks like: a strip of the target and of every weight, in colour and as a shape; an orbit;
-# a mesh for every weight.
+# Renders of an inversion: a strip of the target and of every weight, in colour and as a shape; an orbit; a
+# mesh for every weight.
 
 
-# pixels per edge of a cell of the strip, and of the film
+# pixels per edge of a cell of the strip, and of the orbit's video
 CELL = 192
 FILM = 128
-# per edge, and per ray and pass, of coloured renderings
+# rays per edge, and samples per ray and pass, of coloured renders
 RAYS = 128
 SAMPLES = 40
-GRID = 128  # grid points per edge of the cube that finds surfaces
-# radians to either side of the target's camera; pictures per second
+GRID = 128  # grid points per edge of the cube in which surfaces are searched
+# radians to either side of the target's camera; frames per second
 SWING = 0.9
 FPS = 12
 STRIP = "strip.png"
@@ -49,7 +49,7 @@ ORBIT = "orbit.mp4"
 
 
 class Arm(NamedTuple):
-    """One column: a shape under a name."""
+    """One column of the strip: a shape with its name."""
 
     name: str
     generator: Generator
@@ -57,21 +57,24 @@ class Arm(NamedTuple):
 
 
 def arms_of(inversions: Inversions, case: Case) -> list[Arm]:
-    """The truth where it is known, and every weight's generator, from its files."""
-    own = inversions.setup.loaded.generator
+    """Load the arms of a target: the ground truth if it is known, and the generator of every weight."""
+    # The untuned generator: only the weights have tuned copies.
+    generator = inversions.setup.loaded.generator
     folder = inversions.folder(case)
-    found = []
+    arms = []
     if case.truth is not None:
-        found.append(Arm("truth", own, Side.of(own, case.truth.ws, GRID)))
+        arms.append(Arm("truth", generator, Side.of(generator, case.truth.ws, GRID)))
     for weight in inversions.setup.weights:
         tuned = load_generator(folder / f"{weight:g}.safetensors", case.target.image.device).generator
         ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        found.append(Arm(f"weight {weight:g}", tuned, Side.of(tuned, ws, GRID)))
-    return found
+        arms.append(Arm(f"weight {weight:g}", tuned, Side.of(tuned, ws, GRID)))
+    return arms
 
 
 def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """An arm in colour and as clay, uint8 [R, R, 3]."""
+    """Render an arm in colour and as an untextured surface, uint8 [R, R, 3] each."""
+    # At most RAYS rays per edge; the colours are enlarged to `pixels`.
+    # [3, R, R] in 0..1
     image = colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
     shape = paint(look(arm.side.surface, camera, pixels * factor))
     return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
@@ -80,29 +83,33 @@ def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
-    """Target and arms side by side: colour and shape from the target's camera, and the shape turned by half
-    the swing.
+    """Arrange the target and the arms side by side.
+
+    The rows are colour and shape from the target's camera, and the shape rotated by half the swing.
     """
+    # [1, 3, R, R] in [-1, 1] -> [3, CELL, CELL] in 0..1
     image = torch.nn.functional.interpolate(
         case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True
     )[0]
-    blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)
+    blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
+    # The target is an image without a shape, so its cells of shape are blank.
     rows: list[list[np.ndarray]] = [[to_uint8(image.movedim(0, -1).cpu())], [blank], [blank]]
-    aside = turned(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
+    # a view that the target does not show
+    aside = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
     for arm in arms:
         seen = (*cells(arm, case.target.camera, CELL, SUPERSAMPLE), cells(arm, aside, CELL, SUPERSAMPLE)[1])
         for row, cell in zip(rows, seen, strict=True):
             row.append(cell)
-    drawn = [Row(cells=row) for row in rows]
-    drawn[-1] = replace(drawn[-1], captions=["target", *(arm.name for arm in arms)])
-    return sheet("", drawn)
+    sheet_rows = [Row(cells=row) for row in rows]
+    sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
+    return sheet("", sheet_rows)
 
 
 def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
-    """Frames of all arms swung from side to side and back, colour above shape; uint8 [H, B, 3]."""
+    """Yield frames of all arms swung from side to side and back, colour above shape; uint8 [H, B, 3]."""
 
     def frame(yaw: float) -> np.ndarray:
-        camera = turned(case.target.camera, yaw, arms[0].generator.cameras.pivot)
+        camera = rotated_camera(case.target.camera, yaw, arms[0].generator.cameras.pivot)
         coloured, shaped = zip(*(cells(arm, camera, FILM) for arm in arms), strict=True)
         return sheet("", [Row(cells=coloured, captions=[arm.name for arm in arms]), Row(cells=shaped)])
 
@@ -110,15 +117,18 @@ def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
 
 
 def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
-    """strip.png, orbit.mp4 and <weight>.ply of a target whose generators were kept; what cannot be drawn is
-    said, and the rest is.
+    """Write strip.png, orbit.mp4 and <weight>.ply of a target whose generators were kept.
 
-    Args: resolution: grid points per axis of the meshes; 0 for none. turns: views of the orbit from side to
-        side; 0 for none.
+    A mesh that cannot be extracted is reported, and the others are written.
+
+    Args:
+        resolution: grid points per axis of the meshes; 0 for none.
+        turns: number of views of the orbit from side to side; 0 for none.
     """
     folder = inversions.folder(case)
-    arms = arms_of(inversions, case)
+    arms = arms_of(inversions, case)  # columns of strip and orbit
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
+    # The video is optional: it renders every arm once per frame.
     if turns:
         write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
     for arm in arms if resolution else ():
@@ -127,20 +137,21 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
             mesh, _ = export_mesh(arm.side.field, MeshOptions(resolution=resolution))
             mesh.save(folder / f"{name}.ply")
         except ValueError as error:  # a shape without a surface
-            print(f"No mesh of {case.name} ({arm.name}): {error}")
+            print(f"{case.name} ({arm.name}) has no mesh: {error}")
 
 
 TITLE = "Inversion with a reward"
-INTERVAL = (
+INTERVAL = (  # of all measures on the page
     "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for"
     " few targets"
 )
 BY_NAME = {measure.name: measure for measure in MEASURES}
-KNEE = 0.5  # dB that the target's own view may lose
+KNEE = 0.5  # dB: largest accepted loss of PSNR at the target's camera
 
 
 def facts(setup: Setup) -> Facts:
-    names = ", ".join(case.name for case in setup.cases[:16])
+    # A long list of names would fill the page.
+    names = ", ".join(case.name for case in setup.cases[:16])  # at most 16
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
@@ -152,14 +163,17 @@ def facts(setup: Setup) -> Facts:
 
 
 def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
-    """Means of every measure by arm, and paired changes of every weight against 0 (against the first where 0
-    is not among them).
+    """Summarise the records: means of every measure by arm, and paired changes of every weight against the
+    base.
+
+    The base is the first weight, which is 0 if 0 is among the weights.
     """
     names = [f"{weight:g}" for weight in weights]
     base = f"{weights[0]:g}"
-    arms = list(dict.fromkeys(record["arm"] for record in records))
-    table: dict[str, dict] = {}
+    arms = list(dict.fromkeys(record["arm"] for record in records))  # in the order of the records
+    table: dict[str, dict] = {}  # measure -> means and paired changes
     for name in (measure.name for measure in MEASURES):
+        # Not every arm has every measure: the truth, for example, has no PSNR.
         values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
         values = {arm: known for arm, known in values.items() if len(known)}
         if values:
@@ -173,20 +187,21 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
 
 
 def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
-    """Whether the reward rises with the weight, the knee, and where the evaluator's value falls.
+    """Check if the reward rises with the weight, find the knee, and find where the evaluator's value falls.
 
     The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A
-    weight over-optimises where the evaluator's mean is below the base's; 'clearly' where the whole interval
-    is.
+    weight over-optimises if the evaluator's mean is below the base's, and 'clearly' if the whole interval is.
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
     evaluated = table["evaluator"]["paired"] if "evaluator" in table else {}
+    # In the order of the weights; the first one that loses too much ends the search.
     knee = base
     for name in names[1:]:
         if table["psnr"]["paired"][name]["mean"] <= -KNEE:
             break
         knee = name
     return {
+        # all() of no pairs is True, so a missing reward needs the check before it.
         "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)),
         "knee": knee,
         "over_optimised": [name for name in names[1:] if name in evaluated and evaluated[name]["mean"] < 0],
@@ -197,11 +212,12 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
 
 
 def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
+    # One weight has nothing to be compared with.
     says = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]
     if len(summary["weights"]) == 1:
         return says
-    last = f"{summary['weights'][-1]:g}"
+    last = f"{summary['weights'][-1]:g}"  # the largest weight
     for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
         if name in table:
             says.append(
@@ -214,7 +230,7 @@ def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[s
             " the next."
         )
     for name in summary["over_optimised"]:
-        sure = "" if name in summary["clearly_over_optimised"] else ", though the interval holds 0"
+        sure = "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
         says.append(
             f"Over-optimised at λ {name}: the evaluator's mean is below that of λ {summary['base']}{sure}."
         )
@@ -222,9 +238,9 @@ def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[s
 
 
 def measure_sentences(summary: Mapping) -> list[str]:
-    """Every measure's mean and its changes."""
+    """Describe every measure's mean and its changes."""
     says = []
-    base = summary["base"]
+    base = summary["base"]  # the arm that changes refer to
     for name, entry in summary["measures"].items():
         ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
         says.append(
@@ -234,27 +250,29 @@ def measure_sentences(summary: Mapping) -> list[str]:
     return [
         *says,
         (
-            "In the figures, dashed: the truth; dotted: the latent before the second stage; a cross:"
-            " over-optimised."
+            "In the figures: dashed is the ground truth, dotted the latent before the second stage; a cross"
+            " marks over-optimised weights."
         ),
     ]
 
 
 def changed(row: Mapping) -> str:
-    """A paired change with its interval, which one target alone does not have."""
+    """Format a paired change with its interval; a single target has no interval."""
     return (
         f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
     )
 
 
 def curves(folder: Path) -> dict:
-    """Means over targets of what each step measured, by stage: {'w': {...}, 'pivot 0.1': {'mse':
-    [[step, mean], ...], ...}}.
+    """Average what each step measured over targets, by stage.
+
+    Returns: {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}.
     """
     sums: dict[str, dict[str, dict[int, list[float]]]] = {}
     for line in (folder / STATS).read_text().splitlines():
         record = json.loads(line)
         stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
+        # The reward and the change of density are measured in some steps only.
         for name in ("loss", "mse", "perceptual", "reward", "moved"):
             if name in record:
                 sums.setdefault(stage, {}).setdefault(name, {}).setdefault(record["step"], []).append(
@@ -270,10 +288,10 @@ def curves(folder: Path) -> dict:
 
 
 def jobs(inversions: Inversions) -> list[Job]:
-    """The page's parts."""
+    """Return the page's parts."""
     setup = inversions.setup
-    records = inversions.records()
-    shown = setup.cases[: setup.shown]
+    records = inversions.records()  # of all targets and arms
+    shown = setup.cases[: setup.shown]  # targets with renders
     strips = {case.name: inversions.folder(case) / STRIP for case in shown}
     inputs = {"records": records}
 
@@ -282,14 +300,14 @@ def jobs(inversions: Inversions) -> list[Job]:
         return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
 
     def stepped(_folder: Path) -> Finding:
-        found = curves(inversions.run.folder)
+        stage_curves = curves(inversions.run.folder)
         rows = [
             {"stage": stage, "measure": name, "step": step, "mean": value}
-            for stage, own in found.items()
-            for name, points in own.items()
+            for stage, by_measure in stage_curves.items()
+            for name, points in by_measure.items()
             for step, value in points
         ]
-        return Finding(facts=facts(setup), data={"curves": found}, rows=rows)
+        return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=rows)
 
     def drawn(folder: Path) -> Finding:
         for name, path in strips.items():
@@ -298,15 +316,15 @@ def jobs(inversions: Inversions) -> list[Job]:
             facts=facts(setup),
             data={},
             images={
-                f"{name}: the target, then {'the truth and ' if case.truth else ''}every weight;"
-                " below the same as shapes": f"strip-{name}.png"
+                f"{name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
+                " below, the same as shapes": f"strip-{name}.png"
                 for name, case in zip(strips, shown, strict=True)
             },
         )
 
-    found = [Job(key="strips", title="Pictures", compute=drawn, inputs=inputs)] if shown else []
+    strip_jobs = [Job(key="strips", title="Renders", compute=drawn, inputs=inputs)] if shown else []
     return [
-        *found,
+        *strip_jobs,
         Job(
             key="weights",
             title="Measures over the weight of the reward",
@@ -325,28 +343,31 @@ def jobs(inversions: Inversions) -> list[Job]:
 
 
 def plot_means(data: dict):
-    """Every measure over the weight, with intervals; dashed: the truth, dotted: before the second stage."""
+    """Plot every measure over the weight, with intervals; dashed: the ground truth, dotted: before the second
+    stage.
+    """
     names = [f"{weight:g}" for weight in data["weights"]]
-    drawn, axes = style.grid(len(data["measures"]), 2.7)
+    figure, axes = style.grid(len(data["measures"]), 2.7)
     for axis, (measure, entry) in zip(axes, data["measures"].items(), strict=True):
         means = entry["means"]
         style.band(axis, range(len(names)), [means[name] for name in names], style.colour("after"), "weights")
         for arm, line in (("truth", "--"), ("w", ":")):
             if arm in means:
                 axis.axhline(means[arm]["mean"], linestyle=line, color=style.colour("noise"))
+        # Only the evaluator's panel marks over-optimised weights.
         for name in data["over_optimised"] if measure == "evaluator" else ():
             axis.plot(
                 [names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9
             )
         axis.set_xticks(range(len(names)), names)
         axis.set(title=f"{measure} ({BY_NAME[measure].better} is better)", xlabel="weight of the reward")
-    return drawn
+    return figure
 
 
 def plot_changes(data: dict):
-    """Paired changes against weight 0, with intervals."""
+    """Plot paired changes against weight 0, with intervals."""
     entries = {name: entry["paired"] for name, entry in data["measures"].items() if entry["paired"]}
-    drawn, axes = style.grid(len(entries), 2.7)
+    figure, axes = style.grid(len(entries), 2.7)
     for axis, (measure, paired) in zip(axes, entries.items(), strict=True):
         for i, row in enumerate(paired.values()):
             error = style.errors(row, lo="mean_lo", hi="mean_hi")
@@ -354,19 +375,20 @@ def plot_changes(data: dict):
         axis.axhline(0, color=style.colour("noise"), linewidth=1)
         axis.set_xticks(range(len(paired)), list(paired))
         axis.set(title=f"change of {measure}", xlabel="weight of the reward")
-    return drawn
+    return figure
 
 
 def plot_steps(measure: str, data: dict):
-    """Means over targets at every step: the latent's stage, then every weight's."""
-    drawn, axes = style.figure(columns=2)
-    for stage, found in data["curves"].items():
-        points = found.get(measure, [])
+    """Plot means over targets at every step: the latent's stage, then every weight's second stage."""
+    figure, axes = style.figure(columns=2)
+    for stage, by_measure in data["curves"].items():
+        points = by_measure.get(measure, [])
         axis, name = (
             (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
         )
         axis.plot(
             [p[0] for p in points],
+            # The axis is logarithmic; a loss of exactly 0 needs a positive value.
             [max(p[1], 1e-12) for p in points],
             label=f"λ {name}" if axis is axes[1] else name,
             linewidth=1,
@@ -374,4 +396,4 @@ def plot_steps(measure: str, data: dict):
     for axis, title in zip(axes, ("the latent", "the generator"), strict=True):
         axis.set(title=f"{measure}: {title}", xlabel="step", yscale="log")
         axis.legend(fontsize="small")
-    return drawn
+    return figure

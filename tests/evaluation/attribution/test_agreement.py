@@ -12,7 +12,7 @@ from eg3d_rlhf.evaluation.attribution.attribution_report import (
     by_region,
     diverging,
     labels_at,
-    picture,
+    render_coloured_mesh,
     slab_index,
     voxels_at,
 )
@@ -99,7 +99,7 @@ def test_colours_and_picture():
         114,
         178,
     )
-    drawn = picture(vertices, faces, colours, resolution=64)
+    drawn = render_coloured_mesh(vertices, faces, colours, resolution=64)
     assert (
         (drawn[0, 0] == 255).all()
         and drawn[32, 18, 2] > drawn[32, 18, 0]

@@ -15,7 +15,7 @@ from eg3d_rlhf.evaluation.inversion import inversion_report as report
 from eg3d_rlhf.evaluation.inversion import inversion_runs as running
 from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
-from eg3d_rlhf.evaluation.inversion.targets import Evaluators, measure, parse_camera, turned
+from eg3d_rlhf.evaluation.inversion.targets import Evaluators, measure, parse_camera, rotated_camera
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera
 from eg3d_rlhf.modes import inversion as invert
@@ -164,7 +164,7 @@ def test_cameras(generator):
     assert torch.equal(parse_camera(generator, "0.2,-0.1"), camera(generator, 0.2, -0.1))
     text = ",".join(str(v) for v in camera(generator, 0.3)[0].tolist())
     assert torch.allclose(parse_camera(generator, text), camera(generator, 0.3))
-    about = turned(camera(generator), 0.4, generator.cameras.pivot)
+    about = rotated_camera(camera(generator), 0.4, generator.cameras.pivot)
     assert any(torch.allclose(about, camera(generator, yaw), atol=1e-5) for yaw in (0.4, -0.4))
 
 

@@ -133,10 +133,10 @@ def test_the_mean_latent_and_the_deviation(generator, prior):
         torch.randn(4000, generator.z_dim, generator=torch.Generator().manual_seed(1)),
         camera(generator, n=4000),
     )[:, 0]
-    assert prior.deviation == pytest.approx(
+    assert prior.standard_deviation == pytest.approx(
         float((w - w.mean(dim=0)).norm(dim=1).square().mean().sqrt()), rel=0.03
     )
-    assert float((prior.mean[0, 0] - w.mean(dim=0)).norm()) < 0.05 * prior.deviation
+    assert float((prior.mean[0, 0] - w.mean(dim=0)).norm()) < 0.05 * prior.standard_deviation
 
 
 class Lpips(torch.nn.Module):
