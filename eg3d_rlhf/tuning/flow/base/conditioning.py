@@ -1,7 +1,8 @@
 """Conditioning of flows: one tensor of tokens, or several tensors by name, with a row per sample.
 
-A prompt is the name of a conditioning input: a text, or the name of an image. Embeddings are stored by prompt,
-either in one file that this package writes, or in a folder of another program with one file per prompt.
+A prompt is the name of a conditioning input: a text, or the name of an image. Embeddings are stored by
+prompt, either in one file that this package writes, or in a folder of another program with one file per
+prompt.
 
 Shape letters: N samples, L tokens, E their size.
 """
@@ -24,7 +25,7 @@ Condition = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 def each(change: Callable[..., torch.Tensor], condition: Condition, *others: Condition) -> Condition:
-    """Apply `change` to each tensor of the conditioning, together with the tensors of the same name in `others`.
+    """Apply `change` to each tensor of the conditioning and to the tensors of the same name in `others`.
 
     Raises: ValueError where another conditioning has tensors of other names.
     """
@@ -67,7 +68,7 @@ def rows(condition: Condition) -> int:
 
 def expanded(empty: Condition, condition: Condition) -> Condition:
     """Repeat an empty conditioning of one row for each row of `condition`; one of N rows stays as it is."""
-    # expand_as makes a view: the rows share memory, so nobody may write into the result
+    # expand_as makes a view: the rows share memory, so the result must not be written to
     return each(lambda null, full: null.expand_as(full) if len(null) == 1 else null, empty, condition)
 
 
@@ -144,7 +145,7 @@ class Conditions:
         return form_of(next(iter(self.tokens.values())))
 
     def check(self, who: str, expected: Mapping[str, list[int]] | list[int], encoder: str) -> None:
-        """Raise ValueError, whose message begins with `who`, unless every embedding has the expected shape."""
+        """Raise ValueError, beginning with `who`, unless every embedding has the expected shape."""
         if self.form != expected:
             source = f" of {self.encoder}" if self.encoder else ""
             raise ValueError(
@@ -297,7 +298,7 @@ def read_array(path: Path, key: str | None = None) -> torch.Tensor:
         ) from None
     if isinstance(content, Mapping):
         names = list(content)
-        # a single array is unambiguous, whatever its name is
+        # a single array is unambiguous under any name
         chosen = key if key in names else names[0] if len(names) == 1 else None
         if chosen is None:
             raise ValueError(

@@ -47,7 +47,7 @@ def evaluate(
     S = evaluation.per_condition
     # a batch holds whole prompts, so that each row of S scores is complete
     block = max(1, evaluation.batch // S)
-    all_conditions, all_seeds = evaluation.crossed(problem)
+    all_prompts, all_seeds = evaluation.crossed(problem)
     for i in tqdm(
         range(0, len(names), block),
         desc="evaluation",
@@ -57,13 +57,13 @@ def evaluate(
     ):
         part = names[i : i + block]
         rows = slice(i * S, (i + block) * S)
-        conditions = all_conditions[rows]
+        prompts = all_prompts[rows]
         seeds = all_seeds[rows]
         left = {stage: places[rows] for stage, places in (given or {}).items()}
-        assets = generate(problem.pipeline, conditions, seeds, models, evaluation.batch, left)
-        values = {name: evaluator(assets, conditions) for name, evaluator in evaluators.items()}
+        assets = generate(problem.pipeline, prompts, seeds, models, evaluation.batch, left)
+        values = {name: evaluator(assets, prompts) for name, evaluator in evaluators.items()}
         if problem.parts is not None:
-            values |= problem.parts(assets, conditions)
+            values |= problem.parts(assets, prompts)
         for name, value in values.items():
             if not bool(value.isfinite().all()):
                 raise ValueError(

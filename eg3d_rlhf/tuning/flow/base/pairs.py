@@ -1,4 +1,4 @@
-"""Preference pairs of a stage's latents, from people or from the circular loop, and the folders that hold them.
+"""Preference pairs of a stage's latents, from people or from the circular loop, and folders that hold them.
 
 DPO trains on these pairs. A folder holds the pairs of one stage:
 
@@ -70,7 +70,7 @@ class PreferencePair:
             if bad:
                 got = f"{bad} of {values.numel()} numbers NaN or infinite"
                 raise ValueError(f"{who}, {name}: expected finite latents, got {got}. Drop the pair.")
-            # a voxel that occurs twice would get two noises, and count twice in the error
+            # a repeated voxel would count twice in the flow-matching error
             twice = (
                 len(latent.coords) - len(torch.unique(latent.places))
                 if isinstance(latent, SparseSample)
@@ -172,7 +172,7 @@ def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None
     repeated = [name for name, n in Counter(example.id for example in examples).items() if n > 1]
     if repeated:
         raise ValueError(
-            f"{who}: expected unique ids, got {len(repeated)} repeated ids, such as {repeated[0]!r}. Number the"
+            f"{who}: expected unique ids, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the"
             f" {what}."
         )
 

@@ -69,8 +69,8 @@ class Problem:
         # tuning optimises what weighs or chooses, so the same reward would overrate the tuned generator
         if self.final is not None and any(self.final is other for other in (self.reward, self.chooser)):
             raise ValueError(
-                "Problem.final: expected a separate held-out reward, got one that also weighs pairs or chooses"
-                " checkpoints. Pass another reward."
+                "Problem.final: expected a separate held-out reward, got one that also weighs pairs or"
+                " chooses checkpoints. Pass another reward."
             )
 
     @property

@@ -108,7 +108,7 @@ def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
     """Write the latents of one asset, by stage, to a file."""
     stages = list(latents)
-    # stages are numbered in keys, since a stage's name may contain a dot; the metadata holds the names
+    # keys number the stages; the metadata holds their names in the same order
     tensors = {
         f"{i}.{part}": x
         for i, stage in enumerate(stages)
@@ -182,7 +182,7 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
     """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
-        # latents come first: they need no encoding, whose result would differ from the sampled latents
+        # latents come first, since they need no encoding
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return sampled_candidate(record, name, folder, pipeline, ranked)
         condition, file = _named(record, "condition", "asset")
