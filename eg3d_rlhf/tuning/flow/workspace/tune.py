@@ -89,8 +89,8 @@ class StageLabels:
             got = ", ".join(f"{count} {use}" for use, count in counts.items())
             raise ValueError(
                 f"tune({self.conditioned.stage.name}): expected labels for at least 1 prompt to train on, 1"
-                f" to choose on and {LEAST_CONDITIONS} to test on, got {got}. Label assets of more prompts, or"
-                " hold out more of them."
+                f" to choose on and {LEAST_CONDITIONS} to test on, got {got}. Label assets of more prompts,"
+                " or hold out more of them."
             )
 
     def randomised(self, seed: int) -> "StageLabels":
@@ -406,8 +406,8 @@ def markdown(data: Mapping) -> str:
             "Accuracy: share of held-out pairs that the network's implicit reward orders as people did. The"
             " prompts of held-out pairs were used neither for training nor for choosing a checkpoint."
             f" Brackets: {data['confidence']:.1%} intervals over prompts. Learnable signal: both intervals"
-            " are above chance, so that random answers pass in at most 5 % of tunings. Error of the preferred:"
-            " relative rise of the flow-matching error of preferred assets; a rise (likelihood displacement)"
+            " are above chance, so that random answers pass in at most 5 % of tunings. Error of the"
+            " preferred: relative rise of the flow-matching error of preferred assets; a rise (likelihood displacement)"
             " means worse samples."
         ),
     ]
