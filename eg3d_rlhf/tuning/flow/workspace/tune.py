@@ -407,8 +407,8 @@ def markdown(data: Mapping) -> str:
             " prompts of held-out pairs were used neither for training nor for choosing a checkpoint."
             f" Brackets: {data['confidence']:.1%} intervals over prompts. Learnable signal: both intervals"
             " are above chance, so that random answers pass in at most 5 % of tunings. Error of the"
-            " preferred: relative rise of the flow-matching error of preferred assets; a rise (likelihood displacement)"
-            " means worse samples."
+            " preferred: relative rise of the flow-matching error of preferred assets; a rise (likelihood"
+            " displacement) means worse samples."
         ),
     ]
     if data["evaluators"]:
