@@ -1,9 +1,9 @@
 """The toy as a pipeline of two stages: target shapes and colours, prompts, drafts with defects, and assets.
 
 A prompt such as "red ball" names a shape and a colour. The toy's generator was trained on drafts, each with
-its own strength of every defect. A draft is the input of the decoder: a structure, and per voxel a colour and a
-size d. The decoder removes a voxel with d < 0. It fills an empty place beside at least two voxels with d > 1.
-So d can correct defects of a structure, and does so in drafts for some of their floaters and holes.
+its own strength of every defect. A draft is the input of the decoder: a structure, and per voxel a colour and
+a size d. The decoder removes a voxel with d < 0. It fills an empty place beside at least two voxels with d >
+1. So d can correct defects of a structure, and does so in drafts for some of their floaters and holes.
 """
 
 import functools
