@@ -1,1 +1,1 @@
-"""One run of a long job: folder, lock, record, states, tasks, pages and pictures."""
+"""One run of a long job: folder, lock, record, states, tasks, report pages and images."""

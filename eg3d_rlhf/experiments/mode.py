@@ -1,4 +1,4 @@
-"""A mode of train.py, and whatever else runs in a folder: its settings, what they open, and its work.
+"""Modes of train.py and other jobs that run in a folder: settings, opening of their files, and the work.
 
     CLIMB = Mode(
         name="climb",
@@ -9,12 +9,13 @@
     )
     MODES.add("climb", CLIMB)
 
-    def open_climb(settings: ClimbConfig, run: Run):       raises ValueError before there is a folder; notes
-                                                           its files in run.inputs
-    def climb(settings: ClimbConfig, opened, run: Run):    what is left to do of the run, new or resumed
+    def open_climb(settings: ClimbConfig, run: Run):       checks and opens what the settings name; raises
+                                                           ValueError before there is a folder; adds its
+                                                           files to run.inputs
+    def climb(settings: ClimbConfig, opened, run: Run):    does the remaining work of a new or resumed run
 
-Folder, lock, record, --resume, --dry-run, --outdir, --desc, --seed, --device, --timeout, signals and ranks
-come from here.
+This module handles the folder, its lock and record, --resume, --dry-run, --outdir, --desc, --seed, --device,
+--timeout, signals and ranks.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ from eg3d_rlhf.core.cli import Decorator, GroupedCommand, choose_device, option,
 from eg3d_rlhf.experiments.process import StoppedError, sigterm_interrupts
 from training.config import built, from_dict
 
-if TYPE_CHECKING:  # they bring torch, which --help is spared
+if TYPE_CHECKING:  # these import torch, which would slow down --help
     from _typeshed import DataclassInstance
 
     from eg3d_rlhf.experiments.run import Run
@@ -43,13 +44,13 @@ if TYPE_CHECKING:  # they bring torch, which --help is spared
 S = TypeVar("S", bound="DataclassInstance")
 RUN = "Run"
 FOLDER = click.Path(path_type=Path, file_okay=False)
-FREE = frozenset({"resume", "device", "timeout", "dry_run"})  # what may stand beside --resume
+FREE = frozenset({"resume", "device", "timeout", "dry_run"})  # flags that are allowed with --resume
 
 
 class Flags(dict[str, Any]):
-    """What a command line says, by name; None: not given, so that a preset or a problem may decide.
+    """Values of a command line's flags, by name; None: not given, so that a preset or a problem decides.
 
-    Args: written: names that it holds.
+    Args: written: names of the flags that were typed.
     """
 
     def __init__(self, values: Mapping[str, Any] = {}, written: Iterable[str] = ()):  # noqa: B006 (only read)
@@ -57,11 +58,11 @@ class Flags(dict[str, Any]):
         self.written = frozenset(written)
 
     def some(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Those that are given, under the names of fields. Args: names: of flags -> of fields."""
+        """Return the given flags under the names of fields. Args: names: name of the flag -> of the field."""
         return {field: self[name] for name, field in names.items() if self.get(name) is not None}
 
     def of(self, kind: type) -> dict[str, Any]:
-        """What is given of the knobs of a settings dataclass, by field."""
+        """Return the given values of a settings dataclass's knobs, by field."""
         knobs = {
             field.name: field.metadata["knob"]
             for field in dataclasses.fields(kind)
@@ -70,55 +71,57 @@ class Flags(dict[str, Any]):
         return self.some({knob.name or name: name for name, knob in knobs.items()})
 
     def belong(self, names: Iterable[str], applies: bool, where: str) -> None:
-        """Refuse those of `names` that were written where they do not apply.
+        """Raise ValueError if any of `names` was typed but does not apply.
 
-        Raises: ValueError naming them, and `where` they do.
+        Args: applies: the flags have an effect here; where: they have one, for the message.
         """
         extra = [flag(name) for name in names if name in self.written]
         if extra and not applies:
             raise ValueError(
-                f"{', '.join(extra)}: belongs to {where}, and would have no effect here. Leave it out."
+                f"{', '.join(extra)}: applies to {where} only, and would have no effect here. Remove it."
             )
 
 
 def flag(name: str) -> str:
+    """Return the flag of a parameter's name."""
     return "--" + name.replace("_", "-")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mode(Generic[S]):
-    """One mode. Only name, help, settings, open and work have no default."""
+    """One mode of train.py. Only name, help, settings, open and work have no default."""
 
-    name: str
+    name: str  # value of --mode
     help: str
     settings: type[S]  # a dataclass of knobs, maybe nested
-    # what the settings name, checked before there is a folder; files go into run.inputs
+    # opens and checks what the settings name, before there is a folder; adds the files to run.inputs
     open: Callable[[S, "Run"], Any]
-    work: Callable[[S, Any, "Run"], None]  # what is left to do of a run
+    work: Callable[[S, Any, "Run"], None]  # does the remaining work of a run
     title: Callable[[S, Any], str] | None = None  # (settings, opened) -> name of the folder; None: the mode's
-    flags: Decorator | None = None  # a decorator: flags of its own; None: one for each knob
+    flags: Decorator | None = None  # decorator that adds the mode's flags; None: one flag for each knob
     resolve: Callable[[Flags], S] | None = None  # settings of a command line; None: knobs by name
-    # (settings, opened) -> what is recorded; None: the mode's name and the settings
+    # (settings, opened) -> content of training_options.json; None: the mode's name and the settings
     record: Callable[[S, Any], Mapping[str, Any]] | None = None
     # settings of the run that --resume names; None: inverse of `record`
     recorded: Callable[[Path, Flags, "Ranks"], S] | None = None
-    shown: Callable[[S], Mapping[str, Any]] | None = None  # what --dry-run prints; None: the settings
-    # what --help takes the defaults of flags from, see core.cli.HelpValues; None: the settings
+    shown: Callable[[S], Mapping[str, Any]] | None = None  # JSON that --dry-run prints; None: the settings
+    # objects from which --help reads the defaults of flags, see core.cli.HelpValues; None: the settings
     defaults: Callable[[Flags], Iterable[object]] | None = None
-    on_cpu: Callable[[S], bool] | None = None  # whether --device=auto means the CPU
-    jobs: str = ""  # what --jobs shares among processes; "": nothing, and there is no such flag
-    beside_resume: frozenset[str] = frozenset()  # flags of its own that may stand beside --resume
+    on_cpu: Callable[[S], bool] | None = None  # true where --device=auto means the CPU
+    jobs: str = ""  # work that --jobs divides among processes; "": none, and there is no such flag
+    beside_resume: frozenset[str] = frozenset()  # flags of the mode that are allowed with --resume
     # settings that a resumed run may change; None: all, they come from its state
     changes: frozenset[str] | None = frozenset()
-    again: str = "--resume=RUN"  # what goes on with a run that was stopped
-    # whether a folder that was begun has something to go on from
+    again: str = "--resume=RUN"  # flag that resumes a stopped run, for a message
+    # true for a begun folder that holds a state from which to resume
     resumable: Callable[[Path], bool] = lambda folder: True
 
     def start(
         self, settings: S, outdir: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """A new run in `outdir`, or, after a restart by torchrun, the one that this launch had begun. Returns
-        its folder.
+        """Start a new run in `outdir`, and return its folder.
+
+        After a restart by torchrun, the run that this launch had begun is resumed instead.
         """
         from eg3d_rlhf.experiments.run import begun_by_this_launch, next_free
         from training.distributed import SINGLE
@@ -126,6 +129,7 @@ class Mode(Generic[S]):
         flags = flags or Flags()
         ranks = ranks or SINGLE
         begun = begun_by_this_launch(outdir, ranks)
+        # rank 0 decides for all: ranks that disagreed would wait for each other forever
         if begun and ranks.broadcast(self.resumable(begun) if ranks.main else None):
             return self.go_on(settings, begun, flags, ranks)
 
@@ -142,14 +146,15 @@ class Mode(Generic[S]):
         flags: Flags | None = None,
         ranks: "Ranks | None" = None,
     ) -> Path:
-        """A new run in a folder, or one named by what was opened; where it is taken, in the next free one.
-        Returns it.
+        """Start a new run in a folder, and return the folder.
+
+        Args: folder: or a function of what was opened. If the numbered folder is taken, the next one is used.
         """
         from eg3d_rlhf.experiments.run import claim
 
         run = self._run(folder if isinstance(folder, Path) else Path(), settings, flags, ranks)
         opened = self._open(settings, run)
-        # now: a mistake leaves no folder behind
+        # only after opening, so that a user's mistake leaves no empty folder
         run.folder = claim(folder if isinstance(folder, Path) else folder(opened), run.ranks)
         with run:
             run.begin()
@@ -159,12 +164,13 @@ class Mode(Generic[S]):
     def go_on(
         self, settings: S, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None
     ) -> Path:
-        """Go on with a run where it was. Args: source: its folder, or a state in it. Returns the folder.
+        """Resume a run, and return its folder. Args: source: the folder, or a state in it.
 
-        Raises: ValueError where files that it started from, or settings, have changed.
+        Raises: ValueError where settings, or files that it started from, have changed.
         """
         run = self._run(source if source.is_dir() else source.parent, settings, flags, ranks)
         run.resumed = source
+        # the lock comes first here: another process may still be writing states
         with run:
             opened = self._open(settings, run)
             run.resume(self.changes)
@@ -172,7 +178,7 @@ class Mode(Generic[S]):
         return run.folder
 
     def read(self, source: Path, flags: Flags | None = None, ranks: "Ranks | None" = None) -> S:
-        """Settings of a run. Raises: FileNotFoundError; ValueError for a folder of another mode."""
+        """Read the settings of a run. Raises: FileNotFoundError; ValueError for a folder of another mode."""
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
         from training.distributed import SINGLE
 
@@ -184,15 +190,18 @@ class Mode(Generic[S]):
         from eg3d_rlhf.experiments.run import Run
         from training.distributed import SINGLE
 
+        """Make the `Run`, with its device; nothing is written yet."""
         flags = flags or Flags()
         ranks = ranks or SINGLE
         name = flags.get("device") or "auto"
         if name == "auto" and self.on_cpu is not None and self.on_cpu(settings):
             name = "cpu"
+        # under torchrun each rank has its device already
         device = ranks.device if ranks.world > 1 else choose_device(name)
         return Run(folder, {}, ranks=ranks, device=str(device), jobs=flags.get("jobs") or 1, flags=flags)
 
     def _open(self, settings: S, run: "Run") -> Any:
+        """Open what the settings name, and set the record of the run."""
         opened = self.open(settings, run)
         run.settings = dict(
             {"mode": self.name, "settings": dataclasses.asdict(settings)}
@@ -202,13 +211,14 @@ class Mode(Generic[S]):
         return opened
 
     def _work(self, settings: S, opened: Any, run: "Run") -> None:
+        """Print the folder, then do the work."""
         if run.ranks.main:
             print(f"Run folder {run.folder}.", flush=True)
         self.work(settings, opened, run)
 
     @functools.cached_property
     def command(self) -> GroupedCommand:
-        """The click command: the common flags and the mode's own."""
+        """Make the click command, with the common flags and those of the mode."""
         mode = self
 
         @click.command(
@@ -221,6 +231,7 @@ class Mode(Generic[S]):
         @self.flags or options_of(self.settings)
         @click.pass_context
         def command(context: click.Context, /, **given: Any) -> Path | None:
+            # a resumed run takes its settings from its record, so other flags would be ignored
             flags = flags_of(context)
             resume = given["resume"]
             extra = (
@@ -230,8 +241,8 @@ class Mode(Generic[S]):
             )
             if extra:
                 raise ValueError(
-                    f"{', '.join(map(flag, extra))}: expected the run's own with --resume, got others. Leave"
-                    " out."
+                    f"{', '.join(map(flag, extra))} cannot be combined with --resume, which uses the settings"
+                    f" of the run. Remove {'it' if len(extra) == 1 else 'them'}."
                 )
             settings: Any = None if resume is not None else mode.settings_of(flags)
             if given["dry_run"]:
@@ -257,7 +268,7 @@ class Mode(Generic[S]):
         return settings
 
     def shown_by_help(self, context: click.Context) -> Iterable[object]:
-        """Return what --help takes the defaults of flags from."""
+        """Return the objects from which --help reads the defaults of flags."""
         flags = flags_of(context)
         if flags["resume"] is not None:
             return [self.read(flags["resume"], flags)]
@@ -272,40 +283,42 @@ def flags_of(context: click.Context) -> Flags:
 
 @contextlib.contextmanager
 def running(device: str | None, timeout: float, again: str) -> "Iterator[Ranks]":
-    """The ranks of a run. One that was stopped says what goes on with it (`again`),
-    and ends with status 130.
+    """Open the process group of a run, and yield its ranks.
+
+    A run that is stopped by a signal prints how to resume it (`again`), and exits with status 130.
     """
     from training.distributed import process_group
 
     group = process_group(choose_device(device or "auto"), timeout)
-    # Inside the group once more: it ends the process with the status that it sees leaving.
+    # twice: inside, so that the group sees the exit status on leaving; outside, for a stop before it is open
     with _ends_with_130(again), sigterm_interrupts(), group as ranks, _ends_with_130(again):
         yield ranks
 
 
 @contextlib.contextmanager
 def _ends_with_130(again: str) -> Iterator[None]:
-    """Exit with status 130, as shells do for SIGINT, where a run was stopped."""
+    """Exit with status 130, as shells do for SIGINT, if the run was stopped."""
     try:
         yield
     except (StoppedError, KeyboardInterrupt) as stopped:
-        click.echo(f"Stopped{f': {stopped}' if str(stopped) else '.'} {again} goes on from there.", err=True)
+        click.echo(f"Stopped{f': {stopped}' if str(stopped) else '.'} Resume with {again}.", err=True)
         sys.exit(130)
 
 
 def refuse_torchrun(several: bool, flags: str) -> None:
-    """Raises: ValueError where several trainings meet torchrun's several processes.
+    """Raise ValueError for several trainings under torchrun with several processes.
 
-    Args: flags: that ask for several.
+    Args: several: several trainings are requested; flags: that request them, for the message.
     """
     if several and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"{flags}: expected one process for several trainings, got torchrun's several. Use --jobs."
+            f"{flags}: expected one process for several trainings, got several processes of torchrun. Start"
+            " without torchrun, and use --jobs."
         )
 
 
 def run_flags(mode: Mode[S]) -> Decorator:
-    """A decorator: what every mode takes."""
+    """Make the decorator that adds the flags of every mode."""
     least = click.IntRange(min=0)
     flags = [
         option(
@@ -314,7 +327,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="NAME",
             default=mode.name,
             expose_value=False,
-            help="What is trained.",
+            help="Kind of training.",
         ),
         option(
             "--outdir",
@@ -322,15 +335,15 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="DIR",
             type=FOLDER,
             default=Path("runs"),
-            help="Runs are numbered inside it.",
+            help="Folder in which numbered run folders are made.",
         ),
-        # a flag of EG3D's
+        # EG3D has this flag too; it matters most for its mode, and is listed as rare for the others
         option(
             "--desc",
             group=RUN,
             rare=mode.name != "gan",
             metavar="TEXT",
-            help="Added to the run folder's name.",
+            help="Text added to the name of the run folder.",
         ),
         option("--seed", group=RUN, metavar="INT", type=least, default=0, help="Random seed."),
         option(
@@ -338,7 +351,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             group=RUN,
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
-            help="Where to run.",
+            help="Device to run on. auto: CUDA if available.",
         ),
         option(
             "--resume",
@@ -357,7 +370,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
             metavar="MINUTES",
             type=click.FloatRange(min=0, min_open=True),
             default=30,
-            help="With torchrun: longest wait for another process.",
+            help="With torchrun: longest wait for another process, in minutes.",
         ),
     ]
     if mode.jobs:
@@ -368,7 +381,7 @@ def run_flags(mode: Mode[S]) -> Decorator:
                 metavar="INT",
                 type=click.IntRange(min=1),
                 default=2,
-                help=f"With {mode.jobs}: processes, of one thread each.",
+                help=f"With {mode.jobs}: number of processes, with one thread each.",
             )
         )
     return together(*flags)

@@ -1,10 +1,9 @@
-"""What a report consists of: findings, computed once, kept as JSON, from which every figure, table and page
-is made.
+"""Reports: findings that are computed once and kept as JSON, and their figures, tables and pages.
 
-compute -> JSON -> plot: a job's `compute` gives a finding, which is written to <out>/data/<key>.json; plots
-read that file alone. Jobs are cached by what they depend on, so that a second call or one after a crash goes
-on where the first stopped. Pages need neither network nor libraries, and work from disk with mouse, touch and
-keyboard; the report is dark or light and prints well.
+compute -> JSON -> plot: a job's `compute` returns a finding, which is written to <out>/data/<key>.json; plots
+read that file only. Jobs are cached by their inputs, so that a second call, or a call after a crash, resumes.
+Pages need neither network nor libraries, and work from disk with mouse, touch and keyboard. The report has a
+light and a dark theme, and can be printed.
 Letters: V vertices, F faces.
 """
 
@@ -36,17 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a figure must state so that it can be judged and made again."""
+    """Facts that a figure states, so that a reader can assess and reproduce it."""
 
-    n: int  # items behind it
-    unit: str = "latents"  # what an item is
-    seeds: str = ""  # '200000..200099'
+    n: int  # number of items
+    unit: str = "latents"  # plural noun for the items
+    seeds: str = ""  # such as '200000..200099'
     psi: float | None = None  # truncation
     # role ('before', 'after', 'reward') -> SHA-256, shown to 12 digits
     networks: Mapping[str, str] = field(default_factory=dict)
-    interval: str = ""  # how intervals are made: '95 % percentile bootstrap over latents, 10,000 resamples'
+    interval: str = ""  # method, such as '95 % percentile bootstrap over latents, 10,000 resamples'
 
     def line(self) -> str:
+        """Format the facts as one line for the foot of a figure."""
         parts = [
             f"n = {self.n:,} {self.unit}",
             self.seeds and f"seeds {self.seeds}",
@@ -62,15 +62,17 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The result of one computation, in JSON types."""
+    """Result of one computation, in JSON types."""
 
     facts: Facts
-    data: dict[str, Any]  # what the plots read
-    rows: Sequence[Mapping[str, Any]] = ()  # the table behind the figures, one mapping a line: written as CSV
-    says: Sequence[str] = ()  # sentences: what the numbers show, and what they do not
+    data: dict[str, Any]  # read by the plots
+    rows: Sequence[Mapping[str, Any]] = ()  # table of the figures' numbers, one mapping per line; CSV
+    says: Sequence[str] = ()  # sentences that state what the numbers show, and what they do not
     images: Mapping[str, str] = field(default_factory=dict)  # caption -> PNG file beside the JSON
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types."""
+        # through JSON, so that a fresh finding equals one that was read from its file
         values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return values
 
@@ -79,12 +81,12 @@ class Finding:
 class Job:
     """One part of a report.
 
-    `compute(folder)` returns the finding and may write pictures into `folder`; `inputs` names all that the
-    result depends on besides the code, in JSON types (hashes of files, seeds, options): the finding is
+    `compute(folder)` returns the finding, and may write images into `folder`. `inputs` lists everything that
+    the result depends on besides the code, in JSON types (hashes of files, seeds, options). The finding is
     computed again when they or `version` change.
     """
 
-    key: str  # file name of the finding and anchor of its section
+    key: str  # file name of the finding, and HTML id of its section
     title: str
     compute: Callable[[Path], Finding]
     # name -> function of Finding.data that returns a matplotlib figure
@@ -94,11 +96,12 @@ class Job:
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All columns of all lines of a table, in order of first appearance."""
+    """List the columns of all lines of a table, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format a table as CSV."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -107,12 +110,12 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def identity_of_file(path: str | Path | None) -> str | None:
-    """SHA-256 of a file that a job reads; None for none."""
+    """Hash a file that a job reads with SHA-256; None for no file."""
     return None if path is None else file_hash(path)
 
 
 def seed_range(seeds: Sequence[int]) -> str:
-    """'200000..200099' where the seeds are consecutive, else their number and ends."""
+    """Describe seeds: '200000..200099' if they are consecutive, else their number and their range."""
     first = seeds[0]
     last = seeds[-1]
     return (
@@ -123,18 +126,19 @@ def seed_range(seeds: Sequence[int]) -> str:
 
 
 def data_file(out: Path, key: str) -> Path:
+    """Return the JSON file of a finding."""
     return out / "data" / f"{key}.json"
 
 
 def _finding(out: Path, key: str) -> Finding:
-    """The finding that <out>/data holds."""
+    """Read a finding from <out>/data; findings of version 0.1 get the names of this version."""
     values = version_0_1.finding(key, json.loads(data_file(out, key).read_text()))
     known = {f.name: values[f.name] for f in dataclasses.fields(Finding)}
     return Finding(**{**known, "facts": Facts(**known["facts"])})
 
 
 def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, Any]]:
-    """Compute a finding and write it with its pictures into <out>/data."""
+    """Compute a finding, and write it into <out>/data, where its images are as well."""
     path = data_file(out, job.key)
     finding = job.compute(path.parent)
     values = {"title": job.title, **finding.to_dict()}
@@ -143,10 +147,9 @@ def _compute(job: Job, out: Path, _folder: Path) -> tuple[list[Path], dict[str, 
 
 
 def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False) -> dict[str, Finding]:
-    """Compute what is not there yet, draw all figures, write the tables.
+    """Compute the missing findings, draw all figures, and write the tables.
 
-    Args: out: the report's folder, made where missing; fresh: compute everything again; quiet: no progress
-        bar.
+    Args: out: the report's folder, made if missing; fresh: compute everything again; quiet: no progress bar.
     Returns: findings by key, in order of the jobs.
     """
     store = Store(out / "data" / "store", hashed=False, renew=True)
@@ -158,6 +161,7 @@ def run(jobs: Sequence[Job], out: Path, fresh: bool = False, quiet: bool = False
             if fresh:
                 shutil.rmtree(store.folder(job.key, inputs), ignore_errors=True)
             store.make(job.key, inputs, partial(_compute, job, out))
+            # read back from the file, so that figures depend on the JSON alone
             finding = findings[job.key] = _finding(out, job.key)
             if finding.rows:
                 write_atomic(out / "data" / f"{job.key}.csv", csv_text(finding.rows).encode())
@@ -179,7 +183,7 @@ def draw(job: Job, out: Path) -> None:
 
 
 def first_sentences(jobs: Sequence[Job], findings: Mapping[str, Finding]) -> list[str]:
-    """Lines for a terminal: each job's name and the first thing that its finding says, wrapped."""
+    """Format lines for a terminal: each job's name and the first sentence of its finding, wrapped."""
     width = max(len(job.key) for job in jobs) + 2
     says = [(job.key, textwrap.wrap(next(iter(findings[job.key].says), ""), 110) or [""]) for job in jobs]
     return [f"{'' if i else key:<{width}}{line}" for key, lines in says for i, line in enumerate(lines)]
@@ -193,13 +197,14 @@ STATIC = Path(__file__).parent / "static"
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes as a data: address of the given media type."""
+    """Encode bytes as a data: address of the given media type."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def fill(name: str, **values: object) -> str:
-    """The template static/<name>.html with its style sheet, its script and these values, escaped but for what
-    `safe` has marked.
+    """Fill the template static/<name>.html with its style sheet, its script and these values.
+
+    Values are escaped, except those that `safe` has marked.
     """
     import jinja2
 
@@ -207,12 +212,12 @@ def fill(name: str, **values: object) -> str:
         loader=jinja2.FileSystemLoader(STATIC), autoescape=True, keep_trailing_newline=True
     )
     files = {key: STATIC / f"{name}.{kind}" for key, kind in (("css", "css"), ("script", "js"))}
-    own = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
-    return environment.get_template(f"{name}.html").render(**own, **values)
+    parts = {key: safe(path.read_text()) for key, path in files.items() if path.is_file()}
+    return environment.get_template(f"{name}.html").render(**parts, **values)
 
 
 def safe(text: str) -> "Markup":
-    """Text that is HTML, or CSS or JavaScript of ours, already."""
+    """Mark text that must not be escaped: HTML, or this package's CSS or JavaScript."""
     import markupsafe
 
     return markupsafe.Markup(text)
@@ -227,17 +232,17 @@ def write_page(
     summary: Sequence[str] = (),
     extra: str = "",
 ) -> Path:
-    """Assemble the report's page from the files that `jobs.run` wrote beside it.
+    """Assemble the report's page from the files that `run` wrote beside it.
 
     Args:
-        path: <out>/index.html; introduction: one paragraph of plain text; summary: sentences that stand
-            first.
-        extra: HTML of the caller's, after the sections (an interactive view).
+        path: <out>/index.html; introduction: one paragraph of plain text; summary: sentences at the top.
+        extra: HTML that is appended after the sections, such as an interactive view.
     Returns: path.
     """
     out = path.parent
 
     def cell(value: object) -> str:
+        """Format a value of a table."""
         text = (
             f"{value:.4g}"
             if isinstance(value, float)
@@ -248,9 +253,8 @@ def write_page(
         return "" if value is None else text
 
     def svg(name: str) -> "Markup":
-        """A figure as an element of the page; its ids are made its own,
-        since several figures share the page.
-        """
+        """Return a figure as an element of the page."""
+        # matplotlib repeats ids between figures; on one page they must be unique, so the name is prefixed
         drawn = (out / "figures" / f"{name}.svg").read_text()
         drawn = re.sub(r'\bid="', f'id="{name}-', drawn[drawn.index("<svg") :])
         return safe(re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", drawn.replace('xlink:href="#', 'href="#')))
@@ -265,7 +269,8 @@ def write_page(
         columns=columns,
         cell=cell,
         svg=svg,
-        lines=40,  # of a table shown on the page; the whole is in the CSV
+        lines=40,  # of a table that the page shows; all lines are in the CSV
+        # the name that the template uses
         picture=lambda name: data_uri((out / "data" / name).read_bytes(), "image/png"),
         json_uri=lambda job: data_uri(data_file(out, job.key).read_bytes(), "application/json"),
         csv_uri=lambda finding: data_uri(csv_text(finding.rows).encode(), "text/csv"),
@@ -276,6 +281,8 @@ def write_page(
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
+    """Colouring of a mesh, with its legend."""
+
     name: str
     colours: np.ndarray  # [V, 3] uint8
     legend: Sequence[tuple[str, tuple[int, int, int]]]  # (text, colour)
@@ -283,6 +290,8 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class ColouredMesh:
+    """Mesh with one or more colourings, between which a reader can switch."""
+
     name: str
     vertices: np.ndarray  # [V, 3] world coordinates
     faces: np.ndarray  # [F, 3]
@@ -290,15 +299,15 @@ class ColouredMesh:
 
 
 def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) -> str:
-    """A page of its own as text.
+    """Make a self-contained HTML page that shows meshes.
 
-    Args: reach: half the side of the scene, world units; vertices are kept to 1/32767 of it.
+    Args: reach: half the side of the scene in world units; positions are stored in steps of 1/32767 of it.
     """
 
     def text(values: np.ndarray, kind: str) -> str:
         return base64.b64encode(values.astype(kind).tobytes()).decode()
 
-    found = [
+    content = [
         {
             "name": mesh.name,
             "positions": text(np.round(np.clip(mesh.vertices / reach, -1, 1) * 32767), "<i2"),
@@ -314,26 +323,28 @@ def mesh_page(meshes: Sequence[ColouredMesh], title: str, reach: float = 0.5) ->
         }
         for mesh in meshes
     ]
-    return fill("mesh", title=title, meshes=_script_json(found))
+    return fill("mesh", title=title, meshes=_script_json(content))
 
 
 def _script_json(values: object, **how: Any) -> "Markup":
-    """JSON that may stand inside a script element."""
+    """Format JSON for the inside of a script element."""
+    # "</script>" inside a text would end the element, so "<" is escaped
     return safe(json.dumps(values, **how).replace("<", "\\u003c"))
 
 
 def points_section(
     points: Sequence[dict[str, Any]], layouts: Sequence[tuple[str, str]], sprite: dict[str, Any]
 ) -> str:
-    """The map as HTML for `write_page`'s `extra`.
+    """Make an interactive map of samples as HTML, for `write_page`'s `extra`.
 
     Args:
-        points: {"role": "before" or "after", "seed", "reward", "<layout>_x", "<layout>_y"}; every seed with
+        points: {"role": "before" or "after", "seed", "reward", "<layout>_x", "<layout>_y"}; every seed has
             both roles.
-        layouts: (name in the points, title), the first is shown first.
-        sprite: {"uri": data: address of the sheet of pictures, "columns", "rows", "seeds", "roles"}; pictures
-            row by row, the roles of the first seed, of the second, ...
+        layouts: (name in the points, title); the first one is shown first.
+        sprite: {"uri": data: address of the sheet of images, "columns", "rows", "seeds", "roles"}; images are
+            row by row, with all roles of the first seed, then of the second, ...
     """
+    # the colour scale is that of the rewards before tuning
     low, high = (limit(p["reward"] for p in points if p["role"] == "before") for limit in (min, max))
     seeds = {seed: i for i, seed in enumerate(sprite["seeds"])}
     shown: list[dict[str, Any]] = [
@@ -355,9 +366,9 @@ def points_section(
         for axis in "xy":
             values = [p[f"{name}_{axis}"] for p in points]
             least = min(values)
-            span = max(max(values) - min(values), 1e-12)
-            for one, value in zip(shown, values, strict=True):
-                one["at"].setdefault(name, []).append(round((value - least) / span, 5))
+            span = max(max(values) - min(values), 1e-12)  # guard: all points may have one coordinate
+            for entry, value in zip(shown, values, strict=True):
+                entry["at"].setdefault(name, []).append(round((value - least) / span, 5))
     data = {
         "points": shown,
         "layouts": [{"name": n, "title": t} for n, t in layouts],
@@ -376,7 +387,7 @@ def points_section(
 
 
 def shade_of(share: float) -> str:
-    """Colour '#rrggbb' of a value in 0..1 on the reports' scale."""
+    """Return the colour '#rrggbb' of a value in 0..1 on the reports' scale."""
     import matplotlib
     from matplotlib.colors import to_hex
 

@@ -1,8 +1,8 @@
-"""Named tasks that need one another, on worker processes.
+"""Execution of named tasks with dependencies on worker processes.
 
-Results travel as files; a task returns plain values. Workers are processes of their own (spawned, so that
-they share no handles), each with one handler for all its tasks. They end with this process, however it ends:
-tasks must bear being stopped at any point.
+Large results are passed as files; a task returns simple values. Workers are spawned processes, which share no
+handles, each with one handler for all its tasks. They end when this process ends, for whatever reason, so
+that a task must tolerate being stopped at any point.
 
     run_tasks(
         {"base": [], "seed0": ["base"], "seed1": ["base"]},
@@ -12,7 +12,7 @@ tasks must bear being stopped at any point.
         logs=folder / "logs",
     )
 
-calls `handler_of(settings)` once in every worker and the handler that it returns with each task's name.
+calls `handler_of(settings)` once in every worker, and then the returned handler with the name of each task.
 """
 
 import multiprocessing
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Handler = Callable[[str], Any]  # task's name -> result
 # (*arguments) -> a worker's handler; pickled by name, so it belongs at a module's top level
 Setup = Callable[..., Handler]
-_worker: dict[str, Any] = {}  # of this process: setup and arguments, then the handler
+_worker: dict[str, Any] = {}  # state of a worker process: setup and arguments, then also the handler
 
 
 def run_tasks(
@@ -47,17 +47,17 @@ def run_tasks(
     expected: tuple[type[Exception], ...] = (ValueError, OSError),
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every task after those that it needs, the first listed first; returns their results by name.
+    """Run every task after the tasks that it needs, in the listed order, and return the results by name.
 
     Args:
-        needs: by task; setup, arguments: what makes a handler; workers: processes; 1 runs the tasks in this
-            one.
-        logs: folder for what the workers print; on_done: called here as tasks end.
-        expected: errors that are no bugs, and come back as a ValueError with their message.
-        stop: runs the tasks on threads of this process, with one handler, for those that wait for child
-            processes or share what is loaded; called to end those that are busy when one has failed or the
-            work is interrupted.
-    Raises: ValueError with the first failed task's message, after the others have ended.
+        needs: names of the needed tasks, by task; setup, arguments: setup(*arguments) makes a handler.
+        workers: number of processes; 1 runs the tasks in this process.
+        logs: folder for the output of the workers; on_done: called in this process when a task ends.
+        expected: errors that are not bugs, which are raised again as a ValueError with their message.
+        stop: if given, the tasks run on threads of this process with one handler. This is for tasks that wait
+            for child processes, or that share loaded data. It is called to end the running tasks when one has
+            failed or the work is interrupted.
+    Raises: ValueError with the message of the first failed task, after the others have ended.
     """
     order = _Order(needs)
     if stop is not None:
@@ -71,6 +71,7 @@ def run_tasks(
             on_done(name, results[name])
         return results
     logs.mkdir(parents=True, exist_ok=True)
+    # spawn, not fork: a forked process would inherit CUDA's state and locks of other threads
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     started = (setup, tuple(arguments), logs, spawn.Value("i", 0), theirs)
@@ -80,7 +81,7 @@ def run_tasks(
         pool.shutdown()
         return results
     finally:
-        ours.close()  # stops those that are busy
+        ours.close()  # workers wait for this end of the pipe to close, and then stop
         pool.shutdown(cancel_futures=True)
 
 
@@ -92,6 +93,7 @@ def _on_threads(
     expected: tuple[type[Exception], ...],
     stop: Callable[[], None],
 ) -> dict[str, Any]:
+    """Run the tasks on threads; at a failure, cancel waiting tasks and stop running ones."""
     with ThreadPoolExecutor(workers) as pool:
         try:
             return _dispatch(order, lambda name: pool.submit(handler, name), workers, None, on_done, expected)
@@ -102,18 +104,18 @@ def _on_threads(
 
 
 class _Order:
-    """Tasks that are ready, the first listed first."""
+    """Iterator over the tasks that are ready, in the listed order."""
 
     def __init__(self, needs: Mapping[str, Sequence[str]]):
         assert {before for names in needs.values() for before in names} <= set(needs)
         self._graph = TopologicalSorter(needs)
         self._places = list(needs)
         self._ready: list[str] = []
-        self._graph.prepare()  # raises for a circle
+        self._graph.prepare()  # raises CycleError for tasks that need each other
         self.done = self._graph.done
 
     def __iter__(self) -> Iterator[str]:
-        """Ready tasks, until all that are done have freed no more."""
+        """Yield ready tasks; stop when none is ready until another task is done."""
         while self._ready or self._graph.is_active():
             self._ready = sorted([*self._ready, *self._graph.get_ready()], key=self._places.index)
             if not self._ready:
@@ -129,6 +131,7 @@ def _dispatch(
     on_done: Callable[[str, Any], None],
     expected: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
+    """Submit ready tasks while workers are free, and collect results as they come."""
     results: dict[str, Any] = {}
     running: dict[Future[Any], str] = {}
     while True:
@@ -144,15 +147,17 @@ def _dispatch(
                 results[name] = future.result()
             except BrokenProcessPool:
                 raise ValueError(
-                    f"{name}: expected a result, got the end of its process (see {logs}). Run the same again."
+                    f"{name}: expected a result, but its process ended (see {logs}). Run the same command"
+                    " again."
                 ) from None
             except expected as error:
                 raise ValueError(f"{name}: {str(error).strip()}") from None
             except Exception as error:
                 if logs is None:  # it was raised in this process
                     raise
-                over_there = str(error.__cause__).strip('"\n')  # the traceback
-                raise RuntimeError(f"{name}: {over_there}") from None
+                # concurrent.futures puts the worker's traceback into the cause
+                traceback = str(error.__cause__).strip('"\n')
+                raise RuntimeError(f"{name}: {traceback}") from None
             order.done(name)
             on_done(name, results[name])
 
@@ -160,12 +165,12 @@ def _dispatch(
 def _begin(
     setup: Setup, arguments: tuple[object, ...], logs: Path, count: "Synchronized[int]", parent: Connection
 ) -> None:
-    """A worker's start."""
+    """Initialise a worker process: signals, end with the parent, log file, setup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
 
     def end_with_parent() -> None:
-        parent.poll(None)  # the other end is closed, or its process is gone
-        os.kill(os.getpid(), signal.SIGTERM)  # inside a training: a checkpoint first
+        parent.poll(None)  # returns when the other end is closed, by the parent or by its death
+        os.kill(os.getpid(), signal.SIGTERM)  # not SIGKILL: a training writes a checkpoint first
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     with count.get_lock():
@@ -176,6 +181,7 @@ def _begin(
 
 
 def _work(name: str) -> Any:
+    """Run one task in a worker, after making the handler for the first one."""
     if "handler" not in _worker:
         _worker["handler"] = _worker["setup"](*_worker["arguments"])
     return _worker["handler"](name)

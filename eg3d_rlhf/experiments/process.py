@@ -1,4 +1,4 @@
-"""The process that a run is: alone in its folder, and asked to stop by SIGTERM and SIGINT."""
+"""Process of a run: the lock of its folder, the signals SIGTERM and SIGINT, limits of helper processes."""
 
 import contextlib
 import errno
@@ -20,17 +20,17 @@ _UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 class StoppedError(Exception):
-    """A signal ended the work; its state is on the disk."""
+    """Raised when a signal ended the work; the state is on disk."""
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator[None]:
-    """Hold `folder`/run.lock inside a with-statement; it is removed at the end, and free where its holder has
-    died.
+    """Hold the lock `folder`/run.lock inside the context.
 
+    The file is removed at the end. If the process dies, the operating system frees the lock.
     Args:
-        folder: an existing run folder; enabled: False does nothing (ranks other than the first);
-        wait: wait for the process that holds it.
+        folder: an existing run folder; enabled: False does nothing (for ranks other than the first);
+        wait: wait for the process that holds the lock.
     Raises: ValueError where another process holds it; OSError where the folder cannot be written.
     """
     if not enabled:
@@ -47,12 +47,14 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
             " another folder."
         ) from None
     except OSError as error:
+        # some network file systems have no locks; the run then continues without one
         if error.errno not in _UNSUPPORTED:
             raise
         print(
             f"Warning: {folder} is on a file system without locks; start one run at a time in it.",
             file=sys.stderr,
         )
+    # for the message that another process prints
     path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     try:
         yield
@@ -62,9 +64,9 @@ def run_lock(folder: Path, enabled: bool = True, wait: bool = False) -> Iterator
 
 
 class StopRequest:
-    """A with-statement inside which the first SIGTERM or SIGINT is only noted.
+    """Context manager inside which the first SIGTERM or SIGINT only sets `received`.
 
-    After the first SIGINT the next one has its default effect. Outside the main thread, where Python allows
+    After the first SIGINT, the next one has its default effect. Outside the main thread, where Python allows
     no handlers, nothing changes.
     """
 
@@ -83,6 +85,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: set its name, and let a second SIGINT interrupt at once."""
         del frame
         self.received = signal.Signals(number).name
         if number == signal.SIGINT:
@@ -91,7 +94,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """A with-statement inside which SIGTERM raises KeyboardInterrupt, as SIGINT does; main thread alone."""
+    """Make SIGTERM raise KeyboardInterrupt inside the context, as SIGINT does. Main thread only."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -102,18 +105,19 @@ def sigterm_interrupts() -> Iterator[None]:
 def serve_requests(
     answer: Callable[[Any], Any], memory: int, seconds: int, largest_file: int | None = None
 ) -> None:
-    """Answer requests, JSON lines from standard input, each with a limit of processor time.
+    """Answer requests, one JSON line each from standard input, with a limit of processor time per request.
 
-    Args: memory: bytes of this process; seconds: for each request; largest_file: bytes of what it may write;
-        None: any.
+    Args: memory: largest address space of this process, in bytes; seconds: of processor time per request;
+        largest_file: largest size of a written file in bytes, None: no limit.
     """
     import resource  # not on Windows
 
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dumps of a process that runs out of memory
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     for line in sys.stdin:
+        # the limit counts from the start of the process, so it is moved forward for each request
         used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
         resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -1,14 +1,14 @@
-"""One run of a long job, of any kind, in its folder:
+"""One run of a long job of any kind, in its folder:
 
-    run.lock                  while it lives
-    training_options.json     its settings, the SHA-256 of the files that it starts from, versions, the launch
-                              that began it
-    stats.jsonl               what it measured; equal runs give equal bytes
-    timing.jsonl              how long that took
-    checkpoint-*.safetensors  the last two states to go on from
+    run.lock                  exists while the run's process lives
+    training_options.json     settings, SHA-256 of the files that the run starts from, versions, and the
+                              launch that began it
+    stats.jsonl               measurements; equal runs give equal bytes
+    timing.jsonl              time and memory, which differ between equal runs
+    checkpoint-*.safetensors  the last two states from which the run can resume
 
-Rank 0 alone writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and
-ends runs.
+Only rank 0 writes and prints; every method may be called on all ranks. `experiments.mode.Mode` makes and ends
+runs.
 
     with Run(claim(next_free(outdir, "toy"), ranks), settings, {"init": path}, ranks=ranks) as run:
         run.begin()  # or run.resume(), and run.read() for the state
@@ -43,18 +43,19 @@ OPTIONS = "training_options.json"
 STATS = "stats.jsonl"
 TIMING = "timing.jsonl"
 _NUMBERED = re.compile(r"(\d{5})-(.*)")
-_OURS = ("versions", "hashes", "processes", "launch")  # what a record holds besides the settings
+_OURS = ("versions", "hashes", "processes", "launch")  # fields of the record that are no settings
 
 
 class Run:
-    """A run in `folder`; a with-statement that holds its lock.
+    """A run in `folder`; a context manager that holds the folder's lock.
 
     Args:
-        folder: made by `claim`, or any that exists; settings: JSON-able, all that decides what the run does.
-        inputs: files that it starts from, by name. ranks: this process among those of the run.
-        say: prints the status lines. device, jobs: where it runs, and on how many processes. flags: what else
-            the command line says.
-        log: where lines go besides stats.jsonl, see logs.named.
+        folder: made by `claim`, or any existing one.
+        settings: JSON types; everything that determines the results of the run.
+        inputs: files that the run starts from, by name; ranks: this process and the others of the run.
+        say: prints the status lines; device: to run on; jobs: number of processes; flags: of the command
+            line.
+        log: further logging of the lines, see logs.named.
     """
 
     def __init__(
@@ -77,16 +78,16 @@ class Run:
         self.device = device
         self.jobs = jobs
         self.flags = flags or {}
-        self.resumed: Path | None = None  # what it goes on from: its folder or a state in it; None: it is new
+        self.resumed: Path | None = None  # folder or state from which the run resumes; None: a new run
         self.began = time.time()
         self.last_checkpoint: Path | None = None
-        self.lines = 0  # of stats.jsonl
+        self.lines = 0  # number of lines of stats.jsonl
         self._say = say or (lambda line: print(line, flush=True))
         self._lock = contextlib.ExitStack()
         self._request = StopRequest()
         self._log = Log(log if ranks.main else "", folder, self.settings)
-        self._start = (0.0, time.monotonic())
-        self._waited = 0.0
+        self._start = (0.0, time.monotonic())  # (work done before, time) from which speed is measured
+        self._waited = 0.0  # seconds
 
     def __enter__(self) -> "Run":
         self._lock.enter_context(run_lock(self.folder, enabled=self.ranks.main and self.folder.is_dir()))
@@ -96,11 +97,12 @@ class Run:
         self._lock.close()
         self._log.close()
 
-    # Beginning, and going on.
+    # Beginning and resuming.
 
     def begin(self) -> None:
-        """Record settings and inputs of a new run; what an attempt left that ended before its first state is
-        deleted.
+        """Record the settings and inputs of a new run.
+
+        Measurements of an earlier attempt, which ended before its first state, are deleted.
         """
         if self.ranks.main:
             for name in (STATS, TIMING):
@@ -114,11 +116,10 @@ class Run:
             self.write(OPTIONS, {**self.settings, **known})
 
     def resume(self, free: Collection[str] | None = ()) -> None:
-        """Check that the run is the one that was begun here: the same bytes in its inputs, and the same
-        settings.
+        """Check that inputs and settings are those with which the run was begun.
 
-        Args: free: settings that may have changed, by their own or their dotted name; None: all of them.
-        Raises: ValueError naming what is another.
+        Args: free: settings that may have changed, by their last or their dotted name; None: all of them.
+        Raises: ValueError naming what has changed.
         """
         before = recorded(self.folder) if self.ranks.main else {}
         for name, expected in before.get("hashes", {}).items():
@@ -130,11 +131,12 @@ class Run:
                     f" ({expected[:12]}...), got others ({got[:12]}...). Restore the file, or start a new"
                     " run."
                 )
+        # through JSON, so that tuples and lists compare equal to what was read
         old = _flat({k: v for k, v in before.items() if k not in _OURS})
         new = _flat(json.loads(json.dumps(self.settings)))
-        # a setting that is gone was judged when it was read
+        # only current settings: `version_0_1.options` and `from_dict` check removed ones when they read them
         names = new.keys() if before and free is not None else ()
-        # what one of these lacks, there was not yet when the run was begun
+        # a setting that a recorded group lacks was added by a newer version, and is not compared
         groups = {name.rpartition(".")[0] for name in old} - {""}
         known = {name for name in names if name in old or name.rpartition(".")[0] not in groups}
         changed = sorted(
@@ -143,25 +145,26 @@ class Run:
         if changed:
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
             raise ValueError(
-                f"run {self.folder}: expected the settings that it was begun with, got {got}. Use those, or"
-                " another folder."
+                f"run {self.folder}: expected the settings that it was begun with, got {got}. Use the earlier"
+                " settings, or start a new run."
             )
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the inputs."""
+        """Hash the inputs with SHA-256, by name."""
         return {name: file_hash(path) for name, path in self.inputs.items()}
 
-    # What it tells.
+    # Measurements and progress.
 
     def stats(self, record: Mapping[str, Any]) -> None:
+        """Append a line of measurements to stats.jsonl, and log it."""
         if self.ranks.main:
             self._append(STATS, record)
             self._log.line(record)
             self.lines += 1
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Tell where lines go besides stats.jsonl of a picture that was written."""
-        self._log.picture(name, path, step)
+        """Log an image file that was written."""
+        self._log.image(name, path, step)
 
     def status(
         self,
@@ -171,16 +174,17 @@ class Run:
         unit: str,
         more: Mapping[str, object] | None = None,
     ) -> None:
-        """Print a line with time, speed and time left, and note them in timing.jsonl.
+        """Print a line with time, speed and time left, and append them to timing.jsonl.
 
-        Args: at: where it is, first in the line; done, total: work in `unit`s; more: last in the line. Pad
-            what should stand in columns.
+        Args: at: position, first in the line; done, total: work in `unit`s; more: last in the line. Pad
+            values that should stand in columns.
         """
         if not self.ranks.main:
             return
         seconds = time.monotonic() - self._start[1]
+        # seconds per unit since the start or the resume, not over the whole run
         rate = seconds / (done - self._start[0]) if done > self._start[0] else 0.0
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB (Linux) to GiB
         waited = {"waited": self._waited / seconds} if self._waited else {}
         more = {**{name: f"{share:.1%}" for name, share in waited.items()}, **(more or {})}
         fields = {
@@ -198,7 +202,7 @@ class Run:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data; the status then has its share of all time."""
+        """Count the time inside as waiting for data; the status shows its share of all time."""
         since = time.monotonic()
         try:
             yield
@@ -206,39 +210,42 @@ class Run:
             self._waited += time.monotonic() - since
 
     def go_on(self, done: float, lines: int | None = None) -> None:
-        """Count time and work from here.
+        """Start counting time and work here.
 
-        Args: done: work so far; lines: of stats.jsonl that stay, where the run continues from a state.
+        Args: done: work so far; lines: number of lines of stats.jsonl to keep, where the run resumes a state.
         """
         self._start = (done, time.monotonic())
         self._waited = 0.0
         if lines is not None and self.ranks.main:
+            # lines after the state will be written again, with the same bytes
             storage.remove_temporaries(self.folder)
             if (self.folder / STATS).exists():
                 kept = (self.folder / STATS).read_text(errors="replace").splitlines(keepends=True)[:lines]
                 storage.write_atomic(self.folder / STATS, "".join(kept).encode())
-                self._log.go_on(kept)
+                self._log.resume(kept)
             self.lines = lines
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a line of JSON, with sorted keys, so that equal records give equal bytes."""
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(record, sort_keys=True) + "\n")
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """A JSON file of the run, such as its result: whole or not at all."""
+        """Write a JSON file of the run, such as its result, atomically."""
         if self.ranks.main:
             storage.write_atomic(
                 self.folder / name, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
             )
 
     def done(self) -> None:
+        """Print the total time and the folder."""
         if self.ranks.main:
             print(f"Done in {tqdm.format_interval(time.time() - self.began)}: {self.folder}", flush=True)
 
     # States.
 
     def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps (images, updates); the last two are kept."""
+        """Write the state after `step` steps (images or updates); the last two states are kept."""
         path = checkpoint.path_of(self.folder, step)
         if self.ranks.main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))
@@ -248,10 +255,11 @@ class Run:
     def read(
         self, source: Path | None = None, previous: bool = False
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The newest state, or that of a named checkpoint, on every rank.
+        """Read the newest state, or that of a named checkpoint, and return it on every rank.
 
         Args: previous: see training.checkpoint.read.
         """
+        # rank 0 reads, the others receive: they may run on other machines
         tensors, meta, path = (
             checkpoint.read(source or self.folder, previous) if self.ranks.main else (None, None, None)
         )
@@ -261,7 +269,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Say, where the folder cannot be written, what is safe."""
+        """Add the last good checkpoint to the error of a folder that cannot be written."""
         try:
             yield
         except OSError as error:
@@ -276,20 +284,21 @@ class Run:
 
     @property
     def stop_requested(self) -> str | None:
-        """Name of the signal that asked this process to stop; None where none did. Ranks must agree on it
-        among themselves.
+        """Return the name of the signal that asked this process to stop, or None.
+
+        Signals may reach only some ranks, so ranks must agree on stopping among themselves.
         """
         return self._request.received
 
     def stoppable(self) -> StopRequest:
-        """A with-statement inside which SIGTERM and SIGINT are noted in `stop_requested`."""
+        """Return a context manager inside which SIGTERM and SIGINT only set `stop_requested`."""
         return self._request
 
 
 def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
-    """training_options.json of a run of a mode.
+    """Read training_options.json of a run of a mode.
 
-    Raises: FileNotFoundError; ValueError for another mode's run, naming that.
+    Raises: FileNotFoundError; ValueError for a run of another mode, naming that mode.
     """
     record = recorded(folder)
     if not record:
@@ -298,14 +307,14 @@ def recorded_by(folder: Path, mode: str) -> dict[str, Any]:
         )
     if (other := record.get("mode", "gan")) != mode:
         raise ValueError(
-            f"--resume: expected a run of --mode={mode}, got one of --mode={other} in {folder}. Name its"
-            " mode."
+            f"--resume: expected a run of --mode={mode}, got a run of --mode={other} in {folder}. Pass"
+            f" --mode={other}."
         )
     return record
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """training_options.json of a run folder; {} where there is none.
+    """Read training_options.json of a run folder, with the names of this version; {} where there is none.
 
     Raises: ValueError where it is damaged.
     """
@@ -320,18 +329,20 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def next_free(outdir: Path, name: str) -> Path:
-    """outdir/NNNNN-name with the next free number."""
+    """Return outdir/NNNNN-name with the next free number."""
     taken = [int(m.group(1)) for p in outdir.glob("*") if (m := _NUMBERED.match(p.name))]
     return outdir / f"{max(taken, default=-1) + 1:05d}-{name}"
 
 
 def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
-    """Make a run folder; where another run has taken its number meanwhile, the next one. That of an earlier
-    attempt of this launch stays.
+    """Make a run folder, and return it.
 
+    If another run has taken its number in the meantime, the next free number is used. The folder of an
+    earlier attempt of this launch is used again.
     Raises: OSError naming the folder that cannot be made.
     """
     launch = launch_identity()
+    # mkdir is atomic: of two processes that choose one number, one gets FileExistsError and tries the next
     while ranks.main:
         try:
             folder.mkdir(parents=True)
@@ -350,8 +361,9 @@ def claim(folder: Path, ranks: Ranks = SINGLE) -> Path:
 
 
 def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
-    """After a restart by torchrun, the newest run in `outdir` that this launch (see
-    training.distributed.launch_identity) has begun.
+    """Return the newest run in `outdir` that this launch has begun, after a restart by torchrun; else None.
+
+    The launch is identified by training.distributed.launch_identity.
     """
     if not ranks.restarts:
         return None
@@ -365,6 +377,7 @@ def begun_by_this_launch(outdir: Path, ranks: Ranks = SINGLE) -> Path | None:
 
 
 def _launch_of(folder: Path) -> str | None:
+    """Read the launch that began a run; None for a folder without a readable record."""
     try:
         return recorded(folder).get("launch")
     except (OSError, ValueError):
@@ -372,6 +385,7 @@ def _launch_of(folder: Path) -> str | None:
 
 
 def _flat(values: Mapping[str, Any], name: str = "") -> dict[str, object]:
+    """Flatten nested settings to dotted names."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{name}{key}.") if isinstance(value, dict) else {f"{name}{key}": value}

@@ -1,27 +1,27 @@
-"""Work that is done once: a store's folders, each named by all that it is made from, found again by this run
-or another.
+"""Content-addressed cache of artefacts: folders that are keyed by a hash of their inputs.
 
     <store>/<kind>-<first digits of the hash of the inputs>/
-        inputs.json    what it is made from; other artefacts by the hash of their content
+        inputs.json    the inputs; other artefacts by the hash of their content
         done.json      written last: the products with their hashes, and the maker's record
-        ...            the products, and what an unfinished making left to go on from
+        ...            the products, and files from which an interrupted maker resumes
 
 A folder without done.json is unfinished: its maker is called again, on the same folder.
 
 >>> import tempfile
 >>> store = Store(Path(tempfile.mkdtemp()))
 >>> def maker(folder: Path):
-...     # where an earlier call was interrupted, what it left lies here
+...     # the folder holds the files of an earlier, interrupted call
 ...     (folder / "network.txt").write_text("trained")
 ...     return [folder / "network.txt"], {"loss": 0.5}  # the products, and a record in JSON
 >>> made = store.make("training", {"steps": 2, "seed": 0}, maker, "a training with seed 0")
 >>> # in another process, or tomorrow
->>> found = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)
->>> made.reused, found.reused, found.record["loss"], found.folder == made.folder
+>>> again = Store(store.root).make("training", {"seed": 0, "steps": 2}, maker)
+>>> made.reused, again.reused, again.record["loss"], again.folder == made.folder
 (False, True, 0.5, True)
 
-What is made from an artefact has its `content` among the inputs, so that it is made anew where that was. Of a
-file: `core.cli.file_hash`. A maker that has no files returns `[], record`. Many at once: `pool.run_tasks`.
+An artefact that is made from another one has the other's `content` among its inputs, so that it is made again
+when the other changes. Files are named by `core.cli.file_hash`. A maker without files returns `[], record`.
+To make many artefacts in parallel, see `pool.run_tasks`.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ from training.storage import write_atomic
 INPUTS = "inputs.json"
 DONE = "done.json"
 ARRAYS = "arrays.safetensors"
-FORMAT = 1  # goes up when equal inputs come to mean other results
+FORMAT = 1  # increases when equal inputs lead to other results than before; part of the hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +54,33 @@ class Artefact:
 
     folder: Path
     content: str  # SHA-256 over the names and bytes of the products: what artefacts made from it depend on
-    record: Mapping[str, Any]  # what its maker had to say, JSON
-    reused: bool  # found, not made
+    record: Mapping[str, Any]  # JSON that its maker returned
+    reused: bool  # read from the store, not made by this call
 
 
-# Given the folder, in which it may find what an earlier, interrupted call left; returns the files and folders
-# that it wrote, without times or places in them (equal inputs, equal bytes), and a record, JSON.
+# (folder) -> (files and folders that it wrote, record in JSON types). The folder may hold files of an
+# earlier, interrupted call. Products must not contain times or paths: equal inputs give equal bytes.
 Maker = Callable[[Path], tuple[Iterable[Path], Mapping[str, Any]]]
 
 
 def json_hash(values: object) -> str:
-    """SHA-256 of JSON values, whatever their order.
+    """Hash JSON values with SHA-256. The order of keys does not matter.
 
-    Raises: TypeError for what is no JSON, since its text would not be the same tomorrow.
+    Raises: TypeError for values that are not JSON, whose text could change between processes.
     """
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
-    """A folder of artefacts. All ranks call alike; rank 0 alone decides, writes and prints.
+    """Folder of artefacts. All ranks must make the same calls; only rank 0 decides, writes and prints.
 
-    Args: tell: is called with a line for everything made or found. hashed: False where the folder of an
-        artefact is named by its kind alone, which may be a path, and is guarded by the lock of a run around
-        it. renew: for what may be made again at will: a folder of other inputs is emptied, a product that has
-        changed is made again, and another process that is making the artefact is waited for. False: each of
-        these is an error.
+    Args:
+        tell: called with a line for every artefact that is made or reused.
+        hashed: False names the folder of an artefact by its kind alone, which may be a path. The lock of the
+            surrounding run must then guard it.
+        renew: True for artefacts that may be deleted and made again: a folder of other inputs is emptied, a
+            product that has changed is made again, and the store waits for another process that makes the
+            artefact. False: each of these cases is an error.
     """
 
     def __init__(
@@ -97,13 +99,14 @@ class Store:
         self._seen: dict[Path, Artefact] = {}  # checked in this process
 
     def folder(self, kind: str, inputs: Mapping[str, Any]) -> Path:
-        """Where the artefact of these inputs lies, once it is begun."""
+        """Return the folder of the artefact of these inputs, which may not exist yet."""
+        # `stored` gives old names to renamed keys, so that hashes of version 0.1 stay the same
         return self.root / (
             f"{kind}-{json_hash({'format': FORMAT, **stored(inputs)})[:16]}" if self._hashed else kind
         )
 
     def find(self, kind: str, inputs: Mapping[str, Any]) -> Artefact | None:
-        """The finished artefact of these inputs, or None; called on one rank.
+        """Return the finished artefact of these inputs, or None. Call it on one rank.
 
         Raises: ValueError as `make` does.
         """
@@ -112,12 +115,12 @@ class Store:
         return None if done is None else _artefact(folder, done, reused=True)
 
     def make(self, kind: str, inputs: Mapping[str, Any], maker: Maker, title: str = "") -> Artefact:
-        """The artefact of these inputs: found, or made, or gone on with where its making was interrupted.
+        """Return the artefact of these inputs: reuse it, make it, or resume an interrupted call.
 
-        Args: kind: short word for the folder's name; inputs: JSON, all that the result depends on; title: for
-            the progress line.
-        Raises: ValueError where the folder holds other inputs, or products that are not those it was finished
-            with; what the maker raises.
+        Args: kind: short word for the folder's name; inputs: JSON, everything that the result depends on;
+            title: for the progress line.
+        Raises: ValueError where the folder holds other inputs or changed products; also the errors of
+            `maker`.
         """
         folder = self.folder(kind, inputs)
         if folder in self._seen:
@@ -129,7 +132,7 @@ class Store:
         if self.ranks.main:
             self._tell(
                 f"{title or folder.name}:"
-                f" {'found in' if reused else 'going on in' if folder.exists() else 'into'} {folder}"
+                f" {'reused from' if reused else 'resuming in' if folder.exists() else 'writing to'} {folder}"
             )
         if not reused:
             if self.ranks.main:
@@ -144,7 +147,7 @@ class Store:
                     if self.ranks.main:
                         self.begin(folder, inputs)
                     products, record = maker(folder)
-                    self.ranks.barrier()
+                    self.ranks.barrier()  # all ranks have written their files before they are hashed
                     done = self.ranks.broadcast(
                         self.finish(folder, inputs, products, record) if self.ranks.main else None
                     )
@@ -154,7 +157,7 @@ class Store:
     def arrays(
         self, kind: str, inputs: Mapping[str, Any], compute: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Arrays by name that are computed once; see `make`."""
+        """Return arrays by name, which are computed at the first call only; see `make`."""
 
         def maker(folder: Path) -> tuple[list[Path], dict[str, Any]]:
             values = {name: np.ascontiguousarray(value) for name, value in compute().items()}
@@ -165,12 +168,12 @@ class Store:
         return self.load_arrays(kind, inputs)
 
     def load_arrays(self, kind: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Arrays that `arrays` has computed."""
-        found: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
-        return found
+        """Read the arrays that `arrays` has computed."""
+        values: dict[str, np.ndarray] = safetensors.numpy.load_file(self.folder(kind, inputs) / ARRAYS)
+        return values
 
     def begun(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Tell whether a folder holds an artefact of these inputs, finished or not."""
+        """Return whether the folder holds an artefact of these inputs, finished or not."""
         return _stated(self.folder(kind, inputs)) == json_hash(stored(inputs))
 
     @staticmethod
@@ -182,7 +185,7 @@ class Store:
     def finish(
         folder: Path, inputs: Mapping[str, Any], products: Iterable[Path], record: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Write inputs.json and done.json; also of what was made without a store, which is then found again.
+        """Write inputs.json and done.json. Files that were made without a store can thus be added to it.
 
         Args: products: files and folders, inside `folder` or elsewhere.
         """
@@ -192,6 +195,7 @@ class Store:
             for file in (path.rglob("*") if path.is_dir() else [path])
             if file.is_file()
         }
+        # relative to the folder, with "/", so that the content hash does not depend on where the store is
         names = {Path(os.path.relpath(path, folder)).as_posix(): path for path in paths}
         files = {name: file_hash(names[name]) for name in sorted(names)}
         done = {"files": files, "content": json_hash(files), "record": record}
@@ -200,7 +204,7 @@ class Store:
         return done
 
     def _finished(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """done.json of a finished artefact, after checking that it is what it says."""
+        """Read and check done.json; None for an unfinished artefact or, with `renew`, a damaged one."""
         if not (folder / DONE).exists():
             return None
         try:
@@ -212,11 +216,12 @@ class Store:
 
 
 def _artefact(folder: Path, done: Mapping[str, Any], reused: bool) -> Artefact:
+    """Make the artefact that done.json describes."""
     return Artefact(folder=folder, content=done["content"], record=done["record"], reused=reused)
 
 
 def _stated(folder: Path) -> str | None:
-    """The hash of the inputs that a folder states; None where it states none, "" where they are damaged."""
+    """Hash the inputs in a folder's inputs.json; None if there is no file, "" if it is damaged."""
     try:
         return json_hash(json.loads((folder / INPUTS).read_text()))
     except FileNotFoundError:
@@ -226,24 +231,26 @@ def _stated(folder: Path) -> str | None:
 
 
 def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """done.json of an artefact. Raises: ValueError where the folder is not what it says."""
+    """Read done.json, and check inputs, record and products. Raises: ValueError for any difference."""
     try:
         stated = json.loads((folder / INPUTS).read_text())
         done: dict[str, Any] = json.loads((folder / DONE).read_text())
         files = dict(done["files"])
-        # artefacts that were made before 0.2 state no hash of their record
+        # artefacts of versions before 0.2 have no hash of their record, which then counts as correct
         expected = done.pop("sha256", None) or json_hash(done)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
-            f"artefact {folder}: expected {INPUTS} and {DONE} whole, got: {error}. Delete the folder."
+            f"artefact {folder}: expected intact files {INPUTS} and {DONE}, got: {error}. Delete the folder:"
+            " the artefact is made again."
         ) from None
     if json_hash(stated) != json_hash(stored(inputs)):
         raise ValueError(
-            f"artefact {folder}: expected the inputs that its name stands for, got others. Delete the folder."
+            f"artefact {folder}: expected the inputs whose hash is in its name, got others. Delete the"
+            " folder: the artefact is made again."
         )
     if json_hash(done) != expected:
         raise ValueError(
-            f"artefact {folder}: expected {DONE} as it was written, got another. Restore it, or delete the"
+            f"artefact {folder}: expected an unchanged {DONE}, got a changed one. Restore it, or delete the"
             " folder: the artefact is made again."
         )
     for name, expected in files.items():
@@ -251,14 +258,15 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
         got = file_hash(path) if path.is_file() else "nothing"
         if got != expected:
             raise ValueError(
-                f"artefact {folder}: expected {name} as it was finished ({expected[:12]}), got {got[:12]}."
-                " Delete the folder: it is made again."
+                f"artefact {folder}: expected {name} with the hash {expected[:12]}, got {got[:12]}. Delete"
+                " the folder: the artefact is made again."
             )
     return done
 
 
 def _text(values: Mapping[str, Any], sort_keys: bool = False) -> bytes:
-    """A record keeps its order, so that what is made from one that was found equals what is made from a fresh
-    one.
+    """Format JSON for a file.
+
+    A record keeps the order of its keys, so that results from a reused record equal those from a new one.
     """
     return (json.dumps(values, indent=1, sort_keys=sort_keys) + "\n").encode()

@@ -1,6 +1,4 @@
-"""One look for every figure: light and dark, colours that colour-blind readers can tell
-apart, SVG and PNG.
-"""
+"""Common style of all figures: light and dark themes, colours for colour-blind readers, SVG and PNG."""
 
 import contextlib
 import functools
@@ -17,9 +15,9 @@ if TYPE_CHECKING:  # matplotlib is imported where something is drawn
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Plot = Callable[[dict[str, Any]], "Figure"]  # draws a finding's data
+Plot = Callable[[dict[str, Any]], "Figure"]  # (a finding's data) -> figure
 
-ROLES = {  # Okabe and Ito's palette, by what is shown
+ROLES = {  # Okabe and Ito's palette, by the role of what is shown
     "before": "#0072B2",
     "after": "#D55E00",
     "control": "#009E73",
@@ -28,12 +26,15 @@ ROLES = {  # Okabe and Ito's palette, by what is shown
     "noise": "#999999",
 }
 CYCLE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
-_THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}  # of text, and of the grid
+_THEMES = {"light": ("#1c1f24", "#d9dce1"), "dark": ("#e6e8eb", "#3a3f47")}  # (text, lines of the grid)
 
 
 @contextlib.contextmanager
 def theme(name: str = "light") -> Iterator[None]:
-    """Matplotlib's settings for figures drawn inside: a transparent ground, so that the page's shows."""
+    """Apply the settings of a theme to figures that are drawn inside the context.
+
+    The background is transparent, so that the background of the page shows.
+    """
     import matplotlib
     from cycler import cycler
 
@@ -59,8 +60,8 @@ def theme(name: str = "light") -> Iterator[None]:
         "axes.titlelocation": "left",
         "legend.frameon": False,
         "figure.constrained_layout.use": True,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "eg3d-rlhf",
+        "svg.fonttype": "none",  # text stays text, which readers can search and select
+        "svg.hashsalt": "eg3d-rlhf",  # fixed ids: the same figure gives the same bytes
         "image.cmap": "viridis",
         "font.family": "sans-serif",
     }
@@ -69,9 +70,7 @@ def theme(name: str = "light") -> Iterator[None]:
 
 
 def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = None) -> tuple["Figure", Any]:
-    """(figure, axes) as `plt.subplots` gives them, without a display; axes is an array where there are
-    several.
-    """
+    """Make (figure, axes) as `plt.subplots` does, without a display; several axes come as an array."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -81,10 +80,11 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] | None = N
 
 
 def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
-    """(figure, [axes]) of `count` plots, three in a row of this height in inches."""
-    rows = -(-count // 3)
+    """Make (figure, [axes]) for `count` plots, three in a row. Args: height: of a row, in inches."""
+    rows = -(-count // 3)  # rounded up
     drawn, axes = figure(columns=min(3, count), rows=rows, size=(9.4, height * rows))
     flat = list(np.atleast_1d(axes).ravel())
+    # the last row may have empty places
     for axis in flat[count:]:
         axis.set_axis_off()
     return drawn, flat[:count]
@@ -93,9 +93,10 @@ def grid(count: int, height: float) -> tuple["Figure", list["Axes"]]:
 def plot(
     legend: float | str | None = "medium", size: tuple[float, float] | None = None, **labels: Any
 ) -> Callable[[Callable[[Any, dict[str, Any]], object]], Plot]:
-    """Make `draw(axes, data)` a plot of a finding's data on one pair of axes.
+    """Decorate `draw(axes, data)`, so that it becomes a Plot with one pair of axes.
 
-    Args: legend: its font size, None for none; size: inches.
+    Args: legend: font size of the legend, None for no legend; size: (width, height) in inches; labels: passed
+        to `axes.set`.
     """
 
     def decorate(draw: Callable[[Any, dict[str, Any]], object]) -> Plot:
@@ -115,24 +116,26 @@ def plot(
 
 @plot(None, size=(9.4, 0.8))
 def plot_absent(axes: "Axes", data: dict[str, Any]) -> None:
+    """Print the reason why a finding has no data, in place of its figure."""
     axes.set_axis_off()
     axes.text(0, 0.5, data["absent"], wrap=True, va="center")
 
 
 def colour(role: str) -> str:
-    """Colour of a role; unknown ones are grey."""
+    """Return the colour of a role; unknown roles are grey."""
     return ROLES.get(role, "#777777")
 
 
 def errors(row: Mapping[str, Any], value: str = "mean", lo: str = "lo", hi: str = "hi") -> list[list[float]]:
-    """A row's interval as matplotlib's errorbar takes it."""
+    """Convert a row's interval to the argument of matplotlib's errorbar: [[below], [above]]."""
+    # errorbar rejects negative lengths, which rounding can cause
     return [[max(0.0, row[value] - row[lo])], [max(0.0, row[hi] - row[value])]]
 
 
 def interval(
     axis: "Axes", x: float, row: Mapping[str, Any], role: str, value: str = "mean", **look: Any
 ) -> None:
-    """One point of a row with its interval, in the colour of a role."""
+    """Plot one point of a row with its interval, in the colour of a role."""
     axis.errorbar(
         [x], [row[value]], yerr=errors(row, value), color=colour(role), **{"fmt": "o", "capsize": 4, **look}
     )
@@ -141,7 +144,7 @@ def interval(
 def band(
     axes: "Axes", x: Sequence[float], rows: Sequence[Mapping[str, Any]], ink: str, label: str, **look: Any
 ) -> None:
-    """The means of rows over x, joined by lines, with their intervals as a band."""
+    """Plot the means of rows over x, joined by lines, with their intervals as a band."""
     axes.plot(x, [row["mean"] for row in rows], "o-", color=ink, label=label, **look)
     axes.fill_between(
         x, [row["lo"] for row in rows], [row["hi"] for row in rows], alpha=0.2, color=ink, linewidth=0
@@ -150,6 +153,7 @@ def band(
 
 def save(drawn: "Figure", path: Path) -> None:
     """Write one figure; .svg without date, .png at 144 dots per inch on white."""
+    # without the date, equal figures give equal files
     buffer = io.BytesIO()
     kind = path.suffix.lstrip(".")
     extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 144, "facecolor": "white"}

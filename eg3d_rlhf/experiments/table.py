@@ -1,10 +1,10 @@
-"""Tables of arms x judges x training seeds: win rates with intervals as JSON; and from the JSON alone
-Markdown and a figure.
+"""Tables of arms x evaluators x training seeds: win rates with intervals as JSON, and Markdown and figures.
 
-Scores of an arm by a judge are [K, C, S]: K training seeds, C conditions, S noises per condition, the same
-for all arms, so that arms are compared asset by asset.
+The scores of an arm by an evaluator are [K, C, S]: K training seeds, C prompts, S noises per prompt. Prompts
+and noises are the same for all arms, so that arms are compared asset by asset. Markdown and figures are made
+from the JSON alone.
 
->>> # one training seed, two conditions, two noises
+>>> # one training seed, two prompts, two noises
 >>> tuned, base = [[[3.0, 1.0], [2.0, 2.0]]], [[[1.0, 1.0], [1.0, 1.0]]]
 >>> table = Table(scores={"tuned": {"final": np.array(tuned)}}, base={"final": np.array(base)}, seeds=[0])
 >>> table.against_base("tuned")["final"]["win_rate"]  # ties count half
@@ -15,8 +15,8 @@ for all arms, so that arms are compared asset by asset.
 | --- | --- |
 | tuned | 0.875 [0.750, 1.000] |
 
-A run then writes `write(data, folder, "grpo", markdown, plot)`: grpo.json, and grpo.md and grpo.png made of
-it.
+A run then calls `write(data, folder, "grpo", markdown, plot)`, which writes grpo.json, and from it grpo.md
+and grpo.png.
 """
 
 import json
@@ -37,16 +37,18 @@ from training.storage import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INTERVAL = "95 % percentile bootstrap over conditions, each the mean over training seeds and noises"
+INTERVAL = "95 % percentile bootstrap over prompts, each the mean over training seeds and noises"
 
 # Numbers.
 
 
 def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """How often scores a [K, C, S] beat b [K, C, S] on the same noises: win rate, interval over conditions,
-    every seed's own.
+    """Compute how often scores a [K, C, S] are above b [K, C, S] on the same noises.
+
+    Returns the win rate, its interval over prompts, and the same for every training seed.
     """
     won = (np.greater(a, b) + np.greater_equal(a, b).astype(float)) / 2  # 1, or 0.5 at a tie
+    # prompts are the unit of resampling: noises and seeds of one prompt are not independent; [C]
     mean, lo, hi = bootstrap_mean_interval(won.mean(axis=(0, 2)))
     each = [bootstrap_mean_interval(of_seed.mean(axis=1)) for of_seed in won]
     by_seed = [
@@ -56,10 +58,10 @@ def rate(a: np.ndarray, b: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def detectable(conditions: int, noises: int, seeds: int) -> float:
-    """Smallest true win rate that the interval sets apart from one half in 80 % of tables:
-    1/2 + (1.96 + 0.84) / 2 sqrt(C S K).
+    """Compute the smallest true win rate whose interval excludes one half in 80 % of tables (the power).
 
-    Comparisons count as independent and ties as none; where conditions differ it takes more.
+    Formula: 1/2 + (1.96 + 0.84) / (2 sqrt(C S K)), for independent comparisons without ties. If win rates
+    differ between prompts, a larger win rate is needed.
     """
     return 0.5 + (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) / (
         2 * math.sqrt(conditions * noises * seeds)
@@ -68,39 +70,42 @@ def detectable(conditions: int, noises: int, seeds: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Scores of arms and of what they are compared with, by judge; a control is an arm like any other."""
+    """Scores of arms and of the base that they are compared with, by evaluator; a control is an arm too."""
 
-    scores: Mapping[str, Mapping[str, np.ndarray]]  # by arm and judge, [K, C, S]
-    base: Mapping[str, np.ndarray]  # by judge, [K, C, S], or [1, C, S] where it has no training seed
+    scores: Mapping[str, Mapping[str, np.ndarray]]  # by arm and evaluator, [K, C, S]
+    base: Mapping[str, np.ndarray]  # by evaluator, [K, C, S], or [1, C, S] where it has no training seed
     seeds: Sequence[int]  # [K]
 
     def against_base(self, arm: str) -> dict[str, dict[str, Any]]:
-        """By judge, how often an arm beats the base; see `rate`."""
+        """Compute the win rate of an arm against the base, by evaluator; see `rate`."""
         K = len(self.seeds)
-        return {
-            judge: rate(own, self.base[judge].repeat(K // len(self.base[judge]), 0), self.seeds)
-            for judge, own in self.scores[arm].items()
-        }
+        rates = {}
+        for evaluator, scores in self.scores[arm].items():
+            base = self.base[evaluator]
+            # a base without training seeds is repeated: [1, C, S] -> [K, C, S]
+            rates[evaluator] = rate(scores, base.repeat(K // len(base), 0), self.seeds)
+        return rates
 
-    def pairwise(self, judge: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-        """ "x_vs_y": how often x beats y, for every two arms."""
+    def pairwise(self, evaluator: str, arms: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Compute, for every two arms x and y, the win rate of x against y under the key "x_vs_y"."""
         names = self.scores if arms is None else arms
         return {
-            f"{x}_vs_{y}": rate(self.scores[x][judge], self.scores[y][judge], self.seeds)
+            f"{x}_vs_{y}": rate(self.scores[x][evaluator], self.scores[y][evaluator], self.seeds)
             for x, y in combinations(names, 2)
         }
 
     @property
     def sizes(self) -> dict[str, int]:
-        conditions, noises = next(iter(self.base.values())).shape[1:]
-        return {"conditions": conditions, "noises": noises}
+        """Return the number of prompts (under its JSON key "conditions") and of noises per prompt."""
+        prompts, noises = next(iter(self.base.values())).shape[1:]
+        return {"conditions": prompts, "noises": noises}
 
 
-# For people.
+# Formatting for readers.
 
 
 def with_interval(value: Mapping[str, Any], form: str = ".3f", name: str = "win_rate") -> str:
-    """ "0.612 [0.580, 0.640]": a rate, or another value with "ci95" beside it."""
+    """Format a rate, or another value beside "ci95", with its interval: "0.612 [0.580, 0.640]"."""
     low, high = value["ci95"]
     return f"{value[name]:{form}} [{low:{form}}, {high:{form}}]"
 
@@ -109,7 +114,7 @@ def cell(value: float | Sequence[float | None] | None, form: str, ci95: Sequence
     """Format a figure: "0.61 [0.58, 0.64]" with its interval, "0.61 (0.58 to 0.64)" for values of several
     training seeds (mean, least and greatest), and "" where there is none.
     """
-    known = [one for one in (value if isinstance(value, Sequence) else [value]) if one is not None]
+    known = [item for item in (value if isinstance(value, Sequence) else [value]) if item is not None]
     if not known:
         return ""
     least, most = (f"{end:{form}}" for end in (min(known), max(known)))
@@ -153,32 +158,36 @@ def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
 
 
 def of_seeds(rated: Mapping[str, Any]) -> list[str]:
-    return [f"{one['win_rate']:.3f}" for one in rated["seeds"]]
+    """Format the win rate of every training seed."""
+    return [f"{of_seed['win_rate']:.3f}" for of_seed in rated["seeds"]]
 
 
 def markdown_rows(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Format the lines of a Markdown table."""
     return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], note: str) -> "Figure":
-    """A figure of win rates with their intervals, and a tick for each training seed.
+    """Plot win rates with their intervals, and a tick for each training seed.
 
-    Args: panels: a label of the axis, and rates by what stands beside them; note: what a reader of the figure
-        must know.
+    Args: panels: (label of the axis, rates by their names); note: title, which states the facts of the
+        figure.
     """
     drawn, axes = style.figure(
         columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1]))
     )
+    # all values of all panels, for one common range of the axes
     rates = [
         rate
         for _, rows in panels
-        for one in rows.values()
-        for rate in (*one["ci95"], *(s["win_rate"] for s in one.get("seeds", ())))
+        for rated in rows.values()
+        for rate in (*rated["ci95"], *(s["win_rate"] for s in rated.get("seeds", ())))
     ]
     for axis, (label, rows) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
         for place, rated in enumerate(rows.values()):
             low = rated["win_rate"] - rated["ci95"][0]
             high = rated["ci95"][1] - rated["win_rate"]
+            # errorbar rejects negative lengths, which rounding can cause
             around = [[max(0, low)], [max(0, high)]]
             axis.errorbar(
                 rated["win_rate"],
@@ -191,7 +200,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
             )
             ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
             axis.plot(ticks, [place] * len(ticks), "|", color=style.colour("before"), markersize=7)
-        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)
+        axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # chance
         axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
         axis.invert_yaxis()
         axis.set(xlim=(min(rates) - 0.02, max(rates) + 0.02))
@@ -207,9 +216,10 @@ def write(
     markdown: Callable[[dict[str, Any]], str],
     plot: style.Plot | None = None,
 ) -> list[Path]:
-    """<stem>.json, .md and, with `plot`, .png; the latter are made of the first."""
+    """Write <stem>.json, and from it <stem>.md and, with `plot`, <stem>.png; return their paths."""
     paths = [folder / f"{stem}.{ending}" for ending in ("json", "md", "png")]
     write_atomic(paths[0], (json.dumps(data, indent=1) + "\n").encode())
+    # read back, so that table and figure can be made again from the JSON file alone
     read = json.loads(paths[0].read_text())
     write_atomic(paths[1], markdown(read).encode())
     if plot is None:

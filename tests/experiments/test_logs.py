@@ -76,7 +76,7 @@ def test_trackers_are_told_the_same_once_there_is_a_line(tmp_path, monkeypatch, 
         log = logs.Log(name, tmp_path, {"lr": 0.1})
         for step in range(lines):
             log.line({"step": step, "loss": 0.5, "bins": {"n": [1, None]}})
-            log.picture("samples", tmp_path / "a.png", step)
+            log.image("samples", tmp_path / "a.png", step)
         log.close()
     assert told == [
         ("init", "eg3d-rlhf", {"lr": 0.1}, "allow"),

@@ -1,1 +1,1 @@
-"""Media."""
+"""Renderings, films and contact sheets of samples."""

@@ -1,6 +1,6 @@
-"""Renderings of one latent from any camera, as uint8 pictures that depend on nothing but seed and camera.
+"""Rendering of one latent from any camera, as uint8 images that depend on seed and camera only.
 
-Letters: L, W = layers and width of ws; H, B = rows and columns of a picture.
+Letters: L, W = layers and width of ws; H, B = rows and columns of an image.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from eg3d_rlhf.generators import Generator, check_seeds, device_of, latents
 from training.progress import tqdm
 
 MOST_SEEDS = 100_000
-_LARGEST = 2**32 - 1  # of numpy's RandomState
-_SCALED = 10_000  # totals from here on are shown with k and M
+_LARGEST = 2**32 - 1  # largest seed of numpy's RandomState
+_SCALED = 10_000  # larger totals are shown with k and M
 
 
 def cameras_of(generator: Generator, fov: float = FFHQ_FOV, **place: Any) -> CameraFamily:
-    """A generator's own cameras, with a field of view over the image's diagonal in degrees; `place` overrides
-    radius or pivot.
+    """Return a generator's cameras with another field of view.
 
+    Args: fov: over the diagonal of the image, in degrees; place: overrides radius or pivot.
     Raises: ValueError for a field of view outside 0 < fov < 180.
     """
     if not 0 < fov < 180:
         raise ValueError(
             f"cameras: expected a field of view of 0 < fov < 180 degrees, got {fov:g}. Correct it."
         )
-    # as FOV_to_intrinsics
+    # EG3D's FOV_to_intrinsics, with its rounded pi and square root of 2
     return dataclasses.replace(generator.cameras, focal=1 / (math.tan(fov * 3.14159 / 360) * 1.414), **place)
 
 
@@ -45,10 +45,9 @@ def camera(
     n: int = 1,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Camera labels [n, 25] of a family, at angles in radians from frontal as EG3D's tools count them
-    (negative pitch looks from above).
+    """Make camera labels [n, 25] of a family, at angles in radians from the frontal view.
 
-    Torch's random state stays as it is.
+    Angles are counted as in EG3D's tools: a negative pitch looks from above. Torch's random state is kept.
     """
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         return cameras.label(yaw, pitch, n, device)
@@ -62,9 +61,7 @@ def conditioned_ws(
     psi: float = 1.0,
     cutoff: int | None = 14,
 ) -> torch.Tensor:
-    """ws [N, L, W] of seeds, conditioned on the frontal camera of a family,
-    as EG3D's tools condition them.
-    """
+    """Map seeds to ws [N, L, W], conditioned on the frontal camera of a family, as EG3D's tools do."""
     check_seeds(generator, max(seeds, default=0), "--seeds")
     device = device_of(generator)
     c = camera(cameras, n=len(seeds), device=device)
@@ -83,11 +80,11 @@ def render(
     mode: str = "image",
     options: RenderOptions = OWN,
 ) -> list[np.ndarray]:
-    """Pictures of ws [1, L, W] from cameras [1, 25], from one synthesis pass.
+    """Render ws [1, L, W] from cameras [1, 25], with one synthesis pass.
 
-    The ray sampler's jitter and the noise come from torch's global generator; it is seeded before every
-    picture and its state put back, so that a picture depends on nothing that was drawn before. The first
-    picture follows on the noise of the synthesis, as EG3D draws it.
+    The ray sampler's jitter and the noise come from torch's global generator. It is seeded before every image
+    and restored afterwards, so that an image does not depend on earlier ones. The first image continues the
+    random numbers of the synthesis, as in EG3D.
 
     Args: mode: 'image', 'image_raw' (before super-resolution) or 'image_depth'.
     Returns: one array per camera, uint8 [H, B, 3], or `distances` for 'image_depth'.
@@ -97,6 +94,7 @@ def render(
         field = generator.field(ws, noise_mode)
         first = [field.render(label.to(ws.device), options) for label in labels[:1]]
     renderings = first + render_each(field, (label.to(ws.device) for label in labels[1:]), options, seed)
+    # mode -> field of Rendering
     maps = {"image": "image", "image_raw": "raw"}
     return [
         distances(out) if mode == "image_depth" else to_uint8(getattr(out, maps[mode])[0].float().cpu())
@@ -105,22 +103,21 @@ def render(
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """[3, H, B] in -1..1 to uint8 [H, B, 3], as EG3D maps it: x * 127.5 + 128, clamped and cut off."""
+    """Convert [3, H, B] in -1..1 to uint8 [H, B, 3] as EG3D does: x * 127.5 + 128, clamped and truncated."""
     return (image.permute(1, 2, 0) * 127.5 + 128).clamp(0, 255).to(torch.uint8).numpy()
 
 
-def png(picture: np.ndarray) -> bytes:
-    """A picture, uint8 [H, B, 3], as a PNG file."""
+def png(image: np.ndarray) -> bytes:
+    """Encode an image, uint8 [H, B, 3], as PNG."""
     buffer = io.BytesIO()
-    PIL.Image.fromarray(picture).save(buffer, format="png")
+    PIL.Image.fromarray(image).save(buffer, format="png")
     return buffer.getvalue()
 
 
 def distances(out: Rendering) -> np.ndarray:
-    """Distances along the rays [H, B] float32 of a rendering, infinite where a ray's opacity is under one
-    half.
+    """Return the distances along the rays, [H, B] float32, infinite where the opacity is below one half.
 
-    Deviates: EG3D shows what the march leaves there, the mean distance of next to nothing.
+    Deviates: EG3D shows the mean distance there too, although hardly anything is hit.
     """
     depth = out.depth[0, 0].float()
     opacity = out.opacity[0, 0]
@@ -128,30 +125,31 @@ def distances(out: Rendering) -> np.ndarray:
 
 
 def shade_depth(depth: np.ndarray) -> np.ndarray:
-    """Distances [H, B] to grey uint8 [H, B, 3], each picture from dark grey (far) to white (near); infinite
-    ones are black.
+    """Convert distances [H, B] to grey values, uint8 [H, B, 3].
+
+    Each image ranges from dark grey (far) to white (near); infinite distances are black.
     """
-    seen = np.isfinite(depth)
+    seen = np.isfinite(depth)  # an image without any hit is black
     low, high = (float(depth[seen].min()), float(depth[seen].max())) if seen.any() else (0.0, 0.0)
     share = (high - np.where(seen, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
     grey = np.where(seen, np.rint(32 + 223 * share), 0).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures [H, B, 3] of one size as one [rows * H, columns * B, 3], row by row."""
-    stack = np.stack(pictures)
+def tile(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Arrange images [H, B, 3] of one size as one [rows * H, columns * B, 3], row by row."""
+    stack = np.stack(images)
     height, width = stack.shape[1:3]
     grid = stack.reshape(-1, columns, height, width, 3)
+    # [rows, columns, H, B, 3] -> [rows, H, columns, B, 3]
     return np.ascontiguousarray(grid.transpose(0, 2, 1, 3, 4)).reshape(-1, columns * width, 3)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds of a comma-separated list of numbers and inclusive ranges, in the order given:
-    '0,2-5' -> [0, 2, 3, 4, 5].
+    """Parse a comma-separated list of numbers and inclusive ranges: '0,2-5' -> [0, 2, 3, 4, 5].
 
-    Raises: ValueError for anything else, an empty list, a range that runs backwards, a seed above 2^32 - 1,
-        over 100,000 seeds.
+    The order is kept. Raises: ValueError for anything else, an empty list, a descending range, a seed above
+    2^32 - 1, or more than 100,000 seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -164,18 +162,19 @@ def parse_seeds(text: str) -> list[int]:
         end = int(last or first)
         if start > end or end > _LARGEST:
             raise ValueError(
-                f"seeds: expected ranges that rise, up to {_LARGEST}, got {part.strip()!r}. Correct it."
+                f"seeds: expected ascending ranges up to {_LARGEST}, got {part.strip()!r}. Correct it."
             )
+        # checked before the range is expanded, which could need more memory than there is
         if len(seeds) + end - start >= MOST_SEEDS:
             raise ValueError(
-                f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run in parts."
+                f"seeds: expected at most {MOST_SEEDS} seeds, got more in {text!r}. Run the seeds in parts."
             )
         seeds += range(start, end + 1)
     return seeds
 
 
 class StageBar(contextlib.AbstractContextManager["StageBar", None]):
-    """A bar per stage, with time left; called with (stage, units done, units in all)."""
+    """Progress bar for each stage, with the time left; called with (stage, units done, units in total)."""
 
     def __init__(self, prefix: str = ""):
         self._prefix = prefix
@@ -183,7 +182,7 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
         self._bar: tqdm | None = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Move the stage's bar to `done` of `total`; another stage starts a bar of its own."""
+        """Move the stage's bar to `done` of `total`; a new stage closes the bar and starts another."""
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage
@@ -191,6 +190,7 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
+        """Close the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

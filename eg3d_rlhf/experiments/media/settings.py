@@ -1,4 +1,4 @@
-"""Names of what renderings and films may show, as flags take them; imports no torch."""
+"""Values of flags of renderings and films. This file imports no torch, so that `--help` is quick."""
 
 from typing import Any
 

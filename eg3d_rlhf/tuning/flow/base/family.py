@@ -51,7 +51,7 @@ class Network:
     name: str
     file: Path
     expected: Mapping[str, Sequence[int]]  # shapes by name, of the folder's own settings
-    found: Mapping[str, Any]  # tensors by name, of which only shapes and types are read; none: not there
+    found: Mapping[str, Any]  # tensors in the file by name; only shapes and types are read; empty: no file
     without: str = ""  # what cannot be done without it; "": it must be there
     released: tuple[int, int] | None = None  # tensors and numbers in all of the published one
 
@@ -93,7 +93,7 @@ class FlowFamily(Protocol):
     stages: tuple[str, ...]  # names, in order
     version: str = ""  # which release is read, in words
     address: str = ""  # where the folder is published
-    notice: str = ""  # printed once when a folder is opened: licences that exclude somebody
+    notice: str = ""  # printed once when a folder is opened, such as a licence's restrictions
     loaded_by: str = ""  # how the original's own program opens an exported folder {out}
     up: str = "y"  # axis of shown assets that points up
     cells: int | None = None  # per axis of the grid that `show` reads a surface on; None: no grid
@@ -125,7 +125,7 @@ class FlowFamily(Protocol):
         """Read a `Pipeline` from a folder, strictly by name and shape.
 
         Args:
-            conditions: None where nothing is sampled.
+            conditions: embeddings by prompt; None where nothing is sampled.
             stages: whose flows are needed; other flows may stay without weights, and a last stage may be left
                 out. None: all. An empty list suffices to encode, to decode, and to estimate memory.
             dtype: of the flows' weights, by default float32; None keeps the file's.

@@ -1,10 +1,11 @@
-"""Preference pairs of a stage's latents, from people or from the loop: what DPO trains on, and the folders
-that keep them.
+"""Preference pairs of a stage's latents, from people or from the circular loop, and folders that hold them.
 
-    meta.json           stage, number of pairs, hashes, and what the writer has to say; written last: a folder
-                        without it is unfinished
-    pairs.jsonl         per pair its columns, and the names of its two latents
-    latents-000.safetensors ...     latents; one that several pairs share is stored once
+DPO trains on these pairs. A folder holds the pairs of one stage:
+
+    meta.json           stage, number of pairs, hashes, and the writer's metadata; written last, so that a
+                        folder without it is unfinished
+    pairs.jsonl         one line per pair: its columns, and the names of its two latents
+    latents-000.safetensors ...     latents; a latent that several pairs share is stored once
 """
 
 import hashlib
@@ -31,15 +32,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreferencePair:
-    """Two latents of one stage under one condition."""
+    """Two latents of one stage, sampled for one prompt, of which the first is preferred."""
 
     id: str  # unique within its set
-    condition: str  # name; the pipeline knows its tokens
+    condition: str  # prompt; the pipeline has its conditioning tokens
     stage: str
     preferred: Latent
     rejected: Latent
     source: str = "human"
-    reward_preferred: float | None = None  # scores of the finished assets, where a reward has seen them
+    reward_preferred: float | None = None  # scores of the finished assets; None: not scored
     reward_rejected: float | None = None
     w1: float | None = None  # filter: kept where above the threshold; see training/circular/loop_pairs.py
     w2: float | None = None  # weight, mean 1 over the kept pairs
@@ -69,6 +70,7 @@ class PreferencePair:
             if bad:
                 got = f"{bad} of {values.numel()} numbers NaN or infinite"
                 raise ValueError(f"{who}, {name}: expected finite latents, got {got}. Drop the pair.")
+            # a repeated voxel would count twice in the flow-matching error
             twice = (
                 len(latent.coords) - len(torch.unique(latent.places))
                 if isinstance(latent, SparseSample)
@@ -92,7 +94,7 @@ class PreferencePair:
 
     @property
     def rewards(self) -> tuple[float, float]:
-        """Of the preferred and the rejected asset, of a pair that is scored."""
+        """Return the scores of the preferred and of the rejected asset of a scored pair."""
         assert self.reward_preferred is not None and self.reward_rejected is not None
         return self.reward_preferred, self.reward_rejected
 
@@ -103,7 +105,7 @@ class PreferencePair:
 
 
 def _form(latent: Latent) -> str:
-    """What two latents of one stage have in common."""
+    """Describe what two latents of one stage must share: kind, channels and shape, but not the voxels."""
     if isinstance(latent, SparseSample):
         more = "" if latent.given is None else f", {latent.given.shape[1]} given"
         return f"voxels of {latent.feats.shape[1]} channels{more}"
@@ -115,7 +117,7 @@ def _form(latent: Latent) -> str:
 
 
 class Lazy(Mapping[str, T]):
-    """Mapping whose values are made when they are first asked for, and then kept."""
+    """Mapping whose values are made at their first access, and then kept in memory."""
 
     def __init__(self, names: Collection[str], make: Callable[[str], T]):
         self._names = tuple(names)
@@ -144,42 +146,47 @@ class Lazy(Mapping[str, T]):
 
 
 class PairsByStage(Lazy[list[PreferencePair]]):
-    """Preference pairs by the name of a stage. A stage without pairs is a user's error, a ValueError."""
+    """Preference pairs by the name of a stage.
+
+    Raises ValueError for a stage without pairs, since users choose the stages.
+    """
 
     def missing(self, name: str) -> Exception:
         return ValueError(
-            f"pairs: expected pairs of stage {name!r}, got those of {', '.join(self)} alone. Add them."
+            f"pairs: expected pairs of stage {name!r}, got pairs of {', '.join(self) or 'no stage'}. Add the"
+            " pairs of that stage, or leave the stage out."
         )
 
 
 def pairs_of_conditions(pairs: Iterable[PreferencePair], names: Collection[str]) -> list[PreferencePair]:
-    """Select the pairs of some conditions, in their order."""
+    """Select the pairs of the prompts `names`, in the order of `pairs`."""
     kept = set(names)
     return [pair for pair in pairs if pair.condition in kept]
 
 
 def check_unique(who: str, examples: Iterable[Any], what: str = "pairs") -> None:
-    """Raise ValueError, in the name of `who`, where two pairs have one id: the id seeds a pair's noise and
-    names it in files.
+    """Raise ValueError, whose message begins with `who`, where two examples have the same id.
+
+    The id seeds a pair's noise and names the pair in files.
     """
     repeated = [name for name, n in Counter(example.id for example in examples).items() if n > 1]
     if repeated:
         raise ValueError(
-            f"{who}: expected every id once, got {len(repeated)} repeated, such as {repeated[0]!r}. Number"
-            f" the {what}."
+            f"{who}: expected unique ids, got {len(repeated)} repeated, such as {repeated[0]!r}. Number the"
+            f" {what}."
         )
 
 
 def by_condition(examples: Iterable[Any]) -> dict[str, list[Any]]:
-    """In their order, by the names of their conditions."""
+    """Group examples by prompt, in their order."""
     groups: dict[str, list[Any]] = {}
     for example in examples:
         groups.setdefault(example.condition, []).append(example)
     return groups
 
 
-FORMAT = 1
-SHARD_BYTES = 256 * 10**6
+FORMAT = 1  # version of the folder's layout, in meta.json
+SHARD_BYTES = 256 * 10**6  # size at which a new file of latents is begun
 LATENTS = ("preferred", "rejected")
 COLUMNS = tuple(f.name for f in fields(PreferencePair) if f.name not in LATENTS)
 
@@ -187,11 +194,11 @@ COLUMNS = tuple(f.name for f in fields(PreferencePair) if f.name not in LATENTS)
 def write_pairs(
     folder: str | Path, pairs: Sequence[PreferencePair], meta: dict, shard_bytes: int = SHARD_BYTES
 ) -> str:
-    """Write pairs of one stage and return the hash of all that was written; equal pairs and meta give an
-    equal hash.
+    """Write pairs of one stage, and return a hash of the content. Equal pairs and meta give an equal hash.
 
-    A folder that has pairs already gets these instead; until meta.json is there again, nobody can read it.
-    Args: meta: JSON types, given back by read_pairs.
+    Pairs that are already in the folder are replaced. Until meta.json is written again, the folder cannot be
+    read.
+    Args: meta: JSON types, which read_pairs returns.
     Raises: ValueError for no pairs, pairs of two stages, or ids that occur twice.
     """
     folder = Path(folder)
@@ -202,9 +209,11 @@ def write_pairs(
             " for each stage."
         )
     check_unique("write_pairs", pairs)
+    # meta.json is deleted first and written last: an interrupted write never looks complete
     (folder / "meta.json").unlink(missing_ok=True)
     for old in folder.glob("latents-*.safetensors"):
         old.unlink()
+    # by identity of the object: an asset that is in many pairs is stored once
     unique = {id(latent): latent for p in pairs for latent in (p.preferred, p.rejected)}
     names = {key: f"{i:06d}" for i, key in enumerate(unique)}
     shards = {}
@@ -238,12 +247,12 @@ def write_pairs(
 
 
 def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tuple[list[PreferencePair], dict]:
-    """The pairs of a folder and the meta of its writer.
+    """Read the pairs of a folder, and the meta that its writer passed.
 
-    Args: stage: what they must belong to, by name or, to check their shapes as well, the stage itself; None
-        takes any.
+    Args: stage: the stage that the pairs must belong to, by name or as a FlowStage, which also checks the
+        shapes of the latents. None accepts any stage.
     Raises: FileNotFoundError or ValueError for unfinished, damaged, missing or foreign files, another stage,
-        or latents not finite.
+        or latents that are not finite.
     """
     folder = Path(folder)
     content = _read_description(folder)
@@ -261,14 +270,15 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != content["records"]:
         raise ValueError(
-            f"{path}: expected the list that meta.json speaks of, got other bytes. Restore the folder."
+            f"{path}: expected the list whose hash is in meta.json, got other bytes. Restore the folder."
         )
     rows = [json.loads(line) for line in data.splitlines()]
     latents = _read_latents(folder, content)
+    # PreferencePair checks each pair again: a matching hash proves the bytes, not that the values are valid
     try:
         pairs = [PreferencePair(**{**row, **{name: latents[row[name]] for name in LATENTS}}) for row in rows]
     except (KeyError, TypeError) as error:
-        got = f"what does not fit them: {error}"
+        got = f"others: {error}"
         raise ValueError(
             f"{path}: expected the columns of pairs and their latents, got {got}. Make the pairs again."
         ) from None
@@ -279,7 +289,7 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     if foreign is not None:
         raise ValueError(
             f"{folder}: expected pairs of stage {content['stage']!r} alone, got {foreign.id} of"
-            f" {foreign.stage!r}. Divide it."
+            f" {foreign.stage!r}. Keep a folder for each stage."
         )
     if isinstance(stage, FlowStage):
         for pair in pairs:
@@ -289,17 +299,21 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
 
 
 def pairs_hash(folder: str | Path) -> str:
-    """The hash that write_pairs returned, without reading the pairs."""
+    """Read the hash that write_pairs returned, without reading the pairs."""
     return _read_description(Path(folder))["hash"]
 
 
 def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors by name, in parts below `limit` bytes; a latent stays whole."""
+    """Divide tensors by name into parts of at most `limit` bytes.
+
+    The tensors of one latent stay together, so a latent above the limit gets a part of its own.
+    """
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, latent in unique.items():
+        # "000003" names a latent of one tensor ("x"), "000003.coords" a tensor of a latent of several
         tensors = {
-            name if part == "x" else f"{name}.{part}": tensor for part, tensor in parts_of(latent).items()
+            name if key == "x" else f"{name}.{key}": tensor for key, tensor in parts_of(latent).items()
         }
         more = sum(t.numel() * t.element_size() for t in tensors.values())
         if part and size + more > limit:
@@ -312,6 +326,7 @@ def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.T
 
 
 def _read_description(folder: Path) -> dict:
+    """Read meta.json of a folder of pairs, and check it against the hash that it contains."""
     path = folder / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -320,12 +335,12 @@ def _read_description(folder: Path) -> dict:
         )
     try:
         content = json.loads(path.read_text())
-        sound = content["format"] == FORMAT and content["hash"] == json_hash(
+        intact = content["format"] == FORMAT and content["hash"] == json_hash(
             {k: v for k, v in content.items() if k != "hash"}
         )
     except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        intact = False
+    if not intact:
         raise ValueError(
             f"{path}: expected the description of pairs, format {FORMAT}, got a damaged or foreign file."
             " Write them again."
@@ -334,6 +349,7 @@ def _read_description(folder: Path) -> dict:
 
 
 def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
+    """Read the latents of all shards by name, and check each file against its hash."""
     tensors: dict[str, torch.Tensor] = {}
     for name, expected in tqdm(
         sorted(content["shards"].items()), desc="pairs", unit="shard", leave=False, disable=None
@@ -346,8 +362,8 @@ def _read_latents(folder: Path, content: dict) -> dict[str, Latent]:
             )
         if file_hash(path) != expected:
             raise ValueError(
-                f"{path}: expected the bytes that meta.json speaks of, got others. It is damaged or from"
-                " another folder."
+                f"{path}: expected the bytes whose hash is in meta.json, got others. Restore the folder: the"
+                " file is damaged or from another folder."
             )
         tensors.update(read_tensors(path, "pairs")[0])
     return latents_of(tensors)

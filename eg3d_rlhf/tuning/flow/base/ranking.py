@@ -1,9 +1,9 @@
 """Assets that people rank or compare, and pairs of every stage's latents.
 
-A folder of sampled assets (sampled_assets.py) has, per condition and seed, a file to look at and one of the
-latents that it came from, as the flows see them; and ranking.jsonl, a line per asset, whose rank is left to
-fill in, 1 for the best, unless pairs are judged: then of several judgements of two assets the majority
-decides. Equal ranks are not paired.
+A folder of sampled assets (sampled_assets.py) holds, per prompt and seed, a file to look at and a file of the
+latents that the asset was decoded from. Its list ranking.jsonl has a line per asset. People write a rank into
+each line, 1 for the best; assets of equal rank are not paired. Where people compared pairs instead, the
+majority of the judgements of two assets decides.
 """
 
 import json
@@ -26,13 +26,13 @@ KIND = "latents"
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One asset of a condition."""
+    """One asset of a prompt."""
 
-    name: str  # unique within its condition
+    name: str  # unique within its prompt
     condition: str
-    rank: float  # smaller is better; nan where pairs are judged
+    rank: float  # smaller is better; nan where people compared pairs
     latents: Mapping[str, Latent]  # by stage
-    file: Path | None = None  # what people look at
+    file: Path | None = None  # file that people look at
 
 
 # votes of people on two assets: for the first, and for the second
@@ -40,11 +40,13 @@ Votes = Callable[[Candidate, Candidate], tuple[int, int]]
 
 
 def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dict[str, list[PreferencePair]]:
-    """Pairs of candidates of one condition with unequal ranks, by stage; the stages that all candidates have.
+    """Pair the candidates of each prompt, by stage, for the stages of which all candidates have latents.
 
-    Args: judged: in place of ranks; pairs without a majority are left out.
+    Args: judged: votes on two candidates, used in place of ranks. Pairs of equal rank, or without a majority
+        of votes, are left out.
     Raises: ValueError where no pair is left.
     """
+    # a dictionary in place of a set, which keeps the order of the stages
     named = dict.fromkeys(stage for c in candidates for stage in c.latents)
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
@@ -63,20 +65,24 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
                     )
                 )
     if not any(pairs.values()):
-        what, which = (
-            ("of unequal rank", "ranks") if judged is None else ("with a majority of votes", "judgements")
-        )
+        if judged is None:
+            needed = "of unequal rank"
+            to_check = "ranks"
+        else:
+            needed = "with a majority of votes"
+            to_check = "judgements"
         raise ValueError(
-            f"pairs: expected assets {what} under one condition, got none among {len(candidates)}. Check the"
-            f" {which}."
+            f"pairs: expected two assets {needed} for one prompt, got none among {len(candidates)} assets."
+            f" Check the {to_check}."
         )
     return pairs
 
 
-Chosen = list[tuple[Candidate, Candidate, dict]]  # the better one, the worse one, provenance
+Chosen = list[tuple[Candidate, Candidate, dict]]  # (better candidate, worse candidate, provenance)
 
 
 def _ranked(group: Sequence[Candidate]) -> Chosen:
+    """Pair every two candidates of unequal rank, the better one first."""
     return [
         (a, b, {"ranks": [high, low]})
         for high, low in combinations(sorted({c.rank for c in group}), 2)
@@ -88,6 +94,7 @@ def _ranked(group: Sequence[Candidate]) -> Chosen:
 
 
 def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
+    """Pair the candidates that have a majority of votes, the better one first."""
     chosen: Chosen = []
     for a, b in combinations(group, 2):
         first, second = judged(a, b)
@@ -99,7 +106,9 @@ def _voted(group: Sequence[Candidate], judged: Votes) -> Chosen:
 
 
 def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
+    """Write the latents of one asset, by stage, to a file."""
     stages = list(latents)
+    # keys number the stages; the metadata holds their names in the same order
     tensors = {
         f"{i}.{part}": x
         for i, stage in enumerate(stages)
@@ -109,24 +118,26 @@ def write_latents(path: Path, latents: Mapping[str, Latent]) -> None:
 
 
 def read_latents(path: Path) -> dict[str, Latent]:
-    """Inverse of write_latents. Raises: FileNotFoundError, ValueError for a damaged or foreign file."""
+    """Read a file of write_latents. Raises: FileNotFoundError, ValueError for a damaged or foreign file."""
     tensors, meta = read_tensors(path, KIND)
     latents = latents_of(tensors)
     return {stage: latents[str(i)] for i, stage in enumerate(meta["stages"])}
 
 
 def rank_of(record: Mapping, ranked: bool) -> float:
-    """The rank in a line of a list; nan where it is not asked for. Raises: ValueError for none."""
+    """Return the rank in a line of a list, or nan unless `ranked`. Raises: ValueError for a missing rank."""
     rank = record.get("rank")
     if not ranked:
         return math.nan
+    # bool is a subclass of int in Python, but true is no rank
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not math.isfinite(rank):
         raise ValueError(f"expected a rank, got {rank!r}. Write 1 for the best asset of a condition.")
     return float(rank)
 
 
 def file_of(record: Mapping, folder: Path) -> Path | None:
-    """What people look at, of a line of a list."""
+    """Return the file that people look at, from a line of a list; None: the line names none."""
+    # an asset of the user's own, in place of latents, is shown itself
     name = record.get("look_at", record.get("asset"))
     return folder / name if isinstance(name, str) else None
 
@@ -136,7 +147,7 @@ Candidates = Callable[[dict, str, Path, Any, bool], Candidate]
 
 
 def _named(record: Any, *keys: str) -> list[str]:
-    """Texts of a line. Raises: ValueError naming those that are missing."""
+    """Return the texts of a line under `keys`. Raises: ValueError naming those that are missing."""
     values = {
         key: value
         for key in keys
@@ -146,15 +157,15 @@ def _named(record: Any, *keys: str) -> list[str]:
     if missing:
         raise ValueError(
             f"expected {' and '.join(keys)}, got no {' and no '.join(missing)} in {record!r:.120}. Add it, or"
-            " draw anew."
+            " sample the assets again with eg3d-rlhf flow sample."
         )
     return [*values.values()]
 
 
 def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline, ranked: bool) -> Candidate:
-    """Read a line whose latents are a file of `write_latents`.
+    """Read a line whose latents are in a file of `write_latents`, and check their shapes.
 
-    Raises: ValueError, OSError for what does not fit.
+    Raises: ValueError or OSError for a line or a file that does not fit the pipeline.
     """
     condition, file = _named(record, "condition", "latents")
     rank = rank_of(record, ranked)
@@ -165,11 +176,13 @@ def sampled_candidate(record: dict, name: str, folder: Path, pipeline: Pipeline,
 
 
 def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
-    """Make a reader of lines that may name an `asset` of the user's own in place of latents; the pipeline
-    encodes what `read` reads.
+    """Make a reader of lines that may name a file of the user's own asset in place of latents.
+
+    The pipeline encodes what `read` returns for that file.
     """
 
     def candidate(record: dict, name: str, folder: Path, pipeline: Any, ranked: bool) -> Candidate:
+        # latents come first, since they need no encoding
         if not isinstance(record, dict) or "latents" in record or not isinstance(record.get("asset"), str):
             return sampled_candidate(record, name, folder, pipeline, ranked)
         condition, file = _named(record, "condition", "asset")
@@ -189,8 +202,10 @@ def asset_candidate(read: Callable[[Path], Any]) -> Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
+    """Pairs read from a list or from another project's samples."""
+
     pairs: Mapping[str, Sequence[PreferencePair]]  # by stage
-    conditions: Conditions | None = None  # embeddings, where they came along
+    conditions: Conditions | None = None  # embeddings of the prompts, if the source has them
     report: Mapping = field(default_factory=dict)  # JSON: counts of what was read and left out
 
 
@@ -201,10 +216,10 @@ def read_candidates(
     on_asset: Callable[[], None] | None = None,
     candidate: Candidates = sampled_candidate,
 ) -> list[Candidate]:
-    """The assets of a list, with the latents of the same stages.
+    """Read the assets of a list. All must have latents of the same stages.
 
-    Args: ranked: whether each line must have a rank; on_asset: called after each; candidate: reads a line.
-    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    Args: ranked: each line must have a rank; on_asset: called after each asset; candidate: reads a line.
+    Raises: FileNotFoundError, or ValueError that names the faulty line.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -234,10 +249,10 @@ def read_ranking(
     on_asset: Callable[[], None] | None = None,
     candidate: Candidates = sampled_candidate,
 ) -> Imported:
-    """Pairs of a ranked list.
+    """Read a ranked list, and pair its assets.
 
-    Args: on_asset: called after each; candidate: reads a line.
-    Raises: FileNotFoundError or ValueError with the line that is at fault.
+    Args: on_asset: called after each asset; candidate: reads a line.
+    Raises: FileNotFoundError, or ValueError that names the faulty line.
     """
     candidates = read_candidates(path, pipeline, True, on_asset, candidate)
     pairs = pair_up(candidates)
@@ -246,10 +261,10 @@ def read_ranking(
 
 
 def write_import(folder: Path, imported: Imported, meta: Callable[[str], Mapping]) -> dict[str, str]:
-    """Write pairs by stage, and embeddings where there are any, as train.py reads them; returns the hash of
-    each stage's pairs.
+    """Write pairs by stage, and the embeddings if there are any, in the layout that training reads.
 
-    Args: meta: of a stage, JSON that its pairs' description has besides the convention.
+    Returns the hash of each stage's pairs.
+    Args: meta: returns, for a stage, JSON that describes its pairs besides the time convention.
     """
     described = {stage: {"convention": CONVENTION, **meta(stage)} for stage in imported.pairs}
     hashes = {

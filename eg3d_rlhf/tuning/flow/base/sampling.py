@@ -1,16 +1,15 @@
-"""Finished assets from conditions and seeds, through all stages; and how often one generator's are preferred
-to another's.
+"""Sampling of finished assets from prompts and seeds, through all stages, and win rates of two generators.
 
 Each stage is sampled by Euler's method, from noise at t = 1 to data at t = 0, with guidance on an interval of
 times:
 
     x <- x - (t - t') v,   v = (1 + w) v_cond - w v_null where lo <= t <= hi, v_cond elsewhere
 
-Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance widens x_0, which may be
-taken back in part.
+Times are 1 ... 0 in equal steps, mapped by t -> r t / (1 + (r - 1) t). Guidance enlarges the standard
+deviation of x_0; `cfg_rescale` reduces it again.
 Sources: TRELLIS (Xiang et al. 2024) for the interval and the mapping; Kynkaanniemi et al. 2024 for guidance
-on an interval; Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for taking
-guidance's width back.
+on an interval; Esser et al. 2024, equation 23, for the mapping; Lin et al. 2024, section 3.4, for the
+rescaling of guided samples.
 
 Shape letters as in sparse.py and stage.py; N assets.
 """
@@ -41,23 +40,23 @@ from training.progress import tqdm
 
 
 def times(sampling: Sampling) -> list[float]:
-    """The steps + 1 times from 1 down to 0, both exact: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which no
-    interval up to 1 holds.
+    """Compute the steps + 1 times of the Euler sampler, from exactly 1 down to exactly 0.
 
     >>> times(Sampling(steps=2, rescale_t=3.0))
     [1.0, 0.75, 0.0]
     """
     r = sampling.rescale_t
-    if sampling.single:  # from the noise at 0 to data at 1, as the programs count that do so in float32
+    if sampling.single:  # some original programs compute 1 - t, from noise at 0 to data at 1, in float32
         s = torch.linspace(0, 1, sampling.steps + 1)
         _, *inner, _ = (1 - (s / (1 + (r - 1) * (1 - s))).double()).tolist()
     else:
         _, *inner, _ = [r * t / (1 + (r - 1) * t) for t in np.linspace(1, 0, sampling.steps + 1).tolist()]
+    # the ends are set: r / (1 + (r - 1)) is 1 + 2^-52 for some r, which lies outside an interval up to 1
     return [1.0, *inner, 0.0]
 
 
 def guides(sampling: Sampling, t: float) -> bool:
-    """Whether guidance acts at a time: its interval holds both ends, counted as the sampling says.
+    """Return whether guidance acts at time t. The interval includes both ends, at the sampling's precision.
 
     >>> sampling = Sampling(steps=5, rescale_t=1.0, cfg_interval=(1 - 0.6, 1.0))
     >>> fourth = times(sampling)[3]  # 0.4, but for the last bit
@@ -68,6 +67,7 @@ def guides(sampling: Sampling, t: float) -> bool:
     scale = sampling.time_scale
     if scale is None:
         return low <= t <= high
+    # the original compares float32 numbers of scale * (1 - t), which run from 0 (noise) to scale (data)
     end, at, start = (np.float32(scale * (1 - time)) for time in (low, t, high))
     return bool(start <= at <= end)
 
@@ -79,7 +79,7 @@ def sample(
     no_cond: Condition | None,
     sampling: Sampling | None = None,
 ) -> Batch:
-    """Latents x_0 from noise, without gradient; the model runs in eval mode and gets its modes back.
+    """Sample latents x_0 from noise, without gradient. The model runs in eval mode; its modes are restored.
 
     Args:
         noise: N samples, moved to the device of `cond`; cond: N rows; no_cond: N rows or 1, or None where
@@ -92,8 +92,8 @@ def sample(
         pass
     if not torch.isfinite(feats_of(x)).all():
         raise ValueError(
-            f"sample: expected finite latents of stage {stage.name!r}, got others. Check its weights and the"
-            " conditions."
+            f"sample: expected finite latents of stage {stage.name!r}, got NaN or infinite numbers. Check the"
+            " stage's weights and the conditioning."
         )
     return x
 
@@ -105,22 +105,23 @@ def trajectory(
     no_cond: Condition | None,
     sampling: Sampling | None = None,
 ) -> Iterator[tuple[Batch, Batch]]:
-    """After each step of `sample`: x at the step's end, and the x_0 that its velocity spoke of."""
+    """Yield, after each step of `sample`, x at the end of the step and the x_0 that its velocity predicts."""
     sampling = sampling or stage.sampling
     n = rows(cond)
     device = tensor_of(cond).device
     assert n == count(noise)
-    # a family may have no empty condition
+    # a family may have no empty conditioning
     if sampling.cfg_strength and (no_cond is None or rows(no_cond) not in (1, n)):
         got = "None" if no_cond is None else rows(no_cond)
         raise ValueError(
-            f"sample(no_cond): expected the empty condition's tokens, once or {n} times, got {got}. Set"
+            f"sample(no_cond): expected the empty conditioning, 1 or {n} rows, got {got}. Pass it, or set"
             " cfg_strength to 0."
         )
     x = noise.to(device)
     points = times(sampling)
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
+        # entered anew at each step: a generator that held them would change the caller's modes between steps
         with torch.no_grad(), evaluating(stage.model):
             at = torch.full([count(x)], t, device=device)
             v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
@@ -138,8 +139,9 @@ def guided(
     no_cond: Condition | None,
     sampling: Sampling,
 ) -> Batch:
-    """v of `velocity(x, times, cond, step=length)` at a time, as `sampling` guides it; no_cond: N rows, or
-    None where nothing is guided.
+    """Evaluate `velocity(x, times, cond, step=length)` at time t, with classifier-free guidance.
+
+    Args: no_cond: N rows of empty conditioning, or None for no guidance.
     """
     at = torch.full([count(x)], t, device=feats_of(x).device)
     step = 1 / sampling.steps if sampling.shortcut else None
@@ -147,31 +149,38 @@ def guided(
     w = sampling.cfg_strength
     if not w or no_cond is None or not guides(sampling, t):
         return v
+    # TRELLIS's form of guidance: w = 0 is no guidance, w = 1 doubles the difference to the null velocity
     wide = with_feats(v, (1 + w) * feats_of(v) - w * feats_of(velocity(x, at, no_cond, step=step)))
     return narrowed(path, x, at, wide, v, sampling.cfg_rescale) if sampling.cfg_rescale else wide
 
 
-def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, plain: Batch, share: float) -> Batch:
-    """A guided velocity whose x_0 is mixed with itself at the standard deviation, per sample, of the x_0 of
-    the plain one.
+def narrowed(path: FlowPath, x: Batch, t: torch.Tensor, v: Batch, unguided: Batch, share: float) -> Batch:
+    """Rescale the x_0 of a guided velocity v towards the standard deviation of the unguided x_0, per sample.
 
-    Args: t: [N] above 0; share: of 1, the deviation is the plain one's.
+    Source: Lin et al. 2024, section 3.4.
+    Args: t: [N] above 0; share: 0 keeps the guided standard deviation, 1 takes the unguided one.
     """
-    guided, wanted = (path.data(x, t, each) for each in (v, plain))
-    factor = share * (std_per_sample(wanted) / std_per_sample(guided)) + 1 - share
-    return path.velocity_to(x, t, with_feats(guided, spread(factor, guided) * feats_of(guided)))
+    x_0_guided = path.data(x, t, v)
+    x_0_unguided = path.data(x, t, unguided)
+    # [N]; share * (x_0 rescaled) + (1 - share) * x_0, which is one factor on x_0
+    factor = share * (std_per_sample(x_0_unguided) / std_per_sample(x_0_guided)) + 1 - share
+    return path.velocity_to(x, t, with_feats(x_0_guided, spread(factor, x_0_guided) * feats_of(x_0_guided)))
 
 
 def std_per_sample(batch: Batch) -> torch.Tensor:
-    """Of all numbers of a sample, [N]; of several tensors the mean of their variances counts."""
+    """Compute the standard deviation over all numbers of each sample, [N].
+
+    Of several tensors by name, the variances are averaged.
+    """
     values = feats_of(batch)
-    away = values - spread(mean_per_sample(values, batch), batch)
-    return mean_per_sample(away.square(), batch).sqrt()
+    centred = values - spread(mean_per_sample(values, batch), batch)
+    return mean_per_sample(centred.square(), batch).sqrt()
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, then every module's own mode again."""
+    """Set eval mode within the context, and restore the mode of every module afterwards."""
+    # module by module: frozen parts may be in eval mode inside a network in training mode
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -182,12 +191,14 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-Models = Mapping[str, torch.nn.Module]  # by stage name; stages that are not named keep their own
+# networks by the name of a stage; a stage that is not named keeps its own network
+Models = Mapping[str, torch.nn.Module]
 
 
 def stage_noise(stage: FlowStage, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-    """The noise that an asset's seed means at a stage, on the CPU:
-    stages of one asset do not share theirs.
+    """Make a stage's noise from the seeds of assets, on the CPU.
+
+    The stage's name is part of the seed, so that the stages of one asset have different noise.
     """
     return stage.noise([derive_seed("noise", stage.name, seed) for seed in seeds], given)
 
@@ -200,15 +211,16 @@ def generate(
     batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> list[Asset]:
-    """One asset per condition and seed, all stages in turn.
+    """Generate one asset per prompt and seed, through all stages in turn.
 
     A seed fixes the noise of every stage, so that two generators with the same seeds are compared on the same
     latents.
 
     Args:
-        conditions, seeds: [N] each; models: networks in place of stages' own; batch: assets at once.
-        stages_given: by the name of a stage, what the stages before would leave to it, [N]; they are then not
-            run.
+        conditions, seeds: [N] each: prompts, and seeds of the noise.
+        models: networks in place of the stages' own; batch: assets per batch, which bounds memory.
+        stages_given: by the name of one stage, the output of the stages before it, [N]. Those stages are then
+            not run.
     Raises: ValueError for lengths or stage names that do not fit, or a structure without a voxel.
     """
     names = [stage.name for stage in pipeline.stages]
@@ -235,8 +247,9 @@ def voxels_for(
     models: Models | None = None,
     batch: int = 16,
 ) -> list[Voxels]:
-    """What the stages before leave to a stage, [N], for `stages_given`: many networks of that stage then need
-    no more of the others.
+    """Sample the stages before a stage, and return their output, [N], for `stages_given`.
+
+    Several networks of that stage can then be compared without running the earlier stages again.
     """
     before = stages_with(pipeline, models)[
         : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
@@ -251,20 +264,21 @@ def voxels_for(
 
 
 def stages_with(pipeline: Pipeline, models: Models | None) -> list[FlowStage]:
-    """Return the stages with other networks in place of their own."""
+    """Return copies of the stages, with the networks `models` in place of their own."""
     return [replace(stage, model=(models or {}).get(stage.name, stage.model)) for stage in pipeline.stages]
 
 
 def _through(
     pipeline: Pipeline, stages: Sequence[FlowStage], conditions, seeds, given: Sequence[Voxels]
 ) -> Sequence[Voxels]:
-    """What these stages, in turn, leave to the next."""
+    """Run these stages in turn, and return their output for the next stage, per sample."""
     for stage in stages:
         given = pipeline.advance(stage.name, stage_latents(pipeline, stage, conditions, seeds, given))
     return given
 
 
 def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
+    """Sample a stage's latents for prompts and seeds, on the device of its network."""
     device = next(stage.model.parameters()).device
     cond = to_device(pipeline.conditions(conditions, stage.name), device)
     no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
@@ -280,12 +294,12 @@ def scores(
     batch: int = 16,
     stages_given: Mapping[str, Sequence[Voxels]] | None = None,
 ) -> torch.Tensor:
-    """[N] float32 on the CPU: the reward of each asset, batch by batch, so that the assets need not fit in
-    memory.
+    """Generate assets, and return the reward of each: [N] float32 on the CPU.
 
+    Assets are scored batch by batch, so that they need not fit in memory together.
     Raises: ValueError for a score that is not finite.
     """
-    parts = [torch.zeros(0)]
+    parts = [torch.zeros(0)]  # torch.cat rejects an empty list, which no seeds would leave
     for i in tqdm(range(0, len(seeds), batch), desc="scoring", unit="batch", leave=False, disable=None):
         part = slice(i, i + batch)
         given = {name: places[part] for name, places in (stages_given or {}).items()}
@@ -304,7 +318,7 @@ def scores(
 
 
 def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[N] 1 where a's score is larger, 0 where b's is, 0.5 at a tie.
+    """Compare scores [N]: 1 where a is larger, 0 where b is larger, 0.5 at a tie.
 
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
@@ -313,7 +327,10 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[list[str], list[int]]:
-    """Every condition `per_condition` times, with a noise seed each: what two generators are compared on."""
+    """Repeat every prompt `per_condition` times with different noise seeds, to compare two generators on.
+
+    Returns (prompts, seeds), with all repetitions of a prompt in a row.
+    """
     names = [name for name in conditions for _ in range(per_condition)]
     return names, [
         derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
@@ -322,33 +339,34 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
 
 @dataclass(kw_only=True)
 class HeldOut:
-    """The win rate of a stage's network while it is trained, on assets that it is not trained on. Called with
-    the network.
+    """Held-out win rate of a stage's network, measured while it is trained, by calling this with the network.
 
-    It is the share of assets that beat those of the other generator on the same conditions and seeds; ties
-    count half.
+    The win rate is the share of assets whose reward is above that of the other generator's asset for the same
+    prompt and seed. Ties count half.
     """
 
     pipeline: Pipeline
-    stage: str  # which stage the network is of
-    reward: AssetReward  # the judge that chooses; neither the one of the pairs nor the one of the final table
-    conditions: Sequence[str]  # [N]
+    stage: str  # stage that the network belongs to
+    # chooses checkpoints; neither the reward that weighs pairs nor the one of the final table
+    reward: AssetReward
+    conditions: Sequence[str]  # prompts, [N]
     seeds: Sequence[int]  # [N]
     # networks of the other stages; those that are not named are the pipeline's own
     others: Models = field(default_factory=dict)
     # the generator to beat, in the same way; nothing named: the pipeline as it is
     against: Models = field(default_factory=dict)
     batch: int = 16
-    ranks: Ranks = SINGLE  # that draw and score the assets together, each its share; all of them call it
+    ranks: Ranks = SINGLE  # distributed ranks, each of which scores its share; all of them must call this
     _scores: torch.Tensor | None = field(default=None, init=False, repr=False)  # of the generator to beat
-    # what the stages before leave to this one
+    # output of the stages before this one; it stays the same during training
     _given: list[Voxels] = field(default_factory=list, init=False, repr=False)
 
     def __call__(self, model: torch.nn.Module) -> float:
-        """In 0..1."""
+        """Return the win rate of the network, in 0..1."""
         conditions = self.ranks.share(self.conditions)
         seeds = self.ranks.share(self.seeds)
         what = (self.pipeline, self.reward, conditions, seeds)
+        # the generator to beat does not change, so it is scored at the first call alone
         if self._scores is None:
             self._scores = scores(*what, self.against, self.batch)
             self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)

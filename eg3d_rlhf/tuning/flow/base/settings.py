@@ -1,4 +1,4 @@
-"""Settings that say where a tuning problem is read from and how samples are judged.
+"""Settings of the source of a tuning problem, and of the evaluation of its samples.
 
 This file imports no torch, so that `--help` is quick.
 """
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.base.sampling import HeldOut, Models
     from training.distributed import Ranks
 
-TABLE = "Evaluation and ablation"  # title of its flags
+TABLE = "Evaluation and ablation"  # title of this group of flags in the help
 EVALUATORS = ("final", "chooser", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choosing(Knobs):
-    """On what the win rate is measured that chooses checkpoints and stops training early."""
+    """Samples for the win rate that chooses checkpoints and stops training early."""
 
     per_condition: int = knob(4, "Noises for each held-out condition.", TABLE, name="choose_noises", low=1)
     batch: int = knob(64, "Assets at once; bounds memory.", TABLE, name="evaluation_batch", low=1, rare=True)
@@ -34,7 +34,7 @@ class Choosing(Knobs):
         against: "Models",
         ranks: "Ranks | None" = None,
     ) -> "HeldOut | None":
-        """Make the evaluator of a stage's training; None for a problem that has none to choose by.
+        """Make the win-rate evaluator for a stage's training; None for a problem without a `chooser` reward.
 
         Args: others, against, ranks: see HeldOut.
         """
@@ -78,7 +78,7 @@ class Evaluation(Knobs):
     seed: int = 0  # of the noises, apart from those that are trained or chosen on
 
     def crossed(self, problem: "Problem") -> tuple[list[str], list[int]]:
-        """Return every held-out condition per noise, and the noises' seeds, [C S] each."""
+        """Return (prompts, seeds), [C S] each: every held-out prompt with S noise seeds in a row."""
         from training.phases import derive_seed
 
         pairs = [(name, k) for name in problem.held_out_conditions for k in range(self.per_condition)]
@@ -94,17 +94,19 @@ PRECISIONS = ("auto", "bfloat16", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingSource:
-    """How TRELLIS's assets become latents again."""
+    """Settings of the encoding of TRELLIS's assets as latents."""
 
     voxel_share: float = _rare_what(
         0.25, "TRELLIS: a decoded asset's voxel is filled above this share of the mean opacity.", above=0
     )
-    views: int = _rare_what(150, "TRELLIS: pictures behind the features of a decoded asset.", low=1)
+    views: int = _rare_what(
+        150, "TRELLIS: number of rendered images from which an asset's features are averaged.", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProblemSource(EncodingSource, Knobs):
-    """What a problem is read from."""
+    """Source of a tuning problem: a generator, preference pairs, and their conditioning."""
 
     pipeline: str = _what(
         "toy",
@@ -113,17 +115,18 @@ class ProblemSource(EncodingSource, Knobs):
     )
     pairs: str | None = _what(
         None,
-        "People's pairs: a folder with one for each stage in it, as eg3d-rlhf flow tune --pairs-only makes.",
+        "Preference pairs of people: a folder that holds one folder per stage, as made by eg3d-rlhf flow tune"
+        " --pairs-only.",
         metavar="DIR",
         shown="the toy's own",
     )
     labelled: str = _rare_what(
         "others",
-        "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
-        " defects.",
+        "Toy: source of the labelled assets: the generator's own samples, or those of others with twice the"
+        " defect rate.",
         choices=("own", "others"),
     )
-    seed: int = 0  # of the toy's people, or of the division into trained and held-out conditions
+    seed: int = 0  # of the toy's simulated annotators, or of the split into training and held-out prompts
     conditions: str | None = _what(
         None,
         "Embeddings of the conditioning inputs.",
@@ -132,21 +135,21 @@ class ProblemSource(EncodingSource, Knobs):
         name="conditioning",  # the field is part of what 0.1 recorded
     )
     dtype: str = _rare_what(
-        "float32", "In which the flows are held.", choices=("float32", "float16", "bfloat16")
+        "float32", "Type of the flows' weights in memory.", choices=("float32", "float16", "bfloat16")
     )
     precision: str = _rare_what(
         "auto",
-        "Of the flows' passes, in training, win rates and samples alike; adapters, sums and the optimiser"
-        " stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
+        "Precision of the flows' forward and backward passes, in training, win rates and sampling. Adapters,"
+        " sums and the optimiser stay float32. auto: bfloat16 on CUDA, float32 on a CPU.",
         choices=PRECISIONS,
     )
-    held_out: float = _rare_what(0.2, "Share of the conditions that is never trained on.", above=0, below=1)
-    # conditions to train on, to choose on and to hold out; None: divided by a hash
+    held_out: float = _rare_what(0.2, "Share of the prompts that is never trained on.", above=0, below=1)
+    # prompts to train on, to choose on and to hold out; None: split by a hash
     splits: tuple[tuple[str, ...], ...] | None = None
     parts: str = _rare_what(
         "all",
-        "SAM 3D: what is learnt of its first stage: shape and pose alike, the shape alone, or both by its"
-        " weights.",
+        "SAM 3D: parts of the first stage's loss: shape and pose with equal weights, the shape alone, or both"
+        " with the weights of the model's file.",
         choices=("all", "shape", "file"),
     )
     needs_pairs: ClassVar[bool] = True

@@ -1,9 +1,8 @@
-"""Assets with labels that a stage is tuned by: a list of sampled assets with their latents, and labels of any
-kind of them.
+"""Assets with a label each, on which a stage is tuned: a list of assets with latents, and labels of any kind.
 
-The list is what `eg3d-rlhf flow sample` wrote, or one of assets of your own (ranking.py); labels are a file
-(preferences/goodness.py), and without one the list's own ranks. The toy draws its assets and has people of
-its own.
+The list was written by `eg3d-rlhf flow sample`, or names assets of your own (ranking.py). The labels are in a
+file (preferences/label_scores.py); without a file, the ranks in the list are used. The toy generates its
+assets, and labels them with simulated annotators.
 """
 
 import functools
@@ -26,30 +25,30 @@ from eg3d_rlhf.tuning.flow.base.ranking import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Single:
-    """A latent of one stage, and how good the asset is."""
+    """A latent of one stage, and the label of the asset that it belongs to."""
 
     id: str  # unique within its set: it seeds the noise
-    condition: str  # name; the pipeline knows its tokens
+    condition: str  # prompt; the pipeline has its conditioning tokens
     stage: str
     latent: Latent
-    r: float  # in 0..1; 1/2 teaches nothing
+    r: float  # label in 0..1, larger is better; 1/2 has no effect on training
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Labelled:
-    """Assets, and r of those that were judged."""
+    """Assets, and the label r of those that have one."""
 
     assets: Sequence[Candidate]
     goodness: Mapping[str, float]  # by an asset's name
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Of every asset."""
+        """Return the prompt of every asset, by the asset's name."""
         return {asset.name: asset.condition for asset in self.assets}
 
     @functools.cached_property
     def identity(self) -> str:
-        """The hash of the labels by asset; latents are hashed where they are trained on."""
+        """Return a hash of prompts and labels by asset; training hashes the latents separately."""
         return json_hash(
             {asset.name: [asset.condition, self.goodness.get(asset.name)] for asset in self.assets}
         )
@@ -61,27 +60,28 @@ class Labelled:
     def singles(
         self, stage: str, conditions: Collection[str] | None = None, use: str = "labels", seed: int = 0
     ) -> list[Single]:
-        """Select a stage's latents of the judged assets that are not alone in their condition, with r as it
-        is or as a control's.
+        """Select a stage's latents of the labelled assets whose prompt has at least two labelled assets.
 
-        Args: conditions: to train on; None: all; use, seed: see `as_used`.
+        Args: conditions: prompts to train on, None: all; use, seed: r as labelled or as a control's, see
+            `as_used`.
         Raises: ValueError where none is left, or the assets have no latents of the stage.
         """
-        of = self.conditions
-        kept = contrast(self.goodness, set(of.values()) if conditions is None else conditions, of)
+        prompts = self.conditions
+        # labels are compared within a prompt, so a single label there has no effect
+        kept = contrast(self.goodness, set(prompts.values()) if conditions is None else conditions, prompts)
         if not kept:
-            got = f"none of {len(self.goodness)} there. Label several assets of each condition"
             raise ValueError(
-                f"labels: expected two judged assets or more under a condition to train on, got {got}."
+                "labels: expected two or more labelled assets for a prompt to train on, got none among"
+                f" {len(self.goodness)} labels. Label several assets of each prompt."
             )
         lacking = next((asset for asset in self.assets if stage not in asset.latents), None)
         if lacking is not None:
             there = ", ".join(lacking.latents) or "none"
             raise ValueError(
-                f"labels: expected latents of stage {stage!r}, got those of {there}. Name one of these:"
+                f"labels: expected latents of stage {stage!r}, got those of {there}. Name one of these with"
                 " --stage."
             )
-        r = as_used(kept, of, use, seed)
+        r = as_used(kept, prompts, use, seed)
         return [
             Single(
                 id=f"{a.condition}/{a.name}",
@@ -102,23 +102,25 @@ def read_labelled(
     candidate: Candidates = sampled_candidate,
     on_asset: Callable[[], None] | None = None,
 ) -> Labelled:
-    """Read the assets of a list, or of the folder that holds it, and the labels of a file; None: their own
-    ranks in the list.
+    """Read the assets of a list and their labels.
 
-    Args: candidate: reads a line; on_asset: called after each.
+    Args: assets: the list, or the folder that holds it; labels: a file of labels, None: the ranks in the
+        list; candidate: reads a line; on_asset: called after each asset.
     Raises: FileNotFoundError or ValueError naming the file, the line and a remedy.
     """
     path = assets / RANKING if assets.is_dir() else assets
     candidates = read_candidates(path, pipeline, False, on_asset, candidate)
     if not candidates:
         raise ValueError(
-            f"{path.name}, line 1: expected at least one asset, got an empty list. Draw some first."
+            f"{path.name}, line 1: expected at least one asset, got an empty list. Sample some first with"
+            " eg3d-rlhf flow sample."
         )
     return Labelled(assets=candidates, goodness=read_goodness(labels or path, known_of(candidates)))
 
 
 def known_of(candidates: Sequence[Candidate]) -> Known:
     """Return the names that labels may use for these assets: numbers in the list, or shown files."""
+    # files are resolved, so that labels may name them relative to another folder
     return Known(
         conditions={asset.name: asset.condition for asset in candidates},
         files={asset.file.resolve(): asset.name for asset in candidates if asset.file is not None},

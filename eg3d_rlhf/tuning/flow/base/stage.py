@@ -1,5 +1,4 @@
-"""Interface of a generator in stages, each a flow over latents of one kind. Decoding between stages is not
-differentiable.
+"""Interface of a multi-stage flow generator. Decoding between stages is not differentiable.
 
 A flow's path is straight, in the one convention of this package: x_0 is data, t = 1 is noise (TRELLIS, Flux,
 SD3).
@@ -7,9 +6,10 @@ SD3).
     x_t = (1 - t) x_0 + (s + (1 - s) t) eps        v = (1 - s) eps - x_0,   s = sigma_min
 
 Papers that put data at t = 1 (Circular-DPO, equations 1-4; Lipman et al. 2023) map by t' = 1 - t, v' = -v;
-the squared errors are the same. `opposite` maps; a stage whose model is theirs says so by `data_at_one`.
+the squared errors are the same. `opposite` converts; a stage whose model uses the other convention sets
+`data_at_one`.
 
-Shape letters as in sparse.py; T tokens of a condition, E their size.
+Shape letters as in sparse.py; T tokens of a conditioning input, E their size.
 """
 
 import contextlib
@@ -48,40 +48,43 @@ class EmptyStructure(ValueError):
     """A decoded structure without a voxel."""
 
 
-_REFUSED = contextvars.ContextVar("refused", default=False)
+# a context variable: one thread can reject empty structures while another does not
+_EMPTY_REJECTED = contextvars.ContextVar("empty_rejected", default=False)
 
 
 @contextlib.contextmanager
 def refusing_empty() -> Iterator[None]:
-    """Make an empty structure an error within the context. Elsewhere its likeliest voxel stands for it, so
-    that tuning continues.
+    """Make an empty structure an error within the context.
+
+    Elsewhere the likeliest voxel is used in place of an empty structure, so that tuning continues.
     """
-    token = _REFUSED.set(True)
+    token = _EMPTY_REJECTED.set(True)
     try:
         yield
     finally:
-        _REFUSED.reset(token)
+        _EMPTY_REJECTED.reset(token)
 
 
 def refuse_empty(who: str, remedy: str) -> None:
-    """Raises: EmptyStructure within `refusing_empty`."""
-    if _REFUSED.get():
+    """Raise EmptyStructure within `refusing_empty`, and do nothing elsewhere."""
+    if _EMPTY_REJECTED.get():
         raise EmptyStructure(f"{who}: expected a structure with voxels, got an empty one. {remedy}")
 
 
 # Kinds of latents: how noise is drawn for a stage, and which latents belong to it.
 
-# what the stage before leaves to one sample of the next: voxel indices [v, 3] int32, or these
+# output of the previous stage for one sample: voxel indices [v, 3] int32; or a sample with voxels and
+# features, which the flow reads as `given`; None at the first stage
 Voxels = torch.Tensor | SparseSample | None
-# with features for the flow to read as `given`; None at the first stage
 
 
 class LatentKind(Protocol):
     """Interface of a kind of latents. Messages begin with `who` and end with `remedy`."""
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Standard normal noise on the CPU, a sample per seed that is named by it, wherever it stands in a
-        batch.
+        """Sample standard normal noise on the CPU, one sample per seed.
+
+        The noise of a seed does not depend on its place in the batch or on the other seeds.
         """
 
     def check(self, who: str, latent: Latent, remedy: str) -> None:
@@ -89,10 +92,12 @@ class LatentKind(Protocol):
 
 
 def _normal(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Sample standard normal numbers on the CPU, so that every device gets the same noise."""
     return torch.randn(list(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def _form(latent: object) -> str:
+    """Name the kind of a latent for a message."""
     if isinstance(latent, SparseSample):
         return "voxels"
     return (
@@ -105,13 +110,14 @@ def _form(latent: object) -> str:
 
 
 def _check_form(who: str, latent: Latent, form: str, kind: type, remedy: str) -> None:
+    """Raise ValueError for a latent of another type."""
     if not isinstance(latent, kind):
         raise ValueError(f"{who}: expected {form}, got {_form(latent)}. {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OneTensor(ABC):
-    """Latents of one tensor of one shape; FORM names them in messages."""
+    """Latents that are one tensor of a fixed shape; FORM names them in messages."""
 
     FORM: ClassVar[str]
     channels: int
@@ -119,7 +125,7 @@ class _OneTensor(ABC):
     @property
     @abstractmethod
     def shape(self) -> list[int]:
-        """Of a sample."""
+        """Return the shape of one sample, without the batch axis."""
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
         return collate([_normal(self.shape, seed) for seed, _ in zip(seeds, given, strict=True)])
@@ -156,10 +162,10 @@ class TokenSet(_OneTensor):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseVoxels:
-    """Features [v, C] on voxels that the stage before leaves.
+    """Features [v, C] on the voxels that the previous stage selects.
 
-    A seed names one dense volume [C, R, R, R], which is read at the voxels: samples of one seed share noise
-    wherever they share voxels.
+    The noise of a seed is one dense volume [C, R, R, R], which is read at the voxels. Samples of one seed
+    thus have the same noise wherever they share voxels.
     """
 
     channels: int
@@ -167,7 +173,8 @@ class SparseVoxels:
     given: int = 0  # G, features per voxel that come with the voxels
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Features that come with the voxels are the batch's `given`."""
+        """Sample noise at the voxels; features that come with the voxels become the batch's `given`."""
+        # one volume per distinct seed, which all samples of that seed read
         volumes = {seed: _normal([self.channels, *[self.resolution] * 3], seed) for seed in set(seeds)}
         samples: list[Latent] = []
         for seed, left in zip(seeds, given, strict=True):
@@ -177,8 +184,9 @@ class SparseVoxels:
                 else (left, None, None)
             )
             places = self._checked(who, places)
-            x, y, z = places.cpu().long().unbind(1)
+            x, y, z = places.cpu().long().unbind(1)  # [v] each
             more = more if self.given else None
+            # volume [C, R, R, R] at [v] places -> [C, v] -> [v, C]
             samples.append(
                 SparseSample(places.cpu().int(), volumes[seed][:, x, y, z].T.contiguous(), more, cells)
             )
@@ -194,9 +202,10 @@ class SparseVoxels:
         self._checked(who, latent.coords)
 
     def _checked(self, who: str, places: torch.Tensor | None) -> torch.Tensor:
+        """Return voxel indices [v, 3], after checking that there are any and that all lie in the grid."""
         if places is None or len(places) == 0:
-            remedy = "The stage before left an empty structure: drop the sample."
-            raise ValueError(f"{who}: expected a voxel or more per sample, got none. {remedy}")
+            remedy = "The previous stage produced an empty structure. Drop the sample."
+            raise ValueError(f"{who}: expected at least one voxel per sample, got none. {remedy}")
         low = int(places.min())
         high = int(places.max())
         if low < 0 or high >= self.resolution:
@@ -209,12 +218,15 @@ class SparseVoxels:
 
 @dataclass(frozen=True, kw_only=True)
 class Dictionary:
-    """Several tensors by name, each of a shape of its own; in errors each counts alike."""
+    """Latents of several tensors by name, each with its own shape.
+
+    Every tensor has the same weight in the error, however many numbers it has.
+    """
 
     shapes: Mapping[str, Sequence[int]]  # by name, of a sample
 
     def noise(self, who: str, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """A tensor's noise is named by the seed and its name."""
+        """Sample noise for each tensor, from the sample's seed and the tensor's name."""
         return collate(
             [
                 NamedSample(
@@ -247,7 +259,7 @@ SCHEDULES = ("logit-normal", "uniform")
 
 @dataclass(frozen=True, kw_only=True)
 class FlowPath:
-    """How noise and data are mixed, and which times are trained on."""
+    """Straight path between data and noise, and the distribution of training times."""
 
     sigma_min: float = 1e-5  # noise left at t = 0
     schedule: str = "logit-normal"  # of the times: sigmoid of a normal, or uniform on 0..1
@@ -261,11 +273,11 @@ class FlowPath:
             got = f"{self.schedule!r}, {self.mean}, {self.std}"
             raise ValueError(
                 f"FlowPath: expected schedule {' or '.join(SCHEDULES)}, a finite mean and std > 0, got {got}."
-                " Set them."
+                " Correct these values."
             )
         if not 0 <= self.sigma_min < 1:
             raise ValueError(
-                f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Set it."
+                f"FlowPath.sigma_min: expected 0 <= sigma_min < 1, got {self.sigma_min}. Correct it."
             )
 
     def sigma(self, t: Any) -> Any:
@@ -276,12 +288,13 @@ class FlowPath:
         """Sample times to train on, [n], on the generator's device."""
         if self.schedule == "uniform":
             return torch.rand(n, generator=generator, device=generator.device)
+        # logit-normal: a positive mean moves the times towards the noise at t = 1
         return torch.sigmoid(
             self.mean + self.std * torch.randn(n, generator=generator, device=generator.device)
         )
 
     def mix(self, x_0: Batch, t: torch.Tensor, eps: Batch) -> Batch:
-        """Mix x_t at times t [N] in 0..1.
+        """Compute x_t = (1 - t) x_0 + (s + (1 - s) t) eps at times t [N] in 0..1.
 
         Raises: ValueError for other times, such as those of a schedule from 0 to 1000.
         """
@@ -294,7 +307,7 @@ class FlowPath:
         return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
 
     def velocity(self, x_0: Batch, eps: Batch) -> Batch:
-        """Return v, which is the same at all times."""
+        """Return v = (1 - s) eps - x_0, which is the same at all times since the path is straight."""
         return with_feats(x_0, (1 - self.sigma_min) * feats_of(eps) - feats_of(x_0))
 
     def data(self, x_t: Batch, t: torch.Tensor, v: Batch) -> Batch:
@@ -304,6 +317,7 @@ class FlowPath:
 
     def velocity_to(self, x_t: Batch, t: torch.Tensor, x_0: Batch) -> Batch:
         """Return the v that leads to x_0 at x_t: inverse of `data`, at times above 0."""
+        # sigma(t) is near 0 at the data end, where no velocity can change x_0
         time = spread(t, x_t)
         return with_feats(x_t, ((1 - self.sigma_min) * feats_of(x_t) - feats_of(x_0)) / self.sigma(time))
 
@@ -328,6 +342,7 @@ class FlowPath:
         if self.weights is None:
             return mean_per_sample(values, batch)
         assert isinstance(batch, NamedBatch)
+        # [N] per tensor: each is averaged over its own numbers first, then weighted
         means = {name: part.flatten(1).mean(1) for name, part in batch.with_feats(values).tensors.items()}
         return torch.stack([weight * means[name] for name, weight in self.weights.items()]).sum(0)
 
@@ -337,9 +352,9 @@ def opposite(t: torch.Tensor, v: Batch) -> tuple[torch.Tensor, Batch]:
     return 1 - t, with_feats(v, -feats_of(v))
 
 
-Asset = Any  # what the last stage decodes to and rewards look at; its kind is the pipeline's own affair
+Asset = Any  # decoded output of the last stage, which rewards score; each pipeline defines its type
 Call = Callable[..., Any]  # (module, x_t, t [N] in 0..1, condition) -> v
-CallStep = Callable[..., Any]  # and the length of the step, [N]
+CallStep = Callable[..., Any]  # (module, x_t, t [N], condition, length of the step [N]) -> v
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,12 +365,13 @@ class Sampling:
     cfg_strength: float = 5.0  # w of (1 + w) v_cond - w v_null
     cfg_interval: tuple[float, float] = (0.5, 1.0)  # times, both included, at which guidance acts
     rescale_t: float = 3.0  # r of t -> r t / (1 + (r - 1) t): larger spends more steps on noisy times
-    # share of a guided x_0 that is brought to the standard deviation of the one without guidance
+    # 0..1: 1 rescales a guided x_0 to the standard deviation of the unguided one, 0 leaves it
     cfg_rescale: float = 0.0
-    shortcut: bool = False  # the network reads the length of a step, 1 / steps, and so needs few
-    # the interval's ends count as float32 of time_scale (1 - t), as its programs count; None: as they are
+    shortcut: bool = False  # the network reads the length of a step, 1 / steps, and needs few steps
+    # the ends of the interval are compared as float32 of time_scale (1 - t), as in some original programs;
+    # None: compared as they are
     time_scale: float | None = None
-    single: bool = False  # times are made in float32 from 1 - t, as some of these programs make them
+    single: bool = False  # times are computed in float32 from 1 - t, as in some original programs
 
     def __post_init__(self):
         low, high = self.cfg_interval
@@ -377,27 +393,28 @@ class Sampling:
 
 
 def as_is(module: torch.nn.Module, x_t: Batch, t: torch.Tensor, cond: Condition) -> Batch:
-    """Call a module that takes what a stage gives."""
+    """Call a module that takes x_t, times and conditioning in the order in which a stage passes them."""
     return module(x_t, t, cond)
 
 
 @dataclass(kw_only=True)
 class FlowStage:
-    """One stage: a flow over latents of one kind, and how its module is called. The module keeps the names of
-    its own parameters.
+    """One stage of a generator: a flow over latents of one kind, and how its module is called.
+
+    The module keeps the names of its parameters.
     """
 
-    name: str  # users call it by this
+    name: str  # by which users choose the stage
     model: torch.nn.Module
     latents: LatentKind
     call: Call = as_is  # of the module; times and sign as the module has them
-    call_step: CallStep | None = None  # of a module that reads the length of a step; None: it does not
+    call_step: CallStep | None = None  # for a module that reads the length of a step; None: it does not
     data_at_one: bool = False  # the module has its data at t = 1 and its noise at t = 0
     path: FlowPath = field(default_factory=FlowPath)
     sampling: Sampling = field(default_factory=Sampling)
     # last parts of the names of linear layers that adapters sit on
     lora_targets: tuple[str, ...] = ("to_qkv", "to_q", "to_kv", "to_out")
-    precision: str = "float32"  # of passes, in training and sampling alike: float32 or bfloat16
+    precision: str = "float32"  # of forward passes, in training and in sampling: float32 or bfloat16
 
     def velocity(
         self,
@@ -407,85 +424,83 @@ class FlowStage:
         model: torch.nn.Module | None = None,
         step: float | None = None,
     ) -> Batch:
-        """v in this package's convention, by the stage's module or another of its kind in its place.
+        """Predict v in this package's convention, with the stage's module or with `model` in its place.
 
-        Args: t: [N] in 0..1, 1 is noise; step: length of the step that will be made of v, where the module
-            reads it; None: v as trained.
+        Args: t: [N] in 0..1, 1 is noise; step: length of the sampler's step, for a module that reads it;
+            None: the instantaneous velocity, as in training.
         Raises: ValueError for a step where the module does not read it. Differentiable in: x_t, the module's
             parameters.
         """
         model = self.model if model is None else model
         at = 1 - t if self.data_at_one else t
+        # autocast keeps the weights as they are; only the products inside run in bfloat16
         half = self.precision == "bfloat16"
         with torch.autocast(feats_of(x_t).device.type, torch.bfloat16, enabled=half):
             if step is None:
                 v = self.call(model, x_t, at, cond)
             elif self.call_step is None:
                 raise ValueError(
-                    f"stage {self.name!r}: expected no shortcut, whose length of steps its network does not"
-                    " read. Set it off."
+                    f"stage {self.name!r}: expected shortcut=False, got True, but the network does not read"
+                    " the length of a step. Set shortcut=False."
                 )
             else:
                 v = self.call_step(model, x_t, at, cond, torch.full_like(t, step))
-        v = single(v) if half else v
+        v = single(v) if half else v  # back to float32
         return opposite(at, v)[1] if self.data_at_one else v
 
     def noise(self, seeds: Sequence[int], given: Sequence[Voxels]) -> Batch:
-        """Standard normal noise, one sample per seed, on the CPU; see the kind of latents for what a seed
-        names.
-        """
+        """Sample standard normal noise on the CPU, one sample per seed, as the kind of latents defines."""
         return self.latents.noise(f"FlowStage.noise of {self.name!r}", seeds, given)
 
     @property
     def hash(self) -> str:
-        """The hash of the network's weights and class."""
+        """Return a hash of the network's weights and of its class's name."""
         return checksum(self.model.state_dict(), type(self.model).__name__)
 
     def check(self, who: str, latent: Latent) -> None:
-        """Raise ValueError, in the name of `who`, for a latent that is none of this stage."""
+        """Raise ValueError, whose message begins with `who`, for a latent of another stage."""
         self.latents.check(
-            who, latent, f"It is no latent of stage {self.name!r}: name the stage that it came from."
+            who, latent, f"It is no latent of stage {self.name!r}. Name the stage that it came from."
         )
 
 
 class Pipeline(Protocol):
-    """An ordered generator of one stage or more; `advance` and `encode` are asked for by the loop alone,
-    which wants two.
-    """
+    """Ordered generator of one or more stages. `advance` is called between two stages only."""
 
     @property
     def stages(self) -> Sequence[FlowStage]:
-        """In order."""
+        """Return the stages in the order in which they are sampled."""
 
     def conditions(self, names: Sequence[str], stage: str) -> Condition:
-        """Tokens [N, T, E] of conditions by name, for a stage; or several tensors by name, [N, ...] each."""
+        """Return a stage's conditioning of N prompts: tokens [N, T, E], or tensors by name, [N, ...] each."""
 
     def no_condition(self, n: int, stage: str) -> Condition:
-        """The empty condition, n times, of the same form."""
+        """Return the empty conditioning n times, in the same form."""
 
     def advance(self, stage: str, x_0: Any) -> list[Voxels]:
-        """The gap behind a stage: what its latents, a Batch of its kind, leave to the next, per sample. Not
-        differentiable.
+        """Convert a stage's latents x_0, a Batch, to the input of the next stage, one per sample.
+
+        Not differentiable.
         """
 
     def decode(self, x_0: Any) -> list[Asset]:
-        """The finished assets of the last stage's latents, a Batch of its kind. Not differentiable."""
+        """Decode the last stage's latents, a Batch, to finished assets. Not differentiable."""
 
     def encode(self, assets: Sequence[Asset]) -> Sequence[Mapping[str, Latent]]:
-        """Per asset the latent of every stage, by the stage's name. Not differentiable."""
+        """Encode each asset as the latents of all stages, by the stage's name. Not differentiable."""
 
 
 class AssetReward(Protocol):
     """Scores finished assets; larger is better."""
 
     def __call__(self, assets: Sequence[Asset], conditions: Sequence[str]) -> torch.Tensor:
-        """[N] float32, one per asset, given the names of their conditions."""
+        """Score assets, given their prompts: [N] float32."""
 
 
 def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
-    """Return the stage of a name.
+    """Return the stage with a name.
 
-    Raises: ValueError naming those there are.
+    Raises: ValueError that lists the stages there are.
     """
     for stage in pipeline.stages:
         if stage.name == name:
@@ -496,10 +511,10 @@ def stage_of(pipeline: Pipeline, name: str) -> FlowStage:
 
 @torch.no_grad()
 def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
-    """Reject a model that was trained with its data at the other end: read that way, it explains data x_0
-    far better.
+    """Reject a model that was trained with the opposite time convention (data at the other end).
 
-    Raises: ValueError where the flow-matching error of the other reading is below half of the stage's own.
+    Raises: ValueError where the flow-matching error on data x_0 in the opposite convention is below half of
+        the error in the stage's convention.
     """
     device = tensor_of(cond).device
     x_0 = x_0.to(device)
@@ -514,6 +529,6 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
         here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")
         raise ValueError(
             f"stage {stage.name!r}: expected velocities of the convention with {here} at t = 1, got a model"
-            f" of error {error:.3g} that has {mapped:.3g} when read with {there} at t = 1. Its stage wants"
-            f" data_at_one={not stage.data_at_one}."
+            f" with error {error:.3g} in it and {mapped:.3g} in the convention with {there} at t = 1. Set"
+            f" data_at_one={not stage.data_at_one} in this stage."
         )

@@ -1,5 +1,7 @@
-"""The bundled toy: its two velocity networks, small transformers over patches of the grid and over voxels;
-how they are trained on drafts and stored; and the problem of Circular-DPO that they make.
+"""Networks of the bundled toy, their files, and its tuning problem for Circular-DPO.
+
+The two velocity networks are small transformers, over patches of the grid and over voxels. They were trained
+on drafts (toy_pipeline.py).
 
 Shape letters: L tokens of the longest sample, V voxels of all samples, C width, H heads, D entries per head;
 others as in the package.
@@ -38,29 +40,33 @@ FREQUENCIES = 32  # of the embedding of the time
 
 @dataclass(frozen=True, kw_only=True)
 class Width:
-    width: int = 64
+    """Sizes of a toy network."""
+
+    width: int = 64  # C
     blocks: int = 2
-    heads: int = 2
-    condition: int = len(SHAPES) + len(COLOURS)  # E, entries of a condition's token
+    heads: int = 2  # H
+    condition: int = len(SHAPES) + len(COLOURS)  # E, entries of a conditioning token
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows [V, ...] of several samples stand as [N, L, ...]: each sample's in order, zeros behind the
-    shorter ones.
+    """Conversion between rows [V, ...] of all samples and a padded batch [N, L, ...].
+
+    The rows of a sample keep their order; shorter samples are padded with zeros at the end.
     """
 
     shape: tuple[int, int]  # N, L
-    places: torch.Tensor  # [V] int64, rows of N * L
-    keep: torch.Tensor  # [N, 1, 1, L] bool, where there is a row
+    places: torch.Tensor  # [V] int64, index of each row among the N * L places
+    keep: torch.Tensor  # [N, 1, 1, L] bool, true at rows, false at padding; the mask of attention
 
     @classmethod
     def from_batch(cls, batch: SparseBatch) -> "Packing":
-        """Pack a batch's voxels; the result is kept in its cache."""
+        """Make the packing of a batch's voxels, once per batch: it is kept in the batch's cache."""
         if "packing" not in batch.cache:
             lengths = batch.lengths
             n = batch.size
             longest = int(lengths.max())
+            # [V]: number of a row within its sample = its number in the batch - first number of its sample
             order = (
                 torch.arange(len(batch.sample), device=lengths.device)
                 - (lengths.cumsum(0) - lengths)[batch.sample]
@@ -70,17 +76,19 @@ class Packing:
         return batch.cache["packing"]
 
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """[V, ...] -> [N, L, ...]."""
+        """Pad rows: [V, ...] -> [N, L, ...]."""
         padded = rows.new_zeros(math.prod(self.shape), *rows.shape[1:])
         return padded.index_copy(0, self.places, rows).unflatten(0, self.shape)
 
     def flat(self, padded: torch.Tensor) -> torch.Tensor:
+        """Remove the padding: [N, L, ...] -> [V, ...]."""
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, both modulated by the sample's time and condition, with
-    cross-attention between them.
+    """Transformer block: self-attention, cross-attention to the conditioning tokens, feed-forward.
+
+    Self-attention and feed-forward are modulated by the sample's time and conditioning (adaptive layer norm).
     """
 
     def __init__(self, size: Width):
@@ -95,7 +103,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, shared: torch.Tensor, cond: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """[N, L, C], [N, 6 C], [N, T, E] -> [N, L, C]."""
+        """Compute x [N, L, C], shared [N, 6 C], cond [N, T, E] -> [N, L, C]."""
         # each [N, 1, C]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (shared + self.modulation)[:, None].chunk(
             6, dim=2
@@ -106,7 +114,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What both networks share: tokens in, tokens out."""
+    """Transformer that both networks share, from tokens to tokens."""
 
     def __init__(self, size: Width, channels: int, positions: int):
         super().__init__()
@@ -126,12 +134,15 @@ class Trunk(nn.Module):
         cond: torch.Tensor,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[N, L, channels], embeddings that broadcast to [N, L, C], times [N], conditions
-        [N, T, E] -> [N, L, C].
+        """Compute the output tokens [N, L, C].
+
+        Args: tokens: [N, L, channels]; position: embeddings that broadcast to [N, L, C]; t: [N]; cond:
+            [N, T, E]; keep: [N, 1, 1, L], see Packing.
         """
-        # wavelengths from 2 pi to 2 pi / 100
+        # Fourier features of the time, [N, FREQUENCIES]; wavelengths from 2 pi to 2 pi / 100
         angles = t[:, None] * 100 ** torch.linspace(0, 1, FREQUENCIES, device=t.device)
         time = self.t_embedder(torch.cat([angles.cos(), angles.sin()], dim=1))
+        # the tokens of shape and colour are summed: the modulation is per sample
         shared = self.modulation(time + self.c_embedder(cond.sum(1)))
         x = self.input_layer(tokens) + position
         for block in self.blocks:
@@ -140,7 +151,7 @@ class Trunk(nn.Module):
 
 
 class StructureFlow(nn.Module):
-    """Velocity over the occupancy grid, [N, 1, R, R, R]."""
+    """Network of the structure's velocity, over the occupancy grid [N, 1, R, R, R]."""
 
     def __init__(self, size: Width | None = None):
         super().__init__()
@@ -149,20 +160,22 @@ class StructureFlow(nn.Module):
         self.out_layer = _zeros(nn.Linear(size.width, PATCH**3))
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """See flow/stage.py: the velocity at x_t, times t [N] and conditions [N, T, E]."""
+        """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
         n = len(x_t)
         side = R // PATCH
-        # [N, 4, 4, 4, 2, 2, 2]
+        # patches of 2^3 places become tokens: [N, 4, 4, 4, 2, 2, 2]
         cells = x_t.view(n, side, PATCH, side, PATCH, side, PATCH).permute(0, 1, 3, 5, 2, 4, 6)
         # [N, 64, 8]
         out = self.out_layer(self.trunk(cells.flatten(4).flatten(1, 3), self.trunk.position, t, cond))
+        # back to the grid: the inverse permutation
         cells = out.view(n, side, side, side, PATCH, PATCH, PATCH).permute(0, 1, 4, 2, 5, 3, 6)
         return cells.reshape(x_t.shape)
 
 
 class VoxelFlow(nn.Module):
-    """Velocity over colour and size of voxels, [V, 4]; a voxel also sees which of the 26 places around it are
-    filled.
+    """Network of the velocity of the voxels' colour and size, [V, 4].
+
+    A voxel's token also contains which of the 26 places around it are filled.
     """
 
     def __init__(self, size: Width | None = None):
@@ -172,20 +185,22 @@ class VoxelFlow(nn.Module):
         self.out_layer = _zeros(nn.Linear(size.width, 4))
 
     def forward(self, x_t: SparseBatch, t: torch.Tensor, cond: torch.Tensor) -> SparseBatch:
-        """See flow/stage.py: the velocity at x_t, times t [N] and conditions [N, T, E]."""
+        """Predict the velocity at x_t, times t [N] and conditioning [N, T, E] (see base/stage.py)."""
         around = surroundings(x_t)
         x, y, z = x_t.coords[:, 1:].long().unbind(1)
         tokens = torch.cat([x_t.feats, around.to(x_t.feats.dtype)], dim=1)
         packing = Packing.from_batch(x_t)
+        # one learned embedding per place of the grid, [R^3, C] -> [V, C]
         position = self.trunk.position.index_select(0, (x * R + y) * R + z)
         out = self.out_layer(self.trunk(packing.pad(tokens), packing.pad(position), t, cond, packing.keep))
         return x_t.with_feats(packing.flat(out))
 
 
 def surroundings(batch: SparseBatch) -> torch.Tensor:
-    """Which of the 27 places around a voxel are filled, [V, 27] float; kept in the batch's cache."""
+    """Mark which of the 27 places around each voxel are filled, [V, 27] float; kept in the batch's cache."""
     if "surroundings" not in batch.cache:
         sample, x, y, z = batch.coords.long().unbind(1)
+        # a border of one place, so that voxels at the edge have empty neighbours
         filled = torch.zeros(batch.size, R + 2, R + 2, R + 2, device=batch.coords.device)
         filled[sample, x + 1, y + 1, z + 1] = 1
         steps = [(i, j, k) for i in range(3) for j in range(3) for k in range(3)]
@@ -196,10 +211,12 @@ def surroundings(batch: SparseBatch) -> torch.Tensor:
 
 
 def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Normalise the last axis, without learned scale and shift: the modulation has them."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 def _zeros(layer: nn.Linear) -> nn.Linear:
+    """Set a layer to zero, so that an untrained network predicts zero velocity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -211,21 +228,22 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     VOXELS: VoxelFlow,
     "reward": LearnedReward,
 }
-KIND = "toy-flow"
+KIND = "toy-flow"  # kind that the header of a file states
 
 
 def path_of(name: str, folder: Path = FOLDER) -> Path:
-    """File of a stage's network, or of "reward"."""
+    """Return the file of a stage's network, or of the network "reward"."""
     return folder / f"{name}.safetensors"
 
 
 def write_network(path: Path, name: str, state: Mapping[str, torch.Tensor], meta: Mapping) -> None:
+    """Write a network's weights in half precision; `meta` is stored beside its name."""
     tensors = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     write_tensors(path, KIND, tensors, {"name": name, **meta})
 
 
 def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
-    """Read what save_network wrote, in single precision, for inference.
+    """Read a file of write_network, in single precision, for inference.
 
     Raises: FileNotFoundError, ValueError for files that are missing, damaged, or of another network.
     """
@@ -241,9 +259,8 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
     return network.eval()
 
 
-# that are trained on, and that are not
-PAIRS_PER_CONDITION = 20
-UNSEEN_PER_CONDITION = 6
+PAIRS_PER_CONDITION = 20  # for a prompt that is trained on
+UNSEEN_PER_CONDITION = 6  # for a prompt to choose on or to hold out
 
 
 def toy_problem(
@@ -252,13 +269,12 @@ def toy_problem(
     pairs_per_condition: int = PAIRS_PER_CONDITION,
     labelled: str = "others",
 ) -> Problem:
-    """The bundled toy with the people's pairs of a seed.
+    """Make the tuning problem of the bundled toy, with the simulated preference pairs of a seed.
 
-    Args: labelled: "own": people judged drafts as the generator learnt to make them; "others": those of
-    another maker, with twice the defects, as where labels exist for finished assets of older generators only.
-
-    Of 192 conditions 64 are for training, 32 for choosing checkpoints and settings, 96 for the table: colours
-    that a shape has not been tuned on.
+    Of 192 prompts, 64 are for training, 32 for choosing checkpoints and settings, and 96 for the table. The
+    96 combine a shape with colours for which it was not tuned.
+    Args: labelled: source of the labelled drafts. "own": with the defects on which the generator was trained;
+        "others": with twice the rate of defects, as if labels existed for assets of an older generator only.
     """
     defects = DEFECTS[labelled]
     others = (*CHOOSING, *HELD_OUT)
@@ -294,8 +310,9 @@ def toy_problem(
 
 
 def fit_reward(pairs: Sequence[PreferencePair], seed: int) -> LearnedReward:
-    """A reward of finished assets, from people's pairs of the last stage."""
+    """Fit a reward of finished assets to preference pairs of the last stage."""
     decoder = ToyPipeline(nn.Identity(), nn.Identity())
+    # pairs hold latents; the reward reads the assets that they decode to
     better, worse = (
         [asset for pair in pairs for asset in decoder.decode(SparseBatch.join([getattr(pair, side)]))]
         for side in ("preferred", "rejected")

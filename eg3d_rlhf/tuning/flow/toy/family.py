@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # this family is looked up for --help, which is spared torch
 
 
 class Toy(FlowFamily):
+    """Family of the bundled toy, which needs no folder."""
+
     name = "toy"
     layout = "the bundled toy, called by that name"
     stages = STAGES
@@ -34,7 +36,7 @@ class Toy(FlowFamily):
     options = ("labelled",)
 
     def recognises(self, root: Path) -> bool:
-        return False
+        return False  # the toy is chosen by its name, never by a folder
 
     def files(self, root: Path, stages: Sequence[str] | None = None) -> dict[str, Path]:
         from eg3d_rlhf.tuning.flow.toy.bundled import NETWORKS, path_of
@@ -65,7 +67,7 @@ class Toy(FlowFamily):
         return toy_problem(source.seed, device, labelled=source.labelled)
 
     def embed_texts(self, root: Path, texts: Sequence[str], device: torch.device) -> Conditions:
-        """Make the tokens that the toy has for its conditions' names."""
+        """Make the tokens of the toy's prompts."""
         from torch import nn
 
         from eg3d_rlhf.tuning.flow.base.conditioning import Conditions
@@ -75,8 +77,9 @@ class Toy(FlowFamily):
         return Conditions(tokens=dict(zip(texts, tokens, strict=True)), encoder="toy", zero_null=True)
 
     def show(self, asset: ToyAsset, path: Path) -> Path:
-        """Write coloured cubes, .ply, without the faces between two of them; z is up, and the grid is one
-        unit wide.
+        """Write voxels as coloured cubes to a .ply file, without the faces between two cubes.
+
+        z is up, and the grid is one unit wide.
         """
         import torch
         import torch.nn.functional as F
@@ -84,6 +87,7 @@ class Toy(FlowFamily):
         from eg3d_rlhf.geometry.mesh_export import save_mesh
         from eg3d_rlhf.tuning.flow.toy.toy_pipeline import R
 
+        # empty border [R + 2] per axis, so that voxels at the edge of the grid get their outer faces
         filled = F.pad(asset.occupancy, (1, 1) * 3)
         # counter-clockwise in the two axes that follow a third
         square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]])
@@ -91,13 +95,16 @@ class Toy(FlowFamily):
         colours = []
         for axis in range(3):
             for side in (0, 1):
+                # voxels whose neighbour in this direction is empty: [faces, 3]
                 places = (asset.occupancy & ~filled.roll(1 - 2 * side, axis)[1:-1, 1:-1, 1:-1]).nonzero()
                 face = torch.full((4, 3), side)
+                # the order of corners decides which way a face points: outwards on both sides
                 face[:, [(axis + 1) % 3, (axis + 2) % 3]] = square if side else square.flip(0)
                 corners.append((places[:, None] + face).flatten(0, 1))  # [faces * 4, 3]
                 colours.append(asset.colours[places.unbind(1)].repeat_interleave(4, 0))
         vertices = (torch.cat(corners).double() / R - 0.5).numpy()
         quads = torch.arange(len(vertices)).view(-1, 4)
+        # two triangles per square
         faces = torch.cat([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]]).numpy()
         return save_mesh(
             path.with_name(path.name + ".ply"),
@@ -107,7 +114,7 @@ class Toy(FlowFamily):
         )
 
     def release(self, root: Path, stages: Sequence[str]) -> Release:
-        """Describe both stages' networks as the package has them."""
+        """Describe the networks of `stages`, and the files of the other stages, which are kept."""
         import torch
 
         from eg3d_rlhf.tuning.flow.toy.bundled import KIND, load_network, path_of, write_network
@@ -115,7 +122,7 @@ class Toy(FlowFamily):
 
         def stored(name: str) -> Stored:
             def load(dtype: torch.dtype | None) -> nn.Module:
-                return load_network(name).to(dtype or torch.float16)
+                return load_network(name).to(dtype or torch.float16)  # the files hold float16
 
             meta = read_tensors(path_of(name), KIND)[1]
             return Stored(

@@ -1,6 +1,6 @@
-"""Names of the toy's conditions and stages. This file imports no torch, so that `--help` is quick."""
+"""Names of the toy's prompts and stages. This file imports no torch, so that `--help` is quick."""
 
-COLOURS = {
+COLOURS = {  # red, green, blue in 0..1
     "red": (0.85, 0.15, 0.15),
     "orange": (0.95, 0.55, 0.10),
     "yellow": (0.95, 0.90, 0.20),
@@ -14,7 +14,7 @@ COLOURS = {
     "grey": (0.55, 0.55, 0.55),
     "white": (0.95, 0.95, 0.95),
 }
-# in the order of `pipeline.shapes_at`
+# in the order of `toy_pipeline.shapes_at`
 SHAPES = (
     "ball",
     "box",
@@ -33,6 +33,7 @@ SHAPES = (
     "sofa",
     "bridge",
 )
+# all prompts, such as "red ball"
 CONDITIONS = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 STRUCTURE = "structure"
 VOXELS = "voxels"

@@ -1,15 +1,15 @@
-"""Who judges the toy's assets: three oracles that know what was asked for, people, and a reward that has
-learned from people alone.
+"""Rewards of the toy's assets (three oracles and a learned one), and its simulated annotators.
 
-    LabelOracle    overlap over union, and root mean square of the colour's error: labels the people's pairs
-    ChooserOracle  distances to the shape and back, and the share of voxels in the right colour: held-out win
-                   rate and early stop
-    FinalOracle    Dice overlap, the number of connected parts, symmetry, and the colour's mean absolute
-                   error: the final table alone
+    LabelOracle    intersection over union, and root mean square error of the colour: the labelling rule of
+                   the simulated preference pairs
+    ChooserOracle  distances to the shape and back, and the share of voxels of the right colour: held-out win
+                   rate and early stopping
+    FinalOracle    Dice overlap, the number of connected parts, symmetry, and the mean absolute error of the
+                   colour: the final table only
 
-All are AssetRewards: geometry + colour, larger is better. Any variant of the shape will do; the one that an
-asset fits best counts. People see drafts in twos, made into assets; a noisy annotator calls the better one.
-The learned reward is wrong at times, as rewards are.
+All are AssetRewards: geometry + colour, larger is better. Any variant of the shape is correct; the score is
+that of the best-fitting variant. A noisy simulated annotator chooses between two decoded drafts. The learned
+reward is fitted to these choices alone, and has errors.
 
 Letters as in the package; P pairs.
 """
@@ -33,12 +33,12 @@ from eg3d_rlhf.tuning.flow.base.ranking import Candidate
 from eg3d_rlhf.tuning.flow.base.single_labels import Labelled
 from eg3d_rlhf.tuning.flow.toy import toy_pipeline as toy
 
-RIGHT_COLOUR = 0.15  # largest error of a channel that ChooserOracle lets pass
+RIGHT_COLOUR = 0.15  # largest error of a channel, in 0..1, for a colour that ChooserOracle counts as right
 
 
 @dataclass(frozen=True)
 class _Views:
-    """Assets beside what was asked for; P = R^3 places."""
+    """Assets and the targets of their prompts; P = R^3 places."""
 
     filled: torch.Tensor  # [N, P] float, 0 or 1
     wanted: torch.Tensor  # [N, K, P] float, 0 or 1
@@ -54,50 +54,54 @@ class _Views:
 
     @property
     def overlap(self) -> torch.Tensor:
-        """[N, K]: voxels in common with every variant."""
+        """Count the voxels in common with every variant, [N, K]."""
         return torch.einsum("np,nkp->nk", self.filled, self.wanted)
 
     @property
     def sizes(self) -> torch.Tensor:
-        """[N, K]: voxels of the asset plus those of every variant."""
+        """Add the number of voxels of the asset and of every variant, [N, K]."""
         return self.filled.sum(1, keepdim=True) + self.wanted.sum(2)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """[N, P] -> [N]: mean over the filled places."""
+        """Average over the filled places: [N, P] -> [N]."""
         return (values * self.filled).sum(1) / self.filled.sum(1)
 
 
 class _Oracle(ABC):
-    """Geometry plus colour."""
+    """Oracle whose score is geometry plus colour."""
 
     @abstractmethod
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """The scores "geometry" and "colour", each [N] float32."""
+        """Compute the scores "geometry" and "colour", [N] float32 each."""
 
     def __call__(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
-        """[N] float32: the sum of both."""
+        """Score assets, given their prompts: [N] float32, the sum of both parts."""
         parts = self.parts(assets, conditions)
         return parts["geometry"] + parts["colour"]
 
 
 class LabelOracle(_Oracle):
-    """Geometry 4 IoU, colour -4 RMSE."""
+    """Labelling rule: geometry 4 IoU, colour -4 RMSE."""
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         views = _Views.from_assets(assets, conditions)
+        # |A and B| / |A or B|, of the best variant
         iou = (views.overlap / (views.sizes - views.overlap)).amax(1)
         return {"geometry": 4 * iou, "colour": -4 * views.mean(views.colour_error.square().mean(2)).sqrt()}
 
 
 class ChooserOracle(_Oracle):
-    """Geometry -2 mean distance in voxels, there and back; colour the share of voxels within RIGHT_COLOUR in
-    every channel.
+    """Oracle that chooses checkpoints.
+
+    Geometry: -2 times the sum of the mean distances, in voxels, from asset to shape and from shape to asset.
+    Colour: the share of voxels whose error is within RIGHT_COLOUR in every channel.
     """
 
     def parts(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> Mapping[str, torch.Tensor]:
         views = _Views.from_assets(assets, conditions)
         to_shape = _distances_to_shapes()[toy.classes(conditions)[0]]  # [N, K, P]
         to_asset = torch.stack([_distance(asset.occupancy) for asset in assets])  # [N, P]
+        # asset to shape measures extra parts, shape to asset measures missing parts
         there = torch.einsum("np,nkp->nk", views.filled, to_shape) / views.filled.sum(1, keepdim=True)
         back = torch.einsum("np,nkp->nk", to_asset, views.wanted) / views.wanted.sum(2)
         right = (views.colour_error.abs().amax(2) <= RIGHT_COLOUR).float()
@@ -105,15 +109,21 @@ class ChooserOracle(_Oracle):
 
 
 class FinalOracle(_Oracle):
-    """Geometry Dice + symmetry - 0.03 for every part beyond the first; colour -3 mean absolute error."""
+    """Oracle of the final table.
+
+    Geometry: Dice + symmetry - 0.03 for every connected part beyond the first. Colour: -3 times the mean
+    absolute error.
+    """
 
     def measures(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What it adds up, [N] each, larger is better: "overlap", "symmetry", "pieces" (beyond the first,
-        negative) and "colour".
+        """Compute the summands of the score, [N] each, larger is better.
+
+        These are "overlap", "symmetry", "pieces" (parts beyond the first, negative) and "colour".
         """
         views = _Views.from_assets(assets, conditions)
+        # every target is symmetric in x, so the share of voxels with a mirror image needs no target
         mirrored = torch.stack([asset.occupancy.flip(0) for asset in assets]).flatten(1)
-        # parts that hang together by faces
+        # connected parts by face neighbours, which is the default of scipy's label
         more = torch.tensor([ndimage.label(asset.occupancy.numpy())[1] - 1 for asset in assets])
         return {
             "overlap": (2 * views.overlap / views.sizes).amax(1),
@@ -129,36 +139,36 @@ class FinalOracle(_Oracle):
 
 @functools.cache
 def _distances_to_shapes() -> torch.Tensor:
-    """Distance of every place to every shape, [shapes, K, R^3], in voxels; 0 inside."""
+    """Compute the distance of every place to every shape, [shapes, K, R^3], in voxels; 0 inside."""
     shapes = toy.canonical_shapes()
     return torch.stack([_distance(shape) for shape in shapes.flatten(0, 1)]).unflatten(0, shapes.shape[:2])
 
 
 def _distance(filled: torch.Tensor) -> torch.Tensor:
-    """[R^3]: from every place to the nearest filled one."""
+    """Compute the Euclidean distance from every place to the nearest filled one, [R^3], in voxels."""
     return torch.from_numpy(ndimage.distance_transform_edt(~filled.numpy())).float().view(toy.R**3)
 
 
-TEMPERATURE = 0.1  # of the annotator, in units of LabelOracle's score
+TEMPERATURE = 0.1  # of the simulated annotator, in units of LabelOracle's score
 
 
 @dataclass(frozen=True)
 class Judged:
-    """P pairs of one condition each, the better draft first."""
+    """P labelled pairs of drafts, each for one prompt."""
 
     conditions: tuple[str, ...]
     preferred: toy.Drafts
     rejected: toy.Drafts
     assets: tuple[list[toy.ToyAsset], list[toy.ToyAsset]]  # preferred, rejected
-    agrees: torch.Tensor  # [P] bool: whether the annotator said what the oracle thinks
+    agrees: torch.Tensor  # [P] bool: the annotator's label is the order of LabelOracle's scores
 
 
 def judge_drafts(
     conditions: Sequence[str], generator: torch.Generator, defects: toy.Defects | None = None
 ) -> Judged:
-    """One pair per condition.
+    """Sample one pair of drafts per prompt, and label it by the simulated annotator.
 
-    P(first is called better) = sigmoid((s_first - s_second) / TEMPERATURE), s LabelOracle's
+    P(first is preferred) = sigmoid((s_first - s_second) / TEMPERATURE), where s is LabelOracle's score
     (Bradley and Terry 1952).
     """
     drafts = [toy.draw_drafts(conditions, generator, defects) for _ in range(2)]
@@ -168,6 +178,7 @@ def judge_drafts(
     first = torch.rand(len(gap), generator=generator) < torch.sigmoid(gap / TEMPERATURE)  # [P]
 
     def chosen(take: torch.Tensor) -> tuple[toy.Drafts, list[toy.ToyAsset]]:
+        # the first draft where `take` is true, the second elsewhere
         grids = take.view(-1, 1, 1, 1)
         a, b = drafts
         picked = toy.Drafts(
@@ -186,9 +197,10 @@ def judge_drafts(
 def human_pairs(
     stage: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> list[PreferencePair]:
-    """Pairs of a stage's latents; the same assets at every stage, whatever else is asked for."""
+    """Make simulated preference pairs of a stage's latents. All stages have pairs of the same assets."""
     pairs = []
     for condition in conditions:
+        # seeded by prompt: the pairs of a prompt do not depend on which other prompts are requested
         draw_seed = zlib.crc32(f"{seed} {condition}".encode())
         judged = judge_drafts([condition] * per_condition, torch.Generator().manual_seed(draw_seed), defects)
         both = [separate(drafts.latents(stage)) for drafts in (judged.preferred, judged.rejected)]
@@ -209,11 +221,11 @@ def human_pairs(
 def human_singles(
     kind: str, conditions: Sequence[str], per_condition: int, seed: int, defects: toy.Defects | None = None
 ) -> Labelled:
-    """Assets of every condition, and what people say of each by itself; the same assets whatever is said.
+    """Make assets of every prompt, with a simulated label for each asset. Both kinds label the same assets.
 
-    thumbs: P(up) = sigmoid((s - s_typical) / TEMPERATURE), s LabelOracle's and s_typical the median of the
-    condition's, which people come to know. ranks: by s + TEMPERATURE g with g of a Gumbel distribution
-    (Luce 1959), of two the law of `judge_drafts`.
+    thumbs: P(up) = sigmoid((s - s_median) / TEMPERATURE), where s is LabelOracle's score and s_median its
+    median over the prompt's assets. ranks: the order of s + TEMPERATURE g, with g from a Gumbel distribution
+    (Luce 1959); for two assets this is the probability of `judge_drafts`.
     """
     assets = list[Candidate]()
     goodness = dict[str, float]()
@@ -224,8 +236,10 @@ def human_singles(
         up = torch.rand(per_condition, generator=generator) < torch.sigmoid(
             (scores - scores.median()) / TEMPERATURE
         )
+        # -log of an exponential variable has a Gumbel distribution
         noisy = scores - TEMPERATURE * torch.empty(per_condition).exponential_(generator=generator).log()
         names = [f"{condition.replace(' ', '-')}-{seed}-{i:03d}" for i in range(per_condition)]
+        # smaller ranks are better, hence the sign
         ranks = dict(zip(names, (-noisy).tolist(), strict=True))
         goodness |= of_ranks(ranks) if kind == "ranks" else of_votes(zip(names, up.tolist(), strict=True))
         latents = {stage: separate(drafts.latents(stage)) for stage in (toy.STRUCTURE, toy.VOXELS)}
@@ -239,16 +253,14 @@ FEATURES = 15  # see _features
 
 
 class LearnedReward(nn.Module):
-    """A small network over counts of what lies beside what, and the distance to colours that it has learned;
-    an AssetReward.
-    """
+    """Learned AssetReward: a small network over counts of voxels and distances to learned colours."""
 
     mean: torch.Tensor  # [F], of the features it was trained on
     std: torch.Tensor
 
     def __init__(self, hidden: int = 32):
         super().__init__()
-        self.colour = nn.Embedding(len(toy.COLOURS), toy.R * 3)  # of every class by height
+        self.colour = nn.Embedding(len(toy.COLOURS), toy.R * 3)  # colour of every class, by height
         nn.init.constant_(self.colour.weight, 0.5)
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("std", torch.ones(FEATURES))
@@ -259,11 +271,14 @@ class LearnedReward(nn.Module):
         self.head = nn.Sequential(*layers, nn.Linear(hidden, 1))
 
     def score(self, volumes: torch.Tensor, shapes: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
-        """[N, 4, R, R, R] and class numbers [N] -> [N]. Not differentiable in the volumes' occupancy."""
+        """Score volumes [N, 4, R, R, R] of shape and colour classes [N] -> [N].
+
+        Not differentiable in the volumes' occupancy.
+        """
         filled = volumes[:, :1]
         painted = volumes[:, 1:]
         learned = self.colour(colours).view(-1, 3, 1, 1, toy.R)
-        # [N, 3]
+        # mean squared error of each channel over the filled places, [N, 3]
         error = ((painted - learned).square() * filled).flatten(2).sum(2) / filled.flatten(1).sum(
             1, keepdim=True
         )
@@ -275,7 +290,7 @@ class LearnedReward(nn.Module):
 
     @torch.no_grad()
     def forward(self, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> torch.Tensor:
-        """[N] float32; see AssetReward."""
+        """Score assets, given their prompts: [N] float32 on the CPU; see AssetReward."""
         device = self.mean.device
         return self.score(
             volumes_of(assets).to(device), *(numbers.to(device) for numbers in toy.classes(conditions))
@@ -283,8 +298,11 @@ class LearnedReward(nn.Module):
 
 
 def _features(volumes: torch.Tensor) -> torch.Tensor:
-    """[N, 4, R, R, R] -> [N, 15]: number of voxels; shares of them with 0 to 6 filled neighbours; empty
-    places with 2 to 6 filled ones; share without a mirror image; roughness of the colour.
+    """Compute features of volumes: [N, 4, R, R, R] -> [N, 15].
+
+    The features are the number of voxels; the shares of voxels with 0 to 6 filled neighbours; the numbers of
+    empty places with 2 to 6 filled neighbours, per voxel; the share of voxels without a mirror image; and the
+    roughness of the colour.
     """
     filled = volumes[:, 0]
     beside = toy.neighbours(filled)
@@ -293,6 +311,7 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
     empty = [((beside == k) * (1 - filled)).sum((1, 2, 3)) / n for k in range(2, 7)]
     alone = ((1 - filled.flip(1)) * filled).sum((1, 2, 3)) / n
     both = filled[..., 1:] * filled[..., :-1]
+    # mean difference of colours between vertical neighbours; the clamp is for assets without such pairs
     rough = (volumes[:, 1:].diff(dim=-1).abs().mean(1) * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(
         min=1
     )
@@ -300,7 +319,7 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
 
 
 def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
-    """Assets as the network reads them, [N, 4, R, R, R]."""
+    """Stack assets as the network reads them: occupancy and colour, [N, 4, R, R, R]."""
     return torch.stack(
         [torch.cat([a.occupancy[None].float(), a.colours.permute(3, 0, 1, 2)]) for a in assets]
     )
@@ -308,11 +327,13 @@ def volumes_of(assets: Sequence[toy.ToyAsset]) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTraining:
+    """Settings of the training of the learned reward."""
+
     pairs: int = 4000
-    held_out: int = 800  # further pairs, which only test it
+    held_out: int = 800  # further pairs, for the test only
     epochs: int = 16
-    batch: int = 64
-    lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
+    batch: int = 64  # pairs per update
+    lr: float = 3e-3  # of AdamW, falls to 0 along a cosine
     seed: int = 0
 
 
@@ -324,10 +345,11 @@ def fit(
     generator: torch.Generator,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> LearnedReward:
-    """By preference_loss to pairs of assets.
+    """Fit the learned reward to pairs of assets with preference_loss.
 
-    Args: generator: of the order of the pairs; on_step: called with (step, steps, loss).
+    Args: generator: shuffles the pairs; on_step: called with (step, steps, loss).
     """
+    # the initial weights depend on the seed alone, and the caller's random state is restored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = LearnedReward()
@@ -335,6 +357,7 @@ def fit(
     preferred = volumes_of(better)
     rejected = volumes_of(worse)
     features = _features(torch.cat([preferred, rejected]))
+    # features are standardised; the clamp is for a feature that is constant
     network.mean = features.mean(0)
     network.std = features.std(0).clamp(min=1e-3)
     shapes, colours = toy.classes(conditions)
@@ -343,6 +366,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(training.epochs):
         for rows in torch.randperm(len(conditions), generator=generator).split(training.batch):
+            # [2 B]: preferred, then rejected
             scores = network.score(
                 torch.cat([preferred[rows], rejected[rows]]), shapes[rows].repeat(2), colours[rows].repeat(2)
             )

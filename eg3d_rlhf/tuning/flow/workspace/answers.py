@@ -1,11 +1,10 @@
-"""People's answers in WORK as pairs of every stage's latents, and the problem that they make.
+"""Conversion of people's answers in WORK to pairs of every stage's latents and to a tuning problem.
 
-    WORK/pairs/STAGE                        pairs of a stage; made anew from the answers whenever they are
-                                            read
-    WORK/pairs/conditioning.safetensors     embeddings of their conditions, where these are not WORK's
+    WORK/pairs/STAGE                        pairs of a stage; rebuilt from the answers whenever they are read
+    WORK/pairs/conditioning.safetensors     embeddings of the pairs' prompts, where these are not WORK's
 
-Of the conditions to choose on, a third chooses networks while they train; the rest tells whether anything was
-learnt. Test conditions take no part.
+A third of the prompts to choose on chooses checkpoints during training. The other two thirds test whether the
+labels carried a learnable signal. Test prompts are not used here.
 """
 
 import hashlib
@@ -48,9 +47,9 @@ from training.progress import tqdm
 from training.storage import read_tensors
 
 PAIRS = "pairs"
-Encoding = Mapping[str, Any]  # given fields of EncodingSource
+Encoding = Mapping[str, Any]  # the fields of EncodingSource that the user set, by name
 NOTHING: Encoding = MappingProxyType({})
-CHOOSING = 1 / 3  # of the conditions to choose on
+CHOOSING = 1 / 3  # share of the prompts to choose on that chooses checkpoints; the rest is for the test
 
 
 def imported_of(
@@ -60,29 +59,30 @@ def imported_of(
     device: str | torch.device = "cpu",
     encoding: Encoding = NOTHING,
 ) -> Imported:
-    """Pairs of WORK's assets, of every stage, by people's answers, or by a file of labels of these assets; or
-    pairs of a folder.
+    """Make pairs of every stage from the answers in WORK, from a file of labels, or from a folder.
 
-    Args: labels: thumbs, scores, ranks or pairs (preferences/goodness.py), in place of people's answers; a
-        folder of ranked assets, with ranking.jsonl and embeddings of other conditions beside it; or of DSO's
-        samples. device: where assets are encoded.
+    Args:
+        labels: None: people's answers in WORK. A file: thumbs, scores, ranks or pairs of WORK's assets
+            (preferences/label_scores.py). A folder: ranked assets with ranking.jsonl, and embeddings of other
+            prompts beside it; or samples of DSO.
+        device: on which assets are encoded.
     Raises: FileNotFoundError or ValueError for no answers or assets yet, or labels of other assets.
     """
     if labels is not None and labels.is_dir():
         return _of_folder(family, labels, _reader(work, family, device, encoding))
-    said = None if labels is not None else work.labels()
-    work.lines()  # raises where nothing is drawn
+    people = None if labels is not None else work.labels()
+    work.lines()  # raises where no assets were sampled yet
     candidates = read_candidates(
         work.drawn() / RANKING, _reader(work, family, device, encoding), False, candidate=family.candidate
     )
     if labels is None:
-        assert said is not None
-        answers = said
-        same, asked = said.repeats
+        assert people is not None
+        answers = people  # a name that is never None, for the lambda below
+        same, asked = people.repeats
         facts = {
-            "answers": len(said.answers),
-            "pairs": said.pairs,
-            "ties": said.ties,
+            "answers": len(people.answers),
+            "pairs": people.pairs,
+            "ties": people.ties,
             "repeats_answered_alike": f"{same} of {asked}",
         }
         return Imported(pairs=pair_up(candidates, lambda a, b: answers.votes(a.file, b.file)), report=facts)
@@ -93,6 +93,7 @@ def imported_of(
         voted = pair_up(candidates, lambda a, b: (wins[a.name, b.name], wins[b.name, a.name]))
         return Imported(pairs=voted, report={"labels": labels.name, "judgements": len(lines)})
     goodness = read_goodness(labels, known)
+    # a smaller rank is better and a larger goodness is better, hence the sign
     judged = [replace(c, rank=-goodness[c.name]) for c in candidates if c.name in goodness]
     return Imported(pairs=pair_up(judged), report={"labels": labels.name, "assets": len(judged)})
 
@@ -100,33 +101,35 @@ def imported_of(
 def _reader(
     work: Work, family: FlowFamily, device: str | torch.device = "cpu", encoding: Encoding = NOTHING
 ) -> Any:
-    """A pipeline that knows the forms of latents, without weights of the flows where the family can do so."""
+    """Open the pipeline for the shapes of latents, without the flows' weights where the family allows it."""
     extra = [name for name in encoding if name not in family.options]
     if extra:
         raise ValueError(
-            f"--set {extra[0]}=VALUE: belongs to generators that encode assets so, not to {family.name}."
-            " Leave it out."
+            f"--set {extra[0]}=VALUE: {family.name} does not read this setting of the encoding of assets."
+            " Remove it."
         )
+    # only encoding needs the device; reading shapes does not
     where = device if isinstance(family, Encodes) else "cpu"
     configured = family.configured(EncodingSource(**encoding))
     return configured.load(Path(work.pipeline), None, stages=(), device=where)
 
 
 def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
-    """Pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
+    """Read pairs of ranked assets or of DSO's samples. Raises: FileNotFoundError, ValueError."""
     if not (folder / RANKING).is_file():
         if not isinstance(family, ImportsSamples):
             raise ValueError(
-                f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one."
+                f"--labels: expected a file of labels or a folder with {RANKING}, got {folder}. Name one of"
+                " these."
             )
         return family.read_samples(folder, pipeline)
     with tqdm(desc="assets", unit="asset", disable=None) as bar:
         imported = read_ranking(folder / RANKING, pipeline, bar.update, family.candidate)
     if not version_0_1.conditioning_file(folder).is_file():
-        return imported  # of WORK's conditions
+        return imported  # no embeddings beside the list: the prompts are WORK's
     read = read_conditions(version_0_1.conditioning_file(folder), zero_null=family.zero_null)
-    named = _conditions_in(imported)
-    read.select(named)  # raises for those that are missing
+    named = _prompts_in(imported)
+    read.select(named)  # raises for prompts without an embedding
     return replace(
         imported,
         conditions=replace(
@@ -135,14 +138,16 @@ def _of_folder(family: FlowFamily, folder: Path, pipeline: Any) -> Imported:
     )
 
 
-def _conditions_in(imported: Imported) -> list[str]:
+def _prompts_in(imported: Imported) -> list[str]:
+    """List the prompts of all pairs, sorted."""
     return sorted({pair.condition for pairs in imported.pairs.values() for pair in pairs})
 
 
 def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Of conditions that have pairs: those to train on, to choose on, to tell by; of foreign ones by a hash
-    of their names.
+    """Split prompts that have pairs into those to train on, to choose on and to test on.
 
+    Prompts that are not WORK's are split by a hash of their names.
+    Args: conditions: the prompts.
     Raises: ValueError where there is none to train on.
     """
     known = set(work.names())
@@ -151,17 +156,19 @@ def splits_of(work: Work, conditions: Sequence[str]) -> tuple[tuple[str, ...], .
     train = tuple(name for name in work.names(TRAIN) if name in set(conditions))
     if not train:
         raise ValueError(
-            f"labels: expected answers on conditions to train on, got those of {len(conditions)} to choose"
-            " on. Label more."
+            f"labels: expected answers for prompts to train on, got answers for {len(conditions)} prompts to"
+            " choose on. Label more pairs."
         )
     held = [name for name in work.names(CHOOSE) if name in set(conditions)]
+    # the string seeds the split, so it keeps its spelling
     held.sort(key=lambda name: hashlib.sha256(f"tell {work.seed} {name}".encode()).digest())
     count = max(round(CHOOSING * len(held)), 1)
     return train, tuple(held[:count]), tuple(held[count:])
 
 
 def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
-    """The pairs into WORK, in place of those that were there."""
+    """Write the pairs into WORK, in place of earlier ones."""
+    # earlier pairs may be of other stages, whose folders would stay
     shutil.rmtree(work.folder / PAIRS, ignore_errors=True)
     report = dict(imported.report)
     pipeline = _reader(work, family)
@@ -171,7 +178,7 @@ def write_pairs(work: Work, family: FlowFamily, imported: Imported) -> None:
 def problem_of(
     work: Work, family: FlowFamily, imported: Imported, device: torch.device, encoding: Encoding = NOTHING
 ) -> Problem:
-    """What stages are tuned on: the pairs in WORK, which are those of `imported`.
+    """Open the tuning problem of the pairs in WORK, which must be those of `imported`.
 
     Raises: see `open_problem`.
     """
@@ -183,16 +190,19 @@ def problem_of(
         conditions=str(beside),
         seed=work.seed,
         precision=work.precision,
-        splits=splits_of(work, _conditions_in(imported)),
+        splits=splits_of(work, _prompts_in(imported)),
         **encoding,
     )
     if not family.bundled:
         return open_problem(source, device)
     problem = open_folder(family, source, device)
-    own = family.open(ProblemSource(), device) if isinstance(family, Opens) else None
+    # a bundled generator has rewards, which a folder of pairs does not bring
+    bundled = family.open(ProblemSource(), device) if isinstance(family, Opens) else None
     for stage in problem.pipeline.stages:
         stage.precision = chosen_precision(work.precision, device)
-    return problem if own is None else replace(problem, reward=own.reward, fitted_to=own.fitted_to)
+    if bundled is None:
+        return problem
+    return replace(problem, reward=bundled.reward, fitted_to=bundled.fitted_to)
 
 
 # Scores of WORK's samples by an ensemble of networks that read their stored latents, for strategies of pairs
@@ -201,8 +211,9 @@ def problem_of(
 
 
 def check_trained(work: Work, strategy: str) -> None:
-    """Raise FileNotFoundError, which names the command that trains the ensemble, if WORK has none. People's
-    answers train it; a bundled generator brings simulated ones.
+    """Raise FileNotFoundError, which names the command that trains the ensemble, if WORK has none.
+
+    The ensemble is trained on people's answers; a bundled generator brings simulated ones.
     """
     path = work.folder / REWARD
     if path.is_file():
@@ -212,7 +223,7 @@ def check_trained(work: Work, strategy: str) -> None:
         read = f"--pairs={work.folder / PAIRS} --conditioning={work.conditions_file}"
         train = f"eg3d-rlhf flow tune {work.folder} --pairs-only && {train} {read}"
     raise FileNotFoundError(
-        f"--strategy={strategy}: expected rewards that score WORK's samples, got no {path}. Train them:"
+        f"--strategy={strategy}: expected an ensemble that scores WORK's samples, got no {path}. Train it:"
         f" {train}"
     )
 
@@ -231,6 +242,7 @@ def latent_ensemble(work: Work, device: torch.device, collection: Collection) ->
     by_name = {sample.file.name: sample for sample in samples if sample.file is not None}
 
     def score(numbers: Sequence[int]) -> Scored:
+        # the campaign numbers assets in its own order; files connect them to the list's latents
         shown = [by_name[collection.assets[number].path.name] for number in numbers]
         latents = collate([candidate.latents[stage.name] for candidate in shown])
         scores, embeddings = reward.of_members(latents, [candidate.condition for candidate in shown])

@@ -1,8 +1,8 @@
 """Estimate memory and time of sampling and of training a generator of any family, from its settings alone.
 
-Memory is what tensors hold (core/memory.py). Decoders, which decode one asset at a time after the flows, and
-libraries come on top. Time is the number of multiplications and additions at the speed that the device shows
-on a block of a transformer.
+Memory is the memory of tensors (core/memory.py). Libraries, and decoders, which decode one asset at a time
+after the flows, need additional memory. Time is the number of multiplications and additions, divided by the
+speed that is measured on the device for a transformer block.
 """
 
 import functools
@@ -35,21 +35,21 @@ from training.progress import tqdm
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one thing takes."""
+    """Memory and time of sampling a stage, or of one update of it."""
 
     stage: str
-    what: str  # draw, or of an update lora or full
-    batch: int  # assets at once, or pairs of a pass
-    precision: str  # of passes
+    what: str  # "sample", or the kind of update: "lora" or "full"
+    batch: int  # assets sampled at once, or pairs per pass
+    precision: str  # of forward and backward passes
     dtype: str  # of the flows' weights
-    recompute: bool  # blocks again in the backward pass
-    bytes: int  # most memory, with the weights of all stages
-    flops: int  # of all assets, or of the update
+    recompute: bool  # blocks are computed again in the backward pass, which saves memory
+    bytes: int  # peak memory, with the weights of all stages
+    flops: int  # multiplications and additions for all assets, or for the update
     seconds: float | None = None  # at the device's speed; None: not measured
 
 
 class ZeroConditioning:
-    """Conditioning of a stage's shape, all zeros."""
+    """Conditioning in the shape that a stage expects, all zeros."""
 
     def __init__(self, sized: SizedStage):
         self.conditioning = sized.conditioning
@@ -64,15 +64,17 @@ class ZeroConditioning:
 
 
 def voxels_of(cells: int) -> int:
-    """How many voxels of a grid a surface fills about: 8,192 of 64 cells along an axis."""
+    """Estimate how many voxels a surface fills in a grid: 8,192 for 64 cells along each axis."""
+    # an area, hence the square; a tiny grid has fewer cells than that
     return min(2 * cells**2, cells**3)
 
 
 def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
-    """The [voxels, 3] int32 cells of a grid that are nearest to the surface of an ellipsoid drawn in it, one
-    voxel thick if it fits.
+    """Select the cells of a grid that are nearest to the surface of a random ellipsoid: [voxels, 3] int32.
+
+    The shell is about one voxel thick, if it fits into the grid.
     """
-    # of a sphere with about one voxel per unit of area
+    # radius of a sphere with about one voxel per unit of area: voxels = 4 pi r^2
     radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)
     radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
     cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)
@@ -81,25 +83,25 @@ def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def given_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Voxels]:
-    """What stages before could leave to samples: thin shells of voxels, as surfaces are.
+    """Make plausible outputs of the previous stage, one per sample: thin shells of voxels, like surfaces.
 
-    Args: voxels: of each; None: `voxels_of`.
+    Args: voxels: number for each sample; None: `voxels_of`.
     """
     kind = stage.latents
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     if not isinstance(kind, SparseVoxels):
         return [None] * count
-    places = [shell(voxels or voxels_of(kind.resolution), kind.resolution, draw) for _ in range(count)]
+    places = [shell(voxels or voxels_of(kind.resolution), kind.resolution, generator) for _ in range(count)]
     return [SparseSample(p, torch.zeros(len(p), kind.given)) if kind.given else p for p in places]
 
 
 def latents_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[Latent]:
-    """Random latents of a stage."""
+    """Make random latents of a stage."""
     return separate(stage.noise(range(count), given_of(stage, count, voxels)))
 
 
 def pairs_of(stage: FlowStage, count: int, voxels: int | None = None) -> list[PreferencePair]:
-    """Random pairs of a stage."""
+    """Make random preference pairs of a stage's latents."""
     latents = latents_of(stage, 2 * count, voxels)
     return [
         PreferencePair(
@@ -118,7 +120,7 @@ def update(
     device: str = "cpu",
     voxels: int | None = None,
 ) -> Cost:
-    """Of one update of a stage by itself, by DPO on `batch` pairs in one pass."""
+    """Estimate the cost of one update of a stage alone, by DPO on `batch` pairs in one pass."""
     config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
 
@@ -129,8 +131,8 @@ def update(
     return cost_of_update(sized.stage, config, start, recompute, device)
 
 
-def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
-    """Of drawing a stage's latents, all steps of its sampler, `batch` at once."""
+def sampling_cost(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
+    """Estimate the cost of sampling `batch` latents of a stage at once, with all steps of its sampler."""
     sampling = sized.stage.sampling
     trace = MemoryTrace()
     with implementation("ref"):
@@ -139,6 +141,7 @@ def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
         with trace:
             cond = ZeroConditioning(sized).no_condition(batch, stage.name)
             trace.mark()
+            # one guided step is traced, and its cost is multiplied below, since all steps are alike
             sample(
                 stage,
                 stage.noise([0] * batch, given),
@@ -146,13 +149,14 @@ def drawing(sized: SizedStage, batch: int, voxels: int | None = None) -> Cost:
                 cond,
                 replace(sampling, steps=1, cfg_interval=(0.0, 1.0)),
             )
+    # a guided step evaluates the network twice: with the conditioning and without
     passes = sum(2 if sampling.cfg_strength and guides(sampling, t) else 1 for t in times(sampling)[:-1])
     return Cost(trace.peak, trace.flops * passes // (2 if sampling.cfg_strength else 1))
 
 
 @functools.cache
 def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) -> float:
-    """Multiplications and additions per second of a transformer's block, forward and backward."""
+    """Measure the multiplications and additions per second of a transformer block, forward and backward."""
     block = ModulatedBlock(width, width, width // 64).to(device)
     x, time_of, cond = (
         torch.randn(1, *shape, device=device) for shape in ([tokens, width], [width], [256, width])
@@ -162,9 +166,11 @@ def speed(device: str, precision: str, width: int = 1024, tokens: int = 1024) ->
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             y = block(x, time_of, cond, DenseLayout())
         y.float().sum().backward()
+        # CUDA runs asynchronously: without this the clock would stop before the work ends
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
+    # the fastest of three calls: the first one includes warm-up
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -189,19 +195,19 @@ def estimate(
     voxels: int | None = None,
     name: str = "estimate",
 ) -> list[Row]:
-    """Rows of drawing and of an update with and without recomputation, for every stage and batch.
+    """Estimate sampling, and an update with and without recomputation, for every stage and batch size.
 
-    Memory of larger batches is taken to lie on the line through those of one and two. A stage takes some
+    The memory of larger batches is extrapolated linearly from batches of one and two. A stage takes a few
     seconds at published sizes.
-    Args: lora: None: full tuning; device: whose speed is measured; None: no times. dtype: of the weights of
-        all stages. name: of the bar.
+    Args: lora: None: full tuning; device: on which the speed is measured, None: no times; dtype: of the
+        weights of all stages; name: of the progress bar.
     """
-    kinds = {"float32": 4, "float16": 2, "bfloat16": 2}
+    kinds = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes per number
     rows = list[Row]()
     sizes = [sum(p.numel() for p in sized.stage.model.parameters()) for sized in stages]
     numbers = list(batches)
     rate = None if device is None else speed(device, precision)
-    saved = 4 - kinds[dtype]
+    saved = 4 - kinds[dtype]  # bytes per weight, against the float32 weights that are traced
     asked = [("sample", False), ("lora" if lora else "full", False), ("lora" if lora else "full", True)]
     jobs = tqdm(
         list(itertools.product(enumerate(stages), asked)),
@@ -218,16 +224,16 @@ def estimate(
 
         def cost(batch: int, what: str = what, recompute: bool = recompute, twin: SizedStage = twin) -> Cost:
             if what == "sample":
-                return drawing(twin, batch, voxels)
+                return sampling_cost(twin, batch, voxels)
             return update(
                 twin, batch, recompute, lora=lora, device=torch.device(device or "cpu").type, voxels=voxels
             )
 
-        one = cost(1)
-        two = cost(2) if max(numbers) > 1 else one
+        cost_of_one = cost(1)
+        cost_of_two = cost(2) if max(numbers) > 1 else cost_of_one
         for batch in numbers:
-            held = one.bytes + (batch - 1) * (two.bytes - one.bytes) + others
-            held -= saved * sizes[place] if what != "full" else 0  # full tuning holds float32 besides
+            held = cost_of_one.bytes + (batch - 1) * (cost_of_two.bytes - cost_of_one.bytes) + others
+            held -= saved * sizes[place] if what != "full" else 0  # full tuning keeps float32 weights
             rows.append(
                 Row(
                     stage=sized.stage.name,
@@ -237,15 +243,15 @@ def estimate(
                     dtype=dtype,
                     recompute=recompute,
                     bytes=held,
-                    flops=one.flops * batch,
-                    seconds=None if rate is None else one.flops * batch / rate,
+                    flops=cost_of_one.flops * batch,
+                    seconds=None if rate is None else cost_of_one.flops * batch / rate,
                 )
             )
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
-    """As lines of text; without a column of times where none was measured."""
+    """Format rows as lines of text, without the column of times if none was measured."""
     head = ["stage", "what", "batch", "passes", "weights", "recompute", "GiB", "TFLOP", "time"]
     cells = [
         [
@@ -272,7 +278,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
-    """Raise ValueError where a stage fits in no way, with the figure and what would.
+    """Raise ValueError, with the memory needed and a remedy, where no variant of a stage fits.
 
     Args: space: free bytes of the device.
     """
@@ -287,6 +293,6 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
                 )
                 raise ValueError(
                     f"{who}: expected {least.bytes / SHARE / GIB:.1f} GiB free for stage {stage!r} ({what},"
-                    f" {least.batch} at once{', blocks computed again' if least.recompute else ''}), got"
-                    f" {space / GIB:.1f}. Take a larger device{smaller}."
+                    f" batch {least.batch}{', with recomputed blocks' if least.recompute else ''}), got"
+                    f" {space / GIB:.1f} GiB. Use a device with more memory{smaller}."
                 )

@@ -1,17 +1,15 @@
-"""Assets of a generator for people to look at, with the latents that they came from: the folders below
-WORK/drawn.
+"""Sampling of a generator's assets for people to look at, with their latents: the folders below WORK/drawn.
 
-    drawn_from.json     all that the assets come from: a folder of others is refused
-    00007-2.ply         an asset, of the seventh condition and seed 2, as its family shows it; .txt where it
-                        has no surface, and why
-    00007-2*            its latents, of all stages, as the flows see them
+    drawn_from.json     everything that determines the assets; other assets in the folder are an error
+    00007-2.ply         the asset of prompt 7 (counted from 0) and seed 2, in its family's format; a .txt with
+                        the reason where it has no surface
+    00007-2*            its latents, of all stages, as the flows read them
     ranking.jsonl       a line per asset that can be shown, written last
-    prompts.jsonl       what was asked for: a text, or a picture in inputs/, as the labelling page shows it
-                        beside a pair
+    prompts.jsonl       the prompts: a text, or an image in inputs/, which the labelling page shows beside a
+                        pair
 
-Assets are drawn batch by batch, and over several ranks batch by turns: files do not depend on how many there
-are, nor on interruptions. The latents are the sampler's own: pairs made of them are what the networks
-themselves would draw, and need no encoding.
+Assets are sampled in batches, which several ranks take in turn. The files depend neither on the number of
+ranks nor on interruptions. The latents come from the sampler, so that pairs made of them need no encoding.
 """
 
 import contextlib
@@ -38,17 +36,15 @@ from eg3d_rlhf.tuning.flow.workspace.work_folder import Work
 from training.distributed import SINGLE, Ranks
 from training.storage import write_atomic
 
-# ending of a note in place of an asset without a surface
 IDENTITY = "drawn_from.json"
-NOTHING = ".txt"
+NOTHING = ".txt"  # suffix of a note in place of an asset without a surface
 Shown = tuple[dict[str, Latent], Asset] | EmptyStructure
 
 
 def draw(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[tuple[dict[str, Latent], Asset]]:
-    """Assets of conditions and seeds, [N] each, as generate.generate draws them, with the latents that they
-    came from, by stage.
+    """Sample assets of N prompts and N seeds as sampling.generate does, and keep their latents by stage.
 
     Raises: EmptyStructure where one of the structures has no voxel.
     """
@@ -59,6 +55,7 @@ def draw(
         for of_asset, latent in zip(latents, separate(x_0), strict=True):
             of_asset[stage.name] = latent
         if number < len(pipeline.stages):
+            # people should not compare an asset that was made from a substitute voxel
             with refusing_empty():
                 given = pipeline.advance(stage.name, x_0)
     return list(zip(latents, pipeline.decode(x_0), strict=True))
@@ -67,12 +64,13 @@ def draw(
 def draw_or_empty(
     pipeline: Pipeline, conditions: Sequence[str], seeds: Sequence[int], models: Models | None = None
 ) -> list[Shown]:
-    """Sample as `draw` does; a structure without a voxel leaves its error in the asset's place."""
+    """Sample as `draw` does, with an EmptyStructure error in the place of an asset without a voxel."""
     try:
         return list(draw(pipeline, conditions, seeds, models))
     except EmptyStructure as error:
         if len(seeds) == 1:
             return [error]
+    # the error does not name the sample, so the batch is sampled again one by one
     return [
         shown
         for name, seed in zip(conditions, seeds, strict=True)
@@ -82,23 +80,23 @@ def draw_or_empty(
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What is drawn into a folder. Call `run` on every rank."""
+    """Assets to sample into a folder. Call `run` on every rank."""
 
     folder: Path
     pipeline: Any
     family: FlowFamily
     conditions: Sequence[str]
-    identity: Mapping  # JSON: all that the assets come from
-    each: int = 4
-    batch: int = 1
-    size: Sequence[int] = ()  # what the family's `show` takes besides, such as cells of a grid
+    identity: Mapping  # JSON: everything that determines the assets
+    each: int = 4  # assets per prompt, with the seeds 0 to each - 1
+    batch: int = 1  # assets sampled at once
+    size: Sequence[int] = ()  # further arguments of the family's `show`, such as cells of a grid
     # lines of prompts.jsonl; an image is the path of a file to put into inputs/
     prompts: Sequence[Mapping] = ()
     ranks: Ranks = field(default_factory=lambda: SINGLE)
 
     @property
     def jobs(self) -> list[tuple[str, str, int]]:
-        """Stem, condition and seed of every asset."""
+        """List (stem of the files, prompt, seed) of every asset."""
         return [
             (f"{c:05d}-{seed}", name, seed)
             for c, name in enumerate(self.conditions)
@@ -106,7 +104,8 @@ class Drawing:
         ]
 
     def shown(self) -> dict[str, Path]:
-        """What there is to look at so far, by stem: files that are written last."""
+        """Return the files to look at that exist so far, by stem."""
+        # latents are written before the file to look at, so an asset that has one is complete
         there = (
             sorted(path for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
         )
@@ -114,20 +113,22 @@ class Drawing:
         return {path.stem: path for path in there if path.stem in stems and path.suffix != ".safetensors"}
 
     def run(self, on_asset: Callable[[int], object] = lambda n: None) -> "Drawn":
-        """Draw what is missing; the list is written by the first rank.
+        """Sample the missing assets; the first rank then writes the list.
 
-        Raises: ValueError for a folder of other assets, where nothing can be shown, or for a full disk.
+        Raises: ValueError for a folder of other assets, for assets of which none can be shown, or for a full
+            disk.
         """
         path = self.folder / IDENTITY
         text = json.dumps(self.identity, indent=1, sort_keys=True) + "\n"
         if path.is_file() and path.read_text() != text:
             raise ValueError(
-                f"draw: expected {self.folder} as these settings draw it, got assets of others. Move it away,"
-                " or a new WORK."
+                f"sample: expected {self.folder} to hold assets of these settings, got assets of others. Move"
+                " the folder, or make a new WORK."
             )
         done = self.shown()
         on_asset(len(done))
-        with self._room():
+        with self._disk_errors():
+            # written before any asset, so that an interrupted folder is recognised
             if self.ranks.main:
                 write_atomic(path, text.encode())
             for batch in self._batches(done):
@@ -141,8 +142,9 @@ class Drawing:
         return Drawn(count=len(lines), left_out=left)
 
     def _batches(self, done: Mapping[str, Path]) -> Iterator[list[tuple[str, str, int]]]:
-        """Of this rank, those where something is missing; always whole ones, in which numbers come out as
-        they would have.
+        """Yield the batches of this rank in which an asset is missing.
+
+        Batches are always complete: a network's results may depend on the size of the batch.
         """
         jobs = self.jobs
         batches = [jobs[i : i + self.batch] for i in range(0, len(jobs), self.batch)]
@@ -156,6 +158,7 @@ class Drawing:
         done: Mapping[str, Path],
         on_asset: Callable[[int], object],
     ) -> None:
+        """Sample one batch, and write the assets that are missing."""
         stems, names, seeds = zip(*batch, strict=True)
         for stem, shown in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
             if stem in done:
@@ -165,17 +168,18 @@ class Drawing:
             else:
                 latents, asset = shown
                 self._write_latents(stem, latents)
-                assert isinstance(self.family, Shows)  # asked for where this is made
+                assert isinstance(self.family, Shows)  # checked in `drawing_of`
                 self.family.show(asset, self.folder / stem, *self.size)
             on_asset(1)
 
     def _files(self, stem: str) -> dict[str, str]:
-        """Names of the files of an asset's latents, as the list has them."""
+        """Return the names of the files of an asset's latents, under the keys of the list's line."""
         if not isinstance(self.family, WritesLatents):
             return {"latents": f"{stem}.safetensors"}
         return {stage: f"{stem}-{stage}.safetensors" for stage in self.family.stages}
 
     def _write_latents(self, stem: str, latents: Mapping[str, Latent]) -> None:
+        """Write an asset's latents, in the family's format if it has one."""
         files = self._files(stem)
         if not isinstance(self.family, WritesLatents):
             write_latents(self.folder / files["latents"], latents)
@@ -184,12 +188,12 @@ class Drawing:
             self.family.write_latent(self.folder / files[stage], self.pipeline, stage, latent)
 
     def _list(self) -> None:
-        """Write ranking.jsonl and prompts.jsonl, without what cannot be shown, which gets a note."""
+        """Write ranking.jsonl and prompts.jsonl; an asset that cannot be shown gets a note, not a line."""
         shown = self.shown()
         for path, why in unfit([path for path in shown.values() if path.suffix in reading.SUFFIXES]).items():
             path.rename(path.with_suffix(path.suffix + ".unfit"))
             write_atomic(path.with_suffix(NOTHING), f"{why}\n".encode())
-        shown = self.shown()
+        shown = self.shown()  # again: unfit files were replaced by notes
         lines = []
         for stem, condition, seed in self.jobs:
             if shown[stem].suffix != NOTHING:
@@ -212,8 +216,8 @@ class Drawing:
         if not lines:
             why = next(iter(shown.values())).read_text().strip()
             raise ValueError(
-                f"draw: expected assets with a surface, got none of {len(shown)}: {why} Check the generator's"
-                " folder."
+                f"sample: expected assets with a surface, got none among {len(shown)}: {why} Check the"
+                " generator's folder."
             )
         prompts = []
         for prompt in self.prompts:
@@ -221,12 +225,13 @@ class Drawing:
                 link(Path(prompt["image"]), self.folder / "inputs" / Path(prompt["image"]).name)
                 prompt = {**prompt, "image": f"inputs/{Path(prompt['image']).name}"}
             prompts.append(json.dumps(prompt, ensure_ascii=False) + "\n")
+        # the list is last: its existence means that the folder is complete
         write_atomic(self.folder / PROMPTS, "".join(prompts).encode())
         write_atomic(self.folder / RANKING, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        """Says what to do on a full disk."""
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn a full disk or quota into a ValueError that names the remedy."""
         try:
             yield
         except OSError as error:
@@ -234,24 +239,25 @@ class Drawing:
                 raise
             done = f"a full disk after {len(self.shown())} of {len(self.jobs)} assets"
             raise ValueError(
-                f"draw: expected room in {self.folder}, got {done}. Free some: the same command goes on."
+                f"sample: expected free space in {self.folder}, got {done}. Free some space, then run the"
+                " same command again: it resumes."
             ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What lies in a folder once all is drawn."""
+    """Summary of a folder in which all assets were sampled."""
 
     count: int  # assets that can be shown
-    left_out: Sequence[str] = ()  # why others cannot
+    left_out: Sequence[str] = ()  # a reason for each asset that cannot be shown
 
 
 def unfit(paths: Sequence[Path]) -> dict[Path, str]:
-    """Files that the labelling page cannot show, and why."""
+    """Return the files that the labelling page cannot show, with the reasons."""
     return {
-        path: seen
-        for path, seen in zip(paths, reading.looked_at(paths), strict=True)
-        if isinstance(seen, str)
+        path: examined
+        for path, examined in zip(paths, reading.looked_at(paths), strict=True)
+        if isinstance(examined, str)  # a text is the reason, anything else the examined file
     }
 
 
@@ -262,10 +268,9 @@ def open_pipeline(
     *splits: str,
     tuned: Mapping[str, Path] | None = None,
 ) -> Any:
-    """The generator with the embeddings of some splits alone, in WORK's precision, some of its networks
-    tuned.
+    """Open the generator with the embeddings of some splits only, in WORK's precision.
 
-    Args: tuned: weights by stage, folders or files.
+    Args: tuned: tuned weights by stage, folders or files, in place of the generator's.
     """
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
     pipeline = family.load(Path(work.pipeline), work.conditions(*splits), dtype=dtype, device=device)
@@ -288,30 +293,33 @@ def drawing_of(
     cells: int | None = None,
     few_steps: int | None = None,
 ) -> Drawing:
-    """What WORK draws under a name, of the conditions of some splits.
+    """Make the `Drawing` of WORK's folder drawn/NAME, for the prompts of some splits.
 
     Args: cells, few_steps: see the command.
-    Raises: ValueError for a family that cannot draw, or what it does not read.
+    Raises: ValueError for a family that cannot show assets, or for a setting that it does not read.
     """
     if not isinstance(family, Shows):
         raise ValueError(
-            f"draw: expected a family that shows assets, got {family.name}. See docs/extending.md for a"
-            " `show` of its own."
+            f"sample: expected a family that shows assets, got {family.name}. Write its method `show`, see"
+            " docs/extending.md."
         )
     if cells is not None and family.cells is None:
         raise ValueError(
-            f"--cells: belongs to families that read meshes on a grid, not to {family.name}. Leave it out."
+            f"--cells applies to families that read meshes on a grid, not to {family.name}. Remove --cells."
         )
     pipeline = open_pipeline(work, family, device, *splits, tuned=tuned)
     shortened = [stage for stage in pipeline.stages if stage.call_step is not None]
     if few_steps and not shortened:
         raise ValueError(
-            f"--few-steps: expected a network that reads how long a step is, got none of {family.name}. Leave"
-            " it out."
+            f"--few-steps: expected a network that reads the length of a step, got none in {family.name}."
+            " Remove --few-steps."
         )
+    # shortcut networks are sampled without guidance, in few long steps
     for stage in shortened if few_steps else ():
         stage.sampling = replace(stage.sampling, steps=few_steps, cfg_strength=0.0, shortcut=True)
     names = work.names(*splits)
+    # drawn_from.json of earlier calls is compared with it, so the keys keep their spelling;
+    # settings that are not given are left out
     more = {"cells": cells, "few_steps": few_steps}
     identity = {
         "files": {file: digest for file, (digest, *_) in work.files.items()},
@@ -323,9 +331,9 @@ def drawing_of(
         "tuned": {stage: hash_of(path) for stage, path in (tuned or {}).items()},
         **{k: v for k, v in more.items() if v},
     }
-    pictures = {name: work.folder / "inputs" / file for name, file in work.inputs.items()}
+    images = {name: work.folder / "inputs" / file for name, file in work.inputs.items()}
     prompts = [
-        {"prompt": name, **({"image": str(pictures[name])} if name in pictures else {"text": name})}
+        {"prompt": name, **({"image": str(images[name])} if name in images else {"text": name})}
         for name in names
     ]
     return Drawing(

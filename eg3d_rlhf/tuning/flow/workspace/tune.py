@@ -1,14 +1,13 @@
 """Tune a generator's stages on people's pairs, and test each stage against a control with randomised labels.
 
-    STAGE/               weights, where they did; nothing where they did not: the base stays
-    control/STAGE/       weights of the control, trained alike on randomised labels
-    training/STAGE/      stats.jsonl and what else a training keeps (train.py); training/control/STAGE/ the
-                         control's
-    loop/, loop/control/ the steps of the loop, where it was asked for
+    STAGE/               tuned weights; absent if the labels carried no learnable signal
+    control/STAGE/       weights of the control, trained in the same way on randomised labels
+    training/STAGE/      files of a training, such as stats.jsonl; training/control/STAGE/: of the control
+    loop/, loop/control/ the steps of the circular loop, with --loop
     report.json, report.md
 
-The rule, its intervals and the control are those of accuracy.py. Everything is found again by a second call
-with the same settings.
+The criterion, its intervals and the control are defined in accuracy.py. A second call with the same settings
+reuses all finished work.
 """
 
 import functools
@@ -49,9 +48,9 @@ REPORT = "report"
 CONTROL = "control"
 TRAINING = "training"
 LOOP = "loop"
-FINAL_DRAWS = 8  # times and noises of a pair in the test
-MOST_EVALUATED = 200  # pairs on which the accuracy of an evaluator is measured: each takes two decoded assets
-# (stage, network, file): a picture of what it makes, see samples.py
+FINAL_DRAWS = 8  # random (time, noise) draws per pair in the test
+MOST_EVALUATED = 200  # pairs on which an evaluator's accuracy is measured; each needs two decoded assets
+# (stage, network, file to write) -> the file, an image of the network's samples; see sample_strips.py
 Samples = Callable[[str, torch.nn.Module, Path], Path]
 NOTHING = "no learnable signal"
 SIGNAL = "learnable signal"
@@ -63,12 +62,12 @@ DISPLACED = (
 
 @dataclass(frozen=True, kw_only=True)
 class StageLabels:
-    """A stage and its preference pairs. Conditions of the three kinds are disjoint."""
+    """A stage and its preference pairs. The prompts of the three groups of pairs are disjoint."""
 
     conditioned: ConditionedStage
     train: Sequence[PreferencePair]
-    choose: Sequence[PreferencePair]  # that choose among networks while training
-    held_out: Sequence[PreferencePair]  # that test whether the labels were learnt
+    choose: Sequence[PreferencePair]  # for the choice among checkpoints during training
+    held_out: Sequence[PreferencePair]  # for the test against the randomised-label control
 
     @classmethod
     def from_problem(cls, problem: Problem, stage: str) -> "StageLabels":
@@ -82,20 +81,22 @@ class StageLabels:
 
     def check(self) -> None:
         """Raise ValueError for too few pairs to train, to choose or to test on."""
-        parts = {"to train on": self.train, "to choose on": self.choose, "to tell by": self.held_out}
-        counts = {what: len({pair.condition for pair in pairs}) for what, pairs in parts.items()}
-        least = {"to train on": 1, "to choose on": 1, "to tell by": LEAST_CONDITIONS}
-        if any(counts[what] < least[what] for what in parts):
-            got = ", ".join(f"{count} {what}" for what, count in counts.items())
+        parts = {"to train on": self.train, "to choose on": self.choose, "to test on": self.held_out}
+        # prompts are counted, not pairs: intervals are over prompts, whose pairs are not independent
+        counts = {use: len({pair.condition for pair in pairs}) for use, pairs in parts.items()}
+        least = {"to train on": 1, "to choose on": 1, "to test on": LEAST_CONDITIONS}
+        if any(counts[use] < least[use] for use in parts):
+            got = ", ".join(f"{count} {use}" for use, count in counts.items())
             raise ValueError(
-                f"tune({self.conditioned.stage.name}): expected labels of 1 condition to train on, 1 to"
-                f" choose on and {LEAST_CONDITIONS} to tell by, got {got}. Label assets of more pictures or"
-                " texts, or hold more of them out."
+                f"tune({self.conditioned.stage.name}): expected labels for at least 1 prompt to train on, 1"
+                f" to choose on and {LEAST_CONDITIONS} to test on, got {got}. Label assets of more prompts,"
+                " or hold out more of them."
             )
 
     def randomised(self, seed: int) -> "StageLabels":
-        """Return the control's labels: nothing is left to learn of the pairs that are trained on; those that
-        choose are people's own.
+        """Return the control's labels: half of the training pairs are inverted, so that they carry no signal.
+
+        The pairs that choose checkpoints keep people's labels.
         """
         return replace(self, train=half_inverted(self.train, seed))
 
@@ -110,12 +111,12 @@ def tune(
     say: Callable[[str], None] = print,
     samples: Samples | None = None,
 ) -> dict:
-    """Train, evaluate on held-out labels, and write the report; returns it.
+    """Train the stages, test them on held-out labels, and write and return the report.
 
-    Args: labels: facts of the labels that the report repeats, JSON; say: prints lines, on rank 0 alone;
-        samples: draws a picture at every evaluation.
-    Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a loop that
-        cannot be.
+    Args: labels: facts about the labels that the report repeats, JSON; say: prints a line, on rank 0 only;
+        samples: renders an image of samples at every evaluation.
+    Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a problem that
+        the loop cannot train.
     """
     names = settings.stages or [s.name for s in problem.pipeline.stages if s.name in problem.train_pairs]
     stages = {name: StageLabels.from_problem(problem, name) for name in names}
@@ -125,11 +126,13 @@ def tune(
         check(problem)
     say_main = say if ranks.main else lambda line: None
     evaluators = evaluator_accuracies(problem) if ranks.main and settings.loop else {}
-    for name, found in evaluators.items():
+    for name, accuracy in evaluators.items():
+        above_chance = accuracy.interval[0] > 0.5
         say_main(
-            f"Evaluator {name!r} orders {found} of pairs that it was not fitted"
-            f" to{'' if found.interval[0] > 0.5 else CHANCE}."
+            f"Evaluator {name!r} orders {accuracy} of pairs that it was not fitted"
+            f" to{'' if above_chance else CHANCE}."
         )
+    # checkpoints are chosen on labelled pairs here, not by a reward of generated assets
     circular = replace(settings.circular, choosing=None)
     seed = circular.seed
     common = (circular, folder, ranks, say_main)
@@ -139,7 +142,7 @@ def tune(
         trained = _train_stages(stages, problem.identity, *common, samples=samples)
     control: Mapping[str, StageResult] = {}
     if settings.control:
-        say_main("The control: the same, with half of each condition's answers inverted.")
+        say_main("Control: the same training, with half of each prompt's answers inverted.")
         if settings.loop:
             control = _train_loop(randomised(problem, seed), *common, control=True)
         else:
@@ -153,7 +156,7 @@ def tune(
             "settings": asdict(settings),
             "problem": dict(problem.identity),
             "versions": versions(),
-            "evaluators": {name: found.shown() for name, found in evaluators.items()},
+            "evaluators": {name: accuracy.shown() for name, accuracy in evaluators.items()},
             "labels": dict(labels or {}),
         }
         write(report, folder, REPORT, markdown)
@@ -164,11 +167,10 @@ CHANCE = ": its accuracy is not above chance, so its selections are random"
 
 
 def randomised(problem: Problem, seed: int) -> Problem:
-    """Return the loop's problem for the control; see StageLabels.randomised."""
+    """Return the loop's problem with the control's labels; see StageLabels.randomised."""
     pairs = PairsByStage(problem.train_pairs, lambda stage: half_inverted(problem.train_pairs[stage], seed))
-    return replace(
-        problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed}
-    )  # hashed, as in 0.1
+    # the identity is hashed into the names of artefacts, so its key keeps the spelling of version 0.1
+    return replace(problem, train_pairs=pairs, identity={**problem.identity, "shuffled": seed})
 
 
 def _train_stages(
@@ -181,7 +183,10 @@ def _train_stages(
     control: bool = False,
     samples: Samples | None = None,
 ) -> dict[str, StageResult]:
-    """Train stages one by one, each once. Args: identity: of the problem."""
+    """Train the stages one by one; a stage that is already trained is read from the store.
+
+    Args: identity: the problem's, which names the artefacts.
+    """
     store = Store(folder / TRAINING / (CONTROL if control else ""), ranks, hashed=False)
     trained = {}
     for name, labels in stages.items():
@@ -195,6 +200,7 @@ def _train_stages(
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
         }
 
+        # defaults bind the loop's variables now: the store may call the function in a later iteration
         def maker(
             place: Path, name: str = name, labels: StageLabels = labels, config: TrainConfig = config
         ) -> tuple[list[Path], dict]:
@@ -229,7 +235,7 @@ def _train_loop(
     say: Callable[[str], None],
     control: bool = False,
 ) -> dict[str, StageResult]:
-    """Train all stages by the loop. Args: problem: of the control for the control."""
+    """Train all stages with the circular loop. Args: problem: for the control, the one of `randomised`."""
     place = Path(CONTROL if control else "")
     loop = CircularLoop(
         problem=problem,
@@ -248,8 +254,8 @@ def _train_loop(
 
 
 def _of_artefact(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> StageResult:
-    """The network behind a stage of the loop; of several rounds the whole of it, written once."""
-    records = [one.record for one in line]
+    """Describe the network that the loop's rounds made of a stage, and write its weights to `place`."""
+    records = [artefact.record for artefact in line]
     weights = whole_weights(loop, stage, line, place)
     warnings = [text for record in records for text in record["warnings"]]
     return StageResult(
@@ -265,61 +271,66 @@ def _tests(
     seed: int,
     say: Callable[[str], None],
 ) -> dict:
-    """Test every stage on its held-out pairs; put the weights of those that learnt in their places.
+    """Test every stage on its held-out pairs, and link the weights of the stages that pass into `folder`.
 
     Args: seed: of the times and noises of the test.
     """
+    # several stages are tested at once, so the level is corrected for their number
     confidence = confidence_of(len(trained))
     stages = {}
     for stage, arm in trained.items():
         of_stage = labels[stage]
-        conditions = [pair.condition for pair in of_stage.held_out]
+        prompts = [pair.condition for pair in of_stage.held_out]
+        # one object for both arms: tuned network and control see the same times and noises
         measured = PairAccuracy(of_stage.conditioned, of_stage.held_out, draws=FINAL_DRAWS, seed=seed)
-        own = _measured(measured, arm, confidence)
-        other = _measured(measured, control[stage], confidence) if stage in control else None
-        test = signal_test(arm.kept_step, own, other, conditions, confidence)
+        tuned = _measured(measured, arm, confidence)
+        control_accuracy = _measured(measured, control[stage], confidence) if stage in control else None
+        test = signal_test(arm.kept_step, tuned, control_accuracy, prompts, confidence)
         stages[stage] = {
             "learnable_signal": test.learnable_signal,
             "likelihood_displacement": test.likelihood_displacement,
             "why": test.why,
             "pairs": len(of_stage.train),
             "kept_step": arm.kept_step,
-            "held_out": own.shown(),
-            "control": None if other is None else other.shown(),
+            "held_out": tuned.shown(),
+            "control": None if control_accuracy is None else control_accuracy.shown(),
             "above_control": None if test.above_control is None else list(test.above_control),
             "warnings": list(arm.warnings),
             "weights": stage if test.learnable_signal else None,
         }
         say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
         if test.likelihood_displacement:
-            say(f"Stage {stage!r}: {DISPLACED.format(_rise(own.shown()))}")
+            say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.shown()))}")
         if test.learnable_signal:
             link_folder(arm.weights, folder / stage)
         if stage in control:
             link_folder(control[stage].weights, folder / CONTROL / stage)
-    kept = [stage for stage, found in stages.items() if found["learnable_signal"]]
+    kept = [stage for stage, tested in stages.items() if tested["learnable_signal"]]
     say(
-        f"Weights in {', '.join(str(folder / stage) for stage in kept)}."
+        f"Tuned weights are in {', '.join(str(folder / stage) for stage in kept)}."
         if kept
-        else f"{NOTHING.capitalize()}: the base stays as it is."
+        else f"{NOTHING.capitalize()}: the base generator is kept unchanged."
     )
     return {"stages": stages, "kept": kept, "confidence": confidence}
 
 
 def _measured(measured: PairAccuracy, arm: StageResult, confidence: float) -> Accuracy:
+    """Measure the accuracy of an arm's network on held-out pairs, by its implicit reward."""
     base = measured.stage.model
-    found = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
-    return accuracy_of(
-        found.margins, [pair.condition for pair in measured.pairs], confidence, found.preferred
-    )
+    # the reference shares the base's weights: a second copy would double the memory
+    margins = measured.measure(tuned_model(base, arm.weights), FrozenModel(shared_copy(base)))
+    prompts = [pair.condition for pair in measured.pairs]
+    return accuracy_of(margins.margins, prompts, confidence, margins.preferred)
 
 
 def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
-    """Measure how well the problem's evaluators order people's pairs of the last stage that they were not
-    fitted to, MOST_EVALUATED at most each.
+    """Measure how often the problem's evaluators order pairs of the last stage as people did.
+
+    Each evaluator is measured on at most MOST_EVALUATED pairs of prompts that it was not fitted to.
+    Evaluators with pairs of too few prompts are left out.
     """
     last = problem.pipeline.stages[-1].name
-    found = {}
+    accuracies = {}
     people = problem.train_pairs[last] if last in problem.train_pairs else []
     unseen = [] if problem.unseen_pairs is None else problem.unseen_pairs[last]
     for name in EVALUATORS:
@@ -328,11 +339,13 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
         if evaluator is None:
             continue
         pairs = [pair for pair in (*people, *unseen) if pair.condition not in fitted]
+        # every k-th pair in the order of ids, so that the selection covers all prompts
         pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_EVALUATED))]
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue
         device = next(problem.pipeline.stages[-1].model.parameters()).device
         names = [pair.condition for pair in pairs]
+        # decoded one at a time, which bounds memory; [n] scores for each side
         scores = [
             evaluator(
                 [problem.pipeline.decode(collate([getattr(pair, side)]).to(device))[0] for pair in pairs],
@@ -342,15 +355,15 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
             .cpu()
             for side in ("preferred", "rejected")
         ]
-        found[name] = accuracy_of((scores[0] - scores[1]).numpy(), names)
-    return found
+        accuracies[name] = accuracy_of((scores[0] - scores[1]).numpy(), names)
+    return accuracies
 
 
-# For people.
+# Reports for people to read.
 
 
 def markdown(data: Mapping) -> str:
-    """The report, from its JSON alone."""
+    """Format the report as Markdown, from its JSON alone."""
     head = [
         "stage",
         "labels",
@@ -359,45 +372,47 @@ def markdown(data: Mapping) -> str:
         "difference",
         "error of the preferred",
         "kept update",
-        "pairs, conditions",
+        "pairs, prompts",
     ]
     rows = []
-    for stage, found in data["stages"].items():
-        own = found["held_out"]
-        other = found["control"]
-        above = found["above_control"]
-        said = f"**{SIGNAL}**" if found["learnable_signal"] else NOTHING
-        said += ", likelihood displacement" if found["likelihood_displacement"] else ""
+    for stage, tested in data["stages"].items():
+        tuned = tested["held_out"]
+        control = tested["control"]
+        above = tested["above_control"]  # (difference, low, high) to the control's accuracy
+        result = f"**{SIGNAL}**" if tested["learnable_signal"] else NOTHING
+        result += ", likelihood displacement" if tested["likelihood_displacement"] else ""
         rows.append(
             [
                 stage,
-                said,
-                _with_interval(own),
-                "" if other is None else _with_interval(other),
+                result,
+                _with_interval(tuned),
+                "" if control is None else _with_interval(control),
                 "" if above is None else f"{above[0]:+.3f} [{above[1]:+.3f}, {above[2]:+.3f}]",
-                _rise(own),
-                found["kept_step"],
-                f"{own['pairs']}, {own['conditions']}",
+                _rise(tuned),
+                tested["kept_step"],
+                f"{tuned['pairs']}, {tuned['conditions']}",
             ]
         )
     kept = ", ".join(data["kept"])
     lines = [
-        "# " + (f"Learnable signal: {kept}" if kept else f"{NOTHING.capitalize()}; the base stays"),
+        "# "
+        + (f"Learnable signal: {kept}" if kept else f"{NOTHING.capitalize()}; the base generator is kept"),
         "",
         *markdown_rows(head, rows),
         "",
     ]
     lines += [
         (
-            "Accuracy: share of pairs, of conditions that neither trained nor chose the network, that its"
-            f" implicit reward orders as people did. Brackets: {data['confidence']:.1%} intervals over"
-            " conditions. Learnable signal: both intervals are above chance, so that answers given at"
-            " random pass in 5 % of tunings at most. Error of the preferred: what it rose by; where it rises"
-            " (likelihood displacement), samples get worse."
+            "Accuracy: share of held-out pairs that the network's implicit reward orders as people did. The"
+            " prompts of held-out pairs were used neither for training nor for choosing a checkpoint."
+            f" Brackets: {data['confidence']:.1%} intervals over prompts. Learnable signal: both intervals"
+            " are above chance, so that random answers pass in at most 5 % of tunings. Error of the"
+            " preferred: relative rise of the flow-matching error of preferred assets; a rise (likelihood"
+            " displacement) means worse samples."
         ),
     ]
     if data["evaluators"]:
-        rows = [[name, _with_interval(found), found["pairs"]] for name, found in data["evaluators"].items()]
+        rows = [[name, _with_interval(held), held["pairs"]] for name, held in data["evaluators"].items()]
         lines += [
             "",
             "Evaluators, on pairs that they were not fitted to:",
@@ -406,13 +421,18 @@ def markdown(data: Mapping) -> str:
         ]
     if data["labels"]:
         lines += ["", *(f"- {name.replace('_', ' ')}: {value}" for name, value in data["labels"].items())]
-    warnings = [f"- {stage}: {text}" for stage, found in data["stages"].items() for text in found["warnings"]]
+    warnings = [
+        f"- {stage}: {text}" for stage, tested in data["stages"].items() for text in tested["warnings"]
+    ]
     return "\n".join([*lines, *(["", "Warnings while training:", "", *warnings] if warnings else [])]) + "\n"
 
 
-def _with_interval(found: Mapping) -> str:
-    return f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"
+def _with_interval(accuracy: Mapping) -> str:
+    """Format an accuracy and its interval."""
+    low, high = accuracy["interval"]
+    return f"{accuracy['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _rise(found: Mapping) -> str:
-    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["preferred_error"])
+def _rise(accuracy: Mapping) -> str:
+    """Format the relative rise of the preferred assets' error, and its interval."""
+    return "{:+.1%} [{:+.1%}, {:+.1%}]".format(*accuracy["preferred_error"])

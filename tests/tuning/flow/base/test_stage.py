@@ -472,7 +472,7 @@ def test_conditions_by_name(tmp_path):
     assert rows(cond) == 2 and cond["a"][0].unique().tolist() == [1.0]
     dropped = where(torch.tensor([True, False]), again.null(1), cond)
     assert dropped["b"].sum(1).tolist() == [0.0, 4.0]
-    with raising("conditions", "a, b"):
+    with raising("conditioning", "a, b"):
         each(torch.add, cond, torch.ones(1))
     with raising("{'a': 2, 'b': 3}"):
         rows({"a": torch.ones(2), "b": torch.ones(3)})

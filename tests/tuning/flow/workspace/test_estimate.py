@@ -158,7 +158,7 @@ def test_full_tuning_holds_a_copy_gradients_and_moments():
     "case", ["structure", *(pytest.param(case, marks=pytest.mark.long) for case in ("shape", "latent"))]
 )
 def test_drawing_takes_what_is_estimated(case):
-    found = estimate.drawing(CASES[case](empty), 2)
+    found = estimate.sampling_cost(CASES[case](empty), 2)
     sized = CASES[case](really)
     stage = sized.stage
     weights = sum(p.nbytes for p in stage.model.state_dict().values())

@@ -41,13 +41,13 @@ def test_a_folder_of_files(tmp_path):
 def test_unsuitable_embeddings_are_rejected(tmp_path):
     with raising(".pt", ".npy", str(tmp_path), kind=FileNotFoundError):
         read_conditions(tmp_path)
-    with raising("conditions", "''"):
+    with raising("conditioning", "''"):
         Conditions(tokens={"a": TOKENS})
-    with raising("conditions", "'a'"):
+    with raising("conditioning", "'a'"):
         Conditions(tokens={"a": TOKENS / 0}, zero_null=True)
     with raising("[2, 4], [3, 4]"):
         Conditions(tokens={"a": TOKENS, "b": TOKENS[:2]}, zero_null=True)
-    with raising("conditions", "'x'"):
+    with raising("conditioning", "'x'"):
         Conditions(tokens={"a": TOKENS}, zero_null=True).select(["a", "x"])
 
 

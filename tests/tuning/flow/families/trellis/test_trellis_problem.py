@@ -213,7 +213,7 @@ def test_pairs_of_another_convention_or_model_are_rejected(trellis_root, copied)
 def test_pairs_without_embeddings_and_folders_without_pairs_are_rejected(trellis_root, copied, tmp_path):
     few = Conditions(tokens={name: t for name, t in tokens().tokens.items() if name != "a lamp"})
     write_conditions(copied / "conditioning.safetensors", few)
-    with raising("conditions", "'a lamp'"):
+    with raising("conditioning", "'a lamp'"):
         trellis_problem(trellis_root, copied)
     (copied / "conditioning.safetensors").unlink()
     with raising(str(copied / "conditioning.safetensors"), kind=FileNotFoundError):
