@@ -37,7 +37,7 @@ from eg3d_rlhf.models.policies import save_policy, shared_copy
 from eg3d_rlhf.tuning.flow.base.stage import FlowStage
 from eg3d_rlhf.tuning.flow.training.reference import AdapterOff, FrozenModel
 from eg3d_rlhf.tuning.flow.training.settings import StageTraining
-from eg3d_rlhf.tuning.flow.training.sharding import gathered, like, shard, sharded, whole
+from eg3d_rlhf.tuning.flow.training.sharding import gathered, like, shard, sharded, unsharded
 from training import checkpoint
 from training.distributed import SINGLE, Ranks
 from training.phases import LossNotFiniteError, cosine
@@ -488,7 +488,7 @@ class _Training:
         # an accuracy on a few dozen pairs is noisier
         max_drop = self.config.max_drop if self.chosen_by == WIN_RATE else math.inf
         if self.progress.judged(value, self.config.patience, max_drop):
-            values = whole(self.named, self.ranks)
+            values = unsharded(self.named, self.ranks)
             if self.ranks.main:
                 write_tensors(self._kept(self.progress.step), KEPT, values, {"step": self.progress.step})
         return figures
@@ -536,7 +536,7 @@ class _Training:
         """Write the state; the last two are kept, and the parameters that they name."""
         tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in self.named.items()}
         tensors = (
-            whole(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks)
+            unsharded(tensors | checkpoint.optimizer_tensors("optim", self.updates.optimizer), self.ranks)
             | self.updates.tensors()
         )
         meta = {"progress": asdict(self.progress), "lines": self.run.lines, "warnings": self.warnings}
@@ -571,7 +571,7 @@ class _Training:
         """Write the policy, and delete what was there to go on from."""
         progress = self.progress
         result = None
-        values = {} if self.judged else whole(self.named, self.ranks)
+        values = {} if self.judged else unsharded(self.named, self.ranks)
         if self.ranks.main:
             if not self.judged:
                 progress.kept_step = progress.step

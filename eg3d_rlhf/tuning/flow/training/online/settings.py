@@ -258,7 +258,7 @@ class OnlineRun(ArmsRun):
         "reward up on": lambda name, arm: f"{arm['reward']['up']:.0%} of conditions",
         "mean reward": lambda name, arm: f"{arm['reward']['mean']:+.3f} ({arm['reward']['base']:+.3f})",
     }
-    BEHIND: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
+    AFTER: ClassVar[Columns] = {"KL": lambda name, arm: mean_of(arm["kl"])}
     ARMS: ClassVar[Collection[str]] = ARMS
     LISTED: ClassVar[str] = f"{', '.join(KINDS)}, or one with -{' or -'.join(CONTROLS)}"
 
