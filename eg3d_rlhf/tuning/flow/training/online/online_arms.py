@@ -27,7 +27,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
+from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, from_problem, load
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import (
@@ -201,7 +201,7 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
             )
         return problem.reward
     if stage is not None and name == LATENT:
-        return taught_by(problem, stage.name)
+        return from_problem(problem, stage.name)
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
