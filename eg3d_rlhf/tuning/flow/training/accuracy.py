@@ -128,7 +128,7 @@ def half_inverted(pairs: Sequence[PreferencePair], seed: int) -> list[Preference
     """Make the control's pairs: invert a random half of the pairs of each prompt.
 
     For an odd number of pairs, the larger and the smaller half are inverted in turn from prompt to prompt. So
-    whatever the seed, no signal of the labels is left on average, and at most that of one pair in a prompt.
+    for every seed, no signal of the labels is left on average, and at most that of one pair in a prompt.
     The choice depends on ids alone: pairs of the same assets at another stage are inverted alike.
     """
     # sorted by id, so that the order of the list has no influence

@@ -114,7 +114,7 @@ class PlaceNetwork(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
-        # `told` is the key in the state dicts of files, and so keeps its name
+        # the attribute's name is the key in the state dicts of files
         self.told = nn.Sequential(
             nn.Linear(condition, 2 * conditioning), nn.GELU(), nn.Linear(2 * conditioning, conditioning)
         )

@@ -198,7 +198,7 @@ def nft_errors(
         a± = sigma (u - v±), the error of the x_0 that v± predicts
 
     Args: v: of the policy; old: v_old, of the sampling network; target: u = (1 - s) eps - x_0;
-        sigma: [N], s + (1 - s) t; curvature: b; adaptive: divide by n± = max(m|a±|, FLOOR), without gradient,
+        sigma: [N], s + (1 - s) t; curvature: b; adaptive: divide by n± = max(m|a±|, 1e-5), without gradient,
         which changes the weight of a time from sigma^2 to about sigma.
     Deviates: the path's sigma_min s is used, where published code assumes 0.
     """
