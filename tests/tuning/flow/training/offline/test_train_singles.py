@@ -87,8 +87,8 @@ def test_it_learns_which_are_good(loss, stage, tmp_path):
     result = run(tmp_path / "run", loss, stage=stage, config=replace(LOSSES[loss], log_every=1))
     first = result.stats[0]
     last = result.stats[-1]
-    assert first["distance"] == first["left"] == 0 and first["agreement"] == 0.5
-    assert last["agreement"] > 0.7 and last["distance"] > 0 and 0 < last["left"] < 2
+    assert first["distance"] == first["drift"] == 0 and first["agreement"] == 0.5
+    assert last["agreement"] > 0.7 and last["distance"] > 0 and 0 < last["drift"] < 2
     assert all(line["samples"] == (12 if loss == "nft" else 18) for line in result.stats)
 
 
