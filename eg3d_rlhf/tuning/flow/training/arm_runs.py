@@ -12,7 +12,7 @@ and in both DPO on pairs.
 If a problem has a chooser, arms keep the network with the best win rate on the choosing prompts, which are
 not those of the table. Controls keep their last network: choosing would hide the harm that they should show.
 
-Shape letters: K training seeds, C conditions, S noises per condition.
+Shape letters: K training seeds, C prompts, S noises per prompt.
 """
 
 from abc import ABC, abstractmethod

@@ -39,6 +39,7 @@ class ConditionedStage:
 
     def with_model(self, model: torch.nn.Module | None) -> Self:
         """Return the same stage with another network; None keeps its own."""
+        # the pipeline's own stage is not changed
         return self if model is None else replace(self, stage=replace(self.stage, model=model))
 
     def conditions(self, names: Sequence[str]) -> Condition:

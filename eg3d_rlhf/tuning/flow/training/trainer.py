@@ -460,7 +460,7 @@ class _Training:
         say: Callable[[str], None],
         samples: Draw | None,
     ):
-        self.samples = samples
+        self.samples = samples  # None: no renders are written
         self.updates = updates
         self.policy = updates.policy
         self.named = updates.named
@@ -473,7 +473,7 @@ class _Training:
         self.evaluates = held_out is not None or updates.evaluates
         # the figure by which the best parameters are chosen
         self.chosen_by = WIN_RATE if held_out is not None else ACCURACY
-        self.progress = Progress()
+        self.progress = Progress()  # replaced by `_resume` if there is a checkpoint
         self.lines: list[dict] = []  # of stats.jsonl
         self.warnings: dict[str, str] = {}  # by name
         self.named_steps = [0]  # updates whose kept parameters the checkpoints on the disk refer to

@@ -101,7 +101,7 @@ SUPERVISED = "supervised"
 class Group:
     """Group of the ablation: the trainings of one row of the table."""
 
-    title: str
+    title: str  # of the row
     first: str = BASE  # what the stages before the last learn from
     last: str = BASE  # what the last stage learns from
     use_w1: bool = True  # as in Weighing
@@ -186,6 +186,7 @@ class AblationPlan:
         shared = [
             (kind, part) for kind, part in shared if any(getattr(group, part) == kind for group in wanted)
         ]
+        # the loop starts from the last stage trained on people's pairs
         looping = any(group.first == LOOP for group in wanted)
         tasks: dict[str, list[str]] = {}
         for kind, part in shared:  # PEOPLE/last comes first: the loop waits for it

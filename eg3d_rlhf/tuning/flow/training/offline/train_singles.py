@@ -224,7 +224,7 @@ class GroupUpdates(LabelPasses[Ranked]):
         generator = torch.Generator().manual_seed(
             derive_seed(self.config.seed, group[0].condition, epoch, "members")
         )
-        # sorted: the order of the data, whatever the permutation
+        # sorted: the chosen assets stay in the order of the data
         return [
             group[i]
             for i in sorted(torch.randperm(len(group), generator=generator)[: self.config.group].tolist())

@@ -97,7 +97,7 @@ class OnSteps:
         Args: held: [n], factor of the weight of the distance; number: of the pass over the update's samples.
         """
         config = self.config
-        totals = torch.zeros(len(self.sums), device=advantage.device)
+        totals = torch.zeros(len(self.sums), device=advantage.device)  # in the order of `sums`
         # one backward pass a move: the graph of a single step is in memory at a time
         for move in drawn.moves:
             at = move.step
@@ -105,6 +105,7 @@ class OnSteps:
             log_p = log_density(move.to, mean, at.std)
             limit = config.clip_of(feats_of(move.x).numel() / count(move.x), at.std)
             ratio = torch.exp(log_p - move.log_p)  # 1 in the first pass, up to rounding
+            # each branch sets the loss; the guard and Flow-DPPO also need the divergence from the old step
             if config.loss == "grpo":
                 loss = clipped_ratio_loss(ratio, advantage, limit)
             else:
@@ -122,7 +123,7 @@ class OnSteps:
             if config.kl:
                 loss = loss + config.kl * held * divergence(mean, move.reference, at.std)
             loss.sum().backward()
-            off = ratio.detach() - 1
+            off = ratio.detach() - 1  # near 0, which keeps digits that a sum of ratios near 1 would lose
             parts = (torch.ones_like(off), loss.detach(), out.high, out.low, stopped, off, off.square())
             totals += torch.stack([part.float().sum() for part in parts])
         return dict(zip(self.sums, totals, strict=True))
@@ -209,6 +210,7 @@ class OnLatents:
         old_missing = path.apart(u, old)
         missing = path.apart(u, ref)
         stopped = torch.zeros_like(advantage, dtype=torch.bool)
+        # goodness and the loss must use the same C
         if config.loss == "nft":
             errors = nft_errors(v, old, u, path.sigma(t), config.curvature, not config.plain, path.per_sample)
             loss = nft_loss(errors, goodness(advantage, config.adv_clip), config.adv_clip, config.curvature)

@@ -168,9 +168,11 @@ class Explorer:
         ]
         drawn = []
         for i in range(0, len(members), size):
+            # one pass: a slice that may begin and end inside a group
             names, group_seeds, numbers, places = map(list, zip(*members[i : i + size], strict=True))
             cond = to_device(pipeline.conditions(names, stage.name), self.device)
             no_cond = None
+            # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
                 no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
 
@@ -182,6 +184,7 @@ class Explorer:
                 ]
                 return stage_noise(stage, draws, places).to(self.device)
 
+            # losses on finished samples need no record of the steps
             if noisy is None:
                 x_0 = sample(replace(stage, model=self.policy), noise(0), cond, no_cond, self.sampling)
                 moves = list[Move]()

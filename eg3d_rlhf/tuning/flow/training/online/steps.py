@@ -82,7 +82,7 @@ class ExactStep(Step):
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute (1 - u) x_0 + sigma_u k eps, with x_0 and eps as x and v imply them."""
         at = feats_of(x).new_full([count(x)], self.t)
-        data = self.path.data(x, at, v)
+        data = self.path.data(x, at, v)  # x_0 as predicted from x and v
         noise = self.path.noise(x, at, v)
         return with_feats(
             x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise)
@@ -143,7 +143,7 @@ def steps_of(path: FlowPath, sampling: Sampling, level: float, kind: str = "exac
 
     The last one, to t = 0, is taken by its mean, because it adds no noise or hardly any. It has no density.
     """
-    points = times(sampling)
+    points = times(sampling)  # descending from 1 to 0
     return [KINDS[kind](path, t, until, level) for t, until in zip(points[:-1], points[1:], strict=True)]
 
 

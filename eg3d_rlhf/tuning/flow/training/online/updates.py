@@ -103,6 +103,7 @@ class OnlineUpdates(Descent):
         figures |= {"samples": config.batch * K, **self._reward_figures(rewards, heldout, advantage, drawn)}
         # this rank's samples again: [G, K] -> [n]
         rank_advantage, rank_held = (values[mine].flatten().to(self.device) for values in (advantage, held))
+        # means over the optimiser's steps on these samples
         sums = dict.fromkeys(("loss", "grad_norm", *self.objective.sums[2:]), 0.0)
         for number in range(config.passes):
             self.optimizer.zero_grad(set_to_none=True)
@@ -147,6 +148,7 @@ class OnlineUpdates(Descent):
         """Compute advantages [B, K] from rewards [R, B, K]."""
         config = self.config
         clip = self.config.adv_clip
+        # several rewards have a normalisation of their own, see advantages.several
         if len(rewards) > 1:
             return several(rewards, self.task.weights, clip=clip)
         if config.advantage == "ranks":
@@ -178,12 +180,14 @@ class OnlineUpdates(Descent):
         """Compute the figures of rewards and of the samples' moves."""
         # [R, B, K] -> [B, K]
         total = (torch.tensor(self.task.weights).view(-1, 1, 1) * rewards).sum(0)
+        # a group counts if it has no spread in any of the rewards
         alike = (rewards == rewards[..., :1]).all(-1).all(0).float()
         figures = {"reward": total.mean(), "spread": total.std(1, correction=0).mean(), "alike": alike.mean()}
         figures |= {
             f"reward/{name}": values.mean() for name, values in zip(self.task.rewards, rewards, strict=True)
         }
         figures |= {f"heldout/{name}": values.mean() for name, values in heldout.items()}
+        # many r at 0 or 1 mean that advantages are cut off, and adv_clip is too small
         if self.config.loss == "nft":
             r = goodness(advantage, self.config.adv_clip)
             figures |= {"r": r.mean(), "r_ends": ((r == 0) | (r == 1)).float().mean()}
@@ -223,11 +227,13 @@ class OnlineUpdates(Descent):
         """Move the sampling network towards the policy, and reset the reference where it is due."""
         if self.old is not None:
             self.old.follow(decay(self.config.decay, (step + 1) * self.config.passes))
+        # the reference becomes the current network: from then on `kl` measures the distance from it
         if self.config.reset is not None and (step + 1) % self.config.reset == 0:
             self.explorer.reference = Snapshot(self.policy, self.named)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the state of the sampling network, of a reference that was reset, and of the gate."""
+        # prefixes keep the names of the three apart in one file
         state = {} if self.old is None else {OLD + name: value for name, value in self.old.values.items()}
         if isinstance(self.explorer.reference, Snapshot):
             state |= {REFERENCE + name: value for name, value in self.explorer.reference.values.items()}
