@@ -103,6 +103,7 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
             and win_rate where measured.
         preference: False for losses without a reference, whose margins are not measured.
     """
+    # lines of evaluations alone have no pairs
     updates = [line for line in lines if line.get("pairs")]
     rates = win_rates(lines)
     signs = win_rate_signs(rates)
@@ -130,8 +131,8 @@ def pair_signs(lines: Sequence[Mapping], preference: bool = True) -> dict[str, s
 def recent(lines: Sequence[Mapping], name: str) -> float | None:
     """Average a figure over the last lines with PAIRS pairs in all; None if there are fewer pairs."""
     # lines may hold different numbers of pairs, so each is weighted by its own
-    values = 0.0
-    pairs = 0
+    values = 0.0  # sum over pairs
+    pairs = 0  # number of pairs
     for line in reversed(lines):
         values = values + line[name] * line["pairs"]
         pairs = pairs + line["pairs"]
@@ -142,6 +143,7 @@ def recent(lines: Sequence[Mapping], name: str) -> float | None:
 
 def _margins(lines: Sequence[Mapping], rates: Sequence[tuple[int, float]]) -> dict[str, str]:
     """Return warnings about margins and errors, by name."""
+    # None as long as there are fewer than PAIRS pairs
     accuracy, margin, w_diff, l_diff = (
         recent(lines, name) for name in ("implicit_accuracy", "margin", "w_diff", "l_diff")
     )
@@ -213,6 +215,7 @@ class Passes(Descent, Generic[Example]):
         self.conditioned = conditioned
         self.config = config
         self.reference = reference
+        # by default a rank takes its whole part of the batch in one pass
         size = config.batch_gpu or max(config.batch // ranks.world, 1)
         if config.batch % (ranks.world * size):
             raise ValueError(
@@ -227,7 +230,7 @@ class Passes(Descent, Generic[Example]):
         items = self.order.items(step)
         layout = self.layout
         gradients = GradientSum(self.parameters, layout.here)
-        totals = torch.zeros(self.sums, device=self.device)
+        totals = torch.zeros(self.sums, device=self.device)  # summed over passes here, over ranks below
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.train()
         for turn in range(layout.here):
@@ -253,10 +256,11 @@ class Passes(Descent, Generic[Example]):
         first = turn * self.ranks.world
         # all ranks' examples of this turn; interleaved, as Layout deals them out
         rows = [items[first + rank :: self.layout.total] for rank in range(world)]
-        draws: dict[int, list[Example]] = {}
+        draws: dict[int, list[Example]] = {}  # epoch -> examples
         for epoch, example in sorted(rows[self.ranks.rank], key=lambda item: item[0]):
             draws.setdefault(epoch, []).append(example)
         parts = [*draws.items()]
+        # largest number of groups on any rank; without sharding, ranks need not agree
         most = (
             max(len({epoch for epoch, _ in of_rank}) for of_rank in rows)
             if sharded(self.parameters[0])
@@ -335,9 +339,11 @@ class Updates(Passes[PreferencePair]):
         """Compute and add the gradients of sampled pairs, and return their figures; see `sums`."""
         config = self.config.dpo
         stage = self.stage
+        # before the policy's pass, so that its activations do not have to be kept meanwhile
         ref = None
         if self.reference is not None:
             ref = self.reference.errors(stage, draw)
+        # [2P], or [P] for fine-tuning
         v = stage.velocity(draw.x_t, draw.t, draw.cond, self.policy)
         errors = stage.path.errors(single(v), draw.x_0, draw.eps)
         sft = config.kind == "sft"
@@ -367,6 +373,7 @@ class Updates(Passes[PreferencePair]):
         They are sums over all ranks. For dro both mean errors take the place of the margins.
         """
         dpo = self.config.dpo
+        # three ids are enough to find the batch of an error
         seen = "pairs " + ", ".join(pair.id for _, pair in items[:3])
         _, loss, norm, preferred, rejected, *sums = self.descend(step, totals, seen)
         # [len(BINNED) * TIME_BINS] -> one row for each figure
@@ -434,6 +441,7 @@ def train_stage(
     check_pairs(conditioned, pairs)
     if unseen:
         check_pairs(conditioned, unseen)
+    # the same seed, but other times and noises than in training
     accuracy = PairAccuracy(conditioned, unseen, seed=config.seed) if unseen else None
     if config.dpo.kind == "dro":
         say(f"Warning: {UNBOUNDED}")
@@ -472,6 +480,7 @@ def check_pairs(conditioned: ConditionedStage, pairs: Sequence[PreferencePair]) 
     if not pairs:
         raise ValueError(f"{who}: expected preference pairs, got none. Make or label some.")
     check_unique(who, pairs)
+    # before anything is written: a wrong pair would otherwise be met in the middle of a run
     for pair in pairs:
         if pair.stage != stage.name:
             raise ValueError(

@@ -80,17 +80,19 @@ def table(
         letter: {stage: float(np.mean([row["spread"][stage] for row in rows])) for stage in rows[0]["spread"]}
         for letter, rows in scores.items()
     }
+    # the base's scores are repeated for every seed, so that they pair with each group's
     rates = Table(scores=arrays, base=arrays["i"], seeds=seeds)
     groups = {}
     for letter, of_group in arrays.items():
-        start = spreads["i"]
-        ends = spreads[letter]
+        start = spreads["i"]  # of the base, by stage
+        ends = spreads[letter]  # after the group's trainings
         won = rates.against_base(letter)
         groups[letter] = {
             "title": ALL[letter].title,
-            **won["final"],
+            **won["final"],  # win rate, its interval and its seeds
             "score_mean": float(of_group["final"].mean()),
             "evaluators": {name: won[name] for name in EVALUATORS if name in won},
+            # criteria that the final evaluator consists of
             "parts": {name: won[name] for name in of_group if name not in EVALUATORS},
             "spread": {  # as a share of the base's, too: a collapsed generator is near 0
                 stage: {"mean": mean, "of_base": mean / start[stage] if start[stage] > 0 else None}
@@ -98,6 +100,7 @@ def table(
             },
             "trainings": list(trained[letter]),
         }
+    # in the order of ALL, so that the first of two groups is the same in every table
     pairwise = rates.pairwise("final", [name for name in ALL if name in arrays])
     # [K, C, S]
     C, S = arrays["i"]["final"].shape[1:]
@@ -105,7 +108,8 @@ def table(
         "groups": groups,
         "pairwise": pairwise,
         "loop": dict(loop),
-        **rates.sizes,
+        **rates.sizes,  # numbers of prompts, noises and seeds
+        # smallest win rate that a table of this size detects in 80 % of cases
         "detectable": detectable(C, S, len(seeds)),
         "interval": INTERVAL,
         **facts,
@@ -128,6 +132,7 @@ def markdown(data: Mapping) -> str:
     )
     rows = []
     for letter, group in data["groups"].items():
+        # the order of the cells is that of `head`
         cells = [f"({letter})", group["title"], with_interval(group), *of_seeds(group)]
         cells += [f"{group['parts'][name]['win_rate']:.3f}" for name in parts]
         cells += [
@@ -164,7 +169,7 @@ def markdown(data: Mapping) -> str:
     head = ["comparison", "win rate", *[f"seed {s}" for s in data["training_seeds"]]]
     rows = []
     for name, rated in data["pairwise"].items():
-        x, y = name.split("_vs_")
+        x, y = name.split("_vs_")  # keys are "a_vs_b"
         rows.append([f"({x}) against ({y})", with_interval(rated), *of_seeds(rated)])
     lines += markdown_rows(head, rows)
     # absent for runs without the loop
@@ -201,7 +206,9 @@ def markdown(data: Mapping) -> str:
 
 def plot(data: Mapping):
     """Plot the win rates of all groups against the base, and of (a) against the others."""
+    # panel 1: every group against the base
     titled = {f"({letter}) {group['title']}": group for letter, group in data["groups"].items()}
+    # panel 2: the full loop against every other group; absent if (a) was not trained
     rivals = {
         f"({name.removeprefix('a_vs_')})": rated
         for name, rated in data["pairwise"].items()
@@ -229,7 +236,7 @@ def loop_of(
     store = Store(Path(run.artefacts), ranks, tqdm.write)
     return CircularLoop(
         problem=problem,
-        settings=replace(run.circular, seed=seed),
+        settings=replace(run.circular, seed=seed),  # one seed for noises, orders and adapters
         store=store,
         ranks=ranks,
         say=tqdm.write,
@@ -243,6 +250,7 @@ Open = Callable[[ProblemSource, str], Problem]
 
 def work(settings: CircularRun, problem: Problem, run: Run, open: Open) -> None:
     """Do the remaining steps of a run, and write its results."""
+    # folders of artefacts are shared by runs, so the run's own folder does not show them
     if run.ranks.main:
         print(f"Artefacts in {settings.artefacts}.", flush=True)
     if settings.groups is not None:
@@ -258,6 +266,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     ranks = run.ranks
     loop = loop_of(settings, problem, settings.circular.seed, ranks, bars=ranks.main)
     if settings.stage is not None:
+        # one stage alone has no loop and needs no reward
         tuned = loop.from_people(settings.stage)
         lineage: Lineage = {settings.stage: (tuned,)}
         steps = [
@@ -276,6 +285,7 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
     leave()
     if not ranks.main:
         return
+    # stage -> name of its folder of weights in the run
     weights = {stage: keep(loop, stage, line, folder) for stage, line in lineage.items()}
     result = {
         "steps": steps,
@@ -288,14 +298,16 @@ def _loop(settings: CircularRun, problem: Problem, run: Run) -> None:
         # A table of one training seed: the finished generator, and the one with the last stage alone tuned,
         # against the base. The letters are those of the ablation's groups.
         seed = settings.circular.seed
-        loop = loop_of(settings, problem, seed, bars=True)
+        loop = loop_of(settings, problem, seed, bars=True)  # for rank 0 alone
         last = loop.names[-1]
         compared: dict[str, Lineage] = {"d": {last: lineage[last]}} if last in lineage else {}
+        # with several stages the whole is (a); a single stage before the last is (c)
         compared |= {"a": lineage} if len(lineage) > 1 else {"c": lineage} if last not in lineage else {}
         scores = {
             letter: [loop.evaluate(networks, settings.evaluation).record]
             for letter, networks in {**compared, "i": {}}.items()
         }
+        # of several rounds the last round's figures stay
         pairs = {step["stage"]: step for step in steps if step["step"] == "pairs"}
         known = {"training_seeds": [seed], **settings.facts(problem)}
         data = table(
@@ -316,6 +328,7 @@ def describe(step: Mapping) -> str:
             f"{where}: {step['pairs']} pairs, {step['changed_structure']:.0%} of them with a changed"
             f" structure{more}"
         )
+    # the figure of the kept update, if it was measured there
     shown = ""
     for name, what in (
         ("win_rates", "held-out win rate"),
@@ -351,7 +364,7 @@ class Ablation:
     def __call__(self, task: str) -> dict:
         """Do one task, and return its result as JSON: the scores of a group, or the records of a step."""
         # names as AblationPlan.tasks gives them
-        seed, what, *part = task.split("/")
+        seed, what, *part = task.split("/")  # "<seed>/pairs", "<seed>/<letter>" or "<seed>/<kind>/<part>"
         loop = self.loop_of(int(seed))
         if what == "pairs":
             _, pairs = self._looped(loop, None)
@@ -375,6 +388,7 @@ class Ablation:
 
     def _trained(self, loop: CircularLoop, kind: str, part: str) -> dict[str, tuple[Artefact, ...]]:
         """Train the last stage, or each of the stages before it, from the base."""
+        # with two stages each part is one stage
         chosen = loop.names[-1:] if part == "last" else loop.names[:-1]
         return {name: (loop.from_people(name, supervised=kind == SUPERVISED),) for name in chosen}
 
@@ -385,6 +399,7 @@ class Ablation:
         """
         lineage = self._trained(loop, PEOPLE, "last")
         pairs: dict[str, Artefact] = {}
+        # from the last stage but one to the first: the pairs of a stage need the tuned stage after it
         for name in reversed(loop.names[:-1]):
             pairs[name] = loop.pairs(name, lineage)
             if group is None:
@@ -441,5 +456,6 @@ def tabled(results: Mapping[str, Mapping], plan: AblationPlan, facts: Mapping) -
     trained = {
         x: [results[f"{seed}/{x}"]["trainings"] if x != "i" else {} for seed in seeds] for x in plan.groups
     }
+    # keys are texts, as JSON has no others
     loop = {str(seed): results[f"{seed}/pairs"] for seed in seeds if f"{seed}/pairs" in results}
     return table(scores, seeds, trained, loop, {"training_seeds": list(seeds), **facts})

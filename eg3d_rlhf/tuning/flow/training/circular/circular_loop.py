@@ -58,9 +58,9 @@ NO_BETA = 1e-6  # so small that the preference term has no gradient beside the r
 class CircularLoop:
     """Steps of a run. Each step makes an artefact, or returns it if it exists."""
 
-    problem: Problem
+    problem: Problem  # pipeline, people's pairs, reward and evaluators
     settings: CircularSettings
-    store: Store
+    store: Store  # folder of artefacts, which runs share
     ranks: Ranks = SINGLE
     use: str = PAIRS  # use of the loop's pairs, one of USES
     bars: bool = False  # show progress bars
@@ -72,6 +72,7 @@ class CircularLoop:
         # the first round has the run's own seed, so that a run of one round is part of a longer one
         if number == 1:
             return self
+        # later rounds have noises of their own
         seed = derive_seed("round", self.settings.seed, number) % 2**31
         return replace(self, settings=replace(self.settings, seed=seed))
 
@@ -119,6 +120,7 @@ class CircularLoop:
         """Train a stage on people's pairs, from the networks of `lineage`."""
         config = self.settings.sft if supervised else self.settings.human
         lineage = lineage or {}
+        # only for messages; the hash has the config
         what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
         return self._train(
             stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), what
@@ -138,6 +140,7 @@ class CircularLoop:
             "problem": self.problem.identity,
             "stage": stage,
             "seed": seed,
+            # batch and chunk do not change the pairs
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
             # the two keys are part of the hash, as in version 0.1
             "op": self._named({k: v for k, v in lineage.items() if k != stage}),
@@ -160,6 +163,7 @@ class CircularLoop:
             return [place], figures
 
         title = f"pairs for stage {stage!r} from samples of stage {sampled_stage!r}"
+        # `make` returns an existing artefact of the same inputs
         made = self.store.make("pairs", inputs, maker, title)
         return replace(made, record=version_0_1.loop_pairs(made.record))
 
@@ -175,6 +179,7 @@ class CircularLoop:
 
         Args: weighing, use: None for those of the loop.
         """
+        # views of one set of pairs: groups with other weights share the artefact of the pairs
         weighing = weighing or self.settings.weighing
         config = self.settings.loop
         use = use or self.use
@@ -217,6 +222,7 @@ class CircularLoop:
         """
         conditioned = self.stage(stage)
         config = config.at(conditioned.stage, self.settings.seed)
+        # without a chooser there is no win rate, and the last update is kept
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
             "step": "train",
@@ -248,15 +254,16 @@ class CircularLoop:
                 held_out=held_out,
                 unseen=self.problem.choosing_pairs(stage),
                 ranks=self.ranks,
-                resume=True,
+                resume=True,  # a training that was interrupted is in the artefact's unfinished folder
                 say=self.say,
             )
+            # last line with figures of updates: a line of an evaluation alone has none
             last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(),
                 **result.record(),
                 "held_out_accuracies": result.measured(ACCURACY),
-                "last": last,
+                "last": last,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,
             }
@@ -291,6 +298,7 @@ class CircularLoop:
 def check(problem: Problem) -> None:
     """Raise ValueError for a problem that no loop can be run on."""
     stages = [stage.name for stage in problem.pipeline.stages]
+    # the loop passes preferences from one stage to the one before
     if len(stages) < 2:
         remedy = f"One stage needs no loop: --stage={stages[0]}."
         raise ValueError(
@@ -331,7 +339,7 @@ def run_loop(
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lineage)
+        before = dict(lineage)  # start and reference of this round
         this_round = loop.of_round(number)
         tuned = done(number, "people", stages[-1], this_round.from_people(stages[-1], before))
         lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)

@@ -139,8 +139,8 @@ class LoopPairMaker:
         # one seed for both sides
         seeds = [derive_seed("loop", self.seed, stage, pair.id, k) % 2**31 for pair, _, k in rows]
         stages_given = {sampled_stage: [places for _, places, _ in rows]}
-        latents = []
-        rewards = []
+        latents = []  # of the stage, one list for each side
+        rewards = []  # [n] for each side
         for models in sides:
             # steps 2 and 3
             assets = generate(self.pipeline, prompts, seeds, models, config.batch, stages_given)
@@ -214,6 +214,7 @@ def make_in_chunks(
                 on_pair(len(part))
             continue
         made = make(part, on_pair)
+        # what an interrupted call has left of this chunk
         unfinished = place.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         write_pairs(unfinished, made, {"seed": make.seed, "chunk": number})
@@ -237,6 +238,7 @@ def figures(pairs: Sequence[PreferencePair]) -> Mapping:
     """Summarise the pairs, before any of them is dropped."""
     if not pairs:
         return {"pairs": 0}
+    # reward of the preferred sample minus that of the rejected one, before any roles are exchanged
     gaps = torch.tensor([pair.reward_gap for pair in pairs], dtype=torch.float64)
     changed = torch.tensor([not pair.provenance[SAME] for pair in pairs])
     return {
@@ -274,6 +276,7 @@ def w1(rewards: torch.Tensor, preferred: torch.Tensor, rejected: torch.Tensor) -
 
     Args: rewards [n] of all candidates of one condition; preferred, rejected [P] int64 indices into them.
     """
+    # G = 2^P - 1 of every candidate, [n]
     gains = torch.exp2(win_shares(rewards)) - 1
     return gains[preferred] - gains[rejected]
 
@@ -323,13 +326,14 @@ def weigh(
     """
     check_unique("weigh", pairs)
     differing = [p for p in pairs if not same_structure(p)]
+    # first pair without rewards, for the message
     unscored = next((p for p in pairs if not p.scored), None)
     scored = bool(pairs) and unscored is None
     if (use_w1 or use_w2) and unscored is not None:
         raise ValueError(
             f"weigh: expected both rewards on every pair, but {unscored.id} has none. Score the assets first."
         )
-    values: dict[str, float] = {}
+    values: dict[str, float] = {}  # id -> w1
     # of all pairs, those of one structure included: they are candidates, too
     for group in by_condition(pairs).values() if scored else ():
         rewards = torch.tensor(

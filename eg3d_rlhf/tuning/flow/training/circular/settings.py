@@ -57,7 +57,7 @@ class Weighing(Knobs):
     )
 
 
-def regularised(config: TrainConfig) -> TrainConfig:
+def anchored(config: TrainConfig) -> TrainConfig:
     """Return the same training with the loop's regularisation.
 
     The weight of the rejected half is 0.5, half the preferred sample's own error is added, and beta is
@@ -78,7 +78,7 @@ class CircularSettings:
     """Everything that decides a run besides the problem."""
 
     human: TrainConfig = field(default_factory=TrainConfig)  # DPO on people's pairs
-    loop: TrainConfig = field(default_factory=lambda: regularised(TrainConfig()))  # DPO on the loop's pairs
+    loop: TrainConfig = field(default_factory=lambda: anchored(TrainConfig()))  # DPO on the loop's pairs
     # fine-tuning of the ablation's supervised groups
     sft: TrainConfig = field(default_factory=lambda: supervised(TrainConfig()))
     loop_pairs: LoopPairsConfig = field(default_factory=LoopPairsConfig)

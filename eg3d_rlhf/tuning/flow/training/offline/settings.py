@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
+# losses of single assets; DGPO compares the assets of a prompt
 NFT, DGPO = LOSSES = ("nft", "dgpo")
 _loss = functools.partial(knob, group="Loss of single assets")
 
@@ -73,8 +74,8 @@ class SinglesConfig(PassConfig):
         return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
 
 
-LABELS = "labels"
-DPO = "dpo"
+LABELS = "labels"  # arm of the loss of single assets
+DPO = "dpo"  # arm that is trained on pairs
 ARMS = {
     LABELS: "labels of single assets",
     "randomised": "randomised labels (within prompts)",
@@ -83,6 +84,7 @@ ARMS = {
     "dpo-randomised": "DPO, randomised pairs",
     "dpo-inverted": "DPO, inverted pairs",
 }
+# names of the losses in the table
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
 OWN_KINDS = ("thumbs", "ranks")  # kinds of labels that the toy's simulated annotators give
 

@@ -124,7 +124,7 @@ class Velocities:
         not neutral; and how many of these the policy agrees with. It agrees with a label if its error is
         below the reference's for r above 1/2, or above it for r below 1/2. Ties count one half.
         """
-        errors = self.errors.detach()
+        errors = self.errors.detach()  # figures must not keep the graph
         ref = self.ref_errors
         uneven = (r - 0.5).abs() > EVEN
         right = 0.5 * (1 + ((ref - errors) * (r - 0.5)).sign())
@@ -345,8 +345,8 @@ class OfflineBench(Bench):
     dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
     """
 
-    labelled: Labelled
-    singles: SinglesConfig
+    labelled: Labelled  # assets with people's labels
+    singles: SinglesConfig  # of the loss of single assets
 
     @property
     def conditions(self) -> Collection[str] | None:
@@ -361,6 +361,7 @@ class OfflineBench(Bench):
         """Return the pairs or single assets that an arm is trained on."""
         if not arm.startswith(DPO):
             return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
+        # the DPO arms share the pairs; their controls invert a random half of them, or all
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
             return list(pairs)

@@ -87,6 +87,7 @@ class OnlineBench(Bench):
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         task = self.task
         config = self.config(arm)
+        # the DPO arms are trained offline, on pairs that are generated once
         if divided(arm)[0] == DPO:
             return train_stage(
                 ConditionedStage(task.stage, task.pipeline),
@@ -119,8 +120,9 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
 
     Args: batch: samples at once.
     """
+    # the same schedule of prompts as in online tuning
     order = Order(task.conditions, config.batch, seed)
-    K = config.group
+    K = config.group  # samples of a group
     groups = [
         (condition, derive_seed("pairs", seed, step, number) % 2**31)
         for step in range(config.steps)
@@ -128,23 +130,27 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
     ]
     several = max(1, batch // K)  # groups at once
     pairs = []
-    weights = torch.tensor(task.weights)[:, None]
+    weights = torch.tensor(task.weights)[:, None]  # [R, 1]
     for i in tqdm(
         range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None
     ):
         names, seeds = map(list, zip(*groups[i : i + several], strict=True))
         # the voxels of a group are the same for its K samples, as in online tuning
         given = [places for places in task.given(names, seeds, batch) for _ in range(K)]
+        # prompt and seed of each of the n = G K samples
         wide = ([name for name in names for _ in range(K)], [seed for seed in seeds for _ in range(K)])
         draws = [derive_seed("sample", seed, k) for seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, wide[0], draws, given)
         # [R, n] -> [G, K]
         total = (weights * task.scores(latents, *wide)[0]).sum(0).view(-1, K)
+        # controls shuffle or negate the rewards before samples are ordered
         rewards = as_used(total, config.use, seeds)
+        # pairs of all batches stay in memory, so not on the device
         kept = [to_cpu(latent) for latent in separate(latents)]
         for number, (name, scores) in enumerate(zip(names, rewards, strict=True)):
             # stable, so that equal rewards give the same pairs on every machine
             best = scores.argsort(descending=True, stable=True).tolist()
+            # for an odd K the middle sample has no partner
             for k in range(K // 2):
                 high = best[k]
                 low = best[-1 - k]
@@ -179,7 +185,7 @@ def drift(
     )
     prompts = prompts[::3]
     seeds = [derive_seed("drift", seed, prompt) % 2**31 for prompt in prompts]
-    every = range(len(explorer.steps) - 1)
+    every = range(len(explorer.steps) - 1)  # the last step has no density
     return float(
         torch.cat(
             [move.far for samples in explorer.draw(prompts, seeds, every, every) for move in samples.moves]
@@ -215,6 +221,7 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
         return problem.reward
     if stage is not None and name == LATENT:
         return from_problem(problem, stage.name)
+    # any prompt serves to find the size of the conditioning
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
@@ -242,7 +249,7 @@ def heldout_scores(
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     """Create the training data and settings of a run's arms, for one training seed."""
     problem = opened[0]
-    weights = weighed(run.reward)
+    weights = weighed(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
     rewards = {name: reward_of(name, problem, stage) for name in weights}
     # without rewards of assets nothing is decoded in training, and so nothing held out is scored either
@@ -266,6 +273,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         run.losses,
         **{field.name: getattr(run.losses, field.name).at(stage, seed) for field in fields(Losses)},
     )
+    # the table evaluates what was trained: the weighted sum takes the place of the problem's reward
     of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
     return OnlineBench(
         of_total,

@@ -159,6 +159,7 @@ class OnlineConfig(StageTraining):
 
     def __post_init__(self):
         super().__post_init__()
+        # the ratio of densities compares two passes of one network, which must be the same function
         if self.lora is not None and self.lora.dropout:
             got = f"got {self.lora.dropout}"
             raise ValueError(
@@ -196,6 +197,7 @@ class OnlineConfig(StageTraining):
         """
         sampling = replace(stage.sampling, steps=self.sampler_steps or stage.sampling.steps)
         most = sampling.steps - 1  # the last step has no noise, and so no density
+        # losses on finished samples take any sampler, and by default no guidance
         if not self.on_steps:
             return sampling if self.guided else replace(sampling, cfg_strength=0.0)
         if most < 1 or self.trained_steps is not None and self.trained_steps > most:
@@ -215,7 +217,7 @@ class OnlineConfig(StageTraining):
         return self.window_end or max(self.window, math.ceil(0.4 * steps))
 
 
-DPO = "dpo"
+DPO = "dpo"  # arm that is trained on pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +226,7 @@ class Losses:
 
     nft: OnlineConfig
     grpo: OnlineConfig
-    grpo_plain: OnlineConfig
+    grpo_plain: OnlineConfig  # GRPO with noise at every step
     grpo_guard: OnlineConfig
     dppo: OnlineConfig
     dgpo: OnlineConfig
@@ -235,6 +237,7 @@ class Losses:
 
 
 KINDS = (*(field.name.replace("_", "-") for field in fields(Losses)), DPO)
+# every kind, and its controls
 ARMS = tuple(name for kind in KINDS for name in (kind, *(f"{kind}-{use}" for use in CONTROLS)))
 
 
@@ -244,11 +247,11 @@ def divided(arm: str) -> tuple[str, str]:
     >>> divided("grpo-guard-randomised"), divided("dpo")
     (('grpo-guard', 'randomised'), ('dpo', 'reward'))
     """
-    kind, _, use = arm.rpartition("-")
+    kind, _, use = arm.rpartition("-")  # kinds hold hyphens, too, as in "grpo-guard"
     return (kind, use) if use in CONTROLS else (arm, "reward")
 
 
-OWN = "own"
+OWN = "own"  # name of the problem's reward
 
 
 def weighed(text: str) -> dict[str, float]:
@@ -381,6 +384,6 @@ def progressive_window(
     check_window(size, low, high, high)
     # without repetitions: several starts near the end are cut to the same last window
     begins = list(dict.fromkeys(min(begin, high - size) for begin in range(low, high, stride)))
-    place = round_number // rounds
+    place = round_number // rounds  # number of moves so far
     begin = begins[place % len(begins) if again else min(place, len(begins) - 1)]
     return range(begin, begin + size)

@@ -23,6 +23,7 @@ def decay(name: str, steps: int) -> float:
     >>> decay("slow", 100), decay("copy", 100), decay("late", 100)
     (0.1, 0.0, 0.1875)
     """
+    # the step counts passes over the samples, not updates
     return DECAYS[name](steps)
 
 
@@ -37,6 +38,7 @@ class Snapshot:
     def __init__(self, policy: nn.Module, named: Mapping[str, nn.Parameter]):
         self._policy = policy
         self._named = dict(named)
+        # clones: the policy's parameters change in place
         self.values = {name: p.detach().clone() for name, p in self._named.items()}
 
     @torch.no_grad()
@@ -73,5 +75,6 @@ class Snapshot:
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
         """Compute v with the snapshot's parameters, as FrozenModel does. Not differentiable."""
+        # the policy's module is shared, so this must not be called within a forward pass of the policy
         with self.active() as model:
             return stage.velocity(x_t, t, cond, model, step)

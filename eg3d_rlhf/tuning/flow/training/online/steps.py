@@ -71,6 +71,7 @@ class ExactStep(Step):
         # a deterministic step keeps all of the old noise
         if not self.level:
             return 1.0
+        # k^2 to the power 1 / a^2; at t = 1 it is 0, and all noise is new
         share = self.path.sigma(self.until) * (1 - self.t) / (self.path.sigma(self.t) * (1 - self.until))
         return share ** (self.level**2 / 2)
 
@@ -83,7 +84,7 @@ class ExactStep(Step):
         """Compute (1 - u) x_0 + sigma_u k eps, with x_0 and eps as x and v imply them."""
         at = feats_of(x).new_full([count(x)], self.t)
         data = self.path.data(x, at, v)  # x_0 as predicted from x and v
-        noise = self.path.noise(x, at, v)
+        noise = self.path.noise(x, at, v)  # eps, likewise
         return with_feats(
             x, (1 - self.until) * feats_of(data) + self.kept * self.path.sigma(self.until) * feats_of(noise)
         )
@@ -121,6 +122,7 @@ class SdeStep(Step):
 
     def mean(self, x: Batch, v: Batch) -> Batch:
         """Compute x - D (v + g^2 / (2 sigma_t) eps)."""
+        # the score is -eps / sigma_t, so this drift cancels the added diffusion on average
         noise = self.path.noise(x, feats_of(x).new_full([count(x)], self.t), v)
         drift = feats_of(v) + self.diffusion**2 / (2 * self.path.sigma(self.t)) * feats_of(noise)
         return with_feats(x, feats_of(x) - self.length * drift)
@@ -135,6 +137,7 @@ class DanceStep(SdeStep):
         return self.level
 
 
+# in the order of STEPS: exact, cps, sde, dance
 KINDS: dict[str, type[Step]] = dict(zip(STEPS, (ExactStep, CpsStep, SdeStep, DanceStep), strict=True))
 
 
@@ -159,6 +162,7 @@ def log_density(x: Batch, mean: Batch, std: float) -> torch.Tensor:
     infinite.
     Differentiable in: mean.
     """
+    # [N, ...] or one row a voxel: the log density of each element by itself
     values = (
         -((feats_of(x) - feats_of(mean)) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
     )
@@ -173,4 +177,5 @@ def divergence(mean: Batch, other: Batch, std: float) -> torch.Tensor:
     corresponds to 0.004 here.
     Differentiable in: mean, other.
     """
+    # the trace and log-determinant terms cancel, as both steps have the same standard deviation
     return mean_per_sample((feats_of(mean) - feats_of(other)).square() / (2 * std**2), mean)

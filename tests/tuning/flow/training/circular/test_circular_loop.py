@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training.circular import circular_loop
 from eg3d_rlhf.tuning.flow.training.circular.circular_loop import CircularLoop, run_loop
 from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import SAME, NoPairsError, weighed
-from eg3d_rlhf.tuning.flow.training.circular.settings import Weighing, regularised
+from eg3d_rlhf.tuning.flow.training.circular.settings import Weighing, anchored
 from eg3d_rlhf.tuning.flow.training.pair_training import train_stage
 from eg3d_rlhf.tuning.flow.training.settings import TrainConfig
 from tests.rejections import raising
@@ -250,9 +250,9 @@ def test_settings():
     assert replace(HUMAN, lora=None).at(stage, 7).lora is None
     plain = TrainConfig()
     assert (
-        regularised(plain).dpo.loser_weight,
-        regularised(plain).dpo.sft_weight,
-        regularised(plain).dpo.beta,
+        anchored(plain).dpo.loser_weight,
+        anchored(plain).dpo.sft_weight,
+        anchored(plain).dpo.beta,
     ) == (
         0.5,
         0.5,
