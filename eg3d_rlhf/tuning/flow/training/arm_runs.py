@@ -1,18 +1,18 @@
-"""A run of arms on one stage, trained with one seed or several, and judged on the same noises of held-out
-conditions.
+"""Run several arms on one stage: train each with one seed or more, and evaluate all on the same noises of
+held-out prompts.
 
-What arms learn from is theirs: samples and their rewards in online/, labels of single assets in offline/, and
-beside either DPO on pairs.
+Each arm defines its training data: samples and their rewards in online/, labels of single assets in offline/,
+and in both DPO on pairs.
 
-    <arm>-<seed>/        a training, see train.py; its policy/, and done.json with its scores once it is
-                         judged
+    <arm>-<seed>/        a training, see trainer.py; its policy/, and done.json with its scores once they are
+                         measured
     <stage>/             the weights of the first arm's first seed
     <name>.json, .md     the table
 
-Where a problem has a chooser, arms keep the network of their best win rate on the conditions to choose on,
-which are not the table's; the controls keep their last one, as it is what they are there to show.
+If a problem has a chooser, arms keep the network with the best win rate on the choosing prompts, which are
+not those of the table. Controls keep their last network: choosing would hide the harm that they should show.
 
-Shape letters: K training seeds, C conditions, S noises per condition.
+Shape letters: K training seeds, C prompts, S noises per prompt.
 """
 
 from abc import ABC, abstractmethod
@@ -44,14 +44,14 @@ from training.distributed import SINGLE, Ranks
 from training.progress import tqdm
 
 BASE = "base"  # the task of the untuned network
-Opened = tuple[Problem, Labelled | None]  # assets that people judged, where arms learn from such
-# (settings, device) -> what arms are trained on; pickled by name
+Opened = tuple[Problem, Labelled | None]  # labelled assets, for arms that are trained on them
+# (settings, device) -> the problem and its labels; pickled by name for worker processes
 Open = Callable[[Any, str], Opened]
 
 
 @dataclass(frozen=True)
 class Bench(ABC):
-    """What the arms of a run are trained on, by one training seed."""
+    """Training data and settings of the arms of a run, for one training seed."""
 
     problem: Problem
     stage: FlowStage
@@ -59,18 +59,18 @@ class Bench(ABC):
 
     @abstractmethod
     def inputs(self) -> dict:
-        """JSON: what results depend on besides the problem, DPO's settings and those of the table."""
+        """Return as JSON what results depend on besides the problem, DPO's settings and the table's."""
 
     @abstractmethod
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
-        """Train an arm in a folder, or go on with it there.
+        """Train an arm in a folder, or resume it there.
 
         Args: options: those that all trainings of a stage have.
         """
 
     @abstractmethod
     def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
-        """What is known of a training besides its scores, JSON. Args: seed: of the table's noises."""
+        """Return the figures of a training besides its scores, JSON. Args: seed: of the table's noises."""
 
 
 def folder_of(folder: Path, task: str) -> Path:
@@ -80,16 +80,19 @@ def folder_of(folder: Path, task: str) -> Path:
 
 
 def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
-    """Do what is left to do of a run, and write its results: one training in this process, on all ranks;
-    several on a pool.
+    """Do the remaining tasks of a run, and write its results.
+
+    A single training runs in this process, on all ranks. Several trainings run on a pool of processes.
 
     Args: settings: an ArmsRun; open: opens its problem in worker processes.
     """
     problem, _ = opened
     folder = run.folder
+    # without an evaluator there is no table
     settings = replace(settings, summary=settings.summary and settings.has_table(problem))
     tasks = [f"{arm}-{seed}" for seed in settings.training_seeds for arm in settings.arms]
     if len(tasks) == 1:
+        # the base is scored by rank 0 alone, after the training
         results = {tasks[0]: Worker(settings, folder, opened, run.ranks)(tasks[0])}
         results |= (
             {BASE: Worker(settings, folder, opened)(BASE)} if run.ranks.main and settings.summary else {}
@@ -97,13 +100,14 @@ def work(settings: Any, opened: Opened, run: Run, open: Open) -> None:
     else:
         needs: Mapping[str, list[str]] = {name: [] for name in ([BASE] if settings.summary else []) + tasks}
         print(
-            f"{len(needs)} tasks on {run.jobs} processes; what several print is in {folder / 'logs'}.",
+            f"{len(needs)} tasks on {run.jobs} processes; the output of several is in {folder / 'logs'}.",
             flush=True,
         )
         results = pooled("arms", needs, worker_of, (settings, folder, run.device, open), run.jobs, folder)
     if not run.ranks.main:
         return
     stage = settings.stage_in(problem).name
+    # links, not copies: the weights of a large stage would double the size of the run
     for file in sorted((folder_of(folder, tasks[0]) / POLICY).iterdir()):
         link(file, folder / stage / file.name)
     print(f"Weights of {settings.arms[0]} in {folder / stage}.")
@@ -129,11 +133,13 @@ def pooled(
     jobs: int,
     folder: Path,
 ) -> dict[str, dict]:
-    """Results of tasks on processes, with a bar.
+    """Do tasks on processes with a progress bar, and return their results by name.
 
-    Args: setup: (*arguments, alone) -> what does them; title: of the bar.
+    Args: needs: tasks, with the tasks that each one waits for; setup: (*arguments, alone) -> a callable that
+        does a task, called once in a process; title: of the bar.
     """
     with tqdm(total=len(needs), desc=title, unit="task", dynamic_ncols=True) as bar:
+        # errors of these types are the user's: they are shown without a traceback
         expected = (ValueError, OSError, StoppedError)
         return run_tasks(
             needs,
@@ -148,20 +154,24 @@ def pooled(
 
 @dataclass
 class Worker:
-    """Does tasks, "<arm>-<seed>" or BASE, and returns their results as JSON; what is done already is read."""
+    """Worker of a run: does tasks, "<arm>-<seed>" or BASE, and returns their results as JSON.
+
+    The result of a task that was finished earlier is read from its folder.
+    """
 
     settings: ArmsRun
-    folder: Path
+    folder: Path  # of the run
     opened: Opened
     ranks: Ranks = SINGLE
-    say: Callable[[str], None] = tqdm.write
-    left: list[Voxels] | None = None
+    say: Callable[[str], None] = tqdm.write  # prints the status lines of trainings
+    left: list[Voxels] | None = None  # cached result of `_given`
 
     def __call__(self, task: str) -> dict:
         settings = self.settings
-        arm, _, seed = task.rpartition("-")
+        arm, _, seed = task.rpartition("-")  # the task BASE has no arm and no seed
         bench = settings.bench(self.opened, int(seed) if arm else settings.training_seeds[0])
         choosing = settings.choosing
+        # the keys and values go into the hash that names finished work: they keep version 0.1's spelling
         inputs = {
             "task": version_0_1.former_task(task),
             "problem": bench.problem.identity,
@@ -176,6 +186,7 @@ class Worker:
             result: dict = {}
             models: dict[str, torch.nn.Module] = {}
             if arm:
+                # controls keep their last network, see the module
                 chosen = choosing is not None and not arm.endswith(CONTROLS)
                 chooser = (
                     choosing.held_out(bench.problem, bench.stage.name, {}, {}, self.ranks)
@@ -191,6 +202,7 @@ class Worker:
                     ),
                 }
             if self.ranks.main and settings.summary:
+                # all arms and seeds are scored on the same noises, so that they can be compared pair by pair
                 result["scores"] = evaluate(
                     bench.problem, models, settings.evaluation, given=self._given(bench)
                 )["scores"]
@@ -200,34 +212,37 @@ class Worker:
         return dict(store.make(folder_of(self.folder, task).name, inputs, maker).record)
 
     def _given(self, bench: Bench) -> Mapping[str, Sequence[Voxels]]:
-        """What the stages before leave to the stage that is tuned: the same for all arms, and drawn once in a
-        process.
+        """Return the voxels that the earlier stages hand to the tuned stage.
+
+        They are the same for all arms, and are generated once in a process.
         """
         name = bench.stage.name
         pipeline = bench.problem.pipeline
         if name == pipeline.stages[0].name:
-            return {}
+            return {}  # the first stage starts from noise alone
         if self.left is None:
-            conditions, seeds = self.settings.evaluation.crossed(bench.problem)
-            self.left = voxels_for(pipeline, name, conditions, seeds, None, self.settings.evaluation.batch)
+            prompts, seeds = self.settings.evaluation.crossed(bench.problem)
+            self.left = voxels_for(pipeline, name, prompts, seeds, None, self.settings.evaluation.batch)
         return {name: self.left}
 
 
 def worker_of(settings: Any, folder: Path, device: str, open: Open, alone: bool) -> Worker:
-    """Make what does the tasks of a process; on one thread where it is not alone."""
+    """Create the worker of a process; one of several processes uses a single thread."""
+    # more threads than cores would slow all processes down
     if not alone:
         torch.set_num_threads(1)
     return Worker(settings, folder, open(settings, device))
 
 
-# The table that ends it.
+# The table that ends a run.
 
 
 def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> dict:
-    """The whole table as JSON. Args: results: by task; facts: what a reader of the file needs besides."""
+    """Make the table as JSON. Args: results: by task; facts: entries that describe the run."""
     seeds = settings.training_seeds
     arms = settings.arms
     base = {name: np.array([values]) for name, values in results[BASE]["scores"].items()}  # [1, C, S]
+    # [K, C, S] by arm and evaluator
     arrays = {
         arm: {name: np.array([results[f"{arm}-{seed}"]["scores"][name] for seed in seeds]) for name in base}
         for arm in arms
@@ -242,6 +257,7 @@ def table(results: Mapping[str, Mapping], settings: ArmsRun, facts: Mapping) -> 
             **{key: [training[key] for training in trainings] for key in ("kept_step", "warnings")},
             **settings.row(arm, trainings, against, arrays[arm], base),
         }
+    # the first of EVALUATORS that the problem has, in order of preference
     evaluator = next(name for name in EVALUATORS if name in base)
     meeting = [arm for arm in arms if settings.MEETING or not arm.endswith(CONTROLS)]
     return {

@@ -1,4 +1,8 @@
-"""A stage with its conditioning: all that training needs of a generator."""
+"""Combine a stage with the source of its conditioning: all that training needs of a generator.
+
+A prompt is the name of a conditioning input (a text, or the name of an image). Its conditioning is the
+tensors that the network reads.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,35 +15,37 @@ from eg3d_rlhf.tuning.flow.base.stage import FlowStage, Pipeline, stage_of
 
 
 class Conditioning(Protocol):
-    """Gives conditioning tensors of a stage. A Pipeline is one."""
+    """Source of the conditioning tensors of a stage. A Pipeline is one."""
 
     def conditions(self, names: Sequence[str], stage: str) -> Condition:
-        """Return the tensors of conditions by name; see Pipeline."""
+        """Return the conditioning tensors of prompts; see Pipeline."""
 
     def no_condition(self, n: int, stage: str) -> Condition:
-        """Return the empty condition, n times; see Pipeline."""
+        """Return the empty conditioning, n times; see Pipeline."""
 
 
 @dataclass(frozen=True)
 class ConditionedStage:
-    """A stage, and what gives its conditioning."""
+    """A stage with the source of its conditioning."""
 
     stage: FlowStage
     conditioning: Conditioning
 
     @classmethod
     def from_pipeline(cls, pipeline: Pipeline, name: str) -> Self:
-        """Take the stage of that name. Raises: ValueError naming those there are."""
+        """Take the stage of that name. Raises: ValueError with the names of the pipeline's stages."""
+        # a pipeline conditions its own stages
         return cls(stage_of(pipeline, name), pipeline)
 
     def with_model(self, model: torch.nn.Module | None) -> Self:
-        """Return the same with another network in the stage, or with its own for None."""
+        """Return the same stage with another network; None keeps its own."""
+        # the pipeline's own stage is not changed
         return self if model is None else replace(self, stage=replace(self.stage, model=model))
 
     def conditions(self, names: Sequence[str]) -> Condition:
-        """Return the tensors of conditions by name, N rows."""
+        """Return the conditioning tensors of prompts, N rows."""
         return self.conditioning.conditions(names, self.stage.name)
 
     def no_condition(self, n: int) -> Condition:
-        """Return the empty condition, n rows."""
+        """Return the empty conditioning, n rows."""
         return self.conditioning.no_condition(n, self.stage.name)

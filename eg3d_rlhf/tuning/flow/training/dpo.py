@@ -1,5 +1,8 @@
-"""Direct preference optimisation of one stage: what is drawn for a batch of pairs, the margin, the loss, and
-what is logged of it.
+"""Compute the direct preference optimisation (DPO) loss of one stage: sample times and noises for a batch of
+pairs, compute the margin and the loss, and sum the figures that are logged.
+
+The implicit reward of a flow is the drop of its flow-matching error against a frozen reference
+(Wallace et al. 2023, equation 14; Circular-DPO, equations 6 and 7).
 
 Shape letters as in sparse.py and stage.py; P pairs.
 """
@@ -19,19 +22,21 @@ from training.phases import derive_seed
 
 TIME_BINS = 10  # of equal width on 0..1, in what is logged
 # logged as sums over the pairs of each time bin
+# "w" and "l" in the keys are the preferred (winner) and the rejected (loser) sample
 BINNED = ("pairs", "implicit_accuracy", "margin", "w_diff", "l_diff")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairDraw:
-    """A batch of pairs at one time and noise each: the preferred ones first, then the rejected, in the same
-    order.
+    """A batch of P pairs with a time and a noise for each pair.
+
+    The P preferred samples come first, then the P rejected ones in the same order.
     """
 
     x_0: Batch  # 2P samples
-    eps: Batch
-    x_t: Batch
-    t: torch.Tensor  # [2P]; a pair's two are equal
+    eps: Batch  # 2P noises; both samples of a pair have the same noise
+    x_t: Batch  # 2P mixtures of x_0 and eps at time t
+    t: torch.Tensor  # [2P] in 0..1; both samples of a pair have the same time
     cond: Condition  # 2P rows
     weight: torch.Tensor | None  # [P], w2 of the pairs
 
@@ -46,18 +51,22 @@ def draw_pairs(
     epoch: int,
     device: torch.device | str = "cpu",
 ) -> PairDraw:
-    """Time, noise and dropped conditions of pairs, each from (seed, pair's id, epoch) alone and on the CPU:
-    in any batch, on any device.
+    """Sample a time and a noise for each pair, and drop the conditioning of some pairs.
+
+    Every random number depends on (seed, id of the pair, epoch) alone and is generated on the CPU. The result
+    is therefore the same in every batch and on every device.
 
     Args:
         cond: P rows; no_cond: P rows or 1, read only where config.condition_dropout is above 0.
-    Raises: ValueError for some pairs with w2 and some without.
+    Raises: ValueError if some pairs have w2 and others do not.
     """
     assert all(p.stage == stage.name for p in pairs) and rows(cond) == len(pairs)
     latents = [p.preferred for p in pairs] + [p.rejected for p in pairs]
     x_0 = collate(latents)
     seeds = [derive_seed(seed, p.id, epoch, "noise") for p in pairs]
+    # the same seeds twice: both samples of a pair share their noise, so that it cancels in the margin
     eps = stage.noise(seeds + seeds, coords_of(latents))
+    # [P] times, repeated to [2P] in the order of x_0
     t = (
         torch.cat([stage.path.times(1, _generator(seed, p, epoch, "time")) for p in pairs])
         .repeat(2)
@@ -68,32 +77,36 @@ def draw_pairs(
     cond = to_device(cond, device)
     if config.condition_dropout:
         assert no_cond is not None
-        # [P]
-        drawn = torch.stack(
+        # [P] in 0..1; one number a pair, since both samples of a pair share their conditioning
+        uniform = torch.stack(
             [torch.rand([], generator=_generator(seed, p, epoch, "condition")) for p in pairs]
         )
-        cond = where(drawn < config.condition_dropout, no_cond, cond)
-    weighed = [p.w2 is not None for p in pairs]
+        cond = where(uniform < config.condition_dropout, no_cond, cond)
+    has_weight = [p.w2 is not None for p in pairs]
     weight = None
-    if any(weighed):
-        if not all(weighed):
-            missing = pairs[weighed.index(False)].id
+    if any(has_weight):
+        # a missing weight must not silently count as 1: w2 has mean 1 over the set that it was made for
+        if not all(has_weight):
+            missing = pairs[has_weight.index(False)].id
             raise ValueError(
-                f"draw_pairs: expected w2 on all pairs or on none, got none on {missing}. Weigh the whole set"
-                " at once."
+                f"draw_pairs: expected w2 on all pairs or on none, but pair {missing} has none. Compute the"
+                " weights of the whole set at once."
             )
         weight = torch.tensor([p.w2 for p in pairs], device=device)
+    # `twice` repeats the conditioning: P rows -> 2P rows
     return PairDraw(x_0=x_0, eps=eps, x_t=stage.path.mix(x_0, t, eps), t=t, cond=twice(cond), weight=weight)
 
 
 def _generator(seed: int, pair: PreferencePair, epoch: int, what: str) -> torch.Generator:
+    # a generator for each use: adding a use does not change the numbers of the others
     return torch.Generator().manual_seed(derive_seed(seed, pair.id, epoch, what))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairErrors:
-    """Flow-matching errors, mean per sample, [P] each; those of the reference carry no gradient and may be
-    missing where none is needed.
+    """Flow-matching errors of a batch of pairs, mean over each sample, [P] each.
+
+    The errors of the reference carry no gradient. They are None for a loss without a reference.
     """
 
     preferred: torch.Tensor
@@ -103,26 +116,29 @@ class PairErrors:
 
     @classmethod
     def split(cls, errors: torch.Tensor, ref_errors: torch.Tensor | None = None) -> "PairErrors":
-        """From errors [2P] in the order of a PairDraw."""
+        """Split errors [2P], in the order of a PairDraw, into preferred and rejected."""
+        # detached: the reference must never receive a gradient
         ref = (None, None) if ref_errors is None else ref_errors.detach().chunk(2)
         preferred, rejected = errors.chunk(2)
         return cls(preferred=preferred, rejected=rejected, ref_preferred=ref[0], ref_rejected=ref[1])
 
     def delta(self, loser_weight: float = 1.0) -> torch.Tensor:
-        """(e_ref - e)_preferred - loser_weight (e_ref - e)_rejected, [P]: positive where the policy gained
-        more on the preferred.
+        """Compute the margin (e_ref - e)_preferred - loser_weight (e_ref - e)_rejected, [P].
+
+        It is positive where the policy's error fell more on the preferred sample than on the rejected one.
+        Differentiable in: the policy's errors.
         """
         assert self.ref_preferred is not None and self.ref_rejected is not None
         return (self.ref_preferred - self.preferred) - loser_weight * (self.ref_rejected - self.rejected)
 
 
 def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Loss of each pair, [P]: preference_loss of the margin (Circular-DPO, equations 6 and 7), plus
-    sft_weight times the preferred's error.
+    """Compute the loss of each pair, [P].
 
-    With e the errors, "sft" is e_preferred and "dro" e_preferred - loser_weight e_rejected (both of DSO),
-    which a weight multiplies. The sft term of the other kinds carries no weight: it holds the policy to the
-    preferred ones, however clear the pair.
+    The kind "sigmoid" is preference_loss of the margin (Circular-DPO, equations 6 and 7). With e the errors,
+    "sft" is e_preferred and "dro" is e_preferred - loser_weight e_rejected (both from DSO); the weight of the
+    pair multiplies them. sft_weight times e_preferred is added to every kind. This added term carries no
+    weight: it keeps the policy close to the preferred samples, however small the weight of the pair is.
     Differentiable in: errors, weight.
     """
     if config.needs_reference:
@@ -131,6 +147,7 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
         loss = (
             errors.preferred
             if config.kind == "sft"
+            # unbounded below: the rejected error may grow without end (train_stage warns)
             else errors.preferred - config.loser_weight * errors.rejected
         )
         loss = loss if weight is None else weight * loss
@@ -138,21 +155,23 @@ def pair_loss(errors: PairErrors, config: DpoConfig, weight: torch.Tensor | None
 
 
 def pair_stats(errors: PairErrors, delta: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What to log of a batch, by the names of BINNED: sums over the pairs of each time bin, [TIME_BINS], so
-    that batches and ranks add up.
+    """Sum the logged figures of a batch over the pairs of each time bin, [TIME_BINS] each, by name.
 
-    implicit_accuracy: a positive margin counts 1, zero half; w_diff, l_diff: policy's minus reference's error
-    of the preferred and of the rejected. Without gradient.
+    Sums, not means, so that the figures of passes and ranks can be added. The names are those of BINNED.
+    implicit_accuracy counts 1 for a positive margin and one half for a margin of 0. w_diff and l_diff are the
+    policy's error minus the reference's, of the preferred and of the rejected sample. Not differentiable.
     Args: `delta` [P] as in the loss; `t` [P] or [2P] in the order of a PairDraw.
     """
     assert errors.ref_preferred is not None and errors.ref_rejected is not None
     delta = delta.detach()
     values = {
+        # before the first update all margins are 0, which gives 0.5 and not 0
         "implicit_accuracy": 0.5 * (1 + delta.sign()),
         "margin": delta,
         "w_diff": (errors.preferred - errors.ref_preferred).detach(),
         "l_diff": (errors.rejected - errors.ref_rejected).detach(),
     }
-    place = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
+    # the clamp puts t = 1 into the last bin
+    time_bin = (t[: len(delta)] * TIME_BINS).long().clamp(0, TIME_BINS - 1)  # [P]
     sums = {"pairs": torch.ones_like(delta), **values}
-    return {name: delta.new_zeros(TIME_BINS).index_add(0, place, value) for name, value in sums.items()}
+    return {name: delta.new_zeros(TIME_BINS).index_add(0, time_bin, value) for name, value in sums.items()}

@@ -1,21 +1,23 @@
-"""A reward that reads the latents of one stage: nothing is decoded while a flow is tuned by it.
+"""Reward that reads the latents of one stage, so that nothing is decoded while a flow is tuned by it.
 
-What is said of a place (a grid's cell, a voxel, a token): its numbers; how they differ from the x_0 that the
-stage's own untuned network makes of them at TIMES, each from a noise of its own, under what was asked for,
-since what such a network would not have made stands out (almost from noise alone: what the condition asks
-for, which most looks are spent on); where it lies and what lies around it; of a voxel whether its mirror
-images are there, since most assets are symmetric. Small networks read each place with the condition, and the
-mean over places is scored; their scores are averaged.
+The features of a place (a grid's cell, a voxel, a token) are: its latent; the difference between the latent
+and the x_0 that the stage's untuned network predicts at TIMES, each time from a noise of its own and with the
+prompt's conditioning; its position and its neighbourhood; for a voxel also whether its mirror images are
+occupied, since most assets are symmetric. The differences show what the untuned network would not have
+generated. Most of TIMES lie close to 1, almost pure noise, where the prediction is decided by the prompt.
+Small networks read each place together with the conditioning, average over places, and return a score. The
+scores of several networks are averaged.
 
-They are learnt from pairs of the same latents (Bradley-Terry). Where the same people's pairs teach a reward
-of finished assets, what it says of the labelled assets is learnt instead (distillation: Hinton et al. 2015,
-of pairwise probabilities): it has seen through the noise of single answers, and compares all assets of a
-condition, not only those of a pair.
+The networks are trained on pairs of the same latents (Bradley-Terry). If a reward of finished assets can be
+fitted to the same people's pairs, its scores of the labelled assets are the target instead (distillation:
+Hinton et al. 2015, of pairwise probabilities). Its scores are less noisy than single answers, and compare all
+assets of a prompt, not only those of a pair.
 
-A file is .safetensors with the weights, and as JSON the stage, the form of its latents, the network behind,
-and what it was taught.
+A .safetensors file holds the weights, and as JSON the stage, the form of its latents, the hash of the stage's
+network, and the record of the training.
 
-Shape letters as in sparse.py; P places of all samples, D numbers of a place, E size of a condition, W width.
+Shape letters as in sparse.py; P places of all samples, D features of a place, E size of a pooled
+conditioning, W width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,32 +48,32 @@ from eg3d_rlhf.tuning.flow.base.stage import (
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from training.storage import load_strict, read_tensors, write_tensors
 
-TIMES = (0.2, 0.5, 0.9, 0.9, 0.9)
-KIND = "latent-reward"
-MEMBERS = 3  # networks, each from its own start
+TIMES = (0.2, 0.5, 0.9, 0.9, 0.9)  # of the untuned network's predictions, in 0..1; 1 is pure noise
+KIND = "latent-reward"  # kind of the file
+MEMBERS = 3  # networks, each from its own random start
 BATCH = 64  # latents at once
-TOGETHER = 4  # labels of one condition in a batch
+TOGETHER = 4  # labels of one prompt in a batch, so that distillation can compare their assets
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentForm:
-    """What a network reads."""
+    """Description of the latents that a network reads."""
 
-    stage: str
+    stage: str  # name of the stage
     kind: str  # of latents: DenseGrid, SparseVoxels or TokenSet
-    channels: int
+    channels: int  # of a place
     resolution: int  # of the grid; 0 for tokens
     base: str  # hash of the stage's network
 
     @classmethod
     def of(cls, stage: FlowStage) -> "LatentForm":
-        """Raises: ValueError for a stage of several tensors."""
+        """Describe the latents of a stage. Raises: ValueError for a stage of several tensors."""
         latents = stage.latents
         if not isinstance(latents, (DenseGrid, SparseVoxels, TokenSet)):
             got = type(latents).__name__
             raise ValueError(
                 f"latent reward: expected a stage of a grid, voxels or tokens, got {got} of {stage.name!r}."
-                " Judge it decoded."
+                " Use a reward of finished assets for this stage."
             )
         return cls(
             stage=stage.name,
@@ -83,14 +85,16 @@ class LatentForm:
 
     @property
     def numbers(self) -> int:
-        """D."""
+        """Return D, the number of features of a place."""
+        # voxels: neighbours (one of seven), mirror images, position, size; grids: position, mean around
         around = {"SparseVoxels": 7 + 3 + 3 + 1, "DenseGrid": 3 + self.channels, "TokenSet": 0}[self.kind]
         return self.channels * (1 + len(TIMES)) + around
 
 
 def pooled(condition: Condition) -> torch.Tensor:
-    """What was asked for as one row a sample, [N, E]: the mean of its tokens, of several tensors one after
-    the other.
+    """Pool the conditioning to one row a sample, [N, E]: the mean of its tokens.
+
+    The rows of several tensors are concatenated in the order of their names.
     """
     tensors = (
         [condition]
@@ -101,16 +105,16 @@ def pooled(condition: Condition) -> torch.Tensor:
 
 
 class PlaceNetwork(nn.Module):
-    """Places and conditions -> scores."""
+    """Network from the features of places and a pooled conditioning to scores."""
 
-    mean: torch.Tensor  # [D], of the places it was taught
-    std: torch.Tensor
+    mean: torch.Tensor  # [D], of the training's places
+    std: torch.Tensor  # [D], likewise
 
     def __init__(self, numbers: int, condition: int, width: int = 32, conditioning: int = 16):
         super().__init__()
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("std", torch.ones(numbers))
-        # the name in state dicts of files
+        # the attribute's name is the key in the state dicts of files
         self.told = nn.Sequential(
             nn.Linear(condition, 2 * conditioning), nn.GELU(), nn.Linear(2 * conditioning, conditioning)
         )
@@ -120,15 +124,17 @@ class PlaceNetwork(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
 
     def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        """[N] of the places of N samples, [p, D] each, and conditions [N, E]. Differentiable in: rows,
-        parameters.
+        """Compute scores [N] from the places of N samples, [p, D] each, and conditioning [N, E].
+
+        Differentiable in: rows, parameters.
         """
         return self.head(self.embed(rows, condition)).squeeze(1)
 
     def embed(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        """Average what is read of the places of each sample, [N, W]. Differentiable in: rows, parameters."""
+        """Embed each place and average over each sample, [N, W]. Differentiable in: rows, parameters."""
+        # samples may have different numbers of places: all rows are concatenated, [P, D]
         lengths = torch.tensor([len(x) for x in rows], device=condition.device)
-        sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)
+        sample = torch.arange(len(rows), device=condition.device).repeat_interleave(lengths)  # [P]
         conditioning = self.told(condition)
         # [P, W]
         places = self.place(
@@ -138,19 +144,19 @@ class PlaceNetwork(nn.Module):
 
 
 class PlaceNetworks(nn.Module):
-    """Several, whose scores are averaged."""
+    """Ensemble of several networks, whose scores are averaged."""
 
     def __init__(self, numbers: int, condition: int):
         super().__init__()
         self.members = nn.ModuleList(PlaceNetwork(numbers, condition) for _ in range(MEMBERS))
 
     def forward(self, rows: Sequence[torch.Tensor], condition: torch.Tensor) -> torch.Tensor:
-        """[N], as a member's. Differentiable in: rows, parameters."""
+        """Compute the mean score of the members, [N]. Differentiable in: rows, parameters."""
         return torch.stack([member(rows, condition) for member in self.members]).mean(0)
 
 
 class LatentReward:
-    """Networks and the stage that it is of. The stage's network is taken as it is now."""
+    """Reward of the latents of a stage. It keeps the stage's network of the moment as the untuned one."""
 
     def __init__(self, pipeline: Pipeline, stage: FlowStage, network: PlaceNetworks, record: Mapping):
         self.pipeline = pipeline
@@ -158,23 +164,26 @@ class LatentReward:
         self.network = network
         self.record = dict(record)  # of its training, JSON
         self.form = LatentForm.of(stage)
+        # shares its memory with the stage; tuning trains a copy, so this network stays untuned
         self.base = FrozenModel(shared_copy(stage.model))
         self.device = next(stage.model.parameters()).device
 
     def conditioning(self, names: Sequence[str]) -> Condition:
-        """Return the conditioning tensors of names, on the device."""
+        """Return the conditioning tensors of prompts, on the device."""
         return to_device(self.pipeline.conditions(list(names), self.stage.name), self.device)
 
     @torch.no_grad()
     def places(self, x_0: Batch, condition: Condition) -> list[torch.Tensor]:
-        """[p, D] of each sample. Not differentiable."""
+        """Compute the features of the places of each sample, [p, D] each. Not differentiable."""
         x_0, path, n = x_0.to(self.device), self.stage.path, count(x_0)
-        given = coords_of(separate(x_0))
+        given = coords_of(separate(x_0))  # noises of sparse samples lie on the same voxels
         parts = [feats_of(x_0)]
         for number, time in enumerate(TIMES):
             t = torch.full([n], time, device=self.device)
+            # the same seed for all samples: scores then differ by latents and prompts alone
             eps = self.stage.noise([number] * n, given).to(self.device)
             x_t = path.mix(x_0, t, eps)
+            # x_0 minus the untuned network's prediction of it
             parts.append(
                 feats_of(x_0) - feats_of(path.data(x_t, t, self.base.velocity(self.stage, x_t, t, condition)))
             )
@@ -182,6 +191,7 @@ class LatentReward:
             rows = torch.cat([*(part.float() for part in parts), _around(x_0, self.form.resolution)], 1)
             return list(rows.split(x_0.lengths.tolist()))
         assert isinstance(x_0, torch.Tensor)
+        # tokens [N, L, C] have no position
         if not self.form.resolution:
             return list(torch.cat(parts, 2).float())
         side = self.form.resolution
@@ -190,21 +200,24 @@ class LatentReward:
             .T.view(1, 3, side, side, side)
             .expand(n, -1, -1, -1, -1)
         )
+        # grids [N, C, X, Y, Z]: position in -1..1, and the mean over 3 x 3 x 3 cells with zeros outside
         parts += [(2 * cells + 1) / side - 1, F.avg_pool3d(F.pad(x_0, (1,) * 6), 3, 1)]
+        # [N, D, X, Y, Z] -> [N, cells, D]
         return list(torch.cat([part.float() for part in parts], 1).flatten(2).transpose(1, 2))
 
     @torch.no_grad()
-    def of_latents(self, x_0: Batch, conditions: Sequence[str]) -> torch.Tensor:
-        """[N] float32 on the CPU: scores of latents of the stage; larger is better."""
-        condition = self.conditioning(conditions)
+    def of_latents(self, x_0: Batch, prompts: Sequence[str]) -> torch.Tensor:
+        """Score latents of the stage, [N] float32 on the CPU; larger is better. Not differentiable."""
+        condition = self.conditioning(prompts)
         return self.network(self.places(x_0, condition), pooled(condition)).float().cpu()
 
     @torch.no_grad()
-    def of_members(self, x_0: Batch, conditions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_members(self, x_0: Batch, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return every member's scores [K, N] of latents of the stage, and all members' embeddings
         [N, K * W], float32 on the CPU.
         """
-        condition = self.conditioning(conditions)
+        condition = self.conditioning(prompts)
+        # places are the same for all members, and the untuned network's predictions take most of the time
         rows = self.places(x_0, condition)
         members: list[Any] = [*self.network.members]
         embeddings = [member.embed(rows, pooled(condition)) for member in members]
@@ -212,8 +225,9 @@ class LatentReward:
         return torch.stack(scores).float().cpu(), torch.cat(embeddings, 1).float().cpu()
 
     def __call__(self, assets: Sequence[Any], conditions: Sequence[str]) -> torch.Tensor:
-        """As an AssetReward, of what the pipeline encodes finished assets to: for tables; tuning reads the
-        latents themselves.
+        """Score finished assets as an AssetReward: encode them, and score the latents of the stage.
+
+        Tables use it. Tuning calls `of_latents` with the latents themselves.
         """
         return self.of_latents(
             collate([latents[self.stage.name] for latents in self.pipeline.encode(assets)]), conditions
@@ -221,22 +235,26 @@ class LatentReward:
 
 
 def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
-    """Of each voxel which number of its six neighbours is there (one of seven), whether its mirror images
-    across the three middles of its sample's grid are, where it lies in -1..1, and hundreds of voxels in its
-    sample, [V, 14].
+    """Compute the features of a voxel's neighbourhood, [V, 14].
+
+    They are the number of its six neighbours that are occupied (one-hot, 0 to 6), whether its three mirror
+    images across the middle planes of the grid are occupied, its position in -1..1, and the number of voxels
+    of its sample in hundreds.
     """
     sample = x.sample
     places = x.coords[:, 1:].long()
-    # [V, 1]
-    cells = torch.tensor([own or resolution for own in x.cells or [None] * x.size], device=places.device)[
-        sample
-    ][:, None]
+    # cells per edge of each sample's grid; samples without their own use the stage's resolution
+    grid_sizes = [size or resolution for size in x.cells or [None] * x.size]
+    cells = torch.tensor(grid_sizes, device=places.device)[sample][:, None]  # [V, 1]
 
     def key(at: torch.Tensor) -> torch.Tensor:
+        """Number each cell of each sample uniquely."""
+        # + 1: neighbours may lie outside the grid by one cell, on either side
         a, b, c = (at + 1).unbind(1)
         return ((sample * (resolution + 2) + a) * (resolution + 2) + b) * (resolution + 2) + c
 
     def there(at: torch.Tensor) -> torch.Tensor:
+        """Return whether cells are occupied, [V] bool."""
         return torch.isin(key(at), key(places), assume_unique=True)
 
     axes = torch.eye(3, dtype=torch.long, device=places.device)
@@ -247,35 +265,36 @@ def _around(x: SparseBatch, resolution: int) -> torch.Tensor:
     return torch.cat([F.one_hot(beside, 7).float(), mirrored.float(), (2 * places + 1) / cells - 1, size], 1)
 
 
-# Teaching.
+# Training.
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTraining:
-    """How it is taught."""
+    """Settings of the training of a latent reward."""
 
-    epochs: int = 12  # twice as many from a decoded reward's scores, which are not noisy
-    batch: int = 32  # pairs
-    lr: float = 3e-3  # of AdamW, falling to 0 along a cosine
-    weight_decay: float = 0.05
-    seed: int = 0
+    epochs: int = 12  # over the pairs; twice as many in distillation, whose targets are not noisy
+    batch: int = 32  # pairs per update
+    lr: float = 3e-3  # of AdamW; falls to 0 along a cosine
+    weight_decay: float = 0.05  # of AdamW
+    seed: int = 0  # of the networks' starts and the order of the pairs
 
 
-def taught_by(
+def from_problem(
     problem: Problem, stage: str, training: LatentTraining | None = None, decoded: AssetReward | None = None
 ) -> LatentReward:
-    """A reward of a stage's latents from a problem's pairs, by way of a reward of finished assets where the
-    same pairs teach one.
+    """Train a reward of a stage's latents on a problem's pairs.
 
-    Args: decoded: that reward, where it is known.
+    If the problem can fit a reward of finished assets, that reward is distilled.
+
+    Args: decoded: the reward of finished assets; None fits one.
     """
     training = training or LatentTraining()
     pairs = problem.train_pairs[stage]
     if problem.fit_reward is None or not pairs:
-        return teach(problem.pipeline, stage, pairs, training)
+        return train_on_pairs(problem.pipeline, stage, pairs, training)
     finished = problem.train_pairs[problem.pipeline.stages[-1].name]
     decoded = decoded or problem.fit_reward(finished, training.seed)
-    return teach(
+    return train_on_pairs(
         problem.pipeline,
         stage,
         pairs,
@@ -285,7 +304,8 @@ def taught_by(
 
 
 def in_order(pairs: Sequence[PreferencePair], of: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Pairs of the same assets at another stage."""
+    """Return the pairs of the same assets at another stage, in the order of `of`."""
+    # ids alone may occur once for every prompt
     by_id = {(pair.condition, pair.id): pair for pair in pairs}
     return [by_id[pair.condition, pair.id] for pair in of]
 
@@ -294,9 +314,7 @@ def in_order(pairs: Sequence[PreferencePair], of: Sequence[PreferencePair]) -> l
 def scores_of_assets(
     problem: Problem, rewards: Sequence[AssetReward], pairs: Sequence[PreferencePair]
 ) -> torch.Tensor:
-    """Scores [P, S, 2] by S rewards of both finished assets of P pairs of the last stage, each decoded once;
-    float64.
-    """
+    """Decode both assets of P pairs of the last stage, and score them by S rewards, [P, S, 2] float64."""
     device = next(problem.pipeline.stages[-1].model.parameters()).device
     rows = []
     for i in range(0, len(pairs), BATCH):
@@ -304,6 +322,7 @@ def scores_of_assets(
         names = [pair.condition for pair in pairs[i : i + BATCH]]
         sides = []
         for side in ("preferred", "rejected"):
+            # decoded once for all rewards, since decoding takes longer than scoring
             assets = problem.pipeline.decode(collate([getattr(pair, side) for pair in part]).to(device))
             # [p, S]
             sides.append(torch.stack([reward(assets, names).double().cpu() for reward in rewards], 1))
@@ -311,25 +330,24 @@ def scores_of_assets(
     return torch.cat(rows)
 
 
-def teach(
+def train_on_pairs(
     pipeline: Pipeline,
     stage_name: str,
     pairs: Sequence[PreferencePair],
     training: LatentTraining | None = None,
     decoded: torch.Tensor | None = None,
 ) -> LatentReward:
-    """A reward of a stage's latents from pairs.
+    """Train a reward of a stage's latents on pairs.
 
-    Args: decoded: [n, 2]: another reward's scores of their finished assets, learnt in the place of who was
-        preferred.
-    Raises: ValueError for no pairs, latents that are not of the stage, or of a kind that is not read.
+    Args: decoded: [n, 2], another reward's scores of the pairs' finished assets, preferred first; they are
+        the target instead of the labels.
+    Raises: ValueError for no pairs, latents that are not of the stage, or of an unsupported kind.
     """
     training = training or LatentTraining()
     stage = stage_of(pipeline, stage_name)
     if not pairs:
         raise ValueError(
-            f"latent reward of stage {stage_name!r}: expected labels to learn from, got none. Label some"
-            " assets."
+            f"latent reward of stage {stage_name!r}: expected labelled pairs, got none. Label some assets."
         )
     reward = LatentReward(
         pipeline, stage, _new(pipeline, LatentForm.of(stage), pairs[0].condition, training.seed), {}
@@ -340,10 +358,12 @@ def teach(
         "decoded": decoded is not None,
         "training": asdict(training),
     }
-    rows, conditions = _read(reward, pairs)
+    # features are computed once for all epochs, as neither the latents nor the untuned network change
+    rows, conditioning = _read(reward, pairs)
+    # mean and standard deviation of the features, from at most 256 pairs
     every = torch.cat([x for sides in rows[:256] for x in sides])
     mean = every.mean(0)
-    std = every.std(0).clamp(min=0.05)
+    std = every.std(0).clamp(min=0.05)  # a feature that is almost constant must not be amplified
     names = sorted({pair.condition for pair in pairs})
     group = torch.tensor([names.index(pair.condition) for pair in pairs])
     generator = torch.Generator().manual_seed(training.seed)
@@ -355,10 +375,11 @@ def teach(
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=training.lr, weight_decay=training.weight_decay
         )
+        # one step of the cosine per batch
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(order))
         for chosen in order:
             preferred, rejected = (
-                network([rows[i][side] for i in chosen.tolist()], conditions[chosen]) for side in (0, 1)
+                network([rows[i][side] for i in chosen.tolist()], conditioning[chosen]) for side in (0, 1)
             )
             if decoded is None:
                 loss = preference_loss(preferred - rejected).mean()
@@ -374,9 +395,9 @@ def teach(
 
 
 def _batches(group: torch.Tensor, size: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """Numbers of labels, each once, up to TOGETHER neighbours of one condition.
+    """Divide the indices of labels into random batches, with up to TOGETHER of one prompt side by side.
 
-    Args: group: [n], numbers of conditions.
+    Args: group: [n], the prompt's number of each label.
     """
     shuffled = torch.randperm(len(group), generator=generator)
     parts = [
@@ -388,9 +409,12 @@ def _batches(group: torch.Tensor, size: int, generator: torch.Generator) -> list
 
 
 def _agreement(scores: torch.Tensor, goals: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of who wins of all two assets of one condition, by sigmoid of the goals' difference; []
-    of scores and goals [n, 2].
+    """Compute the cross-entropy of the outcomes of all pairs of assets of one prompt, a scalar.
+
+    The target probability of a pair is sigmoid of the difference of the goals.
+    Args: scores, goals: [n, 2]; group: [n], the prompt's number of each label.
     """
+    # [n, 2] -> [2n]
     scores = scores.flatten()
     goals = goals.flatten()
     group = group.repeat_interleave(2)
@@ -400,8 +424,10 @@ def _agreement(scores: torch.Tensor, goals: torch.Tensor, group: torch.Tensor) -
 
 
 def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> PlaceNetworks:
+    """Create networks for a form of latents, with the conditioning's size taken from one prompt."""
     size = pooled(pipeline.conditions([condition], form.stage)).shape[1]
     device = next(stage_of(pipeline, form.stage).model.parameters()).device
+    # created on the CPU: the start is the same on every device, and the caller's generator is unchanged
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PlaceNetworks(form.numbers, size).to(device)
@@ -410,35 +436,36 @@ def _new(pipeline: Pipeline, form: LatentForm, condition: str, seed: int) -> Pla
 def _read(
     reward: LatentReward, pairs: Sequence[PreferencePair]
 ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
-    """Places of both latents of each pair, and all conditions [n, E]."""
+    """Compute the places of both latents of each pair, and the pooled conditioning of all pairs [n, E]."""
     rows = list[list[torch.Tensor]]()
-    conditions = []
+    pooled_rows = []
     for i in range(0, len(pairs), BATCH):
         part = pairs[i : i + BATCH]
         condition = reward.conditioning([pair.condition for pair in part])
         sides = [[getattr(pair, side) for pair in part] for side in ("preferred", "rejected")]
+        # before the network runs: its own error would not name the stage
         for latent in (*sides[0], *sides[1]):
             reward.stage.check(f"latent reward of stage {reward.stage.name!r}", latent)
         rows += [
             list(places)
             for places in zip(*(reward.places(collate(side), condition) for side in sides), strict=True)
         ]
-        conditions.append(pooled(condition))
-    return rows, torch.cat(conditions)
+        pooled_rows.append(pooled(condition))
+    return rows, torch.cat(pooled_rows)
 
 
 # Files.
 
 
 def save(path: Path, reward: LatentReward) -> Path:
-    """Write weights, and as JSON what they are of."""
+    """Write the weights, with the form of the latents and the record of the training as JSON."""
     meta = {"form": asdict(reward.form), "record": reward.record}
     write_tensors(path, KIND, {name: x.cpu() for name, x in reward.network.state_dict().items()}, meta)
     return path
 
 
 def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> LatentReward:
-    """Read what `save` wrote, for a stage. Args: condition: any that the pipeline knows.
+    """Read the file of a reward, for a stage. Args: condition: any prompt of the pipeline.
 
     Raises: FileNotFoundError; ValueError for a damaged or foreign file, one of another stage, of latents of
         another form or of another network, and weights that do not fit by name and shape.
@@ -449,15 +476,16 @@ def load(path: Path, pipeline: Pipeline, stage: FlowStage, condition: str) -> La
         got = LatentForm(**meta["form"])
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected a latent reward's description, got one that lacks or adds: {error}. Train it"
-            " again."
+            f"{path}: the description of the latent reward is incomplete or has unknown entries: {error}."
+            " Train the reward again."
         ) from None
+    # another network of the stage would make other predictions, and so other features: its hash must match
     expected = LatentForm.of(stage)
     for name, value in asdict(expected).items():
         if getattr(got, name) != value:
             raise ValueError(
-                f"{path}: expected a reward of {name} {value!r}, got one of {getattr(got, name)!r}. Train one"
-                " of this stage."
+                f"{path}: expected a reward of {name} {value!r}, got one of {getattr(got, name)!r}. Train a"
+                " reward of this stage."
             )
     network = _new(pipeline, expected, condition, 0)
     load_strict(network, tensors, str(path))

@@ -1,10 +1,10 @@
-"""Losses of flow tuning that are pure functions of tensors. They return one value a sample (DGPO: a group),
-unreduced.
+"""Compute the losses of flow tuning as pure functions of tensors. They return one value a sample (DGPO: a
+group), unreduced.
 
-All losses on the sampler's steps (GRPO, GRPO-Guard, Flow-DPPO) have the gradient -A grad log p at the network
-that drew the samples, the guard's times s / D. log p is the mean over a sample's numbers, as in
-online/steps.py, and q = exp(log p - log p_old) is the ratio of densities. DiffusionNFT and DGPO read errors
-of finished samples. DPO on pairs is in dpo.py and preferences/losses.py.
+GRPO, GRPO-Guard and Flow-DPPO act on the sampler's steps. At the sampling network, the gradient of each is
+-A grad log p (for the guard this is multiplied by s / D). log p is the mean over all elements of a sample, as
+in online/steps.py, and q = exp(log p - log p_old) is the ratio of densities. DiffusionNFT and DGPO read
+errors of finished samples. DPO on pairs is in dpo.py and preferences/losses.py.
 
 Shape letters as in sparse.py; G groups, K samples of a group.
 """
@@ -24,42 +24,45 @@ def clipped_ratio_loss(ratio: torch.Tensor, advantage: torch.Tensor, clip_range:
     """Compute GRPO's loss -min(q A, clip(q, 1 - c, 1 + c) A), [N] (Shao et al. 2024, equation 3; Liu et al.
     2025).
 
-    Beyond the clip, on the side that the advantage asks for, there is no gradient. The standard deviation of
-    log q falls as 1 / sqrt(numbers of a sample), and so must the clip: 1e-4 at ten thousand numbers, 1e-3 at
-    a hundred.
+    A sample whose ratio lies beyond the clip, on the side towards which its advantage moves it, gives no
+    gradient. The standard deviation of log q falls as 1 / sqrt(elements of a sample), so the clip must fall
+    in the same way: 1e-4 for ten thousand elements, 1e-3 for a hundred.
     Args: ratio: q [N]; advantage: A [N]; clip_range: c.
     Differentiable in: ratio.
     """
+    # the minimum is a pessimistic bound: the clip limits gains, but never hides that a sample became worse
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
 class Clipped(NamedTuple):
     """Masks of the samples outside the clip, [N] bool each."""
 
-    high: torch.Tensor
-    low: torch.Tensor
-    stopped: torch.Tensor  # outside on the side that the advantage asks for: without gradient
+    high: torch.Tensor  # ratio above 1 + c
+    low: torch.Tensor  # ratio below 1 - c
+    stopped: torch.Tensor  # outside on the side towards which the advantage moves: without gradient
 
 
 def outside_clip(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> Clipped:
     """Find the samples whose ratio is outside the clip. Not differentiable."""
     high = ratio.detach() > 1 + clip_range
     low = ratio.detach() < 1 - clip_range
+    # a sample outside on the other side keeps its gradient, which moves it back into the clip
     return Clipped(high, low, (high & (advantage > 0)) | (low & (advantage < 0)))
 
 
 def guarded_ratio(log_p: torch.Tensor, old: torch.Tensor, bias: torch.Tensor, std: float) -> torch.Tensor:
     """Compute GRPO-Guard's centred ratio q = exp(s (log p - log p_old + bias)), [N].
 
-    The exponent is m(z (mu - mu_old)), where z is the noise that was drawn. It is linear in mu and has mean 0
-    under the policy that drew, where GRPO's own exponent is always below 0. So both sides of the clip act
-    alike at every step of the sampler.
-    Args: bias: [N], m((mu - mu_old)^2) / (2 s^2), the divergence of the step's mean from that of the policy
-        that drew; std: s, the standard deviation of the step.
+    The exponent is m(z (mu - mu_old)), where z is the noise of the sampled step. It is linear in mu and has
+    mean 0 under the sampling policy, whereas the mean of GRPO's own exponent is below 0. So both sides of the
+    clip act alike at every step of the sampler.
+    Args: bias: [N], m((mu - mu_old)^2) / (2 s^2), the divergence of the step's mean from that of the sampling
+        policy; std: s, the standard deviation of the step.
     Differentiable in: log_p, bias.
     Deviates: s is the whole standard deviation for every kind of step, where published code multiplies some
         by sqrt(D) twice.
     """
+    # the bias cancels the term of log p - log p_old that is quadratic in mu - mu_old
     return torch.exp(std * (log_p - old + bias))
 
 
@@ -71,6 +74,7 @@ def guard_loss(
     Args: length: D > 0; 1 gives the loss of programs that leave the division out.
     Differentiable in: ratio.
     """
+    # steps of different length D would otherwise weigh differently in the gradient
     return clipped_ratio_loss(ratio, advantage, clip_range) / length
 
 
@@ -80,12 +84,14 @@ def guard_loss(
 def dppo_dropped(
     ratio: torch.Tensor, divergence: torch.Tensor, advantage: torch.Tensor, limit: float
 ) -> torch.Tensor:
-    """Find the samples that give no gradient, [N] bool: their step has moved far to the side that the
-    advantage asks for.
+    """Find the samples that give no gradient, [N] bool.
 
-    Args: divergence: [N], of the step's mean from that of the policy that drew; limit: d, from which on a
-        sample is dropped.
+    These are the samples whose step has moved at least `limit` away from the sampling policy's, in the
+    direction towards which the advantage moves it.
+    Args: divergence: [N], of the step's mean from that of the sampling policy; limit: d, the divergence from
+        which on a sample is dropped.
     """
+    # a ratio on the other side of 1 means that the update still has to undo a change
     moved = ((ratio > 1) & (advantage > 0)) | ((ratio < 1) & (advantage < 0))
     return moved.detach() & (divergence.detach() >= limit)
 
@@ -94,73 +100,79 @@ def dppo_loss(ratio: torch.Tensor, advantage: torch.Tensor, dropped: torch.Tenso
     """Compute Flow-DPPO's loss -A q, 0 where a sample is dropped, [N].
 
     Differentiable in: ratio.
-    Deviates: its program does not clip advantages; here they are clipped before they come, as for all losses.
+    Deviates: the published program does not clip advantages; here the caller clips them, as for all losses.
     """
+    # torch.where, not a product with the mask: 0 times an infinite ratio would be NaN
     return torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
 
 
 # DGPO: whole groups.
 
 DGPO_BETA = 100.0  # per unit of error
-DGPO_CLIP = 1e-2  # of exp(e_old - e), about 1
+DGPO_CLIP = 1e-2  # c: the ratio exp(e_old - e) is clipped to 1 ± c
 
 
 def group_margin(
     errors: torch.Tensor, ref_errors: torch.Tensor, advantage: torch.Tensor, beta: float = DGPO_BETA
 ) -> torch.Tensor:
-    """Compute S = beta / K sum_j A_j (e_j - e_ref_j), [G] of [G, K] each.
+    """Compute S = beta / K sum_j A_j (e_j - e_ref_j) from [G, K] each, [G].
 
-    S is below 0 where the policy gained, against the reference, on the samples of positive advantage.
+    S is below 0 where the policy's errors fell, against the reference's, on the samples of positive
+    advantage.
     Differentiable in: errors.
     """
+    # [G, K] -> [G]
     return beta * (advantage * (errors - ref_errors.detach())).mean(1)
 
 
 def dgpo_loss(
     errors: torch.Tensor, ref_errors: torch.Tensor, advantage: torch.Tensor, beta: float = DGPO_BETA
 ) -> torch.Tensor:
-    """Compute DGPO's loss softplus(S) / beta, [G] of [G, K] each (Luo et al. 2025): DPO for more than two
+    """Compute DGPO's loss softplus(S) / beta from [G, K] each, [G] (Luo et al. 2025): DPO for more than two
     samples.
 
     With e = m((v - u)^2) at one time and one noise for all samples of a group, the gradient is 1 / K sum_j
     sigmoid(S) A_j grad e_j. K = 2 with A = ±1 is DPO divided by beta. At the reference the gradient is mean(A
     grad e) / 2, and where all A are 0 there is none.
-    Args: advantage: of sum 0 in a group, or a constant would drift in.
+    Args: advantage: must sum to 0 in each group; otherwise a constant would be added to S.
     Differentiable in: errors.
     Deviates: published code writes mean(sg(sigmoid(S)) A e), which has this gradient and a value without
         meaning.
     """
+    # divided by beta, so that the size of the gradient does not grow with beta
     return F.softplus(group_margin(errors, ref_errors, advantage, beta)) / beta
 
 
 def dgpo_stopped(
     errors: torch.Tensor, old_errors: torch.Tensor, advantage: torch.Tensor, clip: float = DGPO_CLIP
 ) -> torch.Tensor:
-    """Find the samples that have moved far enough from the network that drew them, bool of any one shape.
+    """Find the samples that have moved far enough from the sampling network, bool of the arguments' shape.
 
-    They have q = exp(e_old - e) outside 1 ± c on the side that the advantage asks for. Pass
+    Their ratio q = exp(e_old - e) is outside 1 ± c on the side towards which the advantage moves it. Pass
     `torch.where(dgpo_stopped(...), e.detach(), e)` to dgpo_loss, so that they give no gradient.
     """
+    # an error below the old one counts as a density above the old one
     ratio = (old_errors - errors.detach()).exp()
     return torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
 
 
 # DiffusionNFT.
 
-FLOOR = 1e-5  # of the mean error that divides; absolute, so that latents should be about 1 in size
-ADVANTAGE_CLIP = 5.0  # C
-CURVATURE = 1.0  # b
+FLOOR = 1e-5  # least mean error to divide by; absolute, so latents should be of size 1 or so
+ADVANTAGE_CLIP = 5.0  # C, in standard deviations of the reward
+CURVATURE = 1.0  # b, without unit
 
-# over a sample's numbers; a path that weighs its tensors brings its own
+# mean over the elements of a sample; a path that weights its tensors passes its own
 Mean = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 def goodness(advantage: torch.Tensor, clip: float = ADVANTAGE_CLIP) -> torch.Tensor:
-    """Compute r = 1/2 + clip(A, ±C) / (2 C) of advantages of any shape: how good a sample is, in 0..1.
+    """Compute the goodness r = 1/2 + clip(A, ±C) / (2 C) in 0..1 from advantages of any shape.
 
     >>> goodness(torch.tensor([-7.0, -2.5, 0.0, 1.0]))
     tensor([0.0000, 0.2500, 0.5000, 0.6000])
     """
+    # the second clamp removes rounding beyond 0 and 1
     return (0.5 + advantage.clamp(-clip, clip) / (2 * clip)).clamp(0, 1)
 
 
@@ -180,24 +192,27 @@ def nft_errors(
     adaptive: bool = True,
     mean: Mean = mean_per_sample,
 ) -> NftErrors:
-    """Compute both errors of a batch at one time and noise a sample.
+    """Compute both errors of a batch, with one time and one noise for each sample.
 
         v+ = v_old + b (v - v_old)        v- = v_old - b (v - v_old)
         a± = sigma (u - v±), the error of the x_0 that v± predicts
 
-    Args: v: of the policy; old: v_old, of the network that drew the samples; target: u = (1 - s) eps - x_0;
-        sigma: [N], s + (1 - s) t; curvature: b; adaptive: divide by n± = max(m|a±|, FLOOR), without gradient,
-        which turns the weight sigma^2 into about sigma.
-    Deviates: sigma_min s is kept, where published code has 0.
+    Args: v: of the policy; old: v_old, of the sampling network; target: u = (1 - s) eps - x_0;
+        sigma: [N], s + (1 - s) t; curvature: b; adaptive: divide by n± = max(m|a±|, 1e-5), without gradient,
+        which changes the weight of a time from sigma^2 to about sigma.
+    Deviates: the path's sigma_min s is used, where published code assumes 0.
     """
+    # v_old is detached everywhere: only the policy is trained
     step = curvature * (feats_of(v) - feats_of(old).detach())
     missing = feats_of(target) - feats_of(old).detach()
-    level = spread(sigma, v)
+    level = spread(sigma, v)  # [N] -> one value for each element of the sample
     sides = []
     for sign in (1, -1):
+        # u - v± = (u - v_old) ∓ b (v - v_old)
         error = level * (missing - sign * step)
         weight = torch.ones_like(sigma)
         if adaptive:
+            # m|a±| of each sample, [N]; in float64, since it divides
             weight = mean(error.detach().double().abs(), v).clamp(min=FLOOR).to(error.dtype)
         sides.append(mean(error.square(), v) / weight)
     return NftErrors(*sides)
@@ -208,16 +223,17 @@ def nft_loss(
 ) -> torch.Tensor:
     """Compute DiffusionNFT's loss C / b [r e+ + (1 - r) e-], [N] (Zheng et al. 2025).
 
-    It moves a flow towards good finished samples and away from bad ones; any sampler will do, and no density
-    is needed. At v = v_old its gradient is C (2r - 1) sigma^2 grad m((v - u)^2) / n: none for r = 1/2.
-    Without n the optimum is v - v_old = (2r - 1) / b (u - v_old), and C and b act by their product alone.
-    With n the same holds of the mean over many u at one x_t, while a single sample is pulled to the full
-    bound v - v_old = ±(u - v_old) / b, however clear it is.
+    It moves a flow towards good finished samples and away from bad ones. It works with any sampler and needs
+    no density. At v = v_old its gradient is C (2r - 1) sigma^2 grad m((v - u)^2) / n, which is 0 for r = 1/2.
+    Without n the optimum is v - v_old = (2r - 1) / b (u - v_old), and only the product of C and b matters.
+    With n the same holds for the mean over many u at one x_t, while a single sample is pulled to the full
+    bound v - v_old = ±(u - v_old) / b, however close its r is to 1/2.
 
-    The caller adds a weight times m((v - v_ref)^2), since the bound around v_old is none around the network
-    that training began with. Offline, with r from labels, C is 1 and the old network is never refreshed: each
-    refresh multiplies u - v_old by 1 - (2r - 1) / b.
-    Args: clip: C, with which r was made; curvature: b, as in the errors.
+    The caller adds a weight times m((v - v_ref)^2), since the bound around v_old does not bound the distance
+    from the network that training began with. Offline, with r from labels, C is 1 and the old network is
+    never refreshed: each refresh would multiply u - v_old by 1 - (2r - 1) / b.
+    Args: clip: C, with which r was computed; curvature: b, as in the errors.
     Differentiable in: the errors' v, r.
     """
+    # C / b makes the size of the gradient at v = v_old independent of b
     return clip / curvature * (r * errors.positive + (1 - r) * errors.negative)

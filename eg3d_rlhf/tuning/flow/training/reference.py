@@ -1,4 +1,7 @@
-"""What a policy is compared with: a network that is never trained.
+"""Reference network that a policy is compared with, and that is never trained.
+
+A reference is either a second network (full tuning) or the policy itself with its adapters switched off
+(LoRA). Before each use it is checked that no parameter of it would be trained.
 
 Shape letters as in sparse.py; P pairs.
 """
@@ -18,7 +21,7 @@ from eg3d_rlhf.tuning.flow.training.dpo import PairDraw
 
 
 class FrozenModel:
-    """A network as it is. It shares no parameter that is trained with the policy."""
+    """A network that stays as it is. It shares no trained parameter with the policy."""
 
     def __init__(self, model: nn.Module, policy: nn.Module | None = None):
         self._model = model
@@ -26,7 +29,9 @@ class FrozenModel:
         self._check()
 
     def _check(self) -> None:
-        _refuse_trainable(self._model.named_parameters())
+        """Assert that neither the network nor memory that it shares with the policy is trained."""
+        _assert_frozen(self._model.named_parameters())
+        # parameters are compared by memory, not by identity: `shared_copy` makes new objects of the same data
         policy = [] if self._policy is None else self._policy.named_parameters()
         trained = {place: name for name, p in policy if p.requires_grad for place in _places(p)}
         shared = [
@@ -37,15 +42,21 @@ class FrozenModel:
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """v at times t [N] in 0..1, and for steps of that length where it is given; without gradient."""
+        """Compute v at times t [N] in 0..1. Not differentiable.
+
+        Args: step: length of the sampler's step, for networks that are conditioned on it.
+        """
+        # at every call: `requires_grad_` on the policy may have changed since the last one
         self._check()
         with torch.no_grad(), evaluating(self._model):
             return stage.velocity(x_t, t, cond, self._model, step)
 
     def errors(self, stage: FlowStage, draw: PairDraw) -> torch.Tensor:
-        """Flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw;
-        without gradient.
+        """Compute the flow-matching errors [2P] of a batch of pairs, float32, in the order of the draw.
+
+        Not differentiable.
         """
+        # `single` converts to float32 before the difference of two nearly equal errors is taken
         with torch.no_grad():
             return stage.path.errors(
                 single(self.velocity(stage, draw.x_t, draw.t, draw.cond)), draw.x_0, draw.eps
@@ -53,32 +64,35 @@ class FrozenModel:
 
 
 class AdapterOff(FrozenModel):
-    """The policy itself with its adapters off: no memory, and exactly the base."""
+    """The policy with its adapters switched off: it equals the base exactly and needs no further memory."""
 
     def __init__(self, model: nn.Module):
         assert adapted_layers(model), "a network without adapters"
         super().__init__(model)
 
     def _check(self) -> None:
+        # the adapters do train, but they are off while the reference is computed
         adapters = {id(p) for p in lora_parameters(self._model)}
-        _refuse_trainable((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters)
+        _assert_frozen((name, p) for name, p in self._model.named_parameters() if id(p) not in adapters)
 
     def velocity(
         self, stage: FlowStage, x_t: Batch, t: torch.Tensor, cond: Condition, step: float | None = None
     ) -> Batch:
-        """v of the base."""
+        """Compute v of the base, as FrozenModel does."""
         with adapters_off(self._model):
             return super().velocity(stage, x_t, t, cond, step)
 
 
-def _refuse_trainable(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def _assert_frozen(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     names = [name for name, p in parameters if p.requires_grad]
     assert not names, f"a reference that would train: {', '.join(names[:3])}"
 
 
 def _places(p: nn.Parameter) -> list[int]:
-    """What two tensors of the same memory have in common; nothing for those without memory, or sharded."""
+    """Return the address of a parameter's memory in a list; an empty list if it has none of its own."""
+    # sharded parameters are copies of their own, so they cannot share memory with the reference
     if isinstance(p, DTensor):
         return []
+    # meta tensors all have the address 0, which must not look like shared memory
     start = p.untyped_storage().data_ptr() if p.device.type != "meta" else 0
     return [start] if start else []

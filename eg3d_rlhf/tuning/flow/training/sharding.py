@@ -1,8 +1,10 @@
-"""Full tuning over several processes: each holds its part of every parameter, of its gradient and of the
-optimiser's moments (PyTorch's FSDP2, `fully_shard`). Blocks are put together where they are computed, one at
-a time; gradients are summed over ranks as they are made.
+"""Shard a network for full tuning over several processes (PyTorch's FSDP2, `fully_shard`).
 
-The frozen reference stays whole on every process. Files hold whole tensors, so that runs go on with any
+Each process holds its part of every parameter, of its gradient and of the optimiser's moments. The parameters
+of a block are gathered while the block is computed, one block at a time. Gradients are summed over ranks
+during the backward pass.
+
+The frozen reference is not sharded. Files hold unsharded tensors, so that a run can be resumed with any
 number of processes.
 """
 
@@ -19,7 +21,8 @@ from torch.utils import _pytree as pytree
 from eg3d_rlhf.models.sparse import NamedBatch, SparseBatch
 from training.distributed import Ranks
 
-# in which hooks look for tensors with a gradient: to tensors and what is left, and back
+# Our own batch classes as pytrees: (flatten into tensors and context, unflatten). FSDP's hooks search the
+# outputs of a module for tensors that carry a gradient; a class that pytree cannot flatten would hide them.
 _KINDS: Mapping[type, tuple[Any, Any]] = {
     SparseBatch: (lambda batch: ([batch.feats], batch), lambda feats, batch: batch.with_feats(*feats)),
     NamedBatch: (
@@ -30,13 +33,16 @@ _KINDS: Mapping[type, tuple[Any, Any]] = {
 
 
 def shard(model: torch.nn.Module, ranks: Ranks) -> None:
-    """Divide a network's parameters over ranks, in place: each element of its lists of blocks by itself, then
-    what is left.
+    """Divide a network's parameters over ranks, in place.
+
+    Each block of its module lists becomes a unit of its own; the remaining parameters form the last unit.
     """
     for kind, (flatten, unflatten) in _KINDS.items():
+        # registering a class twice is an error, and a process may train several stages
         if kind not in pytree.SUPPORTED_NODES:
             pytree.register_pytree_node(kind, flatten, unflatten)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    # inner modules first, as `fully_shard` asks: the root takes the parameters that no block has taken
     for module in [*_blocks(model), model]:
         part: Any = fully_shard(module, mesh=mesh)
         part.set_gradient_divide_factor(1.0)  # losses are sums over a batch, divided once by their number
@@ -44,18 +50,25 @@ def shard(model: torch.nn.Module, ranks: Ranks) -> None:
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Elements of the outermost lists: what is inside of one may not be called by every rank alike."""
+    """Yield the elements of the outermost module lists.
+
+    Modules inside a block are not sharded by themselves, because different ranks may call different ones of
+    them, and a collective operation that not all ranks reach would wait forever.
+    """
     for child in model.children():
         yield from child if isinstance(child, torch.nn.ModuleList) else _blocks(child)
 
 
 @contextlib.contextmanager
 def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """Within it a sharded network is whole on every rank, and is computed without a word between them: to
-    measure, or to draw.
+    """Gather a sharded network on every rank, for evaluation or sampling.
+
+    Inside the context a forward pass needs no communication, so ranks may call the network independently.
     """
+    # an unsharded network has no FSDP modules: the context then does nothing
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
+        # otherwise the first forward pass would free the gathered parameters again
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
@@ -67,27 +80,32 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
 
 
 def sharded(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is divided over ranks."""
     return isinstance(tensor, DTensor)
 
 
-def whole(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Tensors by name, sharded ones put together on rank 0's CPU and empty elsewhere; all ranks ask, for the
-    same names in one order.
+def unsharded(tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Gather sharded tensors on rank 0's CPU, by name; on other ranks the gathered tensors are empty.
+
+    All ranks must call it with the same names in the same order, since gathering is a collective operation.
     """
-    found = {}
+    gathered_tensors = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
+            # one tensor at a time leaves the device again, so that memory for one full tensor is enough
             tensor = tensor.cpu() if ranks.main else tensor.new_empty(0)
-        found[name] = tensor
-    return found
+        gathered_tensors[name] = tensor
+    return gathered_tensors
 
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor as a parameter has its own: this rank's part of it where that one is sharded."""
+    """Return this rank's part of a full tensor if `parameter` is sharded, else the tensor itself."""
+    # AdamW's step counter is a scalar state of a sharded parameter: another shape, and not sharded
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
+    # src_data_rank=None: every rank has read the same file, so nothing needs to be sent
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )

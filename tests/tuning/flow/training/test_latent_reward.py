@@ -15,7 +15,7 @@ from eg3d_rlhf.tuning.flow.toy.bundled import toy_problem
 from eg3d_rlhf.tuning.flow.training import latent_reward
 from eg3d_rlhf.tuning.flow.training.accuracy import ordered
 from eg3d_rlhf.tuning.flow.training.latent_accuracy import of_latents
-from eg3d_rlhf.tuning.flow.training.latent_reward import LatentTraining, load, save, teach
+from eg3d_rlhf.tuning.flow.training.latent_reward import LatentTraining, load, save, train_on_pairs
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Task
 from tests.rejections import raising
 from tests.tuning.flow.tiny_flow import TinyPipeline, structure_pairs, voxel_pairs
@@ -36,7 +36,7 @@ def accuracy(reward, pairs) -> float:
 
 @pytest.mark.parametrize("stage", MADE)
 def test_it_orders_pairs_that_it_has_not_seen(stage):
-    reward = teach(TinyPipeline(), stage, MADE[stage](60), QUICK)
+    reward = train_on_pairs(TinyPipeline(), stage, MADE[stage](60), QUICK)
     held = MADE[stage](60, seed=7)
     assert accuracy(reward, held) > 0.75 and 1 - accuracy(reward, _turned(held)) == pytest.approx(
         accuracy(reward, held)
@@ -49,8 +49,8 @@ def test_it_learns_from_a_reward_of_finished_assets_whatever_the_answers_were():
     scores = torch.tensor(
         [[float(x.feats.mean()) for x in (pair.preferred, pair.rejected)] for pair in pairs]
     )
-    learnt = teach(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
-    turned = teach(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
+    learnt = train_on_pairs(TinyPipeline(), "voxels", pairs, QUICK, decoded=3 * scores)
+    turned = train_on_pairs(TinyPipeline(), "voxels", _turned(pairs), QUICK, decoded=3 * scores.flip(1))
     assert accuracy(learnt, held) > 0.8 and accuracy(turned, held) > 0.8 and learnt.record["decoded"]
 
 
@@ -86,13 +86,13 @@ def test_symmetry_is_read_about_the_middle_of_the_samples_own_grid(cells):
                 rejected=latent(here, there),
             )
         )
-    reward = teach(pipeline, "voxels", pairs[:100], QUICK)
+    reward = train_on_pairs(pipeline, "voxels", pairs[:100], QUICK)
     assert accuracy(reward, pairs[100:]) > 0.95
 
 
 def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():
     pairs = voxel_pairs(24)
-    one, two = (teach(TinyPipeline(), "voxels", pairs, QUICK) for _ in range(2))
+    one, two = (train_on_pairs(TinyPipeline(), "voxels", pairs, QUICK) for _ in range(2))
     latents = [pair.preferred for pair in pairs[:9]]
     names = [pair.condition for pair in pairs[:9]]
     together = one.of_latents(collate(latents), names)
@@ -104,7 +104,7 @@ def test_a_score_depends_on_the_sample_alone_and_teaching_is_repeatable():
 
 def test_files_are_read_strictly(tmp_path):
     pipeline = TinyPipeline()
-    reward = teach(pipeline, "voxels", voxel_pairs(12), QUICK)
+    reward = train_on_pairs(pipeline, "voxels", voxel_pairs(12), QUICK)
     stages = pipeline.stages
     path = save(tmp_path / "reward.safetensors", reward)
     pair = voxel_pairs(1)[0]
@@ -134,12 +134,12 @@ def test_files_are_read_strictly(tmp_path):
 
 def test_no_labels():
     with raising("'voxels'", "none"):
-        teach(TinyPipeline(), "voxels", [])
+        train_on_pairs(TinyPipeline(), "voxels", [])
 
 
 def test_nothing_is_decoded_while_a_stage_is_tuned_by_it(monkeypatch):
     pipeline = TinyPipeline()
-    reward = teach(pipeline, "voxels", voxel_pairs(12), QUICK)
+    reward = train_on_pairs(pipeline, "voxels", voxel_pairs(12), QUICK)
     monkeypatch.setattr(pipeline, "decode", lambda x_0: pytest.fail("decoded"))
     task = Task(pipeline=pipeline, stage=pipeline.stages[1], rewards={"latent": reward}, conditions=("a",))
     x_0 = collate([pair.preferred for pair in voxel_pairs(4)])

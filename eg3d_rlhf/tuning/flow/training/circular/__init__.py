@@ -1,3 +1,3 @@
-"""Circular-DPO: preferences on finished assets fed back from stage to stage, its command line, and its
-ablation.
+"""Circular-DPO: train every stage from preferences on finished assets, from the last stage to the first, and
+compare the variants of the method (its ablation).
 """

@@ -1,13 +1,14 @@
-"""Circular-DPO: preferences on finished assets reach every stage of a generator, from the last to the first.
+"""Circular-DPO: train every stage of a generator from preferences on finished assets, from the last to the
+first.
 
-    1. the last stage learns from people's pairs (DPO; Circular-DPO, equation 8);
-    2. what it then samples and what its reference samples, decoded and encoded again, are pairs of the stage
-       before (loop_pairs.py);
-    3. that stage learns from them (equation 9), filtered by w1 and weighed by w2; and so on to the first
+    1. The last stage is trained on people's pairs (DPO; Circular-DPO, equation 8).
+    2. Its samples and its reference's samples are decoded and encoded again; they are the pairs of the stage
+       before (loop_pairs.py).
+    3. That stage is trained on them (equation 9), selected by w1 and weighted by w2; and so on to the first
        stage.
-Every step is an artefact (experiments/store.py): a run that was killed goes on where it was, and runs share
-what they have in common. A further round does the same again, with the networks of the round before as start
-and as reference, and with noises of its own.
+Every step is an artefact (experiments/store.py): an interrupted run resumes where it was, and runs share the
+steps that they have in common. A further round repeats the steps with the networks of the round before as
+start and as reference, and with noises of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from eg3d_rlhf.tuning.flow.training.circular.loop_pairs import (
     LoopPairMaker,
     NoPairsError,
     make_in_chunks,
-    stage_behind,
+    next_stage,
     used,
     weighed,
 )
@@ -46,36 +47,36 @@ from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 from training.progress import tqdm
 
-# per stage the trainings behind its network, oldest first; a missing stage is the base's
+# stage -> the trainings that led to its network, oldest first; a missing stage has the base's network
 Lineage = Mapping[str, tuple[Artefact, ...]]
 
 
-NO_BETA = 1e-6  # the preference term of a loss with a gradient of nothing beside its anchor's
+NO_BETA = 1e-6  # so small that the preference term has no gradient beside the regulariser's
 
 
 @dataclass(kw_only=True)
 class CircularLoop:
-    """The steps of a run. Each makes an artefact, or finds it."""
+    """Steps of a run. Each step makes an artefact, or returns it if it exists."""
 
-    problem: Problem
+    problem: Problem  # pipeline, people's pairs, reward and evaluators
     settings: CircularSettings
-    store: Store
+    store: Store  # folder of artefacts, which runs share
     ranks: Ranks = SINGLE
-    use: str = PAIRS  # what stages learn of the loop's pairs, one of USES
+    use: str = PAIRS  # use of the loop's pairs, one of USES
     bars: bool = False  # show progress bars
-    say: Callable[[str], None] = print  # status lineage and warnings of trainings
+    say: Callable[[str], None] = print  # prints status lines and warnings
     _models: dict = field(default_factory=dict, repr=False)  # networks by what they were made from
 
     def of_round(self, number: int) -> "CircularLoop":
-        """The same steps with the noises, orders and adapters of a round; the first round's are those of the
-        run's seed itself.
-        """
+        """Return the same steps with the noises, orders and adapters of a round."""
+        # the first round has the run's own seed, so that a run of one round is part of a longer one
         if number == 1:
             return self
+        # later rounds have noises of their own
         seed = derive_seed("round", self.settings.seed, number) % 2**31
         return replace(self, settings=replace(self.settings, seed=seed))
 
-    # What the problem has of a stage.
+    # Parts of the problem.
 
     @property
     def names(self) -> list[str]:
@@ -88,22 +89,30 @@ class CircularLoop:
 
     def people(self, stage: str) -> Sequence[PreferencePair]:
         """Return people's pairs of a stage."""
+        # of the training prompts alone
         return self.problem.train_pairs[stage]
 
     # Networks.
 
     def models(self, lineage: Lineage) -> dict[str, torch.nn.Module]:
+        """Return the tuned networks of a lineage, by stage."""
         return {stage: self._model(stage, line) for stage, line in lineage.items() if line}
 
     def _model(self, stage: str, line: tuple[Artefact, ...]) -> torch.nn.Module:
-        key = (stage, *(one.content for one in line))
+        """Load the network of a stage after its trainings."""
+        key = (stage, *(training.content for training in line))
+        # each training's weights apply to the network of the one before
         if key not in self._models:
             base = self._model(stage, line[:-1]) if len(line) > 1 else self.stage(stage).stage.model
             self._models[key] = tuned_model(base, weights_of(line[-1]), merge=True)
         return self._models[key]
 
     def _named(self, lineage: Lineage) -> dict[str, list[str]]:
-        return {stage: [one.content for one in line] for stage, line in sorted(lineage.items()) if line}
+        """Return the contents of a lineage's trainings, as they go into hashes."""
+        # sorted, so that equal lineages have equal hashes
+        return {
+            stage: [training.content for training in line] for stage, line in sorted(lineage.items()) if line
+        }
 
     # Steps.
 
@@ -111,24 +120,29 @@ class CircularLoop:
         """Train a stage on people's pairs, from the networks of `lineage`."""
         config = self.settings.sft if supervised else self.settings.human
         lineage = lineage or {}
+        # only for messages; the hash has the config
         what = "fine-tuning on the preferred" if supervised else "DPO on people's pairs"
         return self._train(
             stage, lineage, config, {"source": "human"}, lambda: (self.people(stage), {}), what
         )
 
     def pairs(self, stage: str, lineage: Lineage, before: Lineage | None = None) -> Artefact:
-        """Pairs of a stage from what `lineage` made of the stage behind it; `before`: its reference."""
+        """Make the pairs of a stage by the networks of `lineage`.
+
+        Args: before: lineage whose network of the next stage is the reference; None: the base.
+        """
         before = before or {}
         seed = self.settings.seed
-        behind = stage_behind(self.names, stage)
-        references = {behind: before[behind]} if before.get(behind) else {}
+        sampled_stage = next_stage(self.names, stage)
+        references = {sampled_stage: before[sampled_stage]} if before.get(sampled_stage) else {}
         inputs = {
             "step": "loop pairs",
             "problem": self.problem.identity,
             "stage": stage,
             "seed": seed,
+            # batch and chunk do not change the pairs
             "config": {"per_pair": self.settings.loop_pairs.per_pair},
-            # "op" and "un_op" stand in the hash, as in version 0.1
+            # the two keys are part of the hash, as in version 0.1
             "op": self._named({k: v for k, v in lineage.items() if k != stage}),
             "un_op": self._named(references),
         }
@@ -143,11 +157,13 @@ class CircularLoop:
                 stage=stage,
                 reference_models=self.models(references),
             )
+            # the bar counts the pairs of this rank, rounded up
             with self._bar(f"pairs for {stage}", -(-len(human) // self.ranks.world)) as bar:
                 place, figures = make_in_chunks(folder, make, human, ranks=self.ranks, on_pair=bar.update)
             return [place], figures
 
-        title = f"pairs for stage {stage!r} out of stage {behind!r}"
+        title = f"pairs for stage {stage!r} from samples of stage {sampled_stage!r}"
+        # `make` returns an existing artefact of the same inputs
         made = self.store.make("pairs", inputs, maker, title)
         return replace(made, record=version_0_1.loop_pairs(made.record))
 
@@ -159,13 +175,16 @@ class CircularLoop:
         weighing: Weighing | None = None,
         use: str | None = None,
     ) -> Artefact:
-        """Train a stage on the loop's pairs, from the networks of `lineage`; use: what of them, in place of
-        the loop's own.
+        """Train a stage on the loop's pairs, from the networks of `lineage`.
+
+        Args: weighing, use: None for those of the loop.
         """
+        # views of one set of pairs: groups with other weights share the artefact of the pairs
         weighing = weighing or self.settings.weighing
         config = self.settings.loop
         use = use or self.use
         source = {"source": "loop", "pairs": pairs.content, "weighing": asdict(weighing)}
+        # the first two uses change the loss, which is in the hash already; the others change the pairs
         if use == REGULARISER:
             config = replace(config, dpo=replace(config.dpo, kind="sigmoid", beta=NO_BETA))
         elif use == WINNERS:
@@ -173,6 +192,7 @@ class CircularLoop:
         elif use != PAIRS:
             source["use"] = version_0_1.former_use(use)
 
+        # called only if the artefact does not exist yet
         def read() -> tuple[list[PreferencePair], dict]:
             kept, report = weighed(read_pairs(pairs.folder / "pairs", stage)[0], weighing)
             return used(kept, use, self.settings.seed, self.people(stage)), report
@@ -195,8 +215,14 @@ class CircularLoop:
         read: Callable[[], tuple[Sequence[PreferencePair], Mapping]],
         what: str,
     ) -> Artefact:
+        """Train a stage, or return the artefact of the same training.
+
+        Args: source: entries of the hash that identify the pairs; read: returns the pairs and a report of
+            their selection; what: description of the training for messages.
+        """
         conditioned = self.stage(stage)
         config = config.at(conditioned.stage, self.settings.seed)
+        # without a chooser there is no win rate, and the last update is kept
         choosing = self.settings.choosing if self.problem.chooser is not None else None
         inputs = {
             "step": "train",
@@ -204,6 +230,7 @@ class CircularLoop:
             "stage": stage,
             "networks": self._named(lineage),
             "pairs": source,
+            # settings that do not change the result are not hashed
             "config": {k: v for k, v in asdict(config).items() if k not in FREE},
             "choosing": None if choosing is None else asdict(choosing),
             "unseen": self.problem.unseen_pairs is not None,
@@ -212,7 +239,7 @@ class CircularLoop:
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
             pairs, report = read()
             models = self.models(lineage)
-            # the networks that this starts from, all other stages alike
+            # a win rate compares this stage with the network that it starts from; other stages are the same
             others = {k: v for k, v in models.items() if k != stage}
             held_out = (
                 None
@@ -227,15 +254,16 @@ class CircularLoop:
                 held_out=held_out,
                 unseen=self.problem.choosing_pairs(stage),
                 ranks=self.ranks,
-                resume=True,
+                resume=True,  # a training that was interrupted is in the artefact's unfinished folder
                 say=self.say,
             )
+            # last line with figures of updates: a line of an evaluation alone has none
             last = next((line for line in reversed(result.stats) if line.get("pairs")), None)
             return [result.weights], {
                 "weights": result.weights.relative_to(folder).as_posix(),
                 **result.record(),
                 "held_out_accuracies": result.measured(ACCURACY),
-                "last": last,
+                "last": last,  # shows the margins at the end of the training
                 "pairs": len(pairs),
                 "weighing": report,
             }
@@ -243,10 +271,12 @@ class CircularLoop:
         return self.store.make(f"{stage}-{source['source']}", inputs, maker, f"stage {stage!r}, {what}")
 
     def _bar(self, title: str, total: int) -> tqdm:
+        """Create a progress bar, which is hidden if the loop shows none."""
         return tqdm(total=total, desc=title, dynamic_ncols=True, disable=not self.bars)
 
     def evaluate(self, lineage: Lineage, evaluation: Evaluation) -> Artefact:
-        """Score the held-out conditions' assets by every evaluator; the record holds the scores."""
+        """Score assets of the held-out prompts by every evaluator; the record holds the scores."""
+        # the spelling of keys and values is part of the hash, as in version 0.1
         inputs = {
             "step": "judge",
             "problem": self.problem.identity,
@@ -255,7 +285,7 @@ class CircularLoop:
         }
 
         def maker(folder: Path) -> tuple[list[Path], Mapping]:
-            del folder
+            del folder  # scores are in the record; there are no files
             with self._bar(
                 "evaluation", evaluation.per_condition * len(self.problem.held_out_conditions)
             ) as bar:
@@ -268,32 +298,34 @@ class CircularLoop:
 def check(problem: Problem) -> None:
     """Raise ValueError for a problem that no loop can be run on."""
     stages = [stage.name for stage in problem.pipeline.stages]
+    # the loop passes preferences from one stage to the one before
     if len(stages) < 2:
         remedy = f"One stage needs no loop: --stage={stages[0]}."
         raise ValueError(
-            f"circular: expected a pipeline of two stages or more, got {', '.join(stages)}. {remedy}"
+            f"circular: the loop needs a pipeline of two stages or more, got {', '.join(stages)}. {remedy}"
         )
     if problem.reward is None:
         raise ValueError(
-            "circular: expected a reward for the loop's assets, got none of this generator. Train its stages"
-            " alone: --stage."
+            "circular: the loop needs a reward of finished assets, and this generator has none. Train its"
+            " stages by themselves: --stage."
         )
 
 
 def run_loop(
     loop: CircularLoop, on_step: Callable[[dict], None] = lambda step: None
 ) -> tuple[Lineage, list[dict]]:
-    """The whole loop, `settings.rounds` times. Returns the networks behind every stage, and a description of
-    each step.
+    """Run the whole loop, `settings.rounds` times.
 
-    A round in which nothing crosses a gap ends the loop: the first with the stages that it has tuned, a later
-    one with the networks of the one before.
+    Returns the trainings of every stage, and a description of each step. A round in which no pairs are left
+    for a stage ends the loop. If it is the first round, the stages tuned so far are the result; otherwise the
+    networks of the round before are.
     """
     stages = loop.names
     lineage: dict[str, tuple[Artefact, ...]] = {}
     steps: list[dict] = []
 
     def done(number: int, kind: str, stage: str, artefact: Artefact) -> Artefact:
+        """Record a step of a round, and return its artefact."""
         steps.append(
             {
                 "round": number,
@@ -307,41 +339,47 @@ def run_loop(
         return artefact
 
     for number in range(1, loop.settings.rounds + 1):
-        before = dict(lineage)
-        own = loop.of_round(number)
-        tuned = done(number, "people", stages[-1], own.from_people(stages[-1], before))
+        before = dict(lineage)  # start and reference of this round
+        this_round = loop.of_round(number)
+        tuned = done(number, "people", stages[-1], this_round.from_people(stages[-1], before))
         lineage[stages[-1]] = (*before.get(stages[-1], ()), tuned)
         try:
             for stage in reversed(stages[:-1]):
-                pairs = done(number, "pairs", stage, own.pairs(stage, lineage, before))
-                tuned = done(number, "loop", stage, own.from_loop(stage, pairs, lineage))
+                pairs = done(number, "pairs", stage, this_round.pairs(stage, lineage, before))
+                tuned = done(number, "loop", stage, this_round.from_loop(stage, pairs, lineage))
                 lineage[stage] = (*before.get(stage, ()), tuned)
         except NoPairsError as error:
             if number == 1:
                 loop.say(
-                    "Warning: the loop has nothing to teach the stages before; what is tuned is kept:"
+                    "Warning: the loop has no pairs for the earlier stages. The stages tuned so far are kept:"
                     f" {', '.join(lineage)}. {error}"
                 )
                 return lineage, steps
+            # a round that is incomplete is dropped as a whole
             loop.say(
-                f"Warning: round {number} has nothing to learn from, so the networks of round {number - 1}"
-                f" are the result. {error}"
+                f"Warning: round {number} has no pairs to train on, so the networks of round {number - 1} are"
+                f" the result. {error}"
             )
             return before, steps
     return lineage, steps
 
 
 def weights_of(training: Artefact) -> Path:
+    """Return the folder of a training's weights."""
     return training.folder / training.record["weights"]
 
 
 def whole_weights(loop: CircularLoop, stage: str, line: Sequence[Artefact], place: Path) -> Path:
-    """Folder of the weights behind a stage: its training's own, or of several rounds the whole network,
-    written to `place`.
+    """Return the folder of a stage's weights: its training's, or after several rounds `place`.
+
+    After several rounds the whole network is written to `place`, since the weights of the last training alone
+    apply to the network of the round before.
     """
     if len(line) == 1:
         return weights_of(line[0])
     save_policy(
-        loop.models({stage: tuple(line)})[stage], place, {"trainings": [one.folder.name for one in line]}
+        loop.models({stage: tuple(line)})[stage],
+        place,
+        {"trainings": [training.folder.name for training in line]},
     )
     return place

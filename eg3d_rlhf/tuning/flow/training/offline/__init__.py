@@ -1,3 +1,4 @@
-"""Tuning of a stage by stored latents and what people said of single assets, or by whole rankings of them:
-nothing is sampled.
+"""Tune a stage on stored latents and people's labels of single assets, or their rankings of several assets.
+
+Nothing is sampled during training.
 """

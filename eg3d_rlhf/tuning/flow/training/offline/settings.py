@@ -1,5 +1,6 @@
-"""Settings of offline tuning, and the arms of its runs. This file imports no torch, so that `--help` is
-quick.
+"""Settings of offline tuning, and the arms of its runs.
+
+Offline tuning trains on stored assets with labels. This file imports no torch, so that `--help` is quick.
 """
 
 import functools
@@ -15,27 +16,29 @@ if TYPE_CHECKING:
     from eg3d_rlhf.tuning.flow.training.arm_runs import Opened
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
+# losses of single assets; DGPO compares the assets of a prompt
 NFT, DGPO = LOSSES = ("nft", "dgpo")
 _loss = functools.partial(knob, group="Loss of single assets")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinglesConfig(PassConfig):
-    """Everything that decides a training besides its networks and assets;
-    the defaults suit large generators.
+    """Everything that decides a training besides its networks and assets.
+
+    The defaults suit large generators.
     """
 
     loss: str = _loss(
         NFT,
-        "nft: DiffusionNFT of each asset; dgpo: of up to --group assets of a condition together, by their"
-        " order.",
+        "nft: DiffusionNFT on each asset by itself; dgpo: DGPO on up to --group assets of one prompt, by"
+        " their order.",
         choices=LOSSES,
     )
     trust: float = _loss(
-        0.3, "nft: C b, how tightly a flow is held to the one that drew the assets.", above=0
+        0.3, "nft: C b. A larger value keeps the flow closer to the untuned network.", above=0
     )
     beta: float = _loss(
-        100.0, "dgpo: multiplies the margin of a group, per unit of error.", name="group_beta", above=0
+        100.0, "dgpo: beta, the factor of a group's margin, per unit of error.", name="group_beta", above=0
     )
     kl: float | None = _loss(
         None,
@@ -44,44 +47,56 @@ class SinglesConfig(PassConfig):
         shown="nft 0.03, dgpo 0.01",
     )
     group: int = _loss(
-        8, "dgpo: most assets of a condition that are compared at once, drawn anew in every pass.", low=2
+        8,
+        "dgpo: largest number of assets of a prompt that are compared at once. Every pass over the data"
+        " chooses new ones.",
+        low=2,
     )
     steps: int = train_knob(1000, "Length of a stage's training.", metavar="UPDATES", low=1)
     batch: int = train_knob(
-        8, "Per update, over all processes and passes; of dgpo groups.", metavar="ASSETS", low=1
+        8,
+        "Batch size of an update, over all processes and passes; with dgpo it counts groups.",
+        metavar="ASSETS",
+        low=1,
     )
     batch_gpu: int | None = train_knob(
-        None, "Per pass and process: decides memory, not the result.", metavar="ASSETS", low=1, shown="batch"
+        None,
+        "Assets per pass and process; decides memory, not the result.",
+        metavar="ASSETS",
+        low=1,
+        shown="batch",
     )
 
     @property
     def distance(self) -> float:
-        """The weight that applies."""
+        """Return the weight of the squared distance: --kl, or the default of the loss."""
+        # 0 is a value of its own, so `or` would be wrong here
         return self.kl if self.kl is not None else {NFT: 0.03, DGPO: 0.01}[self.loss]
 
 
-LABELS = "labels"
-DPO = "dpo"
+LABELS = "labels"  # arm of the loss of single assets
+DPO = "dpo"  # arm that is trained on pairs
 ARMS = {
     LABELS: "labels of single assets",
-    "randomised": "randomised labels (within conditions)",
+    "randomised": "randomised labels (within prompts)",
     "inverted": "inverted labels",
     DPO: "DPO on pairs",
     "dpo-randomised": "DPO, randomised pairs",
     "dpo-inverted": "DPO, inverted pairs",
 }
+# names of the losses in the table
 TITLES = {"nft": "NFT", DGPO: "DGPO"}
-OWN_KINDS = ("thumbs", "ranks")  # what the toy's own people say of single assets
+OWN_KINDS = ("thumbs", "ranks")  # kinds of labels that the toy's simulated annotators give
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineSource(ArmsSource):
-    """Where the toy's people judge its own assets."""
+    """Source of the toy's assets that its simulated annotators label."""
 
     labelled: str = knob(
         "own",
-        "Toy: who made the assets that people judged: the generator's own, or others', with twice the"
-        " defects.",
+        "Toy: source of the labelled assets. own: the generator's samples; others: assets with twice the"
+        " defect rate.",
         "What is trained",
         choices=("own", "others"),
         rare=True,
@@ -90,6 +105,8 @@ class OfflineSource(ArmsSource):
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineRun(ArmsRun):
+    """Settings of a run of offline arms, and the layout of its table."""
+
     NAME: ClassVar[str] = "offline"
     TITLE: ClassVar[str] = "Labels of single assets against the base"
     BEFORE: ClassVar[Columns] = {
@@ -102,21 +119,23 @@ class OfflineRun(ArmsRun):
 
     singles: SinglesConfig
     source: OfflineSource = OfflineSource()
-    assets: str | None = None  # list of drawn assets with their latents, or its folder; None: the toy's own
-    # a file, or one of OWN_KINDS; None: the list's ranks, of the toy what the loss is for
+    assets: str | None = None  # list of generated assets with latents, or its folder; None: the toy's
+    # a file, or one of OWN_KINDS; None: the ranks of the list, or for the toy the kind that the loss needs
     labels: str | None = None
     arms: tuple[str, ...] = (LABELS,)
 
     @property
     def own_kind(self) -> str:
-        """What the toy's people are asked for."""
+        """Return the kind of labels that the toy's simulated annotators give."""
+        # DGPO compares the assets of a prompt, so it needs ranks; NFT needs a label of each asset
         return self.labels or ("ranks" if self.singles.loss == DGPO else "thumbs")
 
     def bench(self, opened: "Opened", seed: int) -> "OfflineBench":
+        # imported here, since it imports torch
         from eg3d_rlhf.tuning.flow.training.offline.train_singles import OfflineBench
 
         problem, labelled = opened
-        assert labelled is not None
+        assert labelled is not None  # the job opens labels for every offline run
         stage = self.stage_in(problem)
         return OfflineBench(problem, stage, self.dpo.at(stage, seed), labelled, self.singles.at(stage, seed))
 
@@ -126,5 +145,6 @@ class OfflineRun(ArmsRun):
     def row(
         self, arm: str, trainings: Sequence[Mapping], rates: Mapping, scores: Mapping, base: Mapping
     ) -> dict:
+        # the DPO arms train on pairs, so the loss of single assets is not part of their title
         title = ARMS[arm] if arm.startswith(DPO) else f"{TITLES[self.singles.loss]}, {ARMS[arm]}"
         return {"title": title, "answers": trainings[0]["answers"]}

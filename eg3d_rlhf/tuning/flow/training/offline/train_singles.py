@@ -1,10 +1,10 @@
-"""Train a stage on latents of single assets, each with r in 0..1, how good it is: DiffusionNFT of each, or
-DGPO of all of a condition.
+"""Train a stage on latents of single assets, each with a goodness r in 0..1: by DiffusionNFT on each asset,
+or by DGPO on the assets of a prompt.
 
-The network that training begins with is the reference, and stands for the one that drew the assets; it is
-never refreshed, which on a finite set of them runs away (losses.py). Times are the stage's own,
-but none below LEAST_TIME, where an error says nothing. Guidance is off. Folder, lines, states and resume are
-those of train.py.
+The network that training begins with is the reference, and takes the place of the network that generated the
+assets. It is never refreshed, since refreshing diverges on a finite set of assets (losses.py). Times are
+sampled by the stage's own schedule, but not below LEAST_TIME, where errors hardly depend on the asset.
+Guidance is off. Folder, lines, checkpoints and resume are those of trainer.py.
 
 Shape letters as in sparse.py; K assets of a group.
 """
@@ -36,20 +36,20 @@ from eg3d_rlhf.tuning.flow.training.trainer import StageResult, train, win_rate_
 from training.distributed import SINGLE, Ranks
 from training.phases import derive_seed
 
-LEAST_TIME = 0.02
-EVEN = 1e-9  # of r from 1/2, which teaches nothing
-FAR = 0.9  # of the reference's own error, as far as its velocities may be left behind
+LEAST_TIME = 0.02  # least time to train on, in 0..1
+EVEN = 1e-9  # an r this close to 1/2 is neutral and gives no gradient
+FAR = 0.9  # distance from the reference, as a share of its error, above which a warning is given
 CALM = "Raise --trust or --kl, lower --lr, or train fewer updates."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SingleDraw:
-    """Latents at a time and a noise."""
+    """Latents of a batch, with a time and a noise for each."""
 
     x_t: Batch  # N samples
-    t: torch.Tensor  # [N]
-    target: Batch  # u
-    cond: Condition
+    t: torch.Tensor  # [N] in LEAST_TIME..1
+    target: Batch  # u, the target velocity
+    cond: Condition  # N rows
 
 
 def draw_singles(
@@ -60,11 +60,14 @@ def draw_singles(
     epoch: int,
     device: torch.device,
 ) -> SingleDraw:
-    """Time and noise of each from (seed, its name, epoch) alone and on the CPU: in any batch, on any device.
-    Args: names: [N]; assets of one name share both.
+    """Sample a time and a noise for each asset.
+
+    They depend on (seed, name, epoch) alone and are generated on the CPU, so that they are the same in every
+    batch and on every device.
+    Args: names: [N]; assets with the same name share their time and noise.
     """
     stage = conditioned.stage
-    latents = [one.latent for one in singles]
+    latents = [asset.latent for asset in singles]
     x_0 = collate(latents).to(device)
     seeds = [derive_seed(seed, name, epoch, "noise") for name in names]
     eps = stage.noise(seeds, coords_of(latents)).to(device)
@@ -72,48 +75,56 @@ def draw_singles(
         stage.path.times(1, torch.Generator().manual_seed(derive_seed(seed, name, epoch, "time")))
         for name in names
     ]
+    # [N]
     t = torch.cat(drawn).clamp(min=LEAST_TIME).to(device)
-    cond = to_device(conditioned.conditions([one.condition for one in singles]), device)
+    cond = to_device(conditioned.conditions([asset.condition for asset in singles]), device)
     return SingleDraw(x_t=stage.path.mix(x_0, t, eps), t=t, target=stage.path.velocity(x_0, eps), cond=cond)
 
 
 class Velocities:
-    """v of the policy and of the reference at a draw, in float32."""
+    """Velocities of the policy and of the reference for a batch, in float32."""
 
     def __init__(self, stage: FlowStage, draw: SingleDraw, policy: torch.nn.Module, reference: FrozenModel):
         self.draw = draw
         self.path = stage.path
         self.v = single(stage.velocity(draw.x_t, draw.t, draw.cond, policy))
+        # FrozenModel computes without gradient
         self.ref = single(reference.velocity(stage, draw.x_t, draw.t, draw.cond))
 
     @property
     def errors(self) -> torch.Tensor:
-        """[N]. Differentiable in: the policy's parameters."""
+        """Compute the policy's errors m((v - u)^2), [N]. Differentiable in: the policy's parameters."""
         return self.path.apart(self.v, self.draw.target)
 
     @property
     def ref_errors(self) -> torch.Tensor:
-        """[N]."""
+        """Compute the reference's errors m((v_ref - u)^2), [N]. Not differentiable."""
         return self.path.apart(self.ref, self.draw.target)
 
     @property
     def distance(self) -> torch.Tensor:
-        """m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
+        """Compute m((v - v_ref)^2), [N]. Differentiable in: the policy's parameters."""
         return self.path.apart(self.v, self.ref)
 
     def nft(self, r: torch.Tensor, trust: float) -> torch.Tensor:
-        """[N], C 1 and b the trust. Differentiable in: the policy's parameters."""
+        """Compute DiffusionNFT's loss, [N], with C = 1 and b the trust.
+
+        Differentiable in: the policy's parameters.
+        """
+        # C = 1, since r comes from labels and not from a clipped advantage
         errors = nft_errors(
             self.v, self.ref, self.draw.target, self.path.sigma(self.draw.t), trust, mean=self.path.per_sample
         )
         return nft_loss(errors, r, 1.0, trust)
 
     def totals(self, r: torch.Tensor) -> torch.Tensor:
-        """Sum over samples, [5]: how many; distance; the reference's error; how many are not even; and of
-        these how many the policy knows for better or worse than the reference does, ties half. Without
-        gradient.
+        """Sum figures over the samples, [5]. Not differentiable.
+
+        They are: number of samples; distance; the reference's error; number of samples with a label that is
+        not neutral; and how many of these the policy agrees with. It agrees with a label if its error is
+        below the reference's for r above 1/2, or above it for r below 1/2. Ties count one half.
         """
-        errors = self.errors.detach()
+        errors = self.errors.detach()  # figures must not keep the graph
         ref = self.ref_errors
         uneven = (r - 0.5).abs() > EVEN
         right = 0.5 * (1 + ((ref - errors) * (r - 0.5)).sign())
@@ -124,9 +135,9 @@ class Velocities:
 
 
 class LabelPasses(Passes[Example]):
-    """What both losses have in common."""
+    """Base of the updates by both losses."""
 
-    sums = 2 + 5
+    sums = 2 + 5  # number and loss as in Passes, then the totals of Velocities
     columns = (
         ("agreement", "agreement", "<5.3f"),
         ("distance", "distance", "<8.2e"),
@@ -136,21 +147,26 @@ class LabelPasses(Passes[Example]):
     def velocities(
         self, singles: Sequence[Single], names: Sequence[str], epoch: int, dropout: int
     ) -> Velocities:
+        """Compute both networks' velocities for assets. Args: dropout: seed of torch's generator."""
         draw = draw_singles(self.conditioned, singles, names, self.config.seed, epoch, self.device)
+        # after sampling, which must not depend on how many random numbers the dropout takes
         torch.manual_seed(dropout)
-        assert self.reference is not None
+        assert self.reference is not None  # both losses need it
         return Velocities(self.stage, draw, self.policy, self.reference)
 
     def back(self, losses: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+        """Compute and add the gradients of losses, and return the figures of the pass."""
+        # the sum; `descend` divides by the number of the whole batch
         losses.sum().backward()
         return torch.cat(
             [torch.stack([losses.new_tensor(float(len(losses))), losses.detach().sum()]), totals]
         )
 
     def figures(self, step: int, totals: torch.Tensor, items: Sequence[tuple[int, Example]]) -> dict:
-        """Samples; distance from the reference, and what share it is of the reference's own error (drift);
-        agreement: the share of samples that are not even whose label says whether the policy knows them
-        better than the reference.
+        """Do the step, and return its figures.
+
+        distance: from the reference; drift: the distance relative to the reference's own error; agreement:
+        share of the samples with a label that is not neutral on which the policy agrees with the label.
         """
         _, loss, norm, n, distance, error, uneven, right = self.descend(
             step, totals, f"{len(items)} {self.what}"
@@ -161,49 +177,54 @@ class LabelPasses(Passes[Example]):
             "samples": int(n),
             "distance": distance / n,
             "drift": distance / error if error else 0.0,
+            # a batch of neutral labels occurs only by chance; it counts as no agreement and no disagreement
             "agreement": right / uneven if uneven else 0.5,
         }
 
     def signs(self, lines: Sequence[Mapping]) -> dict[str, str]:
         signs = win_rate_signs(win_rates(lines), CALM)
+        # evaluations write lines without the figures of updates
         last = next((line for line in reversed(lines) if "drift" in line), None)
         if last is not None and last["drift"] > FAR:
             got = (
-                f"step {last['step']}: velocities are {last['drift']:.2f} of the untuned network's error away"
-                " from it"
+                f"step {last['step']}: the distance from the untuned network's velocities is"
+                f" {last['drift']:.2f} of that network's error"
             )
-            signs["far"] = f"{got}; it leaves what it was trained on. {CALM}"
+            signs["far"] = f"{got}; the network moves away from the labelled assets. {CALM}"
         return signs
 
 
 class SingleUpdates(LabelPasses[Single]):
-    """Updates by DiffusionNFT: every asset by itself."""
+    """Descent by DiffusionNFT, on every asset by itself."""
 
     what = "assets"
 
     def backward(self, examples: Sequence[Single], epoch: int, dropout: int) -> torch.Tensor:
-        found = self.velocities(examples, [one.id for one in examples], epoch, dropout)
-        r = torch.tensor([one.r for one in examples], device=self.device)
+        # each asset has a time and a noise of its own, named by its id
+        velocities = self.velocities(examples, [asset.id for asset in examples], epoch, dropout)
+        r = torch.tensor([asset.r for asset in examples], device=self.device)  # [N]
         return self.back(
-            found.nft(r, self.config.trust) + self.config.distance * found.distance, found.totals(r)
+            velocities.nft(r, self.config.trust) + self.config.distance * velocities.distance,
+            velocities.totals(r),
         )
 
 
-Ranked = Sequence[Single]  # all of one condition
+Ranked = Sequence[Single]  # all assets of one prompt
 
 
 class GroupUpdates(LabelPasses[Ranked]):
-    """Updates by DGPO: up to `group` assets of a condition, at one time and one noise."""
+    """Descent by DGPO, on up to `group` assets of a prompt at one time and one noise."""
 
     what = "groups"
 
     def members(self, group: Ranked, epoch: int) -> list[Single]:
-        """Which of a condition meet in a pass over the data."""
+        """Choose the assets of a prompt that are compared in an epoch."""
         if len(group) <= self.config.group:
             return list(group)
         generator = torch.Generator().manual_seed(
             derive_seed(self.config.seed, group[0].condition, epoch, "members")
         )
+        # sorted: the chosen assets stay in the order of the data
         return [
             group[i]
             for i in sorted(torch.randperm(len(group), generator=generator)[: self.config.group].tolist())
@@ -211,19 +232,23 @@ class GroupUpdates(LabelPasses[Ranked]):
 
     def backward(self, examples: Sequence[Ranked], epoch: int, dropout: int) -> torch.Tensor:
         groups = [self.members(group, epoch) for group in examples]
-        singles = [one for group in groups for one in group]
-        found = self.velocities(singles, [one.condition for one in singles], epoch, dropout)
-        r = torch.tensor([one.r for one in singles], device=self.device)
+        singles = [asset for group in groups for asset in group]
+        # named by the prompt: all assets of a group share their time and noise, as DGPO's loss asks
+        velocities = self.velocities(singles, [asset.condition for asset in singles], epoch, dropout)
+        r = torch.tensor([asset.r for asset in singles], device=self.device)
         sizes = [len(group) for group in groups]
         losses = []
         parts = zip(
-            *(x.split(sizes) for x in (found.errors, found.ref_errors, found.distance, r)), strict=True
+            *(x.split(sizes) for x in (velocities.errors, velocities.ref_errors, velocities.distance, r)),
+            strict=True,
         )
+        # groups may differ in size, so the loss is computed for one group, [1, K], at a time
         for errors, ref_errors, distance, of_group in parts:
+            # advantages by rank alone: labels order the assets, their distances carry no meaning
             advantage = torch.from_numpy(normal_scores(of_group.cpu().numpy())).to(errors)
             margin = dgpo_loss(errors[None], ref_errors[None], advantage[None], self.config.beta)[0]
             losses.append(margin + self.config.distance * distance.mean())
-        return self.back(torch.stack(losses), found.totals(r))
+        return self.back(torch.stack(losses), velocities.totals(r))
 
 
 # The training.
@@ -238,11 +263,11 @@ def train_singles(
     ranks: Ranks = SINGLE,
     **common: Any,
 ) -> StageResult:
-    """Train a copy of a stage's network on single assets; the stage's own is left as it is, and is the
+    """Train a copy of a stage's network on single assets. The stage's own network is unchanged, and is the
     reference.
 
     Args: singles: of that stage; ranks, common: see trainer.train.
-    Raises: ValueError, before anything is written, for assets that cannot be trained on; further as
+    Raises: ValueError, before anything is written, for assets that cannot be trained on; further errors as in
         train_stage.
     """
     stage = conditioned.stage
@@ -252,11 +277,13 @@ def train_singles(
         common = (config, policy, reference, run.ranks)
         if config.loss == NFT:
             return SingleUpdates(conditioned, singles, *common)
-        groups = [group for group in by_condition(singles).values() if len({one.r for one in group}) > 1]
+        # a group in which all are equal has advantages of 0, and would only dilute the batch
+        groups = [group for group in by_condition(singles).values() if len({asset.r for asset in group}) > 1]
         return GroupUpdates(conditioned, groups, *common)
 
-    latents = {one.id: one.latent for one in singles}
-    columns = [[one.id, one.condition, one.r] for one in singles]
+    latents = {asset.id: asset.latent for asset in singles}
+    columns = [[asset.id, asset.condition, asset.r] for asset in singles]
+    # rank 0 hashes for all; a run cannot be resumed with other assets
     known = ranks.broadcast(
         {"base": stage.hash, "singles": latents_checksum(latents, columns)} if ranks.main else None
     )
@@ -264,39 +291,46 @@ def train_singles(
 
 
 def check_singles(conditioned: ConditionedStage, singles: Sequence[Single], loss: str = NFT) -> None:
-    """Raise ValueError for what cannot be trained on: see train_stage, and labels that teach nothing."""
+    """Raise ValueError for assets that cannot be trained on (see train_stage), or labels without signal."""
     stage = conditioned.stage
     who = f"train_singles({stage.name})"
     if not singles:
-        raise ValueError(f"{who}: expected labelled assets to learn from, got none. Label some.")
+        raise ValueError(f"{who}: expected labelled assets, got none. Label some.")
     check_unique(who, singles, "assets")
-    for one in singles:
-        if one.stage != stage.name:
+    for asset in singles:
+        if asset.stage != stage.name:
             raise ValueError(
-                f"{who}: expected assets of this stage, got {one.id!r} of {one.stage!r}. Train that stage"
+                f"{who}: expected assets of this stage, got {asset.id!r} of {asset.stage!r}. Train that stage"
                 " on it."
             )
-        if not (math.isfinite(one.r) and 0 <= one.r <= 1):
+        if not (math.isfinite(asset.r) and 0 <= asset.r <= 1):
             raise ValueError(
-                f"{who}: expected r from 0 to 1, got {one.r} of {one.id!r}. See preferences/goodness.py."
+                f"{who}: expected r from 0 to 1, got {asset.r} of {asset.id!r}. See preferences/goodness.py."
             )
-        stage.check(f"{who}, asset {one.id!r}", one.latent)
-        if not bool(torch.isfinite(feats_of(one.latent)).all()):
-            raise ValueError(f"{who}: expected finite latents, got others of {one.id!r}. Drop the asset.")
-    if all(abs(one.r - 0.5) <= EVEN for one in singles):
+        stage.check(f"{who}, asset {asset.id!r}", asset.latent)
+        if not bool(torch.isfinite(feats_of(asset.latent)).all()):
+            raise ValueError(
+                f"{who}: expected finite latents, but {asset.id!r} has others. Remove the asset."
+            )
+    # r = 1/2 for all gives a loss without any gradient
+    if all(abs(asset.r - 0.5) <= EVEN for asset in singles):
         raise ValueError(
-            f"{who}: expected labels that tell assets apart, got {len(singles)} that are even. Label more, or"
-            " in finer steps."
+            f"{who}: expected labels that distinguish assets, but all {len(singles)} are neutral. Label more"
+            " assets, or in finer steps."
         )
-    if loss == DGPO and all(len({one.r for one in group}) < 2 for group in by_condition(singles).values()):
+    # DGPO compares within a prompt only
+    if loss == DGPO and all(
+        len({asset.r for asset in group}) < 2 for group in by_condition(singles).values()
+    ):
         raise ValueError(
-            f"{who}: expected assets of one condition that differ in rank, got ties everywhere. Label several"
-            " of a condition."
+            f"{who}: expected assets of one prompt that differ in rank, got ties everywhere. Label several"
+            " assets of a prompt."
         )
     device = next(stage.model.parameters()).device
+    # a few assets are enough: the convention of time is a property of the network
     some = singles[:8]
-    cond = to_device(conditioned.conditions([one.condition for one in some]), device)
-    check_convention(stage, collate([one.latent for one in some]).to(device), cond)
+    cond = to_device(conditioned.conditions([asset.condition for asset in some]), device)
+    check_convention(stage, collate([asset.latent for asset in some]).to(device), cond)
 
 
 @dataclass(frozen=True)
@@ -305,34 +339,36 @@ class OfflineBench(Bench):
 
     All arms are evaluated on the same noises of held-out prompts.
 
-    labels                       the loss of single assets on what people said of them
+    labels                       the loss of single assets, on people's labels
     randomised, inverted         controls: r shuffled within prompts must have no effect, 1 - r must do harm
     dpo                          DPO on the problem's pairs
     dpo-randomised, dpo-inverted the same pairs, each inverted at random, or all inverted
     """
 
-    labelled: Labelled
-    singles: SinglesConfig
+    labelled: Labelled  # assets with people's labels
+    singles: SinglesConfig  # of the loss of single assets
 
     @property
     def conditions(self) -> Collection[str] | None:
-        """To train on; None: all, where no judge is there to hold some for."""
-        judged = self.problem.final is not None or self.problem.chooser is not None
-        return self.problem.train_conditions if judged else None
+        """Return the prompts to train on, or None for all if the problem has no held-out evaluator."""
+        has_evaluator = self.problem.final is not None or self.problem.chooser is not None
+        return self.problem.train_conditions if has_evaluator else None
 
     def inputs(self) -> dict:
         return {"labels": self.labelled.identity, "singles": asdict(self.singles)}
 
     def answers(self, arm: str) -> list:
-        """The pairs or single assets that an arm learns from."""
+        """Return the pairs or single assets that an arm is trained on."""
         if not arm.startswith(DPO):
             return self.labelled.singles(self.stage.name, self.conditions, arm, self.singles.seed)
+        # the DPO arms share the pairs; their controls invert a random half of them, or all
         pairs = self.problem.train_pairs[self.stage.name]
         if arm == DPO:
             return list(pairs)
         return used(pairs, RANDOMISED if arm.endswith(RANDOMISED) else INVERTED, self.dpo.seed, pairs)
 
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
+        # the same loss settings for an arm and its controls; only the labels differ
         what = (ConditionedStage(self.stage, self.problem.pipeline), self.answers(arm))
         return (
             train_stage(*what, self.dpo, out, **options)

@@ -1,14 +1,14 @@
-"""A run of online tuning: arms trained with one seed or several, and evaluated on the same noises of held-out
-conditions.
+"""Define the arms of a run of online tuning, and the rewards that a stage can be tuned for.
 
-    nft, grpo, grpo-guard, dppo, dgpo      by that loss, as the run's settings have it
-    grpo-plain      GRPO with noise at every step of the sampler, and deviations of groups
-    dpo             DPO on pairs of as many samples of the untuned network, ordered by the same reward
+    nft, grpo, grpo-guard, dppo, dgpo      the loss of that name, with the run's settings
+    grpo-plain      GRPO with noise at every step of the sampler, and the standard deviation of each group
+    dpo             DPO on pairs of the same number of samples of the untuned network, ordered by the same
+                    reward
     <arm>-randomised  with the rewards of every group shuffled: must have no effect
     <arm>-inverted    with every reward negated: must do harm
 
-Each is trained from the same network and ends in a folder of weights. What a run writes, and which networks
-arms keep: see flow/arms.py.
+Each arm is trained from the same network, and evaluated on the same noises of held-out prompts. arm_runs.py
+describes what a run writes, and which network each arm keeps.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ from eg3d_rlhf.tuning.flow.base.sampling import generate, stage_latents
 from eg3d_rlhf.tuning.flow.base.stage import AssetReward, FlowStage
 from eg3d_rlhf.tuning.flow.training.arm_runs import Bench, Opened
 from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
-from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, load, taught_by
+from eg3d_rlhf.tuning.flow.training.latent_reward import LatentReward, from_problem, load
 from eg3d_rlhf.tuning.flow.training.online.advantages import as_used
 from eg3d_rlhf.tuning.flow.training.online.scored_samples import Explorer, Task
 from eg3d_rlhf.tuning.flow.training.online.settings import (
@@ -51,34 +51,35 @@ from training.progress import tqdm
 
 @dataclass(frozen=True)
 class OnlineBench(Bench):
-    """Rewards, and settings of the losses."""
+    """Rewards and settings of the arms of an online run, for one training seed."""
 
     task: Task
     losses: Losses
-    known: Mapping  # JSON that names the problem and the rewards
+    known: Mapping  # JSON that identifies the problem and the rewards
 
     def config(self, arm: str) -> OnlineConfig:
-        """Of an arm; of DPO those that say how many samples it may have."""
+        """Return the settings of an arm; those of DPO decide the number of its samples."""
         kind, use = divided(arm)
         return replace(self.losses.grpo_plain if kind == DPO else self.losses.of(kind), use=use)
 
     def check_gate(self) -> None:
-        """Raises: ValueError for a name of --gate that is no held-out reward."""
+        """Raise ValueError if --gate names a reward that is not held out."""
         known = self.heldout()
         for name in self.task.gate:
             if name not in known:
                 raise ValueError(
-                    f"--gate: expected some of {', '.join(known) or 'none here'}, got {name!r}. Name what is"
-                    " not trained on."
+                    f"--gate: expected held-out rewards ({', '.join(known) or 'there are none'}), got"
+                    f" {name!r}. Name rewards that are not trained on."
                 )
 
     def heldout(self) -> list[str]:
-        """Return the names of the held-out rewards, of one asset of the untuned network."""
+        """Return the names of the held-out rewards."""
+        # they are known only from scores, so one asset of the untuned network is generated and scored
         if self.task.heldout is None or not self.task.gate:
             return []
-        condition = self.task.conditions[0]
-        assets = generate(self.problem.pipeline, [condition], [0], self.task.others)
-        return list(self.task.heldout(assets, [condition]))
+        prompt = self.task.conditions[0]
+        assets = generate(self.problem.pipeline, [prompt], [0], self.task.others)
+        return list(self.task.heldout(assets, [prompt]))
 
     def inputs(self) -> dict:
         return {"problem": self.known, "losses": asdict(self.losses), "gate": list(self.task.gate)}
@@ -86,6 +87,7 @@ class OnlineBench(Bench):
     def train(self, arm: str, out: Path, **options: Any) -> StageResult:
         task = self.task
         config = self.config(arm)
+        # the DPO arms are trained offline, on pairs that are generated once
         if divided(arm)[0] == DPO:
             return train_stage(
                 ConditionedStage(task.stage, task.pipeline),
@@ -98,6 +100,7 @@ class OnlineBench(Bench):
 
     def figures(self, arm: str, done: StageResult, model: torch.nn.Module, seed: int, ranks: Ranks) -> dict:
         config = self.config(arm)
+        # DPO generates its samples at once; the other arms may stop early, so their lines are counted
         held = list(self.problem.held_out_conditions)
         planned = config.steps * config.batch * config.group
         return {
@@ -109,35 +112,45 @@ class OnlineBench(Bench):
 
 
 def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -> list[PreferencePair]:
-    """As many samples as an online arm draws, in groups of the same sizes, from the untuned network by its
-    own sampler; in each group the best is paired with the worst, the second with the last but one, and so on.
-    Pairs of equal rewards are left out.
+    """Generate as many samples as an online arm does, and pair them by reward.
+
+    The samples come from the untuned network by its own sampler, in groups of the same sizes. In each group
+    the best sample is paired with the worst, the second with the last but one, and so on. Pairs of equal
+    rewards are left out.
 
     Args: batch: samples at once.
     """
+    # the same schedule of prompts as in online tuning
     order = Order(task.conditions, config.batch, seed)
-    K = config.group
+    K = config.group  # samples of a group
     groups = [
         (condition, derive_seed("pairs", seed, step, number) % 2**31)
         for step in range(config.steps)
         for number, (_, condition) in enumerate(order.items(step))
     ]
-    several = max(1, batch // K)
+    several = max(1, batch // K)  # groups at once
     pairs = []
-    weights = torch.tensor(task.weights)[:, None]
+    weights = torch.tensor(task.weights)[:, None]  # [R, 1]
     for i in tqdm(
         range(0, len(groups), several), desc="samples for pairs", unit="batch", leave=False, disable=None
     ):
         names, seeds = map(list, zip(*groups[i : i + several], strict=True))
+        # the voxels of a group are the same for its K samples, as in online tuning
         given = [places for places in task.given(names, seeds, batch) for _ in range(K)]
+        # prompt and seed of each of the n = G K samples
         wide = ([name for name in names for _ in range(K)], [seed for seed in seeds for _ in range(K)])
         draws = [derive_seed("sample", seed, k) for seed in seeds for k in range(K)]
         latents = stage_latents(task.pipeline, task.stage, wide[0], draws, given)
+        # [R, n] -> [G, K]
         total = (weights * task.scores(latents, *wide)[0]).sum(0).view(-1, K)
+        # controls shuffle or negate the rewards before samples are ordered
         rewards = as_used(total, config.use, seeds)
+        # pairs of all batches stay in memory, so not on the device
         kept = [to_cpu(latent) for latent in separate(latents)]
         for number, (name, scores) in enumerate(zip(names, rewards, strict=True)):
+            # stable, so that equal rewards give the same pairs on every machine
             best = scores.argsort(descending=True, stable=True).tolist()
+            # for an odd K the middle sample has no partner
             for k in range(K // 2):
                 high = best[k]
                 low = best[-1 - k]
@@ -158,82 +171,88 @@ def ranked_pairs(task: Task, config: OnlineConfig, seed: int, batch: int = 64) -
 
 
 def drift(
-    task: Task, model: torch.nn.Module, config: OnlineConfig, conditions: Sequence[str], seed: int
+    task: Task, model: torch.nn.Module, config: OnlineConfig, prompts: Sequence[str], seed: int
 ) -> float:
-    """Divergence of a tuned network's steps from the untuned one's on two new samples of every third
-    condition: of one sampler for all losses, whose steps all draw noise in closed form.
+    """Measure the divergence of a tuned network's steps from the untuned network's.
+
+    It is the mean over two new samples of every third prompt. The sampler is the same for all losses: all of
+    its steps add noise, by the process in closed form.
     """
+    # these settings make the figures of different arms comparable
     same = replace(config, loss="grpo", group=2, window=None, trained_steps=None, sde_step="exact", noise=0.7)
     explorer = Explorer(
         task=task, config=same, policy=model, reference=FrozenModel(shared_copy(task.stage.model))
     )
-    conditions = conditions[::3]
-    seeds = [derive_seed("drift", seed, condition) % 2**31 for condition in conditions]
-    every = range(len(explorer.steps) - 1)
+    prompts = prompts[::3]
+    seeds = [derive_seed("drift", seed, prompt) % 2**31 for prompt in prompts]
+    every = range(len(explorer.steps) - 1)  # the last step has no density
     return float(
         torch.cat(
-            [move.far for samples in explorer.draw(conditions, seeds, every, every) for move in samples.moves]
+            [move.far for samples in explorer.draw(prompts, seeds, every, every) for move in samples.moves]
         ).mean()
     )
 
 
-# Rewards by name: what a stage can be tuned for. A plugin (docs/extending.md) adds its own to `REWARDS`.
+# Rewards by name, for which a stage can be tuned. A plugin (docs/extending.md) adds its own to `REWARDS`.
 
 CHOOSER = "chooser"
-# by name: makes it, once in a process
+# name -> function that creates the reward, called once in a process
 REWARDS: dict[str, Callable[[Problem], AssetReward]] = {"solid": solid_reward}
 
 
-# reads the stage's latents, and is taught by the problem's pairs of it; or the file of such a one
+# name of a reward that reads the stage's latents, and is trained on the problem's pairs of the stage
 LATENT = "latent"
 
 
 def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> AssetReward:
-    """The reward of that name for a problem; "own" is the problem's, "latent" that of a stage.
+    """Return the reward of a name for a problem.
 
-    Raises: ValueError naming those there are, or where it has none.
+    "own" is the problem's reward; "latent" trains a reward of the stage's latents; a .safetensors file holds
+    such a reward.
+
+    Raises: ValueError with the known names for an unknown one, and for "own" if the problem has no reward.
     """
     if name == OWN:
         if problem.reward is None:
             raise ValueError(
-                "--reward: expected the name of one, got none, and this generator brings none. Name the"
+                "--reward: this generator has no reward of its own. Give the name of a reward, such as a"
                 " plugin's."
             )
         return problem.reward
     if stage is not None and name == LATENT:
-        return taught_by(problem, stage.name)
+        return from_problem(problem, stage.name)
+    # any prompt serves to find the size of the conditioning
     if stage is not None and name.endswith(".safetensors"):
         return load(Path(name), problem.pipeline, stage, problem.train_conditions[0])
     if name not in REWARDS:
         known = ", ".join((OWN, LATENT, *REWARDS))
         raise ValueError(
-            f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that brings it."
+            f"--reward: expected one of {known}, got {name!r}. Choose one, or name the plugin that has it."
         )
     return REWARDS[name](problem)
 
 
 def heldout_scores(
-    problem: Problem, trained: Collection[str], assets: Sequence, conditions: Sequence[str]
+    problem: Problem, trained: Collection[str], assets: Sequence, prompts: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Score assets by the rewards that nothing is trained on, by name; the final evaluator is kept for the
-    table.
-    """
-    found: dict[str, torch.Tensor] = {}
+    """Score assets by the rewards that are not trained on, by name."""
+    # without the final evaluator, which must stay unused until the table
+    scores: dict[str, torch.Tensor] = {}
     if problem.reward is not None and OWN not in trained:
-        found[OWN] = problem.reward(assets, conditions)
+        scores[OWN] = problem.reward(assets, prompts)
     if problem.chooser is not None:
-        found[CHOOSER] = problem.chooser(assets, conditions)
+        scores[CHOOSER] = problem.chooser(assets, prompts)
     measures = problem.measures or problem.parts
-    return found | dict(measures(assets, conditions) if measures is not None else {})
+    return scores | dict(measures(assets, prompts) if measures is not None else {})
 
 
 def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
-    """Make what the arms of a run are trained on, by one training seed."""
+    """Create the training data and settings of a run's arms, for one training seed."""
     problem = opened[0]
-    weights = weighed(run.reward)
+    weights = weighed(run.reward)  # by name of the reward
     stage = run.stage_in(problem)
     rewards = {name: reward_of(name, problem, stage) for name in weights}
-    # nothing is decoded
+    # without rewards of assets nothing is decoded in training, and so nothing held out is scored either
     latent = all(isinstance(reward, LatentReward) for reward in rewards.values()) and not run.gate
     task = Task(
         pipeline=problem.pipeline,
@@ -246,6 +265,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
     )
 
     def total(assets: Sequence, conditions: Sequence[str]) -> torch.Tensor:
+        """Compute the weighted sum of the trained rewards, which the table shows as the reward."""
         scores = [weights[name] * reward(assets, conditions) for name, reward in rewards.items()]
         return torch.stack(scores).sum(0)
 
@@ -253,6 +273,7 @@ def bench_of(run: OnlineRun, opened: Opened, seed: int) -> OnlineBench:
         run.losses,
         **{field.name: getattr(run.losses, field.name).at(stage, seed) for field in fields(Losses)},
     )
+    # the table evaluates what was trained: the weighted sum takes the place of the problem's reward
     of_total = replace(problem, reward=total, parts=problem.measures or problem.parts)
     return OnlineBench(
         of_total,

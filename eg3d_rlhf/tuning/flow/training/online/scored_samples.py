@@ -1,7 +1,7 @@
-"""Groups of samples from a network, and what rewards say of the assets that they become.
+"""Generate groups of samples from a network, and score the assets that they are decoded to.
 
-Everything that is drawn derives from (seed, update, group, member, step of the sampler) alone: neither passes
-nor ranks change it.
+All random numbers depend on (seed, update, group, member, step of the sampler) alone, so the number of passes
+and ranks does not change them.
 
 Shape letters as in sparse.py; R rewards, G groups, K samples of a group, n samples of a pass.
 """
@@ -31,58 +31,61 @@ from eg3d_rlhf.tuning.flow.training.online.steps import Step, divergence, log_de
 from eg3d_rlhf.tuning.flow.training.reference import FrozenModel
 from training.phases import derive_seed
 
-# of (assets, conditions), scores [N] by name
+# (assets, prompts) -> scores [N] by name
 HeldOutScores = Callable[[Sequence, Sequence[str]], Mapping[str, torch.Tensor]]
 Frozen = FrozenModel | Snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a stage is tuned for: its samples become assets, which rewards score."""
+    """Task of online tuning: a stage, whose samples are completed to assets, and rewards that score them."""
 
     pipeline: Pipeline
     stage: FlowStage
-    rewards: Mapping[str, AssetReward]  # that are trained on
-    conditions: Sequence[str]  # to train on
-    weights: Sequence[float] = (1.0,)  # of the rewards
+    rewards: Mapping[str, AssetReward]  # rewards that are trained on
+    conditions: Sequence[str]  # prompts to train on
+    weights: Sequence[float] = (1.0,)  # one of each reward
     heldout: HeldOutScores | None = None  # rewards that are not trained on
-    # of the held-out ones: the distance is paid where they do not confirm what is trained on
+    # names of held-out rewards: the distance is penalised where they rank a sample below the trained reward
     gate: Sequence[str] = ()
     # networks of the other stages; those that are not named are the pipeline's own
     others: Models = field(default_factory=dict)
 
-    def given(self, conditions: Sequence[str], seeds: Sequence[int], batch: int) -> list[Voxels]:
-        """What the stages before leave to this one, [N]."""
-        return voxels_for(self.pipeline, self.stage.name, conditions, seeds, self.others, batch)
+    def given(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> list[Voxels]:
+        """Generate the voxels that the earlier stages hand to this one, [N]."""
+        return voxels_for(self.pipeline, self.stage.name, prompts, seeds, self.others, batch)
 
-    def assets(self, x_0: Batch, conditions: Sequence[str], seeds: Sequence[int]) -> Sequence:
-        """[N], that the stages behind make of latents with these seeds."""
+    def assets(self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> Sequence:
+        """Complete latents of the stage to assets [N], by the later stages with these seeds."""
         names = [stage.name for stage in self.pipeline.stages]
-        behind = names[names.index(self.stage.name) + 1 :]
-        if not behind:
+        later = names[names.index(self.stage.name) + 1 :]
+        # the last stage's latents are decoded directly
+        if not later:
             return self.pipeline.decode(x_0)
         places = self.pipeline.advance(self.stage.name, x_0)
-        return generate(self.pipeline, conditions, seeds, self.others, len(seeds), {behind[0]: places})
+        return generate(self.pipeline, prompts, seeds, self.others, len(seeds), {later[0]: places})
 
     def scores(
-        self, x_0: Batch, conditions: Sequence[str], seeds: Sequence[int]
+        self, x_0: Batch, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Rewards [R, N] float32 on the CPU, and held-out rewards, [N] each.
+        """Score latents: rewards [R, N] float32 on the CPU, and held-out rewards by name, [N] each.
 
         Raises: ValueError for a reward that is not finite.
         """
+        # latent rewards read x_0 itself; decoding is skipped if no other reward is asked for
         read = {name: reward for name, reward in self.rewards.items() if isinstance(reward, LatentReward)}
         decoded = len(read) < len(self.rewards) or self.heldout is not None
-        assets = self.assets(x_0, conditions, seeds) if decoded else []
+        assets = self.assets(x_0, prompts, seeds) if decoded else []
         trained = {
-            name: read[name].of_latents(x_0, conditions) if name in read else reward(assets, conditions)
+            name: read[name].of_latents(x_0, prompts) if name in read else reward(assets, prompts)
             for name, reward in self.rewards.items()
         }
-        heldout = {} if self.heldout is None else dict(self.heldout(assets, conditions))
+        heldout = {} if self.heldout is None else dict(self.heldout(assets, prompts))
+        # a single NaN would make the advantages of its whole group NaN
         for name, values in (trained | heldout).items():
             if not bool(values.isfinite().all()):
                 raise ValueError(
-                    f"reward {name}: expected finite rewards, got {values.tolist()}. Correct the reward."
+                    f"reward {name}: expected finite scores, got {values.tolist()}. Correct the reward."
                 )
         return _cpu(torch.stack(list(trained.values()))), {
             name: _cpu(values) for name, values in heldout.items()
@@ -90,41 +93,42 @@ class Task:
 
 
 def _cpu(values: torch.Tensor) -> torch.Tensor:
+    """Detach values and move them to the CPU as float32."""
     return values.detach().float().cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Move:
-    """A step of the sampler as it was drawn."""
+    """A step of the sampler as it was sampled, without gradient."""
 
     step: Step
-    x: Batch  # n samples
-    to: Batch
-    mean: Batch  # of the policy that drew it
-    reference: Batch  # of the reference's step
-    log_p: torch.Tensor  # [n], of the policy that drew it
-    far: torch.Tensor  # [n], divergence from the reference
-    v: Batch  # velocities, of the policy that drew and
-    v_ref: Batch  # of the reference
+    x: Batch  # n samples before the step
+    to: Batch  # the samples after it
+    mean: Batch  # mean of the sampling policy's step
+    reference: Batch  # mean of the reference's step
+    log_p: torch.Tensor  # [n], log density of `to` under the sampling policy
+    far: torch.Tensor  # [n], divergence of the sampling policy's step from the reference's
+    v: Batch  # velocities of the sampling policy
+    v_ref: Batch  # velocities of the reference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """Samples of one pass."""
 
-    conditions: Sequence[str]  # [n]
-    seeds: Sequence[int]  # [n], of their groups
-    members: Sequence[int]  # [n], numbers in their groups
-    given: Sequence[Voxels]
-    cond: Condition
-    no_cond: Condition | None
-    x_0: Batch
-    moves: Sequence[Move] = ()  # that are trained on
+    conditions: Sequence[str]  # [n], prompts
+    seeds: Sequence[int]  # [n], seed of each sample's group
+    members: Sequence[int]  # [n], index of each sample in its group
+    given: Sequence[Voxels]  # [n], from the earlier stages
+    cond: Condition  # n rows
+    no_cond: Condition | None  # n rows; None without guidance
+    x_0: Batch  # finished samples
+    moves: Sequence[Move] = ()  # the steps that are trained on
 
 
 @dataclass(kw_only=True)
 class Explorer:
-    """Draws groups of samples from a policy, and compares its steps with those of a frozen network."""
+    """Sampler of groups from a policy, which compares the policy's steps with those of a frozen network."""
 
     task: Task
     config: OnlineConfig
@@ -139,42 +143,48 @@ class Explorer:
 
     def draw(
         self,
-        conditions: Sequence[str],
+        prompts: Sequence[str],
         seeds: Sequence[int],
         noisy: Collection[int] | None = None,
         kept: Collection[int] = (),
     ) -> list[Drawn]:
-        """Samples of groups, by pass.
+        """Generate the samples of groups, in passes.
 
-        All of a group have what the stages before made of its seed, and the stages behind have the noise of
-        its seed: rewards differ by this stage's noise alone.
-        Args: noisy: steps of the sampler that draw noise, None for the stage's own sampler; kept: those that
+        All samples of a group have the same input from the earlier stages, and the same noise in the later
+        ones, both from the group's seed. So rewards of a group differ by this stage's noise alone.
+        Args: noisy: steps of the sampler that add noise, None for the stage's own sampler; kept: those that
             are trained on.
         """
         K = self.config.group
         stage = self.task.stage
         pipeline = self.task.pipeline
-        size = self.config.batch_gpu or len(conditions) * K
-        given = self.task.given(conditions, seeds, size)
+        size = self.config.batch_gpu or len(prompts) * K
+        given = self.task.given(prompts, seeds, size)
+        # [G * K], the members of a group side by side
         members = [
-            (condition, seed, k, places)
-            for condition, seed, places in zip(conditions, seeds, given, strict=True)
+            (prompt, seed, k, places)
+            for prompt, seed, places in zip(prompts, seeds, given, strict=True)
             for k in range(K)
         ]
         drawn = []
         for i in range(0, len(members), size):
+            # one pass: a slice that may begin and end inside a group
             names, group_seeds, numbers, places = map(list, zip(*members[i : i + size], strict=True))
             cond = to_device(pipeline.conditions(names, stage.name), self.device)
             no_cond = None
+            # without guidance the empty conditioning is not needed
             if self.sampling.cfg_strength:
                 no_cond = to_device(pipeline.no_condition(len(names), stage.name), self.device)
 
+            # the defaults bind this pass's lists: a closure would see those of the last pass
             def noise(move: int, group_seeds=group_seeds, numbers=numbers, places=places) -> Batch:
+                """Return the noise of step `move`, [n]; 0 is the start."""
                 draws = [
                     derive_seed("move", seed, k, move) for seed, k in zip(group_seeds, numbers, strict=True)
                 ]
                 return stage_noise(stage, draws, places).to(self.device)
 
+            # losses on finished samples need no record of the steps
             if noisy is None:
                 x_0 = sample(replace(stage, model=self.policy), noise(0), cond, no_cond, self.sampling)
                 moves = list[Move]()
@@ -203,20 +213,22 @@ class Explorer:
         cond: Condition,
         no_cond: Condition | None,
     ) -> tuple[Batch, list[Move]]:
-        """Samples, step by step.
+        """Generate samples step by step, and record the steps in `kept`.
 
-        Args: noise: standard normal numbers, of 0 the start and of i + 1 the noise of step i.
+        Args: noise: returns standard normal noise, for 0 the start and for i + 1 that of step i.
         """
         x = noise(0)
         moves = list[Move]()
         for i, step in enumerate(self.steps):
             v = self.velocity(x, step.t, cond, no_cond)
+            # the last step adds no noise, see steps_of
             if i not in noisy or i == len(self.steps) - 1:
                 x = without_noise(step).mean(x, v)
                 continue
             mean = step.mean(x, v)
             to = with_feats(mean, feats_of(mean) + step.std * feats_of(noise(i + 1)))
             if i in kept:
+                # the reference is evaluated at the policy's x, so that both steps start from the same point
                 v_ref = self._guided(
                     functools.partial(self.reference.velocity, self.task.stage), x, step.t, cond, no_cond
                 )
@@ -240,7 +252,10 @@ class Explorer:
         return x, moves
 
     def velocity(self, x: Batch, t: float, cond: Condition, no_cond: Condition | None) -> Batch:
-        """The policy's, with guidance, in float32. Differentiable in: the policy's parameters."""
+        """Compute the policy's velocity with guidance, in float32.
+
+        Differentiable in: the policy's parameters.
+        """
         with evaluating(self.policy):
             return self._guided(
                 functools.partial(self.task.stage.velocity, model=self.policy), x, t, cond, no_cond
@@ -249,4 +264,5 @@ class Explorer:
     def _guided(
         self, velocity: Callable[..., Batch], x: Batch, t: float, cond: Condition, no_cond: Condition | None
     ) -> Batch:
+        """Apply classifier-free guidance to a velocity function, in float32."""
         return single(guided(self.task.stage.path, velocity, x, t, cond, no_cond, self.sampling))

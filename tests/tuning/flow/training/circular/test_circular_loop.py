@@ -249,7 +249,11 @@ def test_settings():
     assert asked.at(stage, 7).lora.targets == ("to_q",)
     assert replace(HUMAN, lora=None).at(stage, 7).lora is None
     plain = TrainConfig()
-    assert (anchored(plain).dpo.loser_weight, anchored(plain).dpo.sft_weight, anchored(plain).dpo.beta) == (
+    assert (
+        anchored(plain).dpo.loser_weight,
+        anchored(plain).dpo.sft_weight,
+        anchored(plain).dpo.beta,
+    ) == (
         0.5,
         0.5,
         4 * plain.dpo.beta,
@@ -263,7 +267,7 @@ def test_settings():
 
 
 @pytest.mark.long
-def test_an_unanchored_third_step_at_a_small_beta_is_caught(tmp_path):
+def test_an_unregularised_third_step_at_a_small_beta_is_caught(tmp_path):
     problem = toy_problem()
     loose = replace(
         TOY_RUN.loop, dpo=replace(TOY_RUN.loop.dpo, beta=20.0, loser_weight=1.0, sft_weight=0.0), steps=400

@@ -91,7 +91,7 @@ def test_several_rewards_count_by_their_weights_and_not_by_their_scales():
     flat = rewards.clone()
     flat[0, 2] = 0.3  # no spread in one group: the others decide there
     torch.testing.assert_close(
-        several(flat, weights, whole=False)[2], several(flat[1:], weights[1:], whole=False)[2]
+        several(flat, weights, normalise_sum=False)[2], several(flat[1:], weights[1:], normalise_sum=False)[2]
     )
 
 
