@@ -28,7 +28,7 @@ NAMES = [
 ]
 
 
-def write_pictures(folder: Path, count: int = 8) -> Path:
+def write_images(folder: Path, count: int = 8) -> Path:
     """Objects of different heights and colours before transparent backgrounds."""
     folder.mkdir(parents=True)
     for i in range(count):
@@ -50,13 +50,13 @@ def write_prompts(path: Path, names=NAMES) -> Path:
 
 
 def flow(job: str, *flags, code: int = 0) -> str:
-    """What a command prints; with exit code 2 its only line of error."""
+    """Run a command and return what it prints; with exit code 2, its only line of error."""
     done = CliRunner().invoke(command_of(f"flow {job}"), [str(flag) for flag in flags])
     assert done.exit_code == code, (job, flags, done.output, done.exception)
     if code:
         assert "Traceback" not in done.output
-        (said,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-        return said
+        (printed,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+        return printed
     return done.output
 
 
@@ -78,9 +78,9 @@ def serving(browser, *flags, job: str, cwd: Path) -> Iterator[Page]:
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            said = next((line for line in process.stdout if line.startswith(f"{job} at ")), None)
-            assert said is not None, process.stderr.read()
-            page = Page(browser, said.split()[2].rstrip("/"))
+            printed = next((line for line in process.stdout if line.startswith(f"{job} at ")), None)
+            assert printed is not None, process.stderr.read()
+            page = Page(browser, printed.split()[2].rstrip("/"))
             page.page.goto(page.url)
             page.page.wait_for_selector("#helpDialog[open]", timeout=PATIENCE)
             page.page.keyboard.press("Enter")

@@ -32,12 +32,12 @@ def compared(tmp_path_factory):
 
 
 def test_a_comparison_writes_table_page_and_assets(compared):
-    folder, said = compared
+    folder, printed = compared
     table = json.loads((folder / "compare.json").read_text())
     assert set(table["arms"]) == {"sds", "dreamdpo", "dreamdpo-inverted", "dreamdpo-random"}
     for arm in table["arms"].values():
         assert arm["n"] == 2 and arm["ci95"][0] <= arm["win_rate"] <= arm["ci95"][1]
-    assert table["arms"]["sds"]["win_rate"] == 0.5 and "| dreamdpo |" in said
+    assert table["arms"]["sds"]["win_rate"] == 0.5 and "| dreamdpo |" in printed
     judgements = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert len(judgements) == 6 * 2 and {j["winner"] for j in judgements} <= {"a", "b", "tie"}
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]

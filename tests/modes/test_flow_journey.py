@@ -30,7 +30,7 @@ from tests.modes.flow_works import (
     serving,
     sides_of,
     with_encoder,
-    write_pictures,
+    write_images,
     write_prompts,
 )
 from tests.people.label.browser import browser, needs_chromium
@@ -53,7 +53,7 @@ SMALL = (
 )
 # At half weight a network of random weights learns what any data look like before it learns which are better.
 PROMPTS = [f"{colour} {shape}" for colour in list(COLOURS)[:6] for shape in SHAPES[:8]]
-PICTURES = 24
+IMAGES = 24
 # file and tensor of a line
 LIKED = {"toy": ("latents", "1.feats"), "trellis": ("structure", "mean"), "hunyuan3d": ("latents", "0.x")}
 CELLS = {"hunyuan3d": ("--set=cells=24",)}
@@ -66,16 +66,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(kind: str, here: Path) -> tuple[str, str]:
-    """--pipeline, and --prompts or --images."""
+def conditioning_flags(kind: str, here: Path) -> tuple[str, str]:
+    """Return --pipeline, and --prompts or --images."""
     if kind == "toy":
         return "--pipeline=toy", f"--prompts={write_prompts(here / 'prompts.txt', PROMPTS)}"
     root = {"trellis": write_image_trellis, "hunyuan3d": write_hunyuan3d}[kind](here / "ROOT")
-    return f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES', PICTURES)}"
+    return f"--pipeline={root}", f"--images={write_images(here / 'PICTURES', IMAGES)}"
 
 
 def goodness(work: Work, kind: str) -> dict[tuple[str, int], float]:
-    """Of drawn assets, by condition and seed."""
+    """Measure the generated assets, by prompt and seed."""
     file, tensor = LIKED[kind]
     return {
         (line["condition"], line["seed"]): load_file(work.drawn() / line[file])[tensor].mean().item()
@@ -98,12 +98,12 @@ def answer_rest(url: str, database: str, better: Callable[[Shape, Shape], bool])
 
 
 def conditions_in(database: str) -> set[str]:
-    """Of all shapes that a campaign or study can show."""
+    """Return the prompts of all shapes that a campaign or study can show."""
     opened = Database(database, create=False)
     with opened.read() as connection:
-        found = {row.condition for row in connection.execute(shapes.select())}
+        measured = {row.condition for row in connection.execute(shapes.select())}
     opened.close()
-    return found
+    return measured
 
 
 def check_conditions(work: Work) -> None:
@@ -148,10 +148,10 @@ def check_conditions(work: Work) -> None:
 @needs_chromium
 @pytest.mark.parametrize("kind", ["toy", "trellis", "hunyuan3d"])
 def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, browser):
-    said = flow("new", "WORK", *told(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
+    printed = flow("new", "WORK", *conditioning_flags(kind, here), "--device=cpu", "--set=split=0.4,0.4,0.2")
     work = Work.open(here / "WORK")
     assets = 4 * len(work.names(*SHOWN))
-    assert f"{assets} assets" in said and said.rstrip().endswith(" ".join(("flow", "sample", "WORK")))
+    assert f"{assets} assets" in printed and printed.rstrip().endswith(" ".join(("flow", "sample", "WORK")))
     assert f"{assets} assets" in flow("sample", "WORK", "--device=cpu", *CELLS.get(kind, ()))
     liked = goodness(work, kind)
 
@@ -168,12 +168,12 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
         assert not any(name in words for name in work.names(TEST))
         answer_all(page, work.database, better, enough=6)  # practice among them
         assert answer_rest(page.url, work.database, better) > assets / 2
-    said = flow("tune", "WORK", *SMALL, *(["--lr=2e-3"] if kind == "toy" else []))
+    printed = flow("tune", "WORK", *SMALL, *(["--lr=2e-3"] if kind == "toy" else []))
     report = json.loads((here / "WORK" / "tune-00" / "report.json").read_text())
     assert report["kept"] and report["labels"]["answers"] >= assets
-    for stage, found in report["stages"].items():
-        figures = [f"{found[arm]['accuracy']:.3f}" for arm in ("held_out", "control")]
-        row = next(line for line in said.splitlines() if line.startswith(f"| {stage} |"))
+    for stage, measured in report["stages"].items():
+        figures = [f"{measured[arm]['accuracy']:.3f}" for arm in ("held_out", "control")]
+        row = next(line for line in printed.splitlines() if line.startswith(f"| {stage} |"))
         assert all(figure in row for figure in figures) and (NOTHING in row) == (stage not in report["kept"])
 
     for against in ("base", "control"):
@@ -191,9 +191,9 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
                 f"sqlite:///{here}/WORK/study-00/{against}/study.db",
                 lambda left, right: "tuned-00" in left.source,
             )
-    said = flow("study", "WORK", "--report")
-    lines = [line for line in said.splitlines() if "tune-00" in line and "4 of 4" in line]
-    assert [sum(against in line for line in lines) for against in ("base", "control")] == [1, 1], said
+    printed = flow("study", "WORK", "--report")
+    lines = [line for line in printed.splitlines() if "tune-00" in line and "4 of 4" in line]
+    assert [sum(against in line for line in lines) for against in ("base", "control")] == [1, 1], printed
     check_conditions(work)
 
     flow("export", "WORK", "--outdir=TUNED")
@@ -225,16 +225,23 @@ def test_from_prompts_to_an_exported_generator_by_six_commands(kind, here, brows
 
 def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
     """With other tokens in their place every file is the same, to the byte: what is drawn, trained, chosen
-    and told.
+    and reported.
     """
-    found = []
+    measured = []
     for name in ("WORK", "OTHER"):
-        flow("new", name, *told("toy", here), "--device=cpu", "--each=2", "--set=split=0.4,0.4,0.2")
+        flow(
+            "new",
+            name,
+            *conditioning_flags("toy", here),
+            "--device=cpu",
+            "--each=2",
+            "--set=split=0.4,0.4,0.2",
+        )
         work = Work.open(here / name)
         if name == "OTHER":
-            own = read_conditions(work.conditions_file)
-            other = {key: x + 1 if key in work.names(TEST) else x for key, x in own.tokens.items()}
-            write_conditions(work.conditions_file, replace(own, tokens=other))
+            original = read_conditions(work.conditions_file)
+            other = {key: x + 1 if key in work.names(TEST) else x for key, x in original.tokens.items()}
+            write_conditions(work.conditions_file, replace(original, tokens=other))
         flow("sample", name, "--device=cpu")
         ranks = here / f"{name}.jsonl"
         scores = [
@@ -258,5 +265,5 @@ def test_embeddings_of_test_conditions_change_nothing_until_the_study(here):
             for path in work.drawn().iterdir()
             if path.suffix in (".ply", ".safetensors")
         }
-        found.append((report, {key: x.tolist() for key, x in weights.items()}, files))
-    assert found[0] == found[1]
+        measured.append((report, {key: x.tolist() for key, x in weights.items()}, files))
+    assert measured[0] == measured[1]

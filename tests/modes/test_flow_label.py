@@ -18,7 +18,7 @@ from eg3d_rlhf.tuning.flow.base.stage import stage_of
 from eg3d_rlhf.tuning.flow.training import latent_reward
 from eg3d_rlhf.tuning.flow.workspace.sampled_assets import open_pipeline
 from eg3d_rlhf.tuning.flow.workspace.work_folder import REWARD, SHOWN, Work
-from tests.modes.flow_works import flow, with_encoder, write_pictures, write_prompts
+from tests.modes.flow_works import flow, with_encoder, write_images, write_prompts
 from tests.people.label.plans import answer_all
 from tests.people.label.test_new_strategy import PLUGIN
 from tests.rejections import check_message
@@ -82,11 +82,11 @@ def pairs_of(work: Work, campaign: str) -> tuple[list[frozenset], dict]:
 
 def test_without_an_ensemble_the_command_that_trains_it_is_named(drawn, served):
     for strategy in ("active", "close"):
-        said = flow("label", drawn.folder, f"--strategy={strategy}", code=2)
+        printed = flow("label", drawn.folder, f"--strategy={strategy}", code=2)
         file = str(drawn.folder / REWARD)
-        check_message(said, (f"--strategy={strategy}", "latent", "--pipeline=toy", f"--out={file}"))
-    said = flow("label", drawn.folder, "--strategy=best", code=2)
-    check_message(said, ("--strategy", "random", "active", "close", "tournament", "blocks", "'best'"))
+        check_message(printed, (f"--strategy={strategy}", "latent", "--pipeline=toy", f"--out={file}"))
+    printed = flow("label", drawn.folder, "--strategy=best", code=2)
+    check_message(printed, ("--strategy", "random", "active", "close", "tournament", "blocks", "'best'"))
     assert served == []
 
 
@@ -142,19 +142,19 @@ def test_a_stored_campaign_keeps_its_strategy_and_an_ensemble_of_other_networks_
     flow("label", drawn.folder, "--set=campaign=kept", "--pairs=3")
     flow("label", drawn.folder, "--set=campaign=kept", "--strategy=random", "--pairs=3")
     for flag, stored in (("--strategy=blocks", "random"), ("--pairs=4", "3")):
-        said = flow("label", drawn.folder, "--set=campaign=kept", flag, code=2)
-        check_message(said, (flag.partition("=")[0], stored, "'kept'", flag.partition("=")[2]))
+        printed = flow("label", drawn.folder, "--set=campaign=kept", flag, code=2)
+        check_message(printed, (flag.partition("=")[0], stored, "'kept'", flag.partition("=")[2]))
     made = write_reward(drawn, "structure")
     made.form = replace(made.form, base="0" * 64)
     latent_reward.save(drawn.folder / REWARD, made)
-    said = flow("label", drawn.folder, "--strategy=close", "--set=campaign=other", code=2)
-    check_message(said, (str(drawn.folder / REWARD), "0" * 64))
+    printed = flow("label", drawn.folder, "--strategy=close", "--set=campaign=other", code=2)
+    check_message(printed, (str(drawn.folder / REWARD), "0" * 64))
 
 
 def test_answers_to_a_further_campaign_are_tuned_on_by_the_printed_command(drawn, served):
     flow("label", drawn.folder, "--pairs=5")
-    said = flow("label", drawn.folder, "--strategy=blocks", "--set=campaign=second", "--pairs=12")
-    line = said[said.rindex("eg3d-rlhf label") :]
+    printed = flow("label", drawn.folder, "--strategy=blocks", "--set=campaign=second", "--pairs=12")
+    line = printed[printed.rindex("eg3d-rlhf label") :]
     export, tune = line.strip().split(" && ")
     typed(export)
     typed(f"{tune} --pairs-only")
@@ -170,11 +170,11 @@ def test_the_printed_command_trains_the_ensemble_of_a_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     with_encoder(tmp_path, monkeypatch)
     root = write_image_trellis(tmp_path / "ROOT")
-    flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(tmp_path / 'P', 12)}", "--each=3")
+    flow("new", "WORK", f"--pipeline={root}", f"--images={write_images(tmp_path / 'P', 12)}", "--each=3")
     flow("sample", "WORK")
     flow("label", "WORK")
-    said = flow("label", "WORK", "--strategy=active", "--set=campaign=more", code=2)
-    pairs, train = said[said.index("eg3d-rlhf ") :].split(" && ")
+    printed = flow("label", "WORK", "--strategy=active", "--set=campaign=more", code=2)
+    pairs, train = printed[printed.index("eg3d-rlhf ") :].split(" && ")
     typed(pairs)
     typed(f"{train} --seeds=0 --device=cpu --set=held_out=0.7")
     flow("label", "WORK", "--strategy=active", "--set=campaign=more", "--pairs=6")

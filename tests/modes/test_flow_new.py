@@ -16,7 +16,7 @@ from eg3d_rlhf.tuning.flow.families import family_of, hunyuan3d_files
 from eg3d_rlhf.tuning.flow.training import memory_estimate as fit
 from eg3d_rlhf.tuning.flow.workspace import estimate
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, SPLITS, Work
-from tests.modes.flow_works import NAMES, flow, with_encoder, write_pictures, write_prompts
+from tests.modes.flow_works import NAMES, flow, with_encoder, write_images, write_prompts
 from tests.rejections import check_message, raising
 from tests.tuning.flow.families.hunyuan3d.tiny_hunyuan3d import write_hunyuan3d
 from tests.tuning.flow.families.trellis.tiny_trellis import write_image_trellis, write_trellis
@@ -35,15 +35,15 @@ def here(tmp_path, monkeypatch):
 
 
 def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
-    said = flow("new", "WORK", "--pipeline=toy")
-    assert {"192", "116", "38"} <= set(re.findall(r"\d+", said)) and said.rstrip().endswith(
+    printed = flow("new", "WORK", "--pipeline=toy")
+    assert {"192", "116", "38"} <= set(re.findall(r"\d+", printed)) and printed.rstrip().endswith(
         command("sample", "WORK")
     )
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [116, 38, 38]
     assert work.up == "z" and work.precision == "float32"
     assert len((here / "WORK" / "inputs" / "prompts.txt").read_text().splitlines()) == 192
-    said = flow(
+    printed = flow(
         "new",
         "FEW",
         "--pipeline=toy",
@@ -56,24 +56,24 @@ def test_the_toy_brings_its_prompts_or_takes_some_of_them(here):
     assert set(read_conditions(few.conditions_file).names) == set(NAMES)
 
 
-def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(here):
+def test_images_of_trellis_are_embedded_kept_and_shown_beside_the_samples(here):
     root = write_image_trellis(here / "ROOT")
-    pictures = write_pictures(here / "PICTURES")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", "--each=2")
+    images = write_images(here / "PICTURES")
+    printed = flow("new", "WORK", f"--pipeline={root}", f"--images={images}", "--each=2")
     for words in ("structure", "latent", "huggingface.co/microsoft"):
-        assert words in said, said
+        assert words in printed, printed
     work = Work.open(here / "WORK")
     assert [len(work.splits[split]) for split in SPLITS] == [4, 2, 2]
     assert work.kind == "pictures" and work.up == "z" and sorted(work.inputs) == sorted(work.names())
-    said = flow("sample", "WORK")
-    assert "12 assets" in said and "2 prompts" in said
+    printed = flow("sample", "WORK")
+    assert "12 assets" in printed and "2 prompts" in printed
     prompts = {
         line["prompt"]: line["image"]
         for line in map(json.loads, (work.drawn() / "prompts.jsonl").read_text().splitlines())
     }
     assert set(prompts) == set(work.names(*SHOWN))
     assert all(
-        (work.drawn() / image).read_bytes() == (pictures / f"{name}.png").read_bytes()
+        (work.drawn() / image).read_bytes() == (images / f"{name}.png").read_bytes()
         for name, image in prompts.items()
     )
     assert {"structure", "latent", "look_at"} < set(work.lines()[0])
@@ -83,9 +83,9 @@ def test_pictures_of_trellis_are_embedded_kept_and_shown_beside_what_is_drawn(he
     check_message(flow("sample", "WORK", code=2), (str(root), weights.name, "WORK"))
 
 
-def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
+def test_inputs_that_do_not_fit_the_generator_are_rejected(here, monkeypatch):
     root = write_image_trellis(here / "ROOT")
-    pictures = write_pictures(here / "PICTURES")
+    images = write_images(here / "PICTURES")
     prompts = write_prompts(here / "p.txt")
     shapes = write_hunyuan3d(here / "SHAPES")
     (here / "hunyuan3d-2.1").mkdir()
@@ -94,12 +94,12 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
     asked = [  # flags, what the line names
         (("--pipeline=nothing", f"--prompts={prompts}"), ("pipeline", "nothing", "huggingface.co/")),
         (
-            (f"--pipeline={here / 'hunyuan3d-2.1'}", f"--images={pictures}"),
+            (f"--pipeline={here / 'hunyuan3d-2.1'}", f"--images={images}"),
             ("pipeline", str(here / "hunyuan3d-2.1"), "huggingface.co/tencent/Hunyuan3D-2.1"),
         ),
         ((f"--pipeline={root}",), ("--prompts", "--images")),
         ((f"--pipeline={shapes}", f"--prompts={prompts}"), ("--prompts", "--images", "hunyuan3d")),
-        (("--pipeline=toy", f"--images={pictures}"), ("--images", "--prompts", "toy")),
+        (("--pipeline=toy", f"--images={images}"), ("--images", "--prompts", "toy")),
         ((f"--pipeline={root}", f"--prompts={prompts}"), ("--images", "--prompts")),
         (("--pipeline=toy", f"--prompts={odd}"), ("--prompts", "'red lamp'", "192")),
         (("--pipeline=toy", f"--prompts={two}"), ("--set split=", "0 to")),
@@ -115,28 +115,28 @@ def test_what_does_not_fit_the_generator_is_refused(here, monkeypatch):
     for flags, names in asked:
         check_message(flow("new", "WORK", *flags, code=2), names)
         assert not (here / "WORK").exists()
-    Image.open(pictures / "object1.png").save(pictures / "again.png")
-    # the same picture would be in two splits
-    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
-    check_message(said, ("--images", "again.png", "object1.png"))
-    (pictures / "again.png").unlink()
-    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(pictures / "opaque.png")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
-    check_message(said, (str(pictures / "opaque.png"), "RGB"))
+    Image.open(images / "object1.png").save(images / "again.png")
+    # the same image would be in two splits
+    printed = flow("new", "WORK", f"--pipeline={root}", f"--images={images}", code=2)
+    check_message(printed, ("--images", "again.png", "object1.png"))
+    (images / "again.png").unlink()
+    Image.fromarray(np.full((9, 9, 3), 200, np.uint8)).save(images / "opaque.png")
+    printed = flow("new", "WORK", f"--pipeline={root}", f"--images={images}", code=2)
+    check_message(printed, (str(images / "opaque.png"), "RGB"))
 
 
 def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
     root = write_image_trellis(here / "ROOT")
-    pictures = write_pictures(here / "PICTURES")
+    images = write_images(here / "PICTURES")
     shutil.rmtree(here / "torch")
-    said = flow("new", "WORK", f"--pipeline={root}", f"--images={pictures}", code=2)
-    check_message(said, ("dinov2_vitl14_reg", str(here / "torch"), "facebook/dinov2-with-registers-large"))
+    printed = flow("new", "WORK", f"--pipeline={root}", f"--images={images}", code=2)
+    check_message(printed, ("dinov2_vitl14_reg", str(here / "torch"), "facebook/dinov2-with-registers-large"))
     texts = write_trellis(here / "TEXTS")
     prompts = write_prompts(here / "p.txt")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "transformers", None)
-        said = flow("new", "WORK", f"--pipeline={texts}", f"--prompts={prompts}", code=2)
-    check_message(said, ("transformers", "'eg3d-rlhf[vision]'"))
+        printed = flow("new", "WORK", f"--pipeline={texts}", f"--prompts={prompts}", code=2)
+    check_message(printed, ("transformers", "'eg3d-rlhf[vision]'"))
     shapes = write_hunyuan3d(here / "SHAPES")
     sections = {
         name: dict(tensors)
@@ -147,13 +147,13 @@ def test_what_is_missing_is_named_with_its_address(here, monkeypatch):
         for name, of in sections.items()
     }
     torch.save(held, shapes / "model.fp16.ckpt")
-    said = flow("new", "WORK", f"--pipeline={shapes}", f"--images={pictures}")
-    assert all(word in said for word in ("missing", "autoencoder", "European Union"))
+    printed = flow("new", "WORK", f"--pipeline={shapes}", f"--images={images}")
+    assert all(word in printed for word in ("missing", "autoencoder", "European Union"))
     assert (here / "WORK" / "work.json").is_file()
     del held["model"]["x_embedder.weight"]
     torch.save(held, shapes / "model.fp16.ckpt")
-    said = flow("new", "OTHER", f"--pipeline={shapes}", f"--images={pictures}", code=2)
-    check_message(said, ("x_embedder.weight", "model.fp16.ckpt", "huggingface.co/tencent"))
+    printed = flow("new", "OTHER", f"--pipeline={shapes}", f"--images={images}", code=2)
+    check_message(printed, ("x_embedder.weight", "model.fp16.ckpt", "huggingface.co/tencent"))
 
 
 def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
@@ -169,7 +169,7 @@ def test_a_folder_is_made_once_and_the_next_commands_ask_for_it(here):
 
 
 @pytest.mark.long
-def test_memory_and_time_are_told_and_a_device_too_small_is_refused(tmp_path, monkeypatch):
+def test_memory_and_time_are_estimated_and_a_device_too_small_is_rejected(tmp_path, monkeypatch):
     root = write_hunyuan3d(tmp_path / "ROOT")
     cpu = torch.device("cpu")
     family = family_of(root, say=lambda text: None)

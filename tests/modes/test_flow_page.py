@@ -16,7 +16,7 @@ from eg3d_rlhf.modes.flow_study import SIDE
 from eg3d_rlhf.people.label.entities import Choice
 from eg3d_rlhf.tuning.flow.toy.bundled import load_network
 from eg3d_rlhf.tuning.flow.workspace.work_folder import SHOWN, TEST, Work
-from tests.modes.flow_works import answer_all, flow, serving, with_encoder, write_pictures, write_prompts
+from tests.modes.flow_works import answer_all, flow, serving, with_encoder, write_images, write_prompts
 from tests.people.label.browser import browser, needs_chromium
 from tests.people.label.plans import answer_all as answer_stored
 from tests.rejections import check_message
@@ -34,9 +34,9 @@ def here(tmp_path, monkeypatch):
 
 
 @needs_chromium
-def test_the_picture_is_beside_the_pair_and_one_broken_asset_stops_nothing(here, browser):
+def test_the_image_is_beside_the_pair_and_a_defective_asset_stops_nothing(here, browser):
     root = write_image_trellis(here / "ROOT")
-    flow("new", "WORK", f"--pipeline={root}", f"--images={write_pictures(here / 'PICTURES')}", "--each=2")
+    flow("new", "WORK", f"--pipeline={root}", f"--images={write_images(here / 'PICTURES')}", "--each=2")
     flow("sample", "WORK")
     work = Work.open(here / "WORK")
     seen = set()
@@ -103,8 +103,8 @@ def answered(monkeypatch):
 
 def reported(*flags) -> list[tuple[str, str]]:
     """Contests that `flow study --report` tells of: what the training is compared with, and pairs."""
-    said = flow("study", "WORK", "--report", *flags)
-    return re.findall(r"^(tune-\d+) .*?\b(base|control)\b.*?(\d+ of \d+)", said, re.M)
+    printed = flow("study", "WORK", "--report", *flags)
+    return re.findall(r"^(tune-\d+) .*?\b(base|control)\b.*?(\d+ of \d+)", printed, re.M)
 
 
 def test_a_study_shows_test_conditions_alone_first_against_the_base_then_against_the_control(here, answered):

@@ -1,5 +1,5 @@
-"""`flow tune` and `flow export` on the toy: what people's answers taught, what is kept, what goes out, and
-what is refused.
+"""Tests of `flow tune` and `flow export` on the toy: the report, the stages that are kept, the exported
+folder, and errors.
 """
 
 import json
@@ -88,7 +88,7 @@ def answer(work: Work, pairs: int | None = None) -> None:
             )
 
 
-def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
+def test_missing_and_foreign_answers_are_rejected(made, tmp_path):
     label = " ".join(("eg3d-rlhf", "flow", "label", str(made.folder)))
     check_message(flow("tune", made.folder, *FEW, code=2), ("WORK", label))
     check_message(flow("tune", made.folder, "--set=rounds=2", code=2), ("--set rounds=", "--loop"))
@@ -103,30 +103,30 @@ def test_no_answers_yet_and_foreign_ones_are_refused(made, tmp_path):
     assert not made.numbered("tune")
 
 
-def test_answers_are_tuned_on_told_of_and_exported(made, tmp_path):
+def test_answers_are_trained_on_reported_and_exported(made, tmp_path):
     answer(made)
-    said = flow("tune", made.folder, *FEW, "--stage=structure")
-    assert len(re.findall(r"\b19\b", said)) >= 3 and NOTHING in said.lower()
+    printed = flow("tune", made.folder, *FEW, "--stage=structure")
+    assert len(re.findall(r"\b19\b", printed)) >= 3 and NOTHING in printed.lower()
     (tune,) = made.numbered("tune")
     report = json.loads((tune / "report.json").read_text())
-    found = report["stages"]["structure"]
+    measured = report["stages"]["structure"]
     train, choosing, telling = splits_of(made, made.names())
-    assert found["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(
+    assert measured["held_out"]["conditions"] <= len(telling) and not {*train, *choosing, *telling} & set(
         made.names("test")
     )
     strips = sorted((tune / "training" / "structure" / "samples").iterdir())
     assert [strip.name for strip in strips] == ["000000.png", "000002.png", "000004.png"]
-    pictures = [np.asarray(Image.open(strip)) for strip in strips]
+    images = [np.asarray(Image.open(strip)) for strip in strips]
     shown = min(4, len(choosing))
-    assert {picture.shape for picture in pictures} == {(SIDE, shown * SIDE, 3)} and all(
-        0.02 < (p < 255).mean() < 0.98 for p in pictures
+    assert {image.shape for image in images} == {(SIDE, shown * SIDE, 3)} and all(
+        0.02 < (p < 255).mean() < 0.98 for p in images
     )
     labels = report["labels"]
     assert (labels["answers"], labels["pairs"], labels["ties"]) == (19, 19, 0)
     assert (tune / "control" / "structure").is_dir()
     # answers by the files' hashes
-    assert found["learnable_signal"] == (tune / "structure").is_dir() and not found["learnable_signal"]
-    again = flow("tune", made.folder, *FEW, "--stage=structure")  # goes on, with nothing left to do
+    assert measured["learnable_signal"] == (tune / "structure").is_dir() and not measured["learnable_signal"]
+    again = flow("tune", made.folder, *FEW, "--stage=structure")  # resumes, with nothing left to do
     assert NOTHING in again.lower()
     assert made.numbered("tune") == [tune] and json.loads((tune / "report.json").read_text()) == report
     check_message(flow("export", made.folder, f"--outdir={tmp_path / 'X'}", code=2), (str(tune),))
@@ -178,8 +178,8 @@ def test_too_few_answers_and_other_labels(made, tmp_path):
         and shown["control"]
         and shown["circular"]["choosing"] is None
     )
-    said = flow("tune", made.folder, *FEW, f"--labels={ranks}", "--stage=voxels", "--no-control")
-    assert "labels: ranks.jsonl" in said
+    printed = flow("tune", made.folder, *FEW, f"--labels={ranks}", "--stage=voxels", "--no-control")
+    assert "labels: ranks.jsonl" in printed
 
 
 def test_a_file_of_pairs_counts_as_answers_do(made, tmp_path):
@@ -197,7 +197,7 @@ def test_a_file_of_pairs_counts_as_answers_do(made, tmp_path):
 
 
 def toy_assets(work: Work, name: str) -> tuple[list, list[str]]:
-    """What is drawn there, made into assets, and their conditions, in one order for all generators."""
+    """Decode the samples of a folder; return assets and prompts, in one order for all generators."""
     decoder = ToyPipeline(torch.nn.Identity(), torch.nn.Identity())
     lines = sorted(work.lines(name), key=lambda x: (x["condition"], x["seed"]))
     latents = [read_latents(work.drawn(name) / line["latents"])["voxels"] for line in lines]
@@ -221,7 +221,7 @@ def mirrored(asset: ToyAsset) -> ToyAsset:
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
-def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_path, seed):
+def test_the_default_improves_assets_and_a_diverging_network_is_reported(tmp_path, seed):
     """Ranks by one measure of the toy's assets; wins on test conditions, by another.
     `pytest -s` prints them.
     """
@@ -251,11 +251,12 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
             for assets, names in (toy_assets(work, name) for name in arms)
         )
         wins[number] = clustered_rate((0.5 * (1 + (tuned[0] - base[0]).sign())).numpy(), base[1])
-        for stage, found in reports[number].items():
+        for stage, stage_report in reports[number].items():
             print(
-                f"\nseed {seed}, {flags or 'default'}, {stage}: accuracy {found['held_out']['accuracy']:.3f},"
+                f"\nseed {seed}, {flags or 'default'}, {stage}: accuracy"
+                f" {stage_report['held_out']['accuracy']:.3f},"
                 " error of the preferred "
-                + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*found["held_out"]["preferred_error"])
+                + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*stage_report["held_out"]["preferred_error"])
             )
         print("wins against the untuned on test conditions: {:.3f} [{:.3f}, {:.3f}]".format(*wins[number]))
     assets, names = toy_assets(work, "test-base")
@@ -264,12 +265,12 @@ def test_the_default_betters_assets_and_a_network_that_runs_away_is_told(tmp_pat
             judge(of, names) - judge(assets, names)
             for of in ([mirrored(asset) for asset in assets], toy_assets(work, "tuned-00")[0])
         ]
-        found = [clustered_rate((0.5 * (1 + gain.sign())).numpy(), names) for gain in gains]
-        said = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in found)
-        print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(said)}")
-    assert all(found["learnable_signal"] for of in reports.values() for found in of.values())
+        win_rates = [clustered_rate((0.5 * (1 + gain.sign())).numpy(), names) for gain in gains]
+        printed = ("{:.3f} [{:.3f}, {:.3f}]".format(*of) for of in win_rates)
+        print(f"{type(judge).__name__}: largest part, mirrored, {', the default '.join(printed)}")
+    assert all(stage_report["learnable_signal"] for of in reports.values() for stage_report in of.values())
     assert (
-        not any(found["likelihood_displacement"] for found in reports[0].values())
+        not any(stage_report["likelihood_displacement"] for stage_report in reports[0].values())
         and reports[1]["voxels"]["likelihood_displacement"]
     )
     assert wins[0].lo > 0.5 > wins[1].hi
