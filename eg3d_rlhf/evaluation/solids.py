@@ -157,7 +157,7 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
 
 
 @torch.no_grad()
-def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
+def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
     """Return the shapes of latents, bool [EDGE, EDGE, EDGE] over the whole cube."""
     spec = SlabSpec.of(generator.bounds, solids.EDGE)
     grids = []  # of bool, so that all shapes fit in memory
@@ -221,7 +221,9 @@ def compare_networks(
         first = load_generator(before, device).generator
 
     def shapes(path: Path | None) -> Grids:
-        return of_latents(first if path is None else load_generator(path, device).generator, seeds, psi)
+        return shapes_of_latents(
+            first if path is None else load_generator(path, device).generator, seeds, psi
+        )
 
     what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
     return _compared(networks, shapes, groups, lambda grids: solids.HEADS, what)
