@@ -292,14 +292,14 @@ class Step:
     stage: int
     lr: float
     colour: float  # weights
-    pictures: float
+    images: float
     edge: float  # world units
     planes: int  # texels
 
 
 def schedule(o: PeopleTraining) -> Iterator[Step]:
     """Yield the settings of all steps in order."""
-    for stage, (steps, lr, colour, planes, pictures) in enumerate(
+    for stage, (steps, lr, colour, planes, images) in enumerate(
         zip(o.steps, o.lr, o.colour, o.planes, o.pictures, strict=True)
     ):
         for step in range(steps):
@@ -308,7 +308,7 @@ def schedule(o: PeopleTraining) -> Iterator[Step]:
                 stage=stage,
                 lr=cosine(lr, step / steps),
                 colour=colour,
-                pictures=pictures,
+                images=images,
                 edge=edge,
                 planes=planes,
             )
@@ -351,10 +351,10 @@ def train(folder: Path, pool: Pool, o: PeopleTraining = PeopleTraining()) -> Pat
         )
         loss = density + step.colour * colour
         image_error = torch.zeros(1)
-        if step.pictures > 0:
+        if step.images > 0:
             front_images = front_images or FrontImages(pool.z, o.seed)
             image_error = front_images.loss(G, planes, rows, front_images.windows(rng, rows, o.window))
-            loss = loss + step.pictures * image_error
+            loss = loss + step.images * image_error
         optimizer.zero_grad(set_to_none=True)
         loss.mean().backward()
         optimizer.step()

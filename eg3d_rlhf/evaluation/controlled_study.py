@@ -468,12 +468,12 @@ def _share(before: float | None, after: float | None, best: float | None) -> flo
     return (before - after) / (before - best)
 
 
-def _over(difference: np.ndarray, ill: np.ndarray) -> dict | None:
+def _over(difference: np.ndarray, is_defective: np.ndarray) -> dict | None:
     """Return the mean of differences [S, N] over seeds and defective heads, with two intervals.
 
     One interval covers seeds and heads, the other seeds alone.
     """
-    here = difference[:, ill]  # [S, defective]
+    here = difference[:, is_defective]  # [S, defective]
     if not here.size:
         return None
     interval = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)

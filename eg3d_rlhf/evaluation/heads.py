@@ -164,26 +164,30 @@ def changed(before: Shapes, after: Shapes) -> np.ndarray:
 def figures(before: Shapes, after: Shapes) -> dict:
     """Compute the figures of one network, or of another treatment of the same shapes, as JSON values."""
     # the untuned shapes decide which latents count as defective, for every arm alike
-    ill = defective(before)
+    is_defective = defective(before)
     known = face_moved(before, after)
-    reduction = error_reduction(error(before)[ill], error(after)[ill])
+    reduction = error_reduction(error(before)[is_defective], error(after)[is_defective])
     return {
         "error_reduction": reduction,  # share of the error before
         "error_reduction_ci95": interval(before, error(after)[None]) if reduction is not None else None,
         # shares of the ground-truth head's back-of-head volume
-        "error_intact": _mean(error(after)[~ill]),
-        "missing_defective": _mean(after["missing"][ill]),
-        "extra_defective": _mean(after["extra"][ill]),
+        "error_intact": _mean(error(after)[~is_defective]),
+        "missing_defective": _mean(after["missing"][is_defective]),
+        "extra_defective": _mean(after["extra"][is_defective]),
         "intact_degraded": intact_degraded(before, after),
-        "identity_kept": identity_kept(before, after),
+        "identity_kept": identity_kept(before, after),  # share of latents
         "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
         "variety": variety(after),  # voxels
-        "fscore_defective": _mean(after["fscore"][ill]),
-        "fscore_intact": _mean(after["fscore"][~ill]),
+        "fscore_defective": _mean(after["fscore"][is_defective]),
+        "fscore_intact": _mean(after["fscore"][~is_defective]),
         "utility": _mean(after["utility"]),
+        # share of all latents whose error is small after the treatment
         "intact_share": float((error(after) <= DEFECTIVE).mean()),
         "changed": _mean(changed(before, after)),
-        **{f"{name}_defective": _mean(measure.values(after)[ill]) for name, measure in MEASURES.items()},
+        **{
+            f"{name}_defective": _mean(measure.values(after)[is_defective])
+            for name, measure in MEASURES.items()
+        },
         **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
     }
 
@@ -198,10 +202,10 @@ def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
     """Return the 95 % interval of `error_reduction` of the errors [S, N] of several training seeds, over
     seeds and defective latents.
     """
-    ill = defective(before)
-    first = error(before)[ill]
-    then = after[:, ill]
-    if not ill.any():
+    is_defective = defective(before)
+    first = error(before)[is_defective]
+    then = after[:, is_defective]
+    if not is_defective.any():
         return None
     # a ratio of means, not a mean of ratios: single heads with a small error would dominate the latter
     ci95 = two_way_interval(

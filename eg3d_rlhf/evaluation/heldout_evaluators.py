@@ -43,13 +43,15 @@ CHOOSING = 24  # validation latents on which the post-processing method is chose
 MAPPED = 160  # latents of the shape Fréchet distance
 RESAMPLES = 60  # bootstrap resamples of the change of a Fréchet distance
 REALS_AT_ONCE = 64  # images of the data that the features' network reads
-ROLES = ("before", "after")
+ROLES = ("before", "after")  # networks that are compared
 
-VIEWS = (  # of MultiViewMeasures
+# disagreement between rendered views of one shape: name, value, better direction, unit
+VIEWS = (
     Measure("photometric reprojection error", attrgetter("photometric"), "lower", "L1 of 0..2"),
     Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
     Measure("normal disagreement (degrees)", attrgetter("normal"), "lower", "degrees"),
 )
+# distances of sets; they have no value of a single latent
 SHAPE_FRECHET = Measure("shape Fréchet", None, "lower", "squared distance of normal maps' features")
 FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' features")
 
@@ -119,6 +121,7 @@ def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
 def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
     network = load_features(c.inception, c.device)
     dataset = open_data(c)
+    # which cameras of the data are used, by a fixed seed
     chosen = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
     cameras = dataset.get_labels()
     # the same latents and cameras for every network, so that the change of the distance is paired
@@ -144,6 +147,7 @@ def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
     """Return the features [N, Q] of the shapes' normal maps."""
     features = ShapeFeatures.load()
     return {
+        # field by field, since the grids of all latents need much memory
         "features": np.concatenate(
             [features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)]
         )
@@ -200,8 +204,8 @@ def _inputs(c: Comparison) -> dict | None:
     if (
         c.before.hash != _bundled_hash()
         or c.data != bundled.DATA
-        or c.inception is not None
-        or c.device.type != "cpu"
+        or c.inception is not None  # the user's own feature network
+        or c.device.type != "cpu"  # other devices round differently
     ):
         return None
     return {

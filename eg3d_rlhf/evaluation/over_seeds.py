@@ -14,8 +14,8 @@ from eg3d_rlhf.experiments.media.rendering import parse_seeds
 from eg3d_rlhf.experiments.table import over_seeds
 from training import storage
 
-DEMO = ("--reward=sigma", "--lambda-r=10")
-SUMMARY = "summary.json"
+DEMO = ("--reward=sigma", "--lambda-r=10")  # flags of train.py
+SUMMARY = "summary.json"  # of each run, and of all seeds together in the parent folder
 
 # key in a run's summary: (key of its interval there or None, words of the table, format)
 FIGURES = {

@@ -141,7 +141,7 @@ def record(
         "seconds": sum(seconds.values()),
         "seconds_by_part": dict(seconds),
         "memory_mb": megabytes,
-        "seeds": len(tunings),
+        "seeds": len(tunings),  # number of training seeds
     }
 
 

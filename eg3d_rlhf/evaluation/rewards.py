@@ -93,6 +93,7 @@ def shift(c: Comparison, _folder: Path) -> Finding:
     rows = seed_rows(
         seeds, {**scores, **{f"delta_{role}": scores[role] - scores["before"] for role in paired}}
     )
+    # everything that the plots read; they see no tensors
     data = {
         "scores": {role: values.tolist() for role, values in scores.items()},
         "paired": paired,
@@ -168,6 +169,7 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
             rows.append(
                 {"role": role, "psi": psi, "mean": mean, "lo": lo, "hi": hi, "std": float(values.std(ddof=1))}
             )
+    # the truncation with the highest mean reward, by role
     best = {
         role: max((r for r in rows if r["role"] == role), key=lambda r: r["mean"])
         for role in ("before", "after")
@@ -184,7 +186,11 @@ def over_psi(c: Comparison, _folder: Path) -> Finding:
         ),
     ]
     return Finding(
-        facts=c.facts(seeds, ROLES, BOOTSTRAP, psi=None), data={"rows": rows}, rows=rows, says=says
+        # psi=None: the part has several truncations, so the facts state none
+        facts=c.facts(seeds, ROLES, BOOTSTRAP, psi=None),
+        data={"rows": rows},
+        rows=rows,
+        says=says,
     )
 
 
@@ -228,7 +234,7 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
         "mean": mean,
         "mean_lo": lo,
         "mean_hi": hi,
-        "spread_lo": float(low),
+        "spread_lo": float(low),  # of single latents, not of the mean
         "spread_hi": float(high),
     }
 
@@ -238,7 +244,7 @@ def trajectories(c: Comparison, _folder: Path) -> Finding:
     roles: dict[str, dict] = {}
     seeds = c.seeds()
     rows = []
-    start = c.scores(c.before, seeds).double().numpy()
+    start = c.scores(c.before, seeds).double().numpy()  # [N]; the first point of both trajectories
     for role in ("after", "control"):
         kept = [(kimg, path) for kimg, path in c.snapshots(role) if kimg > 0]
         # a control without snapshots is left out
@@ -322,7 +328,7 @@ def plot_deltas(axes, data: dict):
             ".",
             markersize=3,
             color=style.colour(role),
-            label=f"{role}: {p['positive']}/{p['n']} rise",
+            label=f"{role}: {p['positive']}/{p['n']} rise",  # number of latents
         )
     axes.axhline(0, color=style.colour("noise"), linewidth=1)
 
@@ -390,7 +396,7 @@ def plot_trajectories(data: dict):
     # the same limits in all panels, so that control and tuned run can be compared
     every = np.concatenate([np.ravel(r["values"]) for r in data["roles"].values()])
     for axis in np.atleast_1d(axes):
-        axis.set_ylim(every.min() - 0.5, every.max() + 0.5)
+        axis.set_ylim(every.min() - 0.5, every.max() + 0.5)  # margin in units of the reward
     return drawn
 
 
@@ -422,7 +428,7 @@ def plot_slopes(data: dict):
 # the first is the one before tuning.
 
 DISTANCE = "mean |σ - σ before| over the whole cube (density-consistency distance)"
-CURVE_ROLES = ("before", "after", "reward", "held-out")
+CURVE_ROLES = ("before", "after", "reward", "held-out")  # files whose hashes the facts list
 PROXY = "tuned reward"  # the one that the run optimised
 SECOND = "held-out reward"  # trained on other labels; only where one is given
 ORACLE = "oracle"  # utility of the simulated annotator without noise
@@ -468,6 +474,7 @@ def divergence(proxy: np.ndarray, other: np.ndarray, seed: int = 0) -> int | Non
     networks = other.shape[1]
     # Bonferroni correction over the pairs; one network has no pair
     confidence = 1 - 0.05 / max(1, networks * (networks - 1) / 2)
+    # the peak at the last network leaves no later one: no divergence
     for later in range(peak + 1, networks):
         rise = bootstrap_mean_interval(proxy[:, later] - proxy[:, peak], confidence, seed=seed)
         fall = bootstrap_mean_interval(other[:, later] - other[:, peak], confidence, seed=seed)
@@ -590,7 +597,7 @@ def _says(c: Comparison, data: dict) -> list[str]:
                 f"No divergence: the {name} is not shown to fall after its peak while the tuned reward rises."
             )
         elif name != PROXY:
-            where = data["kimg"][curve["divergence"]]
+            where = data["kimg"][curve["divergence"]]  # None: the final network
             says.append(
                 f"Divergence: the {name} falls from {'the end' if where is None else f'{where:g} kimg'} on"
                 f" (distance {data['distance'][curve['divergence']]:.3g}) while the tuned reward rises. Stop"

@@ -403,8 +403,8 @@ def pairs_sheet(c: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarra
     Raises: ValueError where there are fewer than `count` such latents.
     """
     pool = EVALUATION.take(POOL)
-    ill = heads.defective(heldout_evaluators.seen(c, "heads"))
-    seeds = [seed for seed, defective in zip(pool, ill, strict=True) if defective][:count]
+    is_defective = heads.defective(heldout_evaluators.seen(c, "heads"))
+    seeds = [seed for seed, defective in zip(pool, is_defective, strict=True) if defective][:count]
     if len(seeds) < count:
         raise ValueError(
             f"--pairs: expected at most {len(seeds)}, the number of defective heads among {POOL}, got"

@@ -45,7 +45,7 @@ class ScoreOptions:
     batch: int = knob(8, "Shapes per batch; a smaller number needs less memory.", "Run", low=1, rare=True)
 
     def __post_init__(self) -> None:
-        check_knobs(self)
+        check_knobs(self)  # raises ValueError for a value outside its range
 
 
 CHOOSE = 4  # n of the best-of-n control: untuned shapes of which the reward selects one

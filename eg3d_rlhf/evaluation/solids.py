@@ -112,8 +112,8 @@ def line(arm: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None)
     reward = bootstrap_mean_interval(arm["reward"])
     row: dict[str, Any] = {name: float(values.mean()) for name, values in arm.items()}
     row |= {
-        "reward_ci95": [reward.lo, reward.hi],
-        "closed_ci95": [share.lo, share.hi],
+        "reward_ci95": [reward.lo, reward.hi],  # bootstrap over shapes
+        "closed_ci95": [share.lo, share.hi],  # Wilson
         "n": len(arm["closed"]),
     }
     # the change is paired, so it needs one shape for each untuned shape
@@ -157,10 +157,10 @@ def markdown(lines: Mapping[str, dict], rules: solids.Rules) -> list[str]:
 
 
 @torch.no_grad()
-def of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
+def shapes_of_latents(generator: Generator, seeds: Sequence[int], psi: float) -> Grids:
     """Return the shapes of latents, bool [EDGE, EDGE, EDGE] over the whole cube."""
     spec = SlabSpec.of(generator.bounds, solids.EDGE)
-    grids = []
+    grids = []  # of bool, so that all shapes fit in memory
     for start in range(0, len(seeds), AT_ONCE):
         ws = ws_of_seeds(
             generator, seeds[start : start + AT_ONCE], truncation_psi=psi, truncation_cutoff=CUTOFF
@@ -221,7 +221,9 @@ def compare_networks(
         first = load_generator(before, device).generator
 
     def shapes(path: Path | None) -> Grids:
-        return of_latents(first if path is None else load_generator(path, device).generator, seeds, psi)
+        return shapes_of_latents(
+            first if path is None else load_generator(path, device).generator, seeds, psi
+        )
 
     what = f"latents {seeds[0]} to {seeds[-1]}, psi {psi:g}"
     return _compared(networks, shapes, groups, lambda grids: solids.HEADS, what)

@@ -55,6 +55,7 @@ class Evaluation:
 
 def reward_shift(c: Comparison) -> dict:
     """Compute rewards of held-out latents before and after tuning, and their paired differences."""
+    # in the reward's own scale, which has no unit
     before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))  # [N]
     delta = tuned - before
     return {
@@ -96,6 +97,7 @@ def control_figures(settings: dict, delta: float) -> dict:
         # "tuned" in the control's own summary: its network after training without the reward
         "control_delta_mean": record["tuned_delta_mean"],
         "control_source": path.name,
+        # a control of other data than heads of people has no such figures
         **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
     }
 
@@ -136,6 +138,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
         "versions": versions(),
         "lambda_r": s["lambda_r"],
         "lambda_sigma": s["lambda_sigma"],
+        # first and last latents, not training seeds
         "seeds": {
             "reward": [seeds[0], seeds[-1]],
             "evaluation": [EVALUATION.all[0], EVALUATION.all[-1]],
@@ -228,6 +231,7 @@ def finish(e: Evaluation, loop, started: float) -> dict:
     folder = loop.files.folder
     nets = loop.subject.nets
     early = e.early_stop
+    # the early stop may have kept an earlier snapshot than the last networks
     nets = nets if early is None else early.networks(nets)
     before, after = (
         LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema))
@@ -249,6 +253,7 @@ def finish(e: Evaluation, loop, started: float) -> dict:
         "images": loop.cur_nimg,
         "early_stop": None if early is None else early.record(),
     }
+    # the run and its evaluation, without the images if one process renders them
     record["seconds"] = time.time() - started
     # written before the images, which are rendered only now if there was one process: an error there costs
     # no figures
@@ -334,6 +339,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
             f" {kept['distance']:.3f}"
         )
         out.append(("early stop kept the snapshot", text, ""))
+    # the goals in the last column are those of the demo
     out.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 420 s"))
     return out
 

@@ -47,6 +47,7 @@ LABELS = {
     IMAGES: "change of the images' kernel distance",
 }
 GOALS = {REWARD: 1, DISTANCE: -1, GEOMETRY: -1}  # measures of the front; 1: more is better, -1: less
+# words for the facts of the page
 SEEDS_INTERVAL = "95 % t interval over training seeds where there are two or more, else over latents"
 
 
@@ -100,6 +101,7 @@ def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> 
     Args: folder: parent of all cells' folders; kimg: length of the run, thousands of images; more: flags that
         all cells share.
     """
+    # :g writes 10.0 as 10, so that equal weights give equal commands and folders
     weights = [
         f"--lambda-r={cell.lambda_r:g}",
         f"--lambda-sigma={cell.lambda_sigma:g}",
@@ -147,6 +149,7 @@ def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Findi
 
 def _kept(c: Comparison, name: str, make):
     """Return a measurement of the generator before tuning; compute it once for all cells."""
+    # all that the value depends on, besides the comparison's other settings, which do not change
     case = ("sweep", name, c.before.hash, c.psi, c.n, c.images, c.seed)
     if case not in c.memory:
         c.memory[case] = make()
@@ -248,6 +251,7 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
     """Compute the table of all settings, and mark those on the front, which no other setting dominates."""
     rows = gather(by_cell)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
+    # a row of the CSV: each measure in three columns, the mean and the ends of its interval
     table = [
         {
             "setting": row["setting"],
