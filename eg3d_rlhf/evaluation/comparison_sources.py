@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # A factory, so that importing this module does not import torch.
 def _cpu() -> "torch.device":
+    """Return the default device."""
     import torch
 
     return torch.device("cpu")

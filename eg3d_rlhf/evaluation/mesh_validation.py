@@ -207,6 +207,7 @@ def shares(rows: Iterable[dict]) -> list[dict]:
 
 # The signature is that of a statistic of `two_way_interval`: resampled rows and columns. There is one column.
 def _median(values: np.ndarray, drawn: np.ndarray, _columns: np.ndarray) -> float:
+    """Compute the median of resampled values."""
     return float(np.median(values[drawn]))
 
 

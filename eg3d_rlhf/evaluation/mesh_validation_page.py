@@ -124,6 +124,7 @@ def write_census(
 
 # `rows` are those of one generator.
 def _sentence(rows: Sequence[dict]) -> str:
+    """List the share of each demand with its interval."""
     return "; ".join(
         f"{row['demand']} {row['share']:.0%} ({row['lo']:.0%} to {row['hi']:.0%})" for row in rows
     )

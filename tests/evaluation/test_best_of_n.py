@@ -59,9 +59,9 @@ def test_equal_rewards_share_their_chances():
 
 def test_the_law_is_found_again():
     distance = np.sqrt(divergence_of([1, 2, 4, 8, 16, 64, 256]))
-    found = fit(distance, np.stack([distance * (2 - 0.5 * distance), distance * (1 + 0.1 * distance)]))
-    np.testing.assert_allclose(found, [[2, 0.5], [1, -0.1]], atol=1e-12)
-    np.testing.assert_allclose(peak(*found.T), [2, np.inf])
+    result = fit(distance, np.stack([distance * (2 - 0.5 * distance), distance * (1 + 0.1 * distance)]))
+    np.testing.assert_allclose(result, [[2, 0.5], [1, -0.1]], atol=1e-12)
+    np.testing.assert_allclose(peak(*result.T), [2, np.inf])
     assert peak(np.array(-1.0), np.array(1.0)) == 0
     for n in (1, 2, 100, 512):
         assert number_at(float(np.sqrt(divergence_of([n])[0]))) == pytest.approx(n, rel=1e-6)
@@ -70,11 +70,11 @@ def test_the_law_is_found_again():
 def test_resamples(drawn):
     reward, evaluator = drawn
     counts = np.array([[1] * 9, [0, 2, 1, 1, 1, 1, 1, 1, 1], [9, *[0] * 8]])
-    found = resampled(reward, evaluator, [1, 3, 9], counts)
-    np.testing.assert_allclose(found[0], best_of(reward, evaluator, [1, 3, 9]), atol=1e-12)
+    result = resampled(reward, evaluator, [1, 3, 9], counts)
+    np.testing.assert_allclose(result[0], best_of(reward, evaluator, [1, 3, 9]), atol=1e-12)
     kept = np.repeat(np.arange(9), counts[1])
-    np.testing.assert_allclose(found[1], best_of(reward[kept], evaluator[kept], [1, 3, 9]), atol=1e-12)
-    np.testing.assert_allclose(found[2], evaluator[0], atol=1e-12)
+    np.testing.assert_allclose(result[1], best_of(reward[kept], evaluator[kept], [1, 3, 9]), atol=1e-12)
+    np.testing.assert_allclose(result[2], evaluator[0], atol=1e-12)
 
 
 N = 1024
@@ -123,17 +123,17 @@ def planted(errors: float) -> Finding:
 
 
 def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tmp_path):
-    found = best_of_n.curves(trial, planted(errors=8.0), tmp_path)
-    arms = found.data["arms"]
+    result = best_of_n.curves(trial, planted(errors=8.0), tmp_path)
+    arms = result.data["arms"]
     assert set(arms) == {"member 1", "member 2", "member 3", "mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5"}
     last = {name: arm["steps"][-1]["mean"] for name, arm in arms.items()}
     assert (
         all(last["min"] > 1.5 > last[f"member {i}"] for i in (1, 2, 3)) and last["softmin 0.5"] > last["mean"]
     )
-    assert all(row["lo"] > 0 for row in found.data["against"] if row["arm"] in ("min", "softmin 0.5"))
+    assert all(row["lo"] > 0 for row in result.data["against"] if row["arm"] in ("min", "softmin 0.5"))
     at, low, high = arms["member 1"]["peak"]
-    assert 0 < low <= at <= high < np.sqrt(found.data["kl"][-1])
-    (line,) = (line for line in found.says if line.startswith("member 1"))
+    assert 0 < low <= at <= high < np.sqrt(result.data["kl"][-1])
+    (line,) = (line for line in result.says if line.startswith("member 1"))
     assert f"{at:.2f} [{low:.2f}, {high:.2f}]" in line
     assert (
         arms["member 1"]["reward"][-1]
@@ -142,18 +142,20 @@ def test_mistakes_of_single_members_are_seen_and_pessimism_avoids_them(trial, tm
         == arms["member 1"]["steps"][0]["mean"]
     )
     for plot in (best_of_n.plot_evaluator, best_of_n.plot_reward, best_of_n.plot_peaks):
-        plot(json.loads(json.dumps(found.data)))
+        plot(json.loads(json.dumps(result.data)))
 
 
 def test_without_mistakes_nothing_peaks(trial, tmp_path):
-    found = best_of_n.curves(trial, planted(errors=0.0), tmp_path)
-    reach = np.sqrt(found.data["kl"][-1])
-    peaks = [arm["peak"][0] for arm in found.data["arms"].values()]
+    result = best_of_n.curves(trial, planted(errors=0.0), tmp_path)
+    reach = np.sqrt(result.data["kl"][-1])
+    peaks = [arm["peak"][0] for arm in result.data["arms"].values()]
     assert all(at is None or at > reach for at in peaks)
-    lines = found.says[: len(peaks)]
-    assert all(line.startswith(name) for name, line in zip(found.data["arms"], lines, strict=True))
+    lines = result.says[: len(peaks)]
+    assert all(line.startswith(name) for name, line in zip(result.data["arms"], lines, strict=True))
     assert all(line.endswith(f" {trial.numbers[-1]}.") and "d =" not in line for line in lines)
-    assert found.rows[0]["n"] == 1 and len(found.rows) == 8 * len(trial.numbers) and trial.numbers[-1] == 128
+    assert (
+        result.rows[0]["n"] == 1 and len(result.rows) == 8 * len(trial.numbers) and trial.numbers[-1] == 128
+    )
 
 
 def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tmp_path):
@@ -165,13 +167,13 @@ def test_one_pass_scores_as_each_does_alone(ensemble, members, tiny_networks, tm
         most=2,
         batch=4,
     )
-    found = best_of_n.score(small, tmp_path, quiet=True)
+    result = best_of_n.score(small, tmp_path, quiet=True)
     assert (
-        set(found.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"}
-        and len(found.data["evaluator"]) == 6
+        set(result.data["scores"]) == {"a: member 1", "a: member 2", "a: member 3", "b"}
+        and len(result.data["evaluator"]) == 6
     )
-    assert found.data["scores"]["a: member 1"] == found.data["scores"]["b"] and [
-        row["seed"] for row in found.rows
+    assert result.data["scores"]["a: member 1"] == result.data["scores"]["b"] and [
+        row["seed"] for row in result.rows
     ] == list(small.seeds)
     assert set(best_of_n.arms(small)[1]) == {
         f"a: {kind}" for kind in ("mean", "min", "lcb 1", "uwo 0.5", "softmin 0.5")

@@ -1,4 +1,4 @@
-"""What is compared is found, identified and refused as promised."""
+"""Loading of comparisons: defaults, hashes, and rejected inputs."""
 
 import json
 from dataclasses import replace
@@ -39,10 +39,10 @@ def test_scores_are_the_rewards_and_are_kept(tiny_comparison, monkeypatch):
     c = Comparison(**{**vars(tiny_comparison), "memory": {}})
     seeds = c.seeds(9)
     expected = c.reward.score(c.after.generator.field(c.ws(c.after, seeds)))
-    found = c.scores(c.after, seeds)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    result = c.scores(c.after, seeds)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(Comparison, "fields", None)
-    assert c.scores(c.after, seeds) is found
+    assert c.scores(c.after, seeds) is result
     with raising("--heldout-reward"):
         c.scores(c.after, seeds, held_out=True)
 
@@ -93,7 +93,7 @@ def test_newest_run_and_its_control_are_found(tiny_networks, tiny_reward, tmp_pa
     )
 
 
-def test_without_a_run_the_user_is_told_what_to_do(tiny_networks, tiny_reward, tmp_path):
+def test_without_a_run_the_message_says_what_to_do(tiny_networks, tiny_reward, tmp_path):
     with raising("--after", "--run", str(tmp_path), tiny_networks.name):
         comparisons.load(tiny_networks, tiny_reward, runs_folder=tmp_path)
 

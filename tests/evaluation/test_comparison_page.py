@@ -1,4 +1,4 @@
-"""The whole report: its command, its page, what it says first; resumed, selected, refused; its strips of
+"""The whole report: its command, its page, what it says first; resumed, selected, rejected; its strips of
 shapes.
 """
 
@@ -126,7 +126,7 @@ def test_what_is_not_allowed(tiny_comparison, unchanged, monkeypatch):
     assert len(comparison_page.summary(tiny_comparison, {})) == len(with_control) + 1
 
 
-def test_a_control_that_differs_is_told(tiny_comparison, tmp_path):
+def test_a_control_that_differs_is_reported(tiny_comparison, tmp_path):
     other = comparisons.write_run(tmp_path / "other", {64: 0.1}, 0.0, batch=99)
     lines = comparison_page.summary(Comparison(**{**vars(tiny_comparison), "control_run": other}), {})
     assert any(re.search(r"\bbatch 99\b.* 4\b", line) for line in lines)

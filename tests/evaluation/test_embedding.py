@@ -1,4 +1,4 @@
-"""Feature map, main axis, separability and the pictures behind the points, on planted features and tiny
+"""Feature map, main axis, separability and the renders of the points, on planted features and tiny
 networks.
 """
 
@@ -55,12 +55,12 @@ def test_principal_axes_are_those_of_the_covariance():
 def test_reward_along_a_planted_axis(tiny_comparison, quick_umap):
     reward = RNG.normal(size=N)
     before = np.stack([-4 * reward, *RNG.normal(size=(3, N)) * 0.1], axis=1)
-    found = embedding.feature_map(
+    result = embedding.feature_map(
         planted(tiny_comparison, {"before": (before, reward), "after": (before + 9, reward + 1)}), None
     )
-    row = found.data["ranks"][0]
-    assert row["spearman"] == pytest.approx(-1, abs=0.02) and found.data["shares"][0] > 0.95
-    points = found.data["points"]
+    row = result.data["ranks"][0]
+    assert row["spearman"] == pytest.approx(-1, abs=0.02) and result.data["shares"][0] > 0.95
+    points = result.data["points"]
     assert (
         len(points) == 2 * N
         and points[0]["seed"] == 200_000
@@ -68,15 +68,15 @@ def test_reward_along_a_planted_axis(tiny_comparison, quick_umap):
     )
     moved = [points[N + i]["principal_x"] - points[i]["principal_x"] for i in range(N)]
     np.testing.assert_allclose(moved, moved[0])
-    assert f"{row['spearman']:.2f}" in found.says[0]
+    assert f"{row['spearman']:.2f}" in result.says[0]
 
 
 def test_a_constant_reward_has_no_rank(tiny_comparison, quick_umap):
     before = RNG.normal(size=(N, 4))
-    found = embedding.feature_map(
+    result = embedding.feature_map(
         planted(tiny_comparison, {"before": (before, np.ones(N)), "after": (before, np.ones(N))}), None
     )
-    assert found.data["ranks"][0]["spearman"] is None and "constant" in found.says[0]
+    assert result.data["ranks"][0]["spearman"] is None and "constant" in result.says[0]
 
 
 def test_without_umap_the_rest_is_there(tiny_comparison, monkeypatch):
@@ -85,9 +85,11 @@ def test_without_umap_the_rest_is_there(tiny_comparison, monkeypatch):
         tiny_comparison, {role: (RNG.normal(size=(N, 4)), RNG.normal(size=N)) for role in ("before", "after")}
     )
     job = embedding.jobs(c)[0]
-    found = job.compute(None)
+    result = job.compute(None)
     assert (
-        "umap" not in job.plots and found.data["layouts"] == ["principal"] and embedding.NO_UMAP in found.says
+        "umap" not in job.plots
+        and result.data["layouts"] == ["principal"]
+        and embedding.NO_UMAP in result.says
     )
 
 
@@ -105,23 +107,23 @@ def test_features_are_what_the_reward_pools(tiny_comparison):
     np.testing.assert_allclose(rewards, c.scores(c.before, c.seeds()), rtol=1e-4, atol=1e-5)
 
 
-def test_clouds_apart_are_told_and_equal_ones_are_not(tiny_comparison):
+def test_clouds_apart_are_reported_and_equal_ones_are_not(tiny_comparison):
     base = RNG.normal(size=(N, 4))
     reward = RNG.normal(size=N)
     c = planted(
         tiny_comparison,
         {"before": (base, reward), "after": (base + 50, reward), "control": (base + 1e-9, reward)},
     )
-    found = embedding.separability(c, None)
+    result = embedding.separability(c, None)
     assert (
-        found.data["after"]["share"] == 1
-        and found.data["after"]["p"] < 0.001
-        and found.data["control"]["p"] > 0.05
+        result.data["after"]["share"] == 1
+        and result.data["after"]["p"] < 0.001
+        and result.data["control"]["p"] > 0.05
     )
-    for role, line in zip(("after", "control"), found.says, strict=False):
-        assert role in line and f"{found.data[role]['share']:.1%}" in line
+    for role, line in zip(("after", "control"), result.says, strict=False):
+        assert role in line and f"{result.data[role]['share']:.1%}" in line
     # one verdict denies what the other states
-    assert ["not" in line.rpartition(":")[2].split() for line in found.says[:2]] == [False, True]
+    assert ["not" in line.rpartition(":")[2].split() for line in result.says[:2]] == [False, True]
 
 
 def test_separability_is_the_share_written_out():
@@ -129,14 +131,15 @@ def test_separability_is_the_share_written_out():
     b = RNG.normal(size=(8, 3)) + 0.5
     near = neighbours(np.concatenate([a, b]), 3)
     share = np.mean([(i < 8) == (j < 8) for i in range(16) for j in near[i]])
-    found = paired_separability(a, b, k=3, permutations=199, seed=1)
+    result = paired_separability(a, b, k=3, permutations=199, seed=1)
     assert (
-        found.share == pytest.approx(share) and found.p == (1 + (found.chance >= share - 1e-12).sum()) / 200
+        result.share == pytest.approx(share)
+        and result.p == (1 + (result.chance >= share - 1e-12).sum()) / 200
     )
-    assert found.chance.mean() == pytest.approx(0.5, abs=0.05)
+    assert result.chance.mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, monkeypatch):
+def test_images_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, monkeypatch):
     c = tiny_comparison
     monkeypatch.setattr(embedding, "PIXELS", 48)
     sheet = embedding.shapes(c, tmp_path).data
@@ -151,8 +154,8 @@ def test_pictures_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, m
         expected = shade(sigma, embedding.YAW, resolution=size)[0, 0].numpy()
         place = 2 * (seed - 200_000) + ("before", "after").index(role)
         row, column = divmod(place, sheet["columns"])
-        found = picture[row * size : (row + 1) * size, column * size : (column + 1) * size]
-        assert np.abs(found - expected).mean() < 0.03  # JPEG
+        result = picture[row * size : (row + 1) * size, column * size : (column + 1) * size]
+        assert np.abs(result - expected).mean() < 0.03  # JPEG
 
 
 def test_the_tool_from_files_to_page(
@@ -190,8 +193,8 @@ def test_the_tool_from_files_to_page(
 def test_neighbours_skip_the_partner_and_match_loops():
     a = RNG.normal(size=(9, 3))
     pooled = np.concatenate([a, a + 1e-6])
-    found = neighbours(pooled, 4)
-    for i, row in enumerate(found):
+    result = neighbours(pooled, 4)
+    for i, row in enumerate(result):
         allowed = [j for j in range(18) if j not in (i, (i + 9) % 18)]
         gaps = {j: np.linalg.norm(pooled[i] - pooled[j]) for j in allowed}
         assert set(row) <= set(allowed) and sorted(gaps[j] for j in row) == pytest.approx(

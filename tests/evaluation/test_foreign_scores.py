@@ -63,10 +63,10 @@ def trial(reference):
 def test_copies_are_recovered(trial, name):
     generator = trial.networks[name].generator
     truth = {"scale": 1.0, "shift": (0.0, 0.0, 0.0), **COPIES[name]}
-    places, found = trial.places(generator)
-    assert found.similarity.scale == pytest.approx(truth["scale"], rel=0.01)
-    np.testing.assert_allclose(found.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
-    assert found.residual < 0.005
+    places, result = trial.places(generator)
+    assert result.similarity.scale == pytest.approx(truth["scale"], rel=0.01)
+    np.testing.assert_allclose(result.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
+    assert result.residual < 0.005
     calibrated = trial.see(Placed(generator, places["calibrated"]), trial.seeds)
     assert np.corrcoef(calibrated.scores, trial.reference_scores.scores)[0, 1] >= 0.99
     assert trial.outside(calibrated.embedding) <= 0.1 + trial.outside(trial.reference_scores.embedding)
@@ -77,12 +77,12 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     small = dataclasses.replace(
         trial, options=dataclasses.replace(OPTIONS, n=16, fit=8, known=16, resolution=32)
     )
-    found = fs.score(small, "rescaled", tmp_path)
-    data = json.loads(json.dumps(found.data))
+    result = fs.score(small, "rescaled", tmp_path)
+    data = json.loads(json.dumps(result.data))
     assert data["reference"]["calibrated"]["mean"] > 0.95 and len(data["scores"]["raw"]) == 16
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
-    assert (tmp_path / next(iter(found.images.values()))).stat().st_size > 1000
+    assert (tmp_path / next(iter(result.images.values()))).stat().st_size > 1000
     fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.reference_scores.scores)})
 
 
@@ -162,10 +162,10 @@ def test_alignment_ignores_what_one_surface_lacks():
     sphere = rng.normal(size=(3000, 3))
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
     lacking = sphere[sphere[:, 1] > -0.8]
-    found = align(lacking * 2 + [1, 0, 0], sphere)
+    result = align(lacking * 2 + [1, 0, 0], sphere)
     assert (
-        found.similarity.scale == pytest.approx(2, rel=0.02)
-        and np.abs(np.subtract(found.similarity.shift, (1, 0, 0))).max() < 0.04
+        result.similarity.scale == pytest.approx(2, rel=0.02)
+        and np.abs(np.subtract(result.similarity.shift, (1, 0, 0))).max() < 0.04
     )
 
 

@@ -144,9 +144,9 @@ def face(nose=0.0, bend=0.0, tilt=0.0, valid=None, side=80):
 
 
 def test_a_plane_has_no_relief_and_no_nose():
-    found = measures(face(tilt=0.3), Bounds())
-    assert found[RELIEF][0] == pytest.approx(0, abs=1e-12) and found[VALID][0] == 1
-    assert found[RANGE][0] == pytest.approx(0.9 * 0.3 * 0.2, rel=0.1)
+    result = measures(face(tilt=0.3), Bounds())
+    assert result[RELIEF][0] == pytest.approx(0, abs=1e-12) and result[VALID][0] == 1
+    assert result[RANGE][0] == pytest.approx(0.9 * 0.3 * 0.2, rel=0.1)
 
 
 def test_a_nose_stands_out_by_its_length():
@@ -157,8 +157,8 @@ def test_a_nose_stands_out_by_its_length():
 
 
 def test_a_missing_face_is_missing():
-    found = measures(face(valid=np.zeros((80, 80), bool)), Bounds())
-    assert found[VALID][0] == 0 and all(np.isnan(found[name][0]) for name in list(found)[1:])
+    result = measures(face(valid=np.zeros((80, 80), bool)), Bounds())
+    assert result[VALID][0] == 0 and all(np.isnan(result[name][0]) for name in list(result)[1:])
 
 
 def test_change_leaves_pixels_out_that_few_latents_hit():

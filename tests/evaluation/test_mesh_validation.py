@@ -1,4 +1,4 @@
-"""The census: what it counts, that a broken file is a row, and what it refuses."""
+"""Mesh validation: its counts, damaged files as rows, and rejected inputs."""
 
 import csv
 import json
@@ -52,28 +52,28 @@ def rows(generator: str, count: int, good: int) -> list[dict]:
 
 
 def test_shares_have_the_intervals_of_the_specification():
-    found = {
+    result = {
         (row["generator"], row["demand"]): row for row in shares([*rows("a", 100, 91), *rows("b", 100, 0)])
     }
-    assert [round(found["a", "closed"][end], 2) for end in ("share", "lo", "hi")] == [0.91, 0.84, 0.95]
-    assert [round(found["b", "closed"][end], 3) for end in ("share", "lo", "hi")] == [0, 0, 0.037]
-    assert len(found) == 2 * len(DEMANDS) and found["a", "stands"]["share"] == 1
+    assert [round(result["a", "closed"][end], 2) for end in ("share", "lo", "hi")] == [0.91, 0.84, 0.95]
+    assert [round(result["b", "closed"][end], 3) for end in ("share", "lo", "hi")] == [0, 0, 0.037]
+    assert len(result) == 2 * len(DEMANDS) and result["a", "stands"]["share"] == 1
 
 
-def test_refused_files_and_missing_values_count_for_nothing():
+def test_rejected_files_and_missing_values_count_for_nothing():
     given = [*rows("a", 4, 4), {"generator": "a", "file": "a/x.glb", "reason": "expected more"}]
     assert {row["of"] for row in shares(given)} == {4}
-    found = medians(given)
-    assert "solidity" not in {row["measure"] for row in found} and all(
-        row["lo"] <= row["median"] <= row["hi"] for row in found
+    result = medians(given)
+    assert "solidity" not in {row["measure"] for row in result} and all(
+        row["lo"] <= row["median"] <= row["hi"] for row in result
     )
 
 
 def test_pairs_are_files_of_one_name():
-    (found,) = [row for row in paired([*rows("a", 10, 9), *rows("b", 10, 2)]) if row["demand"] == "closed"]
-    first, second = (key for key in found if key.startswith("only"))
-    assert (found["pairs"], found[first], found[second]) == (10, 7, 0)
-    assert found["p"] == pytest.approx(2 / 2**7)
+    (result,) = [row for row in paired([*rows("a", 10, 9), *rows("b", 10, 2)]) if row["demand"] == "closed"]
+    first, second = (key for key in result if key.startswith("only"))
+    assert (result["pairs"], result[first], result[second]) == (10, 7, 0)
+    assert result["p"] == pytest.approx(2 / 2**7)
     assert badness(rows("a", 1, 0)[0]) > badness(rows("a", 1, 1)[0])
 
 
@@ -98,8 +98,8 @@ def test_a_process_that_dies_is_a_row_and_the_next_file_is_measured(tmp_path, mo
     )
     monkeypatch.setattr(census, "_ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)  # the module that is found first
-    found = dict(answers([{"number": i} for i in range(4)], jobs=2))
-    assert found == {0: {"number": 0}, 1: {"reason": census.ENDED}, 2: {"number": 2}, 3: {"number": 3}}
+    result = dict(answers([{"number": i} for i in range(4)], jobs=2))
+    assert result == {0: {"number": 0}, 1: {"reason": census.ENDED}, 2: {"number": 2}, 3: {"number": 3}}
     assert "PYTHONPATH" not in os.environ or str(tmp_path) not in os.environ["PYTHONPATH"]
 
 
@@ -120,9 +120,9 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
     assert "2 measured, 1 not" in done.output
     assert any("broken.glb" in line and "GLB" in line for line in done.output.splitlines())
     with (out / "data" / "files.csv").open() as file:
-        found = {row["file"]: row for row in csv.DictReader(file)}
-    assert found["good/chair.glb"]["closed"] == "True" and found["open/chair.glb"]["closed"] == "False"
-    assert found["open/broken.glb"]["reason"] and not found["open/broken.glb"].get("closed")
+        result = {row["file"]: row for row in csv.DictReader(file)}
+    assert result["good/chair.glb"]["closed"] == "True" and result["open/chair.glb"]["closed"] == "False"
+    assert result["open/broken.glb"]["reason"] and not result["open/broken.glb"].get("closed")
     page = (out / "index.html").read_text()
     assert (
         "1e-05" in page
@@ -153,7 +153,7 @@ def test_bad_input_is_one_line(tmp_path, flags, word):
     assert done.exit_code == 2 and word in done.stderr
 
 
-def test_a_folder_of_broken_files_is_refused(tmp_path):
+def test_a_folder_of_damaged_files_is_rejected(tmp_path):
     (tmp_path / "a.glb").write_bytes(b"nothing")
     done = CliRunner().invoke(
         main, ["check-assets", str(tmp_path), f"--outdir={tmp_path / 'out'}", "--jobs=1"]

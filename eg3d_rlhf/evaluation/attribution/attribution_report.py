@@ -358,6 +358,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
 
 def _counts(study: Study) -> list[dict]:
+    """Count the voxels of each region: mean, least and most over the latents."""
     # The same regions may hold different voxels for each latent, for example about landmarks.
     # Voxels per latent and region
     counts = np.array([p.counts() for p in study.partitions])  # [N, R]
@@ -447,6 +448,7 @@ def shapley(study: Study, folder: Path) -> Finding:
 
 
 def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, gap: float) -> list[str]:
+    """Describe the change of the reward and the regions that contribute to it."""
     # Regions by the size of their mean contribution, largest first
     order = np.argsort([-abs(m["mean"]) for m in means])
     # An interval without zero: the sign of the mean contribution is established over these latents.
@@ -620,6 +622,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
 
 
 def _redrawn_says(data: dict) -> list[str]:
+    """Describe the correlation with rewards of random weights."""
     # Every draw was constant
     if data["mean"] is None:
         return [
@@ -663,6 +666,7 @@ def _order(means: list[dict]) -> np.ndarray:
 
 
 def _bar_size(count: int) -> tuple[float, float]:
+    """Return the size in inches of a plot with `count` bars."""
     # Inches: the height grows with the number of bars.
     return (6.4, 0.9 + 0.34 * count)
 

@@ -38,6 +38,7 @@ class Study:
 
     @cached_property
     def seeds(self) -> range:
+        """Return the held-out latents of the study."""
         return self.c.seeds()
 
     @property
@@ -63,6 +64,7 @@ class Study:
 
     @cached_property
     def score(self) -> game.Score:
+        """Return the function that scores normalised slabs."""
         # The network alone, not the reward: the slabs are normalised already, and coalitions mix them as they
         # are.
         return self.c.reward.network.score
@@ -107,6 +109,7 @@ class Study:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the names of the regions, the same for every latent."""
         return self.partitions[0].names
 
     def of_the_head(self) -> "Study":
@@ -156,6 +159,7 @@ class Study:
 
     @property
     def cube_spec(self) -> SlabSpec:
+        """Return the grid over the whole scene from which meshes are extracted."""
         # The whole scene, not only the slab: meshes show the entire head.
         return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
 
@@ -167,6 +171,7 @@ class Study:
 
     @property
     def level(self) -> float:
+        """Return the density level of the surface."""
         return self.c.before.generator.level
 
     def values(
@@ -234,6 +239,7 @@ class Study:
 
     @cached_property
     def integrated(self) -> list[game.IntegratedGradients]:
+        """Compute Integrated Gradients of each latent."""
         # Along the straight path from the slab before tuning to the one after it.
         s = self.settings
         before = self.slabs["before"]

@@ -372,6 +372,7 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
 
 
 def _box(low: Sequence[float], high: Sequence[float]) -> Box:
+    """Return the box between two corners [3]."""
     # (low, high) corners -> x from, x to, y from, y to, z from, z to
     return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
 

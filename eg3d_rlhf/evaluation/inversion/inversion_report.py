@@ -150,6 +150,7 @@ KNEE = 0.5  # dB: largest accepted loss of PSNR at the target's camera
 
 
 def facts(setup: Setup) -> Facts:
+    """Return the facts that the page states; an interval needs at least two targets."""
     # A long list of names would fill the page.
     names = ", ".join(case.name for case in setup.cases[:16])  # at most 16
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
@@ -212,6 +213,7 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
 
 
 def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
+    """Describe the changes at the largest weight, the knee, and over-optimisation."""
     # One weight has nothing to be compared with.
     says = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]

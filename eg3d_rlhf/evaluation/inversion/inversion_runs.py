@@ -210,6 +210,7 @@ class Inversions:
             storage.write_tensors(folder / f"{name}-ws.safetensors", KIND, {"ws": stage.ws}, {})
 
     def _checkpoint(self, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
+        """Write the state of the current part, and the position of the next step."""
         # `at` is where the next run continues.
         self.run.checkpoint(self.done, state, {"at": list(at), "done": self.done, "lines": self.run.lines})
 
@@ -236,4 +237,5 @@ class Inversions:
 
 
 def write_json(path: Path, record: dict) -> None:
+    """Write a record as JSON, atomically and with sorted keys."""
     storage.write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

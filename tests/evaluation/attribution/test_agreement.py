@@ -28,17 +28,17 @@ SPEC = SlabSpec(resolution=48)
 
 def test_agreement_per_latent_and_overall():
     a = np.random.default_rng(0).standard_normal((5, 9))
-    found = agreement({"one": a, "same": 2 * a, "opposite": -a})
-    assert [(e["first"], e["second"]) for e in found] == [
+    result = agreement({"one": a, "same": 2 * a, "opposite": -a})
+    assert [(e["first"], e["second"]) for e in result] == [
         ("one", "same"),
         ("one", "opposite"),
         ("same", "opposite"),
     ]
     assert (
-        found[0]["spearman"]["mean"]["mean"] == pytest.approx(1)
-        and len(found[0]["kendall"]["per_latent"]) == 5
+        result[0]["spearman"]["mean"]["mean"] == pytest.approx(1)
+        and len(result[0]["kendall"]["per_latent"]) == 5
     )
-    assert found[1]["spearman"]["overall"] == pytest.approx(-1)
+    assert result[1]["spearman"]["overall"] == pytest.approx(-1)
 
 
 def test_redrawn_weights_keep_scale_and_forget_the_rest():
@@ -85,7 +85,7 @@ def test_voxels_on_the_surface():
     np.testing.assert_allclose(voxels_at(at, voxels, SPEC), [2, 2, 0, 0], atol=1e-3)
 
 
-def test_colours_and_picture():
+def test_colours_and_render():
     vertices, faces = ball()
     colours = diverging(vertices[:, 0], 0.3)
     assert tuple(diverging(np.array([0.3, 0.0, -9.0]), 0.3).flatten()) == (

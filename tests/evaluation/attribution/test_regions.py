@@ -96,7 +96,7 @@ def test_wrong_masks_are_named(tmp_path, change, names):
         regions.read_masks(tmp_path / "m.npy", SPEC.shape)
 
 
-def test_pickled_masks_are_refused(tmp_path):
+def test_pickled_masks_are_rejected(tmp_path):
     np.save(tmp_path / "m.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with raising("m.npy"):
         regions.read_masks(tmp_path / "m.npy", SPEC.shape)
@@ -141,12 +141,12 @@ def test_landmark_partition_has_twelve_regions():
 def test_the_whole_head_has_eight_parts_and_nothing_is_left_over():
     points = average()
     spec = SlabSpec(resolution=128)
-    found = regions.head_partition(points, spec)
-    assert len(set(found.names)) == 8
-    _, crown, neck, _, left, right, face, _ = found.names
-    assert min(found.counts()[1:]) > 0 and sum(found.counts()) == found.labels.numel()
+    result = regions.head_partition(points, spec)
+    assert len(set(result.names)) == 8
+    _, crown, neck, _, left, right, face, _ = result.names
+    assert min(result.counts()[1:]) > 0 and sum(result.counts()) == result.labels.numel()
     at = spec.points().double().flatten(0, 2)  # [D H W, 3]
-    part = {name: at[found.labels.flatten() == i] for i, name in enumerate(found.names)}
+    part = {name: at[result.labels.flatten() == i] for i, name in enumerate(result.names)}
     assert "left" in left and part[left][:, 0].max() < points[:, 0].min()
     assert "right" in right and part[right][:, 0].min() > points[:, 0].max()
     assert "neck" in neck and part[neck][:, 1].max() < points[16, 1] < part[face][:, 1].min() + 0.02
@@ -176,15 +176,15 @@ def test_every_vertex_of_a_head_has_a_part():
 
 
 def test_voxels_belong_to_the_part_of_the_nearest_vertex(head):
-    found = regions.people_partition(head, SPEC)
-    assert found.names == regions.PARTS and sum(found.counts()) == found.labels.numel()
+    result = regions.people_partition(head, SPEC)
+    assert result.names == regions.PARTS and sum(result.counts()) == result.labels.numel()
     at = SPEC.points()
     rear = at[..., 2] < -0.15
     inside = (at[..., 1].abs() < 0.1) & (at[..., 0].abs() < 0.03)
-    assert {regions.PARTS[i] for i in found.labels[rear & inside].unique().tolist()} <= {"back", "neck"}
+    assert {regions.PARTS[i] for i in result.labels[rear & inside].unique().tolist()} <= {"back", "neck"}
     change = torch.randn(2, *SPEC.shape, generator=torch.Generator().manual_seed(0))
     # what the parts add up to
-    assert torch.allclose(found.sums(change).sum(dim=-1), change.double().sum(dim=(1, 2, 3)))
+    assert torch.allclose(result.sums(change).sum(dim=-1), change.double().sum(dim=(1, 2, 3)))
 
 
 def test_back_projection():
@@ -194,9 +194,9 @@ def test_back_projection():
     valid[:, 7] = False
     pixels = np.full((regions.COUNT, 2), 8.0)  # of a picture with 16 pixels per edge: the middle
     pixels[1] = [16, 1]  # beside the head: the nearest valid pixel stands for it
-    found = regions.back_project(pixels, 16, points, valid)
-    np.testing.assert_allclose(found[1], points[0, 6])
-    assert np.abs(found[0][:2]).max() < 0.2 and found[0][2] == 0.3
+    result = regions.back_project(pixels, 16, points, valid)
+    np.testing.assert_allclose(result[1], points[0, 6])
+    assert np.abs(result[0][:2]).max() < 0.2 and result[0][2] == 0.3
     with raising("0.0%", "--regions=boxes"):
         regions.back_project(pixels, 16, points, np.zeros((8, 8), dtype=bool))
 
@@ -219,7 +219,7 @@ def test_wrong_landmarks_are_named(tmp_path, values, names):
 
 def test_landmarks_by_seed(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"image_size": 64, "seeds": {"5": [[1, 2]] * 98}}))
-    found = regions.read_landmarks(tmp_path / "l.json")
-    assert found.of(5).shape == (98, 2)
+    result = regions.read_landmarks(tmp_path / "l.json")
+    assert result.of(5).shape == (98, 2)
     with raising("--landmarks", "seed 6", "5"):
-        found.of(6)
+        result.of(6)

@@ -1,4 +1,4 @@
-"""Shapley values and Integrated Gradients of rewards with known answers, errors as stated, and the refusal of
+"""Shapley values and Integrated Gradients of rewards with known answers, error bars, and the rejection of
 what does not add up.
 """
 
@@ -92,8 +92,8 @@ def test_planted_defect_comes_first(method):
             return game.sums(slabs).sum(dim=1).tanh() - 4 * bump.square()
 
         values = game.values(score)
-        found = shapley(values, REGIONS, values.difference(), method, 16, trial)
-        first += int(np.abs(found.values).argmax() == planted)
+        result = shapley(values, REGIONS, values.difference(), method, 16, trial)
+        first += int(np.abs(result.values).argmax() == planted)
     assert first >= 95
 
 
@@ -108,9 +108,9 @@ def test_sampled_values_lie_within_their_errors(method):
         def value(coalitions, table=table):
             return torch.from_numpy(table[(coalitions * bits).sum(dim=1).numpy()])
 
-        found = shapley(value, REGIONS, table[-1] - table[0], method, 64, trial)
-        assert abs(found.gap) < 1e-12
-        distances.append((found.values - truth) / found.errors)
+        result = shapley(value, REGIONS, table[-1] - table[0], method, 64, trial)
+        assert abs(result.gap) < 1e-12
+        distances.append((result.values - truth) / result.errors)
     # about 95 % of a t distribution with 31 degrees or more
     inside = np.mean(np.abs(np.concatenate(distances)) < 2)
     assert 0.92 < inside < 0.98
@@ -119,9 +119,9 @@ def test_sampled_values_lie_within_their_errors(method):
 def test_antithetic_pairs_are_exact_for_pairwise_games():
     game = Game(3)
     values = game.values(lambda slabs: (s := game.sums(slabs)).sum(dim=1) + s[:, 0] * s[:, 2])
-    found = shapley(values, REGIONS, values.difference(), "antithetic", 4, 0)
-    np.testing.assert_allclose(found.values, exact(values, REGIONS), atol=1e-6)
-    np.testing.assert_allclose(found.errors, 0, atol=1e-6)
+    result = shapley(values, REGIONS, values.difference(), "antithetic", 4, 0)
+    np.testing.assert_allclose(result.values, exact(values, REGIONS), atol=1e-6)
+    np.testing.assert_allclose(result.errors, 0, atol=1e-6)
 
 
 def test_values_are_cached_and_batches_bounded():
@@ -149,11 +149,11 @@ def test_unchanged_regions_cost_nothing():
     game = Game(6)
     game.tuned = torch.where(game.labels == 2, game.original, game.tuned)
     values = game.values(lambda slabs: game.sums(slabs).sum(dim=1))
-    found = exact(values, REGIONS)
-    assert found[2] == 0 and values.evaluations == 2 ** (REGIONS - 1)
+    result = exact(values, REGIONS)
+    assert result[2] == 0 and values.evaluations == 2 ** (REGIONS - 1)
 
 
-def test_gap_above_the_bound_is_refused():
+def test_gap_above_the_bound_is_rejected():
     fine = Attribution(method="exact", values=np.array([1.0, 2.0]), gap=1e-7, difference=3.0)
     check_gap([fine], [7], 0.01)
     wrong = Attribution(method="exact", values=np.array([1.0, 2.0]), gap=0.5, difference=2.5)
@@ -166,8 +166,8 @@ def test_a_leaking_score_shows_in_the_gap():
     game = Game(8)
     values = game.values(lambda slabs: game.sums(slabs).sum(dim=1))
     values.voxels[0] = values.voxels[0][1:]
-    found = shapley(values, REGIONS, values.difference())
-    assert found.relative_gap > 1e-3
+    result = shapley(values, REGIONS, values.difference())
+    assert result.relative_gap > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def difference(score, original, tuned):
 def test_quadratic_reward_is_exact():
     original, tuned = slabs(2)
     score = lambda x: x.square().flatten(1).sum(dim=1)  # noqa: E731
-    found = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=2)
+    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=2)
     torch.testing.assert_close(
-        found.voxels.float(), (tuned.square() - original.square())[0], atol=1e-5, rtol=1e-4
+        result.voxels.float(), (tuned.square() - original.square())[0], atol=1e-5, rtol=1e-4
     )
 
 
@@ -217,12 +217,12 @@ def test_steps_rise_until_the_gap_is_small():
     def score(x):  # a step that few points see
         return torch.sigmoid(400 * (x.flatten(1).mean(dim=1) - 0.503))
 
-    found = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=4)
-    steps = [s for s, _ in found.tried]
+    result = integrated_gradients(score, original, tuned, difference(score, original, tuned), steps=4)
+    steps = [s for s, _ in result.tried]
     assert (
         steps[0] == 4 and len(steps) > 2 and all(b == 2 * a for a, b in zip(steps, steps[1:], strict=False))
     )
-    assert found.complete and found.tried[0][1] > BOUND >= found.tried[-1][1]
+    assert result.complete and result.tried[0][1] > BOUND >= result.tried[-1][1]
 
 
 @captum
@@ -230,7 +230,7 @@ def test_what_stays_incomplete_says_so():
     original = torch.zeros(SLAB)
     tuned = torch.ones(SLAB)
     score = lambda x: torch.sigmoid(4000 * (x.flatten(1).mean(dim=1) - 0.503))  # noqa: E731
-    found = integrated_gradients(
+    result = integrated_gradients(
         score, original, tuned, difference(score, original, tuned), steps=4, most_steps=8
     )
-    assert not found.complete and [s for s, _ in found.tried] == [4, 8]
+    assert not result.complete and [s for s, _ in result.tried] == [4, 8]

@@ -1,4 +1,4 @@
-"""eg3d-rlhf report attribute from end to end: a network against itself, and settings that are refused."""
+"""eg3d-rlhf report attribute from end to end: a network against itself, and rejected settings."""
 
 import json
 from pathlib import Path
@@ -34,9 +34,12 @@ def check_error(result, *names):
 
 
 def test_dry_run_is_json(tmp_path):
-    found = json.loads(call("--dry-run", "--n=3", f"--outdir={tmp_path}").stdout)
+    result = json.loads(call("--dry-run", "--n=3", f"--outdir={tmp_path}").stdout)
     assert (
-        found["regions"] == "people" and found["psi"] == 1 and found["n"] == 3 and found["method"] == "exact"
+        result["regions"] == "people"
+        and result["psi"] == 1
+        and result["n"] == 3
+        and result["method"] == "exact"
     )
     assert not any(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""A run of inversions: killed anywhere it goes on to the same bytes; and the tool from the outside."""
+"""Resume of killed inversions, which gives the same bytes; and the command line."""
 
 import dataclasses
 import json
@@ -153,11 +153,11 @@ def rows(psnrs, rewards, evaluators):
 
 
 def test_knee_and_over_optimisation():
-    found = report.summarise(rows((30, 29.8, 29), (1, 2, 3), (5, 6, 4)), [0.0, 0.1, 1.0])
-    assert (found["knee"], found["reward_rises"]) == ("0.1", True)
-    assert found["over_optimised"] == found["clearly_over_optimised"] == ["1"]
-    found = report.summarise(rows((30, 29.6, 29.7), (1, 3, 2), (5, 5, 5)), [0.0, 0.1, 1.0])
-    assert (found["knee"], found["reward_rises"], found["over_optimised"]) == ("1", False, [])
+    result = report.summarise(rows((30, 29.8, 29), (1, 2, 3), (5, 6, 4)), [0.0, 0.1, 1.0])
+    assert (result["knee"], result["reward_rises"]) == ("0.1", True)
+    assert result["over_optimised"] == result["clearly_over_optimised"] == ["1"]
+    result = report.summarise(rows((30, 29.6, 29.7), (1, 3, 2), (5, 5, 5)), [0.0, 0.1, 1.0])
+    assert (result["knee"], result["reward_rises"], result["over_optimised"]) == ("1", False, [])
 
 
 def test_cameras(generator):
@@ -205,15 +205,18 @@ def test_an_image_from_start_to_page(tool, picture, tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     out = tmp_path / "runs" / "00000-inversion"
-    found = json.loads((out / "inversion.json").read_text())
+    results = json.loads((out / "inversion.json").read_text())
     assert (
-        found["perceptual"].startswith("head-factors-")
-        and found["perceptual"] in result.stdout
-        and found["evaluator"] == "none"
+        results["perceptual"].startswith("head-factors-")
+        and results["perceptual"] in result.stdout
+        and results["evaluator"] == "none"
     )
-    assert {record["arm"] for record in found["records"]} == {"truth", "w", "0", "0.5"} and "psnr" in found[
-        "measures"
-    ]
+    assert {record["arm"] for record in results["records"]} == {
+        "truth",
+        "w",
+        "0",
+        "0.5",
+    } and "psnr" in results["measures"]
     page = (out / "index.html").read_text()
     assert "data:image/png" in page and 'id="steps"' in page
     for name in ("strip.png", "orbit.mp4", "0.safetensors"):
@@ -268,12 +271,12 @@ def test_mistakes_are_one_line_and_leave_nothing(case, tool, reward, tmp_path):
     before = sorted(tmp_path.iterdir())
     flags, names = MISTAKES[case]
     more = [flag.format(tmp=tmp_path) for flag in flags]
-    found = (
+    result = (
         CliRunner().invoke(invert.main, more)
         if case == "nothing to resume"
         else tool(f"--outdir={tmp_path / 'runs'}", *more)
     )
-    rejected(found, *(name.format(tmp=tmp_path) for name in names))
+    rejected(result, *(name.format(tmp=tmp_path) for name in names))
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -282,6 +285,10 @@ def test_a_dry_run_says_what_would_be_done(tool, tmp_path):
         "--latents=1-2", "--weights=1,0", "--preset=published", f"--outdir={tmp_path / 'runs'}", "--dry-run"
     )
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["weights"] == [0, 1] and found["config"]["w_steps"] == 3 and not (tmp_path / "runs").exists()
-    assert found["config"]["fresh_rays"] is True and found["config"]["lambda_mse"] == 0.1
+    results = json.loads(result.stdout)
+    assert (
+        results["weights"] == [0, 1]
+        and results["config"]["w_steps"] == 3
+        and not (tmp_path / "runs").exists()
+    )
+    assert results["config"]["fresh_rays"] is True and results["config"]["lambda_mse"] == 0.1

@@ -83,16 +83,16 @@ def test_the_reward_enters_every_second_step_and_counts_twice(generator, objecti
     stage = projector.PivotalStage(
         generator, objective(guidance=guidance), prior.mean.repeat(1, generator.num_ws, 1), 0.3
     )
-    found = walk(stage)
-    assert ["reward" in one for one in found] == [True, False, True, False, True]
-    one = found[0]
+    result = walk(stage)
+    assert ["reward" in one for one in result] == [True, False, True, False, True]
+    one = result[0]
     term = (
         -float(guidance.standard.shaped(torch.tensor(one["reward"])).clamp(-projector.CLIP, projector.CLIP))
         / projector.CLIP
     )
     image = CONFIG.lambda_mse * one["mse"] + one["perceptual"]
     assert one["moved"] == 0 and one["loss"] == pytest.approx(image + 2 * 0.3 * term, rel=1e-5)
-    assert found[2]["moved"] > 0
+    assert result[2]["moved"] > 0
 
 
 def test_consistency_holds_the_density(generator, objective, prior, guidance):
@@ -128,7 +128,7 @@ def test_outside_the_mask_nothing_counts(generator, objective, prior, cases):
     )
 
 
-def test_the_mean_latent_and_the_deviation(generator, prior):
+def test_the_mean_latent_and_the_standard_deviation(generator, prior):
     w = generator.mapping(
         torch.randn(4000, generator.z_dim, generator=torch.Generator().manual_seed(1)),
         camera(generator, n=4000),
@@ -164,7 +164,7 @@ class Blind(torch.nn.Module):
         return images.detach().flatten(1)
 
 
-def test_features_without_a_gradient_are_refused(tmp_path):
+def test_features_without_a_gradient_are_rejected(tmp_path):
     torch.jit.script(Blind()).save(tmp_path / "blind.pt")
     with raising("blind.pt", "gradients"):
         projector.load_perceptual(tmp_path / "blind.pt", 32)
