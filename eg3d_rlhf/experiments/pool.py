@@ -1,7 +1,7 @@
 """Execution of named tasks with dependencies on worker processes.
 
 Large results are passed as files; a task returns simple values. Workers are spawned processes, which share no
-handles, each with one handler for all its tasks. They end when this process ends, for whatever reason, so
+handles, each with one handler for all its tasks. They end when this process ends or dies, so
 that a task must tolerate being stopped at any point.
 
     run_tasks(

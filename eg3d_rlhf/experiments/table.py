@@ -96,7 +96,7 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of prompts (under its JSON key "conditions") and of noises per prompt."""
+        """Return the number of prompts, under its old JSON key, and the number of noises per prompt."""
         prompts, noises = next(iter(self.base.values())).shape[1:]
         return {"conditions": prompts, "noises": noises}
 

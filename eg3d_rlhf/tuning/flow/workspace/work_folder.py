@@ -40,7 +40,7 @@ BASE = "base"  # folder below drawn/ for assets of the untuned generator
 TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
 SHOWN = (TRAIN, CHOOSE)  # what annotators see
 SHARES = (0.6, 0.2, 0.2)  # shares of the prompts, in the order of SPLITS
-# values in work.json: prompts that are texts, or names of images; "pictures" is the spelling of the file
+# values in work.json: prompts that are texts, or prompts that are names of images
 KINDS = ("prompts", "pictures")
 
 
