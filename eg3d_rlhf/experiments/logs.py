@@ -33,6 +33,7 @@ def named(text: str) -> list[str]:
             raise ValueError(
                 f"--log: expected {', '.join(NAMES)}, separated by commas, got {name!r}. Correct it."
             )
+        # looked up, not imported: packages are imported at the first line
         if importlib.util.find_spec(name) is None:
             install = f"Install it: pip install 'eg3d-rlhf[{name}]'"
             raise ValueError(f"--log={name}: expected the package {name}, got no installation. {install}")
@@ -50,6 +51,7 @@ def numbers(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield from numbers(value, f"{before}{name}/")
         elif isinstance(value, Sequence) and not isinstance(value, str):
             yield from numbers({str(place): item for place, item in enumerate(value)}, f"{before}{name}/")
+        # texts and None are left out: the trackers plot numbers only
         elif isinstance(value, (int, float)):
             yield f"{before}{name}", float(value)
 
@@ -68,6 +70,7 @@ class Log:
 
     def line(self, record: Mapping[str, Any]) -> None:
         """Log a line of stats.jsonl, which must have a step."""
+        # the step is the axis of the plots, not a curve
         values = {name: value for name, value in numbers(record) if name != "step"}
         for writer in self.writers:
             writer.line(values, record["step"])
@@ -110,7 +113,7 @@ class Board:
         """Log numbers at a step."""
         for name, value in values.items():
             self.file.add_scalar(name, value, step)
-        self.file.flush()
+        self.file.flush()  # so that TensorBoard shows the line while the run continues
 
     def image(self, name: str, path: Path, step: int) -> None:
         """Log an image file at a step."""

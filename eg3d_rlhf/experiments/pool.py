@@ -1,7 +1,7 @@
 """Execution of named tasks with dependencies on worker processes.
 
 Large results are passed as files; a task returns simple values. Workers are spawned processes, which share no
-handles, each with one handler for all its tasks. They end when this process ends, for whatever reason, so
+handles, each with one handler for all its tasks. They end when this process ends or dies, so
 that a task must tolerate being stopped at any point.
 
     run_tasks(
@@ -62,6 +62,7 @@ def run_tasks(
     order = _Order(needs)
     if stop is not None:
         return _on_threads(order, setup(*arguments), workers, on_done, expected, stop)
+    # no processes for one worker: errors keep their traceback, and a debugger works
     if workers == 1:
         handler = setup(*arguments)
         results = {}
@@ -139,6 +140,7 @@ def _dispatch(
             running[submit(name)] = name
             if len(running) == workers:
                 break
+        # nothing runs and nothing is ready: all tasks are done
         if not running:
             return results
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -172,7 +174,9 @@ def _begin(
         parent.poll(None)  # returns when the other end is closed, by the parent or by its death
         os.kill(os.getpid(), signal.SIGTERM)  # not SIGKILL: a training writes a checkpoint first
 
+    # a daemon thread, which does not keep the worker alive at its end
     threading.Thread(target=end_with_parent, daemon=True).start()
+    # workers number themselves, because the executor does not
     with count.get_lock():
         number = count.value
         count.value += 1

@@ -104,6 +104,7 @@ class Run:
 
         Measurements of an earlier attempt, which ended before its first state, are deleted.
         """
+        # every other rank returns at once: one process alone writes into the folder
         if self.ranks.main:
             for name in (STATS, TIMING):
                 (self.folder / name).unlink(missing_ok=True)
@@ -143,6 +144,7 @@ class Run:
             n for n in known if old.get(n) != new.get(n) and not {n, n.split(".")[-1]} & set(free or ())
         )
         if changed:
+            # at most four settings, so that the message stays one readable line
             got = "; ".join(f"{name} {new.get(name)} instead of {old.get(name)}" for name in changed[:4])
             raise ValueError(
                 f"run {self.folder}: expected the settings that it was begun with, got {got}. Use the earlier"
@@ -246,6 +248,7 @@ class Run:
 
     def checkpoint(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps (images or updates); the last two states are kept."""
+        # the path is known on every rank, for messages; rank 0 writes
         path = checkpoint.path_of(self.folder, step)
         if self.ranks.main:
             checkpoint.write(self.folder, step, dict(tensors), dict(meta))

@@ -123,6 +123,7 @@ class Store:
             `maker`.
         """
         folder = self.folder(kind, inputs)
+        # products were hashed once in this process; large ones are not read again
         if folder in self._seen:
             return self._seen[folder]
         if self.ranks.main:
@@ -136,6 +137,7 @@ class Store:
             )
         if not reused:
             if self.ranks.main:
+                # a folder of other inputs may hold files that the maker would take for its own
                 if self._renew and _stated(folder) not in (None, json_hash(stored(inputs))):
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +146,7 @@ class Store:
                 if self._renew:  # it may have been made while this process waited
                     done = self.ranks.broadcast(self._finished(folder, inputs) if self.ranks.main else None)
                 if done is None:
+                    # inputs first, so that an interrupted folder states what it belongs to
                     if self.ranks.main:
                         self.begin(folder, inputs)
                     products, record = maker(folder)
@@ -209,6 +212,7 @@ class Store:
             return None
         try:
             return _checked(folder, inputs)
+        # a damaged artefact counts as unfinished where it may be made again
         except ValueError:
             if not self._renew:
                 raise
@@ -253,6 +257,7 @@ def _checked(folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
             f"artefact {folder}: expected an unchanged {DONE}, got a changed one. Restore it, or delete the"
             " folder: the artefact is made again."
         )
+    # every product is hashed, since a file may have been edited or cut off after it was written
     for name, expected in files.items():
         path = folder / name
         got = file_hash(path) if path.is_file() else "nothing"

@@ -96,7 +96,7 @@ class Table:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return the number of prompts (under its JSON key "conditions") and of noises per prompt."""
+        """Return the number of prompts, under its old JSON key, and the number of noises per prompt."""
         prompts, noises = next(iter(self.base.values())).shape[1:]
         return {"conditions": prompts, "noises": noises}
 
@@ -147,6 +147,7 @@ def figure_table(
 
 def over_seeds(values: Mapping[str, float]) -> dict[str, Any]:
     """Compute the mean, the sample standard deviation and Student's 95 % interval of a figure over seeds."""
+    # float64, and no interval for a single seed, whose standard deviation is undefined
     known = np.array(list(values.values()), dtype=np.float64)
     interval = t_mean_interval(known) if len(known) > 1 else None
     return {
@@ -176,7 +177,7 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
     drawn, axes = style.figure(
         columns=len(panels), size=(9.4 if len(panels) > 1 else 5.6, 1.4 + 0.26 * len(panels[0][1]))
     )
-    # all values of all panels, for one common range of the axes
+    # all values of all panels, so that the panels have one range and can be compared
     rates = [
         rate
         for _, rows in panels
@@ -198,11 +199,12 @@ def plot_rates(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], no
                 color=style.colour("after"),
                 capsize=2,
             )
+            # vertical ticks show the spread over training seeds, which the interval does not
             ticks = [seed["win_rate"] for seed in rated.get("seeds", ())]
             axis.plot(ticks, [place] * len(ticks), "|", color=style.colour("before"), markersize=7)
         axis.axvline(0.5, color=style.colour("noise"), linewidth=1)  # chance
         axis.set_yticks(range(len(rows)), list(rows), fontsize=7)
-        axis.invert_yaxis()
+        axis.invert_yaxis()  # the first row at the top, as in the table
         axis.set(xlim=(min(rates) - 0.02, max(rates) + 0.02))
         axis.set_xlabel(label, fontsize=8)
     drawn.suptitle(note, fontsize=8)

@@ -49,6 +49,7 @@ def camera(
 
     Angles are counted as in EG3D's tools: a negative pitch looks from above. Torch's random state is kept.
     """
+    # `label` may use the random state; fork_rng needs the CUDA devices by name
     with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
         return cameras.label(yaw, pitch, n, device)
 
@@ -131,6 +132,7 @@ def shade_depth(depth: np.ndarray) -> np.ndarray:
     """
     seen = np.isfinite(depth)  # an image without any hit is black
     low, high = (float(depth[seen].min()), float(depth[seen].max())) if seen.any() else (0.0, 0.0)
+    # the guard is for an image whose distances are all equal
     share = (high - np.where(seen, depth, high)) / max(high - low, 1e-12)  # 0 far, 1 near
     grey = np.where(seen, np.rint(32 + 223 * share), 0).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
@@ -183,6 +185,7 @@ class StageBar(contextlib.AbstractContextManager["StageBar", None]):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar to `done` of `total`; a new stage closes the bar and starts another."""
+        # a bar's total is fixed, so each stage needs another bar
         if self._bar is None or stage != self._stage:
             self.close()
             self._stage = stage

@@ -1,4 +1,4 @@
-"""Export of a generator's folder in its released layout, with tuned networks in place of its own.
+"""Export of a generator's folder in its released layout, with tuned networks in place of the original ones.
 
 A family describes its folder (`Release`); merging, rounding, linking and the report are here.
 """
@@ -31,6 +31,7 @@ def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path])
         )
     release = family.release(root, tuple(tuned))
     done = dict[str, dict]()
+    # files that stay are linked, since published weights are large; settings that change are written
     for name, content in release.files.items():
         if isinstance(content, bytes):
             write_atomic(out / name, content)
@@ -39,6 +40,7 @@ def export(family: FlowFamily, root: Path, out: Path, tuned: Mapping[str, Path])
     for stage, stored in tqdm(
         release.networks.items(), desc="export", unit="stage", leave=False, disable=None
     ):
+        # merged in float32, then rounded once to the types of the file
         state = merged_state(tuned_model(stored.load(torch.float32), tuned[stage]))
         done[stage] = {
             "file": stored.file,

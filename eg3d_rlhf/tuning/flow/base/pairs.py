@@ -54,6 +54,7 @@ class PreferencePair:
                 f"{who}: expected an id and source {' or '.join(SOURCES)}, got source {self.source!r}."
                 " Correct them."
             )
+        # only w2 is a weight, and must not be negative; scores and w1 have any sign
         for name in ("reward_preferred", "reward_rejected", "w1", "w2"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and (name != "w2" or value >= 0)):
@@ -62,6 +63,7 @@ class PreferencePair:
                     f"{who}, {name}: expected {expected} or None, got {value}. Drop the pair, or score it"
                     " again."
                 )
+        # both latents are checked alone, then compared: voxels may differ, channels may not
         forms = []
         for name in ("preferred", "rejected"):
             latent = getattr(self, name)
@@ -211,6 +213,7 @@ def write_pairs(
     check_unique("write_pairs", pairs)
     # meta.json is deleted first and written last: an interrupted write never looks complete
     (folder / "meta.json").unlink(missing_ok=True)
+    # the new pairs may need fewer shards, so old ones would stay
     for old in folder.glob("latents-*.safetensors"):
         old.unlink()
     # by identity of the object: an asset that is in many pairs is stored once
@@ -222,6 +225,7 @@ def write_pairs(
         path = folder / f"latents-{i:03d}.safetensors"
         write_tensors(path, "pairs", tensors, {"stage": stages[0]})
         shards[path.name] = file_hash(path)
+    # columns of each pair, with the names of its latents in place of the tensors
     rows = [
         {
             **{name: getattr(p, name) for name in COLUMNS},
@@ -240,6 +244,7 @@ def write_pairs(
         "records": hashlib.sha256(records).hexdigest(),
         "meta": meta,
     }
+    # the hash covers the hashes of shards and list, and thus all bytes of the folder
     digest = json_hash(content)
     text = json.dumps({**content, "hash": digest}, indent=1, sort_keys=True, allow_nan=False)
     write_atomic(folder / "meta.json", (text + "\n").encode())
@@ -255,6 +260,7 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
         or latents that are not finite.
     """
     folder = Path(folder)
+    # cheap checks first: the description, then the list, then the large files of latents
     content = _read_description(folder)
     wanted = stage.name if isinstance(stage, FlowStage) else stage
     if wanted is not None and content["stage"] != wanted:
@@ -285,6 +291,7 @@ def read_pairs(folder: str | Path, stage: FlowStage | str | None = None) -> tupl
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     check_unique(f"{path}", pairs)
+    # meta.json states one stage, but each line states its own as well
     foreign = next((p for p in pairs if p.stage != content["stage"]), None)
     if foreign is not None:
         raise ValueError(
@@ -316,10 +323,12 @@ def _shards(unique: dict[str, Latent], limit: int) -> Iterator[dict[str, torch.T
             name if key == "x" else f"{name}.{key}": tensor for key, tensor in parts_of(latent).items()
         }
         more = sum(t.numel() * t.element_size() for t in tensors.values())
+        # an empty part is never yielded here, even if one latent is above the limit
         if part and size + more > limit:
             yield part
             part = {}
             size = 0
+        # on the CPU and without graph, as safetensors stores them
         part.update({key: t.detach().cpu() for key, t in tensors.items()})
         size += more
     yield part

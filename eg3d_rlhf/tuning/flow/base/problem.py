@@ -53,6 +53,7 @@ class Problem:
 
     def __post_init__(self):
         names = [stage.name for stage in self.pipeline.stages]
+        # a prompt in two splits would bias the held-out results upwards
         parts = [set(self.train_conditions), set(self.held_out_conditions), set(self.choosing_conditions)]
         if not names or len(set(names)) < len(names):  # a user's plugin may cause it, so it is no assert
             raise ValueError(

@@ -51,6 +51,7 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
     stages = [stage for stage in named if all(stage in c.latents for c in candidates)]
     pairs: dict[str, list[PreferencePair]] = {stage: [] for stage in stages}
     for condition, group in by_condition(candidates).items():
+        # only assets of one prompt are compared: ranks of different prompts have no common scale
         chosen = _ranked(group) if judged is None else _voted(group, judged)
         for better, worse, why in chosen:
             for stage in stages:
@@ -64,6 +65,7 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
                         provenance=why,
                     )
                 )
+    # also the case of ties only, or of a single asset per prompt
     if not any(pairs.values()):
         if judged is None:
             needed = "of unequal rank"
@@ -227,6 +229,7 @@ def read_candidates(
         )
     candidates: list[Candidate] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
+        # people edit this list, so empty lines are allowed
         if line.strip():
             try:
                 candidates.append(candidate(json.loads(line), f"{number:06d}", path.parent, pipeline, ranked))
@@ -235,6 +238,7 @@ def read_candidates(
             if on_asset:
                 on_asset()
     stages = dict.fromkeys(stage for c in candidates for stage in c.latents)
+    # pairs of a stage need its latents of every asset
     partial = [stage for stage in stages if not all(stage in c.latents for c in candidates)]
     if partial:
         raise ValueError(

@@ -63,6 +63,7 @@ def guides(sampling: Sampling, t: float) -> bool:
     >>> guides(sampling, fourth), guides(replace(sampling, time_scale=1000.0), fourth)
     (False, True)
     """
+    # both ends belong to the interval
     low, high = sampling.cfg_interval
     scale = sampling.time_scale
     if scale is None:
@@ -119,13 +120,16 @@ def trajectory(
         )
     x = noise.to(device)
     points = times(sampling)
+    # one row for each sample, so that the network gets batches of equal length for both inputs
     no_cond = expanded(no_cond, cond) if no_cond is not None else None
     for t, until in zip(points[:-1], points[1:], strict=True):
         # entered anew at each step: a generator that held them would change the caller's modes between steps
         with torch.no_grad(), evaluating(stage.model):
             at = torch.full([count(x)], t, device=device)
             v = guided(stage.path, stage.velocity, x, t, cond, no_cond, sampling)
+            # the x_0 of this step's velocity, before x moves on to the next time
             estimate = stage.path.data(x, at, v)
+            # Euler step; times fall, so t - until is the positive length of the step
             x = with_feats(x, feats_of(x) - (t - until) * feats_of(v))
         yield x, estimate
 
@@ -144,9 +148,11 @@ def guided(
     Args: no_cond: N rows of empty conditioning, or None for no guidance.
     """
     at = torch.full([count(x)], t, device=feats_of(x).device)
+    # a shortcut network reads the length of the step as another input
     step = 1 / sampling.steps if sampling.shortcut else None
     v = velocity(x, at, cond, step=step)
     w = sampling.cfg_strength
+    # without guidance the null pass is saved, which is half of the cost of a guided step
     if not w or no_cond is None or not guides(sampling, t):
         return v
     # TRELLIS's form of guidance: w = 0 is no guidance, w = 1 doubles the difference to the null velocity
@@ -226,10 +232,12 @@ def generate(
     names = [stage.name for stage in pipeline.stages]
     stages_given = stages_given or {}
     assert len(conditions) == len(seeds) and len(stages_given) <= 1
+    # raises for a network or an output of a stage that the pipeline does not have
     for name in (*(models or {}), *stages_given):
         stage_of(pipeline, name)
     first, given = next(iter(stages_given.items()), (names[0], [None] * len(seeds)))
     assert len(given) == len(seeds)
+    # the stages before `first` are replaced by the given outputs; the last one is decoded
     *before, last = stages_with(pipeline, models)[names.index(first) :]
     assets: list[Asset] = []
     for i in range(0, len(seeds), batch):
@@ -251,6 +259,7 @@ def voxels_for(
 
     Several networks of that stage can then be compared without running the earlier stages again.
     """
+    # the earlier stages, with the networks of the caller where it passes any
     before = stages_with(pipeline, models)[
         : [s.name for s in pipeline.stages].index(stage_of(pipeline, stage).name)
     ]
@@ -279,6 +288,7 @@ def _through(
 
 def stage_latents(pipeline: Pipeline, stage: FlowStage, conditions, seeds, given: Sequence[Voxels]) -> Batch:
     """Sample a stage's latents for prompts and seeds, on the device of its network."""
+    # stages may be on different devices, so each asks its own network
     device = next(stage.model.parameters()).device
     cond = to_device(pipeline.conditions(conditions, stage.name), device)
     no_cond = to_device(pipeline.no_condition(len(seeds), stage.name), device)
@@ -323,6 +333,7 @@ def wins(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     >>> wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([0.0000, 0.5000, 1.0000])
     """
+    # a > b counts in both terms, a == b in the second only
     return ((a > b).float() + (a >= b).float()) / 2
 
 
@@ -332,6 +343,7 @@ def crossed(conditions: Sequence[str], per_condition: int, seed: int) -> tuple[l
     Returns (prompts, seeds), with all repetitions of a prompt in a row.
     """
     names = [name for name in conditions for _ in range(per_condition)]
+    # the number of the repetition, not of the asset, is hashed: a prompt's seeds depend on no other prompt
     return names, [
         derive_seed("compare", seed, name, i % per_condition) % 2**31 for i, name in enumerate(names)
     ]
@@ -363,12 +375,14 @@ class HeldOut:
 
     def __call__(self, model: torch.nn.Module) -> float:
         """Return the win rate of the network, in 0..1."""
+        # each rank scores its share; the wins are joined at the end
         conditions = self.ranks.share(self.conditions)
         seeds = self.ranks.share(self.seeds)
         what = (self.pipeline, self.reward, conditions, seeds)
         # the generator to beat does not change, so it is scored at the first call alone
         if self._scores is None:
             self._scores = scores(*what, self.against, self.batch)
+            # the earlier stages keep their networks while this stage is trained, so their output is kept
             self._given = voxels_for(self.pipeline, self.stage, conditions, seeds, self.others, self.batch)
         models = {**self.others, self.stage: model}
         won = wins(scores(*what, models, self.batch, {self.stage: self._given}), self._scores)

@@ -74,6 +74,7 @@ class Labelled:
                 "labels: expected two or more labelled assets for a prompt to train on, got none among"
                 f" {len(self.goodness)} labels. Label several assets of each prompt."
             )
+        # assets of an older list may have latents of some stages only
         lacking = next((asset for asset in self.assets if stage not in asset.latents), None)
         if lacking is not None:
             there = ", ".join(lacking.latents) or "none"
@@ -108,6 +109,7 @@ def read_labelled(
         list; candidate: reads a line; on_asset: called after each asset.
     Raises: FileNotFoundError or ValueError naming the file, the line and a remedy.
     """
+    # ranks may be missing, since the labels are in another file
     path = assets / RANKING if assets.is_dir() else assets
     candidates = read_candidates(path, pipeline, False, on_asset, candidate)
     if not candidates:

@@ -242,6 +242,7 @@ class Dictionary:
     def check(self, who: str, latent: Latent, remedy: str) -> None:
         _check_form(who, latent, "tensors by name", NamedSample, remedy)
         assert isinstance(latent, NamedSample)
+        # names first: a missing tensor is clearer than a wrong shape
         if set(latent.tensors) != set(self.shapes):
             raise ValueError(
                 f"{who}: expected tensors {', '.join(sorted(self.shapes))}, got {', '.join(latent.tensors)}."
@@ -303,7 +304,7 @@ class FlowPath:
                 f"FlowPath.mix(t): expected times from 0 (data) to 1 (noise), got {t.min():g} to {t.max():g}."
                 " Rescale them."
             )
-        time = spread(t, x_0)
+        time = spread(t, x_0)  # [N] repeated for every number of a sample
         return with_feats(x_0, (1 - time) * feats_of(x_0) + self.sigma(time) * feats_of(eps))
 
     def velocity(self, x_0: Batch, eps: Batch) -> Batch:
@@ -375,6 +376,7 @@ class Sampling:
 
     def __post_init__(self):
         low, high = self.cfg_interval
+        # NaN fails each of these comparisons
         fits = self.steps >= 1 and self.rescale_t > 0 and 0 <= low <= high <= 1 and self.cfg_strength >= 0
         if not (
             fits
@@ -432,6 +434,7 @@ class FlowStage:
             parameters.
         """
         model = self.model if model is None else model
+        # t' = 1 - t for a module of the other convention; the sign of v is changed at the end
         at = 1 - t if self.data_at_one else t
         # autocast keeps the weights as they are; only the products inside run in bfloat16
         half = self.precision == "bfloat16"
@@ -518,12 +521,14 @@ def check_convention(stage: FlowStage, x_0: Batch, cond: Condition) -> None:
     """
     device = tensor_of(cond).device
     x_0 = x_0.to(device)
+    # noise on the same voxels as the data
     latents = separate(x_0)
     eps = stage.noise(range(len(latents)), coords_of(latents))
     eps = eps.to(device)
     t = torch.linspace(0.1, 0.9, count(x_0), device=device)
     x_t = stage.path.mix(x_0, t, eps)
     error = stage.path.errors(stage.velocity(x_t, t, cond), x_0, eps).mean()
+    # the same network, read in the other convention: time 1 - t, velocity with the other sign
     mapped = stage.path.errors(opposite(t, stage.velocity(x_t, 1 - t, cond))[1], x_0, eps).mean()
     if mapped < 0.5 * error:
         here, there = ("data", "noise") if stage.data_at_one else ("noise", "data")

@@ -48,6 +48,7 @@ class _Views:
     def from_assets(cls, assets: Sequence[toy.ToyAsset], conditions: Sequence[str]) -> "_Views":
         assert len(assets) == len(conditions) > 0
         shapes, colours = toy.targets(conditions)
+        # flattened over the grid: [N, P], [N, K, P] and [N, P, 3]
         filled = torch.stack([asset.occupancy for asset in assets]).flatten(1).float()
         painted = torch.stack([asset.colours for asset in assets])
         return cls(filled, shapes.flatten(2).float(), (painted - colours).flatten(1, 3) * filled[..., None])
@@ -305,10 +306,11 @@ def _features(volumes: torch.Tensor) -> torch.Tensor:
     roughness of the colour.
     """
     filled = volumes[:, 0]
-    beside = toy.neighbours(filled)
+    beside = toy.neighbours(filled)  # number of filled face neighbours, 0 to 6
     n = filled.sum((1, 2, 3))
     full = [((beside == k) * filled).sum((1, 2, 3)) / n for k in range(7)]
     empty = [((beside == k) * (1 - filled)).sum((1, 2, 3)) / n for k in range(2, 7)]
+    # the mirror image in x, as all targets are symmetric
     alone = ((1 - filled.flip(1)) * filled).sum((1, 2, 3)) / n
     both = filled[..., 1:] * filled[..., :-1]
     # mean difference of colours between vertical neighbours; the clamp is for assets without such pairs

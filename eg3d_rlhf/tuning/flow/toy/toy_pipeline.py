@@ -216,6 +216,7 @@ def neighbours(grid: torch.Tensor) -> torch.Tensor:
     for axis in (1, 2, 3):
         for step in (-1, 1):
             start = max(step, 0)
+            # adds the grid shifted by one place; nothing wraps around at the edges
             total.narrow(axis, 1 - start, R - 1).add_(values.narrow(axis, start, R - 1))
     return total
 

@@ -76,9 +76,12 @@ def shell(voxels: int, grid: int, generator: torch.Generator) -> torch.Tensor:
     """
     # radius of a sphere with about one voxel per unit of area: voxels = 4 pi r^2
     radius = min((voxels / (4 * math.pi)) ** 0.5, 0.45 * grid)
+    # three different axes of 0.85 to 1.15 times the radius
     radii = radius * (0.85 + 0.3 * torch.rand(3, generator=generator))
     cells = torch.cartesian_prod(*[torch.arange(grid)] * 3)
+    # distance of the cells' centres from the unit sphere, after division by the radii: [grid^3]
     distance = (((cells + 0.5 - grid / 2) / radii).norm(dim=1) - 1).abs()
+    # the nearest cells, in the order of the grid
     return cells[distance.argsort()[:voxels].sort().values].int()
 
 
@@ -121,6 +124,7 @@ def update(
     voxels: int | None = None,
 ) -> Cost:
     """Estimate the cost of one update of a stage alone, by DPO on `batch` pairs in one pass."""
+    # no warmup, so that the one update is a full one
     config = TrainConfig(batch=batch, warmup=0, lora=lora).at(sized.stage, 0)
     pairs = pairs_of(sized.stage, batch, voxels)
 
@@ -217,6 +221,7 @@ def estimate(
         disable=None,
     )
     for (place, sized), (what, recompute) in jobs:
+        # the weights of the other stages stay in memory while one is sampled or tuned
         others = kinds[dtype] * (sum(sizes) - sizes[place])
         twin = replace(
             sized, stage=replace(sized.stage, precision="bfloat16" if dtype != "float32" else precision)
@@ -284,6 +289,7 @@ def check_fits(rows: Sequence[Row], space: int, who: str) -> None:
     """
     for stage in dict.fromkeys(row.stage for row in rows):
         for what in dict.fromkeys(row.what for row in rows):
+            # the variant with the smallest memory: if it does not fit, none does
             least = min(
                 (row for row in rows if (row.stage, row.what) == (stage, what)), key=lambda row: row.bytes
             )

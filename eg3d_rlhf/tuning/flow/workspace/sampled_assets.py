@@ -48,12 +48,14 @@ def draw(
 
     Raises: EmptyStructure where one of the structures has no voxel.
     """
+    # the first stage has no input of an earlier stage
     given: Sequence[Voxels] = [None] * len(seeds)
     latents: list[dict[str, Latent]] = [{} for _ in seeds]
     for number, stage in enumerate(stages_with(pipeline, models), 1):
         x_0 = stage_latents(pipeline, stage, conditions, seeds, given)
         for of_asset, latent in zip(latents, separate(x_0), strict=True):
             of_asset[stage.name] = latent
+        # the last stage's latents are decoded instead
         if number < len(pipeline.stages):
             # people should not compare an asset that was made from a substitute voxel
             with refusing_empty():
@@ -120,6 +122,7 @@ class Drawing:
         """
         path = self.folder / IDENTITY
         text = json.dumps(self.identity, indent=1, sort_keys=True) + "\n"
+        # compared as text: keys are sorted, so equal identities have equal texts
         if path.is_file() and path.read_text() != text:
             raise ValueError(
                 f"sample: expected {self.folder} to hold assets of these settings, got assets of others. Move"
@@ -133,6 +136,7 @@ class Drawing:
                 write_atomic(path, text.encode())
             for batch in self._batches(done):
                 self._draw(batch, done, on_asset)
+            # all assets must exist before the first rank lists them
             self.ranks.barrier()
             if self.ranks.main and not (self.folder / RANKING).is_file():
                 self._list()
@@ -161,6 +165,7 @@ class Drawing:
         """Sample one batch, and write the assets that are missing."""
         stems, names, seeds = zip(*batch, strict=True)
         for stem, shown in zip(stems, draw_or_empty(self.pipeline, names, seeds), strict=True):
+            # the batch was completed for its results; existing files stay as they are
             if stem in done:
                 continue
             if isinstance(shown, EmptyStructure):
@@ -191,6 +196,7 @@ class Drawing:
         """Write ranking.jsonl and prompts.jsonl; an asset that cannot be shown gets a note, not a line."""
         shown = self.shown()
         for path, why in unfit([path for path in shown.values() if path.suffix in reading.SUFFIXES]).items():
+            # kept under another suffix for inspection; the note takes its place
             path.rename(path.with_suffix(path.suffix + ".unfit"))
             write_atomic(path.with_suffix(NOTHING), f"{why}\n".encode())
         shown = self.shown()  # again: unfit files were replaced by notes
@@ -235,6 +241,7 @@ class Drawing:
         try:
             yield
         except OSError as error:
+            # other errors of the disk have other remedies
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             done = f"a full disk after {len(self.shown())} of {len(self.jobs)} assets"
@@ -272,6 +279,7 @@ def open_pipeline(
 
     Args: tuned: tuned weights by stage, folders or files, in place of the generator's.
     """
+    # weights are held in the precision of the passes
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
     pipeline = family.load(Path(work.pipeline), work.conditions(*splits), dtype=dtype, device=device)
     for stage in pipeline.stages:

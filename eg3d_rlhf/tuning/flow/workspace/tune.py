@@ -118,8 +118,10 @@ def tune(
     Raises: ValueError, before anything is trained, for too few labels to hold any out, and for a problem that
         the loop cannot train.
     """
+    # by default every stage that has pairs, in the order of the pipeline
     names = settings.stages or [s.name for s in problem.pipeline.stages if s.name in problem.train_pairs]
     stages = {name: StageLabels.from_problem(problem, name) for name in names}
+    # all stages are checked before the first one is trained, which may take hours
     for of_stage in stages.values():
         of_stage.check()
     if settings.loop:
@@ -141,6 +143,7 @@ def tune(
     else:
         trained = _train_stages(stages, problem.identity, *common, samples=samples)
     control: Mapping[str, StageResult] = {}
+    # the control has the same settings and seeds; only its labels differ
     if settings.control:
         say_main("Control: the same training, with half of each prompt's answers inverted.")
         if settings.loop:
@@ -149,6 +152,7 @@ def tune(
             inverted = {name: of_stage.randomised(seed) for name, of_stage in stages.items()}
             control = _train_stages(inverted, problem.identity, *common, control=True)
     report: dict = {}
+    # seed + 1: other times and noises than with the seed of the training
     if ranks.main:
         report = {
             **_tests(stages, trained, control, folder, seed + 1, say),
@@ -191,6 +195,7 @@ def _train_stages(
     trained = {}
     for name, labels in stages.items():
         say(f"Stage {name!r}{', control' if control else ''}:")
+        # settings that do not change the result are left out of the inputs, so that they may change
         config = circular.human.at(labels.conditioned.stage, circular.seed)
         inputs = {
             "step": "train",
@@ -218,6 +223,7 @@ def _train_stages(
             return [result.weights], result.record()
 
         done = store.make(name, inputs, maker)
+        # the same fields for a reused stage, whose statistics are not read again
         trained[name] = StageResult(
             weights=done.folder / POLICY,
             kept_step=done.record["kept_step"],
@@ -301,6 +307,7 @@ def _tests(
         say(f"Stage {stage!r}: {SIGNAL if test.learnable_signal else NOTHING}: {test.why}.")
         if test.likelihood_displacement:
             say(f"Stage {stage!r}: {DISPLACED.format(_rise(tuned.shown()))}")
+        # weights of a stage without a signal stay in training/, so that they are not exported by mistake
         if test.learnable_signal:
             link_folder(arm.weights, folder / stage)
         if stage in control:
@@ -336,11 +343,13 @@ def evaluator_accuracies(problem: Problem) -> dict[str, Accuracy]:
     for name in EVALUATORS:
         evaluator = getattr(problem, name)
         fitted = set(problem.fitted_to.get(name, ()))
+        # a problem may lack some evaluators
         if evaluator is None:
             continue
         pairs = [pair for pair in (*people, *unseen) if pair.condition not in fitted]
         # every k-th pair in the order of ids, so that the selection covers all prompts
         pairs = sorted(pairs, key=lambda pair: pair.id)[:: max(1, -(-len(pairs) // MOST_EVALUATED))]
+        # too few prompts for an interval over prompts
         if len({pair.condition for pair in pairs}) < LEAST_CONDITIONS:
             continue
         device = next(problem.pipeline.stages[-1].model.parameters()).device

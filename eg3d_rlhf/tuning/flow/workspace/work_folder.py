@@ -40,7 +40,7 @@ BASE = "base"  # folder below drawn/ for assets of the untuned generator
 TRAIN, CHOOSE, TEST = SPLITS = ("train", "choose", "test")
 SHOWN = (TRAIN, CHOOSE)  # what annotators see
 SHARES = (0.6, 0.2, 0.2)  # shares of the prompts, in the order of SPLITS
-# values in work.json: prompts that are texts, or names of images; "pictures" is the spelling of the file
+# values in work.json: prompts that are texts, or prompts that are names of images
 KINDS = ("prompts", "pictures")
 
 
@@ -168,6 +168,7 @@ class Work:
                 f"WORK: expected a folder made by `eg3d-rlhf flow new`, got no {FILE} in {folder}. Make it"
                 " with that command."
             )
+        # the fields of the file are the fields of this class: a missing or unknown one raises TypeError
         try:
             written = json.loads(path.read_text())
             if written["format"] != FORMAT:
@@ -192,6 +193,7 @@ class Work:
 
         _check_splits(self.splits)
         check_new(self.folder)
+        # the folder is not stored, so that WORK can be moved
         fields = {name: value for name, value in asdict(self).items() if name != "folder"}
         write_atomic(self.folder / FILE, (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode())
         return self
@@ -295,6 +297,7 @@ class Work:
                 f" {self.folder}"
             )
         path = there[name] if name else list(there.values())[-1]
+        # an interrupted training has a folder, but no weights yet
         if not self.tuned(path):
             raise ValueError(
                 f"{path}: expected tuned weights, got none: the training was stopped, or its labels carried"
@@ -337,6 +340,7 @@ class Work:
                     f"labels.db: expected campaign {self.campaign!r}, got none. Label pairs with: eg3d-rlhf"
                     f" flow label {self.folder}"
                 )
+            # only judgements of labelling, without those of other modes of the store
             rows = kept_judgements(store, LabelFilters(campaign=self.campaign), Mode.LABEL)
         answers = list(self._answers(rows, drawn))
         if not answers:
@@ -352,6 +356,7 @@ class Work:
         """Convert rows of the database to answers; each asset must still be the file that was shown."""
         from eg3d_rlhf.people.label.entities import Kind
 
+        # test prompts must not be trained on, even where their assets were labelled
         shown = set(self.names(*SHOWN))
         # (file, hash in the row): each file is hashed once, however many answers it has
         known: dict[tuple[str, str], bool] = {}
@@ -404,10 +409,12 @@ def divide(names: Sequence[str], seed: int, shares: Sequence[float] = SHARES) ->
             f"--split: expected shares of {', '.join(SPLITS)} that add up to 1, got {got}. Write for example"
             " 0.6,0.2,0.2."
         )
+    # the hash makes the split independent of the order in which prompts are listed
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     # a share above 0 gets at least one prompt
     choose, test = (max(round(share * len(order)), int(share > 0)) for share in shares[1:])
     splits = {TEST: order[:test], CHOOSE: order[test : test + choose], TRAIN: order[test + choose :]}
+    # within a split, prompts keep the order in which they were given
     made = {split: tuple(name for name in names if name in set(splits[split])) for split in SPLITS}
     _check_splits(made)
     return made

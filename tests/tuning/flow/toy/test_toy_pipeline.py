@@ -131,8 +131,8 @@ def test_classes_and_targets_name_the_same():
 
 
 @pytest.mark.parametrize("name", ["ball red", "teal ball", ""])
-def test_unknown_conditions_are_refused(name):
-    with raising("condition", repr(name)):
+def test_unknown_prompts_are_rejected(name):
+    with raising("prompt", repr(name)):
         classes([name])
 
 
