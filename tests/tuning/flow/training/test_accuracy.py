@@ -234,5 +234,5 @@ def test_the_rule():
             and said.likelihood_displacement == (away and found.preferred[1] > 0)
             and found.preferred[1] < rise < found.preferred[2]
         )
-    with raising("conditions", "3", "2"):
+    with raising("prompts", "3", "2"):
         accuracy_of(np.ones(4), ["a", "a", "b", "b"])

@@ -1,4 +1,4 @@
-"""What a batch of pairs draws, and the loss of its errors: truths that hold whatever the network."""
+"""Test how a batch of pairs is sampled, and the loss of its errors: properties that hold for any network."""
 
 import math
 from dataclasses import replace
@@ -99,7 +99,7 @@ def test_conditions_are_dropped_for_both_of_a_pair_in_their_share():
 
 
 @KINDS
-def test_identical_pairs_cost_log_two_and_teach_nothing(sparse):
+def test_identical_pairs_cost_log_two_and_give_no_gradient(sparse):
     """The velocities' gradients of a pair's two cancel to the bit, so what reaches the weights is the
     rounding of a sum of zeros.
     """

@@ -17,7 +17,7 @@ from eg3d_rlhf.tuning.flow.workspace.tune import tune
 from tests.tuning.flow import labelled
 
 
-def test_a_cpu_computes_in_float32_and_cuda_in_bfloat16_unless_it_is_told():
+def test_a_cpu_computes_in_float32_and_cuda_in_bfloat16_unless_set_otherwise():
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         assert [chosen_precision("auto", device) for device in ("cpu", "cuda")] == ["float32", "bfloat16"]

@@ -1,5 +1,5 @@
-"""The reference stays what it was, to the last bit, whatever the policy goes through; one that would train is
-refused.
+"""Test that the reference stays bitwise identical while the policy is trained, and that a reference that
+would be trained is rejected.
 """
 
 import copy
@@ -90,7 +90,7 @@ def test_the_base_itself_serves_a_policy_that_shares_its_memory(sparse):
     assert all(torch.equal(before[name], value) for name, value in bits(base).items())
 
 
-def test_a_reference_that_would_train_is_refused():
+def test_a_reference_that_would_train_is_rejected():
     model = AdaptableFlow()
     with pytest.raises(AssertionError, match="input_layer.weight"):
         FrozenModel(model)
@@ -101,7 +101,7 @@ def test_a_reference_that_would_train_is_refused():
         reference.velocity(stage(), *inputs(False))
 
 
-def test_memory_shared_with_what_is_trained_is_refused():
+def test_memory_shared_with_what_is_trained_is_rejected():
     base = AdaptableFlow().requires_grad_(False)
     policy = shared_copy(base).requires_grad_(True)  # the same memory, other parameters
     with pytest.raises(AssertionError, match="input_layer.weight"):

@@ -183,8 +183,9 @@ def test_an_unanchored_run_at_a_small_beta_is_caught_and_the_better_network_kept
 
 
 def test_dro_says_that_nothing_holds_it_and_a_lighter_loser_does(tmp_path):
-    """Its loss falls below 0 without end, the rejected ones' error with it; with half a weight the preferred
-    ones' stays where it was.
+    """Without a bound the loss falls below 0 and the error of the rejected samples grows.
+
+    With half the weight on the rejected samples, the error of the preferred ones does not change.
     """
     ends = {}
     printed = []
@@ -357,7 +358,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, straight):
 # Refusals.
 
 
-def test_a_folder_with_another_run_is_refused(tmp_path):
+def test_a_folder_with_another_run_is_rejected(tmp_path):
     out = tmp_path / "run"
     run(out, config=tiny_config(steps=2))
     with raising(str(out)):
@@ -373,7 +374,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path):
     run(out, config=tiny_config(steps=2, batch_gpu=4), resume=True)  # memory may change
 
 
-def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+def test_pairs_that_do_not_fit_are_rejected_before_anything_is_written(tmp_path):
     pairs = voxel_pairs(4)
     cases = [
         ([], ("(voxels)", "pairs", "none")),
@@ -389,7 +390,7 @@ def test_pairs_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_of_the_other_convention_is_refused(tmp_path):
+def test_a_network_of_the_other_convention_is_rejected(tmp_path):
     pipeline = TinyPipeline()
     pairs = voxel_pairs(8, gap=6.0)
     model = pipeline.stages[1].model
@@ -465,7 +466,7 @@ def test_a_healthy_run_shows_none():
     assert pair_signs(lines(40, loss=0.6931)) == {}  # a flat loss is no sign
 
 
-def test_pairs_that_are_told_apart():
+def test_pairs_that_are_separated():
     found = pair_signs(lines(6, implicit_accuracy=0.97))
     assert list(found) == ["separated"]
     assert all(figure in found["separated"] for figure in ("60", "0.970", "0.95", "loser_weight=0.5"))
@@ -473,7 +474,7 @@ def test_pairs_that_are_told_apart():
     assert pair_signs(lines(6, implicit_accuracy=0.97), preference=False) == {}
 
 
-def test_pairs_that_are_told_apart_without_effect_are_off_policy():
+def test_pairs_that_are_separated_without_effect_are_off_policy():
     found = pair_signs(lines(20, implicit_accuracy=0.99, rates={0: 0.5, 200: 0.51}))
     assert (
         set(found) == {"separated", "no-effect"}
@@ -526,7 +527,7 @@ def test_spikes(name, factor):
     assert "spikes" in pair_signs(lines(20, **{name: lambda i: factor if i == 19 else 1.0}), preference=False)
 
 
-def test_a_loss_without_a_floor_that_runs_away():
+def test_a_loss_without_a_floor_that_diverges():
     growing = {"w_error": lambda i: 1.0 + 0.1 * i, "l_error": lambda i: 1.0 + 0.2 * i}
     found = pair_signs(lines(20, **growing), preference=False)
     assert list(found) == ["divergence"] and "4.8" in found["divergence"]

@@ -215,8 +215,8 @@ def reward_of(name: str, problem: Problem, stage: FlowStage | None = None) -> As
     if name == OWN:
         if problem.reward is None:
             raise ValueError(
-                "--reward: this generator has no reward of its own. Give the name of a reward, such as a"
-                " plugin's."
+                "--reward: expected the name of a reward, got none, and this generator has no reward of its"
+                " own. Give a name, such as that of a plugin's reward."
             )
         return problem.reward
     if stage is not None and name == LATENT:

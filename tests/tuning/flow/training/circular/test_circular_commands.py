@@ -34,7 +34,7 @@ def values(*flags: str) -> Flags:
     return Flags(commands.CIRCULAR_DPO.command.make_context("train", list(flags)).params)
 
 
-def test_flags_of_the_other_mode_are_refused_by_name():
+def test_flags_of_the_other_mode_are_rejected_by_name():
     rejected(run("--kimg=1"), "--kimg", "--mode=gan")
     rejected(run("--lambda_r=1"), "--lambda-r", "--mode=gan")
     rejected(CliRunner().invoke(train.main, ["--loop-beta=3"]), "--loop-beta", "--mode=circular-dpo")

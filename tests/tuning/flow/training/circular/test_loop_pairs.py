@@ -1,4 +1,4 @@
-"""The loop's pairs: what both sides share, what they may differ in, and how an interrupted making goes on."""
+"""Test the loop's pairs: what both sides share, where they may differ, how an interrupted call resumes."""
 
 import copy
 import itertools
@@ -140,7 +140,7 @@ def test_of_three_stages_only_the_one_behind_differs():
     assert all(p.provenance[SAME] for p in first)  # the last stage's tuning is on both sides
 
 
-def test_rewards_that_are_not_finite_are_refused(problem, op):
+def test_rewards_that_are_not_finite_are_rejected(problem, op):
     broken = replace(problem, reward=lambda assets, conditions: torch.full([len(assets)], float("nan")))
     with raising("pairs", "nan"):
         make_loop_pairs(broken, op, CONFIG, seed=0)
@@ -281,7 +281,7 @@ def test_pairs_of_one_structure_are_dropped_and_counted():
     assert weigh(pairs[:1])[0] == [] and weigh([])[1]["kept"] == 0
 
 
-def test_pairs_without_rewards_or_with_one_name_are_refused():
+def test_pairs_without_rewards_or_with_one_name_are_rejected():
     with raising("weigh", "pair-1"):
         weigh([*scored([(1.0, 0.0)]), pair_of(1)])
     with raising("weigh", "1", "'pair-0'"):

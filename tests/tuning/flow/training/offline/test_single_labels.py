@@ -63,7 +63,7 @@ def test_without_labels_the_lists_own_ranks_count(folder):
     ) | of_ranks({"000002": 1, "000004": 2, "000006": 3})
 
 
-def test_what_is_refused(folder):
+def test_what_is_rejected(folder):
     labels = folder / "labels.jsonl"
     pipeline = TinyPipeline()
     with raising("ranking.jsonl, line 1", "thumb", "label", "score", "rank"):

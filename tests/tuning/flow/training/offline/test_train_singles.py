@@ -51,7 +51,7 @@ LOSSES = {
 
 
 def singles(n: int = 12, stage: str = "voxels", use: str = "labels") -> list[Single]:
-    """Of each condition n assets, by features about +1/2 (r = .8) and -1/2 (r = .2), or ranked by them."""
+    """Return n assets of each prompt, with features about +1/2 (r = .8) and -1/2 (r = .2), or ranked."""
     pairs = voxel_pairs(3 * n // 2) if stage == "voxels" else structure_pairs(3 * n // 2)
     made = [
         Single(id=f"{pair.id}-{side}", condition=pair.condition, stage=stage, latent=getattr(pair, side), r=r)

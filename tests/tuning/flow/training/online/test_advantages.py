@@ -143,7 +143,7 @@ def test_windows_are_whole_and_within():
 
 
 @pytest.mark.parametrize("window", [(0, 0, 4), (5, 0, 4), (2, 3, 3), (2, -1, 4), (3, 0, 9)])
-def test_a_window_outside_the_sampler_is_refused(window):
+def test_a_window_outside_the_sampler_is_rejected(window):
     size, first, last = window
     with raising("window", str(size), f"{first} to {last}"):
         check_window(*window, steps=8)

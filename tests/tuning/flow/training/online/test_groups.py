@@ -332,20 +332,20 @@ def test_the_status_line_and_the_file_hold_the_figures(tmp_path):
 # Signs, stops and refusals.
 
 
-def test_rewards_that_are_all_alike_are_told(tmp_path):
+def test_rewards_that_are_all_alike_are_warned_of(tmp_path):
     task = task_of(reward=lambda assets, conditions: torch.ones(len(assets)))
     result = run(tmp_path / "run", task, steps=8)
     assert [w.split(":")[0] for w in result.warnings] == ["alike"] and result.stats[-1]["grad_norm"] == 0
 
 
-def test_a_policy_that_runs_away_is_stopped(tmp_path):
+def test_a_policy_that_diverges_is_stopped(tmp_path):
     said = []
     result = run(tmp_path / "run", loss="nft", lr=0.2, max_drift=0.05, say=said.append)
     assert result.stats[-1]["step"] < 10 and result.stats[-1]["drift"] > 0.05
     assert str(result.stats[-1]["step"]) in said[-1] and "--kl" in said[-1]
 
 
-def test_what_is_not_trained_on_and_falls_is_told():
+def test_held_out_rewards_that_fall_are_warned_of():
     lines = [{"step": i, "reward": float(i), "heldout/a": -float(i), "heldout/b": 1.0 - i} for i in range(8)]
     assert "unconfirmed" in online_signs(lines, True)
     assert "unconfirmed" not in online_signs([{**line, "heldout/b": line["reward"]} for line in lines], True)

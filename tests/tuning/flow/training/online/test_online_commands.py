@@ -1,4 +1,4 @@
-"""train.py --mode=online from the outside: its flags, what it refuses, and whole runs on a tiny problem."""
+"""Test online tuning by its command: flags, errors of users, and complete runs on a tiny problem."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_mistakes_in_flags(case, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_group_of_one_is_refused():
+def test_a_group_of_one_is_rejected():
     result = run("--group=1")
     assert result.exit_code == 2 and "'--group'" in result.stderr  # of click, with its usage
 
