@@ -263,7 +263,7 @@ def write_renders(work: Work, study: Study) -> Path:
     from eg3d_rlhf.experiments.media.rendering import png
     from eg3d_rlhf.experiments.media.sheet import Row, sheet
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING
-    from eg3d_rlhf.tuning.flow.workspace.sample_strips import picture
+    from eg3d_rlhf.tuning.flow.workspace.sample_strips import image_of
 
     number = study.tune.rpartition("-")[2]
     arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
@@ -282,7 +282,7 @@ def write_renders(work: Work, study: Study) -> Path:
     # every k-th prompt, at most SHOWN in all
     chosen = chosen[:: max(1, len(chosen) // SHOWN)][:SHOWN]
     rows = [
-        Row(name=arm, cells=[picture(arm_files.get(key), work.up, SIDE) for key in chosen])
+        Row(name=arm, cells=[image_of(arm_files.get(key), work.up, SIDE) for key in chosen])
         for arm, arm_files in files.items()
     ]
     rows[-1] = replace(rows[-1], captions=[condition[: SIDE // 8] for condition, _ in chosen])
