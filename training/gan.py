@@ -45,15 +45,15 @@ def check_fit(nets: networks.Networks, config: GanConfig, loop: LoopConfig, worl
     if size % group:
         flag = "--batch-gpu" if part else "--batch"
         raise ValueError(
-            f"{flag}: expected a multiple of {group}, the group size of D's minibatch standard deviation, got"
+            f"{flag}: expected a multiple of {group}, the group size of D's minibatch-std layer, got"
             f" {size}. Change {flag} or --mbstd-group."
         )
     conditioned = not nets.G.rendering_kwargs["c_gen_conditioning_zero"]
     if conditioned != config.gen_pose_cond:
         kind = "is conditioned on the camera" if conditioned else "ignores the camera"
         raise ValueError(
-            f"--gen-pose-cond={config.gen_pose_cond} does not fit this generator, which {kind}. Leave the"
-            " option out."
+            f"--gen-pose-cond: expected {conditioned}, since this generator {kind}, got"
+            f" {config.gen_pose_cond}. Leave the option out."
         )
     rendered = max(config.nrr_initial, config.nrr_final or 0)
     if module.only_enlarges and rendered > module.input_resolution:

@@ -210,7 +210,7 @@ def check_fit(
     ]
     if problems:
         raise ValueError(
-            f"{who}: the tensors do not fit the network: {'; '.join(problems)}. Use a file of the same"
+            f"{who}: expected tensors that fit the network, got {'; '.join(problems)}. Use a file of the same"
             " architecture."
         )
 

@@ -101,14 +101,14 @@ def faults(network: Network) -> list[str]:
     """
     from eg3d_rlhf.models.weights import shapes
 
-    if not network.found:
+    if not network.tensors:
         # a network that the folder may lack is no fault; `screen` says what cannot be done without it
         return (
             [] if network.without else [f"{network.name} has no tensors in {network.file}. Restore the file."]
         )
     # shapes as lists, as `shapes` reads them from the file's header
     expected = {name: list(shape) for name, shape in network.expected.items()}
-    present = shapes(network.found)
+    present = shapes(network.tensors)
     shared = sorted(expected.keys() & present.keys())
     odd = {
         "missing": sorted(expected.keys() - present.keys()),
@@ -161,7 +161,7 @@ def screen(
     lost = [
         f"{network.name} is missing, so there is no {network.without}"
         for network in networks
-        if network.without and not network.found
+        if network.without and not network.tensors
     ]
     # the loop needs a reward of finished assets that can be fitted to the pairs
     loop = (
@@ -217,7 +217,7 @@ def rows(title: str, parts: Iterable[str]) -> list[str]:
 
 def _described(network: Network) -> str:
     """Describe a network by its number of tensors, its size and its dtypes."""
-    tensors = network.found
+    tensors = network.tensors
     if not tensors:
         return f"{network.name}: missing"
     # numbers in all tensors; from shapes alone, no data is read

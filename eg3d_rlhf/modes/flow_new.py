@@ -217,7 +217,7 @@ def examined(family: FlowFamily, root: Path) -> Iterator[str]:
         listed = ", ".join(path.name for path in papers) or f"none, see {family.address or 'the publisher'}"
         yield from rows("", [f"files of it: {listed}"])
     for network in networks:
-        if network.without and not network.found:
+        if network.without and not network.tensors:
             place = f", which {family.address} has" if family.address else ""
             yield from rows(
                 "missing", [f"{network.name} in {network.file}{place}: without it no {network.without}"]

@@ -238,9 +238,7 @@ def resolve(flags: Mapping) -> Settings:
     cfg = given["cfg"]
     reward = given.get("reward", "none")
     if cfg != "heads64" and "data" not in given:
-        raise ValueError(
-            f"--data: a dataset is required with --cfg={cfg}. Name a zip file or folder in EG3D's format."
-        )
+        raise ValueError(f"--data: required with --cfg={cfg}. Name a zip file or folder in EG3D's format.")
     init = given["init"]
     # a reward needs a generator that produces shapes already
     if reward != "none":
@@ -276,7 +274,7 @@ def resolve(flags: Mapping) -> Settings:
     for name in ("gamma", "batch"):
         if values[name] is None:
             raise ValueError(
-                f"--{name} is required with --cfg={cfg}. Published runs used --gamma=1 --batch=32."
+                f"--{name}: required with --cfg={cfg}. Published runs used --gamma=1 --batch=32."
             )
     control = given.get("control")
     if control is not None and not Path(control).exists():

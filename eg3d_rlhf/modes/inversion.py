@@ -70,7 +70,7 @@ class InversionRun:
             raise ValueError("--mask cannot be combined with --latents. Remove --mask.")
         if self.image is not None and self.start == "truth":
             raise ValueError(
-                "--start=truth needs --latents: the true latent of --image is unknown. Remove --start."
+                "--start=truth needs --latents: the true latent of --image is unknown. Use --start=mean."
             )
         if 0 < self.shape_res < 16 or self.turns == 1:
             raise ValueError("--shape-res must be 0 or at least 16, --turns 0 or at least 2. Correct them.")

@@ -38,7 +38,7 @@ def test_advantages(case):
     for key, want in known.items():
         if program == "gdpo_trl" or key == "gdpo":
             scale = Scale(correction=1) if program == "gdpo_trl" else Scale(**PROGRAMS["flow_factory"])
-            got = several(rewards, settings["weights"], scale, whole=key != "before_batch_norm")
+            got = several(rewards, settings["weights"], scale, normalise_sum=key != "before_batch_norm")
         else:
             over = {"True": "raw", "False": "group", "std": "none"}[key.rpartition("_")[2]]
             whole = key.startswith("sum")  # Flow-Factory adds its rewards first

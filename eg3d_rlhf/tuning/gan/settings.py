@@ -93,8 +93,8 @@ class DataConfig:
     def __post_init__(self):
         if not self.cond:
             raise ValueError(
-                "--cond=False is not possible: this generator takes its cameras from the labels. Leave --cond"
-                " out."
+                "--cond: expected True, because this generator takes its cameras from the labels, got False."
+                " Leave --cond out."
             )
 
 

@@ -180,8 +180,8 @@ def answer(request: dict) -> dict:
     Raises: ValueError for files that it rejects.
     """
     answered = reading._answer(request)
-    if "refused" in answered:
-        raise ValueError(answered["refused"])
+    if reading._REJECTED in answered:
+        raise ValueError(answered[reading._REJECTED])
     return answered
 
 

@@ -51,7 +51,7 @@ class Network:
     name: str
     file: Path
     expected: Mapping[str, Sequence[int]]  # shapes by name, of the folder's own settings
-    found: Mapping[str, Any]  # tensors in the file by name; only shapes and types are read; empty: no file
+    tensors: Mapping[str, Any]  # those in the file by name; only shapes and types are read; empty: no file
     without: str = ""  # what cannot be done without it; "": it must be there
     released: tuple[int, int] | None = None  # tensors and numbers in all of the published one
 

@@ -727,7 +727,7 @@ def networks(root: Path) -> list[Network]:
                     name=f"{kind} of {stage}",
                     file=generator.checkpoint,
                     expected=names,
-                    found=present,
+                    tensors=present,
                     released=released,
                 )
             )
@@ -743,7 +743,7 @@ def networks(root: Path) -> list[Network]:
                     name=part,
                     file=file.root / f"{ENCODER}.yaml",
                     expected={},
-                    found={},
+                    tensors={},
                     without=OWN_SHAPES,
                 )
             )
@@ -755,7 +755,7 @@ def networks(root: Path) -> list[Network]:
                 name=part,
                 file=path,
                 expected=names,
-                found=read(path, part),
+                tensors=read(path, part),
                 without=without,
                 released=counts.get(part),
             )

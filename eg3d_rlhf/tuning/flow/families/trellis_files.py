@@ -361,7 +361,9 @@ def networks_of(
         without = lost.get(name, "")
         if without and not is_there(file, name):
             made.append(
-                Network(name=name, file=file.root / file.usual[name], expected={}, found={}, without=without)
+                Network(
+                    name=name, file=file.root / file.usual[name], expected={}, tensors={}, without=without
+                )
             )
             continue
         stem = find_model(file, name)
@@ -374,7 +376,9 @@ def networks_of(
         expected = shapes(empty(partial(model, config)).state_dict())
         counts = (released or {}).get(name)
         made.append(
-            Network(name=name, file=weights, expected=expected, found=state, without=without, released=counts)
+            Network(
+                name=name, file=weights, expected=expected, tensors=state, without=without, released=counts
+            )
         )
     return made
 

@@ -66,8 +66,8 @@ def test_sizes_are_compared_with_the_released_ones(root, monkeypatch):
     unlike = re.compile(r"\b(other|not|no|differ\w*|unlike)\b")
     known = family_of(root)
     network = next(iter(known.networks(root)))
-    size = sum(math.prod(tensor.shape) for tensor in network.found.values())
-    count = len(network.found)
+    size = sum(math.prod(tensor.shape) for tensor in network.tensors.values())
+    count = len(network.tensors)
     for released, marked, odd in (
         (None, False, False),
         ((count, size), True, False),
@@ -99,7 +99,7 @@ def test_tensors_that_do_not_fit_and_missing_networks_are_named(root):
         vae=lambda state: {name: x for name, x in state.items() if not name.startswith(layout.ENCODER_HALF)},
     )
     code, text = looked(root)
-    (lost,) = [network for network in family_of(root).networks(root) if not network.found]
+    (lost,) = [network for network in family_of(root).networks(root) if not network.tensors]
     assert code == 0 and lost.name in row(text, "cannot") and lost.without in row(text, "cannot")
     assert not row(text, "FAULT") and "pairs" not in row(text, "can ")
     changed(
