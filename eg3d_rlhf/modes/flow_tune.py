@@ -70,7 +70,7 @@ what_flags = together(
     _what_is_tuned_option(
         "--no-control",
         is_flag=True,
-        help="Skip the control, the same training on shuffled labels. Halves the time.",
+        help="Skip the control on shuffled labels. Halves the time.",
     ),
     _what_is_tuned_option(
         "--seed",

@@ -468,7 +468,9 @@ def _check(store: "Store", campaign: str | None) -> None:
     # without --campaign, all that collect preferences are ranked
     stored = store.campaign(campaign) if campaign is not None else None
     if campaign is not None and stored is None:
-        raise ValueError(f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists.")
+        raise ValueError(
+            f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
+        )
     if stored is not None and stored.settings.mode is not Mode.LABEL:
         remedy = (
             "run tools/study.py report for its result"

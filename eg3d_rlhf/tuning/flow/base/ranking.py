@@ -74,7 +74,7 @@ def pair_up(candidates: Sequence[Candidate], judged: Votes | None = None) -> dic
             needed = "with a majority of votes"
             to_check = "judgements"
         raise ValueError(
-            f"pairs: expected two assets {needed} for one prompt, got none among {len(candidates)} assets."
+            f"pairs: expected two assets {needed} for one prompt, got none of {len(candidates)} assets."
             f" Check the {to_check}."
         )
     return pairs

@@ -71,7 +71,7 @@ class Labelled:
         kept = contrast(self.goodness, set(prompts.values()) if conditions is None else conditions, prompts)
         if not kept:
             raise ValueError(
-                "labels: expected two or more labelled assets for a prompt to train on, got none among"
+                "labels: expected two or more labelled assets for a prompt to train on, got none of"
                 f" {len(self.goodness)} labels. Label several assets of each prompt."
             )
         # assets of an older list may have latents of some stages only

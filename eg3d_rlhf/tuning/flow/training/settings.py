@@ -67,9 +67,7 @@ class StageTraining:
     max_drop: float = _rare_train_knob(
         0.2, "Training stops at once if the win rate falls by this much below its best.", above=0
     )
-    log: str = train_knob(
-        "", "Loggers besides stats.jsonl, with commas: tensorboard,wandb,trackio.", metavar="NAMES"
-    )
+    log: str = train_knob("", "Loggers besides stats.jsonl: tensorboard,wandb,trackio.", metavar="NAMES")
     samples: int = _rare_train_knob(
         4,
         "Number of assets in the strip of renders that every evaluation writes to the run's folder samples/.",
@@ -176,9 +174,7 @@ class TrainConfig(PassConfig):
     """Everything that decides a training on pairs besides its networks and pairs."""
 
     dpo: DpoConfig = field(default_factory=DpoConfig)  # the loss
-    batch: int = train_knob(
-        4, "Batch size of an update, over all processes and passes.", metavar="PAIRS", low=1
-    )
+    batch: int = train_knob(4, "Batch size of an update, over all processes.", metavar="PAIRS", low=1)
     batch_gpu: int | None = train_knob(
         None,
         "Pairs per pass and process; decides memory, not the result.",

@@ -222,7 +222,7 @@ class Drawing:
         if not lines:
             why = next(iter(shown.values())).read_text().strip()
             raise ValueError(
-                f"sample: expected assets with a surface, got none among {len(shown)}: {why} Check the"
+                f"sample: expected assets with a surface, got none of {len(shown)}: {why} Check the"
                 " generator's folder."
             )
         prompts = []
