@@ -53,7 +53,7 @@ class RewardModel(Protocol):
     views: int  # number of images that are scored together, those of an asset adjacent; 1: each alone
     differentiable: bool
     # view_prompts: bool, optional. True: the prompt of an image names the side of the asset that the image
-    # shows (see `directions.told`). A reward without the attribute gets prompts without it.
+    # shows (see `reward_prompts` of tuning/distill). A reward without the attribute gets prompts without it.
 
     def score(self, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Score images [B, 3, h, w] in 0..1.

@@ -187,10 +187,10 @@ class Mode(Generic[S]):
         return from_dict(self.settings, recorded_by(source, self.name)["settings"], str(source / OPTIONS))
 
     def _run(self, folder: Path, settings: S, flags: Flags | None, ranks: "Ranks | None") -> "Run":
+        """Make the `Run`, with its device; nothing is written yet."""
         from eg3d_rlhf.experiments.run import Run
         from training.distributed import SINGLE
 
-        """Make the `Run`, with its device; nothing is written yet."""
         flags = flags or Flags()
         ranks = ranks or SINGLE
         name = flags.get("device") or "auto"

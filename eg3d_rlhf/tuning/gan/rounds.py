@@ -236,8 +236,8 @@ def check(s: Settings, ranks: Ranks) -> None:
     with naming("--round-pairs"):
         for number in range(1, config.rounds + 1):
             pairing(s, number, doubt=True)
-            # Pairs must be enough for the three splits of the reward's training.
-            split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
+        # Pairs must be enough for the three splits of the reward's training.
+        split_by_seed([Preference(winner=2 * i, loser=2 * i + 1) for i in range(config.round_pairs)])
     with naming("--round-preset"):
         default_options(config.round_preset, kind)
     with naming("--round-aggregate"):
