@@ -261,7 +261,8 @@ class Gan:
         if config.ema_rampup is not None:
             # At the start of a run the average must not be dominated by the random initial weights.
             half_life = min(half_life, cur_nimg * config.ema_rampup)
-        beta = 0.5 ** (self.loop.batch / max(half_life, 1e-8))  # 0 in the first iteration: G_ema becomes G
+        # With ema_rampup the half-life is 0 in the first iteration, so beta is 0 and G_ema becomes G.
+        beta = 0.5 ** (self.loop.batch / max(half_life, 1e-8))
         for average, current in zip(G_ema.parameters(), G.parameters(), strict=True):
             average.copy_(current.lerp(average, beta))
         for average, current in zip(G_ema.buffers(), G.buffers(), strict=True):

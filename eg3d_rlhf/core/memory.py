@@ -159,8 +159,9 @@ class MemoryTrace(TorchDispatchMode):
 
     @staticmethod
     def _spread(x: torch.Tensor, upper_bound: int) -> torch.Tensor:
-        """Return valid integers in place of those that depend on fake values: 0 .. most - 1, repeated in this
-        order.
+        """Return valid integers in place of those that depend on fake values.
+
+        They are 0, 1, ..., upper_bound - 1, repeated in this order.
 
         Booleans become True.
         """

@@ -71,7 +71,7 @@ def draw_method(run: Path, out: Path) -> None:
     with style.theme():
         figure, axes = style.figure(4, 1, (11, 4.6))
         titles = (
-            "1 Labels\npeople say which shape is better",
+            "1 Labels\npairs: which shape is better?",
             "2 Reward\nlearns it from the density",
             "3 Tuning\none more phase of the training",
             "4 Report\nwhat changed",

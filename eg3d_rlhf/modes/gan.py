@@ -425,7 +425,7 @@ def check_eg3d(flags: Mapping) -> None:
 
 
 def resolve_flags(flags: Flags) -> Settings:
-    """`Build the settings as `resolve` does, with warnings for flags that have no effect."""
+    """Build the settings as `resolve` does, with warnings for flags that have no effect."""
     check_eg3d(flags)
     # this function resolves new runs only, so --resume-previous never applies here
     flags.belong(("resume_previous",), False, "--resume")

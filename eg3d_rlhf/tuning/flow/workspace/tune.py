@@ -145,12 +145,14 @@ def tune(
     control: Mapping[str, StageResult] = {}
     # the control has the same settings and seeds; only its labels differ
     if settings.control:
-        say_main("Control: the same training, with half of each prompt's answers inverted.")
+        say_main(
+            "Control: the same training on randomised labels (half of each prompt's answers are inverted)."
+        )
         if settings.loop:
             control = _train_loop(randomised(problem, seed), *common, control=True)
         else:
-            inverted = {name: of_stage.randomised(seed) for name, of_stage in stages.items()}
-            control = _train_stages(inverted, problem.identity, *common, control=True)
+            randomised_stages = {name: of_stage.randomised(seed) for name, of_stage in stages.items()}
+            control = _train_stages(randomised_stages, problem.identity, *common, control=True)
     report: dict = {}
     # seed + 1: other times and noises than with the seed of the training
     if ranks.main:
