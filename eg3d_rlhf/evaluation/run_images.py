@@ -332,8 +332,8 @@ def comparison(c: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL
             if column.head and column.ground_truth
         ]
         rows += group(
-            "Post-processing",
-            "the strongest\nwithout labels; it\ndegrades intact heads",
+            "Label-free",
+            "post-processing,\nthe strongest; it\ndegrades intact heads",
             shapes(smoothed, back),
         )
         rows += group("Ground truth", "of the same\nlatents", [_clay(view) for view in head_views])
