@@ -343,7 +343,11 @@ def embed(outdir, dry_run, device, **sources) -> None:
 
 
 @click.command("images", cls=GroupedCommand, job="report images")
-@shared("before run reward-ckpt outdir device dry-run", outdir={"show_default": "the run folder"})
+@shared(
+    "before run reward-ckpt outdir device dry-run",
+    run={"show_default": "the newest in runs/"},
+    outdir={"show_default": "the run folder"},
+)
 @count_option(
     "--pairs",
     help=(
