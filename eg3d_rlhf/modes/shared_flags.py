@@ -54,7 +54,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         show_default="that of --after, else the newest in runs/",
     ),
     "control": _network("Control: the same run with --lambda-r=0.", "the matching run in runs/"),
-    "reward-ckpt": _reward(""),
+    "reward-ckpt": _reward("Reward of the run."),
     "heldout-reward": _reward("Held-out reward, which was not used in tuning."),
     "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the run's own"),
     "network": _network("Generator: a network file or a run folder.", "the bundled generator"),
