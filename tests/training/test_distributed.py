@@ -301,15 +301,15 @@ def test_reward_training_on_two_ranks_equals_one(tmp_path):
 REWARD_TOOL = "import sys; from eg3d_rlhf.modes.reward_training import train; train(sys.argv[1:])"
 REWARD_STOPPED = """
 import os, signal, sys
-from eg3d_rlhf.rewards import train
+from eg3d_rlhf.rewards import network_training
 from eg3d_rlhf.modes.reward_training import train as main
-step, count = train._step, []
+step, count = network_training._step, []
 def signalled_step(*args):
     count.append(1)
     if len(count) == 8 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return step(*args)
-train._step = signalled_step
+network_training._step = signalled_step
 main(sys.argv[1:])
 """
 

@@ -71,16 +71,16 @@ SHARDED = """
 import sys
 from pathlib import Path
 import torch
-from eg3d_rlhf.tuning.flow import train
+from eg3d_rlhf.tuning.flow.training import trainer
 from tests.tuning.flow.tiny_trainings import toy_case
 from training.distributed import process_group
 torch.set_num_threads(1)
-shard = train.shard
-def told(model, ranks):
+shard = trainer.shard
+def printing_shard(model, ranks):
     before = sum(p.numel() for p in model.parameters())
     shard(model, ranks)
     print(sum(p.to_local().numel() for p in model.parameters()) / before)
-train.shard = told
+trainer.shard = printing_shard
 with process_group(torch.device("cpu"), 2.0) as ranks:
     toy_case(Path(sys.argv[1]), sys.argv[2], ranks=ranks)
 """

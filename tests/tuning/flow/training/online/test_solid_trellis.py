@@ -50,7 +50,8 @@ def test_the_structure_stage_is_tuned_and_held_against_controls(tmp_path):
     found = json.loads(path.read_text())
     held = divided(NAMES, ArmsSource.seed, ArmsSource.held_out)[2]
     assert (
-        found["what"].startswith(f"{len(held)} held-out conditions x {16 // len(held)} noises")
+        found["what"].startswith(f"{len(held)} ")
+        and f" x {16 // len(held)} " in found["what"]
         and "structure" in found["what"]
     )
     lines = found["lines"]
