@@ -259,3 +259,42 @@ def test_no_path_of_a_machine():
         if MACHINE_PATH.search(line)
     ]
     assert found == []
+
+
+def names_defined(path: Path) -> set[str]:
+    """Names that a module has after import, as far as its text shows, and its submodules."""
+    defined = {child.stem for child in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    return defined
+
+
+def imports_in_strings(path: Path):
+    """Import statements in programs that a file holds as strings, such as those that tests start."""
+    for node in ast.walk(tree(path)):
+        if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            continue
+        for line in re.split(r"[\n;]", node.value):
+            if re.match(r"\s*from (eg3d_rlhf|training|torch_utils|tests)[\w.]* import [\w, ]+$", line):
+                yield node.lineno, ast.parse(line.strip()).body[0]
+
+
+def test_programs_in_strings_import_what_exists():
+    wrong = []
+    for path in sources("tests", "eg3d_rlhf"):
+        for line, statement in imports_in_strings(path):
+            module = REPO / statement.module.replace(".", "/")
+            file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+            known = names_defined(file) if file.exists() else set()
+            lazy = file.exists() and "__getattr__" in known
+            wrong += [
+                f"{name_of(path)}:{line}: {statement.module}: {alias.name}"
+                for alias in statement.names
+                if alias.name not in known and not lazy
+            ]
+    assert wrong == []
