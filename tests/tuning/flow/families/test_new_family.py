@@ -95,7 +95,7 @@ def test_the_worked_example_runs_as_documented(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FAMILIES._things, "points")
     shutil.rmtree("PAIRS")
-    write_conditions(Path("CONDITIONS"), conditions())
+    write_conditions(Path("CONDITIONING"), conditions())
     name, _, path = section_of("extending.md", "A new flow family")[0].removeprefix("export ").partition("=")
     monkeypatch.setenv(name, str(REPO / path))
     called = run_section("A new flow family", "ROOT", Path(), FEW, page="extending.md")
