@@ -35,7 +35,7 @@ inline Stream current_stream(const Tensor& tensor) {
   }();
   STD_TORCH_CHECK(function != nullptr, "this build of torch has no CUDA streams");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(function(tensor.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
 
