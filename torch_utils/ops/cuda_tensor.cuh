@@ -22,7 +22,9 @@ using Optional = std::optional<Tensor>;
 
 // torch's current stream on a device. The function is looked up when first needed: torch without CUDA, which loads these libraries too
 // (and can then say what they contain), does not have it.
-inline Stream current_stream(const Tensor& tensor) {
+// `static` is essential: of an inline function's static variable the loader unites the guard over all libraries of the process, but not
+// the variable, which is hidden. The second library would take its own null pointer for initialised, and call it.
+static Stream current_stream(const Tensor& tensor) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
     const char* name = "aoti_torch_get_current_cuda_stream";

@@ -60,6 +60,12 @@ def check_library(op: str) -> None:
         ).stdout
         assert "sm_80" in listed and "sm_90" in listed and "ptx" in listed
     assert "warning" not in (library.parent / "build.log").read_text()
+    # The loader unites unique symbols (type u) of all libraries. A guard united without its variable made
+    # the second CUDA op of a process call a null pointer.
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    assert not [line for line in symbols.splitlines() if " u " in line and "eg3d" in line]
 
 
 def test_every_source_is_in_the_table():
