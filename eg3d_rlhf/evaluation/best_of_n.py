@@ -337,7 +337,7 @@ def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, join
 def _says(trial: Trial, data: Mapping) -> list[str]:
     """Describe each arm's gain and peak, and the evaluator."""
     most = data["numbers"][-1]
-    says = []
+    sentences = []
     reach = np.sqrt(data["kl"][-1])  # d at the largest n
     for name, arm in data["arms"].items():
         end = arm["steps"][-1]
@@ -349,13 +349,13 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
             ends = [f"{v:.2f}" if v is not None else "none" for v in (low, high)]
             where = f"peak of the fit at d = {at:.2f} [{ends[0]}, {ends[1]}], n = {number_at(at):.0f}"
         gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
-        says.append(
+        sentences.append(
             f"{name}: the best of {most} is {gain} of the evaluator's standard deviations better than a"
             f" mean latent; {where}."
         )
     for row in data["against"]:
         if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
-            says.append(
+            sentences.append(
                 f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the"
                 " evaluator ranks first."
             )
@@ -365,7 +365,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
         else "another reward, which has errors, too"
     )
     return [
-        *says,
+        *sentences,
         (
             f"The evaluator is {evaluator}. Selection is a weaker optimisation than tuning: a reward that"
             " fails here will fail there, but not the other way round."

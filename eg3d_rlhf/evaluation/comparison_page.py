@@ -30,56 +30,57 @@ from training.gan import save_grid
 TITLE = "Before and after tuning"
 
 
-def select(c: Comparison, keys: str | None = None) -> list[Job]:
+def select(comparison: Comparison, keys: str | None = None) -> list[Job]:
     """Select the report's parts, all or those of a comma-separated list of keys.
 
     Raises: ValueError for an unknown key.
     """
     parts = (rewards.jobs, images.jobs, geometry.jobs, rewards.curve_jobs, geometry.depth_jobs, strip_jobs)
-    jobs = [job for part in parts for job in part(c)]
+    jobs = [job for part in parts for job in part(comparison)]
     # The page keeps its own order, whatever the order of the list.
     wanted = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
     return [job for job in jobs if wanted is None or job.key in wanted]
 
 
-def check_files(c: Comparison) -> None:
+def check_files(comparison: Comparison) -> None:
     """Open the networks that the user names, before minutes of work depend on them. Raises: ValueError."""
-    if c.inception is not None:
-        load_features(c.inception, c.device)
-    if c.lpips is not None:
-        load_lpips(c.lpips, c.device)
-    if c.identity is not None:
-        load_identity(c.identity, c.device)
+    if comparison.inception is not None:
+        load_features(comparison.inception, comparison.device)
+    if comparison.lpips is not None:
+        load_lpips(comparison.lpips, comparison.device)
+    if comparison.identity is not None:
+        load_identity(comparison.identity, comparison.device)
 
 
-def introduction(c: Comparison) -> str:
+def introduction(comparison: Comparison) -> str:
     """Describe the networks at the top of the page."""
     # role -> the run's folder
     run_names = {
         role: f" of {run.name}"
-        for role, run in (("after", c.run), ("control", c.control_run))
+        for role, run in (("after", comparison.run), ("control", comparison.control_run))
         if run is not None
     }
     named = [
-        f"{role} {generator.path.name}{run_names.get(role, '')}" for role, generator in c.generators().items()
+        f"{role} {generator.path.name}{run_names.get(role, '')}"
+        for role, generator in comparison.generators().items()
     ]
     return (
         "The same held-out latents through each generator:"
-        f" {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure states its latents,"
+        f" {', '.join(named)}{'; no control' if comparison.control is None else ''}. Every figure states its latents,"
         " networks and interval; its data can be downloaded below it."
     )
 
 
-def summary(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def summary(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     """List what the numbers support, then what they do not support."""
     return [f"Allowed: {text}" for text in _allowed(findings)] + [
-        f"Not allowed: {text}" for text in _not_allowed(c, findings)
+        f"Not allowed: {text}" for text in _not_allowed(comparison, findings)
     ]
 
 
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     """List the statements that the intervals support."""
-    says = []
+    sentences = []
     data = {key: finding.data for key, finding in findings.items()}
     paired = data.get("reward-shift", {}).get("paired", {})
     # Only intervals that exclude "no change" support a statement.
@@ -93,7 +94,7 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             if control_unchanged
             else ""
         )
-        says.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
+        sentences.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
     for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
         if name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
@@ -107,61 +108,69 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
                 if name == rewards.ORACLE
                 else "which was not used in tuning"
             )
-            says.append(
+            sentences.append(
                 f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} standard deviations),"
                 f" {end}."
             )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
-            says.append(
+            sentences.append(
                 f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data"
                 f" ({change['distance']} distance)."
             )
     for row in data.get("diversity", {}).get("rows", []):
         if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
             kind = "less" if row["ratio_hi"] < 1 else "more"
-            says.append(f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times).")
-    return says or ["nothing: no selected part shows a change whose interval excludes zero change."]
+            sentences.append(
+                f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times)."
+            )
+    return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
 
-def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
     """List the statements that the figures do not support."""
-    says = [
+    sentences = [
         "that people prefer the tuned shapes: no person was asked here. Compare them blind.",
         (
             "any statement on other training seeds: there is one run for each setting, and intervals run over"
             " latents."
         ),
     ]
-    if c.control is None:
-        says.append("the cause of a change: without a control, further training alone may have made it.")
+    if comparison.control is None:
+        sentences.append("the cause of a change: without a control, further training alone may have made it.")
     elif (
-        c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run)))
+        comparison.run
+        and comparison.control_run
+        and (other := control_differs(settings_of(comparison.run), settings_of(comparison.control_run)))
     ):
-        says.append(
+        sentences.append(
             f"a change that is due to the reward alone: the control also differs in {', '.join(other)}."
         )
     # Rewards from common labels share their errors.
-    if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
-        says.append(
+    if (
+        comparison.held_out is None
+        or comparison.held_out.labels == comparison.reward.labels
+        or comparison.held_out.labels & comparison.reward.labels
+    ):
+        sentences.append(
             "freedom from over-optimisation in general: "
             + (
                 "there is no second reward."
-                if c.held_out is None
+                if comparison.held_out is None
                 else "the second reward was trained on the same labels as the first."
             )
         )
-    if c.synthetic:
-        says.append(
+    if comparison.synthetic:
+        sentences.append(
             "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
     missing = [key for key, finding in findings.items() if "absent" in finding.data]
     if missing:
-        says.append(
+        sentences.append(
             f"statements of these parts, which could not be computed (each gives its reason):"
             f" {', '.join(missing)}."
         )
-    return says
+    return sentences
 
 
 # Renders of shapes: the best and worst by reward, the same latents before and after, and an orbit. Renders
@@ -186,22 +195,22 @@ RESOLUTION = 128
 PIXELS = 128
 
 
-def strip_jobs(c: Comparison) -> list[Job]:
+def strip_jobs(comparison: Comparison) -> list[Job]:
     """Return the parts with renders."""
-    shown = list(c.seeds(SHOWN, EVALUATION))
+    shown = list(comparison.seeds(SHOWN, EVALUATION))
     # Inputs of the jobs: another size renders again.
-    size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
+    size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(comparison)}
     return [
-        c.job(
+        comparison.job(
             "reward-strips",
             "Best and worst shapes by reward",
             reward_strips,
             roles=("before", "after", "reward"),
-            n=c.n,
+            n=comparison.n,
             k=K,
             **size,
         ),
-        c.job(
+        comparison.job(
             "same-latents",
             "The same latents before and after",
             same_latents,
@@ -209,45 +218,45 @@ def strip_jobs(c: Comparison) -> list[Job]:
             seeds=shown,
             **size,
         ),
-        c.job("orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown[:1], **size),
+        comparison.job("orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown[:1], **size),
     ]
 
 
-def yaws_of(c: Comparison) -> tuple[float, float]:
+def yaws_of(comparison: Comparison) -> tuple[float, float]:
     """Return the two yaws from which shapes are rendered."""
-    return BOTH_SIDES if c.of_people else YAWS
+    return BOTH_SIDES if comparison.of_people else YAWS
 
 
 @torch.no_grad()
 def shapes(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
     """Render shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
     spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
     parts = []
     # A quarter of the batch, since a density grid has RESOLUTION^3 points per shape.
-    for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
         sigma = field.density_grid(spec).cpu()
         parts.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
     return torch.cat(parts)
 
 
-def reward_strips(c: Comparison, folder: Path) -> Finding:
+def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     """Show two views of the K latents with the highest and the lowest reward, per network."""
-    seeds = c.seeds()
+    seeds = comparison.seeds()
     rows = []
     files_by_caption = {}
     # At most half: the strips of best and worst must not overlap.
     k = min(K, len(seeds) // 2)
-    above, below = yaws_of(c)
+    above, below = yaws_of(comparison)
     for role in ("before", "after"):
-        generator = c.generators()[role]
-        scores = c.scores(generator, seeds).double().numpy()
+        generator = comparison.generators()[role]
+        scores = comparison.scores(generator, seeds).double().numpy()
         # Stable, so that equal scores keep the order of the seeds.
         order = np.argsort(-scores, kind="stable")
         for which, chosen in (("highest", order[:k]), ("lowest", order[::-1][:k])):
             picked = [seeds[int(i)] for i in chosen]
-            views = shapes(c, generator, picked, yaws_of(c))  # [k, 2, 1, R, R]
+            views = shapes(comparison, generator, picked, yaws_of(comparison))  # [k, 2, 1, R, R]
             name = f"reward-strips-{role}-{which}.png"
             # All shapes of the first yaw, then all of the second: two rows of k
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
@@ -267,7 +276,7 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
                 }
                 for i, s in enumerate(picked)
             ]
-    says = [
+    sentences = [
         (
             f"The {k} highest and {k} lowest of {len(seeds)} latents by the tuning reward, each network by"
             " itself. The difference between highest and lowest is what the reward measures. Check by eye"
@@ -276,29 +285,32 @@ def reward_strips(c: Comparison, folder: Path) -> Finding:
         ),
     ]
     return Finding(
-        facts=c.facts(seeds, ("before", "after", "reward")),
+        facts=comparison.facts(seeds, ("before", "after", "reward")),
         data={"k": k},
         rows=rows,
-        says=says,
+        says=sentences,
         images=files_by_caption,
     )
 
 
-def same_latents(c: Comparison, folder: Path) -> Finding:
+def same_latents(comparison: Comparison, folder: Path) -> Finding:
     """Show the same fixed latents under each generator."""
-    seeds = list(c.seeds(SHOWN, EVALUATION))
+    seeds = list(comparison.seeds(SHOWN, EVALUATION))
     files_by_caption = {}
     # yaws: two views of each latent, [N, yaws, 1, R, R] per role
-    views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
+    views = {
+        role: shapes(comparison, generator, seeds, yaws_of(comparison))
+        for role, generator in comparison.generators().items()
+    }
     scores = {
-        f"reward_{role}": c.scores(generator, seeds).double().tolist()
-        for role, generator in c.generators().items()
+        f"reward_{role}": comparison.scores(generator, seeds).double().tolist()
+        for role, generator in comparison.generators().items()
     }
     rows = [
         {"seed": seed, **dict(zip(scores, seed_scores, strict=True))}
         for seed, *seed_scores in zip(seeds, *scores.values(), strict=True)
     ]
-    for j, yaw in enumerate(yaws_of(c)):
+    for j, yaw in enumerate(yaws_of(comparison)):
         name = f"same-latents-{j}.png"
         # One row per network
         save_grid(
@@ -308,31 +320,38 @@ def same_latents(c: Comparison, folder: Path) -> Finding:
             f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
             " right"
         ] = name
-    says = [
+    sentences = [
         (
             "The seeds were fixed before any result was known, so these are ordinary samples without"
             " selection. A few renders show what kind of change to expect; how often it happens is in the"
             " counted parts of this report."
         ),
-        *([NO_CONTROL] if c.control is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
     ]
-    data = {"seeds": seeds, "yaws": list(yaws_of(c))}
+    data = {"seeds": seeds, "yaws": list(yaws_of(comparison))}
     return Finding(
-        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=files_by_caption
+        facts=comparison.facts(seeds, (*ROLES, "reward")),
+        data=data,
+        rows=rows,
+        says=sentences,
+        images=files_by_caption,
     )
 
 
-def orbit(c: Comparison, folder: Path) -> Finding:
+def orbit(comparison: Comparison, folder: Path) -> Finding:
     """Show one latent from an arc, before beside after: an animation (APNG), and stills for readers who
     disable motion.
     """
-    (seed,) = c.seeds(1, EVALUATION)
-    reach = math.pi if c.of_people else ORBIT_YAW
+    (seed,) = comparison.seeds(1, EVALUATION)
+    reach = math.pi if comparison.of_people else ORBIT_YAW
     # A sine slows the swing at its ends; the last frame meets the first.
     yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
     stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()
     # views: [frames + stills, 1, R, R] each
-    both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]
+    both = [
+        shapes(comparison, comparison.generators()[role], [seed], [*yaws, *stills])[0]
+        for role in ("before", "after")
+    ]
     save_grid(
         torch.cat([role_views[ORBIT_FRAMES:] for role_views in both]),
         (0, 1),
@@ -351,13 +370,13 @@ def orbit(c: Comparison, folder: Path) -> Finding:
         ),
         f"Seed {seed} from yaw {-reach:+.1f} to {reach:+.1f} radians; before above, after below": "orbit.png",
     }
-    says = [
+    sentences = [
         "One latent, the first of the fixed seeds. It shows the surface from several sides; it is no evidence"
         " about the others."
     ]
     return Finding(
-        facts=c.facts([seed], ("before", "after")),
+        facts=comparison.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
-        says=says,
+        says=sentences,
         images=files_by_caption,
     )

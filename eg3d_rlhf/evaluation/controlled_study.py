@@ -516,7 +516,7 @@ def markdown(data: Mapping) -> str:
     table = figure_table("arm", arms, columns)
     result = data["criterion"]
     unbeaten = [ARMS[name] for name, against in result["against"].items() if not against["beaten"]]
-    says = (
+    sentences = (
         "The pre-registered criterion is met: labels beat every other arm in each primary endpoint with every"
         " training seed, and degrade no more intact heads."
         if result["labels_win"]
@@ -535,13 +535,13 @@ def markdown(data: Mapping) -> str:
         f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
         " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
     )
-    return "\n".join(["# Controlled study of the bundled heads", "", says, "", *table, "", text, ""])
+    return "\n".join(["# Controlled study of the bundled heads", "", sentences, "", *table, "", text, ""])
 
 
 def plot(data: Mapping):
     """Plot each primary endpoint of every arm, one point for each training seed."""
     names = list(data["arms"])
-    drawn, axes = style.figure(columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(names)))
+    figure, axes = style.figure(columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(names)))
     # with a single endpoint `axes` is no array
     for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):
         for place, name in enumerate(names):
@@ -557,7 +557,7 @@ def plot(data: Mapping):
         axis.set_yticks(range(len(names)), [ARMS[name] for name in names], fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel(f"{FIGURES[primary][0]}, lower is better; line: before", fontsize=8)
-    return drawn
+    return figure
 
 
 def commands(plan: Plan) -> dict[str, list[str]]:

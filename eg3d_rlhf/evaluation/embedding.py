@@ -43,7 +43,7 @@ NO_UMAP = (
 )
 
 
-def jobs(c: Comparison) -> list[Job]:
+def jobs(comparison: Comparison) -> list[Job]:
     """Return the parts: map of the features, separability, and the renders of the interactive map (a job
     without a section on the page).
     """
@@ -52,31 +52,31 @@ def jobs(c: Comparison) -> list[Job]:
     layouts = {"umap": plot_umap} if umap else {}
     layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
-        c.job(
+        comparison.job(
             MAP,
             "Map of the reward's global feature",
             feature_map,
             layouts,
             (*ROLES, "reward"),
-            n=c.n,
+            n=comparison.n,
             umap=umap,
         ),
-        c.job(
+        comparison.job(
             APART,
             "Are tuned samples separable from untuned ones?",
             separability,
             {"test": plot_test},
             (*ROLES, "control", "reward"),
-            n=c.n,
-            k=min(NEIGHBOURS, c.n // 2),
+            n=comparison.n,
+            k=min(NEIGHBOURS, comparison.n // 2),
             permutations=PERMUTATIONS,
         ),
-        c.job(
+        comparison.job(
             SHAPES,
             "Shapes of the map",
             shapes,
             roles=ROLES,
-            n=c.n,
+            n=comparison.n,
             resolution=RESOLUTION,
             pixels=PIXELS,
             yaw=YAW,
@@ -91,20 +91,22 @@ def umap_version() -> str | None:
 
 @torch.no_grad()
 def features(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute global features [N, F] and rewards [N] of seeds, and cache them for the parts that share
     them.
     """
     # The prefix keeps features apart from the scores in the same cache.
-    cache_key = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
-    if cache_key not in c.memory:
+    cache_key = ("global feature", comparison.reward_hash, generator.hash, tuple(seeds), comparison.psi)
+    if cache_key not in comparison.memory:
         batches = [
-            (c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu())
-            for x in c.observed(generator, seeds)
+            (comparison.reward.network.features(x).cpu(), comparison.reward.score_observed(x).cpu())
+            for x in comparison.observed(generator, seeds)
         ]
-        c.memory[cache_key] = tuple(torch.cat(part).double().numpy() for part in zip(*batches, strict=True))
-    return c.memory[cache_key]
+        comparison.memory[cache_key] = tuple(
+            torch.cat(part).double().numpy() for part in zip(*batches, strict=True)
+        )
+    return comparison.memory[cache_key]
 
 
 def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -134,12 +136,12 @@ def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
         return fitted.fit_transform(points.astype(np.float32)).astype(np.float64)
 
 
-def feature_map(c: Comparison, _folder: Path) -> Finding:
+def feature_map(comparison: Comparison, _folder: Path) -> Finding:
     """Place all samples by UMAP and on the untuned samples' principal axes, and correlate the reward with the
     axes.
     """
-    seeds = c.seeds()
-    features_by_role = {role: features(c, c.generators()[role], seeds) for role in ROLES}
+    seeds = comparison.seeds()
+    features_by_role = {role: features(comparison, comparison.generators()[role], seeds) for role in ROLES}
     # The axes are those of the untuned samples; the tuned ones are projected onto them.
     mean, axes, shares = principal_axes(features_by_role["before"][0])
     positions = {
@@ -148,7 +150,7 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
     along = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
     # One layout of both networks, so that positions are comparable.
     if umap_version():
-        laid = umap_layout(np.concatenate([features_by_role[role][0] for role in ROLES]), c.seed)
+        laid = umap_layout(np.concatenate([features_by_role[role][0] for role in ROLES]), comparison.seed)
         positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
         flat = positions["umap"]["before"]  # [N, 2]
         centre, main, _ = principal_axes(flat)
@@ -187,8 +189,8 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
         "features": len(mean),
         "layouts": sorted(positions, reverse=True),
     }
-    facts = c.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
-    says = [
+    facts = comparison.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
+    sentences = [
         *(
             (
                 f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these"
@@ -218,25 +220,25 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
             )
         ),
     ]
-    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=says)
+    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=sentences)
 
 
-def separability(c: Comparison, _folder: Path) -> Finding:
+def separability(comparison: Comparison, _folder: Path) -> Finding:
     """Measure the share of same-network neighbours after tuning, and for the control, with a permutation
     test.
     """
-    seeds = c.seeds()
-    before, _ = features(c, c.before, seeds)  # [N, F]
+    seeds = comparison.seeds()
+    before, _ = features(comparison, comparison.before, seeds)  # [N, F]
     result_by_role = {
         role: paired_separability(
             # `paired`: the null distribution swaps the two networks of a latent.
             before,
-            features(c, generator, seeds)[0],
-            min(NEIGHBOURS, c.n // 2),
+            features(comparison, generator, seeds)[0],
+            min(NEIGHBOURS, comparison.n // 2),
             PERMUTATIONS,
-            c.seed,
+            comparison.seed,
         )
-        for role, generator in c.generators().items()
+        for role, generator in comparison.generators().items()
         if role != "before"
     }
     rows = [
@@ -249,42 +251,42 @@ def separability(c: Comparison, _folder: Path) -> Finding:
         }
         for role, f in result_by_role.items()
     ]
-    says = []
+    sentences = []
     for role, f in result_by_role.items():
         conclusion = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
         # The smallest p-value of a permutation test is 1 / (1 + permutations).
         sign = "<=" if f.p <= 1 / (1 + len(f.chance)) else "="
-        says.append(
+        sentences.append(
             f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own"
             f" network (50 % by chance; p {sign} {f.p:.2g}): the two are {conclusion}."
         )
-    says += [
+    sentences += [
         (
             "Apart means that tuning moved samples further, as the reward sees them, than samples differ from"
             " each other. It does not say in which direction, nor that the shapes are better."
         ),
-        *([NO_CONTROL] if c.control is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
     ]
-    facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
+    facts = comparison.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(
-        facts=facts, data={role: f.to_dict() for role, f in result_by_role.items()}, rows=rows, says=says
+        facts=facts, data={role: f.to_dict() for role, f in result_by_role.items()}, rows=rows, says=sentences
     )
 
 
 @torch.no_grad()
-def shapes(c: Comparison, folder: Path) -> Finding:
+def shapes(comparison: Comparison, folder: Path) -> Finding:
     """Render one sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the
     second, ...
     """
-    seeds = c.seeds()
+    seeds = comparison.seeds()
     parts = [
         torch.cat(
             [
                 shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
-                for field in c.fields(generator, seeds)
+                for field in comparison.fields(generator, seeds)
             ]
         )
-        for generator in (c.before, c.after)
+        for generator in (comparison.before, comparison.after)
     ]
     shape_renders = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
     # White cells fill the last row.
@@ -309,7 +311,7 @@ def shapes(c: Comparison, folder: Path) -> Finding:
         "seeds": list(seeds),
         "roles": list(ROLES),
     }
-    return Finding(facts=c.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
+    return Finding(facts=comparison.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
 
 
 def _scatter(axes, data: dict, layout: str) -> None:
@@ -375,9 +377,9 @@ def plot_test(axes, data: dict):
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
 
 
-def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
+def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
     """Compute the parts that are missing and write the page; return all findings."""
-    parts = jobs(c)
+    parts = jobs(comparison)
     findings = pages.run(parts, out, quiet=quiet)  # by key
     feature_points = findings[MAP].data
     sheet = findings[SHAPES].data  # file and layout of the sprite
@@ -388,7 +390,7 @@ def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
         feature_points["points"], [(name, titles[name]) for name in feature_points["layouts"]], sprite
     )
     introduction = (
-        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before"
+        f"The global feature of the reward {comparison.reward_hash[:12]} for the same {comparison.n} held-out latents before"
         " and after tuning. Points at the end of the page show their shapes."
     )
     # The first sentence of each part is the summary.

@@ -76,12 +76,12 @@ DEPTH_MEASURES = (  # of `measures`
 )
 
 
-def jobs(c: Comparison) -> list[Job]:
+def jobs(comparison: Comparison) -> list[Job]:
     """Return the parts on views, surfaces and density; `depth_jobs` has those on depth."""
-    n = latents(c)
+    n = latents(comparison)
     plots = {"values": plot_values, "changes": plot_changes}
     return [
-        c.job(
+        comparison.job(
             "view-consistency",
             "Do views of one shape agree?",
             view_consistency,
@@ -90,31 +90,36 @@ def jobs(c: Comparison) -> list[Job]:
             n=n,
             views=VIEWS,
         ),
-        c.job("surfaces", "Curvature, components, holes", surfaces, plots, ROLES, n=n, resolution=RESOLUTION),
-        c.job(
+        comparison.job(
+            "surfaces", "Curvature, components, holes", surfaces, plots, ROLES, n=n, resolution=RESOLUTION
+        ),
+        comparison.job(
             "sigma-statistics",
             "Positive densities and the largest of each sample",
             sigma_statistics,
             {"histogram": plot_histogram, "largest": plot_largest},
             ROLES,
             version=2,
-            n=c.n,
+            n=comparison.n,
             resolution=SIGMA_RESOLUTION,
         ),
     ]
 
 
-def latents(c: Comparison) -> int:
+def latents(comparison: Comparison) -> int:
     """Return the number of latents of the slower parts, at least two for an interval."""
-    return max(2, round(SHARE * c.n))
+    return max(2, round(SHARE * comparison.n))
 
 
-def view_consistency(c: Comparison, _folder: Path) -> Finding:
+def view_consistency(comparison: Comparison, _folder: Path) -> Finding:
     """Compare depth and normal disagreement and the photometric reprojection error of neighbouring views, per
     latent.
     """
-    seeds = c.seeds(latents(c))
-    seen = {role: view_measures(c, generator, seeds) for role, generator in c.generators().items()}
+    seeds = comparison.seeds(latents(comparison))
+    seen = {
+        role: view_measures(comparison, generator, seeds)
+        for role, generator in comparison.generators().items()
+    }
     # Agreement is measured on shared pixels only, so their share is stated.
     compared = [f"{role} {views.covisible.mean():.0%}" for role, views in seen.items()]
     meaning = (
@@ -122,26 +127,39 @@ def view_consistency(c: Comparison, _folder: Path) -> Finding:
         f" at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour belong to"
         " one shape, not that the shape is a good head: a smooth ball agrees too."
     )
-    return compare(c, seeds, seen, VIEW_MEASURES, [meaning, *([NO_CONTROL] if c.control is None else [])])
+    return compare(
+        comparison,
+        seeds,
+        seen,
+        VIEW_MEASURES,
+        [meaning, *([NO_CONTROL] if comparison.control is None else [])],
+    )
 
 
-def view_measures(c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]) -> MultiViewMeasures:
+def view_measures(
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+) -> MultiViewMeasures:
     """Compute the view measures of seeds, [N] each."""
     views = spec_for(generator.generator, **VIEWS)
     # Half the batch: several views of each shape are rendered.
-    return multi_view_measures(generator.generator, c.ws(generator, seeds), views, batch=max(1, c.batch // 2))
+    return multi_view_measures(
+        generator.generator, comparison.ws(generator, seeds), views, batch=max(1, comparison.batch // 2)
+    )
 
 
-def surfaces(c: Comparison, _folder: Path) -> Finding:
+def surfaces(comparison: Comparison, _folder: Path) -> Finding:
     """Compare curvature, components, holes and cavities of the extracted meshes, per latent."""
-    seeds = c.seeds(latents(c))
-    meshes = {role: surface_values(c, generator, seeds) for role, generator in c.generators().items()}
+    seeds = comparison.seeds(latents(comparison))
+    meshes = {
+        role: surface_values(comparison, generator, seeds)
+        for role, generator in comparison.generators().items()
+    }
     # Pairs need a surface in every network: a latent that lacks one is left out everywhere.
     kept = [i for i in range(len(seeds)) if all(values[i] is not None for values in meshes.values())]
     lost = [seed for i, seed in enumerate(seeds) if i not in kept]
     notes = [
         (
-            f"Meshes are the surface at the generator's own level (σ = {c.before.generator.level:g}) on"
+            f"Meshes are the surface at the generator's own level (σ = {comparison.before.generator.level:g}) on"
             f" {RESOLUTION}³ points. Curvature is the area-weighted mean of |H| on the largest component,"
             " without the neighbourhood of the cube's faces; lower is smoother, but smoother is not always"
             " better. Holes count handles (genus) and rims; the mesher caps a body at the cube's faces, so"
@@ -160,7 +178,9 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
             " checkpoints, or raise --n."
         )
         return Finding(
-            facts=c.facts(seeds, ROLES), data={"measures": {}, "seeds": [], "absent": why}, says=[why, *notes]
+            facts=comparison.facts(seeds, ROLES),
+            data={"measures": {}, "seeds": [], "absent": why},
+            says=[why, *notes],
         )
     columns = {
         role: {
@@ -169,20 +189,20 @@ def surfaces(c: Comparison, _folder: Path) -> Finding:
         }
         for role, values in meshes.items()
     }
-    notes += [NO_CONTROL] if c.control is None else []
-    return compare(c, [seeds[i] for i in kept], columns, SURFACE_MEASURES, notes)
+    notes += [NO_CONTROL] if comparison.control is None else []
+    return compare(comparison, [seeds[i] for i in kept], columns, SURFACE_MEASURES, notes)
 
 
 @torch.no_grad()
 def surface_values(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> list[dict[str, float] | None]:
     """Compute SURFACE_MEASURES of each seed's mesh; None if the density does not cross the level."""
     spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
     level = generator.generator.level
     meshes: list[dict[str, float] | None] = []
     # A quarter of the batch, since a grid has RESOLUTION^3 points per shape.
-    for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
+    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
         for sigma in field.density_grid(spec).cpu():
             # Without a crossing the mesher has no surface to extract.
             crossed = float(sigma.min()) < level < float(sigma.max())
@@ -210,20 +230,20 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
     }
 
 
-def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
+def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
     """Compare the raw σ over the whole cube: a histogram of positive values, and per latent the largest σ and
     the shares of the cube that are positive and solid.
     """
-    seeds = c.seeds()
+    seeds = comparison.seeds()
     counts = {}
     values = {}
     # counts [bins] over all samples; values [N] per measure
-    for role, generator in c.generators().items():
-        counts[role], values[role] = sigma_values(c, generator, seeds)
+    for role, generator in comparison.generators().items():
+        counts[role], values[role] = sigma_values(comparison, generator, seeds)
     histogram = {
         "edges": EDGES.tolist(),
         "counts": {role: v.tolist() for role, v in counts.items()},
-        "level": c.before.generator.level,
+        "level": comparison.before.generator.level,
     }
     meaning = (
         f"σ is the decoder's raw density on {SIGMA_RESOLUTION}³ points of the whole cube. The largest value"
@@ -231,25 +251,25 @@ def sigma_statistics(c: Comparison, _folder: Path) -> Finding:
         " the rest of its input. A rise is a warning, not a defect."
     )
     return compare(
-        c,
+        comparison,
         seeds,
         values,
         SIGMA_MEASURES,
-        notes=[meaning, *([NO_CONTROL] if c.control is None else [])],
+        notes=[meaning, *([NO_CONTROL] if comparison.control is None else [])],
         **histogram,
     )
 
 
 @torch.no_grad()
 def sigma_values(
-    c: Comparison, generator: LoadedGenerator, seeds: range
+    comparison: Comparison, generator: LoadedGenerator, seeds: range
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Count positive values over all samples, [bins], and compute SIGMA_MEASURES [N]."""
     spec = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION)
     level = generator.generator.level
     counts = np.zeros(len(EDGES) - 1, dtype=np.int64)
     values = {m.name: list[np.ndarray]() for m in SIGMA_MEASURES}
-    for field in c.fields(generator, seeds):
+    for field in comparison.fields(generator, seeds):
         # [n, D * H * W]
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
         # Clipped, so that values above the last edge count in the last bin.
@@ -315,34 +335,36 @@ class DepthMaps(NamedTuple):
     valid: np.ndarray  # [N, R, R] bool; pixels whose ray meets a surface
 
 
-def depth_jobs(c: Comparison) -> list[Job]:
+def depth_jobs(comparison: Comparison) -> list[Job]:
     """Return the part on frontal depth."""
     plots = {"measures": plot_values, "mean-change": plot_change}
     return [
-        c.job(
+        comparison.job(
             "canonical-depth",
             "Frontal depth: relief of the face",
             canonical_depth,
             plots,
             ROLES,
             version=2,
-            n=latents(c),
+            n=latents(comparison),
             resolution=LOOK.resolution,
             shown=SHOWN,
         )
     ]
 
 
-def canonical_depth(c: Comparison, folder: Path) -> Finding:
+def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
     """Compare valid pixels, depth range, relief and nose prominence per latent; show the mean change of depth
     at each pixel, and depth images.
     """
-    seeds = c.seeds(latents(c))
-    bounds = c.before.generator.bounds
-    maps = {role: depth_maps(c, generator, seeds) for role, generator in c.generators().items()}
+    seeds = comparison.seeds(latents(comparison))
+    bounds = comparison.before.generator.bounds
+    maps = {
+        role: depth_maps(comparison, generator, seeds) for role, generator in comparison.generators().items()
+    }
     values = {role: measures(role_maps, bounds) for role, role_maps in maps.items()}
     change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
-    finding = compare(c, seeds, values, DEPTH_MEASURES, change=change)
+    finding = compare(comparison, seeds, values, DEPTH_MEASURES, change=change)
     z = np.concatenate([role_maps.points[:SHOWN, :, :, 2] for role_maps in maps.values()])
     valid = np.concatenate([role_maps.valid[:SHOWN] for role_maps in maps.values()])
     # One grey scale for all networks; the quantiles ignore stray pixels.
@@ -366,16 +388,16 @@ def canonical_depth(c: Comparison, folder: Path) -> Finding:
         + (
             "The simulated annotator also checks whether the face is kept, so these measures are not"
             " independent of it."
-            if c.synthetic
+            if comparison.synthetic
             else "The windows of nose and cheeks fit aligned frontal heads only."
         ),
-        *([NO_CONTROL] if c.control is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
     ]
     return replace(finding, says=[*finding.says, *notes], images={caption: name})
 
 
 @torch.no_grad()
-def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> DepthMaps:
+def depth_maps(comparison: Comparison, generator: LoadedGenerator, seeds: range) -> DepthMaps:
     """Compute the world points of the frontal camera's pixels, with constant noise and the same ray jitter in
     every call.
     """
@@ -384,8 +406,8 @@ def depth_maps(c: Comparison, generator: LoadedGenerator, seeds: range) -> Depth
     label = camera(generator.generator)  # [1, 25]
     pose = label[:, :16].reshape(1, 4, 4)
     intrinsics = label[0, 16:].reshape(3, 3)
-    for field in c.fields(generator, seeds):
-        (seen,) = render_each(field, [label], LOOK, c.seed)
+    for field in comparison.fields(generator, seeds):
+        (seen,) = render_each(field, [label], LOOK, comparison.seed)
         # [n, 1, R, R]
         depth = seen.depth.float()
         opacity = seen.opacity.float()

@@ -80,7 +80,7 @@ def measured(measure: Measure, before: float, after: float, change: dict) -> dic
 Seen = dict[str, np.ndarray]
 
 
-def _ground_truth(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     """Return the solid share [N] of the ground-truth heads of all latents that other parts use.
 
     The purpose is the side effect: `heads.ground_truth` writes the heads to the disk, where parts in other
@@ -90,14 +90,14 @@ def _ground_truth(c: Comparison, generator: LoadedGenerator) -> Seen:
     return {"solid": (heads.ground_truth(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
 
-def _heads(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _heads(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     seeds = EVALUATION.take(HEADS)
     return heads.looked_at(
         heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds)
     )
 
 
-def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     """Measure the untuned shapes after the best label-free post-processing.
 
     Two methods are chosen on validation latents: the best of those that leave intact heads alone, and the
@@ -118,38 +118,44 @@ def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
     return measurements
 
 
-def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
-    network = load_features(c.inception, c.device)
-    dataset = open_data(c)
+def _images(comparison: Comparison, generator: LoadedGenerator) -> Seen:
+    network = load_features(comparison.inception, comparison.device)
+    dataset = open_data(comparison)
     # which cameras of the data are used, by a fixed seed
     chosen = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
     cameras = dataset.get_labels()
     # the same latents and cameras for every network, so that the change of the distance is paired
-    return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
+    return {
+        "features": collect(network, images_of(comparison, generator, cameras, IMAGES.take(FAKES), chosen))[1]
+    }
 
 
-def _data(c: Comparison, _generator: LoadedGenerator) -> Seen:
-    network = load_features(c.inception, c.device)
+def _data(comparison: Comparison, _generator: LoadedGenerator) -> Seen:
+    network = load_features(comparison.inception, comparison.device)
     return {
         "features": collect(
-            network, (images.to(c.device) for images in real_batches(open_data(c), REALS_AT_ONCE))
+            network,
+            (images.to(comparison.device) for images in real_batches(open_data(comparison), REALS_AT_ONCE)),
         )[1]
     }
 
 
-def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
-    views = view_measures(c, generator, GEOMETRY.all)
+def _views(comparison: Comparison, generator: LoadedGenerator) -> Seen:
+    views = view_measures(comparison, generator, GEOMETRY.all)
     return {measure.name: measure.values(views) for measure in VIEWS}
 
 
 @torch.no_grad()
-def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _normal_maps(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     """Return the features [N, Q] of the shapes' normal maps."""
     features = ShapeFeatures.load()
     return {
         # field by field, since the grids of all latents need much memory
         "features": np.concatenate(
-            [features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)]
+            [
+                features.of_grids(shape_grids(f))
+                for f in comparison.fields(generator, SHAPES.take(MAPPED), psi=1.0)
+            ]
         )
     }
 
@@ -169,9 +175,12 @@ _OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data") 
 _OF_ONE_NETWORK = ("ground truth", "post-processing", "data")  # the same for both networks
 
 
-def parts_of(c: Comparison) -> list[tuple[str, str]]:
+def parts_of(comparison: Comparison) -> list[tuple[str, str]]:
     """List (part, role of the network) of everything that the evaluators of a comparison measure."""
-    missing = {*(() if c.synthetic else _OF_THE_FAMILY), *(("normal maps",) if unmapped(c) else ())}
+    missing = {
+        *(() if comparison.synthetic else _OF_THE_FAMILY),
+        *(("normal maps",) if unmapped(comparison) else ()),
+    }
     return [
         (part, role)
         for part in PARTS
@@ -180,7 +189,7 @@ def parts_of(c: Comparison) -> list[tuple[str, str]]:
     ]
 
 
-def seen(c: Comparison, part: str, role: str = "before") -> Seen:
+def seen(comparison: Comparison, part: str, role: str = "before") -> Seen:
     """Return the measurements of a part of the network before or after tuning.
 
     They are computed once and kept in the comparison's memory; those of the bundled network are also kept
@@ -188,30 +197,36 @@ def seen(c: Comparison, part: str, role: str = "before") -> Seen:
     """
     # worker processes of the summary fill the memory under the same key
     case = ("evaluators", part, role)
-    if case not in c.memory:
-        compute = partial(PARTS[part], c, c.generators()[role])
-        inputs = _inputs(c) if role == "before" else None
+    if case not in comparison.memory:
+        compute = partial(PARTS[part], comparison, comparison.generators()[role])
+        inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
-        c.memory[case] = (
+        comparison.memory[case] = (
             compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
         )
-    return c.memory[case]
+    return comparison.memory[case]
 
 
-def _inputs(c: Comparison) -> dict | None:
+def _inputs(comparison: Comparison) -> dict | None:
     """Return all that a part of the bundled network depends on; None for other networks or data."""
     # on the disk are only results of the bundled network with its own data on the CPU
     if (
-        c.before.hash != _bundled_hash()
-        or c.data != bundled.DATA
-        or c.inception is not None  # the user's own feature network
-        or c.device.type != "cpu"  # other devices round differently
+        comparison.before.hash != _bundled_hash()
+        or comparison.data != bundled.DATA
+        or comparison.inception is not None  # the user's own feature network
+        or comparison.device.type != "cpu"  # other devices round differently
     ):
         return None
     return {
-        "generator": c.before.hash,
-        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],  # settings that select latents and images
-        "data": file_hash(resolve_dataset(c.data)),
+        "generator": comparison.before.hash,
+        "sampling": [
+            comparison.n,
+            comparison.seed,
+            comparison.psi,
+            comparison.batch,
+            comparison.mirror,
+        ],  # settings that select latents and images
+        "data": file_hash(resolve_dataset(comparison.data)),
         "code": _sources(),
         # another torch, instruction set or op may round differently, which bitwise comparisons would show
         "numerics": [
@@ -255,12 +270,12 @@ def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
     return statistics
 
 
-def blind_pairs(c: Comparison) -> dict:
+def blind_pairs(comparison: Comparison) -> dict:
     """Compute the share of held-out latents whose tuned shape the noise-free simulated annotator prefers.
 
     An exact tie counts one half.
     """
-    before, tuned = (seen(c, "heads", role)["utility"] for role in ROLES)  # [N] each
+    before, tuned = (seen(comparison, "heads", role)["utility"] for role in ROLES)  # [N] each
     wins = int((tuned > before).sum())
     ties = int((tuned == before).sum())
     # Wilson's interval needs a whole number of successes, so an odd tie is dropped here
@@ -275,15 +290,15 @@ def blind_pairs(c: Comparison) -> dict:
     }
 
 
-def figures_of_heads(c: Comparison) -> dict:
+def figures_of_heads(comparison: Comparison) -> dict:
     """Compute the figures of the tuned held-out shapes against the ground-truth heads of their latents."""
-    return heads.figures(*(seen(c, "heads", role) for role in ROLES))
+    return heads.figures(*(seen(comparison, "heads", role) for role in ROLES))
 
 
-def against_ground_truth(c: Comparison) -> dict:
+def against_ground_truth(comparison: Comparison) -> dict:
     """Compute the figures of tuning beside those of the best label-free post-processing methods."""
-    before = seen(c, "heads")
-    processed = seen(c, "post-processing")
+    before = seen(comparison, "heads")
+    processed = seen(comparison, "post-processing")
     # `processed` also holds the any_... arrays, which `heads.figures` does not read
     strongest = {
         key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
@@ -291,7 +306,7 @@ def against_ground_truth(c: Comparison) -> dict:
     # every column is measured against the same untuned shapes
     columns = {
         "before": heads.figures(before, before),
-        "after": figures_of_heads(c),
+        "after": figures_of_heads(comparison),
         "post_processing": heads.figures(before, processed),
         "strongest_post_processing": heads.figures(before, strongest),
     }
@@ -326,14 +341,14 @@ def _method_name(measurements: Seen) -> str:
     return list(FILTERS)[int(measurements["method"][0])]
 
 
-def frechet(c: Comparison) -> dict:
+def frechet(comparison: Comparison) -> dict:
     """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
-    network = load_features(c.inception, c.device)
-    real = seen(c, "data")["features"]
-    fakes = [seen(c, "images", role)["features"] for role in ROLES]
+    network = load_features(comparison.inception, comparison.device)
+    real = seen(comparison, "data")["features"]
+    fakes = [seen(comparison, "images", role)["features"] for role in ROLES]
     # each in the batches in which its features were computed, see `_statistics`
     of_data = _statistics(real, REALS_AT_ONCE)
-    before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
+    before, tuned = (_statistics(features, comparison.batch).distance(of_data) for features in fakes)
     record = {
         "frechet_before": before,
         "frechet_after": tuned,
@@ -351,26 +366,26 @@ def frechet(c: Comparison) -> dict:
     return record
 
 
-def geometry(c: Comparison) -> dict:
+def geometry(comparison: Comparison) -> dict:
     """Compute the geometry measures, none of which the simulated annotator uses.
 
     `better` compares means; `outcome` follows from the paired interval.
     """
     rows = []
     for measure in VIEWS:
-        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)  # [N] each
+        old, new = (seen(comparison, "views", role)[measure.name] for role in ROLES)  # [N] each
         rows.append(measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()))
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
 
-def shapes(c: Comparison) -> dict:
+def shapes(comparison: Comparison) -> dict:
     """Compute the Fréchet distance between shapes and ground-truth heads, over features of normal maps.
 
     Where it cannot be measured, `shapes_missing` holds the reason.
     """
-    if why := unmapped(c):
+    if why := unmapped(comparison):
         return {"shapes_missing": why, "geometry": []}
-    both = [seen(c, "normal maps", role)["features"] for role in ROLES]  # [N, Q] each
+    both = [seen(comparison, "normal maps", role)["features"] for role in ROLES]  # [N, Q] each
     # features of ground-truth heads that no latent of the evaluation names; they come with the asset
     true = ShapeFeatures.load().true.double().numpy()
     distances = [heads.shape_frechet(part, true) for part in both]
@@ -390,9 +405,9 @@ def shapes(c: Comparison) -> dict:
     }
 
 
-def unmapped(c: Comparison) -> str:
+def unmapped(comparison: Comparison) -> str:
     """Return the reason why these networks have no shape Fréchet distance; '' where they have one."""
-    bounds = c.before.generator.bounds
+    bounds = comparison.before.generator.bounds
     if bounds != Bounds():
         # the features were trained on normal maps of shapes in the default bounds
         return f"its features cover only shapes in {Bounds()}, and these shapes lie in {bounds}"

@@ -42,70 +42,72 @@ NO_IDENTITY = (
 )
 
 
-def jobs(c: Comparison) -> list[Job]:
+def jobs(comparison: Comparison) -> list[Job]:
     """Return the parts: distances to the data, diversity, appearance drift, and identity drift if a network
     is given.
     """
-    inception = identity_of_file(c.inception)
+    inception = identity_of_file(comparison.inception)
     title = "Images against the data"  # also of the part without a dataset
     moved = {"similarity": plot_similarity}  # both drift parts have this plot
     identity = "Does a latent keep its identity?"
     return [
         # A part that cannot be computed stays on the page with the reason.
         (
-            c.job(
+            comparison.job(
                 "image-distances",
                 title,
                 distances,
                 {"distances": plot_distances, "precision-recall": plot_precision_recall},
                 ROLES,
                 version=2,
-                data=c.data,
-                mirror=c.mirror,
-                images=c.images,
+                data=comparison.data,
+                mirror=comparison.mirror,
+                images=comparison.images,
                 inception=inception,
             )
-            if c.data
-            else c.absent("image-distances", title, "No dataset is known. Give it with --data.")
+            if comparison.data
+            else comparison.absent("image-distances", title, "No dataset is known. Give it with --data.")
         ),
-        c.job(
+        comparison.job(
             "diversity",
             "Diversity: do samples still differ from each other?",
             spread,
             {"pairwise": plot_spread},
-            n=c.n,
+            n=comparison.n,
             inception=inception,
         ),
-        c.job(
+        comparison.job(
             "appearance-drift",
             "Do images of the same latent look the same?",
             appearance_drift,
             moved,
             ROLES,
-            n=c.n,
-            lpips=identity_of_file(c.lpips),
+            n=comparison.n,
+            lpips=identity_of_file(comparison.lpips),
         ),
         (
-            c.job(
+            comparison.job(
                 "identity-drift",
                 identity,
                 identity_drift,
                 moved,
                 ROLES,
-                n=c.n,
-                identity=identity_of_file(c.identity),
+                n=comparison.n,
+                identity=identity_of_file(comparison.identity),
             )
-            if c.identity is not None
-            else c.absent("identity-drift", identity, NO_IDENTITY)
+            if comparison.identity is not None
+            else comparison.absent("identity-drift", identity, NO_IDENTITY)
         ),
     ]
 
 
-def open_data(c: Comparison) -> ImageFolderDataset:
+def open_data(comparison: Comparison) -> ImageFolderDataset:
     """Open the dataset, with cameras. Raises: ValueError if its images do not have the generator's size."""
-    dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
-    if dataset.resolution != c.before.generator.img_resolution:
-        size = c.before.generator.img_resolution  # pixels per edge
+    dataset = ImageFolderDataset(
+        resolve_dataset(comparison.data), use_labels=True, xflip=comparison.mirror, c_dim=25
+    )
+    if dataset.resolution != comparison.before.generator.img_resolution:
+        size = comparison.before.generator.img_resolution  # pixels per edge
         raise ValueError(
             f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize"
             " the data."
@@ -113,61 +115,72 @@ def open_data(c: Comparison) -> ImageFolderDataset:
     return dataset
 
 
-def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
+def real_features(comparison: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
     """Compute features [M, F] of up to REALS_PER_FAKE * images reals, sampled by --seed, and return the
     dataset, too.
     """
-    dataset = open_data(c)
-    chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
+    dataset = open_data(comparison)
+    chosen = np.random.RandomState(comparison.seed).permutation(len(dataset))[
+        : REALS_PER_FAKE * comparison.images
+    ]
     parts = []  # features [<= 64, F] of batches of the data
     for start in range(0, len(chosen), 64):
         pixels = np.stack([dataset[int(i)][0] for i in chosen[start : start + 64]])
         # [B, C, R, R] uint8 -> [B, 3, R, R] in [-1, 1]; grey images are repeated
-        images = torch.from_numpy(pixels).to(c.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
+        images = torch.from_numpy(pixels).to(comparison.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
         parts.append(network(images).cpu().numpy())
     return np.concatenate(parts), dataset
 
 
 def images_of(
-    c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, seeds: Sequence[int], chosen: np.ndarray
+    comparison: Comparison,
+    generator: LoadedGenerator,
+    cameras: np.ndarray,
+    seeds: Sequence[int],
+    chosen: np.ndarray,
 ) -> Iterator[torch.Tensor]:
     """Yield images [<= batch, 3, R, R] of seeds without truncation.
 
     Seed i is rendered under (and conditioned on) cameras[chosen[i]] of cameras [M, 25].
     """
-    for start in range(0, len(seeds), c.batch):
-        part = seeds[start : start + c.batch]
+    for start in range(0, len(seeds), comparison.batch):
+        part = seeds[start : start + comparison.batch]
         # The mapping is conditioned on the camera that renders, as in EG3D's training.
-        labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(c.device)
+        labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(comparison.device)
         with torch.no_grad():
             field = generator.generator.field(  # ws of the mapping, untruncated
-                generator.generator.mapping(latents(part, generator.generator.z_dim).to(c.device), labels)
+                generator.generator.mapping(
+                    latents(part, generator.generator.z_dim).to(comparison.device), labels
+                )
             )
         yield render_each(field, [labels], seed=part[0])[0].image
 
 
-def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network) -> np.ndarray:
+def fake_features(
+    comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network
+) -> np.ndarray:
     """Compute features [N, F] of c.images generated images under cameras of the data.
 
     Latents, cameras and ray jitter are the same for all networks.
     """
     # The seed alone decides the cameras, so that networks are compared in pairs.
-    chosen = np.random.RandomState(c.seed).randint(len(cameras), size=c.images)
-    batches = images_of(c, generator, cameras, c.seeds(c.images, IMAGES), chosen)
+    chosen = np.random.RandomState(comparison.seed).randint(len(cameras), size=comparison.images)
+    batches = images_of(comparison, generator, cameras, comparison.seeds(comparison.images, IMAGES), chosen)
     return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in batches])
 
 
-def distances(c: Comparison, _folder: Path) -> Finding:
+def distances(comparison: Comparison, _folder: Path) -> Finding:
     """Measure all distances of all networks' images to the data's, and their paired changes."""
-    network = load_features(c.inception, c.device)
-    real, dataset = real_features(c, network)  # [M, F]
+    network = load_features(comparison.inception, comparison.device)
+    real, dataset = real_features(comparison, network)  # [M, F]
     cameras = dataset.get_labels()  # [M, 25]
     fakes = {
-        role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()
+        role: fake_features(comparison, generator, cameras, network)
+        for role, generator in comparison.generators().items()
     }
     measures = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
     # The covariance of fewer images than features is singular, so a Fréchet distance would be meaningless.
-    if min(c.images, len(real)) > network.dim:
+    if min(comparison.images, len(real)) > network.dim:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
     rows = []
     changes = []  # against before, paired by latent and camera
@@ -175,27 +188,32 @@ def distances(c: Comparison, _folder: Path) -> Finding:
     for name, (single, paired) in measures.items():
         for role, features in fakes.items():
             rows.append(
-                {"distance": name, "role": role, **single(features, real, RESAMPLES, c.seed)._asdict()}
+                {
+                    "distance": name,
+                    "role": role,
+                    **single(features, real, RESAMPLES, comparison.seed)._asdict(),
+                }
             )
             if role != "before":
                 changes.append(
                     {
                         "distance": name,
                         "role": role,
-                        **paired(fakes["before"], features, real, RESAMPLES, c.seed)._asdict(),
+                        **paired(fakes["before"], features, real, RESAMPLES, comparison.seed)._asdict(),
                     }
                 )
     # As many reals as generated images: both sides' manifolds have the same density of samples.
     counts = {
-        role: feature_sets.precision_recall(features, real[: c.images]) for role, features in fakes.items()
+        role: feature_sets.precision_recall(features, real[: comparison.images])
+        for role, features in fakes.items()
     }
     shown = [
         {"measure": name, "role": role, "value": getattr(counted, name), "lo": interval.lo, "hi": interval.hi}
         for role, counted in counts.items()
         for name, interval in counted.intervals().items()
     ]
-    facts = c.facts(
-        c.seeds(c.images, IMAGES),
+    facts = comparison.facts(
+        comparison.seeds(comparison.images, IMAGES),
         ROLES,
         f"95 % {resampling.METHOD}, {RESAMPLES} resamples; Wilson for precision and recall",
         unit=f"images against {len(real):,} of the data, features {network.name}",
@@ -206,13 +224,13 @@ def distances(c: Comparison, _folder: Path) -> Finding:
         facts=facts,
         data=data,
         rows=[*rows, *({**r, "distance": f"{r['distance']}, change"} for r in changes), *shown],
-        says=_distance_says(c, rows, changes, shown, network.dim),
+        says=_distance_says(comparison, rows, changes, shown, network.dim),
     )
 
 
-def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: int) -> list[str]:
+def _distance_says(comparison: Comparison, rows: list, changes: list, shown: list, dim: int) -> list[str]:
     """Describe the changes of the distances, precision and recall, and their limits."""
-    says = []
+    sentences = []
     for change in changes:
         # A change is relative to the distance before tuning.
         before = next(r for r in rows if r["distance"] == change["distance"] and r["role"] == "before")
@@ -223,7 +241,7 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
             if change["hi"] < 0
             else "neither shown nearer to nor farther from"
         )
-        says.append(
+        sentences.append(
             f"{change['distance']} distance, {change['role']} minus before:"
             f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {before['mean']:.4g}: images are"
             f" {moved} the data."
@@ -232,30 +250,38 @@ def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: i
     old, new = (
         {r["measure"]: r["value"] for r in shown if r["role"] == role} for role in ("before", "after")
     )
-    says += [f"{name.capitalize()} {old[name]:.3f} -> {value:.3f}." for name, value in new.items()]
+    sentences += [f"{name.capitalize()} {old[name]:.3f} -> {value:.3f}." for name, value in new.items()]
     reach = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
-    says.append(f"Precision and recall count the data within {reach}, at this number of images only.")
+    sentences.append(f"Precision and recall count the data within {reach}, at this number of images only.")
     if not any(r["distance"] == "Fréchet" for r in rows):
-        says.append(f"No Fréchet distance: it needs more images than the {dim} features. Raise --images.")
+        sentences.append(
+            f"No Fréchet distance: it needs more images than the {dim} features. Raise --images."
+        )
     # The Fréchet distance is biased upwards for few samples.
-    elif c.images < resampling.SAFE_SAMPLES * dim:
+    elif comparison.images < resampling.SAFE_SAMPLES * dim:
         few = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
-        says.append(f"{few} the Fréchet distances stay too high, their change less so. Raise --images.")
-    says.append(
+        sentences.append(f"{few} the Fréchet distances stay too high, their change less so. Raise --images.")
+    sentences.append(
         "Distances under these features do not compare with published FIDs, unless --inception names the"
         " usual network."
     )
-    return says
+    return sentences
 
 
 def views(
-    c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float = 0.0, jitter: int | None = None
+    comparison: Comparison,
+    generator: LoadedGenerator,
+    seeds: range,
+    yaw: float = 0.0,
+    jitter: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield images [<= batch, 3, R, R] of seeds.
 
     Args: jitter: seed of the ray jitter of every batch; None: the first seed of the batch.
     """
-    for start, field in zip(range(0, len(seeds), c.batch), c.fields(generator, seeds), strict=True):
+    for start, field in zip(
+        range(0, len(seeds), comparison.batch), comparison.fields(generator, seeds), strict=True
+    ):
         yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
 
 
@@ -283,24 +309,24 @@ def _cells(seen: torch.Tensor) -> np.ndarray:
     return seen.flatten(1).cpu().numpy()
 
 
-def spread(c: Comparison, _folder: Path) -> Finding:
+def spread(comparison: Comparison, _folder: Path) -> Finding:
     """Compare the mean pairwise distances of the same latents' images and slabs, and their ratios to
     before.
     """
-    seeds = c.seeds()
-    network = load_features(c.inception, c.device)
+    seeds = comparison.seeds()
+    network = load_features(comparison.inception, comparison.device)
     shapes = (
         SLABS
-        if c.reward.observation.kind == SigmaSlab.kind
-        else f"what the reward reads ({c.reward.observation.kind})"
+        if comparison.reward.observation.kind == SigmaSlab.kind
+        else f"what the reward reads ({comparison.reward.observation.kind})"
     )
     distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
-    for role, generator in c.generators().items():
+    for role, generator in comparison.generators().items():
         # The same jitter for all latents: their distances should not include the sampler's noise.
-        frontal = views(c, generator, seeds, jitter=seeds[0])  # batches of images
+        frontal = views(comparison, generator, seeds, jitter=seeds[0])  # batches of images
         # [N, F]
         features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
-        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])  # [N, cells]
+        cells = np.concatenate([_cells(seen) for seen in comparison.observed(generator, seeds)])  # [N, cells]
         for name, items in (("image features", features), (shapes, cells)):
             distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
     rows: list[dict] = []
@@ -317,7 +343,7 @@ def spread(c: Comparison, _folder: Path) -> Finding:
                     "ratio_hi": ratio.hi,
                 }
             )
-    says = []
+    sentences = []
     for row in (r for r in rows if r["role"] == "after"):
         kept = (
             "less"
@@ -326,90 +352,103 @@ def spread(c: Comparison, _folder: Path) -> Finding:
             if row["ratio_lo"] > 1
             else "neither shown more nor less"
         )
-        says.append(
+        sentences.append(
             f"Mean pairwise distance of {row['of']}:"
             f" {span(row['ratio'], row['ratio_lo'], row['ratio_hi'], '.3f')} times that before; samples are"
             f" {kept} diverse."
         )
     if shapes == SLABS:
-        says.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
-    says.append(
+        sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
+    sentences.append(
         "A collapse would show as a ratio near 0. Less diversity alone does not say whether defects or good"
         " variety disappeared."
     )
     return Finding(
-        facts=c.facts(seeds, ROLES, feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says
+        facts=comparison.facts(seeds, ROLES, feature_sets.METHOD),
+        data={"rows": rows},
+        rows=rows,
+        says=sentences,
     )
 
 
-def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
+def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
     """Render images [N, 3, R, R] on the CPU, with constant noise and the same ray jitter in every call."""
-    return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
+    return torch.cat(
+        [images.float().clamp(-1, 1).cpu() for images in views(comparison, generator, seeds, yaw)]
+    )
 
 
-def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *missing: str) -> Finding:
+def _drift(
+    comparison: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *missing: str
+) -> Finding:
     """Compare images before with those of each network by the measures of `table`.
 
     'other latent' pairs each image before with the next latent's, as the value of unrelated images.
     """
-    seeds = c.seeds()
-    images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
-    first = images.pop("before").split(c.batch)  # batches of the reference images
+    seeds = comparison.seeds()
+    images = {
+        role: renderings(comparison, generator, seeds, yaw)
+        for role, generator in comparison.generators().items()
+    }
+    first = images.pop("before").split(comparison.batch)  # batches of the reference images
     # roll by one: image i meets image i - 1.
     images["other latent"] = torch.cat(first).roll(1, 0)
     data = {measure.name: dict[str, list[float]]() for measure in table}
     rows = []
-    says = []
+    sentences = []
     for measure in table:
         name = measure.name
         texts = {}  # role -> mean with interval
         for role, other in images.items():
-            pairs = zip(first, other.split(c.batch), strict=True)
+            pairs = zip(first, other.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
             values = np.concatenate(
-                [measure.values(a.to(c.device), b.to(c.device)) for a, b in pairs]
+                [measure.values(a.to(comparison.device), b.to(comparison.device)) for a, b in pairs]
             ).astype(np.float64)
             data[name][role] = values.tolist()
             interval = bootstrap_mean_interval(values)  # over latents
             rows.append({"measure": name, "against": role, **interval._asdict()})
             texts[role] = span(*interval, ".3f")
         beside = f"; control {texts['control']}" if "control" in texts else ""
-        says.append(
+        sentences.append(
             f"{name}, before against after: {texts['after']}{beside}; against another latent"
             f" {texts['other latent']}."
         )
     return Finding(
-        facts=c.facts(seeds, ROLES, BOOTSTRAP),
+        facts=comparison.facts(seeds, ROLES, BOOTSTRAP),
         data={"measures": data, "rows": rows},
         rows=rows,
-        says=[*says, meaning, *missing],
+        says=[*sentences, meaning, *missing],
     )
 
 
-def appearance_drift(c: Comparison, _folder: Path) -> Finding:
+def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
     """Compare images of the same latent before and after by PSNR, SSIM and, if weights are given, LPIPS."""
     table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
-    if c.lpips is not None:
-        table.append(Measure("LPIPS", load_lpips(c.lpips, c.device), "lower", "distance"))
-    missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
+    if comparison.lpips is not None:
+        table.append(Measure("LPIPS", load_lpips(comparison.lpips, comparison.device), "lower", "distance"))
+    missing = [
+        *([NO_LPIPS] if comparison.lpips is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
+    ]
     meaning = (
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(c, table, YAW, meaning, *missing)
+    return _drift(comparison, table, YAW, meaning, *missing)
 
 
-def identity_drift(c: Comparison, _folder: Path) -> Finding:
+def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
     """Compare the given network's embeddings by cosine similarity, in the frontal view."""
-    assert c.identity is not None  # `jobs` makes this part only with a network
-    embed = load_identity(c.identity, c.device)  # images -> unit embeddings [N, F]
+    assert comparison.identity is not None  # `jobs` makes this part only with a network
+    embed = load_identity(comparison.identity, comparison.device)  # images -> unit embeddings [N, F]
     meaning = (
         "Identity is what this network was trained to distinguish; outside its domain the figure means"
         " little."
     )
     # Embeddings have unit length, so their product is the cosine.
     return _drift(
-        c,
+        comparison,
         [Measure("cosine similarity", lambda a, b: (embed(a) * embed(b)).sum(dim=1), "higher", "-1..1")],
         0.0,
         meaning,
@@ -461,7 +500,7 @@ def plot_spread(data: dict):
 
 def plot_similarity(data: dict):
     """Plot the distributions of similarity to the image before, per measure and role."""
-    drawn, axes = style.figure(columns=len(data["measures"]))
+    figure, axes = style.figure(columns=len(data["measures"]))
     for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
         parts = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
         for i, (body, role) in enumerate(zip(parts["bodies"], roles, strict=True)):
@@ -472,4 +511,4 @@ def plot_similarity(data: dict):
             style.interval(axis, i + 1, row, role, markersize=4)
         axis.set_xticks(range(1, len(roles) + 1), list(roles))
         axis.set(ylabel=name, title=f"{name}, against before")
-    return drawn
+    return figure

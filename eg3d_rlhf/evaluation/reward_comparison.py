@@ -87,14 +87,14 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
     }
 
 
-def tuned(c: Comparison) -> dict:
+def tuned(comparison: Comparison) -> dict:
     """Measure the effect of tuning: rewards, the annotator's preference, figures of heads, and images."""
-    heads = figures_of_heads(c)
+    heads = figures_of_heads(comparison)
     return (
-        reward_shift(c)
-        | blind_pairs(c)
+        reward_shift(comparison)
+        | blind_pairs(comparison)
         | {name: heads[name] for name in HEADS}
-        | {"frechet_ratio": frechet(c)["frechet_ratio"]}
+        | {"frechet_ratio": frechet(comparison)["frechet_ratio"]}
     )
 
 
@@ -266,8 +266,8 @@ def measured(
     return {name: lines[name] for name in plans}, networks, chosen(first)
 
 
-def _tuned(c: Comparison, _folder: Path) -> tuple[list[Path], dict]:
-    return [], tuned(c)
+def _tuned(comparison: Comparison, _folder: Path) -> tuple[list[Path], dict]:
+    return [], tuned(comparison)
 
 
 def plans_of(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool) -> dict[str, dict[str, Part]]:

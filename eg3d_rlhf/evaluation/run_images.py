@@ -106,15 +106,15 @@ class Side:
             return cls(field, LevelSet.of(field, resolution))
 
 
-def write_pictures(c: Comparison, folder: Path, o: ImageOptions = USUAL) -> list[str]:
+def write_pictures(comparison: Comparison, folder: Path, o: ImageOptions = USUAL) -> list[str]:
     """Write comparison.png, turntable.webp and meshes/ of the chosen latents; return the files' names."""
-    seeds = chosen(c, o.shown)
+    seeds = chosen(comparison, o.shown)
     columns = [
-        Column.from_seed(c, seed, o.resolution)
+        Column.from_seed(comparison, seed, o.resolution)
         for seed in tqdm(seeds, desc="shapes before and after", unit="head")
     ]
-    write_atomic(folder / COMPARISON, png(comparison(c, columns, o)))
-    write_atomic(folder / TURNTABLE, webp(turntable(c, columns[0], o)))
+    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, o)))
+    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], o)))
     save_meshes(
         [(column.before, column.after) for column in columns[: o.meshes]],
         seeds[: o.meshes],
@@ -123,25 +123,31 @@ def write_pictures(c: Comparison, folder: Path, o: ImageOptions = USUAL) -> list
     return [COMPARISON, TURNTABLE, "meshes/*.ply"]
 
 
-def evaluation_psi(c: Comparison) -> float:
+def evaluation_psi(comparison: Comparison) -> float:
     """Return the truncation psi at which shapes are shown.
 
     Heads of people are not truncated (psi 1), since a truncated latent has no ground-truth head.
     """
-    return 1.0 if c.of_people else c.psi
+    return 1.0 if comparison.of_people else comparison.psi
 
 
-def chosen(c: Comparison, shown: int = USUAL.shown) -> list[int]:
+def chosen(comparison: Comparison, shown: int = USUAL.shown) -> list[int]:
     """Select seeds by the module's rule, lowest reward before tuning first.
 
     They are kept in the comparison's memory. A worker process has no reward, and starts with that memory.
     """
-    if CHOSEN not in c.memory:
+    if CHOSEN not in comparison.memory:
         pool = EVALUATION.take(POOL)
         # a stable sort: equal rewards keep the order of their seeds on every machine
-        ranked = c.scores(c.before, pool, evaluation_psi(c)).argsort(stable=True).tolist()
-        c.memory[CHOSEN] = [pool[ranked[round(place)]] for place in np.linspace(0, len(pool) - 1, shown)]
-    return c.memory[CHOSEN]
+        ranked = (
+            comparison.scores(comparison.before, pool, evaluation_psi(comparison))
+            .argsort(stable=True)
+            .tolist()
+        )
+        comparison.memory[CHOSEN] = [
+            pool[ranked[round(place)]] for place in np.linspace(0, len(pool) - 1, shown)
+        ]
+    return comparison.memory[CHOSEN]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,32 +163,33 @@ class Column:
 
     @classmethod
     @torch.no_grad()
-    def from_seed(cls, c: Comparison, seed: int, resolution: int) -> "Column":
+    def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
         """Extract all shapes of a latent that the comparison shows."""
         before, after = (
-            Side.of(g.generator, c.ws(g, [seed], evaluation_psi(c)), resolution) for g in (c.before, c.after)
+            Side.of(g.generator, comparison.ws(g, [seed], evaluation_psi(comparison)), resolution)
+            for g in (comparison.before, comparison.after)
         )
-        if not c.of_people:
+        if not comparison.of_people:
             return cls(seed=seed, before=before, after=after)
-        z = latents([seed], c.before.generator.z_dim)
+        z = latents([seed], comparison.before.generator.z_dim)
         (head,) = people.named_people(z)
         ground_truth = level_set_from_grid(people_mesh.whole_grids(z, GRID)[0])
         return cls(
             seed=seed,
             before=before,
             after=after,
-            filtered=filtered(before.field, filter_name(c)),
+            filtered=filtered(before.field, filter_name(comparison)),
             head=head,
             ground_truth=ground_truth,
         )
 
 
-def filter_name(c: Comparison) -> str:
+def filter_name(comparison: Comparison) -> str:
     """Return the name of the strongest label-free post-processing method, chosen on validation latents.
 
     The choice ignores how much the method degrades intact heads.
     """
-    return list(FILTERS)[int(heldout_evaluators.seen(c, "post-processing")["any_method"][0])]
+    return list(FILTERS)[int(heldout_evaluators.seen(comparison, "post-processing")["any_method"][0])]
 
 
 def filtered(field: Field, name: str) -> LevelSet:
@@ -215,7 +222,7 @@ def level_set_from_grid(values: np.ndarray) -> LevelSet:
     )
 
 
-def surface_change(c: Comparison, seeds: Sequence[int]) -> dict:
+def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
     """Summarise by how much tuning moved surfaces: median and quartiles over latents, in voxels of 64^3.
 
     A latent's value is the median change of its surface within the head.
@@ -223,7 +230,10 @@ def surface_change(c: Comparison, seeds: Sequence[int]) -> dict:
     medians = []
     with torch.no_grad():
         for seed in tqdm(seeds, desc="change of the surface", unit="shape"):
-            before, after = (LevelSet.of(g.generator.field(c.ws(g, [seed])), 64) for g in (c.before, c.after))
+            before, after = (
+                LevelSet.of(g.generator.field(comparison.ws(g, [seed])), 64)
+                for g in (comparison.before, comparison.after)
+            )
             medians.append(median_change(before, after))
     return {"surface_change_voxels": change_summary(medians)}
 
@@ -281,13 +291,13 @@ def _cropped(cell: np.ndarray) -> np.ndarray:
     return cell[top:bottom, left:right]
 
 
-def comparison(c: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL) -> np.ndarray:
+def comparison_image(comparison: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL) -> np.ndarray:
     """Return the comparison, uint8 [H, B, 3], with one latent per column.
 
     The rows show colour image and back before and after tuning, post-processing and ground truth for heads of
     people, and the front of both shapes.
     """
-    g = c.before.generator
+    g = comparison.before.generator
     fine = o.cell * SUPERSAMPLE
     front = camera(g, YAW, PITCH)
     back = camera(g, *BACK_VIEW)
@@ -315,16 +325,16 @@ def comparison(c: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL
     rows = group(
         "Before",
         "image, and shape\nfrom the back",
-        colour_images(c.before.generator, before),
+        colour_images(comparison.before.generator, before),
         shapes(bare, back),
     )
     rows += group(
         "After",
         "tuned with the\nreward; the same\nlatents",
-        colour_images(c.after.generator, after),
+        colour_images(comparison.after.generator, after),
         shapes(tuned, back),
     )
-    if c.of_people:
+    if comparison.of_people:
         smoothed = [column.filtered for column in columns if column.filtered is not None]
         head_views = [
             view_of_head(column.head, column.ground_truth, back, fine)
@@ -341,28 +351,28 @@ def comparison(c: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL
     # no line above the first group; the seeds stand below the last row
     rows[0] = replace(rows[0], parted=False)
     rows[-1] = replace(rows[-1], captions=[f"seed {column.seed}" for column in columns])
-    return sheet("", rows, names=NAMES, note=caption(c, len(columns)))
+    return sheet("", rows, names=NAMES, note=caption(comparison, len(columns)))
 
 
-def caption(c: Comparison, shown: int) -> str:
+def caption(comparison: Comparison, shown: int) -> str:
     """Describe the comparison image and the rule that selected its latents."""
     rule = (
         f"{shown} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to highest; psi"
-        f" {evaluation_psi(c):g}."
+        f" {evaluation_psi(comparison):g}."
     )
-    if not c.of_people:
+    if not comparison.of_people:
         return rule
-    strongest = f"Post-processing: {filter_name(c)}, the strongest of {len(FILTERS)}."
+    strongest = f"Post-processing: {filter_name(comparison)}, the strongest of {len(FILTERS)}."
     return (
         f"{rule} {strongest} {bundled.DAMAGED} Eyes at the back are ghosts of those in front, an artefact"
         " of tri-planes."
     )
 
 
-def turntable(c: Comparison, column: Column, o: ImageOptions = USUAL) -> Iterator[np.ndarray]:
+def turntable(comparison: Comparison, column: Column, o: ImageOptions = USUAL) -> Iterator[np.ndarray]:
     """Render one latent through a full turn from the front; each frame shows before beside after."""
     for yaw in tqdm((2 * np.pi * np.arange(o.turns) / o.turns).tolist(), desc="turntable", unit="frame"):
-        label = camera(c.before.generator, yaw, PITCH)
+        label = camera(comparison.before.generator, yaw, PITCH)
         cells = [_clay(look(side.surface, label, o.film), 1) for side in (column.before, column.after)]
         yield sheet("", [Row(cells=cells, captions=("before", "after"))])
 
@@ -395,7 +405,7 @@ def swung(frame: Callable[[float], np.ndarray], reach: float, turns: int, title:
 PER_ROW = 5  # pairs per row of the sheet
 
 
-def pairs_sheet(c: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarray:
+def pairs_sheet(comparison: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarray:
     """Return a sheet of `count` pairs for a blind test: backs before and after tuning in random order.
 
     The note below the pairs names the tuned shape of each. The latents are the first of the evaluation
@@ -403,7 +413,7 @@ def pairs_sheet(c: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarra
     Raises: ValueError where there are fewer than `count` such latents.
     """
     pool = EVALUATION.take(POOL)
-    is_defective = heads.defective(heldout_evaluators.seen(c, "heads"))
+    is_defective = heads.defective(heldout_evaluators.seen(comparison, "heads"))
     seeds = [seed for seed, defective in zip(pool, is_defective, strict=True) if defective][:count]
     if len(seeds) < count:
         raise ValueError(
@@ -412,10 +422,13 @@ def pairs_sheet(c: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarra
         )
     # the order depends on the seeds alone, so a repeated call makes the same sheet
     swapped = np.random.default_rng(seeds[0]).random(count) < 0.5
-    label = camera(c.before.generator, *BACK_VIEW)
+    label = camera(comparison.before.generator, *BACK_VIEW)
     cells = []  # two for each pair: left, right
     for seed, swap in zip(tqdm(seeds, desc="pairs", unit="pair"), swapped, strict=True):
-        both = [Side.of(g.generator, c.ws(g, [seed], 1.0), o.resolution) for g in (c.before, c.after)]
+        both = [
+            Side.of(g.generator, comparison.ws(g, [seed], 1.0), o.resolution)
+            for g in (comparison.before, comparison.after)
+        ]
         cells += [
             _clay(look(side.surface, label, o.thumb * SUPERSAMPLE)) for side in (both[::-1] if swap else both)
         ]

@@ -53,10 +53,13 @@ class Evaluation:
     early_stop: EarlyStop | None = None  # selects the snapshot to evaluate; None: the last networks
 
 
-def reward_shift(c: Comparison) -> dict:
+def reward_shift(comparison: Comparison) -> dict:
     """Compute rewards of held-out latents before and after tuning, and their paired differences."""
     # in the reward's own scale, which has no unit
-    before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))  # [N]
+    before, tuned = (
+        comparison.scores(generator, comparison.seeds()).numpy()
+        for generator in (comparison.before, comparison.after)
+    )  # [N]
     delta = tuned - before
     return {
         "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
@@ -102,20 +105,20 @@ def control_figures(settings: dict, delta: float) -> dict:
     }
 
 
-def summarise(c: Comparison, e: Evaluation) -> dict:
+def summarise(comparison: Comparison, e: Evaluation) -> dict:
     """Compute all figures of a run, as JSON values, except the time that it took."""
     s = e.settings
-    seeds = c.seeds()
-    record = reward_shift(c)
+    seeds = comparison.seeds()
+    record = reward_shift(comparison)
     record |= control_figures(s, record["tuned_delta_mean"])
-    if c.synthetic:
+    if comparison.synthetic:
         # the control's figures of heads become a column of the table of heads
         control = record.pop("control_heads", None)
-        record |= against_ground_truth(c) | blind_pairs(c) | frechet(c)
+        record |= against_ground_truth(comparison) | blind_pairs(comparison) | frechet(comparison)
         record["heads"] |= {"control": control} if control else {}
-    measures = geometry(c)
-    shape_figures = shapes(c) if c.synthetic else {"geometry": []}
-    record |= once(c, CHANGE, lambda: surface_change(c, EVALUATION.take(CHANGED)))
+    measures = geometry(comparison)
+    shape_figures = shapes(comparison) if comparison.synthetic else {"geometry": []}
+    record |= once(comparison, CHANGE, lambda: surface_change(comparison, EVALUATION.take(CHANGED)))
     record |= {
         **measures,
         **shape_figures,
@@ -134,7 +137,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
     return record | {
         "over_optimisation": e.monitor.alarms if e.monitor is not None else [],
         "seed": s["seed"],
-        "device": str(c.device),
+        "device": str(comparison.device),
         "versions": versions(),
         "lambda_r": s["lambda_r"],
         "lambda_sigma": s["lambda_sigma"],
@@ -142,7 +145,7 @@ def summarise(c: Comparison, e: Evaluation) -> dict:
         "seeds": {
             "reward": [seeds[0], seeds[-1]],
             "evaluation": [EVALUATION.all[0], EVALUATION.all[-1]],
-            "psi": c.psi,
+            "psi": comparison.psi,
         },
     }
 
@@ -154,39 +157,39 @@ CHANGE = "change of the surface"
 IMAGES = "images of the run"
 
 
-def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
+def once(comparison: Comparison, task: str, make: Callable[[], Any]) -> Any:
     """Return the result of a task from the comparison's memory; compute it first where it is missing."""
-    if task not in c.memory:
-        c.memory[task] = make()
-    return c.memory[task]
+    if task not in comparison.memory:
+        comparison.memory[task] = make()
+    return comparison.memory[task]
 
 
-def work(c: Comparison, folder: Path, processes: int) -> None:
+def work(comparison: Comparison, folder: Path, processes: int) -> None:
     """Run the slow tasks in worker processes; results go to `c.memory` and to the run's folder.
 
     Every number is the same in one process and in several: a task measures one network, and what combines
     two networks is computed in this process.
     """
-    parts = {f"{part}, {role}": (part, role) for part, role in heldout_evaluators.parts_of(c)}
+    parts = {f"{part}, {role}": (part, role) for part, role in heldout_evaluators.parts_of(comparison)}
     tasks = [IMAGES, *parts, CHANGE]
     with (
         tempfile.TemporaryDirectory() as temporary,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
         paths = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
-        for role, generator in c.generators().items():
+        for role, generator in comparison.generators().items():
             # workers load the networks from files; EMA weights alone are evaluated
             networks.save(
                 paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
             )
         names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
-        sampling = {name: getattr(c, name) for name in names}
+        sampling = {name: getattr(comparison, name) for name in names}
         # the selection of latents needs the reward, which the workers do not have
-        sampling["memory"] = {CHOSEN: chosen(c)}
+        sampling["memory"] = {CHOSEN: chosen(comparison)}
 
         def done(task: str, result: Any) -> None:
             # the keys under which `heldout_evaluators.seen` and `once` look
-            c.memory[("evaluators", *parts[task]) if task in parts else task] = result
+            comparison.memory[("evaluators", *parts[task]) if task in parts else task] = result
             bar.update()
 
         # what a task waits for is measured on the network before tuning

@@ -111,86 +111,109 @@ def part_of(cell: Cell, folder: Path, kimg: float, more: Sequence[str] = ()) -> 
     return Part.keyed(cell.name, folder, ["--reward=sigma", *weights, "--no-summary", *more])
 
 
-def cell_jobs(c: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
+def cell_jobs(comparison: Comparison, networks: Mapping[Cell, Path]) -> list[Job]:
     """List a job for each cell that measures its tuned network. Args: networks: file of each cell."""
     # what changes a measurement must be an input of the job, or a stored result would be reused wrongly
     shared: dict[str, Any] = {
-        "n": c.n,  # latents
-        "images": c.images,  # of the kernel distance
-        "data": c.data,
+        "n": comparison.n,  # latents
+        "images": comparison.images,  # of the kernel distance
+        "data": comparison.data,
         "views": VIEWS,  # of the geometry measure
-        "inception": identity_of_file(c.inception),
+        "inception": identity_of_file(comparison.inception),
     }
     return [
-        c.job(
+        comparison.job(
             f"cell-{cell.name}",
             f"{cell.setting}, seed {cell.seed}",
             partial(measure_cell, cell=cell, path=path),
             roles=("reward", "held-out"),
             **shared,
-            files={"before": c.before.hash, "cell": identity_of_file(path), "reward": c.reward_hash},
+            files={
+                "before": comparison.before.hash,
+                "cell": identity_of_file(path),
+                "reward": comparison.reward_hash,
+            },
         )
         for cell, path in networks.items()
     ]
 
 
-def front_job(c: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
+def front_job(comparison: Comparison, cells: Sequence[Cell], findings: Mapping[str, Finding]) -> Job:
     """Return the job that computes the front from the findings of `cell_jobs`."""
     by_cell = {cell: findings[f"cell-{cell.name}"] for cell in cells}
     plots = {"reward-distance-geometry": plot_front, "other-measures": plot_others}
     return Job(
         key=KEY,
         title="Reward, distance and geometry",
-        compute=partial(front, c, by_cell),
+        compute=partial(front, comparison, by_cell),
         plots=plots,
         inputs={cell.name: json_hash(finding.data) for cell, finding in by_cell.items()},
     )
 
 
-def _kept(c: Comparison, name: str, make):
+def _kept(comparison: Comparison, name: str, make):
     """Return a measurement of the generator before tuning; compute it once for all cells."""
     # all that the value depends on, besides the comparison's other settings, which do not change
-    case = ("sweep", name, c.before.hash, c.psi, c.n, c.images, c.seed)
-    if case not in c.memory:
-        c.memory[case] = make()
-    return c.memory[case]
+    case = (
+        "sweep",
+        name,
+        comparison.before.hash,
+        comparison.psi,
+        comparison.n,
+        comparison.images,
+        comparison.seed,
+    )
+    if case not in comparison.memory:
+        comparison.memory[case] = make()
+    return comparison.memory[case]
 
 
-def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
+def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) -> Finding:
     """Measure the change of every measure from the network before tuning to that of a cell.
 
     Measures of single latents give one value per latent; the kernel distance gives one value for all.
     """
-    seeds = c.seeds()
-    after = c.load(path)
-    values = {REWARD: (c.scores(after, seeds) - c.scores(c.before, seeds)).double().numpy()}
-    if c.held_out is not None:
+    seeds = comparison.seeds()
+    after = comparison.load(path)
+    values = {
+        REWARD: (comparison.scores(after, seeds) - comparison.scores(comparison.before, seeds))
+        .double()
+        .numpy()
+    }
+    if comparison.held_out is not None:
         values[SECOND] = (
-            (c.scores(after, seeds, held_out=True) - c.scores(c.before, seeds, held_out=True))
+            (
+                comparison.scores(after, seeds, held_out=True)
+                - comparison.scores(comparison.before, seeds, held_out=True)
+            )
             .double()
             .numpy()
         )
-    start = _kept(c, "density", lambda: rewards.densities(c, c.before, seeds))  # [N, D, H, W]
-    sigma = rewards.densities(c, after, seeds)  # [N, D, H, W]
+    start = _kept(
+        comparison, "density", lambda: rewards.densities(comparison, comparison.before, seeds)
+    )  # [N, D, H, W]
+    sigma = rewards.densities(comparison, after, seeds)  # [N, D, H, W]
     values[DISTANCE] = density_l1(sigma, start).double().numpy()  # [N]
-    if c.synthetic:
+    if comparison.synthetic:
         values[ORACLE] = utilities(after.generator, seeds) - _kept(
-            c, "oracle", lambda: utilities(c.before.generator, seeds)
+            comparison, "oracle", lambda: utilities(comparison.before.generator, seeds)
         )
-    values[GEOMETRY] = normals(c, after) - _kept(c, "normals", lambda: normals(c, c.before))
+    values[GEOMETRY] = normals(comparison, after) - _kept(
+        comparison, "normals", lambda: normals(comparison, comparison.before)
+    )
     steps = means_of(values)  # mean and interval over latents
-    if c.data:
-        network = load_features(c.inception, c.device)
-        real, dataset = _kept(c, "reals", lambda: images.real_features(c, network))
-        fakes = partial(images.fake_features, c, cameras=dataset.get_labels(), network=network)
+    if comparison.data:
+        network = load_features(comparison.inception, comparison.device)
+        real, dataset = _kept(comparison, "reals", lambda: images.real_features(comparison, network))
+        fakes = partial(images.fake_features, comparison, cameras=dataset.get_labels(), network=network)
         # features of the same latents and cameras under both networks
-        pair = _kept(c, "images", lambda: fakes(c.before)), fakes(after)
-        change = kernel_change_interval(*pair, real, images.RESAMPLES, c.seed)
+        pair = _kept(comparison, "images", lambda: fakes(comparison.before)), fakes(after)
+        change = kernel_change_interval(*pair, real, images.RESAMPLES, comparison.seed)
         steps[IMAGES] = {"mean": change.mean, "lo": change.lo, "hi": change.hi}
-    facts = c.facts(
+    facts = comparison.facts(
         seeds,
         interval=BOOTSTRAP,
-        networks={"before": c.before.hash, "cell": after.hash, "reward": c.reward_hash},
+        networks={"before": comparison.before.hash, "cell": after.hash, "reward": comparison.reward_hash},
     )
     # geometry is measured on half the latents, so the later rows lack it
     rows = [
@@ -203,10 +226,10 @@ def measure_cell(c: Comparison, _folder: Path, cell: Cell, path: Path) -> Findin
     )
 
 
-def normals(c: Comparison, generator: LoadedGenerator) -> np.ndarray:
+def normals(comparison: Comparison, generator: LoadedGenerator) -> np.ndarray:
     """Return the disagreement of normals between neighbouring views [N / 2], in degrees."""
     # half the latents, since several views of each are rendered
-    return view_measures(c, generator, c.seeds(max(2, c.n // 2))).normal
+    return view_measures(comparison, generator, comparison.seeds(max(2, comparison.n // 2))).normal
 
 
 def pareto(values: np.ndarray) -> np.ndarray:
@@ -247,7 +270,7 @@ def gather(by_cell: Mapping[Cell, Finding]) -> list[dict]:
     return rows
 
 
-def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
+def front(comparison: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Finding:
     """Compute the table of all settings, and mark those on the front, which no other setting dominates."""
     rows = gather(by_cell)
     columns = {"": "mean", " lo": "lo", " hi": "hi"}
@@ -261,14 +284,17 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
         }
         for row in rows
     ]
-    networks = {"before": c.before.hash, "reward": c.reward_hash}
+    networks = {"before": comparison.before.hash, "reward": comparison.reward_hash}
     # the hashes of all networks stand in the facts of the page
     networks |= {cell.name: finding.data["network"] for cell, finding in by_cell.items()}
-    facts = c.facts(
-        c.seeds(), interval=SEEDS_INTERVAL, unit=f"latents for each of {len(by_cell)} runs", networks=networks
+    facts = comparison.facts(
+        comparison.seeds(),
+        interval=SEEDS_INTERVAL,
+        unit=f"latents for each of {len(by_cell)} runs",
+        networks=networks,
     )
     kept = [row for row in rows if row["on_front"]]
-    says = [
+    sentences = [
         f"On the front, by means ({len(kept)} of {len(rows)} settings): "
         + "; ".join(row["setting"] for row in kept)
         + ".",
@@ -287,17 +313,17 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
         ):
             share = 1 - row["measures"][DISTANCE]["mean"] / max(without["measures"][DISTANCE]["mean"], 1e-12)
             gain = row["measures"][REWARD]["mean"] / (without["measures"][REWARD]["mean"] or 1e-12)
-            says.append(
+            sentences.append(
                 f"At λ_r = {row['lambda_r']:g}, λ_σ = {row['lambda_sigma']:g} reduces the distance by"
                 f" {share:.1%} relative to the run without the consistency term, and reaches {gain:.1%} of"
                 " that run's change of the reward."
             )
     if max(len(row["seeds"]) for row in rows) < 2:
-        says.append(
+        sentences.append(
             "There is one training seed for each setting, so the intervals cover latents and not the"
             " variation between runs. Name several with --seeds."
         )
-    says += [
+    sentences += [
         (
             "The front is computed from means alone. Settings whose intervals overlap may change places in"
             " another run."
@@ -312,7 +338,7 @@ def front(c: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path) -> Find
             " by the quality of their shapes."
         ),
     ]
-    return Finding(facts=facts, data={"rows": rows}, rows=table, says=says)
+    return Finding(facts=facts, data={"rows": rows}, rows=table, says=sentences)
 
 
 def _panel(axes, rows: list[dict], x: str, y: str) -> None:
@@ -341,7 +367,7 @@ def _panel(axes, rows: list[dict], x: str, y: str) -> None:
 
 def plot_front(data: dict):
     """Plot reward over distance, and reward over geometry; filled points are on the front."""
-    drawn, axes = style.figure(columns=2)
+    figure, axes = style.figure(columns=2)
     # the dashed line joins the settings of the front in order of distance
     ordered = sorted(
         (row for row in data["rows"] if row["on_front"]), key=lambda row: row["measures"][DISTANCE]["mean"]
@@ -351,26 +377,26 @@ def plot_front(data: dict):
     _panel(axes[0], data["rows"], DISTANCE, REWARD)
     _panel(axes[1], data["rows"], GEOMETRY, REWARD)
     axes[0].legend(fontsize=6)
-    return drawn
+    return figure
 
 
 def plot_others(data: dict):
     """Plot the measures that do not define the front over distance; the tuned reward where there is none."""
     names = [name for name in (SECOND, ORACLE, IMAGES) if name in data["rows"][0]["measures"]] or [REWARD]
-    drawn, axes = style.figure(columns=len(names))
+    figure, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):  # one column: axes is no array
         _panel(axis, data["rows"], DISTANCE, name)
-    return drawn
+    return figure
 
 
-def write(c: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool = False) -> Finding:
+def write(comparison: Comparison, networks: Mapping[Cell, Path], out: Path, quiet: bool = False) -> Finding:
     """Measure the cells, compute the front, write the page; return the finding of the front."""
-    findings = pages.run(cell_jobs(c, networks), out, quiet=quiet)
-    job = front_job(c, list(networks), findings)
+    findings = pages.run(cell_jobs(comparison, networks), out, quiet=quiet)
+    job = front_job(comparison, list(networks), findings)
     fronts = pages.run([job], out, quiet=True)
     introduction = (
-        f"{len(networks)} runs of train.py started from {c.before.path.name}. Each is compared with it on the"
-        f" same {c.n} held-out latents. The data of every run are in data/cell-*.json."
+        f"{len(networks)} runs of train.py started from {comparison.before.path.name}. Each is compared with it on the"
+        f" same {comparison.n} held-out latents. The data of every run are in data/cell-*.json."
     )
     write_page(out / "index.html", TITLE, introduction, [job], fronts, fronts[KEY].says[:1])
     return fronts[KEY]

@@ -200,7 +200,7 @@ def surface(study: Study, folder: Path) -> Finding:
                 renders.append(
                     [render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half=half) for yaw in YAWS]
                 )
-    says = [
+    sentences = [
         (
             "Orange raises the reward, blue lowers it: the sum of Integrated Gradients over the 3 x 3 x 3"
             " voxels about a vertex. Each mesh has its own scale (full colour in the table), so colours"
@@ -208,7 +208,7 @@ def surface(study: Study, folder: Path) -> Finding:
         ),
         "Voxels far from the surface are not shown here; the table of regions counts them all.",
     ]
-    says += [f"Not shown, because they have no surface: {', '.join(missing)}."] if missing else []
+    sentences += [f"Not shown, because they have no surface: {', '.join(missing)}."] if missing else []
     images = {}
     if renders:
         write_atomic(folder / "surface-attribution.png", png(tile(sum(renders, []), len(YAWS))))
@@ -220,7 +220,9 @@ def surface(study: Study, folder: Path) -> Finding:
     page = mesh_page(meshes, "Attribution on the surface", half) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
     facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
-    return Finding(facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, images=images)
+    return Finding(
+        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=sentences, images=images
+    )
 
 
 def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scale: float) -> list[Layer]:
@@ -324,7 +326,7 @@ def regions(study: Study, folder: Path) -> Finding:
     rows = _counts(study)
     images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
     empty = [row["region"] for row in rows if row["most"] == 0]
-    says = [
+    sentences = [
         (
             f"{len(rows)} regions from {kind}; where two overlap, the first in the table wins. Every voxel of"
             " the slab belongs to one."
@@ -334,12 +336,12 @@ def regions(study: Study, folder: Path) -> Finding:
             " the same difference otherwise."
         ),
     ]
-    says += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
+    sentences += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
     if not images:
         missing = (
             "None of the shown latents has a surface" if study.reads_slabs else "The reward reads no slab"
         )
-        says.append(f"{missing}, so there is no image.")
+        sentences.append(f"{missing}, so there is no image.")
     if study.settings.regions == LANDMARKS:
         head = study.of_the_head()
         rows = [
@@ -352,7 +354,7 @@ def regions(study: Study, folder: Path) -> Finding:
         facts=c.facts(study.seeds, ("before",)),
         data={"names": list(study.names), "kind": kind},
         rows=rows,
-        says=says,
+        says=sentences,
         images=images,
     )
 
@@ -459,7 +461,7 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
         if s.method == "exact"
         else f"{s.permutations} permutations ({s.method})"
     )
-    says = [
+    sentences = [
         (
             f"The reward changes by {span(*total)} on average; Shapley values from {how} divide that among"
             f" {len(study.names)} regions. The largest efficiency gap is {gap:.1e} of a latent's difference"
@@ -473,32 +475,32 @@ def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, ga
             f"the {name} {value / total.mean:.0%}"
             for name, value in sorted(parts.items(), key=lambda p: -p[1])
         )
-        says.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
+        sentences.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
     if clear:
         listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
-        says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
+        sentences.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
         # The number of latents in which the region with the largest mean is also the largest
         first = int((np.abs(values).argmax(axis=1) == order[0]).sum())
         share = np.mean([p.counts()[order[0]] / p.labels.numel() for p in study.partitions])
-        says.append(
+        sentences.append(
             f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in"
             f" {first} of {len(values)} latents."
         )
         # The remainder is no named region, so such a partition explains little.
         if study.names[order[0]] in (OTHER, BACKGROUND):
             below = "the parts of the entire head and " if s.regions == LANDMARKS else ""
-            says.append(
+            sentences.append(
                 "Most of the change lies outside the named regions, so that this partition explains little"
                 f" of it: look at {below}the surface below, or divide that part with masks of your own"
                 " (--regions=FILE)."
             )
     else:
-        says.append("No region's mean contribution differs from zero over these latents: raise --n.")
-    says.append(
+        sentences.append("No region's mean contribution differs from zero over these latents: raise --n.")
+    sentences.append(
         "A contribution says where this reward sees the change, not that the change is good there. Large"
         " regions contain more voxels."
     )
-    return says
+    return sentences
 
 
 def methods(study: Study, folder: Path) -> Finding:
@@ -541,8 +543,8 @@ def methods(study: Study, folder: Path) -> Finding:
     # A quadrature that did not converge is reported, not hidden.
     if complete < len(ig):
         text += " The others stay incomplete: raise --most-steps, or interpret them with that reservation."
-    says = [text, *_pair_says(pairs)]
-    says.append(
+    sentences = [text, *_pair_says(pairs)]
+    sentences.append(
         "For noise, each region's change is shuffled among its voxels: the same amount of change without its"
         " shape. A method that agrees with it as well as with the others measures how much a region changed,"
         " not how its shape changed. Occlusion counts only the last step into the tuned slab, so that regions"
@@ -553,7 +555,7 @@ def methods(study: Study, folder: Path) -> Finding:
         facts=c.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
         data=data,
         rows=rows,
-        says=says,
+        says=sentences,
     )
 
 
@@ -564,7 +566,7 @@ def _interval(mean: dict) -> str:
 
 def _pair_says(pairs: list[dict]) -> list[str]:
     """Describe the rank correlation of each method with Shapley values."""
-    says = []
+    sentences = []
     for pair in pairs:
         # The other pairs stand in the figure alone.
         if pair["first"] != "Shapley":
@@ -572,14 +574,14 @@ def _pair_says(pairs: list[dict]) -> list[str]:
         mean = pair["spearman"]["mean"]
         tau = pair["kendall"]["mean"]  # None together with Spearman's
         if mean is None:
-            says.append(f"{pair['second']}: no ranks to compare, since one side is constant.")
+            sentences.append(f"{pair['second']}: no ranks to compare, since one side is constant.")
             continue
         overall = pair["spearman"]["overall"]
-        says.append(
+        sentences.append(
             f"Shapley and {pair['second']}: Spearman {_interval(mean)} per latent (Kendall {_interval(tau)}),"
             f" {'none' if overall is None else f'{overall:.2f}'} between the means over latents."
         )
-    return says
+    return sentences
 
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
@@ -640,7 +642,7 @@ def _redrawn_says(data: dict) -> list[str]:
             "its interval excludes zero: part of the attribution comes from slabs or architecture, not from"
             " training"
         )
-    says = [
+    sentences = [
         (
             "Spearman correlation between the trained reward's attributions and those of"
             f" {len(data['by_randomisation'])} rewards with re-drawn weights: {span(mean, lo, hi, '.2f')};"
@@ -653,11 +655,11 @@ def _redrawn_says(data: dict) -> list[str]:
     ]
     if data["mean_of_sizes"] is not None:
         size = _interval(data["mean_of_sizes"])
-        says.append(
+        sentences.append(
             f"Sizes without signs correlate by {size}: any network reacts more where more changed, so this"
             " need not be near zero."
         )
-    return says
+    return sentences
 
 
 def _order(means: list[dict]) -> np.ndarray:

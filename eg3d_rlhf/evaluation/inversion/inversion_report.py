@@ -215,42 +215,42 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
 def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
     """Describe the changes at the largest weight, the knee, and over-optimisation."""
     # One weight has nothing to be compared with.
-    says = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
+    sentences = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]
     if len(summary["weights"]) == 1:
-        return says
+        return sentences
     last = f"{summary['weights'][-1]:g}"  # the largest weight
     for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
         if name in table:
-            says.append(
+            sentences.append(
                 f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}."
             )
-    says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
+    sentences.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
     if "reward" in table:
-        says.append(
+        sentences.append(
             f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to"
             " the next."
         )
     for name in summary["over_optimised"]:
         sure = "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
-        says.append(
+        sentences.append(
             f"Over-optimised at λ {name}: the evaluator's mean is below that of λ {summary['base']}{sure}."
         )
-    return says
+    return sentences
 
 
 def measure_sentences(summary: Mapping) -> list[str]:
     """Describe every measure's mean and its changes."""
-    says = []
+    sentences = []
     base = summary["base"]  # the arm that changes refer to
     for name, entry in summary["measures"].items():
         ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
-        says.append(
+        sentences.append(
             f"{name} ({BY_NAME[name].unit}): {entry['means'][base]['mean']:.4g} at λ {base}; change at"
             f" {ends or 'no other'}."
         )
     return [
-        *says,
+        *sentences,
         (
             "In the figures: dashed is the ground truth, dotted the latent before the second stage; a cross"
             " marks over-optimised weights."
