@@ -231,7 +231,7 @@ STAGES = ("raw", "aligned", "calibrated")
 NEIGHBOURS = 5  # the distance to this neighbour in the embedding decides if a shape is outside
 RARE = 0.99  # quantile of the reference's neighbour distances beyond which a shape counts as outside
 MOST_OUTSIDE = 0.5  # share of shapes outside above which ranks are not meaningful
-STEADY = 0.8  # least acceptable rank correlate_ranks under a change that should not matter
+STEADY = 0.8  # least acceptable rank correlation under a change that should not matter
 PIXELS = 160  # pixels per edge of a rendered mesh
 STRIP = 5  # number of meshes in a row
 
@@ -418,7 +418,7 @@ def scores_under_changes(trial: Trial, generator: Generator, place: Place) -> di
 
 
 def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict | None:
-    """Compute Spearman's rank correlate_ranks with its interval.
+    """Compute Spearman's rank correlation with its interval.
 
     Return None if all scores of one argument are equal, since there are no ranks then.
     """
@@ -448,7 +448,7 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
     data = {
         "alignment": {**asdict(alignment.similarity), "residual": alignment.residual},
         "scores": {stage: stage_seen.scores.tolist() for stage, stage_seen in seen_by_stage.items()},
-        "summarise": {stage: summarise(stage_seen.scores) for stage, stage_seen in seen_by_stage.items()},
+        "summary": {stage: summarise(stage_seen.scores) for stage, stage_seen in seen_by_stage.items()},
         "outside": {
             stage: trial.share_outside(stage_seen.embedding) for stage, stage_seen in seen_by_stage.items()
         },
@@ -512,7 +512,7 @@ def describe_scores(data: Mapping) -> list[str]:
     alignment = data["alignment"]
     outside_share = data["outside"]["calibrated"]  # share of shapes
     shift = ", ".join(f"{value:+.3f}" for value in alignment["shift"])  # along x, y, z
-    medians = ", ".join(f"{stage} {data['summarise'][stage]['median']:.2f}" for stage in STAGES)
+    medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
     sentences = [
         f"Median reward: {medians}.",
         (
@@ -534,7 +534,7 @@ def describe_scores(data: Mapping) -> list[str]:
         f"{change_name} {'none' if value is None else format(value, '.2f')}"
         for change_name, value in correlation_by_change.items()
     )
-    sentences.append(f"Rank correlate_ranks of the calibrated reward with itself: {correlation_text}.")
+    sentences.append(f"Rank correlation of the calibrated reward with itself: {correlation_text}.")
     # The last entry is the other truncation, under which ranks may change.
     unstable_changes = [
         change_name
@@ -543,7 +543,7 @@ def describe_scores(data: Mapping) -> list[str]:
     ]
     if unstable_changes:
         sentences.append(
-            f"Unstable: the rank correlate_ranks under {' and '.join(unstable_changes)} is below {STEADY:g}."
+            f"Unstable: the rank correlation under {' and '.join(unstable_changes)} is below {STEADY:g}."
         )
     return sentences
 
@@ -551,16 +551,16 @@ def describe_scores(data: Mapping) -> list[str]:
 def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
     """Compare all generators by their scores. Args: findings: result of `score` by name of the network."""
     data = {
-        name: {**finding.data["summarise"]["calibrated"], **finding.data["summarise"]}
+        name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
         for name, finding in findings.items()
     }
     rows = [
         {
             "network": name,
             "stage": stage,
-            **finding.data["summarise"][stage],
+            **finding.data["summary"][stage],
             "outside": finding.data["outside"][stage],
-            "correlate_ranks with the reference's": (finding.data["reference"][stage] or {}).get("mean"),
+            "correlation with the reference's": (finding.data["reference"][stage] or {}).get("mean"),
         }
         for name, finding in findings.items()
         for stage in STAGES

@@ -21,7 +21,7 @@ from eg3d_rlhf.core.seeds import EVALUATION, GEOMETRY, IMAGES, SHAPES, VALIDATIO
 from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.experiments.store import Store, json_hash
@@ -83,17 +83,17 @@ Seen = dict[str, np.ndarray]
 def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     """Return the solid share [N] of the ground-truth heads of all latents that other parts use.
 
-    The purpose is the side effect: `heads.ground_truth` writes the heads to the disk, where parts in other
+    The purpose is the side effect: `heads.ground_truth_heads` writes the heads to the disk, where parts in other
     processes find them.
     """
     seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
-    return {"solid": (heads.ground_truth(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
+    return {"solid": (heads.ground_truth_heads(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
 
 def _heads(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     seeds = EVALUATION.take(HEADS)
-    return heads.looked_at(
-        heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds)
+    return heads.measure_heads(
+        heads.sample_shapes(generator.generator, seeds), heads.ground_truth_heads(generator.generator, seeds)
     )
 
 
@@ -104,15 +104,20 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Seen:
     best of all, whose keys begin with `any_`.
     """
     chosen, held = (
-        (heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds))
+        (
+            heads.sample_shapes(generator.generator, seeds),
+            heads.ground_truth_heads(generator.generator, seeds),
+        )
         for seeds in (VALIDATION.take(CHOOSING), EVALUATION.take(HEADS))
     )
     measurements: Seen = {}
-    trial = tried(*chosen)
+    trial = evaluate_filters(*chosen)
     for prefix, spares in (("", True), ("any_", False)):
-        name = best_filter(trial, spares=spares)
+        name = best_filter(trial, spares_intact=spares)
         shapes = np.stack([FILTERS[name](values) for values in held[0]])
-        measurements |= {f"{prefix}{key}": value for key, value in heads.looked_at(shapes, held[1]).items()}
+        measurements |= {
+            f"{prefix}{key}": value for key, value in heads.measure_heads(shapes, held[1]).items()
+        }
         # arrays alone are stored, so the method is kept as its number in FILTERS
         measurements[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
     return measurements
@@ -292,23 +297,23 @@ def blind_pairs(comparison: Comparison) -> dict:
 
 def figures_of_heads(comparison: Comparison) -> dict:
     """Compute the figures of the tuned held-out shapes against the ground-truth heads of their latents."""
-    return heads.figures(*(seen(comparison, "heads", role) for role in ROLES))
+    return heads.compute_metrics(*(seen(comparison, "heads", role) for role in ROLES))
 
 
 def against_ground_truth(comparison: Comparison) -> dict:
     """Compute the figures of tuning beside those of the best label-free post-processing methods."""
     before = seen(comparison, "heads")
     processed = seen(comparison, "post-processing")
-    # `processed` also holds the any_... arrays, which `heads.figures` does not read
+    # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
     strongest = {
         key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
     }
     # every column is measured against the same untuned shapes
     columns = {
-        "before": heads.figures(before, before),
+        "before": heads.compute_metrics(before, before),
         "after": figures_of_heads(comparison),
-        "post_processing": heads.figures(before, processed),
-        "strongest_post_processing": heads.figures(before, strongest),
+        "post_processing": heads.compute_metrics(before, processed),
+        "strongest_post_processing": heads.compute_metrics(before, strongest),
     }
     names = {"post_processing": _method_name(processed), "strongest_post_processing": _method_name(strongest)}
     tuned = columns["after"]
@@ -317,7 +322,7 @@ def against_ground_truth(comparison: Comparison) -> dict:
         "heads_n": HEADS,
         "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
         "heads_psi": 1.0,  # a truncated latent has no ground-truth head
-        "defective_n": int(heads.defective(before).sum()),
+        "defective_n": int(heads.find_defective(before).sum()),
         "error_reduction": tuned["error_reduction"],
         "error_reduction_ci95": tuned["error_reduction_ci95"],
         "error_reduction_by_post_processing": columns["post_processing"]["error_reduction"],

@@ -35,7 +35,7 @@ def contains_zero(lo: float, hi: float) -> bool:
     return lo <= 0 <= hi
 
 
-def means_of(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
+def compute_means(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
     """Return the mean and its bootstrap interval of each role's values [N].
 
     A role is a key of `values`: the name of a network, an arm or a region.
@@ -43,12 +43,12 @@ def means_of(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
     return {role: bootstrap_mean_interval(role_values)._asdict() for role, role_values in values.items()}
 
 
-def means_of_columns(values: np.ndarray) -> list[dict]:
+def compute_column_means(values: np.ndarray) -> list[dict]:
     """Return the mean and its bootstrap interval of every column of values [N, T], as a list of length T."""
     return [bootstrap_mean_interval(column)._asdict() for column in values.T]
 
 
-def paired_of(
+def compute_paired_changes(
     values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
 ) -> dict[str, dict]:
     """Summarise the paired changes of the same items from the base role to other roles.
@@ -65,7 +65,7 @@ def paired_of(
     }
 
 
-def seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
+def make_seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
     """Return a table with one row for each seed.
 
     Args: columns: values [N] by the name of the column. Values that are not finite become None.
@@ -85,7 +85,7 @@ def seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[d
 def compare(
     comparison: Comparison,
     seeds: Sequence[int],
-    seen_by_role: Mapping[str, Any],
+    measured_by_role: Mapping[str, Any],
     table: Sequence[Measure],
     notes: Sequence[str] = (),
     **more_data,
@@ -96,13 +96,13 @@ def compare(
 
     Args:
         seeds: seeds of the N latents.
-        seen: role -> the object from which the measures read their values [N].
+        measured_by_role: role -> the object from which the measures read their values [N].
         table: measures to compare.
         notes: sentences that follow the sentences about the measures.
-        more: further entries of the finding's data.
+        more_data: further entries of the finding's data.
     """
     values = {
-        measure: {role: measure.values(role_seen) for role, role_seen in seen_by_role.items()}
+        measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
         for measure in table
     }
     measures = {}
@@ -115,8 +115,8 @@ def compare(
             "unit": measure.unit,
             "n": int(is_finite.sum()),
             "values": {role: role_values.tolist() for role, role_values in finite_values.items()},
-            "means": means_of(finite_values) if has_interval else {},
-            "paired": paired_of(finite_values) if has_interval else {},
+            "means": compute_means(finite_values) if has_interval else {},
+            "paired": compute_paired_changes(finite_values) if has_interval else {},
         }
     # the rows keep every latent, also those that a measure leaves out
     columns = {
@@ -127,7 +127,7 @@ def compare(
     return Finding(
         facts=comparison.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"),
         data={"measures": measures, "seeds": list(seeds), **more_data},
-        rows=seed_rows(seeds, columns),
+        rows=make_seed_rows(seeds, columns),
         says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
     )
 
@@ -135,7 +135,7 @@ def compare(
 def _sentence(measure: Measure, measure_data: Mapping) -> str:
     """Describe a measure in one sentence: means before and after, paired change, and the control's change.
 
-    Args: entry: the measure's entry in the data that `compare` returns.
+    Args: measure_data: entry of the measure in the data that `compare` returns.
     """
     name = measure.name
     if not measure_data["paired"]:

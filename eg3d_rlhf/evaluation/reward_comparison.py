@@ -35,7 +35,7 @@ from training.progress import tqdm
 from training.storage import write_atomic
 
 IMAGE = "rewards-latents.png"  # the same latents under every tuned network
-HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # taken from `heads.figures`
+HEADS = ("error_reduction", "intact_degraded", "face_moved_voxels")  # taken from `heads.compute_metrics`
 BY_SEED = (*HEADS, "frechet_ratio")  # figures that are kept for each training seed
 
 

@@ -29,9 +29,9 @@ from eg3d_rlhf.evaluation.paired import (
     BOOTSTRAP,
     NO_CONTROL,
     contains_zero,
-    means_of_columns,
-    paired_of,
-    seed_rows,
+    compute_column_means,
+    compute_paired_changes,
+    make_seed_rows,
     span,
 )
 from eg3d_rlhf.experiments import style
@@ -113,9 +113,9 @@ def shift(comparison: Comparison, _folder: Path) -> Finding:
         role: comparison.scores(generator, seeds).double().numpy()
         for role, generator in comparison.generators().items()
     }
-    paired = paired_of(scores)
+    paired = compute_paired_changes(scores)
     fitted_lines = {role: statistics.fit_line(scores["before"], scores[role])._asdict() for role in paired}
-    rows = seed_rows(
+    rows = make_seed_rows(
         seeds, {**scores, **{f"delta_{role}": scores[role] - scores["before"] for role in paired}}
     )
     # everything that the plots read; they see no tensors
@@ -310,7 +310,7 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
             ],
             axis=1,
         )
-        mean_by_time = means_of_columns(values)
+        mean_by_time = compute_column_means(values)
         roles[role] = {
             "kimg": times.tolist(),
             "values": values.tolist(),
@@ -629,7 +629,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     rows = []
     for name, column in columns.items():
         std_before = float(column[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
-        mean_by_network = means_of_columns((column - column[:, :1]) / std_before)
+        mean_by_network = compute_column_means((column - column[:, :1]) / std_before)
         # index into `networks`; the proxy cannot diverge from itself
         divergence_index = None if name == PROXY else divergence(columns[PROXY], column)
         curves[name] = {

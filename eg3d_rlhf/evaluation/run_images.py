@@ -413,7 +413,7 @@ def pairs_sheet(comparison: Comparison, count: int, o: ImageOptions = USUAL) -> 
     Raises: ValueError where there are fewer than `count` such latents.
     """
     pool = EVALUATION.take(POOL)
-    is_defective = heads.defective(heldout_evaluators.seen(comparison, "heads"))
+    is_defective = heads.find_defective(heldout_evaluators.seen(comparison, "heads"))
     seeds = [seed for seed, defective in zip(pool, is_defective, strict=True) if defective][:count]
     if len(seeds) < count:
         raise ValueError(

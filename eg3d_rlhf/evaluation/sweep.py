@@ -19,7 +19,7 @@ from eg3d_rlhf.core.statistics import t_mean_interval
 from eg3d_rlhf.evaluation import images, rewards
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
 from eg3d_rlhf.evaluation.geometry import VIEWS, view_measures
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, means_of
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, compute_means
 from eg3d_rlhf.evaluation.trainings import Part, make_shown
 from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Finding, Job, identity_of_file, write_page
@@ -201,7 +201,7 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     values[GEOMETRY] = normals(comparison, after) - _kept(
         comparison, "normals", lambda: normals(comparison, comparison.before)
     )
-    steps = means_of(values)  # mean and interval over latents
+    steps = compute_means(values)  # mean and interval over latents
     if comparison.data:
         network = load_features(comparison.inception, comparison.device)
         real, dataset = _kept(comparison, "reals", lambda: images.real_features(comparison, network))

@@ -83,14 +83,14 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(result.images.values()))).stat().st_size > 1000
-    fs.plot_scores({"networks": {"a": data["summarise"]}, "own": fs.summarise(small.reference_scores.scores)})
+    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summarise(small.reference_measured.scores)})
 
 
 def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
     data = {
         "alignment": {"scale": 1.0, "shift": (0, 0, 0), "residual": 0.1},
         "outside": dict.fromkeys(fs.STAGES, 0.7),
-        "summarise": dict.fromkeys(fs.STAGES, fs.summarise(np.arange(5.0))),
+        "summary": dict.fromkeys(fs.STAGES, fs.summarise(np.arange(5.0))),
         "agreement": {
             "mirrored": {"mean": 0.5},
             UP: {"mean": 0.9},

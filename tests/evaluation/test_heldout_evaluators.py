@@ -58,7 +58,7 @@ def healed(unchanged, monkeypatch):
     for module in (filters, heldout_evaluators):
         monkeypatch.setattr(module, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: ground_truth(seeds))
+    monkeypatch.setattr(heads, "ground_truth_heads", lambda generator, seeds: ground_truth(seeds))
     monkeypatch.setattr(
         heads,
         "scans",

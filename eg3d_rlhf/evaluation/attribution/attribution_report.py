@@ -21,7 +21,7 @@ from eg3d_rlhf.evaluation.attribution.attribution_study import CHECK_ORDERS, Stu
 from eg3d_rlhf.evaluation.attribution.regions import BACKGROUND, OTHER, Partition
 from eg3d_rlhf.evaluation.attribution.settings import BOUND, BOXES, HEAD, LANDMARKS, PEOPLE
 from eg3d_rlhf.evaluation.attribution.shapley import agreement, rank_correlation
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, compute_column_means, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png, tile
 from eg3d_rlhf.experiments.pages import ColouredMesh, Finding, Job, Layer, identity_of_file, mesh_page
@@ -408,7 +408,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     names = study.names
     c = study.c
     values = np.stack([a.values for a in attributions])  # [N, R]
-    means = means_of_columns(values)  # one mean with its interval per region
+    means = compute_column_means(values)  # one mean with its interval per region
     rows = [
         {
             "seed": seed,
@@ -510,7 +510,7 @@ def methods(study: Study, folder: Path) -> Finding:
     attributions = study.methods
     names = study.names
     c = study.c
-    means = {method: means_of_columns(values) for method, values in attributions.items()}
+    means = {method: compute_column_means(values) for method, values in attributions.items()}
     pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
         {

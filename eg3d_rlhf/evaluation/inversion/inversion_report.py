@@ -17,7 +17,7 @@ import torch
 
 from eg3d_rlhf.evaluation.inversion.inversion_runs import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, rotated_camera
-from eg3d_rlhf.evaluation.paired import means_of, paired_of, span
+from eg3d_rlhf.evaluation.paired import compute_means, compute_paired_changes, span
 from eg3d_rlhf.evaluation.run_images import Side, colours, swung
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
@@ -178,7 +178,7 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
         values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
         values = {arm: known for arm, known in values.items() if len(known)}
         if values:
-            table[name] = {"means": means_of(values), "paired": paired_of(values, base, names)}
+            table[name] = {"means": compute_means(values), "paired": compute_paired_changes(values, base, names)}
     return {
         "base": base,
         "weights": list(weights),
