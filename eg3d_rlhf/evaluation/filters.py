@@ -1,8 +1,8 @@
 """Label-free post-processing baselines: cheap methods that tuning has to outperform.
 
-A filter takes the values of a shape on a grid, [n, n, n], negative inside, and returns new values. Except for
-the blur, a value keeps its magnitude where its sign does not change, so that the surface keeps its position
-between the grid points. Radii are in voxels of a 64^3 grid, and are scaled to n.
+A filter takes the values of a shape on a grid, [n, n, n], negative inside, and returns new values. Most
+filters keep a value where its sign does not change, so that the surface keeps its position between the grid
+points there. Radii are in voxels of a 64^3 grid, and are scaled to n.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def largest_part(values: np.ndarray) -> np.ndarray:
 
 
 def closing(values: np.ndarray, radius: float) -> np.ndarray:
-    """Close the shape morphologically: fill all points that no ball of this radius outside the shape reaches."""
+    """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
     grid_radius = radius * len(values) / 64  # radius in voxels of this grid
     padding = int(np.ceil(grid_radius)) + 1
     # Padded by more than the radius, since the border of the grid would distort the erosion.

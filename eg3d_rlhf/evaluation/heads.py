@@ -114,7 +114,10 @@ def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> floa
 
 
 def intact_degraded(before: Measured, after: Measured) -> float | None:
-    """Return the share of the intact heads whose error grew by more than WORSE; None if no head was intact."""
+    """Return the share of the intact heads whose error grew by more than WORSE.
+
+    Return None if no head was intact before.
+    """
     is_intact = ~find_defective(before)
     is_degraded = back_of_head_error(after) > back_of_head_error(before) + WORSE
     return float(is_degraded[is_intact].mean()) if is_intact.any() else None

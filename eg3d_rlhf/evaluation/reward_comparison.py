@@ -15,9 +15,9 @@ import torch
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import EVALUATION
 from eg3d_rlhf.evaluation.comparison import Comparison, Sources, load_comparison
-from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, figures_of_heads, frechet
+from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, compute_head_metrics, frechet
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
-from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, chosen
+from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, choose_latents
 from eg3d_rlhf.evaluation.summary import reward_shift
 from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
 from eg3d_rlhf.experiments import version_0_1
@@ -89,7 +89,7 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
 
 def tuned(comparison: Comparison) -> dict:
     """Measure the effect of tuning: rewards, the annotator's preference, figures of heads, and images."""
-    heads = figures_of_heads(comparison)
+    heads = compute_head_metrics(comparison)
     return (
         reward_shift(comparison)
         | blind_pairs(comparison)
@@ -263,7 +263,7 @@ def measured(
         )
     first = pairs[next(iter(plans))]
     networks = {"before": first.before, **{name: pairs[name].after for name in plans}}
-    return {name: lines[name] for name in plans}, networks, chosen(first)
+    return {name: lines[name] for name in plans}, networks, choose_latents(first)
 
 
 def _tuned(comparison: Comparison, _folder: Path) -> tuple[list[Path], dict]:

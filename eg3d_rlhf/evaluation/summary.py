@@ -29,7 +29,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import (
     shapes,
 )
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, chosen, surface_change, write_pictures
+from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, choose_latents, surface_change, write_pictures
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
@@ -188,7 +188,9 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
     process and with several, since each task measures one network, and statistics of two networks are
     computed in this process.
     """
-    part_of_task = {f"{part}, {role}": (part, role) for part, role in heldout_evaluators.parts_of(comparison)}
+    part_of_task = {
+        f"{part}, {role}": (part, role) for part, role in heldout_evaluators.list_parts(comparison)
+    }
     tasks = [IMAGES, *part_of_task, CHANGE]
     with (
         tempfile.TemporaryDirectory() as temporary,
@@ -204,10 +206,10 @@ def work(comparison: Comparison, folder: Path, processes: int) -> None:
         field_names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
         sampling = {name: getattr(comparison, name) for name in field_names}
         # The latents of the images are selected here, since this needs the reward, which workers do not load.
-        sampling["memory"] = {CHOSEN: chosen(comparison)}
+        sampling["memory"] = {CHOSEN: choose_latents(comparison)}
 
         def store_result(task: str, result: Any) -> None:
-            # These are the keys that `heldout_evaluators.seen` and `once` read.
+            # These are the keys that `heldout_evaluators.measure_part` and `once` read.
             comparison.memory[("evaluators", *part_of_task[task]) if task in part_of_task else task] = result
             bar.update()
 
@@ -247,9 +249,11 @@ def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[s
         CHANGE: lambda: surface_change(comparison, EVALUATION.take(CHANGED)),
         IMAGES: lambda: write_pictures(comparison, folder),
     }
-    # The other names are "PART, ROLE", the arguments of `seen`.
+    # The other names are "PART, ROLE", the arguments of `measure_part`.
     return lambda task: (
-        other_tasks[task]() if task in other_tasks else heldout_evaluators.seen(comparison, *task.split(", "))
+        other_tasks[task]()
+        if task in other_tasks
+        else heldout_evaluators.measure_part(comparison, *task.split(", "))
     )
 
 
@@ -284,7 +288,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         mirror=evaluation.settings["mirror"],
         device=next(nets.G_ema.parameters()).device,
     )
-    # On a GPU, or with one thread, `once` and `seen` compute everything in this process.
+    # On a GPU, or with one thread, `once` and `measure_part` compute everything in this process.
     if c.device.type == "cpu" and torch.get_num_threads() > 1:
         work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
     record = {

@@ -18,7 +18,7 @@ import torch
 from eg3d_rlhf.evaluation.inversion.inversion_runs import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, rotated_camera
 from eg3d_rlhf.evaluation.paired import compute_means, compute_paired_changes, span
-from eg3d_rlhf.evaluation.run_images import Side, colours, swung
+from eg3d_rlhf.evaluation.run_images import Side, render_colours, swing_frames
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
@@ -75,7 +75,7 @@ def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple
     """Render an arm in colour and as an untextured surface, uint8 [R, R, 3] each."""
     # At most RAYS rays per edge; the colours are enlarged to `pixels`.
     # [3, R, R] in 0..1
-    image = colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
+    image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
     shape = paint(look(arm.side.surface, camera, pixels * factor))
     return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
         (shrink(shape, factor) if factor > 1 else shape).cpu()
@@ -113,7 +113,7 @@ def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
         coloured, shaped = zip(*(cells(arm, camera, FILM) for arm in arms), strict=True)
         return sheet("", [Row(cells=coloured, captions=[arm.name for arm in arms]), Row(cells=shaped)])
 
-    return swung(frame, SWING, turns, f"orbit of {case.name}")
+    return swing_frames(frame, SWING, turns, f"orbit of {case.name}")
 
 
 def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
@@ -178,7 +178,10 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
         values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
         values = {arm: known for arm, known in values.items() if len(known)}
         if values:
-            table[name] = {"means": compute_means(values), "paired": compute_paired_changes(values, base, names)}
+            table[name] = {
+                "means": compute_means(values),
+                "paired": compute_paired_changes(values, base, names),
+            }
     return {
         "base": base,
         "weights": list(weights),
