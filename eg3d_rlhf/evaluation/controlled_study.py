@@ -25,7 +25,7 @@ from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from eg3d_rlhf.evaluation.settings import ARMS, INVERTED, LABELS, POST_PROCESSING, RANDOMISED
-from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
@@ -677,10 +677,10 @@ def work(plan: Plan, jobs: int) -> list[Path]:
         (write_labels_of_arms, plan.label_parts(), "sets of labels"),
         (write_rewards, plan.reward_parts(), "rewards trained"),
     ):
-        make_shown([[part] for part in parts], jobs, threads, bar_text)
+        make_with_progress_bar([[part] for part in parts], jobs, threads, bar_text)
         write_more(plan)
     tunings = plan.tunings()
-    make_shown([[part] for part in tunings.values()], jobs, threads, "networks tuned")
+    make_with_progress_bar([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
     data = compare(
         plan, measure_arms(plan, networks, jobs), {case: part.name for case, part in tunings.items()}

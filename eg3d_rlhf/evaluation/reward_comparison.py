@@ -19,7 +19,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import blind_pairs, compute_head_me
 from eg3d_rlhf.evaluation.reward_comparison_entries import ENTRIES
 from eg3d_rlhf.evaluation.run_images import BACK_VIEW, USUAL, ImageOptions, Side, choose_latents
 from eg3d_rlhf.evaluation.summary import reward_shift
-from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_shown
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
@@ -286,7 +286,7 @@ def work(out: Path, names: Sequence[str], seeds: Sequence[int], full: bool, jobs
     # the longest chain starts first, so that no core waits for it at the end
     longest_first = sorted(plans, key=lambda name: -ENTRIES[name].minutes)
     chains = [list(plans[name].values()) for name in longest_first]
-    make_shown(chains, jobs, threads, "rewards trained and tuned")
+    make_with_progress_bar(chains, jobs, threads, "rewards trained and tuned")
     lines, networks, shown = measured(out, plans, jobs)
     write_atomic(out / IMAGE, png(strip(networks, shown, 1.0)))
     data = {"rewards": lines, "full": full, "kimg": length_of(full)}

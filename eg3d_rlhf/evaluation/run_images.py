@@ -101,7 +101,7 @@ class Side:
 
     @classmethod
     def of(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
-        """Return the field of ws [1, L, W], and its surface extracted on `resolution` grid points per edge."""
+        """Return the field of ws [1, L, W], and its surface on `resolution` grid points per edge."""
         with torch.no_grad():
             field = generator.field(ws)
             return cls(field, LevelSet.of(field, resolution))
@@ -156,9 +156,10 @@ def choose_latents(comparison: Comparison, count: int = USUAL.shown) -> list[int
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """Shapes of one latent in the comparison image: of both networks, and for synthetic heads also references.
+    """Shapes of one latent in the comparison image.
 
-    The references are the untuned shape after post-processing, and the ground-truth head.
+    Both networks' shapes are shown. For synthetic heads, the untuned shape after post-processing and the
+    ground-truth head are shown as well.
     """
 
     seed: int
@@ -600,7 +601,7 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
 def shape_sheet(
     generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
 ) -> np.ndarray:
-    """Return an image of the shapes of seeds, with the back of each shape below its front: uint8 [H, B, 3]."""
+    """Return an image of the shapes of seeds, each with its back below its front: uint8 [H, B, 3]."""
     front: list[np.ndarray] = []
     back: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
