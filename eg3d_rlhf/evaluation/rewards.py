@@ -28,9 +28,9 @@ from eg3d_rlhf.evaluation.comparison import Comparison, settings_of
 from eg3d_rlhf.evaluation.paired import (
     BOOTSTRAP,
     NO_CONTROL,
-    contains_zero,
     compute_column_means,
     compute_paired_changes,
+    contains_zero,
     make_seed_rows,
     span,
 )

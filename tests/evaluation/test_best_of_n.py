@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import best_of_n
-from eg3d_rlhf.evaluation.best_of_n import expected_best, kl_divergence, fit, number_at, peak, resample_best
+from eg3d_rlhf.evaluation.best_of_n import expected_best, fit, kl_divergence, number_at, peak, resample_best
 from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.best_of_n import main

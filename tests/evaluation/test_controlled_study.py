@@ -11,7 +11,14 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import controlled_study, filters, heads, trainings
-from eg3d_rlhf.evaluation.controlled_study import PSIS, criterion, invert, permute_weights, randomise, choose_psi
+from eg3d_rlhf.evaluation.controlled_study import (
+    PSIS,
+    choose_psi,
+    criterion,
+    invert,
+    permute_weights,
+    randomise,
+)
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator

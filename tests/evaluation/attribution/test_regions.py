@@ -50,7 +50,7 @@ def test_first_match_wins_and_nothing_is_left_out():
         and len(partition.names) == 9
     )
     box = (0, 1, 0, 1, 0, 1)
-    twice = regions.from_boxes([("first", box), ("second", box)], regions.unit_coordinates(SPEC))
+    twice = regions.partition_from_boxes([("first", box), ("second", box)], regions.unit_coordinates(SPEC))
     assert twice.counts() == [np.prod(SPEC.shape), 0, 0]
 
 
@@ -163,7 +163,7 @@ def head():
 
 
 def test_every_vertex_of_a_head_has_a_part():
-    parts = regions.parts_of_vertices()
+    parts = regions.part_of_vertices()
     basis = people.load_basis()
     assert np.bincount(parts, minlength=len(regions.PARTS)).min() > 20
     place = {name: basis.mean[parts == i] for i, name in enumerate(regions.PARTS)}
