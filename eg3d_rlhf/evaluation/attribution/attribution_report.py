@@ -163,7 +163,7 @@ def render_coloured_mesh(
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
     rng = np.random.default_rng(seed)
     barycentric = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
-    # [F * P, 3]; every face has the same number of points, whatever its area
+    # [F * P, 3]; every face has the same number of points, independent of its area
     points = np.einsum("pk,fkc->fpc", barycentric, corners).reshape(-1, 3)
     point_colours = np.einsum("pk,fkc->fpc", barycentric, colours[faces].astype(np.float64)).reshape(-1, 3)
     # rotation about the vertical axis

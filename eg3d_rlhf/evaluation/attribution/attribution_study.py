@@ -152,7 +152,7 @@ class Study:
                 " use --regions=people or --regions=boxes."
             )
         pixel_landmarks = regions.read_landmarks(self.settings.landmarks)
-        pixels_by_latent = [pixel_landmarks.of(seed) for seed in self.seeds]
+        pixels_by_latent = [pixel_landmarks.landmarks_of_seed(seed) for seed in self.seeds]
         maps = depth_maps(self.comparison, self.comparison.before, self.seeds)
         # for each latent: 2-D points, world positions of the depth map's pixels [H, W, 3], and their mask
         # [H, W]

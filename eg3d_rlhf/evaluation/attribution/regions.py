@@ -429,8 +429,9 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
     """Return boxes in world coordinates that divide the scene into eight parts, of which the face is one.
 
     The face is in front of the ears, brows and chin (less a margin), inside the contour, and below the top of
-    the forehead. The crown is above the face, the back of the head behind it, the sides with hair and ears
-    beside it. Neck and shoulders are below it, and are separated by the width of the contour.
+    the forehead. The crown is above the face. The sides with hair and ears are left and right of the face,
+    and the rest of the head is its back. Neck and shoulders are below the face, and are separated by the
+    width of the contour.
 
     Args:
         landmarks: world positions, [98, 3].
