@@ -405,7 +405,7 @@ def orbit(comparison: Comparison, folder: Path) -> Finding:
         f"Seed {seed} swung through ±{largest_yaw:.2g} radians {SWINGS} times; before left, after right": (
             "orbit.apng"
         ),
-        f"Seed {seed} from yaw {-largest_yaw:+.1f} to {largest_yaw:+.1f} radians; before above, after below": (
+        f"Seed {seed} from yaw {-largest_yaw:+.1f} to {largest_yaw:+.1f} rad; before above, after below": (
             "orbit.png"
         ),
     }

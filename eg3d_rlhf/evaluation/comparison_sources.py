@@ -58,7 +58,7 @@ class Sources(Sampling):
         for flag, requested_count, held_out in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
             if requested_count > held_out.count:
                 raise ValueError(
-                    f"--{flag}={requested_count} exceeds the {held_out.count} seeds that are held out for"
+                    f"--{flag}={requested_count:,} exceeds the {held_out.count:,} seeds that are held out for"
                     " this"
-                    f" purpose. Lower --{flag} to at most {held_out.count}."
+                    f" purpose. Lower --{flag} to at most {held_out.count:,}."
                 )

@@ -23,9 +23,9 @@ from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.pages import Finding, Job
 from eg3d_rlhf.generators import LoadedGenerator, camera
 from eg3d_rlhf.geometry.mesh import extract_mesh
-from eg3d_rlhf.measure_depth.measure import Measure
-from eg3d_rlhf.measure_depth.surface import main_surface, mean_curvature, topology
-from eg3d_rlhf.measure_depth.views import MultiViewMeasures, lift, multi_view_measures, spec_for
+from eg3d_rlhf.measures.measure import Measure
+from eg3d_rlhf.measures.surface import main_surface, mean_curvature, topology
+from eg3d_rlhf.measures.views import MultiViewMeasures, lift, multi_view_measures, spec_for
 from training.gan import save_grid
 
 SHARE = 0.25  # share of the report's latents for views, surfaces and depth, which are slow to compute

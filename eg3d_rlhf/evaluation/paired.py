@@ -160,7 +160,10 @@ def _sentence(measure: Measure, measure_data: Mapping) -> str:
         )
     means_text = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
     control_text = f"; control {change_text_by_role['control']}" if "control" in change_text_by_role else ""
-    return f"{name} ({measure_data['unit']}): {means_text}, paired {change_text_by_role['after']}{meaning}{control_text}."
+    return (
+        f"{name} ({measure_data['unit']}): {means_text}, paired {change_text_by_role['after']}{meaning}"
+        f"{control_text}."
+    )
 
 
 def plot_values(data: dict):

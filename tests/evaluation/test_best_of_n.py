@@ -48,12 +48,13 @@ def test_an_evaluator_that_is_the_reward_rises_and_its_opposite_falls():
 def test_equal_rewards_share_their_chances():
     reward = np.array([0.0, 1, 1, 1])
     evaluator = np.array([5.0, 1, 2, 6])
-    assert expected_best(reward, evaluator, [4])[0] == pytest.approx(3) and expected_best(reward, evaluator, [2])[
-        0
-    ] == pytest.approx(3)
+    assert expected_best(reward, evaluator, [4])[0] == pytest.approx(3) and expected_best(
+        reward, evaluator, [2]
+    )[0] == pytest.approx(3)
     order = [2, 0, 3, 1]
     np.testing.assert_allclose(
-        expected_best(reward[order], evaluator[order], [1, 2, 3, 4]), expected_best(reward, evaluator, [1, 2, 3, 4])
+        expected_best(reward[order], evaluator[order], [1, 2, 3, 4]),
+        expected_best(reward, evaluator, [1, 2, 3, 4]),
     )
 
 
@@ -229,7 +230,7 @@ def test_the_page_with_a_reward_as_evaluator(command):
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--reward-ckpt={m0}"], ["--heldout-reward", "none", "annotator"]),
+        (["--reward-ckpt={m0}"], ["--heldout-reward", "annotator"]),
         (["--reward-ckpt={m0}", "--heldout-reward={m0}"], ["--heldout-reward", "labels"]),
         (["--reward-ckpt={joined}", "--heldout-reward={m1}"], ["--heldout-reward", "labels"]),
         (["--reward-ckpt={m0}", "--heldout-reward={m1}", "--most=64"], ["--most", "--n=32", "64"]),

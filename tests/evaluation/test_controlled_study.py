@@ -83,7 +83,11 @@ def test_truncation_takes_the_largest_psi_that_reaches_the_share():
         0.5: shapes_seen([0.5, 0.0, 0.0]),
         0.2: shapes_seen([0.0, 0.0, 0.0]),
     }
-    assert (choose_psi(seen, 0.6), choose_psi(seen, 0.7), choose_psi({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9)) == (
+    assert (
+        choose_psi(seen, 0.6),
+        choose_psi(seen, 0.7),
+        choose_psi({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9),
+    ) == (
         0.5,
         0.2,
         0.5,

@@ -48,7 +48,10 @@ def test_figures_of_made_up_shapes():
     before = shapes_seen([0.6, 0.4, 0.02, 0.03])
     after = shapes_seen([0.1, 0.1, 0.02, 0.05])
     values = heads.compute_metrics(before, after)
-    assert heads.find_defective(before).tolist() == [True, True, False, False] and before["missing"][2] < DEFECTIVE
+    assert (
+        heads.find_defective(before).tolist() == [True, True, False, False]
+        and before["missing"][2] < DEFECTIVE
+    )
     assert (
         values["error_reduction"] == pytest.approx(0.8)
         and values["intact_degraded"] == 0.5

@@ -61,7 +61,7 @@ def healed(unchanged, monkeypatch):
     monkeypatch.setattr(heads, "ground_truth_heads", lambda generator, seeds: ground_truth(seeds))
     monkeypatch.setattr(
         heads,
-        "scans",
+        "sample_shapes",
         lambda generator, seeds: (
             ground_truth(seeds) if generator is after.generator else cut(ground_truth(seeds))
         ),

@@ -166,7 +166,7 @@ def test_too_few_snapshots(unchanged, tmp_path, amounts):
     run = comparisons.write_run(tmp_path / "run", amounts, 10.0) if amounts else None
     part = rewards.trajectories_job(Comparison(**{**vars(unchanged), "run": run}))
     (text,) = part.compute(tmp_path).says
-    assert f"{len(amounts)} found" in text and "--snap=1" in text and not part.plots
+    assert f"{len(amounts)} were found" in text and "--snap=1" in text and not part.plots
 
 
 PROXY = np.array([0.0, 1, 2, 3, 4])

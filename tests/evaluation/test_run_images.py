@@ -107,7 +107,9 @@ def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
         and len(set(shown)) == 6
     )
     assert (
-        pictures.choose_latents(comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown}))
+        pictures.choose_latents(
+            comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown})
+        )
         == shown
     )
 

@@ -222,7 +222,7 @@ def surface(study: Study, folder: Path) -> Finding:
             if role == "after":
                 renders.append(
                     [
-                        render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half=half_edge)
+                        render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half_width=half_edge)
                         for yaw in YAWS
                     ]
                 )
@@ -247,7 +247,7 @@ def surface(study: Study, folder: Path) -> Finding:
         }
     page = mesh_page(meshes, "Attribution on the surface", half_edge) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
-    facts = study.comparison.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
+    facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
     return Finding(
         facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=sentences, images=images
     )
@@ -307,7 +307,7 @@ def jobs(study: Study) -> list[Job]:
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
     settings = study.settings
-    c = study.comparison
+    c = study.c
     file_inputs: dict = {"regions": settings.regions}
     if settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
@@ -387,7 +387,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
     With landmarks, the eight parts of the head are described as a second partition.
     """
-    c = study.comparison
+    c = study.c
     kind_text = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
     images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
@@ -463,7 +463,7 @@ def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Re
         colours = region_colours(labels_at(vertices, study.partitions[i], study.spec))
         renders.append(
             [
-                render_coloured_mesh(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2)
+                render_coloured_mesh(vertices, faces, colours, yaw, half_width=study.cube_spec.box_warp / 2)
                 for yaw in YAWS
             ]
         )
@@ -482,7 +482,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     """
     attributions = study.shapley
     names = study.names
-    c = study.comparison
+    c = study.c
     values = np.stack([attribution.values for attribution in attributions])  # [N, R]
     means = compute_column_means(values)  # a mean with its interval for each region
     rows = [
@@ -611,7 +611,7 @@ def methods(study: Study, folder: Path) -> Finding:
     """
     attributions = study.methods
     names = study.names
-    c = study.comparison
+    c = study.c
     means = {method: compute_column_means(values) for method, values in attributions.items()}
     pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
@@ -694,7 +694,7 @@ def _describe_agreement(pairs: list[dict]) -> list[str]:
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Correlate attributions by the trained reward with attributions by rewards with random weights."""
     settings = study.settings
-    c = study.comparison
+    c = study.c
     latent_count = min(settings.checked, len(study.seeds))
     trained = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]

@@ -316,9 +316,8 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
         )
     if points.min() < 0 or points.max() > image_size:
         raise ValueError(
-            f"{path}: the coordinates in {entry_name} range from {points.min():g} to {points.max():g}, but"
-            " the"
-            f' image from 0 to {image_size:g}. Correct the points or "image_size".'
+            f"{path}: the coordinates in {entry_name} range over {points.min():g}..{points.max():g}, outside"
+            f' the image, 0..{image_size:g}. Correct the points or "image_size".'
         )
     return points
 

@@ -110,7 +110,7 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
         )
         for row, cell in zip(rows, arm_cells, strict=True):
             row.append(cell)
-    sheet_rows = [Row(render_cells=row) for row in rows]
+    sheet_rows = [Row(cells=row) for row in rows]
     sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
     return sheet("", sheet_rows)
 
@@ -128,8 +128,8 @@ def orbit(case: Case, arms: Sequence[Arm], view_count: int) -> Iterator[np.ndarr
         return sheet(
             "",
             [
-                Row(render_cells=colour_cells, captions=[arm.name for arm in arms]),
-                Row(render_cells=shape_cells),
+                Row(cells=colour_cells, captions=[arm.name for arm in arms]),
+                Row(cells=shape_cells),
             ],
         )
 

@@ -4,8 +4,8 @@ The stages are those of the projectors of PanoHead and SphereHead. The first sta
 Adam, with one w for each layer, which starts from the mean latent. Its learning rate rises and falls, and
 noise is added to the latent that decreases to 0. The second stage tunes all parameters of a copy of the
 generator by Adam, with the latent of the first stage, the pivot (pivotal tuning inversion, Roich et al. 2021,
-arXiv 2106.05744, without their regulariser). All random numbers of step t are determined by (seed, t), so a resumed
-stage is identical to an uninterrupted one.
+arXiv 2106.05744, without their regulariser). All random numbers of step t are determined by (seed, t), so
+a resumed stage is identical to an uninterrupted one.
 
 Deviates: The same ray samples are used in every step, twice as many as in training; `PUBLISHED` uses new ones
 in every step. The published code uses 3.14 for pi. The default weights differ, since the features of the
@@ -156,7 +156,7 @@ def _test_network(
         )
     if not output.requires_grad:
         raise ValueError(
-            f"the output of the network of {path} has no gradient. Export the network without torch.no_grad."
+            f"the output of the network of {path} has no gradients. Export the network without torch.no_grad."
         )
 
 

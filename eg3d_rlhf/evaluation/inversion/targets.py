@@ -77,7 +77,7 @@ def of_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor
         if float(pixel_weights.max()) == 0:
             raise ValueError(
                 f"--mask: {mask} is completely black, so that no pixel has a weight. Paint the pixels that"
-                " shall be reproduced in white."
+                " must be reproduced in white."
             )
     # [R, R, 3] in 0..255 -> [1, 3, R, R] in [-1, 1]
     return Case(image.stem, Target(target_pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, pixel_weights))
@@ -105,7 +105,7 @@ def _read(flag: str, path: Path, mode: str, resolution: int) -> np.ndarray:
     if size != (resolution, resolution):
         raise ValueError(
             f"{flag}: {path} has {size[0]} x {size[1]} pixels, but the generator's images have {resolution} x"
-            f" {resolution}. Crop the head as in the generator's images, and resize it to this size."
+            f" {resolution}. Crop the head as in the generator's images, and save it in this size."
         )
     return pixels
 

@@ -80,7 +80,7 @@ def test_masks(tmp_path):
         ("float", ["m.npy", str(list(SPEC.shape))]),
         ("name", ["m.json", "[3]"]),
         ("json", ["m.json"]),
-        ("one", ["m.npy", "[0]"]),
+        ("one", ["m.npy", "label 0"]),
         ("none", ["m.npy"]),
     ],
 )
@@ -220,6 +220,6 @@ def test_wrong_landmarks_are_named(tmp_path, values, names):
 def test_landmarks_by_seed(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"image_size": 64, "seeds": {"5": [[1, 2]] * 98}}))
     result = regions.read_landmarks(tmp_path / "l.json")
-    assert result.of(5).shape == (98, 2)
+    assert result.landmarks_of_seed(5).shape == (98, 2)
     with raising("--landmarks", "seed 6", "5"):
-        result.of(6)
+        result.landmarks_of_seed(6)
