@@ -141,10 +141,10 @@ def main(
     results, failures = run(rows, options)
     click.echo(report.markdown(results))
     regressions = report.regressions(old_report, results) if old_report is not None else []
-    for line in regressions:
-        click.echo(f"Regression: {line}", err=True)
-    for line in failures:
-        click.echo(f"Error: {line}", err=True)
+    for text in regressions:
+        click.echo(f"Regression: {text}", err=True)
+    for text in failures:
+        click.echo(f"Error: {text}", err=True)
     if regressions or failures:
         raise SystemExit(1)
 

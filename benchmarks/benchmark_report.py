@@ -40,7 +40,7 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
     cpuinfo = Path("/proc/cpuinfo")
     cpuinfo_lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor_names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo_lines if line.startswith("model name")
+        cpu_line.split(":", 1)[1].strip() for cpu_line in cpuinfo_lines if cpu_line.startswith("model name")
     ]
     description: dict[str, str | int | float] = {
         "system": platform.system(),
@@ -156,8 +156,7 @@ def read(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold results of `python -m benchmarks` ({type(error).__name__}). Pass a .json"
-            " file"
-            " that the benchmark has written."
+            " file that the benchmark has written."
         ) from error
     return report
 
@@ -187,7 +186,7 @@ def markdown(report: dict) -> str:
     machine_info = report["machine"]
     threads = report["threads"]
     machine_text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine_info.items())
-    lines = [
+    text_lines = [
         "# Benchmark",
         "",
         f"{machine_text}; {threads} threads; "
@@ -197,9 +196,12 @@ def markdown(report: dict) -> str:
     ]
     missing_ops = [op for op, is_compiled in report["compiled_ops"].items() if not is_compiled]
     if missing_ops:
-        lines += [f"Not compiled here, so plain torch: {', '.join(missing_ops)}.", ""]
+        text_lines += [f"Not compiled here, so plain torch: {', '.join(missing_ops)}.", ""]
     if report["quick"]:
-        lines += ["Quick run on tiny inputs: it tests that every row works, but does not measure speed.", ""]
+        text_lines += [
+            "Quick run on tiny inputs: it tests that every row works, but does not measure speed.",
+            "",
+        ]
     other_columns = sorted({name for record in report["rows"] for name in record.get("others", {})})
     column_titles = [
         "row",
@@ -214,9 +216,12 @@ def markdown(report: dict) -> str:
         "extra MB (reference)",
     ]
     column_titles += ["at least / aim", "met", *(f"{name} s" for name in other_columns)]
-    lines += ["| " + " | ".join(column_titles) + " |", "| " + " | ".join(["---"] * len(column_titles)) + " |"]
-    lines += ["| " + " | ".join(_cells(record, other_columns)) + " |" for record in report["rows"]]
-    return "\n".join([*lines, "", *LEGEND, ""])
+    text_lines += [
+        "| " + " | ".join(column_titles) + " |",
+        "| " + " | ".join(["---"] * len(column_titles)) + " |",
+    ]
+    text_lines += ["| " + " | ".join(_cells(record, other_columns)) + " |" for record in report["rows"]]
+    return "\n".join([*text_lines, "", *LEGEND, ""])
 
 
 def _cells(record: dict, other_columns: list[str]) -> list[str]:
@@ -239,6 +244,14 @@ def _cells(record: dict, other_columns: list[str]) -> list[str]:
         number_text(record["extra_memory_mb"], ".0f")
         + f" ({number_text(record['reference_extra_memory_mb'], '.0f')})"
     )
+    # The value of a further column is the median of its seconds, or an error message.
+    other_cells = []
+    for name in other_columns:
+        value = record.get("others", {}).get(name, "")
+        if isinstance(value, float):
+            other_cells.append(f"{value:.3g}")
+        else:
+            other_cells.append("failed" if value else "")
     return [
         record["name"],
         record["size"],
@@ -252,12 +265,5 @@ def _cells(record: dict, other_columns: list[str]) -> list[str]:
         "" if record["extra_memory_mb"] is None else memory,
         "" if target is None else f"{target['at_least']:g} / {target['aim']:g}",
         {True: "yes", False: "no", None: ""}[record["met"]],
-        *(
-            (
-                f"{value:.3g}"
-                if isinstance(value := record.get("others", {}).get(name, ""), float)
-                else value and "failed"
-            )
-            for name in other_columns
-        ),
+        *other_cells,
     ]

@@ -151,8 +151,7 @@ def main(workers: int, seconds: float, iterations: int, batch: int, resolution: 
         threads = torch.get_num_threads()
         click.echo(
             f"{batch} images of {resolution} pixels ({bytes_per_image / 1e3:.0f} kB) an iteration of"
-            f" {seconds:g} s,"
-            f" {threads} threads"
+            f" {seconds:g} s, {threads} threads"
         )
         for name, work in (("elsewhere", lambda: time.sleep(seconds)), ("here", make_computation(seconds))):
             for worker_count in (0, workers):
@@ -163,8 +162,7 @@ def main(workers: int, seconds: float, iterations: int, batch: int, resolution: 
                 )
                 click.echo(
                     f"{name:10s} {worker_count} workers  {waiting_text}; floats {1e3 * times.floats:.0f} ms;"
-                    " first batch after"
-                    f" {times.first:.2f} s"
+                    f" first batch after {times.first:.2f} s"
                 )
 
 

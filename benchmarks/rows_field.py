@@ -172,8 +172,8 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
 
     The fast path does the same as `eg3d-rlhf samples mesh`, without colours and writing. The reference
     decodes every grid point and applies marching cubes to the volume. Then it selects the largest part,
-    computes normals and checks the mesh as the fast path does. The time of the checks is thus part of both paths,
-    although EG3D has no such checks.
+    computes normals and checks the mesh as the fast path does. The time of the checks is thus part of both
+    paths, although EG3D has no such checks.
 
     Args: resolution: grid points per edge.
     """
@@ -362,7 +362,7 @@ class TriGrid(PlaneField):
         rng = torch.Generator().manual_seed(1)
         shape = (1, 3, size.channels, SLICES, size.plane, size.plane)
         self.planes = torch.randn(shape, generator=rng).to(device).requires_grad_()
-        self.orders = [tuple(int(i) for i in rows.argmax(dim=1)) for rows in self.axes]
+        self.orders = [tuple(int(axis) for axis in rows.argmax(dim=1)) for rows in self.axes]
 
     @property
     def weights(self) -> DecoderWeights:

@@ -37,9 +37,9 @@ DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:people64@n=64", "--
 _TOLERANCE_AFTER_STEP = 1e-3
 
 # Tolerance of D's gradients. The images of both paths are rounded differently, so that a unit of D may be on
-# the other side of the zero of its leaky ReLU. In one case, such a unit at 16 x 16 pixels changed the gradient
-# of its bias by 4.7e-3 of the largest gradient, while the gradients of later layers agreed within 5e-7.
-# The reference has such a unit as well, compared with float64 (1.3e-4).
+# the other side of the zero of its leaky ReLU. Such a unit at 16 x 16 pixels once changed the gradient of its
+# bias by 4.7e-3 of the largest gradient, while the gradients of later layers agreed within 5e-7. The reference
+# has such a unit as well, compared with float64 (1.3e-4).
 _UNIT_AT_ZERO_TOLERANCE = 5e-3
 
 
@@ -60,9 +60,9 @@ def training_phase(device: str, tiny: bool, name: str) -> Case:
     def run() -> Outcome:
         outputs = {}
         module.requires_grad_(True)
-        for i, loss in enumerate(losses(training_batch)):
+        for index, loss in enumerate(losses(training_batch)):
             loss.value.mean().backward()
-            outputs[f"loss {i}"] = loss.value.detach()
+            outputs[f"loss {index}"] = loss.value.detach()
         module.requires_grad_(False)
         return Outcome(
             outputs,
@@ -110,7 +110,9 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
         * 2
         - 1
     )
-    labels = torch.stack([torch.from_numpy(gan.dataset.get_label(i)) for i in range(batch_size)])
+    labels = torch.stack(
+        [torch.from_numpy(gan.dataset.get_label(image_index)) for image_index in range(batch_size)]
+    )
     gan._fetched = images.to(device), labels.to(device)  # in place of a batch that the data reader has read
     loop.step()  # one iteration, so that Adam has moments, as later in a run
     states = configurations.copy_states(*modules)
@@ -251,14 +253,15 @@ def coalitions(device: str, tiny: bool) -> Case:
     The reference is captum's ShapleyValueSampling with a feature mask and one order of the regions. It first
     reads the mask voxel by voxel in Python. Then it composes the slab of each coalition with the mask, and
     scores one slab at a time. The fast path is `CoalitionValues` with the same coalitions. Both paths
-    evaluate the original slab, and one slab for each region. Exact Shapley values of 12 regions need 2^12 = 4096 such
-    evaluations; captum's exact ShapleyValues would use all 12! orders.
+    evaluate the original slab, and one slab for each region. Exact Shapley values of 12 regions need 2^12 =
+    4096 such evaluations; captum's exact ShapleyValues would use all 12! orders.
     """
     from captum.attr import ShapleyValueSampling
 
     reward, spec, slabs = paper_reward(device, tiny)
     z, y, x = (
-        torch.arange(n, device=device) * parts // n for n, parts in zip(spec.shape, (2, 3, 2), strict=True)
+        torch.arange(size, device=device) * part_count // size
+        for size, part_count in zip(spec.shape, (2, 3, 2), strict=True)
     )
     labels = (z[:, None, None] * 3 + y[:, None]) * 2 + x
     regions = 12

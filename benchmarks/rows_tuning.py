@@ -67,10 +67,12 @@ class RandomConditions:
     """Stand-in for a pipeline that only returns random conditioning tokens, which an update needs."""
 
     def conditions(self, names, stage: str) -> torch.Tensor:
+        """Return random tokens for each name, [number of names, TOKENS, EMBEDDING]."""
+        # The i-th name gets the tokens of seed i, so that repeated calls return the same.
         return torch.stack(
             [
-                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i))
-                for i in range(len(names))
+                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(name_index))
+                for name_index in range(len(names))
             ]
         )
 
@@ -145,6 +147,7 @@ def four_views(device: str, tiny: bool, edge: int) -> Case:
     voxels.to(device)
     views = evenly_around(len(voxels), VIEWS, DISTANCE)
     background = torch.zeros(3, device=device)
+    # random gradient of the images
     cotangent = torch.randn(VIEWS * len(voxels), 4, voxels.resolution, voxels.resolution, generator=rng).to(
         device
     )
@@ -272,8 +275,8 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
         return Outcome(
             outputs,
             {
-                f"adapter {i}": parameter.grad
-                for i, parameter in enumerate(adapters)
+                f"adapter {index}": parameter.grad
+                for index, parameter in enumerate(adapters)
                 if parameter.grad is not None
             },
         )

@@ -172,8 +172,7 @@ def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]
         if not any(matches(row, pattern) for row in rows_of_size):
             raise ValueError(
                 f"--rows={pattern}: no row of --size={size} has a name that contains or matches this text."
-                " Print"
-                " the names with --list."
+                " Print the names with --list."
             )
     return [row for row in rows_of_size if not patterns or any(matches(row, pattern) for pattern in patterns)]
 

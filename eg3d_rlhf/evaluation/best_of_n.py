@@ -265,7 +265,7 @@ def _join(
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Score every latent by all single arms and by the evaluator, in one pass."""
+    """Score every latent by all arms that a network scores, and by the evaluator, in one pass."""
     generator = trial.generator.generator
     rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
     scores: dict[str, list[float]] = {name: [] for name in rewards_by_arm}
@@ -647,8 +647,7 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
     if heldout_reward is None and not judged_by_annotator(generator, data):
         raise ValueError(
             "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
-            " score"
-            " synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
+            " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
         )
     evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
     loaded = {names[path]: load(path, "--reward-ckpt") for path in reward_paths}

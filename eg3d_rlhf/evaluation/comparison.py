@@ -146,8 +146,7 @@ class Comparison(Sampling):
         if held_out and self.held_out is None:
             raise ValueError(
                 "Scores by a held-out reward were requested, but there is no held-out reward. Pass the file"
-                " of"
-                " one to --heldout-reward."
+                " of one to --heldout-reward."
             )
         sample_key = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
         requested_key = (self.held_out_hash if held_out else self.reward_hash, *sample_key)
@@ -167,7 +166,10 @@ class Comparison(Sampling):
                         observed[observation] = observation.observe(field)
                     parts_by_reward[digest].append(reward.score_observed(observed[observation]).cpu())
             self.memory.update(
-                {(digest, *sample_key): torch.cat(parts) for digest, parts in parts_by_reward.items()}
+                {
+                    (digest, *sample_key): torch.cat(score_batches)
+                    for digest, score_batches in parts_by_reward.items()
+                }
             )
         return self.memory[requested_key]
 
@@ -358,7 +360,7 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
     return newest_run
 
 
-def _check_pair(before: LoadedGenerator, other_generator: LoadedGenerator) -> None:
+def _check_pair(generator_before: LoadedGenerator, other_generator: LoadedGenerator) -> None:
     """Raise ValueError unless both generators have the same latent size, image size and cube."""
     expected_properties, other_properties = (
         {
@@ -367,17 +369,17 @@ def _check_pair(before: LoadedGenerator, other_generator: LoadedGenerator) -> No
             "side": generator.bounds.side,
             "centre": generator.bounds.centre,
         }
-        for generator in (before.generator, other_generator.generator)
+        for generator in (generator_before.generator, other_generator.generator)
     )
     if expected_properties != other_properties:
         raise ValueError(
             f"{other_generator.path.name} has {other_properties}, but the generator before tuning,"
-            f" {before.path.name}, has {expected_properties}. Pass networks that were tuned from one"
-            " generator."
+            f" {generator_before.path.name}, has {expected_properties}. Pass networks that were tuned from"
+            " one generator."
         )
 
 
-def _reward_path(sources: Sources, run: Path | None, before: LoadedGenerator) -> Path:
+def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGenerator) -> Path:
     """Return the file of the tuning reward.
 
     It is the file of --reward-ckpt if given, else the file that the run recorded. If the run recorded no
@@ -393,11 +395,12 @@ def _reward_path(sources: Sources, run: Path | None, before: LoadedGenerator) ->
         return bundled.REWARD
     # The run records no reward, for example a run of other code.
     if recorded_path is None or recorded_hash is None:
-        if before.hash == load_reward(bundled.REWARD).provenance["generator"]:
+        if generator_before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
         raise ValueError(
             f"--reward-ckpt is missing, and the run records no reward. The bundled reward was trained for the"
-            f" bundled generator, not for {before.path.name}. Pass the file of a reward with --reward-ckpt."
+            f" bundled generator, not for {generator_before.path.name}. Pass the file of a reward with"
+            " --reward-ckpt."
         )
     # The path may hold another file by now: its hash decides.
     if not Path(recorded_path).is_file() or file_hash(recorded_path) != recorded_hash:
@@ -436,8 +439,7 @@ def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tup
         if file_hash(heldout_path) == tuning_reward_hash:
             raise ValueError(
                 f"{heldout_path} is the tuning reward itself, which cannot be held out. Pass a reward that"
-                " was"
-                " trained on other labels."
+                " was trained on other labels."
             )
     return heldout_reward, file_hash(heldout_path)
 

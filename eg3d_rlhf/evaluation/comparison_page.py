@@ -79,8 +79,7 @@ def introduction(comparison: Comparison) -> str:
     return (
         "The same held-out latents through each generator:"
         f" {', '.join(network_texts)}{'; no control' if comparison.control is None else ''}. Every figure"
-        " states its latents,"
-        " networks and interval; its data can be downloaded below it."
+        " states its latents, networks and interval; its data can be downloaded below it."
     )
 
 
@@ -126,8 +125,7 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             )
             sentences.append(
                 f"the {name}, {origin_text}, rose too ({curve['steps'][-1]['mean']:+.2f} standard"
-                " deviations),"
-                f" {divergence_text}."
+                f" deviations), {divergence_text}."
             )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
@@ -280,7 +278,7 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
         # A stable sort, so that seeds of equal scores keep their order.
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
-            chosen_seeds = [seeds[int(i)] for i in chosen_indices]
+            chosen_seeds = [seeds[int(index)] for index in chosen_indices]
             views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
             name = f"reward-strips-{role}-{end_name}.png"
             # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
@@ -289,18 +287,17 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
             score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[
                 f"{role}, {end_name} reward from left to right ({score_texts}); yaw {upper_yaw:+.1f} above,"
-                f" {lower_yaw:+.1f}"
-                " radians below"
+                f" {lower_yaw:+.1f} radians below"
             ] = name
             rows += [
                 {
                     "role": role,
                     "which": end_name,
-                    "rank": i + 1,
+                    "rank": index + 1,
                     "seed": seed,
                     "reward": float(scores[seed - seeds[0]]),
                 }
-                for i, seed in enumerate(chosen_seeds)
+                for index, seed in enumerate(chosen_seeds)
             ]
     sentences = [
         (

@@ -59,6 +59,5 @@ class Sources(Sampling):
             if requested_count > held_out.count:
                 raise ValueError(
                     f"--{flag}={requested_count:,} exceeds the {held_out.count:,} seeds that are held out for"
-                    " this"
-                    f" purpose. Lower --{flag} to at most {held_out.count:,}."
+                    f" this purpose. Lower --{flag} to at most {held_out.count:,}."
                 )

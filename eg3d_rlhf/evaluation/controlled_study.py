@@ -241,6 +241,7 @@ def write_rewards(plan: Plan) -> None:
         Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(
             plan.reward("smoothness")
         )
+    # The rewards of the labels arm must exist; each of them has a permuted copy.
     for seed in range(plan.rewards if "permuted" in plan.arms else 0):
         permute_weights(load_reward(plan.reward(LABELS, 0, seed)), seed).save(
             plan.reward("permuted", 0, seed)
@@ -282,9 +283,9 @@ def _prepare_worker(
     store = Store(folder, renew=True)
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()
-    before = load_generator(network).generator
+    generator_before = load_generator(network).generator
     seeds = held_out.take(latents)
-    targets = heads.ground_truth_heads(before, seeds)  # [N, n, n, n]
+    targets = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
     def measure_shapes(shapes: np.ndarray) -> dict:
@@ -300,18 +301,23 @@ def _prepare_worker(
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
             filter_name = best_filter(
                 evaluate_filters(
-                    heads.sample_shapes(before, validation), heads.ground_truth_heads(before, validation)
+                    heads.sample_shapes(generator_before, validation),
+                    heads.ground_truth_heads(generator_before, validation),
                 ),
                 spares_intact=True,
             )
             filtered_shapes = np.stack(
-                [FILTERS[filter_name](values) for values in heads.sample_shapes(before, seeds)]
+                [FILTERS[filter_name](values) for values in heads.sample_shapes(generator_before, seeds)]
             )
             return {**measure_shapes(filtered_shapes), METHOD: np.array([list(FILTERS).index(filter_name)])}
         if task.startswith("psi "):
-            return measure_shapes(heads.sample_shapes(before, seeds, float(task.removeprefix("psi "))))
+            return measure_shapes(
+                heads.sample_shapes(generator_before, seeds, float(task.removeprefix("psi ")))
+            )
         return measure_shapes(
-            heads.sample_shapes(before if task == BEFORE else load_generator(tuned[task]).generator, seeds)
+            heads.sample_shapes(
+                generator_before if task == BEFORE else load_generator(tuned[task]).generator, seeds
+            )
         )
 
     def measure_and_store(task: str) -> None:
@@ -343,19 +349,20 @@ def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, 
         for task in tasks
     }
     store = Store(plan.out / "seen", renew=True)
-    missing = [task for task in tasks if store.find("shapes", inputs[task]) is None]
+    missing_tasks = [task for task in tasks if store.find("shapes", inputs[task]) is None]
     # The ground-truth heads come first: the task writes them to the disk, where the other tasks find them.
     needs = {
-        task: [GROUND_TRUTH] if GROUND_TRUTH in missing and task != GROUND_TRUTH else [] for task in missing
+        task: [GROUND_TRUTH] if GROUND_TRUTH in missing_tasks and task != GROUND_TRUTH else []
+        for task in missing_tasks
     }
     bar_text = "shapes of held-out latents"
-    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=bar_text, unit="arm") as bar:
-        if missing:
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing_tasks), desc=bar_text, unit="arm") as bar:
+        if missing_tasks:
             run_tasks(
                 needs,
                 _prepare_worker,
                 (store.root, inputs, plan.network, dict(tuned), plan.latents),
-                min(jobs, len(missing)),
+                min(jobs, len(missing_tasks)),
                 plan.out / "logs",
                 lambda *_: bar.update() and None,
             )
@@ -365,15 +372,15 @@ def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, 
 # The table, from the measurements.
 
 
-def network_metrics(measured: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
+def network_metrics(measured: Mapping, measured_before: Mapping, reference: np.ndarray | None) -> dict:
     """Compute the metrics of one network.
 
     Args:
         measured: measurements of the network.
-        before: measurements of the network before tuning.
+        measured_before: measurements of the network before tuning.
         reference: features [N, Q] of the ground-truth heads; None: no shape Fréchet distance is computed.
     """
-    metrics = heads.compute_metrics(before, measured)
+    metrics = heads.compute_metrics(measured_before, measured)
     # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
     del metrics["error_reduction_ci95"]
     return metrics | (
@@ -381,7 +388,7 @@ def network_metrics(measured: Mapping, before: Mapping, reference: np.ndarray | 
     )
 
 
-def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
+def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, measured_before: Mapping) -> dict:
     """Combine the metrics of an arm over its training seeds.
 
     Each metric becomes a list by training seed; its values are means over the arm's rewards.
@@ -389,17 +396,18 @@ def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before
     Args:
         rows: metrics of each reward, by training seed.
         errors: back-of-head volume errors, [S, N].
-        before: measurements of the network before tuning.
+        measured_before: measurements of the network before tuning.
     """
     names = list(next(iter(rows.values()))[0])
     by_seed = {}
     for name in names:
         by_seed[name] = [
-            _mean([figures[name] for figures in reward_metrics]) for reward_metrics in rows.values()
+            _mean([reward_metrics_by_name[name] for reward_metrics_by_name in reward_metrics])
+            for reward_metrics in rows.values()
         ]
     return {
         **by_seed,
-        "error_reduction_ci95": heads.error_reduction_interval(before, errors),
+        "error_reduction_ci95": heads.error_reduction_interval(measured_before, errors),
         "runs": {str(seed): list(reward_metrics) for seed, reward_metrics in rows.items()},
     }
 
@@ -473,7 +481,7 @@ def compare(
         measured_by_task: measurements by task.
         names: the task of each run, by (arm, training seed, number of the label set, reward seed).
     """
-    before = measured_by_task[BEFORE]
+    measured_before = measured_by_task[BEFORE]
     # The file of the feature network may be missing; then there is no shape Fréchet distance.
     reference = (
         measured_by_task[GROUND_TRUTH]["features"]
@@ -498,12 +506,14 @@ def compare(
             # `_mean` turn a missing share into None.
             measured_by_psi = {psi: measured_by_task[_task_of_psi(psi)] for psi in PSIS}
             psi_by_seed = {
-                seed: choose_psi(measured_by_psi, _mean(arms[LABELS]["intact_share"][i : i + 1]) or 0.0)
-                for i, seed in enumerate(plan.seeds)
+                seed: choose_psi(
+                    measured_by_psi, _mean(arms[LABELS]["intact_share"][seed_index : seed_index + 1]) or 0.0
+                )
+                for seed_index, seed in enumerate(plan.seeds)
             }
             cases = {seed: [_task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
         rows = {
-            seed: [network_metrics(measured_by_task[task], before, reference) for task in tasks]
+            seed: [network_metrics(measured_by_task[task], measured_before, reference) for task in tasks]
             for seed, tasks in cases.items()
         }
         # [S, N], averaged over rewards
@@ -513,8 +523,8 @@ def compare(
                 for tasks in cases.values()
             ]
         )
-        arms[name] = combine_seeds(rows, errors[name], before)
-    untuned = network_metrics(before, before, reference)
+        arms[name] = combine_seeds(rows, errors[name], measured_before)
+    untuned = network_metrics(measured_before, measured_before, reference)
     for name in arms:
         # the arm's error reduction relative to the error reduction of the labels arm
         gains = zip(arms[name]["error_defective"], arms[LABELS]["error_defective"], strict=True)
@@ -524,7 +534,7 @@ def compare(
         ]
         if name != LABELS:
             arms[name]["error_over_labels"] = _error_over_labels(
-                errors[name] - errors[LABELS], heads.find_defective(before)
+                errors[name] - errors[LABELS], heads.find_defective(measured_before)
             )
     return {
         "primary_endpoints": primary_endpoints,
@@ -533,7 +543,7 @@ def compare(
         "rewards": plan.rewards,  # for each label set
         "label_sets": plan.draws,
         "latents": plan.latents,
-        "defective": int(heads.find_defective(before).sum()),  # latents, before tuning
+        "defective": int(heads.find_defective(measured_before).sum()),  # latents, before tuning
         "before": untuned,
         "arms": arms,
         "post_processing": list(FILTERS)[int(measured_by_task[POST_PROCESSING][METHOD][0])]
@@ -548,11 +558,16 @@ def compare(
     }
 
 
-def _share_of_gain(before: float | None, after: float | None, best: float | None) -> float | None:
-    """Return (before - after) / (before - best), or None if a value is None or the denominator is 0."""
-    if before is None or after is None or best is None or before == best:
+def _share_of_gain(
+    error_before: float | None, error_after: float | None, best_error: float | None
+) -> float | None:
+    """Return the error reduction of an arm relative to the best arm's error reduction.
+
+    Return None if an error is None, or if the best arm does not change the error.
+    """
+    if error_before is None or error_after is None or best_error is None or error_before == best_error:
         return None
-    return (before - after) / (before - best)
+    return (error_before - error_after) / (error_before - best_error)
 
 
 def _error_over_labels(difference: np.ndarray, is_defective: np.ndarray) -> dict | None:

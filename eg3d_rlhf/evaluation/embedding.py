@@ -242,11 +242,11 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
     The statistic is the share of a sample's nearest neighbours that come from the same network.
     """
     seeds = comparison.seeds()
-    before, _ = global_features(comparison, comparison.before, seeds)  # [N, F]
+    features_before, _ = global_features(comparison, comparison.before, seeds)  # [N, F]
     result_by_role = {
         role: paired_separability(
             # The test is paired: the permutations exchange the two networks of single latents.
-            before,
+            features_before,
             global_features(comparison, generator, seeds)[0],
             min(NEIGHBOURS, comparison.n // 2),
             PERMUTATIONS,
@@ -274,8 +274,7 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
         sign = "<=" if result.p <= 1 / (1 + len(result.chance)) else "="
         sentences.append(
             f"Before and {role}: {result.share:.1%} of a sample's {result.k} nearest neighbours come from its"
-            " own"
-            f" network (50 % by chance; p {sign} {result.p:.2g}): the two are {conclusion}."
+            f" own network (50 % by chance; p {sign} {result.p:.2g}): the two are {conclusion}."
         )
     sentences += [
         (
@@ -405,6 +404,7 @@ def plot_test(axes, data: dict):
         )
         label = f"{role}: observed {result['share']:.3f}, p = {result['p']:.2g}"
         axes.axvline(result["share"], color=style.colour(role), linewidth=2, label=label)
+    # All roles have the same number of neighbours.
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
 
 
@@ -422,8 +422,7 @@ def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
     )
     introduction = (
         f"The global feature of the reward {comparison.reward_hash[:12]} for the same {comparison.n} held-out"
-        " latents before"
-        " and after tuning. Points at the end of the page show their shapes."
+        " latents before and after tuning. Points at the end of the page show their shapes."
     )
     # The summary consists of the first sentence of each section. The renders have no section.
     summary_sentences = [findings[key].says[0] for key in (MAP, APART)]

@@ -79,9 +79,11 @@ def mean_surface(
     )
     vertices, _, _ = largest_part(*extract_mesh(cubes.quantile(0.5, dim=0), spec, generator.level))
     # Points within 1.5 voxels of the cube's faces close the surface at the border; they are not the shape's.
-    inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
+    is_inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
     # The front half: z points to the front, and the points are in front of the mean z.
-    points = vertices[inside & (vertices[:, 2] > vertices[inside, 2].mean())].astype(np.float64)  # [P, 3]
+    points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(
+        np.float64
+    )  # [P, 3]
     # An even subset bounds the cost of the neighbour searches.
     return points[np.linspace(0, len(points) - 1, min(len(points), _POINTS)).astype(int)]
 
@@ -424,7 +426,7 @@ def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict
     """
     try:
         return spearman(first_scores, second_scores)._asdict()
-    except ValueError:
+    except ValueError:  # `spearman` rejects constant scores
         return None
 
 
@@ -459,8 +461,11 @@ def score(trial: Trial, name: str, folder: Path) -> Finding:
         "agreement": agreement,
     }
     rows = [
-        {"seed": seed, **{stage: float(stage_seen.scores[i]) for stage, stage_seen in seen_by_stage.items()}}
-        for i, seed in enumerate(trial.seeds)
+        {
+            "seed": seed,
+            **{stage: float(stage_seen.scores[latent_index]) for stage, stage_seen in seen_by_stage.items()},
+        }
+        for latent_index, seed in enumerate(trial.seeds)
     ]
     images = strip(trial, name, calibrated_scores, folder)
     return Finding(facts=trial.facts(name), data=data, rows=rows, says=describe_scores(data), images=images)
@@ -566,7 +571,7 @@ def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Fin
         for stage in STAGES
     ]
     # The first sentence of each generator holds its medians, or the warning that its ranks mean nothing.
-    sentences = [f"{name}: {line}" for name, finding in findings.items() for line in finding.says[:1]]
+    sentences = [f"{name}: {sentence}" for name, finding in findings.items() for sentence in finding.says[:1]]
     sentences.append(
         "A latent has another shape in another network, unless one descends from the other: compare medians"
         " and spreads, not seeds. To compare ranks within a network: the paper's reward kept 0.84 (EG3D) and"
@@ -620,12 +625,12 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
     """
     parts = [
         Job(
-            key=f"network-{i}",
+            key=f"network-{network_index}",
             title=name,
             compute=partial(score, trial, name),
             inputs={**trial.shared_inputs, "name": name, "network": loaded.hash},
         )
-        for i, (name, loaded) in enumerate(trial.networks.items())
+        for network_index, (name, loaded) in enumerate(trial.networks.items())
     ]
 
     hashes = {name: loaded.hash for name, loaded in trial.networks.items()}

@@ -132,9 +132,8 @@ def view_consistency(comparison: Comparison, _folder: Path) -> Finding:
     shared_pixel_texts = [f"{role} {views.covisible.mean():.0%}" for role, views in measures_by_role.items()]
     meaning = (
         f"Pixels that two neighbouring views share were compared ({', '.join(shared_pixel_texts)} of the"
-        " foreground),"
-        f" at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour belong to"
-        " one shape, not that the shape is a good head: a smooth ball agrees too."
+        f" foreground), at yaws {VIEWS['yaws']} radians. Views that agree show that depth, normals and colour"
+        " belong to one shape, not that the shape is a good head: a smooth ball agrees too."
     )
     return compare(
         comparison,
@@ -165,14 +164,15 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
     }
     # A paired comparison needs a surface in every network, so a latent that lacks one is left out.
     kept_indices = [
-        i for i in range(len(seeds)) if all(values[i] is not None for values in values_by_role.values())
+        latent_index
+        for latent_index in range(len(seeds))
+        if all(values[latent_index] is not None for values in values_by_role.values())
     ]
-    skipped_seeds = [seed for i, seed in enumerate(seeds) if i not in kept_indices]
+    skipped_seeds = [seed for latent_index, seed in enumerate(seeds) if latent_index not in kept_indices]
     notes = [
         (
             f"Meshes are the surface at the generator's own level (σ = {comparison.before.generator.level:g})"
-            " on"
-            f" {RESOLUTION}³ points. Curvature is the area-weighted mean of |H| on the largest component,"
+            f" on {RESOLUTION}³ points. Curvature is the area-weighted mean of |H| on the largest component,"
             " without the neighbourhood of the cube's faces; lower is smoother, but smoother is not always"
             " better. Holes count handles (genus) and rims. The mesh is closed at the cube's faces, so holes"
             " there are not counted."
@@ -197,14 +197,24 @@ def surfaces(comparison: Comparison, _folder: Path) -> Finding:
     kept_values = {
         role: {
             measure.name: np.array(
-                [mesh[measure.name] for i in kept_indices if (mesh := values[i]) is not None]
+                [
+                    mesh[measure.name]
+                    for latent_index in kept_indices
+                    if (mesh := values[latent_index]) is not None
+                ]
             )
             for measure in SURFACE_MEASURES
         }
         for role, values in values_by_role.items()
     }
     notes += [NO_CONTROL] if comparison.control is None else []
-    return compare(comparison, [seeds[i] for i in kept_indices], kept_values, SURFACE_MEASURES, notes)
+    return compare(
+        comparison,
+        [seeds[latent_index] for latent_index in kept_indices],
+        kept_values,
+        SURFACE_MEASURES,
+        notes,
+    )
 
 
 @torch.no_grad()
@@ -318,9 +328,9 @@ def plot_histogram(axes, data: dict):
         int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values()
     )
     for role, counts in data["counts"].items():
-        share = np.asarray(counts) / max(1, sum(counts))
+        bin_shares = np.asarray(counts) / max(1, sum(counts))
         axes.stairs(
-            share,
+            bin_shares,
             # A logarithmic axis has no 0, so the first bin is drawn from one bin width (a factor of 1.26)
             # below its upper edge.
             np.concatenate([[edges[1] / 1.26], edges[1:]]),
@@ -414,7 +424,9 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
         f"Frontal depth of seeds {seeds[0]}..{seeds[min(SHOWN, len(seeds)) - 1]}, rows {', '.join(maps)}:"
         " near is bright, one scale for all, black where nothing is hit."
     )
-    missing_measures = [measure for measure, entry in finding.data["measures"].items() if not entry["paired"]]
+    missing_measures = [
+        measure for measure, measure_data in finding.data["measures"].items() if not measure_data["paired"]
+    ]
     notes = [
         *(
             [
@@ -425,8 +437,7 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
             else []
         ),
         "These measures have no best value: a flattened face has less relief and nose, an exaggerated face"
-        " has"
-        " more. "
+        " has more. "
         + (
             "The simulated annotator also checks whether the face is kept, so these measures are not"
             " independent of it."
@@ -476,7 +487,7 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     """
     values = {measure.name: np.full(len(maps.valid), np.nan) for measure in DEPTH_MEASURES}
     values["valid pixels"] = maps.valid.mean(axis=(1, 2))
-    for i, (points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
+    for latent_index, (points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
         face = points[is_valid & _window(points, FACE, bounds)]
         if len(face) >= LEAST_PIXELS:
             low, high = np.quantile(face[:, 2], [0.05, 0.95])
@@ -485,13 +496,13 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
             # [P, 6]: the terms of a quadratic in x and y
             terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
             residual = float(np.sqrt(np.mean((z - terms @ np.linalg.lstsq(terms, z, rcond=None)[0]) ** 2)))
-            values["depth range of the face"][i], values["face relief"][i] = (
+            values["depth range of the face"][latent_index], values["face relief"][latent_index] = (
                 high - low,
                 residual * bounds.side,
             )
         nose, *cheeks = (points[is_valid & _window(points, box, bounds)][:, 2] for box in (NOSE, *CHEEKS))
-        if min(len(part) for part in (nose, *cheeks)) >= LEAST_PIXELS:
-            values["nose prominence"][i] = np.quantile(nose, 0.98) - np.mean(
+        if min(len(window_depths) for window_depths in (nose, *cheeks)) >= LEAST_PIXELS:
+            values["nose prominence"][latent_index] = np.quantile(nose, 0.98) - np.mean(
                 [np.quantile(cheek, 0.8) for cheek in cheeks]
             )
     return values
@@ -506,16 +517,16 @@ def _window(points: np.ndarray, box: tuple[float, float, float, float], bounds: 
     return (x >= box[0]) & (x <= box[1]) & (y >= box[2]) & (y <= box[3])
 
 
-def _change(before: DepthMaps, after: DepthMaps) -> dict:
+def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
     """Compute the mean change of z at each pixel [R, R], in world units.
 
     The mean is over the latents whose pixel is valid in both networks. It is None if these are fewer than
     half of the latents.
     """
-    both_valid = before.valid & after.valid
+    both_valid = maps_before.valid & maps_after.valid
     count = both_valid.sum(axis=0)
     # Pixels that are not valid in both networks add 0, and are not counted.
-    total = np.where(both_valid, after.points[..., 2] - before.points[..., 2], 0.0).sum(axis=0)
+    total = np.where(both_valid, maps_after.points[..., 2] - maps_before.points[..., 2], 0.0).sum(axis=0)
     has_enough = count >= max(1, len(both_valid) / 2)
     mean = np.where(has_enough, total / np.maximum(count, 1), np.nan)
     rows = []

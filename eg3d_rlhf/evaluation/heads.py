@@ -97,9 +97,9 @@ def back_of_head_error(measured: Measured) -> np.ndarray:
     return measured["missing"] + measured["extra"]
 
 
-def find_defective(before: Measured) -> np.ndarray:
+def find_defective(measured_before: Measured) -> np.ndarray:
     """Return a mask [N] of the latents whose heads are defective before tuning."""
-    return back_of_head_error(before) > DEFECTIVE
+    return back_of_head_error(measured_before) > DEFECTIVE
 
 
 def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> float | None:
@@ -113,22 +113,23 @@ def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> floa
     return float(1 - errors_after.mean() / errors_before.mean())
 
 
-def intact_degraded(before: Measured, after: Measured) -> float | None:
+def intact_degraded(measured_before: Measured, measured_after: Measured) -> float | None:
     """Return the share of the intact heads whose error grew by more than WORSE.
 
     Return None if no head was intact before.
     """
-    is_intact = ~find_defective(before)
-    is_degraded = back_of_head_error(after) > back_of_head_error(before) + WORSE
+    is_intact = ~find_defective(measured_before)
+    is_degraded = back_of_head_error(measured_after) > back_of_head_error(measured_before) + WORSE
     return float(is_degraded[is_intact].mean()) if is_intact.any() else None
 
 
-def face_moved(before: Measured, after: Measured) -> np.ndarray:
+def face_distance_moved(measured_before: Measured, measured_after: Measured) -> np.ndarray:
     """Return the distance [N] by which the surface of each face moved along the view, in voxels.
 
     The distance is the median over the face's window. It is NaN if no pixel shows a surface both times.
     """
-    distances = np.abs(after["depth"] - before["depth"]).reshape(len(before["depth"]), -1)  # [N, R C]
+    depth_change = np.abs(measured_after["depth"] - measured_before["depth"])  # [N, R, C]
+    distances = depth_change.reshape(len(depth_change), -1)  # [N, R C]
     # nanmedian warns about rows without a finite value, so it is not called for these.
     has_surface = np.isfinite(distances).any(axis=1)
     medians = [
@@ -156,7 +157,7 @@ def variety(measured: Measured) -> float | None:
     return float(np.nanstd(measured["relief"][:, has_two_faces], axis=0).mean() / VOXEL)
 
 
-def identity_kept(before: Measured, after: Measured) -> float | None:
+def identity_kept(measured_before: Measured, measured_after: Measured) -> float | None:
     """Return the share of latents whose face keeps its identity.
 
     A face keeps its identity if, of all faces before tuning, the face of its own latent is the most similar
@@ -166,65 +167,70 @@ def identity_kept(before: Measured, after: Measured) -> float | None:
     # [N]; `_relief` is NaN in all pixels if there is no face, so one finite pixel means that there is a face.
     has_face_before, has_face_after = (
         np.isfinite(measured["relief"]).reshape(len(measured["relief"]), -1).max(axis=1)
-        for measured in (before, after)
+        for measured in (measured_before, measured_after)
     )
     if not has_face_before.all():
         return None
-    reliefs_before = list(before["relief"])
+    reliefs_before = list(measured_before["relief"])
     is_kept = np.zeros(len(reliefs_before), dtype=bool)
     # Each face after tuning is compared with all N faces before tuning.
-    for i in np.flatnonzero(has_face_after):
-        correlations = [relief_correlation(after["relief"][i], relief) for relief in reliefs_before]
-        is_kept[i] = np.argmax(correlations) == i  # the own face is the most similar one
+    for latent_index in np.flatnonzero(has_face_after):
+        correlations = [
+            relief_correlation(measured_after["relief"][latent_index], relief) for relief in reliefs_before
+        ]
+        # True if the most similar face is the one of the same latent
+        is_kept[latent_index] = np.argmax(correlations) == latent_index
     return float(is_kept.mean())
 
 
-def changed_share(before: Measured, after: Measured) -> np.ndarray:
+def changed_share(measured_before: Measured, measured_after: Measured) -> np.ndarray:
     """Return how much of the back of each head has become solid or empty, [N].
 
     The unit is the volume that the ground-truth head has at the back.
     """
     # packbits fills the last byte with zeros in both arrays, so the exclusive or is zero there.
-    changed_bits = np.unpackbits(np.bitwise_xor(before["solid"], after["solid"]).astype(np.uint8), axis=1)
-    return changed_bits.sum(axis=1) / before["volume"]
+    changed_bits = np.unpackbits(
+        np.bitwise_xor(measured_before["solid"], measured_after["solid"]).astype(np.uint8), axis=1
+    )
+    return changed_bits.sum(axis=1) / measured_before["volume"]
 
 
-def compute_metrics(before: Measured, after: Measured) -> dict:
+def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict:
     """Compute the metrics of one network, or of another treatment of the same shapes, as JSON values.
 
     Args:
-        before: measurements of the shapes before tuning.
-        after: measurements of the shapes after tuning, or after another treatment.
+        measured_before: measurements of the shapes before tuning.
+        measured_after: measurements of the shapes after tuning, or after another treatment.
     """
     # The untuned shapes decide which latents count as defective, so that it is the same for every arm.
-    is_defective = find_defective(before)
-    distances = face_moved(before, after)
-    error_after = back_of_head_error(after)
-    reduction = error_reduction(back_of_head_error(before)[is_defective], error_after[is_defective])
+    is_defective = find_defective(measured_before)
+    distances = face_distance_moved(measured_before, measured_after)
+    error_after = back_of_head_error(measured_after)
+    reduction = error_reduction(back_of_head_error(measured_before)[is_defective], error_after[is_defective])
     # [None]: a single training seed, [1, N]
-    interval = error_reduction_interval(before, error_after[None]) if reduction is not None else None
+    interval = error_reduction_interval(measured_before, error_after[None]) if reduction is not None else None
     return {
         "error_reduction": reduction,  # relative to the error before
         "error_reduction_ci95": interval,
         # shares of the ground-truth head's back-of-head volume
         "error_intact": _mean(error_after[~is_defective]),
-        "missing_defective": _mean(after["missing"][is_defective]),
-        "extra_defective": _mean(after["extra"][is_defective]),
-        "intact_degraded": intact_degraded(before, after),
-        "identity_kept": identity_kept(before, after),  # share of latents
+        "missing_defective": _mean(measured_after["missing"][is_defective]),
+        "extra_defective": _mean(measured_after["extra"][is_defective]),
+        "intact_degraded": intact_degraded(measured_before, measured_after),
+        "identity_kept": identity_kept(measured_before, measured_after),  # share of latents
         "face_moved_voxels": float(np.nanmedian(distances)) if np.isfinite(distances).any() else None,
-        "variety": variety(after),  # voxels
-        "fscore_defective": _mean(after["fscore"][is_defective]),
-        "fscore_intact": _mean(after["fscore"][~is_defective]),
-        "utility": _mean(after["utility"]),
+        "variety": variety(measured_after),  # voxels
+        "fscore_defective": _mean(measured_after["fscore"][is_defective]),
+        "fscore_intact": _mean(measured_after["fscore"][~is_defective]),
+        "utility": _mean(measured_after["utility"]),
         # share of all latents whose error is small after the treatment
         "intact_share": float((error_after <= DEFECTIVE).mean()),
-        "changed": _mean(changed_share(before, after)),
+        "changed": _mean(changed_share(measured_before, measured_after)),
         **{
-            f"{name}_defective": _mean(measure.values(after)[is_defective])
+            f"{name}_defective": _mean(measure.values(measured_after)[is_defective])
             for name, measure in MEASURES.items()
         },
-        **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
+        **{name: _mean(measure.values(measured_after)) for name, measure in FRONT_MEASURES.items()},
     }
 
 
@@ -235,17 +241,17 @@ def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
     return shape_statistics.distance(reference_statistics)
 
 
-def error_reduction_interval(before: Measured, errors: np.ndarray) -> list[float] | None:
+def error_reduction_interval(measured_before: Measured, errors: np.ndarray) -> list[float] | None:
     """Return the 95 % interval of `error_reduction` over training seeds and defective heads.
 
     Args:
-        before: measurements of the shapes before tuning.
+        measured_before: measurements of the shapes before tuning.
         errors: back-of-head volume errors after tuning with each training seed, [S, N].
 
     Returns: [low, high], or None if no head was defective before.
     """
-    is_defective = find_defective(before)
-    errors_before = back_of_head_error(before)[is_defective]
+    is_defective = find_defective(measured_before)
+    errors_before = back_of_head_error(measured_before)[is_defective]
     errors_after = errors[:, is_defective]
     if not is_defective.any():
         return None
@@ -278,19 +284,19 @@ TABLE = {  # metric -> (heading, format)
 
 
 def compare(
-    networks: Mapping[str, Path], before: Path | None, seeds: Sequence[int]
+    networks: Mapping[str, Path], before_path: Path | None, seeds: Sequence[int]
 ) -> tuple[dict[str, dict], int]:
     """Compute the metrics of several tuned networks and of the network before tuning.
 
     Args:
         networks: network files by name.
-        before: network file before tuning; None: the bundled generator.
+        before_path: network file before tuning; None: the bundled generator.
         seeds: seeds of the latents.
 
     Returns: metrics by name, of which "before" is the first; and the number of latents whose heads are
         defective before tuning.
     """
-    generator_before = load_generator(before).generator
+    generator_before = load_generator(before_path).generator
     targets = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     metrics_by_network = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None

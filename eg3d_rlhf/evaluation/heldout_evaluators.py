@@ -58,21 +58,21 @@ SHAPE_FRECHET = Measure("shape Fréchet", None, "lower", "squared distance of no
 FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' features")
 
 
-def metric_entry(measure: Measure, before: float, after: float, change: dict) -> dict:
+def metric_entry(measure: Measure, mean_before: float, mean_after: float, change: dict) -> dict:
     """Return the entry of a measure in the summary's "geometry".
 
     Args:
-        before: mean before tuning.
-        after: mean after tuning.
+        mean_before: mean before tuning.
+        mean_after: mean after tuning.
         change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
     """
     higher_is_better = measure.better == "higher"
     # "better" compares the two means alone; "outcome" takes the interval into account.
-    is_better = after >= before if higher_is_better else after <= before
+    is_better = mean_after >= mean_before if higher_is_better else mean_after <= mean_before
     return {
         "name": measure.name,
-        "before": float(before),
-        "after": float(after),
+        "before": float(mean_before),
+        "after": float(mean_after),
         "better": bool(is_better),
         "higher_is_better": higher_is_better,
         "paired": change,
@@ -331,7 +331,7 @@ def compute_head_metrics(comparison: Comparison) -> dict:
 
 def against_ground_truth(comparison: Comparison) -> dict:
     """Compute the metrics of tuning and of the best label-free post-processing methods."""
-    before = measure_part(comparison, "heads")
+    measured_before = measure_part(comparison, "heads")
     processed_heads = measure_part(comparison, "post-processing")
     # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
     strongest_processed = {
@@ -339,10 +339,10 @@ def against_ground_truth(comparison: Comparison) -> dict:
     }
     # Every column is measured against the same untuned shapes.
     metrics_by_column = {
-        "before": heads.compute_metrics(before, before),
+        "before": heads.compute_metrics(measured_before, measured_before),
         "after": compute_head_metrics(comparison),
-        "post_processing": heads.compute_metrics(before, processed_heads),
-        "strongest_post_processing": heads.compute_metrics(before, strongest_processed),
+        "post_processing": heads.compute_metrics(measured_before, processed_heads),
+        "strongest_post_processing": heads.compute_metrics(measured_before, strongest_processed),
     }
     method_names = {
         "post_processing": _method_name(processed_heads),
@@ -354,7 +354,7 @@ def against_ground_truth(comparison: Comparison) -> dict:
         "heads_n": HEADS,
         "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
         "heads_psi": 1.0,  # a truncated latent has no ground-truth head
-        "defective_n": int(heads.find_defective(before).sum()),
+        "defective_n": int(heads.find_defective(measured_before).sum()),
         "error_reduction": tuned_metrics["error_reduction"],
         "error_reduction_ci95": tuned_metrics["error_reduction_ci95"],
         "error_reduction_by_post_processing": metrics_by_column["post_processing"]["error_reduction"],

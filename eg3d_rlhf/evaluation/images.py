@@ -34,8 +34,7 @@ SLAB_CELLS = 32  # larger slabs are averaged to this number of cells per edge be
 YAW = 0.3  # radians from frontal, since an oblique view shows more of the shape than a frontal one
 NO_LPIPS = (
     "LPIPS is not measured, since no weights are bundled. Pass them with --lpips=FILE, a TorchScript file"
-    " that"
-    " is called as f(a, b) with two batches of images."
+    " that is called as f(a, b) with two batches of images."
 )
 NO_IDENTITY = (
     "Identity drift is not measured: it needs a network that embeds faces, and none is bundled. Pass one with"
@@ -288,8 +287,7 @@ def _describe_distances(
         sentences.append(
             f"{change['distance']} distance, {change['role']} minus before:"
             f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {row_before['mean']:.4g}: images"
-            " are"
-            f" {direction_text} the data."
+            f" are {direction_text} the data."
         )
     # Precision and recall have intervals, but no paired test here.
     values_before, values_after = (
@@ -476,7 +474,10 @@ def _drift(
             pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
             values = np.concatenate(
-                [measure.values(a.to(comparison.device), b.to(comparison.device)) for a, b in pairs]
+                [
+                    measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
+                    for images_before, images_after in pairs
+                ]
             ).astype(np.float64)
             data[name][role] = values.tolist()
             interval = bootstrap_mean_interval(values)  # over latents
@@ -503,7 +504,7 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
     table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
     if comparison.lpips is not None:
         table.append(Measure("LPIPS", load_lpips(comparison.lpips, comparison.device), "lower", "distance"))
-    missing = [
+    missing_notes = [
         *([NO_LPIPS] if comparison.lpips is None else []),
         *([NO_CONTROL] if comparison.control is None else []),
     ]
@@ -511,7 +512,7 @@ def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(comparison, table, YAW, meaning, *missing)
+    return _drift(comparison, table, YAW, meaning, *missing_notes)
 
 
 def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
@@ -528,7 +529,14 @@ def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
     # Embeddings have unit length, so their scalar product is the cosine.
     return _drift(
         comparison,
-        [Measure("cosine similarity", lambda a, b: (embed(a) * embed(b)).sum(dim=1), "higher", "-1..1")],
+        [
+            Measure(
+                "cosine similarity",
+                lambda first_images, second_images: (embed(first_images) * embed(second_images)).sum(dim=1),
+                "higher",
+                "-1..1",
+            )
+        ],
         0.0,
         meaning,
     )

@@ -158,7 +158,7 @@ def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
             while True:
                 number, request = pending_requests.get_nowait()
                 finished.put((number, worker.ask(request)))
-        except queue.Empty:
+        except queue.Empty:  # all requests are answered, or another thread answers the last ones
             pass
         # Without this, an exception in a thread would be lost, and the generator would wait forever for the
         # answer.

@@ -28,11 +28,10 @@ def describe_thresholds(header: Mapping) -> str:
         f" merged; {header['up']} is up; {header['samples']:,} points per mesh with {header['rays']} rays"
         f" each, seed {header['seed']}. A part of the surface is hidden if no ray from either of its sides"
         f" leaves the mesh; 'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 %"
-        " of"
-        f" the area is at least {header['wall']:g} thick; walls below {header['thin']:g} are thin. A hollow"
-        f" counts as inner if it opens only through holes of radius {header['leak']:g} or less. 'Stands': the"
-        f" mesh can be tilted by 3 degrees or more and does not fall, by the mass of {mass_text}. 'No"
-        " crossing': no edge passes through a face that it does not touch."
+        f" of the area is at least {header['wall']:g} thick; walls below {header['thin']:g} are thin. A"
+        f" hollow counts as inner if it opens only through holes of radius {header['leak']:g} or less."
+        " 'Stands': the mesh can be tilted by 3 degrees or more and does not fall, by the mass of"
+        f" {mass_text}. 'No crossing': no edge passes through a face that it does not touch."
     )
 
 

@@ -68,17 +68,19 @@ def draw_method(run: Path, out: Path) -> None:
     """
     with naming("--run"):
         summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
-        before = load_generator().generator
-        after = load_generator(run).generator
+        generator_before = load_generator().generator
+        generator_after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
-    ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
-    scores = reward.score(before.field(ws))  # [40]
+    ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)
+    scores = reward.score(generator_before.field(ws))  # [40]
     worst = int(scores.argmin())
     # The figure shows the worst and the best shape before tuning by the reward, and the tuned generator's
     # shape of the worst one's latent.
     best = int(scores.argmax())
-    worst_field, best_field = (before.field(ws[i : i + 1]) for i in (worst, best))
-    tuned_field = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
+    worst_field, best_field = (
+        generator_before.field(ws[latent_index : latent_index + 1]) for latent_index in (worst, best)
+    )
+    tuned_field = generator_after.field(ws_of_seeds(generator_after, [METHOD_POOL[worst]], METHOD_PSI))
     with style.theme():
         figure, axes = style.figure(4, 1, (11, 4.6))
         titles = (

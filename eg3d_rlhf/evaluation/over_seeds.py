@@ -106,7 +106,7 @@ def table(metrics: dict) -> list[list[str]]:
     """
     seed_texts = [str(seed) for seed in metrics["seeds"]]
     table_rows = [["what", *(f"seed {name}" for name in seed_texts), "mean ± sd"]]
-    for name, (_, words, number_format) in TABLE_METRICS.items():
+    for name, (_, text, number_format) in TABLE_METRICS.items():
         if name in metrics:
             metric = metrics[name]
             outcomes = metric.get("outcomes", {})  # only the Fréchet ratio has any
@@ -117,18 +117,18 @@ def table(metrics: dict) -> list[list[str]]:
             # A standard deviation is never negative, so its format has no sign.
             table_rows.append(
                 [
-                    words,
+                    text,
                     *cells,
                     f"{metric['mean']:{number_format}} ± {metric['std']:{number_format.lstrip('+')}}",
                 ]
             )
     for measure_row in metrics["geometry"]:
         change = measure_row["change"]
-        words = f"{measure_row['name']}, change" + (
+        text = f"{measure_row['name']}, change" + (
             " (higher is better)" if measure_row["higher_is_better"] else ""
         )
         cells = [f"{change['by_seed'][seed]:+.3g} {measure_row['outcomes'][seed]}" for seed in seed_texts]
-        table_rows.append([words, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
+        table_rows.append([text, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
     alarms = metrics["over_optimisation"]
     return [*table_rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in seed_texts), ""]]
 

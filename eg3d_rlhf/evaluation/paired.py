@@ -25,9 +25,9 @@ NO_CONTROL = (
 ROLES = ("before", "after", "control")  # networks whose hashes a finding's facts list
 
 
-def span(value: float, lo: float, hi: float, form: str = "+.3f") -> str:
+def span(value: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
     """Format a value with its interval, for example '+1.234 [+1.100, +1.301]'."""
-    return f"{value:{form}} [{lo:{form}}, {hi:{form}}]"
+    return f"{value:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
 
 
 def contains_zero(lo: float, hi: float) -> bool:
@@ -75,10 +75,11 @@ def make_seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> l
             "seed": seed,
             # JSON has no NaN, so a value that could not be measured becomes null
             **{
-                name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()
+                name: float(column[latent_index]) if np.isfinite(column[latent_index]) else None
+                for name, column in columns.items()
             },
         }
-        for i, seed in enumerate(seeds)
+        for latent_index, seed in enumerate(seeds)
     ]
 
 

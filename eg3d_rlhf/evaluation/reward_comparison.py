@@ -63,28 +63,33 @@ def parts_of(out: Path, name: str, seeds: Sequence[int], full: bool, kimg: float
         full: True: full training of the reward; False: short training.
         kimg: length of tuning, in thousands of images.
     """
-    entry = ENTRIES[name]
+    reward_entry = ENTRIES[name]
     folder = out / name
     script_by_part: dict[str, tuple[str, list[str]]] = {}
-    if entry.label:
+    if reward_entry.label:
         script_by_part["label"] = (
             DOOR,
-            ["label", "synthetic", *entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
+            ["label", "synthetic", *reward_entry.label, f"--out={folder / 'label' / 'labels.jsonl'}"],
         )
-    if entry.train is not None:
+    if reward_entry.train is not None:
         # If the reward is trained on its own labels, the bundled pairs are still passed: they select the best
         # epoch, and measure the accuracy.
         label_flags = (
             [f"--labels={BUNDLED_LABELS}", f"--unpaired={folder / 'label' / 'labels.jsonl'}"]
-            if entry.label
+            if reward_entry.label
             else []
         )
         script_by_part["reward"] = (
             TRAIN_REWARD,
-            [*entry.train, *label_flags, *(() if full else entry.short), f"--run-dir={folder / 'reward'}"],
+            [
+                *reward_entry.train,
+                *label_flags,
+                *(() if full else reward_entry.short),
+                f"--run-dir={folder / 'reward'}",
+            ],
         )
     flags = [
-        *entry.tune,
+        *reward_entry.tune,
         f"--reward-ckpt={reward_path(out, name)}",
         f"--heldout-reward={bundled.WATCH}",
         f"--kimg={kimg:g}",
@@ -209,10 +214,9 @@ def markdown(data: Mapping) -> str:
         f" {first_row['seeds']} training seed(s). Accuracy is measured on {first_row['n']} held-out pairs."
         f' "Rewards up" counts the latents, of {first_row["rewards_n"]}, whose reward rose.'
         f" The oracle compares the shapes of {first_row['oracle_n']} latents, {seed_range(EVALUATION.all)},"
-        " at ψ 1."
-        " Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The oracle"
-        " is the simulated annotator without its noise: it applies the rule by which the labels of every"
-        " reward here were made."
+        " at ψ 1. Brackets: Wilson 95 %; with several training seeds, the range of the oracle's rates. The"
+        " oracle is the simulated annotator without its noise: it applies the rule by which the labels of"
+        " every reward here were made."
     )
     return "\n".join(["# Every reward on the bundled heads", "", *table, "", text, ""])
 

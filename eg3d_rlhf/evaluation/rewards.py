@@ -93,8 +93,7 @@ def trajectories_job(comparison: Comparison) -> Job:
             title,
             f"A trajectory needs {FEWEST - 1} snapshots of the tuned run;"
             f" {len(snapshots_by_role['after'])} were found{searched_folder}. Train with --snap=1, which"
-            " keeps"
-            " a snapshot per tick, and pass the run's folder to --run.",
+            " keeps a snapshot per tick, and pass the run's folder to --run.",
         )
     # hashes of the snapshots are inputs: a run that has new ones is measured again
     files = {
@@ -129,10 +128,10 @@ def shift(comparison: Comparison, _folder: Path) -> Finding:
         ("before", "after", "control", "reward"),
         f"mean: {BOOTSTRAP}; share: Wilson; {statistics.LINE_INTERVAL}",
     )
-    return Finding(facts=facts, data=data, rows=rows, says=_shift_says(paired, fitted_lines))
+    return Finding(facts=facts, data=data, rows=rows, says=_describe_shift(paired, fitted_lines))
 
 
-def _shift_says(paired: dict, fitted_lines: dict) -> list[str]:
+def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
     """Describe the change of the reward in sentences."""
     tuned_change = paired["after"]
     fitted_line = fitted_lines["after"]
@@ -172,7 +171,7 @@ def _shift_says(paired: dict, fitted_lines: dict) -> list[str]:
         return [*sentences, NO_CONTROL]
     control_change = paired["control"]
     # 1e-12 avoids a division by zero for a run whose mean change is exactly zero
-    share = abs(control_change["mean"]) / max(abs(tuned_change["mean"]), 1e-12)
+    relative_change = abs(control_change["mean"]) / max(abs(tuned_change["mean"]), 1e-12)
     small_shift_result = (
         "no shift is shown"
         if contains_zero(control_change["mean_lo"], control_change["mean_hi"])
@@ -186,8 +185,8 @@ def _shift_says(paired: dict, fitted_lines: dict) -> list[str]:
         (
             "In the control the mean change is"
             f" {span(control_change['mean'], control_change['mean_lo'], control_change['mean_hi'])},"
-            f" {share:.1%} of"
-            f" the tuned one: {small_shift_result if share < 0.1 else large_shift_result}."
+            f" {relative_change:.1%} of"
+            f" the tuned one: {small_shift_result if relative_change < 0.1 else large_shift_result}."
         ),
     ]
 
@@ -243,12 +242,13 @@ def ranks(comparison: Comparison, _folder: Path) -> Finding:
         {"role": role, "spearman": correlation["mean"], "lo": correlation["lo"], "hi": correlation["hi"]}
         for role, correlation in rho.items()
     ]
-    before, after = (
+    text_before, text_after = (
         span(correlation["mean"], correlation["lo"], correlation["hi"], ".3f")
         for correlation in (rho["before"], rho["after"])
     )
     sentences = [
-        f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {before}, after {after}.",
+        f"Spearman's rho between the rewards at ψ = {high:g} and {low:g}: before {text_before}, after"
+        f" {text_after}.",
         (
             "Both rewards belong to the same latent, so agreement is expected. A rho below 1 means that"
             " truncation changes the order."
@@ -323,10 +323,10 @@ def trajectories(comparison: Comparison, _folder: Path) -> Finding:
         ]
     interval = f"range of the middle 95 % of latents' least-squares slopes; mean slope: {BOOTSTRAP}"
     facts = comparison.facts(seeds, ("before", "after", "control", "reward"), interval)
-    return Finding(facts=facts, data={"roles": roles}, rows=rows, says=_trajectory_says(roles))
+    return Finding(facts=facts, data={"roles": roles}, rows=rows, says=_describe_trajectories(roles))
 
 
-def _trajectory_says(slopes_by_role: dict) -> list[str]:
+def _describe_trajectories(slopes_by_role: dict) -> list[str]:
     """Describe the slopes of the tuned run and of the control in sentences.
 
     Args: slopes_by_role: the result of `slope_summary` for "after" and, if there is one, "control".
@@ -385,9 +385,9 @@ def plot_histograms(axes, data: dict):
 )
 def plot_deltas(axes, data: dict):
     """Plot the change of every latent's reward, in ascending order."""
-    before = np.asarray(data["scores"]["before"])
+    scores_before = np.asarray(data["scores"]["before"])
     for role, change in data["paired"].items():
-        delta = np.sort(np.asarray(data["scores"][role]) - before)
+        delta = np.sort(np.asarray(data["scores"][role]) - scores_before)
         axes.plot(
             np.arange(1, len(delta) + 1),
             delta,
@@ -402,15 +402,15 @@ def plot_deltas(axes, data: dict):
 @style.plot(7, xlabel="reward before", ylabel="reward after", title="Final against initial reward")
 def plot_lines(axes, data: dict):
     """Plot the final reward over the initial reward, with the fitted line of each role."""
-    before = np.asarray(data["scores"]["before"])
-    reward_range = np.array([before.min(), before.max()])
-    for role, line in data["lines"].items():
-        axes.plot(before, data["scores"][role], ".", markersize=4, alpha=0.6, color=style.colour(role))
+    scores_before = np.asarray(data["scores"]["before"])
+    reward_range = np.array([scores_before.min(), scores_before.max()])
+    for role, fitted_line in data["lines"].items():
+        axes.plot(scores_before, data["scores"][role], ".", markersize=4, alpha=0.6, color=style.colour(role))
         axes.plot(
             reward_range,
-            line["intercept"] + line["slope"] * reward_range,
+            fitted_line["intercept"] + fitted_line["slope"] * reward_range,
             color=style.colour(role),
-            label=f"{role}: slope {line['slope']:.2f} [{line['lo']:.2f}, {line['hi']:.2f}]",
+            label=f"{role}: slope {span(fitted_line['slope'], fitted_line['lo'], fitted_line['hi'], '.2f')}",
         )
     # points on the diagonal have not changed
     axes.plot(reward_range, reward_range, "--", color=style.colour("noise"), linewidth=1, label="no change")
@@ -430,9 +430,11 @@ def plot_ranks(data: dict):
     figure, axes = style.figure(columns=2)
     high, low = data["psis"]
     for axis, role in zip(axes, ("before", "after"), strict=True):
-        x, y = (rankdata(values) for values in data["scores"][role])  # ties share their mean rank
+        high_psi_ranks, low_psi_ranks = (
+            rankdata(values) for values in data["scores"][role]
+        )  # ties share their mean rank
         rho = data["rho"][role]
-        axis.plot(x, y, ".", markersize=4, color=style.colour(role))
+        axis.plot(high_psi_ranks, low_psi_ranks, ".", markersize=4, color=style.colour(role))
         axis.set(
             xlabel=f"rank at ψ = {high:g}",
             ylabel=f"rank at ψ = {low:g}",
@@ -652,7 +654,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
         "kimg": [kimg for kimg, _ in networks],  # None: the final network, which is not a snapshot
         "curves": curves,
     }
-    sentences = [*_says(comparison, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
+    sentences = [*_describe_curves(comparison, data), *([NO_SNAPSHOTS] if len(networks) < 3 else [])]
     return Finding(
         facts=comparison.facts(seeds, CURVE_ROLES, BOOTSTRAP), data=data, rows=rows, says=sentences
     )
@@ -692,14 +694,13 @@ def independence(comparison: Comparison) -> str:
     return f"{text}. It was trained on other labels with {seed_text}."
 
 
-def _says(comparison: Comparison, data: dict) -> list[str]:
+def _describe_curves(comparison: Comparison, data: dict) -> list[str]:
     """Describe the curves, the divergences and the limits of the comparison in sentences."""
     # the last network of the curve against the one before tuning
     last_step_by_name = {name: curve["steps"][-1] for name, curve in data["curves"].items()}
     sentences = [
         f"The {name} changes by {span(step['mean'], step['lo'], step['hi'], '+.2f')} of its standard"
-        " deviations"
-        " before tuning."
+        " deviations before tuning."
         for name, step in last_step_by_name.items()
     ]
     for name, curve in data["curves"].items():

@@ -173,20 +173,20 @@ class Column:
     @torch.no_grad()
     def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
         """Extract all shapes of a latent that the comparison image shows."""
-        before, after = (
-            Side.of(g.generator, comparison.ws(g, [seed], evaluation_psi(comparison)), resolution)
-            for g in (comparison.before, comparison.after)
+        side_before, side_after = (
+            Side.of(network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution)
+            for network in (comparison.before, comparison.after)
         )
         if not comparison.of_people:
-            return cls(seed=seed, before=before, after=after)
+            return cls(seed=seed, before=side_before, after=side_after)
         z = latents([seed], comparison.before.generator.z_dim)
         (head,) = people.named_people(z)
         ground_truth = level_set_from_grid(people_mesh.whole_grids(z, GRID)[0])
         return cls(
             seed=seed,
-            before=before,
-            after=after,
-            post_processed=post_process(before.field, filter_name(comparison)),
+            before=side_before,
+            after=side_after,
+            post_processed=post_process(side_before.field, filter_name(comparison)),
             head=head,
             ground_truth=ground_truth,
         )
@@ -251,11 +251,11 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
     median_changes = []
     with torch.no_grad():
         for seed in tqdm(seeds, desc="change of the surface", unit="shape"):
-            before, after = (
-                LevelSet.of(g.generator.field(comparison.ws(g, [seed])), 64)
-                for g in (comparison.before, comparison.after)
+            surface_before, surface_after = (
+                LevelSet.of(network.generator.field(comparison.ws(network, [seed])), 64)
+                for network in (comparison.before, comparison.after)
             )
-            median_changes.append(median_change(before, after))
+            median_changes.append(median_change(surface_before, surface_after))
     return {"surface_change_voxels": change_summary(median_changes)}
 
 
@@ -402,8 +402,7 @@ def describe_comparison(comparison: Comparison, latent_count: int) -> str:
     """Return the text below the comparison image: the rule that selected its latents, and the baselines."""
     rule = (
         f"{latent_count} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to"
-        " highest; psi"
-        f" {evaluation_psi(comparison):g}."
+        f" highest; psi {evaluation_psi(comparison):g}."
     )
     if not comparison.of_people:
         return rule
@@ -444,7 +443,7 @@ def webp(frames: Iterator[np.ndarray]) -> bytes:
 
 
 def swing_frames(
-    render_frame: Callable[[float], np.ndarray], reach: float, view_count: int, title: str
+    render_frame: Callable[[float], np.ndarray], largest_yaw: float, view_count: int, title: str
 ) -> Iterator[np.ndarray]:
     """Yield the frames of a camera that swings from one side to the other and back.
 
@@ -452,13 +451,13 @@ def swing_frames(
 
     Args:
         render_frame: function that renders the frame at a yaw in radians.
-        reach: largest yaw, in radians to both sides of the front.
+        largest_yaw: largest yaw, in radians to both sides of the front.
         view_count: number of views from one side to the other.
         title: text of the progress bar.
     """
     frames = []
     for yaw in tqdm(
-        (reach * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(), desc=title, unit="frame"
+        (largest_yaw * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(), desc=title, unit="frame"
     ):
         frames.append(render_frame(yaw))
         yield frames[-1]
@@ -492,8 +491,8 @@ def pairs_sheet(comparison: Comparison, count: int, options: ImageOptions = USUA
     cells = []  # two for each pair: left, right
     for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
         sides = [
-            Side.of(g.generator, comparison.ws(g, [seed], 1.0), options.resolution)
-            for g in (comparison.before, comparison.after)
+            Side.of(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
+            for network in (comparison.before, comparison.after)
         ]
         cells += [
             _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
@@ -562,7 +561,7 @@ def image_sheet(
     image_indices = np.random.RandomState(seeds[0]).permutation(len(dataset))[: len(seeds)]
     # grey images [N, 1, H, W] -> [N, 3, H, W], 0..1
     real_images = (
-        torch.stack([torch.from_numpy(dataset[int(i)][0]) for i in image_indices])
+        torch.stack([torch.from_numpy(dataset[int(image_index)][0]) for image_index in image_indices])
         .float()
         .expand(-1, 3, -1, -1)
         / 255

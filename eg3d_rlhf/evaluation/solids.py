@@ -162,9 +162,8 @@ def table(
     for name, grids in arms.items():
         summary_by_arm[name] = summarise_arm(measure_shapes(grids, untuned, rules), untuned_values)
         on_arm()
-    chosen_indices = best_of_groups(
-        untuned_values["reward"], groups
-    )  # selected by the same reward that the table shows
+    # The best of n are selected by the same reward that the table shows.
+    chosen_indices = best_of_groups(untuned_values["reward"], groups)
     summary_by_arm[f"best of {len(untuned) // groups}"] = summarise_arm(
         {name: values[chosen_indices] for name, values in untuned_values.items()}, None
     )
@@ -250,13 +249,18 @@ def source_of(pipeline: str, conditioning: Path | None, runs: Sequence[Path]) ->
 
 
 def compare_networks(
-    networks: Mapping[str, Path], before: Path | None, n: int, psi: float, seed: int, device: torch.device
+    networks: Mapping[str, Path],
+    before_path: Path | None,
+    n: int,
+    psi: float,
+    seed: int,
+    device: torch.device,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """Compare tuned GANs on held-out latents.
 
     Args:
         networks: files of the tuned networks, by name.
-        before: file of the untuned network; None: the bundled one.
+        before_path: file of the untuned network; None: the bundled one.
         n: number of latents; it is rounded down to a multiple of CHOOSE.
         psi: truncation.
         seed: shifts the held-out latents.
@@ -268,7 +272,7 @@ def compare_networks(
     # A multiple of CHOOSE, so that every group for the best of n has CHOOSE shapes.
     seeds = LATENTS.take(groups * CHOOSE, seed)
     with naming("--before"):  # an error of loading names this flag
-        untuned_generator = load_generator(before, device).generator
+        untuned_generator = load_generator(before_path, device).generator
 
     def make_shapes(path: Path | None) -> Grids:
         return shapes_of_latents(

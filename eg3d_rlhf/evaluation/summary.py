@@ -60,14 +60,14 @@ def reward_shift(comparison: Comparison) -> dict:
 
     Values are in the reward's own scale, which has no unit.
     """
-    before, after = (
+    scores_before, scores_after = (
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
     )  # [N]
-    delta = after - before
+    delta = scores_after - scores_before
     return {
-        "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
-        "reward_after": {"mean": float(after.mean()), "std": float(after.std())},
+        "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
+        "reward_after": {"mean": float(scores_after.mean()), "std": float(scores_after.std())},
         "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
         "reward_delta_n": len(delta),
         "tuned_delta_mean": float(delta.mean()),
@@ -242,9 +242,11 @@ def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[s
     """
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()  # the networks' family may come from a plugin
-    before, after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
+    generator_before, generator_after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
     # No task of a worker scores by the reward, so the reward is not sent to the workers.
-    comparison = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
+    comparison = Comparison(
+        before=generator_before, after=generator_after, reward=cast(Reward, None), **sampling
+    )
     other_tasks = {
         CHANGE: lambda: surface_change(comparison, EVALUATION.take(CHANGED)),
         IMAGES: lambda: write_pictures(comparison, folder),
@@ -276,12 +278,13 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
     early_stop = evaluation.early_stop
     # An early stop selects a snapshot, which may be older than the last networks.
     nets = nets if early_stop is None else early_stop.networks(nets)
-    before, after = (
-        LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (evaluation.before, of(nets.G_ema))
+    generator_before, generator_after = (
+        LoadedGenerator(generator, state_hash(generator.module), folder, nets)
+        for generator in (evaluation.before, of(nets.G_ema))
     )
-    c = Comparison(
-        before=before,
-        after=after,
+    comparison = Comparison(
+        before=generator_before,
+        after=generator_after,
         reward=evaluation.reward,
         run=folder,
         data=evaluation.settings["data"],
@@ -289,10 +292,10 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
         device=next(nets.G_ema.parameters()).device,
     )
     # On a GPU, or with one thread, `once` and `measure_part` compute everything in this process.
-    if c.device.type == "cpu" and torch.get_num_threads() > 1:
-        work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
+    if comparison.device.type == "cpu" and torch.get_num_threads() > 1:
+        work(comparison, folder, min(torch.get_num_threads(), MOST_PROCESSES))
     record = {
-        **summarise(c, evaluation),
+        **summarise(comparison, evaluation),
         "images": loop.cur_nimg,
         "early_stop": None if early_stop is None else early_stop.record(),
     }
@@ -301,7 +304,7 @@ def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
     record["seconds"] = time.time() - start_time
     # summary.json is written first: an error while rendering the images must not lose the metrics.
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    written = once(c, IMAGES, lambda: write_pictures(c, folder))
+    written = once(comparison, IMAGES, lambda: write_pictures(comparison, folder))
     if table := table_of_heads(record):
         print("\n".join(["", aligned(table), *notes(record)]))
     print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
@@ -328,9 +331,9 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
     ]
     if record.get("control_delta_mean") is not None:
         # 1e-12 avoids a division by zero for a run whose mean change is exactly zero.
-        share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
+        relative_delta = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
         text = (
-            f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift;"
+            f"{record['control_delta_mean']:+.3f} ({relative_delta:.1%} of the tuned shift;"
             f" {record['control_source']})"
         )
         table_rows.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
@@ -441,11 +444,11 @@ def table_of_heads(record: dict) -> list[tuple[str, ...]]:
     if "heads" not in record:
         return []
     # A run without a control has one column less.
-    columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
+    columns = {column: text for column, text in COLUMNS.items() if column in record["heads"]}
     table_rows: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
-    for key, (words, form, target) in MEASURES.items():
+    for key, (text, number_format, target) in MEASURES.items():
         values = [*(record["heads"][column].get(key) for column in columns), target]
-        table_rows.append((words, *("" if value is None else f"{value:{form}}" for value in values)))
+        table_rows.append((text, *("" if value is None else f"{value:{number_format}}" for value in values)))
     return table_rows
 
 

@@ -185,16 +185,16 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     Args: path: network file of the cell.
     """
     seeds = comparison.seeds()
-    after = comparison.load(path)
+    tuned_network = comparison.load(path)
     values = {
-        REWARD: (comparison.scores(after, seeds) - comparison.scores(comparison.before, seeds))
+        REWARD: (comparison.scores(tuned_network, seeds) - comparison.scores(comparison.before, seeds))
         .double()
         .numpy()
     }
     if comparison.held_out is not None:
         values[HELDOUT] = (
             (
-                comparison.scores(after, seeds, held_out=True)
+                comparison.scores(tuned_network, seeds, held_out=True)
                 - comparison.scores(comparison.before, seeds, held_out=True)
             )
             .double()
@@ -203,13 +203,13 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     density_before = _compute_once(
         comparison, "density", lambda: rewards.densities(comparison, comparison.before, seeds)
     )  # [N, D, H, W]
-    density_after = rewards.densities(comparison, after, seeds)  # [N, D, H, W]
+    density_after = rewards.densities(comparison, tuned_network, seeds)  # [N, D, H, W]
     values[DISTANCE] = density_l1(density_after, density_before).double().numpy()  # [N]
     if comparison.synthetic:
-        values[ORACLE] = utilities(after.generator, seeds) - _compute_once(
+        values[ORACLE] = utilities(tuned_network.generator, seeds) - _compute_once(
             comparison, "oracle", lambda: utilities(comparison.before.generator, seeds)
         )
-    values[GEOMETRY] = normal_disagreement(comparison, after) - _compute_once(
+    values[GEOMETRY] = normal_disagreement(comparison, tuned_network) - _compute_once(
         comparison, "normals", lambda: normal_disagreement(comparison, comparison.before)
     )
     interval_by_measure = compute_means(values)  # mean and interval over latents
@@ -224,7 +224,7 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
         # features of the same latents and cameras under both networks
         features_before_and_after = (
             _compute_once(comparison, "images", lambda: compute_fake_features(comparison.before)),
-            compute_fake_features(after),
+            compute_fake_features(tuned_network),
         )
         change = kernel_change_interval(
             *features_before_and_after, real_features, images.RESAMPLES, comparison.seed
@@ -233,24 +233,28 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     facts = comparison.facts(
         seeds,
         interval=BOOTSTRAP,
-        networks={"before": comparison.before.hash, "cell": after.hash, "reward": comparison.reward_hash},
+        networks={
+            "before": comparison.before.hash,
+            "cell": tuned_network.hash,
+            "reward": comparison.reward_hash,
+        },
     )
     # Geometry is measured on the first half of the latents, so the later rows do not have it.
     rows = [
         {
             "seed": seed,
             **{
-                name: float(measure_values[i])
+                name: float(measure_values[latent_index])
                 for name, measure_values in values.items()
-                if i < len(measure_values)
+                if latent_index < len(measure_values)
             },
         }
-        for i, seed in enumerate(seeds)
+        for latent_index, seed in enumerate(seeds)
     ]
     # `front` reads these data, so that it need not load the networks.
     return Finding(
         facts=facts,
-        data={"cell": vars(cell), "network": after.hash, "measures": interval_by_measure},
+        data={"cell": vars(cell), "network": tuned_network.hash, "measures": interval_by_measure},
         rows=rows,
     )
 
@@ -385,9 +389,9 @@ def front(comparison: Comparison, by_cell: Mapping[Cell, Finding], _folder: Path
 
 def _panel(axes, rows: list[dict], x_measure: str, y_measure: str) -> None:
     """Plot two measures of all settings against each other, with the intervals of both."""
-    for i, row in enumerate(rows):
+    for setting_index, row in enumerate(rows):
         measures = row["measures"]
-        colour = style.CYCLE[i % len(style.CYCLE)]
+        colour = style.CYCLE[setting_index % len(style.CYCLE)]
         axes.errorbar(
             measures[x_measure]["mean"],
             measures[y_measure]["mean"],
@@ -395,7 +399,7 @@ def _panel(axes, rows: list[dict], x_measure: str, y_measure: str) -> None:
             yerr=style.errors(measures[y_measure]),
             color=colour,
             linewidth=1,
-            marker="o" if i < len(style.CYCLE) else "s",
+            marker="o" if setting_index < len(style.CYCLE) else "s",
             markersize=6,
             markerfacecolor=colour if row["on_front"] else "none",  # filled: on the front
             label=row["setting"] + (" (front)" if row["on_front"] else ""),
@@ -443,8 +447,7 @@ def write(comparison: Comparison, networks: Mapping[Cell, Path], out: Path, quie
     front_findings = pages.run([job], out, quiet=True)
     introduction = (
         f"{len(networks)} runs of train.py started from {comparison.before.path.name}. Each is compared with"
-        " it on the"
-        f" same {comparison.n} held-out latents. The data of every run are in data/cell-*.json."
+        f" it on the same {comparison.n} held-out latents. The data of every run are in data/cell-*.json."
     )
     write_page(out / "index.html", TITLE, introduction, [job], front_findings, front_findings[KEY].says[:1])
     return front_findings[KEY]

@@ -110,7 +110,9 @@ def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, radius
         * window**3
     )
     slab_indices = torch.from_numpy(slab_index(vertices, spec).copy())
-    last_indices = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)  # last index along z, y, x
+    last_indices = torch.tensor(
+        [size - 1 for size in spec.shape], dtype=torch.float64
+    )  # last index along z, y, x
     # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
     grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
     return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
@@ -128,7 +130,8 @@ def region_colours(labels: np.ndarray) -> np.ndarray:
     """Map indices of regions [V] to colours [V, 3] uint8; the index -1 gets grey."""
     # Grey is the last entry of the table, which the index -1 selects.
     colour_table = np.array(
-        [region_colour(i) for i in range(max(labels.max(initial=0) + 1, 1))] + [GREY], dtype=np.uint8
+        [region_colour(region_index) for region_index in range(max(labels.max(initial=0) + 1, 1))] + [GREY],
+        dtype=np.uint8,
     )
     return colour_table[labels]
 
@@ -271,7 +274,11 @@ def _layers(
         (f"lowers it (-{_short(scale)})", LOWERS),
     )
     # The legend lists only regions that this surface has.
-    region_legend = [(name, region_colour(k)) for k, name in enumerate(study.names) if (labels == k).any()]
+    region_legend = [
+        (name, region_colour(region_index))
+        for region_index, name in enumerate(study.names)
+        if (labels == region_index).any()
+    ]
     region_legend += [("outside the slab", GREY)] if (labels < 0).any() else []
     return [
         Layer(name="attribution", colours=diverging_colours(values, scale), legend=legend),
@@ -307,7 +314,7 @@ def jobs(study: Study) -> list[Job]:
     The regions are the first job, so that the user can check them while the attributions are computed.
     """
     settings = study.settings
-    c = study.c
+    comparison = study.c
     file_inputs: dict = {"regions": settings.regions}
     if settings.regions not in KINDS:
         # For a user's label volume, its file and the file of its names are inputs of every job.
@@ -318,7 +325,9 @@ def jobs(study: Study) -> list[Job]:
             ]
     with naming("--landmarks"):
         file_inputs["landmarks"] = identity_of_file(settings.landmarks)
-    base_inputs = c.inputs(*ROLES, n=c.n, data=c.synthetic, **file_inputs)  # inputs of every job
+    base_inputs = comparison.inputs(
+        *ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs
+    )  # inputs of every job
     shapley_inputs = {
         **base_inputs,
         "method": settings.method,
@@ -387,7 +396,7 @@ def regions(study: Study, folder: Path) -> Finding:
 
     With landmarks, the eight parts of the head are described as a second partition.
     """
-    c = study.c
+    comparison = study.c
     kind_text = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
     images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
@@ -418,7 +427,7 @@ def regions(study: Study, folder: Path) -> Finding:
         ]
         images |= draw_regions(head_study, folder, "whole-head.png", "The entire head in eight parts, ")
     return Finding(
-        facts=c.facts(study.seeds, ("before",)),
+        facts=comparison.facts(study.seeds, ("before",)),
         data={"names": list(study.names), "kind": kind_text},
         rows=rows,
         says=sentences,
@@ -436,9 +445,11 @@ def _counts(study: Study) -> list[dict]:
             "voxels (mean)": float(region_counts.mean()),
             "least": int(region_counts.min()),
             "most": int(region_counts.max()),
-            "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(i)),
+            "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(region_index)),
         }
-        for i, (region, region_counts) in enumerate(zip(study.names, counts_by_latent.T, strict=True))
+        for region_index, (region, region_counts) in enumerate(
+            zip(study.names, counts_by_latent.T, strict=True)
+        )
     ]
 
 
@@ -453,14 +464,14 @@ def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Re
     Returns: the image's name by its caption; {} if no latent has a surface.
     """
     renders = []
-    for i, seed in enumerate(study.seeds[:SHOWN]):
+    for latent_index, seed in enumerate(study.seeds[:SHOWN]):
         try:
             vertices, faces = extract_mesh(
                 study.density_of_cube("before", seed)[0], study.cube_spec, study.level
             )
         except ValueError:  # the sample has no surface
             continue
-        colours = region_colours(labels_at(vertices, study.partitions[i], study.spec))
+        colours = region_colours(labels_at(vertices, study.partitions[latent_index], study.spec))
         renders.append(
             [
                 render_coloured_mesh(vertices, faces, colours, yaw, half_width=study.cube_spec.box_warp / 2)
@@ -482,7 +493,7 @@ def shapley(study: Study, folder: Path) -> Finding:
     """
     attributions = study.shapley
     names = study.names
-    c = study.c
+    comparison = study.c
     values = np.stack([attribution.values for attribution in attributions])  # [N, R]
     means = compute_column_means(values)  # a mean with its interval for each region
     rows = [
@@ -522,7 +533,7 @@ def shapley(study: Study, folder: Path) -> Finding:
         "" if attributions[0].errors is None else "; bars per latent: standard error of sampling"
     )
     return Finding(
-        facts=c.facts(study.seeds, ROLES, interval),
+        facts=comparison.facts(study.seeds, ROLES, interval),
         data=data,
         rows=rows,
         says=_describe_shapley(study, values, means, mean_difference, largest_gap),
@@ -543,7 +554,11 @@ def _describe_shapley(
     # indices of the regions by the absolute value of their mean contribution, largest first
     largest_first = np.argsort([-abs(mean["mean"]) for mean in means])
     # Regions whose interval excludes zero, so that the sign of the mean contribution is clear.
-    clear_regions = [i for i in largest_first if not contains_zero(means[i]["lo"], means[i]["hi"])]
+    clear_regions = [
+        region_index
+        for region_index in largest_first
+        if not contains_zero(means[region_index]["lo"], means[region_index]["hi"])
+    ]
     settings = study.settings
     method_text = (
         f"all {2 ** len(study.names):,} coalitions"
@@ -553,9 +568,8 @@ def _describe_shapley(
     sentences = [
         (
             f"The reward changes by {span(*mean_difference)} on average; Shapley values from {method_text}"
-            " divide that among"
-            f" {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e} of a latent's"
-            " difference"
+            f" divide that among {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e}"
+            " of a latent's difference"
             f" (an error above {settings.gap_bound:g})."
         ),
     ]
@@ -568,7 +582,10 @@ def _describe_shapley(
         )
         sentences.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
     if clear_regions:
-        clear_texts = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear_regions[:4])
+        clear_texts = "; ".join(
+            f"{study.names[region_index]} {span(*means[region_index].values())}"
+            for region_index in clear_regions[:4]
+        )
         sentences.append(f"Regions whose mean contribution differs from zero, largest first: {clear_texts}.")
         # number of latents in which the region with the largest mean has the largest contribution
         latent_count = int((np.abs(values).argmax(axis=1) == largest_first[0]).sum())
@@ -580,8 +597,7 @@ def _describe_shapley(
         )
         sentences.append(
             f"{study.names[largest_first[0]].capitalize()}, with {voxel_share:.0%} of the voxels, contributes"
-            " most in"
-            f" {latent_count} of {len(values)} latents."
+            f" most in {latent_count} of {len(values)} latents."
         )
         # OTHER and BACKGROUND contain the voxels outside the named regions, so the partition explains little.
         if study.names[largest_first[0]] in (OTHER, BACKGROUND):
@@ -598,8 +614,7 @@ def _describe_shapley(
         )
     sentences.append(
         "A contribution states how much a region changes this reward, not that the change of the shape is"
-        " good"
-        " there. Large regions contain more voxels."
+        " good there. Large regions contain more voxels."
     )
     return sentences
 
@@ -611,7 +626,7 @@ def methods(study: Study, folder: Path) -> Finding:
     """
     attributions = study.methods
     names = study.names
-    c = study.c
+    comparison = study.c
     means = {method: compute_column_means(values) for method, values in attributions.items()}
     pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
@@ -634,15 +649,17 @@ def methods(study: Study, folder: Path) -> Finding:
         }
         for seed, gradients in zip(study.seeds, study.integrated, strict=True)
     ]
-    complete_count = sum(entry["complete"] for entry in integral_rows)  # number of latents
-    largest_gap = max(entry["share"] for entry in integral_rows)  # largest gap, as a share of the difference
-    step_counts = [entry["steps"] for entry in integral_rows]
+    complete_count = sum(integral_row["complete"] for integral_row in integral_rows)  # number of latents
+    largest_gap = max(
+        integral_row["share"] for integral_row in integral_rows
+    )  # largest gap, as a share of the difference
+    step_counts = [integral_row["steps"] for integral_row in integral_rows]
     integral_text = (
         f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete_count} of"
         f" {len(integral_rows)} latents (largest gap {largest_gap:.2%}) with {min(step_counts)} to"
         f" {max(step_counts)} steps; the count"
         f" was raised automatically from {study.settings.steps} for"
-        f" {sum(len(entry['tried']) > 1 for entry in integral_rows)} of them."
+        f" {sum(len(integral_row['tried']) > 1 for integral_row in integral_rows)} of them."
     )
     # Latents whose integral has not converged are reported.
     if complete_count < len(integral_rows):
@@ -656,7 +673,7 @@ def methods(study: Study, folder: Path) -> Finding:
     )
     data = {"names": list(names), "means": means, "agreement": pairs, "integrated": integral_rows}
     return Finding(
-        facts=c.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
+        facts=comparison.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
         data=data,
         rows=rows,
         says=sentences,
@@ -694,7 +711,7 @@ def _describe_agreement(pairs: list[dict]) -> list[str]:
 def redrawn_reward(study: Study, folder: Path) -> Finding:
     """Correlate attributions by the trained reward with attributions by rewards with random weights."""
     settings = study.settings
-    c = study.c
+    comparison = study.c
     latent_count = min(settings.checked, len(study.seeds))
     trained = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]
@@ -717,11 +734,11 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
         rows += [
             {
                 "randomisation": draw,
-                "seed": study.seeds[i],
+                "seed": study.seeds[latent_index],
                 "spearman": signed_correlation,
                 "spearman_of_sizes": size_correlation,
             }
-            for i, (signed_correlation, size_correlation) in enumerate(
+            for latent_index, (signed_correlation, size_correlation) in enumerate(
                 zip(signed_correlations, size_correlations, strict=True)
             )
         ]
@@ -754,7 +771,7 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
         "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
         "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,
     }
-    facts = c.facts(
+    facts = comparison.facts(
         study.seeds[:latent_count],
         ROLES,
         f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
@@ -815,12 +832,12 @@ def plot_regions(data: dict):
     """Plot the mean contribution of each region with its interval."""
     figure, axes = style.figure(size=_bar_size(len(data["names"])))
     region_order = _order(data["means"])
-    means = [data["means"][i] for i in region_order]
+    means = [data["means"][region_index] for region_index in region_order]
     mean_values = np.array([mean["mean"] for mean in means])
     error_bars = [mean_values - [mean["lo"] for mean in means], [mean["hi"] for mean in means] - mean_values]
     colours = [style.colour("after") if value > 0 else style.colour("before") for value in mean_values]
     axes.barh(
-        [data["names"][i] for i in region_order],
+        [data["names"][region_index] for region_index in region_order],
         mean_values,
         xerr=error_bars,
         color=colours,
@@ -852,7 +869,7 @@ def plot_latents(data: dict):
             elinewidth=0.8,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(region_order)), [data["names"][i] for i in region_order])
+    axes.set_yticks(range(len(region_order)), [data["names"][region_index] for region_index in region_order])
     axes.set(xlabel="contribution to the change of the reward", title="One point per latent")
     return figure
 
@@ -868,13 +885,13 @@ def plot_methods(data: dict):
         y_positions = np.arange(count) + 0.4 - bar_height * (method_index + 0.5)
         axes.barh(
             y_positions,
-            [means[i]["mean"] for i in region_order],
+            [means[region_index]["mean"] for region_index in region_order],
             height=bar_height,
             color=_COLOURS.get(method, "#777777"),
             label=method,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(count), [data["names"][i] for i in region_order])
+    axes.set_yticks(range(count), [data["names"][region_index] for region_index in region_order])
     axes.set(xlabel="mean attribution", title="Four methods")
     axes.legend(fontsize=7)
     return figure

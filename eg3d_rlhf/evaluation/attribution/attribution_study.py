@@ -146,8 +146,7 @@ class Study:
         if self.settings.landmarks is None:
             raise ValueError(
                 "these regions need 98 landmarks for each latent. Pass a JSON file of them with --landmarks,"
-                " or"
-                " use --regions=people or --regions=boxes."
+                " or use --regions=people or --regions=boxes."
             )
         pixel_landmarks = regions.read_landmarks(self.settings.landmarks)
         pixels_by_latent = [pixel_landmarks.landmarks_of_seed(seed) for seed in self.seeds]
@@ -172,8 +171,7 @@ class Study:
         if self.c.psi != 1:
             raise ValueError(
                 f"--psi={self.c.psi:g} truncates the latents, so that they have no ground-truth"
-                " heads,"
-                " which these regions need. Use --psi=1."
+                " heads, which these regions need. Use --psi=1."
             )
         return people.named_people(latents(list(self.seeds), self.c.before.generator.z_dim))
 
@@ -243,8 +241,8 @@ class Study:
         """
         attributions = []
         settings = self.settings
-        for i, seed in enumerate(self.seeds):
-            values = self.coalition_values(i)
+        for latent_index, seed in enumerate(self.seeds):
+            values = self.coalition_values(latent_index)
             attributions.append(
                 attribution := shapley_methods.shapley(
                     values,
@@ -252,7 +250,7 @@ class Study:
                     values.difference(),
                     settings.method,
                     settings.permutations,
-                    self.c.seed * 1000 + i,
+                    self.c.seed * 1000 + latent_index,
                 )
             )
             self.progress(
@@ -268,8 +266,8 @@ class Study:
     def integrated(self) -> list[shapley_methods.IntegratedGradients]:
         """Return the Integrated Gradients of each latent, from its slab before tuning to the one after."""
         settings = self.settings
-        before = self.slabs["before"]
-        after = self.slabs["after"]
+        slabs_before = self.slabs["before"]
+        slabs_after = self.slabs["after"]
         return [
             shapley_methods.integrated_gradients(
                 self.c.reward.score_observed,
@@ -280,30 +278,36 @@ class Study:
                 settings.most_steps,
                 self.c.batch,
             )
-            for slab_before, slab_after, attribution in zip(before, after, self.shapley, strict=True)
+            for slab_before, slab_after, attribution in zip(
+                slabs_before, slabs_after, self.shapley, strict=True
+            )
         ]
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
         """Return the attributions [N, R] by each method."""
         noise_values = []
-        for i, partition in enumerate(self.partitions):
+        for latent_index, partition in enumerate(self.partitions):
             # The noise baseline: in each region the same changes, but at shuffled positions.
             shuffled_slab = shapley_methods.shuffled_change(
-                self.slabs["before"][i],
-                self.slabs["after"][i],
+                self.slabs["before"][latent_index],
+                self.slabs["after"][latent_index],
                 partition.labels,
-                self.c.seed * 1000 + i,
+                self.c.seed * 1000 + latent_index,
             )
-            noise_values.append(self._compute_for_check(self.coalition_values(i, tuned=shuffled_slab), i))
+            noise_values.append(
+                self._compute_for_check(
+                    self.coalition_values(latent_index, tuned=shuffled_slab), latent_index
+                )
+            )
         # Attributions of voxels are summed over each region, so that all methods have values [R].
         integrated_values = [
             partition.sums(gradients.voxels).numpy()
             for partition, gradients in zip(self.partitions, self.integrated, strict=True)
         ]
         occlusion_values = [
-            shapley_methods.occlusion(self.coalition_values(i), len(self.names))
-            for i in range(len(self.seeds))
+            shapley_methods.occlusion(self.coalition_values(latent_index), len(self.names))
+            for latent_index in range(len(self.seeds))
         ]
         return {
             "Shapley": np.stack([attribution.values for attribution in self.shapley]),
@@ -322,5 +326,8 @@ class Study:
         score = shapley_methods.randomise_weights(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
         latent_count = min(self.settings.checked, len(self.seeds))
         return np.stack(
-            [self._compute_for_check(self.coalition_values(i, score), i) for i in range(latent_count)]
+            [
+                self._compute_for_check(self.coalition_values(latent_index, score), latent_index)
+                for latent_index in range(latent_count)
+            ]
         )

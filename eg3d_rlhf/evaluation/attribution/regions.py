@@ -167,8 +167,7 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
     if len(present_labels) < 2:
         raise ValueError(
             f"{path}: all voxels have the label {present_labels[0]}, but at least two regions are needed."
-            " Give"
-            " some voxels another label."
+            " Give some voxels another label."
         )
     # The user's labels need not be consecutive; searchsorted maps them to 0..R-1.
     return Partition(
@@ -238,7 +237,7 @@ class PixelLandmarks:
         # The landmarks of a seed are used, if given, instead of those for all latents.
         points = self.by_seed.get(seed, self.shared)
         if points is None:
-            known_seeds = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
+            known_seeds = ", ".join(str(known_seed) for known_seed in sorted(self.by_seed)[:8])
             raise ValueError(
                 f"--landmarks: the file has no points for seed {seed}, only for seeds {known_seeds}. Add the"
                 " points of this seed to 'seeds', or add 'points' for all latents."
@@ -504,10 +503,12 @@ def part_of_vertices() -> np.ndarray:
     """
     basis = people.load_basis()
     is_in_part = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
-    part = is_in_part.argmax(axis=0)  # argmax is the first True
+    part_indices = is_in_part.argmax(axis=0)  # argmax is the first True
     has_part = is_in_part.any(axis=0)
-    part[~has_part] = part[has_part][cKDTree(basis.mean[has_part]).query(basis.mean[~has_part])[1]]
-    return part
+    part_indices[~has_part] = part_indices[has_part][
+        cKDTree(basis.mean[has_part]).query(basis.mean[~has_part])[1]
+    ]
+    return part_indices
 
 
 def people_partition(head: people.Head, spec: SlabSpec) -> Partition:

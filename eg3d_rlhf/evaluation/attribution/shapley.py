@@ -182,8 +182,7 @@ def exact(value: Value, regions: int) -> np.ndarray:
     if not 1 <= regions <= MOST_EXACT:
         raise ValueError(
             f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MOST_EXACT} regions,"
-            " but"
-            f" there are {regions}. Use --method=antithetic."
+            f" but there are {regions}. Use --method=antithetic."
         )
     return exact_from_table(value(all_coalitions(regions)).numpy())
 
@@ -309,10 +308,8 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: 
         raise ValueError(
             f"--gap-bound={bound:g}: the Shapley values of seed {seeds[worst]} sum to"
             f" {attribution.values.sum():.6g}, but its reward difference is {attribution.difference:.6g},"
-            " which"
-            f" is a gap of {relative_gaps[worst]:.3g}. Raise --gap-bound if the difference is almost zero,"
-            " else"
-            " use other latents with another --seed."
+            f" which is a gap of {relative_gaps[worst]:.3g}. Raise --gap-bound if the difference is almost"
+            " zero, else use other latents with another --seed."
         )
 
 
@@ -424,15 +421,17 @@ def shuffled_change(
     return original + shuffled.reshape(original.shape).to(original)
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray, kind: str = "spearman") -> float | None:
+def rank_correlation(
+    first_values: np.ndarray, second_values: np.ndarray, kind: str = "spearman"
+) -> float | None:
     """Compute Spearman's rho or Kendall's tau-b of two attributions [R].
 
     Return None if all values of one attribution are equal, since it has no ranks then.
     Args: kind: "spearman" or "kendall".
     """
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if np.ptp(first_values) == 0 or np.ptp(second_values) == 0:
         return None
-    return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first, second).statistic)
+    return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first_values, second_values).statistic)
 
 
 def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:

@@ -324,8 +324,8 @@ def curves(folder: Path) -> dict:
     Returns: by stage and measure, for example {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}.
     """
     values_by_step: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for line in (folder / STATS).read_text().splitlines():
-        record = json.loads(line)
+    for log_line in (folder / STATS).read_text().splitlines():
+        record = json.loads(log_line)
         stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
         # The reward and the change of density are logged only in some steps.
         for name in ("loss", "mse", "perceptual", "reward", "moved"):

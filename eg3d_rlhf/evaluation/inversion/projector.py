@@ -64,9 +64,9 @@ class Perceptual:
         squares = (features - target_features).square()
         return squares.mean(dim=1) if self._mean else squares.sum(dim=1)
 
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+    def __call__(self, first_images: Tensor, second_images: Tensor) -> Tensor:
         """Compute the distance [N] of two batches of images."""
-        return self.feature_distance(self.features(first), self.features(second))
+        return self.feature_distance(self.features(first_images), self.features(second_images))
 
 
 def load_perceptual(path: Path | None, resolution: int, device: torch.device | str = "cpu") -> Perceptual:
@@ -144,7 +144,10 @@ def _test_network(
         output = features(images)
     except RuntimeError as error:
         # The last line of a TorchScript traceback is the error message.
-        reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+        reason = next(
+            (text_line for text_line in str(error).splitlines()[::-1] if text_line.strip()),
+            type(error).__name__,
+        )
         raise ValueError(
             f"the network of {path} cannot be applied to images [N, 3, H, W] ({reason.strip()}). Pass for"
             " example the VGG16 of the StyleGAN projectors."
@@ -381,7 +384,8 @@ class LatentStage:
         """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
         scale = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
-        # The noise is sampled on the CPU from (seed, step), so that a resumed stage has the same noise.
+        # The noise is sampled on the CPU from (seed, step), so that a resumed stage has the same noise. The
+        # seed is shifted as in `Objective.render`.
         noise_generator = torch.Generator().manual_seed((config.seed << 20) + step)
         field = self.generator.field(
             self.ws + scale * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)

@@ -73,8 +73,7 @@ class InversionConfig:
     lambda_sigma: float = knob(
         0.01,
         "Weight of the change of the density in the second stage. It has an effect only if the reward's"
-        " weight"
-        " is above 0.",
+        " weight is above 0.",
         LOSS,
         low=0,
         rare=True,
@@ -82,8 +81,7 @@ class InversionConfig:
     reward_every: int = knob(
         2,
         "Number of steps between two evaluations of the reward and density terms. Their weights are"
-        " multiplied"
-        " by this number.",
+        " multiplied by this number.",
         LOSS,
         low=1,
         rare=True,
