@@ -48,6 +48,7 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
         "processor": processor_names[0] if processor_names else platform.processor() or "unknown",
         "cores": os.cpu_count() or 1,
     }
+    # Not all systems can state the size of the memory.
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         description["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     if device == "cuda":

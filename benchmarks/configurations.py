@@ -47,6 +47,7 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
     if tiny:
         gan = GanConfig(gamma=1.0, nrr_initial=8)
         G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
+        # small sizes, since the tiny networks are only for the warm-up
         G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
         G["sr_kwargs"]["block_channels"] = [8, 8]
         G.update(
@@ -64,7 +65,7 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
         gan = run_settings.gan
         nets = open_networks(run_settings, 512)
     nets.to(device)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # `shape_as_head` samples a latent
     for module in (nets.G, nets.G_ema):
         shape_as_head(module)
     return nets, gan

@@ -154,6 +154,7 @@ def main(workers: int, seconds: float, iterations: int, batch: int, resolution: 
             f" {seconds:g} s, {threads} threads"
         )
         for name, work in (("elsewhere", lambda: time.sleep(seconds)), ("here", make_computation(seconds))):
+            # 0: the training process reads the images itself
             for worker_count in (0, workers):
                 times = measure(dataset, batch, worker_count, iterations, work)
                 waiting_text = (

@@ -28,10 +28,12 @@ def make_mesh(number: int, triangles: int):
     import trimesh
 
     rng = np.random.default_rng(number)
+    # A sphere of r rows and 2 r columns has about 4 r^2 triangles.
     row_count = round((triangles / 4) ** 0.5)
     sphere = trimesh.creation.uv_sphere(radius=0.5, count=(row_count, 2 * row_count))
     bumps = sum(np.sin(sphere.vertices @ rng.normal(scale=12, size=3) + rng.uniform(0, 6)) for _ in range(4))
     sphere.vertices *= (1 + 0.02 * bumps)[:, None]
+    # The defects alternate with the number.
     defect = DEFECTS[number % len(DEFECTS)]
     if defect == "hole":
         sphere.update_faces(

@@ -265,6 +265,7 @@ def _rows(size: str) -> list[Row]:
             name=name,
             size=size,
             make=part(make, size=size),
+            # a rough duration for the bundled size, whose rows have no targets
             seconds=seconds if is_full else 0.05,
             target=target if is_full else None,
             **kwargs,

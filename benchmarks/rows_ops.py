@@ -47,6 +47,7 @@ def op_case(
         tensor.requires_grad_(train and index < differentiable_count) for index, tensor in enumerate(inputs)
     ]
     with torch.no_grad():
+        # random gradients of the outputs
         cotangents = [
             torch.randn(output.shape, generator=rng).to(output) for output in call_op("ref", *inputs)
         ]
@@ -124,6 +125,7 @@ def _triplane_decode(normal, tiny: bool, colors: int):
     )
     y, x, z = torch.meshgrid(ray_positions, ray_positions, sample_positions, indexing="ij")
     points = torch.stack([x, y, z + normal(*z.shape) * 0.01], dim=-1).reshape(1, -1, 3)
+    # decoder weights with a scale that keeps the variance of the activations
     weights = [
         normal(hidden, channels) / channels**0.5,
         normal(hidden),

@@ -38,8 +38,8 @@ _TOLERANCE_AFTER_STEP = 1e-3
 
 # Tolerance of D's gradients. The images of both paths are rounded differently, so that a unit of D may be on
 # the other side of the zero of its leaky ReLU. Such a unit at 16 x 16 pixels once changed the gradient of its
-# bias by 4.7e-3 of the largest gradient, while the gradients of later layers agreed within 5e-7. The reference
-# has such a unit as well, compared with float64 (1.3e-4).
+# bias by 4.7e-3 of the largest gradient, while the gradients of later layers agreed within 5e-7. The
+# reference has such a unit as well, compared with float64 (1.3e-4).
 _UNIT_AT_ZERO_TOLERANCE = 5e-3
 
 
@@ -52,6 +52,7 @@ def training_phase(device: str, tiny: bool, name: str) -> Case:
     nets, gan = configurations.build(tiny, device)
     gan_phases = GanPhases(nets.G, nets.D, gan)
     training_batch = configurations.make_batch(nets.G, device)
+    # A phase changes the state of both networks, for example their gradients, which `prepare` restores.
     modules = (nets.G, nets.D)
     module = nets.G if name.startswith("g_") else nets.D
     losses = getattr(gan_phases, name)
@@ -180,6 +181,7 @@ def reward_training(device: str, tiny: bool) -> Case:
     """
     network, _, slabs = paper_reward(device, tiny)
     network.requires_grad_(True).train()
+    # The pair consists of the slabs 0 (preferred) and 1 (rejected).
     loss, better, worse = (
         PreferenceLoss(PRESETS["paper"].train["weights"]),
         *torch.tensor([[0], [1]], device=device),
@@ -217,7 +219,7 @@ def published_iteration(device: str, tiny: bool) -> Case:
     batch = configurations.make_batch(nets.G, device)
     nets.G.requires_grad_(True)
     generator = of(nets.G)
-    reference = of(nets.G_ema)
+    reference = of(nets.G_ema)  # stands for the frozen generator before tuning
     cube = SlabSpec.of(generator.bounds, 16 if tiny else config.consistency_resolution)
 
     def density(generator: Generator, z: torch.Tensor) -> torch.Tensor:

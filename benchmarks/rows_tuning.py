@@ -91,6 +91,7 @@ def build_stage(size: Size) -> FlowStage:
         use_checkpoint=True,
     )
     with torch.device(size.device):
+        # The second stage halves the resolution once before its transformer blocks.
         if size.stage == "structure":
             model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
         else:
@@ -190,6 +191,7 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
     distillation_by_arm = {
         arm: scene.distillation(settings, Arm.parse(arm), 0) for arm in ("sds", "sds+geometry")
     }
+    # The state before the timed steps, to which `prepare` returns before every call.
     states = {}
     for arm, distillation in distillation_by_arm.items():
         for step in range(_FROM - 20, _FROM):

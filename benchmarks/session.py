@@ -164,6 +164,7 @@ def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]
     names = {row.name.lower() for row in rows_of_size}
 
     def matches(row: Row, pattern: str) -> bool:
+        # A full name of a row matches this row alone.
         name = row.name.lower()
         pattern = pattern.lower()
         return name == pattern if pattern in names else pattern in name or fnmatch.fnmatchcase(name, pattern)
@@ -171,8 +172,8 @@ def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]
     for pattern in patterns:
         if not any(matches(row, pattern) for row in rows_of_size):
             raise ValueError(
-                f"--rows={pattern}: no row of --size={size} has a name that contains or matches this text."
-                " Print the names with --list."
+                f"--rows: no row of --size={size} has a name that contains or matches {pattern!r}. Run with"
+                " --list to print the names."
             )
     return [row for row in rows_of_size if not patterns or any(matches(row, pattern) for pattern in patterns)]
 

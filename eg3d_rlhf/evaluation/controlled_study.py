@@ -364,7 +364,7 @@ def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, 
                 (store.root, inputs, plan.network, dict(tuned), plan.latents),
                 min(jobs, len(missing_tasks)),
                 plan.out / "logs",
-                lambda *_: bar.update() and None,
+                lambda *_: bar.update() and None,  # a callback must return None, but `update` returns a bool
             )
     return {task: store.load_arrays("shapes", inputs[task]) for task in tasks}
 
@@ -398,6 +398,7 @@ def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, measur
         errors: back-of-head volume errors, [S, N].
         measured_before: measurements of the network before tuning.
     """
+    # All rewards have the same metrics, so the names are those of the first one.
     names = list(next(iter(rows.values()))[0])
     by_seed = {}
     for name in names:
@@ -694,6 +695,7 @@ def work(plan: Plan, jobs: int) -> list[Path]:
     ):
         make_with_progress_bar([[part] for part in parts], jobs, threads, bar_text)
         write_more(plan)
+    # The runs of train.py need the rewards, so they are the last step.
     tunings = plan.tunings()
     make_with_progress_bar([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}

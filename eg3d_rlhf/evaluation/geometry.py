@@ -311,7 +311,7 @@ def sigma_values(
     for field in comparison.fields(generator, seeds):
         # [n, D * H * W]
         sigma = field.density_grid(spec).flatten(1).cpu().numpy()
-        # Values above the last edge are clipped, so that they count in the last bin.
+        # Values above the last edge are clipped, so that they count in the last bin. [0]: only the counts
         counts += np.histogram(np.minimum(sigma[sigma > 0], EDGES[-1]), EDGES)[0]
         values[LARGEST].append(sigma.max(axis=1).astype(np.float64))
         values[POSITIVE].append((sigma > 0).mean(axis=1))

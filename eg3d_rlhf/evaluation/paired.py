@@ -200,6 +200,7 @@ def plot_changes(data: dict):
     """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
     names = list(data["measures"])
     figure, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))
+    # All measures have the same roles.
     roles = list(data["measures"][names[0]]["paired"])
     for role_index, role in enumerate(roles):
         for measure_index, name in enumerate(names):

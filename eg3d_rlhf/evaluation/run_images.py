@@ -608,6 +608,7 @@ def shape_sheet(
             surface = LevelSet.of(generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution)
         for yaw_and_pitch, views in (((YAW, PITCH), front), (BACK_VIEW, back)):
             views.append(_clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE)))
+    # Each row of fronts is followed by a row of the same shapes' backs.
     rows = []
     for start in range(0, len(seeds), COLUMNS):
         row_slice = slice(start, start + COLUMNS)

@@ -102,6 +102,7 @@ def measure_shapes(grids: Grids, untuned: Grids, rules: solids.Rules) -> dict[st
         # Fidelity compares with the untuned shape without its defects, so that removing a defect does not
         # reduce the fidelity.
         result = solids.beside(grid, [solids.repaired(untuned_grid, rules)], rules)
+        # label(...)[1] is the number of connected parts; `inner` is 1 if there is no cavity.
         is_closed = ndimage.label(grid)[1] == 1 and result.score.inner == 1
         rows.append({**result.to_dict(), "closed": float(is_closed)})
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

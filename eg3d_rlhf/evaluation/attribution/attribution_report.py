@@ -366,7 +366,8 @@ def jobs(study: Study) -> list[Job]:
         make_shapley_job(
             key="shapley", title="Shapley values of the regions", compute=partial(shapley, study)
         ),
-        # Landmarks cover only the face; the parts of the head cover the changes elsewhere.
+        # Landmarks cover only the face; the parts of the head cover the changes elsewhere. The product with
+        # False is an empty list.
         *[head_job] * (settings.regions == LANDMARKS),
         Job(
             key="methods",
@@ -578,7 +579,7 @@ def _describe_shapley(
         mean_by_region = dict(zip(study.names, (mean["mean"] for mean in means), strict=True))
         shares = ", ".join(
             f"the {name} {value / mean_difference.mean:.0%}"
-            for name, value in sorted(mean_by_region.items(), key=lambda partition: -partition[1])
+            for name, value in sorted(mean_by_region.items(), key=lambda name_and_mean: -name_and_mean[1])
         )
         sentences.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
     if clear_regions:
@@ -643,7 +644,7 @@ def methods(study: Study, folder: Path) -> Finding:
             "seed": seed,
             "steps": gradients.steps,
             "gap": gradients.gap,
-            "share": gradients.tried[-1][1],
+            "share": gradients.tried[-1][1],  # gap of the last integral, as a share of the difference
             "complete": gradients.complete,
             "tried": [list(steps_and_gap) for steps_and_gap in gradients.tried],
         }

@@ -110,7 +110,7 @@ class Study:
                         settings.regions, regions.region_shape(self.c.reward.observation.shape)
                     )
                 ] * len(self.seeds)
-        count = len(partitions[0].names)
+        count = len(partitions[0].names)  # all partitions have the same names
         # The exact method evaluates 2^R coalitions, which is too slow for more than MOST_EXACT regions.
         if settings.method == "exact" and count > regions.MOST_EXACT:
             raise ValueError(

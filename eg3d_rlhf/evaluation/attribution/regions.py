@@ -505,6 +505,7 @@ def part_of_vertices() -> np.ndarray:
     is_in_part = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
     part_indices = is_in_part.argmax(axis=0)  # argmax is the first True
     has_part = is_in_part.any(axis=0)
+    # query(...)[1]: for each vertex without a part the index of the nearest vertex that has one
     part_indices[~has_part] = part_indices[has_part][
         cKDTree(basis.mean[has_part]).query(basis.mean[~has_part])[1]
     ]

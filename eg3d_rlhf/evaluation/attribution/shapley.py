@@ -206,6 +206,7 @@ def exact_from_table(table: np.ndarray) -> np.ndarray:
     shapley_values = np.empty(regions)
     for region in range(regions):
         coalitions_without = coalition_index[(coalition_index >> region & 1) == 0]
+        # coalition | 1 << region: the same coalition after the region has joined
         shapley_values[region] = np.sum(
             weight[coalitions_without] * (table[coalitions_without | 1 << region] - table[coalitions_without])
         )
@@ -378,6 +379,7 @@ def integrated_gradients(
         # Completeness: the attributions sum to the difference, except for the error of the numeric integral.
         gap = float(voxels.sum()) - difference
         gap_by_steps.append((steps, relative_gap(gap, difference)))
+        # The last entry is the integral that was just computed.
         if gap_by_steps[-1][1] <= BOUND or 2 * steps > most_steps:
             return IntegratedGradients(
                 voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(gap_by_steps)

@@ -104,6 +104,7 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
     # a camera from which the target is not seen
     side_camera = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
     for arm in arms:
+        # [1]: the shape, without the colour image
         arm_cells = (
             *render_cells(arm, case.target.camera, CELL, SUPERSAMPLE),
             render_cells(arm, side_camera, CELL, SUPERSAMPLE)[1],
@@ -111,6 +112,7 @@ def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
         for row, cell in zip(rows, arm_cells, strict=True):
             row.append(cell)
     sheet_rows = [Row(cells=row) for row in rows]
+    # The names are written below the last row.
     sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
     return sheet("", sheet_rows)
 
@@ -232,7 +234,7 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
     evaluator_changes = table["evaluator"]["paired"] if "evaluator" in table else {}
-    # The search ends at the first weight whose loss of PSNR is too large.
+    # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
     knee = base
     for name in names[1:]:
         if table["psnr"]["paired"][name]["mean"] <= -KNEE:

@@ -345,8 +345,8 @@ class Objective:
         if self.guidance is None or weight == 0 or step % self.config.reward_every:
             return 0.0, {}
         term, score = self.guidance.clipped_reward(field)
-        # The term is multiplied by the number of steps between two evaluations, so that its mean weight over
-        # all steps is `weight`.
+        # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
+        # evaluations, so that its mean weight over all steps is `weight`.
         return weight * self.config.reward_every * term[0], {"reward": score[0]}
 
 

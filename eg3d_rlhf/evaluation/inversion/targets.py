@@ -256,6 +256,7 @@ def measure(
     cube = cube_grid(generator)
     # The seed differs from that of the target, since equal ray samples would make the errors too small.
     rendered_views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
+    # All batches hold a single shape, hence the index [0] below.
     image = objective.blend_outside_mask(rendered_views[0].image)
     results = {
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
