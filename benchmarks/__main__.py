@@ -134,6 +134,7 @@ def main(
     choose_device(device)  # raises an error if there is no such device
     torch.set_num_threads(threads)
     old_report = None if compare is None else report.read(compare)  # read before the file may be overwritten
+    # By default, the memory is not measured with tiny inputs.
     measure_memory = not measuring_options["quick"] if memory is None else memory
     options = Options(
         device=device, out=outdir, **measuring_options, **({} if measure_memory else {"meter": None})

@@ -137,6 +137,7 @@ def row_record(
     record["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
     if target is not None and target.memory_mb_below is not None:
         record["target"]["extra_memory_mb_below"] = target.memory_mb_below
+    # None: the row has no target, or its inputs are tiny.
     record["met"] = (
         target.met(record["ratio"], megabytes[FAST]) if target is not None and applies_target else None
     )

@@ -66,6 +66,7 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
         nets = open_networks(run_settings, 512)
     nets.to(device)
     torch.manual_seed(0)  # `shape_as_head` samples a latent
+    # Only the generators get a head-like density; D stays random.
     for module in (nets.G, nets.G_ema):
         shape_as_head(module)
     return nets, gan
@@ -88,6 +89,7 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
         weight = getattr(synthesis, f"b{resolution}").torgb.weight
         weight /= plane_std
         weight[:: G.plane_channels] = 0
+    # positions of the texels, [plane_resolution]
     steps = torch.linspace(-1, 1, G.plane_resolution, device=device)
     bowl = torch.zeros(3, G.plane_channels, G.plane_resolution, G.plane_resolution, device=device)
     bowl[:, 0] = steps.square() + steps.square()[:, None]
@@ -110,9 +112,10 @@ def shape_as_head(G: TriPlaneGenerator) -> None:
 
 def make_batch(G: TriPlaneGenerator, device: str, count: int = 1) -> Batch:
     """Return random images, latents and nearly frontal cameras for a training step late in a run."""
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)  # on the CPU, so that all devices get the same inputs
     images = torch.rand([count, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
     z = torch.randn([count, G.z_dim], generator=rng)
+    # yaw and pitch in radians from frontal
     real_c = camera(G, yaw=0.2, n=count)
     gen_c = camera(G, yaw=-0.3, pitch=0.1, n=count)
     return Batch(images.to(device), real_c.contiguous(), z.to(device), gen_c.contiguous(), cur_nimg=_FADED)
@@ -121,7 +124,7 @@ def make_batch(G: TriPlaneGenerator, device: str, count: int = 1) -> Batch:
 def sample_latent(G: TriPlaneGenerator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ws [1, L, W] of a latent, and a camera [1, K]."""
     z = torch.randn([1, G.z_dim], generator=torch.Generator().manual_seed(2)).to(device)
-    camera_label = camera(G, yaw=0.3).contiguous()
+    camera_label = camera(G, yaw=0.3).contiguous()  # a little to the right of the front
     with torch.no_grad():
         return G.mapping(z, camera_label, truncation_psi=0.7, truncation_cutoff=14), camera_label
 

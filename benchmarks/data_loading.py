@@ -41,9 +41,10 @@ def write_images(path: Path, resolution: int, count: int) -> int:
     The images have smooth colours with a noise of 3 %.
     Returns: the number of bytes per image.
     """
-    rng = np.random.RandomState(0)
+    rng = np.random.RandomState(0)  # a fixed seed, so that every call writes the same images
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(count):
+            # resized below, which gives smooth colours
             coarse = PIL.Image.fromarray(rng.randint(0, 256, (16, 16, 3), np.uint8))
             smooth = np.asarray(
                 coarse.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), np.int16
@@ -58,7 +59,7 @@ def write_images(path: Path, resolution: int, count: int) -> int:
 
 def make_computation(seconds: float) -> Callable[[], None]:
     """Return a function that computes matrix products for about this number of seconds."""
-    matrix = torch.rand(1024, 1024)
+    matrix = torch.rand(1024, 1024)  # large enough to use all threads
     product_count = 0
     start_time = time.monotonic()
     while time.monotonic() < start_time + 2 * seconds:
@@ -148,7 +149,7 @@ def main(workers: int, seconds: float, iterations: int, batch: int, resolution: 
         path = Path(folder) / "images.zip"
         bytes_per_image = write_images(path, resolution, images)
         dataset = ImageFolderDataset(path, use_labels=False).without_memory()
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads()  # printed, since the matrix products use all of them
         click.echo(
             f"{batch} images of {resolution} pixels ({bytes_per_image / 1e3:.0f} kB) an iteration of"
             f" {seconds:g} s, {threads} threads"

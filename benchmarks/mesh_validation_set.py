@@ -27,7 +27,7 @@ def make_mesh(number: int, triangles: int):
     """
     import trimesh
 
-    rng = np.random.default_rng(number)
+    rng = np.random.default_rng(number)  # the shape depends on the number alone
     # A sphere of r rows and 2 r columns has about 4 r^2 triangles.
     row_count = round((triangles / 4) ** 0.5)
     sphere = trimesh.creation.uv_sphere(radius=0.5, count=(row_count, 2 * row_count))
@@ -60,6 +60,7 @@ def main(folder: Path, count: int, triangles: int) -> None:
     The meshes are written alternately for two generators, "first" and "second".
     """
     for number in tqdm(range(count), desc="written", unit="file"):
+        # The generator changes after every two meshes, the file type after every mesh.
         path = folder / ("first", "second")[number // 2 % 2] / f"{number:04d}{KINDS[number % len(KINDS)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         make_mesh(number, triangles).export(path)

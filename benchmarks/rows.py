@@ -70,6 +70,7 @@ class Target:
 
         Return None if the ratio is within its limit, but the memory, which has a limit, was not measured.
         """
+        # Without a limit of the memory, the ratio alone decides.
         if ratio < self.at_least or self.memory_mb_below is None:
             return ratio >= self.at_least
         return None if memory_mb is None else memory_mb < self.memory_mb_below
@@ -119,6 +120,7 @@ def compare(fast: Outcome, reference: Outcome) -> Agreement:
         error = _difference(fast_tensor, reference_tensor)
         largest_value = _largest(reference_tensor)
         largest_absolute = max(largest_absolute, error)
+        # an output below 1 is compared absolutely
         largest_relative = max(largest_relative, error / max(largest_value, 1.0))
     # All gradients are compared relative to the largest gradient of the outcome.
     gradients = [
@@ -179,7 +181,7 @@ def _difference(first_tensor: torch.Tensor, second_tensor: torch.Tensor) -> floa
     """Return the largest absolute difference of two tensors of equal shape, 0 for empty ones."""
     if first_tensor.numel() == 0:
         return 0.0
-    difference = (first_tensor.double() - second_tensor.double()).abs()
+    difference = (first_tensor.double() - second_tensor.double()).abs()  # in float64, which adds no rounding
     difference = torch.where(
         (first_tensor == second_tensor) | (first_tensor.isnan() & second_tensor.isnan()), 0.0, difference
     )  # inf - inf is NaN, but equal infinities have the difference 0

@@ -71,7 +71,7 @@ class PlaneField:
     """Random planes and decoder weights, and two paths from them to the density sigma_raw [1, D, H, W]."""
 
     def __init__(self, size: PlaneSize, layout: str, device: str):
-        rng = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=rng) * scale).to(device).requires_grad_()
@@ -196,8 +196,8 @@ def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions
     """Extract a mesh from the density at every grid point, and process it as `export_mesh` does."""
     field = of(G).field(ws)
     spec = SlabSpec.of(field.bounds, options.resolution)
-    vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)
-    faces_before = len(faces)
+    vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)  # [0]: the only shape
+    faces_before = len(faces)  # before small parts are removed
     vertices, faces, components = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
     check_mesh(mesh, field, options, faces_before, components)
@@ -231,6 +231,7 @@ def rendering(device: str, tiny: bool, size: str, full_image: bool) -> Case:
     G = _generator(device, tiny, size)
     resolution = G.neural_rendering_resolution if size == "bundled" or tiny else 128  # pixels per edge
     ws, camera_label = configurations.sample_latent(G, device)
+    # the latent of `configurations.sample_latent`
     z = torch.randn([1, G.z_dim], generator=torch.Generator().manual_seed(2)).to(device)
     with torch.no_grad():
         planes = G.planes(ws, noise_mode="const")
@@ -271,6 +272,7 @@ def _rows(size: str) -> list[Row]:
             **kwargs,
         )
 
+    # Both layouts of the planes have a row; only the first one has a target.
     def slab(name: str, seconds: float, train: bool, target: Target) -> list[Row]:
         make = part(from_planes, cube=False, train=train)
         return [
@@ -384,6 +386,7 @@ class TriGrid(PlaneField):
 
     def _density(self, points: torch.Tensor) -> torch.Tensor:
         """Return the density [1, P] at points [1, P, 3]."""
+        # mean over the three planes
         features = sample_tri_grid(self.axes, self.planes, points, 1.0).mean(dim=1)
         weights = self.weights
         hidden = F.softplus(F.linear(features, weights.w0, weights.b0))

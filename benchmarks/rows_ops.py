@@ -39,7 +39,7 @@ def op_case(
         compile_torch: function of (device, train) that returns True if torch.compile can compile the plain
             torch implementation in reasonable time. Long loops are unrolled, which takes too long.
     """
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
     call_op, inputs, differentiable_count = make_inputs(
         lambda *shape: torch.randn(shape, generator=rng).to(device), tiny
     )
@@ -124,6 +124,7 @@ def _triplane_decode(normal, tiny: bool, colors: int):
         torch.linspace(-0.5, 0.5, n, device=planes.device) for n in (rays, samples)
     )
     y, x, z = torch.meshgrid(ray_positions, ray_positions, sample_positions, indexing="ij")
+    # [1, P, 3]
     points = torch.stack([x, y, z + normal(*z.shape) * 0.01], dim=-1).reshape(1, -1, 3)
     # decoder weights with a scale that keeps the variance of the activations
     weights = [
@@ -152,7 +153,7 @@ def _depths(normal, tiny: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _ray_march(normal, tiny: bool):
     """Return the final ray marching of a rendering: 128 x 128 rays, 48 + 48 samples."""
-    depths = torch.cat(_depths(normal, tiny), dim=-1)
+    depths = torch.cat(_depths(normal, tiny), dim=-1)  # [rays, 2 samples]
     return (
         lambda impl, densities, depths: ray_march(densities, depths, impl=impl),
         [2 * normal(*depths.shape), depths],
@@ -163,6 +164,7 @@ def _ray_march(normal, tiny: bool):
 def _importance_depths(normal, tiny: bool):
     """Return the importance sampling of 48 fine depths from 48 coarse samples on 128 x 128 rays."""
     depths, fine_depths = _depths(normal, tiny)
+    # uniform in [0, 1), [rays, samples]
     u = torch.special.ndtr(normal(*fine_depths.shape)).clamp(0, 1 - 1e-6)
     return (
         lambda impl, densities, depths, u: (importance_depths(densities, depths, u, impl=impl),),

@@ -61,6 +61,7 @@ def training_phase(device: str, tiny: bool, name: str) -> Case:
     def run() -> Outcome:
         outputs = {}
         module.requires_grad_(True)
+        # A phase may have several losses, whose gradients are added.
         for index, loss in enumerate(losses(training_batch)):
             loss.value.mean().backward()
             outputs[f"loss {index}"] = loss.value.detach()
@@ -118,6 +119,7 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
     loop.step()  # one iteration, so that Adam has moments, as later in a run
     states = configurations.copy_states(*modules)
     optimizers = {id(phase.optimizer): phase.optimizer for phase in loop.phases}.values()
+    # Adam's moments before the timed iteration
     moments = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
 
     def prepare() -> None:
@@ -154,6 +156,7 @@ def paper_reward(device: str, tiny: bool) -> tuple[RewardModel, SlabSpec, torch.
         .requires_grad_(False)
     )
     spec = SlabSpec(resolution=64) if tiny else SlabSpec()
+    # The slabs are smooth, since they are interpolated from 9^3 random values.
     coarse = torch.rand([2, 1, 9, 9, 9], generator=torch.Generator().manual_seed(0)) * 100
     return (
         network,
@@ -234,7 +237,7 @@ def published_iteration(device: str, tiny: bool) -> Case:
         )
         score = network.score(slab.observe(generator.field(ws)))
         (-config.lambda_r * score.clamp(*clip_range(config.reward_clip))).mean().backward()
-        z = torch.randn_like(batch.gen_z)
+        z = torch.randn_like(batch.gen_z)  # latents of the density-consistency term
         with torch.no_grad():
             reference_density = density(reference, z)
         distance = density_l1(density(generator, z), reference_density)
@@ -268,7 +271,7 @@ def coalitions(device: str, tiny: bool) -> Case:
     labels = (z[:, None, None] * 3 + y[:, None]) * 2 + x
     regions = 12
     original, tuned = slabs
-    order = np.random.default_rng(0).permutation(regions)
+    order = np.random.default_rng(0).permutation(regions)  # the order in which the regions join
 
     def reference() -> Outcome:
         method = ShapleyValueSampling(reward.score)

@@ -106,7 +106,7 @@ def _rays(edge: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
     Args: edge: N; view: number of the view, 0 to 3.
     Returns: world points [N, N, N, 3] (row, column, step away from the camera), and depths [N].
     """
-    axis = torch.linspace(-0.5, 0.5, edge)
+    axis = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels
     up, right, near = torch.meshgrid(-axis, axis, -axis, indexing="ij")
     x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view]
     return torch.stack([x, up, z], dim=-1), DISTANCE + axis
@@ -128,11 +128,13 @@ def _render_in_loops(voxels: Voxels) -> torch.Tensor:
             samples = F.grid_sample(
                 volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True
             )[0]
+            # opacity of each sample; softplus(. - 1) is the density
             alpha = 1 - torch.exp(-F.softplus(samples[0] - 1) * voxels.pitch)
             transmittance = torch.cumprod(
                 torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1
             )
             inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
+            # [4, N, N, N]: colours and nearness
             values = torch.cat([torch.sigmoid(samples[1:]), inverse[None]])
             images.append((alpha * transmittance * values).sum(dim=-1))
     return torch.stack(images)
@@ -140,7 +142,7 @@ def _render_in_loops(voxels: Voxels) -> torch.Tensor:
 
 def four_views(device: str, tiny: bool, edge: int) -> Case:
     """Make the case of four views of voxels: images, and the gradients of shape and paint."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
     voxels = Voxels(2 if tiny else ASSETS, 4 if tiny else edge)
     with torch.no_grad():
         for parameter in voxels.parameters():

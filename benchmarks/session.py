@@ -130,13 +130,14 @@ def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
 
     Returns: the report, and a text for each row whose paths compute different results.
     """
-    failures = []
+    failures = []  # texts on rows whose paths disagree
     results = report.new_report(options.device, options.quick)
     with tqdm(total=len(rows)) as bar:
         for row_index, row in enumerate(rows):
             row_text = f"{row.name} ({row.size}, {options.device})"
             bar.set_description_str(row_text)
             try:
+                # The report is written after each row, so that an interrupted benchmark keeps its results.
                 results["rows"].append(run_row(row, options))
                 report.write(options.out, options.stem, results)
                 outcome = f"{results['rows'][-1]['ratio']:.2f}x"
@@ -189,12 +190,12 @@ def run_row(row: Row, options: Options) -> dict:
         torch.compiler.reset()
     case = _warm(row, options)
     measure_memory = options.meter is not None and not options.quick
-    names = [*PATHS, *(case.others if options.torch_compile else ())]
+    names = [*PATHS, *(case.others if options.torch_compile else ())]  # the two paths, and further columns
     times: dict[str, dict[str, list[float]]] = {}
     memory_used: dict[str, int] = {}
     errors: dict[str, str] = {}
     agreements: list[Agreement] = []  # differences in each round
-    round_count = options.repeats or 2
+    round_count = options.repeats or 2  # until the first round has shown how long it takes
     while len(agreements) < round_count:
         outcomes: dict[str, Outcome] = {}
         for name in [name for name in names if name not in errors]:
@@ -253,13 +254,13 @@ def _warm(row: Row, options: Options) -> Case:
     are called with the real inputs, except for a reference that takes too long. In a quick run, the tiny case
     is returned.
     """
-    tiny_case = row.make(options.device, True)
+    tiny_case = row.make(options.device, True)  # tiny inputs
     for path in PATHS:
         tiny_case.prepare()
         tiny_case.call(path)
     if options.quick:
         return tiny_case
-    case = row.make(options.device, False)
+    case = row.make(options.device, False)  # real inputs
     for path in PATHS if row.seconds_on(options.device) < LONG else (FAST,):
         case.prepare()
         torch.manual_seed(0)

@@ -55,7 +55,7 @@ def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
     # The binomials themselves would overflow. The probabilities of ranks i - 1 and i have the ratio
     # (i - n) / (i - 1); the product of these ratios from the top down is relative to the highest rank.
     rank = np.arange(latent_count, 1, -1)
-    relative_chances = np.cumprod(np.clip((rank - n) / (rank - 1), 0, None))
+    relative_chances = np.cumprod(np.clip((rank - n) / (rank - 1), 0, None))  # [N - 1]
     # The latent of the highest rank is the best with probability n / N. [::-1] sorts by ascending rank.
     return n / latent_count * np.concatenate([[1.0], relative_chances])[::-1]
 
@@ -93,7 +93,7 @@ def sort_by_reward(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarra
 
 def kl_divergence(numbers: Sequence[int]) -> np.ndarray:
     """Compute the KL divergence in nats of the best of n from a single sample, for each n."""
-    n = np.asarray(numbers, dtype=np.float64)
+    n = np.asarray(numbers, dtype=np.float64)  # [T]
     return np.log(n) - (n - 1) / n
 
 
@@ -171,6 +171,7 @@ class Trial:
     batch: int = 16  # shapes at once
 
     def __post_init__(self) -> None:
+        # The best of n can only be selected from at least n latents.
         if self.most > self.n:
             raise ValueError(
                 f"--most={self.most} exceeds the number of latents, --n={self.n}. Lower --most or raise --n."
@@ -200,6 +201,7 @@ class Trial:
 
     def networks(self) -> dict[str, str]:
         """Return the hashes of the generator, the rewards and the evaluator."""
+        # the simulated annotator has no file
         evaluator = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
             "generator": self.generator.hash,
@@ -311,7 +313,7 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
         name: np.asarray(arm_scores) for name, arm_scores in scores.data["scores"].items()
     }  # name -> [N]
     arm_scores = {**reward_scores, **{name: join(reward_scores) for name, join in join_by_arm.items()}}
-    evaluator = np.asarray(scores.data["evaluator"])
+    evaluator = np.asarray(scores.data["evaluator"])  # scores by the evaluator, [N]
     numbers = trial.numbers  # [T]
     # Gains are in the evaluator's standard deviations; a constant evaluator has scale 1.
     scale = float(evaluator.std()) or 1.0
@@ -323,7 +325,7 @@ def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
     )
     curve_by_arm = {}
     last_gain_by_arm = {}
-    rows = []
+    rows = []  # one row for each arm and n
     for name, reward in arm_scores.items():
         evaluator_mean = expected_best(reward, evaluator, numbers)  # [T]
         resampled_means = resample_best(reward, evaluator, numbers, counts)  # [B, T]
@@ -511,7 +513,7 @@ KL = "KL = log n - (n - 1)/n (nats)"
 
 @style.plot(
     "small",
-    size=(9.4, 4.4),
+    size=(9.4, 4.4),  # inches
     xlabel=KL,
     ylabel="evaluator's gain (standard deviations)",
     title="Gain by the evaluator",
@@ -519,7 +521,7 @@ KL = "KL = log n - (n - 1)/n (nats)"
 def plot_evaluator(axes, data: dict):
     """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm."""
     is_single_arm = len(data["arms"]) == 1  # one arm: its band can be shown
-    kl = np.asarray(data["kl"])
+    kl = np.asarray(data["kl"])  # [T], nats
     colours = _colours(data)
     fine_kl = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
     for name, arm in data["arms"].items():
@@ -542,7 +544,7 @@ def plot_evaluator(axes, data: dict):
 
 @style.plot(
     "small",
-    size=(9.4, 3.4),
+    size=(9.4, 3.4),  # inches
     xlabel=KL,
     ylabel="reward's gain (standard deviations)",
     title="Gain by the reward itself",
@@ -564,7 +566,7 @@ def plot_peaks(data: dict):
     arm_names = list(data["arms"])
     colours = _colours(data)
     figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
-    largest_distance = float(np.sqrt(data["kl"][-1]))
+    largest_distance = float(np.sqrt(data["kl"][-1]))  # d at the largest n
     for i, name in enumerate(arm_names):
         arm = data["arms"][name]
         # Peaks beyond the axis, and those that do not exist, are drawn at its right edge.

@@ -276,7 +276,7 @@ def load_comparison(sources: Sources) -> Comparison:
     with naming("--after" if sources.after is not None else "--run"):
         # A named file wins over the run's newest snapshot.
         after_path = find_network(sources.after or run)
-    control_path = sources.control or newest_control(sources.runs_folder, run)
+    control_path = sources.control or newest_control(sources.runs_folder, run)  # None if there is no control
     networks: dict[str, Any] = {}  # role -> loaded generator
     for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if path is not None:
@@ -341,6 +341,7 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
         return sources.run
     if sources.after is not None:
         return _find_run_folder(sources.after)
+    # read one after the other, until a run fits
     runs_with_settings = ((run, recorded(run)) for run in _runs(sources.runs_folder))
     init_hash = file_hash(before_path)  # a run records the hash of the network that it began from
     newest_run = next(
@@ -362,6 +363,7 @@ def _find_run(sources: Sources, before_path: Path) -> Path | None:
 
 def _check_pair(generator_before: LoadedGenerator, other_generator: LoadedGenerator) -> None:
     """Raise ValueError unless both generators have the same latent size, image size and cube."""
+    # Equal z_dim: the same seeds give the same latents. Equal side and centre: the same cube.
     expected_properties, other_properties = (
         {
             "z_dim": generator.z_dim,
@@ -480,6 +482,7 @@ def snapshots(run: Path | None) -> list[tuple[float, Path]]:
         (read_meta(path, "network")["cur_nimg"] / 1000, path)
         for path in run.glob("network-snapshot-*.safetensors")
     ]
+    # A run has either snapshots of this project, or pickles of EG3D's code.
     # Runs of EG3D's own code: their pickles record the training length in their names only.
     for path in [] if kimg_files else sorted(run.glob("network-snapshot-*.pkl")):
         if (match := re.match(r"network-snapshot-(\d{6})", path.name)) is None:

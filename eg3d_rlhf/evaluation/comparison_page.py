@@ -95,9 +95,9 @@ def summary(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str
 
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     """List the statements that the intervals support."""
-    sentences = []
+    sentences = []  # without the word "Allowed"
     data = {key: finding.data for key, finding in findings.items()}
-    paired = data.get("reward-shift", {}).get("paired", {})
+    paired = data.get("reward-shift", {}).get("paired", {})  # {} if the job was not selected
     # Only intervals that exclude "no change" support a statement.
     if paired and paired["after"]["mean_lo"] > 0:
         # If the control changed by less than a tenth, further training without the reward is not the cause.
@@ -259,14 +259,14 @@ def shapes(
     renders_by_batch = []
     # A quarter of the batch size, since a density grid has RESOLUTION^3 points per shape.
     for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
-        sigma = field.density_grid(spec).cpu()
+        sigma = field.density_grid(spec).cpu()  # [n, D, H, W]
         renders_by_batch.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
     return torch.cat(renders_by_batch)
 
 
 def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     """Render two views of the latents with the highest and with the lowest rewards of each network."""
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     rows = []
     files_by_caption = {}
     # At most half of the latents, since the strips of the best and the worst must not overlap.
@@ -274,7 +274,7 @@ def reward_strips(comparison: Comparison, folder: Path) -> Finding:
     upper_yaw, lower_yaw = choose_yaws(comparison)
     for role in ("before", "after"):
         generator = comparison.generators()[role]
-        scores = comparison.scores(generator, seeds).double().numpy()
+        scores = comparison.scores(generator, seeds).double().numpy()  # [N]
         # A stable sort, so that seeds of equal scores keep their order.
         best_first = np.argsort(-scores, kind="stable")
         for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
@@ -371,7 +371,7 @@ def orbit(comparison: Comparison, folder: Path) -> Finding:
     largest_yaw = math.pi if comparison.of_people else ORBIT_YAW
     # A sine slows the swing at its ends. The last frame is followed by the first one without a jump.
     yaws = (largest_yaw * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
-    still_yaws = np.linspace(-largest_yaw, largest_yaw, ORBIT_STILLS).tolist()
+    still_yaws = np.linspace(-largest_yaw, largest_yaw, ORBIT_STILLS).tolist()  # radians, from left to right
     # each [ORBIT_FRAMES + ORBIT_STILLS, 1, R, R]; [0] is the only latent
     views_by_network = [
         shapes(comparison, comparison.generators()[role], [seed], [*yaws, *still_yaws])[0]

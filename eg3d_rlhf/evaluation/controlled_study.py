@@ -74,7 +74,7 @@ def permute_weights(reward: Reward, seed: int) -> Reward:
     Args: seed: seed of the random order.
     Returns: the reward with the permuted network.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     state = reward.network.state_dict()  # shares memory with the network
     for values in state.values():
         values.copy_(values.flatten()[torch.randperm(values.numel(), generator=generator)].view_as(values))
@@ -186,7 +186,7 @@ class Plan:
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
         """Return the runs of train.py by (arm, training seed, number of the label set, reward seed)."""
-        parts = {}
+        parts = {}  # run by case
         for arm in self.arms:
             for case in self._cases(arm):
                 seed, draw, reward_seed = case
@@ -200,6 +200,7 @@ class Plan:
                 ]
                 flags += ["--lambda-r=0"] if arm == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
+                # The name of a folder states the training seed, the label set and the reward seed.
                 parts[arm, *case] = Part.keyed(
                     f"{self.in_paths(arm)}-s{seed}-d{draw}-r{reward_seed}",
                     self.out / "runs",
@@ -284,7 +285,7 @@ def _prepare_worker(
     torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()
     generator_before = load_generator(network).generator
-    seeds = held_out.take(latents)
+    seeds = held_out.take(latents)  # of the measured latents
     targets = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
@@ -400,7 +401,7 @@ def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, measur
     """
     # All rewards have the same metrics, so the names are those of the first one.
     names = list(next(iter(rows.values()))[0])
-    by_seed = {}
+    by_seed = {}  # metric -> values by training seed
     for name in names:
         by_seed[name] = [
             _mean([reward_metrics_by_name[name] for reward_metrics_by_name in reward_metrics])
@@ -429,7 +430,7 @@ def choose_psi(measured_by_psi: Mapping[float, Mapping], least_share: float) -> 
         measured_by_psi: measurements of the untuned network at each psi.
         least_share: share of intact heads in the labels arm.
     """
-    shares = {}
+    shares = {}  # psi -> share of intact heads
     for psi, measured in measured_by_psi.items():
         shares[psi] = float((heads.back_of_head_error(measured) <= heads.DEFECTIVE).mean())
     sufficient_psis = [psi for psi, intact_share in shares.items() if intact_share >= least_share]
@@ -443,7 +444,7 @@ def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> 
     primary endpoint, and degrades no larger share of the intact heads. A share up to ALLOWED_HARM counts as
     zero.
     """
-    against = {}
+    against = {}  # result against each other arm
     label_metrics = arms[LABELS]
     for name, arm_metrics in arms.items():
         if name == LABELS:
@@ -655,7 +656,8 @@ def plot(data: Mapping):
     """Plot each primary endpoint of every arm, one point for each training seed."""
     arm_names = list(data["arms"])
     figure, axes = style.figure(
-        columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(arm_names))
+        columns=len(data["primary_endpoints"]),
+        size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
     )
     # With a single endpoint `axes` is not an array; atleast_1d makes one.
     for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):

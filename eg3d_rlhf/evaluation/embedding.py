@@ -122,7 +122,7 @@ def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     Args: untuned: points, [N, F].
     Returns: the mean [F], the two axes of largest variance [2, F], and their shares of the variance [2].
     """
-    mean = untuned.mean(axis=0)
+    mean = untuned.mean(axis=0)  # [F]
     _, singular_values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
     axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
     # 1e-300 avoids a division by zero if all points are equal.
@@ -149,7 +149,7 @@ def feature_map(comparison: Comparison, _folder: Path) -> Finding:
 
     The principal axes are those of the samples before tuning.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     features_by_role = {
         role: global_features(comparison, comparison.generators()[role], seeds) for role in ROLES
     }
@@ -241,7 +241,7 @@ def separability(comparison: Comparison, _folder: Path) -> Finding:
 
     The statistic is the share of a sample's nearest neighbours that come from the same network.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     features_before, _ = global_features(comparison, comparison.before, seeds)  # [N, F]
     result_by_role = {
         role: paired_separability(
@@ -298,7 +298,7 @@ def render_sheet(comparison: Comparison, folder: Path) -> Finding:
 
     The shapes of a latent before and after tuning are adjacent. The page shows parts of the image.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     renders_by_network = [
         torch.cat(
             [
@@ -346,6 +346,7 @@ def _scatter(axes, data: dict, layout: str) -> None:
         s=14,
         label="before, coloured by reward",
     )
+    # Tuned samples are crosses, so that they differ from the coloured points before tuning.
     axes.scatter(
         [point[x_key] for point in points_by_role["after"]],
         [point[y_key] for point in points_by_role["after"]],

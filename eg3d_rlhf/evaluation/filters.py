@@ -130,7 +130,7 @@ def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
     # [N] errors before filtering, as shares of the ground-truth head's volume
     errors_before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
     is_defective = errors_before > DEFECTIVE
-    results = {}
+    results = {}  # filter -> (error, harm)
     for name, apply_filter in FILTERS.items():
         errors_after = np.array(
             [

@@ -123,7 +123,8 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
         # First from foreign points to the reference, then from the reference to foreign points
         foreign_distances, reference_neighbours = reference_tree.query(aligned_points)
         reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference)
-        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)
+        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)  # mask of the foreign points
+        # mask of the reference points
         kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
         foreign_points = np.concatenate([foreign[kept_foreign], foreign[foreign_neighbours[kept_reference]]])
         reference_points = np.concatenate(
@@ -190,7 +191,7 @@ def calibrate_density(
 
     Raises: ValueError if one of the arrays has fewer than QUANTILES values on one side of its level.
     """
-    quantiles_by_side = []
+    quantiles_by_side = []  # [below, above], each [foreign, reference]
     for is_above in (False, True):
         densities_with_level = ((foreign, level), (reference, reference_level))  # values with their level
         side_values = [
@@ -325,8 +326,8 @@ class Trial:
         Args: psi: truncation; None: the one of the options.
         """
         options = self.options
-        scores = []
-        embeddings = []
+        scores = []  # [n] for each batch
+        embeddings = []  # [n, M] for each batch
         for start in range(0, len(seeds), options.batch):
             ws = ws_of(
                 generator,
@@ -585,7 +586,7 @@ def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Fin
     )
 
 
-@style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")
+@style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")  # inches
 def plot_scores(axes, data: dict):
     """Plot a bar from the first to the third quartile for each generator and stage.
 
@@ -623,6 +624,7 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
 
     The function takes the findings of the jobs by the generator's name.
     """
+    # The keys are numbers, since a name may hold characters that file names may not.
     parts = [
         Job(
             key=f"network-{network_index}",

@@ -273,9 +273,9 @@ def sigma_statistics(comparison: Comparison, _folder: Path) -> Finding:
     Computed are a histogram of positive values over all latents, and for each latent the largest σ and the
     shares of the cube in which σ is positive or above the surface's level.
     """
-    seeds = comparison.seeds()
-    counts = {}
-    values = {}
+    seeds = comparison.seeds()  # N held-out latents
+    counts = {}  # by role
+    values = {}  # by role
     # counts: [bins], over all samples; values: [N] for each measure
     for role, generator in comparison.generators().items():
         counts[role], values[role] = sigma_values(comparison, generator, seeds)
@@ -306,7 +306,7 @@ def sigma_values(
     """Compute the histogram [bins] of positive σ over all samples, and SIGMA_MEASURES, [N] each."""
     spec = SlabSpec.of(generator.generator.bounds, SIGMA_RESOLUTION)
     level = generator.generator.level
-    counts = np.zeros(len(EDGES) - 1, dtype=np.int64)
+    counts = np.zeros(len(EDGES) - 1, dtype=np.int64)  # [bins]
     values = {measure.name: list[np.ndarray]() for measure in SIGMA_MEASURES}
     for field in comparison.fields(generator, seeds):
         # [n, D * H * W]
@@ -322,13 +322,13 @@ def sigma_values(
 @style.plot()
 def plot_histogram(axes, data: dict):
     """Plot the share of positive σ in each bin, as an outline for each role."""
-    edges = np.asarray(data["edges"])
+    edges = np.asarray(data["edges"])  # [bins + 1]
     # The axis ends a little above the last bin that is not empty in any network.
     last_bin = max(
         int(np.flatnonzero(counts)[-1]) if any(counts) else 1 for counts in data["counts"].values()
     )
     for role, counts in data["counts"].items():
-        bin_shares = np.asarray(counts) / max(1, sum(counts))
+        bin_shares = np.asarray(counts) / max(1, sum(counts))  # shares of the positive values
         axes.stairs(
             bin_shares,
             # A logarithmic axis has no 0, so the first bin is drawn from one bin width (a factor of 1.26)
@@ -356,7 +356,7 @@ def plot_largest(axes, data: dict):
     """Plot the cumulative distribution of the largest σ per sample."""
     measure = data["measures"][LARGEST]
     for role, values in measure["values"].items():
-        ordered = np.sort(values)
+        ordered = np.sort(values)  # ascending
         mean = measure["means"][role]
         axes.plot(
             ordered,
@@ -408,6 +408,7 @@ def canonical_depth(comparison: Comparison, folder: Path) -> Finding:
     change = {role: _change(maps["before"], maps[role]) for role in maps if role != "before"}
     finding = compare(comparison, seeds, values, DEPTH_MEASURES, change=change)
     shown_depth = np.concatenate([role_maps.points[:SHOWN, :, :, 2] for role_maps in maps.values()])
+    # [roles * SHOWN, R, R]
     is_valid = np.concatenate([role_maps.valid[:SHOWN] for role_maps in maps.values()])
     # All networks have the same grey scale. Quantiles are used, so that single outliers do not determine it.
     low, high = np.quantile(shown_depth[is_valid], [0.02, 0.998]) if is_valid.any() else (0.0, 1.0)
@@ -465,7 +466,7 @@ def depth_maps(comparison: Comparison, generator: LoadedGenerator, seeds: range)
         (rendered,) = render_each(field, [label], LOOK, comparison.seed)
         # [n, 1, R, R]
         depth = rendered.depth.float()
-        opacity = rendered.opacity.float()
+        opacity = rendered.opacity.float()  # [n, 1, R, R]
         # The depth of pixels that are mostly transparent is not reliable.
         is_opaque = (opacity >= OPACITY) & depth.isfinite()
         lifted = lift(torch.where(is_opaque, depth, 0.0), pose, intrinsics)  # [n, 1, R, R, 3]
@@ -490,7 +491,7 @@ def measure_depth(maps: DepthMaps, bounds: Bounds) -> dict[str, np.ndarray]:
     for latent_index, (points, is_valid) in enumerate(zip(maps.points, maps.valid, strict=True)):
         face = points[is_valid & _window(points, FACE, bounds)]
         if len(face) >= LEAST_PIXELS:
-            low, high = np.quantile(face[:, 2], [0.05, 0.95])
+            low, high = np.quantile(face[:, 2], [0.05, 0.95])  # z
             # Positions in units of the cube's side, so that the least-squares problem is well conditioned.
             x, y, z = (face / bounds.side).T
             # [P, 6]: the terms of a quadratic in x and y
@@ -524,11 +525,11 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
     half of the latents.
     """
     both_valid = maps_before.valid & maps_after.valid
-    count = both_valid.sum(axis=0)
+    count = both_valid.sum(axis=0)  # number of latents, [R, R]
     # Pixels that are not valid in both networks add 0, and are not counted.
     total = np.where(both_valid, maps_after.points[..., 2] - maps_before.points[..., 2], 0.0).sum(axis=0)
-    has_enough = count >= max(1, len(both_valid) / 2)
-    mean = np.where(has_enough, total / np.maximum(count, 1), np.nan)
+    has_enough = count >= max(1, len(both_valid) / 2)  # [R, R]
+    mean = np.where(has_enough, total / np.maximum(count, 1), np.nan)  # [R, R]
     rows = []
     for row in mean:
         # JSON has no NaN, so None stands for it. Six digits keep the file small.
@@ -539,7 +540,7 @@ def _change(maps_before: DepthMaps, maps_after: DepthMaps) -> dict:
 def plot_change(data: dict):
     """Plot the pixels at which the surface moved, on average, towards the camera (red) or away (blue)."""
     roles = list(data["change"])
-    figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))
+    figure, axes = style.figure(columns=len(roles), size=(4.4 * len(roles), 3.4))  # inches
     change_maps = [
         np.array(
             [[np.nan if change is None else change for change in row] for row in data["change"][role]["mean"]]

@@ -50,7 +50,7 @@ def sample_shapes(generator: Generator, seeds: Sequence[int], psi: float = 1.0) 
     A shape can be compared with the ground-truth head of its seed only at psi 1, since truncation changes the
     latent.
     """
-    z = latents(seeds, generator.z_dim).to(device_of(generator))
+    z = latents(seeds, generator.z_dim).to(device_of(generator))  # [N, Z]
     grids = []
     for z_batch in z.split(AT_ONCE):
         ws = generator.mapping(
@@ -171,8 +171,8 @@ def identity_kept(measured_before: Measured, measured_after: Measured) -> float 
     )
     if not has_face_before.all():
         return None
-    reliefs_before = list(measured_before["relief"])
-    is_kept = np.zeros(len(reliefs_before), dtype=bool)
+    reliefs_before = list(measured_before["relief"])  # N reliefs, [R, C] each
+    is_kept = np.zeros(len(reliefs_before), dtype=bool)  # [N]
     # Each face after tuning is compared with all N faces before tuning.
     for latent_index in np.flatnonzero(has_face_after):
         correlations = [
@@ -300,7 +300,7 @@ def compare(
     targets = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     metrics_by_network = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
-    reference_features = features.of_grids(targets) if features else np.zeros((0, 0))
+    reference_features = features.of_grids(targets) if features else np.zeros((0, 0))  # [N, Q]
     measured_before: Measured = {}
     paths = {"before": None, **networks}
     for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):

@@ -121,7 +121,7 @@ def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measu
     filter_results = evaluate_filters(*validation_heads)
     for prefix, spares_intact in (("", True), ("any_", False)):
         name = best_filter(filter_results, spares_intact=spares_intact)
-        shapes = np.stack([FILTERS[name](values) for values in evaluation_heads[0]])
+        shapes = np.stack([FILTERS[name](values) for values in evaluation_heads[0]])  # [N, n, n, n]
         measurements |= {
             f"{prefix}{key}": value for key, value in heads.measure_heads(shapes, evaluation_heads[1]).items()
         }
@@ -198,6 +198,7 @@ _OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
 
 def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
     """List (name of the part, role of the network) of all measurements that a comparison needs."""
+    # Parts are left out if they need synthetic heads, or features that do not fit these shapes.
     missing_parts = {
         *(() if comparison.synthetic else _OF_THE_FAMILY),
         *(("normal maps",) if missing_shape_features(comparison) else ()),
@@ -310,8 +311,8 @@ def blind_pairs(comparison: Comparison) -> dict:
     utility_before, utility_after = (
         measure_part(comparison, "heads", role)["utility"] for role in ROLES
     )  # [N] each
-    wins = int((utility_after > utility_before).sum())
-    ties = int((utility_after == utility_before).sum())
+    wins = int((utility_after > utility_before).sum())  # number of latents
+    ties = int((utility_after == utility_before).sum())  # number of latents
     # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
     win_rate_low, win_rate_high = wilson_interval(wins + ties // 2, len(utility_before))
     return {

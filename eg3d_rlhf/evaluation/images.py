@@ -202,7 +202,7 @@ def distances(comparison: Comparison, _folder: Path) -> Finding:
     # The covariance of fewer images than features is singular, so a Fréchet distance would be meaningless.
     if min(comparison.images, len(data_features)) > network.dim:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
-    rows = []
+    rows = []  # distances of each network
     changes = []  # since before tuning, paired by latent and camera
     for name, (distance_interval, change_interval) in measures.items():
         for role, features in features_by_role.items():
@@ -362,7 +362,7 @@ def _cells(observed: torch.Tensor) -> np.ndarray:
     """
     # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
     if observed.ndim == 5:
-        depth, height, width = (min(edge, SLAB_CELLS) for edge in observed.shape[2:])
+        depth, height, width = (min(edge, SLAB_CELLS) for edge in observed.shape[2:])  # at most SLAB_CELLS
         observed = functional.adaptive_avg_pool3d(observed, (depth, height, width))
     return observed.flatten(1).cpu().numpy()
 
@@ -372,7 +372,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
 
     The measure is the mean distance between pairs of latents, and its ratio to the value before tuning.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     network = load_features(comparison.inception, comparison.device)
     observation_text = (
         SLABS
@@ -390,6 +390,7 @@ def diversity(comparison: Comparison, _folder: Path) -> Finding:
         )  # [N, cells]
         for name, items in (("image features", features), (observation_text, observation_values)):
             distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
+    # Ratios are relative to the diversity before tuning, which is one of the roles.
     rows: list[dict] = []
     for name, roles in distances_by_kind.items():
         for role, matrix in roles.items():
@@ -456,7 +457,7 @@ def _drift(
         meaning: sentence on the meaning of the measures.
         notes: further sentences.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     images = {
         role: renderings(comparison, generator, seeds, yaw)
         for role, generator in comparison.generators().items()

@@ -84,6 +84,7 @@ def generator_of(path: Path, folder: Path, by: str | None) -> str:
     if by is None:
         # A file directly in `folder` has no subfolder that could name its generator.
         return inner_path.parts[0] if len(inner_path.parts) > 1 else folder.resolve().name
+    # The first group is None if it is optional and does not take part in the match.
     match = re.search(by, inner_path.as_posix())
     return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
 
@@ -150,7 +151,7 @@ def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
     finished = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
     for numbered_request in enumerate(requests):
         pending_requests.put(numbered_request)
-    workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]
+    workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]  # at most one for each file
 
     def work(worker: _WorkerClient) -> None:
         """Answer requests until the queue is empty. An exception is put into the queue of answers."""
@@ -197,8 +198,9 @@ def shares(rows: Iterable[dict]) -> list[dict]:
     table_rows = []
     for generator, measured_rows in _by_generator(rows):
         for name, is_met in REQUIREMENTS.items():
+            # A row has the measures of a mesh; the function returns True if it meets the requirement.
             met_count = sum(bool(is_met(row)) for row in measured_rows)
-            interval = wilson_interval(met_count, len(measured_rows))
+            interval = wilson_interval(met_count, len(measured_rows))  # 95 %
             table_rows.append(
                 {
                     "generator": generator,

@@ -55,15 +55,16 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
     The outsides of faces are grey and the insides orange, so that holes and inverted faces are visible. The
     background is transparent.
     """
-    forward = -_VIEW / np.linalg.norm(_VIEW)
+    forward = -_VIEW / np.linalg.norm(_VIEW)  # viewing direction, a unit vector
     image_right = np.cross(forward, [0, 1, 0])
     image_right /= np.linalg.norm(image_right)
-    image_up = np.cross(image_right, forward)
+    image_up = np.cross(image_right, forward)  # a unit vector, since both factors are
     # The mesh fills the image, with a margin of 5 %.
     half_width = np.abs(mesh.vertices @ np.stack([image_right, image_up], axis=1)).max() * 1.05
     pixel_positions = (
         np.arange(2 * side) + 0.5
     ) / side - 1  # pixel centres at twice the resolution of the render
+    # y decreases from row to row
     x, y = np.meshgrid(pixel_positions * half_width, -pixel_positions * half_width)
     # [4 side^2, 3]: parallel rays that start two units in front of the image plane
     origins = x.reshape(-1, 1) * image_right + y.reshape(-1, 1) * image_up - 2 * forward
@@ -75,7 +76,7 @@ def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
     # Lambertian light from one direction plus an ambient part. The absolute value lights both sides of a
     # face in the same way.
     light = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
-    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]
+    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]  # [rays, 3]
     rgba = np.concatenate([colour, np.ones((len(face_index), 1))], axis=1) * np.isfinite(distance)[:, None]
     # Each pixel is the mean of 2 x 2 rays. The mean colour includes the black background, so the next line
     # divides it by the share of rays that hit the mesh, which is the alpha channel.

@@ -27,7 +27,7 @@ def _shaded(field: Field, points: int = 128) -> np.ndarray:
     Args: points: grid points per edge from which the surface is found.
     Returns: a cropped image in 0..1, [230, 190].
     """
-    grid = SlabSpec.of(field.bounds, points)
+    grid = SlabSpec.of(field.bounds, points)  # over the whole cube
     # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
     return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
@@ -71,7 +71,7 @@ def draw_method(run: Path, out: Path) -> None:
         generator_before = load_generator().generator
         generator_after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
-    ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)
+    ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)  # [40, L, W]
     scores = reward.score(generator_before.field(ws))  # [40]
     worst = int(scores.argmin())
     # The figure shows the worst and the best shape before tuning by the reward, and the tuned generator's
@@ -118,6 +118,7 @@ def draw_method(run: Path, out: Path) -> None:
         axes[2].imshow(np.vstack([_shaded(worst_field), _shaded(tuned_field)]), cmap="gray", vmin=0, vmax=1)
         for y_position, role in ((0.52, "before"), (0.03, "after")):
             _write(axes[2], 0.98, y_position, role, ha="right", color=style.colour(role))
+        # The last panel shows only text.
         axes[3].axis("off")
         for line_index, (label, value) in enumerate(_last_panel_texts(summary)):
             _write(axes[3], 0.5, 0.92 - 0.3 * line_index, value, ha="center", va="top", size=17)

@@ -53,6 +53,7 @@ def gather(records: Mapping[str, dict]) -> dict:
                 metrics[name]["ci95_by_seed"] = {
                     seed: record[interval_key] for seed, record in records.items()
                 }
+    # The outcome exists only if there are more images than features.
     if all("frechet_outcome" in record for record in records.values()):
         metrics["frechet_ratio"]["outcomes"] = {
             seed: record["frechet_outcome"] for seed, record in records.items()

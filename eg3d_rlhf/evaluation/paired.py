@@ -106,7 +106,7 @@ def compare(
         measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
         for measure in table
     }
-    measures = {}
+    measures = {}  # statistics by measure
     for measure, by_role in values.items():
         # [roles, N] -> [N]: a paired change needs a latent that has the measure in every role
         is_finite = np.isfinite(list(by_role.values())).all(axis=0)
@@ -199,7 +199,7 @@ def plot_values(data: dict):
 def plot_changes(data: dict):
     """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
     names = list(data["measures"])
-    figure, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))
+    figure, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))  # inches
     # All measures have the same roles.
     roles = list(data["measures"][names[0]]["paired"])
     for role_index, role in enumerate(roles):

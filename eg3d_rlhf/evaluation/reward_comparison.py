@@ -172,6 +172,7 @@ def plot(data: Mapping):
 
     The oracle is the simulated annotator without noise.
     """
+    # `plot_rates` reads rates under the names "win_rate" and "ci95".
     accuracy = {
         name: {"win_rate": row["accuracy"], "ci95": row["ci95"]} for name, row in data["rewards"].items()
     }

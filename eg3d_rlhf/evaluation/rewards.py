@@ -106,13 +106,13 @@ def trajectories_job(comparison: Comparison) -> Job:
 
 def shift(comparison: Comparison, _folder: Path) -> Finding:
     """Compute the paired changes of the reward, and fit a line to the final over the initial reward."""
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # of the held-out latents
     # float64, so that the statistics add no rounding of their own
     scores = {
         role: comparison.scores(generator, seeds).double().numpy()
         for role, generator in comparison.generators().items()
     }
-    paired = compute_paired_changes(scores)
+    paired = compute_paired_changes(scores)  # change from "before" to each other role
     fitted_lines = {role: statistics.fit_line(scores["before"], scores[role])._asdict() for role in paired}
     rows = make_seed_rows(
         seeds, {**scores, **{f"delta_{role}": scores[role] - scores["before"] for role in paired}}
@@ -193,12 +193,12 @@ def _describe_shift(paired: dict, fitted_lines: dict) -> list[str]:
 
 def over_psi(comparison: Comparison, _folder: Path) -> Finding:
     """Compute the mean reward at each truncation, before and after tuning."""
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     rows = []
     for role in ("before", "after"):
         for psi in PSIS:
             values = comparison.scores(comparison.generators()[role], seeds, psi).double().numpy()
-            mean, lo, hi = bootstrap_mean_interval(values)
+            mean, lo, hi = bootstrap_mean_interval(values)  # over latents
             rows.append(
                 {"role": role, "psi": psi, "mean": mean, "lo": lo, "hi": hi, "std": float(values.std(ddof=1))}
             )
@@ -228,7 +228,7 @@ def over_psi(comparison: Comparison, _folder: Path) -> Finding:
 
 def ranks(comparison: Comparison, _folder: Path) -> Finding:
     """Compute Spearman's rank correlation rho between the rewards of the same latents at two truncations."""
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     rho = {}  # by role
     scores = {}  # by role: rewards at the two truncations
     for role in ("before", "after"):
@@ -274,8 +274,8 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
         the middle 95 % of the slopes.
     """
     slopes = statistics.slopes(times, values)  # [N]
-    mean, lo, hi = bootstrap_mean_interval(slopes)
-    low, high = np.quantile(slopes, [0.025, 0.975])
+    mean, lo, hi = bootstrap_mean_interval(slopes)  # over latents
+    low, high = np.quantile(slopes, [0.025, 0.975])  # of single latents
     return {
         "slopes": slopes.tolist(),
         "mean": mean,
@@ -289,7 +289,7 @@ def slope_summary(times: np.ndarray, values: np.ndarray) -> dict:
 def trajectories(comparison: Comparison, _folder: Path) -> Finding:
     """Score the same latents under every snapshot of the tuned run and of the control."""
     roles: dict[str, dict] = {}
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     rows = []
     scores_before = (
         comparison.scores(comparison.before, seeds).double().numpy()
@@ -387,7 +387,7 @@ def plot_deltas(axes, data: dict):
     """Plot the change of every latent's reward, in ascending order."""
     scores_before = np.asarray(data["scores"]["before"])
     for role, change in data["paired"].items():
-        delta = np.sort(np.asarray(data["scores"][role]) - scores_before)
+        delta = np.sort(np.asarray(data["scores"][role]) - scores_before)  # ascending
         axes.plot(
             np.arange(1, len(delta) + 1),
             delta,
@@ -557,8 +557,8 @@ def divergence(proxy_scores: np.ndarray, other_scores: np.ndarray, seed: int = 0
         other_scores: scores by the other measure of the same latents and networks, [N, T].
         seed: seed of the bootstraps.
     """
-    peak = int(other_scores.mean(axis=0).argmax())
-    networks = other_scores.shape[1]
+    peak = int(other_scores.mean(axis=0).argmax())  # index of the network
+    networks = other_scores.shape[1]  # T
     # Bonferroni correction over the pairs; max(1, ...) since a single network has no pair
     confidence = 1 - 0.05 / max(1, networks * (networks - 1) / 2)
     # If the peak is at the last network, there is no later one, hence no divergence.
@@ -590,7 +590,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     A curve is the change of the measure's mean since before tuning, in standard deviations between latents
     before tuning. The distance is the mean |σ - σ before| over the cube.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     snapshots = [(kimg, path) for kimg, path in comparison.snapshots("after") if kimg > 0]
     # The file name KEPT marks the network that an early stop kept. It lies within the run, so it is sorted in
     # among the snapshots, not added at the end.
@@ -613,7 +613,7 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
     available = {PROXY: True, SECOND: comparison.held_out is not None, ORACLE: comparison.synthetic}
     values = {name: list[np.ndarray]() for name, is_available in available.items() if is_available}
     density_before = None  # densities before tuning
-    distances = []
+    distances = []  # [N] for each network
     for _, source in networks:
         # a snapshot is in memory only while it is measured
         generator = comparison.load(source) if isinstance(source, Path) else source
@@ -627,8 +627,8 @@ def overoptimisation(comparison: Comparison, _folder: Path) -> Finding:
                 else comparison.scores(generator, seeds, held_out=name == SECOND).double().numpy()
             )
     columns = {name: np.stack(scores, axis=1) for name, scores in values.items()}  # [N, T]
-    curves = {}
-    rows = []
+    curves = {}  # curve by measure
+    rows = []  # one row for each measure and network
     for name, column in columns.items():
         std_before = float(column[:, 0].std(ddof=1)) or 1.0  # a constant measure keeps its unit
         mean_by_network = compute_column_means((column - column[:, :1]) / std_before)
@@ -737,7 +737,7 @@ def _describe_curves(comparison: Comparison, data: dict) -> list[str]:
 
 
 @style.plot(
-    size=(9.4, 3.4),
+    size=(9.4, 3.4),  # inches
     xlabel=DISTANCE,
     ylabel="mean change, standard deviations before",
     title="Over-optimisation",

@@ -141,7 +141,7 @@ def choose_latents(comparison: Comparison, count: int = USUAL.shown) -> list[int
     The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
     """
     if CHOSEN not in comparison.memory:
-        pool = EVALUATION.take(POOL)
+        pool = EVALUATION.take(POOL)  # seeds among which the rule selects
         # A stable sort: seeds of equal rewards keep their order on every machine.
         ranked_indices = (
             comparison.scores(comparison.before, pool, evaluation_psi(comparison))
@@ -179,7 +179,8 @@ class Column:
         )
         if not comparison.of_people:
             return cls(seed=seed, before=side_before, after=side_after)
-        z = latents([seed], comparison.before.generator.z_dim)
+        z = latents([seed], comparison.before.generator.z_dim)  # [1, Z]
+        # The ground truth is shown as a mesh; its grid is needed for the ambient occlusion.
         (head,) = people.named_people(z)
         ground_truth = level_set_from_grid(people_mesh.whole_grids(z, GRID)[0])
         return cls(
@@ -248,7 +249,7 @@ def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
 
     Returns: {"surface_change_voxels": median, quartiles and number of the latents' values}.
     """
-    median_changes = []
+    median_changes = []  # voxels, one for each latent
     with torch.no_grad():
         for seed in tqdm(seeds, desc="change of the surface", unit="shape"):
             surface_before, surface_after = (
@@ -294,7 +295,7 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
         resolution: pixels per edge.
     """
     basis = people.load_basis()
-    cam2world, intrinsics = unpack_label(label.cpu())
+    cam2world, intrinsics = unpack_label(label.cpu())  # [1, 4, 4], [1, 3, 3]
     triangle, weights, _ = people.rasterise(
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
@@ -309,9 +310,9 @@ def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution
         rays[0][torch.from_numpy(is_head).flatten()]
         for rays in RaySampler()(cam2world, intrinsics, resolution)
     )
-    depth = torch.full(is_head.shape, torch.inf)
+    depth = torch.full(is_head.shape, torch.inf)  # infinite where no surface is hit
     depth[torch.from_numpy(is_head)] = (points - origins).norm(dim=1)
-    normals = torch.nn.functional.normalize(normals, dim=1)
+    normals = torch.nn.functional.normalize(normals, dim=1)  # interpolated normals are shorter than 1
     # EG3D's camera axes have y down and z forward; the axes of the light have y up and z backward.
     axes = cam2world[0, :3, :3] * torch.tensor([1.0, -1.0, -1.0])
     return View(depth, points, normals, light(surface, points, normals, axes, directions))
@@ -324,7 +325,7 @@ def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
 
 def _cropped(cell: np.ndarray) -> np.ndarray:
     """Return the part CROP of a square render."""
-    left, top, right, bottom = (round(share * len(cell)) for share in CROP)
+    left, top, right, bottom = (round(share * len(cell)) for share in CROP)  # pixels
     return cell[top:bottom, left:right]
 
 
@@ -430,6 +431,7 @@ def webp(frames: Iterator[np.ndarray]) -> bytes:
     """Encode frames as an animated WebP image that repeats without end."""
     first_frame, *other_frames = (Image.fromarray(frame) for frame in frames)
     stream = io.BytesIO()
+    # loop=0: the animation repeats without end.
     first_frame.save(
         stream,
         "WEBP",
@@ -455,7 +457,7 @@ def swing_frames(
         view_count: number of views from one side to the other.
         title: text of the progress bar.
     """
-    frames = []
+    frames = []  # kept for the way back
     for yaw in tqdm(
         (largest_yaw * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(), desc=title, unit="frame"
     ):
@@ -499,6 +501,7 @@ def pairs_sheet(comparison: Comparison, count: int, options: ImageOptions = USUA
             for side in (sides[::-1] if is_left else sides)
         ]
     captions = [f"{number} {side}" for number in range(1, count + 1) for side in ("left", "right")]
+    # Each row has PER_ROW pairs, and each pair has two cells.
     row_slices = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * count, 2 * PER_ROW)]
     rows = [
         Row(cells=cells[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
@@ -567,10 +570,10 @@ def image_sheet(
         / 255
     )
     labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
-    generated_images = []
+    generated_images = []  # [3, R, R] each, 0..1
     with torch.no_grad():
         for seed, label in zip(tqdm(seeds, desc="images", unit="image"), labels.split(1), strict=True):
-            z = latents([seed], generator.z_dim).to(label.device)
+            z = latents([seed], generator.z_dim).to(label.device)  # [1, Z]
             field = generator.field(generator.mapping(z, label, truncation_psi=psi))
             # from -1..1 to 0..1; on the CPU, so that the device never holds all images
             generated_images.append(

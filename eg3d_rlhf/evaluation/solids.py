@@ -50,7 +50,7 @@ def ball(solid: np.ndarray) -> np.ndarray:
     """Return a ball that has the same volume and centre as a shape, both bool [X, Y, Z]."""
     if not solid.any():
         return solid  # an empty shape has no centre, and its ball is empty
-    centre = np.argwhere(solid).mean(axis=0)
+    centre = np.argwhere(solid).mean(axis=0)  # voxel indices
     squared_distance = sum(
         (indices - middle) ** 2 for indices, middle in zip(np.indices(solid.shape), centre, strict=True)
     )
@@ -132,7 +132,7 @@ def summarise_arm(
         untuned_values: values of the untuned shapes; None: no change is computed.
     """
     closed_interval = wilson_interval(float(values_by_name["closed"].sum()), len(values_by_name["closed"]))
-    reward_interval = bootstrap_mean_interval(values_by_name["reward"])
+    reward_interval = bootstrap_mean_interval(values_by_name["reward"])  # over shapes
     row: dict[str, Any] = {name: float(values.mean()) for name, values in values_by_name.items()}
     row |= {
         "reward_ci95": [reward_interval.lo, reward_interval.hi],  # bootstrap over shapes
@@ -233,7 +233,7 @@ def source_of(pipeline: str, conditioning: Path | None, runs: Sequence[Path]) ->
     # the bundled generators have one fixed division of their prompts
     if not family_of(Path(pipeline)).bundled:
         for run in runs:
-            recorded_source = recorded(run).get("run", {}).get("source")
+            recorded_source = recorded(run).get("run", {}).get("source")  # None in runs without such a record
             source = (
                 ArmsSource()
                 if recorded_source is None
@@ -349,7 +349,7 @@ def _measure_networks(
         untuned = make_shapes(None)
         bar.update()
         rules = make_rules(untuned)  # the same for every arm
-        arms = {}
+        arms = {}  # shapes of each tuned network
         for name, path in networks.items():
             arms[name] = make_shapes(path)
             bar.update()

@@ -64,7 +64,7 @@ def reward_shift(comparison: Comparison) -> dict:
         comparison.scores(generator, comparison.seeds()).numpy()
         for generator in (comparison.before, comparison.after)
     )  # [N]
-    delta = scores_after - scores_before
+    delta = scores_after - scores_before  # paired changes, [N]
     return {
         "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
         "reward_after": {"mean": float(scores_after.mean()), "std": float(scores_after.std())},
@@ -124,7 +124,7 @@ def control_delta(settings: dict, delta: float) -> dict:
 def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
     """Compute all metrics of a run as JSON values, except the time that the run took."""
     settings = evaluation.settings
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     record = reward_shift(comparison)
     record |= control_delta(settings, record["tuned_delta_mean"])
     if comparison.synthetic:
@@ -342,6 +342,7 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
         table_rows.append(
             ("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %")
         )
+    # A row is printed only if the run has its metric.
     if "win_rate" in record:
         # Only synthetic data have a simulated annotator.
         low, high = record["win_rate_ci95"]

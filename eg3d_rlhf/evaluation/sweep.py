@@ -88,6 +88,7 @@ def grid(lambda_r: Sequence[float], lambda_sigma: Sequence[float], seeds: Sequen
                 f"{flag}={','.join(map(str, values))}: one or more values >= 0 are needed. Separate them by"
                 f" commas, for example {flag}=0,1,10."
             )
+    # With λ_r = 0, λ_σ is set to 0, since it has no effect.
     cells = [
         Cell(lambda_r=reward_weight, lambda_sigma=sigma_weight if reward_weight else 0.0, seed=seed)
         for seed in seeds
@@ -184,7 +185,7 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
     Most measures have a value for each latent. The kernel distance of images has one value for all latents.
     Args: path: network file of the cell.
     """
-    seeds = comparison.seeds()
+    seeds = comparison.seeds()  # N held-out latents
     tuned_network = comparison.load(path)
     values = {
         REWARD: (comparison.scores(tuned_network, seeds) - comparison.scores(comparison.before, seeds))
@@ -213,6 +214,7 @@ def measure_cell(comparison: Comparison, _folder: Path, cell: Cell, path: Path) 
         comparison, "normals", lambda: normal_disagreement(comparison, comparison.before)
     )
     interval_by_measure = compute_means(values)  # mean and interval over latents
+    # The kernel distance needs images of the data.
     if comparison.data:
         network = load_features(comparison.inception, comparison.device)
         real_features, dataset = _compute_once(
@@ -285,7 +287,7 @@ def combine_seeds(by_cell: Mapping[Cell, Finding]) -> list[dict]:
             first_cell: finding for first_cell, finding in by_cell.items() if first_cell.setting == setting
         }
         first_cell, first_finding = next(iter(finding_by_cell.items()))
-        measures = {}
+        measures = {}  # statistics by measure
         for name, latent_interval in first_finding.data["measures"].items():
             seed_means = [finding.data["measures"][name]["mean"] for finding in finding_by_cell.values()]
             # With one seed there is no interval over seeds, so the interval over latents is used.
@@ -391,7 +393,7 @@ def _panel(axes, rows: list[dict], x_measure: str, y_measure: str) -> None:
     """Plot two measures of all settings against each other, with the intervals of both."""
     for setting_index, row in enumerate(rows):
         measures = row["measures"]
-        colour = style.CYCLE[setting_index % len(style.CYCLE)]
+        colour = style.CYCLE[setting_index % len(style.CYCLE)]  # colours repeat if there are many settings
         axes.errorbar(
             measures[x_measure]["mean"],
             measures[y_measure]["mean"],

@@ -112,7 +112,7 @@ class Part:
 
         If the folder has only a record of version 0.1, a record of this version is written first.
         """
-        earlier = self.folder / EARLIER
+        earlier = self.folder / EARLIER  # record of version 0.1
         if earlier.is_file() and not (self.folder / INPUTS).is_file():
             recorded_values = json.loads(earlier.read_text())
             inputs = {name: recorded_values.get(name) for name in ("command", "inputs")}

@@ -109,6 +109,7 @@ def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, radius
         F.avg_pool3d(voxels.double()[None, None], window, stride=1, padding=radius, count_include_pad=True)
         * window**3
     )
+    # a copy, since torch rejects negative strides
     slab_indices = torch.from_numpy(slab_index(vertices, spec).copy())
     last_indices = torch.tensor(
         [size - 1 for size in spec.shape], dtype=torch.float64
@@ -122,7 +123,7 @@ def diverging_colours(values: np.ndarray, scale: float) -> np.ndarray:
     """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
     # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
     position = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
-    end_colours = np.where(position < 0, np.array(LOWERS), np.array(RAISES))
+    end_colours = np.where(position < 0, np.array(LOWERS), np.array(RAISES))  # [V, 3]
     return np.round(NEUTRAL + (end_colours - NEUTRAL) * np.abs(position)).astype(np.uint8)
 
 
@@ -162,9 +163,9 @@ def render_coloured_mesh(
     """
     # 1e-20 avoids a division by zero for degenerate faces, whose normal is zero.
     corners = vertices[faces].astype(np.float64)  # [F, 3, 3]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # [F, 3], not normalised
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # the same points in every call
     barycentric = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
     # [F * P, 3]; every face has the same number of points, independent of its area
     points = np.einsum("pk,fkc->fpc", barycentric, corners).reshape(-1, 3)
@@ -173,13 +174,14 @@ def render_coloured_mesh(
     rotation = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
     points = points @ rotation.T
     normals = np.repeat(normals @ rotation.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
-    column = np.floor((points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)
+    column = np.floor((points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)  # pixels, [F * P]
+    # pixels, counted from the top
     row = np.floor((1 - points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
     # Points outside the image and on faces that point away from the camera are not drawn.
     is_visible = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
     # Indices of the visible points, sorted such that the nearest to the camera is written last.
     draw_order = np.flatnonzero(is_visible)[np.argsort(points[is_visible, 2])]
-    light = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)
+    light = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)  # ambient and diffuse part
     image = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
     image[row[draw_order], column[draw_order]] = np.clip(
         point_colours[draw_order] * light[:, None], 0, 255
@@ -193,8 +195,8 @@ def surface(study: Study, folder: Path) -> Finding:
     Writes an interactive page, <folder>/surface-attribution.html, and an image.
     """
     meshes = []  # meshes of the interactive page
-    renders = []
-    rows = []
+    renders = []  # one list of views for each latent
+    rows = []  # one row for each mesh
     skipped_meshes = []  # samples without a surface
     half_edge = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
     for latent_index, seed in enumerate(study.seeds[:SHOWN]):
@@ -239,7 +241,7 @@ def surface(study: Study, folder: Path) -> Finding:
     ]
     if skipped_meshes:
         sentences.append(f"Not shown, because they have no surface: {', '.join(skipped_meshes)}.")
-    images = {}
+    images = {}  # file name by caption
     if renders:
         # sum(..., []) joins the lists of views; the image has a row for each latent.
         write_atomic(folder / "surface-attribution.png", png(tile(sum(renders, []), len(YAWS))))
@@ -398,6 +400,7 @@ def regions(study: Study, folder: Path) -> Finding:
     With landmarks, the eight parts of the head are described as a second partition.
     """
     comparison = study.c
+    # Any other value of --regions is the path of the user's label volume.
     kind_text = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
     images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
@@ -464,7 +467,7 @@ def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Re
 
     Returns: the image's name by its caption; {} if no latent has a surface.
     """
-    renders = []
+    renders = []  # one list of views for each latent
     for latent_index, seed in enumerate(study.seeds[:SHOWN]):
         try:
             vertices, faces = extract_mesh(
@@ -509,7 +512,7 @@ def shapley(study: Study, folder: Path) -> Finding:
         for seed, attribution in zip(study.seeds, attributions, strict=True)
         for region_index, name in enumerate(names)
     ]
-    largest_gap = max(attribution.relative_gap for attribution in attributions)
+    largest_gap = max(attribution.relative_gap for attribution in attributions)  # of all latents
     mean_difference = bootstrap_mean_interval(
         [attribution.difference for attribution in attributions]
     )  # mean change of the reward
@@ -717,9 +720,9 @@ def redrawn_reward(study: Study, folder: Path) -> Finding:
     trained = np.stack(
         [trained_values.values for trained_values in study.shapley[:latent_count]]
     )  # [checked, R]
-    rows = []
-    signed_means = []
-    size_means = []
+    rows = []  # one row for each random weights and latent
+    signed_means = []  # mean over latents, by random weights
+    size_means = []  # the same of absolute values
     # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
     for draw in range(settings.randomisations):
         random_attributions = study.attribute_randomised(draw)  # [checked, R]
@@ -789,6 +792,7 @@ def _describe_randomised(data: dict) -> list[str]:
             " correlation."
         ]
     mean, lo, hi = data["mean"].values()
+    # An interval without zero means that the attributions have similar ranks without any training.
     if contains_zero(lo, hi):
         conclusion = (
             "its interval contains zero, so this control does not show that the attributions are independent"
@@ -836,6 +840,7 @@ def plot_regions(data: dict):
     means = [data["means"][region_index] for region_index in region_order]
     mean_values = np.array([mean["mean"] for mean in means])
     error_bars = [mean_values - [mean["lo"] for mean in means], [mean["hi"] for mean in means] - mean_values]
+    # Contributions that raise the reward have another colour than those that lower it.
     colours = [style.colour("after") if value > 0 else style.colour("before") for value in mean_values]
     axes.barh(
         [data["names"][region_index] for region_index in region_order],
@@ -878,11 +883,12 @@ def plot_latents(data: dict):
 def plot_methods(data: dict):
     """Plot the mean attribution of each region by each method."""
     count = len(data["names"])
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))  # inches
     region_order = _order(data["means"]["Shapley"])
     # The bars of a region take 0.8 of the distance between regions.
     bar_height = 0.8 / len(data["means"])
     for method_index, (method, means) in enumerate(data["means"].items()):
+        # Regions are 1 apart; the methods of a region are stacked downwards.
         y_positions = np.arange(count) + 0.4 - bar_height * (method_index + 0.5)
         axes.barh(
             y_positions,
@@ -902,7 +908,8 @@ def plot_agreement(data: dict):
     """Plot the mean rank correlations of all pairs of methods, with intervals."""
     # Pairs with a method whose values are all equal have no correlation.
     pairs = [pair for pair in data["agreement"] if pair["spearman"]["mean"] is not None]
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))  # inches
+    # Both kinds of correlation of a pair are drawn side by side, 0.24 apart.
     for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
         means = [pair[kind]["mean"] for pair in pairs]
         mean_values = np.array([mean["mean"] for mean in means])
@@ -928,7 +935,7 @@ def plot_agreement(data: dict):
 
 def plot_redrawn(data: dict):
     """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
-    figure, axes = style.figure(size=(6.4, 2.2))
+    figure, axes = style.figure(size=(6.4, 2.2))  # inches
     for row, (key, mean) in enumerate((("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))):
         axes.plot(
             data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise")

@@ -239,7 +239,7 @@ class Study:
 
         Raises: ValueError if an efficiency gap exceeds the bound of the settings.
         """
-        attributions = []
+        attributions = []  # one for each latent
         settings = self.settings
         for latent_index, seed in enumerate(self.seeds):
             values = self.coalition_values(latent_index)
@@ -286,7 +286,7 @@ class Study:
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
         """Return the attributions [N, R] by each method."""
-        noise_values = []
+        noise_values = []  # [R] for each latent
         for latent_index, partition in enumerate(self.partitions):
             # The noise baseline: in each region the same changes, but at shuffled positions.
             shuffled_slab = shapley_methods.shuffled_change(

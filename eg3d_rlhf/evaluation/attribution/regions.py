@@ -63,7 +63,7 @@ class Partition:
         """Return the sums of volumes [..., D, H, W] over each region, [..., R] float64."""
         # Only the axes of the grid are flattened, not the batch axes before them.
         flat_volume = volume.double().flatten(-self.labels.ndim)
-        region_sums = flat_volume.new_zeros(*flat_volume.shape[:-1], len(self.names))
+        region_sums = flat_volume.new_zeros(*flat_volume.shape[:-1], len(self.names))  # [..., R], float64
         # The sum is computed in float64, since a sum over many voxels would lose digits in float32.
         return region_sums.index_add_(-1, self.labels.flatten().to(flat_volume.device), flat_volume)
 
@@ -99,8 +99,9 @@ def partition_from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Te
     """
     # Names in the order of their first box. Labels are indices into them.
     names = list(dict.fromkeys(name for name, _ in boxes))
+    # at first, all voxels belong to OTHER
     labels = torch.full(coordinates.shape[:3], len(names), dtype=torch.int64)
-    is_free = torch.ones(coordinates.shape[:3], dtype=torch.bool)
+    is_free = torch.ones(coordinates.shape[:3], dtype=torch.bool)  # True for voxels outside the boxes so far
     for name, box in boxes:
         low_corner = coordinates.new_tensor(box[::2])
         high_corner = coordinates.new_tensor(box[1::2])
@@ -157,7 +158,7 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
             " needed. Save such an array with numpy.save."
         )
     names = _read_names(path.with_suffix(".json"))
-    present_labels = sorted(int(label) for label in np.unique(volume))
+    present_labels = sorted(int(label) for label in np.unique(volume))  # labels that occur, ascending
     unnamed_labels = [label for label in present_labels if label not in names]
     if unnamed_labels:
         raise ValueError(
@@ -188,6 +189,7 @@ def _read_names(path: Path) -> dict[int, str]:
         )
     try:
         json_value = json.loads(path.read_text())
+        # A list names the labels 0, 1, 2, ... in this order.
         label_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
         return {int(label): str(name) for label, name in label_names}
     except (ValueError, TypeError) as error:
@@ -303,7 +305,7 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
     Raises: ValueError if the entry is not a list of 98 points inside the image.
     """
     try:
-        points = np.asarray(json_value, dtype=np.float64)
+        points = np.asarray(json_value, dtype=np.float64)  # [L, 2]
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
@@ -313,6 +315,7 @@ def _points(path: Path, entry_name: str, json_value: object, image_size: float) 
             f"{path}: {entry_name} has the shape {list(points.shape)}, or a value that is not finite. Write"
             f" the {COUNT} points [x, y] of WFLW."
         )
+    # Points outside the image mean that "image_size" does not belong to them.
     if points.min() < 0 or points.max() > image_size:
         raise ValueError(
             f"{path}: the coordinates in {entry_name} range over {points.min():g}..{points.max():g}, outside"
@@ -369,8 +372,8 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
     front_margin = FRONT * box_warp
     boxes = []
     for name, group in GROUPS:
-        low_corner = landmarks[list(group)].min(axis=0)
-        high_corner = landmarks[list(group)].max(axis=0)
+        low_corner = landmarks[list(group)].min(axis=0)  # [3]
+        high_corner = landmarks[list(group)].max(axis=0)  # [3]
         boxes.append(
             (
                 name,
@@ -380,11 +383,11 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
                 ),
             )
         )
-    brows = landmarks[list(BROWS)]
-    contour = landmarks[list(CONTOUR)]
-    brow_top = brows[:, 1].max()
+    brows = landmarks[list(BROWS)]  # [18, 3]
+    contour = landmarks[list(CONTOUR)]  # [33, 3]
+    brow_top = brows[:, 1].max()  # y of the highest landmark of the brows
     nose_base = landmarks[57, 1]  # 57: middle of the base of the nose
-    chin_bottom = contour[:, 1].min()
+    chin_bottom = contour[:, 1].min()  # y of the lowest landmark
     # The forehead is at least twice the margin high, also if the landmarks have a very short chin.
     forehead_height = max(nose_base - chin_bottom, 2 * side_margin)
     low_corner = [brows[:, 0].min() - side_margin, brow_top, brows[:, 2].min() - depth_margin]
@@ -394,7 +397,7 @@ def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[s
         brows[:, 2].max() + front_margin,
     ]
     boxes.append(("forehead", _box(low_corner, high_corner)))
-    mouth_height = landmarks[76:88, 1].mean()
+    mouth_height = landmarks[76:88, 1].mean()  # y; 76 to 87 are the outer lips
     # Landmarks 0 and 32 are the ends of the contour, at the ears.
     ear_depth = contour[[0, 32], 2].mean()
     # The box of an ear extends from the contour by 8 % of the cube outwards, and by one margin inwards.
@@ -438,10 +441,10 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
     side_margin = SIDE * box_warp
     front_margin = FRONT * box_warp
     far = 10 * box_warp
-    contour = landmarks[list(CONTOUR)]
-    left_edge = contour[:, 0].min() - side_margin
-    right_edge = contour[:, 0].max() + side_margin
-    chin_bottom = contour[:, 1].min() - side_margin
+    contour = landmarks[list(CONTOUR)]  # [33, 3]
+    left_edge = contour[:, 0].min() - side_margin  # x
+    right_edge = contour[:, 0].max() + side_margin  # x
+    chin_bottom = contour[:, 1].min() - side_margin  # y
     # The forehead has the same height above the brows as in `landmark_boxes`.
     forehead_top = landmarks[list(BROWS), 1].max() + max(
         landmarks[57, 1] - contour[:, 1].min(), 2 * side_margin
@@ -450,7 +453,7 @@ def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, 
     face_depth = (
         min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front_margin
     )
-    air_start = landmarks[:, 2].max() + front_margin
+    air_start = landmarks[:, 2].max() + front_margin  # z
     # The order matters: a voxel belongs to the first box that contains it. The last box contains all voxels.
     return [
         ("front of camera", (-far, far, -far, far, air_start, far)),

@@ -93,7 +93,7 @@ class CoalitionValues:
         Consecutive coalitions mostly share regions. So each slab is a copy of the previous one, in which only
         the regions that differ are replaced.
         """
-        slabs = self.original.new_empty(len(keys), self.original.numel())
+        slabs = self.original.new_empty(len(keys), self.original.numel())  # [B, voxels], flattened
         sources = (self.original.flatten(), self.tuned.flatten())
         previous_row = None
         previous_key = None
@@ -149,7 +149,7 @@ def _gray_rank(key: int) -> int:
 
 def all_coalitions(regions: int) -> torch.Tensor:
     """Return every coalition of R regions, bool [2^R, R]. Row k holds the bits of k, the lowest bit first."""
-    coalition_index = torch.arange(1 << regions)
+    coalition_index = torch.arange(1 << regions)  # [2^R]
     return (coalition_index[:, None] >> torch.arange(regions) & 1).bool()
 
 
@@ -192,8 +192,8 @@ def exact_from_table(table: np.ndarray) -> np.ndarray:
 
     Args: table: values [2^R]; bit i of an index is set if region i belongs to the coalition.
     """
-    regions = len(table).bit_length() - 1
-    coalition_index = np.arange(1 << regions)
+    regions = len(table).bit_length() - 1  # the table has 2^R entries
+    coalition_index = np.arange(1 << regions)  # [2^R]
     coalition_size = np.array([int(key).bit_count() for key in coalition_index])  # |S|
     # |S|! (R - |S| - 1)! / R! = 1 / (R * C(R - 1, |S|)). No region can join the coalition of all regions, so
     # its weight is not used.
@@ -203,7 +203,7 @@ def exact_from_table(table: np.ndarray) -> np.ndarray:
             for joined_count in coalition_size
         ]
     )
-    shapley_values = np.empty(regions)
+    shapley_values = np.empty(regions)  # [R]
     for region in range(regions):
         coalitions_without = coalition_index[(coalition_index >> region & 1) == 0]
         # coalition | 1 << region: the same coalition after the region has joined
@@ -241,7 +241,7 @@ def estimate_by_sampling(
             " ones. Raise --permutations."
         )
     rng = np.random.default_rng(seed)
-    orders = np.stack([rng.permutation(regions) for _ in range(sample_count)])
+    orders = np.stack([rng.permutation(regions) for _ in range(sample_count)])  # [samples, R]
     # The contributions along an order and its reverse are negatively correlated, so their mean is a single
     # sample of lower variance.
     contributions = marginals(
@@ -261,7 +261,7 @@ def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
     """
     samples, regions = orders.shape
     joining_step = np.argsort(orders, axis=1)  # [P, R], the step at which each region joins
-    steps = np.arange(regions + 1)
+    steps = np.arange(regions + 1)  # number of regions that have joined
     # Before step t, the regions whose joining step is smaller than t belong to the coalition.
     coalitions = joining_step[:, None, :] < steps[None, :, None]  # [P, R + 1, R]
     values = value(torch.from_numpy(coalitions.reshape(-1, regions))).numpy().reshape(samples, regions + 1)
@@ -302,7 +302,7 @@ def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: 
     The message states the seed of the latent with the largest gap.
     """
     relative_gaps = [attribution.relative_gap for attribution in attributions]
-    worst = int(np.argmax(relative_gaps))
+    worst = int(np.argmax(relative_gaps))  # index of the latent
     # "not <=" is used instead of ">", so that NaN is an error, too.
     if not relative_gaps[worst] <= bound:
         attribution = attributions[worst]
@@ -365,7 +365,7 @@ def integrated_gradients(
     from captum.attr import IntegratedGradients as Captum
 
     method = Captum(score, multiply_by_inputs=True)
-    gap_by_steps = []
+    gap_by_steps = []  # (steps, relative gap) of each integral
     while True:
         voxels = method.attribute(
             tuned[None],
@@ -375,7 +375,7 @@ def integrated_gradients(
             # Captum evaluates the points of the path in batches of this size.
             internal_batch_size=max(batch, 2),
         )
-        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()
+        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()  # [0]: the only slab
         # Completeness: the attributions sum to the difference, except for the error of the numeric integral.
         gap = float(voxels.sum()) - difference
         gap_by_steps.append((steps, relative_gap(gap, difference)))
@@ -395,7 +395,7 @@ def occlusion(value: Value, regions: int) -> np.ndarray:
     # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
     coalitions = torch.ones(regions + 1, regions, dtype=torch.bool)
     coalitions[torch.arange(regions), torch.arange(regions)] = False
-    values = value(coalitions).numpy()
+    values = value(coalitions).numpy()  # [R + 1]
     return values[-1] - values[:-1]
 
 
@@ -414,11 +414,11 @@ def shuffled_change(
     """
     # The shuffling is done on the CPU, so that it does not depend on the device.
     change = (tuned - original).flatten().cpu()
-    flat_labels = labels.flatten().cpu()
+    flat_labels = labels.flatten().cpu()  # [voxels]
     shuffled = torch.empty_like(change)
     generator = torch.Generator().manual_seed(seed)
     for region in range(int(flat_labels.max()) + 1):
-        voxels = torch.nonzero(flat_labels == region).squeeze(1)
+        voxels = torch.nonzero(flat_labels == region).squeeze(1)  # indices of the region's voxels
         shuffled[voxels] = change[voxels[torch.randperm(len(voxels), generator=generator)]]
     return original + shuffled.reshape(original.shape).to(original)
 
@@ -471,7 +471,7 @@ def randomise_weights(reward: Network, seed: int) -> Network:
     entry gets a random sign instead. Buffers, which hold the statistics of the input, are not changed.
     """
     randomised_reward = copy.deepcopy(reward)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     with torch.no_grad():
         for parameter in randomised_reward.parameters():
             # Sampled on the CPU, so that the weights do not depend on the device.

@@ -82,7 +82,7 @@ def render_cells(
     """
     # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
     image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
-    shape = paint(look(arm.side.surface, camera, pixels * factor))
+    shape = paint(look(arm.side.surface, camera, pixels * factor))  # rendered with `factor` times the pixels
     return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
         (shrink(shape, factor) if factor > 1 else shape).cpu()
     )
@@ -233,6 +233,7 @@ def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: 
     Returns: if the mean reward rises from each weight to the next, the knee, and the over-optimising weights.
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
+    # change of the evaluator's value by weight
     evaluator_changes = table["evaluator"]["paired"] if "evaluator" in table else {}
     # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
     knee = base
@@ -264,6 +265,7 @@ def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[s
     """
     sentences = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]
+    # A single weight has nothing to be compared with.
     if len(summary["weights"]) == 1:
         return sentences
     largest_weight = f"{summary['weights'][-1]:g}"
@@ -357,7 +359,7 @@ def jobs(inversions: Inversions) -> list[Job]:
         return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
 
     def curves_finding(_folder: Path) -> Finding:
-        stage_curves = curves(inversions.run.folder)
+        stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         rows = [
             {"stage": stage, "measure": name, "step": step, "mean": value}
             for stage, by_measure in stage_curves.items()
@@ -451,7 +453,7 @@ def plot_steps(measure: str, data: dict):
     """
     figure, axes = style.figure(columns=2)
     for stage, by_measure in data["curves"].items():
-        points = by_measure.get(measure, [])
+        points = by_measure.get(measure, [])  # [] if this stage did not log the measure
         axis, name = (
             (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
         )

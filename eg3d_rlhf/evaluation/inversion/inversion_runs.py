@@ -166,7 +166,7 @@ class Inversions:
         generator = self.setup.loaded.generator
         weight = leg.weight or 0.0
         if leg.stage == "pivot":
-            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"
+            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"  # exists only if reward_in_w is set
             # If the reward was applied in the first stage, each weight has its own latent.
             latent_file = (
                 weight_file if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
@@ -266,6 +266,7 @@ class Inversions:
         The entry 'arm' is 'truth' (the ground truth), 'w' (before the second stage), or a weight.
         """
         weight_names = [f"{weight:g}" for weight in self.setup.weights]
+        # If the first stage uses the reward, each weight has its own latent before the second stage.
         arm_names = [
             "truth",
             *([f"{name}-w" for name in weight_names] if self.setup.config.reward_in_w else ["w"]),

@@ -187,7 +187,7 @@ class Guidance:
         self.reward = reward.eval().requires_grad_(False).arranged()
         # The scores are standardised, so that the weight lambda does not depend on the reward's scale.
         z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
-        scores = []
+        scores = []  # [n] for each batch
         for z_batch in z.split(16):
             ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
             scores.append(self.reward.score(generator.field(ws)))
@@ -277,7 +277,7 @@ def prior_of(generator: Generator) -> Prior:
     z = torch.from_numpy(
         np.random.RandomState(LATENT_SEED).randn(PRIOR_LATENTS, generator.z_dim).astype(np.float32)
     ).to(device)
-    frontal_camera = camera(generator)
+    frontal_camera = camera(generator)  # [1, 25]
     # [10000, W]; all layers of the mapping's output are equal, so the first layer is used
     w = torch.cat(
         [

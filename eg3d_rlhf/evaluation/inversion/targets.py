@@ -96,7 +96,7 @@ def _read(flag: str, path: Path, mode: str, resolution: int) -> np.ndarray:
     try:
         with Image.open(path) as file:
             size = file.size
-            pixels = np.array(file.convert(mode), dtype=np.float32)
+            pixels = np.array(file.convert(mode), dtype=np.float32)  # [R, R, 3] or [R, R]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         # PIL raises DecompressionBombError for images with too many pixels.
         raise ValueError(
@@ -121,7 +121,7 @@ def of_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -
         camera: camera of the target, [1, 25].
         psi: truncation.
     """
-    ws = ws_of_seeds(generator, [seed], psi)
+    ws = ws_of_seeds(generator, [seed], psi)  # [1, L, W]
     views = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
     return Case(
         f"seed{seed}", Target(views[0].image, camera), Truth(ws, views), latents([seed], generator.z_dim)
@@ -185,7 +185,7 @@ def parse_camera(generator: Generator, text: str | None) -> Tensor:
             f"{text} holds a {type(numbers).__name__}, but a list of 25 numbers is needed. Write the pose (16"
             " numbers) and the intrinsics (9 numbers) as a list."
         )
-    labels = label_array([numbers], ["camera"], "camera", LABEL_NUMBERS)
+    labels = label_array([numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
 
 
@@ -265,7 +265,7 @@ def measure(
         "moved": density_change(field, cube, pivot)[0],
     }
     if case.truth is not None:
-        view_pairs = list(zip(rendered_views, case.truth.views, strict=True))
+        view_pairs = list(zip(rendered_views, case.truth.views, strict=True))  # (rendered, true) views
         results["depth"] = depth_error(*view_pairs[0])
         # Held-out views measure whether the shape is right, not only the image. [0]: the target's view
         for name, values in {
