@@ -60,6 +60,7 @@ def training_phase(device: str, tiny: bool, name: str) -> Case:
 
     def run() -> Outcome:
         outputs = {}
+        # As in the training loop, only the network that the phase trains needs gradients.
         module.requires_grad_(True)
         # A phase may have several losses, whose gradients are added.
         for index, loss in enumerate(losses(training_batch)):

@@ -86,9 +86,9 @@ def sort_by_reward(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarra
     # Latents of equal reward get the mean of their group, as if ties were resolved at random. `group` is
     # the index of each latent's group.
     _, group, group_sizes = np.unique(reward, return_inverse=True, return_counts=True)
-    return np.argsort(reward, kind="stable"), np.repeat(
-        np.bincount(group, evaluator) / group_sizes, group_sizes
-    )
+    # The groups are in ascending order of reward; each mean is repeated for every latent of its group.
+    group_means = np.bincount(group, evaluator) / group_sizes
+    return np.argsort(reward, kind="stable"), np.repeat(group_means, group_sizes)
 
 
 def kl_divergence(numbers: Sequence[int]) -> np.ndarray:

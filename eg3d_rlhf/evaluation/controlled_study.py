@@ -53,7 +53,8 @@ TUNING_FLAGS = ("--reward=sigma",)  # flags of train.py; all others are those of
 
 def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
     """Return the same pairs, each with a random winner. Args: seed: seed of the random winners."""
-    # the constant 5 separates this random stream from others of the same seed
+    # The constant 5 separates this random stream from others of the same seed. Each label is inverted with
+    # probability one half.
     is_inverted = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
     return [
         invert(label) if must_invert else label

@@ -144,6 +144,7 @@ class Part:
             return [
                 path for path in self.folder.iterdir() if path.is_file() and path.name not in record_names
             ]
+        # A run of train.py has the last snapshot, and the file that its end is recognised by.
         network = self.network()
         return [*([] if network is None else [network]), *([run / self.needed] if self.needed else [])]
 
