@@ -658,8 +658,8 @@ def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial
         digest == evaluator[1] or evaluator[0].is_member_of(tested) for tested, digest in loaded.values()
     ):
         raise ValueError(
-            f"--heldout-reward={heldout_reward} is one of the tested rewards, with which it would agree. Pass"
-            " a reward that was trained on other labels."
+            f"--heldout-reward={heldout_reward} is a tested reward, or a member of one, so it would agree"
+            " with it. Pass a reward that was trained on other labels."
         )
     return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
 

@@ -243,7 +243,7 @@ def mesh_values(vertices: np.ndarray, faces: np.ndarray, spec: SlabSpec) -> dict
     """Compute SURFACE_MEASURES of a mesh.
 
     Args:
-        vertices: [V, 3].
+        vertices: positions of the vertices, [V, 3].
         faces: indices of vertices, [F, 3].
         spec: grid from which the mesh was extracted.
     """

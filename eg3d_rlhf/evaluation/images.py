@@ -152,8 +152,7 @@ def images_of(
     Args:
         cameras: cameras of the data, [M, 25].
         seeds: seeds of the latents.
-        camera_indices: for each seed the index of the camera on which it is conditioned, and from which it
-            is rendered.
+        camera_indices: index of the camera on which each seed is conditioned, and from which it is rendered.
     """
     for start in range(0, len(seeds), comparison.batch):
         batch_seeds = seeds[start : start + comparison.batch]

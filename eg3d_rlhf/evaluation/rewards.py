@@ -11,7 +11,7 @@ range of the middle 95 % of the single latents' least-squares slopes. It contain
 latents move in the same direction. The interval of the *mean* slope is a bootstrap over latents. With many
 latents it detects a drift that is too small to see on a single one. Neither interval covers the variation
 between training runs, since there is one run of each kind.
-Letters: N latents, T snapshots or networks in order of training.
+Shapes: N latents, T snapshots or networks in order of training.
 """
 
 from pathlib import Path

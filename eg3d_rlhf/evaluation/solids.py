@@ -112,7 +112,7 @@ def best_of_groups(rewards: np.ndarray, groups: int) -> np.ndarray:
     """Return the index of the shape with the highest reward in each group of consecutive shapes.
 
     Args:
-        rewards: [N].
+        rewards: rewards of the shapes, [N].
         groups: number of groups, which divides N.
 
     Returns: [groups].
@@ -156,7 +156,7 @@ def table(
         untuned: shapes of the untuned network.
         groups: number of groups of consecutive untuned shapes, of which the best of n are selected.
         rules: weights of the score's terms.
-        on_arm: called after each arm, to advance a progress bar.
+        on_arm: function that is called after each arm, to advance a progress bar.
     """
     untuned_values = measure_shapes(untuned, untuned, rules)
     summary_by_arm = {UNTUNED: summarise_arm(untuned_values, None)}

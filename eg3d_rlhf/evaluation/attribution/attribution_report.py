@@ -151,8 +151,8 @@ def render_coloured_mesh(
     Random points on every face are drawn as pixels; at each pixel the point nearest to the camera is visible.
 
     Args:
-        vertices: [V, 3].
-        faces: [F, 3].
+        vertices: positions of the vertices, [V, 3].
+        faces: indices of each face's vertices, [F, 3].
         colours: colours of the vertices, [V, 3] uint8.
         yaw: rotation of the mesh about the vertical axis, radians.
         resolution: pixels per edge.
@@ -265,7 +265,7 @@ def _layers(
 
     Args:
         latent_index: index of the latent in the study.
-        vertices: [V, 3].
+        vertices: positions of the vertices, [V, 3].
         values: attribution at the vertices, [V].
         scale: attribution with the full colour.
     """

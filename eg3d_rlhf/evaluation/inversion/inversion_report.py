@@ -76,16 +76,16 @@ def render_cells(
     """Render an arm in colour, and as a shape without colours, uint8 [R, R, 3] each.
 
     Args:
-        camera: [1, 25].
-        pixels: R.
+        camera: camera of both renders, [1, 25].
+        pixels: pixels per edge, R.
         factor: the shape is rendered with this factor of pixels per edge and then reduced, to avoid aliasing.
     """
     # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
     image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
     shape = paint(look(arm.side.surface, camera, pixels * factor))  # rendered with `factor` times the pixels
-    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
-        (shrink(shape, factor) if factor > 1 else shape).cpu()
-    )
+    if factor > 1:
+        shape = shrink(shape, factor)
+    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape.cpu())
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
