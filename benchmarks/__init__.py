@@ -1,3 +1,3 @@
-"""Speed of the project against straightforward EG3D, in one process: `python -m benchmarks --help`."""
+"""Benchmark of the project against the direct implementation of EG3D: `python -m benchmarks --help`."""
 
-import torch_utils  # noqa: F401 (before torch: says how threads wait)
+import torch_utils  # noqa: F401 (imported before torch, since it sets how OpenMP threads wait)

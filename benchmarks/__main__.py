@@ -1,4 +1,7 @@
-"""Measure the speed of the project against straightforward EG3D; see `python -m benchmarks --help`."""
+"""Measure the speed of the project against the direct implementation of EG3D.
+
+See `python -m benchmarks --help`.
+"""
 
 import functools
 from pathlib import Path
@@ -28,46 +31,59 @@ _what_option = functools.partial(option, group="What")
     metavar="PATTERN",
     multiple=True,
     show_default="all",
-    help="Rows whose name contains this, or fits it as a shell pattern. May be given more than once.",
+    help=(
+        "Measure only the rows whose name contains this text or matches this shell pattern. The option may be"
+        " repeated."
+    ),
 )
 @_what_option(
     "--size",
     type=click.Choice(["bundled", "full", "both"]),
     default="both",
-    help="The bundled generator, ffhq512-128, or both.",
+    help=(
+        "Networks to measure: those of the bundled generator (bundled), those of ffhq512-128 (full), or both."
+    ),
 )
-@_what_option("--list", "list_rows", is_flag=True, help="Print the rows and their targets, and stop.")
-@_how_option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where both paths run.")
+@_what_option(
+    "--list", "list_rows", is_flag=True, help="Print the names of the rows and their targets, and exit."
+)
+@_how_option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Device on which both paths run."
+)
 @_how_option(
     "--threads",
     metavar="INT",
     type=click.IntRange(1, 256),
     default=2,
-    help="CPU threads; the targets hold for 2.",
+    help="Number of CPU threads. The targets apply to 2 threads.",
 )
 @_how_option(
     "--repeats",
     metavar="ROUNDS",
     type=click.IntRange(1, 1000),
     show_default="what fits into 15 s, at least 2",
-    help="Rounds of every row; both paths run in each.",
+    help="Number of rounds of every row. Both paths run once in each round.",
 )
 @_how_option(
     "--quick",
     is_flag=True,
-    help="Tiny inputs and two rounds: shows that every row works. Writes quick.json and quick.md.",
+    help=(
+        "Use tiny inputs and two rounds, which only tests that every row works. Results are written to"
+        " quick.json and quick.md."
+    ),
 )
 @_how_option(
     "--memory/--no-memory",
     default=None,
     show_default="on; off with --quick",
-    help="Measure the peak memory of each path in a process of its own.",
+    help="Measure the peak memory of each path in a separate process.",
 )
 @_how_option(
     "--torch-compile",
     is_flag=True,
     help=(
-        "Op rows: time plain torch, torch.compile of the reference and torch.compile of plain torch as well."
+        "In the rows of single ops, also time plain torch, and torch.compile of the reference and of plain"
+        " torch."
     ),
 )
 @_results_option(
@@ -76,13 +92,16 @@ _what_option = functools.partial(option, group="What")
     type=click.Path(path_type=Path, file_okay=False),
     default=RESULTS,
     show_default="benchmarks/results",
-    help="Folder of latest.json and latest.md.",
+    help="Folder into which latest.json and latest.md are written.",
 )
 @_results_option(
     "--compare",
     metavar="OLD.json",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Name the rows whose ratio fell by more than 10 % since then; exit code 1 where there are any.",
+    help=(
+        "File of earlier results. Rows whose ratio has fallen by more than 10 % since then are printed, and"
+        " the exit code is 1 if there are any."
+    ),
 )
 def main(
     patterns: tuple[str, ...],
@@ -93,12 +112,12 @@ def main(
     memory: bool | None,
     outdir: Path,
     compare: Path | None,
-    **how,
+    **measuring_options,
 ) -> None:
-    """Time every fast path against the straightforward one, in turn in one process.
+    """Time every fast path against its direct reference, alternately in one process.
 
-    Writes DIR/latest.json and DIR/latest.md after every row. Exit code 1 where two paths disagree or
-    --compare finds a regression.
+    Writes DIR/latest.json and DIR/latest.md after every row. The exit code is 1 if two paths compute
+    different results, or if --compare finds a regression.
 
     \b
     Example:
@@ -112,19 +131,22 @@ def main(
             )
             click.echo(f"{row.size:8s} {row.name:48s} {target}".rstrip())
         return
-    choose_device(device)  # an error where there is no such device
+    choose_device(device)  # raises an error if there is no such device
     torch.set_num_threads(threads)
-    old = None if compare is None else report.read(compare)  # before anything is written over it
-    measured = not how["quick"] if memory is None else memory
-    options = Options(device=device, out=outdir, **how, **({} if measured else {"meter": None}))
+    old_report = None if compare is None else report.read(compare)  # read before the file may be overwritten
+    # By default, the memory is not measured with tiny inputs.
+    measure_memory = not measuring_options["quick"] if memory is None else memory
+    options = Options(
+        device=device, out=outdir, **measuring_options, **({} if measure_memory else {"meter": None})
+    )
     results, failures = run(rows, options)
     click.echo(report.markdown(results))
-    worse = report.regressions(old, results) if old is not None else []
-    for line in worse:
-        click.echo(f"Regression: {line}", err=True)
-    for line in failures:
-        click.echo(f"Error: {line}", err=True)
-    if worse or failures:
+    regressions = report.regressions(old_report, results) if old_report is not None else []
+    for text in regressions:
+        click.echo(f"Regression: {text}", err=True)
+    for text in failures:
+        click.echo(f"Error: {text}", err=True)
+    if regressions or failures:
         raise SystemExit(1)
 
 

@@ -1,5 +1,6 @@
-"""Results as JSON and Markdown, and their comparison with older ones.
-Nothing in them names a host or a path.
+"""Write the results of the benchmark as JSON and Markdown, and compare them with older results.
+
+The results contain no host name and no path.
 """
 
 import dataclasses
@@ -15,54 +16,62 @@ import torch
 from benchmarks.rows import FAST, REFERENCE, Agreement, Row
 from training.storage import write_atomic
 
-WORSE = 0.9  # of the old ratio: below, a row has regressed
+WORSE = 0.9  # a row has regressed if its ratio is below this share of the old ratio
 _MB = 1e6
 LEGEND = (
     (
-        "Seconds: median [least, most] of rounds in which both paths ran in turn. Interval of the ratio: the"
-        " extremes of"
+        "Seconds: median [least, greatest] over rounds, in each of which both paths ran. Ratio: time of the"
+        " reference / time of the fast path; its interval"
     ),
-    "the rounds' own ratios. Errors: largest absolute of the outputs; of gradients, relative",
     (
-        "to the largest. Memory: peak beyond the inputs, each path in a process of its own (references of"
-        " minutes in their first round)."
+        "is the range of the ratios of single rounds. Errors: largest absolute difference of the outputs;"
+        " largest difference of the gradients,"
+    ),
+    (
+        "relative to the largest gradient. Memory: peak beyond the inputs, of each path in a separate process"
+        " (of a reference that takes minutes, in its first round)."
     ),
 )
 
 
-def machine(device: str) -> dict[str, str | int | float]:
-    """The machine in words."""
-    cpuinfo = Path("/proc/cpuinfo")  # the processor's model, from the kernel where that says so
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    info: dict[str, str | int | float] = {
+def describe_machine(device: str) -> dict[str, str | int | float]:
+    """Return the system, the processor, the number of cores, the memory and the GPU of this machine."""
+    # Linux lists the model of the processor here; other systems have no such file.
+    cpuinfo = Path("/proc/cpuinfo")
+    cpuinfo_lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor_names = [
+        cpu_line.split(":", 1)[1].strip() for cpu_line in cpuinfo_lines if cpu_line.startswith("model name")
+    ]
+    description: dict[str, str | int | float] = {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "processor": models[0] if models else platform.processor() or "unknown",
+        "processor": processor_names[0] if processor_names else platform.processor() or "unknown",
         "cores": os.cpu_count() or 1,
     }
+    # Not all systems can state the size of the memory.
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        info["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+        description["memory_gb"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     if device == "cuda":
-        info["gpu"] = torch.cuda.get_device_name()
-    return info
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def compiled_ops(device: str) -> dict[str, bool]:
-    """For every op that has a source for the device, whether its compiled form could be had: without it the
-    fast path is plain torch.
+    """Return for every op with source code for the device whether its compiled form is available.
+
+    If it is not available, the fast path is plain torch.
     """
-    from torch_utils import build  # here: reading a report needs no compiler
+    from torch_utils import build  # imported here, since reading results needs no compiler
 
     return {op: build.available(op, device) for op in build.ops(device)}
 
 
-def header(device: str, quick: bool) -> dict:
-    """The record without its rows."""
+def new_report(device: str, quick: bool) -> dict:
+    """Return the record of a benchmark, in which the list of rows is still empty."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
     versions |= {"cuda": str(torch.version.cuda)} if device == "cuda" else {}
     return {
-        "machine": machine(device),
+        "machine": describe_machine(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "compiled_ops": compiled_ops(device),
@@ -82,31 +91,36 @@ def row_record(
     times: dict[str, dict[str, list[float]]],
     agreement: Agreement,
     memory: dict[str, int],
-    judged: bool,
+    applies_target: bool,
 ) -> dict:
-    """One row.
+    """Return the record of a row as JSON values.
 
     Args:
-        times: path -> {"wall": seconds of each round, "processor": the same of all threads together}.
-        memory: path -> extra bytes; empty where not measured.
-        judged: whether the target applies (not for tiny inputs).
+        row: the row.
+        device: device on which it was measured.
+        times: path -> {"wall": seconds of each round, "processor": processor seconds of each round}.
+        agreement: differences between the results of both paths.
+        memory: path -> peak memory beyond the inputs, bytes; empty if it was not measured.
+        applies_target: False for tiny inputs, to which the row's target does not apply.
     """
-    walls = {path: values["wall"] for path, values in times.items()}
-    # of rounds: both ran in the same
-    ratios = [reference / fast for reference, fast in zip(walls[REFERENCE], walls[FAST], strict=True)]
+    wall_times = {path: values["wall"] for path, values in times.items()}
+    # Both paths run in each round, so there is a ratio for each round.
+    ratios = [
+        reference / fast for reference, fast in zip(wall_times[REFERENCE], wall_times[FAST], strict=True)
+    ]
     record = {
         "name": row.name,
         "size": row.size,
         "device": device,
-        "repeats": len(walls[FAST]),
-        "ratio": ratio(walls[REFERENCE], walls[FAST]),
+        "repeats": len(wall_times[FAST]),
+        "ratio": ratio(wall_times[REFERENCE], wall_times[FAST]),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
         "processor_ratio": (
             ratio(times[REFERENCE]["processor"], times[FAST]["processor"]) if device == "cpu" else None
         ),
     }
-    for path, values in walls.items():
+    for path, values in wall_times.items():
         record |= {
             f"{path}_s": statistics.median(values),
             f"{path}_min_s": min(values),
@@ -119,34 +133,38 @@ def row_record(
     record |= dataclasses.asdict(agreement)
     megabytes = {path: memory[path] / _MB if path in memory else None for path in (FAST, REFERENCE)}
     record |= {"extra_memory_mb": megabytes[FAST], "reference_extra_memory_mb": megabytes[REFERENCE]}
-    target = row.target if device == "cpu" else None  # they were set for CPUs
+    target = row.target if device == "cpu" else None  # the targets were set for CPUs
     record["target"] = None if target is None else {"at_least": target.at_least, "aim": target.aim}
     if target is not None and target.memory_mb_below is not None:
         record["target"]["extra_memory_mb_below"] = target.memory_mb_below
-    record["met"] = target.met(record["ratio"], megabytes[FAST]) if target is not None and judged else None
+    # None: the row has no target, or its inputs are tiny.
+    record["met"] = (
+        target.met(record["ratio"], megabytes[FAST]) if target is not None and applies_target else None
+    )
     return record
 
 
 def key(record: dict) -> tuple[str, str, str]:
-    """Return the key of a row of a file: name, size and device."""
+    """Return name, size and device of a row's record, which identify the row."""
     return record["name"], record["size"], record["device"]
 
 
 def read(path: Path) -> dict:
-    """A file of results. Raises: ValueError for a file that is none."""
+    """Read a file of results. Raises: ValueError if the file has other content."""
     try:
         report = json.loads(Path(path).read_text())
         for record in report["rows"]:
-            key(record), record["ratio"]
+            key(record), record["ratio"]  # raises KeyError if an entry is missing
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected results of `python -m benchmarks`, got another file ({type(error).__name__})."
+            f"{path} does not hold results of `python -m benchmarks` ({type(error).__name__}). Pass a .json"
+            " file that the benchmark has written."
         ) from error
     return report
 
 
 def write(folder: Path, stem: str, report: dict) -> None:
-    """FOLDER/STEM.json and FOLDER/STEM.md."""
+    """Write a report to <folder>/<stem>.json and <folder>/<stem>.md."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(
         folder / f"{stem}.json", (json.dumps(report, indent=1, allow_nan=False, default=str) + "\n").encode()
@@ -154,35 +172,40 @@ def write(folder: Path, stem: str, report: dict) -> None:
     write_atomic(folder / f"{stem}.md", markdown(report).encode())
 
 
-def regressions(old: dict, new: dict) -> list[str]:
-    """One line for every row whose ratio is over 10 % below that of the old results."""
-    before = {key(record): record["ratio"] for record in old["rows"]}
+def regressions(old_report: dict, new_report: dict) -> list[str]:
+    """List the rows whose ratio is more than 10 % below the ratio in the old results, one text for each."""
+    old_ratios = {key(record): record["ratio"] for record in old_report["rows"]}
     return [
-        f"{record['name']} ({record['size']}, {record['device']}): {before[key(record)]:.2f}x before,"
+        f"{record['name']} ({record['size']}, {record['device']}): {old_ratios[key(record)]:.2f}x before,"
         f" {record['ratio']:.2f}x now"
-        for record in new["rows"]
-        if key(record) in before and record["ratio"] < WORSE * before[key(record)]
+        for record in new_report["rows"]
+        if key(record) in old_ratios and record["ratio"] < WORSE * old_ratios[key(record)]
     ]
 
 
 def markdown(report: dict) -> str:
-    """The table, under a line on the machine."""
-    about = report["machine"]
+    """Return a report as Markdown: a line on the machine, the table, and its legend."""
+    machine_info = report["machine"]
     threads = report["threads"]
-    where = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items())
-    lines = [
+    machine_text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in machine_info.items())
+    text_lines = [
         "# Benchmark",
         "",
-        f"{where}; {threads} threads; " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".",
+        f"{machine_text}; {threads} threads; "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + ".",
         "",
     ]
-    missing = [op for op, there in report["compiled_ops"].items() if not there]
-    if missing:
-        lines += [f"Not compiled here, so plain torch: {', '.join(missing)}.", ""]
+    missing_ops = [op for op, is_compiled in report["compiled_ops"].items() if not is_compiled]
+    if missing_ops:
+        text_lines += [f"Not compiled here, so plain torch: {', '.join(missing_ops)}.", ""]
     if report["quick"]:
-        lines += ["Quick run on tiny inputs: it shows that everything works, not how fast it is.", ""]
-    others = sorted({name for record in report["rows"] for name in record.get("others", {})})
-    titles = [
+        text_lines += [
+            "Quick run on tiny inputs: it tests that every row works, but does not measure speed.",
+            "",
+        ]
+    other_columns = sorted({name for record in report["rows"] for name in record.get("others", {})})
+    column_titles = [
         "row",
         "size",
         "device",
@@ -194,44 +217,55 @@ def markdown(report: dict) -> str:
         "gradient error",
         "extra MB (reference)",
     ]
-    titles += ["at least / aim", "met", *(f"{name} s" for name in others)]
-    lines += ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * len(titles)) + " |"]
-    lines += ["| " + " | ".join(_cells(record, others)) + " |" for record in report["rows"]]
-    return "\n".join([*lines, "", *LEGEND, ""])
+    column_titles += ["at least / aim", "met", *(f"{name} s" for name in other_columns)]
+    text_lines += [
+        "| " + " | ".join(column_titles) + " |",
+        "| " + " | ".join(["---"] * len(column_titles)) + " |",
+    ]
+    text_lines += ["| " + " | ".join(_cells(record, other_columns)) + " |" for record in report["rows"]]
+    return "\n".join([*text_lines, "", *LEGEND, ""])
 
 
-def _cells(record: dict, others: list[str]) -> list[str]:
-    """A row's cells: of `others`, the further columns, the medians, or that one could not run."""
+def _cells(record: dict, other_columns: list[str]) -> list[str]:
+    """Return the cells of a row of the table.
 
-    def spread(path: str) -> str:
+    Args:
+        record: record of the row.
+        other_columns: names of the further columns. Their cell is the median of the seconds, "failed" if the
+            measurement failed, or empty if the row has no such measurement.
+    """
+
+    def seconds_text(path: str) -> str:
         return f"{record[f'{path}_s']:.3g} [{record[f'{path}_min_s']:.3g}, {record[f'{path}_max_s']:.3g}]"
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def number_text(value: float | None, number_format: str) -> str:
+        return "" if value is None else format(value, number_format)
 
     target = record["target"]
     memory = (
-        number(record["extra_memory_mb"], ".0f") + f" ({number(record['reference_extra_memory_mb'], '.0f')})"
+        number_text(record["extra_memory_mb"], ".0f")
+        + f" ({number_text(record['reference_extra_memory_mb'], '.0f')})"
     )
+    # The value of a further column is the median of its seconds, or an error message.
+    other_cells = []
+    for name in other_columns:
+        value = record.get("others", {}).get(name, "")
+        if isinstance(value, float):
+            other_cells.append(f"{value:.3g}")
+        else:
+            other_cells.append("failed" if value else "")
     return [
         record["name"],
         record["size"],
         record["device"],
-        spread(REFERENCE),
-        spread(FAST),
+        seconds_text(REFERENCE),
+        seconds_text(FAST),
         f"{record['ratio']:.2f}",
         f"{record['ratio_low']:.2f} to {record['ratio_high']:.2f}",
-        number(record["max_abs_error"], ".1e"),
-        number(record["gradient_error"], ".1e"),
+        number_text(record["max_abs_error"], ".1e"),
+        number_text(record["gradient_error"], ".1e"),
         "" if record["extra_memory_mb"] is None else memory,
         "" if target is None else f"{target['at_least']:g} / {target['aim']:g}",
         {True: "yes", False: "no", None: ""}[record["met"]],
-        *(
-            (
-                f"{value:.3g}"
-                if isinstance(value := record.get("others", {}).get(name, ""), float)
-                else value and "failed"
-            )
-            for name in others
-        ),
+        *other_cells,
     ]

@@ -1,7 +1,8 @@
-"""Networks of the benchmark: the ffhq512-128 configuration with random weights that hold a head-like shape,
-and tiny ones.
+"""Build the networks and inputs of the benchmark.
 
-Letters: N batch, K c_dim (25), C plane channels, R pixels per edge.
+The networks are those of the ffhq512-128 configuration, with random weights that are changed such that the
+density has a head-like shape; and tiny networks for the warm-up.
+Shapes: N batch, L num_ws, W w_dim, K c_dim (25).
 """
 
 import copy
@@ -29,22 +30,24 @@ FULL_FLAGS = (
     "--seed=0",
     "--device=cpu",
 )
-_FADED = 10**7  # images after which the blur and the swapping of cameras have faded
+_FADED = 10**7  # training length in images at which blur and camera swapping have ended
 
 
-def settings(*flags: str) -> Settings:
-    """The resolved settings of `train.py` with these flags."""
+def resolve_settings(*flags: str) -> Settings:
+    """Return the settings of `train.py` with these flags."""
     with GAN.command.make_context("train.py", list(flags)) as context:
         return resolve(context.params)
 
 
 def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
-    """Fresh networks of the full size (512 pixels, rendered at 128), or tiny ones (32 pixels, rendered at 8),
-    and their GAN settings.
+    """Build new networks, and return them with their GAN settings.
+
+    Args: tiny: False: images of 512 pixels, rendered at 128; True: images of 32 pixels, rendered at 8.
     """
     if tiny:
         gan = GanConfig(gamma=1.0, nrr_initial=8)
         G, D = networks_for(NetworkConfig(cbase=256, cmax=8, sr_num_fp16_res=0, d_num_fp16_res=0), 32, gan)
+        # small sizes, since the tiny networks are only for the warm-up
         G["rendering_kwargs"].update(depth_resolution=4, depth_resolution_importance=4)
         G["sr_kwargs"]["block_channels"] = [8, 8]
         G.update(
@@ -58,11 +61,12 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
         torch.manual_seed(0)
         nets = networks.build(G, D, {"name": "tiny", "resolution": 32})
     else:
-        s = settings(*FULL_FLAGS)
-        gan = s.gan
-        nets = open_networks(s, 512)
+        run_settings = resolve_settings(*FULL_FLAGS)
+        gan = run_settings.gan
+        nets = open_networks(run_settings, 512)
     nets.to(device)
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # `shape_as_head` samples a latent
+    # Only the generators get a head-like density; D stays random.
     for module in (nets.G, nets.G_ema):
         shape_as_head(module)
     return nets, gan
@@ -70,62 +74,69 @@ def build(tiny: bool, device: str) -> tuple[networks.Networks, GanConfig]:
 
 @torch.no_grad()
 def shape_as_head(G: TriPlaneGenerator) -> None:
-    """Make the density of an untrained generator cross level 10 on one closed, slightly rough surface about
-    0.6 of the box high.
+    """Change the weights of an untrained generator such that its density has a head-like level set.
 
-    ToRGB is scaled so that planes have unit variance, but for channel 0, which holds a bowl u^2 + v^2 in
-    every plane. Hidden units 0 and 1 of the decoder turn that into a density that falls from about 45 at the
-    centre to about -20 outside; all others read the random planes.
+    The density crosses level 10 on a single closed, slightly rough surface, whose height is about 0.6 of the
+    box. The ToRGB layers are scaled so that the planes have unit variance. Channel 0 of every plane is
+    replaced by a bowl u^2 + v^2. The hidden units 0 and 1 of the decoder map the bowl to a density that falls
+    from about 45 at the centre to about -20 outside. All other units read the random planes.
     """
     device = next(G.parameters()).device
     ws = G.mapping(torch.randn([1, G.z_dim], device=device), torch.zeros([1, G.c_dim], device=device))
-    spread = G.planes(ws, noise_mode="const").std().item()
+    plane_std = G.planes(ws, noise_mode="const").std().item()
     synthesis = G.backbone.synthesis
     for resolution in synthesis.block_resolutions:
         weight = getattr(synthesis, f"b{resolution}").torgb.weight
-        weight /= spread
+        weight /= plane_std
         weight[:: G.plane_channels] = 0
+    # positions of the texels, [plane_resolution]
     steps = torch.linspace(-1, 1, G.plane_resolution, device=device)
     bowl = torch.zeros(3, G.plane_channels, G.plane_resolution, G.plane_resolution, device=device)
     bowl[:, 0] = steps.square() + steps.square()[:, None]
     synthesis.register_forward_hook(lambda module, inputs, planes: planes + bowl.flatten(0, 1))
-    first = G.decoder.net[0]
-    last = G.decoder.net[2]
-    steep = 20.0  # of unit 0 in the bowl, and of the density in unit 0
-    rim = 0.12  # the mean bowl, (3 x^2 + y^2 + 2 z^2)/3 in units of half the box, at the surface
-    first.weight[:2] = 0.0
-    first.weight[:2, 0] = steep / first.weight_gain
-    first.bias[1] = -4.0  # from here on unit 1 takes back what unit 0 adds
-    last.weight[0, 0], last.weight[0, 1] = -steep / last.weight_gain, steep / last.weight_gain
-    last.bias[0] = 10.0 + steep * math.log1p(math.exp(steep * rim))
+    hidden_layer = G.decoder.net[0]
+    output_layer = G.decoder.net[2]
+    slope = 20.0  # slope of hidden unit 0 in the bowl, and of the density in hidden unit 0
+    surface_bowl = (
+        0.12  # mean of the three bowls at the surface, (3 x^2 + y^2 + 2 z^2) / 3 in units of half the box
+    )
+    hidden_layer.weight[:2] = 0.0
+    hidden_layer.weight[:2, 0] = slope / hidden_layer.weight_gain
+    hidden_layer.bias[1] = -4.0  # where unit 1 becomes active, it cancels the increase of unit 0
+    output_layer.weight[0, 0], output_layer.weight[0, 1] = (
+        -slope / output_layer.weight_gain,
+        slope / output_layer.weight_gain,
+    )
+    output_layer.bias[0] = 10.0 + slope * math.log1p(math.exp(slope * surface_bowl))
 
 
-def batch(G: TriPlaneGenerator, device: str, n: int = 1) -> Batch:
-    """Random images, latents and nearly frontal cameras of one training step late in a run."""
-    rng = torch.Generator().manual_seed(1)
-    images = torch.rand([n, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
-    z = torch.randn([n, G.z_dim], generator=rng)
-    real_c = camera(G, yaw=0.2, n=n)
-    gen_c = camera(G, yaw=-0.3, pitch=0.1, n=n)
+def make_batch(G: TriPlaneGenerator, device: str, count: int = 1) -> Batch:
+    """Return random images, latents and nearly frontal cameras for a training step late in a run."""
+    rng = torch.Generator().manual_seed(1)  # on the CPU, so that all devices get the same inputs
+    images = torch.rand([count, 3, G.img_resolution, G.img_resolution], generator=rng) * 2 - 1
+    z = torch.randn([count, G.z_dim], generator=rng)
+    # yaw and pitch in radians from frontal
+    real_c = camera(G, yaw=0.2, n=count)
+    gen_c = camera(G, yaw=-0.3, pitch=0.1, n=count)
     return Batch(images.to(device), real_c.contiguous(), z.to(device), gen_c.contiguous(), cur_nimg=_FADED)
 
 
-def latent(G: TriPlaneGenerator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """ws [1, L, W] of one latent, and a camera [1, K]."""
+def sample_latent(G: TriPlaneGenerator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ws [1, L, W] of a latent, and a camera [1, K]."""
     z = torch.randn([1, G.z_dim], generator=torch.Generator().manual_seed(2)).to(device)
-    c = camera(G, yaw=0.3).contiguous()
+    camera_label = camera(G, yaw=0.3).contiguous()  # a little to the right of the front
     with torch.no_grad():
-        return G.mapping(z, c, truncation_psi=0.7, truncation_cutoff=14), c
+        return G.mapping(z, camera_label, truncation_psi=0.7, truncation_cutoff=14), camera_label
 
 
-def state_of(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
-    """Copies of the modules' states, for `restore`."""
+def copy_states(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Return copies of the modules' states, for `restore_states`."""
     return [copy.deepcopy(module.state_dict()) for module in modules]
 
 
 @torch.no_grad()
-def restore(modules: tuple[torch.nn.Module, ...], states: list[dict[str, torch.Tensor]]) -> None:
-    """Bring modules back to their states, in place, without gradients."""
+def restore_states(modules: tuple[torch.nn.Module, ...], states: list[dict[str, torch.Tensor]]) -> None:
+    """Restore the states of modules in place, and remove their gradients."""
     for module, state in zip(modules, states, strict=True):
         module.load_state_dict(state)
         module.zero_grad(set_to_none=True)

@@ -1,15 +1,16 @@
 """Measure how long training waits for images.
 
-The training process reads them, or workers that read ahead do (train.py --workers).
+The images are read by the training process, or in advance by worker processes (train.py --workers).
 
-    python -m benchmarks.data_loading    512 pixels, batches of 32, iterations of one second; a minute
+    python -m benchmarks.data_loading    512 pixels, batches of 32, iterations of one second; takes a minute
     python -m benchmarks.data_loading --seconds=0.5 --workers=3
 
-A zip of PNGs is read by the loop's reader, against iterations of a stated length: elsewhere, where this
-process sleeps as beside a GPU that computes, and here, where as many matrix products on all of this process's
-threads as take that length alone compete with the workers. What counts is how long the next batch is waited
-for, under 2 % of an iteration; on a CPU the training process then makes floats of it, which is stated apart.
-The files are in the system's cache: disks are not measured.
+The reader of the training loop reads a zip file of PNG images. Between two batches, an iteration of the given
+length is simulated in two ways. In the case "elsewhere" the process sleeps, as if a GPU computed. In the case
+"here" it computes matrix products on all of its threads, which compete with the workers. Without workers, the
+products take the given length. The goal is that the process waits for the next batch less than 2 % of an
+iteration. The time in which it converts the batch to floats, which happens on the CPU, is printed separately.
+The files are in the system's cache, so the speed of the disk is not measured.
 """
 
 import contextlib
@@ -35,17 +36,20 @@ COUNT = click.IntRange(min=1)
 
 
 def write_images(path: Path, resolution: int, count: int) -> int:
-    """Smooth colours with a grain of 3 % into a zip, as hard to decode as photographs. Returns the bytes per
-    image.
+    """Write a zip file of images that are as hard to decode as photographs.
+
+    The images have smooth colours with a noise of 3 %.
+    Returns: the number of bytes per image.
     """
-    random = np.random.RandomState(0)
+    rng = np.random.RandomState(0)  # a fixed seed, so that every call writes the same images
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(count):
-            coarse = PIL.Image.fromarray(random.randint(0, 256, (16, 16, 3), np.uint8))
+            # resized below, which gives smooth colours
+            coarse = PIL.Image.fromarray(rng.randint(0, 256, (16, 16, 3), np.uint8))
             smooth = np.asarray(
                 coarse.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), np.int16
             )
-            pixels = (smooth + random.randint(-4, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+            pixels = (smooth + rng.randint(-4, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
             buffer = io.BytesIO()
             PIL.Image.fromarray(pixels).save(buffer, format="png")
             archive.writestr(f"{i}.png", buffer.getvalue())
@@ -53,51 +57,62 @@ def write_images(path: Path, resolution: int, count: int) -> int:
     return path.stat().st_size // count
 
 
-def computing(seconds: float) -> Callable[[], None]:
-    """As many matrix products as take so long."""
-    x = torch.rand(1024, 1024)
-    count = 0
-    started = time.monotonic()
-    while time.monotonic() < started + 2 * seconds:
-        x @ x
-        count += 1
+def make_computation(seconds: float) -> Callable[[], None]:
+    """Return a function that computes matrix products for about this number of seconds."""
+    matrix = torch.rand(1024, 1024)  # large enough to use all threads
+    product_count = 0
+    start_time = time.monotonic()
+    while time.monotonic() < start_time + 2 * seconds:
+        matrix @ matrix
+        product_count += 1
 
-    def work() -> None:
-        for _ in range(count // 2):
-            x @ x
+    def multiply_matrices() -> None:
+        for _ in range(product_count // 2):
+            matrix @ matrix
 
-    return work
+    return multiply_matrices
 
 
 class Seconds(NamedTuple):
     """Times of one case, in seconds."""
 
-    first: float  # to the first batch
-    waited: float  # for a later batch, in each iteration
-    floats: float  # to make floats of it
-    iteration: float  # the whole of one
+    first: float  # time until the first batch is available
+    waited: float  # mean time of waiting for a later batch
+    floats: float  # mean time of converting a batch to floats
+    iteration: float  # mean time of an iteration
 
 
 def measure(
     dataset: ImageFolderDataset, batch: int, workers: int, iterations: int, work: Callable[[], None]
 ) -> Seconds:
-    """Run so many iterations after a first batch."""
+    """Measure the times of reading batches between iterations of computation.
+
+    Args:
+        dataset: images.
+        batch: images per batch.
+        workers: number of worker processes; 0: this process reads the images.
+        iterations: number of iterations after the first batch.
+        work: function that takes the time of an iteration.
+    """
     with contextlib.closing(read_batches(dataset, iter(InfiniteSampler(dataset)), batch, workers)) as batches:
-        started = time.monotonic()
+        start_time = time.monotonic()
         next(batches)
-        began = time.monotonic()
-        waited = 0.0
-        floats = 0.0
+        loop_start = time.monotonic()
+        waited_seconds = 0.0
+        float_seconds = 0.0
         for _ in range(iterations):
             work()
-            since = time.monotonic()
+            wait_start = time.monotonic()
             images, _ = next(batches)
-            there = time.monotonic()
-            torch.from_numpy(images).to(torch.float32).div_(127.5).sub_(1)  # as training.gan has it
-            waited += there - since
-            floats += time.monotonic() - there
+            batch_time = time.monotonic()
+            torch.from_numpy(images).to(torch.float32).div_(127.5).sub_(
+                1
+            )  # the conversion of training/gan.py
+            waited_seconds += batch_time - wait_start
+            float_seconds += time.monotonic() - batch_time
         return Seconds(
-            began - started, *(total / iterations for total in (waited, floats, time.monotonic() - began))
+            loop_start - start_time,
+            *(total / iterations for total in (waited_seconds, float_seconds, time.monotonic() - loop_start)),
         )
 
 
@@ -107,38 +122,49 @@ def measure(
     metavar="INT",
     type=COUNT,
     default=max(1, min(3, (os.cpu_count() or 1) - 1)),
-    show_default="a core less, at most 3",
+    show_default="number of cores - 1, at most 3",
+    help="Number of worker processes that read images in advance.",
 )
 @option(
     "--seconds",
     metavar="SECONDS",
     type=click.FloatRange(min=0.01),
     default=1.0,
-    help="Of an iteration without images.",
+    help="Duration of an iteration without the reading of images.",
 )
-@option("--iterations", metavar="INT", type=COUNT, default=8, help="That are timed, in each case.")
-@option("--batch", metavar="INT", type=COUNT, default=32, help="Images per iteration.")
-@option("--resolution", metavar="PIXELS", type=click.IntRange(min=16), default=512, help="Of the images.")
-@option("--images", metavar="INT", type=COUNT, default=128, help="In the zip.")
+@option(
+    "--iterations",
+    metavar="INT",
+    type=COUNT,
+    default=8,
+    help="Number of iterations that are timed in each case.",
+)
+@option("--batch", metavar="INT", type=COUNT, default=32, help="Number of images per iteration.")
+@option(
+    "--resolution", metavar="PIXELS", type=click.IntRange(min=16), default=512, help="Edge of the images."
+)
+@option("--images", metavar="INT", type=COUNT, default=128, help="Number of images in the zip file.")
 def main(workers: int, seconds: float, iterations: int, batch: int, resolution: int, images: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.zip"
-        size = write_images(path, resolution, images)
+        bytes_per_image = write_images(path, resolution, images)
         dataset = ImageFolderDataset(path, use_labels=False).without_memory()
-        threads = torch.get_num_threads()
+        threads = torch.get_num_threads()  # printed, since the matrix products use all of them
         click.echo(
-            f"{batch} images of {resolution} pixels ({size / 1e3:.0f} kB) an iteration of {seconds:g} s,"
-            f" {threads} threads"
+            f"{batch} images of {resolution} pixels ({bytes_per_image / 1e3:.0f} kB) an iteration of"
+            f" {seconds:g} s, {threads} threads"
         )
-        for name, work in (("elsewhere", lambda: time.sleep(seconds)), ("here", computing(seconds))):
-            for count in (0, workers):
-                s = measure(dataset, batch, count, iterations, work)
-                share = (
-                    f"waits {1e3 * s.waited:7.2f} ms of {s.iteration:6.3f} s: {s.waited / s.iteration:7.3%}"
+        for name, work in (("elsewhere", lambda: time.sleep(seconds)), ("here", make_computation(seconds))):
+            # 0: the training process reads the images itself
+            for worker_count in (0, workers):
+                times = measure(dataset, batch, worker_count, iterations, work)
+                waiting_text = (
+                    f"waits {1e3 * times.waited:7.2f} ms of {times.iteration:6.3f} s:"
+                    f" {times.waited / times.iteration:7.3%}"
                 )
                 click.echo(
-                    f"{name:10s} {count} workers  {share}; floats {1e3 * s.floats:.0f} ms; first batch after"
-                    f" {s.first:.2f} s"
+                    f"{name:10s} {worker_count} workers  {waiting_text}; floats {1e3 * times.floats:.0f} ms;"
+                    f" first batch after {times.first:.2f} s"
                 )
 
 

@@ -1,6 +1,6 @@
-"""Write a folder of meshes on which mesh validation is measured.
+"""Write a folder of meshes with which the speed of mesh validation is measured.
 
-They are bumpy spheres of about so many triangles each, some with holes, floaters or walls inside.
+The meshes are bumpy spheres, of which some have a hole, a floater or an inner wall.
 
 Example:
     python benchmarks/mesh_validation_set.py runs/mesh-set --count=500 &&
@@ -18,37 +18,52 @@ DEFECTS = ("none", "hole", "floater", "inner wall")
 KINDS = (".glb", ".ply", ".obj")
 
 
-def mesh(number: int, triangles: int):
-    """Mesh `number` of the set, with the defect of its number."""
+def make_mesh(number: int, triangles: int):
+    """Make a mesh of the set.
+
+    Args:
+        number: number of the mesh, which determines its random shape and its defect.
+        triangles: approximate number of triangles.
+    """
     import trimesh
 
-    rng = np.random.default_rng(number)
-    rows = round((triangles / 4) ** 0.5)
-    body = trimesh.creation.uv_sphere(radius=0.5, count=(rows, 2 * rows))
-    waves = sum(np.sin(body.vertices @ rng.normal(scale=12, size=3) + rng.uniform(0, 6)) for _ in range(4))
-    body.vertices *= (1 + 0.02 * waves)[:, None]
+    rng = np.random.default_rng(number)  # the shape depends on the number alone
+    # A sphere of r rows and 2 r columns has about 4 r^2 triangles.
+    row_count = round((triangles / 4) ** 0.5)
+    sphere = trimesh.creation.uv_sphere(radius=0.5, count=(row_count, 2 * row_count))
+    bumps = sum(np.sin(sphere.vertices @ rng.normal(scale=12, size=3) + rng.uniform(0, 6)) for _ in range(4))
+    sphere.vertices *= (1 + 0.02 * bumps)[:, None]
+    # The defects alternate with the number.
     defect = DEFECTS[number % len(DEFECTS)]
     if defect == "hole":
-        body.update_faces(
-            np.linalg.norm(body.triangles_center - body.vertices[rng.integers(len(body.vertices))], axis=1)
+        sphere.update_faces(
+            np.linalg.norm(
+                sphere.triangles_center - sphere.vertices[rng.integers(len(sphere.vertices))], axis=1
+            )
             > 0.12
         )
-    ball = trimesh.creation.icosphere(subdivisions=3, radius=0.05 if defect == "floater" else 0.25)
+    small_ball = trimesh.creation.icosphere(subdivisions=3, radius=0.05 if defect == "floater" else 0.25)
     if defect == "floater":
-        ball.apply_translation(0.7 * body.vertices[0] / np.linalg.norm(body.vertices[0]))
-    return trimesh.util.concatenate([body, ball]) if defect in ("floater", "inner wall") else body
+        small_ball.apply_translation(0.7 * sphere.vertices[0] / np.linalg.norm(sphere.vertices[0]))
+    return trimesh.util.concatenate([sphere, small_ball]) if defect in ("floater", "inner wall") else sphere
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--count", default=500, show_default=True)
-@click.option("--triangles", default=20_000, show_default=True, help="Of each mesh, about.")
+@click.option("--count", default=500, show_default=True, help="Number of meshes.")
+@click.option(
+    "--triangles", default=20_000, show_default=True, help="Approximate number of triangles of each mesh."
+)
 def main(folder: Path, count: int, triangles: int) -> None:
-    """Write COUNT meshes into FOLDER, a third each as GLB, PLY and OBJ, for two generators in turn."""
+    """Write COUNT meshes into FOLDER, in equal parts as GLB, PLY and OBJ.
+
+    The meshes are written alternately for two generators, "first" and "second".
+    """
     for number in tqdm(range(count), desc="written", unit="file"):
+        # The generator changes after every two meshes, the file type after every mesh.
         path = folder / ("first", "second")[number // 2 % 2] / f"{number:04d}{KINDS[number % len(KINDS)]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        mesh(number, triangles).export(path)
+        make_mesh(number, triangles).export(path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Define the rows of the benchmark: name, target, two paths of computation, and the check that they agree.
+"""Define what a row of the benchmark is: two paths of computation, a target, and the check that they agree.
 
-The reference is what EG3D's own code does on a CPU: everything inside `implementation("ref")`, or a function
-of the row's own. The fast path is what the project's users get. Both start from the same tensors and the same
-seed.
+The reference path computes as EG3D's own code does on a CPU: the ops run inside `implementation("ref")`, or
+the row has its own function. The fast path is the project's default. Both paths start from the same tensors
+and the same seed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ PATHS = (REFERENCE, FAST)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Results of one path, by name; gradients are compared relative to the largest of them all."""
+    """Results of one path: outputs and gradients by name."""
 
     outputs: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
@@ -30,25 +30,25 @@ class Agreement:
     """Differences between two outcomes."""
 
     max_abs_error: float  # over all outputs
-    relative_error: float  # the same, each output relative to its own largest value or 1
+    relative_error: float  # largest error of an output, relative to max(1, largest value of this output)
     gradient_error: float | None = None  # relative to the largest gradient; None without gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """The two paths of a row, on inputs that are already there."""
+    """The two paths of a row, with their inputs."""
 
     fast: Callable[[], Outcome]
-    reference: Callable[[], Outcome] | None = None  # None: `fast` inside implementation("ref")
-    # back to the starting state; before every call, outside the clock
+    reference: Callable[[], Outcome] | None = None  # None: `fast` is run inside implementation("ref")
+    # restores the initial state; called before every call of a path, and not timed
     prepare: Callable[[], None] = lambda: None
-    # (fast, reference); None: tensor by tensor
+    # compares the outcomes of the fast and the reference path; None: each tensor is compared by `compare`
     compare: Callable[[Outcome, Outcome], Agreement] | None = None
-    # further columns of --torch-compile
+    # functions of further columns, which --torch-compile adds, by the column's name
     others: dict[str, Callable[[], Outcome]] = dataclasses.field(default_factory=dict)
 
     def call(self, path: str) -> Outcome:
-        """Run "reference", "fast" or one of `others`."""
+        """Run a path, "reference" or "fast", or the function of a further column."""
         if path == FAST:
             return self.fast()
         if path != REFERENCE:
@@ -61,12 +61,16 @@ class Case:
 class Target:
     """Targets of a row on a CPU with two threads."""
 
-    at_least: float  # ratio
-    aim: float
+    at_least: float  # least ratio, time of the reference / time of the fast path
+    aim: float  # desired ratio
     memory_mb_below: float | None = None  # extra memory of the fast path
 
     def met(self, ratio: float, memory_mb: float | None) -> bool | None:
-        """Return True if both limits hold, None if the memory has a limit and was not measured."""
+        """Return True if the ratio and the memory are within their limits, else False.
+
+        Return None if the ratio is within its limit, but the memory, which has a limit, was not measured.
+        """
+        # Without a limit of the memory, the ratio alone decides.
         if ratio < self.at_least or self.memory_mb_below is None:
             return ratio >= self.at_least
         return None if memory_mb is None else memory_mb < self.memory_mb_below
@@ -74,19 +78,19 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table."""
+    """Row of the table, with the functions that measure it."""
 
     name: str
     size: str  # "full" (ffhq512-128) or "bundled"
-    # (device, tiny): tiny inputs warm up libraries, and stand for the row in a quick run
+    # makes the case from (device, tiny); tiny inputs are for the warm-up and for quick runs
     make: Callable[[str, bool], Case]
-    seconds: float  # rough time of one reference pass on two threads; plans repeats and time left
-    # the reference is too long for a pass of its own: its memory is taken in its first timed round
+    seconds: float  # rough duration of one call of the reference on two threads
+    # True: the memory of the reference is measured in its first timed round, to save another long call
     meter_in_round: bool = False
     target: Target | None = None
-    tolerance: float = 1e-5  # relative_error above which the paths disagree
-    gradient_tolerance: float = 1e-4
-    # parts of the networks run in half precision on a GPU, whose rounding both paths show
+    tolerance: float = 1e-5  # largest relative_error with which the paths agree
+    gradient_tolerance: float = 1e-4  # largest gradient_error with which the paths agree
+    # True: parts of the networks run in half precision on a GPU, so that the tolerances must be larger there
     half_on_cuda: bool = False
 
     def tolerances(self, device: str) -> tuple[float, float]:
@@ -95,75 +99,109 @@ class Row:
         return max(self.tolerance, coarse), max(self.gradient_tolerance, coarse)
 
     def seconds_on(self, device: str) -> float:
-        """Return `seconds`, or a rough estimate of it on a GPU."""
+        """Return a rough duration of one call of the reference on a device, in seconds."""
+        # A GPU is assumed to be 50 times as fast.
         return self.seconds / 50 if device == "cuda" else self.seconds
 
 
 class DisagreementError(ValueError):
-    """The two paths of a row computed different things: its times mean nothing."""
+    """The two paths of a row compute different results, so that their times cannot be compared."""
 
 
 def compare(fast: Outcome, reference: Outcome) -> Agreement:
-    """Compute the largest differences, tensor by tensor; NaN on one side alone counts as infinite.
+    """Compute the largest differences between the tensors of two outcomes.
 
-    Raises: DisagreementError for other names or shapes.
+    The difference is infinite where only one of the tensors is NaN.
+    Raises: DisagreementError if the names or the shapes of the tensors differ.
     """
-    absolute = 0.0
-    relative = 0.0
-    for a, b in _pairs(fast.outputs, reference.outputs):
-        error = _difference(a, b)
-        largest = _largest(b)
-        absolute = max(absolute, error)
-        relative = max(relative, error / max(largest, 1.0))
-    gradients = [(_difference(a, b), _largest(b)) for a, b in _pairs(fast.gradients, reference.gradients)]
+    largest_absolute = 0.0
+    largest_relative = 0.0
+    for fast_tensor, reference_tensor in _matching_tensors(fast.outputs, reference.outputs):
+        error = _difference(fast_tensor, reference_tensor)
+        largest_value = _largest(reference_tensor)
+        largest_absolute = max(largest_absolute, error)
+        # an output below 1 is compared absolutely
+        largest_relative = max(largest_relative, error / max(largest_value, 1.0))
+    # All gradients are compared relative to the largest gradient of the outcome.
+    gradients = [
+        (_difference(fast_tensor, reference_tensor), _largest(reference_tensor))
+        for fast_tensor, reference_tensor in _matching_tensors(fast.gradients, reference.gradients)
+    ]
     if not gradients:
-        return Agreement(max_abs_error=absolute, relative_error=relative)
-    scale = max(largest for _, largest in gradients)
-    worst = max(error for error, _ in gradients)
-    gradient_error = worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
-    return Agreement(max_abs_error=absolute, relative_error=relative, gradient_error=gradient_error)
+        return Agreement(max_abs_error=largest_absolute, relative_error=largest_relative)
+    largest_gradient = max(largest_value for _, largest_value in gradients)
+    largest_error = max(error for error, _ in gradients)
+    gradient_error = (
+        largest_error / largest_gradient
+        if largest_gradient > 0
+        else (0.0 if largest_error == 0 else float("inf"))
+    )
+    return Agreement(
+        max_abs_error=largest_absolute, relative_error=largest_relative, gradient_error=gradient_error
+    )
 
 
 def check(agreement: Agreement, tolerance: float, gradient_tolerance: float) -> None:
     """Raise DisagreementError if the differences exceed the tolerances."""
+    # "not <=" is used instead of ">", so that NaN is a disagreement, too.
     if not agreement.relative_error <= tolerance:
         raise DisagreementError(
-            f"expected outputs within {tolerance:g} of the reference, relative to the largest, got"
-            f" {agreement.relative_error:.2g} (largest absolute error {agreement.max_abs_error:.2g})"
+            f"the relative error of the outputs is {agreement.relative_error:.2g} (largest absolute error"
+            f" {agreement.max_abs_error:.2g}), which exceeds the tolerance {tolerance:g}"
         )
     if agreement.gradient_error is not None and not agreement.gradient_error <= gradient_tolerance:
         raise DisagreementError(
-            f"expected gradients within {gradient_tolerance:g} of the reference, relative to the largest"
-            f" gradient, got {agreement.gradient_error:.2g}"
+            "the error of the gradients, relative to the largest gradient, is"
+            f" {agreement.gradient_error:.2g},"
+            f" which exceeds the tolerance {gradient_tolerance:g}"
         )
 
 
-def _pairs(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]):
-    if first.keys() != second.keys():
-        raise DisagreementError(f"expected {sorted(second)} from both paths, got {sorted(first)}")
-    for name, b in second.items():
-        a = first[name]
-        if a.shape != b.shape:
-            raise DisagreementError(f"expected {name} of shape {list(b.shape)}, got {list(a.shape)}")
-        yield a.detach(), b.detach()
+def _matching_tensors(fast_tensors: dict[str, torch.Tensor], reference_tensors: dict[str, torch.Tensor]):
+    """Yield the tensors of the same name from both dictionaries, detached.
+
+    Raises: DisagreementError if names or shapes differ.
+    """
+    if fast_tensors.keys() != reference_tensors.keys():
+        raise DisagreementError(
+            f"the reference returns the tensors {sorted(reference_tensors)}, but the fast path returns"
+            f" {sorted(fast_tensors)}"
+        )
+    for name, reference_tensor in reference_tensors.items():
+        fast_tensor = fast_tensors[name]
+        if fast_tensor.shape != reference_tensor.shape:
+            raise DisagreementError(
+                f"{name} has the shape {list(reference_tensor.shape)} in the reference, but"
+                f" {list(fast_tensor.shape)} in the fast path"
+            )
+        yield fast_tensor.detach(), reference_tensor.detach()
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.numel() == 0:
+def _difference(first_tensor: torch.Tensor, second_tensor: torch.Tensor) -> float:
+    """Return the largest absolute difference of two tensors of equal shape, 0 for empty ones."""
+    if first_tensor.numel() == 0:
         return 0.0
-    difference = (a.double() - b.double()).abs()
-    difference = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, difference)  # equal infinities, too
+    difference = (first_tensor.double() - second_tensor.double()).abs()  # in float64, which adds no rounding
+    difference = torch.where(
+        (first_tensor == second_tensor) | (first_tensor.isnan() & second_tensor.isnan()), 0.0, difference
+    )  # inf - inf is NaN, but equal infinities have the difference 0
     return torch.nan_to_num(difference, nan=float("inf"), posinf=float("inf")).max().item()
 
 
-def _largest(b: torch.Tensor) -> float:
-    finite = b[b.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+def _largest(tensor: torch.Tensor) -> float:
+    """Return the largest absolute finite value of a tensor, 0 if it has none."""
+    finite_values = tensor[tensor.isfinite()]
+    return finite_values.abs().max().item() if finite_values.numel() else 0.0
 
 
 def all_rows() -> list[Row]:
     """Return all rows of the table, in the order in which they run."""
-    from benchmarks import rows_field, rows_ops, rows_phases, rows_tuning  # here: they import this module
+    from benchmarks import (
+        rows_field,
+        rows_ops,
+        rows_phases,
+        rows_tuning,
+    )  # imported here, since they import this module
 
     rows = [row for module in (rows_field, rows_tuning, rows_phases, rows_ops) for row in module.ROWS]
     assert len({(row.name, row.size) for row in rows}) == len(rows), "two rows of one name and size"

@@ -1,7 +1,7 @@
-"""Rows: what is asked of a field. The reward's slab and whole cubes of density, checked meshes, and
-renderings, without gradients but for the slab's.
+"""Rows of the benchmark that measure the density field: slabs, cubes, meshes and renderings.
 
-Letters: N batch, K planes, C channels, J hidden units, P points, D, H, W = grid points along z, y, x.
+Only the rows of the reward's slab also measure the backward pass.
+Shapes: L num_ws, W w_dim, P points, D, H, W grid points along z, y, x.
 """
 
 import functools
@@ -24,18 +24,20 @@ from training.fullhead import sample_tri_grid
 from training.rendering.renderer import generate_planes
 from training.triplane import TriPlaneGenerator
 
-POINTS_AT_ONCE = 10**7  # as EG3D decodes them
-LAYOUTS = {"eg3d": "", "fixed": ", fixed layout"}  # of the planes, and what it adds to a row's name
-WITHIN = 1e-4  # world units by which vertices of both meshes may lie apart: a twentieth of a grid step at 512
+POINTS_AT_ONCE = 10**7  # points per call of the decoder, as in EG3D
+LAYOUTS = {"eg3d": "", "fixed": ", fixed layout"}  # layout of the planes -> suffix of the row's name
+# largest distance between the vertices of both meshes in world units, a twentieth of a grid step at 512^3
+WITHIN = 1e-4
 
-# Measured on the full renderer: 6e-5 in the features, 1.6e-4 in the depth, on a few of 16 thousand rays; 1e-7
-# and 4e-7 on average. It is float32: from the same rendering in float64 the reference's features are 1.4e-4
-# off, the fast path's 1.3e-4.
+# Tolerance of renderings. The measured differences of the full renderer are 6e-5 in the features and 1.6e-4
+# in the depth for a few of 16 thousand rays, and 1e-7 and 4e-7 on average. The cause is the rounding of
+# float32: compared with a rendering in float64, the features differ by 1.4e-4 in the reference and by 1.3e-4
+# in the fast path.
 FEW_RAYS = 5e-4
 
-# The decoder that gives an untrained generator a closed surface takes the difference of two terms of up to
-# 800: what rounds away there is 1e-5 of the density's own range, from planes that agree within 2e-6. The rows
-# that start from the same planes keep the default, 1e-5.
+# Tolerance of densities from a latent. `configurations.shape_as_head` makes the density a difference of two
+# terms of up to 800, whose rounding is 1e-5 of the density's range, while the planes agree within 2e-6. Rows
+# that start from the same planes have the default tolerance, 1e-5.
 _FROM_LATENT = 5e-5
 
 
@@ -46,18 +48,18 @@ class PlaneSize:
     plane: int  # texels per side
     channels: int
     hidden: int
-    outputs: int  # density and colour features
+    outputs: int  # number of outputs of the decoder: the density and the colour features
     spec: SlabSpec
 
 
 TINY = PlaneSize(plane=8, channels=4, hidden=8, outputs=5, spec=SlabSpec.cube(8))
 
 
-def _sizes(full: SlabSpec, bundled: SlabSpec) -> dict[str, PlaneSize]:
-    """Planes and decoder of both configurations, on these grids."""
+def _sizes(full_grid: SlabSpec, bundled_grid: SlabSpec) -> dict[str, PlaneSize]:
+    """Return the sizes of both configurations, with these grids."""
     return {
-        "full": PlaneSize(plane=256, channels=32, hidden=64, outputs=33, spec=full),
-        "bundled": PlaneSize(plane=64, channels=16, hidden=64, outputs=17, spec=bundled),
+        "full": PlaneSize(plane=256, channels=32, hidden=64, outputs=33, spec=full_grid),
+        "bundled": PlaneSize(plane=64, channels=16, hidden=64, outputs=17, spec=bundled_grid),
     }
 
 
@@ -66,12 +68,10 @@ CUBE = _sizes(SlabSpec.cube(256), SlabSpec.cube(64))
 
 
 class PlaneField:
-    """Leaves (planes N(0, 1) and the decoder's four tensors), and the two paths from them to sigma_raw
-    [1, D, H, W].
-    """
+    """Random planes and decoder weights, and two paths from them to the density sigma_raw [1, D, H, W]."""
 
     def __init__(self, size: PlaneSize, layout: str, device: str):
-        rng = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=rng) * scale).to(device).requires_grad_()
@@ -86,27 +86,36 @@ class PlaneField:
         self.cotangent = torch.randn((1, *size.spec.shape), generator=rng).to(device)
 
     def separable(self) -> torch.Tensor:
-        """The fast path."""
+        """Compute the density by the fast path, which uses that the grid is a product of three axes."""
         weights = DecoderWeights(self.w0, self.b0, self.w1[0], self.b1[0])
         return sigma_from_planes(self.planes, self.axes, weights, self.spec, impl="separable")
 
     def pointwise(self) -> torch.Tensor:
-        """The reference: three look-ups, their mean, a hidden layer and all outputs at every point, as EG3D's
-        decoder gives them.
+        """Compute the density by the reference path.
+
+        At every point, the features of three planes are read and averaged, and the decoder computes the
+        hidden layer and all outputs, as in EG3D.
         """
         points = self.spec.points().to(self.planes).reshape(-1, 3)
-        # a view would keep all outputs
-        parts = [self._decode(part)[0].contiguous() for part in points.split(POINTS_AT_ONCE)]
-        return torch.cat(parts, dim=1).view(1, *self.spec.shape)
+        # A copy of the density, since a view would keep the memory of all outputs.
+        sigma_parts = [
+            self._decode(points_part)[0].contiguous() for points_part in points.split(POINTS_AT_ONCE)
+        ]
+        return torch.cat(sigma_parts, dim=1).view(1, *self.spec.shape)
 
     def _decode(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """sigma_raw [1, P] and colour features [1, P, outputs - 1]."""
+        """Return sigma_raw [1, P] and the colour features [1, P, outputs - 1] at points [P, 3]."""
         features = plane_features(self.planes, self.axes, points, 1.0).transpose(1, 2)
-        out = F.linear(F.softplus(F.linear(features, self.w0, self.b0)), self.w1, self.b1)
-        return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
+        outputs = F.linear(F.softplus(F.linear(features, self.w0, self.b0)), self.w1, self.b1)
+        # the scaling of the colour features in EG3D's OSGDecoder
+        return outputs[..., 0], torch.sigmoid(outputs[..., 1:]) * 1.002 - 0.001
 
     def gradients(self, sigma: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gradients of planes, hidden layer and density row under a random cotangent."""
+        """Return the gradients of the planes, the hidden layer and the density's weights.
+
+        The gradient of sigma is a fixed random tensor. Of the output layer, only the density's row is
+        compared.
+        """
         planes, w0, b0, w1, b1 = torch.autograd.grad(
             sigma, [self.planes, self.w0, self.b0, self.w1, self.b1], self.cotangent
         )
@@ -114,22 +123,27 @@ class PlaneField:
 
 
 def from_planes(device: str, tiny: bool, size: str, cube: bool, train: bool, layout: str = "eg3d") -> Case:
-    """Density on a grid from planes that are already there, the same for both paths; the reference decodes
-    all outputs at every point.
-    """
-    planes = TINY if tiny else (CUBE if cube else SLAB)[size]
-    field = TriGrid(planes, device) if layout == "panohead" else PlaneField(planes, layout, device)
+    """Make the case of the density on a grid, from planes that both paths share.
 
-    def run(path) -> Outcome:
+    Args:
+        size: "full" or "bundled".
+        cube: True: a grid over the whole cube; False: the reward's slab.
+        train: True: forward and backward; False: forward only.
+        layout: layout of the planes.
+    """
+    plane_size = TINY if tiny else (CUBE if cube else SLAB)[size]
+    field = TriGrid(plane_size, device) if layout == "panohead" else PlaneField(plane_size, layout, device)
+
+    def run(compute_density) -> Outcome:
         with torch.set_grad_enabled(train):
-            sigma = path()
+            sigma = compute_density()
         return Outcome({"sigma": sigma.detach()}, field.gradients(sigma) if train else {})
 
     return Case(fast=lambda: run(field.separable), reference=lambda: run(field.pointwise))
 
 
 def _generator(device: str, tiny: bool, size: str) -> TriPlaneGenerator:
-    """G in eval mode."""
+    """Return a generator in eval mode: the bundled one, or one of full or tiny size with random weights."""
     return (
         load_generator(None, device).generator.module
         if size == "bundled" and not tiny
@@ -138,11 +152,12 @@ def _generator(device: str, tiny: bool, size: str) -> TriPlaneGenerator:
 
 
 def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
-    """From ws to the grid. One synthesis; EG3D's own code takes one more for every further ten million
-    points.
+    """Make the case of the density on a grid, from ws.
+
+    Both paths synthesise the planes once. EG3D's own code repeats this for every ten million points.
     """
     G = _generator(device, tiny, size)
-    ws, _ = configurations.latent(G, device)
+    ws, _ = configurations.sample_latent(G, device)
     spec = TINY.spec if tiny else (CUBE if cube else SLAB)[size].spec
 
     def run() -> Outcome:
@@ -153,14 +168,17 @@ def from_latent(device: str, tiny: bool, size: str, cube: bool) -> Case:
 
 
 def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
-    """From a latent to a checked mesh of `resolution` points per edge.
+    """Make the case of a mesh, from a latent.
 
-    Fast: everything that eg3d-rlhf samples mesh does but colours and writing. Reference: every grid point
-    decoded, marching cubes on the whole volume, and the same choice of the largest part, normals and checks;
-    so the checks count on both sides, although EG3D has none.
+    The fast path does the same as `eg3d-rlhf samples mesh`, without colours and writing. The reference
+    decodes every grid point and applies marching cubes to the volume. Then it selects the largest part,
+    computes normals and checks the mesh as the fast path does. The time of the checks is thus part of both
+    paths, although EG3D has no such checks.
+
+    Args: resolution: grid points per edge.
     """
     G = _generator(device, tiny, size)
-    ws, _ = configurations.latent(G, device)
+    ws, _ = configurations.sample_latent(G, device)
     options = MeshOptions(resolution=24 if tiny else resolution, colors=False)
 
     def outcome(mesh: Mesh) -> Outcome:
@@ -175,11 +193,11 @@ def mesh_case(device: str, tiny: bool, size: str, resolution: int) -> Case:
 
 @torch.no_grad()
 def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions) -> Mesh:
-    """The whole volume, then what `export_mesh` does with a surface."""
+    """Extract a mesh from the density at every grid point, and process it as `export_mesh` does."""
     field = of(G).field(ws)
     spec = SlabSpec.of(field.bounds, options.resolution)
-    vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)
-    faces_before = len(faces)
+    vertices, faces = extract_mesh(field.density_grid(spec)[0], spec, field.level)  # [0]: the only shape
+    faces_before = len(faces)  # before small parts are removed
     vertices, faces, components = largest_part(vertices, faces)
     mesh = Mesh(vertices, faces, vertex_normals(vertices, faces))
     check_mesh(mesh, field, options, faces_before, components)
@@ -187,46 +205,60 @@ def _export_pointwise(G: torch.nn.Module, ws: torch.Tensor, options: MeshOptions
 
 
 def compare_meshes(fast: Outcome, reference: Outcome) -> Agreement:
-    """Largest distance, in world units, from a vertex of one mesh to the nearest of the other; the order of
-    vertices does not matter.
+    """Return as error the largest distance from a vertex of one mesh to the nearest vertex of the other.
+
+    The distance is in world units. The order of the vertices does not matter. It is infinite if only one mesh
+    has vertices, or none.
     """
-    a, b = (outcome.outputs["vertices"].numpy() for outcome in (fast, reference))
-    apart = max(cKDTree(b).query(a)[0].max(), cKDTree(a).query(b)[0].max()) if min(len(a), len(b)) else np.inf
-    return Agreement(max_abs_error=float(apart), relative_error=float(apart))
+    fast_vertices, reference_vertices = (outcome.outputs["vertices"].numpy() for outcome in (fast, reference))
+    largest_distance = (
+        max(
+            cKDTree(reference_vertices).query(fast_vertices)[0].max(),
+            cKDTree(fast_vertices).query(reference_vertices)[0].max(),
+        )
+        if min(len(fast_vertices), len(reference_vertices))
+        else np.inf
+    )
+    return Agreement(max_abs_error=float(largest_distance), relative_error=float(largest_distance))
 
 
 def rendering(device: str, tiny: bool, size: str, full_image: bool) -> Case:
-    """Compare rendering: planes and rays to features, depth and opacity, in a coarse and a fine pass.
+    """Make the case of a rendering.
 
-    With `full_image`, compare the whole way from latent and camera to the image.
+    Args: full_image: True: from latent and camera to the image; False: from planes and rays to features,
+        depth and opacity, in a coarse and a fine pass.
     """
     G = _generator(device, tiny, size)
     resolution = G.neural_rendering_resolution if size == "bundled" or tiny else 128  # pixels per edge
-    ws, c = configurations.latent(G, device)
+    ws, camera_label = configurations.sample_latent(G, device)
+    # the latent of `configurations.sample_latent`
     z = torch.randn([1, G.z_dim], generator=torch.Generator().manual_seed(2)).to(device)
     with torch.no_grad():
         planes = G.planes(ws, noise_mode="const")
         origins, directions = G.ray_sampler(
-            c[:, :16].reshape(-1, 4, 4), c[:, 16:].reshape(-1, 3, 3), resolution
+            camera_label[:, :16].reshape(-1, 4, 4), camera_label[:, 16:].reshape(-1, 3, 3), resolution
         )
 
     @torch.no_grad()
     def run() -> Outcome:
         if full_image:
             images = G.synthesis(
-                G.mapping(z, c), c, neural_rendering_resolution=resolution, noise_mode="const"
+                G.mapping(z, camera_label),
+                camera_label,
+                neural_rendering_resolution=resolution,
+                noise_mode="const",
             )
             return Outcome({name: images[name] for name in ("image", "image_raw")})
         features, depth, opacity = G.renderer(planes, G.decoder, origins, directions, G.rendering_kwargs)
-        # what a ray misses has no depth
+        # The depth of rays that hit nothing is not defined, so it is weighted by the opacity.
         return Outcome({"features": features, "depth times opacity": depth * opacity, "opacity": opacity})
 
     return Case(fast=run)
 
 
 def _rows(size: str) -> list[Row]:
-    """Those that both sizes have."""
-    full = size == "full"
+    """Return the rows that both sizes have."""
+    is_full = size == "full"
     part = functools.partial
 
     def row(name: str, make, seconds: float, target: Target | None = None, **kwargs) -> Row:
@@ -234,19 +266,21 @@ def _rows(size: str) -> list[Row]:
             name=name,
             size=size,
             make=part(make, size=size),
-            seconds=seconds if full else 0.05,
-            target=target if full else None,
+            # a rough duration for the bundled size, whose rows have no targets
+            seconds=seconds if is_full else 0.05,
+            target=target if is_full else None,
             **kwargs,
         )
 
+    # Both layouts of the planes have a row; only the first one has a target.
     def slab(name: str, seconds: float, train: bool, target: Target) -> list[Row]:
         make = part(from_planes, cube=False, train=train)
         return [
-            row(name + more, part(make, layout=k), seconds, None if more else target)
-            for k, more in LAYOUTS.items()
+            row(name + layout_suffix, part(make, layout=layout), seconds, None if layout_suffix else target)
+            for layout, layout_suffix in LAYOUTS.items()
         ]
 
-    cube = "cube 256^3" if full else "cube 64^3"
+    cube_name = "cube 256^3" if is_full else "cube 64^3"
     return [
         *slab("slab forward, from planes", 4.5, False, Target(at_least=15, aim=25)),
         *slab(
@@ -263,17 +297,17 @@ def _rows(size: str) -> list[Row]:
             tolerance=_FROM_LATENT,
         ),
         row(
-            f"{cube}, from planes",
+            f"{cube_name}, from planes",
             part(from_planes, cube=True, train=False),
             30,
             Target(at_least=20, aim=40),
-            meter_in_round=full,
+            meter_in_round=is_full,
         ),
         row(
-            f"{cube}, from a latent",
+            f"{cube_name}, from a latent",
             part(from_latent, cube=True),
             42,
-            meter_in_round=full,
+            meter_in_round=is_full,
             tolerance=_FROM_LATENT,
         ),
         row(
@@ -289,7 +323,7 @@ def _rows(size: str) -> list[Row]:
             6,
             Target(at_least=3, aim=4),
             tolerance=FEW_RAYS,
-            half_on_cuda=full,
+            half_on_cuda=is_full,
         ),
     ]
 
@@ -316,43 +350,43 @@ ROWS = [
 ]
 
 
-# The density of full heads on grids: a tri-grid is read from its D slices; the reference decodes every point,
-# density alone.
+# The density of full-head generators (PanoHead) on grids. Their planes are tri-grids, which have several
+# slices along their third axis. The reference decodes the density at every point.
 
-SLICES = 3  # D
-_POINTS_AT_ONCE = 1 << 16  # as the families read points
+SLICES = 3  # number of slices of a tri-grid
+_POINTS_AT_ONCE = 1 << 16  # points per call of the decoder
 
 
 class TriGrid(PlaneField):
-    """Leaves (slices N(0, 1) and the decoder's density row), and the two paths from them to sigma_raw
-    [1, D, H, W].
-    """
+    """Random tri-grids and decoder weights, and two paths from them to the density sigma_raw [1, D, H, W]."""
 
     def __init__(self, size: PlaneSize, device: str):
         super().__init__(size, "panohead", device)
         rng = torch.Generator().manual_seed(1)
         shape = (1, 3, size.channels, SLICES, size.plane, size.plane)
         self.planes = torch.randn(shape, generator=rng).to(device).requires_grad_()
-        self.orders = [tuple(int(i) for i in rows.argmax(dim=1)) for rows in self.axes]
+        self.orders = [tuple(int(axis) for axis in rows.argmax(dim=1)) for rows in self.axes]
 
     @property
     def weights(self) -> DecoderWeights:
-        """The density row."""
+        """Return the weights of the decoder that the density depends on."""
         return DecoderWeights(self.w0, self.b0, self.w1[0], self.b1[0])
 
     def separable(self) -> torch.Tensor:
-        """From slices."""
+        """Compute the density by the fast path, from the slices of the tri-grids."""
         axes = [axis * 2 for axis in self.spec.axes()]
         return tri_grid_density(self.planes, self.orders, self.weights, axes).permute(0, 3, 2, 1)
 
     def pointwise(self) -> torch.Tensor:
-        """Three trilinear reads, their mean, the hidden layer and the density row at every point."""
+        """Compute the density by the reference path, which reads the features of every point trilinearly."""
         points = self.spec.points().to(self.planes).reshape(1, -1, 3)
-        return torch.cat([self._density(part) for part in points.split(_POINTS_AT_ONCE, dim=1)], dim=1).view(
-            1, *self.spec.shape
-        )
+        return torch.cat(
+            [self._density(points_part) for points_part in points.split(_POINTS_AT_ONCE, dim=1)], dim=1
+        ).view(1, *self.spec.shape)
 
     def _density(self, points: torch.Tensor) -> torch.Tensor:
+        """Return the density [1, P] at points [1, P, 3]."""
+        # mean over the three planes
         features = sample_tri_grid(self.axes, self.planes, points, 1.0).mean(dim=1)
         weights = self.weights
         hidden = F.softplus(F.linear(features, weights.w0, weights.b0))
@@ -362,6 +396,7 @@ class TriGrid(PlaneField):
 def _tri_grid_row(
     name: str, size: str, seconds: float, target: Target | None, cube: bool = False, train: bool = False
 ) -> Row:
+    """Return a row of the density of tri-grids on a grid, see `from_planes`."""
     make = functools.partial(from_planes, size=size, cube=cube, train=train, layout="panohead")
     return Row(name=name, size=size, make=make, seconds=seconds, target=target)
 

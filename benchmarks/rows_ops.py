@@ -1,7 +1,7 @@
-"""Rows: the ops alone, at the shapes of the full-size configuration, forward and forward + backward.
+"""Rows of the benchmark that measure single ops, at the shapes of the full-size configuration.
 
-Each op is called as `call(impl, *tensors)`, so that the further columns of --torch-compile can be made from
-the same function.
+Each op is called as call_op(impl, *inputs), so that the further columns of --torch-compile use the same
+function.
 """
 
 import functools
@@ -24,84 +24,115 @@ Call = Callable[..., tuple[torch.Tensor, ...]]  # (impl, *tensors) -> outputs
 def op_case(
     device: str,
     tiny: bool,
-    make: Callable[[Callable, bool], tuple[Call, list[torch.Tensor], int]],
+    make_inputs: Callable[[Callable, bool], tuple[Call, list[torch.Tensor], int]],
     train: bool,
     compile_torch: Callable[[str, bool], bool] = lambda device, train: True,
 ) -> Case:
-    """Both implementations on the same tensors.
+    """Make the case of an op: both implementations with the same inputs.
 
     Args:
-        make: (normal, tiny) -> the call, its tensors, and how many of these, from the first on, take
-            gradients; normal(*shape) draws N(0, 1) on the device.
-        compile_torch: (device, train) -> whether the torch path is a straight line there; torch.compile
-            unrolls a loop over many pieces, and needs longer for that than anyone would wait.
+        device: device of the inputs.
+        tiny: True: tiny inputs.
+        make_inputs: function of (normal, tiny) that returns the call of the op, its inputs, and the number of
+            inputs, from the first one on, that have gradients. normal(*shape) samples N(0, 1) on the device.
+        train: True: forward and backward; False: forward only.
+        compile_torch: function of (device, train) that returns True if torch.compile can compile the plain
+            torch implementation in reasonable time. Long loops are unrolled, which takes too long.
     """
-    rng = torch.Generator().manual_seed(0)
-    call, tensors, leaves = make(lambda *shape: torch.randn(shape, generator=rng).to(device), tiny)
-    tensors = [t.requires_grad_(train and i < leaves) for i, t in enumerate(tensors)]
+    rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
+    call_op, inputs, differentiable_count = make_inputs(
+        lambda *shape: torch.randn(shape, generator=rng).to(device), tiny
+    )
+    inputs = [
+        tensor.requires_grad_(train and index < differentiable_count) for index, tensor in enumerate(inputs)
+    ]
     with torch.no_grad():
-        cotangents = [torch.randn(out.shape, generator=rng).to(out) for out in call("ref", *tensors)]
+        # random gradients of the outputs
+        cotangents = [
+            torch.randn(output.shape, generator=rng).to(output) for output in call_op("ref", *inputs)
+        ]
 
     def run(function: Callable[..., tuple[torch.Tensor, ...]]) -> Outcome:
         if not train:
             with torch.no_grad():
-                return Outcome({f"output {i}": out for i, out in enumerate(function(*tensors))})
-        outputs = function(*tensors)
-        gradients = torch.autograd.grad(outputs, tensors[:leaves], cotangents)
+                return Outcome({f"output {index}": output for index, output in enumerate(function(*inputs))})
+        outputs = function(*inputs)
+        gradients = torch.autograd.grad(outputs, inputs[:differentiable_count], cotangents)
         return Outcome(
-            {f"output {i}": out.detach() for i, out in enumerate(outputs)},
-            {f"input {i}": gradient for i, gradient in enumerate(gradients)},
+            {f"output {index}": output.detach() for index, output in enumerate(outputs)},
+            {f"input {index}": gradient for index, gradient in enumerate(gradients)},
         )
 
     @functools.cache
     def compiled(impl: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-        return torch.compile(part(call, impl), dynamic=False)
+        return torch.compile(part(call_op, impl), dynamic=False)
 
-    others = {"torch": lambda: run(part(call, "torch")), "compiled_reference": lambda: run(compiled("ref"))}
+    other_columns = {
+        "torch": lambda: run(part(call_op, "torch")),
+        "compiled_reference": lambda: run(compiled("ref")),
+    }
     if compile_torch(device, train):
-        others["compiled_torch"] = lambda: run(compiled("torch"))
+        other_columns["compiled_torch"] = lambda: run(compiled("torch"))
     return Case(
-        reference=lambda: run(part(call, "ref")),
-        fast=lambda: run(part(call, "auto")),
-        others=others,
+        reference=lambda: run(part(call_op, "ref")),
+        fast=lambda: run(part(call_op, "auto")),
+        others=other_columns,
     )
 
 
+# Each of the following functions returns the call of an op, its inputs, and the number of inputs with
+# gradients, see `op_case`.
+
+
 def _bias_act(normal, tiny: bool):
-    """The activation after the backbone's last convolution."""
-    c, r = (4, 9) if tiny else (128, 256)
+    """Return the activation after the backbone's last convolution."""
+    channels, resolution = (4, 9) if tiny else (128, 256)
     return (
         lambda impl, x, b: (bias_act(x, b, act="lrelu", clamp=256, impl=impl),),
-        [normal(1, c, r, r), normal(c)],
+        [normal(1, channels, resolution, resolution), normal(channels)],
         2,
     )
 
 
 def _upfirdn2d(normal, tiny: bool, channels: int, side: int, **resampling):
-    """One of the two ways in which images meet the low-pass filter."""
-    c, r = (4, 8 + side % 2) if tiny else (channels, side)
-    x = normal(1, c, r, r)
-    f = setup_filter([1, 3, 3, 1], device=x.device)
-    return lambda impl, x: (upfirdn2d(x, f, gain=4, impl=impl, **resampling),), [x], 1
+    """Return a low-pass filter with resampling, as the generator applies it to images.
+
+    Args: channels, side: channels and pixels per edge of the input; resampling: arguments of `upfirdn2d`.
+    """
+    channel_count, r = (4, 8 + side % 2) if tiny else (channels, side)
+    x = normal(1, channel_count, r, r)
+    low_pass_filter = setup_filter([1, 3, 3, 1], device=x.device)
+    return lambda impl, x: (upfirdn2d(x, low_pass_filter, gain=4, impl=impl, **resampling),), [x], 1
 
 
 def _slab_density(normal, tiny: bool):
-    """The published slab from the two maps of released checkpoints."""
-    j, (x, y, z) = (4, (5, 6, 7)) if tiny else (64, (128, 141, 129))
-    tensors = [normal(x, j, y, 1), normal(x, j, 1, z), normal(j) / j**0.5, normal(1)[0]]
+    """Return the density of the published slab, from two feature maps as in released checkpoints."""
+    hidden, (x, y, z) = (4, (5, 6, 7)) if tiny else (64, (128, 141, 129))
+    tensors = [normal(x, hidden, y, 1), normal(x, hidden, 1, z), normal(hidden) / hidden**0.5, normal(1)[0]]
     return lambda impl, xy, xz, w, b: (slab_density([xy, xz], w, b, (x, y, z), impl=impl),), tensors, 4
 
 
 def _triplane_decode(normal, tiny: bool, colors: int):
-    """The coarse pass of a rendering: 128 x 128 rays through the box with 48 samples each, planes of 256
-    texels.
+    """Return the decoder in the coarse pass of a rendering.
+
+    The pass has 128 x 128 rays with 48 samples, and planes of 256 texels per edge.
+    Args: colors: number of colour features; 0: only the density is computed.
     """
-    c, r, rays, samples, j = (4, 8, 4, 3, 8) if tiny else (32, 256, 128, 48, 64)
-    planes = normal(1, 3, c, r, r)
-    side, along = (torch.linspace(-0.5, 0.5, n, device=planes.device) for n in (rays, samples))
-    y, x, z = torch.meshgrid(side, side, along, indexing="ij")
+    channels, r, rays, samples, hidden = (4, 8, 4, 3, 8) if tiny else (32, 256, 128, 48, 64)
+    planes = normal(1, 3, channels, r, r)
+    ray_positions, sample_positions = (
+        torch.linspace(-0.5, 0.5, n, device=planes.device) for n in (rays, samples)
+    )
+    y, x, z = torch.meshgrid(ray_positions, ray_positions, sample_positions, indexing="ij")
+    # [1, P, 3]
     points = torch.stack([x, y, z + normal(*z.shape) * 0.01], dim=-1).reshape(1, -1, 3)
-    weights = [normal(j, c) / c**0.5, normal(j), normal(1 + colors, j) / j**0.5, normal(1 + colors)]
+    # decoder weights with a scale that keeps the variance of the activations
+    weights = [
+        normal(hidden, channels) / channels**0.5,
+        normal(hidden),
+        normal(1 + colors, hidden) / hidden**0.5,
+        normal(1 + colors),
+    ]
 
     def call(impl: str, planes, w0, b0, w1, b1, points):
         features, sigma = triplane_decode(planes, EG3D_PAIRS, points, 1.0, (w0, b0, w1, b1), impl=impl)
@@ -111,16 +142,18 @@ def _triplane_decode(normal, tiny: bool, colors: int):
 
 
 def _depths(normal, tiny: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending depths [B, S] of a coarse pass through the box, and as many about the middle in any order."""
-    b, s = (5, 4) if tiny else (128 * 128, 48)
-    middle = 2.7 + 0.05 * normal(b, s)
-    coarse = torch.linspace(2.25, 3.3, s, device=middle.device) + 0.01 * normal(b, s)
-    return coarse.sort(dim=-1).values, middle
+    """Return ascending coarse depths, and unsorted fine depths near the centre, [rays, samples] each."""
+    ray_count, sample_count = (5, 4) if tiny else (128 * 128, 48)
+    fine_depths = 2.7 + 0.05 * normal(ray_count, sample_count)
+    coarse = torch.linspace(2.25, 3.3, sample_count, device=fine_depths.device) + 0.01 * normal(
+        ray_count, sample_count
+    )
+    return coarse.sort(dim=-1).values, fine_depths
 
 
 def _ray_march(normal, tiny: bool):
-    """The final march of a rendering: 128 x 128 rays, 48 + 48 samples."""
-    depths = torch.cat(_depths(normal, tiny), dim=-1)
+    """Return the final ray marching of a rendering: 128 x 128 rays, 48 + 48 samples."""
+    depths = torch.cat(_depths(normal, tiny), dim=-1)  # [rays, 2 samples]
     return (
         lambda impl, densities, depths: ray_march(densities, depths, impl=impl),
         [2 * normal(*depths.shape), depths],
@@ -129,9 +162,10 @@ def _ray_march(normal, tiny: bool):
 
 
 def _importance_depths(normal, tiny: bool):
-    """48 fine depths from 48 coarse samples on each of 128 x 128 rays."""
-    depths, other = _depths(normal, tiny)
-    u = torch.special.ndtr(normal(*other.shape)).clamp(0, 1 - 1e-6)
+    """Return the importance sampling of 48 fine depths from 48 coarse samples on 128 x 128 rays."""
+    depths, fine_depths = _depths(normal, tiny)
+    # uniform in [0, 1), [rays, samples]
+    u = torch.special.ndtr(normal(*fine_depths.shape)).clamp(0, 1 - 1e-6)
     return (
         lambda impl, densities, depths, u: (importance_depths(densities, depths, u, impl=impl),),
         [2 * normal(*u.shape), depths, u],
@@ -139,24 +173,29 @@ def _importance_depths(normal, tiny: bool):
     )
 
 
-def _one_piece(device: str, train: bool) -> bool:
+def _compiles_in_reasonable_time(device: str, train: bool) -> bool:
+    """Return True if the plain torch implementation has no loop over many pieces that would be unrolled."""
     return train or device == "cuda"
 
 
-def _rows(name: str, make, seconds: float, train: bool = True, **kwargs) -> list[Row]:
+def _rows(name: str, make_inputs, seconds: float, has_backward: bool = True, **kwargs) -> list[Row]:
+    """Return the rows of an op: forward, and forward + backward if the op has a backward pass.
+
+    Args: seconds: rough duration of the reference's forward pass.
+    """
     return [
         Row(
             name=f"op {name}, {'forward + backward' if backward else 'forward'}",
             size="full",
-            make=part(op_case, make=make, train=backward, **kwargs),
+            make=part(op_case, make_inputs=make_inputs, train=backward, **kwargs),
             seconds=seconds * (3 if backward else 1),
         )
-        for backward in ((False, True) if train else (False,))
+        for backward in ((False, True) if has_backward else (False,))
     ]
 
 
-# The tri-plane image on its way from 128 to 256 texels, 2x per axis; the low-pass filter after a transposed
-# convolution.
+# Enlarging: the tri-plane image is resampled from 128 to 256 texels. Smoothing: the low-pass filter after a
+# transposed convolution.
 _ENLARGE = part(_upfirdn2d, channels=96, side=128, up=2, padding=(2, 1, 2, 1))
 _SMOOTH = part(_upfirdn2d, channels=128, side=257, padding=1)
 ROWS = [
@@ -164,8 +203,15 @@ ROWS = [
     *_rows("upfirdn2d, enlarging", _ENLARGE, 0.1),
     *_rows("upfirdn2d, smoothing", _SMOOTH, 0.1),
     *_rows("slab_density", _slab_density, 0.8, compile_torch=lambda device, train: device == "cuda"),
-    *_rows("triplane_decode", part(_triplane_decode, colors=32), 0.9, compile_torch=_one_piece),
-    *_rows("triplane_decode, density only", part(_triplane_decode, colors=0), 0.6, compile_torch=_one_piece),
+    *_rows(
+        "triplane_decode", part(_triplane_decode, colors=32), 0.9, compile_torch=_compiles_in_reasonable_time
+    ),
+    *_rows(
+        "triplane_decode, density only",
+        part(_triplane_decode, colors=0),
+        0.6,
+        compile_torch=_compiles_in_reasonable_time,
+    ),
     *_rows("ray_march", _ray_march, 0.1),
-    *_rows("importance_depths", _importance_depths, 0.1, train=False),
+    *_rows("importance_depths", _importance_depths, 0.1, has_backward=False),
 ]

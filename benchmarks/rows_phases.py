@@ -1,6 +1,4 @@
-"""Rows: phases of training, forward and backward, as the loop runs them; one whole iteration of reward
-fine-tuning; and attribution.
-"""
+"""Rows of the benchmark that measure phases of training, iterations of reward tuning, and attribution."""
 
 import copy
 import functools
@@ -32,74 +30,101 @@ from training.gan_phases import GanPhases
 from training.loop import TrainingLoop
 from training.phases import lazy_adam
 
-# `make demo` on a smaller dataset
+# flags of `make demo`, with a smaller dataset
 DEMO = ("--reward=sigma", "--lambda-r=10", "--data=synthetic:people64@n=64", "--device=cpu")
-# Adam's first steps are signs of gradients: rounding turns some, and later phases of the iteration see that
-_BOTH_PATHS_STEP = 1e-3
+# Tolerance of an iteration with optimiser steps. Adam's first steps are nearly the signs of the gradients, so
+# rounding can invert them where a gradient is almost 0, which changes the results of later phases.
+_TOLERANCE_AFTER_STEP = 1e-3
 
-# On images that round differently a unit of D may fall on the other side of its leaky ReLU's zero. One at 16
-# x 16 pixels moved its bias's gradient by 4.7e-3 of the largest; gradients behind it agreed within 5e-7. The
-# reference had such a unit against float64, too (1.3e-4).
-_ONE_UNIT = 5e-3
+# Tolerance of D's gradients. The images of both paths are rounded differently, so that a unit of D may be on
+# the other side of the zero of its leaky ReLU. Such a unit at 16 x 16 pixels once changed the gradient of its
+# bias by 4.7e-3 of the largest gradient, while the gradients of later layers agreed within 5e-7. The
+# reference has such a unit as well, compared with float64 (1.3e-4).
+_UNIT_AT_ZERO_TOLERANCE = 5e-3
 
 
-def phase(device: str, tiny: bool, name: str) -> Case:
-    """One phase of EG3D's game with batch 1: losses and gradients of all parameters of the network that it
-    trains.
+def training_phase(device: str, tiny: bool, name: str) -> Case:
+    """Make the case of a phase of EG3D's training with batch 1.
+
+    Compared are the losses and the gradients of all parameters of the network that the phase trains.
+    Args: name: name of the method of `GanPhases`.
     """
     nets, gan = configurations.build(tiny, device)
-    terms = GanPhases(nets.G, nets.D, gan)
-    batch = configurations.batch(nets.G, device)
-    both = (nets.G, nets.D)
+    gan_phases = GanPhases(nets.G, nets.D, gan)
+    training_batch = configurations.make_batch(nets.G, device)
+    # A phase changes the state of both networks, for example their gradients, which `prepare` restores.
+    modules = (nets.G, nets.D)
     module = nets.G if name.startswith("g_") else nets.D
-    losses = getattr(terms, name)
-    states = configurations.state_of(*both)
+    losses = getattr(gan_phases, name)
+    states = configurations.copy_states(*modules)
 
     def run() -> Outcome:
         outputs = {}
+        # As in the training loop, only the network that the phase trains needs gradients.
         module.requires_grad_(True)
-        for i, loss in enumerate(losses(batch)):
+        # A phase may have several losses, whose gradients are added.
+        for index, loss in enumerate(losses(training_batch)):
             loss.value.mean().backward()
-            outputs[f"loss {i}"] = loss.value.detach()
+            outputs[f"loss {index}"] = loss.value.detach()
         module.requires_grad_(False)
-        return Outcome(outputs, {n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+        return Outcome(
+            outputs,
+            {
+                name: parameter.grad
+                for name, parameter in module.named_parameters()
+                if parameter.grad is not None
+            },
+        )
 
-    return Case(fast=run, prepare=lambda: configurations.restore(both, states))
+    return Case(fast=run, prepare=lambda: configurations.restore_states(modules, states))
 
 
 def rlhf_iteration(device: str, tiny: bool) -> Case:
-    """`TrainingLoop.step` with Gmain, Greg, Dmain, Dreg and Grlhf all due: bundled networks and reward, the
-    batch of `make demo`.
+    """Make the case of an iteration of reward tuning, `TrainingLoop.step`, in which all phases run.
+
+    The phases are Gmain, Greg, Dmain, Dreg and the reward's. Networks and reward are the bundled ones; the
+    batch is that of `make demo`.
     """
-    s = configurations.settings(*DEMO, *(["--batch=4"] if tiny else []))
-    n = s.loop.batch
-    dataset = gan_run.open_dataset(s)
-    nets = gan_run.open_networks(s, dataset.resolution).to(device)
-    terms = RewardTerms(nets.G, nets.G_ema, load_reward(s.reward.reward_ckpt, device), s.reward.terms)
+    run_settings = configurations.resolve_settings(*DEMO, *(["--batch=4"] if tiny else []))
+    batch_size = run_settings.loop.batch
+    dataset = gan_run.open_dataset(run_settings)
+    nets = gan_run.open_networks(run_settings, dataset.resolution).to(device)
+    reward_terms = RewardTerms(
+        nets.G, nets.G_ema, load_reward(run_settings.reward.reward_ckpt, device), run_settings.reward.terms
+    )
     phases = [
-        *GanPhases(nets.G, nets.D, s.gan).phases(),
-        reward_phase(terms, lazy_adam(nets.G, s.reward.rlr)),
+        *GanPhases(nets.G, nets.D, run_settings.gan).phases(),
+        reward_phase(reward_terms, lazy_adam(nets.G, run_settings.reward.rlr)),
     ]
-    gan = Gan(nets, dataset, s.gan, s.loop)
-    # as tuning/gan/reward_run.py makes it; `step` writes nothing
-    loop = TrainingLoop(gan, phases, s.loop, Run(Path(tempfile.gettempdir()), {}))
-    modules = (gan.nets.G, gan.nets.D, gan.nets.G_ema, *(p.state for p in loop.phases if p.state is not None))
+    gan = Gan(nets, dataset, run_settings.gan, run_settings.loop)
+    # made as in tuning/gan/reward_run.py; the folder is not used, since `step` writes nothing
+    loop = TrainingLoop(gan, phases, run_settings.loop, Run(Path(tempfile.gettempdir()), {}))
+    modules = (
+        gan.nets.G,
+        gan.nets.D,
+        gan.nets.G_ema,
+        *(phase.state for phase in loop.phases if phase.state is not None),
+    )
     images = (
         torch.rand(
-            [n, 3, gan.dataset.resolution, gan.dataset.resolution], generator=torch.Generator().manual_seed(1)
+            [batch_size, 3, gan.dataset.resolution, gan.dataset.resolution],
+            generator=torch.Generator().manual_seed(1),
         )
         * 2
         - 1
     )
-    labels = torch.stack([torch.from_numpy(gan.dataset.get_label(i)) for i in range(n)])
-    gan._fetched = images.to(device), labels.to(device)  # what its data reader would have brought
-    loop.step()  # an iteration in the midst of a run: Adam has its moments
-    states = configurations.state_of(*modules)
+    labels = torch.stack(
+        [torch.from_numpy(gan.dataset.get_label(image_index)) for image_index in range(batch_size)]
+    )
+    gan._fetched = images.to(device), labels.to(device)  # in place of a batch that the data reader has read
+    loop.step()  # one iteration, so that Adam has moments, as later in a run
+    states = configurations.copy_states(*modules)
     optimizers = {id(phase.optimizer): phase.optimizer for phase in loop.phases}.values()
+    # Adam's moments before the timed iteration
     moments = [copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers]
 
     def prepare() -> None:
-        configurations.restore(modules, states)
+        configurations.restore_states(modules, states)
         for optimizer, state in zip(optimizers, moments, strict=True):
             optimizer.load_state_dict(state)
         loop.cur_nimg = 0
@@ -120,8 +145,9 @@ def rlhf_iteration(device: str, tiny: bool) -> Case:
 
 
 def paper_reward(device: str, tiny: bool) -> tuple[RewardModel, SlabSpec, torch.Tensor]:
-    """The published reward network with random weights, frozen, the slab that it reads, and two smooth random
-    ones [2, 1, D, H, W].
+    """Return the published reward network with frozen random weights, the grid of its slabs, and two slabs.
+
+    The slabs are smooth random values, [2, 1, D, H, W].
     """
     torch.manual_seed(0)
     network = (
@@ -131,6 +157,7 @@ def paper_reward(device: str, tiny: bool) -> tuple[RewardModel, SlabSpec, torch.
         .requires_grad_(False)
     )
     spec = SlabSpec(resolution=64) if tiny else SlabSpec()
+    # The slabs are smooth, since they are interpolated from 9^3 random values.
     coarse = torch.rand([2, 1, 9, 9, 9], generator=torch.Generator().manual_seed(0)) * 100
     return (
         network,
@@ -140,7 +167,7 @@ def paper_reward(device: str, tiny: bool) -> tuple[RewardModel, SlabSpec, torch.
 
 
 def reward_network(device: str, tiny: bool) -> Case:
-    """Score of one slab and its gradient."""
+    """Make the case of the reward network: the score of a slab, and its gradient with respect to the slab."""
     network, _, slabs = paper_reward(device, tiny)
     slab = slabs[:1].clone().requires_grad_()
 
@@ -152,44 +179,51 @@ def reward_network(device: str, tiny: bool) -> Case:
 
 
 def reward_training(device: str, tiny: bool) -> Case:
-    """One pair of slabs through the published method's losses: their terms and the gradients of all
-    parameters.
+    """Make the case of a training step of the reward on a pair of slabs, with the published losses.
+
+    Compared are the terms of the loss and the gradients of all parameters.
     """
     network, _, slabs = paper_reward(device, tiny)
     network.requires_grad_(True).train()
+    # The pair consists of the slabs 0 (preferred) and 1 (rejected).
     loss, better, worse = (
         PreferenceLoss(PRESETS["paper"].train["weights"]),
         *torch.tensor([[0], [1]], device=device),
     )
 
     def run() -> Outcome:
-        out = network(slabs, reconstruct=True)
-        given = {
+        network_output = network(slabs, reconstruct=True)
+        loss_inputs = {
             "pair_logits": network.pair_logits,
             "observed": slabs,
             "epoch": 0,
             "generator": torch.Generator(),
         }
-        terms = loss(out, better, worse, **given)
+        terms = loss(network_output, better, worse, **loss_inputs)
         torch.stack(list(terms.values())).sum().backward()
-        gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-        return Outcome({n: v.detach() for n, v in terms.items()}, gradients)
+        gradients = {
+            name: parameter.grad
+            for name, parameter in network.named_parameters()
+            if parameter.grad is not None
+        }
+        return Outcome({name: term.detach() for name, term in terms.items()}, gradients)
 
     return Case(fast=run, prepare=lambda: network.zero_grad(set_to_none=True))
 
 
 def published_iteration(device: str, tiny: bool) -> Case:
-    """The reward phase as `RewardTerms.losses` has it, with batch 1:
-    losses and gradients of G's parameters.
+    """Make the case of the reward phase of the published method with batch 1, see `RewardTerms.losses`.
+
+    Compared are the score, the density-consistency distance, and the gradients of G's parameters.
     """
     nets, _ = configurations.build(tiny, device)
     network, spec, _ = paper_reward(device, tiny)
     config = RewardConfig()
     slab = SigmaSlab(spec)
-    batch = configurations.batch(nets.G, device)
+    batch = configurations.make_batch(nets.G, device)
     nets.G.requires_grad_(True)
     generator = of(nets.G)
-    reference = of(nets.G_ema)
+    reference = of(nets.G_ema)  # stands for the frozen generator before tuning
     cube = SlabSpec.of(generator.bounds, 16 if tiny else config.consistency_resolution)
 
     def density(generator: Generator, z: torch.Tensor) -> torch.Tensor:
@@ -204,56 +238,62 @@ def published_iteration(device: str, tiny: bool) -> Case:
         )
         score = network.score(slab.observe(generator.field(ws)))
         (-config.lambda_r * score.clamp(*clip_range(config.reward_clip))).mean().backward()
-        z = torch.randn_like(batch.gen_z)
+        z = torch.randn_like(batch.gen_z)  # latents of the density-consistency term
         with torch.no_grad():
-            before = density(reference, z)
-        distance = density_l1(density(generator, z), before)
+            reference_density = density(reference, z)
+        distance = density_l1(density(generator, z), reference_density)
         (config.lambda_sigma * distance).mean().backward()
-        gradients = {n: p.grad for n, p in nets.G.named_parameters() if p.grad is not None}
+        gradients = {
+            name: parameter.grad
+            for name, parameter in nets.G.named_parameters()
+            if parameter.grad is not None
+        }
         return Outcome({"score": score.detach(), "distance": distance.detach()}, gradients)
 
     return Case(fast=run, prepare=lambda: nets.G.zero_grad(set_to_none=True))
 
 
 def coalitions(device: str, tiny: bool) -> Case:
-    """Marginal contributions along one order of 12 regions: coalitions, which exact Shapley values need
-    2^regions times.
+    """Make the case of the marginal contributions of 12 regions along one order.
 
-    Reference: captum's ShapleyValueSampling with a feature mask along one order of the regions. It masks the
-    whole slab for each coalition and calls the reward's own `score`, one slab at a time; before that, captum
-    walks through the mask voxel by voxel in Python. Fast: `CoalitionValues` on the same coalitions. Both
-    evaluate the original slab and one more for each region, so the ratio is that of one evaluation among the
-    4096 that exact values of 12 regions take; captum's own exact ShapleyValues would walk through all 12!
-    orders.
+    The reference is captum's ShapleyValueSampling with a feature mask and one order of the regions. It first
+    reads the mask voxel by voxel in Python. Then it composes the slab of each coalition with the mask, and
+    scores one slab at a time. The fast path is `CoalitionValues` with the same coalitions. Both paths
+    evaluate the original slab, and one slab for each region. Exact Shapley values of 12 regions need 2^12 =
+    4096 such evaluations; captum's exact ShapleyValues would use all 12! orders.
     """
     from captum.attr import ShapleyValueSampling
 
     reward, spec, slabs = paper_reward(device, tiny)
     z, y, x = (
-        torch.arange(n, device=device) * parts // n for n, parts in zip(spec.shape, (2, 3, 2), strict=True)
+        torch.arange(size, device=device) * part_count // size
+        for size, part_count in zip(spec.shape, (2, 3, 2), strict=True)
     )
     labels = (z[:, None, None] * 3 + y[:, None]) * 2 + x
     regions = 12
     original, tuned = slabs
-    order = np.random.default_rng(0).permutation(regions)
+    order = np.random.default_rng(0).permutation(regions)  # the order in which the regions join
 
     def reference() -> Outcome:
         method = ShapleyValueSampling(reward.score)
-        # the order of the fast path
+        # captum uses the same order as the fast path
         method.permutation_generator = lambda features, samples: [order.tolist()]
         with torch.no_grad():
             attributions = method.attribute(
                 tuned[None], baselines=original[None], feature_mask=labels[None, None], n_samples=1
             )
-        first = torch.tensor(
-            [int((labels.flatten() == i).nonzero()[0]) if (labels == i).any() else -1 for i in range(regions)]
+        first_voxels = torch.tensor(
+            [
+                int((labels.flatten() == region).nonzero()[0]) if (labels == region).any() else -1
+                for region in range(regions)
+            ]
         )
-        # captum writes a region's value to its voxels
-        values = torch.where(first >= 0, attributions.flatten().cpu()[first.clamp_min(0)], 0.0)
+        # captum assigns the value of a region to each of its voxels, so the first voxel is read
+        values = torch.where(first_voxels >= 0, attributions.flatten().cpu()[first_voxels.clamp_min(0)], 0.0)
         return Outcome({"marginal contributions": values.float()})
 
     def fast() -> Outcome:
-        # slabs that are mixed at once
+        # 2: slabs in a batch
         values = CoalitionValues(reward.score, original, tuned, labels, regions, 2)
         return Outcome(
             {"marginal contributions": torch.from_numpy(marginals(values, order[None])[0]).float()}
@@ -263,9 +303,10 @@ def coalitions(device: str, tiny: bool) -> Case:
 
 
 def _row(name: str, function: str, seconds: float, target: Target | None = None) -> Row:
-    make = functools.partial(phase, name=function)
-    # D is shown images that differ by as much
-    seen = {"g_main": FEW_RAYS, "d_main": _ONE_UNIT}.get(function, 1e-4)
+    """Return the row of a training phase. Args: function: name of the method of `GanPhases`."""
+    make = functools.partial(training_phase, name=function)
+    # larger tolerances where the images of both paths differ, see the comments of these constants
+    gradient_tolerance = {"g_main": FEW_RAYS, "d_main": _UNIT_AT_ZERO_TOLERANCE}.get(function, 1e-4)
     return Row(
         name=name,
         size="full",
@@ -273,7 +314,7 @@ def _row(name: str, function: str, seconds: float, target: Target | None = None)
         seconds=seconds,
         target=target,
         tolerance=1e-4,
-        gradient_tolerance=seen,
+        gradient_tolerance=gradient_tolerance,
         half_on_cuda=True,
     )
 
@@ -290,7 +331,7 @@ ROWS = [
         make=rlhf_iteration,
         seconds=12,
         target=Target(at_least=2.5, aim=3),
-        tolerance=_BOTH_PATHS_STEP,
+        tolerance=_TOLERANCE_AFTER_STEP,
     ),
     _full_row(
         name="reward network, forward + backward to the slab",

@@ -1,7 +1,6 @@
-"""Rows: score distillation's test problem with and without a reward on meshes, four orthographic views of
-voxels, and updates of flows.
+"""Rows of the benchmark that measure score distillation, renders of voxels, and updates of flows.
 
-Letters: A assets, N voxels per edge.
+Shapes: A assets, N voxels per edge.
 """
 
 import copy
@@ -36,47 +35,50 @@ from training.distributed import SINGLE
 
 ASSETS = 32
 VIEWS = 4
-# steps at which the mesh reward is timed; a weight that moves nothing and is not left out
-_FROM = 40
-_STEPS = 20
+_FROM = 40  # first of the timed distillation steps
+_STEPS = 20  # number of timed distillation steps
+# weight of the mesh reward: so small that it changes nothing, but not 0, with which the reward would not run
 _NO_WEIGHT = 1e-25
-# of TRELLIS's flows with random weights: channels of a latent; of CLIP's text; channels per head
-CHANNELS = 8
-TOKENS = 77
-EMBEDDING = 768
-HEAD = 64
+# sizes of TRELLIS's flows
+CHANNELS = 8  # channels of a latent
+TOKENS = 77  # text tokens of CLIP
+EMBEDDING = 768  # channels of a text token
+HEAD = 64  # channels of an attention head
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """Sizes of the measured flow; the defaults are those of TRELLIS text-large."""
 
-    stage: str
-    voxels: int = 8000  # of each latent of the second stage
-    blocks: int = 24
-    width: int = 1024  # a multiple of HEAD
-    grid: int = 0  # points per axis of the latent; 0: 16 of the first stage, 64 of the second
+    stage: str  # "structure" (first stage) or "latent" (second stage)
+    voxels: int = 8000  # number of voxels of each latent of the second stage
+    blocks: int = 24  # number of transformer blocks
+    width: int = 1024  # channels of a block, a multiple of HEAD
+    grid: int = 0  # points per axis of the latent; 0: 16 for the first stage, 64 for the second
     device: str = "cpu"
 
     @property
     def points(self) -> int:
+        """Return the number of points per axis of the latent."""
         return self.grid or (16 if self.stage == "structure" else 64)
 
 
 class RandomConditions:
-    """As much of a pipeline as an update asks for: tokens by name."""
+    """Stand-in for a pipeline that only returns random conditioning tokens, which an update needs."""
 
     def conditions(self, names, stage: str) -> torch.Tensor:
+        """Return random tokens for each name, [number of names, TOKENS, EMBEDDING]."""
+        # The i-th name gets the tokens of seed i, so that repeated calls return the same.
         return torch.stack(
             [
-                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(i))
-                for i in range(len(names))
+                torch.randn(TOKENS, EMBEDDING, generator=torch.Generator().manual_seed(name_index))
+                for name_index in range(len(names))
             ]
         )
 
 
 def build_stage(size: Size) -> FlowStage:
-    """The flow with random weights, on its device."""
+    """Build a stage whose flow has random weights, on the device of `size`."""
     common: dict[str, Any] = dict(
         resolution=size.points,
         in_channels=CHANNELS,
@@ -89,6 +91,7 @@ def build_stage(size: Size) -> FlowStage:
         use_checkpoint=True,
     )
     with torch.device(size.device):
+        # The second stage halves the resolution once before its transformer blocks.
         if size.stage == "structure":
             model: torch.nn.Module = StructureFlow(StructureFlowConfig(patch_size=1, **common))
         else:
@@ -97,50 +100,57 @@ def build_stage(size: Size) -> FlowStage:
     return FlowStage(name=size.stage, model=model, latents=kind(channels=CHANNELS, resolution=size.points))
 
 
-def _rays(n: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """World points [N, N, N, 3] (row, column, step from the camera) of the rays of one view, and their depths
-    [N].
+def _rays(edge: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sample points on the rays of an orthographic view, and their depths.
+
+    Args: edge: N; view: number of the view, 0 to 3.
+    Returns: world points [N, N, N, 3] (row, column, step away from the camera), and depths [N].
     """
-    axis = torch.linspace(-0.5, 0.5, n)
+    axis = torch.linspace(-0.5, 0.5, edge)  # positions of the voxels
     up, right, near = torch.meshgrid(-axis, axis, -axis, indexing="ij")
     x, z = ((right, near), (near, -right), (-right, -near), (-near, right))[view]
     return torch.stack([x, up, z], dim=-1), DISTANCE + axis
 
 
-def _looped(voxels: Voxels) -> torch.Tensor:
-    """The straightforward renderer, [4 A, 4, N, N]: asset by asset and view by view, trilinear samples all
-    along every ray, running products of what is let through.
+def _render_in_loops(voxels: Voxels) -> torch.Tensor:
+    """Render colour and nearness by the direct method, [4 A, 4, N, N].
+
+    Assets and views are rendered one after the other. Every ray has trilinear samples along its full length,
+    which are composed by cumulative products of the transmittance.
     """
-    n = voxels.resolution
+    edge = voxels.resolution
     images = []
     for asset in range(len(voxels)):
         volume = torch.cat([voxels.raw[asset, None], voxels.paint[asset]])[None]  # [1, 4, N, N, N]
         for view in range(VIEWS):
-            points, depths = _rays(n, view)
+            points, depths = _rays(edge, view)
             # [4, N, N, N]
-            read = F.grid_sample(
+            samples = F.grid_sample(
                 volume, 2 * points[None], mode="bilinear", padding_mode="border", align_corners=True
             )[0]
-            alpha = 1 - torch.exp(-F.softplus(read[0] - 1) * voxels.pitch)
-            through = torch.cumprod(
+            # opacity of each sample; softplus(. - 1) is the density
+            alpha = 1 - torch.exp(-F.softplus(samples[0] - 1) * voxels.pitch)
+            transmittance = torch.cumprod(
                 torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha[..., :-1]], dim=-1), dim=-1
             )
             inverse = nearness(depths, DISTANCE - 0.5, DISTANCE + 0.5).expand_as(alpha)
-            values = torch.cat([torch.sigmoid(read[1:]), inverse[None]])
-            images.append((alpha * through * values).sum(dim=-1))
+            # [4, N, N, N]: colours and nearness
+            values = torch.cat([torch.sigmoid(samples[1:]), inverse[None]])
+            images.append((alpha * transmittance * values).sum(dim=-1))
     return torch.stack(images)
 
 
-def four_views(device: str, tiny: bool, n: int) -> Case:
-    """Compare renders and, under a random cotangent, gradients of shape and paint."""
-    rng = torch.Generator().manual_seed(0)
-    voxels = Voxels(2 if tiny else ASSETS, 4 if tiny else n)
+def four_views(device: str, tiny: bool, edge: int) -> Case:
+    """Make the case of four views of voxels: images, and the gradients of shape and paint."""
+    rng = torch.Generator().manual_seed(0)  # on the CPU, so that all devices get the same values
+    voxels = Voxels(2 if tiny else ASSETS, 4 if tiny else edge)
     with torch.no_grad():
         for parameter in voxels.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=rng) - 0.5)
     voxels.to(device)
     views = evenly_around(len(voxels), VIEWS, DISTANCE)
     background = torch.zeros(3, device=device)
+    # random gradient of the images
     cotangent = torch.randn(VIEWS * len(voxels), 4, voxels.resolution, voxels.resolution, generator=rng).to(
         device
     )
@@ -153,14 +163,16 @@ def four_views(device: str, tiny: bool, n: int) -> Case:
 
     return Case(
         fast=lambda: run(lambda: renderer.render(voxels, views, background).images),
-        reference=lambda: run(lambda: _looped(voxels)),
+        reference=lambda: run(lambda: _render_in_loops(voxels)),
     )
 
 
 def mesh_reward_steps(device: str, tiny: bool) -> Case:
-    """Twenty steps of the default problem in the midst of a run, with one rebuild of the meshes: plain
-    distillation with RewardCS (fast) and without (reference). Its weight is too small to move an asset, so
-    both end alike, and the ratio is 1 / overhead.
+    """Make the case of twenty steps of distillation with the mesh reward RewardCS and without it.
+
+    The steps are those of the default problem later in a run, with one update of the meshes. The "fast" path
+    is with the reward, the "reference" without it, so the ratio is 1 / overhead of the reward. The weight of
+    the reward is too small to change an asset, so both paths compute the same.
     """
     torch.manual_seed(0)
     reward = RewardCS(
@@ -178,21 +190,29 @@ def mesh_reward_steps(device: str, tiny: bool) -> Case:
         bundled_scene(settings, torch.device(device)),
         geometry=lambda: MeshGeometry(MeshReader(cube(reward.resolution).to(device), reward.patches), reward),
     )
-    works = {arm: scene.distillation(settings, Arm.parse(arm), 0) for arm in ("sds", "sds+geometry")}
+    distillation_by_arm = {
+        arm: scene.distillation(settings, Arm.parse(arm), 0) for arm in ("sds", "sds+geometry")
+    }
+    # The state before the timed steps, to which `prepare` returns before every call.
     states = {}
-    for arm, work in works.items():
+    for arm, distillation in distillation_by_arm.items():
         for step in range(_FROM - 20, _FROM):
-            work.step(step)
-        states[arm] = copy.deepcopy(work.state())
+            distillation.step(step)
+        states[arm] = copy.deepcopy(distillation.state())
 
     def prepare() -> None:
-        for arm, work in works.items():
-            work.load(*copy.deepcopy(states[arm]))
+        for arm, distillation in distillation_by_arm.items():
+            distillation.load(*copy.deepcopy(states[arm]))
 
     def run(arm: str) -> Outcome:
         for step in range(_FROM, _FROM + _STEPS):
-            works[arm].step(step)
-        return Outcome({name: value.detach().clone() for name, value in works[arm].asset.named_parameters()})
+            distillation_by_arm[arm].step(step)
+        return Outcome(
+            {
+                name: value.detach().clone()
+                for name, value in distillation_by_arm[arm].asset.named_parameters()
+            }
+        )
 
     return Case(fast=lambda: run("sds+geometry"), reference=lambda: run("sds"), prepare=prepare)
 
@@ -203,7 +223,7 @@ ROWS = [
             name=f"voxels {n}^3, {ASSETS} assets x {VIEWS} views, forward + backward",
             size="bundled",
             seconds=seconds,
-            make=functools.partial(four_views, n=n),
+            make=functools.partial(four_views, edge=n),
             target=Target(at_least=3, aim=6),
         )
         for n, seconds in ((16, 0.4), (24, 1.2))
@@ -218,16 +238,18 @@ ROWS = [
 ]
 
 
-# One DPO update of TRELLIS's flows on a pair, of the width and tokens of its text-large models and a twelfth
-# of their depth.
+# One DPO update of TRELLIS's flows on a pair. The flows have the width and the tokens of the text-large
+# models, but only a twelfth of their blocks.
 
-BLOCKS = 2  # of 24
+BLOCKS = 2  # instead of 24
 
 
 def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
-    """Errors of a pair by policy and reference, and gradients of the adapters. The reference is what
-    published training code does: both networks one after the other, every block computed again in the
-    backward pass, attention and products by torch.
+    """Make the case of a DPO update of a flow.
+
+    Compared are the errors of the pair and the gradients of the adapters. The reference computes as published
+    training code does: policy and reference network one after the other, activation checkpointing of every
+    block, and attention and matrix products by torch.
     """
     return_freed_memory()
     size = Size(stage=stage_name, blocks=BLOCKS, device=device)
@@ -238,24 +260,29 @@ def dpo_update(device: str, tiny: bool, stage_name: str) -> Case:
     add_lora(stage.model, LoraConfig(), 0)
     adapters = lora_parameters(stage.model)
     with torch.no_grad():
-        for parameter in adapters:  # as in the midst of a training
+        for parameter in adapters:  # not zero, as later in a training
             parameter += 0.01 * torch.randn_like(parameter)
     config = TrainConfig(batch=1)
     pairs = pairs_of(stage, 1, size.voxels)
     conditioned = ConditionedStage(stage, RandomConditions())
-    work = Updates(conditioned, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
-    draw = work._draw(pairs, 0)
+    updates = Updates(conditioned, pairs, config, stage.model, AdapterOff(stage.model), SINGLE)
+    sampled = updates._draw(pairs, 0)
 
     def prepare() -> None:
         for parameter in adapters:
             parameter.grad = None
 
     def run() -> Outcome:
-        _, loss, preferred, rejected = work._pass(draw)[:4].unbind()
-        margin = -loss.expm1().log() / config.dpo.beta  # the loss has it times beta, and its rounding
+        _, loss, preferred, rejected = updates._pass(sampled)[:4].unbind()
+        margin = -loss.expm1().log() / config.dpo.beta  # inverts loss = -log sigmoid(beta * margin)
         outputs = {"preferred error": preferred, "rejected error": rejected, "margin": margin}
         return Outcome(
-            outputs, {f"adapter {i}": p.grad for i, p in enumerate(adapters) if p.grad is not None}
+            outputs,
+            {
+                f"adapter {index}": parameter.grad
+                for index, parameter in enumerate(adapters)
+                if parameter.grad is not None
+            },
         )
 
     return Case(fast=run, prepare=prepare)

@@ -1,8 +1,11 @@
-"""Runs rows one after the other: warm-up, rounds in turn, memory, agreement; keeps the results on disk after
-each.
+"""Measure rows one after the other, and write the results after each of them.
+
+For each row, both paths are warmed up, timed alternately in several rounds, and their results and peak memory
+are compared. The memory of a path is measured in a separate process, which is started as
 
     python -m benchmarks.session NAME SIZE DEVICE PATH THREADS TINY
-        prints the bytes that one path needs, alone in its process
+
+and prints the peak memory in bytes.
 """
 
 import contextlib
@@ -33,19 +36,19 @@ from benchmarks.rows import (
 )
 from training.progress import tqdm
 
-LONG = 3.0  # seconds of a reference pass from which on it is not warmed up at its real size
-MOST_ROUNDS = 11
-BUDGET = 15.0  # seconds of timed rounds of a row, where their number is not given
+LONG = 3.0  # a reference that takes longer, in seconds, is warmed up only with tiny inputs
+MOST_ROUNDS = 11  # largest number of rounds, if --repeats is not given
+BUDGET = 15.0  # seconds for all rounds of a row, if --repeats is not given
 Meter = Callable[[Row, str, str, bool], int]  # (row, device, path, tiny) -> bytes
 
 
-# Peak memory that one path needs on top of its inputs, in a process of its own.
+# Peak memory that one path needs in addition to its inputs, measured in a separate process.
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 class PeakMeter:
-    """High-water mark since its making: resident memory on a CPU, allocated memory on a GPU."""
+    """Meter of the peak memory since its creation: resident memory on a CPU, allocated memory on a GPU."""
 
     def __init__(self, device: str):
         self._device = device
@@ -54,44 +57,52 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
             return
-        # some containers do not restart the mark: then it is that since the process began
+        # Writing 5 resets the peak of the resident memory. Some containers do not allow it; the peak is then
+        # measured since the start of the process.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._before = resident_bytes("VmRSS")
 
     def extra_bytes(self) -> int:
-        """Bytes at the peak beyond those at the beginning, >= 1."""
+        """Return by how many bytes the peak exceeds the memory at the creation of the meter, at least 1."""
         if self._device == "cuda":
             torch.cuda.synchronize()
             return max(torch.cuda.max_memory_allocated() - self._before, 1)
         return max(resident_bytes("VmHWM") - self._before, 1)
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, from /proc (Linux), else the peak that getrusage knows."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    import resource  # absent on Windows
+def resident_bytes(field_name: str) -> int:
+    """Return the resident memory of this process in bytes.
 
+    Args: field_name: "VmRSS" for the current memory, "VmHWM" for its peak. Without /proc (not Linux) the peak
+        is returned in both cases.
+    """
+    status_file = Path("/proc/self/status")
+    if status_file.exists():
+        for status_line in status_file.read_text().splitlines():
+            if status_line.startswith(field_name + ":"):
+                return int(status_line.split()[1]) * 1024  # /proc states kilobytes
+    import resource  # imported here, since Windows does not have it
+
+    # ru_maxrss is in bytes on macOS, and in kilobytes elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def extra_bytes_in_subprocess(row: Row, device: str, path: str, tiny: bool) -> int:
-    """Peak while the row's case runs one path once, in a fresh process that has warmed up on a tiny case.
+    """Return the peak memory of one call of a path, measured in a new process after a tiny warm-up.
 
-    Raises: RuntimeError with what the process wrote on stderr.
+    Raises: RuntimeError with the output of the process on stderr if the process fails.
     """
     arguments = [row.name, row.size, device, path, str(torch.get_num_threads()), str(int(tiny))]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "benchmarks.session", *arguments], cwd=REPO, capture_output=True, text=True
     )
-    if done.returncode:
-        raise RuntimeError(f"{row.name}: the memory measurement of the {path} path failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1])
+    if completed.returncode:
+        raise RuntimeError(
+            f"{row.name}: the memory measurement of the {path} path failed:\n{completed.stderr}"
+        )
+    return int(completed.stdout.split()[-1])
 
 
 # Rounds and results
@@ -102,133 +113,154 @@ class Options:
     """Settings of a benchmark run."""
 
     device: str = "cpu"
-    quick: bool = False  # tiny inputs, two rounds
-    repeats: int | None = None  # rounds of every row; None: as many as fit into BUDGET, at least 2
-    torch_compile: bool = False  # the further columns of the op rows
-    out: Path = Path("benchmarks/results")
-    meter: Meter | None = extra_bytes_in_subprocess  # None: no memory
+    quick: bool = False  # True: tiny inputs and two rounds
+    repeats: int | None = None  # number of rounds of every row; None: as many as fit into BUDGET, at least 2
+    torch_compile: bool = False  # True: the rows of single ops have further columns
+    out: Path = Path("benchmarks/results")  # folder of the results
+    meter: Meter | None = extra_bytes_in_subprocess  # measures the memory; None: memory is not measured
 
     @property
     def stem(self) -> str:
-        """Name of the files: a quick run does not replace the real figures."""
+        """Return the stem of the files' names, which differs for quick runs, so that they replace nothing."""
         return "quick" if self.quick else "latest"
 
 
 def run(rows: Sequence[Row], options: Options) -> tuple[dict, list[str]]:
-    """All rows: the report, which is on disk as well, and a line on each row whose paths disagree."""
-    failures = []
-    results = report.header(options.device, options.quick)
+    """Measure all rows, and write the report after each of them.
+
+    Returns: the report, and a text for each row whose paths compute different results.
+    """
+    failures = []  # texts on rows whose paths disagree
+    results = report.new_report(options.device, options.quick)
     with tqdm(total=len(rows)) as bar:
-        for i, row in enumerate(rows):
-            what = f"{row.name} ({row.size}, {options.device})"
-            bar.set_description_str(what)
+        for row_index, row in enumerate(rows):
+            row_text = f"{row.name} ({row.size}, {options.device})"
+            bar.set_description_str(row_text)
             try:
+                # The report is written after each row, so that an interrupted benchmark keeps its results.
                 results["rows"].append(run_row(row, options))
                 report.write(options.out, options.stem, results)
                 outcome = f"{results['rows'][-1]['ratio']:.2f}x"
             except DisagreementError as error:
-                failures.append(f"{what}: the paths disagree: {error}")
+                failures.append(f"{row_text}: the paths disagree: {error}")
                 outcome = "DISAGREES"
-            bar.write(f"[{i + 1}/{len(rows)}] {what}: {outcome}", file=sys.stderr)
+            bar.write(f"[{row_index + 1}/{len(rows)}] {row_text}: {outcome}", file=sys.stderr)
             bar.update()
     report.write(options.out, options.stem, results)
     return results, failures
 
 
 def select(rows: Sequence[Row], patterns: Sequence[str], size: str) -> list[Row]:
-    """Rows of a size, or of "both", that one of `patterns` fits: a whole name, else part of names, else a
-    shell pattern; all without any.
+    """Select rows by size and name.
 
-    Raises: ValueError for a pattern that fits no row.
+    Args:
+        rows: all rows.
+        patterns: full names of rows, parts of names, or shell patterns; without any, all names are selected.
+            A full name selects only this row, even if it is also a part of other names.
+        size: "full", "bundled" or "both".
+
+    Raises: ValueError if a pattern matches no row.
     """
-    sized = [row for row in rows if size in ("both", row.size)]
-    names = {row.name.lower() for row in sized}
+    rows_of_size = [row for row in rows if size in ("both", row.size)]
+    names = {row.name.lower() for row in rows_of_size}
 
-    def fits(row: Row, pattern: str) -> bool:
+    def matches(row: Row, pattern: str) -> bool:
+        # A full name of a row matches this row alone.
         name = row.name.lower()
         pattern = pattern.lower()
         return name == pattern if pattern in names else pattern in name or fnmatch.fnmatchcase(name, pattern)
 
     for pattern in patterns:
-        if not any(fits(row, pattern) for row in sized):
+        if not any(matches(row, pattern) for row in rows_of_size):
             raise ValueError(
-                f"--rows: expected part of a row's name, got {pattern!r}, which fits none of size {size}. See"
-                " --list."
+                f"--rows: no row of --size={size} has a name that contains or matches {pattern!r}. Run with"
+                " --list to print the names."
             )
-    return [row for row in sized if not patterns or any(fits(row, pattern) for pattern in patterns)]
+    return [row for row in rows_of_size if not patterns or any(matches(row, pattern) for pattern in patterns)]
 
 
 def run_row(row: Row, options: Options) -> dict:
-    """Measure one row; returns its record.
+    """Measure a row, and return its record.
 
-    Raises: DisagreementError where the paths do not compute the same.
+    Raises: DisagreementError if the two paths compute different results.
     """
     device = options.device
     if options.torch_compile:
-        torch.compiler.reset()  # rows share code objects, and torch gives up on one after eight compilations
+        # Rows share code objects, and torch stops compiling a code object after eight compilations.
+        torch.compiler.reset()
     case = _warm(row, options)
-    measured = options.meter is not None and not options.quick
-    names = [*PATHS, *(case.others if options.torch_compile else ())]
+    measure_memory = options.meter is not None and not options.quick
+    names = [*PATHS, *(case.others if options.torch_compile else ())]  # the two paths, and further columns
     times: dict[str, dict[str, list[float]]] = {}
     memory_used: dict[str, int] = {}
     errors: dict[str, str] = {}
-    agreements: list[Agreement] = []  # of each round
-    count = options.repeats or 2
-    while len(agreements) < count:
+    agreements: list[Agreement] = []  # differences in each round
+    round_count = options.repeats or 2  # until the first round has shown how long it takes
+    while len(agreements) < round_count:
         outcomes: dict[str, Outcome] = {}
         for name in [name for name in names if name not in errors]:
             meter = (
                 PeakMeter(device)
-                if row.meter_in_round and measured and not agreements and name == REFERENCE
+                if row.meter_in_round and measure_memory and not agreements and name == REFERENCE
                 else None
             )
-            _timed(case, name, times, outcomes, errors)
+            _time_call(case, name, times, outcomes, errors)
             if meter is not None:
                 memory_used[REFERENCE] = meter.extra_bytes()
-        agreements.append(_agree(row, case, outcomes, FAST, device))
-        # times of a further column that computes something else are not shown
+        agreements.append(_check_agreement(row, case, outcomes, FAST, device))
+        # If a further column computes something else, its times are not shown.
         for name in outcomes.keys() - set(PATHS):
             try:
-                _agree(row, case, outcomes, name, device)
+                _check_agreement(row, case, outcomes, name, device)
             except DisagreementError as error:
                 errors[name] = f"disagrees: {error}"
         if len(agreements) == 1 and options.repeats is None:
-            taken = sum(values["wall"][0] for values in times.values())
-            count = 2 if options.quick else rounds(taken)
+            first_round_seconds = sum(values["wall"][0] for values in times.values())
+            round_count = 2 if options.quick else round_count_within_budget(first_round_seconds)
     del outcomes
     if options.meter is not None:
         for path in PATHS:
             if path not in memory_used:
                 memory_used[path] = options.meter(row, device, path, options.quick)
     differences = {
-        entry.name: [getattr(agreement, entry.name) for agreement in agreements]
-        for entry in fields(Agreement)
+        agreement_field.name: [getattr(agreement, agreement_field.name) for agreement in agreements]
+        for agreement_field in fields(Agreement)
     }
-    worst = Agreement(
+    largest_differences = Agreement(
         **{name: None if None in values else max(values) for name, values in differences.items()}
     )
     record = report.row_record(
-        row, device, {name: times[name] for name in PATHS}, worst, memory_used, judged=not options.quick
+        row,
+        device,
+        {name: times[name] for name in PATHS},
+        largest_differences,
+        memory_used,
+        applies_target=not options.quick,
     )
     if options.torch_compile and len(names) > len(PATHS):
-        record["others"] = {n: errors[n] if n in errors else median(times[n]["wall"]) for n in case.others}
+        record["others"] = {
+            name: errors[name] if name in errors else median(times[name]["wall"]) for name in case.others
+        }
         record["others_processor"] = {
-            n: median(times[n]["processor"]) for n in case.others if n not in errors
+            name: median(times[name]["processor"]) for name in case.others if name not in errors
         }
     return record
 
 
 def _warm(row: Row, options: Options) -> Case:
-    """The case, after both paths ran on a tiny one (libraries, threads, compiled ops) and, where that is not
-    long, at the real size.
+    """Return the case of a row after a warm-up.
+
+    Both paths are called with tiny inputs, which loads libraries, starts threads and compiles ops. Then they
+    are called with the real inputs, except for a reference that takes too long. In a quick run, the tiny case
+    is returned.
     """
-    tiny = row.make(options.device, True)
+    tiny_case = row.make(options.device, True)  # tiny inputs
     for path in PATHS:
-        tiny.prepare()
-        tiny.call(path)
+        tiny_case.prepare()
+        tiny_case.call(path)
     if options.quick:
-        return tiny
-    case = row.make(options.device, False)
+        return tiny_case
+    case = row.make(options.device, False)  # real inputs
     for path in PATHS if row.seconds_on(options.device) < LONG else (FAST,):
         case.prepare()
         torch.manual_seed(0)
@@ -236,18 +268,21 @@ def _warm(row: Row, options: Options) -> Case:
     return case
 
 
-def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]) -> None:
-    """One call of one path, added to `times` and `outcomes`; a further column that cannot run is noted in
-    `errors` instead.
+def _time_call(
+    case: Case, name: str, times: dict, outcomes: dict[str, Outcome], errors: dict[str, str]
+) -> None:
+    """Call a path once, and add its times to `times` and its results to `outcomes`.
+
+    If a further column fails, its error is added to `errors` instead.
     """
     try:
         if name not in PATHS and name not in times:
             case.prepare()
-            case.call(name)  # compile outside the clock
+            case.call(name)  # compiles before the time is measured
         case.prepare()
         torch.manual_seed(0)
-        wall, processor = clock(lambda: outcomes.update({name: case.call(name)}))
-    # any error of torch.compile is caught; the two paths themselves must not fail
+        wall, processor = measure_seconds(lambda: outcomes.update({name: case.call(name)}))
+    # torch.compile may raise any error, which concerns only its own column. Errors of the paths are raised.
     except Exception as error:  # noqa: BLE001
         if name in PATHS:
             raise
@@ -256,46 +291,66 @@ def _timed(case: Case, name: str, times: dict, outcomes: dict[str, Outcome], err
         )
         times.pop(name, None)
         return
-    values = times.setdefault(name, {"wall": [], "processor": []})
-    values["wall"].append(wall)
-    values["processor"].append(processor)
+    path_times = times.setdefault(name, {"wall": [], "processor": []})
+    path_times["wall"].append(wall)
+    path_times["processor"].append(processor)
 
 
-def clock(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds of one call, on a GPU until the device is done (torch's timer waits); and processor
-    seconds of all threads.
+def measure_seconds(function: Callable[[], object]) -> tuple[float, float]:
+    """Measure one call of a function.
+
+    Returns: wall-clock seconds, and processor seconds of all threads. On a GPU the wall-clock time ends when
+        the device has finished.
     """
-    wall = timer()
-    processor = time.process_time()
-    work()
-    return timer() - wall, time.process_time() - processor
+    wall_start = timer()  # torch's timer waits for the GPU
+    processor_start = time.process_time()
+    function()
+    return timer() - wall_start, time.process_time() - processor_start
 
 
-def _agree(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device: str) -> Agreement:
+def _check_agreement(row: Row, case: Case, outcomes: dict[str, Outcome], name: str, device: str) -> Agreement:
+    """Compare the outcome of a path with that of the reference.
+
+    Raises: DisagreementError if the differences exceed the row's tolerances.
+    """
     agreement = (case.compare or compare)(outcomes[name], outcomes[REFERENCE])
     check(agreement, *row.tolerances(device))
     return agreement
 
 
-def rounds(pair_seconds: float) -> int:
-    """Return the number of rounds that keeps a row within its budget: 2 to MOST_ROUNDS."""
-    return max(2, min(MOST_ROUNDS, int(BUDGET / max(pair_seconds, 1e-9))))
+def round_count_within_budget(round_seconds: float) -> int:
+    """Return the number of rounds that fit into the budget of a row, from 2 to MOST_ROUNDS.
+
+    Args: round_seconds: seconds of one round of both paths.
+    """
+    return max(2, min(MOST_ROUNDS, int(BUDGET / max(round_seconds, 1e-9))))
 
 
 def main(name: str, size: str, device: str, path: str, threads: str, tiny: str) -> None:
-    """The process that measures."""
-    from benchmarks.rows import all_rows  # the module of that name, not this one run as __main__
+    """Print the peak memory of one path. This function runs in a separate process.
+
+    Args:
+        name: name of the row.
+        size: size of the row.
+        device: device on which the path runs.
+        path: "fast" or "reference".
+        threads: number of threads.
+        tiny: "1" for tiny inputs, else "0".
+    """
+    # Imported here, since only this process needs the rows.
+    from benchmarks.rows import all_rows
 
     torch.set_num_threads(int(threads))
     (row,) = (row for row in all_rows() if (row.name, row.size) == (name, size))
-    for small in (True, tiny == "1"):
-        case = row.make(device, small)
+    # The first call, with tiny inputs, is the warm-up; only the second measurement is printed.
+    for is_tiny in (True, tiny == "1"):
+        case = row.make(device, is_tiny)
         case.prepare()
         torch.manual_seed(0)
         meter = PeakMeter(device)
         case.call(path)
-        used = meter.extra_bytes()
-    print(used)
+        memory_used = meter.extra_bytes()
+    print(memory_used)
 
 
 if __name__ == "__main__":

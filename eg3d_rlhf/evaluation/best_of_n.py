@@ -1,13 +1,15 @@
-"""Measure before any tuning how far a reward can be trusted: select the best of n latents by the reward, and
-value it by an evaluator.
+"""Measure before any tuning how far a reward can be trusted, by selecting the best of n samples.
 
-The more samples a reward selects from, the more it selects by its errors: the evaluator's mean rises,
-flattens, and falls (Gao et al. 2022, arXiv 2210.10760). Selecting the best of n moves the samples by KL = log
-n - (n - 1) / n nats. With d = sqrt(KL) the gain by the other measure follows d (alpha - beta d), which peaks
-at d* = alpha / (2 beta).
+The reward selects the best of n latents, and an evaluator scores the selected one. With larger n, the reward
+selects more by its own errors: the evaluator's mean rises, flattens, and falls (Gao et al. 2022, "Scaling
+laws for reward model overoptimization", arXiv 2210.10760). The distribution of the best of n has the KL
+divergence KL = log n - (n - 1) / n nats from the distribution of single samples. With d = sqrt(KL), the
+evaluator's gain follows d (alpha - beta d), where alpha and beta are fitted. It peaks at
+d* = alpha / (2 beta).
 
-Letters: N latents, T values of n, B resamples, A arms: single rewards, an ensemble's members, and its
-aggregates.
+An arm is a scoring rule that is tested: a single reward, a member of an ensemble, or an aggregate of its
+members. The evaluator is another reward, or the simulated annotator's utility without noise.
+Shapes: N latents, T values of n, B resamples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,88 +38,120 @@ from eg3d_rlhf.tuning.gan.heldout_metrics import utilities
 from eg3d_rlhf.tuning.gan.phase import CUTOFF
 from training.progress import tqdm
 
-# Exact expectations of the best of n by one measure, valued by another; their intervals; and the law that
-# they follow.
+# The expected score by the evaluator of the best of n by a reward: its exact value, its interval, and the
+# curve d (alpha - beta d) fitted to it.
 
 
-def chances(total: int, n: int) -> np.ndarray:
-    """Compute the probability of the i-th of `total` in ascending order to be the best of n, drawn without
-    replacement: C(i - 1, n - 1) / C(N, n), [N].
+def best_of_n_chances(latent_count: int, n: int) -> np.ndarray:
+    """Return the probability [N] that the latent of each rank is the best of n.
+
+    The n latents are selected at random without replacement. The probability of the i-th of N latents in
+    ascending order is C(i - 1, n - 1) / C(N, n).
+
+    Args:
+        latent_count: N.
+        n: number of latents from which the best is selected.
     """
-    # Ratios of neighbours, multiplied from the top down: the binomials themselves would overflow.
-    i = np.arange(total, 1, -1)
-    falling = np.cumprod(np.clip((i - n) / (i - 1), 0, None))  # ratio of the (i - 1)-th to the largest
-    # The largest of all is the best with probability n / N; reversed into ascending order
-    return n / total * np.concatenate([[1.0], falling])[::-1]
+    # The binomials themselves would overflow. The probabilities of ranks i - 1 and i have the ratio
+    # (i - n) / (i - 1); the product of these ratios from the top down is relative to the highest rank.
+    rank = np.arange(latent_count, 1, -1)
+    relative_chances = np.cumprod(np.clip((rank - n) / (rank - 1), 0, None))  # [N - 1]
+    # The latent of the highest rank is the best with probability n / N. [::-1] sorts by ascending rank.
+    return n / latent_count * np.concatenate([[1.0], relative_chances])[::-1]
 
 
-def best_of(reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
-    """Compute the evaluator's expected value of the best of n by the reward, for every n: exact over all
-    subsets of the latents.
+def expected_best(reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Compute the expected score by the evaluator of the best of n latents by the reward, for several n.
 
-    Args: reward, evaluator: [N]; numbers: each 1 to N.
-    Returns: [T]; n = 1 gives the evaluator's mean, n = N the value of the top latent.
+    The expectation is exact over all subsets of n latents.
+
+    Args:
+        reward: scores by the reward, [N].
+        evaluator: scores by the evaluator, [N].
+        numbers: values of n, each 1 to N.
+
+    Returns: [T]. For n = 1 it is the evaluator's mean, for n = N its score of the latent that the reward
+        ranks first.
     """
-    ranked = by_rank(reward, evaluator)[1]
-    return np.array([chances(len(ranked), n) @ ranked for n in numbers])
+    ranked = sort_by_reward(reward, evaluator)[1]
+    return np.array([best_of_n_chances(len(ranked), n) @ ranked for n in numbers])
 
 
-def by_rank(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the latents by reward.
+def sort_by_reward(reward: np.ndarray, evaluator: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort the latents by their scores by the reward.
 
-    Returns: the latents in ascending order of reward [N], and the evaluator's values in that order; values of
-        equal rewards are averaged.
+    Returns: the indices of the latents in ascending order of reward [N], and the evaluator's scores in this
+        order [N]. The evaluator's scores of latents with equal reward are averaged.
     """
-    # Latents of equal reward get the mean of their group, as if ties were resolved at random.
-    _, place, count = np.unique(reward, return_inverse=True, return_counts=True)
-    return np.argsort(reward, kind="stable"), np.repeat(np.bincount(place, evaluator) / count, count)
+    # Latents of equal reward get the mean of their group, as if ties were resolved at random. `group` is
+    # the index of each latent's group.
+    _, group, group_sizes = np.unique(reward, return_inverse=True, return_counts=True)
+    # The groups are in ascending order of reward; each mean is repeated for every latent of its group.
+    group_means = np.bincount(group, evaluator) / group_sizes
+    return np.argsort(reward, kind="stable"), np.repeat(group_means, group_sizes)
 
 
-def divergence_of(numbers: Sequence[int]) -> np.ndarray:
-    """Compute the KL divergence of the best of n from one sample, in nats."""
-    n = np.asarray(numbers, dtype=np.float64)
+def kl_divergence(numbers: Sequence[int]) -> np.ndarray:
+    """Compute the KL divergence in nats of the best of n from a single sample, for each n."""
+    n = np.asarray(numbers, dtype=np.float64)  # [T]
     return np.log(n) - (n - 1) / n
 
 
 def fit(distance: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Fit gain = d (alpha - beta d) by least squares: distance [T], gain [..., T] -> alpha and beta, [...,
-    2].
+    """Fit gain = d (alpha - beta d) by least squares.
+
+    Args:
+        distance: d, [T].
+        gain: gains by the evaluator, [..., T].
+
+    Returns: alpha and beta, [..., 2].
     """
     return gain @ np.linalg.pinv(np.stack([distance, -(distance**2)], axis=1)).T
 
 
 def peak(alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
-    """Compute d* = alpha / (2 beta), at least 0; infinite if the fit never falls."""
+    """Return the position d* = alpha / (2 beta) of the fitted curve's peak.
+
+    It is 0 if the curve only falls, and infinite if it never falls (beta <= 0).
+    """
     # The inner `where` avoids a division by zero in the branch that is not used.
     return np.where(beta > 0, np.maximum(alpha, 0) / np.where(beta > 0, 2 * beta, 1), np.inf)
 
 
 def number_at(distance: float) -> float:
-    """Return the n whose best of n lies at this distance sqrt(KL)."""
-    # Solves log n - 1 + 1 / n = d^2 for log n; the left side is 0 at n = 1 and increases.
-    x = (
+    """Return the n for which the best of n has this distance d = sqrt(KL) from a single sample."""
+    # KL = d^2 is solved for log n by a root search. KL increases with n from 0 at n = 1, and exceeds d^2
+    # where log n is d^2 + 2.
+    log_n = (
         brentq(lambda log_n: log_n - 1 + np.exp(-log_n) - distance**2, 0, distance**2 + 2)
         if distance > 0
         else 0.0
     )
-    return float(np.exp(x))
+    return float(np.exp(log_n))
 
 
-def resampled(
-    reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int], counts: np.ndarray
+def resample_best(
+    reward: np.ndarray, evaluator: np.ndarray, numbers: Sequence[int], latent_counts_by_resample: np.ndarray
 ) -> np.ndarray:
-    """Compute `best_of` over resamples of the latents: counts [B, N], the multiplicity of each latent -> [B,
-    T].
+    """Compute `expected_best` for resamples of the latents.
+
+    Args: latent_counts_by_resample: how often each resample contains each latent, [B, N].
+    Returns: [B, T].
     """
-    order, ranked = by_rank(reward, evaluator)
-    # Row t weights the sorted evaluator's values.
-    table = np.stack([chances(len(ranked), n) for n in numbers])  # [T, N]
+    order, ranked = sort_by_reward(reward, evaluator)
+    # Row t holds the weights of the sorted evaluator's scores for the t-th value of n.
+    chances_table = np.stack([best_of_n_chances(len(ranked), n) for n in numbers])  # [T, N]
     # A resample keeps the order of the latents, so it needs no sorting.
-    return np.stack([table @ np.repeat(ranked, latent_counts[order]) for latent_counts in counts])
+    return np.stack(
+        [
+            chances_table @ np.repeat(ranked, latent_counts[order])
+            for latent_counts in latent_counts_by_resample
+        ]
+    )
 
 
-SCORES = "scores"  # keys of the two parts
-CURVES = "best-of-n"
+SCORES = "scores"  # key of the job that scores the latents
+CURVES = "best-of-n"  # key of the job that computes the curves
 TITLE = "How far can a reward be trusted?"
 RESAMPLES = 1000
 INTERVAL = f"95 % percentile bootstrap over latents, {RESAMPLES:,} resamples, the same for all arms"
@@ -131,32 +165,43 @@ class Trial:
     rewards: Mapping[str, tuple[Reward, str]]  # name -> the reward and its file's SHA-256
     evaluator: tuple[Reward, str] | None  # None: the simulated annotator's noise-free utility
     n: int = 4096  # number of latents
-    most: int = 512  # largest n to select from
+    most: int = 512  # largest n of the best of n
     psi: float = 1.0  # truncation
     seed: int = 0  # shifts the held-out latents
     batch: int = 16  # shapes at once
 
     def __post_init__(self) -> None:
+        # The best of n can only be selected from at least n latents.
         if self.most > self.n:
             raise ValueError(
-                f"--most: expected at most --n={self.n}, got {self.most}. Lower it, or raise --n."
+                f"--most={self.most} exceeds the number of latents, --n={self.n}. Lower --most or raise --n."
             )
 
     @property
     def numbers(self) -> list[int]:
-        """Return the values of n: 1 to `most`, two per octave."""
-        return sorted({*(round(2 ** (k / 2)) for k in range(64) if 2 ** (k / 2) <= self.most), self.most})
+        """Return the values of n: `most`, and from 1 to `most` the rounded powers of sqrt(2)."""
+        return sorted(
+            {
+                *(
+                    round(2 ** (half_octave / 2))
+                    for half_octave in range(64)
+                    if 2 ** (half_octave / 2) <= self.most
+                ),
+                self.most,
+            }
+        )
 
     @property
     def seeds(self) -> range:
-        """Return the latents.
+        """Return the seeds of the latents.
 
-        Their range is used by no other report, so rewards may be selected by this one.
+        No other report uses their range, so a reward may be selected by the results of this one.
         """
         return BEST_OF_N.take(self.n, self.seed)
 
     def networks(self) -> dict[str, str]:
         """Return the hashes of the generator, the rewards and the evaluator."""
+        # the simulated annotator has no file
         evaluator = {} if self.evaluator is None else {"evaluator": self.evaluator[1]}
         return {
             "generator": self.generator.hash,
@@ -165,79 +210,91 @@ class Trial:
         }
 
     def facts(self) -> Facts:
-        """Return the facts that the figures state."""
+        """Return the facts that the page states: latents, truncation, hashes and interval."""
         return Facts(
             n=self.n, seeds=seed_range(self.seeds), psi=self.psi, networks=self.networks(), interval=INTERVAL
         )
 
 
-Joined = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # members' scores by name -> scores of an arm [N]
+JoinFunction = Callable[
+    [Mapping[str, np.ndarray]], np.ndarray
+]  # members' scores by name -> scores of an arm [N]
 
 
-def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, Joined]]:
-    """Return the arms: rewards to evaluate (single ones, members, averages of weights), and aggregates, which
-    follow from the members' scores.
+def arms(trial: Trial) -> tuple[dict[str, Reward], dict[str, JoinFunction]]:
+    """Return the arms that a network scores, and the arms that are computed from other scores.
+
+    Returns: rewards by arm (single rewards, members of ensembles, averages of the members' weights), and for
+        each aggregate of an ensemble a function from the members' scores to the scores of the arm.
     """
-    single: dict[str, Reward] = {}  # arms that a network scores
-    joined: dict[str, Joined] = {}  # arms that aggregate members' scores
+    rewards_by_arm: dict[str, Reward] = {}  # arms that a network scores
+    join_by_arm: dict[str, JoinFunction] = {}  # arms that aggregate members' scores
     for name, (reward, _) in trial.rewards.items():
-        # Names of members carry the ensemble's name if there are several rewards.
-        before = f"{name}: " if len(trial.rewards) > 1 else ""
+        # If there are several rewards, the names of members begin with the name of their ensemble.
+        name_prefix = f"{name}: " if len(trial.rewards) > 1 else ""
         network = reward.network  # one network, or an ensemble of them
         if not isinstance(network, RewardEnsemble):
-            single[name] = reward
+            rewards_by_arm[name] = reward
             continue
-        # also the keys of the members' scores
-        names = [f"{before}member {i + 1}" for i in range(len(network.members))]
-        single.update(zip(names, reward.members(), strict=True))
-        # Members that start from common weights can be averaged; `start` records that they do.
+        # names of the arms, under which `JoinFunction` finds the members' scores
+        member_names = [f"{name_prefix}member {i + 1}" for i in range(len(network.members))]
+        rewards_by_arm.update(zip(member_names, reward.members(), strict=True))
+        # Weights can be averaged only if the members began from the same weights, which "start" records.
         if reward.provenance.get("start"):
-            single[f"{before}{AVERAGE}"] = Reward(
+            rewards_by_arm[f"{name_prefix}{AVERAGE}"] = Reward(
                 reward.observation, average_weights(network.members), reward.provenance
             )
         standard = network.standard
         # An ensemble of raw scores has no statistics of its members; compute them on untuned samples.
         if standard is None:
-            seen = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
-            standard = Standard.of(network.members, seen)
+            observed = untuned(trial.generator.generator, reward.observation, trial.psi, CUTOFF, trial.batch)
+            standard = Standard.of(network.members, observed)
         for kind in KINDS:
-            # The ensemble's own aggregate keeps its strength; the others use their default.
+            # The ensemble's own aggregate keeps its strength; the other kinds use their default strength.
             aggregate = network.aggregate if kind == network.aggregate.kind else Aggregate(kind)
             ensemble = RewardEnsemble(network.members, aggregate, standard)
-            strength = "" if aggregate.strength is None else f" {aggregate.strength:g}"
-            joined[f"{before}{kind}{strength}"] = partial(_join, ensemble, names)
-    return single, joined
+            strength_text = "" if aggregate.strength is None else f" {aggregate.strength:g}"
+            join_by_arm[f"{name_prefix}{kind}{strength_text}"] = partial(_join, ensemble, member_names)
+    return rewards_by_arm, join_by_arm
 
 
-def _join(ensemble: RewardEnsemble, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Aggregate the members' scores into those of an arm, [N]."""
-    return ensemble.joined([torch.from_numpy(scores[name]) for name in names]).numpy()
+def _join(
+    ensemble: RewardEnsemble, member_names: Sequence[str], scores: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """Aggregate the scores of an ensemble's members into the scores [N] of an arm."""
+    return ensemble.joined([torch.from_numpy(scores[name]) for name in member_names]).numpy()
 
 
 @torch.no_grad()
 def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
-    """Score every latent by all single arms and by the evaluator, in one pass."""
+    """Score every latent by all arms that a network scores, and by the evaluator, in one pass."""
     generator = trial.generator.generator
-    single, _ = arms(trial)  # aggregates follow from the members' scores
-    scores: dict[str, list[float]] = {name: [] for name in single}
+    rewards_by_arm, _ = arms(trial)  # aggregates follow from the members' scores
+    scores: dict[str, list[float]] = {name: [] for name in rewards_by_arm}
     evaluated: list[float] = []  # the evaluator's values, [N]
     ws = ws_of_seeds(generator, trial.seeds, truncation_psi=trial.psi, truncation_cutoff=CUTOFF)
     with tqdm(
         total=trial.n, desc="latents", unit="latent", disable=quiet, leave=False, dynamic_ncols=True
     ) as bar:
-        for start, part in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
-            field = generator.field(part)
+        for start, ws_batch in zip(range(0, trial.n, trial.batch), ws.split(trial.batch), strict=True):
+            field = generator.field(ws_batch)
             # Rewards that read the same input share it.
-            seen = dict[Observation, torch.Tensor]()
-            # The evaluator, if it is a reward, is an entry without a name.
-            for name, reward in (*single.items(), *([("", trial.evaluator[0])] if trial.evaluator else [])):
-                kind = reward.observation  # rewards of the same kind read the same input
-                if kind not in seen:
-                    seen[kind] = kind.observe(field)
-                (scores[name] if name else evaluated).extend(reward.score_observed(seen[kind]).tolist())
+            observed_by_kind = dict[Observation, torch.Tensor]()
+            # If the evaluator is a reward, it is scored in the same loop, under the name "".
+            for name, reward in (
+                *rewards_by_arm.items(),
+                *([("", trial.evaluator[0])] if trial.evaluator else []),
+            ):
+                observation = reward.observation  # rewards of the same kind read the same input
+                if observation not in observed_by_kind:
+                    observed_by_kind[observation] = observation.observe(field)
+                arm_scores = scores[name] if name else evaluated
+                arm_scores.extend(reward.score_observed(observed_by_kind[observation]).tolist())
             if trial.evaluator is None:
-                evaluated += utilities(generator, trial.seeds[start : start + len(part)], trial.psi).tolist()
-            bar.update(len(part))
+                evaluated += utilities(
+                    generator, trial.seeds[start : start + len(ws_batch)], trial.psi
+                ).tolist()
+            bar.update(len(ws_batch))
     columns = {**scores, "evaluator": evaluated}  # one column per arm
     rows = [
         {"seed": seed, **{name: column[i] for name, column in columns.items()}}
@@ -247,115 +304,153 @@ def score(trial: Trial, _folder: Path, quiet: bool = False) -> Finding:
 
 
 def curves(trial: Trial, scores: Finding, _folder: Path) -> Finding:
-    """Compute every arm's curve with intervals, its fit and peak, and the aggregates against the members."""
-    single, joined = arms(trial)
-    known = {name: np.asarray(values) for name, values in scores.data["scores"].items()}  # name -> [N]
-    values = {**known, **{name: join(known) for name, join in joined.items()}}
-    evaluator = np.asarray(scores.data["evaluator"])
+    """Compute the curve of every arm with its interval, fit and peak, and compare aggregates to members.
+
+    Args: scores: finding of `score`.
+    """
+    rewards_by_arm, join_by_arm = arms(trial)
+    reward_scores = {
+        name: np.asarray(arm_scores) for name, arm_scores in scores.data["scores"].items()
+    }  # name -> [N]
+    arm_scores = {**reward_scores, **{name: join(reward_scores) for name, join in join_by_arm.items()}}
+    evaluator = np.asarray(scores.data["evaluator"])  # scores by the evaluator, [N]
     numbers = trial.numbers  # [T]
     # Gains are in the evaluator's standard deviations; a constant evaluator has scale 1.
     scale = float(evaluator.std()) or 1.0
-    distance = np.sqrt(divergence_of(numbers))  # [T]
-    random = np.random.default_rng(0)  # a fixed seed: the page is reproducible
+    distance = np.sqrt(kl_divergence(numbers))  # [T]
+    rng = np.random.default_rng(0)  # a fixed seed: the page is reproducible
     # [B, N]; the same resamples for all arms, so that arms can be compared in pairs
     counts = np.stack(
-        [np.bincount(random.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
+        [np.bincount(rng.integers(trial.n, size=trial.n), minlength=trial.n) for _ in range(RESAMPLES)]
     )
     curve_by_arm = {}
-    last = {}
-    rows = []
-    for name, reward in values.items():
-        exact = best_of(reward, evaluator, numbers)  # [T]
-        draws = resampled(reward, evaluator, numbers, counts)  # [B, T]
-        # Relative to n = 1, in each resample, too
-        gain = (exact - exact[0]) / scale
-        gains = (draws - draws[:, :1]) / scale
+    last_gain_by_arm = {}
+    rows = []  # one row for each arm and n
+    for name, reward in arm_scores.items():
+        evaluator_mean = expected_best(reward, evaluator, numbers)  # [T]
+        resampled_means = resample_best(reward, evaluator, numbers, counts)  # [B, T]
+        # Gains are relative to n = 1, in each resample as well.
+        gain = (evaluator_mean - evaluator_mean[0]) / scale
+        resampled_gains = (resampled_means - resampled_means[:, :1]) / scale
         alpha, beta = fit(distance, gain)  # of all latents
-        fits = fit(distance, gains)  # [B, 2], one fit per resample
-        reward_gain = (best_of(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
-        low, high = np.quantile(gains, [0.025, 0.975], axis=0)  # [T] each
-        steps = [
+        resampled_fits = fit(distance, resampled_gains)  # [B, 2], one fit per resample
+        reward_gain = (expected_best(reward, reward, numbers) - reward.mean()) / (float(reward.std()) or 1.0)
+        low, high = np.quantile(resampled_gains, [0.025, 0.975], axis=0)  # [T] each
+        gain_steps = [
             dict(zip(("mean", "lo", "hi"), map(float, step), strict=True))
             for step in zip(gain, low, high, strict=True)
         ]
         curve_by_arm[name] = {
-            "steps": steps,
+            "steps": gain_steps,
             "reward": reward_gain.tolist(),
             "fit": [float(alpha), float(beta)],
-            "joined": name in joined,
+            "joined": name in join_by_arm,
             "peak": [
-                _finite(v)
-                for v in (
+                _finite(peak_value)
+                for peak_value in (
                     # "nearest", since an interpolation between infinite peaks is not defined
                     peak(alpha, beta),
-                    *np.quantile(peak(*fits.T), [0.025, 0.975], method="nearest"),
+                    *np.quantile(peak(*resampled_fits.T), [0.025, 0.975], method="nearest"),
                 )
             ],
         }
-        last[name] = gain[-1], gains[:, -1]  # the gain at the largest n, and its resamples
+        last_gain_by_arm[name] = (
+            gain[-1],
+            resampled_gains[:, -1],
+        )  # the gain at the largest n, and its resamples
         rows += [
-            {"arm": name, "n": n, "evaluator": float(exact[t]), **steps[t], "reward": float(reward_gain[t])}
-            for t, n in enumerate(numbers)
+            {
+                "arm": name,
+                "n": n,
+                "evaluator": float(evaluator_mean[number_index]),
+                **gain_steps[number_index],
+                "reward": float(reward_gain[number_index]),
+            }
+            for number_index, n in enumerate(numbers)
         ]
     data = {
         "numbers": numbers,
-        "kl": divergence_of(numbers).tolist(),
+        "kl": kl_divergence(numbers).tolist(),
         "arms": curve_by_arm,
-        "against": _against(last, single, joined),
+        "against": _compare_to_members(last_gain_by_arm, rewards_by_arm, join_by_arm),
     }
-    return Finding(facts=trial.facts(), data=data, rows=rows, says=_says(trial, data))
+    return Finding(facts=trial.facts(), data=data, rows=rows, says=_describe_curves(trial, data))
 
 
 def _finite(value: float) -> float | None:
-    """Return None for a value that is not finite: JSON has no infinity."""
+    """Return the value as a float, or None if it is not finite, since JSON has no infinity."""
     return float(value) if np.isfinite(value) else None
 
 
-def _against(last: Mapping[str, tuple[float, np.ndarray]], single: Mapping, joined: Mapping) -> list[dict]:
-    """Compare each aggregate's last gain with that of the best member and of the mean member.
+def _compare_to_members(
+    last_gain_by_arm: Mapping[str, tuple[float, np.ndarray]], rewards_by_arm: Mapping, join_by_arm: Mapping
+) -> list[dict]:
+    """Compare the gain of each aggregate at the largest n with the best member's gain and the mean gain.
 
-    The best member is selected by the evaluator itself, which favours it.
+    The best member is selected by the evaluator itself, so the comparison favours this member.
+
+    Args:
+        last_gain_by_arm: gain at the largest n, and the resampled gains [B].
+        rewards_by_arm: arms that a network scores.
+        join_by_arm: aggregates.
     """
     rows = []
-    for name in joined if single else ():
-        # Members of the same ensemble
-        before = name.rpartition(": ")[0]
-        members = [member for member in single if member.rpartition(": ")[0] == before and "member" in member]
-        best = max(members, key=lambda member: last[member][0])  # by the evaluator
-        for title, others in (("best member", [best]), ("mean member", members)):
-            value = last[name][0] - np.mean([last[member][0] for member in others])
+    for name in join_by_arm if rewards_by_arm else ():
+        # The text before ": " names the ensemble, so these are the members of the same ensemble.
+        name_prefix = name.rpartition(": ")[0]
+        members = [
+            member
+            for member in rewards_by_arm
+            if member.rpartition(": ")[0] == name_prefix and "member" in member
+        ]
+        best_member = max(members, key=lambda member: last_gain_by_arm[member][0])  # by the evaluator
+        for title, compared_members in (("best member", [best_member]), ("mean member", members)):
+            difference = last_gain_by_arm[name][0] - np.mean(
+                [last_gain_by_arm[member][0] for member in compared_members]
+            )
             # Paired: both gains come from the same resamples.
             low, high = np.quantile(
-                last[name][1] - np.mean([last[member][1] for member in others], axis=0), [0.025, 0.975]
+                last_gain_by_arm[name][1]
+                - np.mean([last_gain_by_arm[member][1] for member in compared_members], axis=0),
+                [0.025, 0.975],
             )
             rows.append(
-                {"arm": name, "against": title, "mean": float(value), "lo": float(low), "hi": float(high)}
+                {
+                    "arm": name,
+                    "against": title,
+                    "mean": float(difference),
+                    "lo": float(low),
+                    "hi": float(high),
+                }
             )
     return rows
 
 
-def _says(trial: Trial, data: Mapping) -> list[str]:
-    """Describe each arm's gain and peak, and the evaluator."""
-    most = data["numbers"][-1]
-    says = []
-    reach = np.sqrt(data["kl"][-1])  # d at the largest n
+def _describe_curves(trial: Trial, data: Mapping) -> list[str]:
+    """Describe each arm's gain and peak, and the evaluator, in sentences."""
+    largest_n = data["numbers"][-1]
+    sentences = []
+    largest_distance = np.sqrt(data["kl"][-1])  # d at the largest n
     for name, arm in data["arms"].items():
-        end = arm["steps"][-1]
-        at, low, high = arm["peak"]
+        last_step = arm["steps"][-1]
+        peak_distance, peak_low, peak_high = arm["peak"]
         # A peak beyond the largest n is extrapolated, so it is not reported.
-        if at is None or at > reach:
-            where = f"no peak up to n = {most}"
+        if peak_distance is None or peak_distance > largest_distance:
+            peak_text = f"no peak up to n = {largest_n}"
         else:
-            ends = [f"{v:.2f}" if v is not None else "none" for v in (low, high)]
-            where = f"peak of the fit at d = {at:.2f} [{ends[0]}, {ends[1]}], n = {number_at(at):.0f}"
-        gain = span(end["mean"], end["lo"], end["hi"], "+.2f")
-        says.append(
-            f"{name}: the best of {most} is {gain} of the evaluator's standard deviations better than a"
-            f" mean latent; {where}."
+            bound_texts = [f"{bound:.2f}" if bound is not None else "none" for bound in (peak_low, peak_high)]
+            peak_text = (
+                f"peak of the fit at d = {peak_distance:.2f} [{bound_texts[0]}, {bound_texts[1]}],"
+                f" n = {number_at(peak_distance):.0f}"
+            )
+        gain = span(last_step["mean"], last_step["lo"], last_step["hi"], "+.2f")
+        sentences.append(
+            f"{name}: the best of {largest_n} is {gain} of the evaluator's standard deviations better than a"
+            f" mean latent; {peak_text}."
         )
     for row in data["against"]:
         if row["against"] == "best member" and not row["lo"] <= 0 <= row["hi"]:
-            says.append(
+            sentences.append(
                 f"{row['arm']} is {span(row['mean'], row['lo'], row['hi'], '+.2f')} above the member that the"
                 " evaluator ranks first."
             )
@@ -365,7 +460,7 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
         else "another reward, which has errors, too"
     )
     return [
-        *says,
+        *sentences,
         (
             f"The evaluator is {evaluator}. Selection is a weaker optimisation than tuning: a reward that"
             " fails here will fail there, but not the other way round."
@@ -374,21 +469,22 @@ def _says(trial: Trial, data: Mapping) -> list[str]:
 
 
 def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Job]]:
-    """Return the job of the scores, which takes the time, and a function from its finding to the job of the
-    curves.
+    """Return the job that scores the latents, and a function from its finding to the job of the curves.
+
+    The first job takes almost all of the time, so its result is stored separately.
     """
     evaluator = "annotator" if trial.evaluator is None else "reward"
-    known = {"networks": trial.networks(), "evaluator": evaluator}
+    network_inputs = {"networks": trial.networks(), "evaluator": evaluator}
     # The cache's key has the names of version 0.1, so that its scores stay valid.
-    inputs = {**version_0_1.former_trial(known), "psi": trial.psi, "seed": trial.seed, "n": trial.n}
-    first = Job(
+    inputs = {**version_0_1.former_trial(network_inputs), "psi": trial.psi, "seed": trial.seed, "n": trial.n}
+    scores_job = Job(
         key=SCORES,
         title="Scores of single latents",
         compute=partial(score, trial, quiet=quiet),
         inputs=inputs,
     )
 
-    def second(scores: Finding) -> Job:
+    def make_curves_job(scores: Finding) -> Job:
         """Return the job of the curves, computed from the scores."""
         return Job(
             key=CURVES,
@@ -398,14 +494,16 @@ def jobs(trial: Trial, quiet: bool = False) -> tuple[Job, Callable[[Finding], Jo
             inputs={**inputs, "most": trial.most},
         )
 
-    return first, second
+    return scores_job, make_curves_job
 
 
 def _colours(data: Mapping) -> dict[str, str]:
-    """Return a colour per arm: grey for members, the cycle's for the others."""
-    shown = [name for name, arm in data["arms"].items() if "member" not in name]
+    """Return the colour of each arm: grey for members of ensembles, a colour of the cycle for other arms."""
+    coloured_arms = [name for name, arm in data["arms"].items() if "member" not in name]
     return {
-        name: style.CYCLE[shown.index(name) % len(style.CYCLE)] if name in shown else style.colour("noise")
+        name: style.CYCLE[coloured_arms.index(name) % len(style.CYCLE)]
+        if name in coloured_arms
+        else style.colour("noise")
         for name in data["arms"]
     }
 
@@ -415,30 +513,30 @@ KL = "KL = log n - (n - 1)/n (nats)"
 
 @style.plot(
     "small",
-    size=(9.4, 4.4),
+    size=(9.4, 4.4),  # inches
     xlabel=KL,
     ylabel="evaluator's gain (standard deviations)",
     title="Gain by the evaluator",
 )
 def plot_evaluator(axes, data: dict):
-    """Plot the evaluator's gain over KL: points, and the fits; also the interval if there is one arm."""
-    alone = len(data["arms"]) == 1  # one arm: its band can be shown
-    kl = np.asarray(data["kl"])
+    """Plot the evaluator's gain over KL: points and fitted curves, with the interval if there is one arm."""
+    is_single_arm = len(data["arms"]) == 1  # one arm: its band can be shown
+    kl = np.asarray(data["kl"])  # [T], nats
     colours = _colours(data)
-    fine = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
+    fine_kl = np.linspace(0, kl[-1], 200)  # KL of the fitted curve
     for name, arm in data["arms"].items():
         # Members are thin lines without a fit.
         means = [step["mean"] for step in arm["steps"]]
         if "member" in name:
             axes.plot(kl, means, "-", color=colours[name], linewidth=0.8, label=name)
             continue
-        if alone:
+        if is_single_arm:
             style.band(axes, data["kl"], arm["steps"], colours[name], name, markersize=3, linewidth=0)
         else:  # bands would hide each other; the intervals at the largest n stand in plot_peaks
             axes.plot(kl, means, "o", color=colours[name], label=name, markersize=3)
         axes.plot(
-            fine,
-            np.sqrt(fine) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine)),
+            fine_kl,
+            np.sqrt(fine_kl) * (arm["fit"][0] - arm["fit"][1] * np.sqrt(fine_kl)),
             color=colours[name],
             linewidth=1,
         )
@@ -446,18 +544,18 @@ def plot_evaluator(axes, data: dict):
 
 @style.plot(
     "small",
-    size=(9.4, 3.4),
+    size=(9.4, 3.4),  # inches
     xlabel=KL,
     ylabel="reward's gain (standard deviations)",
     title="Gain by the reward itself",
 )
 def plot_reward(axes, data: dict):
-    """Plot every arm's gain by its own reward over KL."""
-    for name, ink in _colours(data).items():
+    """Plot the gain of every arm by its own reward over KL."""
+    for name, colour in _colours(data).items():
         axes.plot(
             data["kl"],
             data["arms"][name]["reward"],
-            color=ink,
+            color=colour,
             label=name,
             linewidth=0.8 if "member" in name else 1.5,
         )
@@ -465,93 +563,116 @@ def plot_reward(axes, data: dict):
 
 def plot_peaks(data: dict):
     """Plot the position of each fit's peak, and the evaluator's gain at the largest n."""
-    names = list(data["arms"])
+    arm_names = list(data["arms"])
     colours = _colours(data)
-    figure, (left, right) = style.figure(columns=2, size=(9.4, 0.32 * len(names) + 1.2))
-    reach = float(np.sqrt(data["kl"][-1]))
-    for i, name in enumerate(names):
+    figure, (peak_axis, gain_axis) = style.figure(columns=2, size=(9.4, 0.32 * len(arm_names) + 1.2))
+    largest_distance = float(np.sqrt(data["kl"][-1]))  # d at the largest n
+    for i, name in enumerate(arm_names):
         arm = data["arms"][name]
         # Peaks beyond the axis, and those that do not exist, are drawn at its right edge.
-        at, low, high = (2 * reach if v is None else min(v, 2 * reach) for v in arm["peak"])
-        left.errorbar(
-            [at],
+        peak_distance, peak_low, peak_high = (
+            2 * largest_distance if peak_value is None else min(peak_value, 2 * largest_distance)
+            for peak_value in arm["peak"]
+        )
+        peak_axis.errorbar(
+            [peak_distance],
             [i],
-            xerr=[[max(at - low, 0)], [max(high - at, 0)]],
+            xerr=[[max(peak_distance - peak_low, 0)], [max(peak_high - peak_distance, 0)]],
             fmt="o",
             capsize=3,
             markersize=4,
             color=colours[name],
         )
-        end = arm["steps"][-1]
-        right.errorbar(
-            [end["mean"]], [i], xerr=style.errors(end), fmt="o", capsize=3, markersize=4, color=colours[name]
+        last_step = arm["steps"][-1]
+        gain_axis.errorbar(
+            [last_step["mean"]],
+            [i],
+            xerr=style.errors(last_step),
+            fmt="o",
+            capsize=3,
+            markersize=4,
+            color=colours[name],
         )
-    left.axvline(reach, color=style.colour("noise"), linestyle="--", linewidth=1)
-    left.set(
+    peak_axis.axvline(largest_distance, color=style.colour("noise"), linestyle="--", linewidth=1)
+    peak_axis.set(
         title=f"Peak of the fit (dashed: n = {data['numbers'][-1]})",
         xlabel="d = sqrt(KL); right edge: none",
-        xlim=(0, 2.05 * reach),
+        xlim=(0, 2.05 * largest_distance),
     )
-    right.set(title=f"Evaluator's gain at n = {data['numbers'][-1]}", xlabel="standard deviations")
-    for axis, shown in ((left, names), (right, [""] * len(names))):
-        axis.set_yticks(range(len(names)), shown)
+    gain_axis.set(title=f"Evaluator's gain at n = {data['numbers'][-1]}", xlabel="standard deviations")
+    for axis, labels in ((peak_axis, arm_names), (gain_axis, [""] * len(arm_names))):
+        axis.set_yticks(range(len(arm_names)), labels)
         axis.invert_yaxis()
     return figure
 
 
 def trial_of(before, rewards, heldout_reward, data, device, **sampling) -> Trial:
-    """Load the networks that the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
-    where = choose_device(device)  # the networks' device
+    """Load the networks that the flags name.
+
+    Args:
+        before: file or run folder of the generator; None: the bundled one.
+        rewards: files of rewards, or names of observations, which stand for untrained rewards; none: the
+            bundled reward.
+        heldout_reward: file of the evaluator; None: the simulated annotator.
+        data: dataset of the generator; None: the recorded one.
+        sampling: further fields of `Trial`.
+
+    Raises: ValueError or FileNotFoundError, with the name of the flag.
+    """
+    torch_device = choose_device(device)  # the networks' device
     with naming("--before"):
-        generator = load_generator(before, where)
+        generator = load_generator(before, torch_device)
     # A reward that is named twice is tested once.
-    paths = dict.fromkeys(rewards or [bundled.REWARD])
+    reward_paths = dict.fromkeys(rewards or [bundled.REWARD])
     names = {
-        path: path.parent.name if path.stem == "reward" and len(paths) > 1 else path.stem for path in paths
+        path: path.parent.name if path.stem == "reward" and len(reward_paths) > 1 else path.stem
+        for path in reward_paths
     }
-    # Names that are not unique are replaced by the paths.
+    # If the names are not unique, the paths are the names.
     if len(set(names.values())) < len(names):
-        names = {path: str(path) for path in paths}
+        names = {path: str(path) for path in reward_paths}
 
     def load(path: Path, flag: str):
-        """Load a reward and its hash; the name of an observation stands for an untrained reward of that
-        kind.
+        """Return a loaded reward and the hash of its file.
+
+        If `path` is the name of an observation and no such file exists, the reward is an untrained one of
+        this observation.
         """
-        if (kind := str(path)) in OBSERVATIONS and not path.exists():
+        if (observation_kind := str(path)) in OBSERVATIONS and not path.exists():
             with naming(flag):
-                return untaught(kind, generator.generator), f"untaught {kind}"
+                return untaught(observation_kind, generator.generator), f"untaught {observation_kind}"
         with naming(flag):
-            reward = load_reward(path, where)
+            reward = load_reward(path, torch_device)
         check_reward(reward, generator.generator, flag)
         return reward, file_hash(path)
 
     if heldout_reward is None and not judged_by_annotator(generator, data):
         raise ValueError(
-            "--heldout-reward: expected a reward as the evaluator, got none; the simulated annotator covers"
-            " synthetic heads alone. Name one."
+            "--heldout-reward is missing. Without it the simulated annotator is the evaluator, which can"
+            " score synthetic heads only. Pass the file of a reward as the evaluator with --heldout-reward."
         )
     evaluator = None if heldout_reward is None else load(heldout_reward, "--heldout-reward")
-    loaded = {names[path]: load(path, "--reward-ckpt") for path in paths}
+    loaded = {names[path]: load(path, "--reward-ckpt") for path in reward_paths}
     # An evaluator that is among the tested rewards would agree with itself.
     if evaluator is not None and any(
         digest == evaluator[1] or evaluator[0].is_member_of(tested) for tested, digest in loaded.values()
     ):
         raise ValueError(
-            "--heldout-reward: expected a reward that is not among the tested ones, got one that is. Train"
-            " one on other labels."
+            f"--heldout-reward={heldout_reward} is a tested reward, or a member of one, so it would agree"
+            " with it. Pass a reward that was trained on other labels."
         )
     return Trial(generator=generator, rewards=loaded, evaluator=evaluator, **sampling)
 
 
 def write(trial: Trial, out: Path) -> Finding:
-    """Score the latents, compute the curves, and write the page <out>/index.html; return the curves."""
-    first, second = jobs(trial)
-    last = second(pages.run([first], out)[SCORES])
-    findings = pages.run([last], out, quiet=True)
+    """Score the latents, compute the curves, and write <out>/index.html; return the finding of the curves."""
+    scores_job, make_curves_job = jobs(trial)
+    curves_job = make_curves_job(pages.run([scores_job], out)[SCORES])
+    findings = pages.run([curves_job], out, quiet=True)
     introduction = (
         f"{trial.n:,} latents of {trial.generator.path.name}, untuned; nothing was trained on them. Each"
         " point is the exact mean, over all ways to draw n of them, of the evaluator's value of the latent"
         " with the highest reward."
     )
-    write_page(out / "index.html", TITLE, introduction, [last], findings, findings[CURVES].says)
+    write_page(out / "index.html", TITLE, introduction, [curves_job], findings, findings[CURVES].says)
     return findings[CURVES]

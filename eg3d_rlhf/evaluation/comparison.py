@@ -1,7 +1,8 @@
-"""Inputs of every report: a generator before and after tuning, with the control run, the rewards and the
-latents.
+"""Inputs of every report: a generator before and after tuning, the control run, the rewards and the latents.
 
-Letters: N latents, L num_ws, W w_dim, D, H, W grid points.
+A role is the part that a network plays in a report: "before" tuning, "after" tuning, or "control", which was
+trained in the same way without the reward (lambda_r = 0).
+Shapes: N latents, L num_ws, W w_dim.
 """
 
 import dataclasses
@@ -41,41 +42,46 @@ class Comparison(Sampling):
     control_run: Path | None = None  # folder of the control's run
     reward: Reward  # the tuning reward
     reward_hash: str = ""  # SHA-256 of the reward's file
-    held_out: Reward | None = None  # second reward, never used in tuning
-    held_out_hash: str = ""  # SHA-256 of its file; '' without one
-    data: str  # dataset as in train.py --data; '' if none is known
+    held_out: Reward | None = None  # held-out reward, which was never used in tuning
+    held_out_hash: str = ""  # SHA-256 of the held-out reward's file; '' if there is no such reward
+    data: str  # dataset as in train.py --data; '' if no dataset is recorded or named
     mirror: bool = False  # True if the run doubled the data by mirroring
-    # cache of scores and features: several parts use the same ones
+    # cache of scores and features, since several parts of a report need the same ones
     memory: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def synthetic(self) -> bool:
-        """Return True if the samples are of the synthetic family, which the simulated annotator can score."""
+        """Return True if the samples are synthetic heads, which the simulated annotator can score."""
         return self.data.startswith("synthetic:") and names_people(self.before.generator)
 
     @property
     def of_people(self) -> bool:
-        """Return True if each latent has a ground-truth head."""
+        """Return True if the generator makes synthetic heads, so that each latent has a ground-truth head."""
         return self.synthetic and self.before.generator.z_dim == people.LATENT
 
     def generators(self) -> dict[str, LoadedGenerator]:
-        """Return the generators by role: 'before', 'after', and 'control' if there is one."""
+        """Return the generators by role: 'before', 'after', and 'control' if there is a control."""
         pair = {"before": self.before, "after": self.after}  # a report always has these two
         return pair if self.control is None else {**pair, "control": self.control}
 
     def networks(self, *roles: str) -> dict[str, str]:
-        """Return the hash of each of `roles`, or of all generators and rewards."""
+        """Return the hashes of networks by role.
+
+        Args: roles: 'before', 'after', 'control', 'reward' or 'held-out'; none: all of them. Roles that this
+            comparison lacks are left out.
+        """
         hashes = {role: generator.hash for role, generator in self.generators().items()} | {
             "reward": self.reward_hash
         }
-        # Roles that this comparison lacks, such as a control, are left out.
         if self.held_out is not None:
             hashes["held-out"] = self.held_out_hash
         return {role: hashes[role] for role in roles or hashes if role in hashes}
 
     def snapshots(self, role: str) -> list[tuple[float, Path]]:
-        """Return (kimg, file) of the snapshots of the run that made 'after' or 'control'; [] without a
-        run.
+        """Return (kimg, file) of each snapshot of the run that made a network, in the order of training.
+
+        The list is empty if no run folder is named or recorded.
+        Args: role: 'after' or 'control'.
         """
         return snapshots({"after": self.run, "control": self.control_run}[role])
 
@@ -84,11 +90,16 @@ class Comparison(Sampling):
         return load_generator(path, self.device)
 
     def seeds(self, n: int | None = None, of: HeldOut = LATENTS) -> range:
-        """Return the first n held-out seeds (default: self.n) of a range, shifted by --seed."""
+        """Return the first `n` seeds of a held-out range, shifted by --seed.
+
+        Args:
+            n: number of seeds; None: self.n.
+            of: held-out range.
+        """
         return of.take(self.n if n is None else n, self.seed)
 
     def ws(self, generator: LoadedGenerator, seeds: Sequence[int], psi: float | None = None) -> torch.Tensor:
-        """Compute ws [N, L, W] of seeds at the comparison's truncation, or at another."""
+        """Compute ws [N, L, W] of seeds. Args: psi: truncation; None: self.psi."""
         return ws_of_seeds(generator.generator, list(seeds), truncation_psi=self.psi if psi is None else psi)
 
     def fields(
@@ -98,16 +109,21 @@ class Comparison(Sampling):
         psi: float | None = None,
         batch: int | None = None,
     ) -> Iterator[Field]:
-        """Yield the shapes of seeds, at most `batch` (default: the comparison's) in a field."""
-        for part in self.ws(generator, seeds, psi).split(batch or self.batch):
-            # Not around the yield: the caller would run without gradients, too.
+        """Yield the shapes of seeds, several in a field.
+
+        Args:
+            psi: truncation; None: self.psi.
+            batch: largest number of shapes in a field; None: self.batch.
+        """
+        for ws in self.ws(generator, seeds, psi).split(batch or self.batch):
+            # `no_grad` must not enclose the yield, else the caller's code would run without gradients, too.
             with torch.no_grad():
-                shapes = generator.generator.field(part)
+                shapes = generator.generator.field(ws)
             yield shapes
 
     @torch.no_grad()
     def observed(self, generator: LoadedGenerator, seeds: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Yield batches [<= batch, ...] of the reward's input for seeds."""
+        """Yield the input of the reward for seeds, in batches [<= self.batch, ...]."""
         for field in self.fields(generator, seeds):
             yield self.reward.observation.observe(field)
 
@@ -119,37 +135,53 @@ class Comparison(Sampling):
         psi: float | None = None,
         held_out: bool = False,
     ) -> torch.Tensor:
-        """Compute scores [N] of seeds on the CPU by the reward, or by the second one, and cache them.
+        """Return scores [N] of seeds, on the CPU. They are computed once and cached.
 
-        Raises: ValueError if the second reward is requested and there is none.
+        Args:
+            psi: truncation; None: self.psi.
+            held_out: score by the held-out reward instead of the tuning reward.
+
+        Raises: ValueError if `held_out` is True and there is no held-out reward.
         """
         if held_out and self.held_out is None:
             raise ValueError(
-                "Comparison.scores: expected a second reward, got none. Name one with --heldout-reward."
+                "Scores by a held-out reward were requested, but there is no held-out reward. Pass the file"
+                " of one to --heldout-reward."
             )
         sample_key = (generator.hash, tuple(seeds), self.psi if psi is None else psi)
-        requested = (self.held_out_hash if held_out else self.reward_hash, *sample_key)
-        if requested not in self.memory:
+        requested_key = (self.held_out_hash if held_out else self.reward_hash, *sample_key)
+        if requested_key not in self.memory:
             # Both rewards are scored in one pass, so that each shape is generated once.
             rewards = {self.reward_hash: self.reward} | (
                 {} if self.held_out is None else {self.held_out_hash: self.held_out}
             )
             parts_by_reward: dict[str, list[torch.Tensor]] = {digest: [] for digest in rewards}
             for field in self.fields(generator, seeds, psi):
-                seen: dict[Observation, torch.Tensor] = {}  # an input that both rewards read is computed once
+                observed: dict[
+                    Observation, torch.Tensor
+                ] = {}  # an input that both rewards read is computed once
                 for digest, reward in rewards.items():
-                    kind = reward.observation
-                    if kind not in seen:
-                        seen[kind] = kind.observe(field)
-                    parts_by_reward[digest].append(reward.score_observed(seen[kind]).cpu())
+                    observation = reward.observation
+                    if observation not in observed:
+                        observed[observation] = observation.observe(field)
+                    parts_by_reward[digest].append(reward.score_observed(observed[observation]).cpu())
             self.memory.update(
-                {(digest, *sample_key): torch.cat(parts) for digest, parts in parts_by_reward.items()}
+                {
+                    (digest, *sample_key): torch.cat(score_batches)
+                    for digest, score_batches in parts_by_reward.items()
+                }
             )
-        return self.memory[requested]
+        return self.memory[requested_key]
 
-    def facts(self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **more) -> Facts:
-        """Return the facts that a figure states: latents, truncation, networks and interval; `more` overrides
-        them.
+    def facts(
+        self, seeds: Sequence[int], roles: Sequence[str] = (), interval: str = "", **overrides
+    ) -> Facts:
+        """Return the facts that a plot or table states: latents, truncation, networks and interval.
+
+        Args:
+            roles: networks whose hashes are stated; none: all.
+            interval: description of the intervals.
+            overrides: fields of `Facts` that replace the default ones.
         """
         facts = {
             "n": len(seeds),
@@ -158,24 +190,26 @@ class Comparison(Sampling):
             "networks": self.networks(*roles),
             "interval": interval,
         }
-        return Facts(**{**facts, **more})
+        return Facts(**{**facts, **overrides})
 
-    def inputs(self, *roles: str, **more) -> Mapping:
-        """Return the inputs of a job: hashes of `roles` (default: all), truncation, seed, device, and `more`.
+    def inputs(self, *roles: str, **more_inputs) -> Mapping:
+        """Return all values that a job depends on. The job is computed again if any of them changes.
 
-        A job is computed again if any of them changes.
+        Args:
+            roles: networks whose hashes are inputs; none: all.
+            more_inputs: further inputs, as JSON values.
         """
         return {
             "networks": self.networks(*roles),
             "psi": self.psi,
             "seed": self.seed,
-            # The type alone: the index of the GPU is no input.
+            # The type alone, since results do not depend on which of several GPUs computes them.
             "device": self.device.type,
-            **more,
+            **more_inputs,
         }
 
     def resolved(self) -> dict:
-        """Return the resolved networks and settings as JSON values, for --dry-run."""
+        """Return the networks and settings that will be used as JSON values, for --dry-run."""
         files = {
             role: {"file": str(generator.path), "hash": generator.hash}
             for role, generator in self.generators().items()
@@ -199,197 +233,236 @@ class Comparison(Sampling):
         plots: Mapping[str, Callable] | None = None,
         roles: Sequence[str] = (),
         version: int = 1,
-        **more,
+        **more_inputs,
     ) -> Job:
-        """Return a part of a report that depends on the networks of `roles` (default: all) and on `more`."""
+        """Return the job of one section of a report.
+
+        Args:
+            key: name of the section in files and links.
+            title: heading of the section.
+            compute: function of the comparison and a folder for images.
+            plots: plotting functions by name.
+            roles: networks that the result depends on; none: all.
+            version: version of the computation; a new one makes stored results invalid.
+            more_inputs: further values that the result depends on.
+        """
         return Job(
             key=key,
             title=title,
             compute=partial(compute, self),
             plots=plots or {},
             version=version,
-            inputs=self.inputs(*roles, **more),
+            inputs=self.inputs(*roles, **more_inputs),
         )
 
-    def absent(self, key: str, title: str, why: str) -> Job:
-        """Return a part without figures that explains why it is missing, and how to get it."""
-        finding = Finding(facts=Facts(n=0, networks=self.networks()), data={"absent": why}, says=[why])
+    def absent(self, key: str, title: str, reason: str) -> Job:
+        """Return the job of a section without results, which shows the reason and how to get the results."""
+        # `compute` ignores the folder, since there is nothing to compute.
+        finding = Finding(facts=Facts(n=0, networks=self.networks()), data={"absent": reason}, says=[reason])
         return Job(
-            key=key, title=title, compute=lambda folder: finding, inputs={"absent": why, **self.inputs()}
+            key=key, title=title, compute=lambda folder: finding, inputs={"absent": reason, **self.inputs()}
         )
 
 
-def load_comparison(s: Sources) -> Comparison:
-    """Load everything that the sources name, and find the defaults of what they leave out.
+def load_comparison(sources: Sources) -> Comparison:
+    """Load the networks, rewards and data of a comparison.
 
-    Raises: FileNotFoundError, ValueError naming the flag.
+    A source that is None gets the default that its comment in `Sources` describes.
+    Raises: FileNotFoundError or ValueError, with the name of the flag.
     """
     with naming("--before"):
-        before_path = find_network(s.before)
-    run = _run(s, before_path)
-    with naming("--after" if s.after is not None else "--run"):
+        before_path = find_network(sources.before)
+    run = _find_run(sources, before_path)
+    with naming("--after" if sources.after is not None else "--run"):
         # A named file wins over the run's newest snapshot.
-        after_path = find_network(s.after or run)
-    control_path = s.control or newest_control(s.runs_folder, run)
+        after_path = find_network(sources.after or run)
+    control_path = sources.control or newest_control(sources.runs_folder, run)  # None if there is no control
     networks: dict[str, Any] = {}  # role -> loaded generator
     for role, path in (("before", before_path), ("after", after_path), ("control", control_path)):
         if path is not None:
             with naming(f"--{role}"):
-                networks[role] = load_generator(path, s.device)
-                # Checked at once: a wrong pair should fail before the rewards are loaded.
+                networks[role] = load_generator(path, sources.device)
+                # Checked at once, so that networks which do not fit fail before the rewards are loaded.
                 _check_pair(networks["before"], networks[role])
     before = networks["before"]  # the reference of all checks
-    reward_path = _reward_path(s, run, before)
+    reward_path = _reward_path(sources, run, before)
     with naming("--reward-ckpt"):
-        reward = load_reward(reward_path, s.device)
+        reward = load_reward(reward_path, sources.device)
     check_reward(reward, before.generator, "--reward-ckpt")
-    held_out, held_out_hash = _held_out(s, run, reward_path)
+    held_out, held_out_hash = _load_held_out(sources, run, reward_path)
     if held_out is not None:
         check_reward(held_out, before.generator, "--heldout-reward")
-    for flag, file in (("--lpips", s.lpips), ("--identity", s.identity), ("--inception", s.inception)):
+    for flag, file in (
+        ("--lpips", sources.lpips),
+        ("--identity", sources.identity),
+        ("--inception", sources.inception),
+    ):
         if file is not None and not Path(file).is_file():
-            raise ValueError(f"{flag}: expected a file, got nothing at {file}. Check the path.")
-    used = settings_of(run)  # {} without a run
-    data = used.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
+            raise ValueError(f"{flag}: the file {file} does not exist. Pass the path of an existing file.")
+    run_settings = settings_of(run)  # {} without a run
+    data = run_settings.get("data") or (bundled.DATA if before_path == bundled.GENERATOR else "")
     return Comparison(
         **networks,
         run=run,
-        control_run=_folder(control_path),
+        control_run=_find_run_folder(control_path),
         reward=reward,
         reward_hash=file_hash(reward_path),
         held_out=held_out,
         held_out_hash=held_out_hash,
-        data=s.data if s.data is not None else str(data),
-        mirror=bool(used.get("mirror", False)),
-        **{field.name: getattr(s, field.name) for field in dataclasses.fields(Sampling)},
+        data=sources.data if sources.data is not None else str(data),
+        mirror=bool(run_settings.get("mirror", False)),
+        **{field.name: getattr(sources, field.name) for field in dataclasses.fields(Sampling)},
     )
 
 
-def _folder(path: Path | None) -> Path | None:
-    """Return the run folder that a path names or lies in; None if it is not in a run folder."""
+def _find_run_folder(path: Path | None) -> Path | None:
+    """Return the run folder that a path names, or in which a named file lies.
+
+    Return None if `path` is None, or a file outside a run folder.
+    """
     if path is None:
         return None
-    folder = path if path.is_dir() else path.parent  # a file names its folder
+    folder = path if path.is_dir() else path.parent
+    # A folder is accepted as it is; the parent of a file counts only if it records the settings of a run.
     return folder if settings_of(folder) or path.is_dir() else None
 
 
-def _run(s: Sources, before: Path) -> Path | None:
-    """Find the tuning run: the named one, the one of `after`, or the newest that began from `before`."""
-    if s.run is not None:
-        if not s.run.is_dir():
-            raise ValueError(f"--run: expected a run folder, got nothing at {s.run}. Check the path.")
-        return s.run
-    if s.after is not None:
-        return _folder(s.after)
-    known = ((run, recorded(run)) for run in _runs(s.runs_folder))
-    init = file_hash(before)  # a run records the hash of the network that it began from
-    newest = next(
+def _find_run(sources: Sources, before_path: Path) -> Path | None:
+    """Find the folder of the tuning run.
+
+    It is the folder of --run if given, else the folder of --after if given, else the newest run that began
+    from the generator before tuning. Return None if --after is a file outside a run folder.
+    """
+    if sources.run is not None:
+        if not sources.run.is_dir():
+            raise ValueError(
+                f"--run: there is no folder at {sources.run}. Pass the folder of a run of train.py."
+            )
+        return sources.run
+    if sources.after is not None:
+        return _find_run_folder(sources.after)
+    # read one after the other, until a run fits
+    runs_with_settings = ((run, recorded(run)) for run in _runs(sources.runs_folder))
+    init_hash = file_hash(before_path)  # a run records the hash of the network that it began from
+    newest_run = next(
         # lambda_r = 0 is a control, not a tuning run.
         (
             run
-            for run, settings in known
-            if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init
+            for run, settings in runs_with_settings
+            if settings["lambda_r"] > 0 and settings.get("hashes", {}).get("init") == init_hash
         ),
         None,
     )
-    if newest is None:
+    if newest_run is None:
         raise ValueError(
-            f"--after: expected a tuned network, got none, and no run in {s.runs_folder}/ began from"
-            f" {before.name}. Run `make demo` first, or give --after=FILE or --run=DIR."
+            f"--after is missing, and no run in {sources.runs_folder}/ began from {before_path.name}. Run"
+            " `make demo` first, or pass a tuned network with --after=FILE or its run with --run=DIR."
         )
-    return newest
+    return newest_run
 
 
-def _check_pair(before: LoadedGenerator, other: LoadedGenerator) -> None:
-    """Raise ValueError unless latents and the cube have the same meaning for both generators."""
-    expected, got = (
-        {"z_dim": g.z_dim, "images": g.img_resolution, "side": g.bounds.side, "centre": g.bounds.centre}
-        for g in (before.generator, other.generator)
+def _check_pair(generator_before: LoadedGenerator, other_generator: LoadedGenerator) -> None:
+    """Raise ValueError unless both generators have the same latent size, image size and cube."""
+    # Equal z_dim: the same seeds give the same latents. Equal side and centre: the same cube.
+    expected_properties, other_properties = (
+        {
+            "z_dim": generator.z_dim,
+            "images": generator.img_resolution,
+            "side": generator.bounds.side,
+            "centre": generator.bounds.centre,
+        }
+        for generator in (generator_before.generator, other_generator.generator)
     )
-    if expected != got:
-        text = f"expected a generator like {before.path.name} {expected}, got {other.path.name} {got}"
-        raise ValueError(f"{text}. Compare runs of one generator.")
+    if expected_properties != other_properties:
+        raise ValueError(
+            f"{other_generator.path.name} has {other_properties}, but the generator before tuning,"
+            f" {generator_before.path.name}, has {expected_properties}. Pass networks that were tuned from"
+            " one generator."
+        )
 
 
-def _reward_path(s: Sources, run: Path | None, before: LoadedGenerator) -> Path:
-    """Return the reward's file: the named one, the run's if that file is unchanged, or the bundled one.
+def _reward_path(sources: Sources, run: Path | None, generator_before: LoadedGenerator) -> Path:
+    """Return the file of the tuning reward.
 
-    The bundled reward is a default for the bundled generator only.
+    It is the file of --reward-ckpt if given, else the file that the run recorded. If the run recorded no
+    reward, it is the bundled reward, which fits the bundled generator only.
+    Raises: ValueError if the recorded file was changed or removed, or if the bundled reward does not fit.
     """
-    if s.reward_ckpt is not None:
-        return s.reward_ckpt
+    if sources.reward_ckpt is not None:
+        return sources.reward_ckpt
     settings = settings_of(run)
-    used = settings.get("reward_ckpt")  # path at the time of the run
-    digest = settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
-    if digest == file_hash(bundled.REWARD):
+    recorded_path = settings.get("reward_ckpt")  # path at the time of the run
+    recorded_hash = settings.get("hashes", {}).get("reward")  # SHA-256 of the file at the time of the run
+    if recorded_hash == file_hash(bundled.REWARD):
         return bundled.REWARD
     # The run records no reward, for example a run of other code.
-    if used is None or digest is None:
-        if before.hash == load_reward(bundled.REWARD).provenance["generator"]:
+    if recorded_path is None or recorded_hash is None:
+        if generator_before.hash == load_reward(bundled.REWARD).provenance["generator"]:
             return bundled.REWARD
         raise ValueError(
-            f"--reward-ckpt: expected a reward of {before.path.name}, got none. The bundled reward covers"
-            " only the bundled generator. Give a file."
+            f"--reward-ckpt is missing, and the run records no reward. The bundled reward was trained for the"
+            f" bundled generator, not for {generator_before.path.name}. Pass the file of a reward with"
+            " --reward-ckpt."
         )
     # The path may hold another file by now: its hash decides.
-    if not Path(used).is_file() or file_hash(used) != digest:
+    if not Path(recorded_path).is_file() or file_hash(recorded_path) != recorded_hash:
         raise ValueError(
-            f"--reward-ckpt: expected the run's reward ({digest[:12]}) at {used}, got another file or none."
-            " Name the file."
+            f"--reward-ckpt is missing, and {recorded_path} no longer holds the reward that the run used"
+            f" (SHA-256 {recorded_hash[:12]}...). Pass the file of that reward with --reward-ckpt."
         )
-    return Path(used)
+    return Path(recorded_path)
 
 
-def _held_out(s: Sources, run: Path | None, reward: Path) -> tuple[Reward | None, str]:
-    """Load the second reward with its hash: the named one, the held-out reward of the run, or the bundled
-    one.
+def _load_held_out(sources: Sources, run: Path | None, reward_path: Path) -> tuple[Reward | None, str]:
+    """Load the held-out reward, and return it with the SHA-256 of its file.
 
-    The bundled one is the default if the first reward is the bundled one. Returns (None, '') if there is
-    none.
+    It is the file of --heldout-reward if given, else the held-out reward of the run, else the bundled one if
+    the tuning reward is the bundled one. If there is none of these, return (None, '').
     """
-    path = s.heldout_reward
-    digest = file_hash(reward)  # the first reward's
+    heldout_path = sources.heldout_reward
+    tuning_reward_hash = file_hash(reward_path)
     settings = settings_of(run)
-    used = settings.get("heldout_reward")  # path at the time of the run
+    recorded_path = settings.get("heldout_reward")  # path at the time of the run
     # The recorded path counts only if the file is unchanged.
     if (
-        path is None
-        and used
-        and Path(used).is_file()
-        and file_hash(used) == settings.get("hashes", {}).get("heldout")
+        heldout_path is None
+        and recorded_path
+        and Path(recorded_path).is_file()
+        and file_hash(recorded_path) == settings.get("hashes", {}).get("heldout")
     ):
-        path = Path(used)
-    elif path is None and digest == file_hash(bundled.REWARD) and bundled.WATCH.exists():
-        path = bundled.WATCH
-    if path is None:
+        heldout_path = Path(recorded_path)
+    elif heldout_path is None and tuning_reward_hash == file_hash(bundled.REWARD) and bundled.WATCH.exists():
+        heldout_path = bundled.WATCH
+    if heldout_path is None:
         return None, ""
     with naming("--heldout-reward"):
-        second = load_reward(path, s.device)
+        heldout_reward = load_reward(heldout_path, sources.device)
         # A reward cannot be its own held-out evaluator.
-        if file_hash(path) == digest:
+        if file_hash(heldout_path) == tuning_reward_hash:
             raise ValueError(
-                f"expected another reward than the tuning reward, got the same file {path}. Train one on"
-                " other labels."
+                f"{heldout_path} is the tuning reward itself, which cannot be held out. Pass a reward that"
+                " was trained on other labels."
             )
-    return second, file_hash(path)
+    return heldout_reward, file_hash(heldout_path)
 
 
 # Runs, as recorded in their folders.
 
 
 def settings_of(run: Path | None) -> dict:
-    """Read the settings that train.py recorded in a run folder; {} if there are none."""
+    """Return the settings that train.py recorded in a run folder; {} if `run` is None or records none."""
     return {} if run is None else recorded(run)
 
 
 def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
     """Return True if the simulated annotator can score the generator's samples.
 
-    This needs latents with ground-truth heads of people and the synthetic data: --data, the run's record, or
-    the bundled generator's.
+    The annotator needs a generator whose latents have ground-truth heads, and that was trained on synthetic
+    data.
+    Args: data: dataset; None: the one that the generator's run recorded, or the bundled generator's.
     """
     if data is None:
-        folder = generator.path.parent  # the run that wrote the generator
+        folder = generator.path.parent  # folder of the run that wrote the generator
         data = (
             bundled.DATA
             if generator.path == bundled.GENERATOR
@@ -399,23 +472,30 @@ def judged_by_annotator(generator: LoadedGenerator, data: str | None) -> bool:
 
 
 def snapshots(run: Path | None) -> list[tuple[float, Path]]:
-    """Return (kimg, file) of a run's network snapshots in the order of training; [] without a run."""
+    """Return (kimg, file) of each network snapshot of a run, in the order of training; [] if `run` is None.
+
+    kimg is the length of training in thousands of images.
+    """
     if run is None:
         return []
     kimg_files = [
         (read_meta(path, "network")["cur_nimg"] / 1000, path)
         for path in run.glob("network-snapshot-*.safetensors")
     ]
+    # A run has either snapshots of this project, or pickles of EG3D's code.
     # Runs of EG3D's own code: their pickles record the training length in their names only.
     for path in [] if kimg_files else sorted(run.glob("network-snapshot-*.pkl")):
-        if (name := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
-            raise ValueError(f"{path}: expected network-snapshot-<kimg>.pkl, got another name. Rename it.")
-        kimg_files.append((float(name.group(1)), path))
+        if (match := re.match(r"network-snapshot-(\d{6})", path.name)) is None:
+            raise ValueError(
+                f"{path}: the name does not state the length of training. Rename the file to"
+                " network-snapshot-<six digits of kimg>.pkl, for example network-snapshot-000040.pkl."
+            )
+        kimg_files.append((float(match.group(1)), path))
     return sorted(kimg_files)
 
 
 def _runs(folder: Path) -> list[Path]:
-    """List the run folders with a snapshot and a recorded reward, newest first."""
+    """List the run folders in `folder` with a snapshot and the reward "sigma", newest first."""
     runs = [
         run
         for run in folder.glob("*")
@@ -424,12 +504,14 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(runs, key=lambda run: (run / OPTIONS).stat().st_mtime, reverse=True)
 
 
-def newest_control(folder: Path, tuned: Path | None) -> Path | None:
-    """Find the newest run in `folder` that is the control of `tuned`: lambda_r = 0, and equal in everything
-    else that the result depends on.
+def newest_control(folder: Path, tuned_run: Path | None) -> Path | None:
+    """Return the newest run in `folder` that is a control of the tuned run, or None if there is none.
+
+    A control has lambda_r = 0, and all other settings that the result depends on equal those of the tuned
+    run. None is also returned if the tuned run's settings are not recorded.
     """
-    if not settings_of(tuned):
+    if not settings_of(tuned_run):
         return None
     return next(
-        (run for run in _runs(folder) if not control_differs(settings_of(tuned), recorded(run))), None
+        (run for run in _runs(folder) if not control_differs(settings_of(tuned_run), recorded(run))), None
     )

@@ -1,7 +1,8 @@
-"""Evaluation report: its parts, the summary of what the figures support and what they do not, and renders of
-shapes.
+"""Evaluation report: its jobs, its conclusions, and renders of shapes.
 
-Letters: N latents, D, H, W grid points, R pixels per edge.
+The conclusions are sentences that the numbers support ("Allowed"), and sentences that they do not support
+("Not allowed").
+Shapes: N latents, R pixels per edge of a render.
 """
 
 import math
@@ -30,61 +31,76 @@ from training.gan import save_grid
 TITLE = "Before and after tuning"
 
 
-def select(c: Comparison, keys: str | None = None) -> list[Job]:
-    """Select the report's parts, all or those of a comma-separated list of keys.
+def select(comparison: Comparison, keys: str | None = None) -> list[Job]:
+    """Return the jobs of the report, in the order of the page.
 
+    Args: keys: comma-separated keys of the jobs to return; None: all jobs.
     Raises: ValueError for an unknown key.
     """
-    parts = (rewards.jobs, images.jobs, geometry.jobs, rewards.curve_jobs, geometry.depth_jobs, strip_jobs)
-    jobs = [job for part in parts for job in part(c)]
-    # The page keeps its own order, whatever the order of the list.
-    wanted = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
-    return [job for job in jobs if wanted is None or job.key in wanted]
+    job_lists = (
+        rewards.jobs,
+        images.jobs,
+        geometry.jobs,
+        rewards.curve_jobs,
+        geometry.depth_jobs,
+        strip_jobs,
+    )
+    jobs = [job for list_jobs in job_lists for job in list_jobs(comparison)]
+    # The jobs keep the page's order, which may differ from the order of `keys`.
+    selected_keys = None if keys is None else some_of("--only", keys, [job.key for job in jobs])
+    return [job for job in jobs if selected_keys is None or job.key in selected_keys]
 
 
-def check_files(c: Comparison) -> None:
-    """Open the networks that the user names, before minutes of work depend on them. Raises: ValueError."""
-    if c.inception is not None:
-        load_features(c.inception, c.device)
-    if c.lpips is not None:
-        load_lpips(c.lpips, c.device)
-    if c.identity is not None:
-        load_identity(c.identity, c.device)
+def check_files(comparison: Comparison) -> None:
+    """Load the networks of --inception, --lpips and --identity, so that errors occur before the long work.
+
+    Raises: ValueError if one of the files cannot be used.
+    """
+    if comparison.inception is not None:
+        load_features(comparison.inception, comparison.device)
+    if comparison.lpips is not None:
+        load_lpips(comparison.lpips, comparison.device)
+    if comparison.identity is not None:
+        load_identity(comparison.identity, comparison.device)
 
 
-def introduction(c: Comparison) -> str:
-    """Describe the networks at the top of the page."""
-    # role -> the run's folder
+def introduction(comparison: Comparison) -> str:
+    """Return the text at the top of the page, which names the networks."""
+    # role -> name of the run's folder
     run_names = {
         role: f" of {run.name}"
-        for role, run in (("after", c.run), ("control", c.control_run))
+        for role, run in (("after", comparison.run), ("control", comparison.control_run))
         if run is not None
     }
-    named = [
-        f"{role} {generator.path.name}{run_names.get(role, '')}" for role, generator in c.generators().items()
+    network_texts = [
+        f"{role} {generator.path.name}{run_names.get(role, '')}"
+        for role, generator in comparison.generators().items()
     ]
     return (
         "The same held-out latents through each generator:"
-        f" {', '.join(named)}{'; no control' if c.control is None else ''}. Every figure states its latents,"
-        " networks and interval; its data can be downloaded below it."
+        f" {', '.join(network_texts)}{'; no control' if comparison.control is None else ''}. Every figure"
+        " states its latents, networks and interval; its data can be downloaded below it."
     )
 
 
-def summary(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
-    """List what the numbers support, then what they do not support."""
+def summary(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+    """List the conclusions that the numbers support, and then conclusions that they do not support.
+
+    Args: findings: findings of the jobs by key.
+    """
     return [f"Allowed: {text}" for text in _allowed(findings)] + [
-        f"Not allowed: {text}" for text in _not_allowed(c, findings)
+        f"Not allowed: {text}" for text in _not_allowed(comparison, findings)
     ]
 
 
 def _allowed(findings: Mapping[str, Finding]) -> list[str]:
     """List the statements that the intervals support."""
-    says = []
+    sentences = []  # without the word "Allowed"
     data = {key: finding.data for key, finding in findings.items()}
-    paired = data.get("reward-shift", {}).get("paired", {})
+    paired = data.get("reward-shift", {}).get("paired", {})  # {} if the job was not selected
     # Only intervals that exclude "no change" support a statement.
     if paired and paired["after"]["mean_lo"] > 0:
-        # A control that hardly moved means that further training alone is not the cause.
+        # If the control changed by less than a tenth, further training without the reward is not the cause.
         control_unchanged = (
             "control" in paired and abs(paired["control"]["mean"]) < 0.1 * paired["after"]["mean"]
         )
@@ -93,271 +109,310 @@ def _allowed(findings: Mapping[str, Finding]) -> list[str]:
             if control_unchanged
             else ""
         )
-        says.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
+        sentences.append(f"the optimised reward rose, by {paired['after']['mean']:.2f} on average{cause}.")
     for name, curve in data.get("over-optimisation", {}).get("curves", {}).items():
         # The optimised reward itself is reported above.
         if name != rewards.PROXY and curve["steps"][-1]["lo"] > 0:
-            end = (
+            divergence_text = (
                 "though it has passed its peak"
                 if curve["divergence"] is not None
                 else "without a point of divergence"
             )
-            part = (
+            origin_text = (
                 "from which the labels were sampled with noise"
                 if name == rewards.ORACLE
                 else "which was not used in tuning"
             )
-            says.append(
-                f"the {name}, {part}, rose too ({curve['steps'][-1]['mean']:+.2f} standard deviations),"
-                f" {end}."
+            sentences.append(
+                f"the {name}, {origin_text}, rose too ({curve['steps'][-1]['mean']:+.2f} standard"
+                f" deviations), {divergence_text}."
             )
     for change in data.get("image-distances", {}).get("changes", []):
         if change["role"] == "after" and not change["lo"] <= 0 <= change["hi"]:
-            says.append(
+            sentences.append(
                 f"images moved {'away from' if change['lo'] > 0 else 'towards'} the data"
                 f" ({change['distance']} distance)."
             )
     for row in data.get("diversity", {}).get("rows", []):
         if row["role"] == "after" and (row["ratio_hi"] < 1 or row["ratio_lo"] > 1):
             kind = "less" if row["ratio_hi"] < 1 else "more"
-            says.append(f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times).")
-    return says or ["nothing: no selected part shows a change whose interval excludes zero change."]
+            sentences.append(
+                f"{row['of']} of different latents are {kind} diverse ({row['ratio']:.2f} times)."
+            )
+    return sentences or ["nothing: no selected part shows a change whose interval excludes zero change."]
 
 
-def _not_allowed(c: Comparison, findings: Mapping[str, Finding]) -> list[str]:
-    """List the statements that the figures do not support."""
-    says = [
-        "that people prefer the tuned shapes: no person was asked here. Compare them blind.",
+def _not_allowed(comparison: Comparison, findings: Mapping[str, Finding]) -> list[str]:
+    """List statements that the numbers do not support."""
+    sentences = [
+        "that people prefer the tuned shapes: no person was asked here. Let people compare them in a blind"
+        " test.",
         (
-            "any statement on other training seeds: there is one run for each setting, and intervals run over"
+            "any statement on other training seeds: there is one run for each setting, and intervals are over"
             " latents."
         ),
     ]
-    if c.control is None:
-        says.append("the cause of a change: without a control, further training alone may have made it.")
+    if comparison.control is None:
+        sentences.append("the cause of a change: without a control, further training alone may have made it.")
     elif (
-        c.run and c.control_run and (other := control_differs(settings_of(c.run), settings_of(c.control_run)))
+        comparison.run
+        and comparison.control_run
+        and (differences := control_differs(settings_of(comparison.run), settings_of(comparison.control_run)))
     ):
-        says.append(
-            f"a change that is due to the reward alone: the control also differs in {', '.join(other)}."
+        sentences.append(
+            f"a change that is due to the reward alone: the control also differs in {', '.join(differences)}."
         )
     # Rewards from common labels share their errors.
-    if c.held_out is None or c.held_out.labels == c.reward.labels or c.held_out.labels & c.reward.labels:
-        says.append(
+    if (
+        comparison.held_out is None
+        or comparison.held_out.labels == comparison.reward.labels
+        or comparison.held_out.labels & comparison.reward.labels
+    ):
+        sentences.append(
             "freedom from over-optimisation in general: "
             + (
-                "there is no second reward."
-                if c.held_out is None
-                else "the second reward was trained on the same labels as the first."
+                "there is no held-out reward."
+                if comparison.held_out is None
+                else "the held-out reward was trained on the same labels as the tuning reward."
             )
         )
-    if c.synthetic:
-        says.append(
+    if comparison.synthetic:
+        sentences.append(
             "anything on photographs of people: these are rendered heads, and the oracle is a formula."
         )
-    missing = [key for key, finding in findings.items() if "absent" in finding.data]
-    if missing:
-        says.append(
-            f"statements of these parts, which could not be computed (each gives its reason):"
-            f" {', '.join(missing)}."
+    absent_keys = [key for key, finding in findings.items() if "absent" in finding.data]
+    if absent_keys:
+        sentences.append(
+            f"statements of these sections, which could not be computed (each states the reason):"
+            f" {', '.join(absent_keys)}."
         )
-    return says
+    return sentences
 
 
 # Renders of shapes: the best and worst by reward, the same latents before and after, and an orbit. Renders
-# show the geometry only (shaded first crossings of sigma = 10), as annotators of geometry see it. None is
-# selected by hand.
+# show the geometry only: the shaded surface at the generator's level, as annotators of geometry see it. No
+# latent is selected by hand.
 
-K = 5  # shapes in a strip of the best or the worst, as in the paper
-SHOWN = 6  # latents in the before/after strip; their seeds were fixed before any result was known
-# yaw in radians from frontal; the second pair is for heads of people, whose scans are damaged at the back of
-# the head
-YAWS = (0.0, 0.5)
+K = 5  # number of shapes in a strip of the best or the worst, as in the paper
+# number of latents of which the shapes before and after are shown; their seeds were fixed before any result
+# was known
+SHOWN = 6
+YAWS = (0.0, 0.5)  # yaws of the two renders of a shape, in radians from frontal
+# the same for synthetic heads, which are defective at the back
 BOTH_SIDES = (0.4, math.pi - 0.4)
-# One swing from left to right and back; for heads of people up to the back of the head.
-ORBIT_FRAMES = 16
-ORBIT_YAW = 0.7
+ORBIT_FRAMES = 16  # frames of one swing of the camera from left to right and back
+ORBIT_YAW = 0.7  # largest yaw of the swing in radians; synthetic heads are shown up to the back (π)
 ORBIT_STILLS = 7  # still images of the orbit
-# milliseconds per frame; swings until the animation stops, 4.5 s in all
-FRAME_MS = 140
-SWINGS = 2
-# grid points per edge of the cube; pixels per edge of a render
-RESOLUTION = 128
-PIXELS = 128
+FRAME_MS = 140  # milliseconds per frame
+SWINGS = 2  # number of swings, after which the animation stops; 4.5 s in total
+RESOLUTION = 128  # grid points per edge of the cube
+PIXELS = 128  # pixels per edge of a render
 
 
-def strip_jobs(c: Comparison) -> list[Job]:
-    """Return the parts with renders."""
-    shown = list(c.seeds(SHOWN, EVALUATION))
-    # Inputs of the jobs: another size renders again.
-    size: dict[str, Any] = {"resolution": RESOLUTION, "pixels": PIXELS, "yaws": yaws_of(c)}
+def strip_jobs(comparison: Comparison) -> list[Job]:
+    """Return the jobs that render shapes."""
+    shown_seeds = list(comparison.seeds(SHOWN, EVALUATION))
+    # The sizes are inputs of the jobs, so that a job is computed again if one of them changes.
+    size_inputs: dict[str, Any] = {
+        "resolution": RESOLUTION,
+        "pixels": PIXELS,
+        "yaws": choose_yaws(comparison),
+    }
     return [
-        c.job(
+        comparison.job(
             "reward-strips",
             "Best and worst shapes by reward",
             reward_strips,
             roles=("before", "after", "reward"),
-            n=c.n,
+            n=comparison.n,
             k=K,
-            **size,
+            **size_inputs,
         ),
-        c.job(
+        comparison.job(
             "same-latents",
             "The same latents before and after",
             same_latents,
             roles=(*ROLES, "reward"),
-            seeds=shown,
-            **size,
+            seeds=shown_seeds,
+            **size_inputs,
         ),
-        c.job("orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown[:1], **size),
+        comparison.job(
+            "orbit", "Orbit", orbit, roles=("before", "after"), seeds=shown_seeds[:1], **size_inputs
+        ),
     ]
 
 
-def yaws_of(c: Comparison) -> tuple[float, float]:
+def choose_yaws(comparison: Comparison) -> tuple[float, float]:
     """Return the two yaws from which shapes are rendered."""
-    return BOTH_SIDES if c.of_people else YAWS
+    return BOTH_SIDES if comparison.of_people else YAWS
 
 
 @torch.no_grad()
 def shapes(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int], yaws: Sequence[float]
 ) -> torch.Tensor:
-    """Render shaded shapes [N, yaws, 1, R, R] in 0..1; a latent without a surface is white."""
+    """Render the shapes of seeds, shaded, from several yaws. A latent without a surface is white.
+
+    Returns: [N, number of yaws, 1, R, R] in 0..1.
+    """
     spec = SlabSpec.of(generator.generator.bounds, RESOLUTION)
-    parts = []
-    # A quarter of the batch, since a density grid has RESOLUTION^3 points per shape.
-    for field in c.fields(generator, seeds, batch=max(1, c.batch // 4)):
-        sigma = field.density_grid(spec).cpu()
-        parts.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
-    return torch.cat(parts)
+    renders_by_batch = []
+    # A quarter of the batch size, since a density grid has RESOLUTION^3 points per shape.
+    for field in comparison.fields(generator, seeds, batch=max(1, comparison.batch // 4)):
+        sigma = field.density_grid(spec).cpu()  # [n, D, H, W]
+        renders_by_batch.append(torch.stack([shade(sigma, yaw, PIXELS, field.level) for yaw in yaws], dim=1))
+    return torch.cat(renders_by_batch)
 
 
-def reward_strips(c: Comparison, folder: Path) -> Finding:
-    """Show two views of the K latents with the highest and the lowest reward, per network."""
-    seeds = c.seeds()
+def reward_strips(comparison: Comparison, folder: Path) -> Finding:
+    """Render two views of the latents with the highest and with the lowest rewards of each network."""
+    seeds = comparison.seeds()  # N held-out latents
     rows = []
     files_by_caption = {}
-    # At most half: the strips of best and worst must not overlap.
+    # At most half of the latents, since the strips of the best and the worst must not overlap.
     k = min(K, len(seeds) // 2)
-    above, below = yaws_of(c)
+    upper_yaw, lower_yaw = choose_yaws(comparison)
     for role in ("before", "after"):
-        generator = c.generators()[role]
-        scores = c.scores(generator, seeds).double().numpy()
-        # Stable, so that equal scores keep the order of the seeds.
-        order = np.argsort(-scores, kind="stable")
-        for which, chosen in (("highest", order[:k]), ("lowest", order[::-1][:k])):
-            picked = [seeds[int(i)] for i in chosen]
-            views = shapes(c, generator, picked, yaws_of(c))  # [k, 2, 1, R, R]
-            name = f"reward-strips-{role}-{which}.png"
-            # All shapes of the first yaw, then all of the second: two rows of k
+        generator = comparison.generators()[role]
+        scores = comparison.scores(generator, seeds).double().numpy()  # [N]
+        # A stable sort, so that seeds of equal scores keep their order.
+        best_first = np.argsort(-scores, kind="stable")
+        for end_name, chosen_indices in (("highest", best_first[:k]), ("lowest", best_first[::-1][:k])):
+            chosen_seeds = [seeds[int(index)] for index in chosen_indices]
+            views = shapes(comparison, generator, chosen_seeds, choose_yaws(comparison))  # [k, 2, 1, R, R]
+            name = f"reward-strips-{role}-{end_name}.png"
+            # [k, 2, ...] -> [2 k, ...]: a row with the first yaw of the k shapes, then a row with the second
             save_grid(views.transpose(0, 1).flatten(0, 1), (0, 1), k, folder / name)
-            # Seeds are consecutive, so a seed's offset is its index.
-            listed = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in picked)
+            # Seeds are consecutive, so the index of a seed is its difference to the first seed.
+            score_texts = ", ".join(f"{seed}: {scores[seed - seeds[0]]:.2f}" for seed in chosen_seeds)
             files_by_caption[
-                f"{role}, {which} reward from left to right ({listed}); yaw {above:+.1f} above, {below:+.1f}"
-                " radians below"
+                f"{role}, {end_name} reward from left to right ({score_texts}); yaw {upper_yaw:+.1f} above,"
+                f" {lower_yaw:+.1f} radians below"
             ] = name
             rows += [
                 {
                     "role": role,
-                    "which": which,
-                    "rank": i + 1,
-                    "seed": s,
-                    "reward": float(scores[s - seeds[0]]),
+                    "which": end_name,
+                    "rank": index + 1,
+                    "seed": seed,
+                    "reward": float(scores[seed - seeds[0]]),
                 }
-                for i, s in enumerate(picked)
+                for index, seed in enumerate(chosen_seeds)
             ]
-    says = [
+    sentences = [
         (
-            f"The {k} highest and {k} lowest of {len(seeds)} latents by the tuning reward, each network by"
-            " itself. The difference between highest and lowest is what the reward measures. Check by eye"
-            " whether the highest are better; a defect that they share is one that the reward does not"
-            " penalise."
+            f"The {k} highest and {k} lowest of {len(seeds)} latents by the tuning reward, for each network."
+            " The difference between the highest and the lowest shows what the reward measures. Check by eye"
+            " whether the highest are better. A defect that they share is not penalised by the reward."
         ),
     ]
     return Finding(
-        facts=c.facts(seeds, ("before", "after", "reward")),
+        facts=comparison.facts(seeds, ("before", "after", "reward")),
         data={"k": k},
         rows=rows,
-        says=says,
+        says=sentences,
         images=files_by_caption,
     )
 
 
-def same_latents(c: Comparison, folder: Path) -> Finding:
-    """Show the same fixed latents under each generator."""
-    seeds = list(c.seeds(SHOWN, EVALUATION))
+def same_latents(comparison: Comparison, folder: Path) -> Finding:
+    """Render the same fixed latents with each generator."""
+    seeds = list(comparison.seeds(SHOWN, EVALUATION))
     files_by_caption = {}
-    # yaws: two views of each latent, [N, yaws, 1, R, R] per role
-    views = {role: shapes(c, generator, seeds, yaws_of(c)) for role, generator in c.generators().items()}
+    # role -> [N, 2, 1, R, R], two views of each latent
+    views = {
+        role: shapes(comparison, generator, seeds, choose_yaws(comparison))
+        for role, generator in comparison.generators().items()
+    }
     scores = {
-        f"reward_{role}": c.scores(generator, seeds).double().tolist()
-        for role, generator in c.generators().items()
+        f"reward_{role}": comparison.scores(generator, seeds).double().tolist()
+        for role, generator in comparison.generators().items()
     }
     rows = [
         {"seed": seed, **dict(zip(scores, seed_scores, strict=True))}
         for seed, *seed_scores in zip(seeds, *scores.values(), strict=True)
     ]
-    for j, yaw in enumerate(yaws_of(c)):
-        name = f"same-latents-{j}.png"
-        # One row per network
+    for yaw_index, yaw in enumerate(choose_yaws(comparison)):
+        name = f"same-latents-{yaw_index}.png"
+        # one row for each network
         save_grid(
-            torch.cat([role_views[:, j] for role_views in views.values()]), (0, 1), len(seeds), folder / name
+            torch.cat([role_views[:, yaw_index] for role_views in views.values()]),
+            (0, 1),
+            len(seeds),
+            folder / name,
         )
         files_by_caption[
             f"Yaw {yaw:+.1f} radians; rows {', '.join(views)}; seeds {seeds[0]}..{seeds[-1]} from left to"
             " right"
         ] = name
-    says = [
+    sentences = [
         (
-            "The seeds were fixed before any result was known, so these are ordinary samples without"
-            " selection. A few renders show what kind of change to expect; how often it happens is in the"
-            " counted parts of this report."
+            "The seeds were fixed before any result was known, so these samples were not selected. A few"
+            " renders show the kind of the change. The statistics of this report show how often it occurs."
         ),
-        *([NO_CONTROL] if c.control is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
     ]
-    data = {"seeds": seeds, "yaws": list(yaws_of(c))}
+    data = {"seeds": seeds, "yaws": list(choose_yaws(comparison))}
     return Finding(
-        facts=c.facts(seeds, (*ROLES, "reward")), data=data, rows=rows, says=says, images=files_by_caption
+        facts=comparison.facts(seeds, (*ROLES, "reward")),
+        data=data,
+        rows=rows,
+        says=sentences,
+        images=files_by_caption,
     )
 
 
-def orbit(c: Comparison, folder: Path) -> Finding:
-    """Show one latent from an arc, before beside after: an animation (APNG), and stills for readers who
-    disable motion.
+def orbit(comparison: Comparison, folder: Path) -> Finding:
+    """Render one latent from a swinging camera, before and after side by side.
+
+    An animation (APNG) and still images are written, the latter for readers who disable motion.
     """
-    (seed,) = c.seeds(1, EVALUATION)
-    reach = math.pi if c.of_people else ORBIT_YAW
-    # A sine slows the swing at its ends; the last frame meets the first.
-    yaws = (reach * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
-    stills = np.linspace(-reach, reach, ORBIT_STILLS).tolist()
-    # views: [frames + stills, 1, R, R] each
-    both = [shapes(c, c.generators()[role], [seed], [*yaws, *stills])[0] for role in ("before", "after")]
+    (seed,) = comparison.seeds(1, EVALUATION)
+    largest_yaw = math.pi if comparison.of_people else ORBIT_YAW
+    # A sine slows the swing at its ends. The last frame is followed by the first one without a jump.
+    yaws = (largest_yaw * np.sin(2 * np.pi * np.arange(ORBIT_FRAMES) / ORBIT_FRAMES)).tolist()
+    still_yaws = np.linspace(-largest_yaw, largest_yaw, ORBIT_STILLS).tolist()  # radians, from left to right
+    # each [ORBIT_FRAMES + ORBIT_STILLS, 1, R, R]; [0] is the only latent
+    views_by_network = [
+        shapes(comparison, comparison.generators()[role], [seed], [*yaws, *still_yaws])[0]
+        for role in ("before", "after")
+    ]
     save_grid(
-        torch.cat([role_views[ORBIT_FRAMES:] for role_views in both]),
+        torch.cat([role_views[ORBIT_FRAMES:] for role_views in views_by_network]),
         (0, 1),
         ORBIT_STILLS,
         folder / "orbit.png",
     )
-    frames = torch.cat([role_views[:ORBIT_FRAMES, 0] for role_views in both], dim=2)  # [frames, R, 2R]
-    first, *more = (PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy())
+    frames = torch.cat(
+        [role_views[:ORBIT_FRAMES, 0] for role_views in views_by_network], dim=2
+    )  # [frames, R, 2R]
+    first_frame, *other_frames = (
+        PIL.Image.fromarray(np.rint(frame * 255).astype(np.uint8)) for frame in frames.numpy()
+    )
     # `loop` is the number of swings after which the animation stops.
-    first.save(
-        folder / "orbit.apng", format="PNG", save_all=True, append_images=more, duration=FRAME_MS, loop=SWINGS
+    first_frame.save(
+        folder / "orbit.apng",
+        format="PNG",
+        save_all=True,
+        append_images=other_frames,
+        duration=FRAME_MS,
+        loop=SWINGS,
     )
     files_by_caption = {
-        f"Seed {seed} swung through ±{reach:.2g} radians {SWINGS} times; before left, after right": (
+        f"Seed {seed} swung through ±{largest_yaw:.2g} radians {SWINGS} times; before left, after right": (
             "orbit.apng"
         ),
-        f"Seed {seed} from yaw {-reach:+.1f} to {reach:+.1f} radians; before above, after below": "orbit.png",
+        f"Seed {seed} from yaw {-largest_yaw:+.1f} to {largest_yaw:+.1f} rad; before above, after below": (
+            "orbit.png"
+        ),
     }
-    says = [
-        "One latent, the first of the fixed seeds. It shows the surface from several sides; it is no evidence"
-        " about the others."
+    sentences = [
+        "One latent, the first of the fixed seeds, seen from several sides. It is no evidence about other"
+        " latents."
     ]
     return Finding(
-        facts=c.facts([seed], ("before", "after")),
+        facts=comparison.facts([seed], ("before", "after")),
         data={"seed": seed, "yaws": yaws},
-        says=says,
+        says=sentences,
         images=files_by_caption,
     )

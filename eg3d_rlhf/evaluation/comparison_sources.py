@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # A factory, so that importing this module does not import torch.
 def _cpu() -> "torch.device":
-    """Return the default device."""
+    """Return the CPU as the default device."""
     import torch
 
     return torch.device("cpu")
@@ -29,7 +29,7 @@ class Sampling:
     images: int = 400  # images of each generator for one distance
     device: "torch.device" = field(default_factory=_cpu)
     inception: str | None = None  # TorchScript file of the feature detector
-    lpips: Path | None = None  # TorchScript file f(a, b)
+    lpips: Path | None = None  # TorchScript file f(a, b), the LPIPS distance of image batches a and b
     identity: Path | None = None  # TorchScript file that embeds images of faces
 
 
@@ -37,22 +37,27 @@ class Sampling:
 class Sources(Sampling):
     """Networks, rewards and data that the user names; `load_comparison` replaces None by its default."""
 
-    before: Path | None = None  # network file or run folder; the bundled generator
-    after: Path | None = None  # the newest snapshot of `run`
-    # default: the run of `runs_folder` that differs from `run` only in lambda_r = 0, if there is one
+    # network file or run folder of the generator before tuning; default: the bundled generator
+    before: Path | None = None
+    # network file or run folder of the tuned generator; default: the newest snapshot of `run`
+    after: Path | None = None
+    # network file or run folder of the control; default: the run of `runs_folder` that differs from `run`
+    # only in lambda_r = 0, if there is one
     control: Path | None = None
-    run: Path | None = None  # folder of the tuning run; the newest in `runs_folder` that began from `before`
-    reward_ckpt: Path | None = None  # default: the reward of `run`, or the bundled one
-    # second reward; default: the run's, or the bundled one that belongs to the bundled reward
+    # folder of the tuning run; default: the newest run in `runs_folder` that began from `before`
+    run: Path | None = None
+    reward_ckpt: Path | None = None  # file of the reward; default: the reward of `run`, or the bundled one
+    # file of a held-out reward; default: the held-out reward of `run`, or the bundled one that belongs to the
+    # bundled reward
     heldout_reward: Path | None = None
-    data: str | None = None  # default: the data of `run`, or bundled.DATA for the bundled generator
-    runs_folder: Path = Path("runs")  # where `run` and `control` are searched
+    data: str | None = None  # dataset; default: the data of `run`, or bundled.DATA for the bundled generator
+    runs_folder: Path = Path("runs")  # folder in which `run` and `control` are searched
 
     def __post_init__(self) -> None:
         # Beyond the count the seeds would leave the held-out range.
-        for flag, wanted, held in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
-            if wanted > held.count:
+        for flag, requested_count, held_out in (("n", self.n, LATENTS), ("images", self.images, IMAGES)):
+            if requested_count > held_out.count:
                 raise ValueError(
-                    f"--{flag}: expected at most {held.count:,}, the seeds that are held out, got {wanted:,}."
-                    " Lower it."
+                    f"--{flag}={requested_count:,} exceeds the {held_out.count:,} seeds that are held out for"
+                    f" this purpose. Lower --{flag} to at most {held_out.count:,}."
                 )

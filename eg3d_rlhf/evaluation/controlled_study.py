@@ -1,10 +1,12 @@
-"""Controlled study of the bundled heads: labels against all cheaper arms, with several training seeds.
+"""Controlled study of the bundled heads: tuning by labels against all cheaper arms, with several seeds.
 
-It tests if tuning by labels reduces the errors of heads more than arms without useful labels do. Run it with
-`make controlled-study`.
-Labels -> rewards -> tunings -> shapes of held-out latents -> controlled-study.json -> .md, .png.
+The study tests if tuning by labels reduces the errors of heads more than arms without useful labels do. An
+arm is one treatment of the generator, see `ARMS` in settings.py. Run the study with `make controlled-study`.
+Its steps are: label pairs, train rewards, tune the generator, measure the shapes of held-out latents, and
+write controlled-study.json, .md and .png.
+
 The primary endpoints were pre-registered on 24 November 2026, before any run: docs/lab-book/2026-11-heads.md.
-Letters: S training seeds, N latents, Q features; n grid points.
+Shapes: S training seeds, N latents, Q features, n grid points per edge.
 """
 
 import os
@@ -21,9 +23,9 @@ from eg3d_rlhf.core.registry import load_plugins
 from eg3d_rlhf.core.seeds import LATENTS, VALIDATION, HeldOut
 from eg3d_rlhf.core.statistics import t_mean_interval, two_way_interval
 from eg3d_rlhf.evaluation import heads
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from eg3d_rlhf.evaluation.settings import ARMS, INVERTED, LABELS, POST_PROCESSING, RANDOMISED
-from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_shown
+from eg3d_rlhf.evaluation.trainings import DOOR, TRAIN_REWARD, Part, make_with_progress_bar
 from eg3d_rlhf.experiments import style, version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.experiments.store import Store
@@ -36,40 +38,47 @@ from eg3d_rlhf.rewards.settings import BUNDLED_LABELS
 from eg3d_rlhf.rewards.smoothness import AsSeen, Smoothness
 from training.progress import tqdm
 
-BY_LABELS = (LABELS, RANDOMISED, INVERTED)  # these train a reward for each label set and each reward seed
-PRIMARY_ENDPOINTS = ("error_defective", "shape_frechet")  # lower is better; pre-registered
-HARM = 0.02  # share of intact heads that an arm may degrade and still count as harmless
+# arms that train a reward for each label set and each reward seed
+ARMS_WITH_LABELS = (LABELS, RANDOMISED, INVERTED)
+PRIMARY_ENDPOINTS = ("error_defective", "shape_frechet")  # pre-registered metrics; lower is better
+ALLOWED_HARM = 0.02  # share of intact heads that an arm may degrade and still count as harmless
 PSIS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)  # candidates of the truncation arm
 CHOOSING = 64  # validation latents on which the post-processing method is chosen
-FIRST_SEED = 40_000  # latents of further label sets begin here
-TUNED = ("--reward=sigma",)  # flags of train.py; all others are those of the demo
+FIRST_SEED = 40_000  # further label sets use latents from this seed on
+TUNING_FLAGS = ("--reward=sigma",)  # flags of train.py; all others are those of the demo
 
 
 # Rewards of the arms.
 
 
-def randomised(labels: Sequence[Preference], seed: int) -> list[Preference]:
-    """Return the same pairs, each with a random winner."""
-    # the constant 5 separates this random stream from others of the same seed
-    heads_up = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
-    return [inverted(label) if up else label for label, up in zip(labels, heads_up, strict=True)]
+def randomise(labels: Sequence[Preference], seed: int) -> list[Preference]:
+    """Return the same pairs, each with a random winner. Args: seed: seed of the random winners."""
+    # The constant 5 separates this random stream from others of the same seed. Each label is inverted with
+    # probability one half.
+    is_inverted = np.random.default_rng([seed, 5]).random(len(labels)) < 0.5
+    return [
+        invert(label) if must_invert else label
+        for label, must_invert in zip(labels, is_inverted, strict=True)
+    ]
 
 
-def inverted(label: Preference) -> Preference:
+def invert(label: Preference) -> Preference:
     """Return the label with winner and loser exchanged."""
     return replace(label, winner=label.loser, loser=label.winner)
 
 
-def permuted(reward: Reward, seed: int) -> Reward:
-    """Return the reward with the entries of each tensor of its network in a random order.
+def permute_weights(reward: Reward, seed: int) -> Reward:
+    """Put the entries of each weight tensor of a reward's network into a random order, in place.
 
-    The control keeps the distribution of the weights and removes what they have learnt. It changes `reward`
-    in place.
+    The resulting control has the same distribution of weights, but has lost what the reward has learnt.
+
+    Args: seed: seed of the random order.
+    Returns: the reward with the permuted network.
     """
-    random = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     state = reward.network.state_dict()  # shares memory with the network
     for values in state.values():
-        values.copy_(values.flatten()[torch.randperm(values.numel(), generator=random)].view_as(values))
+        values.copy_(values.flatten()[torch.randperm(values.numel(), generator=generator)].view_as(values))
     return Reward(reward.observation, reward.network, {**reward.provenance, "permuted": seed})
 
 
@@ -78,22 +87,22 @@ class Plan:
     """All arms, seeds and label sets of a study, and the parts that make them."""
 
     out: Path  # folder of the study
-    arms: Sequence[str]  # names in ARMS
+    arms: Sequence[str]  # arms to run, names in ARMS
     seeds: Sequence[int]  # training seeds of tuning
     rewards: int  # number of training seeds of rewards, for each label set
     draws: int  # number of label sets
     latents: int  # number of held-out latents that are measured
-    network: Path | None  # None: the bundled generator
-    labels: Path  # the first label set
+    network: Path | None  # generator before tuning; None: the bundled generator
+    labels: Path  # file of the first label set
     train: tuple[str, ...]  # further flags of tools/train_reward.py
     tune: tuple[str, ...]  # further flags of train.py
 
     def draw(self, number: int) -> Path:
-        """Return the file of a label set."""
+        """Return the file of the label set with a number; 0 is the set that the user passed."""
         return self.labels if number == 0 else self.out / "labels" / f"draw{number}" / "labels.jsonl"
 
     def labels_of(self, arm: str, number: int) -> Path:
-        """Return the file of an arm's labels: the label set, or its randomised or inverted copy."""
+        """Return the file of an arm's labels, which is a label set, or its randomised or inverted copy."""
         return (
             self.draw(number)
             if arm == LABELS
@@ -101,46 +110,52 @@ class Plan:
         )
 
     def in_paths(self, arm: str) -> str:
-        """Return the name of an arm in file names."""
+        """Return the text that stands for an arm in the names of files and folders."""
         # folders that version 0.1 began keep its names
         return version_0_1.arm_in_paths(self.out, arm)
 
     def label_parts(self) -> list[Part]:
-        """List the parts that label further sets of pairs."""
-        # as many pairs as the first set has
-        count = len(load_labels(self.labels)) if self.draws > 1 else 0
-        more = [f"--network={self.network}"] if self.network else []
+        """List the commands that label further sets of pairs."""
+        # Each further set has as many pairs as the first set.
+        pair_count = len(load_labels(self.labels)) if self.draws > 1 else 0
+        network_flags = [f"--network={self.network}"] if self.network else []
         return [
             Part(
-                f"labels, draw {d}",
-                self.draw(d).parent,
+                f"labels, draw {draw}",
+                self.draw(draw).parent,
                 DOOR,
                 (
                     "label",
                     "synthetic",
-                    f"--pairs={count}",
-                    f"--seed={d}",
-                    # each set begins 20,000 latents after the one before, so that they share no latent
-                    f"--first-seed={FIRST_SEED + 20_000 * d}",
-                    *more,
-                    f"--out={self.draw(d)}",
+                    f"--pairs={pair_count}",
+                    f"--seed={draw}",
+                    # Each set begins 20,000 latents after the previous one, so that sets share no latent.
+                    f"--first-seed={FIRST_SEED + 20_000 * draw}",
+                    *network_flags,
+                    f"--out={self.draw(draw)}",
                 ),
             )
-            for d in range(1, self.draws)
+            for draw in range(1, self.draws)
         ]
 
     def bundled(self, arm: str, draw: int, seed: int) -> bool:
-        """Return True for the reward that equals the bundled one, so that it need not be trained."""
+        """Return True if a reward equals the bundled reward, so that it need not be trained.
+
+        Args:
+            arm: name of the arm.
+            draw: number of the label set.
+            seed: training seed of the reward.
+        """
         return (arm, draw, seed) == (LABELS, 0, 0) and self.labels == BUNDLED_LABELS and not self.train
 
     def reward_part(self, arm: str, draw: int, seed: int) -> Part:
-        """Return the part that trains a reward on an arm's labels."""
-        more = [f"--network={self.network}"] if self.network else []
+        """Return the command that trains a reward on an arm's labels; see `bundled` for the arguments."""
+        network_flags = [f"--network={self.network}"] if self.network else []
         flags = [
             f"--labels={self.labels_of(arm, draw)}",
             f"--seed={seed}",
-            f"--set=split_seed={seed}",  # another seed also has other training, validation and test pairs
-            *more,
+            f"--set=split_seed={seed}",  # each seed also has its own training, validation and test pairs
+            *network_flags,
             *self.train,
         ]
         folder = self.out / "rewards" / f"{self.in_paths(arm)}-d{draw}-r{seed}"
@@ -149,87 +164,99 @@ class Plan:
         )
 
     def reward_parts(self) -> list[Part]:
-        """List the trainings of all rewards, except the bundled one."""
-        arms = [arm for arm in BY_LABELS if arm in self.arms]
+        """List the commands that train all rewards, except the reward that equals the bundled one."""
+        arms = [arm for arm in ARMS_WITH_LABELS if arm in self.arms]
         return [
-            self.reward_part(arm, d, r)
+            self.reward_part(arm, draw, reward_seed)
             for arm in arms
-            for d in range(self.draws)
-            for r in range(self.rewards)
-            if not self.bundled(arm, d, r)
+            for draw in range(self.draws)
+            for reward_seed in range(self.rewards)
+            if not self.bundled(arm, draw, reward_seed)
         ]
 
     def reward(self, arm: str, draw: int = 0, seed: int = 0) -> Path:
-        """Return the file of the reward of an arm, which `reward_parts` or `write_rewards` makes."""
-        if arm in BY_LABELS:
+        """Return the file of an arm's reward; `reward_parts` or `write_rewards` make this file."""
+        if arm in ARMS_WITH_LABELS:
             return (
                 bundled.REWARD
                 if self.bundled(arm, draw, seed)
                 else self.reward_part(arm, draw, seed).folder / "reward.safetensors"
             )
-        # smoothness has no weights that depend on a seed
+        # The smoothness reward has no weights, so its file has no seed in its name.
         return self.out / "rewards" / f"{arm}{seed if arm == 'permuted' else ''}.safetensors"
 
     def tunings(self) -> dict[tuple[str, int, int, int], Part]:
-        """Return the tunings by (arm, training seed, label set, reward seed)."""
-        parts = {}
+        """Return the runs of train.py by (arm, training seed, number of the label set, reward seed)."""
+        parts = {}  # run by case
         for arm in self.arms:
             for case in self._cases(arm):
-                seed, d, r = case
-                # with λ_r = 0 the reward does not change the weights, so any reward will do
-                source = self.reward(LABELS) if arm == "no-reward" else self.reward(arm, d, r)
+                seed, draw, reward_seed = case
+                # With λ_r = 0 the reward does not change the generator, so any reward can be passed.
+                reward_path = (
+                    self.reward(LABELS) if arm == "no-reward" else self.reward(arm, draw, reward_seed)
+                )
                 flags = [
-                    "--reward=smoothness" if arm == "smoothness" else TUNED[0],
-                    f"--reward-ckpt={source}",
+                    "--reward=smoothness" if arm == "smoothness" else TUNING_FLAGS[0],
+                    f"--reward-ckpt={reward_path}",
                 ]
                 flags += ["--lambda-r=0"] if arm == "no-reward" else []
                 flags += [f"--init={self.network}"] if self.network else []
+                # The name of a folder states the training seed, the label set and the reward seed.
                 parts[arm, *case] = Part.keyed(
-                    f"{self.in_paths(arm)}-s{seed}-d{d}-r{r}",
+                    f"{self.in_paths(arm)}-s{seed}-d{draw}-r{reward_seed}",
                     self.out / "runs",
                     [*flags, f"--seed={seed}", "--no-summary", *self.tune],
                 )
         return parts
 
     def _cases(self, arm: str) -> Iterator[tuple[int, int, int]]:
-        """Yield the (training seed, label set, reward seed) of an arm's tunings."""
-        # these two change the untuned network's shapes or latents, and tune nothing
+        """Yield (training seed, number of the label set, reward seed) of each run of an arm."""
+        # These two arms change the untuned network's shapes or latents, without tuning the network.
         if arm in (POST_PROCESSING, "truncation"):
             return
-        draws = self.draws if arm in BY_LABELS else 1
-        rewards = self.rewards if arm in (*BY_LABELS, "permuted") else 1
-        yield from ((seed, d, r) for seed in self.seeds for d in range(draws) for r in range(rewards))
+        draw_count = self.draws if arm in ARMS_WITH_LABELS else 1
+        reward_count = self.rewards if arm in (*ARMS_WITH_LABELS, "permuted") else 1
+        yield from (
+            (seed, draw, reward_seed)
+            for seed in self.seeds
+            for draw in range(draw_count)
+            for reward_seed in range(reward_count)
+        )
 
 
 def write_labels_of_arms(plan: Plan) -> None:
     """Write the randomised and the inverted copy of every label set."""
-    for d in range(plan.draws):
-        labels = load_labels(plan.draw(d))
-        for arm, made in (
-            (RANDOMISED, randomised(labels, d)),
-            (INVERTED, [inverted(label) for label in labels]),
+    for draw in range(plan.draws):
+        labels = load_labels(plan.draw(draw))
+        for arm, arm_labels in (
+            (RANDOMISED, randomise(labels, draw)),
+            (INVERTED, [invert(label) for label in labels]),
         ):
             if arm in plan.arms:
-                plan.labels_of(arm, d).parent.mkdir(parents=True, exist_ok=True)
-                write_labels(plan.labels_of(arm, d), made)
+                plan.labels_of(arm, draw).parent.mkdir(parents=True, exist_ok=True)
+                write_labels(plan.labels_of(arm, draw), arm_labels)
 
 
 def write_rewards(plan: Plan) -> None:
-    """Write the rewards that need no training: smoothness, and the label reward with permuted weights."""
+    """Write the rewards that need no training: smoothness, and copies of rewards with permuted weights."""
     if "smoothness" in plan.arms:
         Reward(Smoothness.of(load_generator(plan.network).generator), AsSeen()).save(
             plan.reward("smoothness")
         )
+    # The rewards of the labels arm must exist; each of them has a permuted copy.
     for seed in range(plan.rewards if "permuted" in plan.arms else 0):
-        permuted(load_reward(plan.reward(LABELS, 0, seed)), seed).save(plan.reward("permuted", 0, seed))
+        permute_weights(load_reward(plan.reward(LABELS, 0, seed)), seed).save(
+            plan.reward("permuted", 0, seed)
+        )
 
 
-# Measurements of each arm's shapes.
+# Measurements of each arm's shapes. Each network is measured in one task; the task of a tuned network has the
+# name of its run.
 
 
-GROUND_TRUTH = "ground-truth heads"  # tasks; every tuning is a task under its own name
-BEFORE = "before"
-METHOD = "filter"  # array with the number of the chosen method; the name that version 0.1 wrote
+GROUND_TRUTH = "ground-truth heads"  # task that computes the ground-truth heads
+BEFORE = "before"  # task that measures the network before tuning
+METHOD = "filter"  # key of the chosen method's number; the name that version 0.1 wrote
 
 
 def _task_of_psi(psi: float) -> str:
@@ -237,87 +264,109 @@ def _task_of_psi(psi: float) -> str:
     return f"psi {psi:g}"
 
 
-def _looker(
+def _prepare_worker(
     folder: Path,
     inputs: Mapping[str, Mapping],
     network: Path | None,
     tuned: Mapping[str, Path],
     latents: int,
-    held: HeldOut = LATENTS,
+    held_out: HeldOut = LATENTS,
 ) -> Callable[[str], None]:
-    """Set up a worker process; return the function that measures a task's shapes and stores the result.
+    """Prepare a worker process, and return the function that measures a task's shapes and stores the result.
 
-    Args: folder: of the store; inputs: of each task; tuned: network by task; latents: number of latents.
+    Args:
+        folder: folder of the store.
+        inputs: inputs of each task, which are the key of its result in the store.
+        network: network before tuning; None: the bundled one.
+        tuned: network file of each tuned network, by task.
+        latents: number of latents.
+        held_out: held-out range of the latents.
     """
     store = Store(folder, renew=True)
-    torch.set_num_threads(1)  # one process per core; more threads would compete
+    torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()
-    before = load_generator(network).generator
-    seeds = held.take(latents)
-    targets = heads.ground_truth(before, seeds)  # [N, n, n, n]
+    generator_before = load_generator(network).generator
+    seeds = held_out.take(latents)  # of the measured latents
+    targets = heads.ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
 
-    def seen(shapes: np.ndarray) -> dict:
-        return heads.looked_at(shapes, targets) | (
+    def measure_shapes(shapes: np.ndarray) -> dict:
+        return heads.measure_heads(shapes, targets) | (
             {"features": features.of_grids(shapes)} if features else {}
         )
 
-    def work(task: str) -> dict:
+    def measure_task(task: str) -> dict:
         if task == GROUND_TRUTH:
             return {"features": features.of_grids(targets) if features else np.zeros((0, 0))}
         if task == POST_PROCESSING:
-            # the method is chosen on validation latents, so that the measured ones do not select it
+            # The method is chosen on validation latents, not on the latents that are measured.
             validation = VALIDATION.take(min(CHOOSING, max(latents, 1)))
-            name = best_filter(
-                tried(heads.scans(before, validation), heads.ground_truth(before, validation)), spares=True
+            filter_name = best_filter(
+                evaluate_filters(
+                    heads.sample_shapes(generator_before, validation),
+                    heads.ground_truth_heads(generator_before, validation),
+                ),
+                spares_intact=True,
             )
-            made = np.stack([FILTERS[name](values) for values in heads.scans(before, seeds)])
-            return {**seen(made), METHOD: np.array([list(FILTERS).index(name)])}
+            filtered_shapes = np.stack(
+                [FILTERS[filter_name](values) for values in heads.sample_shapes(generator_before, seeds)]
+            )
+            return {**measure_shapes(filtered_shapes), METHOD: np.array([list(FILTERS).index(filter_name)])}
         if task.startswith("psi "):
-            return seen(heads.scans(before, seeds, float(task.removeprefix("psi "))))
-        return seen(heads.scans(before if task == BEFORE else load_generator(tuned[task]).generator, seeds))
+            return measure_shapes(
+                heads.sample_shapes(generator_before, seeds, float(task.removeprefix("psi ")))
+            )
+        return measure_shapes(
+            heads.sample_shapes(
+                generator_before if task == BEFORE else load_generator(tuned[task]).generator, seeds
+            )
+        )
 
-    def keep(task: str) -> None:
-        store.arrays("shapes", inputs[task], lambda: work(task))
+    def measure_and_store(task: str) -> None:
+        store.arrays("shapes", inputs[task], lambda: measure_task(task))
 
-    return keep
+    return measure_and_store
 
 
-def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
-    """Measure the ground-truth heads, the heads before tuning, and those of every arm.
+def measure_arms(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
+    """Measure the ground-truth heads, the heads before tuning, and the heads of every arm.
 
-    Args: tuned: network file of each tuning, by task; jobs: number of processes.
-    Returns: measurements by task, which are also kept in <out>/seen.
+    Args:
+        tuned: network file of each tuned network, by task.
+        jobs: number of processes.
+
+    Returns: measurements by task. They are also stored in <out>/seen.
     """
     tasks = [GROUND_TRUTH, BEFORE, *tuned]
     tasks += [POST_PROCESSING] if POST_PROCESSING in plan.arms else []
     tasks += [_task_of_psi(psi) for psi in PSIS] if "truncation" in plan.arms else []
-    shared = {
+    shared_inputs = {
         "generator": file_hash(plan.network or bundled.GENERATOR),
         "features": file_hash(DEFAULT_ASSET) if DEFAULT_ASSET.is_file() else "",
         "latents": plan.latents,
     }
-    # the tasks' names of version 0.1 stay in the hash, so that its results are found
+    # The hash contains the tasks' names of version 0.1, so that its stored results are found.
     inputs = {
-        task: {"seen": file_hash(tuned[task]) if task in tuned else version_0_1.former(task), **shared}
+        task: {"seen": file_hash(tuned[task]) if task in tuned else version_0_1.former(task), **shared_inputs}
         for task in tasks
     }
     store = Store(plan.out / "seen", renew=True)
-    missing = [task for task in tasks if store.find("shapes", inputs[task]) is None]
-    # the ground-truth heads come first: computing them writes them to the disk, where the others find them
+    missing_tasks = [task for task in tasks if store.find("shapes", inputs[task]) is None]
+    # The ground-truth heads come first: the task writes them to the disk, where the other tasks find them.
     needs = {
-        task: [GROUND_TRUTH] if GROUND_TRUTH in missing and task != GROUND_TRUTH else [] for task in missing
+        task: [GROUND_TRUTH] if GROUND_TRUTH in missing_tasks and task != GROUND_TRUTH else []
+        for task in missing_tasks
     }
-    words = "shapes of held-out latents"
-    with tqdm(total=len(tasks), initial=len(tasks) - len(missing), desc=words, unit="arm") as bar:
-        if missing:
+    bar_text = "shapes of held-out latents"
+    with tqdm(total=len(tasks), initial=len(tasks) - len(missing_tasks), desc=bar_text, unit="arm") as bar:
+        if missing_tasks:
             run_tasks(
                 needs,
-                _looker,
+                _prepare_worker,
                 (store.root, inputs, plan.network, dict(tuned), plan.latents),
-                min(jobs, len(missing)),
+                min(jobs, len(missing_tasks)),
                 plan.out / "logs",
-                lambda *_: bar.update() and None,
+                lambda *_: bar.update() and None,  # a callback must return None, but `update` returns a bool
             )
     return {task: store.load_arrays("shapes", inputs[task]) for task in tasks}
 
@@ -325,122 +374,171 @@ def look(plan: Plan, tuned: Mapping[str, Path], jobs: int) -> dict[str, dict]:
 # The table, from the measurements.
 
 
-def row(seen: Mapping, before: Mapping, reference: np.ndarray | None) -> dict:
-    """Compute the figures of one network. Args: reference: features [N, Q] of ground-truth heads, or None."""
-    values = heads.figures(before, seen)
-    # a network's interval covers latents alone; `arm` computes the one over seeds and latents
-    del values["error_reduction_ci95"]
-    return values | (
-        {} if reference is None else {"shape_frechet": heads.shape_frechet(seen["features"], reference)}
+def network_metrics(measured: Mapping, measured_before: Mapping, reference: np.ndarray | None) -> dict:
+    """Compute the metrics of one network.
+
+    Args:
+        measured: measurements of the network.
+        measured_before: measurements of the network before tuning.
+        reference: features [N, Q] of the ground-truth heads; None: no shape Fréchet distance is computed.
+    """
+    metrics = heads.compute_metrics(measured_before, measured)
+    # This interval covers latents alone; `combine_seeds` computes the interval over seeds and latents.
+    del metrics["error_reduction_ci95"]
+    return metrics | (
+        {} if reference is None else {"shape_frechet": heads.shape_frechet(measured["features"], reference)}
     )
 
 
-def arm(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, before: Mapping) -> dict:
-    """Combine an arm's figures: each is a list by training seed of means over the arm's rewards.
+def combine_seeds(rows: Mapping[int, Sequence[dict]], errors: np.ndarray, measured_before: Mapping) -> dict:
+    """Combine the metrics of an arm over its training seeds.
 
-    Args: rows: figures of each reward, by training seed; errors: back-of-head volume errors [S, N].
+    Each metric becomes a list by training seed; its values are means over the arm's rewards.
+
+    Args:
+        rows: metrics of each reward, by training seed.
+        errors: back-of-head volume errors, [S, N].
+        measured_before: measurements of the network before tuning.
     """
+    # All rewards have the same metrics, so the names are those of the first one.
     names = list(next(iter(rows.values()))[0])
-    by_seed = {}
+    by_seed = {}  # metric -> values by training seed
     for name in names:
-        by_seed[name] = [_mean([figures[name] for figures in each]) for each in rows.values()]
+        by_seed[name] = [
+            _mean([reward_metrics_by_name[name] for reward_metrics_by_name in reward_metrics])
+            for reward_metrics in rows.values()
+        ]
     return {
         **by_seed,
-        "error_reduction_ci95": heads.interval(before, errors),
-        "runs": {str(seed): list(each) for seed, each in rows.items()},
+        "error_reduction_ci95": heads.error_reduction_interval(measured_before, errors),
+        "runs": {str(seed): list(reward_metrics) for seed, reward_metrics in rows.items()},
     }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are not None; None if there is none."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    """Return the mean of the values that are not None, or None if all values are None."""
+    defined_values = [value for value in values if value is not None]
+    return float(np.mean(defined_values)) if defined_values else None
 
 
-def truncated(seen: Mapping[float, Mapping], share: float) -> float:
-    """Return the largest psi at which at least `share` of the heads is intact.
+def choose_psi(measured_by_psi: Mapping[float, Mapping], least_share: float) -> float:
+    """Return the largest psi at which at least `least_share` of the heads are intact.
 
-    If no psi reaches it, return the psi with the largest share. The truncation arm thus leaves as many intact
-    heads as the labels arm, with as little truncation as possible.
+    If no psi reaches this share, return the psi with the largest share of intact heads. The truncation arm
+    thus has as many intact heads as the labels arm, with as little truncation as possible.
+
+    Args:
+        measured_by_psi: measurements of the untuned network at each psi.
+        least_share: share of intact heads in the labels arm.
     """
-    shares = {}
-    for psi, shapes in seen.items():
-        shares[psi] = float((heads.error(shapes) <= heads.DEFECTIVE).mean())
-    enough = [psi for psi, reached in shares.items() if reached >= share]
-    return max(enough) if enough else max(shares, key=lambda psi: (shares[psi], psi))
+    shares = {}  # psi -> share of intact heads
+    for psi, measured in measured_by_psi.items():
+        shares[psi] = float((heads.back_of_head_error(measured) <= heads.DEFECTIVE).mean())
+    sufficient_psis = [psi for psi, intact_share in shares.items() if intact_share >= least_share]
+    return max(sufficient_psis) if sufficient_psis else max(shares, key=lambda psi: (shares[psi], psi))
 
 
 def criterion(arms: Mapping[str, Mapping], primary_endpoints: Sequence[str]) -> dict:
     """Evaluate the pre-registered criterion.
 
-    It holds if labels are lower than every other arm in each primary endpoint with every training seed, and
-    degrade no more intact heads. A share of degraded heads up to HARM counts as none.
+    The criterion is met if, with every training seed, the labels arm is lower than every other arm in each
+    primary endpoint, and degrades no larger share of the intact heads. A share up to ALLOWED_HARM counts as
+    zero.
     """
-    against = {}
-    ours = arms[LABELS]
-    for name, theirs in arms.items():
+    against = {}  # result against each other arm
+    label_metrics = arms[LABELS]
+    for name, arm_metrics in arms.items():
         if name == LABELS:
             continue
-        lower = {
-            endpoint: [a < b for a, b in zip(ours[endpoint], theirs[endpoint], strict=True)]
+        is_lower = {
+            endpoint: [
+                label_value < arm_value
+                for label_value, arm_value in zip(label_metrics[endpoint], arm_metrics[endpoint], strict=True)
+            ]
             for endpoint in primary_endpoints
         }
-        pairs = zip(ours["intact_degraded"], theirs["intact_degraded"], strict=True)
-        # None: no head was intact before, so none can be degraded
-        harmless = [mine is None or mine <= max(HARM, other or 0.0) for mine, other in pairs]
+        degraded_shares = zip(label_metrics["intact_degraded"], arm_metrics["intact_degraded"], strict=True)
+        # The share is None if no head was intact before, so that none can be degraded.
+        is_harmless = [
+            label_share is None or label_share <= max(ALLOWED_HARM, arm_share or 0.0)
+            for label_share, arm_share in degraded_shares
+        ]
         against[name] = {
-            "lower": lower,
-            "no_more_harm": harmless,
-            "beaten": all(map(all, lower.values())) and all(harmless),
+            "lower": is_lower,
+            "no_more_harm": is_harmless,
+            "beaten": all(map(all, is_lower.values())) and all(is_harmless),
         }
     return {
-        # without another arm nothing was beaten
+        # Without another arm the labels arm has won against nothing, so the criterion is not met.
         "labels_win": bool(against) and all(result["beaten"] for result in against.values()),
         "against": against,
     }
 
 
-def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]) -> dict:
+def compare(
+    plan: Plan, measured_by_task: Mapping[str, Mapping], names: Mapping[tuple[str, int, int, int], str]
+) -> dict:
     """Compute the content of controlled-study.json.
 
-    Args: seen: measurements by task; names: the task of each tuning.
+    Args:
+        measured_by_task: measurements by task.
+        names: the task of each run, by (arm, training seed, number of the label set, reward seed).
     """
-    before = seen[BEFORE]
-    # the features' network may not be installed; then the shape Fréchet distance is left out
-    reference = seen[GROUND_TRUTH]["features"] if len(seen[GROUND_TRUTH]["features"]) else None
+    measured_before = measured_by_task[BEFORE]
+    # The file of the feature network may be missing; then there is no shape Fréchet distance.
+    reference = (
+        measured_by_task[GROUND_TRUTH]["features"]
+        if len(measured_by_task[GROUND_TRUTH]["features"])
+        else None
+    )
     primary_endpoints = [
         name for name in PRIMARY_ENDPOINTS if name != "shape_frechet" or reference is not None
     ]
-    shares = {}
+    psi_by_seed = {}
     arms: dict[str, dict] = {}
     errors: dict[str, np.ndarray] = {}
     for name in plan.arms:
-        # training seed: tasks of its rewards
+        # training seed -> tasks of all label sets and reward seeds; case[:2] is (arm, training seed)
         cases = {seed: [names[case] for case in names if case[:2] == (name, seed)] for seed in plan.seeds}
         if name == POST_PROCESSING:
-            # it has no training, so every seed has the same result
+            # Post-processing has no training, so every seed has the same result.
             cases = {seed: [POST_PROCESSING] for seed in plan.seeds}
         if name == "truncation":
-            # as many intact heads as the labels arm has with the same seed; LABELS stands first in ARMS
-            tried = {psi: seen[_task_of_psi(psi)] for psi in PSIS}
-            shares = {
-                seed: truncated(tried, _mean(arms[LABELS]["intact_share"][i : i + 1]) or 0.0)
-                for i, seed in enumerate(plan.seeds)
+            # The truncation is chosen for each seed, so that there are as many intact heads as in the labels
+            # arm with this seed. LABELS is the first arm, so arms[LABELS] exists. The slice [i : i + 1] lets
+            # `_mean` turn a missing share into None.
+            measured_by_psi = {psi: measured_by_task[_task_of_psi(psi)] for psi in PSIS}
+            psi_by_seed = {
+                seed: choose_psi(
+                    measured_by_psi, _mean(arms[LABELS]["intact_share"][seed_index : seed_index + 1]) or 0.0
+                )
+                for seed_index, seed in enumerate(plan.seeds)
             }
-            cases = {seed: [_task_of_psi(psi)] for seed, psi in shares.items()}
-        rows = {seed: [row(seen[task], before, reference) for task in tasks] for seed, tasks in cases.items()}
+            cases = {seed: [_task_of_psi(psi)] for seed, psi in psi_by_seed.items()}
+        rows = {
+            seed: [network_metrics(measured_by_task[task], measured_before, reference) for task in tasks]
+            for seed, tasks in cases.items()
+        }
         # [S, N], averaged over rewards
         errors[name] = np.stack(
-            [np.mean([heads.error(seen[task]) for task in tasks], axis=0) for tasks in cases.values()]
+            [
+                np.mean([heads.back_of_head_error(measured_by_task[task]) for task in tasks], axis=0)
+                for tasks in cases.values()
+            ]
         )
-        arms[name] = arm(rows, errors[name], before)
-    untuned = row(before, before, reference)
+        arms[name] = combine_seeds(rows, errors[name], measured_before)
+    untuned = network_metrics(measured_before, measured_before, reference)
     for name in arms:
-        # the arm's gain over the untuned network, relative to the gain of the labels
+        # the arm's error reduction relative to the error reduction of the labels arm
         gains = zip(arms[name]["error_defective"], arms[LABELS]["error_defective"], strict=True)
-        arms[name]["share_of_gain"] = [_share(untuned["error_defective"], a, b) for a, b in gains]
+        arms[name]["share_of_gain"] = [
+            _share_of_gain(untuned["error_defective"], arm_error, label_error)
+            for arm_error, label_error in gains
+        ]
         if name != LABELS:
-            arms[name]["error_over_labels"] = _over(errors[name] - errors[LABELS], heads.defective(before))
+            arms[name]["error_over_labels"] = _error_over_labels(
+                errors[name] - errors[LABELS], heads.find_defective(measured_before)
+            )
     return {
         "primary_endpoints": primary_endpoints,
         "pre_registered": "2026-11-24",
@@ -448,44 +546,61 @@ def compare(plan: Plan, seen: Mapping[str, Mapping], names: Mapping[tuple[str, i
         "rewards": plan.rewards,  # for each label set
         "label_sets": plan.draws,
         "latents": plan.latents,
-        "defective": int(heads.defective(before).sum()),  # latents, before tuning
+        "defective": int(heads.find_defective(measured_before).sum()),  # latents, before tuning
         "before": untuned,
         "arms": arms,
-        "post_processing": list(FILTERS)[int(seen[POST_PROCESSING][METHOD][0])]
-        if POST_PROCESSING in seen
+        "post_processing": list(FILTERS)[int(measured_by_task[POST_PROCESSING][METHOD][0])]
+        if POST_PROCESSING in measured_by_task
         else None,
-        "psi": {str(seed): psi for seed, psi in shares.items()},  # of the truncation arm; JSON keys are text
+        "psi": {
+            str(seed): psi for seed, psi in psi_by_seed.items()
+        },  # of the truncation arm; JSON keys are text
         "criterion": criterion(arms, primary_endpoints),
-        "harm_allowed": HARM,  # part of the criterion
-        "flags": {"tune": [*TUNED, *plan.tune], "train": list(plan.train)},
+        "harm_allowed": ALLOWED_HARM,  # part of the criterion
+        "flags": {"tune": [*TUNING_FLAGS, *plan.tune], "train": list(plan.train)},
     }
 
 
-def _share(before: float | None, after: float | None, best: float | None) -> float | None:
-    """Return (before - after) / (before - best); None where that is not defined."""
-    if before is None or after is None or best is None or before == best:
-        return None
-    return (before - after) / (before - best)
+def _share_of_gain(
+    error_before: float | None, error_after: float | None, best_error: float | None
+) -> float | None:
+    """Return the error reduction of an arm relative to the best arm's error reduction.
 
-
-def _over(difference: np.ndarray, is_defective: np.ndarray) -> dict | None:
-    """Return the mean of differences [S, N] over seeds and defective heads, with two intervals.
-
-    One interval covers seeds and heads, the other seeds alone.
+    Return None if an error is None, or if the best arm does not change the error.
     """
-    here = difference[:, is_defective]  # [S, defective]
-    if not here.size:
+    if error_before is None or error_after is None or best_error is None or error_before == best_error:
         return None
-    interval = two_way_interval(lambda seeds, items: here[np.ix_(seeds, items)].mean(), *here.shape)
-    over_seeds = t_mean_interval(here.mean(axis=1)) if len(here) > 1 else None
+    return (error_before - error_after) / (error_before - best_error)
+
+
+def _error_over_labels(difference: np.ndarray, is_defective: np.ndarray) -> dict | None:
+    """Return the mean of error differences over seeds and defective heads, with two intervals.
+
+    The interval "ci95" covers seeds and heads, "ci95_over_seeds" covers seeds alone.
+
+    Args:
+        difference: errors of an arm minus errors of the labels arm, [S, N].
+        is_defective: mask of the latents with defective heads before tuning, [N].
+
+    Returns: None if no head is defective.
+    """
+    defective_differences = difference[:, is_defective]  # [S, defective]
+    if not defective_differences.size:
+        return None
+    interval = two_way_interval(
+        lambda seeds, items: defective_differences[np.ix_(seeds, items)].mean(), *defective_differences.shape
+    )
+    over_seeds = (
+        t_mean_interval(defective_differences.mean(axis=1)) if len(defective_differences) > 1 else None
+    )
     return {
-        "mean": float(here.mean()),
+        "mean": float(defective_differences.mean()),
         "ci95": [interval.lo, interval.hi],
         "ci95_over_seeds": over_seeds and [over_seeds.lo, over_seeds.hi],
     }
 
 
-FIGURES = {  # of the table: (words, format)
+TABLE_METRICS = {  # metric -> (heading of the table, format)
     "error_defective": ("back-of-head volume error", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
     "error_reduction": ("error reduction", ".0%"),
@@ -502,28 +617,28 @@ FIGURES = {  # of the table: (words, format)
 
 
 def markdown(data: Mapping) -> str:
-    """Format the table, the result of the criterion, and the text that describes how the table was made."""
+    """Format controlled-study.md: the result of the criterion, the table, and the meaning of its metrics."""
     columns = {
-        name: (words + (" (primary)" if name in data["primary_endpoints"] else ""), form)
-        for name, (words, form) in FIGURES.items()
+        name: (heading + (" (primary)" if name in data["primary_endpoints"] else ""), number_format)
+        for name, (heading, number_format) in TABLE_METRICS.items()
         if name in data["before"]
     }
     arms = {"before tuning": data["before"]}
-    for name, figures in data["arms"].items():
+    for name, metrics in data["arms"].items():
         psi = ", ".join(f"{psi:g}" for psi in sorted(set(data["psi"].values())))
-        more = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({data['post_processing']})"}
-        arms[ARMS[name] + more.get(name, "")] = figures
+        arm_notes = {"truncation": f" (ψ {psi})", POST_PROCESSING: f" ({data['post_processing']})"}
+        arms[ARMS[name] + arm_notes.get(name, "")] = metrics
     table = figure_table("arm", arms, columns)
     result = data["criterion"]
-    unbeaten = [ARMS[name] for name, against in result["against"].items() if not against["beaten"]]
-    says = (
+    unbeaten_arms = [ARMS[name] for name, against in result["against"].items() if not against["beaten"]]
+    sentences = (
         "The pre-registered criterion is met: labels beat every other arm in each primary endpoint with every"
         " training seed, and degrade no more intact heads."
         if result["labels_win"]
         else (
             "The pre-registered criterion is not met. Labels do not beat these arms in each primary endpoint"
             " with every training seed, or they degrade more intact heads:"
-            f" {', '.join(unbeaten) or 'there was no other arm'}."
+            f" {', '.join(unbeaten_arms) or 'there was no other arm'}."
         )
     )
     text = (
@@ -535,49 +650,59 @@ def markdown(data: Mapping) -> str:
         f" defective heads. An intact head is degraded if its volume error grows by more than {heads.WORSE}."
         " Lengths are in voxels of 64³. Changed: share of the back-of-head volume that became solid or empty."
     )
-    return "\n".join(["# Controlled study of the bundled heads", "", says, "", *table, "", text, ""])
+    return "\n".join(["# Controlled study of the bundled heads", "", sentences, "", *table, "", text, ""])
 
 
 def plot(data: Mapping):
     """Plot each primary endpoint of every arm, one point for each training seed."""
-    names = list(data["arms"])
-    drawn, axes = style.figure(columns=len(data["primary_endpoints"]), size=(9.4, 1.4 + 0.3 * len(names)))
-    # with a single endpoint `axes` is no array
+    arm_names = list(data["arms"])
+    figure, axes = style.figure(
+        columns=len(data["primary_endpoints"]),
+        size=(9.4, 1.4 + 0.3 * len(arm_names)),  # inches
+    )
+    # With a single endpoint `axes` is not an array; atleast_1d makes one.
     for axis, primary in zip(np.atleast_1d(axes), data["primary_endpoints"], strict=True):
-        for place, name in enumerate(names):
+        for position, name in enumerate(arm_names):
             values = data["arms"][name][primary]
             axis.plot(
                 values,
-                [place] * len(values),
+                [position] * len(values),
                 "o",
                 markersize=4,
                 color=style.colour("after" if name == LABELS else "control"),
             )
         axis.axvline(data["before"][primary], color=style.colour("before"), linewidth=1)
-        axis.set_yticks(range(len(names)), [ARMS[name] for name in names], fontsize=7)
+        axis.set_yticks(range(len(arm_names)), [ARMS[name] for name in arm_names], fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlabel(f"{FIGURES[primary][0]}, lower is better; line: before", fontsize=8)
-    return drawn
+        axis.set_xlabel(f"{TABLE_METRICS[primary][0]}, lower is better; line: before", fontsize=8)
+    return figure
 
 
 def commands(plan: Plan) -> dict[str, list[str]]:
-    """Return the command of every part, by its name."""
+    """Return the command line of every step that labels, trains or tunes, by the step's name."""
     parts = [*plan.label_parts(), *plan.reward_parts(), *plan.tunings().values()]
     return {part.name: part.command() for part in parts}
 
 
 def work(plan: Plan, jobs: int) -> list[Path]:
-    """Make what is missing, measure it, and write controlled-study.json, .md and .png; return their paths."""
-    # the cores are divided among the processes that run at the same time
+    """Run the missing steps, measure all arms, and write controlled-study.json, .md and .png.
+
+    Args: jobs: number of steps that run at the same time.
+    Returns: the paths of the three files.
+    """
+    # The cores are divided among the processes that run at the same time.
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    for write_more, parts, words in (
+    for write_more, parts, bar_text in (
         (write_labels_of_arms, plan.label_parts(), "sets of labels"),
         (write_rewards, plan.reward_parts(), "rewards trained"),
     ):
-        make_shown([[part] for part in parts], jobs, threads, words)
+        make_with_progress_bar([[part] for part in parts], jobs, threads, bar_text)
         write_more(plan)
+    # The runs of train.py need the rewards, so they are the last step.
     tunings = plan.tunings()
-    make_shown([[part] for part in tunings.values()], jobs, threads, "networks tuned")
+    make_with_progress_bar([[part] for part in tunings.values()], jobs, threads, "networks tuned")
     networks = {part.name: path for part in tunings.values() if (path := part.network()) is not None}
-    data = compare(plan, look(plan, networks, jobs), {case: part.name for case, part in tunings.items()})
+    data = compare(
+        plan, measure_arms(plan, networks, jobs), {case: part.name for case, part in tunings.items()}
+    )
     return write(data, plan.out, "controlled-study", markdown, plot)

@@ -1,8 +1,9 @@
-"""Map of samples before and after tuning in the reward's feature space: the global feature, its principal
-axes, separability, and the shapes.
+"""Map samples before and after tuning in the feature space of the reward.
 
-The global feature is the vector that the reward network computes from its input, before its trunk.
-Letters: N latents, F features, D, H, W grid points, R pixels.
+The global feature is the vector that the reward network computes from its input, before its last layers (the
+trunk). The page shows maps of this feature, tests if the two networks' samples can be separated by it, and
+renders the shapes of the samples.
+Shapes: N latents, F features, R pixels per edge.
 """
 
 import importlib.metadata
@@ -26,57 +27,57 @@ from eg3d_rlhf.generators import LoadedGenerator
 from eg3d_rlhf.measures.feature_sets import NEIGHBOURS, PERMUTATIONS, TEST, paired_separability
 from training.progress import tqdm
 
-MAP = "feature-map"  # keys of the three parts
-APART = "separability"
-SHAPES = "feature-shapes"
+MAP = "feature-map"  # key of the job of the maps
+APART = "separability"  # key of the job of the test
+SHAPES = "feature-shapes"  # key of the job of the renders
 TITLE = "What the reward sees before and after tuning"
 ROLES = ("before", "after")
 UMAP_NEIGHBOURS = 15  # UMAP's default
-# grid points per edge, pixels per render, yaw in radians, renders in a row of the sprite
-RESOLUTION = 64
-PIXELS = 96
-YAW = 0.4
-COLUMNS = 20
+RESOLUTION = 64  # grid points per edge
+PIXELS = 96  # pixels per edge of a render
+YAW = 0.4  # yaw of a render, in radians from frontal
+COLUMNS = 20  # renders in a row of the sheet
 NO_UMAP = (
-    "No UMAP: the package umap-learn is not installed. Install it (pip install umap-learn) and run again. The"
-    " principal axes do not need it."
+    "There is no UMAP map, since the package umap-learn is not installed. Install it (pip install umap-learn)"
+    " and run the report again. The principal axes do not need it."
 )
 
 
-def jobs(c: Comparison) -> list[Job]:
-    """Return the parts: map of the features, separability, and the renders of the interactive map (a job
-    without a section on the page).
+def jobs(comparison: Comparison) -> list[Job]:
+    """Return the jobs: map of the features, separability, and the renders of the interactive map.
+
+    The renders have no section of their own on the page.
     """
-    # The version is an input of the map: another one gives another layout.
+    # The version of UMAP is an input of the map, since another version gives another layout.
     umap = umap_version()  # None leaves the UMAP plot out
     layouts = {"umap": plot_umap} if umap else {}
     layouts |= {"principal-axes": plot_principal, "reward-along-the-axis": plot_axis}
     return [
-        c.job(
+        comparison.job(
             MAP,
             "Map of the reward's global feature",
             feature_map,
             layouts,
             (*ROLES, "reward"),
-            n=c.n,
+            n=comparison.n,
             umap=umap,
         ),
-        c.job(
+        comparison.job(
             APART,
             "Are tuned samples separable from untuned ones?",
             separability,
             {"test": plot_test},
             (*ROLES, "control", "reward"),
-            n=c.n,
-            k=min(NEIGHBOURS, c.n // 2),
+            n=comparison.n,
+            k=min(NEIGHBOURS, comparison.n // 2),
             permutations=PERMUTATIONS,
         ),
-        c.job(
+        comparison.job(
             SHAPES,
             "Shapes of the map",
-            shapes,
+            render_sheet,
             roles=ROLES,
-            n=c.n,
+            n=comparison.n,
             resolution=RESOLUTION,
             pixels=PIXELS,
             yaw=YAW,
@@ -85,110 +86,124 @@ def jobs(c: Comparison) -> list[Job]:
 
 
 def umap_version() -> str | None:
-    """Return the version of umap-learn; None if it is not installed."""
+    """Return the version of the package umap-learn, or None if it is not installed."""
     return importlib.metadata.version("umap-learn") if importlib.util.find_spec("umap") else None
 
 
 @torch.no_grad()
-def features(
-    c: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
+def global_features(
+    comparison: Comparison, generator: LoadedGenerator, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute global features [N, F] and rewards [N] of seeds, and cache them for the parts that share
-    them.
+    """Return global features [N, F] and rewards [N] of seeds. They are computed once and cached.
+
+    Several jobs use the same values.
     """
-    # The prefix keeps features apart from the scores in the same cache.
-    cache_key = ("global feature", c.reward_hash, generator.hash, tuple(seeds), c.psi)
-    if cache_key not in c.memory:
+    # The first entry distinguishes these keys from the keys of the scores in the same cache.
+    cache_key = ("global feature", comparison.reward_hash, generator.hash, tuple(seeds), comparison.psi)
+    if cache_key not in comparison.memory:
         batches = [
-            (c.reward.network.features(x).cpu(), c.reward.score_observed(x).cpu())
-            for x in c.observed(generator, seeds)
+            (
+                comparison.reward.network.features(observed).cpu(),
+                comparison.reward.score_observed(observed).cpu(),
+            )
+            for observed in comparison.observed(generator, seeds)
         ]
-        c.memory[cache_key] = tuple(torch.cat(part).double().numpy() for part in zip(*batches, strict=True))
-    return c.memory[cache_key]
+        comparison.memory[cache_key] = tuple(
+            torch.cat(batch_values).double().numpy() for batch_values in zip(*batches, strict=True)
+        )
+    return comparison.memory[cache_key]
 
 
 def principal_axes(untuned: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the principal axes of features [N, F].
+    """Compute the two principal axes of points.
 
-    Returns: the mean [F], the two axes [2, F] of largest variance, and their shares [2] of the variance. The
-        sign of an axis is arbitrary; its largest entry is made positive.
+    The sign of an axis is arbitrary, so it is chosen such that the axis' largest entry is positive.
+
+    Args: untuned: points, [N, F].
+    Returns: the mean [F], the two axes of largest variance [2, F], and their shares of the variance [2].
     """
-    mean = untuned.mean(axis=0)
-    _, values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
+    mean = untuned.mean(axis=0)  # [F]
+    _, singular_values, axes = np.linalg.svd(untuned - mean, full_matrices=False)  # axes: [min(N, F), F]
     axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    # The lower bound guards constant features, whose variance is 0.
-    return mean, axes, values[:2] ** 2 / max(float((values**2).sum()), 1e-300)
+    # 1e-300 avoids a division by zero if all points are equal.
+    return mean, axes, singular_values[:2] ** 2 / max(float((singular_values**2).sum()), 1e-300)
 
 
 def umap_layout(points: np.ndarray, seed: int) -> np.ndarray:
-    """Compute the UMAP layout (McInnes et al. 2018) of points [N, F] in two dimensions; reproducible for a
-    seed.
+    """Compute the UMAP layout [N, 2] of points [N, F] (McInnes et al. 2018, arXiv 1802.03426).
+
+    Args: seed: seed of the layout; the same seed gives the same layout.
     """
     tqdm.write("UMAP: the first layout compiles for about 20 seconds.")
     import umap
 
     with warnings.catch_warnings():
-        # UMAP warns that a fixed seed forces a single thread.
+        # UMAP warns that it uses a single thread because of the fixed seed, which is intended.
         warnings.simplefilter("ignore")
-        fitted = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
-        return fitted.fit_transform(points.astype(np.float32)).astype(np.float64)
+        layout = umap.UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(points) - 1), random_state=seed, n_jobs=1)
+        return layout.fit_transform(points.astype(np.float32)).astype(np.float64)
 
 
-def feature_map(c: Comparison, _folder: Path) -> Finding:
-    """Place all samples by UMAP and on the untuned samples' principal axes, and correlate the reward with the
-    axes.
+def feature_map(comparison: Comparison, _folder: Path) -> Finding:
+    """Map all samples by UMAP and by the principal axes, and correlate the reward with the axes.
+
+    The principal axes are those of the samples before tuning.
     """
-    seeds = c.seeds()
-    features_by_role = {role: features(c, c.generators()[role], seeds) for role in ROLES}
-    # The axes are those of the untuned samples; the tuned ones are projected onto them.
+    seeds = comparison.seeds()  # N held-out latents
+    features_by_role = {
+        role: global_features(comparison, comparison.generators()[role], seeds) for role in ROLES
+    }
+    # Both networks' samples are projected onto the principal axes of the samples before tuning.
     mean, axes, shares = principal_axes(features_by_role["before"][0])
     positions = {
         "principal": {role: (values - mean) @ axes.T for role, (values, _) in features_by_role.items()}
     }
-    along = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
-    # One layout of both networks, so that positions are comparable.
+    positions_by_axis = {"first principal axis of the feature": positions["principal"]["before"][:, 0]}
+    # Both networks' samples are in the same layout, so that their positions can be compared.
     if umap_version():
-        laid = umap_layout(np.concatenate([features_by_role[role][0] for role in ROLES]), c.seed)
-        positions["umap"] = dict(zip(ROLES, np.split(laid, 2), strict=True))
-        flat = positions["umap"]["before"]  # [N, 2]
-        centre, main, _ = principal_axes(flat)
-        along |= {
-            "first axis of UMAP's layout": flat[:, 0],
-            # The coordinate axes of a layout are arbitrary; its axis of largest variance is well defined.
-            "main axis of UMAP's layout": (flat - centre) @ main[0],
+        layout_positions = umap_layout(
+            np.concatenate([features_by_role[role][0] for role in ROLES]), comparison.seed
+        )
+        positions["umap"] = dict(zip(ROLES, np.split(layout_positions, 2), strict=True))
+        layout_before = positions["umap"]["before"]  # [N, 2]
+        centre, main_axes, _ = principal_axes(layout_before)
+        positions_by_axis |= {
+            "first axis of UMAP's layout": layout_before[:, 0],
+            # The coordinate axes of a layout are arbitrary, but its axis of largest variance is not.
+            "main axis of UMAP's layout": (layout_before - centre) @ main_axes[0],
         }
-    ranks: list[dict] = []  # one row per axis
-    for name, place in along.items():
+    correlation_rows: list[dict] = []  # one row per axis
+    for name, axis_positions in positions_by_axis.items():
         rho = (
-            # A constant side has no ranks.
-            spearman(place, features_by_role["before"][1])
-            if np.ptp(features_by_role["before"][1]) and np.ptp(place)
+            # There is no rank correlation if all rewards or all positions are equal (np.ptp is 0).
+            spearman(axis_positions, features_by_role["before"][1])
+            if np.ptp(features_by_role["before"][1]) and np.ptp(axis_positions)
             else (None, None, None)
         )
-        ranks.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
+        correlation_rows.append({"axis": name, **dict(zip(("spearman", "lo", "hi"), rho, strict=True))})
     points = [
         {
             "role": role,
             "seed": seed,
-            "reward": float(features_by_role[role][1][i]),
+            "reward": float(features_by_role[role][1][seed_index]),
             **{
-                f"{name}_{axis}": float(where[role][i, j])
-                for name, where in positions.items()
-                for j, axis in enumerate("xy")
+                f"{name}_{axis}": float(positions_by_role[role][seed_index, axis_index])
+                for name, positions_by_role in positions.items()
+                for axis_index, axis in enumerate("xy")
             },
         }
         for role in ROLES
-        for i, seed in enumerate(seeds)
+        for seed_index, seed in enumerate(seeds)
     ]
     data = {
         "points": points,
-        "ranks": ranks,
+        "ranks": correlation_rows,
         "shares": shares.tolist(),
         "features": len(mean),
         "layouts": sorted(positions, reverse=True),
     }
-    facts = c.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
-    says = [
+    facts = comparison.facts(seeds, (*ROLES, "reward"), RANK_INTERVAL)
+    sentences = [
         *(
             (
                 f"No rank correlation with the {row['axis']}: the reward or the axis is constant over these"
@@ -199,134 +214,142 @@ def feature_map(c: Comparison, _folder: Path) -> Finding:
                     f" {span(row['spearman'], row['lo'], row['hi'])}."
                 )
             )
-            for row in ranks
+            for row in correlation_rows
         ),
         (
             "The sign of an axis is arbitrary: only the size of rho counts. The first principal axis holds "
             f"{shares[0]:.0%} of the variance of {len(mean):,} features."
         ),
         (
-            "The reward is computed from this feature. A large rho says that what varies most in it is what"
-            " the reward ranks by; it does not say that the ranking is right."
+            "The reward is computed from this feature. A large rho means that the reward ranks by the"
+            " direction in which the feature varies most. It does not mean that the ranking is right."
         ),
         (
             NO_UMAP
             if umap_version() is None
             else (
-                "UMAP preserves neighbourhoods. Distances between its clouds, their sizes and axes have no"
-                " unit and change with the seed."
+                "UMAP preserves neighbourhoods. The distances between clusters, their sizes, and the axes"
+                " have no unit, and change with the seed."
             )
         ),
     ]
-    return Finding(facts=facts, data=data, rows=[*ranks, *points], says=says)
+    return Finding(facts=facts, data=data, rows=[*correlation_rows, *points], says=sentences)
 
 
-def separability(c: Comparison, _folder: Path) -> Finding:
-    """Measure the share of same-network neighbours after tuning, and for the control, with a permutation
-    test.
+def separability(comparison: Comparison, _folder: Path) -> Finding:
+    """Test if the samples before tuning can be separated from those of the tuned network and of the control.
+
+    The statistic is the share of a sample's nearest neighbours that come from the same network.
     """
-    seeds = c.seeds()
-    before, _ = features(c, c.before, seeds)  # [N, F]
+    seeds = comparison.seeds()  # N held-out latents
+    features_before, _ = global_features(comparison, comparison.before, seeds)  # [N, F]
     result_by_role = {
         role: paired_separability(
-            # `paired`: the null distribution swaps the two networks of a latent.
-            before,
-            features(c, generator, seeds)[0],
-            min(NEIGHBOURS, c.n // 2),
+            # The test is paired: the permutations exchange the two networks of single latents.
+            features_before,
+            global_features(comparison, generator, seeds)[0],
+            min(NEIGHBOURS, comparison.n // 2),
             PERMUTATIONS,
-            c.seed,
+            comparison.seed,
         )
-        for role, generator in c.generators().items()
+        for role, generator in comparison.generators().items()
         if role != "before"
     }
     rows = [
         {
             "role": role,
-            "share": f.share,
-            "p": f.p,
-            "k": f.k,
-            "chance_97.5": float(np.quantile(f.chance, 0.975)),
+            "share": result.share,
+            "p": result.p,
+            "k": result.k,
+            "chance_97.5": float(np.quantile(result.chance, 0.975)),
         }
-        for role, f in result_by_role.items()
+        for role, result in result_by_role.items()
     ]
-    says = []
-    for role, f in result_by_role.items():
-        conclusion = "not shown to be apart" if f.p >= 0.05 else "apart" if f.share > 0.9 else "partly apart"
-        # The smallest p-value of a permutation test is 1 / (1 + permutations).
-        sign = "<=" if f.p <= 1 / (1 + len(f.chance)) else "="
-        says.append(
-            f"Before and {role}: {f.share:.1%} of a sample's {f.k} nearest neighbours come from its own"
-            f" network (50 % by chance; p {sign} {f.p:.2g}): the two are {conclusion}."
+    sentences = []
+    for role, result in result_by_role.items():
+        conclusion = (
+            "not shown to be apart" if result.p >= 0.05 else "apart" if result.share > 0.9 else "partly apart"
         )
-    says += [
+        # The smallest p-value of a permutation test is 1 / (1 + permutations).
+        sign = "<=" if result.p <= 1 / (1 + len(result.chance)) else "="
+        sentences.append(
+            f"Before and {role}: {result.share:.1%} of a sample's {result.k} nearest neighbours come from its"
+            f" own network (50 % by chance; p {sign} {result.p:.2g}): the two are {conclusion}."
+        )
+    sentences += [
         (
-            "Apart means that tuning moved samples further, as the reward sees them, than samples differ from"
-            " each other. It does not say in which direction, nor that the shapes are better."
+            "Apart means that tuning moved the samples further in the feature space of the reward than"
+            " samples differ from each other. It does not mean that the shapes are better."
         ),
-        *([NO_CONTROL] if c.control is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
     ]
-    facts = c.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
+    facts = comparison.facts(seeds, (*ROLES, "control", "reward"), f"{TEST}, {PERMUTATIONS:,} permutations")
     return Finding(
-        facts=facts, data={role: f.to_dict() for role, f in result_by_role.items()}, rows=rows, says=says
+        facts=facts,
+        data={role: result.to_dict() for role, result in result_by_role.items()},
+        rows=rows,
+        says=sentences,
     )
 
 
 @torch.no_grad()
-def shapes(c: Comparison, folder: Path) -> Finding:
-    """Render one sheet of shaded shapes, COLUMNS in a row: before and after of the first latent, of the
-    second, ...
+def render_sheet(comparison: Comparison, folder: Path) -> Finding:
+    """Render the shapes of all latents into one image, with COLUMNS shapes in a row.
+
+    The shapes of a latent before and after tuning are adjacent. The page shows parts of the image.
     """
-    seeds = c.seeds()
-    parts = [
+    seeds = comparison.seeds()  # N held-out latents
+    renders_by_network = [
         torch.cat(
             [
                 shade(field.density_grid(SlabSpec.of(field.bounds, RESOLUTION)), YAW, PIXELS, field.level)
-                for field in c.fields(generator, seeds)
+                for field in comparison.fields(generator, seeds)
             ]
         )
-        for generator in (c.before, c.after)
+        for generator in (comparison.before, comparison.after)
     ]
-    shape_renders = torch.stack(parts, dim=1).flatten(0, 2)  # [2N, R, R]
-    # White cells fill the last row.
-    rows = -(-len(shape_renders) // COLUMNS)  # rounded up
-    white = torch.ones(rows * COLUMNS - len(shape_renders), PIXELS, PIXELS)  # [missing, R, R]
+    shape_renders = torch.stack(renders_by_network, dim=1).flatten(0, 2)  # [2N, R, R]
+    # White cells fill the last row, so that it has COLUMNS cells.
+    row_count = -(-len(shape_renders) // COLUMNS)  # -(-a // b) is a / b rounded up
+    empty_cells = torch.ones(row_count * COLUMNS - len(shape_renders), PIXELS, PIXELS)  # [missing, R, R]
     # [rows, COLUMNS, R, R] -> [rows * R, COLUMNS * R]
-    page = (
-        torch.cat([shape_renders, white])
-        .unflatten(0, (rows, COLUMNS))
+    sheet = (
+        torch.cat([shape_renders, empty_cells])
+        .unflatten(0, (row_count, COLUMNS))
         .transpose(1, 2)
-        .reshape(rows * PIXELS, COLUMNS * PIXELS)
+        .reshape(row_count * PIXELS, COLUMNS * PIXELS)
     )
     name = f"{SHAPES}.jpg"  # JPEG: the sheet is embedded in the page
-    PIL.Image.fromarray((page.numpy() * 255).round().astype(np.uint8)).save(
+    PIL.Image.fromarray((sheet.numpy() * 255).round().astype(np.uint8)).save(
         folder / name, quality=80, optimize=True
     )
     data = {
         "file": name,
         "pixels": PIXELS,
         "columns": COLUMNS,
-        "rows": rows,
+        "rows": row_count,
         "seeds": list(seeds),
         "roles": list(ROLES),
     }
-    return Finding(facts=c.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
+    return Finding(facts=comparison.facts(seeds, ROLES), data=data, images={"shapes before and after": name})
 
 
 def _scatter(axes, data: dict, layout: str) -> None:
-    """Plot both networks' positions in one layout; those before tuning are coloured by their reward."""
-    chosen = {role: [p for p in data["points"] if p["role"] == role] for role in ROLES}
-    x = f"{layout}_x"
-    y = f"{layout}_y"
+    """Plot both networks' samples in one layout. Samples before tuning are coloured by their reward."""
+    points_by_role = {role: [point for point in data["points"] if point["role"] == role] for role in ROLES}
+    x_key = f"{layout}_x"
+    y_key = f"{layout}_y"
     points_before = axes.scatter(
-        [p[x] for p in chosen["before"]],
-        [p[y] for p in chosen["before"]],
-        c=[p["reward"] for p in chosen["before"]],
+        [point[x_key] for point in points_by_role["before"]],
+        [point[y_key] for point in points_by_role["before"]],
+        c=[point["reward"] for point in points_by_role["before"]],
         s=14,
         label="before, coloured by reward",
     )
+    # Tuned samples are crosses, so that they differ from the coloured points before tuning.
     axes.scatter(
-        [p[x] for p in chosen["after"]],
-        [p[y] for p in chosen["after"]],
+        [point[x_key] for point in points_by_role["after"]],
+        [point[y_key] for point in points_by_role["after"]],
         marker="x",
         s=14,
         linewidths=0.9,
@@ -344,54 +367,65 @@ def plot_umap(axes, data: dict):
 
 @style.plot(7, title="Principal axes of the untuned samples")
 def plot_principal(axes, data: dict):
-    """Plot both networks on the untuned samples' principal axes."""
+    """Plot both networks' samples on the principal axes of the samples before tuning."""
     _scatter(axes, data, "principal")
     axes.set(
-        **{f"{x}label": f"axis {i + 1} ({data['shares'][i]:.0%} of the variance)" for i, x in enumerate("xy")}
+        **{
+            f"{axis_name}label": f"axis {axis_index + 1} ({data['shares'][axis_index]:.0%} of the variance)"
+            for axis_index, axis_name in enumerate("xy")
+        }
     )
 
 
 @style.plot(None, xlabel="position on the first principal axis", ylabel="reward before")
 def plot_axis(axes, data: dict):
     """Plot the reward over the position on the first principal axis."""
-    before = [p for p in data["points"] if p["role"] == "before"]
+    points_before = [point for point in data["points"] if point["role"] == "before"]
     axes.plot(
-        [p["principal_x"] for p in before], [p["reward"] for p in before], ".", color=style.colour("before")
+        [point["principal_x"] for point in points_before],
+        [point["reward"] for point in points_before],
+        ".",
+        color=style.colour("before"),
     )
-    row = data["ranks"][0]  # the principal axis comes first
-    rho = "" if row["spearman"] is None else f": rho {row['spearman']:.2f} [{row['lo']:.2f}, {row['hi']:.2f}]"
-    axes.set(title=f"Reward along the main axis{rho}")
+    correlation_row = data["ranks"][0]  # the principal axis comes first
+    rho_text = (
+        ""
+        if correlation_row["spearman"] is None
+        else f": rho {span(correlation_row['spearman'], correlation_row['lo'], correlation_row['hi'], '.2f')}"
+    )
+    axes.set(title=f"Reward along the main axis{rho_text}")
 
 
 @style.plot(7, ylabel="permutations", title="Nearest-neighbour separability")
 def plot_test(axes, data: dict):
-    """Plot the permutation distribution and the observed share, per role."""
+    """Plot the permutation distribution and the observed share for each role."""
     for role, result in data.items():
         axes.hist(
             result["chance"], bins=30, color=style.colour(role), alpha=0.4, label=f"{role}: random swaps"
         )
         label = f"{role}: observed {result['share']:.3f}, p = {result['p']:.2g}"
         axes.axvline(result["share"], color=style.colour(role), linewidth=2, label=label)
+    # All roles have the same number of neighbours.
     axes.set(xlabel=f"share of the {next(iter(data.values()))['k']} nearest neighbours from the own network")
 
 
-def write(c: Comparison, out: Path, quiet: bool = False) -> dict:
-    """Compute the parts that are missing and write the page; return all findings."""
-    parts = jobs(c)
-    findings = pages.run(parts, out, quiet=quiet)  # by key
+def write(comparison: Comparison, out: Path, quiet: bool = False) -> dict:
+    """Compute the missing findings, write the page, and return all findings by key."""
+    jobs_of_page = jobs(comparison)
+    findings = pages.run(jobs_of_page, out, quiet=quiet)  # by key
     feature_points = findings[MAP].data
-    sheet = findings[SHAPES].data  # file and layout of the sprite
-    # The sprite is embedded, so that the page is one file.
+    sheet = findings[SHAPES].data  # file name of the image with the shapes, and its layout
+    # The image is embedded, so that the page is a single file.
     sprite = {**sheet, "uri": data_uri((out / "data" / sheet["file"]).read_bytes(), "image/jpeg")}
     titles = {"umap": "UMAP", "principal": "principal axes"}
     chart = points_section(
         feature_points["points"], [(name, titles[name]) for name in feature_points["layouts"]], sprite
     )
     introduction = (
-        f"The global feature of the reward {c.reward_hash[:12]} for the same {c.n} held-out latents before"
-        " and after tuning. Points at the end of the page show their shapes."
+        f"The global feature of the reward {comparison.reward_hash[:12]} for the same {comparison.n} held-out"
+        " latents before and after tuning. Points at the end of the page show their shapes."
     )
-    # The first sentence of each part is the summary.
-    words = [findings[key].says[0] for key in (MAP, APART)]
-    write_page(out / "index.html", TITLE, introduction, parts[:2], findings, words, chart)
+    # The summary consists of the first sentence of each section. The renders have no section.
+    summary_sentences = [findings[key].says[0] for key in (MAP, APART)]
+    write_page(out / "index.html", TITLE, introduction, jobs_of_page[:2], findings, summary_sentences, chart)
     return findings

@@ -1,8 +1,8 @@
-"""Label-free post-processing baselines: the cheapest methods that tuning has to outperform.
+"""Label-free post-processing baselines: cheap methods that tuning has to outperform.
 
-A filter takes the values [n, n, n] of a shape, negative inside, and returns new values. Where it does not
-change the sign it keeps the value, so that the surface keeps its place between the grid's points. Radii are
-in voxels of a 64^3 grid and are scaled to n.
+A filter takes the values of a shape on a grid, [n, n, n], negative inside, and returns new values. Most
+filters keep a value where its sign does not change, so that the surface keeps its position between the grid
+points there. Radii are in voxels of a 64^3 grid, and are scaled to n.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,21 @@ from eg3d_rlhf.measures.people import DEFECTIVE, volume_error
 from eg3d_rlhf.preferences import annotator
 
 Filter = Callable[[np.ndarray], np.ndarray]
-# A filter is acceptable if at most the share SPARED of the intact heads gets worse by more than HARM, in
-# units of the ground-truth head's volume.
+# A filter leaves intact heads alone if at most this share of them is harmed.
 SPARED = 0.02
+# A head is harmed if its error grows by more than this share of the ground-truth head's volume.
 HARM = 0.01
 
 
-def _with_inside(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Give the values the sign that `inside` [n, n, n] asks for; values whose sign is right are kept."""
-    # A voxel that becomes solid gets at least -1e-3: minus zero would still count as outside.
-    return np.where((values < 0) == inside, values, np.where(inside, -1e-3 - np.abs(values), np.abs(values)))
+def _with_inside(values: np.ndarray, is_inside: np.ndarray) -> np.ndarray:
+    """Change the signs of values so that exactly the voxels of a mask are negative.
+
+    Args: is_inside: mask of the voxels that shall be inside, [n, n, n].
+    """
+    # A voxel that becomes solid gets at most -1e-3, since a value of zero would count as outside.
+    return np.where(
+        (values < 0) == is_inside, values, np.where(is_inside, -1e-3 - np.abs(values), np.abs(values))
+    )
 
 
 def blur(values: np.ndarray, radius: float) -> np.ndarray:
@@ -39,19 +44,19 @@ def largest_part(values: np.ndarray) -> np.ndarray:
 
 
 def closing(values: np.ndarray, radius: float) -> np.ndarray:
-    """Close the shape morphologically: fill what no outside ball of that radius can reach."""
-    reach = radius * len(values) / 64  # radius in voxels of this grid
-    pad = int(np.ceil(reach)) + 1
-    # Padded by more than the radius: without it the border of the grid would distort the erosion.
-    inside = np.pad(values < 0, pad)
-    if not inside.any():
+    """Close the shape morphologically: fill all points that no outside ball of this radius can reach."""
+    grid_radius = radius * len(values) / 64  # radius in voxels of this grid
+    padding = int(np.ceil(grid_radius)) + 1
+    # Padded by more than the radius, since the border of the grid would distort the erosion.
+    is_inside = np.pad(values < 0, padding)
+    if not is_inside.any():
         return values
-    # Dilation and erosion by a ball, through Euclidean distance transforms. A ball as structuring element
-    # would cost O(radius^3) per voxel.
-    grown = ndimage.distance_transform_edt(~inside) <= reach
-    closed = ndimage.distance_transform_edt(grown) > reach
-    # The union with the shape itself: the closing is extensive, also after rounding to voxels.
-    return _with_inside(values, closed[pad:-pad, pad:-pad, pad:-pad] | (values < 0))
+    # Dilation and then erosion by a ball, both as thresholds on Euclidean distance transforms. A structuring
+    # element would cost O(radius^3) per voxel.
+    dilated = ndimage.distance_transform_edt(~is_inside) <= grid_radius
+    closed = ndimage.distance_transform_edt(dilated) > grid_radius
+    # The union with the shape itself, since a closing must not remove voxels, also not by rounding.
+    return _with_inside(values, closed[padding:-padding, padding:-padding, padding:-padding] | (values < 0))
 
 
 def fill_holes(values: np.ndarray) -> np.ndarray:
@@ -66,29 +71,29 @@ def mirror(values: np.ndarray) -> np.ndarray:
 
 def hull(values: np.ndarray) -> np.ndarray:
     """Replace the shape by its convex hull."""
-    solid = np.argwhere(values < 0)
-    # [P, 3] indices of the solid voxels
+    solid_voxels = np.argwhere(values < 0)  # [P, 3] indices
     try:
-        sides = ConvexHull(solid).equations  # [F, 4], normals outwards
-    except (QhullError, ValueError):  # flat or empty
+        face_equations = ConvexHull(solid_voxels).equations  # [F, 4], normals outwards
+    except (QhullError, ValueError):  # the shape is flat or empty, so it has no hull
         return values
-    inside = values < 0
-    # One layer at a time, [n, n, F] half-space tests; all layers at once would take n times the memory.
-    for layer in range(solid[:, 0].min(), solid[:, 0].max() + 1):
+    is_inside = values < 0
+    # A voxel is inside if it is on the inner side of all F faces; 1e-9 includes voxels on a face. One layer
+    # is tested at a time, [n, n, F], since all layers at once would need n times the memory.
+    for layer in range(solid_voxels[:, 0].min(), solid_voxels[:, 0].max() + 1):
         y, z = np.meshgrid(*(np.arange(size) for size in values.shape[1:]), indexing="ij")
-        level = layer * sides[:, 0] + sides[:, 3]
-        inside[layer] |= (y[..., None] * sides[:, 1] + z[..., None] * sides[:, 2] + level <= 1e-9).all(
-            axis=-1
-        )
-    return _with_inside(values, inside)
+        plane_offsets = layer * face_equations[:, 0] + face_equations[:, 3]
+        is_inside[layer] |= (
+            y[..., None] * face_equations[:, 1] + z[..., None] * face_equations[:, 2] + plane_offsets <= 1e-9
+        ).all(axis=-1)
+    return _with_inside(values, is_inside)
 
 
 def chain(*filters: Filter) -> Filter:
-    """Compose filters; the first argument is applied first."""
-    return lambda values: reduce(lambda shape, step: step(shape), filters, values)
+    """Return the filter that applies several filters, the first argument first."""
+    return lambda values: reduce(lambda shape_values, next_filter: next_filter(shape_values), filters, values)
 
 
-# Name -> filter. The numbers in the names are radii.
+# Name -> filter. The numbers in the names are radii in voxels of a 64^3 grid.
 FILTERS: dict[str, Filter] = {
     "largest part": largest_part,
     "blur .5": partial(blur, radius=0.5),
@@ -107,41 +112,59 @@ FILTERS: dict[str, Filter] = {
 }
 
 
-Trial = dict[
+FilterResults = dict[
     str, tuple[float, float]
 ]  # filter -> (mean error of defective shapes, share of intact ones harmed)
 
 
-def tried(values: np.ndarray, targets: np.ndarray) -> Trial:
-    """Apply every filter to the shapes [N, n, n, n] and measure its benefit and its harm.
+def evaluate_filters(values: np.ndarray, targets: np.ndarray) -> FilterResults:
+    """Apply every filter to shapes, and measure its benefit and its harm.
+
+    Args:
+        values: values of the shapes, negative inside, [N, n, n, n].
+        targets: ground-truth heads of the same latents, [N, n, n, n].
 
     Returns: for each filter the mean back-of-head volume error of the shapes that were defective, and the
-        share of the other shapes whose error rises by more than HARM.
-
-    Args: targets: [N, n, n, n], the ground-truth heads of the same latents.
+        share of the intact shapes whose error rises by more than HARM.
     """
     # [N] errors before filtering, as shares of the ground-truth head's volume
-    before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
-    defective = before > DEFECTIVE
-    results = {}
-    for name, made in FILTERS.items():
-        after = np.array(
-            [volume_error(made(shape), head).total for shape, head in zip(values, targets, strict=True)]
+    errors_before = np.array([volume_error(*pair).total for pair in zip(values, targets, strict=True)])
+    is_defective = errors_before > DEFECTIVE
+    results = {}  # filter -> (error, harm)
+    for name, apply_filter in FILTERS.items():
+        errors_after = np.array(
+            [
+                volume_error(apply_filter(shape), head).total
+                for shape, head in zip(values, targets, strict=True)
+            ]
         )
-        # Without an intact shape nothing can be harmed; without a defective one the mean is over all shapes.
-        harmed = float((after > before + HARM)[~defective].mean()) if not defective.all() else 0.0
-        results[name] = float(after[defective].mean() if defective.any() else after.mean()), harmed
+        # If no shape is intact, none can be harmed. If no shape is defective, the mean is over all shapes.
+        harmed_share = (
+            float((errors_after > errors_before + HARM)[~is_defective].mean())
+            if not is_defective.all()
+            else 0.0
+        )
+        results[name] = (
+            float(errors_after[is_defective].mean() if is_defective.any() else errors_after.mean()),
+            harmed_share,
+        )
     return results
 
 
-def best_filter(trial: Trial, *, spares: bool) -> str:
-    """Return the name of the filter that leaves the least error.
+def best_filter(results: FilterResults, *, spares_intact: bool) -> str:
+    """Return the name of the filter after which the error of defective heads is smallest.
 
-    With `spares`, only filters that harm at most the share SPARED of intact heads are candidates. If there is
-    none, the candidates are those with the least harm.
+    Args:
+        results: result of `evaluate_filters`.
+        spares_intact: True: only filters that harm at most the share SPARED of the intact heads are
+            candidates. If there is no such filter, the candidates are the filters with the least harm.
     """
-    least_harm = max(SPARED, min(harmed for _, harmed in trial.values()))
+    least_harm = max(SPARED, min(harmed_share for _, harmed_share in results.values()))
     return min(
-        (name for name, (_, harmed) in trial.items() if not spares or harmed <= least_harm),
-        key=lambda name: trial[name][0],
+        (
+            name
+            for name, (_, harmed_share) in results.items()
+            if not spares_intact or harmed_share <= least_harm
+        ),
+        key=lambda name: results[name][0],
     )

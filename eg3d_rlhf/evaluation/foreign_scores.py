@@ -1,9 +1,11 @@
 """Score the shapes of several generators by one reward: raw, aligned to the reward's crop, and with
 calibrated density.
 
-The reward was trained on one generator, the reference. For every other one the report states the share of
-shapes outside the reference's distribution, and the stability of the ranks.
-Letters: N latents, K neighbours or samples, M entries of an embedding, P points, Q quantiles.
+The reward was trained on the shapes of one generator, the reference generator. For every other generator, the
+report states the share of shapes outside the reference's distribution, and the stability of the ranks. The
+`level` of a generator is the density at which its surfaces are extracted.
+Shapes: N latents, M entries of an embedding of the reward network, P points, Q quantiles, D x H x W grid
+points.
 """
 
 import functools
@@ -35,22 +37,25 @@ from eg3d_rlhf.geometry.mesh import extract_mesh, largest_part
 from eg3d_rlhf.rewards.reward import Reward, check_reward, load_reward
 from training.storage import write_atomic
 
-# Alignment and calibration of a foreign generator: the position of its shapes and the scale of its density,
-# against the reference generator of the reward.
+# Alignment and calibration of a foreign generator, which is one that the reward was not trained on: the
+# position of its shapes and the scale of its density are mapped to those of the reference generator.
 
 
-QUANTILES = 64  # quantiles of the density above the level, and as many below
+QUANTILES = 64  # number of quantiles of the density above the level, and below it
 KEPT = 0.8  # share of nearest neighbours that the alignment uses
-# largest number of points of a surface; largest number of rounds of the alignment; its largest change at the
-# end
-_POINTS = 6000
-_ROUNDS = 100
-_STILL = 1e-7
+_POINTS = 6000  # largest number of points of a surface
+_ROUNDS = 100  # largest number of iterations of the alignment
+_STILL = 1e-7  # the alignment ends when scale and shift (world units) change by less than this
 
 
 @torch.no_grad()
-def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
-    """Yield the shapes of seeds, `batch` in a field."""
+def yield_fields(generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, batch: int = 8):
+    """Yield the shapes of seeds, at most `batch` shapes in a field.
+
+    Args:
+        psi: truncation.
+        cutoff: number of layers that truncation affects; None: all layers.
+    """
     for start in range(0, len(seeds), batch):
         yield generator.field(ws_of(generator, seeds[start : start + batch], psi, cutoff))
 
@@ -58,57 +63,73 @@ def fields_of(generator: Generator, seeds: Sequence[int], psi: float, cutoff: in
 def mean_surface(
     generator: Generator, seeds: Sequence[int], psi: float, cutoff: int | None, resolution: int
 ) -> np.ndarray:
-    """Return points [P, 3] of the front half of the typical shape: the surface where half of the samples have
-    density above the level.
+    """Return points [P, 3] on the front half of the surface of the generator's typical shape.
 
-    The pointwise median does not depend on the density's scale. Caps at the cube's faces are left out.
-    Raises: ValueError if the median shape has no surface.
+    The typical shape is the median density over the seeds at each grid point, cut at the generator's level:
+    half of the samples are solid there. So it does not depend on the density's scale. The faces that close
+    the surface at the border of the cube are left out.
+
+    Args: resolution: grid points per edge of the cube.
+    Raises: ValueError if the median density has no surface.
     """
     spec = SlabSpec.of(generator.bounds, resolution)
-    # [N, D, H, W]; the median over the samples is taken at each grid point
-    # on the CPU: all samples at once
-    cubes = torch.cat([field.density_grid(spec).cpu() for field in fields_of(generator, seeds, psi, cutoff)])
+    # [N, D, H, W], on the CPU, since the median needs the grids of all samples at once
+    cubes = torch.cat(
+        [field.density_grid(spec).cpu() for field in yield_fields(generator, seeds, psi, cutoff)]
+    )
     vertices, _, _ = largest_part(*extract_mesh(cubes.quantile(0.5, dim=0), spec, generator.level))
-    # Points within 1.5 voxels of the cube's faces are caps, not surface.
-    inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
-    points = vertices[inside & (vertices[:, 2] > vertices[inside, 2].mean())].astype(np.float64)  # [P, 3]
+    # Points within 1.5 voxels of the cube's faces close the surface at the border; they are not the shape's.
+    is_inside = np.abs(vertices - np.array(spec.centre)).max(axis=1) < spec.box_warp / 2 - 1.5 * spec.voxel
+    # The front half: z points to the front, and the points are in front of the mean z.
+    points = vertices[is_inside & (vertices[:, 2] > vertices[is_inside, 2].mean())].astype(
+        np.float64
+    )  # [P, 3]
     # An even subset bounds the cost of the neighbour searches.
     return points[np.linspace(0, len(points) - 1, min(len(points), _POINTS)).astype(int)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """Position and scale of a foreign surface relative to the reference's."""
+    """Position and scale of a foreign generator's surface relative to the reference generator's surface."""
 
     similarity: Similarity  # from the reference's world to the foreign one
-    residual: float  # root mean square distance of the kept neighbours, in the reference's units
+    residual: float  # root mean square distance of the neighbours used, in the reference's world units
 
 
 def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
-    """Find the scale and shift that map points [P, 3] of the reference onto a foreign surface, without
-    rotation.
+    """Find the scale and shift that map the reference's surface onto a foreign surface, without rotation.
 
-    The method is iterated closest points in both directions. The farthest fifth of the neighbours is left
-    out, so that parts which one surface lacks do not count.
+    The method is iterated closest points (Besl and McKay 1992) in both directions. The farthest fifth of the
+    neighbours is left out in every iteration, so that parts which one of the surfaces lacks do not count.
+
+    Args:
+        foreign: points of the foreign surface, [P, 3].
+        reference: points of the reference's surface, [P, 3].
     """
     # Start: equal centres and equal root mean square radii
-    centre = foreign.mean(axis=0)
-    middle = reference.mean(axis=0)
+    foreign_centre = foreign.mean(axis=0)
+    reference_centre = reference.mean(axis=0)
     scale = float(
-        np.sqrt(((foreign - centre) ** 2).sum(1).mean() / ((reference - middle) ** 2).sum(1).mean())
+        np.sqrt(
+            ((foreign - foreign_centre) ** 2).sum(1).mean()
+            / ((reference - reference_centre) ** 2).sum(1).mean()
+        )
     )
-    shift = centre - scale * middle  # foreign = scale * reference + shift
-    tree = cKDTree(reference)  # the reference does not move
+    shift = foreign_centre - scale * reference_centre  # foreign = scale * reference + shift
+    reference_tree = cKDTree(reference)  # the reference does not move
     residual = np.inf  # replaced in the first round
     for _ in range(_ROUNDS):
         aligned_points = (foreign - shift) / scale
         # First from foreign points to the reference, then from the reference to foreign points
-        foreign_distances, reference_neighbours = tree.query(aligned_points)
+        foreign_distances, reference_neighbours = reference_tree.query(aligned_points)
         reference_distances, foreign_neighbours = cKDTree(aligned_points).query(reference)
-        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)
+        kept_foreign = foreign_distances <= np.quantile(foreign_distances, KEPT)  # mask of the foreign points
+        # mask of the reference points
         kept_reference = reference_distances <= np.quantile(reference_distances, KEPT)
-        p = np.concatenate([foreign[kept_foreign], foreign[foreign_neighbours[kept_reference]]])
-        q = np.concatenate([reference[reference_neighbours[kept_foreign]], reference[kept_reference]])
+        foreign_points = np.concatenate([foreign[kept_foreign], foreign[foreign_neighbours[kept_reference]]])
+        reference_points = np.concatenate(
+            [reference[reference_neighbours[kept_foreign]], reference[kept_reference]]
+        )
         residual = float(
             np.sqrt(
                 np.square(
@@ -116,13 +137,16 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
                 ).mean()
             )
         )
-        # Least squares for p = scale * q + shift, in closed form
-        p_mean = p.mean(axis=0)  # centroids of the matched points
-        q_mean = q.mean(axis=0)
-        before = np.append(shift, scale)  # to see when the fit stands still
-        scale = float(((p - p_mean) * (q - q_mean)).sum() / ((q - q_mean) ** 2).sum())
-        shift = p_mean - scale * q_mean
-        if np.abs(np.append(shift, scale) - before).max() < _STILL:
+        # Least squares for foreign_points = scale * reference_points + shift, in closed form
+        foreign_mean = foreign_points.mean(axis=0)  # centroids of the matched points
+        reference_mean = reference_points.mean(axis=0)
+        previous_fit = np.append(shift, scale)  # the loop ends when the fit no longer changes
+        scale = float(
+            ((foreign_points - foreign_mean) * (reference_points - reference_mean)).sum()
+            / ((reference_points - reference_mean) ** 2).sum()
+        )
+        shift = foreign_mean - scale * reference_mean
+        if np.abs(np.append(shift, scale) - previous_fit).max() < _STILL:
             break
     return Alignment(
         similarity=Similarity(scale, (float(shift[0]), float(shift[1]), float(shift[2]))), residual=residual
@@ -131,73 +155,93 @@ def align(foreign: np.ndarray, reference: np.ndarray) -> Alignment:
 
 @dataclass(frozen=True, eq=False)
 class DensityMap:
-    """Increasing, piecewise linear map of raw density; the outermost slopes continue beyond the ends."""
+    """Increasing, piecewise linear map from a foreign generator's raw density to the reference's raw density.
 
-    knots: torch.Tensor  # [Q] of the foreign density, increasing
-    values: torch.Tensor  # [Q] of the reference's density, increasing
+    Beyond the first and the last knot the outermost linear segments continue.
+    """
+
+    knots: torch.Tensor  # [Q] densities of the foreign generator, increasing
+    values: torch.Tensor  # [Q] densities of the reference to which the knots are mapped, increasing
 
     def __call__(self, sigma: torch.Tensor) -> torch.Tensor:
         """Map densities of any shape. Differentiable in sigma."""
         knots = self.knots.to(sigma)
         values = self.values.to(sigma)
-        # The clamp extends the outermost segments. searchsorted needs no gradient: the map is linear in each
-        # segment.
-        place = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
-        low = knots[place - 1]  # ends of each density's segment
-        high = knots[place]
-        return values[place - 1] + (sigma - low) / (high - low) * (values[place] - values[place - 1])
+        # Index of the knot at the upper end of each density's segment. The clamp extends the outermost
+        # segments. searchsorted needs no gradient, since the map is linear in each segment.
+        segment = torch.searchsorted(knots, sigma.detach().contiguous()).clamp(1, len(knots) - 1)
+        low = knots[segment - 1]  # ends of each density's segment
+        high = knots[segment]
+        return values[segment - 1] + (sigma - low) / (high - low) * (values[segment] - values[segment - 1])
 
 
 def calibrate_density(
     foreign: np.ndarray, reference: np.ndarray, level: float, reference_level: float
 ) -> DensityMap:
-    """Fit the map that gives pooled foreign densities the reference's quantiles, above the level and below
-    it.
+    """Fit a map after which the foreign densities have the quantiles of the reference's densities.
 
-    Below the level, too: a self-normalised slab depends on its emptiest point. The foreign level maps to the
-    reference's level.
-    Raises: ValueError if one of them has too few values on one side of its level.
+    Quantiles are matched separately above and below the level. Those below matter as well, since the reward
+    normalises each slab by its smallest and largest density. The foreign level maps to the reference's level.
+
+    Args:
+        foreign: densities of the foreign generator's samples, in one flat array.
+        reference: densities of the reference's samples, in one flat array.
+        level: level of the foreign generator's surfaces.
+        reference_level: level of the reference's surfaces.
+
+    Raises: ValueError if one of the arrays has fewer than QUANTILES values on one side of its level.
     """
-    sides = []
-    for above in (False, True):
-        both = ((foreign, level), (reference, reference_level))  # values with their level
-        side_values = [values[(values > least) if above else (values < least)] for values, least in both]
+    quantiles_by_side = []  # [below, above], each [foreign, reference]
+    for is_above in (False, True):
+        densities_with_level = ((foreign, level), (reference, reference_level))  # values with their level
+        side_values = [
+            values[(values > side_level) if is_above else (values < side_level)]
+            for values, side_level in densities_with_level
+        ]
         if min(map(len, side_values)) < QUANTILES:
-            where = "above" if above else "below"
+            side_name = "above" if is_above else "below"
             raise ValueError(
-                f"calibration: expected {QUANTILES} densities {where} the level in the reward's crop, got"
-                f" {min(map(len, side_values))}. The shapes lie elsewhere. Leave the network out."
+                f"calibration: only {min(map(len, side_values))} densities are {side_name} the level in the"
+                f" reward's crop; {QUANTILES} are needed. The shapes lie outside the crop, so this network"
+                " cannot be scored. Remove it from --network."
             )
-        sides.append([np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in side_values])
-    # Below, level, above
-    knots = np.concatenate([sides[0][0], [level], sides[1][0]])
-    values = np.concatenate([sides[0][1], [reference_level], sides[1][1]])
-    # Equal quantiles make steps of zero width, which would divide by zero.
-    rising = np.concatenate([[True], np.diff(np.maximum.accumulate(knots)) > 1e-6 * max(abs(level), 1.0)])
-    return DensityMap(torch.from_numpy(knots[rising]).float(), torch.from_numpy(values[rising]).float())
+        quantiles_by_side.append(
+            [np.quantile(values, np.linspace(0, 1, QUANTILES)) for values in side_values]
+        )
+    # Quantiles below the level, then the level, then the quantiles above it
+    knots = np.concatenate([quantiles_by_side[0][0], [level], quantiles_by_side[1][0]])
+    values = np.concatenate([quantiles_by_side[0][1], [reference_level], quantiles_by_side[1][1]])
+    # Equal quantiles would make segments of zero width, hence a division by zero; only the first is kept.
+    is_increasing = np.concatenate(
+        [[True], np.diff(np.maximum.accumulate(knots)) > 1e-6 * max(abs(level), 1.0)]
+    )
+    return DensityMap(
+        torch.from_numpy(knots[is_increasing]).float(), torch.from_numpy(values[is_increasing]).float()
+    )
 
 
-def pooled(
+def pool_densities(
     generator: Generator, seeds: Sequence[int], spec: SlabSpec, psi: float, cutoff: int | None
 ) -> np.ndarray:
-    """Return the densities of seeds at all points of a grid, in one flat array."""
-    grids = [field.density_grid(spec).flatten().cpu() for field in fields_of(generator, seeds, psi, cutoff)]
+    """Return the raw densities of seeds at all points of the grid `spec`, in one flat float64 array."""
+    grids = [
+        field.density_grid(spec).flatten().cpu() for field in yield_fields(generator, seeds, psi, cutoff)
+    ]
     return torch.cat(grids).double().numpy()
 
 
 STAGES = ("raw", "aligned", "calibrated")
-# number of neighbours in the embedding; quantile of the reference's neighbour distances that counts as
-# outside; share of shapes outside above which ranks are not meaningful
-NEIGHBOURS = 5
-RARE = 0.99
-MOST_OUTSIDE = 0.5
+NEIGHBOURS = 5  # the distance to this neighbour in the embedding decides if a shape is outside
+RARE = 0.99  # quantile of the reference's neighbour distances beyond which a shape counts as outside
+MOST_OUTSIDE = 0.5  # share of shapes outside above which ranks are not meaningful
 STEADY = 0.8  # least acceptable rank correlation under a change that should not matter
-# pixels of a mesh in a strip; number of meshes in a row
-PIXELS = 160
-STRIP = 5
+PIXELS = 160  # pixels per edge of a rendered mesh
+STRIP = 5  # number of meshes in a row
 
 
-class Seen(NamedTuple):
+class Measured(NamedTuple):
+    """Scores and embeddings of N shapes by the reward."""
+
     scores: np.ndarray  # [N]
     embedding: np.ndarray  # [N, M]
 
@@ -207,8 +251,8 @@ class Trial:
     """Reward, its reference generator, and the generators to score."""
 
     reward: Reward
-    reward_hash: str
-    reference: LoadedGenerator
+    reward_hash: str  # SHA-256 of the reward's file
+    reference: LoadedGenerator  # the generator that the reward was trained on
     networks: Mapping[str, LoadedGenerator]  # by name
     options: ScoreOptions = ScoreOptions()
 
@@ -218,14 +262,16 @@ class Trial:
         return LATENTS.take(self.options.n, self.options.seed)
 
     @property
-    def shared(self) -> dict:
-        """Return the inputs of every network's scores."""
+    def shared_inputs(self) -> dict:
+        """Return the inputs that the scores of every network depend on, as JSON values."""
         return {**asdict(self.options), "reward": self.reward_hash, "reference": self.reference.hash}
 
     @property
     def spec(self) -> SlabSpec:
-        """Return the grid for comparing densities: the reward's, or one over the reference's whole cube if
-        the reward has none.
+        """Return the grid on which densities are compared.
+
+        It is the grid of the reward's observation. A reward without a grid, for example of depth images, gets
+        a grid over the reference generator's whole cube.
         """
         reward_spec = getattr(self.reward.observation, "spec", None)
         return (
@@ -235,15 +281,21 @@ class Trial:
         )
 
     @functools.cached_property
-    def surface(self) -> np.ndarray:
-        """Compute the surface points of the reference's typical shape, [P, 3]."""
-        o = self.options
-        return mean_surface(self.reference.generator, ALIGNMENT.take(o.fit), o.psi, o.cutoff, o.resolution)
+    def reference_surface(self) -> np.ndarray:
+        """Return the surface points [P, 3] of the reference generator's typical shape, see `mean_surface`."""
+        options = self.options
+        return mean_surface(
+            self.reference.generator,
+            ALIGNMENT.take(options.fit),
+            options.psi,
+            options.cutoff,
+            options.resolution,
+        )
 
     @functools.cached_property
-    def density(self) -> np.ndarray:
-        """Compute the reference's densities, pooled over the latents for alignment."""
-        return pooled(
+    def reference_density(self) -> np.ndarray:
+        """Return the reference generator's densities in one flat array, of the latents for alignment."""
+        return pool_densities(
             self.reference.generator,
             ALIGNMENT.take(self.options.fit),
             self.spec,
@@ -252,50 +304,67 @@ class Trial:
         )
 
     @functools.cached_property
-    def known(self) -> tuple[cKDTree, float]:
-        """Build the search tree of the reference's embeddings and the distance that counts as outside.
+    def outside_criterion(self) -> tuple[cKDTree, float]:
+        """Return a search tree of the reference's embeddings, and the distance from which a shape is outside.
 
-        The distance is the one to the fifth neighbour that 1 % of the reference's shapes exceed.
+        For 1 % of the reference's shapes, the distance to the fifth neighbour is larger than this distance.
         """
-        points = self.see(self.reference.generator, ALIGNMENT.take(self.options.known)).embedding
+        points = self.measure_seeds(self.reference.generator, ALIGNMENT.take(self.options.known)).embedding
         tree = cKDTree(points)
-        # One neighbour more: each point of the tree is its own nearest.
+        # One neighbour more, since each point of the tree is its own nearest; [0]: distances, without indices
         return tree, float(np.quantile(tree.query(points, NEIGHBOURS + 1)[0][:, -1], RARE))
 
     @functools.cached_property
-    def reference_scores(self) -> Seen:
-        """Score the reference's shapes of the scored latents."""
-        return self.see(self.reference.generator, self.seeds)
+    def reference_measured(self) -> Measured:
+        """Return scores and embeddings of the reference generator's shapes of the scored latents."""
+        return self.measure_seeds(self.reference.generator, self.seeds)
 
     @torch.no_grad()
-    def see(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Seen:
-        """Compute scores and embeddings of seeds, in batches."""
-        o = self.options
-        scores = []
-        embeddings = []
-        for start in range(0, len(seeds), o.batch):
-            ws = ws_of(generator, seeds[start : start + o.batch], o.psi if psi is None else psi, o.cutoff)
+    def measure_seeds(self, generator: Generator, seeds: Sequence[int], psi: float | None = None) -> Measured:
+        """Compute the scores and embeddings of a generator's shapes, in batches.
+
+        Args: psi: truncation; None: the one of the options.
+        """
+        options = self.options
+        scores = []  # [n] for each batch
+        embeddings = []  # [n, M] for each batch
+        for start in range(0, len(seeds), options.batch):
+            ws = ws_of(
+                generator,
+                seeds[start : start + options.batch],
+                options.psi if psi is None else psi,
+                options.cutoff,
+            )
             # The embedding is computed once; the score follows from it.
             embedding = self.reward.network.embed(self.reward.observation.observe(generator.field(ws)))
             embeddings.append(embedding.double().cpu().numpy())
             scores.append(self.reward.network.score_embedding(embedding).double().cpu().numpy())
-        return Seen(np.concatenate(scores), np.concatenate(embeddings))
+        return Measured(np.concatenate(scores), np.concatenate(embeddings))
 
-    def outside(self, embedding: np.ndarray) -> float:
-        """Return the share of shapes that are farther from the reference's embeddings than 99 % of the
-        reference's are.
+    def share_outside(self, embedding: np.ndarray) -> float:
+        """Return the share of embeddings [N, M] outside the reference's distribution.
+
+        A shape is outside if it is farther from the reference's embeddings than 99 % of the reference's own
+        shapes are.
         """
-        tree, least = self.known  # `least`: distance that counts as outside
-        return float((tree.query(embedding, NEIGHBOURS)[0][:, -1] > least).mean())
+        tree, outside_distance = self.outside_criterion
+        # [0]: distances, without indices; [:, -1]: to the farthest of the neighbours
+        return float((tree.query(embedding, NEIGHBOURS)[0][:, -1] > outside_distance).mean())
 
-    def places(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
-        """Return a generator's placement as it is, aligned, and calibrated as well; and the alignment."""
-        o = self.options
+    def placements(self, generator: Generator) -> tuple[dict[str, Place], Alignment]:
+        """Return the placement of a generator's shapes at every stage, and the alignment.
+
+        The keys are STAGES: 'raw' maps the generator's cube onto the reference's cube, 'aligned' maps the
+        typical surface onto the reference's, and 'calibrated' also maps the density.
+        """
+        options = self.options
         bounds = self.reference.generator.bounds
         cameras = self.reference.generator.cameras
-        # latents that are not scored
-        surface = mean_surface(generator, ALIGNMENT.take(o.fit), o.psi, o.cutoff, o.resolution)
-        alignment = align(surface, self.surface)
+        # ALIGNMENT: other latents than those that are scored
+        surface = mean_surface(
+            generator, ALIGNMENT.take(options.fit), options.psi, options.cutoff, options.resolution
+        )
+        alignment = align(surface, self.reference_surface)
         # A scaled world needs a scaled density: optical depth is density times length.
         aligned = Place(
             alignment.similarity,
@@ -304,15 +373,19 @@ class Trial:
             density=partial(scaled_density, factor=alignment.similarity.scale),
         )
         # Densities are compared where the reward reads them, after the alignment.
-        shown = Placed(generator, aligned)
-        values = pooled(shown, ALIGNMENT.take(o.fit), self.spec, o.psi, o.cutoff)
-        mapping = calibrate_density(values, self.density, shown.level, self.reference.generator.level)
+        placed_generator = Placed(generator, aligned)
+        densities = pool_densities(
+            placed_generator, ALIGNMENT.take(options.fit), self.spec, options.psi, options.cutoff
+        )
+        mapping = calibrate_density(
+            densities, self.reference_density, placed_generator.level, self.reference.generator.level
+        )
         calibrated = replace(aligned, density=lambda sigma: mapping(aligned.density(sigma)))
         raw = Place(Similarity.of_boxes(generator.bounds, bounds), bounds, cameras=cameras)
         return {"raw": raw, "aligned": aligned, "calibrated": calibrated}, alignment
 
     def facts(self, name: str | None = None) -> Facts:
-        """Return the facts of one network, or of all of them."""
+        """Return the facts that a page states about one network, or about all networks if `name` is None."""
         networks = {key: loaded.hash for key, loaded in self.networks.items() if name in (None, key)}
         return Facts(
             n=self.options.n,
@@ -323,66 +396,84 @@ class Trial:
         )
 
 
-def changed(trial: Trial, generator: Generator, place: Place) -> dict[str, np.ndarray]:
-    """Compute scores [N] of the same latents under changes that should not matter, and at another
-    truncation.
+def scores_under_changes(trial: Trial, generator: Generator, place: Place) -> dict[str, np.ndarray]:
+    """Compute scores [N] of the same latents under changes of their placement, and at a lower truncation.
+
+    A mirrored shape, or one shifted by half a voxel, should get a similar score. The last key is the lower
+    truncation, under which scores may change.
     """
-    o = trial.options
-    # Half a voxel of the grid, in the generator's world
-    half = trial.spec.voxel / 2 * place.similarity.scale  # world units of the generator
+    options = trial.options
+    half_voxel = trial.spec.voxel / 2 * place.similarity.scale  # world units of the generator
     scores_by_change = {
-        "mirrored": trial.see(Placed(generator, replace(place, mirrored=True)), trial.seeds).scores
+        "mirrored": trial.measure_seeds(Placed(generator, replace(place, mirrored=True)), trial.seeds).scores
     }
-    for axis, way in enumerate(("sideways", "up", "forward")):
-        x, y, z = (value + half * (i == axis) for i, value in enumerate(place.similarity.shift))
-        moved = replace(place, similarity=replace(place.similarity, shift=(x, y, z)))
-        scores_by_change[f"half a voxel {way}"] = trial.see(Placed(generator, moved), trial.seeds).scores
-    lower = o.psi * 5 / 7
+    for axis, direction in enumerate(("sideways", "up", "forward")):
+        x, y, z = (value + half_voxel * (i == axis) for i, value in enumerate(place.similarity.shift))
+        shifted_place = replace(place, similarity=replace(place.similarity, shift=(x, y, z)))
+        scores_by_change[f"half a voxel {direction}"] = trial.measure_seeds(
+            Placed(generator, shifted_place), trial.seeds
+        ).scores
+    lower_psi = options.psi * 5 / 7  # 0.5 for the default truncation 0.7
     return {
         **scores_by_change,
-        f"ψ {lower:.2g}": trial.see(Placed(generator, place), trial.seeds, lower).scores,
+        f"ψ {lower_psi:.2g}": trial.measure_seeds(Placed(generator, place), trial.seeds, lower_psi).scores,
     }
 
 
-def correlation(first: np.ndarray, second: np.ndarray) -> dict | None:
-    """Compute the rank correlation with its interval; None if one side is constant."""
+def correlate_ranks(first_scores: np.ndarray, second_scores: np.ndarray) -> dict | None:
+    """Compute Spearman's rank correlation with its interval.
+
+    Return None if all scores of one argument are equal, since there are no ranks then.
+    """
     try:
-        return spearman(first, second)._asdict()
-    except ValueError:
+        return spearman(first_scores, second_scores)._asdict()
+    except ValueError:  # `spearman` rejects constant scores
         return None
 
 
 def score(trial: Trial, name: str, folder: Path) -> Finding:
-    """Score one generator at every stage, and measure how reliable the scores are."""
+    """Score one generator at every stage, and measure how reliable the scores are.
+
+    Args:
+        name: key of the generator in `trial.networks`.
+        folder: folder for the image.
+    """
     generator = trial.networks[name].generator
-    places, alignment = trial.places(generator)
-    seen = {stage: trial.see(Placed(generator, place), trial.seeds) for stage, place in places.items()}
-    last = seen["calibrated"].scores  # the stage that ranks are taken from
+    places, alignment = trial.placements(generator)
+    seen_by_stage = {
+        stage: trial.measure_seeds(Placed(generator, place), trial.seeds) for stage, place in places.items()
+    }
+    calibrated_scores = seen_by_stage["calibrated"].scores  # the stage that ranks are taken from
     agreement = {
-        what: correlation(last, scores)
-        for what, scores in changed(trial, generator, places["calibrated"]).items()
+        change_name: correlate_ranks(calibrated_scores, scores)
+        for change_name, scores in scores_under_changes(trial, generator, places["calibrated"]).items()
     }
     data = {
         "alignment": {**asdict(alignment.similarity), "residual": alignment.residual},
-        "scores": {stage: stage_scores.scores.tolist() for stage, stage_scores in seen.items()},
-        "summary": {stage: summary(stage_scores.scores) for stage, stage_scores in seen.items()},
-        "outside": {stage: trial.outside(stage_scores.embedding) for stage, stage_scores in seen.items()},
+        "scores": {stage: stage_seen.scores.tolist() for stage, stage_seen in seen_by_stage.items()},
+        "summary": {stage: summarise(stage_seen.scores) for stage, stage_seen in seen_by_stage.items()},
+        "outside": {
+            stage: trial.share_outside(stage_seen.embedding) for stage, stage_seen in seen_by_stage.items()
+        },
         "reference": {
-            stage: correlation(stage_scores.scores, trial.reference_scores.scores)
-            for stage, stage_scores in seen.items()
+            stage: correlate_ranks(stage_seen.scores, trial.reference_measured.scores)
+            for stage, stage_seen in seen_by_stage.items()
         },
         "agreement": agreement,
     }
     rows = [
-        {"seed": seed, **{stage: float(stage_scores.scores[i]) for stage, stage_scores in seen.items()}}
-        for i, seed in enumerate(trial.seeds)
+        {
+            "seed": seed,
+            **{stage: float(stage_seen.scores[latent_index]) for stage, stage_seen in seen_by_stage.items()},
+        }
+        for latent_index, seed in enumerate(trial.seeds)
     ]
-    images = strip(trial, name, last, folder)
-    return Finding(facts=trial.facts(name), data=data, rows=rows, says=says(data), images=images)
+    images = strip(trial, name, calibrated_scores, folder)
+    return Finding(facts=trial.facts(name), data=data, rows=rows, says=describe_scores(data), images=images)
 
 
-def summary(scores: np.ndarray) -> dict[str, float]:
-    """Summarise scores [N]: mean, standard deviation and quartiles."""
+def summarise(scores: np.ndarray) -> dict[str, float]:
+    """Compute the mean, the standard deviation, the quartiles and the range of scores [N]."""
     names = ("min", "low", "median", "high", "max")
     quantiles = dict(zip(names, np.quantile(scores, [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True))
     return {"mean": float(scores.mean()), "standard_deviation": float(scores.std(ddof=1)), **quantiles}
@@ -390,60 +481,81 @@ def summary(scores: np.ndarray) -> dict[str, float]:
 
 @torch.no_grad()
 def strip(trial: Trial, name: str, scores: np.ndarray, folder: Path) -> dict[str, str]:
-    """Render the meshes with the highest and the lowest scores, in the generator's own world."""
+    """Render the meshes with the highest and the lowest scores, in the generator's own world.
+
+    Args:
+        name: key of the generator in `trial.networks`.
+        scores: calibrated scores [N] of the trial's seeds.
+        folder: folder for the image.
+
+    Returns: the file name of the image by its caption.
+    """
     generator = trial.networks[name].generator
-    o = trial.options
-    order = np.argsort(-scores, kind="stable")  # best first
+    options = trial.options
+    best_first = np.argsort(-scores, kind="stable")  # indices of the latents, highest score first
     rows: list[Row] = []
-    for title, chosen in (("best", order[:STRIP]), ("worst", order[::-1][:STRIP])):
+    for title, chosen_indices in (("best", best_first[:STRIP]), ("worst", best_first[::-1][:STRIP])):
         cells = []
-        for i in chosen:
-            # The unplaced generator: the image shows the shape as its generator makes it.
+        for i in chosen_indices:
+            # The unplaced generator: the image shows the shape as its generator makes it, extracted on 96
+            # grid points per edge and seen from 0.4 rad to the side.
             surface = LevelSet.of(
-                generator.field(ws_of(generator, [trial.seeds[int(i)]], o.psi, o.cutoff)), 96
+                generator.field(ws_of(generator, [trial.seeds[int(i)]], options.psi, options.cutoff)), 96
             )
             cells.append(
                 to_uint8(shrink(paint(look(surface, camera(generator, 0.4), PIXELS * SUPERSAMPLE))).cpu())
             )
-        captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen]
+        captions = [f"{trial.seeds[int(i)]}: {scores[int(i)]:.2f}" for i in chosen_indices]
         rows.append(Row(cells=cells, name=title, captions=captions, parted=bool(rows)))
-    file = f"strip-{list(trial.networks).index(name)}.png"  # a name may hold characters that files may not
+    # Named by number, since a network's name may hold characters that file names may not.
+    file = f"strip-{list(trial.networks).index(name)}.png"
     Image.fromarray(sheet("", rows, names=90)).save(folder / file)
     return {f"{name}: highest and lowest calibrated reward, seed and reward below": file}
 
 
-def says(data: Mapping) -> list[str]:
-    """Describe a generator's scores."""
-    place = data["alignment"]
-    outside = data["outside"]["calibrated"]  # share of shapes
-    shift = ", ".join(f"{value:+.3f}" for value in place["shift"])  # along x, y, z
+def describe_scores(data: Mapping) -> list[str]:
+    """Describe the scores of a generator in sentences, from the data that `score` computes."""
+    alignment = data["alignment"]
+    outside_share = data["outside"]["calibrated"]  # share of shapes
+    shift = ", ".join(f"{value:+.3f}" for value in alignment["shift"])  # along x, y, z
     medians = ", ".join(f"{stage} {data['summary'][stage]['median']:.2f}" for stage in STAGES)
-    lines = [
+    sentences = [
         f"Median reward: {medians}.",
         (
-            f"The generator's shapes are {place['scale']:.3f} times as large as the reference's and are"
-            f" shifted by ({shift}); the typical distance of the surfaces is {place['residual']:.4f}."
+            f"The generator's shapes are {alignment['scale']:.3f} times as large as the reference's and are"
+            f" shifted by ({shift}); the typical distance of the surfaces is {alignment['residual']:.4f}."
         ),
-        f"{outside:.0%} of the shapes lie outside the reference's distribution (1 % of the reference's do).",
+        f"{outside_share:.0%} of the shapes lie outside the reference's distribution (1 % of the reference's"
+        " do).",
     ]
-    if outside > MOST_OUTSIDE:
-        lines.insert(
+    if outside_share > MOST_OUTSIDE:
+        sentences.insert(
             0, "Ranks not meaningful: more than half of the shapes lie outside the reference's distribution."
         )
-    kept = {what: interval and interval["mean"] for what, interval in data["agreement"].items()}
-    listed = ", ".join(
-        f"{what} {'none' if value is None else format(value, '.2f')}" for what, value in kept.items()
+    # None where the scores under a change are constant, so that there is no correlation
+    correlation_by_change = {
+        change_name: interval and interval["mean"] for change_name, interval in data["agreement"].items()
+    }
+    correlation_text = ", ".join(
+        f"{change_name} {'none' if value is None else format(value, '.2f')}"
+        for change_name, value in correlation_by_change.items()
     )
-    lines.append(f"Rank correlation of the calibrated reward with itself: {listed}.")
+    sentences.append(f"Rank correlation of the calibrated reward with itself: {correlation_text}.")
     # The last entry is the other truncation, under which ranks may change.
-    unstable = [what for what, value in list(kept.items())[:-1] if value is None or value < STEADY]
-    if unstable:
-        lines.append(f"Unstable: the rank correlation under {' and '.join(unstable)} is below {STEADY:g}.")
-    return lines
+    unstable_changes = [
+        change_name
+        for change_name, value in list(correlation_by_change.items())[:-1]
+        if value is None or value < STEADY
+    ]
+    if unstable_changes:
+        sentences.append(
+            f"Unstable: the rank correlation under {' and '.join(unstable_changes)} is below {STEADY:g}."
+        )
+    return sentences
 
 
 def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Finding:
-    """Compare all generators by their scores."""
+    """Compare all generators by their scores. Args: findings: result of `score` by name of the network."""
     data = {
         name: {**finding.data["summary"]["calibrated"], **finding.data["summary"]}
         for name, finding in findings.items()
@@ -459,27 +571,29 @@ def compare(trial: Trial, findings: Mapping[str, Finding], _folder: Path) -> Fin
         for name, finding in findings.items()
         for stage in STAGES
     ]
-    lines = [f"{name}: {line}" for name, finding in findings.items() for line in finding.says[:1]]
-    lines.append(
+    # The first sentence of each generator holds its medians, or the warning that its ranks mean nothing.
+    sentences = [f"{name}: {sentence}" for name, finding in findings.items() for sentence in finding.says[:1]]
+    sentences.append(
         "A latent has another shape in another network, unless one descends from the other: compare medians"
         " and spreads, not seeds. To compare ranks within a network: the paper's reward kept 0.84 (EG3D) and"
         " 0.91 (HyPlaneHead) under mirroring, and 0.67 where densities were clipped to their percentiles."
     )
     return Finding(
         facts=trial.facts(),
-        data={"networks": data, "reference": summary(trial.reference_scores.scores)},
+        data={"networks": data, "reference": summarise(trial.reference_measured.scores)},
         rows=rows,
-        says=lines,
+        says=sentences,
     )
 
 
-@style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")
+@style.plot("small", size=(9.4, 4.0), ylabel="reward", title="Rewards: median, quartiles, ends")  # inches
 def plot_scores(axes, data: dict):
-    """Plot a bar from quartile to quartile per generator and stage, over the band of the reference's
-    quartiles.
+    """Plot a bar from the first to the third quartile for each generator and stage.
+
+    A grey band behind the bars shows the quartiles of the reference generator.
     """
     reference = data["reference"]
-    names = list(data["networks"])
+    network_names = list(data["networks"])
     axes.axhspan(
         reference["low"],
         reference["high"],
@@ -487,34 +601,38 @@ def plot_scores(axes, data: dict):
         alpha=0.2,
         label="reference, quartiles",
     )
-    # The stages of one generator stand side by side, .22 apart.
-    for j, stage in enumerate(STAGES):
-        for i, name in enumerate(names):
+    # The bars of the stages of one generator stand side by side, 0.22 apart.
+    for stage_index, stage in enumerate(STAGES):
+        for network_index, name in enumerate(network_names):
             row = data["networks"][name][stage]
-            x = i + 0.22 * (j - 1)  # the middle stage is on the tick
-            axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[j], linewidth=1)
+            x = network_index + 0.22 * (stage_index - 1)  # the middle stage is on the tick
+            axes.plot([x, x], [row["min"], row["max"]], color=style.CYCLE[stage_index], linewidth=1)
             axes.bar(
                 [x],
                 [row["high"] - row["low"]],
                 0.16,
                 bottom=row["low"],
-                color=style.CYCLE[j],
-                label=None if i else stage,
+                color=style.CYCLE[stage_index],
+                label=None if network_index else stage,
             )
             axes.plot([x], [row["median"]], "_", color="white", markersize=9)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(network_names)), network_names)
 
 
 def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job]]:
-    """Return one part per generator, and a function from their findings, by generator, to the comparison."""
+    """Return one job for each generator, and a function that makes the job of the comparison.
+
+    The function takes the findings of the jobs by the generator's name.
+    """
+    # The keys are numbers, since a name may hold characters that file names may not.
     parts = [
         Job(
-            key=f"network-{i}",
+            key=f"network-{network_index}",
             title=name,
             compute=partial(score, trial, name),
-            inputs={**trial.shared, "name": name, "network": loaded.hash},
+            inputs={**trial.shared_inputs, "name": name, "network": loaded.hash},
         )
-        for i, (name, loaded) in enumerate(trial.networks.items())
+        for network_index, (name, loaded) in enumerate(trial.networks.items())
     ]
 
     hashes = {name: loaded.hash for name, loaded in trial.networks.items()}
@@ -523,75 +641,95 @@ def jobs(trial: Trial) -> tuple[list[Job], Callable[[Mapping[str, Finding]], Job
         title="All generators",
         compute=partial(compare, trial, findings),
         plots={"rewards": plot_scores},
-        inputs={**trial.shared, "networks": hashes},
+        inputs={**trial.shared_inputs, "networks": hashes},
     )
 
 
-def named(loaded: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
-    """Name the generators as shortly as possible: by file, else by folder and file, else by path."""
-    for name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
-        names = {name(generator.path): generator for generator in loaded}
+def name_generators(generators: list[LoadedGenerator]) -> dict[str, LoadedGenerator]:
+    """Return the generators by a name that is as short as possible.
+
+    The names are the files' stems if these are unique, else folder and stem, else the full paths.
+    """
+    for make_name in (lambda path: path.stem, lambda path: f"{path.parent.name}/{path.stem}", str):
+        names = {make_name(generator.path): generator for generator in generators}
         # This kind of name is unique for every file.
-        if len(names) == len(loaded):
+        if len(names) == len(generators):
             break
     return names
 
 
 def trial_of(networks, reward, reference, device: str, options: ScoreOptions) -> Trial:
-    """Load the networks that the flags name. Raises: ValueError, FileNotFoundError naming the flag."""
-    where = choose_device(device)
+    """Load the networks that the flags name.
+
+    Args:
+        networks: files or run folders of the generators to score; none: the reference generator alone.
+        reward: file of the reward; None: the bundled one.
+        reference: file or run folder of the reference generator; None: the bundled one.
+
+    Raises: ValueError or FileNotFoundError, with the name of the flag.
+    """
+    torch_device = choose_device(device)
     with naming("--reference"):
-        known = load_generator(reference, where)  # the generator that the reward was trained on
-    path = reward or bundled.REWARD
+        # the generator that the reward was trained on
+        reference_generator = load_generator(reference, torch_device)
+    reward_path = reward or bundled.REWARD
     with naming("--reward"):
-        loaded = load_reward(path, where)
-    check_reward(loaded, known.generator, "--reference")
+        loaded_reward = load_reward(reward_path, torch_device)
+    check_reward(loaded_reward, reference_generator.generator, "--reference")
     loaded_networks = []
-    place = Place(bounds=known.generator.bounds, cameras=known.generator.cameras)
+    place = Place(bounds=reference_generator.generator.bounds, cameras=reference_generator.generator.cameras)
     # A network that is named twice is scored once.
     for source in dict.fromkeys(networks or [reference]):
         with naming("--network"):
-            loaded_networks.append(load_generator(source, where))
-            misfits = loaded.observation.misfits(Placed(loaded_networks[-1].generator, place))
+            loaded_networks.append(load_generator(source, torch_device))
+            misfits = loaded_reward.observation.misfits(Placed(loaded_networks[-1].generator, place))
             if misfits:
                 raise ValueError(
-                    f"{loaded_networks[-1].path}: expected a generator with {'; with '.join(misfits)}. Leave"
-                    " it out."
+                    f"{loaded_networks[-1].path}: this reward needs a generator with"
+                    f" {'; with '.join(misfits)}. Remove this file from --network."
                 )
     return Trial(
-        reward=loaded,
-        reward_hash=file_hash(path),
-        reference=known,
-        networks=named(loaded_networks),
+        reward=loaded_reward,
+        reward_hash=file_hash(reward_path),
+        reference=reference_generator,
+        networks=name_generators(loaded_networks),
         options=options,
     )
 
 
 def write(trial: Trial, out: Path) -> dict[str, Finding]:
-    """Score the generators, and write <out>/index.html and scores.json; return the finding of each one."""
-    parts, compared = jobs(trial)
+    """Score the generators, and write the page <out>/index.html and <out>/scores.json.
+
+    Returns: the finding of each generator by its name.
+    """
+    parts, make_comparison_job = jobs(trial)
     findings = pages.run(parts, out)
-    by_name = {name: findings[part.key] for name, part in zip(trial.networks, parts, strict=True)}
+    finding_by_name = {name: findings[part.key] for name, part in zip(trial.networks, parts, strict=True)}
     seeds = list(trial.seeds)  # the same for every network
-    values = {
-        **trial.shared,
+    json_values = {
+        **trial.shared_inputs,
         "networks": {
             name: {**finding.data, "seeds": seeds, "says": list(finding.says)}
-            for name, finding in by_name.items()
+            for name, finding in finding_by_name.items()
         },
     }
-    write_atomic(out / "scores.json", (json.dumps(values, indent=1) + "\n").encode())
+    write_atomic(out / "scores.json", (json.dumps(json_values, indent=1) + "\n").encode())
     # The comparison needs the findings of all generators.
-    last = compared(by_name)
-    findings |= pages.run([last], out, quiet=True)
+    comparison_job = make_comparison_job(finding_by_name)
+    findings |= pages.run([comparison_job], out, quiet=True)
     introduction = (
         f"{trial.options.n} latents each. The reward was trained on shapes of {trial.reference.path.name}."
         " Raw: its crop is the same share of each generator's own cube. Aligned: each generator's typical"
         " surface is mapped onto the reference's by scale and shift. Calibrated: densities, too, get the"
         " reference's quantiles. Alignment and calibration were fitted on other latents."
     )
-    page = out / "index.html"
+    page_path = out / "index.html"
     write_page(
-        page, "Scores across generators", introduction, [last, *parts], findings, findings[last.key].says
+        page_path,
+        "Scores across generators",
+        introduction,
+        [comparison_job, *parts],
+        findings,
+        findings[comparison_job.key].says,
     )
-    return by_name
+    return finding_by_name

@@ -1,9 +1,10 @@
-"""Measure how tuning changed heads of people: held-out shapes before and after against their ground truth.
+"""Measure how tuning changed synthetic heads: held-out shapes are compared with their ground-truth heads.
 
-The simulated annotator (eg3d_rlhf/preferences/annotator.py) uses completeness, attached growth, floaters and
-the face. Labels, rewards and the early stop depend on it. F-score, identity and variety are computed only
-after a run has ended, so no part of tuning depends on them.
-Letters: N latents, S training seeds; n grid points; R, C rows and columns of the face's window.
+Labels, rewards and the early stop depend on the simulated annotator (eg3d_rlhf/preferences/annotator.py),
+which uses completeness, attached growth, floaters and the face. F-score, identity and variety are computed
+only after a run has ended, so no part of tuning depends on them.
+Shapes: N latents, S training seeds, n grid points per edge, R and C rows and columns of the face's window,
+Q features of the shape network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,41 +33,48 @@ from eg3d_rlhf.preferences.annotator import utility
 from training.heads.people_mesh import grid_points, whole_grids
 from training.progress import tqdm
 
-# share of the ground-truth head's volume: an intact head whose error grows by more counts as degraded
+# An intact head is degraded if its error grows by more than this share of the ground-truth head's volume.
 WORSE = 0.01
 CUTOFF = 14  # synthesis layers that truncation affects
 AT_ONCE = 8  # shapes per batch; bounds memory
-POINTS = 64  # n
-LEAST = 0.5  # least share of a face's window that must show a surface
+POINTS = 64  # n, grid points per edge
+LEAST = 0.5  # least share of the face's window that must show a surface, else there is no relief
 
-Shapes = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `looked_at` returns them
+Measured = Mapping[str, np.ndarray]  # measurements of N shapes by name, as `measure_heads` returns them
 
 
 @torch.no_grad()
-def scans(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
-    """Return the generator's shapes [N, n, n, n] of seeds, negative inside.
+def sample_shapes(generator: Generator, seeds: Sequence[int], psi: float = 1.0) -> np.ndarray:
+    """Return the shapes that a generator makes of seeds: values [N, n, n, n], negative inside.
 
-    Only at psi 1 is a shape comparable with `ground_truth` of the same seed: truncation changes the latent.
+    A shape can be compared with the ground-truth head of its seed only at psi 1, since truncation changes the
+    latent.
     """
-    z = latents(seeds, generator.z_dim).to(device_of(generator))
+    z = latents(seeds, generator.z_dim).to(device_of(generator))  # [N, Z]
     grids = []
-    for part in z.split(AT_ONCE):
+    for z_batch in z.split(AT_ONCE):
         ws = generator.mapping(
-            part, camera(generator, n=len(part)), truncation_psi=psi, truncation_cutoff=CUTOFF
+            z_batch, camera(generator, n=len(z_batch)), truncation_psi=psi, truncation_cutoff=CUTOFF
         )
         grids.append(np.asarray(shape_grids(generator.field(ws), POINTS)))
     return np.concatenate(grids)
 
 
-def ground_truth(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
-    """Return the ground-truth heads [N, n, n, n] of seeds, signed distances."""
+def ground_truth_heads(generator: Generator, seeds: Sequence[int]) -> np.ndarray:
+    """Return the ground-truth heads of seeds: signed distances [N, n, n, n], negative inside."""
     return whole_grids(latents(seeds, generator.z_dim), POINTS)
 
 
-def looked_at(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
-    """Measure shapes [N, n, n, n] against the ground-truth heads [N, n, n, n] of their latents.
+def measure_heads(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
+    """Measure shapes against the ground-truth heads of their latents.
 
-    The result holds everything that `figures` needs, so that grids need not be kept.
+    The result contains everything that `compute_metrics` needs, so that the grids can be dropped.
+
+    Args:
+        shapes: values, negative inside, [N, n, n, n].
+        targets: ground-truth heads, [N, n, n, n].
+
+    Returns: measurements by name; the first dimension of each is N.
     """
     back = back_of_head(grid_points(shapes.shape[1]))  # [n, n, n], bool
     return {
@@ -74,154 +82,196 @@ def looked_at(shapes: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
         "utility": np.array([utility(*pair).total for pair in zip(shapes, targets, strict=True)]),
         "depth": np.stack([face_depth(values) for values in shapes]).astype(np.float32),
         "relief": np.stack([_relief(values) for values in shapes]).astype(np.float32),
-        "solid": np.packbits(shapes[:, back] < 0, axis=1),  # one bit per voxel: the store keeps every arm
+        # one bit for each voxel at the back, since the store keeps these arrays of every arm
+        "solid": np.packbits(shapes[:, back] < 0, axis=1),
         "volume": (targets[:, back] < 0).sum(axis=1),
     }
 
 
-def error(seen: Shapes) -> np.ndarray:
-    """Return the back-of-head volume error [N]: missing and extra together, shares of the ground-truth head's
-    volume there.
+def back_of_head_error(measured: Measured) -> np.ndarray:
+    """Return the back-of-head volume error [N].
+
+    It is the sum of the missing and the extra volume at the back of the head, as a share of the volume that
+    the ground-truth head has there.
     """
-    return seen["missing"] + seen["extra"]
+    return measured["missing"] + measured["extra"]
 
 
-def defective(before: Shapes) -> np.ndarray:
-    """Return a mask [N] of the latents whose untuned heads are defective."""
-    return error(before) > DEFECTIVE
+def find_defective(measured_before: Measured) -> np.ndarray:
+    """Return a mask [N] of the latents whose heads are defective before tuning."""
+    return back_of_head_error(measured_before) > DEFECTIVE
 
 
-def error_reduction(before: np.ndarray, after: np.ndarray) -> float | None:
-    """Return the relative reduction of the mean error, negative where it rises; None where there was no
-    error.
+def error_reduction(errors_before: np.ndarray, errors_after: np.ndarray) -> float | None:
+    """Return the relative reduction of the mean error, 1 - mean after / mean before.
+
+    It is negative if the error rises. Return None if there are no heads, or if they had no error before.
+    Args: errors_before, errors_after: errors of the same heads, 1-D.
     """
-    return float(1 - after.mean() / before.mean()) if before.size and before.mean() > 0 else None
+    if not errors_before.size or not errors_before.mean() > 0:
+        return None
+    return float(1 - errors_after.mean() / errors_before.mean())
 
 
-def intact_degraded(before: Shapes, after: Shapes) -> float | None:
-    """Return the share of the intact heads whose error grew by more than WORSE."""
-    intact = ~defective(before)
-    return float((error(after) > error(before) + WORSE)[intact].mean()) if intact.any() else None
+def intact_degraded(measured_before: Measured, measured_after: Measured) -> float | None:
+    """Return the share of the intact heads whose error grew by more than WORSE.
 
-
-def face_moved(before: Shapes, after: Shapes) -> np.ndarray:
-    """Return the distance [N] by which each face's surface moved along the view.
-
-    It is the median over the face's window, in voxels, and NaN where no pixel shows a surface in both.
+    Return None if no head was intact before.
     """
-    moved = np.abs(after["depth"] - before["depth"]).reshape(len(before["depth"]), -1)  # [N, R C]
-    # nanmedian warns about rows without a finite value, so those are left out
-    known = np.isfinite(moved).any(axis=1)
-    return (
-        np.array([np.nanmedian(row) if seen else np.nan for row, seen in zip(moved, known, strict=True)])
-        / VOXEL
-    )
+    is_intact = ~find_defective(measured_before)
+    is_degraded = back_of_head_error(measured_after) > back_of_head_error(measured_before) + WORSE
+    return float(is_degraded[is_intact].mean()) if is_intact.any() else None
+
+
+def face_distance_moved(measured_before: Measured, measured_after: Measured) -> np.ndarray:
+    """Return the distance [N] by which the surface of each face moved along the view, in voxels.
+
+    The distance is the median over the face's window. It is NaN if no pixel shows a surface both times.
+    """
+    depth_change = np.abs(measured_after["depth"] - measured_before["depth"])  # [N, R, C]
+    distances = depth_change.reshape(len(depth_change), -1)  # [N, R C]
+    # nanmedian warns about rows without a finite value, so it is not called for these.
+    has_surface = np.isfinite(distances).any(axis=1)
+    medians = [
+        np.nanmedian(row) if has_finite else np.nan
+        for row, has_finite in zip(distances, has_surface, strict=True)
+    ]
+    return np.array(medians) / VOXEL
 
 
 def _relief(values: np.ndarray) -> np.ndarray:
-    """Return `face_relief` [R, C], all NaN where less than LEAST of the window shows a surface."""
+    """Return the relief [R, C] of a face; it is NaN if less than LEAST of the window shows a surface."""
     depth = face_depth(values)
     return face_relief(values) if np.isfinite(depth).mean() >= LEAST else np.full_like(depth, np.nan)
 
 
-def variety(seen: Shapes) -> float | None:
-    """Return the variety of faces, in voxels; None where no pixel shows two faces.
+def variety(measured: Measured) -> float | None:
+    """Return the variety of faces in voxels, or None if no pixel of the window shows two faces.
 
-    It is the standard deviation of the relief over latents, averaged over the window.
+    The variety is the standard deviation of the relief over latents, averaged over the window.
     """
-    # a standard deviation needs two faces at a pixel
-    enough = np.isfinite(seen["relief"]).sum(axis=0) > 1  # [R, C]
-    return float(np.nanstd(seen["relief"][:, enough], axis=0).mean() / VOXEL) if enough.any() else None
-
-
-def identity_kept(before: Shapes, after: Shapes) -> float | None:
-    """Return the share of latents whose face after tuning is most similar to its own face before tuning.
-
-    A face that has vanished counts as not kept. The result is None if a face was missing before tuning,
-    since there is nothing to compare with.
-    """
-    # a relief is NaN in all pixels or has finite ones, so the maximum says whether there is a face  # [N]
-    there, left = (
-        np.isfinite(seen["relief"]).reshape(len(seen["relief"]), -1).max(axis=1) for seen in (before, after)
-    )
-    if not there.all():
+    # The standard deviation at a pixel needs two faces there.
+    has_two_faces = np.isfinite(measured["relief"]).sum(axis=0) > 1  # [R, C]
+    if not has_two_faces.any():
         return None
-    known = list(before["relief"])
-    kept = np.zeros(len(known), dtype=bool)
-    # each face after tuning is matched against all N faces before, not against its own alone
-    for i in np.flatnonzero(left):
-        kept[i] = np.argmax([relief_correlation(after["relief"][i], other) for other in known]) == i
-    return float(kept.mean())
+    return float(np.nanstd(measured["relief"][:, has_two_faces], axis=0).mean() / VOXEL)
 
 
-def changed(before: Shapes, after: Shapes) -> np.ndarray:
-    """Return the share of the ground-truth head's back-of-head volume that has become solid or empty [N]."""
-    # packbits pads both with the same zeros, which the exclusive or removes
-    bits = np.unpackbits(np.bitwise_xor(before["solid"], after["solid"]).astype(np.uint8), axis=1)
-    return bits.sum(axis=1) / before["volume"]
+def identity_kept(measured_before: Measured, measured_after: Measured) -> float | None:
+    """Return the share of latents whose face keeps its identity.
+
+    A face keeps its identity if, of all faces before tuning, the face of its own latent is the most similar
+    one to it after tuning. A face that has vanished has lost its identity. Return None if a face was missing
+    before tuning, since there is nothing to compare with.
+    """
+    # [N]; `_relief` is NaN in all pixels if there is no face, so one finite pixel means that there is a face.
+    has_face_before, has_face_after = (
+        np.isfinite(measured["relief"]).reshape(len(measured["relief"]), -1).max(axis=1)
+        for measured in (measured_before, measured_after)
+    )
+    if not has_face_before.all():
+        return None
+    reliefs_before = list(measured_before["relief"])  # N reliefs, [R, C] each
+    is_kept = np.zeros(len(reliefs_before), dtype=bool)  # [N]
+    # Each face after tuning is compared with all N faces before tuning.
+    for latent_index in np.flatnonzero(has_face_after):
+        correlations = [
+            relief_correlation(measured_after["relief"][latent_index], relief) for relief in reliefs_before
+        ]
+        # True if the most similar face is the one of the same latent
+        is_kept[latent_index] = np.argmax(correlations) == latent_index
+    return float(is_kept.mean())
 
 
-def figures(before: Shapes, after: Shapes) -> dict:
-    """Compute the figures of one network, or of another treatment of the same shapes, as JSON values."""
-    # the untuned shapes decide which latents count as defective, for every arm alike
-    is_defective = defective(before)
-    known = face_moved(before, after)
-    reduction = error_reduction(error(before)[is_defective], error(after)[is_defective])
+def changed_share(measured_before: Measured, measured_after: Measured) -> np.ndarray:
+    """Return how much of the back of each head has become solid or empty, [N].
+
+    The unit is the volume that the ground-truth head has at the back.
+    """
+    # packbits fills the last byte with zeros in both arrays, so the exclusive or is zero there.
+    changed_bits = np.unpackbits(
+        np.bitwise_xor(measured_before["solid"], measured_after["solid"]).astype(np.uint8), axis=1
+    )
+    return changed_bits.sum(axis=1) / measured_before["volume"]
+
+
+def compute_metrics(measured_before: Measured, measured_after: Measured) -> dict:
+    """Compute the metrics of one network, or of another treatment of the same shapes, as JSON values.
+
+    Args:
+        measured_before: measurements of the shapes before tuning.
+        measured_after: measurements of the shapes after tuning, or after another treatment.
+    """
+    # The untuned shapes decide which latents count as defective, so that it is the same for every arm.
+    is_defective = find_defective(measured_before)
+    distances = face_distance_moved(measured_before, measured_after)
+    error_after = back_of_head_error(measured_after)
+    reduction = error_reduction(back_of_head_error(measured_before)[is_defective], error_after[is_defective])
+    # [None]: a single training seed, [1, N]
+    interval = error_reduction_interval(measured_before, error_after[None]) if reduction is not None else None
     return {
-        "error_reduction": reduction,  # share of the error before
-        "error_reduction_ci95": interval(before, error(after)[None]) if reduction is not None else None,
+        "error_reduction": reduction,  # relative to the error before
+        "error_reduction_ci95": interval,
         # shares of the ground-truth head's back-of-head volume
-        "error_intact": _mean(error(after)[~is_defective]),
-        "missing_defective": _mean(after["missing"][is_defective]),
-        "extra_defective": _mean(after["extra"][is_defective]),
-        "intact_degraded": intact_degraded(before, after),
-        "identity_kept": identity_kept(before, after),  # share of latents
-        "face_moved_voxels": float(np.nanmedian(known)) if np.isfinite(known).any() else None,
-        "variety": variety(after),  # voxels
-        "fscore_defective": _mean(after["fscore"][is_defective]),
-        "fscore_intact": _mean(after["fscore"][~is_defective]),
-        "utility": _mean(after["utility"]),
+        "error_intact": _mean(error_after[~is_defective]),
+        "missing_defective": _mean(measured_after["missing"][is_defective]),
+        "extra_defective": _mean(measured_after["extra"][is_defective]),
+        "intact_degraded": intact_degraded(measured_before, measured_after),
+        "identity_kept": identity_kept(measured_before, measured_after),  # share of latents
+        "face_moved_voxels": float(np.nanmedian(distances)) if np.isfinite(distances).any() else None,
+        "variety": variety(measured_after),  # voxels
+        "fscore_defective": _mean(measured_after["fscore"][is_defective]),
+        "fscore_intact": _mean(measured_after["fscore"][~is_defective]),
+        "utility": _mean(measured_after["utility"]),
         # share of all latents whose error is small after the treatment
-        "intact_share": float((error(after) <= DEFECTIVE).mean()),
-        "changed": _mean(changed(before, after)),
+        "intact_share": float((error_after <= DEFECTIVE).mean()),
+        "changed": _mean(changed_share(measured_before, measured_after)),
         **{
-            f"{name}_defective": _mean(measure.values(after)[is_defective])
+            f"{name}_defective": _mean(measure.values(measured_after)[is_defective])
             for name, measure in MEASURES.items()
         },
-        **{name: _mean(measure.values(after)) for name, measure in FRONT_MEASURES.items()},
+        **{name: _mean(measure.values(measured_after)) for name, measure in FRONT_MEASURES.items()},
     }
 
 
 def shape_frechet(features: np.ndarray, reference: np.ndarray) -> float:
-    """Return the Fréchet distance of shapes' features [N, Q] to those of ground-truth heads."""
-    first, second = (FeatureStatistics(part.shape[1]).update(part) for part in (features, reference))
-    return first.distance(second)
+    """Return the Fréchet distance between features [N, Q] of shapes and features of ground-truth heads."""
+    shape_statistics = FeatureStatistics(features.shape[1]).update(features)
+    reference_statistics = FeatureStatistics(reference.shape[1]).update(reference)
+    return shape_statistics.distance(reference_statistics)
 
 
-def interval(before: Shapes, after: np.ndarray) -> list[float] | None:
-    """Return the 95 % interval of `error_reduction` of the errors [S, N] of several training seeds, over
-    seeds and defective latents.
+def error_reduction_interval(measured_before: Measured, errors: np.ndarray) -> list[float] | None:
+    """Return the 95 % interval of `error_reduction` over training seeds and defective heads.
+
+    Args:
+        measured_before: measurements of the shapes before tuning.
+        errors: back-of-head volume errors after tuning with each training seed, [S, N].
+
+    Returns: [low, high], or None if no head was defective before.
     """
-    is_defective = defective(before)
-    first = error(before)[is_defective]
-    then = after[:, is_defective]
+    is_defective = find_defective(measured_before)
+    errors_before = back_of_head_error(measured_before)[is_defective]
+    errors_after = errors[:, is_defective]
     if not is_defective.any():
         return None
-    # a ratio of means, not a mean of ratios: single heads with a small error would dominate the latter
+    # A ratio of means is used. A mean of ratios would be dominated by single heads with a small error.
     ci95 = two_way_interval(
-        lambda seeds, items: 1 - then[np.ix_(seeds, items)].mean() / first[items].mean(), *then.shape
+        lambda seeds, items: 1 - errors_after[np.ix_(seeds, items)].mean() / errors_before[items].mean(),
+        *errors_after.shape,
     )
     return [ci95.lo, ci95.hi]
 
 
 def _mean(values: np.ndarray) -> float | None:
-    # no latent is defective, or none is intact: JSON gets null, not NaN
+    """Return the mean, or None if there are no values, for example if no head is defective."""
+    # JSON has no NaN.
     return float(values.mean()) if values.size else None
 
 
-# Networks side by side: ablations, and further training seeds.
+# Comparison of several networks, for example of ablations or of further training seeds.
 
-TABLE = {  # figure: (heading, format)
+TABLE = {  # metric -> (heading, format)
     "error_reduction": ("error reduction, defective heads", ".1%"),
     "error_defective": ("back-of-head volume error, defective heads", ".3f"),
     "shape_frechet": ("shape Fréchet", ".2f"),
@@ -234,23 +284,31 @@ TABLE = {  # figure: (heading, format)
 
 
 def compare(
-    networks: Mapping[str, Path], before: Path | None, seeds: Sequence[int]
+    networks: Mapping[str, Path], before_path: Path | None, seeds: Sequence[int]
 ) -> tuple[dict[str, dict], int]:
-    """Compute the figures of networks, by name, and of the one before tuning, which stands first.
+    """Compute the metrics of several tuned networks and of the network before tuning.
 
-    Returns: figures by name; the number of latents whose heads are defective before.
+    Args:
+        networks: network files by name.
+        before_path: network file before tuning; None: the bundled generator.
+        seeds: seeds of the latents.
+
+    Returns: metrics by name, of which "before" is the first; and the number of latents whose heads are
+        defective before tuning.
     """
-    first = load_generator(before).generator
-    targets = ground_truth(first, seeds)  # [N, n, n, n]
-    columns = {}
+    generator_before = load_generator(before_path).generator
+    targets = ground_truth_heads(generator_before, seeds)  # [N, n, n, n]
+    metrics_by_network = {}
     features = ShapeFeatures.load() if DEFAULT_ASSET.is_file() else None
-    reference = features.of_grids(targets) if features else np.zeros((0, 0))
-    start: Shapes = {}
+    reference_features = features.of_grids(targets) if features else np.zeros((0, 0))  # [N, Q]
+    measured_before: Measured = {}
     paths = {"before": None, **networks}
     for name, path in tqdm(paths.items(), desc="networks", unit="network", leave=False):
-        shapes = scans(first if path is None else load_generator(path).generator, seeds)
-        seen = looked_at(shapes, targets)
-        start = start or seen  # the network before tuning stands first in `paths`
-        distance = {"shape_frechet": shape_frechet(features.of_grids(shapes), reference)} if features else {}
-        columns[name] = figures(start, seen) | distance
-    return columns, int(defective(start).sum())
+        shapes = sample_shapes(generator_before if path is None else load_generator(path).generator, seeds)
+        measured = measure_heads(shapes, targets)
+        measured_before = measured_before or measured  # the network before tuning is the first of `paths`
+        metrics_by_network[name] = compute_metrics(measured_before, measured)
+        if features:
+            distance = shape_frechet(features.of_grids(shapes), reference_features)
+            metrics_by_network[name]["shape_frechet"] = distance
+    return metrics_by_network, int(find_defective(measured_before).sum())

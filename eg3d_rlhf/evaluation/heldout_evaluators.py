@@ -1,8 +1,9 @@
-"""Evaluate a reward run at its end: the network before tuning against the tuned one, on held-out latents.
+"""Measure the network before tuning and the tuned network on held-out latents, for the summary of a run.
 
 The evaluators are the ground-truth heads of the latents, the simulated annotator without noise, Fréchet
 distances to the data, and geometry measures that share nothing with the annotator. The 95 % interval of each
-change decides whether it is called better, worse or open. Letters: N latents.
+change decides whether the change is called better, worse or open.
+Shapes: N latents, Q features.
 """
 
 import functools
@@ -21,7 +22,7 @@ from eg3d_rlhf.core.seeds import EVALUATION, GEOMETRY, IMAGES, SHAPES, VALIDATIO
 from eg3d_rlhf.core.statistics import paired_summary, wilson_interval
 from eg3d_rlhf.evaluation import heads
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from eg3d_rlhf.evaluation.geometry import view_measures
 from eg3d_rlhf.evaluation.images import images_of, open_data
 from eg3d_rlhf.experiments.store import Store, json_hash
@@ -45,116 +46,139 @@ RESAMPLES = 60  # bootstrap resamples of the change of a Fréchet distance
 REALS_AT_ONCE = 64  # images of the data that the features' network reads
 ROLES = ("before", "after")  # networks that are compared
 
-# disagreement between rendered views of one shape: name, value, better direction, unit
+# Disagreement between rendered views of one shape. The arguments are: name, function that returns the values,
+# better direction, unit.
 VIEWS = (
     Measure("photometric reprojection error", attrgetter("photometric"), "lower", "L1 of 0..2"),
     Measure("depth disagreement", attrgetter("depth"), "lower", "share of the camera distance"),
     Measure("normal disagreement (degrees)", attrgetter("normal"), "lower", "degrees"),
 )
-# distances of sets; they have no value of a single latent
+# Distances between sets of samples; a single latent has no such value, hence the function is None.
 SHAPE_FRECHET = Measure("shape Fréchet", None, "lower", "squared distance of normal maps' features")
 FRECHET = Measure("Fréchet", None, "lower", "squared distance of images' features")
 
 
-def measured(measure: Measure, before: float, after: float, change: dict) -> dict:
-    """Return an entry of the summary's `geometry`.
+def metric_entry(measure: Measure, mean_before: float, mean_after: float, change: dict) -> dict:
+    """Return the entry of a measure in the summary's "geometry".
 
-    Args: change: paired change after - before, with at least mean, mean_lo and mean_hi.
+    Args:
+        mean_before: mean before tuning.
+        mean_after: mean after tuning.
+        change: paired change after - before, with at least the keys mean, mean_lo and mean_hi.
     """
-    upwards = measure.better == "higher"
-    # `better` compares the two means alone; `outcome` takes the interval into account
-    better = after >= before if upwards else after <= before
+    higher_is_better = measure.better == "higher"
+    # "better" compares the two means alone; "outcome" takes the interval into account.
+    is_better = mean_after >= mean_before if higher_is_better else mean_after <= mean_before
     return {
         "name": measure.name,
-        "before": float(before),
-        "after": float(after),
-        "better": bool(better),
-        "higher_is_better": upwards,
+        "before": float(mean_before),
+        "after": float(mean_after),
+        "better": bool(is_better),
+        "higher_is_better": higher_is_better,
         "paired": change,
         "outcome": measure.outcome(change["mean_lo"], change["mean_hi"]),
     }
 
 
-# Measurements of one network: arrays from which the figures follow. `seen` computes each of them once.
+# Measurements of one network: arrays from which the metrics are computed. `measure_part` computes each of
+# them once.
 
-Seen = dict[str, np.ndarray]
+Measured = dict[str, np.ndarray]
 
 
-def _ground_truth(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Return the solid share [N] of the ground-truth heads of all latents that other parts use.
+def _ground_truth(comparison: Comparison, generator: LoadedGenerator) -> Measured:
+    """Compute the ground-truth heads of all latents that other parts use, and return their solid share [N].
 
-    The purpose is the side effect: `heads.ground_truth` writes the heads to the disk, where parts in other
-    processes find them.
+    The purpose is the side effect: `heads.ground_truth_heads` writes the heads to the disk, where parts in
+    other processes find them.
     """
     seeds = [*EVALUATION.take(HEADS), *VALIDATION.take(CHOOSING)]
-    return {"solid": (heads.ground_truth(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
+    return {"solid": (heads.ground_truth_heads(generator.generator, seeds) < 0).mean(axis=(1, 2, 3))}
 
 
-def _heads(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _heads(comparison: Comparison, generator: LoadedGenerator) -> Measured:
+    """Measure the shapes of the evaluation latents against their ground-truth heads."""
     seeds = EVALUATION.take(HEADS)
-    return heads.looked_at(
-        heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds)
+    return heads.measure_heads(
+        heads.sample_shapes(generator.generator, seeds), heads.ground_truth_heads(generator.generator, seeds)
     )
 
 
-def _post_processed(c: Comparison, generator: LoadedGenerator) -> Seen:
-    """Measure the untuned shapes after the best label-free post-processing.
+def _post_processed(comparison: Comparison, generator: LoadedGenerator) -> Measured:
+    """Measure the untuned shapes after the best label-free post-processing methods.
 
-    Two methods are chosen on validation latents: the best of those that leave intact heads alone, and the
-    best of all, whose keys begin with `any_`.
+    Two methods are chosen on validation latents: the best method that leaves intact heads alone, and the best
+    of all methods. The keys of the latter begin with "any_".
     """
-    chosen, held = (
-        (heads.scans(generator.generator, seeds), heads.ground_truth(generator.generator, seeds))
+    validation_heads, evaluation_heads = (
+        (
+            heads.sample_shapes(generator.generator, seeds),
+            heads.ground_truth_heads(generator.generator, seeds),
+        )
         for seeds in (VALIDATION.take(CHOOSING), EVALUATION.take(HEADS))
     )
-    measurements: Seen = {}
-    trial = tried(*chosen)
-    for prefix, spares in (("", True), ("any_", False)):
-        name = best_filter(trial, spares=spares)
-        shapes = np.stack([FILTERS[name](values) for values in held[0]])
-        measurements |= {f"{prefix}{key}": value for key, value in heads.looked_at(shapes, held[1]).items()}
-        # arrays alone are stored, so the method is kept as its number in FILTERS
+    measurements: Measured = {}
+    filter_results = evaluate_filters(*validation_heads)
+    for prefix, spares_intact in (("", True), ("any_", False)):
+        name = best_filter(filter_results, spares_intact=spares_intact)
+        shapes = np.stack([FILTERS[name](values) for values in evaluation_heads[0]])  # [N, n, n, n]
+        measurements |= {
+            f"{prefix}{key}": value for key, value in heads.measure_heads(shapes, evaluation_heads[1]).items()
+        }
+        # Only arrays can be stored, so the method is stored as its index in FILTERS.
         measurements[f"{prefix}method"] = np.array([list(FILTERS).index(name)])
     return measurements
 
 
-def _images(c: Comparison, generator: LoadedGenerator) -> Seen:
-    network = load_features(c.inception, c.device)
-    dataset = open_data(c)
-    # which cameras of the data are used, by a fixed seed
-    chosen = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
+def _images(comparison: Comparison, generator: LoadedGenerator) -> Measured:
+    """Compute the features [FAKES, Q] of generated images under cameras of the data."""
+    network = load_features(comparison.inception, comparison.device)
+    dataset = open_data(comparison)
+    # A fixed seed selects the cameras of the data under which the images are rendered.
+    camera_indices = np.random.RandomState(IMAGES.first).randint(len(dataset), size=FAKES)
     cameras = dataset.get_labels()
-    # the same latents and cameras for every network, so that the change of the distance is paired
-    return {"features": collect(network, images_of(c, generator, cameras, IMAGES.take(FAKES), chosen))[1]}
-
-
-def _data(c: Comparison, _generator: LoadedGenerator) -> Seen:
-    network = load_features(c.inception, c.device)
+    # All networks have the same latents and cameras, so that the change of the distance is paired. `collect`
+    # returns the features as its second value.
     return {
         "features": collect(
-            network, (images.to(c.device) for images in real_batches(open_data(c), REALS_AT_ONCE))
+            network, images_of(comparison, generator, cameras, IMAGES.take(FAKES), camera_indices)
         )[1]
     }
 
 
-def _views(c: Comparison, generator: LoadedGenerator) -> Seen:
-    views = view_measures(c, generator, GEOMETRY.all)
+def _data(comparison: Comparison, _generator: LoadedGenerator) -> Measured:
+    """Compute the features of the images of the data, [number of images, Q]."""
+    network = load_features(comparison.inception, comparison.device)
+    return {
+        "features": collect(
+            network,
+            (images.to(comparison.device) for images in real_batches(open_data(comparison), REALS_AT_ONCE)),
+        )[1]
+    }
+
+
+def _views(comparison: Comparison, generator: LoadedGenerator) -> Measured:
+    """Compute the measures of VIEWS, [N] each."""
+    views = view_measures(comparison, generator, GEOMETRY.all)
     return {measure.name: measure.values(views) for measure in VIEWS}
 
 
 @torch.no_grad()
-def _normal_maps(c: Comparison, generator: LoadedGenerator) -> Seen:
+def _normal_maps(comparison: Comparison, generator: LoadedGenerator) -> Measured:
     """Return the features [N, Q] of the shapes' normal maps."""
     features = ShapeFeatures.load()
     return {
-        # field by field, since the grids of all latents need much memory
+        # field by field, since the grids of all latents together need much memory
         "features": np.concatenate(
-            [features.of_grids(shape_grids(f)) for f in c.fields(generator, SHAPES.take(MAPPED), psi=1.0)]
+            [
+                features.of_grids(shape_grids(field))
+                for field in comparison.fields(generator, SHAPES.take(MAPPED), psi=1.0)
+            ]
         )
     }
 
 
-PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those that take longest first
+PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Measured]] = {  # those that take longest first
     "ground truth": _ground_truth,
     "images": _images,
     "post-processing": _post_processed,
@@ -163,57 +187,78 @@ PARTS: dict[str, Callable[[Comparison, LoadedGenerator], Seen]] = {  # those tha
     "data": _data,
     "views": _views,
 }
-# without this order two processes would compute the ground-truth heads at the same time
+# Part -> part that must be finished before, since two processes would otherwise compute the ground-truth
+# heads at the same time.
 NEEDS = {"post-processing": "ground truth", "heads": "ground truth"}
-_OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data")  # for synthetic heads alone
-_OF_ONE_NETWORK = ("ground truth", "post-processing", "data")  # the same for both networks
+# parts that exist for synthetic heads only
+_OF_THE_FAMILY = ("ground truth", "images", "post-processing", "heads", "data")
+# parts whose result is the same for both networks, so that they are measured once
+_OF_ONE_NETWORK = ("ground truth", "post-processing", "data")
 
 
-def parts_of(c: Comparison) -> list[tuple[str, str]]:
-    """List (part, role of the network) of everything that the evaluators of a comparison measure."""
-    missing = {*(() if c.synthetic else _OF_THE_FAMILY), *(("normal maps",) if unmapped(c) else ())}
+def list_parts(comparison: Comparison) -> list[tuple[str, str]]:
+    """List (name of the part, role of the network) of all measurements that a comparison needs."""
+    # Parts are left out if they need synthetic heads, or features that do not fit these shapes.
+    missing_parts = {
+        *(() if comparison.synthetic else _OF_THE_FAMILY),
+        *(("normal maps",) if missing_shape_features(comparison) else ()),
+    }
     return [
         (part, role)
         for part in PARTS
-        if part not in missing
+        if part not in missing_parts
         for role in ("before", *(() if part in _OF_ONE_NETWORK else ("after",)))
     ]
 
 
-def seen(c: Comparison, part: str, role: str = "before") -> Seen:
-    """Return the measurements of a part of the network before or after tuning.
+def measure_part(comparison: Comparison, part: str, role: str = "before") -> Measured:
+    """Return the measurements of a part for the network before or after tuning.
 
-    They are computed once and kept in the comparison's memory; those of the bundled network are also kept
-    on the disk, since every demo run needs the same ones.
+    They are computed once, and stored in the comparison's memory. Measurements of the bundled network are
+    also stored on the disk, since every run of the demo needs them.
+
+    Args:
+        part: name of the part in PARTS.
+        role: "before" or "after".
     """
-    # worker processes of the summary fill the memory under the same key
-    case = ("evaluators", part, role)
-    if case not in c.memory:
-        compute = partial(PARTS[part], c, c.generators()[role])
-        inputs = _inputs(c) if role == "before" else None
+    # The summary's worker processes store their results in the memory under the same key.
+    cache_key = ("evaluators", part, role)
+    if cache_key not in comparison.memory:
+        compute = partial(PARTS[part], comparison, comparison.generators()[role])
+        inputs = _inputs(comparison) if role == "before" else None
         store = Store(build.cache_dir().parent / "evaluators", renew=True)
-        c.memory[case] = (
+        comparison.memory[cache_key] = (
             compute() if inputs is None else store.arrays(part.replace(" ", "-"), inputs, compute)
         )
-    return c.memory[case]
+    return comparison.memory[cache_key]
 
 
-def _inputs(c: Comparison) -> dict | None:
-    """Return all that a part of the bundled network depends on; None for other networks or data."""
-    # on the disk are only results of the bundled network with its own data on the CPU
+def _inputs(comparison: Comparison) -> dict | None:
+    """Return all that the measurements of the bundled network depend on, as JSON values.
+
+    Return None for other networks, data, feature networks or devices, whose results are not stored on the
+    disk.
+    """
     if (
-        c.before.hash != _bundled_hash()
-        or c.data != bundled.DATA
-        or c.inception is not None  # the user's own feature network
-        or c.device.type != "cpu"  # other devices round differently
+        comparison.before.hash != _bundled_hash()
+        or comparison.data != bundled.DATA
+        or comparison.inception is not None  # the user's own feature network
+        or comparison.device.type != "cpu"  # other devices round differently
     ):
         return None
     return {
-        "generator": c.before.hash,
-        "sampling": [c.n, c.seed, c.psi, c.batch, c.mirror],  # settings that select latents and images
-        "data": file_hash(resolve_dataset(c.data)),
+        "generator": comparison.before.hash,
+        "sampling": [
+            comparison.n,
+            comparison.seed,
+            comparison.psi,
+            comparison.batch,
+            comparison.mirror,
+        ],  # settings that select latents and images
+        "data": file_hash(resolve_dataset(comparison.data)),
         "code": _sources(),
-        # another torch, instruction set or op may round differently, which bitwise comparisons would show
+        # Another version of torch, another instruction set or another implementation of an op may round
+        # differently, so that a stored result would not be bitwise identical.
         "numerics": [
             torch.__version__,
             np.__version__,
@@ -225,29 +270,32 @@ def _inputs(c: Comparison) -> dict | None:
 
 @functools.cache
 def _bundled_hash() -> str:
-    # the bundled reward records the hash of the generator from which its labels came
+    """Return the hash of the bundled generator."""
+    # The bundled reward records the hash of the generator whose samples were labelled.
     return load_reward(bundled.REWARD).provenance["generator"]
 
 
 @functools.cache
 def _sources() -> str:
     """Return a hash of this project's code and assets, since any change of them may change a value."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[2]  # the folder that contains the packages
     packages = ("eg3d_rlhf", "training", "torch_utils")
-    code = (path for package in packages for path in (root / package).rglob("*.*"))
-    files = {str(path.relative_to(root)): path for path in code if path.suffix in (".py", ".cpp", ".h")}
-    files |= {path.name: path for path in ASSETS.glob("*.safetensors")}
-    return json_hash({name: file_hash(path) for name, path in files.items()})
+    code_paths = (path for package in packages for path in (root / package).rglob("*.*"))
+    path_by_name = {
+        str(path.relative_to(root)): path for path in code_paths if path.suffix in (".py", ".cpp", ".h")
+    }
+    path_by_name |= {path.name: path for path in ASSETS.glob("*.safetensors")}
+    return json_hash({name: file_hash(path) for name, path in path_by_name.items()})
 
 
-# Figures of before against after.
+# Metrics that compare the network before tuning with the tuned network.
 
 
 def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
-    """Return the statistics of features [N, Q], added in the batches in which they were computed.
+    """Return the statistics of features [N, Q], which are added in batches of the given size.
 
-    Sums of floats depend on their grouping: with the same batches, features from the disk give the same
-    bits as features that were just computed.
+    The rounding of a sum depends on how its terms are grouped. With the batch size in which the features were
+    computed, features from the disk give bitwise the same statistics as features that were just computed.
     """
     statistics = FeatureStatistics(features.shape[1])
     for start in range(0, len(features), batch):
@@ -255,95 +303,104 @@ def _statistics(features: np.ndarray, batch: int) -> FeatureStatistics:
     return statistics
 
 
-def blind_pairs(c: Comparison) -> dict:
-    """Compute the share of held-out latents whose tuned shape the noise-free simulated annotator prefers.
+def blind_pairs(comparison: Comparison) -> dict:
+    """Compute the share of held-out latents whose tuned shape the simulated annotator without noise prefers.
 
-    An exact tie counts one half.
+    A latent whose shapes have equal utility counts one half.
     """
-    before, tuned = (seen(c, "heads", role)["utility"] for role in ROLES)  # [N] each
-    wins = int((tuned > before).sum())
-    ties = int((tuned == before).sum())
-    # Wilson's interval needs a whole number of successes, so an odd tie is dropped here
-    low, high = wilson_interval(wins + ties // 2, len(before))
+    utility_before, utility_after = (
+        measure_part(comparison, "heads", role)["utility"] for role in ROLES
+    )  # [N] each
+    wins = int((utility_after > utility_before).sum())  # number of latents
+    ties = int((utility_after == utility_before).sum())  # number of latents
+    # Wilson's interval needs an integer number of successes, so half of the ties is rounded down.
+    win_rate_low, win_rate_high = wilson_interval(wins + ties // 2, len(utility_before))
     return {
-        "win_rate": (wins + 0.5 * ties) / len(before),  # share of latents
-        "win_rate_ci95": [low, high],
-        "win_rate_n": len(before),
+        "win_rate": (wins + 0.5 * ties) / len(utility_before),  # share of latents
+        "win_rate_ci95": [win_rate_low, win_rate_high],
+        "win_rate_n": len(utility_before),
         "win_rate_ties": ties,
-        "utility_before": float(before.mean()),  # 1: the ground-truth head
-        "utility_after": float(tuned.mean()),
+        "utility_before": float(utility_before.mean()),  # 1: the ground-truth head
+        "utility_after": float(utility_after.mean()),
     }
 
 
-def figures_of_heads(c: Comparison) -> dict:
-    """Compute the figures of the tuned held-out shapes against the ground-truth heads of their latents."""
-    return heads.figures(*(seen(c, "heads", role) for role in ROLES))
+def compute_head_metrics(comparison: Comparison) -> dict:
+    """Compute the metrics of the tuned held-out shapes against the ground-truth heads of their latents."""
+    return heads.compute_metrics(*(measure_part(comparison, "heads", role) for role in ROLES))
 
 
-def against_ground_truth(c: Comparison) -> dict:
-    """Compute the figures of tuning beside those of the best label-free post-processing methods."""
-    before = seen(c, "heads")
-    processed = seen(c, "post-processing")
-    # `processed` also holds the any_... arrays, which `heads.figures` does not read
-    strongest = {
-        key.removeprefix("any_"): value for key, value in processed.items() if key.startswith("any_")
+def against_ground_truth(comparison: Comparison) -> dict:
+    """Compute the metrics of tuning and of the best label-free post-processing methods."""
+    measured_before = measure_part(comparison, "heads")
+    processed_heads = measure_part(comparison, "post-processing")
+    # `processed` also holds the any_... arrays, which `heads.compute_metrics` does not read
+    strongest_processed = {
+        key.removeprefix("any_"): value for key, value in processed_heads.items() if key.startswith("any_")
     }
-    # every column is measured against the same untuned shapes
-    columns = {
-        "before": heads.figures(before, before),
-        "after": figures_of_heads(c),
-        "post_processing": heads.figures(before, processed),
-        "strongest_post_processing": heads.figures(before, strongest),
+    # Every column is measured against the same untuned shapes.
+    metrics_by_column = {
+        "before": heads.compute_metrics(measured_before, measured_before),
+        "after": compute_head_metrics(comparison),
+        "post_processing": heads.compute_metrics(measured_before, processed_heads),
+        "strongest_post_processing": heads.compute_metrics(measured_before, strongest_processed),
     }
-    names = {"post_processing": _method_name(processed), "strongest_post_processing": _method_name(strongest)}
-    tuned = columns["after"]
-    intact = columns["before"]["fscore_intact"]
+    method_names = {
+        "post_processing": _method_name(processed_heads),
+        "strongest_post_processing": _method_name(strongest_processed),
+    }
+    tuned_metrics = metrics_by_column["after"]
+    intact_fscore = metrics_by_column["before"]["fscore_intact"]
     return {
         "heads_n": HEADS,
         "heads_seeds": [EVALUATION.take(HEADS)[0], EVALUATION.take(HEADS)[-1]],  # first and last
         "heads_psi": 1.0,  # a truncated latent has no ground-truth head
-        "defective_n": int(heads.defective(before).sum()),
-        "error_reduction": tuned["error_reduction"],
-        "error_reduction_ci95": tuned["error_reduction_ci95"],
-        "error_reduction_by_post_processing": columns["post_processing"]["error_reduction"],
-        "post_processing_methods": names,
+        "defective_n": int(heads.find_defective(measured_before).sum()),
+        "error_reduction": tuned_metrics["error_reduction"],
+        "error_reduction_ci95": tuned_metrics["error_reduction_ci95"],
+        "error_reduction_by_post_processing": metrics_by_column["post_processing"]["error_reduction"],
+        "post_processing_methods": method_names,
         "post_processing_chosen_on": CHOOSING,  # number of validation latents
-        "intact_degraded": tuned["intact_degraded"],
-        "identity_kept": tuned["identity_kept"],
-        "face_moved_voxels": tuned["face_moved_voxels"],
-        "variety_before": columns["before"]["variety"],
-        "variety_after": tuned["variety"],
+        "intact_degraded": tuned_metrics["intact_degraded"],
+        "identity_kept": tuned_metrics["identity_kept"],
+        "face_moved_voxels": tuned_metrics["face_moved_voxels"],
+        "variety_before": metrics_by_column["before"]["variety"],
+        "variety_after": tuned_metrics["variety"],
         "fscore_back_of_head": {
-            "before": columns["before"]["fscore_defective"],
-            "after": tuned["fscore_defective"],
-            "intact": intact,
+            "before": metrics_by_column["before"]["fscore_defective"],
+            "after": tuned_metrics["fscore_defective"],
+            "intact": intact_fscore,
         },
-        "heads": columns,
+        "heads": metrics_by_column,
     }
 
 
-def _method_name(measurements: Seen) -> str:
+def _method_name(measurements: Measured) -> str:
+    """Return the name of the post-processing method whose index in FILTERS was stored."""
     return list(FILTERS)[int(measurements["method"][0])]
 
 
-def frechet(c: Comparison) -> dict:
+def frechet(comparison: Comparison) -> dict:
     """Compute the Fréchet distances of images to the data before and after tuning, and their ratio."""
-    network = load_features(c.inception, c.device)
-    real = seen(c, "data")["features"]
-    fakes = [seen(c, "images", role)["features"] for role in ROLES]
-    # each in the batches in which its features were computed, see `_statistics`
-    of_data = _statistics(real, REALS_AT_ONCE)
-    before, tuned = (_statistics(features, c.batch).distance(of_data) for features in fakes)
+    network = load_features(comparison.inception, comparison.device)
+    real_features = measure_part(comparison, "data")["features"]
+    fake_features = [measure_part(comparison, "images", role)["features"] for role in ROLES]
+    # Each set is added in the batches in which its features were computed, see `_statistics`.
+    data_statistics = _statistics(real_features, REALS_AT_ONCE)
+    distance_before, distance_after = (
+        _statistics(features, comparison.batch).distance(data_statistics) for features in fake_features
+    )
     record = {
-        "frechet_before": before,
-        "frechet_after": tuned,
-        "frechet_ratio": tuned / before,  # below 1: closer to the data
+        "frechet_before": distance_before,
+        "frechet_after": distance_after,
+        "frechet_ratio": distance_after / distance_before,  # below 1: closer to the data
         "frechet_features": network.name,
         "frechet_images": FAKES,
     }
-    # fewer images than features make a singular covariance: Inception's 2048 features need more than FAKES
-    if min(FAKES, len(real)) > network.dim:
-        change = frechet_change_interval(fakes[0], fakes[1], real, RESAMPLES)
+    # With fewer images than features the covariance is singular, so the interval would be meaningless. With
+    # Inception's 2048 features there are too few images.
+    if min(FAKES, len(real_features)) > network.dim:
+        change = frechet_change_interval(fake_features[0], fake_features[1], real_features, RESAMPLES)
         record |= {
             "frechet_change_ci95": [change.lo, change.hi],
             "frechet_outcome": FRECHET.outcome(change.lo, change.hi),
@@ -351,51 +408,62 @@ def frechet(c: Comparison) -> dict:
     return record
 
 
-def geometry(c: Comparison) -> dict:
-    """Compute the geometry measures, none of which the simulated annotator uses.
+def geometry(comparison: Comparison) -> dict:
+    """Compute the disagreement between views, which the simulated annotator does not use.
 
-    `better` compares means; `outcome` follows from the paired interval.
+    "better" compares the means; "outcome" is decided by the paired interval.
     """
     rows = []
     for measure in VIEWS:
-        old, new = (seen(c, "views", role)[measure.name] for role in ROLES)  # [N] each
-        rows.append(measured(measure, old.mean(), new.mean(), paired_summary(old, new)._asdict()))
+        values_before, values_after = (
+            measure_part(comparison, "views", role)[measure.name] for role in ROLES
+        )  # [N] each
+        rows.append(
+            metric_entry(
+                measure,
+                values_before.mean(),
+                values_after.mean(),
+                paired_summary(values_before, values_after)._asdict(),
+            )
+        )
     return {"geometry_n": GEOMETRY.count, "geometry": rows}
 
 
-def shapes(c: Comparison) -> dict:
-    """Compute the Fréchet distance between shapes and ground-truth heads, over features of normal maps.
+def shapes(comparison: Comparison) -> dict:
+    """Compute the Fréchet distance between shapes and ground-truth heads in features of normal maps.
 
-    Where it cannot be measured, `shapes_missing` holds the reason.
+    If it cannot be measured, the entry "shapes_missing" holds the reason.
     """
-    if why := unmapped(c):
-        return {"shapes_missing": why, "geometry": []}
-    both = [seen(c, "normal maps", role)["features"] for role in ROLES]  # [N, Q] each
-    # features of ground-truth heads that no latent of the evaluation names; they come with the asset
-    true = ShapeFeatures.load().true.double().numpy()
-    distances = [heads.shape_frechet(part, true) for part in both]
-    change = frechet_change_interval(both[0], both[1], true, RESAMPLES)
+    if missing_reason := missing_shape_features(comparison):
+        return {"shapes_missing": missing_reason, "geometry": []}
+    features_by_role = [
+        measure_part(comparison, "normal maps", role)["features"] for role in ROLES
+    ]  # [N, Q] each
+    # The asset also holds the features of ground-truth heads, which belong to other latents than these.
+    true_features = ShapeFeatures.load().true.double().numpy()
+    distances = [heads.shape_frechet(features, true_features) for features in features_by_role]
+    change = frechet_change_interval(features_by_role[0], features_by_role[1], true_features, RESAMPLES)
     paired = {
         "mean": change.mean,
         "mean_lo": change.lo,
         "mean_hi": change.hi,
         "confidence": 0.95,
         "n": MAPPED,
-        "n_true": len(true),
+        "n_true": len(true_features),
     }
     return {
         "shapes_n": MAPPED,
         "shapes_psi": 1.0,
-        "geometry": [measured(SHAPE_FRECHET, distances[0], distances[1], paired)],
+        "geometry": [metric_entry(SHAPE_FRECHET, distances[0], distances[1], paired)],
     }
 
 
-def unmapped(c: Comparison) -> str:
-    """Return the reason why these networks have no shape Fréchet distance; '' where they have one."""
-    bounds = c.before.generator.bounds
+def missing_shape_features(comparison: Comparison) -> str:
+    """Return the reason why these networks have no shape Fréchet distance, or '' if they have one."""
+    bounds = comparison.before.generator.bounds
     if bounds != Bounds():
         # the features were trained on normal maps of shapes in the default bounds
-        return f"its features cover only shapes in {Bounds()}, and these shapes lie in {bounds}"
+        return f"its features are only valid for shapes in {Bounds()}, but these shapes lie in {bounds}"
     if DEFAULT_ASSET.is_file():
         return ""
     return f"{DEFAULT_ASSET.name} does not exist. Make it with: python -m builders.shapes"

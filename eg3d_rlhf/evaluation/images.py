@@ -1,6 +1,6 @@
-"""Compare images: their distance to the data, their diversity, and how far those of the same latent changed.
+"""Compare images before and after tuning: distance to the data, diversity, and change of the same latents.
 
-Letters: N images or latents, F features, R pixels.
+Shapes: N images or latents, M images of the data, F features, R pixels per edge.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,282 +27,369 @@ from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.dataset import ImageFolderDataset
 from training.synthetic_heads import resolve_dataset
 
-REALS_PER_FAKE = 4  # images of the data per generated image, at most
-RESAMPLES = 100  # of the distances' intervals
+REALS_PER_FAKE = 4  # largest number of images of the data for each generated image
+RESAMPLES = 100  # bootstrap resamples of the intervals of distances
 SLABS = "σ slabs"
-SLAB_CELLS = 32  # cells per edge; larger slabs are averaged to this size before they are compared
-YAW = 0.3  # radians from frontal: a view that shows more of the shape than the frontal one
+SLAB_CELLS = 32  # larger slabs are averaged to this number of cells per edge before they are compared
+YAW = 0.3  # radians from frontal, since an oblique view shows more of the shape than a frontal one
 NO_LPIPS = (
-    "LPIPS is left out: no weights are bundled. Give them with --lpips=FILE, a TorchScript file that is"
-    " called as f(a, b)."
+    "LPIPS is not measured, since no weights are bundled. Pass them with --lpips=FILE, a TorchScript file"
+    " that is called as f(a, b) with two batches of images."
 )
 NO_IDENTITY = (
-    "Identity drift is left out: it needs a network that embeds faces, and none is bundled. Give one with"
+    "Identity drift is not measured: it needs a network that embeds faces, and none is bundled. Pass one with"
     " --identity=FILE, a TorchScript file that maps images [N, 3, H, W] in [-1, 1] to embeddings [N, F]."
 )
 
 
-def jobs(c: Comparison) -> list[Job]:
-    """Return the parts: distances to the data, diversity, appearance drift, and identity drift if a network
-    is given.
+def jobs(comparison: Comparison) -> list[Job]:
+    """Return the jobs on images: distances to the data, diversity, appearance drift, and identity drift.
+
+    A job whose dataset or network is missing is replaced by one that only states what is missing.
     """
-    inception = identity_of_file(c.inception)
-    title = "Images against the data"  # also of the part without a dataset
-    moved = {"similarity": plot_similarity}  # both drift parts have this plot
-    identity = "Does a latent keep its identity?"
+    inception = identity_of_file(comparison.inception)
+    title = "Images against the data"
+    similarity_plots = {"similarity": plot_similarity}
+    identity_title = "Does a latent keep its identity?"
     return [
-        # A part that cannot be computed stays on the page with the reason.
+        # If a job cannot be computed, its section of the page states the reason.
         (
-            c.job(
+            comparison.job(
                 "image-distances",
                 title,
                 distances,
                 {"distances": plot_distances, "precision-recall": plot_precision_recall},
                 ROLES,
                 version=2,
-                data=c.data,
-                mirror=c.mirror,
-                images=c.images,
+                data=comparison.data,
+                mirror=comparison.mirror,
+                images=comparison.images,
                 inception=inception,
             )
-            if c.data
-            else c.absent("image-distances", title, "No dataset is known. Give it with --data.")
+            if comparison.data
+            else comparison.absent("image-distances", title, "No dataset is recorded. Pass it with --data.")
         ),
-        c.job(
+        comparison.job(
             "diversity",
             "Diversity: do samples still differ from each other?",
-            spread,
-            {"pairwise": plot_spread},
-            n=c.n,
+            diversity,
+            {"pairwise": plot_diversity},
+            n=comparison.n,
             inception=inception,
         ),
-        c.job(
+        comparison.job(
             "appearance-drift",
             "Do images of the same latent look the same?",
             appearance_drift,
-            moved,
+            similarity_plots,
             ROLES,
-            n=c.n,
-            lpips=identity_of_file(c.lpips),
+            n=comparison.n,
+            lpips=identity_of_file(comparison.lpips),
         ),
         (
-            c.job(
+            comparison.job(
                 "identity-drift",
-                identity,
+                identity_title,
                 identity_drift,
-                moved,
+                similarity_plots,
                 ROLES,
-                n=c.n,
-                identity=identity_of_file(c.identity),
+                n=comparison.n,
+                identity=identity_of_file(comparison.identity),
             )
-            if c.identity is not None
-            else c.absent("identity-drift", identity, NO_IDENTITY)
+            if comparison.identity is not None
+            else comparison.absent("identity-drift", identity_title, NO_IDENTITY)
         ),
     ]
 
 
-def open_data(c: Comparison) -> ImageFolderDataset:
-    """Open the dataset, with cameras. Raises: ValueError if its images do not have the generator's size."""
-    dataset = ImageFolderDataset(resolve_dataset(c.data), use_labels=True, xflip=c.mirror, c_dim=25)
-    if dataset.resolution != c.before.generator.img_resolution:
-        size = c.before.generator.img_resolution  # pixels per edge
+def open_data(comparison: Comparison) -> ImageFolderDataset:
+    """Open the comparison's dataset with its cameras.
+
+    Raises: ValueError if its images do not have the size of the generator's images.
+    """
+    dataset = ImageFolderDataset(
+        resolve_dataset(comparison.data), use_labels=True, xflip=comparison.mirror, c_dim=25
+    )
+    if dataset.resolution != comparison.before.generator.img_resolution:
+        size = comparison.before.generator.img_resolution  # pixels per edge
         raise ValueError(
-            f"--data: expected images of {size} pixels as the generator's, got {dataset.resolution}. Resize"
-            " the data."
+            f"--data: the images have {dataset.resolution} pixels per edge, but those of the generator have"
+            f" {size}. Pass a dataset whose images were resized to {size} pixels."
         )
     return dataset
 
 
-def real_features(c: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
-    """Compute features [M, F] of up to REALS_PER_FAKE * images reals, sampled by --seed, and return the
-    dataset, too.
+def real_features(comparison: Comparison, network) -> tuple[np.ndarray, ImageFolderDataset]:
+    """Compute features of images of the data, and return them with the opened dataset.
+
+    A random subset of at most REALS_PER_FAKE * comparison.images images is used, which --seed determines.
+
+    Args: network: feature network.
+    Returns: features [M, F], and the dataset.
     """
-    dataset = open_data(c)
-    chosen = np.random.RandomState(c.seed).permutation(len(dataset))[: REALS_PER_FAKE * c.images]
-    parts = []  # features [<= 64, F] of batches of the data
-    for start in range(0, len(chosen), 64):
-        pixels = np.stack([dataset[int(i)][0] for i in chosen[start : start + 64]])
+    dataset = open_data(comparison)
+    image_indices = np.random.RandomState(comparison.seed).permutation(len(dataset))[
+        : REALS_PER_FAKE * comparison.images
+    ]
+    features_by_batch = []  # features [<= 64, F] of batches of the data
+    for start in range(0, len(image_indices), 64):
+        pixels = np.stack([dataset[int(i)][0] for i in image_indices[start : start + 64]])
         # [B, C, R, R] uint8 -> [B, 3, R, R] in [-1, 1]; grey images are repeated
-        images = torch.from_numpy(pixels).to(c.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
-        parts.append(network(images).cpu().numpy())
-    return np.concatenate(parts), dataset
+        images = torch.from_numpy(pixels).to(comparison.device).float().expand(-1, 3, -1, -1) / 127.5 - 1
+        features_by_batch.append(network(images).cpu().numpy())
+    return np.concatenate(features_by_batch), dataset
 
 
 def images_of(
-    c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, seeds: Sequence[int], chosen: np.ndarray
+    comparison: Comparison,
+    generator: LoadedGenerator,
+    cameras: np.ndarray,
+    seeds: Sequence[int],
+    camera_indices: np.ndarray,
 ) -> Iterator[torch.Tensor]:
-    """Yield images [<= batch, 3, R, R] of seeds without truncation.
+    """Yield images of seeds without truncation, in batches [<= comparison.batch, 3, R, R].
 
-    Seed i is rendered under (and conditioned on) cameras[chosen[i]] of cameras [M, 25].
+    Args:
+        cameras: cameras of the data, [M, 25].
+        seeds: seeds of the latents.
+        camera_indices: index of the camera on which each seed is conditioned, and from which it is rendered.
     """
-    for start in range(0, len(seeds), c.batch):
-        part = seeds[start : start + c.batch]
+    for start in range(0, len(seeds), comparison.batch):
+        batch_seeds = seeds[start : start + comparison.batch]
         # The mapping is conditioned on the camera that renders, as in EG3D's training.
-        labels = torch.from_numpy(cameras[chosen[start : start + len(part)]]).to(c.device)
+        labels = torch.from_numpy(cameras[camera_indices[start : start + len(batch_seeds)]]).to(
+            comparison.device
+        )
         with torch.no_grad():
             field = generator.generator.field(  # ws of the mapping, untruncated
-                generator.generator.mapping(latents(part, generator.generator.z_dim).to(c.device), labels)
+                generator.generator.mapping(
+                    latents(batch_seeds, generator.generator.z_dim).to(comparison.device), labels
+                )
             )
-        yield render_each(field, [labels], seed=part[0])[0].image
+        yield render_each(field, [labels], seed=batch_seeds[0])[0].image
 
 
-def fake_features(c: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network) -> np.ndarray:
-    """Compute features [N, F] of c.images generated images under cameras of the data.
+def fake_features(
+    comparison: Comparison, generator: LoadedGenerator, cameras: np.ndarray, network
+) -> np.ndarray:
+    """Compute features [N, F] of N = comparison.images generated images under cameras of the data.
 
     Latents, cameras and ray jitter are the same for all networks.
+
+    Args:
+        cameras: cameras of the data, [M, 25].
+        network: feature network.
     """
-    # The seed alone decides the cameras, so that networks are compared in pairs.
-    chosen = np.random.RandomState(c.seed).randint(len(cameras), size=c.images)
-    batches = images_of(c, generator, cameras, c.seeds(c.images, IMAGES), chosen)
+    # The cameras depend on the seed alone, so that the images of different networks are paired.
+    camera_indices = np.random.RandomState(comparison.seed).randint(len(cameras), size=comparison.images)
+    batches = images_of(
+        comparison, generator, cameras, comparison.seeds(comparison.images, IMAGES), camera_indices
+    )
     return np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in batches])
 
 
-def distances(c: Comparison, _folder: Path) -> Finding:
-    """Measure all distances of all networks' images to the data's, and their paired changes."""
-    network = load_features(c.inception, c.device)
-    real, dataset = real_features(c, network)  # [M, F]
+def distances(comparison: Comparison, _folder: Path) -> Finding:
+    """Measure the distances of each network's images to the data, their changes, and precision and recall."""
+    network = load_features(comparison.inception, comparison.device)
+    data_features, dataset = real_features(comparison, network)  # [M, F]
     cameras = dataset.get_labels()  # [M, 25]
-    fakes = {
-        role: fake_features(c, generator, cameras, network) for role, generator in c.generators().items()
+    features_by_role = {
+        role: fake_features(comparison, generator, cameras, network)
+        for role, generator in comparison.generators().items()
     }
     measures = {"kernel": (resampling.kernel_interval, resampling.kernel_change_interval)}
     # The covariance of fewer images than features is singular, so a Fréchet distance would be meaningless.
-    if min(c.images, len(real)) > network.dim:
+    if min(comparison.images, len(data_features)) > network.dim:
         measures = {"Fréchet": (resampling.frechet_interval, resampling.frechet_change_interval), **measures}
-    rows = []
-    changes = []  # against before, paired by latent and camera
-    # single: interval of one distance; paired: interval of a change against before
-    for name, (single, paired) in measures.items():
-        for role, features in fakes.items():
+    rows = []  # distances of each network
+    changes = []  # since before tuning, paired by latent and camera
+    for name, (distance_interval, change_interval) in measures.items():
+        for role, features in features_by_role.items():
             rows.append(
-                {"distance": name, "role": role, **single(features, real, RESAMPLES, c.seed)._asdict()}
+                {
+                    "distance": name,
+                    "role": role,
+                    **distance_interval(features, data_features, RESAMPLES, comparison.seed)._asdict(),
+                }
             )
             if role != "before":
                 changes.append(
                     {
                         "distance": name,
                         "role": role,
-                        **paired(fakes["before"], features, real, RESAMPLES, c.seed)._asdict(),
+                        **change_interval(
+                            features_by_role["before"], features, data_features, RESAMPLES, comparison.seed
+                        )._asdict(),
                     }
                 )
-    # As many reals as generated images: both sides' manifolds have the same density of samples.
-    counts = {
-        role: feature_sets.precision_recall(features, real[: c.images]) for role, features in fakes.items()
+    # Precision and recall use as many images of the data as generated images, so that both sets of samples
+    # have the same density.
+    precision_recall_by_role = {
+        role: feature_sets.precision_recall(features, data_features[: comparison.images])
+        for role, features in features_by_role.items()
     }
-    shown = [
-        {"measure": name, "role": role, "value": getattr(counted, name), "lo": interval.lo, "hi": interval.hi}
-        for role, counted in counts.items()
-        for name, interval in counted.intervals().items()
+    precision_recall_rows = [
+        {
+            "measure": name,
+            "role": role,
+            "value": getattr(precision_recall, name),
+            "lo": interval.lo,
+            "hi": interval.hi,
+        }
+        for role, precision_recall in precision_recall_by_role.items()
+        for name, interval in precision_recall.intervals().items()
     ]
-    facts = c.facts(
-        c.seeds(c.images, IMAGES),
+    facts = comparison.facts(
+        comparison.seeds(comparison.images, IMAGES),
         ROLES,
         f"95 % {resampling.METHOD}, {RESAMPLES} resamples; Wilson for precision and recall",
-        unit=f"images against {len(real):,} of the data, features {network.name}",
+        unit=f"images against {len(data_features):,} of the data, features {network.name}",
         psi=1.0,
     )
-    data = {"distances": rows, "changes": changes, "precision_recall": shown}
+    data = {"distances": rows, "changes": changes, "precision_recall": precision_recall_rows}
     return Finding(
         facts=facts,
         data=data,
-        rows=[*rows, *({**r, "distance": f"{r['distance']}, change"} for r in changes), *shown],
-        says=_distance_says(c, rows, changes, shown, network.dim),
+        rows=[
+            *rows,
+            *({**change_row, "distance": f"{change_row['distance']}, change"} for change_row in changes),
+            *precision_recall_rows,
+        ],
+        says=_describe_distances(comparison, rows, changes, precision_recall_rows, network.dim),
     )
 
 
-def _distance_says(c: Comparison, rows: list, changes: list, shown: list, dim: int) -> list[str]:
-    """Describe the changes of the distances, precision and recall, and their limits."""
-    says = []
+def _describe_distances(
+    comparison: Comparison, rows: list, changes: list, precision_recall_rows: list, dim: int
+) -> list[str]:
+    """Describe the changes of the distances, precision and recall, and their limits, in sentences.
+
+    Args:
+        rows: distances of each network.
+        changes: changes of the distances.
+        precision_recall_rows: precision and recall of each network.
+        dim: number of features.
+    """
+    sentences = []
     for change in changes:
-        # A change is relative to the distance before tuning.
-        before = next(r for r in rows if r["distance"] == change["distance"] and r["role"] == "before")
-        moved = (
+        # The distance before tuning is stated, since a change is only meaningful relative to it.
+        row_before = next(
+            row for row in rows if row["distance"] == change["distance"] and row["role"] == "before"
+        )
+        direction_text = (
             "farther from"
             if change["lo"] > 0
             else "nearer to"
             if change["hi"] < 0
             else "neither shown nearer to nor farther from"
         )
-        says.append(
+        sentences.append(
             f"{change['distance']} distance, {change['role']} minus before:"
-            f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {before['mean']:.4g}: images are"
-            f" {moved} the data."
+            f" {span(change['mean'], change['lo'], change['hi'], '+.4g')} on {row_before['mean']:.4g}: images"
+            f" are {direction_text} the data."
         )
     # Precision and recall have intervals, but no paired test here.
-    old, new = (
-        {r["measure"]: r["value"] for r in shown if r["role"] == role} for role in ("before", "after")
+    values_before, values_after = (
+        {row["measure"]: row["value"] for row in precision_recall_rows if row["role"] == role}
+        for role in ("before", "after")
     )
-    says += [f"{name.capitalize()} {old[name]:.3f} -> {value:.3f}." for name, value in new.items()]
-    reach = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
-    says.append(f"Precision and recall count the data within {reach}, at this number of images only.")
-    if not any(r["distance"] == "Fréchet" for r in rows):
-        says.append(f"No Fréchet distance: it needs more images than the {dim} features. Raise --images.")
-    # The Fréchet distance is biased upwards for few samples.
-    elif c.images < resampling.SAFE_SAMPLES * dim:
-        few = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
-        says.append(f"{few} the Fréchet distances stay too high, their change less so. Raise --images.")
-    says.append(
-        "Distances under these features do not compare with published FIDs, unless --inception names the"
-        " usual network."
+    sentences += [
+        f"{name.capitalize()} {values_before[name]:.3f} -> {value:.3f}."
+        for name, value in values_after.items()
+    ]
+    radius_text = f"the {feature_sets.MANIFOLD_NEIGHBOURS}rd neighbour's reach"
+    sentences.append(
+        f"Precision and recall count the data within {radius_text}, at this number of images only."
     )
-    return says
+    if not any(row["distance"] == "Fréchet" for row in rows):
+        sentences.append(
+            f"No Fréchet distance: it needs more images than the {dim} features. Raise --images."
+        )
+    # With few samples, the estimate of the Fréchet distance is too high.
+    elif comparison.images < resampling.SAFE_SAMPLES * dim:
+        condition_text = f"With under {resampling.SAFE_SAMPLES * dim:,} images"
+        sentences.append(
+            f"{condition_text} the Fréchet distances stay too high, their change less so. Raise --images."
+        )
+    sentences.append(
+        "These distances cannot be compared with published FIDs, unless the network of --inception is the"
+        " usual one."
+    )
+    return sentences
 
 
 def views(
-    c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float = 0.0, jitter: int | None = None
+    comparison: Comparison,
+    generator: LoadedGenerator,
+    seeds: range,
+    yaw: float = 0.0,
+    jitter: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield images [<= batch, 3, R, R] of seeds.
+    """Yield images of seeds in batches [<= comparison.batch, 3, R, R].
 
-    Args: jitter: seed of the ray jitter of every batch; None: the first seed of the batch.
+    Args:
+        yaw: yaw of the camera, in radians from frontal.
+        jitter: seed of the ray jitter of every batch; None: the first seed of the batch.
     """
-    for start, field in zip(range(0, len(seeds), c.batch), c.fields(generator, seeds), strict=True):
+    for start, field in zip(
+        range(0, len(seeds), comparison.batch), comparison.fields(generator, seeds), strict=True
+    ):
         yield image_from(generator, field, yaw, seeds[start] if jitter is None else jitter)
 
 
 @torch.no_grad()
-def image_from(generator: LoadedGenerator, field: Field, yaw: float, jitter: int) -> torch.Tensor:
-    """Render images [N, 3, R, R] of a field; torch's global random state is kept.
+def image_from(generator: LoadedGenerator, field: Field, yaw: float, seed: int) -> torch.Tensor:
+    """Render images [N, 3, R, R] of a field, without changing torch's global random state.
 
-    This is not `render_each`: EG3D's pose sampler draws random numbers before the rays do.
+    `render_each` cannot be used: EG3D's pose sampler consumes random numbers before the ray sampler does.
+
+    Args:
+        yaw: yaw of the camera, in radians from frontal.
+        seed: seed of the ray jitter.
     """
     with torch.random.fork_rng(
         devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     ):
-        torch.manual_seed(jitter)  # of the rays' stratified samples
+        torch.manual_seed(seed)  # for the stratified samples along the rays
         return field.render(camera(generator.generator, yaw=yaw)).image
 
 
-def _cells(seen: torch.Tensor) -> np.ndarray:
-    """Flatten observations [N, ...] to [N, cells]; slabs [N, 1, D, H, W] are averaged if they are larger than
-    SLAB_CELLS.
+def _cells(observed: torch.Tensor) -> np.ndarray:
+    """Flatten observations [N, ...] to [N, cells].
+
+    Slabs [N, 1, D, H, W] with more than SLAB_CELLS cells per edge are first averaged to this size.
     """
-    # Five axes: a slab. Pairwise distances of full slabs would take much memory.
-    if seen.ndim == 5:
-        depth, height, width = (min(edge, SLAB_CELLS) for edge in seen.shape[2:])
-        seen = functional.adaptive_avg_pool3d(seen, (depth, height, width))
-    return seen.flatten(1).cpu().numpy()
+    # Observations with five axes are slabs. Pairwise distances of full slabs would need much memory.
+    if observed.ndim == 5:
+        depth, height, width = (min(edge, SLAB_CELLS) for edge in observed.shape[2:])  # at most SLAB_CELLS
+        observed = functional.adaptive_avg_pool3d(observed, (depth, height, width))
+    return observed.flatten(1).cpu().numpy()
 
 
-def spread(c: Comparison, _folder: Path) -> Finding:
-    """Compare the mean pairwise distances of the same latents' images and slabs, and their ratios to
-    before.
+def diversity(comparison: Comparison, _folder: Path) -> Finding:
+    """Compare how much samples differ from each other, in image features and in the reward's input.
+
+    The measure is the mean distance between pairs of latents, and its ratio to the value before tuning.
     """
-    seeds = c.seeds()
-    network = load_features(c.inception, c.device)
-    shapes = (
+    seeds = comparison.seeds()  # N held-out latents
+    network = load_features(comparison.inception, comparison.device)
+    observation_text = (
         SLABS
-        if c.reward.observation.kind == SigmaSlab.kind
-        else f"what the reward reads ({c.reward.observation.kind})"
+        if comparison.reward.observation.kind == SigmaSlab.kind
+        else f"what the reward reads ({comparison.reward.observation.kind})"
     )
-    distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, shapes: {}}
-    for role, generator in c.generators().items():
-        # The same jitter for all latents: their distances should not include the sampler's noise.
-        frontal = views(c, generator, seeds, jitter=seeds[0])  # batches of images
+    distances_by_kind: dict[str, dict[str, np.ndarray]] = {"image features": {}, observation_text: {}}
+    for role, generator in comparison.generators().items():
+        # All latents have the same jitter, so that their distances do not include the noise of the rays.
+        frontal = views(comparison, generator, seeds, jitter=seeds[0])  # batches of images
         # [N, F]
         features = np.concatenate([network(images.expand(-1, 3, -1, -1)).cpu().numpy() for images in frontal])
-        cells = np.concatenate([_cells(seen) for seen in c.observed(generator, seeds)])  # [N, cells]
-        for name, items in (("image features", features), (shapes, cells)):
+        observation_values = np.concatenate(
+            [_cells(observed) for observed in comparison.observed(generator, seeds)]
+        )  # [N, cells]
+        for name, items in (("image features", features), (observation_text, observation_values)):
             distances_by_kind[name][role] = feature_sets.pairwise_distances(items)
+    # Ratios are relative to the diversity before tuning, which is one of the roles.
     rows: list[dict] = []
     for name, roles in distances_by_kind.items():
         for role, matrix in roles.items():
@@ -317,120 +404,166 @@ def spread(c: Comparison, _folder: Path) -> Finding:
                     "ratio_hi": ratio.hi,
                 }
             )
-    says = []
-    for row in (r for r in rows if r["role"] == "after"):
-        kept = (
+    sentences = []
+    for row in (row for row in rows if row["role"] == "after"):
+        comparative = (
             "less"
             if row["ratio_hi"] < 1
             else "more"
             if row["ratio_lo"] > 1
             else "neither shown more nor less"
         )
-        says.append(
+        sentences.append(
             f"Mean pairwise distance of {row['of']}:"
             f" {span(row['ratio'], row['ratio_lo'], row['ratio_hi'], '.3f')} times that before; samples are"
-            f" {kept} diverse."
+            f" {comparative} diverse."
         )
-    if shapes == SLABS:
-        says.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
-    says.append(
+    if observation_text == SLABS:
+        sentences.append("Slabs are compared as the reward reads them, each normalised to 0 to 100.")
+    sentences.append(
         "A collapse would show as a ratio near 0. Less diversity alone does not say whether defects or good"
         " variety disappeared."
     )
     return Finding(
-        facts=c.facts(seeds, ROLES, feature_sets.METHOD), data={"rows": rows}, rows=rows, says=says
+        facts=comparison.facts(seeds, ROLES, feature_sets.METHOD),
+        data={"rows": rows},
+        rows=rows,
+        says=sentences,
     )
 
 
-def renderings(c: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
-    """Render images [N, 3, R, R] on the CPU, with constant noise and the same ray jitter in every call."""
-    return torch.cat([images.float().clamp(-1, 1).cpu() for images in views(c, generator, seeds, yaw)])
+def renderings(comparison: Comparison, generator: LoadedGenerator, seeds: range, yaw: float) -> torch.Tensor:
+    """Return images [N, 3, R, R] of seeds on the CPU, with the same noise and ray jitter in every call.
 
-
-def _drift(c: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *missing: str) -> Finding:
-    """Compare images before with those of each network by the measures of `table`.
-
-    'other latent' pairs each image before with the next latent's, as the value of unrelated images.
+    Args: yaw: yaw of the camera, in radians from frontal.
     """
-    seeds = c.seeds()
-    images = {role: renderings(c, generator, seeds, yaw) for role, generator in c.generators().items()}
-    first = images.pop("before").split(c.batch)  # batches of the reference images
-    # roll by one: image i meets image i - 1.
-    images["other latent"] = torch.cat(first).roll(1, 0)
+    return torch.cat(
+        [images.float().clamp(-1, 1).cpu() for images in views(comparison, generator, seeds, yaw)]
+    )
+
+
+def _drift(
+    comparison: Comparison, table: Sequence[Measure], yaw: float, meaning: str, *notes: str
+) -> Finding:
+    """Compare the images before tuning with the images of each other network.
+
+    As a reference for unrelated images, each image before tuning is also compared with the image of another
+    latent ("other latent").
+
+    Args:
+        table: measures of two batches of images.
+        yaw: yaw of the camera, in radians from frontal.
+        meaning: sentence on the meaning of the measures.
+        notes: further sentences.
+    """
+    seeds = comparison.seeds()  # N held-out latents
+    images = {
+        role: renderings(comparison, generator, seeds, yaw)
+        for role, generator in comparison.generators().items()
+    }
+    batches_before = images.pop("before").split(comparison.batch)  # batches of the reference images
+    # roll(1, 0) pairs image i with image i - 1.
+    images["other latent"] = torch.cat(batches_before).roll(1, 0)
     data = {measure.name: dict[str, list[float]]() for measure in table}
     rows = []
-    says = []
+    sentences = []
     for measure in table:
         name = measure.name
-        texts = {}  # role -> mean with interval
-        for role, other in images.items():
-            pairs = zip(first, other.split(c.batch), strict=True)
+        text_by_role = {}  # role -> mean with interval
+        for role, other_images in images.items():
+            pairs = zip(batches_before, other_images.split(comparison.batch), strict=True)
             # [N]; float64 for the bootstrap
             values = np.concatenate(
-                [measure.values(a.to(c.device), b.to(c.device)) for a, b in pairs]
+                [
+                    measure.values(images_before.to(comparison.device), images_after.to(comparison.device))
+                    for images_before, images_after in pairs
+                ]
             ).astype(np.float64)
             data[name][role] = values.tolist()
             interval = bootstrap_mean_interval(values)  # over latents
             rows.append({"measure": name, "against": role, **interval._asdict()})
-            texts[role] = span(*interval, ".3f")
-        beside = f"; control {texts['control']}" if "control" in texts else ""
-        says.append(
-            f"{name}, before against after: {texts['after']}{beside}; against another latent"
-            f" {texts['other latent']}."
+            text_by_role[role] = span(*interval, ".3f")
+        control_text = f"; control {text_by_role['control']}" if "control" in text_by_role else ""
+        sentences.append(
+            f"{name}, before against after: {text_by_role['after']}{control_text}; against another latent"
+            f" {text_by_role['other latent']}."
         )
     return Finding(
-        facts=c.facts(seeds, ROLES, BOOTSTRAP),
+        facts=comparison.facts(seeds, ROLES, BOOTSTRAP),
         data={"measures": data, "rows": rows},
         rows=rows,
-        says=[*says, meaning, *missing],
+        says=[*sentences, meaning, *notes],
     )
 
 
-def appearance_drift(c: Comparison, _folder: Path) -> Finding:
-    """Compare images of the same latent before and after by PSNR, SSIM and, if weights are given, LPIPS."""
+def appearance_drift(comparison: Comparison, _folder: Path) -> Finding:
+    """Compare images of the same latents before and after tuning by PSNR and SSIM, and by LPIPS if possible.
+
+    LPIPS needs the weights of --lpips.
+    """
     table = [Measure("PSNR, dB", psnr, "higher", "dB"), Measure("SSIM", ssim, "higher", "-1..1")]
-    if c.lpips is not None:
-        table.append(Measure("LPIPS", load_lpips(c.lpips, c.device), "lower", "distance"))
-    missing = [*([NO_LPIPS] if c.lpips is None else []), *([NO_CONTROL] if c.control is None else [])]
+    if comparison.lpips is not None:
+        table.append(Measure("LPIPS", load_lpips(comparison.lpips, comparison.device), "lower", "distance"))
+    missing_notes = [
+        *([NO_LPIPS] if comparison.lpips is None else []),
+        *([NO_CONTROL] if comparison.control is None else []),
+    ]
     meaning = (
         "Drift is change, not harm: a better shape has to look different. The control shows how much change"
         " happens without the reward; another latent shows the value of unrelated images."
     )
-    return _drift(c, table, YAW, meaning, *missing)
+    return _drift(comparison, table, YAW, meaning, *missing_notes)
 
 
-def identity_drift(c: Comparison, _folder: Path) -> Finding:
-    """Compare the given network's embeddings by cosine similarity, in the frontal view."""
-    assert c.identity is not None  # `jobs` makes this part only with a network
-    embed = load_identity(c.identity, c.device)  # images -> unit embeddings [N, F]
+def identity_drift(comparison: Comparison, _folder: Path) -> Finding:
+    """Compare the face embeddings of the same latents before and after tuning by their cosine similarity.
+
+    The embeddings come from the network of --identity, applied to frontal images.
+    """
+    assert comparison.identity is not None  # `jobs` returns this job only with a network
+    embed = load_identity(comparison.identity, comparison.device)  # images -> unit embeddings [N, F]
     meaning = (
-        "Identity is what this network was trained to distinguish; outside its domain the figure means"
-        " little."
+        "Identity means what this network was trained to distinguish. On other images than those of its"
+        " training, the similarity means little."
     )
-    # Embeddings have unit length, so their product is the cosine.
+    # Embeddings have unit length, so their scalar product is the cosine.
     return _drift(
-        c,
-        [Measure("cosine similarity", lambda a, b: (embed(a) * embed(b)).sum(dim=1), "higher", "-1..1")],
+        comparison,
+        [
+            Measure(
+                "cosine similarity",
+                lambda first_images, second_images: (embed(first_images) * embed(second_images)).sum(dim=1),
+                "higher",
+                "-1..1",
+            )
+        ],
         0.0,
         meaning,
     )
 
 
-def _panels(rows: list[dict], of: str, value: str = "mean", **look: Any):
-    """Draw one panel for each value of the column `of`, with a point and its interval per row, named by role.
+def _panels(rows: list[dict], column: str, value_key: str = "mean", **axes_settings: Any):
+    """Draw a panel for each value of a column, with a point and its interval for each row.
 
-    Args: look: settings of the axes, in which '{}' stands for the value.
+    Args:
+        rows: table.
+        column: name of the column.
+        value_key: key of the plotted value in a row.
+        axes_settings: settings of the axes, in which '{}' stands for the column's value.
     """
-    names = list(dict.fromkeys(row[of] for row in rows))  # in the order of the rows
+    names = list(dict.fromkeys(row[column] for row in rows))  # in the order of the rows
     figure, axes = style.figure(columns=len(names))
     for axis, name in zip(np.atleast_1d(axes), names, strict=True):
-        panel_rows = [row for row in rows if row[of] == name]
-        for i, row in enumerate(panel_rows):
-            style.interval(axis, i, row, row["role"], value)
+        panel_rows = [row for row in rows if row[column] == name]
+        for role_index, row in enumerate(panel_rows):
+            style.interval(axis, role_index, row, row["role"], value_key)
         axis.set_xticks(range(len(panel_rows)), [row["role"] for row in panel_rows])
         axis.set(
             xlim=(-0.5, len(panel_rows) - 0.5),
-            **{key: v.format(name) if isinstance(v, str) else v for key, v in look.items()},
+            **{
+                key: setting.format(name) if isinstance(setting, str) else setting
+                for key, setting in axes_settings.items()
+            },
         )
     return figure
 
@@ -452,24 +585,24 @@ def plot_precision_recall(data: dict):
     )
 
 
-def plot_spread(data: dict):
-    """Plot the diversity of images and of the reward's input."""
+def plot_diversity(data: dict):
+    """Plot the diversity of images and of the reward's input, with intervals."""
     return _panels(
         data["rows"], "of", ylabel="mean pairwise RMS difference", title="Diversity of {}", ylim=(0, None)
     )
 
 
 def plot_similarity(data: dict):
-    """Plot the distributions of similarity to the image before, per measure and role."""
-    drawn, axes = style.figure(columns=len(data["measures"]))
+    """Plot the distribution over latents of the similarity to the image before, by measure and role."""
+    figure, axes = style.figure(columns=len(data["measures"]))
     for axis, (name, roles) in zip(np.atleast_1d(axes), data["measures"].items(), strict=True):
-        parts = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
-        for i, (body, role) in enumerate(zip(parts["bodies"], roles, strict=True)):
+        violins = axis.violinplot(list(roles.values()), showextrema=False)  # one body per role
+        for role_index, (body, role) in enumerate(zip(violins["bodies"], roles, strict=True)):
             body.set_facecolor(style.colour(role))
             body.set_alpha(0.5)
             # The mean with its interval on top of the distribution
-            row = next(r for r in data["rows"] if r["measure"] == name and r["against"] == role)
-            style.interval(axis, i + 1, row, role, markersize=4)
+            row = next(row for row in data["rows"] if row["measure"] == name and row["against"] == role)
+            style.interval(axis, role_index + 1, row, role, markersize=4)
         axis.set_xticks(range(1, len(roles) + 1), list(roles))
         axis.set(ylabel=name, title=f"{name}, against before")
-    return drawn
+    return figure

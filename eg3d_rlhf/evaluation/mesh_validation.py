@@ -1,8 +1,8 @@
-"""Mesh validation of a folder: the share of physically valid meshes of each generator, and the worst meshes.
+"""Validate the meshes of a folder: find each generator's share of valid meshes, and the worst meshes.
 
 Several worker processes measure the files (eg3d_rlhf/measures/meshes). Each worker gets one file at a time,
-so the memory does not grow with the size of the folder. A file that cannot be measured is a row with the
-reason. docs/guides/check-assets.md is the manual.
+so the memory does not grow with the size of the folder. If a file cannot be measured, its row of the table
+holds the reason instead of measures. docs/guides/check-assets.md is the manual.
 """
 
 import contextlib
@@ -24,15 +24,13 @@ from eg3d_rlhf.core.statistics import binomial_test, two_way_interval, wilson_in
 from eg3d_rlhf.geometry.files.triangles import SUFFIXES
 
 WORST = 24  # worst meshes that are rendered for the page
-ENDED = "expected a mesh that can be measured with bounded memory and time, got one that takes more"
+# reason of a file whose worker process was ended
+ENDED = "measuring the mesh exceeds the limit of memory or time, so its process was ended"
 _ROOT = Path(__file__).resolve().parents[2]
-# "nothing hidden": largest hidden share of the area; "thick walls": least thickness, as a share of the
-# longest edge of the bounding box
-HIDDEN = 0.01
-WALL = 0.01
-DEMANDS: dict[
-    str, Callable[[dict], bool]
-] = {  # requirements of a valid solid; the share that meets each is reported
+HIDDEN = 0.01  # requirement "nothing hidden": largest share of the area that is hidden
+WALL = 0.01  # requirement "thick walls": least thickness, as a share of the bounding box's longest edge
+# Requirements of a valid solid: name -> function that returns True if the row of a mesh meets it.
+REQUIREMENTS: dict[str, Callable[[dict], bool]] = {
     "closed": lambda row: row["closed"],
     "manifold": lambda row: row["manifold"],
     "wound one way": lambda row: row["oriented"] and not row["inverted_bodies"],
@@ -42,6 +40,7 @@ DEMANDS: dict[
     "stands": lambda row: row["stands"] == "stands",
     "no crossing": lambda row: row["crossing"] == 0,
 }
+# measures of which the median over the meshes of a generator is reported
 MEDIANS = (
     "faces",
     "parts",
@@ -60,12 +59,13 @@ MEDIANS = (
 def found_files(folder: Path) -> list[Path]:
     """Return the mesh files of a folder and its subfolders, sorted.
 
-    Raises: ValueError when there is none.
+    Raises: ValueError if there is no mesh file.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise ValueError(
-            f"{folder}: expected {', '.join(SUFFIXES)} files in it or below, got none. Check the path."
+            f"{folder} and its subfolders contain no mesh file ({', '.join(SUFFIXES)}). Pass a folder with"
+            " meshes."
         )
     return files
 
@@ -73,36 +73,41 @@ def found_files(folder: Path) -> list[Path]:
 def generator_of(path: Path, folder: Path, by: str | None) -> str:
     """Return the name of the generator that made a file.
 
-    Without `by` this is the first folder below `folder`. With `by`, a regular expression, it is what the
-    expression matches in the path below `folder` (its first group, if it has one).
+    Args:
+        path: path of the file.
+        folder: the folder that is validated.
+        by: regular expression that is searched in the path below `folder`. The name is the text of its first
+            group, or of the whole match if it has no group, or '' if it does not match. None: the name is the
+            first folder below `folder`.
     """
-    inner = path.relative_to(folder)  # the path that `by` is searched in
+    inner_path = path.relative_to(folder)  # the path that `by` is searched in
     if by is None:
         # A file directly in `folder` has no subfolder that could name its generator.
-        return inner.parts[0] if len(inner.parts) > 1 else folder.resolve().name
-    match = re.search(by, inner.as_posix())
+        return inner_path.parts[0] if len(inner_path.parts) > 1 else folder.resolve().name
+    # The first group is None if it is optional and does not take part in the match.
+    match = re.search(by, inner_path.as_posix())
     return "" if match is None else match.group(1) or "" if match.re.groups else match.group()
 
 
-class _Worker:
+class _WorkerClient:
     def __init__(self) -> None:
-        """Worker process that answers one request at a time; a process that died is replaced at the next
-        request.
+        """Client of a worker process that answers one request at a time.
+
+        The process is started at the first request, and again at the next request after it has died.
         """
         self.process: subprocess.Popen | None = None
 
     def ask(self, request: dict) -> dict:
-        """Send one request and wait for its answer, which is {"reason": ENDED} if the process died."""
+        """Send one request, and return its answer, which is {"reason": ENDED} if the process dies."""
         if self.process is None:
-            # One thread per worker: the parallelism comes from the number of processes, and numeric libraries
-            # that each start a thread per core would slow one another down.
-            names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "IGL_NUM_THREADS")
-            environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(names, "1")}
+            # One thread per worker, since there is one worker per core. More threads would compete.
+            thread_variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "IGL_NUM_THREADS")
+            environment = {**os.environ, "PYTHONPATH": str(_ROOT), **dict.fromkeys(thread_variables, "1")}
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "eg3d_rlhf.evaluation.mesh_validation_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # Libraries print warnings about defective files; they would garble the progress bar.
+                # Libraries print warnings about defective files, which would disturb the progress bar.
                 stderr=subprocess.DEVNULL,
                 env=environment,
                 text=True,
@@ -111,26 +116,24 @@ class _Worker:
         try:
             # One JSON document per line in both directions.
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()  # waits until the file is measured
+            answer_line = self.process.stdout.readline()  # waits until the file is measured
         except BrokenPipeError:
             # The process died while the request was being written; this is handled like an empty answer.
-            line = ""
-        # An empty line is the end of the stream: the worker was killed, mostly by its limit of memory or
-        # time.
-        if not line:
+            answer_line = ""
+        # An empty line is the end of the stream, which means that the worker was killed, usually by its limit
+        # of memory or time.
+        if not answer_line:
             self.end()
             return {"reason": ENDED}
-        return json.loads(line)
+        return json.loads(answer_line)
 
     def stop(self) -> None:
-        """Kill the process, from any thread; the thread that waits in `ask` then reads the end of the
-        stream.
-        """
+        """Kill the process. Any thread may call this; a thread that waits in `ask` then returns from it."""
         if (process := self.process) is not None:
             process.kill()
 
     def end(self) -> None:
-        """Kill the process and release its pipes; call it from the thread that calls `ask`."""
+        """Kill the process and close its pipes. Only the thread that calls `ask` may call this."""
         if self.process is not None:
             self.process.kill()
             with contextlib.suppress(BrokenPipeError):
@@ -139,24 +142,29 @@ class _Worker:
 
 
 def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
-    """Yield (index of a request, its answer) in the order of completion, from `jobs` processes."""
-    waiting = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
-    done = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
-    for item in enumerate(requests):
-        waiting.put(item)
-    workers = [_Worker() for _ in range(min(jobs, len(requests)))]
+    """Answer requests in several worker processes, and yield (index of the request, its answer).
 
-    def work(worker: _Worker) -> None:
-        """Answer requests until the queue is empty; an exception is passed on to the consumer."""
+    The answers come in the order in which they are finished.
+    Args: jobs: number of worker processes.
+    """
+    pending_requests = queue.SimpleQueue[tuple[int, dict]]()  # requests with their index
+    finished = queue.SimpleQueue[tuple[int, dict] | BaseException]()  # answers, or the exception of a thread
+    for numbered_request in enumerate(requests):
+        pending_requests.put(numbered_request)
+    workers = [_WorkerClient() for _ in range(min(jobs, len(requests)))]  # at most one for each file
+
+    def work(worker: _WorkerClient) -> None:
+        """Answer requests until the queue is empty. An exception is put into the queue of answers."""
         try:
             while True:
-                number, request = waiting.get_nowait()
-                done.put((number, worker.ask(request)))
-        except queue.Empty:
+                number, request = pending_requests.get_nowait()
+                finished.put((number, worker.ask(request)))
+        except queue.Empty:  # all requests are answered, or another thread answers the last ones
             pass
-        # An exception in a thread would be lost, and the consumer would wait forever for this answer.
+        # Without this, an exception in a thread would be lost, and the generator would wait forever for the
+        # answer.
         except BaseException as error:
-            done.put(error)
+            finished.put(error)
         finally:
             worker.end()
 
@@ -165,65 +173,71 @@ def answers(requests: Sequence[dict], jobs: int) -> Iterator[tuple[int, dict]]:
         thread.start()
     try:
         for _ in requests:
-            answer = done.get()
+            answer = finished.get()
             if isinstance(answer, BaseException):
                 raise answer
             yield answer
     finally:
-        # Runs also when the consumer stops early: emptying the queue keeps the workers from starting
-        # another file, and killing the processes ends the files that they are measuring.
+        # This also runs if the consumer stops early. Emptying the queue keeps the workers from starting
+        # another file, and killing the processes ends the current measurements.
         with contextlib.suppress(queue.Empty):
             while True:
-                waiting.get_nowait()
+                pending_requests.get_nowait()
         for worker, thread in zip(workers, threads, strict=True):
             worker.stop()
             thread.join()
 
 
 def shares(rows: Iterable[dict]) -> list[dict]:
-    """Count for every generator and demand the meshes that meet it.
+    """Count for every generator and requirement the meshes that meet the requirement.
 
-    Returns: one row each, with the count, the number of measured meshes, the share and Wilson's 95 %
-        interval.
+    Args: rows: rows of all files; files that were not measured are left out.
+    Returns: a row for each generator and requirement, with the count, the number of measured meshes, the
+        share and its 95 % Wilson interval.
     """
-    result = []
-    for generator, group in _by_generator(rows):
-        for name, meets in DEMANDS.items():
-            count = sum(bool(meets(row)) for row in group)
-            interval = wilson_interval(count, len(group))
-            result.append(
+    table_rows = []
+    for generator, measured_rows in _by_generator(rows):
+        for name, is_met in REQUIREMENTS.items():
+            # A row has the measures of a mesh; the function returns True if it meets the requirement.
+            met_count = sum(bool(is_met(row)) for row in measured_rows)
+            interval = wilson_interval(met_count, len(measured_rows))  # 95 %
+            table_rows.append(
                 {
                     "generator": generator,
                     "demand": name,
-                    "of": len(group),
-                    "count": count,
-                    "share": count / len(group),
+                    "of": len(measured_rows),
+                    "count": met_count,
+                    "share": met_count / len(measured_rows),
                     "lo": interval.lo,
                     "hi": interval.hi,
                 }
             )
-    return result
+    return table_rows
 
 
-# The signature is that of a statistic of `two_way_interval`: resampled rows and columns. There is one column.
-def _median(values: np.ndarray, drawn: np.ndarray, _columns: np.ndarray) -> float:
-    """Compute the median of resampled values."""
-    return float(np.median(values[drawn]))
+# `two_way_interval` calls a statistic with indices of resampled rows and columns; here is only one column.
+def _median(values: np.ndarray, sampled_indices: np.ndarray, _columns: np.ndarray) -> float:
+    """Return the median of resampled values."""
+    return float(np.median(values[sampled_indices]))
 
 
 def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
-    """Compute for every generator and measure the median of the meshes that have this measure.
+    """Compute for every generator and measure the median over the meshes that have this measure.
 
-    Returns: one row each, with a 95 % percentile bootstrap interval over files.
+    Args:
+        rows: rows of all files; files that were not measured are left out.
+        seed: seed of the bootstrap.
+
+    Returns: a row for each generator and measure, with a 95 % percentile bootstrap interval over files.
     """
-    result = []
-    for generator, group in _by_generator(rows):
+    table_rows = []
+    for generator, measured_rows in _by_generator(rows):
         for name in MEDIANS:
             # A measure that is undefined for a mesh is None.
-            values = np.array([row[name] for row in group if row[name] is not None], dtype=np.float64)
+            values = np.array([row[name] for row in measured_rows if row[name] is not None], dtype=np.float64)
             if len(values):
                 interval = two_way_interval(partial(_median, values), len(values), 1, seed=seed)
-                result.append(
+                table_rows.append(
                     {
                         "generator": generator,
                         "measure": name,
@@ -233,44 +247,56 @@ def medians(rows: Iterable[dict], seed: int = 0) -> list[dict]:
                         "hi": interval.hi,
                     }
                 )
-    return result
+    return table_rows
 
 
 def paired(rows: Iterable[dict]) -> list[dict]:
     """Compare generators that have files of the same names.
 
-    Returns: for each pair of generators and each demand, the number of files in which only one of the two
-        meets the demand, and the p-value of McNemar's exact test.
+    Args: rows: rows of all files; files that were not measured are left out.
+    Returns: a row for each pair of generators and each requirement: the number of names for which only one of
+        the two meshes meets the requirement, and the p-value of McNemar's exact test.
     """
     groups = dict(_by_generator(rows))
-    result = []
-    # rows by stem, so that suffixes may differ
-    named = {generator: {Path(row["file"]).stem: row for row in group} for generator, group in groups.items()}
-    for a, b in itertools.combinations(sorted(named), 2):
-        both = sorted(named[a].keys() & named[b].keys())  # names that both have
-        # A single shared name is no sample: such a pair of generators gets no row.
-        for name, meets in DEMANDS.items() if len(both) > 1 else ():
-            # bool [pairs]
-            first, second = (np.array([bool(meets(named[side][stem])) for stem in both]) for side in (a, b))
-            # McNemar's test uses the discordant pairs alone.
-            more = int((first & ~second).sum())  # only `a` meets the demand
-            fewer = int((second & ~first).sum())  # only `b` meets it
-            result.append(
+    table_rows = []
+    # generator -> row by the file's stem, so that suffixes may differ
+    rows_by_name = {
+        generator: {Path(row["file"]).stem: row for row in measured_rows}
+        for generator, measured_rows in groups.items()
+    }
+    for first_generator, second_generator in itertools.combinations(sorted(rows_by_name), 2):
+        shared_names = sorted(
+            rows_by_name[first_generator].keys() & rows_by_name[second_generator].keys()
+        )  # names that both have
+        # A single shared name is not a sample, so such a pair of generators gets no rows.
+        for name, is_met in REQUIREMENTS.items() if len(shared_names) > 1 else ():
+            # bool [shared names]: whether the mesh of each generator meets the requirement
+            first_met, second_met = (
+                np.array([bool(is_met(rows_by_name[generator][stem])) for stem in shared_names])
+                for generator in (first_generator, second_generator)
+            )
+            # McNemar's test uses only the pairs of which exactly one mesh meets the requirement.
+            only_first = int((first_met & ~second_met).sum())
+            only_second = int((second_met & ~first_met).sum())
+            table_rows.append(
                 {
-                    "first": a,
-                    "second": b,
+                    "first": first_generator,
+                    "second": second_generator,
                     "demand": name,
-                    "pairs": len(both),
-                    "only the first": more,
-                    "only the second": fewer,
-                    "p": binomial_test(more, more + fewer),
+                    "pairs": len(shared_names),
+                    "only the first": only_first,
+                    "only the second": only_second,
+                    "p": binomial_test(only_first, only_first + only_second),
                 }
             )
-    return result
+    return table_rows
 
 
 def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
-    """Group the measured rows by generator, sorted by its name; rows with a reason were not measured."""
+    """Return (generator, its measured rows), sorted by the generator's name.
+
+    Rows with a reason were not measured, and are left out.
+    """
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if not row["reason"]:
@@ -279,13 +305,13 @@ def _by_generator(rows: Iterable[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def badness(row: dict) -> float:
-    """Return a score for sorting: the higher, the worse the mesh.
+    """Return a score for sorting meshes. The higher the score, the worse is the mesh.
 
-    The integer part is the number of unmet demands. The rest orders meshes with the same number by the
-    length of open edges, the hidden area and the share of crossing faces.
+    The integer part is the number of requirements that the mesh does not meet. The fraction sorts meshes with
+    the same number, by the length of open edges, the hidden area and the share of crossing faces.
     """
-    # Each of the three terms is at most 1, so their part stays below one unmet demand.
+    # Each of the three terms is at most 1, so their sum divided by 4 is less than 1.
     return (
-        sum(not meets(row) for meets in DEMANDS.values())
+        sum(not is_met(row) for is_met in REQUIREMENTS.values())
         + (min(row["open_length"] / 8, 1) + row["hidden"] + row["crossing"]) / 4
     )

@@ -1,5 +1,6 @@
-"""Page of a mesh validation: shares and medians of each generator, paired files, renders of the worst meshes,
-and all rows as CSV and JSON.
+"""Write the page of a mesh validation: shares and medians of each generator, paired files, and worst meshes.
+
+The page also offers the rows of all files as CSV and JSON.
 """
 
 import html
@@ -12,26 +13,30 @@ from eg3d_rlhf.experiments import pages, style
 from eg3d_rlhf.experiments.pages import Facts, Finding, Job
 
 _TILE = "display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px"
-REASONS = 12  # unmeasured files that the page lists with their reason
+REASONS = 12  # largest number of unmeasured files that the page lists with their reason
 
 
-def words(header: Mapping) -> str:
-    """Describe the tolerances and thresholds, in the text at the top of the page."""
-    # the body whose centre of mass decides
-    mass = "its convex hull" if header["hull_mass"] else "the body itself"
+def describe_thresholds(header: Mapping) -> str:
+    """Return the text at the top of the page, which describes the tolerances and thresholds.
+
+    Args: header: tolerance and thresholds, as the page's data hold them.
+    """
+    # the body whose centre of mass decides if the mesh stands
+    mass_text = "its convex hull" if header["hull_mass"] else "the body itself"
     return (
-        f"Lengths are shares of the longest edge of the bounding box. Corners within {header['weld']:g} are"
-        f" welded; {header['up']} is up; {header['samples']:,} points per mesh, {header['rays']} rays each,"
-        f" seed {header['seed']}. Hidden: no ray leaves, on no side; 'nothing hidden' allows"
-        f" {header['hidden']:.0%} of the area. 'Thick walls': 99 % of it is at least {header['wall']:g}"
-        f" thick; thin is below {header['thin']:g}; hollows that open only through holes of radius"
-        f" {header['leak']:g} count as inner ones. 'Stands': can be tilted by 3 degrees or more, by the mass"
-        f" of {mass}. 'No crossing': no edge passes through a face that it does not touch."
+        f"Lengths are shares of the longest edge of the bounding box. Vertices within {header['weld']:g} are"
+        f" merged; {header['up']} is up; {header['samples']:,} points per mesh with {header['rays']} rays"
+        f" each, seed {header['seed']}. A part of the surface is hidden if no ray from either of its sides"
+        f" leaves the mesh; 'nothing hidden' allows {header['hidden']:.0%} of the area. 'Thick walls': 99 %"
+        f" of the area is at least {header['wall']:g} thick; walls below {header['thin']:g} are thin. A"
+        f" hollow counts as inner if it opens only through holes of radius {header['leak']:g} or less."
+        " 'Stands': the mesh can be tilted by 3 degrees or more and does not fall, by the mass of"
+        f" {mass_text}. 'No crossing': no edge passes through a face that it does not touch."
     )
 
 
 def _given(finding: Finding, _comparison: object) -> Finding:
-    """Return a finding that is computed already; `pages.run` expects a function that computes it."""
+    """Return a finding that is already computed, since `pages.run` needs a function that computes it."""
     return finding
 
 
@@ -44,20 +49,25 @@ def write_census(
     worst: Sequence[dict],
     images: Mapping[str, str],
 ) -> Path:
-    """Write <out>/index.html and <out>/data/*.json, *.csv.
+    """Write the page <out>/index.html, and its data into <out>/data/*.json and *.csv.
 
     Args:
+        out: folder of the page.
+        folder: folder of the meshes.
         header: tolerance and thresholds.
-        rows: the rows of all files.
-        tables: the tables 'shares', 'medians' and 'paired'.
-        worst: the rows of the worst meshes, the worst first.
-        images: PNG in base64 by file name.
+        rows: rows of all files.
+        tables: tables by name: 'shares', 'medians' and 'paired'.
+        worst: rows of the worst meshes, the worst first.
+        images: renders of the worst meshes, PNG in base64, by file name.
+
     Returns: the path of the page.
     """
-    measured = sum(not row["reason"] for row in rows)  # number of files
+    measured_count = sum(not row["reason"] for row in rows)  # number of files
     unmeasured = [row for row in rows if row["reason"]]
-    facts: dict[str, Any] = {"n": measured, "unit": "meshes"}
-    generators = sorted({row["generator"] for row in rows if not row["reason"]})  # of measured files alone
+    # All sections state the same number of measured meshes.
+    facts: dict[str, Any] = {"n": measured_count, "unit": "meshes"}
+    # generators of which at least one file was measured
+    generators = sorted({row["generator"] for row in rows if not row["reason"]})
     findings = {
         "shares": Finding(
             facts=Facts(**facts, interval="95 % Wilson intervals"),
@@ -75,7 +85,7 @@ def write_census(
         ),
         "paired": Finding(
             facts=Facts(
-                # The table has one row per pair of generators and demand. There are eight demands, so every
+                # The table has a row for each pair of generators and each of the eight requirements, so every
                 # eighth row belongs to another pair of generators.
                 n=sum(row["pairs"] for row in tables["paired"][::8]),
                 unit="pairs of files of one name",
@@ -99,9 +109,9 @@ def write_census(
         ),
     }
     titles = {
-        "shares": "Shares of solids",
+        "shares": "Shares of meshes that meet each requirement",
         "medians": "Medians",
-        "paired": "Same names, side by side",
+        "paired": "Pairs of files of the same name",
         "files": "Files",
     }
     jobs = [
@@ -112,43 +122,44 @@ def write_census(
             plots={"shares": plot_shares} if key == "shares" else {},
         )
         for key, finding in findings.items()
-        # Tables without rows, such as pairs of a single generator, are left out.
+        # Tables without rows are left out, for example the pairs if there is only one generator.
         if finding.rows
     ]
     pages.run(jobs, out, fresh=True, quiet=True)
-    title = f"Mesh validation of {folder.resolve().name}: {measured} meshes"
+    title = f"Mesh validation of {folder.resolve().name}: {measured_count} meshes"
     return pages.write_page(
-        out / "index.html", title, words(header), jobs, findings, extra=_tiles(worst, images)
+        out / "index.html", title, describe_thresholds(header), jobs, findings, extra=_tiles(worst, images)
     )
 
 
-# `rows` are those of one generator.
 def _sentence(rows: Sequence[dict]) -> str:
-    """List the share of each demand with its interval."""
+    """Return the share of each requirement with its interval. Args: rows: shares of one generator."""
     return "; ".join(
         f"{row['demand']} {row['share']:.0%} ({row['lo']:.0%} to {row['hi']:.0%})" for row in rows
     )
 
 
 def plot_shares(data: Mapping):
-    """Plot the shares with their intervals: one line for every demand, one colour for every generator."""
+    """Plot the shares with their intervals: a row for every requirement, a colour for every generator."""
     rows = data["rows"]
     # in the order of the rows
-    demands, generators = (list(dict.fromkeys(row[key] for row in rows)) for key in ("demand", "generator"))
-    figure, axes = style.figure(size=(9.4, 0.9 + len(demands) * (0.16 + 0.14 * len(generators))))
+    requirements, generators = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("demand", "generator")
+    )
+    figure, axes = style.figure(size=(9.4, 0.9 + len(requirements) * (0.16 + 0.14 * len(generators))))
     for i, generator in enumerate(generators):
         generator_rows = [row for row in rows if row["generator"] == generator]
         y_positions = [
-            # The generators of one demand are spread over 0.7 of the line, centred on its tick.
-            demands.index(row["demand"]) + (i - (len(generators) - 1) / 2) * 0.7 / len(generators)
+            # The generators of one requirement are spread over 0.7 of the row, centred on its tick.
+            requirements.index(row["demand"]) + (i - (len(generators) - 1) / 2) * 0.7 / len(generators)
             for row in generator_rows
         ]
-        # [2][points]: lower and upper error of each share
-        ends = list(zip(*(style.errors(row, "share") for row in generator_rows), strict=True))
+        # style.errors returns [[lower error], [upper error]] of each share; zip sorts them by side.
+        errors_by_side = list(zip(*(style.errors(row, "share") for row in generator_rows), strict=True))
         axes.errorbar(
             [row["share"] for row in generator_rows],
             y_positions,
-            xerr=[[end[0] for end in side] for side in ends],
+            xerr=[[point_errors[0] for point_errors in side_errors] for side_errors in errors_by_side],
             fmt="o",
             capsize=3,
             markersize=4,
@@ -158,40 +169,41 @@ def plot_shares(data: Mapping):
     axes.set(
         xlim=(-0.02, 1.02),
         xlabel="share of meshes, 95 % Wilson interval",
-        yticks=range(len(demands)),
-        yticklabels=demands,
+        yticks=range(len(requirements)),
+        yticklabels=requirements,
     )
     axes.invert_yaxis()
-    # Outside the axes, since shares may lie anywhere in them.
+    # The legend is outside the axes, since points may lie anywhere in them.
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
 def _tiles(worst: Sequence[dict], images: Mapping[str, str]) -> str:
-    """Return the section of the worst meshes as HTML, with the renders embedded."""
-    tiles = []  # figures of the grid
+    """Return the HTML section of the worst meshes, with their renders embedded."""
+    tile_htmls = []  # one figure for each mesh
     for row in worst:
-        shown = html.escape(f"{row['generator']}: {row['file']}")
-        # Without an image (the render failed) the tile stays, with an empty image.
-        uri = f"data:image/png;base64,{images.get(row['file'], '')}"  # embedded: the page needs no other file
-        facts = [f"{row['faces']:,} triangles", f"{row['parts']} parts"]
-        facts += [f"{row['open_edges']:,} open edges"] if row["open_edges"] else []
-        facts += [f"{row['nonmanifold_edges']:,} shared edges"] if row["nonmanifold_edges"] else []
-        facts += [
-            f"{row[name]:.1%} {word}"
-            for name, word in (("hidden", "hidden"), ("crossing", "of faces cross"))
-            if row[name] > 0.0005
-            # Smaller shares would be printed as 0.0 %.
-        ]
-        facts += [f"{row['stands']} ({row['tip']:.0f}°)"]
-        tiles.append(
-            f'<figure style="margin:0"><img alt="{shown}" src="{uri}"'
-            ' style="width:100%;max-width:192px"><figcaption class="soft" '
-            f'style="overflow-wrap:anywhere"><b>{shown}</b><br>'
-            f"{html.escape(', '.join(facts))}</figcaption></figure>"
+        title = html.escape(f"{row['generator']}: {row['file']}")
+        # If the render has failed, the tile has an empty image.
+        image_uri = (
+            f"data:image/png;base64,{images.get(row['file'], '')}"  # embedded: the page needs no other file
         )
-    intro = "The meshes that fail the most demands come first. Outsides are grey, insides are orange."
+        properties = [f"{row['faces']:,} triangles", f"{row['parts']} parts"]
+        properties += [f"{row['open_edges']:,} open edges"] if row["open_edges"] else []
+        properties += [f"{row['nonmanifold_edges']:,} shared edges"] if row["nonmanifold_edges"] else []
+        properties += [
+            f"{row[name]:.1%} {description}"
+            for name, description in (("hidden", "hidden"), ("crossing", "of faces cross"))
+            if row[name] > 0.0005  # smaller shares would be printed as 0.0 %
+        ]
+        properties += [f"{row['stands']} ({row['tip']:.0f}°)"]
+        tile_htmls.append(
+            f'<figure style="margin:0"><img alt="{title}" src="{image_uri}"'
+            ' style="width:100%;max-width:192px"><figcaption class="soft" '
+            f'style="overflow-wrap:anywhere"><b>{title}</b><br>'
+            f"{html.escape(', '.join(properties))}</figcaption></figure>"
+        )
+    intro = "The meshes that fail the most requirements come first. Outsides are grey, insides are orange."
     return (
-        f'<section id="worst"><h2>The worst</h2><p class="soft">{intro}</p><div'
-        f' style="{_TILE}">{"".join(tiles)}</div></section>'
+        f'<section id="worst"><h2>The worst meshes</h2><p class="soft">{intro}</p><div'
+        f' style="{_TILE}">{"".join(tile_htmls)}</div></section>'
     )

@@ -1,6 +1,7 @@
 """Measure and render mesh files in a separate process with limits on memory and time.
 
-A hostile or damaged file ends this process alone; the caller reports it as a row with a reason.
+A malicious or damaged file can end only this process; the caller then reports the file as not measured.
+The process reads requests as JSON lines, and writes an answer as a JSON line for each.
 Example:
     python -m eg3d_rlhf.evaluation.mesh_validation_worker < requests.jsonl
 """
@@ -19,85 +20,96 @@ from eg3d_rlhf.measures.meshes.mesh_measures import measure_mesh
 from eg3d_rlhf.measures.meshes.settings import MeasureOptions
 from eg3d_rlhf.measures.meshes.space import Space
 
-# limits of one file
-MAX_BYTES = 512 << 20
-MAX_TRIANGLES = 2_000_000
-# limit of the address space in bytes, most of which the libraries take; processor time of one file in seconds
-MEMORY = 8 << 30
-SECONDS = 600
+MAX_BYTES = 512 << 20  # largest size of a file, 512 MB
+MAX_TRIANGLES = 2_000_000  # largest number of triangles of a file
+MEMORY = 8 << 30  # limit of the address space in bytes (8 GB), most of which the libraries take
+SECONDS = 600  # limit of the processor time for one file
 SIDE = 192  # edge of a render, pixels
 _VIEW = np.array([0.55, 0.4, 0.75])  # direction from the mesh to the camera, y up
-# RGB in 0..1 of the outsides and the insides of faces
-_FRONT = np.array([0.78, 0.80, 0.83])
-_BACK = np.array([0.90, 0.45, 0.10])
+_FRONT = np.array([0.78, 0.80, 0.83])  # RGB in 0..1 of the outsides of faces, grey
+_BACK = np.array([0.90, 0.45, 0.10])  # RGB in 0..1 of the insides of faces, orange
 
 
-def mesh_of(path: Path, tolerance: float, up: str) -> CleanMesh:
-    """Read and clean the mesh of a file. Raises: ValueError, OSError."""
-    # Both sizes are checked before the costly step that follows them.
+def read_mesh(path: Path, tolerance: float, up: str) -> CleanMesh:
+    """Read and clean the mesh of a file.
+
+    Args:
+        tolerance: distance within which vertices are merged, as a share of the bounding box's longest edge.
+        up: axis that points up, for example "y".
+
+    Raises: ValueError or OSError if the file cannot be read or is too large.
+    """
+    # Each size is checked before the expensive step that follows it.
     size = path.stat().st_size
     if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"expected a file of 1 byte to {MAX_BYTES >> 20} MB, got {size:,} bytes")
+        raise ValueError(f"the file has {size:,} bytes; files of 1 byte to {MAX_BYTES >> 20} MB are accepted")
     vertices, faces = read_triangles(path)
     if len(faces) > MAX_TRIANGLES:
-        raise ValueError(f"expected up to {MAX_TRIANGLES:,} triangles, got {len(faces):,}")
+        raise ValueError(f"the mesh has {len(faces):,} triangles; up to {MAX_TRIANGLES:,} are accepted")
     return clean_mesh(vertices, faces, tolerance, up)
 
 
 def render_mesh(mesh: CleanMesh, side: int = SIDE) -> np.ndarray:
-    """Render the mesh from the front and above with an orthographic camera, uint8 [side, side, 4].
+    """Render a mesh from the front and above with an orthographic camera: RGBA, uint8 [side, side, 4].
 
-    Outsides are grey and insides orange, so that holes and inverted faces show. The background is
-    transparent.
+    The outsides of faces are grey and the insides orange, so that holes and inverted faces are visible. The
+    background is transparent.
     """
-    forward = -_VIEW / np.linalg.norm(_VIEW)
-    right = np.cross(forward, [0, 1, 0])
-    right /= np.linalg.norm(right)
-    upward = np.cross(right, forward)
-    # The largest extent of the mesh on the image plane, plus a margin of 5 %.
-    reach = np.abs(mesh.vertices @ np.stack([right, upward], axis=1)).max() * 1.05
-    axis = (np.arange(2 * side) + 0.5) / side - 1  # pixel centres at twice the resolution of the render
-    x, y = np.meshgrid(axis * reach, -axis * reach)
+    forward = -_VIEW / np.linalg.norm(_VIEW)  # viewing direction, a unit vector
+    image_right = np.cross(forward, [0, 1, 0])
+    image_right /= np.linalg.norm(image_right)
+    image_up = np.cross(image_right, forward)  # a unit vector, since both factors are
+    # The mesh fills the image, with a margin of 5 %.
+    half_width = np.abs(mesh.vertices @ np.stack([image_right, image_up], axis=1)).max() * 1.05
+    pixel_positions = (
+        np.arange(2 * side) + 0.5
+    ) / side - 1  # pixel centres at twice the resolution of the render
+    # y decreases from row to row
+    x, y = np.meshgrid(pixel_positions * half_width, -pixel_positions * half_width)
     # [4 side^2, 3]: parallel rays that start two units in front of the image plane
-    origins = x.reshape(-1, 1) * right + y.reshape(-1, 1) * upward - 2 * forward
-    distance, face = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
-    # Rays that miss have an infinite distance; their normal and colour are masked by `shown` below.
-    normals = face_areas(mesh)[0][face]
+    origins = x.reshape(-1, 1) * image_right + y.reshape(-1, 1) * image_up - 2 * forward
+    distance, face_index = Space(mesh).first_hits(origins, np.broadcast_to(forward, origins.shape))
+    # Rays that miss the mesh have an infinite distance. Their colour is multiplied by 0 below. `face_areas`
+    # returns the normals as its first value.
+    normals = face_areas(mesh)[0][face_index]
     facing = -(normals @ forward)
-    # Lambertian light from one direction plus an ambient part; the absolute value lights both sides alike.
+    # Lambertian light from one direction plus an ambient part. The absolute value lights both sides of a
+    # face in the same way.
     light = 0.35 + 0.65 * np.abs(normals @ np.array([0.3, 0.8, 0.52])).clip(0, 1)
-    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]
-    shown = np.concatenate([colour, np.ones((len(face), 1))], axis=1) * np.isfinite(distance)[:, None]
-    # Average 2 x 2 rays per pixel. The colours are premultiplied by the coverage here, and divided by it
-    # next.
-    fine = shown.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
-    fine[..., :3] /= np.maximum(fine[..., 3:], 1e-9)
-    return np.rint(fine.clip(0, 1) * 255).astype(np.uint8)
+    colour = np.where(facing[:, None] >= 0, _FRONT, _BACK) * light[:, None]  # [rays, 3]
+    rgba = np.concatenate([colour, np.ones((len(face_index), 1))], axis=1) * np.isfinite(distance)[:, None]
+    # Each pixel is the mean of 2 x 2 rays. The mean colour includes the black background, so the next line
+    # divides it by the share of rays that hit the mesh, which is the alpha channel.
+    pixels = rgba.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
+    pixels[..., :3] /= np.maximum(pixels[..., 3:], 1e-9)
+    return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
 
 
 def answer(request: dict) -> dict:
-    """Measure a file, or render it as PNG in base64; a file that fails gives {"reason": ...}."""
+    """Answer a request: measure a mesh file, or render it.
+
+    Args: request: "path" of the file, "do" (the task), "weld", "up" and "options" (the settings).
+    Returns: the measures; or the render as PNG in base64; or {"reason": ...} if the file cannot be measured.
+    """
     try:
-        began = time.process_time()  # processor time: other workers do not count
-        mesh = mesh_of(Path(request["path"]), request["weld"], request["up"])
+        start_seconds = time.process_time()  # processor time, which other workers do not affect
+        mesh = read_mesh(Path(request["path"]), request["weld"], request["up"])
         if request["do"] == "picture":
-            # Imported here: measuring alone does not need it.
+            # Imported here, since measuring does not need it.
             from PIL import Image
 
-            out = io.BytesIO()
-            Image.fromarray(render_mesh(mesh)).save(out, "PNG")
-            return {"picture": base64.b64encode(out.getvalue()).decode()}
+            png_buffer = io.BytesIO()
+            Image.fromarray(render_mesh(mesh)).save(png_buffer, "PNG")
+            return {"picture": base64.b64encode(png_buffer.getvalue()).decode()}
         return {
             **measure_mesh(mesh, MeasureOptions(**request["options"])),
-            "seconds": round(time.process_time() - began, 3),
+            "seconds": round(time.process_time() - start_seconds, 3),
         }
-    # A failure is an answer: the other files of the folder are still measured.
+    # The failure is returned as an answer, so that the other files are still measured.
     except (ValueError, OSError, MemoryError) as error:
         # A MemoryError has no message of its own.
         if isinstance(error, MemoryError):
-            return {
-                "reason": "expected a mesh that can be measured with bounded memory, got one that takes more"
-            }
+            return {"reason": f"measuring the mesh needs more than {MEMORY >> 30} GB of memory"}
         return {"reason": str(error) or type(error).__name__}
 
 

@@ -17,23 +17,30 @@ from eg3d_rlhf.experiments.media.sheet import shade
 from eg3d_rlhf.generators import load_generator, ws_of_seeds
 from eg3d_rlhf.rewards.reward import load_reward
 
-METHOD_POOL = EVALUATION.take(40)  # latents among which the best and the worst shape are searched
-METHOD_PSI = 1.0
+METHOD_POOL = EVALUATION.take(40)  # latents of which the best and the worst shape are shown
+METHOD_PSI = 1.0  # truncation
 
 
 def _shaded(field: Field, points: int = 128) -> np.ndarray:
-    """Shade the only shape of a field from the back and slightly from the side, [R, R] in 0..1."""
-    grid = SlabSpec.of(field.bounds, points)
-    # Half a turn less 0.4 rad. The slice crops the empty margin of the 260-pixel render.
+    """Render the only shape of a field, shaded, from the back and slightly from the side.
+
+    Args: points: grid points per edge from which the surface is found.
+    Returns: a cropped image in 0..1, [230, 190].
+    """
+    grid = SlabSpec.of(field.bounds, points)  # over the whole cube
+    # The yaw is half a turn less 0.4 rad. The slices crop the empty margin of the 260-pixel render.
     return shade(field.density_grid(grid), math.pi - 0.4, 260, field.level)[0, 0, 25:-5, 35:-35].numpy()
 
 
-def _method_lines(summary: dict) -> list[tuple[str, str]]:
-    """Return the lines of the last panel: a label and the figure of the run."""
-    lines = [("win rate by the oracle,\nheld-out latents", f"{summary['win_rate']:.0%}")]
-    # The error reduction exists for generators with ground-truth heads only.
+def _last_panel_texts(summary: dict) -> list[tuple[str, str]]:
+    """Return the texts of the last panel as (label, value).
+
+    Args: summary: content of the run's summary.json.
+    """
+    labels_with_values = [("win rate by the oracle,\nheld-out latents", f"{summary['win_rate']:.0%}")]
+    # Only generators of synthetic heads have an error reduction.
     if summary.get("error_reduction") is not None:
-        lines = [
+        labels_with_values = [
             ("error reduction of\ndefective heads", f"{summary['error_reduction']:.0%}"),
             (
                 "by the best label-free\npost-processing",
@@ -41,33 +48,39 @@ def _method_lines(summary: dict) -> list[tuple[str, str]]:
             ),
             ("of intact heads\ndegraded", f"{summary['intact_degraded']:.0%}"),
         ]
-    return lines
+    return labels_with_values
 
 
-def _write(axes, x: float, y: float, text: str, **look) -> None:
-    """Write a text at a position given in shares of the axes."""
-    axes.text(x, y, text, transform=axes.transAxes, **look)
+def _write(axes, x: float, y: float, text: str, **text_settings) -> None:
+    """Write a text at a position that is given in shares of the axes' width and height."""
+    axes.text(x, y, text, transform=axes.transAxes, **text_settings)
 
 
 @torch.no_grad()
 def draw_method(run: Path, out: Path) -> None:
-    """Draw the figure with the bundled generator and reward and a finished run of train.py --reward=sigma.
+    """Draw the figure with the bundled generator, the bundled reward and a finished run.
 
-    Raises: ValueError, FileNotFoundError naming --run.
+    Args:
+        run: folder of a finished run of train.py --reward=sigma.
+        out: image file to write.
+
+    Raises: ValueError or FileNotFoundError, with --run in the message, if the run cannot be read.
     """
     with naming("--run"):
         summary = version_0_1.summary(json.loads((run / "summary.json").read_text()))
-        before = load_generator().generator
-        after = load_generator(run).generator
+        generator_before = load_generator().generator
+        generator_after = load_generator(run).generator
     reward = load_reward(bundled.REWARD)
-    ws = ws_of_seeds(before, list(METHOD_POOL), METHOD_PSI)
-    scores = reward.score(before.field(ws))  # [40]
+    ws = ws_of_seeds(generator_before, list(METHOD_POOL), METHOD_PSI)  # [40, L, W]
+    scores = reward.score(generator_before.field(ws))  # [40]
     worst = int(scores.argmin())
-    # The worst and the best shape before tuning by the reward; the tuned generator gets the worst one's
-    # latent.
+    # The figure shows the worst and the best shape before tuning by the reward, and the tuned generator's
+    # shape of the worst one's latent.
     best = int(scores.argmax())
-    worst_field, best_field = (before.field(ws[i : i + 1]) for i in (worst, best))
-    tuned = after.field(ws_of_seeds(after, [METHOD_POOL[worst]], METHOD_PSI))
+    worst_field, best_field = (
+        generator_before.field(ws[latent_index : latent_index + 1]) for latent_index in (worst, best)
+    )
+    tuned_field = generator_after.field(ws_of_seeds(generator_after, [METHOD_POOL[worst]], METHOD_PSI))
     with style.theme():
         figure, axes = style.figure(4, 1, (11, 4.6))
         titles = (
@@ -76,14 +89,14 @@ def draw_method(run: Path, out: Path) -> None:
             "3 Tuning\none more phase of the training",
             "4 Report\nwhat changed",
         )
-        # Panels without ticks: they show images and text.
+        # Panels have no ticks, since they show images and text.
         for ax, title in zip(axes, titles, strict=True):
             ax.set_title(title, loc="center", fontsize=10)
             ax.set_box_aspect(1.5)
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
         for ax in axes[:-1]:
-            # 1.08 lies in the gap to the right of each panel.
+            # The arrow's position 1.08 is in the gap to the right of each panel.
             _write(ax, 1.08, 0.5, "→", ha="center", va="center", size=16)
         axes[0].imshow(
             np.vstack([_shaded(best_field), _shaded(worst_field)]),
@@ -94,19 +107,20 @@ def draw_method(run: Path, out: Path) -> None:
         )
         _write(axes[0], 0.98, 0.52, "✓", ha="right", size=20, color=style.colour("control"))
         _write(axes[0], 0.98, 0.03, "✗", ha="right", size=20, color=style.colour("after"))
-        for half, field, index in ((0, best_field, best), (1, worst_field, worst)):
-            # [D, H, W] of the slab that the reward reads; its middle column is a sagittal slice.
-            seen = reward.observation.observe(field)[0, 0]
-            part = axes[1].inset_axes((0, 0.5 - 0.5 * half, 1, 0.5))
-            # Transposed and flipped, so that y points up and z to the right.
-            part.imshow(seen[:, :, seen.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
-            part.set(xticks=[], yticks=[])
-            _write(part, 0.97, 0.06, f"{float(scores[index]):+.1f}", ha="right", size=12, color="white")
-        axes[2].imshow(np.vstack([_shaded(worst_field), _shaded(tuned)]), cmap="gray", vmin=0, vmax=1)
-        for height, role in ((0.52, "before"), (0.03, "after")):
-            _write(axes[2], 0.98, height, role, ha="right", color=style.colour(role))
+        for row_index, field, index in ((0, best_field, best), (1, worst_field, worst)):
+            # [D, H, W], the slab that the reward reads. Its middle column along W is a sagittal slice.
+            slab = reward.observation.observe(field)[0, 0]
+            inset = axes[1].inset_axes((0, 0.5 - 0.5 * row_index, 1, 0.5))
+            # The slice is transposed and flipped, so that y points up and z to the right.
+            inset.imshow(slab[:, :, slab.shape[2] // 2].T.flip(0), cmap="magma", aspect="auto")
+            inset.set(xticks=[], yticks=[])
+            _write(inset, 0.97, 0.06, f"{float(scores[index]):+.1f}", ha="right", size=12, color="white")
+        axes[2].imshow(np.vstack([_shaded(worst_field), _shaded(tuned_field)]), cmap="gray", vmin=0, vmax=1)
+        for y_position, role in ((0.52, "before"), (0.03, "after")):
+            _write(axes[2], 0.98, y_position, role, ha="right", color=style.colour(role))
+        # The last panel shows only text.
         axes[3].axis("off")
-        for place, (words, value) in enumerate(_method_lines(summary)):
-            _write(axes[3], 0.5, 0.92 - 0.3 * place, value, ha="center", va="top", size=17)
-            _write(axes[3], 0.5, 0.8 - 0.3 * place, words, ha="center", va="top", size=8)
+        for line_index, (label, value) in enumerate(_last_panel_texts(summary)):
+            _write(axes[3], 0.5, 0.92 - 0.3 * line_index, value, ha="center", va="top", size=17)
+            _write(axes[3], 0.5, 0.8 - 0.3 * line_index, label, ha="center", va="top", size=8)
         style.save(figure, out)

@@ -1,6 +1,6 @@
 """Run the demo with several training seeds, one after another, and compare their summaries: `make seeds`.
 
-The result holds each figure by seed, its mean and standard deviation over seeds, and two kinds of interval:
+The result holds each metric by seed, its mean and standard deviation over seeds, and two kinds of interval:
 each seed's interval over latents, from the summary of that run, and Student's t interval over seeds.
 """
 
@@ -15,10 +15,10 @@ from eg3d_rlhf.experiments.table import over_seeds
 from training import storage
 
 DEMO = ("--reward=sigma", "--lambda-r=10")  # flags of train.py
-SUMMARY = "summary.json"  # of each run, and of all seeds together in the parent folder
+SUMMARY = "summary.json"  # name of each run's summary, and of the summary of all seeds in the parent folder
 
-# key in a run's summary: (key of its interval there or None, words of the table, format)
-FIGURES = {
+# key of a metric in a run's summary: (key of its interval in that summary or None, text of the table, format)
+TABLE_METRICS = {
     "tuned_delta_mean": (None, "mean change of the reward", "+.3f"),
     "reward_delta_positive": (None, "positive reward deltas", ".0f"),
     "error_reduction": ("error_reduction_ci95", "error reduction, defective heads", ".1%"),
@@ -38,37 +38,53 @@ FIGURES = {
 
 
 def gather(records: Mapping[str, dict]) -> dict:
-    """Combine the summaries of the seeds.
+    """Combine the summaries of the runs with different seeds.
 
-    The result holds the figures, and the measures of `geometry`, that no summary lacks.
-    Args: records: summary.json of each run, by seed.
+    The result holds only the metrics, and the measures of "geometry", that every summary has.
+    Args: records: content of summary.json of each run, by seed.
     """
-    figures: dict = {"seeds": [int(seed) for seed in records]}
-    for name, (interval, _, _) in FIGURES.items():
-        # a figure that one run lacks (say, no defective heads) has no mean over all seeds
+    metrics: dict = {"seeds": [int(seed) for seed in records]}
+    for name, (interval_key, _, _) in TABLE_METRICS.items():
+        # A metric that one run lacks has no mean over all seeds. A run without defective heads, for example,
+        # has no error reduction.
         if all(record.get(name) is not None for record in records.values()):
-            figures[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
-            if interval is not None:
-                figures[name]["ci95_by_seed"] = {seed: record[interval] for seed, record in records.items()}
+            metrics[name] = over_seeds({seed: float(record[name]) for seed, record in records.items()})
+            if interval_key is not None:
+                metrics[name]["ci95_by_seed"] = {
+                    seed: record[interval_key] for seed, record in records.items()
+                }
+    # The outcome exists only if there are more images than features.
     if all("frechet_outcome" in record for record in records.values()):
-        figures["frechet_ratio"]["outcomes"] = {
+        metrics["frechet_ratio"]["outcomes"] = {
             seed: record["frechet_outcome"] for seed, record in records.items()
         }
-    rows = {seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()}
-    # in the order of the first summary
-    shared = [name for name in next(iter(rows.values())) if all(name in by_name for by_name in rows.values())]
-    figures["geometry"] = [
-        measure(name, {seed: by_name[name] for seed, by_name in rows.items()}) for name in shared
+    measures_by_seed = {
+        seed: {row["name"]: row for row in record["geometry"]} for seed, record in records.items()
+    }
+    # measures that every summary has, in the order of the first summary
+    shared_names = [
+        name
+        for name in next(iter(measures_by_seed.values()))
+        if all(name in measure_rows for measure_rows in measures_by_seed.values())
     ]
-    # number of alarms of the monitor
-    figures["over_optimisation"] = {
+    metrics["geometry"] = [
+        measure(name, {seed: measure_rows[name] for seed, measure_rows in measures_by_seed.items()})
+        for name in shared_names
+    ]
+    # number of alarms of the over-optimisation monitor, by seed
+    metrics["over_optimisation"] = {
         seed: len(record["over_optimisation"]) for seed, record in records.items()
     }
-    return figures
+    return metrics
 
 
 def measure(name: str, rows: Mapping[str, dict]) -> dict:
-    """Combine a geometry measure over seeds: before, after, paired change, and the outcome of each seed."""
+    """Combine a geometry measure over seeds: means before and after, paired change, and each seed's outcome.
+
+    Args:
+        name: name of the measure.
+        rows: the measure's row in the summary of each run, by seed.
+    """
     # the mean paired change of each seed is one observation of the interval over seeds
     change = over_seeds({seed: row["paired"]["mean"] for seed, row in rows.items()})
     change["ci95_by_seed"] = {
@@ -84,58 +100,86 @@ def measure(name: str, rows: Mapping[str, dict]) -> dict:
     }
 
 
-def table(figures: dict) -> list[list[str]]:
-    """Format rows of cells: words of a figure, its value by seed, mean ± standard deviation over seeds."""
-    names = [str(seed) for seed in figures["seeds"]]
-    rows = [["what", *(f"seed {name}" for name in names), "mean ± sd"]]
-    for name, (_, words, form) in FIGURES.items():
-        if name in figures:
-            figure = figures[name]
-            outcomes = figure.get("outcomes", {})  # only the Fréchet ratio has any
-            cells = [f"{figure['by_seed'][seed]:{form}} {outcomes.get(seed, '')}".strip() for seed in names]
-            # a standard deviation is never negative, so it gets no sign
-            rows.append([words, *cells, f"{figure['mean']:{form}} ± {figure['std']:{form.lstrip('+')}}"])
-    for row in figures["geometry"]:
-        change = row["change"]
-        words = f"{row['name']}, change" + (" (higher is better)" if row["higher_is_better"] else "")
-        cells = [f"{change['by_seed'][seed]:+.3g} {row['outcomes'][seed]}" for seed in names]
-        rows.append([words, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
-    alarms = figures["over_optimisation"]
-    return [*rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in names), ""]]
+def table(metrics: dict) -> list[list[str]]:
+    """Format the table: for each metric its text, its value by seed, and the mean ± standard deviation.
 
-
-def trainings(out: Path, seeds: str, more: tuple[str, ...]) -> dict[str, Part]:
-    """Make a part for each seed: the demo with that seed.
-
-    Args: out: parent of their folders; seeds: list of training seeds; more: further flags of train.py.
-    Raises: ValueError if `more` sets a flag that this command sets itself.
+    Args: metrics: result of `gather`.
     """
-    taken = [
+    seed_texts = [str(seed) for seed in metrics["seeds"]]
+    table_rows = [["what", *(f"seed {name}" for name in seed_texts), "mean ± sd"]]
+    for name, (_, text, number_format) in TABLE_METRICS.items():
+        if name in metrics:
+            metric = metrics[name]
+            outcomes = metric.get("outcomes", {})  # only the Fréchet ratio has any
+            cells = [
+                f"{metric['by_seed'][seed]:{number_format}} {outcomes.get(seed, '')}".strip()
+                for seed in seed_texts
+            ]
+            # A standard deviation is never negative, so its format has no sign.
+            table_rows.append(
+                [
+                    text,
+                    *cells,
+                    f"{metric['mean']:{number_format}} ± {metric['std']:{number_format.lstrip('+')}}",
+                ]
+            )
+    for measure_row in metrics["geometry"]:
+        change = measure_row["change"]
+        text = f"{measure_row['name']}, change" + (
+            " (higher is better)" if measure_row["higher_is_better"] else ""
+        )
+        cells = [f"{change['by_seed'][seed]:+.3g} {measure_row['outcomes'][seed]}" for seed in seed_texts]
+        table_rows.append([text, *cells, f"{change['mean']:+.3g} ± {change['std']:.2g}"])
+    alarms = metrics["over_optimisation"]
+    return [*table_rows, ["alarms of the monitor", *(str(alarms[seed]) for seed in seed_texts), ""]]
+
+
+def trainings(out: Path, seeds: str, more_flags: tuple[str, ...]) -> dict[str, Part]:
+    """Return for each training seed the run of the demo with that seed.
+
+    Args:
+        out: parent of the runs' folders.
+        seeds: training seeds, comma-separated or as a range.
+        more_flags: further flags of train.py.
+
+    Raises: ValueError if `more_flags` contains a flag that this command sets itself.
+    """
+    reserved_flags = [
         flag
-        for flag in more
+        for flag in more_flags
         if flag.split("=")[0] in ("--seed", "--outdir", "--resume", "--no-summary", "-n", "--dry-run")
     ]
-    if taken:
+    if reserved_flags:
         raise ValueError(
-            f"seeds: {taken[0]} cannot be passed on, since this command sets it for each seed. Use --seeds"
-            " and --outdir."
+            f"seeds: {reserved_flags[0]} cannot be passed to train.py, since this command sets it for each"
+            " run. Use --seeds and --outdir of this command instead."
         )
-    numbers = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
+    training_seeds = dict.fromkeys(parse_seeds(seeds))  # a seed that is named twice is run once
     return {
-        str(seed): Part.keyed(f"seed{seed}", out, [*DEMO, *more, f"--seed={seed}"], SUMMARY)
-        for seed in numbers
+        str(seed): Part.keyed(f"seed{seed}", out, [*DEMO, *more_flags, f"--seed={seed}"], SUMMARY)
+        for seed in training_seeds
     }
 
 
 def work(out: Path, parts: Mapping[str, Part], flags: Sequence[str]) -> dict:
-    """Run the seeds that are not finished, and write <out>/summary.json; return its content."""
+    """Run the demo with the seeds that are not finished, and write <out>/summary.json.
+
+    Args:
+        parts: the run of each seed, as `trainings` returns them.
+        flags: flags of the command, which the summary records.
+
+    Returns: the content of <out>/summary.json.
+    """
     for seed, part in parts.items():
         make_in_terminal(f"seed {seed}", part)
-    runs = {seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None}
-    # runs that version 0.1 finished are not repeated; their summaries are translated
-    records = {
-        seed: version_0_1.summary(json.loads((out / run / SUMMARY).read_text())) for seed, run in runs.items()
+    run_folders = {
+        seed: str(part.run.relative_to(out)) for seed, part in parts.items() if part.run is not None
     }
-    figures = {**gather(records), "runs": runs, "flags": list(flags)}
-    storage.write_atomic(out / SUMMARY, (json.dumps(figures, indent=1, sort_keys=True) + "\n").encode())
-    return figures
+    # Runs that version 0.1 finished are not repeated. Their summaries get the keys of this version.
+    records = {
+        seed: version_0_1.summary(json.loads((out / run / SUMMARY).read_text()))
+        for seed, run in run_folders.items()
+    }
+    metrics = {**gather(records), "runs": run_folders, "flags": list(flags)}
+    storage.write_atomic(out / SUMMARY, (json.dumps(metrics, indent=1, sort_keys=True) + "\n").encode())
+    return metrics

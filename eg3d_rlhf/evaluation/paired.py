@@ -1,6 +1,8 @@
-"""Compare several measures of the same latents between networks: means, paired changes, sentences, figures.
+"""Compare measures of the same latents between networks: means, paired changes, sentences and plots.
 
-It also holds wording that several parts of a report share. Letters: N latents.
+A role is the part that a network plays in a report: "before" tuning, "after" tuning, or "control", which was
+trained in the same way without the reward. The module also holds texts that several pages share.
+Shapes: N latents, T networks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,167 +19,208 @@ from eg3d_rlhf.measures.measure import Measure
 BOOTSTRAP = "95 % percentile bootstrap over latents, 10,000 resamples"
 NO_CONTROL = (
     "No control is shown: --control was not given, and no run was found that differs from the tuned run only"
-    " in lambda_r = 0. Run train.py with the same flags and the same --seed, and with --lambda-r=0."
+    " in lambda_r = 0. To make a control, run train.py with the flags and the --seed of the tuned run, and"
+    " with --lambda-r=0."
 )
-ROLES = ("before", "after", "control")  # networks whose hashes the facts of a part list
+ROLES = ("before", "after", "control")  # networks whose hashes a finding's facts list
 
 
-def span(value: float, lo: float, hi: float, form: str = "+.3f") -> str:
+def span(value: float, lo: float, hi: float, number_format: str = "+.3f") -> str:
     """Format a value with its interval, for example '+1.234 [+1.100, +1.301]'."""
-    return f"{value:{form}} [{lo:{form}}, {hi:{form}}]"
+    return f"{value:{number_format}} [{lo:{number_format}}, {hi:{number_format}}]"
 
 
 def contains_zero(lo: float, hi: float) -> bool:
-    """Return True if the interval includes 0, so that the sign is undecided."""
+    """Return True if the interval [lo, hi] includes 0, so that the sign of the value is undecided."""
     return lo <= 0 <= hi
 
 
-def means_of(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Return mean and bootstrap interval of values [N], by role (network, arm or region)."""
-    return {role: bootstrap_mean_interval(v)._asdict() for role, v in values.items()}
+def compute_means(values: Mapping[str, np.ndarray]) -> dict[str, dict]:
+    """Return the mean and its bootstrap interval of each role's values [N].
+
+    A role is a key of `values`: the name of a network, an arm or a region.
+    """
+    return {role: bootstrap_mean_interval(role_values)._asdict() for role, role_values in values.items()}
 
 
-def means_of_columns(values: np.ndarray) -> list[dict]:
-    """Return mean and bootstrap interval of every column of values [N, T]."""
+def compute_column_means(values: np.ndarray) -> list[dict]:
+    """Return the mean and its bootstrap interval of every column of values [N, T], as a list of length T."""
     return [bootstrap_mean_interval(column)._asdict() for column in values.T]
 
 
-def paired_of(
+def compute_paired_changes(
     values: Mapping[str, np.ndarray], base: str = "before", roles: Sequence[str] | None = None
 ) -> dict[str, dict]:
-    """Summarise the paired changes of the same items from the base to every other role, or to `roles`."""
+    """Summarise the paired changes of the same items from the base role to other roles.
+
+    Args:
+        values: values [N] of each role.
+        base: role from which the changes are measured.
+        roles: roles to which the changes are measured; None: all other roles.
+    """
     return {
-        role: paired_summary(values[base], v)._asdict()
-        for role, v in values.items()
+        role: paired_summary(values[base], role_values)._asdict()
+        for role, role_values in values.items()
         if role != base and role in (roles or values)
     }
 
 
-def seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
-    """Return a table with one row for each seed; None stands for values that are not finite."""
+def make_seed_rows(seeds: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[dict]:
+    """Return a table with one row for each seed.
+
+    Args: columns: values [N] by the name of the column. Values that are not finite become None.
+    """
     return [
         {
             "seed": seed,
             # JSON has no NaN, so a value that could not be measured becomes null
             **{
-                name: float(column[i]) if np.isfinite(column[i]) else None for name, column in columns.items()
+                name: float(column[latent_index]) if np.isfinite(column[latent_index]) else None
+                for name, column in columns.items()
             },
         }
-        for i, seed in enumerate(seeds)
+        for latent_index, seed in enumerate(seeds)
     ]
 
 
 def compare(
-    c: Comparison,
+    comparison: Comparison,
     seeds: Sequence[int],
-    seen: Mapping[str, Any],
+    measured_by_role: Mapping[str, Any],
     table: Sequence[Measure],
     notes: Sequence[str] = (),
-    **more,
+    **more_data,
 ) -> Finding:
-    """Compute means and paired changes of every measure of a table.
+    """Compute the means and the paired changes of every measure of a table.
 
-    A measure's figures use the latents for which it is finite in all networks.
-    Args: seen: by role, the object from which the measures read their values; notes: sentences that follow
-        those of the measures; more: further entries of the data.
+    The statistics of a measure use the latents for which the measure is finite in all networks.
+
+    Args:
+        seeds: seeds of the N latents.
+        measured_by_role: role -> the object from which the measures read their values [N].
+        table: measures to compare.
+        notes: sentences that follow the sentences about the measures.
+        more_data: further entries of the finding's data.
     """
-    values = {measure: {role: measure.values(what) for role, what in seen.items()} for measure in table}
-    measures = {}
+    values = {
+        measure: {role: measure.values(role_measured) for role, role_measured in measured_by_role.items()}
+        for measure in table
+    }
+    measures = {}  # statistics by measure
     for measure, by_role in values.items():
-        # pairs need the same latents in every role  # [roles, N] -> [N]
-        known = np.isfinite(list(by_role.values())).all(axis=0)
-        kept = {role: v[known] for role, v in by_role.items()}
-        enough = known.sum() >= 2  # an interval over latents needs two
+        # [roles, N] -> [N]: a paired change needs a latent that has the measure in every role
+        is_finite = np.isfinite(list(by_role.values())).all(axis=0)
+        finite_values = {role: role_values[is_finite] for role, role_values in by_role.items()}
+        has_interval = is_finite.sum() >= 2  # an interval over latents needs two
         measures[measure.name] = {
             "unit": measure.unit,
-            "n": int(known.sum()),
-            "values": {role: v.tolist() for role, v in kept.items()},
-            "means": means_of(kept) if enough else {},
-            "paired": paired_of(kept) if enough else {},
+            "n": int(is_finite.sum()),
+            "values": {role: role_values.tolist() for role, role_values in finite_values.items()},
+            "means": compute_means(finite_values) if has_interval else {},
+            "paired": compute_paired_changes(finite_values) if has_interval else {},
         }
     # the rows keep every latent, also those that a measure leaves out
     columns = {
-        f"{measure.name} {role}": v for measure, by_role in values.items() for role, v in by_role.items()
+        f"{measure.name} {role}": role_values
+        for measure, by_role in values.items()
+        for role, role_values in by_role.items()
     }
     return Finding(
-        facts=c.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"),
-        data={"measures": measures, "seeds": list(seeds), **more},
-        rows=seed_rows(seeds, columns),
+        facts=comparison.facts(seeds, ROLES, f"paired changes; {BOOTSTRAP}"),
+        data={"measures": measures, "seeds": list(seeds), **more_data},
+        rows=make_seed_rows(seeds, columns),
         says=[*(_sentence(measure, measures[measure.name]) for measure in table), *notes],
     )
 
 
-def _sentence(measure: Measure, entry: Mapping) -> str:
-    """Describe a measure in one sentence: before, after, paired change, and the control's change."""
+def _sentence(measure: Measure, measure_data: Mapping) -> str:
+    """Describe a measure in one sentence: means before and after, paired change, and the control's change.
+
+    Args: measure_data: entry of the measure in the data that `compare` returns.
+    """
     name = measure.name
-    if not entry["paired"]:
+    if not measure_data["paired"]:
         return f"{name}: not measured, since fewer than two latents have it in every network."
-    means = entry["means"]
-    change = entry["paired"]["after"]  # the control is described, but decides nothing
-    shown = {role: span(p["mean"], p["mean_lo"], p["mean_hi"], "+.3g") for role, p in entry["paired"].items()}
+    means = measure_data["means"]
+    # The change of the tuned network decides the outcome; the control's change is only stated.
+    change = measure_data["paired"]["after"]
+    change_text_by_role = {
+        role: span(role_change["mean"], role_change["mean_lo"], role_change["mean_hi"], "+.3g")
+        for role, role_change in measure_data["paired"].items()
+    }
     if contains_zero(change["mean_lo"], change["mean_hi"]):
-        # an interval of width zero at zero: every latent has exactly the same value
+        # An interval from 0 to 0 means that no latent has changed at all.
         meaning = ": no change" if change["mean_lo"] == change["mean_hi"] == 0 else ": no change is shown"
     else:
-        moved = "lower" if change["mean_hi"] < 0 else "higher"
-        # a measure without a better direction gets no outcome
+        direction = "lower" if change["mean_hi"] < 0 else "higher"
+        # A measure that has no better direction gets no outcome.
         meaning = (
-            f": {moved}, which is {measure.outcome(change['mean_lo'], change['mean_hi'])}"
+            f": {direction}, which is {measure.outcome(change['mean_lo'], change['mean_hi'])}"
             if measure.better
             else ""
         )
-    ends = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
-    control = f"; control {shown['control']}" if "control" in shown else ""
-    return f"{name} ({entry['unit']}): {ends}, paired {shown['after']}{meaning}{control}."
+    means_text = f"{means['before']['mean']:.4g} before, {means['after']['mean']:.4g} after"
+    control_text = f"; control {change_text_by_role['control']}" if "control" in change_text_by_role else ""
+    return (
+        f"{name} ({measure_data['unit']}): {means_text}, paired {change_text_by_role['after']}{meaning}"
+        f"{control_text}."
+    )
 
 
 def plot_values(data: dict):
-    """Plot each measure of every latent per network, joined by lines, and the means with their intervals."""
+    """Plot each measure of every latent, and its means with their intervals, over the networks.
+
+    A grey line joins the values of one latent.
+    """
     count = len(data["measures"])
-    drawn, axes = style.grid(count, 2.9)  # one panel for each measure
+    figure, axes = style.grid(count, 2.9)  # one panel for each measure
     for axis, (name, measure) in zip(axes, data["measures"].items(), strict=True):
         roles = list(measure["values"])
-        for latent in zip(*measure["values"].values(), strict=True):
+        for latent_values in zip(*measure["values"].values(), strict=True):
             axis.plot(
                 range(len(roles)),
-                latent,
+                latent_values,
                 ".-",
                 color=style.colour("noise"),
                 linewidth=0.4,
                 markersize=2.5,
                 alpha=0.5,
             )
-        for i, (role, mean) in enumerate(measure["means"].items()):
-            style.interval(axis, i, mean, role, fmt="D", markersize=5, capsize=5)
+        for role_index, (role, mean) in enumerate(measure["means"].items()):
+            style.interval(axis, role_index, mean, role, fmt="D", markersize=5, capsize=5)
         axis.set_xticks(range(len(roles)), roles)
         if not any(map(any, measure["values"].values())):
-            # every value is zero: the automatic limits would magnify rounding errors
+            # Every value is zero, around which matplotlib's automatic limits would be tiny.
             axis.set_ylim(-0.05, 1)
         axis.set(ylabel=measure["unit"], title=name, xlim=(-0.5, len(roles) - 0.5))
-    return drawn
+    return figure
 
 
 def plot_changes(data: dict):
-    """Plot paired changes with intervals, in standard deviations of the values before tuning."""
+    """Plot the paired changes with their intervals, in standard deviations of the values before tuning."""
     names = list(data["measures"])
-    drawn, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))
+    figure, axes = style.figure(size=(9.4, 0.45 * len(names) + 1.2))  # inches
+    # All measures have the same roles.
     roles = list(data["measures"][names[0]]["paired"])
-    for j, role in enumerate(roles):
-        for i, name in enumerate(names):
+    for role_index, role in enumerate(roles):
+        for measure_index, name in enumerate(names):
             measure = data["measures"][name]
-            p = measure["paired"][role]
+            change = measure["paired"][role]
             scale = float(np.std(measure["values"]["before"]))
-            # constant before: use the values of this role; constant there too: leave the unit as it is
+            # If the measure is constant before, its scale is taken from this role; if it is constant there as
+            # well, the change is plotted in the measure's own unit.
             scale = scale or float(np.std(measure["values"][role])) or 1.0
             axes.errorbar(
-                [p["mean"] / scale],
-                [i + 0.18 * (j - (len(roles) - 1) / 2)],  # roles side by side, centred on the measure's row
-                xerr=np.divide(style.errors(p, lo="mean_lo", hi="mean_hi"), scale),
+                [change["mean"] / scale],
+                [
+                    measure_index + 0.18 * (role_index - (len(roles) - 1) / 2)
+                ],  # roles side by side, centred on the measure's row
+                xerr=np.divide(style.errors(change, lo="mean_lo", hi="mean_hi"), scale),
                 fmt="o",
                 capsize=3,
                 markersize=4,
                 color=style.colour(role),
-                label=role if i == 0 else None,
+                label=role if measure_index == 0 else None,
             )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
     axes.set_yticks(range(len(names)), names)
@@ -187,4 +230,4 @@ def plot_changes(data: dict):
         title="Change of the same latents (left is lower)",
     )
     axes.legend()
-    return drawn
+    return figure

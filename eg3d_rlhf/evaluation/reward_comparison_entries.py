@@ -1,6 +1,6 @@
-"""Define the rewards of the comparison: their observations, and the flags that train them and tune by them.
+"""Define the rewards of the comparison: their observations, and the flags of their training and of tuning.
 
-Imports no torch, so that --help is fast.
+This module does not import torch, so that --help is fast.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,18 @@ from dataclasses import dataclass
 class Entry:
     """A reward of the comparison."""
 
-    words: str  # its observation and its training data, for the table
+    words: str  # description of its observation and its training data in the table
     train: tuple[str, ...] | None  # flags of tools/train_reward.py; None: the bundled reward is used
     tune: tuple[str, ...]  # flags of train.py
-    minutes: float  # rough duration in the short table on one core; the longest starts first
-    # flags of eg3d-rlhf label synthetic, whose labels replace the bundled pairs in training
+    # rough duration of its steps for the short table on one core; the longest reward is started first
+    minutes: float
+    # flags of `eg3d-rlhf label synthetic`, whose labels replace the bundled pairs in training; (): none
     label: tuple[str, ...] = ()
-    short: tuple[str, ...] = ()  # further flags of its training in the short table
+    short: tuple[str, ...] = ()  # further flags of tools/train_reward.py for the short table
 
 
-# pairs have no weight in the loss; they only select the epoch and make the test set. The loss is the
-# divergence as published, beside a regression error in units of the score
+# Flags for training on labels of single shapes. Pairs have weight 0 in the loss; they only select the best
+# epoch and measure the accuracy. The loss is the published divergence loss plus a squared error of the score.
 UNPAIRED = (
     "--set=pairs=0",
     "--set=scalar=0",

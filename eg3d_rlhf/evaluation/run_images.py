@@ -1,12 +1,14 @@
-"""Render the images and write the meshes that end a reward run.
+"""Render the images and write the meshes at the end of a run of train.py with a reward.
 
-They show the same latents from the front and from the back, before and after tuning, and a turntable. A rule
-selects the latents: the first `POOL` evaluation seeds are ordered by their rewards before tuning, and those
-at equal steps from the lowest to the highest are shown (of six: lowest, 20 %, 40 %, 60 %, 80 %, highest). For
-heads of people, the comparison also shows the untuned shape after the strongest label-free post-processing,
-and the ground-truth head of the latent. Loose parts of a shape are rendered, not removed.
+The comparison image shows the same latents before and after tuning, from the front and from the back. The
+turntable shows one latent from all sides. A rule selects the latents: the first `POOL` evaluation seeds are
+sorted by their rewards before tuning, and latents at equal steps from the lowest to the highest reward are
+shown (of six latents: the lowest, at 20 %, 40 %, 60 % and 80 % of the order, and the highest). For synthetic
+heads, the comparison image also shows the untuned shape after the strongest label-free post-processing, and
+the ground-truth head of the latent. Loose parts of a shape are rendered, not removed.
 
-Letters: R pixels per edge of a cell, n grid points along x, y, z.
+Shapes: R pixels per edge of a cell (one render in an image), H x B pixels of a composed image, n grid points
+along x, y, z.
 """
 
 import io
@@ -58,14 +60,13 @@ PAIRS = "pairs.png"
 CHOSEN = "latents of the images"  # key in a comparison's memory
 POOL = heldout_evaluators.HEADS  # number of evaluation latents among which the rule selects
 CHANGED = 64  # latents in the median change of the surface
-# camera of the front view: radians from frontal
-YAW = 0.45
-PITCH = -0.08
+YAW = 0.45  # yaw of the front view, radians from frontal
+PITCH = -0.08  # pitch of the front view, radians from frontal
 BACK_VIEW = (math.pi - 0.4, -0.2)  # yaw and pitch of the back view, radians
 CROP = (0.13, 0.09, 0.87, 0.85)  # part of a render that is shown: left, top, right, bottom, as shares
 NAMES = 150  # width of the row headings, pixels
-# images up to this size are rendered from the field at a cell's size; larger ones come from the
-# super-resolution
+# A generator of images up to this size is rendered from its field with the cell's number of rays; images of
+# larger generators come from their super-resolution.
 OWN_PIXELS = 128
 GRID = 64  # points per edge of the grids of post-processing
 SMOOTHED = 0.7  # voxels; standard deviation of the Gaussian that removes the grid's steps
@@ -77,15 +78,15 @@ WEBP_QUALITY = 80  # 0 to 100
 class ImageOptions:
     """Sizes of the images."""
 
-    shown: int = 6  # latents in the comparison, >= 1
-    meshes: int = 3  # latents of which meshes are written, at most `shown`
+    shown: int = 6  # number of latents in the comparison image, >= 1
+    meshes: int = 3  # number of latents of which meshes are written, at most `shown`
     resolution: int = 128  # grid points per edge from which surfaces are extracted, >= 8
     cell: int = 256  # pixels per edge of a render in the comparison, >= 16
     film: int = 320  # pixels per edge of a render in the turntable
     thumb: int = 208  # pixels per edge of a render in a contact sheet
-    rays: int = 128  # per edge of the colour renders, which are resized to a cell
-    turns: int = 28  # views of the turntable, >= 2
-    samples: int = 48  # per ray in each pass: enough that sampling noise is not visible
+    rays: int = 128  # rays per edge of the colour renders, which are resized to a cell
+    turns: int = 28  # number of views of the turntable, >= 2
+    samples: int = 48  # samples per ray in each pass, enough that sampling noise is not visible
 
 
 USUAL = ImageOptions()
@@ -93,336 +94,422 @@ USUAL = ImageOptions()
 
 @dataclass(frozen=True)
 class Side:
-    """Field and surface of one latent under one network."""
+    """Density field and extracted surface that one network makes of a latent."""
 
     field: Field
     surface: LevelSet
 
     @classmethod
     def of(cls, generator: Generator, ws: Tensor, resolution: int) -> "Side":
-        """Extract the shape of ws [1, L, W] on `resolution` grid points per edge."""
+        """Return the field of ws [1, L, W], and its surface on `resolution` grid points per edge."""
         with torch.no_grad():
             field = generator.field(ws)
             return cls(field, LevelSet.of(field, resolution))
 
 
-def write_pictures(c: Comparison, folder: Path, o: ImageOptions = USUAL) -> list[str]:
-    """Write comparison.png, turntable.webp and meshes/ of the chosen latents; return the files' names."""
-    seeds = chosen(c, o.shown)
+def write_pictures(comparison: Comparison, folder: Path, options: ImageOptions = USUAL) -> list[str]:
+    """Write comparison.png, turntable.webp and meshes/ of the latents that the module's rule selects.
+
+    Returns: the names of the files, relative to `folder`.
+    """
+    seeds = choose_latents(comparison, options.shown)
     columns = [
-        Column.from_seed(c, seed, o.resolution)
+        Column.from_seed(comparison, seed, options.resolution)
         for seed in tqdm(seeds, desc="shapes before and after", unit="head")
     ]
-    write_atomic(folder / COMPARISON, png(comparison(c, columns, o)))
-    write_atomic(folder / TURNTABLE, webp(turntable(c, columns[0], o)))
+    write_atomic(folder / COMPARISON, png(comparison_image(comparison, columns, options)))
+    write_atomic(folder / TURNTABLE, webp(turntable(comparison, columns[0], options)))
     save_meshes(
-        [(column.before, column.after) for column in columns[: o.meshes]],
-        seeds[: o.meshes],
+        [(column.before, column.after) for column in columns[: options.meshes]],
+        seeds[: options.meshes],
         folder / "meshes",
     )
     return [COMPARISON, TURNTABLE, "meshes/*.ply"]
 
 
-def evaluation_psi(c: Comparison) -> float:
-    """Return the truncation psi at which shapes are shown.
+def evaluation_psi(comparison: Comparison) -> float:
+    """Return the truncation psi of the images.
 
-    Heads of people are not truncated (psi 1), since a truncated latent has no ground-truth head.
+    It is 1 for synthetic heads, since a truncated latent has no ground-truth head; else the comparison's psi.
     """
-    return 1.0 if c.of_people else c.psi
+    return 1.0 if comparison.of_people else comparison.psi
 
 
-def chosen(c: Comparison, shown: int = USUAL.shown) -> list[int]:
-    """Select seeds by the module's rule, lowest reward before tuning first.
+def choose_latents(comparison: Comparison, count: int = USUAL.shown) -> list[int]:
+    """Select the seeds of the images by the module's rule, the lowest reward before tuning first.
 
-    They are kept in the comparison's memory. A worker process has no reward, and starts with that memory.
+    The seeds are stored in the comparison's memory. A worker process, which has no reward, gets this memory.
     """
-    if CHOSEN not in c.memory:
-        pool = EVALUATION.take(POOL)
-        # a stable sort: equal rewards keep the order of their seeds on every machine
-        ranked = c.scores(c.before, pool, evaluation_psi(c)).argsort(stable=True).tolist()
-        c.memory[CHOSEN] = [pool[ranked[round(place)]] for place in np.linspace(0, len(pool) - 1, shown)]
-    return c.memory[CHOSEN]
+    if CHOSEN not in comparison.memory:
+        pool = EVALUATION.take(POOL)  # seeds among which the rule selects
+        # A stable sort: seeds of equal rewards keep their order on every machine.
+        ranked_indices = (
+            comparison.scores(comparison.before, pool, evaluation_psi(comparison))
+            .argsort(stable=True)
+            .tolist()
+        )
+        comparison.memory[CHOSEN] = [
+            pool[ranked_indices[round(position)]] for position in np.linspace(0, len(pool) - 1, count)
+        ]
+    return comparison.memory[CHOSEN]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One latent under both networks; for heads of people, also post-processed and as ground truth."""
+    """Shapes of one latent in the comparison image.
+
+    Both networks' shapes are shown. For synthetic heads, the untuned shape after post-processing and the
+    ground-truth head are shown as well.
+    """
 
     seed: int
     before: Side
     after: Side
-    filtered: LevelSet | None = None  # the untuned shape after post-processing
+    post_processed: LevelSet | None = None  # the untuned shape after post-processing
     head: people.Head | None = None  # the ground truth, as a mesh
     ground_truth: LevelSet | None = None  # the surface of `head` on a grid
 
     @classmethod
     @torch.no_grad()
-    def from_seed(cls, c: Comparison, seed: int, resolution: int) -> "Column":
-        """Extract all shapes of a latent that the comparison shows."""
-        before, after = (
-            Side.of(g.generator, c.ws(g, [seed], evaluation_psi(c)), resolution) for g in (c.before, c.after)
+    def from_seed(cls, comparison: Comparison, seed: int, resolution: int) -> "Column":
+        """Extract all shapes of a latent that the comparison image shows."""
+        side_before, side_after = (
+            Side.of(network.generator, comparison.ws(network, [seed], evaluation_psi(comparison)), resolution)
+            for network in (comparison.before, comparison.after)
         )
-        if not c.of_people:
-            return cls(seed=seed, before=before, after=after)
-        z = latents([seed], c.before.generator.z_dim)
+        if not comparison.of_people:
+            return cls(seed=seed, before=side_before, after=side_after)
+        z = latents([seed], comparison.before.generator.z_dim)  # [1, Z]
+        # The ground truth is shown as a mesh; its grid is needed for the ambient occlusion.
         (head,) = people.named_people(z)
         ground_truth = level_set_from_grid(people_mesh.whole_grids(z, GRID)[0])
         return cls(
             seed=seed,
-            before=before,
-            after=after,
-            filtered=filtered(before.field, filter_name(c)),
+            before=side_before,
+            after=side_after,
+            post_processed=post_process(side_before.field, filter_name(comparison)),
             head=head,
             ground_truth=ground_truth,
         )
 
 
-def filter_name(c: Comparison) -> str:
-    """Return the name of the strongest label-free post-processing method, chosen on validation latents.
+def filter_name(comparison: Comparison) -> str:
+    """Return the name of the strongest label-free post-processing method.
 
-    The choice ignores how much the method degrades intact heads.
+    It is chosen on validation latents as the method with the least error of defective heads. The choice
+    ignores how much the method degrades intact heads.
     """
-    return list(FILTERS)[int(heldout_evaluators.seen(c, "post-processing")["any_method"][0])]
+    return list(FILTERS)[int(heldout_evaluators.measure_part(comparison, "post-processing")["any_method"][0])]
 
 
-def filtered(field: Field, name: str) -> LevelSet:
+def post_process(field: Field, name: str) -> LevelSet:
     """Apply a post-processing method to the single shape of a field, and smooth the result for display.
 
-    The methods work on voxels, whose steps would otherwise look like defects of the shape.
+    The methods work on voxels. Without the smoothing, the steps between voxels would look like defects.
+    Args: name: name of the method in FILTERS.
     """
     values = FILTERS[name](shape_grids(field, GRID)[0])  # [n, n, n], negative inside
-    # values beside a change of sign along z show the scale of this method's output, which differs by method
-    near = np.abs(values)[np.diff(np.sign(values), axis=2, append=1) != 0]
-    edge = 2 * float(np.median(near)) if near.size else 1.0
-    # clipping keeps large values far from the surface from moving it in the Gaussian
-    return level_set_from_grid(scipy.ndimage.gaussian_filter(np.clip(values, -edge, edge), SMOOTHED))
-
-
-def level_set_from_grid(values: np.ndarray) -> LevelSet:
-    """Return the surface of values [n, n, n] at voxels' centres, negative inside.
-
-    Cubic splines interpolate between the voxels; linear interpolation would show the grid's steps.
-    """
-    n = len(values)
-    # a level set is positive inside, and its cube has the axes z, y, x: [2 n - 1, 2 n - 1, 2 n - 1]
-    cube = torch.from_numpy(
-        -scipy.ndimage.zoom(values, (2 * n - 1) / n, order=3).transpose(2, 1, 0).copy()
-    ).float()
-    # the outermost voxels' centres lie half a voxel inside the unit cube, hence the edge (n - 1) / n
-    spec = SlabSpec.cube(2 * n - 1, (n - 1) / n)
-    return LevelSet(
-        cube=cube, spec=spec, level=0.0, density=lambda points: sample(cube[None], spec, points)[0]
+    # The scale of the values differs by method. It is measured where the sign changes along z, which is at
+    # the surface; append=1 keeps the number of voxels.
+    near_surface = np.abs(values)[np.diff(np.sign(values), axis=2, append=1) != 0]
+    clip_value = 2 * float(np.median(near_surface)) if near_surface.size else 1.0
+    # Values are clipped, so that large values far from the surface do not move it through the Gaussian.
+    return level_set_from_grid(
+        scipy.ndimage.gaussian_filter(np.clip(values, -clip_value, clip_value), SMOOTHED)
     )
 
 
-def surface_change(c: Comparison, seeds: Sequence[int]) -> dict:
-    """Summarise by how much tuning moved surfaces: median and quartiles over latents, in voxels of 64^3.
+def level_set_from_grid(values: np.ndarray) -> LevelSet:
+    """Return the surface of a shape that is given by values at the centres of voxels.
 
-    A latent's value is the median change of its surface within the head.
+    Cubic splines interpolate between the voxels, since linear interpolation would show the steps of the grid.
+
+    Args: values: [n, n, n] along x, y, z, negative inside.
     """
-    medians = []
+    edge_points = len(values)
+    # A level set is positive inside, and its grid has the axes z, y, x: [2 n - 1, 2 n - 1, 2 n - 1].
+    level_set_grid = torch.from_numpy(
+        -scipy.ndimage.zoom(values, (2 * edge_points - 1) / edge_points, order=3).transpose(2, 1, 0).copy()
+    ).float()
+    # The centres of the outermost voxels lie half a voxel inside the unit cube, so the grid's edge has the
+    # length (n - 1) / n.
+    spec = SlabSpec.cube(2 * edge_points - 1, (edge_points - 1) / edge_points)
+    return LevelSet(
+        cube=level_set_grid,
+        spec=spec,
+        level=0.0,
+        density=lambda points: sample(level_set_grid[None], spec, points)[0],
+    )
+
+
+def surface_change(comparison: Comparison, seeds: Sequence[int]) -> dict:
+    """Measure by how much tuning moved the surfaces of latents, in voxels of a 64^3 grid.
+
+    The value of a latent is the median change of its surface within the head.
+
+    Returns: {"surface_change_voxels": median, quartiles and number of the latents' values}.
+    """
+    median_changes = []  # voxels, one for each latent
     with torch.no_grad():
         for seed in tqdm(seeds, desc="change of the surface", unit="shape"):
-            before, after = (LevelSet.of(g.generator.field(c.ws(g, [seed])), 64) for g in (c.before, c.after))
-            medians.append(median_change(before, after))
-    return {"surface_change_voxels": change_summary(medians)}
+            surface_before, surface_after = (
+                LevelSet.of(network.generator.field(comparison.ws(network, [seed])), 64)
+                for network in (comparison.before, comparison.after)
+            )
+            median_changes.append(median_change(surface_before, surface_after))
+    return {"surface_change_voxels": change_summary(median_changes)}
 
 
 @torch.no_grad()
-def colours(field: Field, generator: Generator, label: Tensor, rays: int, samples: int, cell: int) -> Tensor:
-    """Render a field of one shape: [3, R, R] in 0..1 with a cell's pixels.
+def render_colours(
+    field: Field, generator: Generator, label: Tensor, rays: int, samples: int, cell: int
+) -> Tensor:
+    """Render a field of one shape in colour, [3, R, R] in 0..1.
 
-    More rays and samples are used than in training. Networks with large images keep their number of rays,
-    which their super-resolution expects.
+    More rays and samples are used than in training. A generator with super-resolution keeps its number of
+    rays, which its super-resolution expects.
+
+    Args:
+        label: camera, [1, 25].
+        rays: rays per edge, for generators without super-resolution.
+        samples: samples per ray in each pass.
+        cell: R, pixels per edge of the result.
     """
     without_sr = generator.img_resolution <= OWN_PIXELS
     options = RenderOptions(resolution=rays if without_sr else None, samples=samples)
-    (out,) = render_each(field, [label], options)
-    image = out.raw if without_sr else out.image
+    (rendered,) = render_each(field, [label], options)
+    image = rendered.raw if without_sr else rendered.image
     image = (image[:, :3].float() / 2 + 0.5).clamp(0, 1)  # [1, 3, H, W], from -1..1 to 0..1
     return torch.nn.functional.interpolate(image, (cell, cell), mode="bicubic", antialias=True)[0]
 
 
 def view_of_head(head: people.Head, surface: LevelSet, label: Tensor, resolution: int) -> View:
-    """Render the view of a ground-truth head from a camera [1, 25], lit as networks' shapes are.
+    """Render a ground-truth head from a camera, with the same light as the shapes of networks.
 
-    Depth and normals come from the mesh; ambient occlusion comes from `surface`, the head on a grid.
+    Depth and normals come from the mesh of the head. Ambient occlusion comes from the head on a grid.
+
+    Args:
+        head: mesh of the head.
+        surface: the same head on a grid.
+        label: camera, [1, 25].
+        resolution: pixels per edge.
     """
     basis = people.load_basis()
-    cam2world, intrinsics = unpack_label(label.cpu())
+    cam2world, intrinsics = unpack_label(label.cpu())  # [1, 4, 4], [1, 3, 3]
     triangle, weights, _ = people.rasterise(
         head.vertices, basis.triangles, cam2world[0].numpy(), float(intrinsics[0, 0, 0]), resolution
     )
-    hit = triangle >= 0  # [R, R]
-    corners = basis.triangles[triangle[hit]]  # [P, 3] vertices at the P pixels that show the head
+    is_head = triangle >= 0  # [R, R]; the triangle is -1 at pixels of the background
+    corner_vertices = basis.triangles[triangle[is_head]]  # [P, 3] vertices at the P pixels that show the head
     points, normals = (
-        torch.from_numpy(np.einsum("pcd,pc->pd", values[corners], weights[hit])).float()
+        torch.from_numpy(np.einsum("pcd,pc->pd", values[corner_vertices], weights[is_head])).float()
         for values in (head.vertices, head.normals)
     )
     # rays [1, R R, 3] -> [P, 3]
     origins, directions = (
-        rays[0][torch.from_numpy(hit).flatten()] for rays in RaySampler()(cam2world, intrinsics, resolution)
+        rays[0][torch.from_numpy(is_head).flatten()]
+        for rays in RaySampler()(cam2world, intrinsics, resolution)
     )
-    depth = torch.full(hit.shape, torch.inf)
-    depth[torch.from_numpy(hit)] = (points - origins).norm(dim=1)
-    normals = torch.nn.functional.normalize(normals, dim=1)
-    # EG3D's cameras have y down and z forward; the light's axes have y up and z backward
+    depth = torch.full(is_head.shape, torch.inf)  # infinite where no surface is hit
+    depth[torch.from_numpy(is_head)] = (points - origins).norm(dim=1)
+    normals = torch.nn.functional.normalize(normals, dim=1)  # interpolated normals are shorter than 1
+    # EG3D's camera axes have y down and z forward; the axes of the light have y up and z backward.
     axes = cam2world[0, :3, :3] * torch.tensor([1.0, -1.0, -1.0])
     return View(depth, points, normals, light(surface, points, normals, axes, directions))
 
 
 def _clay(view: View, factor: int = SUPERSAMPLE) -> np.ndarray:
-    """Paint a shape without colours, reduce it by `factor`, and crop it: uint8 [H, B, 3]."""
+    """Shade a shape in a single colour, reduce the image by `factor`, and crop it: uint8 [H, B, 3]."""
     return _cropped(to_uint8(shrink(paint(view), factor).cpu()))
 
 
 def _cropped(cell: np.ndarray) -> np.ndarray:
-    left, top, right, bottom = (round(share * len(cell)) for share in CROP)
+    """Return the part CROP of a square render."""
+    left, top, right, bottom = (round(share * len(cell)) for share in CROP)  # pixels
     return cell[top:bottom, left:right]
 
 
-def comparison(c: Comparison, columns: Sequence[Column], o: ImageOptions = USUAL) -> np.ndarray:
-    """Return the comparison, uint8 [H, B, 3], with one latent per column.
+def comparison_image(
+    comparison: Comparison, columns: Sequence[Column], options: ImageOptions = USUAL
+) -> np.ndarray:
+    """Return the comparison image, uint8 [H, B, 3], with one column for each latent.
 
-    The rows show colour image and back before and after tuning, post-processing and ground truth for heads of
-    people, and the front of both shapes.
+    The rows show, before and after tuning, the colour image and the shape from the back. For synthetic heads,
+    rows with post-processing and ground truth follow. The last rows show the front of both shapes.
     """
-    g = c.before.generator
-    fine = o.cell * SUPERSAMPLE
-    front = camera(g, YAW, PITCH)
-    back = camera(g, *BACK_VIEW)
+    generator = comparison.before.generator
+    fine_pixels = options.cell * SUPERSAMPLE
+    front_camera = camera(generator, YAW, PITCH)
+    back_camera = camera(generator, *BACK_VIEW)
 
     def colour_images(generator: Generator, sides: Sequence[Side]) -> list[np.ndarray]:
-        images = [colours(side.field, generator, front, o.rays, o.samples, o.cell) for side in sides]
+        images = [
+            render_colours(side.field, generator, front_camera, options.rays, options.samples, options.cell)
+            for side in sides
+        ]
         return [_cropped(to_uint8(image.movedim(0, -1).cpu())) for image in images]
 
     def shapes(surfaces: Sequence[LevelSet], label: Tensor) -> list[np.ndarray]:
-        # rendered at SUPERSAMPLE times the cell's size and reduced, against aliasing
-        return [_clay(look(surface, label, fine)) for surface in surfaces]
+        # rendered with SUPERSAMPLE times the pixels and then reduced, to avoid aliasing
+        return [_clay(look(surface, label, fine_pixels)) for surface in surfaces]
 
-    def group(name: str, more: str, *cells: list[np.ndarray]) -> list[Row]:
-        # the heading stands in the first row and spans all rows of the group
-        first, *others = cells
+    def group(name: str, subtitle: str, *cells: list[np.ndarray]) -> list[Row]:
+        # The heading is in the first row, and spans all rows of the group.
+        first_cells, *other_cells = cells
         return [
-            Row(cells=first, name=name, more=more, spans=len(cells), parted=True),
-            *(Row(cells=part) for part in others),
+            Row(cells=first_cells, name=name, more=subtitle, spans=len(cells), parted=True),
+            *(Row(cells=row_cells) for row_cells in other_cells),
         ]
 
-    before = [column.before for column in columns]
-    after = [column.after for column in columns]
-    bare = [side.surface for side in before]
-    tuned = [side.surface for side in after]
+    sides_before = [column.before for column in columns]
+    sides_after = [column.after for column in columns]
+    surfaces_before = [side.surface for side in sides_before]
+    surfaces_after = [side.surface for side in sides_after]
     rows = group(
         "Before",
         "image, and shape\nfrom the back",
-        colour_images(c.before.generator, before),
-        shapes(bare, back),
+        colour_images(comparison.before.generator, sides_before),
+        shapes(surfaces_before, back_camera),
     )
     rows += group(
         "After",
         "tuned with the\nreward; the same\nlatents",
-        colour_images(c.after.generator, after),
-        shapes(tuned, back),
+        colour_images(comparison.after.generator, sides_after),
+        shapes(surfaces_after, back_camera),
     )
-    if c.of_people:
-        smoothed = [column.filtered for column in columns if column.filtered is not None]
+    if comparison.of_people:
+        filtered_surfaces = [column.post_processed for column in columns if column.post_processed is not None]
         head_views = [
-            view_of_head(column.head, column.ground_truth, back, fine)
+            view_of_head(column.head, column.ground_truth, back_camera, fine_pixels)
             for column in columns
             if column.head and column.ground_truth
         ]
         rows += group(
             "Label-free",
             "post-processing,\nthe strongest; it\ndegrades intact heads",
-            shapes(smoothed, back),
+            shapes(filtered_surfaces, back_camera),
         )
         rows += group("Ground truth", "of the same\nlatents", [_clay(view) for view in head_views])
-    rows += group("Front", "before, after", shapes(bare, front), shapes(tuned, front))
-    # no line above the first group; the seeds stand below the last row
+    rows += group(
+        "Front", "before, after", shapes(surfaces_before, front_camera), shapes(surfaces_after, front_camera)
+    )
+    # There is no line above the first group. The seeds are written below the last row.
     rows[0] = replace(rows[0], parted=False)
     rows[-1] = replace(rows[-1], captions=[f"seed {column.seed}" for column in columns])
-    return sheet("", rows, names=NAMES, note=caption(c, len(columns)))
+    return sheet("", rows, names=NAMES, note=describe_comparison(comparison, len(columns)))
 
 
-def caption(c: Comparison, shown: int) -> str:
-    """Describe the comparison image and the rule that selected its latents."""
+def describe_comparison(comparison: Comparison, latent_count: int) -> str:
+    """Return the text below the comparison image: the rule that selected its latents, and the baselines."""
     rule = (
-        f"{shown} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to highest; psi"
-        f" {evaluation_psi(c):g}."
+        f"{latent_count} of {POOL} held-out latents, at equal steps of reward before tuning, lowest to"
+        f" highest; psi {evaluation_psi(comparison):g}."
     )
-    if not c.of_people:
+    if not comparison.of_people:
         return rule
-    strongest = f"Post-processing: {filter_name(c)}, the strongest of {len(FILTERS)}."
+    strongest = f"Post-processing: {filter_name(comparison)}, the strongest of {len(FILTERS)}."
     return (
         f"{rule} {strongest} {bundled.DAMAGED} Eyes at the back are ghosts of those in front, an artefact"
         " of tri-planes."
     )
 
 
-def turntable(c: Comparison, column: Column, o: ImageOptions = USUAL) -> Iterator[np.ndarray]:
-    """Render one latent through a full turn from the front; each frame shows before beside after."""
-    for yaw in tqdm((2 * np.pi * np.arange(o.turns) / o.turns).tolist(), desc="turntable", unit="frame"):
-        label = camera(c.before.generator, yaw, PITCH)
-        cells = [_clay(look(side.surface, label, o.film), 1) for side in (column.before, column.after)]
+def turntable(comparison: Comparison, column: Column, options: ImageOptions = USUAL) -> Iterator[np.ndarray]:
+    """Yield the frames of the turntable: one latent through a full turn, which starts from the front.
+
+    Each frame shows the shapes before and after tuning side by side.
+    """
+    for yaw in tqdm(
+        (2 * np.pi * np.arange(options.turns) / options.turns).tolist(), desc="turntable", unit="frame"
+    ):
+        label = camera(comparison.before.generator, yaw, PITCH)
+        cells = [_clay(look(side.surface, label, options.film), 1) for side in (column.before, column.after)]
         yield sheet("", [Row(cells=cells, captions=("before", "after"))])
 
 
 def webp(frames: Iterator[np.ndarray]) -> bytes:
-    """Encode frames as an animated WebP that repeats without end."""
-    first, *others = (Image.fromarray(frame) for frame in frames)
+    """Encode frames as an animated WebP image that repeats without end."""
+    first_frame, *other_frames = (Image.fromarray(frame) for frame in frames)
     stream = io.BytesIO()
-    first.save(
-        stream, "WEBP", save_all=True, append_images=others, duration=FRAME_MS, loop=0, quality=WEBP_QUALITY
+    # loop=0: the animation repeats without end.
+    first_frame.save(
+        stream,
+        "WEBP",
+        save_all=True,
+        append_images=other_frames,
+        duration=FRAME_MS,
+        loop=0,
+        quality=WEBP_QUALITY,
     )
     return stream.getvalue()
 
 
-def swung(frame: Callable[[float], np.ndarray], reach: float, turns: int, title: str) -> Iterator[np.ndarray]:
-    """Render a swing from yaw -reach to +reach radians and back; `turns` views in one direction.
+def swing_frames(
+    render_frame: Callable[[float], np.ndarray], largest_yaw: float, view_count: int, title: str
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a camera that swings from one side to the other and back.
 
-    Views lie closer together at the ends, so that the movement slows down there.
+    The views are closer together at the ends, so that the movement slows down there.
+
+    Args:
+        render_frame: function that renders the frame at a yaw in radians.
+        largest_yaw: largest yaw, in radians to both sides of the front.
+        view_count: number of views from one side to the other.
+        title: text of the progress bar.
     """
-    frames = []
+    frames = []  # kept for the way back
     for yaw in tqdm(
-        (reach * np.sin(np.pi / 2 * np.linspace(-1, 1, turns))).tolist(), desc=title, unit="frame"
+        (largest_yaw * np.sin(np.pi / 2 * np.linspace(-1, 1, view_count))).tolist(), desc=title, unit="frame"
     ):
-        frames.append(frame(yaw))
+        frames.append(render_frame(yaw))
         yield frames[-1]
-    # the way back reuses the frames, without the two ends, which would show twice
+    # The way back reuses the frames without the first and the last one, which would be shown twice.
     yield from frames[-2:0:-1]
 
 
 PER_ROW = 5  # pairs per row of the sheet
 
 
-def pairs_sheet(c: Comparison, count: int, o: ImageOptions = USUAL) -> np.ndarray:
-    """Return a sheet of `count` pairs for a blind test: backs before and after tuning in random order.
+def pairs_sheet(comparison: Comparison, count: int, options: ImageOptions = USUAL) -> np.ndarray:
+    """Return an image of pairs of shapes for a blind test: the backs before and after tuning in random order.
 
-    The note below the pairs names the tuned shape of each. The latents are the first of the evaluation
-    seeds whose untuned heads are defective.
-    Raises: ValueError where there are fewer than `count` such latents.
+    The note below the pairs states which shapes are tuned. The latents are the first evaluation seeds whose
+    heads are defective before tuning.
+
+    Args: count: number of pairs.
+    Raises: ValueError if there are fewer than `count` such latents.
     """
     pool = EVALUATION.take(POOL)
-    is_defective = heads.defective(heldout_evaluators.seen(c, "heads"))
+    is_defective = heads.find_defective(heldout_evaluators.measure_part(comparison, "heads"))
     seeds = [seed for seed, defective in zip(pool, is_defective, strict=True) if defective][:count]
     if len(seeds) < count:
         raise ValueError(
-            f"--pairs: expected at most {len(seeds)}, the number of defective heads among {POOL}, got"
-            f" {count}. Use a smaller number."
+            f"--pairs={count} exceeds the {len(seeds)} defective heads among {POOL} evaluation latents. Lower"
+            f" --pairs to at most {len(seeds)}."
         )
-    # the order depends on the seeds alone, so a repeated call makes the same sheet
-    swapped = np.random.default_rng(seeds[0]).random(count) < 0.5
-    label = camera(c.before.generator, *BACK_VIEW)
+    # The random order depends on the seeds alone, so a repeated call makes the same image.
+    tuned_is_left = np.random.default_rng(seeds[0]).random(count) < 0.5
+    label = camera(comparison.before.generator, *BACK_VIEW)
     cells = []  # two for each pair: left, right
-    for seed, swap in zip(tqdm(seeds, desc="pairs", unit="pair"), swapped, strict=True):
-        both = [Side.of(g.generator, c.ws(g, [seed], 1.0), o.resolution) for g in (c.before, c.after)]
-        cells += [
-            _clay(look(side.surface, label, o.thumb * SUPERSAMPLE)) for side in (both[::-1] if swap else both)
+    for seed, is_left in zip(tqdm(seeds, desc="pairs", unit="pair"), tuned_is_left, strict=True):
+        sides = [
+            Side.of(network.generator, comparison.ws(network, [seed], 1.0), options.resolution)
+            for network in (comparison.before, comparison.after)
         ]
-    names = [f"{number} {side}" for number in range(1, count + 1) for side in ("left", "right")]
-    parts = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * count, 2 * PER_ROW)]
-    rows = [Row(cells=cells[part], captions=names[part], parted=part.start > 0) for part in parts]
-    answers = ", ".join(f"{number} {'left' if swap else 'right'}" for number, swap in enumerate(swapped, 1))
+        cells += [
+            _clay(look(side.surface, label, options.thumb * SUPERSAMPLE))
+            for side in (sides[::-1] if is_left else sides)
+        ]
+    captions = [f"{number} {side}" for number in range(1, count + 1) for side in ("left", "right")]
+    # Each row has PER_ROW pairs, and each pair has two cells.
+    row_slices = [slice(i, i + 2 * PER_ROW) for i in range(0, 2 * count, 2 * PER_ROW)]
+    rows = [
+        Row(cells=cells[row_slice], captions=captions[row_slice], parted=row_slice.start > 0)
+        for row_slice in row_slices
+    ]
+    answers = ", ".join(
+        f"{number} {'left' if is_left else 'right'}" for number, is_left in enumerate(tuned_is_left, 1)
+    )
     return sheet(
         "Which of each pair is the better shape?",
         rows,
@@ -441,15 +528,16 @@ def save_meshes(pairs: Sequence[tuple[Side, Side]], seeds: Sequence[int], folder
                     *extract_mesh(side.surface.cube, side.surface.spec, side.surface.level),
                 )
             except ValueError as error:
-                # a sample without a surface has no mesh; the other latents are still written
+                # A sample without a surface has no mesh. The meshes of the other latents are still written.
                 print(f"No mesh for seed {seed} ({name}): {error}")
 
 
-# Contact sheets of one generator: images beside real ones, and shapes from both sides with their seeds.
+# Contact sheets of one generator: generated images beside real images, and shapes from both sides with their
+# seeds.
 
 
 COLUMNS = 8  # cells per row
-THUMB = 112  # least pixels per edge of an image in the sheet
+THUMB = 112  # least pixels per edge of an image in a sheet
 
 
 def image_sheet(
@@ -459,25 +547,36 @@ def image_sheet(
     psi: float,
     samples: int = USUAL.samples,
 ) -> np.ndarray:
-    """Return generated images beside as many images of the data: uint8 [H, B, 3].
+    """Return an image with generated images on the left and as many images of the data on the right.
 
-    The images at the same place of both halves share one camera. The first seed selects those of the data.
+    Images at the same position of both halves have the same camera. The first seed also selects the images of
+    the data.
+
+    Args:
+        dataset: images of the data with their cameras.
+        seeds: seeds of the generated images.
+        psi: truncation.
+        samples: samples per ray in each pass.
+
+    Returns: uint8 [H, B, 3].
     """
-    # without replacement: no image of the data is shown twice
-    chosen = np.random.RandomState(seeds[0]).permutation(len(dataset))[: len(seeds)]
+    # A permutation, so that no image of the data is shown twice.
+    image_indices = np.random.RandomState(seeds[0]).permutation(len(dataset))[: len(seeds)]
     # grey images [N, 1, H, W] -> [N, 3, H, W], 0..1
-    real = (
-        torch.stack([torch.from_numpy(dataset[int(i)][0]) for i in chosen]).float().expand(-1, 3, -1, -1)
+    real_images = (
+        torch.stack([torch.from_numpy(dataset[int(image_index)][0]) for image_index in image_indices])
+        .float()
+        .expand(-1, 3, -1, -1)
         / 255
     )
-    labels = torch.from_numpy(dataset.get_labels()[chosen]).to(device_of(generator))
-    fake = []
+    labels = torch.from_numpy(dataset.get_labels()[image_indices]).to(device_of(generator))
+    generated_images = []  # [3, R, R] each, 0..1
     with torch.no_grad():
         for seed, label in zip(tqdm(seeds, desc="images", unit="image"), labels.split(1), strict=True):
-            z = latents([seed], generator.z_dim).to(label.device)
+            z = latents([seed], generator.z_dim).to(label.device)  # [1, Z]
             field = generator.field(generator.mapping(z, label, truncation_psi=psi))
             # from -1..1 to 0..1; on the CPU, so that the device never holds all images
-            fake.append(
+            generated_images.append(
                 render_each(field, [label], RenderOptions(samples=samples), seed)[0].image[0].float().cpu()
                 / 2
                 + 0.5
@@ -485,16 +584,16 @@ def image_sheet(
     blocks = [
         sheet(title, _rows([to_uint8(image.movedim(0, -1)) for image in _enlarged(images)]))
         for title, images in (
-            (f"{len(seeds)} generated, psi {psi:g}", torch.stack(fake)),
-            (f"{len(real)} of the data", real),
+            (f"{len(seeds)} generated, psi {psi:g}", torch.stack(generated_images)),
+            (f"{len(real_images)} of the data", real_images),
         )
     ]
     return np.concatenate(blocks, axis=1)
 
 
 def _enlarged(images: torch.Tensor) -> torch.Tensor:
-    """Enlarge images [N, 3, R, R] by the least whole factor that makes their edge at least THUMB pixels."""
-    # -(-a // b) is a / b rounded up; images that are large enough keep their pixels
+    """Enlarge images [N, 3, R, R] by the least integer factor that makes their edge at least THUMB pixels."""
+    # -(-a // b) is a / b rounded up. Images that are large enough are not changed.
     factor = max(1, -(-THUMB // images.shape[-1]))
     return (
         torch.nn.functional.interpolate(images, scale_factor=factor, mode="bicubic") if factor > 1 else images
@@ -502,25 +601,27 @@ def _enlarged(images: torch.Tensor) -> torch.Tensor:
 
 
 def shape_sheet(
-    generator: Generator, seeds: Sequence[int], psi: float, o: ImageOptions = USUAL
+    generator: Generator, seeds: Sequence[int], psi: float, options: ImageOptions = USUAL
 ) -> np.ndarray:
-    """Return a sheet of the shapes of seeds, each front above its back: uint8 [H, B, 3]."""
+    """Return an image of the shapes of seeds, each with its back below its front: uint8 [H, B, 3]."""
     front: list[np.ndarray] = []
     back: list[np.ndarray] = []
     for seed in tqdm(seeds, desc="shapes", unit="shape"):
         with torch.no_grad():
-            surface = LevelSet.of(generator.field(ws_of_seeds(generator, [seed], psi)), o.resolution)
-        for place, views in (((YAW, PITCH), front), (BACK_VIEW, back)):
-            views.append(_clay(look(surface, camera(generator, *place), o.thumb * SUPERSAMPLE)))
+            surface = LevelSet.of(generator.field(ws_of_seeds(generator, [seed], psi)), options.resolution)
+        for yaw_and_pitch, views in (((YAW, PITCH), front), (BACK_VIEW, back)):
+            views.append(_clay(look(surface, camera(generator, *yaw_and_pitch), options.thumb * SUPERSAMPLE)))
+    # Each row of fronts is followed by a row of the same shapes' backs.
     rows = []
     for start in range(0, len(seeds), COLUMNS):
-        part = slice(start, start + COLUMNS)
+        row_slice = slice(start, start + COLUMNS)
         rows += [
-            Row(cells=front[part], parted=start > 0),
-            Row(cells=back[part], captions=[f"seed {seed}" for seed in seeds[part]]),
+            Row(cells=front[row_slice], parted=start > 0),
+            Row(cells=back[row_slice], captions=[f"seed {seed}" for seed in seeds[row_slice]]),
         ]
     return sheet("", rows, note=f"{len(seeds)} shapes from the front and from the back, psi {psi:g}.")
 
 
 def _rows(cells: Sequence[np.ndarray]) -> list[Row]:
+    """Divide cells into rows of COLUMNS cells."""
     return [Row(cells=cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)]

@@ -1,6 +1,8 @@
-"""Evaluate a reward run at its end: compare the networks before and after tuning, and write table and images.
+"""Evaluate a run of train.py with a reward at its end.
 
-Letters: N latents.
+The networks before and after tuning are compared on held-out latents. The results are printed as a table and
+written to summary.json; images and meshes of some latents are written as well.
+Shapes: N latents.
 """
 
 import json
@@ -27,7 +29,7 @@ from eg3d_rlhf.evaluation.heldout_evaluators import (
     shapes,
 )
 from eg3d_rlhf.evaluation.paired import span
-from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, chosen, surface_change, write_pictures
+from eg3d_rlhf.evaluation.run_images import CHANGED, CHOSEN, choose_latents, surface_change, write_pictures
 from eg3d_rlhf.experiments import version_0_1
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import Generator, LoadedGenerator, load_generator, of
@@ -39,28 +41,33 @@ from training import networks, storage
 from training.networks import state_hash
 from training.progress import tqdm
 
-MOST_PROCESSES = 4  # of evaluation; each holds both networks in memory
+MOST_PROCESSES = 4  # largest number of worker processes; each of them holds both networks in memory
 
 
 @dataclass
 class Evaluation:
     """Inputs of the final evaluation, which exist before the run begins."""
 
-    settings: dict  # as the run's folder records them
-    before: Generator  # frozen, before tuning
+    settings: dict  # settings of the run, as its folder records them
+    before: Generator  # frozen generator before tuning
     reward: Reward
     monitor: Monitor | None = None
     early_stop: EarlyStop | None = None  # selects the snapshot to evaluate; None: the last networks
 
 
-def reward_shift(c: Comparison) -> dict:
-    """Compute rewards of held-out latents before and after tuning, and their paired differences."""
-    # in the reward's own scale, which has no unit
-    before, tuned = (c.scores(generator, c.seeds()).numpy() for generator in (c.before, c.after))  # [N]
-    delta = tuned - before
+def reward_shift(comparison: Comparison) -> dict:
+    """Compute the rewards of held-out latents before and after tuning, and their paired differences.
+
+    Values are in the reward's own scale, which has no unit.
+    """
+    scores_before, scores_after = (
+        comparison.scores(generator, comparison.seeds()).numpy()
+        for generator in (comparison.before, comparison.after)
+    )  # [N]
+    delta = scores_after - scores_before  # paired changes, [N]
     return {
-        "reward_before": {"mean": float(before.mean()), "std": float(before.std())},
-        "reward_after": {"mean": float(tuned.mean()), "std": float(tuned.std())},
+        "reward_before": {"mean": float(scores_before.mean()), "std": float(scores_before.std())},
+        "reward_after": {"mean": float(scores_after.mean()), "std": float(scores_after.std())},
         "reward_delta_positive": int((delta > 0).sum()),  # number of latents whose reward rose
         "reward_delta_n": len(delta),
         "tuned_delta_mean": float(delta.mean()),
@@ -68,197 +75,236 @@ def reward_shift(c: Comparison) -> dict:
     }
 
 
-def control_figures(settings: dict, delta: float) -> dict:
-    """Return the mean reward delta of the lambda_r = 0 control run, and its source.
+def control_delta(settings: dict, delta: float) -> dict:
+    """Return the mean change of the reward in the control run (lambda_r = 0), and the source of this value.
 
-    The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record.
-    Where the control's settings differ from this run's, the delta is None and the source names the remedy.
+    The control is this run itself if its lambda_r is 0, else the run of --control, else the bundled record of
+    a control of the demo. If the control's settings differ from those of this run, "control_delta_mean" is
+    None and "control_source" explains how to make a control.
+
+    Args:
+        settings: settings of this run.
+        delta: mean change of the reward in this run.
     """
     if settings["lambda_r"] == 0:
         return {"control_delta_mean": delta, "control_source": "this run"}
     path = bundled.CONTROL if settings["control"] is None else Path(settings["control"])
     path = path / "summary.json" if path.is_dir() else path
     record = version_0_1.summary(json.loads(path.read_text()))
-    # a run's folder holds its options in a file; the bundled record holds its settings itself
-    options = path.parent / "training_options.json"
-    known = record.get("settings") or version_0_1.options(json.loads(options.read_text()))
-    differ = control_differs(
+    # The folder of a run holds its settings in another file; the bundled record includes its settings.
+    options_path = path.parent / "training_options.json"
+    recorded_settings = record.get("settings") or version_0_1.options(json.loads(options_path.read_text()))
+    differences = control_differs(
         settings,
-        {"kimg": record["images"] / 1000, "seed": record["seed"], "lambda_r": record["lambda_r"], **known},
+        {
+            "kimg": record["images"] / 1000,
+            "seed": record["seed"],
+            "lambda_r": record["lambda_r"],
+            **recorded_settings,
+        },
     )
-    if differ:
+    if differences:
         remedy = "Run the same command with --lambda-r=0, and pass its folder as --control."
         return {
             "control_delta_mean": None,
-            # four differences are enough for a table cell
-            "control_source": f"{path.name} is of another run: {'; '.join(differ[:4])}. {remedy}",
+            # four differences are enough for a cell of the table
+            "control_source": (
+                f"{path.name} records a run with other settings: {'; '.join(differences[:4])}. {remedy}"
+            ),
         }
     return {
-        # "tuned" in the control's own summary: its network after training without the reward
+        # In the control's own summary, "tuned" is its network after training without the reward.
         "control_delta_mean": record["tuned_delta_mean"],
         "control_source": path.name,
-        # a control of other data than heads of people has no such figures
+        # The summary of a control has "heads" only if the data are synthetic heads.
         **({"control_heads": record["heads"]["after"]} if "heads" in record else {}),
     }
 
 
-def summarise(c: Comparison, e: Evaluation) -> dict:
-    """Compute all figures of a run, as JSON values, except the time that it took."""
-    s = e.settings
-    seeds = c.seeds()
-    record = reward_shift(c)
-    record |= control_figures(s, record["tuned_delta_mean"])
-    if c.synthetic:
-        # the control's figures of heads become a column of the table of heads
-        control = record.pop("control_heads", None)
-        record |= against_ground_truth(c) | blind_pairs(c) | frechet(c)
-        record["heads"] |= {"control": control} if control else {}
-    measures = geometry(c)
-    shape_figures = shapes(c) if c.synthetic else {"geometry": []}
-    record |= once(c, CHANGE, lambda: surface_change(c, EVALUATION.take(CHANGED)))
+def summarise(comparison: Comparison, evaluation: Evaluation) -> dict:
+    """Compute all metrics of a run as JSON values, except the time that the run took."""
+    settings = evaluation.settings
+    seeds = comparison.seeds()  # N held-out latents
+    record = reward_shift(comparison)
+    record |= control_delta(settings, record["tuned_delta_mean"])
+    if comparison.synthetic:
+        # The control's metrics of heads become a column of the table of heads.
+        control_heads = record.pop("control_heads", None)
+        record |= against_ground_truth(comparison) | blind_pairs(comparison) | frechet(comparison)
+        record["heads"] |= {"control": control_heads} if control_heads else {}
+    view_metrics = geometry(comparison)
+    shape_metrics = shapes(comparison) if comparison.synthetic else {"geometry": []}
+    record |= once(comparison, CHANGE, lambda: surface_change(comparison, EVALUATION.take(CHANGED)))
     record |= {
-        **measures,
-        **shape_figures,
-        "geometry": measures["geometry"] + shape_figures["geometry"],
+        **view_metrics,
+        **shape_metrics,
+        "geometry": view_metrics["geometry"] + shape_metrics["geometry"],
         "reward_test_accuracy": None,  # stays None for a reward that does not state it
     }
-    # simulated labels record the annotator's noise-free order, against which accuracy is measured if possible
-    clean = e.reward.provenance.get("test_accuracy_clean")
-    if (accuracy := clean or e.reward.provenance.get("test_accuracy")) is not None:
+    # Simulated labels also record the annotator's noise-free order. The accuracy against this order is
+    # preferred, since it does not contain the noise of the labels.
+    clean_accuracy = evaluation.reward.provenance.get("test_accuracy_clean")
+    if (accuracy := clean_accuracy or evaluation.reward.provenance.get("test_accuracy")) is not None:
         record |= {
             "reward_test_accuracy": accuracy["accuracy"],
             "reward_test_accuracy_ci95": accuracy["interval_95"],
             "reward_test_n": accuracy["n"],
-            "reward_test_against": "noise-free order" if clean else "labels",
+            "reward_test_against": "noise-free order" if clean_accuracy else "labels",
         }
     return record | {
-        "over_optimisation": e.monitor.alarms if e.monitor is not None else [],
-        "seed": s["seed"],
-        "device": str(c.device),
+        "over_optimisation": evaluation.monitor.alarms if evaluation.monitor is not None else [],
+        "seed": settings["seed"],
+        "device": str(comparison.device),
         "versions": versions(),
-        "lambda_r": s["lambda_r"],
-        "lambda_sigma": s["lambda_sigma"],
-        # first and last latents, not training seeds
+        "lambda_r": settings["lambda_r"],
+        "lambda_sigma": settings["lambda_sigma"],
+        # first and last seed of the latents; these are not training seeds
         "seeds": {
             "reward": [seeds[0], seeds[-1]],
             "evaluation": [EVALUATION.all[0], EVALUATION.all[-1]],
-            "psi": c.psi,
+            "psi": comparison.psi,
         },
     }
 
 
-# The measurements run on as many processes as this one has threads, since a small network keeps only one core
-# busy.
+# The measurements run in as many processes as this process has threads, since a small network uses only one
+# core.
 
 CHANGE = "change of the surface"
 IMAGES = "images of the run"
 
 
-def once(c: Comparison, task: str, make: Callable[[], Any]) -> Any:
-    """Return the result of a task from the comparison's memory; compute it first where it is missing."""
-    if task not in c.memory:
-        c.memory[task] = make()
-    return c.memory[task]
+def once(comparison: Comparison, task: str, compute: Callable[[], Any]) -> Any:
+    """Return the result of a task from the comparison's memory. If it is missing, compute and store it."""
+    if task not in comparison.memory:
+        comparison.memory[task] = compute()
+    return comparison.memory[task]
 
 
-def work(c: Comparison, folder: Path, processes: int) -> None:
-    """Run the slow tasks in worker processes; results go to `c.memory` and to the run's folder.
+def work(comparison: Comparison, folder: Path, processes: int) -> None:
+    """Run the slow tasks in worker processes.
 
-    Every number is the same in one process and in several: a task measures one network, and what combines
-    two networks is computed in this process.
+    Results are stored in `comparison.memory`, and images in `folder`. Every number is the same with one
+    process and with several, since each task measures one network, and statistics of two networks are
+    computed in this process.
     """
-    parts = {f"{part}, {role}": (part, role) for part, role in heldout_evaluators.parts_of(c)}
-    tasks = [IMAGES, *parts, CHANGE]
+    part_of_task = {
+        f"{part}, {role}": (part, role) for part, role in heldout_evaluators.list_parts(comparison)
+    }
+    tasks = [IMAGES, *part_of_task, CHANGE]
     with (
         tempfile.TemporaryDirectory() as temporary,
         tqdm(total=len(tasks), desc="before and after", unit="part") as bar,
     ):
         paths = {role: Path(temporary) / f"{role}.safetensors" for role in heldout_evaluators.ROLES}
-        for role, generator in c.generators().items():
-            # workers load the networks from files; EMA weights alone are evaluated
+        for role, generator in comparison.generators().items():
+            # Workers load the networks from files. Only the weights of G_ema are evaluated, so G and D are
+            # not written.
             networks.save(
                 paths[role], replace(generator.nets, G=None, D=None, G_ema=generator.G), only_ema=True
             )
-        names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
-        sampling = {name: getattr(c, name) for name in names}
-        # the selection of latents needs the reward, which the workers do not have
-        sampling["memory"] = {CHOSEN: chosen(c)}
+        field_names = ("data", "mirror", "psi", "n", "seed", "batch", "inception", "run")
+        sampling = {name: getattr(comparison, name) for name in field_names}
+        # The latents of the images are selected here, since this needs the reward, which workers do not load.
+        sampling["memory"] = {CHOSEN: choose_latents(comparison)}
 
-        def done(task: str, result: Any) -> None:
-            # the keys under which `heldout_evaluators.seen` and `once` look
-            c.memory[("evaluators", *parts[task]) if task in parts else task] = result
+        def store_result(task: str, result: Any) -> None:
+            # These are the keys that `heldout_evaluators.measure_part` and `once` read.
+            comparison.memory[("evaluators", *part_of_task[task]) if task in part_of_task else task] = result
             bar.update()
 
-        # what a task waits for is measured on the network before tuning
-        first = {part: task for task, (part, role) in parts.items() if role == "before"}
+        # All tasks that others wait for measure the network before tuning.
+        task_before = {part: task for task, (part, role) in part_of_task.items() if role == "before"}
         needs = {
-            task: [first[heldout_evaluators.NEEDS[part]]] if part in heldout_evaluators.NEEDS else []
-            for task, (part, _) in parts.items()
+            task: [task_before[heldout_evaluators.NEEDS[part]]] if part in heldout_evaluators.NEEDS else []
+            for task, (part, _) in part_of_task.items()
         }
-        if "post-processing" in first:
-            # the images show the result of the strongest method, which that part selects
-            needs[IMAGES] = [first["post-processing"]]
+        if "post-processing" in task_before:
+            # The images show the result of the strongest post-processing, which this part selects.
+            needs[IMAGES] = [task_before["post-processing"]]
         run_tasks(
             {task: needs.get(task, []) for task in tasks},
             _worker,
             (paths, sampling, folder),
             processes,
             Path(temporary),
-            done,
+            store_result,
         )
 
 
 def _worker(paths: dict[str, Path], sampling: dict, folder: Path) -> Callable[[str], Any]:
-    """Set up a worker process; return the function that computes a task there."""
-    torch.set_num_threads(1)  # one process per core; more threads would compete
+    """Prepare a worker process, and return the function that computes a task in it.
+
+    Args:
+        paths: network file of each role.
+        sampling: fields of the comparison, except the networks and the reward.
+        folder: folder for the images.
+    """
+    torch.set_num_threads(1)  # there is one process per core; more threads would compete
     load_plugins()  # the networks' family may come from a plugin
-    before, after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
-    # no task here scores by the reward, so it is not sent to the workers
-    c = Comparison(before=before, after=after, reward=cast(Reward, None), **sampling)
-    others = {
-        CHANGE: lambda: surface_change(c, EVALUATION.take(CHANGED)),
-        IMAGES: lambda: write_pictures(c, folder),
+    generator_before, generator_after = (load_generator(paths[role]) for role in heldout_evaluators.ROLES)
+    # No task of a worker scores by the reward, so the reward is not sent to the workers.
+    comparison = Comparison(
+        before=generator_before, after=generator_after, reward=cast(Reward, None), **sampling
+    )
+    other_tasks = {
+        CHANGE: lambda: surface_change(comparison, EVALUATION.take(CHANGED)),
+        IMAGES: lambda: write_pictures(comparison, folder),
     }
-    return lambda task: others[task]() if task in others else heldout_evaluators.seen(c, *task.split(", "))
+    # The other names are "PART, ROLE", the arguments of `measure_part`.
+    return lambda task: (
+        other_tasks[task]()
+        if task in other_tasks
+        else heldout_evaluators.measure_part(comparison, *task.split(", "))
+    )
 
 
-def finish(e: Evaluation, loop, started: float) -> dict:
-    """Evaluate the finished loop; write summary.json, images and meshes into its folder; print the table."""
+def finish(evaluation: Evaluation, loop, start_time: float) -> dict:
+    """Evaluate a finished training loop, and return the content of summary.json.
+
+    Writes summary.json, images and meshes into the run's folder, and prints the table.
+
+    Args:
+        evaluation: inputs that were collected before the run.
+        loop: the finished training loop.
+        start_time: time.time() at the start of the run.
+    """
     print(
         "Comparing before and after on held-out latents, and rendering them (about a minute on 2 cores).",
         flush=True,
     )
     folder = loop.files.folder
     nets = loop.subject.nets
-    early = e.early_stop
-    # the early stop may have kept an earlier snapshot than the last networks
-    nets = nets if early is None else early.networks(nets)
-    before, after = (
-        LoadedGenerator(g, state_hash(g.module), folder, nets) for g in (e.before, of(nets.G_ema))
+    early_stop = evaluation.early_stop
+    # An early stop selects a snapshot, which may be older than the last networks.
+    nets = nets if early_stop is None else early_stop.networks(nets)
+    generator_before, generator_after = (
+        LoadedGenerator(generator, state_hash(generator.module), folder, nets)
+        for generator in (evaluation.before, of(nets.G_ema))
     )
-    c = Comparison(
-        before=before,
-        after=after,
-        reward=e.reward,
+    comparison = Comparison(
+        before=generator_before,
+        after=generator_after,
+        reward=evaluation.reward,
         run=folder,
-        data=e.settings["data"],
-        mirror=e.settings["mirror"],
+        data=evaluation.settings["data"],
+        mirror=evaluation.settings["mirror"],
         device=next(nets.G_ema.parameters()).device,
     )
-    # on a GPU, or with one thread, `once` and `seen` compute everything in this process
-    if c.device.type == "cpu" and torch.get_num_threads() > 1:
-        work(c, folder, min(torch.get_num_threads(), MOST_PROCESSES))
+    # On a GPU, or with one thread, `once` and `measure_part` compute everything in this process.
+    if comparison.device.type == "cpu" and torch.get_num_threads() > 1:
+        work(comparison, folder, min(torch.get_num_threads(), MOST_PROCESSES))
     record = {
-        **summarise(c, e),
+        **summarise(comparison, evaluation),
         "images": loop.cur_nimg,
-        "early_stop": None if early is None else early.record(),
+        "early_stop": None if early_stop is None else early_stop.record(),
     }
-    # the run and its evaluation, without the images if one process renders them
-    record["seconds"] = time.time() - started
-    # written before the images, which are rendered only now if there was one process: an error there costs
-    # no figures
+    # The time covers the run and its evaluation. If there is one process, the images are rendered below, so
+    # their time is not included.
+    record["seconds"] = time.time() - start_time
+    # summary.json is written first: an error while rendering the images must not lose the metrics.
     storage.write_atomic(folder / "summary.json", json.dumps(record, indent=2, sort_keys=True).encode())
-    written = once(c, IMAGES, lambda: write_pictures(c, folder))
+    written = once(comparison, IMAGES, lambda: write_pictures(comparison, folder))
     if table := table_of_heads(record):
         print("\n".join(["", aligned(table), *notes(record)]))
     print(f"\n{aligned([('what', 'figure', 'goal'), *rows(record)])}")
@@ -267,44 +313,52 @@ def finish(e: Evaluation, loop, started: float) -> dict:
 
 
 def rows(record: dict) -> list[tuple[str, str, str]]:
-    """Format the printed table as lines of (what, figure, goal)."""
-    spreads = [
+    """Format the rows of the printed table: (name of the metric, its value, the demo's goal).
+
+    Args: record: the content of summary.json.
+    """
+    reward_texts = [
         f"{reward['mean']:.3f} ± {reward['std']:.3f}"
         for reward in (record["reward_before"], record["reward_after"])
     ]
-    positive = (
+    positive_text = (
         f"{record['reward_delta_positive']}/{record['reward_delta_n']}, mean"
         f" {record['tuned_delta_mean']:+.3f}"
     )
-    out = [
-        ("reward before / after (mean ± std)", " -> ".join(spreads), ""),
-        ("positive reward deltas", positive, ""),
+    table_rows = [
+        ("reward before / after (mean ± std)", " -> ".join(reward_texts), ""),
+        ("positive reward deltas", positive_text, ""),
     ]
     if record.get("control_delta_mean") is not None:
-        # the guard is for a run whose mean delta is exactly zero
-        share = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
+        # 1e-12 avoids a division by zero for a run whose mean change is exactly zero.
+        relative_delta = abs(record["control_delta_mean"]) / max(abs(record["tuned_delta_mean"]), 1e-12)
         text = (
-            f"{record['control_delta_mean']:+.3f} ({share:.1%} of the tuned shift;"
+            f"{record['control_delta_mean']:+.3f} ({relative_delta:.1%} of the tuned shift;"
             f" {record['control_source']})"
         )
-        out.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
+        table_rows.append(("mean delta of the lambda_r = 0 control", text, "<= 10 %"))
     elif record.get("control_source"):
-        # there is a control, but its settings differ: the source says how, and what to do
-        out.append(("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %"))
+        # There is a control, but its settings differ. Its source explains how, and what to do.
+        table_rows.append(
+            ("mean delta of the lambda_r = 0 control", f"none: {record['control_source']}", "<= 10 %")
+        )
+    # A row is printed only if the run has its metric.
     if "win_rate" in record:
-        # synthetic data alone have a simulated annotator
+        # Only synthetic data have a simulated annotator.
         low, high = record["win_rate_ci95"]
         text = f"{record['win_rate']:.1%} of {record['win_rate_n']} [{low:.1%}, {high:.1%}]"
-        out.append(("simulated annotator without noise prefers the tuned shape (95 % interval)", text, ""))
+        table_rows.append(
+            ("simulated annotator without noise prefers the tuned shape (95 % interval)", text, "")
+        )
         text = (
             f"{record['frechet_before']:.3f} -> {record['frechet_after']:.3f} (x{record['frechet_ratio']:.3f}"
         )
         text += f", {record['frechet_outcome']})" if "frechet_outcome" in record else ")"
-        out.append(("Fréchet distance of images before -> after *", text, "<= x1.03"))
+        table_rows.append(("Fréchet distance of images before -> after *", text, "<= x1.03"))
     for row in record["geometry"]:
         change = span(row["paired"]["mean"], row["paired"]["mean_lo"], row["paired"]["mean_hi"], "+.2g")
         upwards = ", higher is better" if row["higher_is_better"] else ""
-        out.append(
+        table_rows.append(
             (
                 f"{row['name']}{upwards} *",
                 f"{row['before']:.4g} -> {row['after']:.4g} ({row['outcome']}: {change})",
@@ -312,36 +366,40 @@ def rows(record: dict) -> list[tuple[str, str, str]]:
             )
         )
     if "shapes_missing" in record:
-        out.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
-    # n counts the latents whose shapes have a surface in both networks
-    if (moved := record.get("surface_change_voxels")) and moved["n"]:
+        table_rows.append(("shape Fréchet", f"not measured: {record['shapes_missing']}", ""))
+    # "n" is the number of latents whose shapes have a surface in both networks.
+    if (surface_change := record.get("surface_change_voxels")) and surface_change["n"]:
         text = (
-            f"{moved['median']:.2f} voxels of 64^3 [{moved['quartiles'][0]:.2f}, {moved['quartiles'][1]:.2f}]"
-            f" of {moved['n']} latents"
+            f"{surface_change['median']:.2f} voxels of 64^3 [{surface_change['quartiles'][0]:.2f},"
+            f" {surface_change['quartiles'][1]:.2f}]"
+            f" of {surface_change['n']} latents"
         )
-        out.append(("median change of the surface in the head (quartiles)", text, ""))
+        table_rows.append(("median change of the surface in the head (quartiles)", text, ""))
     if record.get("reward_test_accuracy") is not None:
         low, high = record["reward_test_accuracy_ci95"]
         text = f"{record['reward_test_accuracy']:.3f} [{low:.3f}, {high:.3f}] of {record['reward_test_n']}"
-        out.append((f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85"))
-    # an alarm lists the held-out metrics that fell while the tuned reward rose
-    fallen = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
-    out.append(
+        table_rows.append(
+            (f"reward's test accuracy against the {record['reward_test_against']}", text, ">= 0.85")
+        )
+    # An alarm lists the held-out metrics that fell while the tuned reward rose.
+    fallen_metrics = sorted({name for alarm in record["over_optimisation"] for name in alarm["fallen"]})
+    table_rows.append(
         (
             "over-optimisation monitor",
-            f"ALARM: {', '.join(fallen)} fell while the reward rose" if fallen else "quiet",
+            f"ALARM: {', '.join(fallen_metrics)} fell while the reward rose" if fallen_metrics else "quiet",
             "quiet",
         )
     )
-    if (kept := record.get("early_stop")) is not None:
+    if (early_stop := record.get("early_stop")) is not None:
         text = (
-            f"after {kept['images']} of {kept['of']} images: held-out reward {kept['heldout']:+.3f}, distance"
-            f" {kept['distance']:.3f}"
+            f"after {early_stop['images']} of {early_stop['of']} images: held-out reward"
+            f" {early_stop['heldout']:+.3f}, distance"
+            f" {early_stop['distance']:.3f}"
         )
-        out.append(("early stop kept the snapshot", text, ""))
-    # the goals in the last column are those of the demo
-    out.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 420 s"))
-    return out
+        table_rows.append(("early stop kept the snapshot", text, ""))
+    # 420 s is the time limit of the demo.
+    table_rows.append(("time", f"{record['seconds']:.0f} s on {record['device']}", "<= 420 s"))
+    return table_rows
 
 
 COLUMNS = {
@@ -350,8 +408,8 @@ COLUMNS = {
     "control": "control",
     "post_processing": "best post-processing",
 }
-# figures of heads of people: (words, format, value of the ground-truth head); a star marks a measure that
-# neither the simulated annotator nor the reward nor the early stop uses
+# Metrics of synthetic heads: (text of the table, format, value of a ground-truth head or None). A star marks
+# a metric that neither the simulated annotator nor the reward nor the early stop uses.
 MEASURES = {
     "error_defective": ("back-of-head volume error, defective heads", ".3f", 0.0),
     "error_intact": ("back-of-head volume error, intact heads", ".3f", 0.0),
@@ -380,39 +438,42 @@ MEASURES = {
 
 
 def table_of_heads(record: dict) -> list[tuple[str, ...]]:
-    """Format the table of heads of people; [] where the run had none.
+    """Format the table of the metrics of synthetic heads. It is empty if the run had other data.
 
-    A line holds (what, before, after, control, best post-processing, ground truth).
+    The columns are: name of the metric, before, after, control, best post-processing, ground truth.
     """
     if "heads" not in record:
         return []
-    # a run without a control has one column less
-    columns = {column: words for column, words in COLUMNS.items() if column in record["heads"]}
-    lines: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
-    for key, (words, form, target) in MEASURES.items():
+    # A run without a control has one column less.
+    columns = {column: text for column, text in COLUMNS.items() if column in record["heads"]}
+    table_rows: list[tuple[str, ...]] = [("what", *columns.values(), "ground truth")]
+    for key, (text, number_format, target) in MEASURES.items():
         values = [*(record["heads"][column].get(key) for column in columns), target]
-        lines.append((words, *("" if value is None else f"{value:{form}}" for value in values)))
-    return lines
+        table_rows.append((text, *("" if value is None else f"{value:{number_format}}" for value in values)))
+    return table_rows
 
 
 def notes(record: dict) -> list[str]:
-    """Return the notes below the table of heads: sample, post-processing methods, meaning of the star."""
+    """Return the notes below the table of heads: the sample, the post-processing methods, and the star.
+
+    The list is empty if the run had other data than synthetic heads.
+    """
     if "heads" not in record:
         return []
     strongest = record["heads"]["strongest_post_processing"]
-    # None where no head was defective, or none intact
-    spent = [strongest["error_reduction"], strongest["intact_degraded"]]
-    reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in spent)
-    chosen = record["post_processing_methods"]["post_processing"]
-    any_method = record["post_processing_methods"]["strongest_post_processing"]
+    # A ratio is None if no head was defective, or if no head was intact.
+    ratios = [strongest["error_reduction"], strongest["intact_degraded"]]
+    reduction, degraded = ("none" if value is None else f"{value:.0%}" for value in ratios)
+    chosen_method = record["post_processing_methods"]["post_processing"]
+    strongest_method = record["post_processing_methods"]["strongest_post_processing"]
     return [
         (
             f"{record['heads_n']} held-out latents at psi 1, {record['defective_n']} of them defective before"
             " tuning. We damaged the backs of the training scans deliberately, to imitate real scans."
         ),
         (
-            f"Best label-free post-processing that leaves intact heads alone: {chosen}, chosen on"
-            f" {record['post_processing_chosen_on']} other latents. The strongest of all, {any_method},"
+            f"Best label-free post-processing that leaves intact heads alone: {chosen_method}, chosen on"
+            f" {record['post_processing_chosen_on']} other latents. The strongest of all, {strongest_method},"
             f" reduces the error by {reduction} and degrades {degraded} of the intact heads."
         ),
         "*: not used by the simulated annotator, the reward or the early stop.",

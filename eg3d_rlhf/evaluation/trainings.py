@@ -1,10 +1,11 @@
-"""Run jobs of the project as cached, resumable subprocesses.
+"""Run scripts of the project as cached, resumable subprocesses.
 
 A part is a script of this project with its flags. Its folder is an artefact of a store
-(experiments/store.py): the inputs are the command and the hashes of the files that it reads, and the record
-is its cost in seconds and memory. The folder also holds a log and what the script writes. A folder that was
-made by another command or from other files is emptied first, so trainings that must be kept side by side need
-`Part.keyed`. Folders of version 0.1, whose record is part.json, are recognised as well.
+(experiments/store.py): the inputs are the command and the hashes of the files that the script reads, and the
+record is its cost in seconds and memory. The folder also holds a log and the files that the script writes. A
+folder that was made by another command or from other files is emptied before the script runs. Several
+trainings with different flags therefore need different folders, which `Part.keyed` gives them. Folders of
+version 0.1, whose record is part.json, are recognised as well.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from training.progress import tqdm
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = "train.py"
 TRAIN_REWARD = "tools/train_reward.py"
-DOOR = "eg3d_rlhf"  # the package as a script: its first arguments name a job
+DOOR = "eg3d_rlhf"  # the package as a script, whose first arguments name a job
 _JOBS = {TRAIN: ["train"], TRAIN_REWARD: ["reward", "train"]}  # the job that each script runs
 EARLIER = "part.json"  # the record that version 0.1 wrote
 LOG = "log.txt"
@@ -46,33 +47,41 @@ LOG = "log.txt"
 class Part:
     """A script of this project with its flags, and the folder that holds its results.
 
-    If the script is train.py, its result is the newest run in the folder; the `needed` file in that run
-    exists only if the run has finished.
+    If the script is train.py, its result is the newest run in the folder.
     """
 
-    name: str  # for messages
+    name: str  # name of the part in messages
     folder: Path
-    script: str  # relative to the repository
+    script: str  # path of the script, relative to the repository
     flags: tuple[str, ...]
-    needed: str = ""  # file that a finished run of train.py has; '': the snapshot at the run's full length
+    # name of a file that exists in a run of train.py only if the run has finished; '': the run has finished
+    # if it has a snapshot at its full length
+    needed: str = ""
 
     @classmethod
     def keyed(cls, name: str, parent: Path, flags: Sequence[str], needed: str = "") -> "Part":
-        """Make a training whose folder is parent/name-<eight hex digits>, a hash of its flags and files."""
-        # the hash uses the flags' names of version 0.1, so that folders from then keep their names
+        """Return a run of train.py with a folder that is named after the hash of its flags and files.
+
+        Args:
+            name: name of the part, with which the folder's name begins.
+            parent: folder in which the part's folder lies.
+            flags: flags of train.py.
+            needed: see the field `needed`.
+        """
+        # The hash is computed from the flags' names of version 0.1, so that its folders are found.
         part = cls(name, parent, TRAIN, tuple(flags), needed)
         digits = json_hash([version_0_1.words(TRAIN, part.flags), part.inputs()["inputs"]])[:8]
         return cls(name, parent / f"{name}-{digits}", TRAIN, part.flags, needed)
 
     def command(self) -> list[str]:
-        """Return the script and its flags; train.py gets the folder as --outdir."""
+        """Return the script and its flags; train.py gets the part's folder as --outdir."""
         return [self.script, *self.flags, *([f"--outdir={self.folder}"] if self.script == TRAIN else [])]
 
     def files(self) -> dict[str, str]:
         """Return the hashes of the files that the script reads, by flag or name.
 
-        These are the bundled files and every file that a flag names. An earlier part may have made it, so the
-        hashes are computed when they are needed.
+        These are the bundled files and every file that a flag names. The hashes are computed at every call,
+        since an earlier part may write a file that a flag names.
         """
         paths = {
             path.name: path for path in (bundled.GENERATOR, bundled.REWARD, bundled.WATCH, BUNDLED_LABELS)
@@ -82,11 +91,15 @@ class Part:
             for name, _, value in (flag.partition("=") for flag in self.flags)
             if value and name not in ("--data", "--out", "--run-dir")
         }
-        # the time of modification is part of the cache's key: a file that was rewritten is hashed again
+        # The time of modification is a part of the cache's key, so that a file that has changed is hashed
+        # again.
         return {name: _hash(path, path.stat().st_mtime_ns) for name, path in paths.items() if path.is_file()}
 
     def inputs(self) -> dict:
-        """Return all that the folder's content depends on, in the words of version 0.1."""
+        """Return the command and the hashes of its files, which the folder's content depends on.
+
+        Flags and files have their names of version 0.1, so that its folders are recognised.
+        """
         script, *flags = self.command()
         return {
             "command": [script, *version_0_1.words(script, flags)],
@@ -95,21 +108,27 @@ class Part:
 
     @property
     def store(self) -> Store:
-        """Return the store of the folder's parent, after it has taken over a record of version 0.1."""
-        earlier = self.folder / EARLIER
+        """Return the store that the part's folder belongs to.
+
+        If the folder has only a record of version 0.1, a record of this version is written first.
+        """
+        earlier = self.folder / EARLIER  # record of version 0.1
         if earlier.is_file() and not (self.folder / INPUTS).is_file():
-            known = json.loads(earlier.read_text())
-            inputs = {name: known.get(name) for name in ("command", "inputs")}
-            # a record without seconds belongs to a part that was interrupted
-            if "seconds" in known and (self.script != TRAIN or self.complete()):
-                cost = {name: known.get(name, 0.0) for name in ("seconds", "megabytes")}
+            recorded_values = json.loads(earlier.read_text())
+            inputs = {name: recorded_values.get(name) for name in ("command", "inputs")}
+            # A record without seconds belongs to a part that was interrupted.
+            if "seconds" in recorded_values and (self.script != TRAIN or self.complete()):
+                cost = {name: recorded_values.get(name, 0.0) for name in ("seconds", "megabytes")}
                 Store.finish(self.folder, inputs, self.products(), cost)
             else:
                 Store.begin(self.folder, inputs)
         return Store(self.folder.parent, hashed=False, renew=True)
 
     def artefact(self) -> Artefact | None:
-        """Return the artefact of this command and these files, with its cost; None if it is unfinished."""
+        """Return the finished artefact of this command and these files, with its cost.
+
+        Return None if the part is not finished.
+        """
         return self.store.find(self.folder.name, self.inputs())
 
     def finished(self) -> bool:
@@ -120,16 +139,19 @@ class Part:
         """List the files of a finished part that other parts read."""
         run = self.run
         if self.script != TRAIN or run is None:
-            # the store's own records and the log are no results
-            kept = (INPUTS, DONE, EARLIER, LOG)
-            return [path for path in self.folder.iterdir() if path.is_file() and path.name not in kept]
+            # The store's own records and the log are not results.
+            record_names = (INPUTS, DONE, EARLIER, LOG)
+            return [
+                path for path in self.folder.iterdir() if path.is_file() and path.name not in record_names
+            ]
+        # A run of train.py has the last snapshot, and the file that its end is recognised by.
         network = self.network()
         return [*([] if network is None else [network]), *([run / self.needed] if self.needed else [])]
 
     @property
     def run(self) -> Path | None:
-        """Return the newest run of train.py in the folder, None if there is none."""
-        # names of runs begin with a number that grows
+        """Return the newest run of train.py in the folder, or None if the folder has no run."""
+        # The names of runs begin with a number that increases.
         return max((path for path in self.folder.glob("[0-9]*-*") if path.is_dir()), default=None)
 
     def complete(self) -> bool:
@@ -144,21 +166,22 @@ class Part:
         )
 
     def network(self) -> Path | None:
-        """Return the newest snapshot of the newest run of train.py; None if the run is not finished."""
+        """Return the last snapshot of the newest run of train.py, or None if the run is not finished."""
         run = self.run
-        if run is None or not (kept := snapshots(run)):
+        if run is None or not (run_snapshots := snapshots(run)):
             return None
-        # compared in whole images, since kimg are floats
+        # Lengths are compared as integer numbers of images, since kimg (thousands of images) are floats. The
+        # newest snapshot comes first.
         length = round(1000 * recorded(run)["kimg"])
-        return next((path for kimg, path in kept[::-1] if round(1000 * kimg) >= length), None)
+        return next((path for kimg, path in run_snapshots[::-1] if round(1000 * kimg) >= length), None)
 
     def state(self) -> str:
-        """Return 'finished', 'begun' if there is a state from which the part can resume, or 'new'."""
+        """Return 'finished' if the part is finished, 'begun' if it can be resumed, else 'new'."""
         return "finished" if self.finished() else "new" if self.continued() == self.command() else "begun"
 
     def continued(self) -> list[str]:
         """Return the command that resumes an interrupted part, or `command()` if nothing can be resumed."""
-        # a state in the folder is used only if it was made by this command from these files
+        # A training state is used only if this command made it from these files.
         if self.store.begun(self.folder.name, self.inputs()):
             if self.script == TRAIN_REWARD and (self.folder / "state.pt").is_file():
                 return [TRAIN_REWARD, f"--resume={self.folder}"]
@@ -169,80 +192,85 @@ class Part:
 
 @functools.lru_cache(maxsize=256)
 def _hash(path: Path, _modified: int) -> str:
-    # every part reads the bundled generator and reward, which are hashed once for all of them
+    """Return the hash of a file. Its time of modification is only used as a part of the cache's key."""
+    # All parts read the bundled generator and reward, which are thus hashed only once.
     return file_hash(path)
 
 
-def _words(command: Sequence[str]) -> list[str]:
-    """Return the arguments that run a script in this Python."""
+def _python_command(command: Sequence[str]) -> list[str]:
+    """Return the arguments of a process that runs a script with this Python interpreter."""
     script = command[0]
-    flags = command[1:]
-    # an installed package has no scripts beside it, so the equal job of the package runs instead
+    arguments = command[1:]
+    # An installed package has no scripts beside it, so the same job of the package is run instead.
     if script in _JOBS and not (REPO / script).is_file():
-        script, flags = DOOR, [*_JOBS[script], *flags]
-    return [sys.executable, str(REPO / script), *flags]
+        script, arguments = DOOR, [*_JOBS[script], *arguments]
+    return [sys.executable, str(REPO / script), *arguments]
 
 
 @dataclass
 class _Children:
-    """The running child processes."""
+    """The child processes that run at the moment."""
 
-    quiet: bool  # True: their output goes to the log; False: to the terminal
-    threads: int | None  # OMP_NUM_THREADS of each; None: inherited
+    quiet: bool  # True: output goes to the part's log; False: output goes to the terminal
+    threads: int | None  # OMP_NUM_THREADS of each process; None: the inherited value
     _running: set[int] = field(default_factory=set)
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def stop(self) -> None:
-        """Send SIGTERM to all children; a training writes a checkpoint before it ends."""
+        """Send SIGTERM to all child processes. A training writes a checkpoint before it ends."""
         with self._lock:
             self._stopped = True
-            for number in self._running:
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    os.kill(number, signal.SIGTERM)
+            for process_id in self._running:
+                with contextlib.suppress(ProcessLookupError):  # the process may have just ended
+                    os.kill(process_id, signal.SIGTERM)
 
     def run(self, part: Part) -> tuple[list[Path], dict[str, float]]:
-        """Run or resume a part; return its products and its cost.
+        """Run or resume a part, and return its products and its cost in seconds and megabytes.
 
-        The peak memory is at least that of this program (0.4 GB), from which the script is forked.
-        Raises: ValueError if it failed or was stopped.
+        The measured peak memory is at least that of this program (0.4 GB), from which the script is forked.
+        Raises: ValueError if the script failed or was stopped.
         """
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})}
-        started = time.time()
-        # the lock covers the start, so that `stop` misses no child; the log is appended to when resuming
+        start_time = time.time()
+        # The lock is held while the process starts, so that `stop` finds every process. "ab" appends to the
+        # log of an interrupted run.
         with (part.folder / LOG).open("ab") as log, self._lock:
             if self._stopped:
-                raise ValueError("was not started, since the work was stopped. Run the same command again.")
+                raise ValueError(
+                    "the script was not started, since another part failed or was interrupted. Run the same"
+                    " command again."
+                )
             output, errors = (log, subprocess.STDOUT) if self.quiet else (None, None)
             process = subprocess.Popen(
-                _words(part.continued()), env=environment, stdout=output, stderr=errors
+                _python_command(part.continued()), env=environment, stdout=output, stderr=errors
             )
             self._running.add(process.pid)
-        # wait4 instead of process.wait(): it also returns this child's peak memory
+        # wait4 is used instead of process.wait(), since it also returns the peak memory of this process.
         _, status, usage = os.wait4(process.pid, 0)
         with self._lock:
             self._running.remove(process.pid)
-        # Popen must learn that its child was collected, or it would wait for it again
+        # Popen does not notice wait4; without this line it would wait for the process again.
         process.returncode = code = os.waitstatus_to_exitcode(status)
         if code or part.script == TRAIN and not part.complete():
-            raise ValueError(
-                f"expected it to finish, but it {self._how(part, code)}."
-                " Run the same command again to resume."
-            )
-        # ru_maxrss: the factor turns the platform's unit into bytes
+            # `run_tasks` puts the name of the part in front of the message.
+            raise ValueError(f"the script {self._how(part, code)}. Run the same command again to resume it.")
+        # The factor converts ru_maxrss into bytes: its unit is bytes on macOS and kilobytes on Linux.
         unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-        cost = {"seconds": time.time() - started, "megabytes": usage.ru_maxrss * unit / 1e6}
+        cost = {"seconds": time.time() - start_time, "megabytes": usage.ru_maxrss * unit / 1e6}
         return part.products(), cost
 
     def _how(self, part: Part, code: int) -> str:
-        """Describe how a child failed: its status, and its last line of output."""
-        # a training that was asked to stop exits with 0 after its checkpoint
-        how = "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
+        """Describe how a process failed: by its exit status, and by its last line of output."""
+        # A training that received SIGTERM exits with status 0 after it has written a checkpoint.
+        ending = (
+            "was stopped" if code in (0, -signal.SIGTERM, -signal.SIGINT) else f"ended with status {code}"
+        )
         if not self.quiet:
-            return f"{how} with the message above"
+            return f"{ending} with the message above"
         log = part.folder / LOG
-        last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-        return f"{how}: {last} See {log}"
+        last_line = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+        return f"{ending}: {last_line} See {log}"
 
 
 def make(
@@ -252,24 +280,30 @@ def make(
     quiet: bool = True,
     on_done: Callable[[Part], None] = lambda part: None,
 ) -> None:
-    """Make the parts that are not finished.
+    """Run the parts that are not finished.
 
-    Up to `jobs` chains run at the same time, in the order of the list; the parts of a chain run one after
-    another. An interrupt, or the failure of one part, stops the others; trainings write a checkpoint first.
-    Args: threads: OMP_NUM_THREADS of a child; quiet: send output to log.txt, not to the terminal; on_done:
-        called for each part when it is finished.
-    Raises: ValueError naming the part that failed, its last line and its log.
+    An interrupt, or the failure of one part, stops all running parts; trainings write a checkpoint first.
+
+    Args:
+        chains: lists of parts; the parts of a chain run one after another.
+        jobs: number of chains that run at the same time.
+        threads: OMP_NUM_THREADS of each process; None: the inherited value.
+        quiet: True: output goes to log.txt in the part's folder; False: output goes to the terminal.
+        on_done: function that is called with each part when it is finished.
+
+    Raises: ValueError with the name of the part that failed, its last line of output, and its log.
     """
     parts = {part.name: part for chain in chains for part in chain}
-    # each part needs the one before it in its chain; the slice is empty for the first
+    # Each part needs the previous one in its chain. chain[:i][-1:] holds the previous part, and is empty for
+    # the first part.
     needs = {
-        part.name: [before.name for before in chain[:i][-1:]]
+        part.name: [previous_part.name for previous_part in chain[:i][-1:]]
         for chain in chains
         for i, part in enumerate(chain)
     }
     children = _Children(quiet, threads)
 
-    def work(name: str) -> None:
+    def make_part(name: str) -> None:
         part = parts[name]
         part.store.make(part.folder.name, part.inputs(), lambda _: children.run(part))
 
@@ -277,7 +311,7 @@ def make(
     with sigterm_interrupts():
         run_tasks(
             needs,
-            lambda: work,
+            lambda: make_part,
             (),
             jobs,
             Path(),
@@ -286,11 +320,16 @@ def make(
         )
 
 
-def make_shown(
-    chains: Collection[Sequence[Part]], jobs: int, threads: int, words: str, unit: str = "part"
+def make_with_progress_bar(
+    chains: Collection[Sequence[Part]], jobs: int, threads: int, bar_text: str, unit: str = "part"
 ) -> None:
-    """Call `make` and show a progress bar. Args: words: text of the bar; unit: of its count."""
-    with tqdm(total=sum(map(len, chains)), desc=words, unit=unit, dynamic_ncols=True) as bar:
+    """Run the parts that are not finished, as `make` does, and show a progress bar.
+
+    Args:
+        bar_text: text of the bar.
+        unit: name of what the bar counts.
+    """
+    with tqdm(total=sum(map(len, chains)), desc=bar_text, unit=unit, dynamic_ncols=True) as bar:
 
         def advance(part: Part) -> None:
             bar.set_postfix_str(f"last: {part.name}; logs in {part.folder.parent}/*/{LOG}")
@@ -301,27 +340,28 @@ def make_shown(
 
 
 def _announce(title: str, command: Sequence[str]) -> None:
+    """Print a title and a command line to stderr."""
     print(f"\n== {title}: {shlex.join(['python', *command])}", file=sys.stderr, flush=True)
 
 
 def make_in_terminal(title: str, part: Part) -> None:
-    """Make a part that is not finished, and show its output in the terminal."""
+    """Run a part if it is not finished, and show its output in the terminal."""
     if not part.finished():
         _announce(title, part.continued())
         make([[part]], quiet=False)
 
 
 def call(name: str, command: list[str]) -> float:
-    """Run a script of this project in the terminal; return its seconds.
+    """Run a script of this project, show its output in the terminal, and return the duration in seconds.
 
-    Raises: ValueError if it failed.
+    Raises: ValueError if the script failed.
     """
     _announce(name, command)
-    started = time.time()
-    code = subprocess.call(_words(command))
+    start_time = time.time()
+    code = subprocess.call(_python_command(command))
     if code:
         raise ValueError(
-            f"{name}: expected exit status 0, got {code}. See its message above, and run the same command"
-            " again to resume."
+            f"{name} failed with exit status {code}. Read its message above, correct the cause, and run the"
+            " same command again to resume."
         )
-    return time.time() - started
+    return time.time() - start_time

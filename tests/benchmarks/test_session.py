@@ -79,7 +79,7 @@ def test_a_faster_path_gets_its_ratio_and_all_fields(options, repo):
     text = table + (settings.out / "latest.json").read_text()  # names no host and no path
     assert str(repo) not in text and str(settings.out) not in text
     assert (
-        platform.node() not in text.replace(report.machine("cpu")["processor"], "")
+        platform.node() not in text.replace(report.describe_machine("cpu")["processor"], "")
         or len(platform.node()) < 4
     )
 
@@ -117,7 +117,7 @@ def test_rows_are_saved_one_by_one(options):
 
 
 def test_the_budget_sets_the_rounds(options, monkeypatch):
-    assert [session.rounds(s) for s in (1e-9, 1, 5, 100)] == [11, 11, 3, 2]
+    assert [session.round_count_within_budget(s) for s in (1e-9, 1, 5, 100)] == [11, 11, 3, 2]
     monkeypatch.setattr(session, "BUDGET", 0.0)
     assert run_row(fake.row(fast=0.01, slow=0.03), options(repeats=None))["repeats"] == 2
 

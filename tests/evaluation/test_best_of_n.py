@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import best_of_n
-from eg3d_rlhf.evaluation.best_of_n import best_of, divergence_of, fit, number_at, peak, resampled
+from eg3d_rlhf.evaluation.best_of_n import expected_best, fit, kl_divergence, number_at, peak, resample_best
 from eg3d_rlhf.experiments.pages import Finding
 from eg3d_rlhf.generators import load_generator
 from eg3d_rlhf.modes.best_of_n import main
@@ -33,14 +33,14 @@ def test_the_mean_over_all_subsets(drawn, n):
     by_hand = [
         evaluator[max(subset, key=lambda i: reward[i])] for subset in itertools.combinations(range(9), n)
     ]
-    assert best_of(reward, evaluator, [n])[0] == pytest.approx(np.mean(by_hand), abs=1e-12)
+    assert expected_best(reward, evaluator, [n])[0] == pytest.approx(np.mean(by_hand), abs=1e-12)
 
 
 def test_an_evaluator_that_is_the_reward_rises_and_its_opposite_falls():
     reward = np.random.default_rng(2).normal(size=4096)
     numbers = [1, 2, 3, 10, 50, 512]
-    same = best_of(reward, reward, numbers)
-    opposite = best_of(reward, -reward, numbers)
+    same = expected_best(reward, reward, numbers)
+    opposite = expected_best(reward, -reward, numbers)
     assert (np.diff(same) > 0).all() and np.array_equal(same, -opposite)
     assert same[1] == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)  # the larger of two normals
 
@@ -48,32 +48,33 @@ def test_an_evaluator_that_is_the_reward_rises_and_its_opposite_falls():
 def test_equal_rewards_share_their_chances():
     reward = np.array([0.0, 1, 1, 1])
     evaluator = np.array([5.0, 1, 2, 6])
-    assert best_of(reward, evaluator, [4])[0] == pytest.approx(3) and best_of(reward, evaluator, [2])[
-        0
-    ] == pytest.approx(3)
+    assert expected_best(reward, evaluator, [4])[0] == pytest.approx(3) and expected_best(
+        reward, evaluator, [2]
+    )[0] == pytest.approx(3)
     order = [2, 0, 3, 1]
     np.testing.assert_allclose(
-        best_of(reward[order], evaluator[order], [1, 2, 3, 4]), best_of(reward, evaluator, [1, 2, 3, 4])
+        expected_best(reward[order], evaluator[order], [1, 2, 3, 4]),
+        expected_best(reward, evaluator, [1, 2, 3, 4]),
     )
 
 
 def test_the_law_is_found_again():
-    distance = np.sqrt(divergence_of([1, 2, 4, 8, 16, 64, 256]))
+    distance = np.sqrt(kl_divergence([1, 2, 4, 8, 16, 64, 256]))
     result = fit(distance, np.stack([distance * (2 - 0.5 * distance), distance * (1 + 0.1 * distance)]))
     np.testing.assert_allclose(result, [[2, 0.5], [1, -0.1]], atol=1e-12)
     np.testing.assert_allclose(peak(*result.T), [2, np.inf])
     assert peak(np.array(-1.0), np.array(1.0)) == 0
     for n in (1, 2, 100, 512):
-        assert number_at(float(np.sqrt(divergence_of([n])[0]))) == pytest.approx(n, rel=1e-6)
+        assert number_at(float(np.sqrt(kl_divergence([n])[0]))) == pytest.approx(n, rel=1e-6)
 
 
 def test_resamples(drawn):
     reward, evaluator = drawn
     counts = np.array([[1] * 9, [0, 2, 1, 1, 1, 1, 1, 1, 1], [9, *[0] * 8]])
-    result = resampled(reward, evaluator, [1, 3, 9], counts)
-    np.testing.assert_allclose(result[0], best_of(reward, evaluator, [1, 3, 9]), atol=1e-12)
+    result = resample_best(reward, evaluator, [1, 3, 9], counts)
+    np.testing.assert_allclose(result[0], expected_best(reward, evaluator, [1, 3, 9]), atol=1e-12)
     kept = np.repeat(np.arange(9), counts[1])
-    np.testing.assert_allclose(result[1], best_of(reward[kept], evaluator[kept], [1, 3, 9]), atol=1e-12)
+    np.testing.assert_allclose(result[1], expected_best(reward[kept], evaluator[kept], [1, 3, 9]), atol=1e-12)
     np.testing.assert_allclose(result[2], evaluator[0], atol=1e-12)
 
 
@@ -229,7 +230,7 @@ def test_the_page_with_a_reward_as_evaluator(command):
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        (["--reward-ckpt={m0}"], ["--heldout-reward", "none", "annotator"]),
+        (["--reward-ckpt={m0}"], ["--heldout-reward", "annotator"]),
         (["--reward-ckpt={m0}", "--heldout-reward={m0}"], ["--heldout-reward", "labels"]),
         (["--reward-ckpt={joined}", "--heldout-reward={m1}"], ["--heldout-reward", "labels"]),
         (["--reward-ckpt={m0}", "--heldout-reward={m1}", "--most=64"], ["--most", "--n=32", "64"]),

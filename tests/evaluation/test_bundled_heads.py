@@ -22,11 +22,11 @@ def generator():
 
 @pytest.fixture(scope="module")
 def ground_truth(generator):
-    return heads.ground_truth(generator, SEEDS)
+    return heads.ground_truth_heads(generator, SEEDS)
 
 
 def test_faces_are_those_that_latents_name(generator, ground_truth):
-    scans = heads.scans(generator, SEEDS, psi=0.7)
+    scans = heads.sample_shapes(generator, SEEDS, psi=0.7)
     pairs = list(zip(scans, ground_truth, strict=True))
     alike = [relief_correlation(face_relief(scan), face_relief(head)) for scan, head in pairs]
     distances = [np.nanmedian(np.abs(face_depth(scan) - face_depth(head))) / VOXEL for scan, head in pairs]
@@ -46,11 +46,11 @@ def back_depth(values: np.ndarray) -> np.ndarray:
 
 
 def test_backs_differ(generator, ground_truth):
-    scans = heads.scans(generator, SEEDS[:40])
+    scans = heads.sample_shapes(generator, SEEDS[:40])
     depths = [back_depth(scan) for scan in scans]
     apart = [a - b for a, b in itertools.combinations(depths, 2) if np.isfinite(a - b).any()]
     pairs = [np.nanmedian(np.abs(difference)) / VOXEL for difference in apart]
-    defective = heads.defective(heads.looked_at(scans, ground_truth[: len(scans)])).mean()
+    defective = heads.find_defective(heads.measure_heads(scans, ground_truth[: len(scans)])).mean()
     print(
         f"backs of two latents differ by {np.median(pairs):.2f} voxels in the median; {defective:.0%} of 40"
         " are defective"

@@ -60,7 +60,7 @@ def test_rewards_share_what_both_observe(monkeypatch):
 
 
 def test_the_bundled_reward_is_no_silent_default(tiny_networks, tiny_reward, tmp_path, capsys):
-    with raising("--reward-ckpt", tiny_networks.name, "none"):
+    with raising("--reward-ckpt", tiny_networks.name):
         load_comparison(Sources(before=tiny_networks, after=tiny_networks))
     load_comparison(Sources(after=bundled.GENERATOR))
     assert "--reward-ckpt" not in capsys.readouterr().err

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 import train
 from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.cli import file_hash
-from eg3d_rlhf.evaluation.summary import control_figures
+from eg3d_rlhf.evaluation.summary import control_delta
 from eg3d_rlhf.tuning.gan.reward_run import input_files
 from eg3d_rlhf.tuning.gan.settings import Settings
 
@@ -36,17 +36,17 @@ def recorded(tmp_path, monkeypatch):
 
 
 def test_the_recorded_control_is_quoted_by_the_demo(recorded):
-    figures = control_figures(settings(), 1.5)
+    figures = control_delta(settings(), 1.5)
     assert figures == {"control_delta_mean": 0.125, "control_source": "control-summary.json"}
     assert (
-        control_figures(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5)
+        control_delta(settings("--lambda-r=3", "--lambda-sigma=0", "--desc=x", "--set=rlr=0.1"), 1.5)
         == figures
     )
 
 
 def test_the_bundled_control_is_that_of_the_demo():
     assert (
-        control_figures(settings(), 1.5)["control_delta_mean"]
+        control_delta(settings(), 1.5)["control_delta_mean"]
         == json.loads(bundled.CONTROL.read_text())["tuned_delta_mean"]
     )
 
@@ -61,7 +61,7 @@ def test_the_bundled_control_is_that_of_the_demo():
     ],
 )
 def test_the_recorded_control_of_other_settings_is_not_quoted(recorded, flags, names):
-    figures = control_figures(settings(*flags), 1.5)
+    figures = control_delta(settings(*flags), 1.5)
     assert figures["control_delta_mean"] is None
     assert all(name in figures["control_source"] for name in [*names, "--lambda-r=0"])
 
@@ -71,7 +71,7 @@ def test_the_recorded_control_of_another_network_is_not_quoted(recorded, tiny_ne
         (f"--init={tiny_networks}", "init (bytes)"),
         (f"--reward-ckpt={tiny_reward}", "reward (bytes)"),
     ):
-        figures = control_figures(settings(flag), 1.5)
+        figures = control_delta(settings(flag), 1.5)
         assert figures["control_delta_mean"] is None and name in figures["control_source"]
 
 
@@ -80,15 +80,15 @@ def test_a_named_control_is_checked_like_the_recorded_one(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "training_options.json").write_text(json.dumps(settings("--lambda-r=0", "--gamma=0.5")))
     run_settings = settings("--gamma=0.5", f"--control={tmp_path}")
-    assert control_figures(run_settings, 1.5) == {
+    assert control_delta(run_settings, 1.5) == {
         "control_delta_mean": 0.25,
         "control_source": "summary.json",
     }
-    other = control_figures({**run_settings, "gamma": 0.3}, 1.5)
+    other = control_delta({**run_settings, "gamma": 0.3}, 1.5)
     assert other["control_delta_mean"] is None
     assert all(name in other["control_source"] for name in ("summary.json", "gamma 0.5 ", " 0.3"))
     (tmp_path / "training_options.json").write_text(
         json.dumps({**run_settings, "lambda_r": 10.0, "kimg": 0.08})
     )
-    source = control_figures(run_settings, 1.5)["control_source"]
+    source = control_delta(run_settings, 1.5)["control_source"]
     assert all(name in source for name in ("kimg 0.08 ", " 0.6", "lambda_r 10.0 ", " 0"))

@@ -11,7 +11,14 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import controlled_study, filters, heads, trainings
-from eg3d_rlhf.evaluation.controlled_study import PSIS, criterion, inverted, permuted, randomised, truncated
+from eg3d_rlhf.evaluation.controlled_study import (
+    PSIS,
+    choose_psi,
+    criterion,
+    invert,
+    permute_weights,
+    randomise,
+)
 from eg3d_rlhf.evaluation.settings import ARMS, LABELS
 from eg3d_rlhf.experiments.pool import run_tasks
 from eg3d_rlhf.generators import load_generator
@@ -27,24 +34,24 @@ from training import networks
 
 def test_randomised_and_inverted_labels():
     labels = [Preference(winner=2 * i, loser=2 * i + 1, clean=2 * i) for i in range(400)]
-    over = [inverted(label) for label in labels]
+    over = [invert(label) for label in labels]
     assert all(
         (a.winner, a.loser, a.clean) == (b.loser, b.winner, b.clean)
         for a, b in zip(labels, over, strict=True)
     )
-    tossed = randomised(labels, 0)
+    tossed = randomise(labels, 0)
     swapped = np.mean([a.winner != b.winner for a, b in zip(labels, tossed, strict=True)])
-    assert 0.4 < swapped < 0.6 and tossed == randomised(labels, 0) != randomised(labels, 1)
+    assert 0.4 < swapped < 0.6 and tossed == randomise(labels, 0) != randomise(labels, 1)
     assert all({a.winner, a.loser} == {b.winner, b.loser} for a, b in zip(labels, tossed, strict=True))
 
 
 def test_permuted_weights_are_the_same_numbers_elsewhere(tiny_reward):
     first = load_reward(tiny_reward)
-    other = permuted(load_reward(tiny_reward), 3)
+    other = permute_weights(load_reward(tiny_reward), 3)
     pairs = list(zip(first.network.state_dict().values(), other.network.state_dict().values(), strict=True))
     assert all(torch.equal(a.flatten().sort().values, b.flatten().sort().values) for a, b in pairs)
     assert not all(torch.equal(a, b) for a, b in pairs) and other.provenance["permuted"] == 3
-    again = permuted(load_reward(tiny_reward), 3).network.state_dict().values()
+    again = permute_weights(load_reward(tiny_reward), 3).network.state_dict().values()
     assert all(torch.equal(a, b) for a, b in zip(other.network.state_dict().values(), again, strict=True))
 
 
@@ -76,7 +83,11 @@ def test_truncation_takes_the_largest_psi_that_reaches_the_share():
         0.5: shapes_seen([0.5, 0.0, 0.0]),
         0.2: shapes_seen([0.0, 0.0, 0.0]),
     }
-    assert (truncated(seen, 0.6), truncated(seen, 0.7), truncated({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9)) == (
+    assert (
+        choose_psi(seen, 0.6),
+        choose_psi(seen, 0.7),
+        choose_psi({0.9: seen[0.9], 0.5: seen[0.5]}, 0.9),
+    ) == (
         0.5,
         0.2,
         0.5,

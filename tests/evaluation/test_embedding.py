@@ -95,7 +95,7 @@ def test_without_umap_the_rest_is_there(tiny_comparison, monkeypatch):
 
 def test_features_are_what_the_reward_pools(tiny_comparison):
     c = tiny_comparison
-    values, rewards = embedding.features(c, c.before, c.seeds())
+    values, rewards = embedding.global_features(c, c.before, c.seeds())
     network = c.reward.network
     seen = torch.cat(list(c.observed(c.before, c.seeds())))
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_separability_is_the_share_written_out():
 def test_images_lie_where_the_page_looks_for_them(tiny_comparison, tmp_path, monkeypatch):
     c = tiny_comparison
     monkeypatch.setattr(embedding, "PIXELS", 48)
-    sheet = embedding.shapes(c, tmp_path).data
+    sheet = embedding.render_sheet(c, tmp_path).data
     picture = np.asarray(PIL.Image.open(tmp_path / sheet["file"])).astype(float) / 255
     size = sheet["pixels"]
     assert picture.shape == (sheet["rows"] * size, sheet["columns"] * size)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, tried
+from eg3d_rlhf.evaluation.filters import FILTERS, best_filter, evaluate_filters
 from training.heads.people_mesh import grid_points
 
 N = 32
@@ -78,11 +78,11 @@ def test_the_best_filter_closes_most_and_the_best_that_spares_harms_none():
     whole = np.stack([ball(), np.minimum(ball(), ball((0.0, -0.3, 0.0), 0.1)), ball(radius=0.2)])
     # a wide channel, a back cut off, and a shape that lacks nothing
     shapes = np.stack([holed(0.17), np.maximum(whole[1], POINTS[..., 2] * -1 - 0.22), whole[2]])
-    trial = tried(shapes, whole)
+    trial = evaluate_filters(shapes, whole)
     errors = {name: error for name, (error, _) in trial.items()}
     assert set(trial) == set(FILTERS)
-    assert errors[best_filter(trial, spares=False)] == min(errors.values())
-    spared = best_filter(trial, spares=True)
+    assert errors[best_filter(trial, spares_intact=False)] == min(errors.values())
+    spared = best_filter(trial, spares_intact=True)
     assert trial[spared][1] == min(harmed for _, harmed in trial.values()) and errors[spared] >= min(
         errors.values()
     )

@@ -63,13 +63,15 @@ def trial(reference):
 def test_copies_are_recovered(trial, name):
     generator = trial.networks[name].generator
     truth = {"scale": 1.0, "shift": (0.0, 0.0, 0.0), **COPIES[name]}
-    places, result = trial.places(generator)
+    places, result = trial.placements(generator)
     assert result.similarity.scale == pytest.approx(truth["scale"], rel=0.01)
     np.testing.assert_allclose(result.similarity.shift, truth["shift"], atol=0.01 * generator.bounds.side)
     assert result.residual < 0.005
-    calibrated = trial.see(Placed(generator, places["calibrated"]), trial.seeds)
-    assert np.corrcoef(calibrated.scores, trial.reference_scores.scores)[0, 1] >= 0.99
-    assert trial.outside(calibrated.embedding) <= 0.1 + trial.outside(trial.reference_scores.embedding)
+    calibrated = trial.measure_seeds(Placed(generator, places["calibrated"]), trial.seeds)
+    assert np.corrcoef(calibrated.scores, trial.reference_measured.scores)[0, 1] >= 0.99
+    assert trial.share_outside(calibrated.embedding) <= 0.1 + trial.share_outside(
+        trial.reference_measured.embedding
+    )
 
 
 @pytest.mark.long
@@ -83,14 +85,14 @@ def test_the_finding_of_a_copy_says_what_it_is_worth(trial, tmp_path):
     assert set(data["agreement"]) == {"mirrored", SIDEWAYS, UP, FORWARD, "ψ 0.5"}
     assert data["agreement"]["ψ 0.5"]["mean"] < 1
     assert (tmp_path / next(iter(result.images.values()))).stat().st_size > 1000
-    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summary(small.reference_scores.scores)})
+    fs.plot_scores({"networks": {"a": data["summary"]}, "own": fs.summarise(small.reference_measured.scores)})
 
 
 def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
     data = {
         "alignment": {"scale": 1.0, "shift": (0, 0, 0), "residual": 0.1},
         "outside": dict.fromkeys(fs.STAGES, 0.7),
-        "summary": dict.fromkeys(fs.STAGES, fs.summary(np.arange(5.0))),
+        "summary": dict.fromkeys(fs.STAGES, fs.summarise(np.arange(5.0))),
         "agreement": {
             "mirrored": {"mean": 0.5},
             UP: {"mean": 0.9},
@@ -98,14 +100,14 @@ def test_strange_shapes_lie_outside_and_unsteady_ranks_are_said(trial):
             "ψ 0.5": {"mean": 0.1},
         },
     }
-    lines = fs.says(data)
-    inside = fs.says({**data, "outside": dict.fromkeys(fs.STAGES, 0.1)})
+    lines = fs.describe_scores(data)
+    inside = fs.describe_scores({**data, "outside": dict.fromkeys(fs.STAGES, 0.1)})
     assert len(lines) == len(inside) + 1 and lines[0] not in inside  # a warning stands first
     assert "mirrored" in lines[-1] and SIDEWAYS in lines[-1] and UP not in lines[-1] and "ψ" not in lines[-1]
-    steady = fs.says({**data, "agreement": {"mirrored": {"mean": 0.99}, "ψ 0.5": {"mean": 0.1}}})
+    steady = fs.describe_scores({**data, "agreement": {"mirrored": {"mean": 0.99}, "ψ 0.5": {"mean": 0.1}}})
     assert len(steady) == len(lines) - 1
-    known = trial.reference_scores.embedding
-    assert trial.outside(known + 100) == 1.0 and trial.outside(known) < 0.5
+    known = trial.reference_measured.embedding
+    assert trial.share_outside(known + 100) == 1.0 and trial.share_outside(known) < 0.5
 
 
 def test_a_place_is_a_change_of_coordinates(reference):
@@ -181,7 +183,7 @@ def test_densities_get_the_references_quantiles_and_the_level_its_level():
         assert np.quantile(made[theirs < 12], q) == pytest.approx(np.quantile(ours[ours < 10], q), abs=0.3)
     rising = mapping(torch.linspace(-50, 800, 2000))
     assert (rising.diff() > 0).all()
-    with raising("64", "got 0"):
+    with raising("64", "0 densities"):
         calibrate_density(theirs, ours, 1e9, 10.0)
 
 

@@ -12,7 +12,7 @@ from eg3d_rlhf.core.field import Bounds
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import geometry
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.geometry import DepthMaps, measures
+from eg3d_rlhf.evaluation.geometry import DepthMaps, measure_depth
 from eg3d_rlhf.experiments import pages
 from tests.evaluation.comparisons import Bodies, replaced
 
@@ -99,7 +99,7 @@ def test_a_generator_against_itself(unchanged, tmp_path):
         assert p["mean"] == p["mean_lo"] == p["mean_hi"] == 0 and np.isfinite(entry["values"]["before"]).all()
     assert sum("+0 [+0, +0]" in line for line in finding.says) == 3
     assert any("--control" in line for line in finding.says)
-    assert finding.facts.n == geometry.latents(unchanged) == len(finding.rows)
+    assert finding.facts.n == geometry.slow_latent_count(unchanged) == len(finding.rows)
 
 
 @pytest.fixture()
@@ -144,20 +144,20 @@ def face(nose=0.0, bend=0.0, tilt=0.0, valid=None, side=80):
 
 
 def test_a_plane_has_no_relief_and_no_nose():
-    result = measures(face(tilt=0.3), Bounds())
+    result = measure_depth(face(tilt=0.3), Bounds())
     assert result[RELIEF][0] == pytest.approx(0, abs=1e-12) and result[VALID][0] == 1
     assert result[RANGE][0] == pytest.approx(0.9 * 0.3 * 0.2, rel=0.1)
 
 
 def test_a_nose_stands_out_by_its_length():
-    small, large = (measures(face(nose=length), Bounds()) for length in (0.02, 0.04))
+    small, large = (measure_depth(face(nose=length), Bounds()) for length in (0.02, 0.04))
     assert large[NOSE][0] == pytest.approx(2 * small[NOSE][0], rel=1e-6)
     assert 0.03 < large[NOSE][0] <= 0.04
     assert large[RELIEF][0] == pytest.approx(2 * small[RELIEF][0], rel=1e-6) and small[RELIEF][0] > 0
 
 
 def test_a_missing_face_is_missing():
-    result = measures(face(valid=np.zeros((80, 80), bool)), Bounds())
+    result = measure_depth(face(valid=np.zeros((80, 80), bool)), Bounds())
     assert result[VALID][0] == 0 and all(np.isnan(result[name][0]) for name in list(result)[1:])
 
 

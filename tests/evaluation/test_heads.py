@@ -47,8 +47,11 @@ def shapes_seen(missing, extra=0.0, fscore=0.5) -> dict:
 def test_figures_of_made_up_shapes():
     before = shapes_seen([0.6, 0.4, 0.02, 0.03])
     after = shapes_seen([0.1, 0.1, 0.02, 0.05])
-    values = heads.figures(before, after)
-    assert heads.defective(before).tolist() == [True, True, False, False] and before["missing"][2] < DEFECTIVE
+    values = heads.compute_metrics(before, after)
+    assert (
+        heads.find_defective(before).tolist() == [True, True, False, False]
+        and before["missing"][2] < DEFECTIVE
+    )
     assert (
         values["error_reduction"] == pytest.approx(0.8)
         and values["intact_degraded"] == 0.5
@@ -59,13 +62,13 @@ def test_figures_of_made_up_shapes():
     )
     assert values["identity_kept"] == 1 and values["face_moved_voxels"] == 0 and values["changed"] == 0
     assert values["error_reduction_ci95"][0] <= 0.8 <= values["error_reduction_ci95"][1]
-    assert heads.figures(before, before)["error_reduction"] == 0
+    assert heads.compute_metrics(before, before)["error_reduction"] == 0
 
 
 def test_faces_that_move_lose_their_identity_and_variety():
     before = shapes_seen([0.6] * 4)
     after = {**before, "depth": before["depth"] + 0.5 / 64, "relief": before["relief"][::-1].copy()}
-    values = heads.figures(before, after)
+    values = heads.compute_metrics(before, after)
     assert values["face_moved_voxels"] == pytest.approx(0.5, abs=1e-4) and values["identity_kept"] == 0
     assert heads.variety({**before, "relief": np.repeat(before["relief"][:1], 4, axis=0)}) == pytest.approx(
         0, abs=1e-6
@@ -76,18 +79,18 @@ def test_faces_that_move_lose_their_identity_and_variety():
         "relief": np.full_like(before["depth"], np.nan),
     }
     assert (
-        heads.figures(before, without_face)["identity_kept"] == 0
-        and heads.figures(before, without_face)["variety"] is None
+        heads.compute_metrics(before, without_face)["identity_kept"] == 0
+        and heads.compute_metrics(before, without_face)["variety"] is None
     )
 
 
 def test_without_defective_heads_there_is_no_error_reduction():
     before = shapes_seen([0.01, 0.02])
     assert (
-        heads.figures(before, before)["error_reduction"] is None
-        and heads.figures(before, before)["fscore_defective"] is None
+        heads.compute_metrics(before, before)["error_reduction"] is None
+        and heads.compute_metrics(before, before)["fscore_defective"] is None
     )
-    assert heads.figures(shapes_seen([0.9]), shapes_seen([0.5]))["intact_degraded"] is None
+    assert heads.compute_metrics(shapes_seen([0.9]), shapes_seen([0.5]))["intact_degraded"] is None
 
 
 def test_the_interval_grows_with_the_spread_of_seeds():
@@ -95,8 +98,8 @@ def test_the_interval_grows_with_the_spread_of_seeds():
     alike, apart = (
         np.stack([0.2 + np.full(12, shift) for shift in shifts]) for shifts in ((0, 0, 0), (-0.1, 0, 0.1))
     )
-    narrow = heads.interval(before, alike)
-    wide = heads.interval(before, apart)
+    narrow = heads.error_reduction_interval(before, alike)
+    wide = heads.error_reduction_interval(before, apart)
     assert wide[1] - wide[0] > narrow[1] - narrow[0] and narrow[0] < 0.6 < narrow[1]
     values = two_way_interval(lambda rows, columns: float(rows.mean()), 1, 5)
     assert values == (0.0, 0.0)  # a single seed stays as it is
@@ -105,15 +108,15 @@ def test_the_interval_grows_with_the_spread_of_seeds():
 def test_a_cut_back_is_seen_and_no_face():
     intact = whole_grids(torch.from_numpy(np.random.RandomState(1).randn(2, 64)), N)
     cut = np.maximum(intact, (-0.05 - grid_points(N)[..., 2]))  # nothing behind z = -.05
-    seen = heads.looked_at(cut, intact)
-    itself = heads.looked_at(intact, intact)
+    seen = heads.measure_heads(cut, intact)
+    itself = heads.measure_heads(intact, intact)
     assert (
-        (heads.error(itself) == 0).all()
+        (heads.back_of_head_error(itself) == 0).all()
         and (itself["fscore"] == 1).all()
         and itself["utility"] == pytest.approx(1)
     )
-    assert heads.defective(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
-    values = heads.figures(seen, itself)
+    assert heads.find_defective(seen).all() and (seen["extra"] == 0).all() and (seen["fscore"] < 0.5).all()
+    values = heads.compute_metrics(seen, itself)
     assert (
         values["error_reduction"] == 1 and values["identity_kept"] == 1 and values["face_moved_voxels"] == 0
     )

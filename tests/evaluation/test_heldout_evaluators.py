@@ -9,7 +9,7 @@ from eg3d_rlhf.core import bundled
 from eg3d_rlhf.core.seeds import HeldOut
 from eg3d_rlhf.evaluation import filters, heads, heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.heldout_evaluators import measured
+from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
 from eg3d_rlhf.generators import latents
 from eg3d_rlhf.measures.measure import Measure
 from tests.evaluation.comparisons import replaced
@@ -33,7 +33,7 @@ UNCLEAR = "no clear change"  # the outcome of an interval that includes 0
 )
 def test_outcomes_follow_the_interval_and_the_direction(ends, way, expected):
     change = {"mean": sum(ends) / 2, "mean_lo": ends[0], "mean_hi": ends[1]}
-    row = measured(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
+    row = metric_entry(Measure("x", None, way, "1"), 1.0, 1.0 + sum(ends) / 2, change)
     assert row["outcome"] == (expected or UNCLEAR)
     assert row["better"] is ((sum(ends) >= 0) if way == "higher" else (sum(ends) <= 0))
 
@@ -58,10 +58,10 @@ def healed(unchanged, monkeypatch):
     for module in (filters, heldout_evaluators):
         monkeypatch.setattr(module, "FILTERS", few)
     monkeypatch.setattr(Comparison, "synthetic", True)
-    monkeypatch.setattr(heads, "ground_truth", lambda generator, seeds: ground_truth(seeds))
+    monkeypatch.setattr(heads, "ground_truth_heads", lambda generator, seeds: ground_truth(seeds))
     monkeypatch.setattr(
         heads,
-        "scans",
+        "sample_shapes",
         lambda generator, seeds: (
             ground_truth(seeds) if generator is after.generator else cut(ground_truth(seeds))
         ),
@@ -112,17 +112,17 @@ def test_what_depends_on_bundled_files_alone_is_kept_on_the_disk(unchanged, monk
     views = heldout_evaluators.PARTS["views"]
     monkeypatch.setitem(heldout_evaluators.PARTS, "views", lambda *what: made.append(what) or views(*what))
 
-    def seen(role="before", **change):
+    def measure_part(role="before", **change):
         values = {"data": bundled.DATA, "memory": {}, **change}
-        return heldout_evaluators.seen(Comparison(**{**vars(unchanged), **values}), "views", role)[
+        return heldout_evaluators.measure_part(Comparison(**{**vars(unchanged), **values}), "views", role)[
             "depth disagreement"
         ].tolist()
 
-    first = seen()
+    first = measure_part()
     assert not list(tmp_path.rglob("*.safetensors"))  # another network than the bundled one
     monkeypatch.setattr(heldout_evaluators, "_bundled_hash", lambda: unchanged.before.hash)
-    assert seen() == seen() == first and len(made) == 2
+    assert measure_part() == measure_part() == first and len(made) == 2
     (path,) = tmp_path.rglob("views-*/*.safetensors")
     path.write_bytes(b"damaged")
-    assert seen() == first and len(made) == 3
-    assert seen("after") == first and seen(psi=0.5) != first and len(made) == 5
+    assert measure_part() == first and len(made) == 3
+    assert measure_part("after") == first and measure_part(psi=0.5) != first and len(made) == 5

@@ -94,7 +94,7 @@ def test_collapse_shows(unchanged, tmp_path):
         return unchanged.after.generator.mapping(torch.zeros_like(z), c, **truncation)
 
     c = Comparison(**{**vars(unchanged), "after": replaced(unchanged.after, mapping=mapping)})
-    result = images.spread(c, tmp_path)
+    result = images.diversity(c, tmp_path)
     # ray jitter, which differs within a batch, keeps equal shapes' images apart
     ratios = {row["of"]: row["ratio"] for row in result.rows if row["role"] == "after"}
     slabs = ratios.pop("σ slabs")
@@ -103,7 +103,7 @@ def test_collapse_shows(unchanged, tmp_path):
     for ratio in (slabs, features):
         sentences = [line for line in result.says if f"{ratio:.3f} [" in line]
         assert sentences and all("less" in line and "more" not in line for line in sentences)
-    same = [row for row in images.spread(unchanged, tmp_path).rows if row["role"] == "after"]
+    same = [row for row in images.diversity(unchanged, tmp_path).rows if row["role"] == "after"]
     np.testing.assert_allclose(
         [[row["ratio"], row["ratio_lo"], row["ratio_hi"]] for row in same], 1.0, rtol=1e-6
     )

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from eg3d_rlhf.evaluation import mesh_validation as census
 from eg3d_rlhf.evaluation.mesh_validation import (
-    DEMANDS,
+    REQUIREMENTS,
     answers,
     badness,
     generator_of,
@@ -57,7 +57,7 @@ def test_shares_have_the_intervals_of_the_specification():
     }
     assert [round(result["a", "closed"][end], 2) for end in ("share", "lo", "hi")] == [0.91, 0.84, 0.95]
     assert [round(result["b", "closed"][end], 3) for end in ("share", "lo", "hi")] == [0, 0, 0.037]
-    assert len(result) == 2 * len(DEMANDS) and result["a", "stands"]["share"] == 1
+    assert len(result) == 2 * len(REQUIREMENTS) and result["a", "stands"]["share"] == 1
 
 
 def test_rejected_files_and_missing_values_count_for_nothing():
@@ -131,7 +131,7 @@ def test_the_command_writes_rows_page_and_tables(tmp_path):
         and "data:image/png;base64,iVBOR" in page
     )
     assert {row["demand"] for row in json.loads((out / "data" / "shares.json").read_text())["rows"]} == set(
-        DEMANDS
+        REQUIREMENTS
     )
 
 

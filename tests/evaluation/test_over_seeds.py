@@ -37,10 +37,10 @@ def record(gap: float, shift: float) -> dict:
 
 
 def test_means_spread_and_intervals():
-    figures = gather({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
-    gap = figures["error_reduction"]
-    (depth,) = figures["geometry"]
-    assert figures["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
+    metrics = gather({"0": record(0.5, -0.1), "1": record(0.6, -0.2), "2": record(0.7, 0.3)})
+    gap = metrics["error_reduction"]
+    (depth,) = metrics["geometry"]
+    assert metrics["seeds"] == [0, 1, 2] and gap["by_seed"] == {"0": 0.5, "1": 0.6, "2": 0.7}
     assert (gap["mean"], gap["std"]) == (pytest.approx(0.6), pytest.approx(0.1))
     assert gap["ci95_over_seeds"] == pytest.approx(
         [0.6 - 4.302653 * 0.1 / 3**0.5, 0.6 + 4.302653 * 0.1 / 3**0.5]
@@ -49,17 +49,17 @@ def test_means_spread_and_intervals():
     assert depth["outcomes"] == {"0": "better", "1": "better", "2": "worse"} and depth["change"][
         "mean"
     ] == pytest.approx(0)
-    (share,) = (row for row in table(figures) if "%" in row[1])
+    (share,) = (row for row in table(metrics) if "%" in row[1])
     assert share[1:] == ["50.0%", "60.0%", "70.0%", "60.0% ± 10.0%"]
-    (change,) = (row for row in table(figures) if row[0].startswith("depth"))
+    (change,) = (row for row in table(metrics) if row[0].startswith("depth"))
     assert change[3] == "+0.3 worse"
 
 
 def test_what_one_summary_lacks_is_left_out():
-    figures = gather(
+    metrics = gather(
         {"0": record(0.5, -0.1), "1": {**record(0.6, -0.2), "error_reduction": None, "geometry": []}}
     )
-    assert "error_reduction" not in figures and figures["geometry"] == [] and "tuned_delta_mean" in figures
+    assert "error_reduction" not in metrics and metrics["geometry"] == [] and "tuned_delta_mean" in metrics
     assert over_seeds({"0": 2.0})["ci95_over_seeds"] is None
 
 

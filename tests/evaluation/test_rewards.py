@@ -139,13 +139,13 @@ def _roles(control):
 
 def test_a_drifting_control_is_called_so():
     drifting = _roles(planted_values(-0.17, 0.2))
-    *of_roles, last_sentence = rewards._trajectory_says(drifting)
+    *of_roles, last_sentence = rewards._describe_trajectories(drifting)
     for (role, finding), line in zip(drifting.items(), of_roles, strict=True):
         assert f"[{finding['spread_lo']:+.2f}, {finding['spread_hi']:+.2f}]" in line, role
         # whether the interval holds zero
         assert ("not" in line.split()) == (role == "after"), line
     assert f"{abs(drifting['control']['mean'] / drifting['after']['mean']):.1%}" in last_sentence
-    last_sentence = rewards._trajectory_says(_roles(planted_values(0, 0.2)))[-1]
+    last_sentence = rewards._describe_trajectories(_roles(planted_values(0, 0.2)))[-1]
     assert "control" in last_sentence and "%" not in last_sentence
 
 
@@ -166,7 +166,7 @@ def test_too_few_snapshots(unchanged, tmp_path, amounts):
     run = comparisons.write_run(tmp_path / "run", amounts, 10.0) if amounts else None
     part = rewards.trajectories_job(Comparison(**{**vars(unchanged), "run": run}))
     (text,) = part.compute(tmp_path).says
-    assert f"{len(amounts)} found" in text and "--snap=1" in text and not part.plots
+    assert f"{len(amounts)} were found" in text and "--snap=1" in text and not part.plots
 
 
 PROXY = np.array([0.0, 1, 2, 3, 4])

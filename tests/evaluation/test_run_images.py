@@ -90,14 +90,14 @@ def test_the_images_are_written_with_and_without_heads_of_people(heads, of_peopl
 
 
 def test_the_caption_says_that_scans_are_damaged_deliberately(heads):
-    with_scans = pictures.caption(heads, 6)
-    without = pictures.caption(comparisons.dataclasses.replace(heads, data=""), 6)
+    with_scans = pictures.describe_comparison(heads, 6)
+    without = pictures.describe_comparison(comparisons.dataclasses.replace(heads, data=""), 6)
     assert bundled.DAMAGED in with_scans and bundled.DAMAGED not in without and "psi 1" in with_scans
 
 
 def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
     c = comparisons.dataclasses.replace(heads, memory={})
-    shown = pictures.chosen(c, 6)
+    shown = pictures.choose_latents(c, 6)
     pool = pictures.EVALUATION.take(pictures.POOL)
     scores = c.scores(c.before, pool, 1.0).tolist()
     rewards = [scores[pool.index(seed)] for seed in shown]
@@ -107,7 +107,9 @@ def test_latents_are_shown_by_rule_and_kept_for_another_process(heads):
         and len(set(shown)) == 6
     )
     assert (
-        pictures.chosen(comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown}))
+        pictures.choose_latents(
+            comparisons.dataclasses.replace(c, reward=None, memory={pictures.CHOSEN: shown})
+        )
         == shown
     )
 

@@ -58,7 +58,7 @@ def test_a_cure_is_a_gain_and_closed():
 
 
 def test_the_best_of_each_group():
-    assert report.best_of(np.array([0.1, 0.9, 0.3, 0.8, 0.2, 0.5]), 2).tolist() == [1, 3]
+    assert report.best_of_groups(np.array([0.1, 0.9, 0.3, 0.8, 0.2, 0.5]), 2).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("flags", [["--pipeline=toy"], []])

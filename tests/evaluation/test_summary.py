@@ -8,7 +8,7 @@ import torch
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation import heldout_evaluators
 from eg3d_rlhf.evaluation.comparison import Comparison
-from eg3d_rlhf.evaluation.heldout_evaluators import measured
+from eg3d_rlhf.evaluation.heldout_evaluators import metric_entry
 from eg3d_rlhf.evaluation.run_images import write_pictures
 from eg3d_rlhf.evaluation.summary import IMAGES, MEASURES, notes, rows, table_of_heads, work
 from eg3d_rlhf.experiments.media.sheet import shade
@@ -50,10 +50,10 @@ RECORD = {
         )
     },
     "geometry": [
-        measured(
+        metric_entry(
             Measure("depth", None, "lower", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}
         ),
-        measured(
+        metric_entry(
             Measure("critic", None, "higher", ""), 1.0, 2.0, {"mean": 1.0, "mean_lo": 0.5, "mean_hi": 1.5}
         ),
     ],

@@ -1,8 +1,9 @@
-"""Parts of the attribution report: regions, Shapley values, other methods, a check with re-drawn weights, and
-the surface.
+"""Jobs of the attribution report: which regions of the reward's input cause the change of the reward.
 
-Letters: N latents, R regions, K draws, V vertices, F faces, P points, D, H, W = grid points of the slab along
-z, y, x.
+The jobs are: the regions, their Shapley values, other methods, a control with rewards of random weights, and
+the attribution on the surface. shapley.py describes the methods.
+Shapes: N latents, R regions, V vertices, F faces, P points per face, D, H, W grid points of the slab along z,
+y, x.
 """
 
 import math
@@ -21,19 +22,20 @@ from eg3d_rlhf.evaluation.attribution.attribution_study import CHECK_ORDERS, Stu
 from eg3d_rlhf.evaluation.attribution.regions import BACKGROUND, OTHER, Partition
 from eg3d_rlhf.evaluation.attribution.settings import BOUND, BOXES, HEAD, LANDMARKS, PEOPLE
 from eg3d_rlhf.evaluation.attribution.shapley import agreement, rank_correlation
-from eg3d_rlhf.evaluation.paired import BOOTSTRAP, contains_zero, means_of_columns, span
+from eg3d_rlhf.evaluation.paired import BOOTSTRAP, compute_column_means, contains_zero, span
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png, tile
 from eg3d_rlhf.experiments.pages import ColouredMesh, Finding, Job, Layer, identity_of_file, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from training.storage import write_atomic
 
-# Regions and Integrated Gradients of single voxels on the surface: colours of a mesh's vertices, images,
-# and an interactive page.
+# Regions and Integrated Gradients on the surface: colours of a mesh's vertices, images, and an interactive
+# page.
 
 
 Colour = tuple[int, int, int]
-# Twelve colours that differ in hue and lightness, Okabe and Ito's first.
+# Twelve colours that differ in hue and lightness. The first ones are those of Okabe and Ito, which
+# colour-blind readers can distinguish.
 REGION_COLOURS: tuple[Colour, ...] = (
     (230, 159, 0),
     (86, 180, 233),
@@ -48,80 +50,91 @@ REGION_COLOURS: tuple[Colour, ...] = (
     (119, 170, 221),
     (190, 190, 190),
 )
-GREY: Colour = (160, 160, 160)  # outside the slab
-LOWERS = (0, 114, 178)  # ends and middle of the diverging colour scale
-NEUTRAL = (235, 235, 235)
-RAISES = (213, 94, 0)
+GREY: Colour = (160, 160, 160)  # colour outside the slab
+LOWERS = (0, 114, 178)  # colour of the most negative attribution, blue
+NEUTRAL = (235, 235, 235)  # colour of the attribution 0
+RAISES = (213, 94, 0)  # colour of the most positive attribution, orange
 _SPLATS = 64  # points per face of a render
 _LIGHT = np.array([0.35, 0.5, 0.8]) / np.linalg.norm([0.35, 0.5, 0.8])  # direction to the light, camera axes
-SHOWN = 3  # latents on the page and in images
-YAWS = (0.0, 0.6, 2.6)  # radians, of the views in an image
+SHOWN = 3  # number of latents on the page and in images
+YAWS = (0.0, 0.6, 2.6)  # yaws of the views in an image, radians from frontal
 PAGE = "surface-attribution.html"
 _SCALE = 0.99  # quantile of |attribution| on a surface that gets the full colour
 
 
 def region_colour(index: int) -> Colour:
-    """Return the colour of a region; the colours repeat after twelve."""
+    """Return the colour of the region with this index. The colours repeat after twelve regions."""
     return REGION_COLOURS[index % len(REGION_COLOURS)]
 
 
 def slab_index(vertices: np.ndarray, spec: SlabSpec) -> np.ndarray:
-    """Convert world positions [V, 3] to fractional slab indices [V, 3] (z, y, x).
+    """Convert world positions [V, 3] (x, y, z) to fractional indices [V, 3] (z, y, x) of the slab.
 
-    A skewed lattice is treated as a straight one, which is less than a voxel off.
+    The slab may have a skewed grid, which is treated as a straight one. The error is less than a voxel.
     """
-    # The slab starts at this index of the full lattice, along x, y, z.
-    first = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
-    # World -> unit cube -> indices of the full lattice -> indices of the slab
-    xyz = ((vertices - np.array(spec.centre, dtype=vertices.dtype)) / spec.box_warp + 0.5) * (
+    # index of the full grid at which the slab starts, along x, y, z
+    first_index = np.array([start for start, _ in spec.index_ranges], dtype=np.float64)
+    # Positions are converted to the unit cube, to indices of the full grid, and to indices of the slab.
+    indices_xyz = ((vertices - np.array(spec.centre, dtype=vertices.dtype)) / spec.box_warp + 0.5) * (
         spec.resolution - 1
-    ) - first
-    return xyz[:, ::-1]
+    ) - first_index
+    return indices_xyz[:, ::-1]
 
 
 def labels_at(vertices: np.ndarray, partition: Partition, spec: SlabSpec) -> np.ndarray:
-    """Return the region of the voxel nearest to each vertex, [V]; -1 outside the slab."""
-    index = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
-    inside = ((index >= 0) & (index < spec.shape)).all(axis=1)
-    # Clipped only so that indexing is valid; `inside` masks these vertices.
-    z, y, x = np.clip(index, 0, np.array(spec.shape) - 1).T
-    return np.where(inside, partition.labels.numpy()[z, y, x], -1)
+    """Return the index of the region at each vertex [V]; it is -1 outside the slab.
 
-
-def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, reach: int = 1) -> np.ndarray:
-    """Return the attribution of the voxels about each vertex, [V].
-
-    This is the sum over (2 reach + 1)^3 voxels, trilinear in between; 0 outside the slab. A surface moves
-    through the voxels on both of its sides, so the attribution of a single voxel would be noisy.
+    Args: vertices: world positions, [V, 3].
     """
-    size = 2 * reach + 1
-    # Average pooling times the window's volume is the sum; padding with zeros counts as attribution 0.
-    sums = (
-        F.avg_pool3d(voxels.double()[None, None], size, stride=1, padding=reach, count_include_pad=True)
-        * size**3
+    nearest_index = np.round(slab_index(vertices, spec)).astype(np.int64)  # [V, 3], z, y, x
+    is_inside = ((nearest_index >= 0) & (nearest_index < spec.shape)).all(axis=1)
+    # Clipped only so that indexing is valid; `inside` masks these vertices.
+    z, y, x = np.clip(nearest_index, 0, np.array(spec.shape) - 1).T
+    return np.where(is_inside, partition.labels.numpy()[z, y, x], -1)
+
+
+def voxels_at(vertices: np.ndarray, voxels: torch.Tensor, spec: SlabSpec, radius: int = 1) -> np.ndarray:
+    """Return the attribution [V] of the voxels around each vertex; it is 0 outside the slab.
+
+    It is the sum over (2 radius + 1)^3 voxels, interpolated trilinearly. The attribution of a single voxel
+    would be noisy, since a surface that moves changes the voxels on both of its sides.
+
+    Args:
+        vertices: world positions, [V, 3].
+        voxels: attribution of each voxel, [D, H, W].
+    """
+    window = 2 * radius + 1
+    # The mean over a window times its volume is the sum. Voxels outside the slab count as 0.
+    window_sums = (
+        F.avg_pool3d(voxels.double()[None, None], window, stride=1, padding=radius, count_include_pad=True)
+        * window**3
     )
-    index = torch.from_numpy(slab_index(vertices, spec).copy())
-    limits = torch.tensor([n - 1 for n in spec.shape], dtype=torch.float64)  # last index along z, y, x
-    # grid_sample expects -1..1 in the order x, y, z; [1, 1, 1, V, 3]
-    grid = (2 * index / limits - 1).flip(-1)[None, None, None]  # (x, y, z)
-    return F.grid_sample(sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
+    # a copy, since torch rejects negative strides
+    slab_indices = torch.from_numpy(slab_index(vertices, spec).copy())
+    last_indices = torch.tensor(
+        [size - 1 for size in spec.shape], dtype=torch.float64
+    )  # last index along z, y, x
+    # grid_sample needs positions in -1..1 in the order x, y, z, of shape [1, 1, 1, V, 3].
+    grid = (2 * slab_indices / last_indices - 1).flip(-1)[None, None, None]  # (x, y, z)
+    return F.grid_sample(window_sums, grid, align_corners=True, padding_mode="zeros").flatten().numpy()
 
 
-def diverging(values: np.ndarray, scale: float) -> np.ndarray:
-    """Map values to colours [V, 3] uint8: blue at -scale, light at 0, orange at +scale."""
-    # A constant zero attribution has scale 0.
-    share = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
-    towards = np.where(share < 0, np.array(LOWERS), np.array(RAISES))
-    return np.round(NEUTRAL + (towards - NEUTRAL) * np.abs(share)).astype(np.uint8)
+def diverging_colours(values: np.ndarray, scale: float) -> np.ndarray:
+    """Map values [V] to colours [V, 3] uint8: blue at -scale, light grey at 0, orange at +scale."""
+    # The scale is 0 if all values are 0; 1e-12 avoids a division by zero.
+    position = np.clip(values / max(scale, 1e-12), -1, 1)[:, None]  # [V, 1] in -1..1
+    end_colours = np.where(position < 0, np.array(LOWERS), np.array(RAISES))  # [V, 3]
+    return np.round(NEUTRAL + (end_colours - NEUTRAL) * np.abs(position)).astype(np.uint8)
 
 
-def by_region(labels: np.ndarray) -> np.ndarray:
-    """Map region labels [V] to colours [V, 3] uint8; grey for -1."""
-    # Grey is the last entry, which index -1 selects.
-    table = np.array(
-        [region_colour(i) for i in range(max(labels.max(initial=0) + 1, 1))] + [GREY], dtype=np.uint8
+def region_colours(labels: np.ndarray) -> np.ndarray:
+    """Map indices of regions [V] to colours [V, 3] uint8; the index -1 gets grey."""
+    # Grey is the last entry of the table, which the index -1 selects.
+    colour_table = np.array(
+        [region_colour(region_index) for region_index in range(max(labels.max(initial=0) + 1, 1))] + [GREY],
+        dtype=np.uint8,
     )
-    return table[labels]
+    return colour_table[labels]
 
 
 def render_coloured_mesh(
@@ -130,123 +143,158 @@ def render_coloured_mesh(
     colours: np.ndarray,
     yaw: float = 0.0,
     resolution: int = 320,
-    half: float = 0.5,
+    half_width: float = 0.5,
     seed: int = 0,
 ) -> np.ndarray:
-    """Render a coloured mesh from the front, turned by `yaw` radians: [resolution, resolution, 3] uint8 on
-    white.
+    """Render a coloured mesh with an orthographic camera, on a white background.
 
-    The projection is orthographic. Random points on every face are splatted, the nearest to the camera are
-    kept, and the light comes from above.
+    Random points on every face are drawn as pixels; at each pixel the point nearest to the camera is visible.
+
+    Args:
+        vertices: positions of the vertices, [V, 3].
+        faces: indices of each face's vertices, [F, 3].
+        colours: colours of the vertices, [V, 3] uint8.
+        yaw: rotation of the mesh about the vertical axis, radians.
+        resolution: pixels per edge.
+        half_width: half of the image's width, in world units.
+        seed: seed of the random points.
+
+    Returns: [resolution, resolution, 3] uint8.
     """
-    # The lower bound guards degenerate faces, whose normal is zero.
+    # 1e-20 avoids a division by zero for degenerate faces, whose normal is zero.
     corners = vertices[faces].astype(np.float64)  # [F, 3, 3]
-    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # [F, 3], not normalised
     normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
-    rng = np.random.default_rng(seed)
-    shares = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
-    # [F * P, 3]; every face gets the same number of points, independent of its area
-    points = np.einsum("pk,fkc->fpc", shares, corners).reshape(-1, 3)
-    tones = np.einsum("pk,fkc->fpc", shares, colours[faces].astype(np.float64)).reshape(-1, 3)
-    # Rotation about the vertical axis
-    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    points = points @ turn.T
-    normals = np.repeat(normals @ turn.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
-    column = np.floor((points[:, 0] / half + 1) / 2 * resolution).astype(np.int64)
-    row = np.floor((1 - points[:, 1] / half) / 2 * resolution).astype(np.int64)
-    # Back faces are dropped; the row index grows downwards.
-    shown = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
-    # indices into the F * P points
-    order = np.flatnonzero(shown)[np.argsort(points[shown, 2])]  # the nearest to the camera is written last
-    light = 0.4 + 0.6 * np.clip(normals[order] @ _LIGHT, 0, 1)
-    out = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
-    out[row[order], column[order]] = np.clip(tones[order] * light[:, None], 0, 255).astype(np.uint8)
-    return out
+    rng = np.random.default_rng(seed)  # the same points in every call
+    barycentric = rng.dirichlet(np.ones(3), size=_SPLATS)  # [P, 3], uniform barycentric coordinates
+    # [F * P, 3]; every face has the same number of points, independent of its area
+    points = np.einsum("pk,fkc->fpc", barycentric, corners).reshape(-1, 3)
+    point_colours = np.einsum("pk,fkc->fpc", barycentric, colours[faces].astype(np.float64)).reshape(-1, 3)
+    # rotation about the vertical axis
+    rotation = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    points = points @ rotation.T
+    normals = np.repeat(normals @ rotation.T, _SPLATS, axis=0)  # one normal per point, [F * P, 3]
+    column = np.floor((points[:, 0] / half_width + 1) / 2 * resolution).astype(np.int64)  # pixels, [F * P]
+    # pixels, counted from the top
+    row = np.floor((1 - points[:, 1] / half_width) / 2 * resolution).astype(np.int64)
+    # Points outside the image and on faces that point away from the camera are not drawn.
+    is_visible = (column >= 0) & (column < resolution) & (row >= 0) & (row < resolution) & (normals[:, 2] > 0)
+    # Indices of the visible points, sorted such that the nearest to the camera is written last.
+    draw_order = np.flatnonzero(is_visible)[np.argsort(points[is_visible, 2])]
+    light = 0.4 + 0.6 * np.clip(normals[draw_order] @ _LIGHT, 0, 1)  # ambient and diffuse part
+    image = np.full((resolution, resolution, 3), 255, dtype=np.uint8)  # a white background
+    image[row[draw_order], column[draw_order]] = np.clip(
+        point_colours[draw_order] * light[:, None], 0, 255
+    ).astype(np.uint8)
+    return image
 
 
 def surface(study: Study, folder: Path) -> Finding:
-    """Show the attribution per vertex on the first latents' meshes: an interactive page
-    (<folder>/surface-attribution.html) and an image.
+    """Show the attribution on the surfaces of the first latents.
+
+    Writes an interactive page, <folder>/surface-attribution.html, and an image.
     """
-    meshes = []  # of the interactive page
-    renders = []
-    rows = []
-    missing = []  # meshes without a surface
-    half = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
-    for i, seed in enumerate(study.seeds[:SHOWN]):
+    meshes = []  # meshes of the interactive page
+    renders = []  # one list of views for each latent
+    rows = []  # one row for each mesh
+    skipped_meshes = []  # samples without a surface
+    half_edge = study.cube_spec.box_warp / 2  # half the edge of the cube, world units
+    for latent_index, seed in enumerate(study.seeds[:SHOWN]):
         for role in ("before", "after"):
             try:
-                vertices, faces = extract_mesh(study.cube(role, seed)[0], study.cube_spec, study.level)
-            except ValueError:  # no surface to colour
-                missing.append(f"seed {seed} {role}")
+                vertices, faces = extract_mesh(
+                    study.density_of_cube(role, seed)[0], study.cube_spec, study.level
+                )
+            except ValueError:  # the sample has no surface
+                skipped_meshes.append(f"seed {seed} {role}")
                 continue
-            values = voxels_at(vertices, study.integrated[i].voxels, study.spec)
-            # A quantile, not the maximum: a single extreme vertex would make all others pale.
+            values = voxels_at(vertices, study.integrated[latent_index].voxels, study.spec)
+            # A quantile is used, since with the maximum a single extreme vertex would make all others pale.
             scale = float(np.quantile(np.abs(values), _SCALE))
-            layers = _layers(study, i, vertices, values, scale)
+            layers = _layers(study, latent_index, vertices, values, scale)
             meshes.append(
                 ColouredMesh(name=f"seed {seed}, {role}", vertices=vertices, faces=faces, layers=layers)
             )
-            ends = {"highest": vertices[values.argmax()], "lowest": vertices[values.argmin()]}
+            extreme_vertices = {"highest": vertices[values.argmax()], "lowest": vertices[values.argmin()]}
             positions = {
-                f"{name} {axis}": round(float(v), 4)
-                for name, vertex in ends.items()
-                for axis, v in zip("xyz", vertex, strict=True)
+                f"{name} {axis}": round(float(coordinate), 4)
+                for name, vertex in extreme_vertices.items()
+                for axis, coordinate in zip("xyz", vertex, strict=True)
             }
             rows.append(
                 {"seed": seed, "mesh": role, "vertices": len(vertices), "full_colour": scale, **positions}
             )
             if role == "after":
                 renders.append(
-                    [render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half=half) for yaw in YAWS]
+                    [
+                        render_coloured_mesh(vertices, faces, layers[0].colours, yaw, half_width=half_edge)
+                        for yaw in YAWS
+                    ]
                 )
-    says = [
+    sentences = [
         (
-            "Orange raises the reward, blue lowers it: the sum of Integrated Gradients over the 3 x 3 x 3"
-            " voxels about a vertex. Each mesh has its own scale (full colour in the table), so colours"
-            " compare places of a head, not heads."
+            "Orange raises the reward, blue lowers it. The colour of a vertex shows the sum of Integrated"
+            " Gradients over 3 x 3 x 3 voxels around it. Each mesh has its own scale (full colour in the"
+            " table), so that colours of different meshes cannot be compared."
         ),
-        "Voxels far from the surface are not shown here; the table of regions counts them all.",
+        "Voxels far from the surface are not shown here, but they are part of the regions' values.",
     ]
-    says += [f"Not shown, because they have no surface: {', '.join(missing)}."] if missing else []
-    images = {}
+    if skipped_meshes:
+        sentences.append(f"Not shown, because they have no surface: {', '.join(skipped_meshes)}.")
+    images = {}  # file name by caption
     if renders:
+        # sum(..., []) joins the lists of views; the image has a row for each latent.
         write_atomic(folder / "surface-attribution.png", png(tile(sum(renders, []), len(YAWS))))
         images = {
             f"Attribution on the tuned surface of seeds {study.seeds[0]}..: front, half turned, back.": (
                 "surface-attribution.png"
             )
         }
-    page = mesh_page(meshes, "Attribution on the surface", half) if meshes else ""
+    page = mesh_page(meshes, "Attribution on the surface", half_edge) if meshes else ""
     write_atomic(folder / PAGE, page.encode())
     facts = study.c.facts(study.seeds[:SHOWN], ("before", "after", "reward"))
-    return Finding(facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=says, images=images)
+    return Finding(
+        facts=facts, data={"page": PAGE if meshes else None}, rows=rows, says=sentences, images=images
+    )
 
 
-def _layers(study: Study, i: int, vertices: np.ndarray, values: np.ndarray, scale: float) -> list[Layer]:
-    """Return the layers of one mesh on the page: attribution, regions, and the bare shape."""
-    labels = labels_at(vertices, study.partitions[i], study.spec)  # [V]
-    ends = (
+def _layers(
+    study: Study, latent_index: int, vertices: np.ndarray, values: np.ndarray, scale: float
+) -> list[Layer]:
+    """Return the layers of a mesh on the page: attribution, regions, and the shape without colours.
+
+    Args:
+        latent_index: index of the latent in the study.
+        vertices: positions of the vertices, [V, 3].
+        values: attribution at the vertices, [V].
+        scale: attribution with the full colour.
+    """
+    labels = labels_at(vertices, study.partitions[latent_index], study.spec)  # [V]
+    legend = (
         (f"raises the reward (+{_short(scale)})", RAISES),
         ("no influence", NEUTRAL),
         (f"lowers it (-{_short(scale)})", LOWERS),
     )
-    # The legend lists only the regions that this surface meets.
-    names = [(name, region_colour(k)) for k, name in enumerate(study.names) if (labels == k).any()]
-    names += [("outside the slab", GREY)] if (labels < 0).any() else []
+    # The legend lists only regions that this surface has.
+    region_legend = [
+        (name, region_colour(region_index))
+        for region_index, name in enumerate(study.names)
+        if (labels == region_index).any()
+    ]
+    region_legend += [("outside the slab", GREY)] if (labels < 0).any() else []
     return [
-        Layer(name="attribution", colours=diverging(values, scale), legend=ends),
-        Layer(name="regions", colours=by_region(labels), legend=names),
+        Layer(name="attribution", colours=diverging_colours(values, scale), legend=legend),
+        Layer(name="regions", colours=region_colours(labels), legend=region_legend),
         Layer(name="shape alone", colours=np.full((len(vertices), 3), 225, dtype=np.uint8), legend=()),
     ]
 
 
 def _short(value: float) -> str:
-    """Format a value with two significant digits."""
+    """Format a value >= 0 with two significant digits, as a decimal number."""
     return "0" if value == 0 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-TITLE = "Which regions does the reward like?"
+TITLE = "Which regions change the reward?"
 KINDS = {
     BOXES: "fixed boxes of the slab",
     LANDMARKS: "boxes about each latent's landmarks",
@@ -263,51 +311,83 @@ _COLOURS = {
 
 
 def jobs(study: Study) -> list[Job]:
-    """Return the parts of the report; the regions come first, since they are plotted before anything is
-    computed.
+    """Return the jobs of the report.
+
+    The regions are the first job, so that the user can check them while the attributions are computed.
     """
-    s = study.settings
-    c = study.c
-    files: dict = {"regions": s.regions}
-    if s.regions not in KINDS:
-        # A user's label volume: its identity and that of its names are inputs of every part.
+    settings = study.settings
+    comparison = study.c
+    file_inputs: dict = {"regions": settings.regions}
+    if settings.regions not in KINDS:
+        # For a user's label volume, its file and the file of its names are inputs of every job.
         with naming("--regions"):
-            files["regions"] = [
-                identity_of_file(path) for path in (s.regions, Path(s.regions).with_suffix(".json"))
+            file_inputs["regions"] = [
+                identity_of_file(path)
+                for path in (settings.regions, Path(settings.regions).with_suffix(".json"))
             ]
     with naming("--landmarks"):
-        files["landmarks"] = identity_of_file(s.landmarks)
-    base = c.inputs(*ROLES, n=c.n, data=c.synthetic, **files)  # inputs of every part
-    shared = {**base, "method": s.method, "permutations": s.permutations, "gap_bound": s.gap_bound}
-    # A part is computed again only if one of its inputs changes.
-    integral = {**shared, "orders": CHECK_ORDERS, "steps": s.steps, "most_steps": s.most_steps}
-    divided = partial(Job, inputs=shared, plots={"regions": plot_regions, "latents": plot_latents})
-    head_job = divided(
+        file_inputs["landmarks"] = identity_of_file(settings.landmarks)
+    base_inputs = comparison.inputs(
+        *ROLES, n=comparison.n, data=comparison.synthetic, **file_inputs
+    )  # inputs of every job
+    shapley_inputs = {
+        **base_inputs,
+        "method": settings.method,
+        "permutations": settings.permutations,
+        "gap_bound": settings.gap_bound,
+    }
+    # A job is computed again only if one of its inputs changes.
+    integral_inputs = {
+        **shapley_inputs,
+        "orders": CHECK_ORDERS,
+        "steps": settings.steps,
+        "most_steps": settings.most_steps,
+    }
+    make_shapley_job = partial(
+        Job, inputs=shapley_inputs, plots={"regions": plot_regions, "latents": plot_latents}
+    )
+    head_job = make_shapley_job(
         key="whole-head",
         title="The entire head in eight parts",
-        compute=lambda folder: shapley(study.of_the_head(), folder),
+        compute=lambda folder: shapley(study.study_of_head_parts(), folder),
     )
-    # Only slabs have positions, so only they give an attribution on the surface.
+    # Only slabs have positions, so there is no attribution on the surface for other observations. The product
+    # with False is an empty list.
     surface_jobs = [
-        Job(key="surface", title="Where on the surface", compute=partial(surface, study), inputs=integral)
+        Job(
+            key="surface",
+            title="Where on the surface",
+            compute=partial(surface, study),
+            inputs=integral_inputs,
+        )
     ] * study.reads_slabs
     return [
-        Job(key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base),
-        divided(key="shapley", title="Shapley values of the regions", compute=partial(shapley, study)),
-        # Landmarks cover the face alone; the parts of the head show where the rest of the change lies.
-        *[head_job] * (s.regions == LANDMARKS),
+        Job(
+            key="regions", version=2, title="The regions", compute=partial(regions, study), inputs=base_inputs
+        ),
+        make_shapley_job(
+            key="shapley", title="Shapley values of the regions", compute=partial(shapley, study)
+        ),
+        # Landmarks cover only the face; the parts of the head cover the changes elsewhere. The product with
+        # False is an empty list.
+        *[head_job] * (settings.regions == LANDMARKS),
         Job(
             key="methods",
             title="Do other methods agree?",
             compute=partial(methods, study),
-            inputs=integral,
+            inputs=integral_inputs,
             plots={"means": plot_methods, "rank-correlation": plot_agreement},
         ),
         Job(
             key="redrawn-reward",
             title="The same with a reward of random weights",
             compute=partial(redrawn_reward, study),
-            inputs={**shared, "orders": CHECK_ORDERS, "draws": s.randomisations, "checked": s.checked},
+            inputs={
+                **shapley_inputs,
+                "orders": CHECK_ORDERS,
+                "draws": settings.randomisations,
+                "checked": settings.checked,
+            },
             plots={"rank-correlation": plot_redrawn},
         ),
         *surface_jobs,
@@ -315,112 +395,127 @@ def jobs(study: Study) -> list[Job]:
 
 
 def regions(study: Study, folder: Path) -> Finding:
-    """Describe the partition: voxels per region, and images of the first latents' meshes from three sides.
+    """Describe the regions: numbers of their voxels, and images on the meshes of the first latents.
 
-    With landmarks, the eight parts of the head follow as a second partition.
+    With landmarks, the eight parts of the head are described as a second partition.
     """
-    c = study.c
-    kind = KINDS.get(str(study.settings.regions), "your masks")
+    comparison = study.c
+    # Any other value of --regions is the path of the user's label volume.
+    kind_text = KINDS.get(str(study.settings.regions), "your masks")
     rows = _counts(study)
     images = draw_regions(study, folder, "regions.png") if study.reads_slabs else {}
-    empty = [row["region"] for row in rows if row["most"] == 0]
-    says = [
+    empty_regions = [row["region"] for row in rows if row["most"] == 0]
+    sentences = [
         (
-            f"{len(rows)} regions from {kind}; where two overlap, the first in the table wins. Every voxel of"
-            " the slab belongs to one."
+            f"{len(rows)} regions from {kind_text}. Every voxel of the slab belongs to one region; where two"
+            " overlap, to the first in the table."
         ),
         (
-            "The partition is a choice: a value says what a region contributes, and another partition divides"
-            " the same difference otherwise."
+            "The partition is a choice: with another partition, the same difference of the reward is divided"
+            " in another way."
         ),
     ]
-    says += [f"Empty, and so without any influence: {', '.join(empty)}."] if empty else []
+    if empty_regions:
+        sentences.append(f"Regions without voxels, hence without influence: {', '.join(empty_regions)}.")
     if not images:
-        missing = (
+        reason = (
             "None of the shown latents has a surface" if study.reads_slabs else "The reward reads no slab"
         )
-        says.append(f"{missing}, so there is no image.")
+        sentences.append(f"{reason}, so there is no image.")
     if study.settings.regions == LANDMARKS:
-        head = study.of_the_head()
+        head_study = study.study_of_head_parts()
         rows = [
             {"partition": name, **row}
-            for name, part in (("regions", study), ("entire head", head))
-            for row in _counts(part)
+            for name, partition_study in (("regions", study), ("entire head", head_study))
+            for row in _counts(partition_study)
         ]
-        images |= draw_regions(head, folder, "whole-head.png", "The entire head in eight parts, ")
+        images |= draw_regions(head_study, folder, "whole-head.png", "The entire head in eight parts, ")
     return Finding(
-        facts=c.facts(study.seeds, ("before",)),
-        data={"names": list(study.names), "kind": kind},
+        facts=comparison.facts(study.seeds, ("before",)),
+        data={"names": list(study.names), "kind": kind_text},
         rows=rows,
-        says=says,
+        says=sentences,
         images=images,
     )
 
 
 def _counts(study: Study) -> list[dict]:
     """Count the voxels of each region: mean, least and most over the latents."""
-    # The same regions may hold different voxels for each latent, for example about landmarks.
-    # Voxels per latent and region
-    counts = np.array([p.counts() for p in study.partitions])  # [N, R]
+    # A region may have other voxels for each latent, for example if it depends on landmarks.
+    counts_by_latent = np.array([partition.counts() for partition in study.partitions])  # [N, R]
     return [
         {
             "region": region,
             "voxels (mean)": float(region_counts.mean()),
             "least": int(region_counts.min()),
             "most": int(region_counts.max()),
-            "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(i)),
+            "colour": "#{:02x}{:02x}{:02x}".format(*region_colour(region_index)),
         }
-        for i, (region, region_counts) in enumerate(zip(study.names, counts.T, strict=True))
+        for region_index, (region, region_counts) in enumerate(
+            zip(study.names, counts_by_latent.T, strict=True)
+        )
     ]
 
 
-def draw_regions(study: Study, folder: Path, name: str, what: str = "Regions ") -> dict[str, str]:
-    """Show a partition on the meshes of the first latents.
+def draw_regions(study: Study, folder: Path, name: str, caption_start: str = "Regions ") -> dict[str, str]:
+    """Render the regions on the meshes of the first latents before tuning, and write the image.
+
+    Args:
+        folder: folder of the image.
+        name: file name of the image.
+        caption_start: first words of the caption.
 
     Returns: the image's name by its caption; {} if no latent has a surface.
     """
-    renders = []
-    for i, seed in enumerate(study.seeds[:SHOWN]):
+    renders = []  # one list of views for each latent
+    for latent_index, seed in enumerate(study.seeds[:SHOWN]):
         try:
-            vertices, faces = extract_mesh(study.cube("before", seed)[0], study.cube_spec, study.level)
-        except ValueError:  # a sample without a surface has nothing to draw on
+            vertices, faces = extract_mesh(
+                study.density_of_cube("before", seed)[0], study.cube_spec, study.level
+            )
+        except ValueError:  # the sample has no surface
             continue
-        colours = by_region(labels_at(vertices, study.partitions[i], study.spec))
+        colours = region_colours(labels_at(vertices, study.partitions[latent_index], study.spec))
         renders.append(
             [
-                render_coloured_mesh(vertices, faces, colours, yaw, half=study.cube_spec.box_warp / 2)
+                render_coloured_mesh(vertices, faces, colours, yaw, half_width=study.cube_spec.box_warp / 2)
                 for yaw in YAWS
             ]
         )
     if not renders:
         return {}
-    # One row per latent, one column per yaw
+    # sum(..., []) joins the lists of views; the image has a row for each latent and a column for each yaw.
     write_atomic(folder / name, png(tile(sum(renders, []), len(YAWS))))
-    where = f"{what}on the surface of seeds {study.seeds[0]}.. before tuning"
-    return {f"{where}: front, half turned, back; colours as in the table, grey: outside the slab.": name}
+    caption = f"{caption_start}on the surface of seeds {study.seeds[0]}.. before tuning"
+    return {f"{caption}: front, half turned, back; colours as in the table, grey: outside the slab.": name}
 
 
 def shapley(study: Study, folder: Path) -> Finding:
-    """Report Shapley values per latent and region, their means with intervals, and the efficiency gaps."""
+    """Report the Shapley values of each latent and region, their means, and the efficiency gaps.
+
+    The efficiency gap is the difference between the values' sum and the change of the reward.
+    """
     attributions = study.shapley
     names = study.names
-    c = study.c
-    values = np.stack([a.values for a in attributions])  # [N, R]
-    means = means_of_columns(values)  # one mean with its interval per region
+    comparison = study.c
+    values = np.stack([attribution.values for attribution in attributions])  # [N, R]
+    means = compute_column_means(values)  # a mean with its interval for each region
     rows = [
         {
             "seed": seed,
             "region": name,
-            "value": float(a.values[i]),
-            "standard_error": None if a.errors is None else float(a.errors[i]),
-            "difference": a.difference,
-            "gap": a.gap,
+            "value": float(attribution.values[region_index]),
+            "standard_error": None if attribution.errors is None else float(attribution.errors[region_index]),
+            "difference": attribution.difference,
+            "gap": attribution.gap,
         }
-        for seed, a in zip(study.seeds, attributions, strict=True)
-        for i, name in enumerate(names)
+        for seed, attribution in zip(study.seeds, attributions, strict=True)
+        for region_index, name in enumerate(names)
     ]
-    gap = max(a.relative_gap for a in attributions)  # the worst latent's
-    total = bootstrap_mean_interval([a.difference for a in attributions])  # mean change of the reward
+    largest_gap = max(attribution.relative_gap for attribution in attributions)  # of all latents
+    mean_difference = bootstrap_mean_interval(
+        [attribution.difference for attribution in attributions]
+    )  # mean change of the reward
     data = {
         "names": list(names),
         "values": values.tolist(),
@@ -430,130 +525,162 @@ def shapley(study: Study, folder: Path) -> Finding:
         "errors": (
             None
             if attributions[0].errors is None
-            else [a.errors.tolist() for a in attributions if a.errors is not None]
+            else [
+                attribution.errors.tolist() for attribution in attributions if attribution.errors is not None
+            ]
         ),
-        "difference": total._asdict(),
-        "largest_relative_gap": gap,
-        "gaps": [a.gap for a in attributions],
+        "difference": mean_difference._asdict(),
+        "largest_relative_gap": largest_gap,
+        "gaps": [attribution.gap for attribution in attributions],
     }
     interval = f"means: {BOOTSTRAP}" + (
         "" if attributions[0].errors is None else "; bars per latent: standard error of sampling"
     )
     return Finding(
-        facts=c.facts(study.seeds, ROLES, interval),
+        facts=comparison.facts(study.seeds, ROLES, interval),
         data=data,
         rows=rows,
-        says=_shapley_says(study, values, means, total, gap),
+        says=_describe_shapley(study, values, means, mean_difference, largest_gap),
     )
 
 
-def _shapley_says(study: Study, values: np.ndarray, means: list[dict], total, gap: float) -> list[str]:
-    """Describe the change of the reward and the regions that contribute to it."""
-    # Regions by the size of their mean contribution, largest first
-    order = np.argsort([-abs(m["mean"]) for m in means])
-    # An interval without zero: the sign of the mean contribution is established over these latents.
-    clear = [i for i in order if not contains_zero(means[i]["lo"], means[i]["hi"])]
-    s = study.settings
-    how = (
+def _describe_shapley(
+    study: Study, values: np.ndarray, means: list[dict], mean_difference, largest_gap: float
+) -> list[str]:
+    """Describe the change of the reward, and the regions that contribute to it, in sentences.
+
+    Args:
+        values: Shapley values, [N, R].
+        means: mean with interval of each region.
+        mean_difference: mean change of the reward, with interval.
+        largest_gap: largest efficiency gap of a latent, as a share of its difference.
+    """
+    # indices of the regions by the absolute value of their mean contribution, largest first
+    largest_first = np.argsort([-abs(mean["mean"]) for mean in means])
+    # Regions whose interval excludes zero, so that the sign of the mean contribution is clear.
+    clear_regions = [
+        region_index
+        for region_index in largest_first
+        if not contains_zero(means[region_index]["lo"], means[region_index]["hi"])
+    ]
+    settings = study.settings
+    method_text = (
         f"all {2 ** len(study.names):,} coalitions"
-        if s.method == "exact"
-        else f"{s.permutations} permutations ({s.method})"
+        if settings.method == "exact"
+        else f"{settings.permutations} permutations ({settings.method})"
     )
-    says = [
+    sentences = [
         (
-            f"The reward changes by {span(*total)} on average; Shapley values from {how} divide that among"
-            f" {len(study.names)} regions. The largest efficiency gap is {gap:.1e} of a latent's difference"
-            f" (an error above {s.gap_bound:g})."
+            f"The reward changes by {span(*mean_difference)} on average; Shapley values from {method_text}"
+            f" divide that among {len(study.names)} regions. The largest efficiency gap is {largest_gap:.1e}"
+            " of a latent's difference"
+            f" (an error above {settings.gap_bound:g})."
         ),
     ]
-    # Shares of the total: Shapley values sum to the difference, so these sum to 100 %.
-    if s.regions == PEOPLE:
-        parts = dict(zip(study.names, (m["mean"] for m in means), strict=True))
+    # Shapley values sum to the difference, so the shares sum to 100 %.
+    if settings.regions == PEOPLE:
+        mean_by_region = dict(zip(study.names, (mean["mean"] for mean in means), strict=True))
         shares = ", ".join(
-            f"the {name} {value / total.mean:.0%}"
-            for name, value in sorted(parts.items(), key=lambda p: -p[1])
+            f"the {name} {value / mean_difference.mean:.0%}"
+            for name, value in sorted(mean_by_region.items(), key=lambda name_and_mean: -name_and_mean[1])
         )
-        says.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
-    if clear:
-        listed = "; ".join(f"{study.names[i]} {span(*means[i].values())}" for i in clear[:4])
-        says.append(f"Regions whose mean contribution differs from zero, largest first: {listed}.")
-        # The number of latents in which the region with the largest mean is also the largest
-        first = int((np.abs(values).argmax(axis=1) == order[0]).sum())
-        share = np.mean([p.counts()[order[0]] / p.labels.numel() for p in study.partitions])
-        says.append(
-            f"{study.names[order[0]].capitalize()}, with {share:.0%} of the voxels, contributes most in"
-            f" {first} of {len(values)} latents."
+        sentences.append(f"This change divides into: {shares}. {bundled.DAMAGED}")
+    if clear_regions:
+        clear_texts = "; ".join(
+            f"{study.names[region_index]} {span(*means[region_index].values())}"
+            for region_index in clear_regions[:4]
         )
-        # The remainder is no named region, so such a partition explains little.
-        if study.names[order[0]] in (OTHER, BACKGROUND):
-            below = "the parts of the entire head and " if s.regions == LANDMARKS else ""
-            says.append(
+        sentences.append(f"Regions whose mean contribution differs from zero, largest first: {clear_texts}.")
+        # number of latents in which the region with the largest mean has the largest contribution
+        latent_count = int((np.abs(values).argmax(axis=1) == largest_first[0]).sum())
+        voxel_share = np.mean(
+            [
+                partition.counts()[largest_first[0]] / partition.labels.numel()
+                for partition in study.partitions
+            ]
+        )
+        sentences.append(
+            f"{study.names[largest_first[0]].capitalize()}, with {voxel_share:.0%} of the voxels, contributes"
+            f" most in {latent_count} of {len(values)} latents."
+        )
+        # OTHER and BACKGROUND contain the voxels outside the named regions, so the partition explains little.
+        if study.names[largest_first[0]] in (OTHER, BACKGROUND):
+            below_text = "the parts of the entire head and " if settings.regions == LANDMARKS else ""
+            sentences.append(
                 "Most of the change lies outside the named regions, so that this partition explains little"
-                f" of it: look at {below}the surface below, or divide that part with masks of your own"
+                f" of it: look at {below_text}the surface below, or divide that part with masks of your own"
                 " (--regions=FILE)."
             )
     else:
-        says.append("No region's mean contribution differs from zero over these latents: raise --n.")
-    says.append(
-        "A contribution says where this reward sees the change, not that the change is good there. Large"
-        " regions contain more voxels."
+        sentences.append(
+            "No region's mean contribution differs from zero over these latents. More latents (--n) give"
+            " narrower intervals."
+        )
+    sentences.append(
+        "A contribution states how much a region changes this reward, not that the change of the shape is"
+        " good there. Large regions contain more voxels."
     )
-    return says
+    return sentences
 
 
 def methods(study: Study, folder: Path) -> Finding:
-    """Report the mean attribution by four methods, the completeness of the integral, and the rank
-    correlations of the methods.
+    """Report the mean attributions by four methods, and the rank correlations between the methods.
+
+    Also report if the Integrated Gradients are complete, that is, if they sum to the change of the reward.
     """
     attributions = study.methods
     names = study.names
-    c = study.c
-    means = {method: means_of_columns(values) for method, values in attributions.items()}
+    comparison = study.c
+    means = {method: compute_column_means(values) for method, values in attributions.items()}
     pairs = agreement(attributions)  # one entry per pair of methods
     rows = [
         {
             "seed": seed,
             "region": name,
-            **{method: float(values[n, i]) for method, values in attributions.items()},
+            **{method: float(values[latent_index, region_index]) for method, values in attributions.items()},
         }
-        for n, seed in enumerate(study.seeds)
-        for i, name in enumerate(names)
+        for latent_index, seed in enumerate(study.seeds)
+        for region_index, name in enumerate(names)
     ]
-    ig: list[dict] = [
+    integral_rows: list[dict] = [
         {
             "seed": seed,
-            "steps": g.steps,
-            "gap": g.gap,
-            "share": g.tried[-1][1],
-            "complete": g.complete,
-            "tried": [list(t) for t in g.tried],
+            "steps": gradients.steps,
+            "gap": gradients.gap,
+            "share": gradients.tried[-1][1],  # gap of the last integral, as a share of the difference
+            "complete": gradients.complete,
+            "tried": [list(steps_and_gap) for steps_and_gap in gradients.tried],
         }
-        for seed, g in zip(study.seeds, study.integrated, strict=True)
+        for seed, gradients in zip(study.seeds, study.integrated, strict=True)
     ]
-    complete = sum(entry["complete"] for entry in ig)  # number of latents
-    worst = max(entry["share"] for entry in ig)  # largest gap, as a share of the difference
-    steps = [entry["steps"] for entry in ig]
-    text = (
-        f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete} of"
-        f" {len(ig)} latents (largest gap {worst:.2%}) with {min(steps)} to {max(steps)} steps; the count"
-        f" rose from {study.settings.steps} by itself for {sum(len(entry['tried']) > 1 for entry in ig)}."
+    complete_count = sum(integral_row["complete"] for integral_row in integral_rows)  # number of latents
+    largest_gap = max(
+        integral_row["share"] for integral_row in integral_rows
+    )  # largest gap, as a share of the difference
+    step_counts = [integral_row["steps"] for integral_row in integral_rows]
+    integral_text = (
+        f"Integrated Gradients add up to within {BOUND:.0%} of the reward difference for {complete_count} of"
+        f" {len(integral_rows)} latents (largest gap {largest_gap:.2%}) with {min(step_counts)} to"
+        f" {max(step_counts)} steps; the count"
+        f" was raised automatically from {study.settings.steps} for"
+        f" {sum(len(integral_row['tried']) > 1 for integral_row in integral_rows)} of them."
     )
-    # A quadrature that did not converge is reported, not hidden.
-    if complete < len(ig):
-        text += " The others stay incomplete: raise --most-steps, or interpret them with that reservation."
-    says = [text, *_pair_says(pairs)]
-    says.append(
-        "For noise, each region's change is shuffled among its voxels: the same amount of change without its"
-        " shape. A method that agrees with it as well as with the others measures how much a region changed,"
-        " not how its shape changed. Occlusion counts only the last step into the tuned slab, so that regions"
-        " which act together count more than once or not at all."
+    # Latents whose integral has not converged are reported.
+    if complete_count < len(integral_rows):
+        integral_text += " The others do not add up: raise --most-steps, or interpret them with care."
+    sentences = [integral_text, *_describe_agreement(pairs)]
+    sentences.append(
+        'For "noise", each region\'s change is shuffled among its voxels, so that the amount of change is the'
+        " same, but its shape is lost. If a method agrees with noise as well as with the other methods, it"
+        " measures how much a region changed, not how its shape changed. Occlusion replaces one region of the"
+        " tuned slab at a time, so that regions which act together count more than once or not at all."
     )
-    data = {"names": list(names), "means": means, "agreement": pairs, "integrated": ig}
+    data = {"names": list(names), "means": means, "agreement": pairs, "integrated": integral_rows}
     return Finding(
-        facts=c.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
+        facts=comparison.facts(study.seeds, ROLES, f"means, and mean rank correlations: {BOOTSTRAP}"),
         data=data,
         rows=rows,
-        says=says,
+        says=sentences,
     )
 
 
@@ -562,127 +689,163 @@ def _interval(mean: dict) -> str:
     return span(mean["mean"], mean["lo"], mean["hi"], ".2f")
 
 
-def _pair_says(pairs: list[dict]) -> list[str]:
-    """Describe the rank correlation of each method with Shapley values."""
-    says = []
+def _describe_agreement(pairs: list[dict]) -> list[str]:
+    """Describe the rank correlation of each method with Shapley values, in sentences."""
+    sentences = []
     for pair in pairs:
-        # The other pairs stand in the figure alone.
+        # The other pairs are only plotted.
         if pair["first"] != "Shapley":
             continue
         mean = pair["spearman"]["mean"]
-        tau = pair["kendall"]["mean"]  # None together with Spearman's
+        tau = pair["kendall"]["mean"]  # None if Spearman's correlation is None
         if mean is None:
-            says.append(f"{pair['second']}: no ranks to compare, since one side is constant.")
+            sentences.append(
+                f"{pair['second']}: no rank correlation, since all values of one of the methods are equal."
+            )
             continue
-        overall = pair["spearman"]["overall"]
-        says.append(
+        overall_correlation = pair["spearman"]["overall"]
+        sentences.append(
             f"Shapley and {pair['second']}: Spearman {_interval(mean)} per latent (Kendall {_interval(tau)}),"
-            f" {'none' if overall is None else f'{overall:.2f}'} between the means over latents."
+            f" {'none' if overall_correlation is None else f'{overall_correlation:.2f}'} between the means"
+            " over latents."
         )
-    return says
+    return sentences
 
 
 def redrawn_reward(study: Study, folder: Path) -> Finding:
-    """Correlate attributions by the trained reward with those by rewards with re-drawn weights."""
-    s = study.settings
-    c = study.c
-    count = min(s.checked, len(study.seeds))
-    trained = np.stack([a.values for a in study.shapley[:count]])  # [checked, R]
-    rows = []
-    signed_means = []
-    sizes = []
-    # Adebayo et al. 2018: an attribution that survives random weights does not come from training.
-    for draw in range(s.randomisations):
-        random = study.redrawn(draw)  # [checked, R]
-        rho = [rank_correlation(a, b) for a, b in zip(trained, random, strict=True)]  # with signs
-        # Without signs: sizes correlate also for random networks, see `_redrawn_says`.
-        # of the sizes alone
-        size = [rank_correlation(np.abs(a), np.abs(b)) for a, b in zip(trained, random, strict=True)]
-        rows += [
-            {"randomisation": draw, "seed": study.seeds[i], "spearman": r, "spearman_of_sizes": z}
-            for i, (r, z) in enumerate(zip(rho, size, strict=True))
+    """Correlate attributions by the trained reward with attributions by rewards with random weights."""
+    settings = study.settings
+    comparison = study.c
+    latent_count = min(settings.checked, len(study.seeds))
+    trained = np.stack(
+        [trained_values.values for trained_values in study.shapley[:latent_count]]
+    )  # [checked, R]
+    rows = []  # one row for each random weights and latent
+    signed_means = []  # mean over latents, by random weights
+    size_means = []  # the same of absolute values
+    # An attribution that is similar with random weights does not come from training (Adebayo et al. 2018).
+    for draw in range(settings.randomisations):
+        random_attributions = study.attribute_randomised(draw)  # [checked, R]
+        signed_correlations = [
+            rank_correlation(trained_values, random_values)
+            for trained_values, random_values in zip(trained, random_attributions, strict=True)
+        ]  # with signs
+        # The absolute values correlate also for random networks, see `_describe_randomised`.
+        size_correlations = [
+            rank_correlation(np.abs(trained_values), np.abs(random_values))
+            for trained_values, random_values in zip(trained, random_attributions, strict=True)
         ]
-        # A draw whose attributions are all constant has no correlation.
-        signed_means += [float(np.mean(known))] if (known := [r for r in rho if r is not None]) else []
-        sizes += [float(np.mean(known))] if (known := [z for z in size if z is not None]) else []
+        rows += [
+            {
+                "randomisation": draw,
+                "seed": study.seeds[latent_index],
+                "spearman": signed_correlation,
+                "spearman_of_sizes": size_correlation,
+            }
+            for latent_index, (signed_correlation, size_correlation) in enumerate(
+                zip(signed_correlations, size_correlations, strict=True)
+            )
+        ]
+        # Random weights for which all attributions are constant have no correlation.
+        signed_means += (
+            [float(np.mean(defined_correlations))]
+            if (
+                defined_correlations := [
+                    signed_correlation
+                    for signed_correlation in signed_correlations
+                    if signed_correlation is not None
+                ]
+            )
+            else []
+        )
+        size_means += (
+            [float(np.mean(defined_correlations))]
+            if (
+                defined_correlations := [
+                    size_correlation for size_correlation in size_correlations if size_correlation is not None
+                ]
+            )
+            else []
+        )
     data = {
         "by_randomisation": signed_means,
-        "sizes": sizes,
-        "randomisations": s.randomisations,
-        "latents": count,
+        "sizes": size_means,
+        "randomisations": settings.randomisations,
+        "latents": latent_count,
         "mean": bootstrap_mean_interval(signed_means)._asdict() if signed_means else None,
-        "mean_of_sizes": bootstrap_mean_interval(sizes)._asdict() if sizes else None,
+        "mean_of_sizes": bootstrap_mean_interval(size_means)._asdict() if size_means else None,
     }
-    facts = c.facts(
-        study.seeds[:count],
+    facts = comparison.facts(
+        study.seeds[:latent_count],
         ROLES,
         f"95 % percentile bootstrap over {len(signed_means)} draws of weights, 10,000 resamples",
     )
-    return Finding(facts=facts, data=data, rows=rows, says=_redrawn_says(data))
+    return Finding(facts=facts, data=data, rows=rows, says=_describe_randomised(data))
 
 
-def _redrawn_says(data: dict) -> list[str]:
-    """Describe the correlation with rewards of random weights."""
-    # Every draw was constant
+def _describe_randomised(data: dict) -> list[str]:
+    """Describe the correlation with rewards of random weights, in sentences."""
+    # None if no random weights have a correlation
     if data["mean"] is None:
         return [
-            "Every reward with re-drawn weights attributes the same to all regions, so there are no ranks to"
-            " compare."
+            "Every reward with random weights attributes the same to all regions, so there is no rank"
+            " correlation."
         ]
     mean, lo, hi = data["mean"].values()
+    # An interval without zero means that the attributions have similar ranks without any training.
     if contains_zero(lo, hi):
         conclusion = (
-            "its interval contains zero: as far as this check shows, the attributions come from what the"
-            " reward has learned"
+            "its interval contains zero, so this control does not show that the attributions are independent"
+            " of the training"
         )
     else:
         conclusion = (
-            "its interval excludes zero: part of the attribution comes from slabs or architecture, not from"
-            " training"
+            "its interval excludes zero, so a part of the attribution comes from the slabs or the"
+            " architecture, not from training"
         )
-    says = [
+    sentences = [
         (
             "Spearman correlation between the trained reward's attributions and those of"
-            f" {len(data['by_randomisation'])} rewards with re-drawn weights: {span(mean, lo, hi, '.2f')};"
+            f" {len(data['by_randomisation'])} rewards with random weights: {span(mean, lo, hi, '.2f')};"
             f" {conclusion}."
         ),
         (
-            f"With {len(data['by_randomisation'])} draws a correlation within the interval's width of zero"
-            " would not be detected."
+            f"With {len(data['by_randomisation'])} random weights, a correlation that is smaller than the"
+            " interval's width cannot be detected."
         ),
     ]
     if data["mean_of_sizes"] is not None:
-        size = _interval(data["mean_of_sizes"])
-        says.append(
-            f"Sizes without signs correlate by {size}: any network reacts more where more changed, so this"
-            " need not be near zero."
+        size_text = _interval(data["mean_of_sizes"])
+        sentences.append(
+            f"Absolute values correlate by {size_text}. This need not be near zero, since every network"
+            " reacts more to regions that changed more."
         )
-    return says
+    return sentences
 
 
 def _order(means: list[dict]) -> np.ndarray:
-    """Return the regions' order by mean, the largest last, since bars are drawn upwards."""
-    return np.argsort([m["mean"] for m in means])
+    """Return the indices of the regions sorted by mean, the largest last, since bars are drawn upwards."""
+    return np.argsort([mean["mean"] for mean in means])
 
 
 def _bar_size(count: int) -> tuple[float, float]:
-    """Return the size in inches of a plot with `count` bars."""
-    # Inches: the height grows with the number of bars.
+    """Return the width and height in inches of a plot with `count` bars."""
     return (6.4, 0.9 + 0.34 * count)
 
 
 def plot_regions(data: dict):
     """Plot the mean contribution of each region with its interval."""
     figure, axes = style.figure(size=_bar_size(len(data["names"])))
-    order = _order(data["means"])
-    means = [data["means"][i] for i in order]
-    middle = np.array([m["mean"] for m in means])
-    spread = [middle - [m["lo"] for m in means], [m["hi"] for m in means] - middle]
-    colours = [style.colour("after") if v > 0 else style.colour("before") for v in middle]
+    region_order = _order(data["means"])
+    means = [data["means"][region_index] for region_index in region_order]
+    mean_values = np.array([mean["mean"] for mean in means])
+    error_bars = [mean_values - [mean["lo"] for mean in means], [mean["hi"] for mean in means] - mean_values]
+    # Contributions that raise the reward have another colour than those that lower it.
+    colours = [style.colour("after") if value > 0 else style.colour("before") for value in mean_values]
     axes.barh(
-        [data["names"][i] for i in order],
-        middle,
-        xerr=spread,
+        [data["names"][region_index] for region_index in region_order],
+        mean_values,
+        xerr=error_bars,
         color=colours,
         error_kw={"ecolor": "#777777", "elinewidth": 1.2},
     )
@@ -694,13 +857,13 @@ def plot_regions(data: dict):
 
 
 def plot_latents(data: dict):
-    """Plot every latent's value per region."""
+    """Plot the value of every latent for each region."""
     figure, axes = style.figure(size=_bar_size(len(data["names"])))
-    order = _order(data["means"])
+    region_order = _order(data["means"])
     values = np.asarray(data["values"])  # [N, R]
     # Points of one region are spread vertically, so that they do not cover one another.
     offsets = np.linspace(-0.28, 0.28, len(values))
-    for row, region in enumerate(order):
+    for row, region in enumerate(region_order):
         error = None if data["errors"] is None else [latent[region] for latent in data["errors"]]
         axes.errorbar(
             values[:, region],
@@ -712,7 +875,7 @@ def plot_latents(data: dict):
             elinewidth=0.8,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(order)), [data["names"][i] for i in order])
+    axes.set_yticks(range(len(region_order)), [data["names"][region_index] for region_index in region_order])
     axes.set(xlabel="contribution to the change of the reward", title="One point per latent")
     return figure
 
@@ -720,21 +883,22 @@ def plot_latents(data: dict):
 def plot_methods(data: dict):
     """Plot the mean attribution of each region by each method."""
     count = len(data["names"])
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))
-    order = _order(data["means"]["Shapley"])
-    # The bars of one region share 0.8 of its line.
-    thick = 0.8 / len(data["means"])
-    for k, (method, means) in enumerate(data["means"].items()):
-        y_positions = np.arange(count) + 0.4 - thick * (k + 0.5)
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.5 * count))  # inches
+    region_order = _order(data["means"]["Shapley"])
+    # The bars of a region take 0.8 of the distance between regions.
+    bar_height = 0.8 / len(data["means"])
+    for method_index, (method, means) in enumerate(data["means"].items()):
+        # Regions are 1 apart; the methods of a region are stacked downwards.
+        y_positions = np.arange(count) + 0.4 - bar_height * (method_index + 0.5)
         axes.barh(
             y_positions,
-            [means[i]["mean"] for i in order],
-            height=thick,
+            [means[region_index]["mean"] for region_index in region_order],
+            height=bar_height,
             color=_COLOURS.get(method, "#777777"),
             label=method,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(count), [data["names"][i] for i in order])
+    axes.set_yticks(range(count), [data["names"][region_index] for region_index in region_order])
     axes.set(xlabel="mean attribution", title="Four methods")
     axes.legend(fontsize=7)
     return figure
@@ -742,24 +906,28 @@ def plot_methods(data: dict):
 
 def plot_agreement(data: dict):
     """Plot the mean rank correlations of all pairs of methods, with intervals."""
-    # Pairs with a constant method have no correlation.
-    pairs = [p for p in data["agreement"] if p["spearman"]["mean"] is not None]
-    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))
+    # Pairs with a method whose values are all equal have no correlation.
+    pairs = [pair for pair in data["agreement"] if pair["spearman"]["mean"] is not None]
+    figure, axes = style.figure(size=(6.4, 0.9 + 0.4 * max(len(pairs), 1)))  # inches
+    # Both kinds of correlation of a pair are drawn side by side, 0.24 apart.
     for shift, kind, colour in ((0.12, "spearman", "#0072B2"), (-0.12, "kendall", "#D55E00")):
-        means = [p[kind]["mean"] for p in pairs]
-        middle = np.array([m["mean"] for m in means])
-        spread = [middle - [m["lo"] for m in means], [m["hi"] for m in means] - middle]
+        means = [pair[kind]["mean"] for pair in pairs]
+        mean_values = np.array([mean["mean"] for mean in means])
+        error_bars = [
+            mean_values - [mean["lo"] for mean in means],
+            [mean["hi"] for mean in means] - mean_values,
+        ]
         axes.errorbar(
-            middle,
+            mean_values,
             np.arange(len(pairs)) + shift,
-            xerr=spread,
+            xerr=error_bars,
             fmt="o",
             markersize=4,
             color=colour,
             label=kind,
         )
     axes.axvline(0, color=style.colour("noise"), linewidth=1)
-    axes.set_yticks(range(len(pairs)), [f"{p['first']} / {p['second']}" for p in pairs])
+    axes.set_yticks(range(len(pairs)), [f"{pair['first']} / {pair['second']}" for pair in pairs])
     axes.set(xlim=(-1.05, 1.05), xlabel="rank correlation, mean over latents", title="Agreement of methods")
     axes.legend(fontsize=7)
     return figure
@@ -767,18 +935,18 @@ def plot_agreement(data: dict):
 
 def plot_redrawn(data: dict):
     """Plot the rank correlation with each reward of random weights, and the mean with its interval."""
-    figure, axes = style.figure(size=(6.4, 2.2))
+    figure, axes = style.figure(size=(6.4, 2.2))  # inches
     for row, (key, mean) in enumerate((("by_randomisation", "mean"), ("sizes", "mean_of_sizes"))):
         axes.plot(
             data[key], [row] * len(data[key]), "o", markersize=4, alpha=0.5, color=style.colour("noise")
         )
         # The mean is drawn slightly above the points of its row.
         if data[mean] is not None:
-            m = data[mean]
+            interval = data[mean]
             axes.errorbar(
-                [m["mean"]],
+                [interval["mean"]],
                 [row + 0.18],
-                xerr=[[m["mean"] - m["lo"]], [m["hi"] - m["mean"]]],
+                xerr=[[interval["mean"] - interval["lo"]], [interval["hi"] - interval["mean"]]],
                 fmt="D",
                 color=style.colour("reward"),
                 label=None if row else "mean, 95 % interval",
@@ -789,7 +957,7 @@ def plot_redrawn(data: dict):
         xlim=(-1.05, 1.05),
         ylim=(-0.5, 1.6),
         xlabel="Spearman correlation with the trained reward's attribution, one point per draw",
-        title="Re-drawn weights",
+        title="Rewards with random weights",
     )
     if data["mean"] is not None:
         axes.legend(fontsize=7)

@@ -1,7 +1,8 @@
-"""One attribution study: the latents, their slabs before and after tuning, their regions, and the result of
-every method. Each of them is computed once.
+"""Inputs and results of an attribution study.
 
-Letters: N latents, R regions, K draws of weights, D, H, W = z, y, x of the slab.
+A study has latents, their slabs before and after tuning, their regions, and the attributions by every method.
+Each of them is computed once. The reward's input is usually a slab, the normalised density on a grid.
+Shapes: N latents, R regions, D, H, W grid points of the slab along z, y, x.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from eg3d_rlhf.core.cli import naming
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution import regions
-from eg3d_rlhf.evaluation.attribution import shapley as game
+from eg3d_rlhf.evaluation.attribution import shapley as shapley_methods
 from eg3d_rlhf.evaluation.attribution.settings import BOXES, HEAD, LANDMARKS, PEOPLE, Settings
 from eg3d_rlhf.evaluation.comparison import Comparison
 from eg3d_rlhf.evaluation.geometry import depth_maps
@@ -22,260 +23,311 @@ from eg3d_rlhf.generators import latents
 from eg3d_rlhf.rewards.observations import SigmaSlab
 from training.heads import people
 
-CHECK_ORDERS = 32  # antithetic orders of the noise baseline and of rewards with re-drawn weights
+# number of antithetic orders for the noise baseline and for rewards with random weights
+CHECK_ORDERS = 32
 _CUBE = 64  # grid points per axis of the cube that meshes are extracted from
 
 
 @dataclass
 class Study:
-    """Inputs and cached results that the parts of the report share."""
+    """Inputs and cached results that the jobs of the report share."""
 
     c: Comparison
     settings: Settings
     progress: Callable[[str], None] = lambda text: None
-    # latent's index -> values of its coalitions under the reward itself
-    _values: dict[int, game.CoalitionValues] = field(default_factory=dict, repr=False)
+    # index of a latent -> values of its coalitions by the reward
+    _values: dict[int, shapley_methods.CoalitionValues] = field(default_factory=dict, repr=False)
 
     @cached_property
     def seeds(self) -> range:
-        """Return the held-out latents of the study."""
+        """Return the seeds of the held-out latents of the study."""
         return self.c.seeds()
 
     @property
     def spec(self) -> SlabSpec:
-        """Return the grid of the slabs that the reward reads. Raises: ValueError if it reads something
-        else.
+        """Return the grid of the slabs that the reward reads.
+
+        Raises: ValueError if the reward does not read slabs.
         """
         observation = self.c.reward.observation
         if not isinstance(observation, SigmaSlab):
             shape = list(regions.region_shape(observation.shape))
             raise ValueError(
-                f"--regions={self.settings.regions}: expected a reward that reads slabs, got one that reads"
-                f" {observation.kind}. Name integer labels of shape {shape} with --regions=FILE."
+                f"--regions={self.settings.regions} needs a reward that reads slabs, but this reward reads"
+                f" {observation.kind}. Pass a file of integer labels of shape {shape} with --regions=FILE."
             )
         return observation.spec
 
     @property
     def reads_slabs(self) -> bool:
-        """Return True if the reward reads slabs: only these have positions, on a surface or about
-        landmarks.
+        """Return True if the reward reads slabs.
+
+        Only the values of a slab have positions, which surfaces and landmarks need.
         """
         return isinstance(self.c.reward.observation, SigmaSlab)
 
     @cached_property
-    def score(self) -> game.Score:
+    def score(self) -> shapley_methods.Score:
         """Return the function that scores normalised slabs."""
-        # The network alone, not the reward: the slabs are normalised already, and coalitions mix them as they
-        # are.
+        # The network is used, not the reward, since the slabs are already normalised and must not be
+        # normalised again.
         return self.c.reward.network.score
 
     @cached_property
     def slabs(self) -> dict[str, torch.Tensor]:
-        """Return the reward's input by role, before and after tuning: normalised slabs [N, 1, D, H, W], or
-        another observation.
+        """Return the reward's input before and after tuning.
+
+        It is a normalised slab [N, 1, D, H, W], or another observation [N, ...] if the reward reads no slabs.
         """
         return {
-            role: torch.cat(list(self.c.observed(g, self.seeds)))
-            for role, g in (("before", self.c.before), ("after", self.c.after))
+            role: torch.cat(list(self.c.observed(generator, self.seeds)))
+            for role, generator in (("before", self.c.before), ("after", self.c.after))
         }
 
     @cached_property
     def partitions(self) -> list[regions.Partition]:
-        """Return one partition per latent; all have the same names. Raises: ValueError naming the flag."""
-        s = self.settings
-        # Fixed boxes are the same for every latent; the list repeats one object.
-        if s.regions == BOXES:
+        """Return the partition of each latent's slab into regions. All have the same names of regions.
+
+        Raises: ValueError, with the flag that selects the regions.
+        """
+        settings = self.settings
+        # Fixed boxes are the same for every latent, so the list repeats one object.
+        if settings.regions == BOXES:
             partitions = [regions.face_partition(self.spec)] * len(self.seeds)
-        elif s.regions in (LANDMARKS, HEAD):
-            divide = regions.landmark_partition if s.regions == LANDMARKS else regions.head_partition
-            with naming("--landmarks" if s.landmarks is not None else f"--regions={s.regions}"):
-                partitions = [divide(points, self.spec) for points in self.landmarks]
-        elif s.regions == PEOPLE:
+        elif settings.regions in (LANDMARKS, HEAD):
+            make_partition = (
+                regions.landmark_partition if settings.regions == LANDMARKS else regions.head_partition
+            )
+            with naming("--landmarks" if settings.landmarks is not None else f"--regions={settings.regions}"):
+                partitions = [make_partition(points, self.spec) for points in self.landmarks]
+        elif settings.regions == PEOPLE:
             with naming(f"--regions={PEOPLE}"):
                 partitions = [regions.people_partition(head, self.spec) for head in self.heads]
         else:
             with naming("--regions"):
                 partitions = [
-                    regions.read_masks(s.regions, regions.region_shape(self.c.reward.observation.shape))
+                    regions.read_masks(
+                        settings.regions, regions.region_shape(self.c.reward.observation.shape)
+                    )
                 ] * len(self.seeds)
-        count = len(partitions[0].names)
-        # 2^R coalitions: the exact method is out of reach above MOST_EXACT regions.
-        if s.method == "exact" and count > regions.MOST_EXACT:
+        count = len(partitions[0].names)  # all partitions have the same names
+        # The exact method evaluates 2^R coalitions, which is too slow for more than MOST_EXACT regions.
+        if settings.method == "exact" and count > regions.MOST_EXACT:
             raise ValueError(
-                f"--method=exact: expected at most {regions.MOST_EXACT} regions, got {count}. Use"
+                f"--method=exact evaluates at most {regions.MOST_EXACT} regions, but there are {count}. Use"
                 " --method=antithetic."
             )
         return partitions
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the regions, the same for every latent."""
+        """Return the names of the regions, which are the same for every latent."""
         return self.partitions[0].names
 
-    def of_the_head(self) -> "Study":
-        """Return a study of the same latents under the eight parts of the head, few enough for exact values.
+    def study_of_head_parts(self) -> "Study":
+        """Return a study of the same latents whose regions are the eight parts of the head.
 
-        Slabs and landmarks are shared with this study.
+        These are few enough for exact Shapley values. Slabs and landmarks are shared with this study.
         """
-        other = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
-        # Setting a cached property stores the value, so that the copy does not compute it again.
-        other.score = self.score
-        other.slabs = self.slabs
-        other.landmarks = self.landmarks
-        return other
+        head_study = Study(self.c, replace(self.settings, regions=HEAD, method="exact"), self.progress)
+        # Assigning to a cached property stores the value, so that it is not computed again.
+        head_study.score = self.score
+        head_study.slabs = self.slabs
+        head_study.landmarks = self.landmarks
+        return head_study
 
     @cached_property
     def landmarks(self) -> list[np.ndarray]:
-        """Return 98 world positions [L, 3] per latent: the user's 2-D points, lifted by the frontal depth
-        map.
+        """Return the world positions [98, 3] of each latent's landmarks.
+
+        The user's 2-D points are lifted to 3-D by the frontal depth map before tuning.
+        Raises: ValueError if no landmarks were given.
         """
         if self.settings.landmarks is None:
             raise ValueError(
-                "expected a JSON file of 98 points, got none. Name --landmarks, or use --regions=people or"
-                " boxes."
+                "these regions need 98 landmarks for each latent. Pass a JSON file of them with --landmarks,"
+                " or use --regions=people or --regions=boxes."
             )
         pixel_landmarks = regions.read_landmarks(self.settings.landmarks)
-        pixels = [pixel_landmarks.of(seed) for seed in self.seeds]
+        pixels_by_latent = [pixel_landmarks.landmarks_of_seed(seed) for seed in self.seeds]
         maps = depth_maps(self.c, self.c.before, self.seeds)
-        # One (pixels, world points [R, R, 3], valid [R, R]) per latent
-        views = zip(pixels, maps.points, maps.valid, strict=True)
-        return [regions.back_project(points, pixel_landmarks.size, *view) for points, *view in views]
+        # for each latent: 2-D points, world positions of the depth map's pixels [H, W, 3], and their mask
+        # [H, W]
+        depth_views = zip(pixels_by_latent, maps.points, maps.valid, strict=True)
+        return [regions.back_project(points, pixel_landmarks.size, *view) for points, *view in depth_views]
 
     @cached_property
     def heads(self) -> list[people.Head]:
-        """Return the ground-truth heads of the latents. Raises: ValueError if the latents have none."""
+        """Return the ground-truth heads of the latents.
+
+        Raises: ValueError if the generator makes no synthetic heads, or if latents are truncated.
+        """
         if not self.c.of_people:
             raise ValueError(
-                f"expected a generator of heads of people, got one of {self.c.data or 'other data'}. Use"
-                " --regions=boxes."
+                "these regions need a generator of synthetic heads, but this generator was trained on"
+                f" {self.c.data or 'other data'}. Use --regions=boxes."
             )
-        # Truncation moves w off the mapping of z, so the sample is no longer the head of its latent.
+        # Truncation changes w, so that the sample no longer corresponds to the head of its latent z.
         if self.c.psi != 1:
             raise ValueError(
-                f"expected --psi=1, got {self.c.psi:g}: a truncated latent has no ground-truth head. Use"
-                " --psi=1."
+                f"--psi={self.c.psi:g} truncates the latents, so that they have no ground-truth"
+                " heads, which these regions need. Use --psi=1."
             )
         return people.named_people(latents(list(self.seeds), self.c.before.generator.z_dim))
 
     @property
     def cube_spec(self) -> SlabSpec:
         """Return the grid over the whole scene from which meshes are extracted."""
-        # The whole scene, not only the slab: meshes show the entire head.
+        # The slab is only a part of the scene, but meshes show the entire head.
         return SlabSpec.of(self.c.before.generator.bounds, _CUBE)
 
     @torch.no_grad()
-    def cube(self, role: str, seed: int) -> torch.Tensor:
-        """Return the raw density [1, D, H, W] of a latent over the whole scene."""
+    def density_of_cube(self, role: str, seed: int) -> torch.Tensor:
+        """Return the raw density of a latent on `cube_spec`, [1, _CUBE, _CUBE, _CUBE]."""
         generator = self.c.generators()[role]
         return generator.generator.field(self.c.ws(generator, [seed])).density_grid(self.cube_spec)
 
     @property
     def level(self) -> float:
-        """Return the density level of the surface."""
+        """Return the density at which surfaces are extracted."""
         return self.c.before.generator.level
 
-    def values(
-        self, i: int, score: game.Score | None = None, tuned: torch.Tensor | None = None
-    ) -> game.CoalitionValues:
-        """Return the values of latent i's coalitions.
+    def coalition_values(
+        self, latent_index: int, score: shapley_methods.Score | None = None, tuned: torch.Tensor | None = None
+    ) -> shapley_methods.CoalitionValues:
+        """Return the function that computes the values of a latent's coalitions.
 
-        Those of the reward itself are kept; those of another score or slab are not.
+        Args:
+            latent_index: index of the latent in `seeds`.
+            score: function that scores slabs; None: the reward.
+            tuned: slab after tuning; None: the latent's slab after tuning.
         """
-        # Only the reward's own values are cached: the other scores and slabs are used once.
-        if score is None and tuned is None and i in self._values:
-            return self._values[i]
-        partition = self.partitions[i]
-        coalition_values = game.CoalitionValues(
+        # Only the values of the reward and the latent's own slab are cached, since others are used once.
+        if score is None and tuned is None and latent_index in self._values:
+            return self._values[latent_index]
+        partition = self.partitions[latent_index]
+        coalition_values = shapley_methods.CoalitionValues(
             score or self.score,
-            self.slabs["before"][i],
-            self.slabs["after"][i] if tuned is None else tuned,
+            self.slabs["before"][latent_index],
+            self.slabs["after"][latent_index] if tuned is None else tuned,
             partition.labels,
             len(partition.names),
             self.c.batch,
         )
         if score is None and tuned is None:
-            self._values[i] = coalition_values
+            self._values[latent_index] = coalition_values
         return coalition_values
 
-    def _checked(self, values: game.CoalitionValues, i: int) -> np.ndarray:
-        """Compute Shapley values for a comparison: exact if that is cheap, else from CHECK_ORDERS antithetic
-        orders.
-        """
-        # 2^R coalitions against at most CHECK_ORDERS * R along the sampled orders
-        exactly = 1 << values.regions <= CHECK_ORDERS * values.regions
-        method = "exact" if exactly else "antithetic"
-        # A seed per latent: latents of one study get different orders.
-        return game.shapley(
-            values, values.regions, values.difference(), method, CHECK_ORDERS, self.c.seed * 1000 + i
+    def _compute_for_check(self, values: shapley_methods.CoalitionValues, latent_index: int) -> np.ndarray:
+        """Compute the Shapley values [R] of a baseline: exact if that is cheap, else from sampled orders."""
+        # The exact method evaluates 2^R coalitions, the sampled orders at most CHECK_ORDERS * R.
+        exact_is_cheap = 1 << values.regions <= CHECK_ORDERS * values.regions
+        method = "exact" if exact_is_cheap else "antithetic"
+        # Each latent has its own seed, so that latents have different random orders.
+        return shapley_methods.shapley(
+            values,
+            values.regions,
+            values.difference(),
+            method,
+            CHECK_ORDERS,
+            self.c.seed * 1000 + latent_index,
         ).values
 
     @cached_property
-    def shapley(self) -> list[game.Attribution]:
-        """Compute the Shapley values of each latent. Raises: ValueError if an efficiency gap is above the
-        bound.
+    def shapley(self) -> list[shapley_methods.Attribution]:
+        """Return the Shapley values of each latent.
+
+        Raises: ValueError if an efficiency gap exceeds the bound of the settings.
         """
-        attributions = []
-        s = self.settings
-        for i, seed in enumerate(self.seeds):
-            values = self.values(i)
+        attributions = []  # one for each latent
+        settings = self.settings
+        for latent_index, seed in enumerate(self.seeds):
+            values = self.coalition_values(latent_index)
             attributions.append(
-                a := game.shapley(
+                attribution := shapley_methods.shapley(
                     values,
                     values.regions,
                     values.difference(),
-                    s.method,
-                    s.permutations,
-                    self.c.seed * 1000 + i,
+                    settings.method,
+                    settings.permutations,
+                    self.c.seed * 1000 + latent_index,
                 )
             )
             self.progress(
-                f"seed {seed}: reward difference {a.difference:+.4f}, efficiency gap {a.gap:+.2e}"
-                f" ({a.relative_gap:.1e} of it)"
+                f"seed {seed}: reward difference {attribution.difference:+.4f}, efficiency gap"
+                f" {attribution.gap:+.2e}"
+                f" ({attribution.relative_gap:.1e} of the difference)"
             )
-        # Efficiency: the values must sum to the reward difference, which is computed apart from the
-        # coalitions.
-        game.check_gap(attributions, self.seeds, s.gap_bound)
+        # Efficiency: the values must sum to the reward difference, which is computed without the coalitions.
+        shapley_methods.check_gap(attributions, self.seeds, settings.gap_bound)
         return attributions
 
     @cached_property
-    def integrated(self) -> list[game.IntegratedGradients]:
-        """Compute Integrated Gradients of each latent."""
-        # Along the straight path from the slab before tuning to the one after it.
-        s = self.settings
-        before = self.slabs["before"]
-        after = self.slabs["after"]
+    def integrated(self) -> list[shapley_methods.IntegratedGradients]:
+        """Return the Integrated Gradients of each latent, from its slab before tuning to the one after."""
+        settings = self.settings
+        slabs_before = self.slabs["before"]
+        slabs_after = self.slabs["after"]
         return [
-            game.integrated_gradients(
-                self.c.reward.score_observed, x, y, a.difference, s.steps, s.most_steps, self.c.batch
+            shapley_methods.integrated_gradients(
+                self.c.reward.score_observed,
+                slab_before,
+                slab_after,
+                attribution.difference,
+                settings.steps,
+                settings.most_steps,
+                self.c.batch,
             )
-            for x, y, a in zip(before, after, self.shapley, strict=True)
+            for slab_before, slab_after, attribution in zip(
+                slabs_before, slabs_after, self.shapley, strict=True
+            )
         ]
 
     @cached_property
     def methods(self) -> dict[str, np.ndarray]:
-        """Compute the attributions [N, R] of each method."""
-        noisy = []
-        for i, partition in enumerate(self.partitions):
-            # Same change per region, shuffled in space: the baseline without shape.
-            slab = game.shuffled_change(
-                self.slabs["before"][i], self.slabs["after"][i], partition.labels, self.c.seed * 1000 + i
+        """Return the attributions [N, R] by each method."""
+        noise_values = []  # [R] for each latent
+        for latent_index, partition in enumerate(self.partitions):
+            # The noise baseline: in each region the same changes, but at shuffled positions.
+            shuffled_slab = shapley_methods.shuffled_change(
+                self.slabs["before"][latent_index],
+                self.slabs["after"][latent_index],
+                partition.labels,
+                self.c.seed * 1000 + latent_index,
             )
-            noisy.append(self._checked(self.values(i, tuned=slab), i))
-        # Voxels are summed per region, so that all methods compare on [R].
-        integrated = [
-            p.sums(ig.voxels).numpy() for p, ig in zip(self.partitions, self.integrated, strict=True)
+            noise_values.append(
+                self._compute_for_check(
+                    self.coalition_values(latent_index, tuned=shuffled_slab), latent_index
+                )
+            )
+        # Attributions of voxels are summed over each region, so that all methods have values [R].
+        integrated_values = [
+            partition.sums(gradients.voxels).numpy()
+            for partition, gradients in zip(self.partitions, self.integrated, strict=True)
         ]
-        occluded = [game.occlusion(self.values(i), len(self.names)) for i in range(len(self.seeds))]
+        occlusion_values = [
+            shapley_methods.occlusion(self.coalition_values(latent_index), len(self.names))
+            for latent_index in range(len(self.seeds))
+        ]
         return {
-            "Shapley": np.stack([a.values for a in self.shapley]),
-            "Integrated Gradients": np.stack(integrated),
-            "occlusion": np.stack(occluded),
-            "noise": np.stack(noisy),
+            "Shapley": np.stack([attribution.values for attribution in self.shapley]),
+            "Integrated Gradients": np.stack(integrated_values),
+            "occlusion": np.stack(occlusion_values),
+            "noise": np.stack(noise_values),
         }
 
-    def redrawn(self, draw: int) -> np.ndarray:
-        """Compute Shapley values [checked, R] of a reward with re-drawn weights, for the first latents."""
-        # `+ 1` keeps the seed of the first draw apart from that of the study.
-        score = game.redrawn(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
-        count = min(self.settings.checked, len(self.seeds))
-        return np.stack([self._checked(self.values(i, score), i) for i in range(count)])
+    def attribute_randomised(self, draw: int) -> np.ndarray:
+        """Compute the Shapley values of a reward with random weights, for the first latents of the study.
+
+        Args: draw: number of the random weights.
+        Returns: [number of latents, R].
+        """
+        # With + 1 the seed of the first draw differs from that of the study.
+        score = shapley_methods.randomise_weights(self.c.reward.network, 1000 * self.c.seed + draw + 1).score
+        latent_count = min(self.settings.checked, len(self.seeds))
+        return np.stack(
+            [
+                self._compute_for_check(self.coalition_values(latent_index, score), latent_index)
+                for latent_index in range(latent_count)
+            ]
+        )

@@ -1,7 +1,7 @@
-"""Partitions of the slab's voxels into named regions, the players of an attribution.
+"""Partitions of a slab's voxels into named regions, to which an attribution is computed.
 
-Letters: R regions, D, H, W = grid points along z, y, x of the slab. A box is (x from, x to, y from, y to, z
-from, z to).
+A box is (least x, largest x, least y, largest y, least z, largest z).
+Shapes: R regions, L landmarks, V vertices, D, H, W grid points of the slab along z, y, x.
 """
 
 import functools
@@ -18,10 +18,10 @@ from eg3d_rlhf.core.spec import SlabSpec
 from training.heads import people
 
 Box = tuple[float, float, float, float, float, float]
-OTHER = "other"
+OTHER = "other"  # region of the voxels outside all boxes
 MOST_EXACT = 16  # largest number of regions for which all 2^R coalitions are evaluated
-# In the slab's unit coordinates: x 0 left to 1 right, y 0 chin to 1 forehead, z 0 back to 1 camera; the first
-# box that holds a point wins.
+# Boxes in coordinates 0 to 1 of the slab: x from left to right, y from the chin to the forehead, z from the
+# back to the camera. A voxel belongs to the first box that contains it.
 FACE_BOXES: tuple[tuple[str, Box], ...] = (
     ("brow", (0.25, 0.75, 0.70, 0.88, 0.45, 0.82)),
     ("left eye orbit", (0.14, 0.38, 0.50, 0.72, 0.52, 0.86)),
@@ -36,9 +36,9 @@ FACE_BOXES: tuple[tuple[str, Box], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Partition of the voxels; every voxel belongs to one region.
+    """Partition of the voxels of a slab. Every voxel belongs to exactly one region.
 
-    A region may be empty. It is then a player that changes nothing, and its attribution is 0.
+    A region may have no voxels; its attribution is then 0.
     """
 
     names: tuple[str, ...]
@@ -52,100 +52,125 @@ class Partition:
         )
         if len(set(self.names)) != len(self.names):
             raise ValueError(
-                f"Partition.names: expected different names, got {list(self.names)}. Rename one."
+                f"The names of the regions are not unique: {list(self.names)}. Give each region its own name."
             )
 
     def counts(self) -> list[int]:
-        """Count the voxels of each region, R integers."""
+        """Return the number of voxels of each region, as a list of R integers."""
         return torch.bincount(self.labels.flatten(), minlength=len(self.names)).tolist()
 
     def sums(self, volume: torch.Tensor) -> torch.Tensor:
-        """Sums [..., R] float64 of volumes [..., D, H, W] over the regions."""
-        # Flatten the grid axes alone: leading batch axes stay.
-        flat = volume.double().flatten(-self.labels.ndim)
-        out = flat.new_zeros(*flat.shape[:-1], len(self.names))
-        # index_add_ in float64: the sum over a slab's voxels would lose digits in float32.
-        return out.index_add_(-1, self.labels.flatten().to(flat.device), flat)
+        """Return the sums of volumes [..., D, H, W] over each region, [..., R] float64."""
+        # Only the axes of the grid are flattened, not the batch axes before them.
+        flat_volume = volume.double().flatten(-self.labels.ndim)
+        region_sums = flat_volume.new_zeros(*flat_volume.shape[:-1], len(self.names))  # [..., R], float64
+        # The sum is computed in float64, since a sum over many voxels would lose digits in float32.
+        return region_sums.index_add_(-1, self.labels.flatten().to(flat_volume.device), flat_volume)
 
 
 def region_shape(observed: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of the labels of one observation: [D, H, W] of a slab [1, D, H, W], else all axes."""
+    """Return the shape of the labels that divide one observation into regions.
+
+    It is [D, H, W] for a slab [1, D, H, W], whose channel axis has no labels. For other observations it is
+    the shape of the observation.
+    """
     return tuple(observed[1:]) if len(observed) > 1 and observed[0] == 1 else tuple(observed)
 
 
 def unit_coordinates(spec: SlabSpec) -> torch.Tensor:
-    """Return coordinates [D, H, W, 3] float64 (x, y, z), 0 at the slab's first point and 1 at its last along
-    each axis.
+    """Return the coordinates (x, y, z) of the slab's grid points, [D, H, W, 3] float64.
+
+    Along each axis they are 0 at the first point and 1 at the last point.
     """
     depth, height, width = spec.shape
     z, y, x = (torch.linspace(0, 1, count, dtype=torch.float64) for count in (depth, height, width))
-    # Axes of the grid are z, y, x; the components are reversed into x, y, z.
+    # The grid has the axes z, y, x; [::-1] changes the order of the components to x, y, z.
     return torch.stack(torch.meshgrid(z, y, x, indexing="ij")[::-1], dim=-1)
 
 
-def from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Tensor) -> Partition:
-    """Label each voxel with the first box that contains its coordinates [D, H, W, 3], limits included.
+def partition_from_boxes(boxes: Sequence[tuple[str, Box]], coordinates: torch.Tensor) -> Partition:
+    """Assign each voxel to the first box that contains it.
 
-    Voxels outside all boxes are the last region, 'other'. Boxes of the same name make one region.
+    Voxels outside all boxes belong to the last region, OTHER. Boxes of the same name make one region.
+
+    Args:
+        boxes: name and box of each region; the limits belong to a box.
+        coordinates: coordinates of the voxels, [D, H, W, 3].
     """
-    # Names in the order of their first box; labels index into them.
+    # Names in the order of their first box. Labels are indices into them.
     names = list(dict.fromkeys(name for name, _ in boxes))
+    # at first, all voxels belong to OTHER
     labels = torch.full(coordinates.shape[:3], len(names), dtype=torch.int64)
-    free = torch.ones(coordinates.shape[:3], dtype=torch.bool)
+    is_free = torch.ones(coordinates.shape[:3], dtype=torch.bool)  # True for voxels outside the boxes so far
     for name, box in boxes:
-        low = coordinates.new_tensor(box[::2])
-        high = coordinates.new_tensor(box[1::2])
-        assert (low <= high).all()
-        # The tolerance keeps voxels on a box's face, whose coordinates are rounded. `free` makes the first
-        # box win.
-        inside = ((coordinates >= low - 1e-9) & (coordinates <= high + 1e-9)).all(dim=-1) & free
-        labels[inside] = names.index(name)
-        free &= ~inside
+        low_corner = coordinates.new_tensor(box[::2])
+        high_corner = coordinates.new_tensor(box[1::2])
+        assert (low_corner <= high_corner).all()
+        # The tolerance includes voxels on the faces of a box, whose coordinates are rounded. Voxels of
+        # earlier boxes are not free.
+        is_inside = ((coordinates >= low_corner - 1e-9) & (coordinates <= high_corner + 1e-9)).all(
+            dim=-1
+        ) & is_free
+        labels[is_inside] = names.index(name)
+        is_free &= ~is_inside
     return Partition(names=(*names, OTHER), labels=labels)
 
 
 def face_partition(spec: SlabSpec) -> Partition:
-    """Divide the slab into the fixed FACE_BOXES."""
-    return from_boxes(FACE_BOXES, unit_coordinates(spec))
+    """Divide the slab into the fixed boxes FACE_BOXES and the remaining voxels."""
+    return partition_from_boxes(FACE_BOXES, unit_coordinates(spec))
 
 
 def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
-    """Read a user's label volume (.npy): integers of this shape, [D, H, W] = [z, y, x] of a slab.
+    """Read a partition from a user's label volume.
 
-    Names come from the .json of the same stem: {"0": "background", "1": "nose", ...} or a list in order of
-    the labels.
-    Raises: ValueError, FileNotFoundError.
+    The names of the labels are read from the .json file of the same stem. It contains an object, for example
+    {"0": "background", "1": "nose"}, or a list of names in the order of the labels.
+
+    Args:
+        path: .npy file of integers.
+        shape: shape of the labels, [D, H, W] along z, y, x for a slab.
+
+    Raises: ValueError or FileNotFoundError if a file is missing or does not have the described content.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a label volume, got nothing at {path}. Check the path.")
-    # allow_pickle=False: a pickle could run code.
+        raise FileNotFoundError(
+            f"there is no label volume at {path}. Pass the path of a .npy file, or one of boxes, landmarks,"
+            " head and people."
+        )
+    # allow_pickle=False, since a pickle could run code.
     try:
         volume = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: expected .npy, got: {error}. Save it with numpy.save.") from error
+        raise ValueError(
+            f"{path} cannot be read as .npy: {error}. Save the array with numpy.save."
+        ) from error
     if (
         not isinstance(volume, np.ndarray)
         or volume.shape != tuple(shape)
         or not np.issubdtype(volume.dtype, np.integer)
     ):
-        sides = "[D, H, W] = " if len(shape) == 3 else ""
+        axes_text = "[D, H, W] = " if len(shape) == 3 else ""
         raise ValueError(
-            f"{path}: expected integers {sides}{list(shape)}, got {getattr(volume, 'dtype', type(volume))}"
-            f" {list(getattr(volume, 'shape', []))}. Save an integer array of this shape with numpy.save."
+            f"{path} holds {getattr(volume, 'dtype', type(volume))} of shape"
+            f" {list(getattr(volume, 'shape', []))}, but integers of shape {axes_text}{list(shape)} are"
+            " needed. Save such an array with numpy.save."
         )
     names = _read_names(path.with_suffix(".json"))
-    present_labels = sorted(int(label) for label in np.unique(volume))
-    missing = [label for label in present_labels if label not in names]
-    if missing:
+    present_labels = sorted(int(label) for label in np.unique(volume))  # labels that occur, ascending
+    unnamed_labels = [label for label in present_labels if label not in names]
+    if unnamed_labels:
         raise ValueError(
-            f"{path.with_suffix('.json')}: expected a name for each label, got none for {missing}. Add them."
+            f"{path.with_suffix('.json')}: the labels {unnamed_labels} of the volume have no names. Add their"
+            " names to this file."
         )
     if len(present_labels) < 2:
         raise ValueError(
-            f"{path}: expected at least two regions, got only label {present_labels}. Label another region."
+            f"{path}: all voxels have the label {present_labels[0]}, but at least two regions are needed."
+            " Give some voxels another label."
         )
-    # The labels may have gaps; searchsorted maps them to 0..R-1.
+    # The user's labels need not be consecutive; searchsorted maps them to 0..R-1.
     return Partition(
         names=tuple(names[label] for label in present_labels),
         labels=torch.from_numpy(np.searchsorted(present_labels, volume).astype(np.int64)),
@@ -153,35 +178,40 @@ def read_masks(path: str | Path, shape: Sequence[int]) -> Partition:
 
 
 def _read_names(path: Path) -> dict[int, str]:
-    """Read the names of labels from a JSON object or list. Raises: ValueError, FileNotFoundError."""
+    """Read the names of labels from a JSON object or list, see `read_masks`.
+
+    Raises: ValueError or FileNotFoundError.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f'expected the regions\' names in {path}, got nothing. Write {{"0": "background", "1": "nose"}}.'
+            f"the file {path} with the names of the regions is missing. Write it, for example"
+            ' {"0": "background", "1": "nose"}.'
         )
     try:
-        values = json.loads(path.read_text())
-        pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
-        return {int(label): str(name) for label, name in pairs}
+        json_value = json.loads(path.read_text())
+        # A list names the labels 0, 1, 2, ... in this order.
+        label_names = json_value.items() if isinstance(json_value, Mapping) else enumerate(json_value)
+        return {int(label): str(name) for label, name in label_names}
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f'{path}: expected {{"label": "name"}} or a list of names, got: {error}. Correct the file.'
+            f"{path} does not hold the names of labels: {error}. Write an object, for example"
+            ' {"0": "background", "1": "nose"}, or a list of names.'
         ) from error
 
 
-# Regions defined by the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary"): boxes around groups of
-# them.
+# Regions that are boxes around groups of the 98 landmarks of WFLW (Wu et al. 2018, "Look at Boundary",
+# arXiv 1805.10483).
 
 
-COUNT = 98
-BACKGROUND = "background"  # voxels outside all boxes
-# margins of a box, in units of the scene cube's side: in x and y, towards the back, to the camera
-SIDE = 0.015
-DEPTH_MARGIN = 0.12
-FRONT = 0.03
-LEAST_VALID = 0.05  # share of the depth map's pixels that must show a surface
-# WFLW: 0-32 contour from the image's left ear over the chin to the right, 33-41 and 42-50 brows, 51-54
-# bridge of the nose, 55-59 base, 60-67 and 68-75 eyes, 76-87 outer and 88-95 inner lips, 96 and 97 pupils. In
-# the order in which boxes win.
+COUNT = 98  # number of landmarks
+BACKGROUND = "background"  # region of the voxels outside all boxes
+SIDE = 0.015  # margin of a box in x and y, in units of the scene cube's side
+DEPTH_MARGIN = 0.12  # margin of a box towards the back, in the same units
+FRONT = 0.03  # margin of a box towards the camera, in the same units
+LEAST_VALID = 0.05  # least share of the depth map's pixels that must show a surface
+# Landmarks of WFLW: 0-32 contour from the ear at the left of the image over the chin to the other ear, 33-41
+# and 42-50 brows, 51-54 bridge of the nose, 55-59 base of the nose, 60-67 and 68-75 eyes, 76-87 outer and
+# 88-95 inner lips, 96 and 97 pupils. A voxel belongs to the first group whose box contains it.
 GROUPS: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("nose", tuple(range(51, 60))),
     ("mouth", tuple(range(76, 96))),
@@ -198,224 +228,300 @@ BROWS = tuple(range(33, 51))
 
 @dataclass(frozen=True)
 class PixelLandmarks:
-    """A user's landmarks in the frontal view, in pixels."""
+    """Landmarks in the frontal view, in pixels, which the user has passed."""
 
-    size: float  # edge in pixels of the square image that the landmarks refer to
-    shared: np.ndarray | None  # [L, 2] (x right, y down) for all latents
-    by_seed: Mapping[int, np.ndarray]  # seed -> [L, 2]
+    size: float  # pixels per edge of the square image in which the landmarks are given
+    shared: np.ndarray | None  # landmarks [L, 2] (x right, y down) of all latents
+    by_seed: Mapping[int, np.ndarray]  # seed -> landmarks [L, 2] of this latent
 
-    def of(self, seed: int) -> np.ndarray:
-        """Return the landmarks [L, 2] of a latent. Raises: ValueError if there are none."""
-        # Points of a seed take precedence over those for all latents.
+    def landmarks_of_seed(self, seed: int) -> np.ndarray:
+        """Return the landmarks [L, 2] of a latent. Raises: ValueError if the file has none for it."""
+        # The landmarks of a seed are used, if given, instead of those for all latents.
         points = self.by_seed.get(seed, self.shared)
         if points is None:
-            known = ", ".join(str(s) for s in sorted(self.by_seed)[:8])
+            known_seeds = ", ".join(str(known_seed) for known_seed in sorted(self.by_seed)[:8])
             raise ValueError(
-                f"--landmarks: expected points for seed {seed}, got points for seeds {known} only. Add this"
-                " seed, or give 'points' for all latents."
+                f"--landmarks: the file has no points for seed {seed}, only for seeds {known_seeds}. Add the"
+                " points of this seed to 'seeds', or add 'points' for all latents."
             )
         return points
 
 
 def read_landmarks(path: str | Path) -> PixelLandmarks:
-    """Read landmarks: JSON {"image_size": 512, "points": [[x, y] * 98]} for all latents, or {"image_size":
-    512, "seeds": {"200000": [[x, y] * 98], ...}}.
+    """Read a JSON file of landmarks.
 
-    Points are pixel coordinates in the frontal view; (0, 0) is the upper left corner of the image.
-    Raises: ValueError, FileNotFoundError.
+    The file holds {"image_size": 512, "points": [[x, y], ...]} with 98 points for all latents, or
+    {"image_size": 512, "seeds": {"200000": [[x, y], ...], ...}} with 98 points for each seed, or both. Points
+    are pixel coordinates in the frontal view; (0, 0) is the upper left corner of the image.
+
+    Raises: ValueError or FileNotFoundError if the file is missing or does not have this content.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file of landmarks, got nothing at {path}. Check the path.")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}. Correct the file.") from error
-    if not isinstance(values, Mapping) or "image_size" not in values or not {"points", "seeds"} & set(values):
-        raise ValueError(
-            f'{path}: expected {{"image_size": 512, "points": [[x, y], ...]}} (or "seeds"), got other JSON.'
-            " Write the file in this form."
+        raise FileNotFoundError(
+            f"there is no file of landmarks at {path}. Pass the path of an existing JSON file."
         )
-    size = values["image_size"]
-    # `true` is an int in Python; it is not a size.
+    try:
+        json_value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Correct the file at this position.") from error
+    if (
+        not isinstance(json_value, Mapping)
+        or "image_size" not in json_value
+        or not {"points", "seeds"} & set(json_value)
+    ):
+        raise ValueError(
+            f'{path} has no "image_size", or neither "points" nor "seeds". Write for example'
+            ' {"image_size": 512, "points": [[x, y], ...]}.'
+        )
+    size = json_value["image_size"]
+    # bool is a subclass of int in Python, but `true` is not a size.
     if isinstance(size, bool) or not isinstance(size, (int, float)) or size <= 0:
         raise ValueError(
-            f"{path}: expected image_size in pixels, got {size!r}. Write the edge length of the image."
+            f'{path}: "image_size" is {size!r}, but a number > 0 is needed. Write the pixels per edge of the'
+            " image."
         )
-    shared = _points(path, "points", values["points"], size) if "points" in values else None
-    seeds = {}
-    for seed, points in dict(values.get("seeds", {})).items():
+    shared_points = _points(path, "points", json_value["points"], size) if "points" in json_value else None
+    points_by_seed = {}
+    for seed, points in dict(json_value.get("seeds", {})).items():
         if not str(seed).isdigit():
             raise ValueError(
-                f"{path}: expected seeds as keys of 'seeds', got {seed!r}. Use the latents' seeds as keys."
+                f"{path}: the key {seed!r} of 'seeds' is not a seed. Use the latents' seeds as keys, for"
+                ' example "200000".'
             )
-        seeds[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
-    return PixelLandmarks(float(size), shared, seeds)
+        points_by_seed[int(seed)] = _points(path, f"seeds[{seed}]", points, size)
+    return PixelLandmarks(float(size), shared_points, points_by_seed)
 
 
-def _points(path: Path, where: str, values: object, size: float) -> np.ndarray:
-    """Check the points of one latent, [L, 2] float64. Raises: ValueError naming the file and the place."""
+def _points(path: Path, entry_name: str, json_value: object, image_size: float) -> np.ndarray:
+    """Return the points of a latent, [L, 2] float64, after checking them.
+
+    Args:
+        path: file of the landmarks, for messages.
+        entry_name: name of the entry in the file, for messages.
+        json_value: value of the entry.
+        image_size: pixels per edge of the image.
+
+    Raises: ValueError if the entry is not a list of 98 points inside the image.
+    """
     try:
-        points = np.asarray(values, dtype=np.float64)
+        points = np.asarray(json_value, dtype=np.float64)  # [L, 2]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected numbers in {where}, got: {error}. Correct the file.") from error
+        raise ValueError(
+            f"{path}: {entry_name} is not a list of [x, y]: {error}. Write {COUNT} pairs of numbers."
+        ) from error
     if points.shape != (COUNT, 2) or not np.isfinite(points).all():
         raise ValueError(
-            f"{path}: expected {COUNT} finite [x, y] in {where}, got shape {list(points.shape)}. Give all"
-            f" {COUNT} points of WFLW."
+            f"{path}: {entry_name} has the shape {list(points.shape)}, or a value that is not finite. Write"
+            f" the {COUNT} points [x, y] of WFLW."
         )
-    if points.min() < 0 or points.max() > size:
+    # Points outside the image mean that "image_size" does not belong to them.
+    if points.min() < 0 or points.max() > image_size:
         raise ValueError(
-            f"{path}: expected points of {where} inside 0..{size:g}, got {points.min():g}..{points.max():g}."
-            " Correct image_size or the points."
+            f"{path}: the coordinates in {entry_name} range over {points.min():g}..{points.max():g}, outside"
+            f' the image, 0..{image_size:g}. Correct the points or "image_size".'
         )
     return points
 
 
-def back_project(pixels: np.ndarray, size: float, points: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Lift landmarks [L, 2] to world positions [L, 3] through a frontal depth map.
+def back_project(pixels: np.ndarray, size: float, points: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
+    """Return the world positions [L, 3] of landmarks, by a frontal depth map.
 
-    Each landmark gets the surface point of the nearest valid pixel: landmarks on the contour may fall just
-    beside the head.
+    Each landmark gets the surface point of the nearest valid pixel, since landmarks on the contour may lie
+    just beside the head.
 
     Args:
-        size: edge of the image that `pixels` refer to.
-        points: [R, R, 3], world positions of the depth map's pixels.
-        valid: [R, R] bool, pixels that show a surface.
-    Raises: ValueError if the map shows almost no surface.
+        pixels: landmarks in pixels, [L, 2].
+        size: pixels per edge of the image in which `pixels` are given.
+        points: world positions of the depth map's pixels, [resolution, resolution, 3].
+        is_valid: mask of the pixels that show a surface, [resolution, resolution].
+
+    Raises: ValueError if less than LEAST_VALID of the depth map shows a surface.
     """
-    if valid.mean() < LEAST_VALID:
+    if is_valid.mean() < LEAST_VALID:
         raise ValueError(
-            f"expected a face in the frontal depth map, got a surface in {valid.mean():.1%} of it. Use"
-            " --regions=boxes."
+            f"only {is_valid.mean():.1%} of a frontal depth map show a surface, so landmarks cannot be placed"
+            " on a face. Use --regions=boxes."
         )
-    # [P] valid pixels
-    rows, columns = np.nonzero(valid)
-    at = pixels / size * len(valid) - 0.5  # the centre of pixel i lies at i
-    # [L, P] squared pixel distances -> [L] index of the nearest
-    nearest = ((columns[None] - at[:, :1]) ** 2 + (rows[None] - at[:, 1:]) ** 2).argmin(axis=1)
-    return points[rows[nearest], columns[nearest]]
+    # rows and columns of the P valid pixels, [P] each
+    rows, columns = np.nonzero(is_valid)
+    pixel_positions = (
+        pixels / size * len(is_valid) - 0.5
+    )  # in pixels of the depth map, whose pixel i has its centre at i
+    # squared distances in pixels [L, P] -> index of the nearest valid pixel [L]
+    nearest_index = (
+        (columns[None] - pixel_positions[:, :1]) ** 2 + (rows[None] - pixel_positions[:, 1:]) ** 2
+    ).argmin(axis=1)
+    return points[rows[nearest_index], columns[nearest_index]]
 
 
 def landmark_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
-    """Return boxes in world coordinates around the groups of landmarks [L, 3], and about the face: forehead,
-    ears, front of camera.
+    """Return boxes in world coordinates around groups of landmarks, and of the forehead, ears and air.
 
-    The forehead reaches as far above the brows as the chin lies below the base of the nose. The ears reach
-    from the brows to the mouth, outside the contour. In front of all landmarks' margin is air, which can only
-    contain floaters. Everything else is the background.
+    The forehead extends as far above the brows as the chin is below the base of the nose. The ears extend
+    from the brows to the mouth, outside the contour. The region "front of camera" is in front of all
+    landmarks, where only floaters can be. All other voxels are background.
+
+    Args:
+        landmarks: world positions, [98, 3].
+        box_warp: side of the scene cube.
     """
-    # Margins scale with the scene cube's side.
-    side = SIDE * box_warp
+    # Margins are proportional to the side of the scene cube.
+    side_margin = SIDE * box_warp
     depth_margin = DEPTH_MARGIN * box_warp
-    front = FRONT * box_warp
+    front_margin = FRONT * box_warp
     boxes = []
     for name, group in GROUPS:
-        low = landmarks[list(group)].min(axis=0)
-        high = landmarks[list(group)].max(axis=0)
-        boxes.append((name, _box(low - [side, side, depth_margin], high + [side, side, front])))
-    brows = landmarks[list(BROWS)]
-    contour = landmarks[list(CONTOUR)]
-    top = brows[:, 1].max()
-    base = landmarks[57, 1]  # 57: middle of the base of the nose
-    chin = contour[:, 1].min()
-    # At least twice the margin, also if the landmarks give a very short chin.
-    rise = max(base - chin, 2 * side)
-    low = [brows[:, 0].min() - side, top, brows[:, 2].min() - depth_margin]
-    high = [brows[:, 0].max() + side, top + rise, brows[:, 2].max() + front]
-    boxes.append(("forehead", _box(low, high)))
-    mouth = landmarks[76:88, 1].mean()
-    # 0 and 32 are the ends of the contour, at the ears.
-    depth = contour[[0, 32], 2].mean()
-    # An ear's box reaches 8 % of the cube outwards from the contour and one margin inwards.
-    reach = 0.08 * box_warp
-    for edge, inner, outer in ((contour[:, 0].min(), side, reach), (contour[:, 0].max(), -side, -reach)):
-        x = sorted((edge + inner, edge - outer))
-        boxes.append(("ears", (x[0], x[1], mouth, max(top, mouth), depth - depth_margin, depth + front)))
-    # `far` lies outside the scene on every side.
+        low_corner = landmarks[list(group)].min(axis=0)  # [3]
+        high_corner = landmarks[list(group)].max(axis=0)  # [3]
+        boxes.append(
+            (
+                name,
+                _box(
+                    low_corner - [side_margin, side_margin, depth_margin],
+                    high_corner + [side_margin, side_margin, front_margin],
+                ),
+            )
+        )
+    brows = landmarks[list(BROWS)]  # [18, 3]
+    contour = landmarks[list(CONTOUR)]  # [33, 3]
+    brow_top = brows[:, 1].max()  # y of the highest landmark of the brows
+    nose_base = landmarks[57, 1]  # 57: middle of the base of the nose
+    chin_bottom = contour[:, 1].min()  # y of the lowest landmark
+    # The forehead is at least twice the margin high, also if the landmarks have a very short chin.
+    forehead_height = max(nose_base - chin_bottom, 2 * side_margin)
+    low_corner = [brows[:, 0].min() - side_margin, brow_top, brows[:, 2].min() - depth_margin]
+    high_corner = [
+        brows[:, 0].max() + side_margin,
+        brow_top + forehead_height,
+        brows[:, 2].max() + front_margin,
+    ]
+    boxes.append(("forehead", _box(low_corner, high_corner)))
+    mouth_height = landmarks[76:88, 1].mean()  # y; 76 to 87 are the outer lips
+    # Landmarks 0 and 32 are the ends of the contour, at the ears.
+    ear_depth = contour[[0, 32], 2].mean()
+    # The box of an ear extends from the contour by 8 % of the cube outwards, and by one margin inwards.
+    ear_width = 0.08 * box_warp
+    for contour_end, inward, outward in (
+        (contour[:, 0].min(), side_margin, ear_width),
+        (contour[:, 0].max(), -side_margin, -ear_width),
+    ):
+        x_range = sorted((contour_end + inward, contour_end - outward))
+        boxes.append(
+            (
+                "ears",
+                (
+                    x_range[0],
+                    x_range[1],
+                    mouth_height,
+                    max(brow_top, mouth_height),
+                    ear_depth - depth_margin,
+                    ear_depth + front_margin,
+                ),
+            )
+        )
+    # `far` is outside the scene in every direction.
     far = 10 * box_warp
-    boxes.append(("front of camera", (-far, far, -far, far, landmarks[:, 2].max() + front, far)))
+    boxes.append(("front of camera", (-far, far, -far, far, landmarks[:, 2].max() + front_margin, far)))
     return boxes
 
 
 def head_boxes(landmarks: np.ndarray, box_warp: float = 1.0) -> list[tuple[str, Box]]:
-    """Return boxes in world coordinates that divide the whole scene coarsely about the landmarks [L, 3] into
-    eight parts; the face is one of them.
+    """Return boxes in world coordinates that divide the scene into eight parts, of which the face is one.
 
-    The face lies in front of the ears, brows and chin (less a margin), inside the contour, up to the top of
-    the forehead. Above it is the crown, to the rear the back of the head, beside it the sides (hair,
-    ears), below it neck and shoulders, which are separated by the width of the contour.
+    The face is in front of the ears, brows and chin (less a margin), inside the contour, and below the top of
+    the forehead. The crown is above the face. The sides with hair and ears are left and right of the face,
+    and the rest of the head is its back. Neck and shoulders are below the face, and are separated by the
+    width of the contour.
+
+    Args:
+        landmarks: world positions, [98, 3].
+        box_warp: side of the scene cube.
     """
-    side = SIDE * box_warp
-    front = FRONT * box_warp
+    side_margin = SIDE * box_warp
+    front_margin = FRONT * box_warp
     far = 10 * box_warp
-    contour = landmarks[list(CONTOUR)]
-    left = contour[:, 0].min() - side
-    right = contour[:, 0].max() + side
-    chin = contour[:, 1].min() - side
-    # The same rise above the brows as in `landmark_boxes`.
-    top = landmarks[list(BROWS), 1].max() + max(landmarks[57, 1] - contour[:, 1].min(), 2 * side)
-    # The rearmost of ears, brows and chin (landmark 16), less a margin.
-    depth = min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front
-    air = landmarks[:, 2].max() + front
-    # The order matters: the first box that contains a voxel wins, and the last one contains all.
+    contour = landmarks[list(CONTOUR)]  # [33, 3]
+    left_edge = contour[:, 0].min() - side_margin  # x
+    right_edge = contour[:, 0].max() + side_margin  # x
+    chin_bottom = contour[:, 1].min() - side_margin  # y
+    # The forehead has the same height above the brows as in `landmark_boxes`.
+    forehead_top = landmarks[list(BROWS), 1].max() + max(
+        landmarks[57, 1] - contour[:, 1].min(), 2 * side_margin
+    )
+    # The face begins at the rearmost of ears, brows and chin (landmark 16), less a margin.
+    face_depth = (
+        min(contour[[0, 32], 2].mean(), landmarks[list(BROWS), 2].min(), landmarks[16, 2]) - front_margin
+    )
+    air_start = landmarks[:, 2].max() + front_margin  # z
+    # The order matters: a voxel belongs to the first box that contains it. The last box contains all voxels.
     return [
-        ("front of camera", (-far, far, -far, far, air, far)),
-        ("crown", (-far, far, top, far, -far, far)),
-        ("neck and chest", (left, right, -far, chin, -far, far)),
-        ("shoulders", (-far, far, -far, chin, -far, far)),
-        ("left side", (-far, left, chin, top, -far, far)),
-        ("right side", (right, far, chin, top, -far, far)),
-        ("face", (left, right, chin, top, depth, far)),
+        ("front of camera", (-far, far, -far, far, air_start, far)),
+        ("crown", (-far, far, forehead_top, far, -far, far)),
+        ("neck and chest", (left_edge, right_edge, -far, chin_bottom, -far, far)),
+        ("shoulders", (-far, far, -far, chin_bottom, -far, far)),
+        ("left side", (-far, left_edge, chin_bottom, forehead_top, -far, far)),
+        ("right side", (right_edge, far, chin_bottom, forehead_top, -far, far)),
+        ("face", (left_edge, right_edge, chin_bottom, forehead_top, face_depth, far)),
         ("back of the head", (-far, far, -far, far, -far, far)),
     ]
 
 
 def _box(low: Sequence[float], high: Sequence[float]) -> Box:
-    """Return the box between two corners [3]."""
-    # (low, high) corners -> x from, x to, y from, y to, z from, z to
+    """Return the box between its corner with the least x, y, z and its corner with the largest x, y, z."""
     return (float(low[0]), float(high[0]), float(low[1]), float(high[1]), float(low[2]), float(high[2]))
 
 
 def landmark_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
-    """Divide the reward's slab into the twelve regions about landmarks [L, 3] in world coordinates."""
-    partition = from_boxes(landmark_boxes(landmarks, spec.box_warp), spec.points().double())
-    # Only the name of the remainder changes.
+    """Divide the reward's slab into twelve regions, see `landmark_boxes`.
+
+    Args: landmarks: world positions, [98, 3].
+    """
+    partition = partition_from_boxes(landmark_boxes(landmarks, spec.box_warp), spec.points().double())
+    # The region of the remaining voxels gets another name.
     return Partition(names=(*partition.names[:-1], BACKGROUND), labels=partition.labels)
 
 
 def head_partition(landmarks: np.ndarray, spec: SlabSpec) -> Partition:
-    """Divide the reward's slab into the eight parts of `head_boxes`; no voxel is left over."""
-    partition = from_boxes(head_boxes(landmarks, spec.box_warp), spec.points().double())
-    # The last name, the remainder, has no voxels.
+    """Divide the reward's slab into the eight parts of `head_boxes`, which contain all voxels.
+
+    Args: landmarks: world positions, [98, 3].
+    """
+    partition = partition_from_boxes(head_boxes(landmarks, spec.box_warp), spec.points().double())
+    # The region of the remaining voxels is empty, so its name is dropped.
     return Partition(names=partition.names[:-1], labels=partition.labels)
 
 
-# Parts of heads of people, by the segmentation of their basis.
+# Parts of synthetic heads, by the masks of their mesh model.
 
-# The first mask above one half wins.
+# A vertex belongs to the first part whose mask exceeds one half.
 PARTS = ("ears", "lips", "eyes", "brows", "back", "scalp", "face", "neck", "torso")
 
 
 @functools.cache
-def parts_of_vertices() -> np.ndarray:
-    """Return the index into PARTS of each vertex [V] of the basis.
+def part_of_vertices() -> np.ndarray:
+    """Return the index into PARTS of each vertex of the mesh model, [V].
 
-    The few vertices outside all masks get the part of the nearest vertex inside one.
+    The few vertices outside all masks get the part of the nearest vertex inside a mask.
     """
     basis = people.load_basis()
-    held = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
-    part = held.argmax(axis=0)  # the first part that holds the vertex
-    known = held.any(axis=0)
-    part[~known] = part[known][cKDTree(basis.mean[known]).query(basis.mean[~known])[1]]
-    return part
+    is_in_part = np.stack([basis.masks[name] for name in PARTS]) > 0.5  # [parts, V]
+    part_indices = is_in_part.argmax(axis=0)  # argmax is the first True
+    has_part = is_in_part.any(axis=0)
+    # query(...)[1]: for each vertex without a part the index of the nearest vertex that has one
+    part_indices[~has_part] = part_indices[has_part][
+        cKDTree(basis.mean[has_part]).query(basis.mean[~has_part])[1]
+    ]
+    return part_indices
 
 
 def people_partition(head: people.Head, spec: SlabSpec) -> Partition:
-    """Assign each voxel to the part of the nearest vertex of its latent's ground-truth head.
+    """Assign each voxel to the part of the head to which the nearest vertex belongs.
 
-    The sample may lack this part.
+    Args: head: ground-truth head of the latent. The generator's sample may lack a part of it.
     """
-    # [D * H * W, 3] positions in world coordinates
-    nearest = cKDTree(head.vertices).query(spec.points().reshape(-1, 3).numpy())[1]
-    return Partition(names=PARTS, labels=torch.from_numpy(parts_of_vertices()[nearest].reshape(spec.shape)))
+    # positions of all voxels, [D * H * W, 3]; [1]: the indices of the nearest vertices
+    nearest_vertex = cKDTree(head.vertices).query(spec.points().reshape(-1, 3).numpy())[1]
+    return Partition(
+        names=PARTS, labels=torch.from_numpy(part_of_vertices()[nearest_vertex].reshape(spec.shape))
+    )

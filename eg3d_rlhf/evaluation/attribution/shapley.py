@@ -1,16 +1,23 @@
-"""Shapley values of regions, exact or from sampled permutations (in antithetic pairs), and the methods that
-they are compared with.
+"""Compute Shapley values of regions, and the attribution methods that they are compared with.
 
-The value of a coalition of regions is the reward of the original slab with those regions replaced by the
-tuned slab's. Both slabs are normalised already, each on its own scale; the mixture is not normalised again,
-so that a voxel keeps its value.
-Shapley (1953): phi_i = sum over coalitions S without i of |S|! (R - |S| - 1)! / R! (v(S + i) - v(S)).
-Integrated Gradients run along the straight path from the original slab to the tuned one (Sundararajan et al.
-2017):
-IG = (x - x') * integral over a in [0, 1] of grad r(x' + a (x - x')); its sum is r(x) - r(x'), which is
-checked.
-Letters: N latents, K draws, M coalitions, R regions, P permutations, B slabs at once, V voxels, D, H, W = z,
-y, x.
+A reward r scores the slab of a latent before tuning (the original slab x') and after tuning (the tuned slab
+x). An attribution divides the difference r(x) - r(x') among the regions of the slab.
+
+Shapley values are defined by coalitions, which are sets of regions. The value v(S) of a coalition S is the
+reward of the original slab in which the regions of S are replaced by those of the tuned slab. Both slabs are
+already normalised, each by its own range. The mixture is not normalised again, so that a voxel keeps its
+value. The Shapley value of region i (Shapley 1953) is
+    phi_i = sum over all S without i of |S|! (R - |S| - 1)! / R! * (v(S + i) - v(S)).
+The values sum to r(x) - r(x') (efficiency). They are computed exactly from all coalitions, or estimated from
+random orders in which the regions join the coalition.
+
+Integrated Gradients (Sundararajan et al. 2017, arXiv 1703.01365, equation 1) attribute the difference to
+single voxels, along the straight path from x' to x:
+    IG = (x - x') * integral over a in [0, 1] of grad r(x' + a (x - x')).
+Their sum is r(x) - r(x') as well (completeness), which is checked.
+
+Shapes: N latents, M coalitions, R regions, P random orders, B slabs in a batch, D, H, W grid points of a slab
+along z, y, x.
 """
 
 import copy
@@ -33,14 +40,15 @@ Value = Callable[[torch.Tensor], torch.Tensor]  # coalitions, bool [M, R] -> val
 
 
 class CoalitionValues:
-    """Values of the coalitions of one latent; each is computed once, in batches.
+    """Function that returns the values of a latent's coalitions. Each value is computed once, and stored.
 
     Args:
-        score: the reward.
-        original, tuned: the reward's input of one shape each, [1, D, H, W] for slabs.
-        labels: int64, the region of each of its values, [D, H, W].
-        regions: R.
-        batch: slabs at once; it bounds the memory, B slabs and the reward's activations.
+        score: function that scores slabs.
+        original: slab before tuning, [1, D, H, W], or another observation.
+        tuned: slab after tuning, of the same shape.
+        labels: region of each voxel, int64 [D, H, W].
+        regions: number of regions, R.
+        batch: number of slabs in a batch; a smaller number needs less memory.
     """
 
     def __init__(
@@ -58,75 +66,81 @@ class CoalitionValues:
         self.batch = batch
         self.original = original
         self.tuned = tuned
-        flat = labels.flatten().to(original.device)
-        # flat voxel indices of each region
-        self.voxels = [torch.nonzero(flat == region).squeeze(1) for region in range(regions)]
-        # A region without any change is a null player: coalitions that differ in it alone have the same
-        # value.
-        self.differs = [bool((original.flatten()[v] != tuned.flatten()[v]).any()) for v in self.voxels]
-        self.known: dict[int, float] = {}  # key of a coalition -> value
-        self.evaluations = 0  # slabs that the reward has read so far
+        flat_labels = labels.flatten().to(original.device)
+        # indices of the voxels of each region in the flattened slab
+        self.voxels = [torch.nonzero(flat_labels == region).squeeze(1) for region in range(regions)]
+        # A region in which the slabs are equal does not change the value of any coalition.
+        self.differs = [
+            bool((original.flatten()[indices] != tuned.flatten()[indices]).any()) for indices in self.voxels
+        ]
+        self.known: dict[int, float] = {}  # key of a coalition -> its value
+        self.evaluations = 0  # number of slabs that were scored
 
     def keys(self, coalitions: torch.Tensor) -> list[int]:
-        """Encode each coalition as one integer.
+        """Encode coalitions, bool [M, R], as integers. Bit i is set if region i belongs to the coalition.
 
-        Regions in which the slabs are equal get no bit: they do not change the value.
+        Regions in which the slabs are equal get no bit, since they do not change the value.
         """
-        weights = torch.tensor([1 << i if d else 0 for i, d in enumerate(self.differs)], dtype=torch.int64)
+        weights = torch.tensor(
+            [1 << region if has_change else 0 for region, has_change in enumerate(self.differs)],
+            dtype=torch.int64,
+        )
         return (coalitions.cpu().to(torch.int64) * weights).sum(dim=1).tolist()
 
-    def mixed(self, keys: Sequence[int]) -> torch.Tensor:
-        """Compose the slabs [B, 1, D, H, W] of coalitions.
+    def compose_slabs(self, keys: Sequence[int]) -> torch.Tensor:
+        """Return the slabs [B, 1, D, H, W] of coalitions, which are given by their keys.
 
-        Neighbours in the list mostly share regions, so each slab starts as a copy of the previous one, and
-        only the regions that differ are overwritten.
+        Consecutive coalitions mostly share regions. So each slab is a copy of the previous one, in which only
+        the regions that differ are replaced.
         """
-        slabs = self.original.new_empty(len(keys), self.original.numel())
+        slabs = self.original.new_empty(len(keys), self.original.numel())  # [B, voxels], flattened
         sources = (self.original.flatten(), self.tuned.flatten())
-        before = None
-        last = None
+        previous_row = None
+        previous_key = None
         for row, key in zip(slabs, keys, strict=True):
-            # The first slab has no predecessor: all of its regions are written.
-            changed = list(range(self.regions))
-            if last is not None:
-                row.copy_(before)
-                # XOR marks the regions in which this coalition differs from the previous one.
-                changed = [i for i in changed if (last ^ key) >> i & 1]
-            for i in changed:
-                row[self.voxels[i]] = sources[key >> i & 1][self.voxels[i]]
-            before = row
-            last = key
+            # All regions of the first slab are written, since there is no previous slab.
+            changed_regions = list(range(self.regions))
+            if previous_key is not None:
+                row.copy_(previous_row)
+                # The bits of the exclusive or are the regions in which the two coalitions differ.
+                changed_regions = [region for region in changed_regions if (previous_key ^ key) >> region & 1]
+            for region in changed_regions:
+                row[self.voxels[region]] = sources[key >> region & 1][self.voxels[region]]
+            previous_row = row
+            previous_key = key
         return slabs.reshape(len(keys), *self.original.shape)
 
     @torch.no_grad()
     def __call__(self, coalitions: torch.Tensor) -> torch.Tensor:
         """Compute the values [M] float64 of coalitions, bool [M, R]."""
         keys = self.keys(coalitions)
-        # Gray code order: neighbours differ in few regions, which makes `mixed` cheap.
-        todo = sorted({key for key in keys if key not in self.known}, key=_gray_rank)
-        for start in range(0, len(todo), self.batch):
-            part = todo[start : start + self.batch]
-            values = self.score(self.mixed(part)).double().cpu().tolist()
-            self.evaluations += len(part)
-            self.known.update(zip(part, values, strict=True))
+        # In Gray code order, consecutive coalitions differ in few regions, which makes `compose_slabs` cheap.
+        missing_keys = sorted({key for key in keys if key not in self.known}, key=_gray_rank)
+        for start in range(0, len(missing_keys), self.batch):
+            batch_keys = missing_keys[start : start + self.batch]
+            values = self.score(self.compose_slabs(batch_keys)).double().cpu().tolist()
+            self.evaluations += len(batch_keys)
+            self.known.update(zip(batch_keys, values, strict=True))
         return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)
 
     @torch.no_grad()
     def difference(self) -> float:
-        """Compute the reward of the tuned slab minus that of the original one, from the slabs alone.
+        """Return r(tuned) - r(original), computed without coalitions.
 
-        It uses no regions, masks or cache, so it checks the coalitions' values independently.
+        This value uses neither regions nor stored values, so it is an independent check of the coalitions'
+        values.
         """
         tuned, original = (float(self.score(slab[None]).double()) for slab in (self.tuned, self.original))
         return tuned - original
 
 
 def _gray_rank(key: int) -> int:
-    """Return the position of a bit pattern in the reflected Gray code, in which neighbours differ in one
-    bit.
+    """Return the position of a bit pattern in the reflected Gray code.
+
+    Consecutive patterns of this code differ in one bit.
     """
     rank = 0
-    # The inverse of k -> k ^ (k >> 1): the XOR of all right shifts.
+    # The Gray code of k is k ^ (k >> 1). Its inverse is the exclusive or of all right shifts.
     while key:
         rank ^= key
         key >>= 1
@@ -134,24 +148,24 @@ def _gray_rank(key: int) -> int:
 
 
 def all_coalitions(regions: int) -> torch.Tensor:
-    """Every coalition, bool [2^R, R]; row k holds the bits of k, the lowest first."""
-    k = torch.arange(1 << regions)
-    return (k[:, None] >> torch.arange(regions) & 1).bool()
+    """Return every coalition of R regions, bool [2^R, R]. Row k holds the bits of k, the lowest bit first."""
+    coalition_index = torch.arange(1 << regions)  # [2^R]
+    return (coalition_index[:, None] >> torch.arange(regions) & 1).bool()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Contribution of each region to a reward difference."""
+    """Contribution of each region to the reward difference r_tuned - r_original of a latent."""
 
-    method: str
+    method: str  # one of METHODS
     values: np.ndarray  # [R] float64, in units of the reward
-    errors: np.ndarray | None = None  # [R] standard errors of sampling; None where nothing was sampled
-    gap: float = 0.0  # sum of values - (r_tuned - r_original), the latter from the slabs themselves
-    difference: float = 0.0  # r_tuned - r_original
+    errors: np.ndarray | None = None  # [R] standard errors of sampling; None for the exact method
+    gap: float = 0.0  # efficiency gap: sum of `values` - `difference`
+    difference: float = 0.0  # r_tuned - r_original, computed without coalitions
 
     @property
     def relative_gap(self) -> float:
-        """|gap| as a share of |difference|; infinite where the difference is 0 and the gap is not."""
+        """Return |gap| / |difference|, see `relative_gap`."""
         return relative_gap(self.gap, self.difference)
 
 
@@ -161,72 +175,98 @@ def relative_gap(gap: float, difference: float) -> float:
 
 
 def exact(value: Value, regions: int) -> np.ndarray:
-    """Compute Shapley values [R] from all 2^R coalitions. Raises: ValueError for more regions than
-    MOST_EXACT.
+    """Compute Shapley values [R] from all 2^R coalitions.
+
+    Raises: ValueError if there are more than MOST_EXACT regions.
     """
     if not 1 <= regions <= MOST_EXACT:
         raise ValueError(
-            f"--method=exact: expected 1 to {MOST_EXACT} regions, got {regions}, for 2^{regions} evaluations."
-            " Use --method=antithetic."
+            f"--method=exact needs 2^R evaluations for R regions, so it is limited to {MOST_EXACT} regions,"
+            f" but there are {regions}. Use --method=antithetic."
         )
     return exact_from_table(value(all_coalitions(regions)).numpy())
 
 
 def exact_from_table(table: np.ndarray) -> np.ndarray:
-    """Compute Shapley values [R] of a game given as the values [2^R] of all coalitions.
+    """Compute Shapley values [R] from the values of all coalitions.
 
-    Bit i of the index is set if player i takes part.
+    Args: table: values [2^R]; bit i of an index is set if region i belongs to the coalition.
     """
-    regions = len(table).bit_length() - 1
-    index = np.arange(1 << regions)
-    size = np.array([int(k).bit_count() for k in index])  # |S|
-    # |S|! (R - |S| - 1)! / R! = 1 / (R * C(R - 1, |S|)); the full coalition has no player left to join it.
-    weight = np.array([1 / (regions * math.comb(regions - 1, s)) if s < regions else 0.0 for s in size])
-    out = np.empty(regions)
-    for i in range(regions):
-        without = index[(index >> i & 1) == 0]
-        out[i] = np.sum(weight[without] * (table[without | 1 << i] - table[without]))
-    return out
+    regions = len(table).bit_length() - 1  # the table has 2^R entries
+    coalition_index = np.arange(1 << regions)  # [2^R]
+    coalition_size = np.array([int(key).bit_count() for key in coalition_index])  # |S|
+    # |S|! (R - |S| - 1)! / R! = 1 / (R * C(R - 1, |S|)). No region can join the coalition of all regions, so
+    # its weight is not used.
+    weight = np.array(
+        [
+            1 / (regions * math.comb(regions - 1, joined_count)) if joined_count < regions else 0.0
+            for joined_count in coalition_size
+        ]
+    )
+    shapley_values = np.empty(regions)  # [R]
+    for region in range(regions):
+        coalitions_without = coalition_index[(coalition_index >> region & 1) == 0]
+        # coalition | 1 << region: the same coalition after the region has joined
+        shapley_values[region] = np.sum(
+            weight[coalitions_without] * (table[coalitions_without | 1 << region] - table[coalitions_without])
+        )
+    return shapley_values
 
 
-def sampled(
+def estimate_by_sampling(
     value: Value, regions: int, samples: int, seed: int, antithetic: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate Shapley values from `samples` random orders (Castro et al. 2009).
+    """Estimate Shapley values from random orders of the regions (Castro et al. 2009).
 
-    Args: antithetic: orders in pairs, each with its reverse (Mitchell et al. 2022, section 4.1); the errors
-        come from the pairs' means.
-    Returns: means and standard errors [R] of the marginal contributions.
+    Args:
+        value: function that returns the values of coalitions.
+        regions: number of regions, R.
+        samples: number of random orders.
+        seed: seed of the orders.
+        antithetic: True: half of the orders are random, the other half are their reverses (Mitchell et al.
+            2022, section 4.1). Standard errors are then computed from the means of the pairs.
+
+    Returns: means [R] and standard errors [R] of the marginal contributions.
+    Raises: ValueError for too few samples, or an odd number of antithetic samples.
     """
     if antithetic and samples % 2:
         raise ValueError(
-            f"--permutations: expected an even number of permutations for antithetic pairs, got {samples}."
-            " Add one."
+            f"--permutations={samples}: antithetic orders come in pairs, so their number must be even. Pass"
+            f" --permutations={samples + 1}."
         )
-    count = samples // 2 if antithetic else samples
-    if count < 2:
+    sample_count = samples // 2 if antithetic else samples
+    if sample_count < 2:
         raise ValueError(
-            f"--permutations: expected at least 2 permutations (4 for antithetic pairs), got {samples}."
-            " Raise it: standard errors need at least two values."
+            f"--permutations={samples} is too small: standard errors need at least 2 orders, or 4 antithetic"
+            " ones. Raise --permutations."
         )
     rng = np.random.default_rng(seed)
-    orders = np.stack([rng.permutation(regions) for _ in range(count)])
-    # An order and its reverse are negatively correlated; their mean is one sample of lower variance.
-    along = marginals(value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders)  # [P, R]
-    along = (along[:count] + along[count:]) / 2 if antithetic else along
-    return along.mean(axis=0), along.std(axis=0, ddof=1) / math.sqrt(count)
+    orders = np.stack([rng.permutation(regions) for _ in range(sample_count)])  # [samples, R]
+    # The contributions along an order and its reverse are negatively correlated, so their mean is a single
+    # sample of lower variance.
+    contributions = marginals(
+        value, np.concatenate([orders, orders[:, ::-1]]) if antithetic else orders
+    )  # [P, R]
+    contributions = (
+        (contributions[:sample_count] + contributions[sample_count:]) / 2 if antithetic else contributions
+    )
+    return contributions.mean(axis=0), contributions.std(axis=0, ddof=1) / math.sqrt(sample_count)
 
 
 def marginals(value: Value, orders: np.ndarray) -> np.ndarray:
-    """Compute the contribution [P, R] of each region when it joins, along orders [P, R] of joining."""
+    """Compute by how much each region changes the value when it joins, along several orders.
+
+    Args: orders: each row is a permutation of the regions, in which they join, [P, R].
+    Returns: contributions [P, R]; column i belongs to region i.
+    """
     samples, regions = orders.shape
-    joined = np.argsort(orders, axis=1)  # [P, R], the step at which each region joins
-    steps = np.arange(regions + 1)
-    # Before step t exactly the regions with a smaller step have joined.
-    coalitions = joined[:, None, :] < steps[None, :, None]  # [P, R + 1, R]
+    joining_step = np.argsort(orders, axis=1)  # [P, R], the step at which each region joins
+    steps = np.arange(regions + 1)  # number of regions that have joined
+    # Before step t, the regions whose joining step is smaller than t belong to the coalition.
+    coalitions = joining_step[:, None, :] < steps[None, :, None]  # [P, R + 1, R]
     values = value(torch.from_numpy(coalitions.reshape(-1, regions))).numpy().reshape(samples, regions + 1)
-    # Differences along an order, re-sorted by region
-    return np.take_along_axis(np.diff(values, axis=1), joined, axis=1)
+    # np.diff gives the contributions in the order of joining; they are sorted by region.
+    return np.take_along_axis(np.diff(values, axis=1), joining_step, axis=1)
 
 
 def shapley(
@@ -234,14 +274,19 @@ def shapley(
 ) -> Attribution:
     """Compute Shapley values by one of METHODS, with their efficiency gap.
 
-    Args: difference: r_tuned - r_original, computed apart from the coalitions; samples: permutations of the
-        sampled methods.
+    Args:
+        value: function that returns the values of coalitions.
+        regions: number of regions, R.
+        difference: r_tuned - r_original, computed without coalitions.
+        method: one of METHODS.
+        samples: number of random orders of the sampled methods.
+        seed: seed of the random orders.
     """
     if method == "exact":
         values = exact(value, regions)
         errors = None
     else:
-        values, errors = sampled(value, regions, samples, seed, method == "antithetic")
+        values, errors = estimate_by_sampling(value, regions, samples, seed, method == "antithetic")
     return Attribution(
         method=method,
         values=values,
@@ -252,41 +297,42 @@ def shapley(
 
 
 def check_gap(attributions: Sequence[Attribution], seeds: Sequence[int], bound: float) -> None:
-    """Raise ValueError if an efficiency gap is above `bound`, as a share of the reward difference.
+    """Raise ValueError if the efficiency gap of a latent exceeds `bound`, a share of its reward difference.
 
-    The error names the worst latent.
+    The message states the seed of the latent with the largest gap.
     """
-    gaps = [a.relative_gap for a in attributions]
-    worst = int(np.argmax(gaps))
-    # `not <=` instead of `>`: a NaN gap is an error, too.
-    if not gaps[worst] <= bound:
-        a = attributions[worst]
+    relative_gaps = [attribution.relative_gap for attribution in attributions]
+    worst = int(np.argmax(relative_gaps))  # index of the latent
+    # "not <=" is used instead of ">", so that NaN is an error, too.
+    if not relative_gaps[worst] <= bound:
+        attribution = attributions[worst]
         raise ValueError(
-            f"--gap-bound: expected an efficiency gap of at most {bound:g} of the reward difference, got"
-            f" {gaps[worst]:.3g} for seed {seeds[worst]} (sum {a.values.sum():.6g}, difference"
-            f" {a.difference:.6g}). The attribution does not add up: raise the bound if the difference is"
-            " almost zero, else leave that seed out with another --seed."
+            f"--gap-bound={bound:g}: the Shapley values of seed {seeds[worst]} sum to"
+            f" {attribution.values.sum():.6g}, but its reward difference is {attribution.difference:.6g},"
+            f" which is a gap of {relative_gaps[worst]:.3g}. Raise --gap-bound if the difference is almost"
+            " zero, else use other latents with another --seed."
         )
 
 
-# Methods that Shapley values are compared with: Integrated Gradients, occlusion, noise of the change's size,
-# rewards with re-drawn weights.
+# Methods with which Shapley values are compared: Integrated Gradients, occlusion, slabs whose change is
+# shuffled, and rewards with random weights.
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntegratedGradients:
-    """Attribution of every voxel, with its completeness gap."""
+    """Attribution of a latent's reward difference to every voxel, with its completeness gap."""
 
     # float64 on the CPU, in units of the reward; [D, H, W] for slabs, else the observation's `region_shape`
     voxels: torch.Tensor
-    steps: int  # of the last integral
-    gap: float  # sum of voxels - difference
+    steps: int  # number of steps of the integral
+    gap: float  # sum of `voxels` - `difference`
     difference: float  # r_tuned - r_original
-    tried: tuple[tuple[int, float], ...]  # (steps, gap as a share of the difference), in order
+    # (number of steps, gap as a share of the difference) of all integrals that were computed, in order
+    tried: tuple[tuple[int, float], ...]
 
     @property
     def complete(self) -> bool:
-        """Return True if the gap is at most BOUND of the difference."""
+        """Return True if the gap is at most the share BOUND of the difference."""
         return relative_gap(self.gap, self.difference) <= BOUND
 
 
@@ -299,117 +345,140 @@ def integrated_gradients(
     most_steps: int = MOST_STEPS,
     batch: int = 16,
 ) -> IntegratedGradients:
-    """Attribute r(tuned) - r(original) to voxels; the step count doubles until the gap is within 1 % of the
-    difference.
+    """Attribute r(tuned) - r(original) to voxels by Integrated Gradients.
 
-    Args: original, tuned: [1, D, H, W]; difference: computed from the slabs alone; batch: slabs with
-        gradients at once.
-    Returns: the integral with the most steps; `complete` is False if `most_steps` did not suffice.
+    The number of steps of the integral is doubled until the completeness gap is at most the share BOUND of
+    the difference.
+
+    Args:
+        score: function that scores slabs; it must be differentiable.
+        original: slab before tuning, [1, D, H, W].
+        tuned: slab after tuning, [1, D, H, W].
+        difference: r(tuned) - r(original).
+        steps: first number of steps.
+        most_steps: largest number of steps.
+        batch: number of slabs in a batch, for which gradients are computed.
+
+    Returns: the integral with the most steps. It is not `complete` if `most_steps` is too small.
     """
-    # Imported here: captum is needed by this function alone.
+    # Imported here, since only this function needs captum.
     from captum.attr import IntegratedGradients as Captum
 
     method = Captum(score, multiply_by_inputs=True)
-    tried = []
+    gap_by_steps = []  # (steps, relative gap) of each integral
     while True:
         voxels = method.attribute(
             tuned[None],
             baselines=original[None],
             n_steps=steps,
             method="gausslegendre",
-            # Captum evaluates the path's points in batches of this size.
+            # Captum evaluates the points of the path in batches of this size.
             internal_batch_size=max(batch, 2),
         )
-        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()
-        # Completeness: the attributions sum to the difference, up to the quadrature's error.
+        voxels = voxels[0].reshape(region_shape(original.shape)).detach().double().cpu()  # [0]: the only slab
+        # Completeness: the attributions sum to the difference, except for the error of the numeric integral.
         gap = float(voxels.sum()) - difference
-        tried.append((steps, relative_gap(gap, difference)))
-        if tried[-1][1] <= BOUND or 2 * steps > most_steps:
+        gap_by_steps.append((steps, relative_gap(gap, difference)))
+        # The last entry is the integral that was just computed.
+        if gap_by_steps[-1][1] <= BOUND or 2 * steps > most_steps:
             return IntegratedGradients(
-                voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(tried)
+                voxels=voxels, steps=steps, gap=gap, difference=difference, tried=tuple(gap_by_steps)
             )
         steps *= 2
 
 
 def occlusion(value: Value, regions: int) -> np.ndarray:
-    """Compute the loss of value when one region of the tuned slab is set back to the original, [R]: v(all) -
-    v(all but i) (Zeiler and Fergus 2014).
+    """Compute by how much the value falls if a region of the tuned slab is set back to the original, [R].
+
+    The attribution of region i is v(all regions) - v(all but i) (occlusion, Zeiler and Fergus 2014).
     """
-    # [R + 1, R]: row i leaves region i out, the last row leaves none out
-    everything = torch.ones(regions + 1, regions, dtype=torch.bool)
-    everything[torch.arange(regions), torch.arange(regions)] = False
-    values = value(everything).numpy()
+    # [R + 1, R]: row i contains all regions but i; the last row contains all regions.
+    coalitions = torch.ones(regions + 1, regions, dtype=torch.bool)
+    coalitions[torch.arange(regions), torch.arange(regions)] = False
+    values = value(coalitions).numpy()  # [R + 1]
     return values[-1] - values[:-1]
 
 
 def shuffled_change(
     original: torch.Tensor, tuned: torch.Tensor, labels: torch.Tensor, seed: int
 ) -> torch.Tensor:
-    """Shuffle the change tuned - original [1, D, H, W] among the voxels of each region [D, H, W], and add it
-    to the original.
+    """Return the original slab plus the change tuned - original, shuffled among the voxels of each region.
 
-    Regions and the amount of change in each stay, the spatial structure is lost. An attribution of this slab
-    is the reward's response to noise of the same energy.
+    Each region has the same changes as before, but at other positions, so the spatial structure is lost. An
+    attribution of this slab shows the reward's response to noise of the same size.
+
+    Args:
+        original, tuned: slabs, [1, D, H, W].
+        labels: region of each voxel, [D, H, W].
+        seed: seed of the shuffling.
     """
-    # On the CPU, so that the random permutation does not depend on the device.
+    # The shuffling is done on the CPU, so that it does not depend on the device.
     change = (tuned - original).flatten().cpu()
-    flat = labels.flatten().cpu()
-    out = torch.empty_like(change)
+    flat_labels = labels.flatten().cpu()  # [voxels]
+    shuffled = torch.empty_like(change)
     generator = torch.Generator().manual_seed(seed)
-    for region in range(int(flat.max()) + 1):
-        voxels = torch.nonzero(flat == region).squeeze(1)
-        out[voxels] = change[voxels[torch.randperm(len(voxels), generator=generator)]]
-    return original + out.reshape(original.shape).to(original)
+    for region in range(int(flat_labels.max()) + 1):
+        voxels = torch.nonzero(flat_labels == region).squeeze(1)  # indices of the region's voxels
+        shuffled[voxels] = change[voxels[torch.randperm(len(voxels), generator=generator)]]
+    return original + shuffled.reshape(original.shape).to(original)
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray, kind: str = "spearman") -> float | None:
-    """Compute Spearman's rho or Kendall's tau-b of two attributions [R]; None if one is constant and has no
-    ranks.
+def rank_correlation(
+    first_values: np.ndarray, second_values: np.ndarray, kind: str = "spearman"
+) -> float | None:
+    """Compute Spearman's rho or Kendall's tau-b of two attributions [R].
+
+    Return None if all values of one attribution are equal, since it has no ranks then.
+    Args: kind: "spearman" or "kendall".
     """
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if np.ptp(first_values) == 0 or np.ptp(second_values) == 0:
         return None
-    return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first, second).statistic)
+    return float({"spearman": spearmanr, "kendall": kendalltau}[kind](first_values, second_values).statistic)
 
 
 def agreement(methods: Mapping[str, np.ndarray]) -> list[dict]:
-    """Compute the rank correlation of every pair of methods, each [N, R].
+    """Compute the rank correlations of every pair of methods.
 
-    Returns: per pair and kind: per-latent values, their mean with a bootstrap interval over latents, and the
-    correlation of the mean attributions ("overall").
+    Args: methods: attributions [N, R] by each method.
+    Returns: for each pair and each kind of correlation the values by latent ("per_latent"), their mean with a
+        bootstrap interval over latents ("mean"), and the correlation of the attributions' means over latents
+        ("overall").
     """
-    out = []
-    for (first_name, a), (second_name, b) in combinations(methods.items(), 2):
-        entry: dict = {"first": first_name, "second": second_name}
+    correlations = []
+    for (first_name, first_values), (second_name, second_values) in combinations(methods.items(), 2):
+        pair_correlations: dict = {"first": first_name, "second": second_name}
         for kind in ("spearman", "kendall"):
-            per_latent = [rank_correlation(x, y, kind) for x, y in zip(a, b, strict=True)]
-            # Constant attributions have no ranks and are left out of the mean.
-            known = [v for v in per_latent if v is not None]
-            mean = bootstrap_mean_interval(known)._asdict() if known else None
-            entry[kind] = {
+            per_latent = [
+                rank_correlation(first_ranked, second_ranked, kind)
+                for first_ranked, second_ranked in zip(first_values, second_values, strict=True)
+            ]
+            # Latents without a correlation are left out of the mean.
+            defined_correlations = [correlation for correlation in per_latent if correlation is not None]
+            mean = bootstrap_mean_interval(defined_correlations)._asdict() if defined_correlations else None
+            pair_correlations[kind] = {
                 "per_latent": per_latent,
                 "mean": mean,
-                "overall": rank_correlation(a.mean(axis=0), b.mean(axis=0), kind),
+                "overall": rank_correlation(first_values.mean(axis=0), second_values.mean(axis=0), kind),
             }
-        out.append(entry)
-    return out
+        correlations.append(pair_correlations)
+    return correlations
 
 
-def redrawn(reward: Network, seed: int) -> Network:
-    """Copy a reward and draw its parameters anew: normal, with each tensor's mean and standard deviation
-    (Adebayo et al. 2018).
+def randomise_weights(reward: Network, seed: int) -> Network:
+    """Return a copy of a reward with random weights, as a control for attributions (Adebayo et al. 2018).
 
-    Buffers (the slab's statistics) are kept, so that only the learned weights are lost, not the input's
-    scale. A tensor of one entry gets a random sign.
+    The weights are normal, with the mean and the standard deviation of each tensor. A tensor with a single
+    entry gets a random sign instead. Buffers, which hold the statistics of the input, are not changed.
     """
-    other = copy.deepcopy(reward)
-    generator = torch.Generator().manual_seed(seed)
+    randomised_reward = copy.deepcopy(reward)
+    generator = torch.Generator().manual_seed(seed)  # does not change the global random state
     with torch.no_grad():
-        for parameter in other.parameters():
-            # Drawn on the CPU, so that the weights do not depend on the device.
+        for parameter in randomised_reward.parameters():
+            # Sampled on the CPU, so that the weights do not depend on the device.
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            # One entry has no standard deviation.
+            # A single entry has no standard deviation.
             if parameter.numel() == 1:
                 parameter.copy_(parameter.abs() * noise.sign())
             else:
                 parameter.copy_(parameter.mean() + parameter.std() * noise)
-    return other.eval().requires_grad_(False)
+    return randomised_reward.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Page of an inversion: measures over the weight of the reward with paired intervals, the losses step by
-step, and strips of renders.
+"""Write the page of an inversion: measures over the weight of the reward, losses over the steps, and renders.
 
-Letters: N targets, R pixels per edge, T frames.
+An arm is one result of a target: the ground truth, or the tuned generator of one weight λ of the reward.
+Shapes: N targets, R pixels per edge, H x B pixels of a composed image.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 
 from eg3d_rlhf.evaluation.inversion.inversion_runs import KIND, Inversions, Setup
 from eg3d_rlhf.evaluation.inversion.targets import MEASURES, Case, rotated_camera
-from eg3d_rlhf.evaluation.paired import means_of, paired_of, span
-from eg3d_rlhf.evaluation.run_images import Side, colours, swung
+from eg3d_rlhf.evaluation.paired import compute_means, compute_paired_changes, span
+from eg3d_rlhf.evaluation.run_images import Side, render_colours, swing_frames
 from eg3d_rlhf.experiments import style
 from eg3d_rlhf.experiments.media.rendering import png
 from eg3d_rlhf.experiments.media.sheet import SUPERSAMPLE, Row, look, paint, sheet, shrink, to_uint8
@@ -30,105 +30,127 @@ from eg3d_rlhf.geometry.mesh_export import export_mesh
 from eg3d_rlhf.geometry.settings import MeshOptions
 from training import storage
 
-# Renders of an inversion: a strip of the target and of every weight, in colour and as a shape; an orbit; a
-# mesh for every weight.
+# Renders of an inversion: a strip with the target and every arm, in colour and as a shape; a video with a
+# swinging camera (orbit); and a mesh of every arm.
 
 
-# pixels per edge of a cell of the strip, and of the orbit's video
-CELL = 192
-FILM = 128
-# rays per edge, and samples per ray and pass, of coloured renders
-RAYS = 128
-SAMPLES = 40
-GRID = 128  # grid points per edge of the cube in which surfaces are searched
-# radians to either side of the target's camera; frames per second
-SWING = 0.9
-FPS = 12
+CELL = 192  # pixels per edge of a render in the strip
+FILM = 128  # pixels per edge of a render in the video
+RAYS = 128  # rays per edge of colour renders
+SAMPLES = 40  # samples per ray in each pass of colour renders
+GRID = 128  # grid points per edge of the cube from which surfaces are extracted
+SWING = 0.9  # largest yaw of the video, radians to both sides of the target's camera
+FPS = 12  # frames per second of the video
 STRIP = "strip.png"
 ORBIT = "orbit.mp4"
 
 
 class Arm(NamedTuple):
-    """One column of the strip: a shape with its name."""
+    """Column of the strip: a shape with its name."""
 
-    name: str
+    name: str  # 'truth', or 'weight ' and the weight
     generator: Generator
     side: Side
 
 
-def arms_of(inversions: Inversions, case: Case) -> list[Arm]:
-    """Load the arms of a target: the ground truth if it is known, and the generator of every weight."""
-    # The untuned generator: only the weights have tuned copies.
+def load_arms(inversions: Inversions, case: Case) -> list[Arm]:
+    """Load the arms of a target: the ground truth if there is one, and every weight's tuned generator."""
+    # The ground truth is a sample of the untuned generator.
     generator = inversions.setup.loaded.generator
     folder = inversions.folder(case)
     arms = []
     if case.truth is not None:
         arms.append(Arm("truth", generator, Side.of(generator, case.truth.ws, GRID)))
     for weight in inversions.setup.weights:
-        tuned = load_generator(folder / f"{weight:g}.safetensors", case.target.image.device).generator
+        tuned_generator = load_generator(
+            folder / f"{weight:g}.safetensors", case.target.image.device
+        ).generator
         ws = storage.read_tensors(folder / f"{weight:g}-ws.safetensors", KIND)[0]["ws"].to(case.target.image)
-        arms.append(Arm(f"weight {weight:g}", tuned, Side.of(tuned, ws, GRID)))
+        arms.append(Arm(f"weight {weight:g}", tuned_generator, Side.of(tuned_generator, ws, GRID)))
     return arms
 
 
-def cells(arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Render an arm in colour and as an untextured surface, uint8 [R, R, 3] each."""
-    # At most RAYS rays per edge; the colours are enlarged to `pixels`.
-    # [3, R, R] in 0..1
-    image = colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
-    shape = paint(look(arm.side.surface, camera, pixels * factor))
-    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(
-        (shrink(shape, factor) if factor > 1 else shape).cpu()
-    )
+def render_cells(
+    arm: Arm, camera: torch.Tensor, pixels: int, factor: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Render an arm in colour, and as a shape without colours, uint8 [R, R, 3] each.
+
+    Args:
+        camera: camera of both renders, [1, 25].
+        pixels: pixels per edge, R.
+        factor: the shape is rendered with this factor of pixels per edge and then reduced, to avoid aliasing.
+    """
+    # [3, R, R] in 0..1; rendered with at most RAYS rays per edge and enlarged to `pixels`
+    image = render_colours(arm.side.field, arm.generator, camera, min(RAYS, pixels), SAMPLES, pixels)
+    shape = paint(look(arm.side.surface, camera, pixels * factor))  # rendered with `factor` times the pixels
+    if factor > 1:
+        shape = shrink(shape, factor)
+    return to_uint8(image.movedim(0, -1).cpu()), to_uint8(shape.cpu())
 
 
 def strip(case: Case, arms: Sequence[Arm]) -> np.ndarray:
-    """Arrange the target and the arms side by side.
+    """Return an image with a column for the target and for each arm, uint8 [H, B, 3].
 
-    The rows are colour and shape from the target's camera, and the shape rotated by half the swing.
+    The rows show the colour image and the shape from the target's camera, and the shape rotated by half the
+    largest yaw of the video.
     """
     # [1, 3, R, R] in [-1, 1] -> [3, CELL, CELL] in 0..1
-    image = torch.nn.functional.interpolate(
+    target_image = torch.nn.functional.interpolate(
         case.target.image.float() / 2 + 0.5, (CELL, CELL), mode="bicubic", antialias=True
     )[0]
-    blank = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
-    # The target is an image without a shape, so its cells of shape are blank.
-    rows: list[list[np.ndarray]] = [[to_uint8(image.movedim(0, -1).cpu())], [blank], [blank]]
-    # a view that the target does not show
-    aside = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
+    blank_cell = np.full((CELL, CELL, 3), 255, dtype=np.uint8)  # a white cell
+    # The target is an image without a shape, so its cells in the rows of shapes are blank.
+    rows: list[list[np.ndarray]] = [[to_uint8(target_image.movedim(0, -1).cpu())], [blank_cell], [blank_cell]]
+    # a camera from which the target is not seen
+    side_camera = rotated_camera(case.target.camera, SWING / 2, arms[0].generator.cameras.pivot)
     for arm in arms:
-        seen = (*cells(arm, case.target.camera, CELL, SUPERSAMPLE), cells(arm, aside, CELL, SUPERSAMPLE)[1])
-        for row, cell in zip(rows, seen, strict=True):
+        # [1]: the shape, without the colour image
+        arm_cells = (
+            *render_cells(arm, case.target.camera, CELL, SUPERSAMPLE),
+            render_cells(arm, side_camera, CELL, SUPERSAMPLE)[1],
+        )
+        for row, cell in zip(rows, arm_cells, strict=True):
             row.append(cell)
     sheet_rows = [Row(cells=row) for row in rows]
+    # The names are written below the last row.
     sheet_rows[-1] = replace(sheet_rows[-1], captions=["target", *(arm.name for arm in arms)])
     return sheet("", sheet_rows)
 
 
-def orbit(case: Case, arms: Sequence[Arm], turns: int) -> Iterator[np.ndarray]:
-    """Yield frames of all arms swung from side to side and back, colour above shape; uint8 [H, B, 3]."""
+def orbit(case: Case, arms: Sequence[Arm], view_count: int) -> Iterator[np.ndarray]:
+    """Yield the frames of a video with a camera that swings from side to side and back.
 
-    def frame(yaw: float) -> np.ndarray:
+    Each frame shows all arms, the colour image above the shape, uint8 [H, B, 3].
+    Args: view_count: number of views from one side to the other.
+    """
+
+    def render_frame(yaw: float) -> np.ndarray:
         camera = rotated_camera(case.target.camera, yaw, arms[0].generator.cameras.pivot)
-        coloured, shaped = zip(*(cells(arm, camera, FILM) for arm in arms), strict=True)
-        return sheet("", [Row(cells=coloured, captions=[arm.name for arm in arms]), Row(cells=shaped)])
+        colour_cells, shape_cells = zip(*(render_cells(arm, camera, FILM) for arm in arms), strict=True)
+        return sheet(
+            "",
+            [
+                Row(cells=colour_cells, captions=[arm.name for arm in arms]),
+                Row(cells=shape_cells),
+            ],
+        )
 
-    return swung(frame, SWING, turns, f"orbit of {case.name}")
+    return swing_frames(render_frame, SWING, view_count, f"orbit of {case.name}")
 
 
 def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> None:
-    """Write strip.png, orbit.mp4 and <weight>.ply of a target whose generators were kept.
+    """Write strip.png, orbit.mp4 and the meshes <weight>.ply of a target whose tuned generators were written.
 
-    A mesh that cannot be extracted is reported, and the others are written.
+    If a mesh cannot be extracted, a message is printed, and the other meshes are written.
 
     Args:
-        resolution: grid points per axis of the meshes; 0 for none.
-        turns: number of views of the orbit from side to side; 0 for none.
+        resolution: grid points per axis of the meshes; 0: no meshes.
+        turns: number of views of the video from one side to the other; 0: no video.
     """
     folder = inversions.folder(case)
-    arms = arms_of(inversions, case)  # columns of strip and orbit
+    arms = load_arms(inversions, case)  # columns of the strip and the video
     storage.write_atomic(folder / STRIP, png(strip(case, arms)))
-    # The video is optional: it renders every arm once per frame.
+    # The video is optional, since it takes long: every arm is rendered for every frame.
     if turns:
         write_mp4(check_mp4(folder / ORBIT), orbit(case, arms, turns), FPS, "2M")
     for arm in arms if resolution else ():
@@ -136,23 +158,26 @@ def draw(inversions: Inversions, case: Case, resolution: int, turns: int) -> Non
         try:
             mesh, _ = export_mesh(arm.side.field, MeshOptions(resolution=resolution))
             mesh.save(folder / f"{name}.ply")
-        except ValueError as error:  # a shape without a surface
+        except ValueError as error:  # the shape has no surface
             print(f"{case.name} ({arm.name}) has no mesh: {error}")
 
 
 TITLE = "Inversion with a reward"
-INTERVAL = (  # of all measures on the page
+INTERVAL = (  # description of the intervals on the page
     "95 % percentile bootstrap over targets, 10,000 resamples; paired with weight 0; somewhat too narrow for"
     " few targets"
 )
 BY_NAME = {measure.name: measure for measure in MEASURES}
-KNEE = 0.5  # dB: largest accepted loss of PSNR at the target's camera
+KNEE = 0.5  # largest accepted loss of PSNR at the target's camera, dB
 
 
 def facts(setup: Setup) -> Facts:
-    """Return the facts that the page states; an interval needs at least two targets."""
-    # A long list of names would fill the page.
-    names = ", ".join(case.name for case in setup.cases[:16])  # at most 16
+    """Return the facts that the page states: the targets, the generator and the intervals.
+
+    With a single target there are no intervals.
+    """
+    # At most 16 names, since a long list would fill the page.
+    names = ", ".join(case.name for case in setup.cases[:16])
     unit, interval = ("targets", INTERVAL) if len(setup.cases) > 1 else ("target", "")
     return Facts(
         n=len(setup.cases),
@@ -164,21 +189,27 @@ def facts(setup: Setup) -> Facts:
 
 
 def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
-    """Summarise the records: means of every measure by arm, and paired changes of every weight against the
-    base.
+    """Compute the mean of every measure for each arm, and the paired changes from the base to every weight.
 
-    The base is the first weight, which is 0 if 0 is among the weights.
+    The base is the first weight, which is 0 if the weights contain 0.
+    Args: records: records of `Inversions.records`.
     """
     names = [f"{weight:g}" for weight in weights]
     base = f"{weights[0]:g}"
     arms = list(dict.fromkeys(record["arm"] for record in records))  # in the order of the records
     table: dict[str, dict] = {}  # measure -> means and paired changes
     for name in (measure.name for measure in MEASURES):
-        # Not every arm has every measure: the truth, for example, has no PSNR.
-        values = {arm: np.array([r[name] for r in records if r["arm"] == arm and name in r]) for arm in arms}
-        values = {arm: known for arm, known in values.items() if len(known)}
+        # Not every arm has every measure. The ground truth, for example, has no PSNR.
+        values = {
+            arm: np.array([record[name] for record in records if record["arm"] == arm and name in record])
+            for arm in arms
+        }
+        values = {arm: arm_values for arm, arm_values in values.items() if len(arm_values)}
         if values:
-            table[name] = {"means": means_of(values), "paired": paired_of(values, base, names)}
+            table[name] = {
+                "means": compute_means(values),
+                "paired": compute_paired_changes(values, base, names),
+            }
     return {
         "base": base,
         "weights": list(weights),
@@ -188,121 +219,147 @@ def summarise(records: Sequence[Mapping], weights: Sequence[float]) -> dict:
 
 
 def over_optimisation(table: Mapping[str, Mapping], names: Sequence[str], base: str) -> dict:
-    """Check if the reward rises with the weight, find the knee, and find where the evaluator's value falls.
+    """Find the weights at which the image is still reproduced well, and those that over-optimise the reward.
 
-    The knee is the last weight up to which the mean loss of PSNR at the target's camera stays under KNEE. A
-    weight over-optimises if the evaluator's mean is below the base's, and 'clearly' if the whole interval is.
+    The knee is the largest weight up to which the mean loss of PSNR at the target's camera is below KNEE. A
+    weight over-optimises the reward if the evaluator's mean is below that of the base, and clearly so if the
+    whole interval of the change is below 0.
+
+    Args:
+        table: means and paired changes of each measure.
+        names: names of the weights, in ascending order.
+        base: name of the base.
+
+    Returns: if the mean reward rises from each weight to the next, the knee, and the over-optimising weights.
     """
     means = [table["reward"]["means"][name]["mean"] for name in names] if "reward" in table else []
-    evaluated = table["evaluator"]["paired"] if "evaluator" in table else {}
-    # In the order of the weights; the first one that loses too much ends the search.
+    # change of the evaluator's value by weight
+    evaluator_changes = table["evaluator"]["paired"] if "evaluator" in table else {}
+    # names[0] is the base itself. The search ends at the first weight whose loss of PSNR is too large.
     knee = base
     for name in names[1:]:
         if table["psnr"]["paired"][name]["mean"] <= -KNEE:
             break
         knee = name
     return {
-        # all() of no pairs is True, so a missing reward needs the check before it.
-        "reward_rises": bool(means) and all(a < b for a, b in zip(means, means[1:], strict=False)),
+        # all() is True for an empty list, so a missing reward is checked separately.
+        "reward_rises": bool(means)
+        and all(lower_mean < higher_mean for lower_mean, higher_mean in zip(means, means[1:], strict=False)),
         "knee": knee,
-        "over_optimised": [name for name in names[1:] if name in evaluated and evaluated[name]["mean"] < 0],
+        "over_optimised": [
+            name for name in names[1:] if name in evaluator_changes and evaluator_changes[name]["mean"] < 0
+        ],
         "clearly_over_optimised": [
-            name for name in names[1:] if name in evaluated and evaluated[name]["mean_hi"] < 0
+            name for name in names[1:] if name in evaluator_changes and evaluator_changes[name]["mean_hi"] < 0
         ],
     }
 
 
 def summary_sentences(summary: Mapping, evaluator: str, features: str) -> list[str]:
-    """Describe the changes at the largest weight, the knee, and over-optimisation."""
-    # One weight has nothing to be compared with.
-    says = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
+    """Describe the changes at the largest weight, the knee, and over-optimisation, in sentences.
+
+    Args:
+        summary: result of `summarise`.
+        evaluator: name of the evaluator.
+        features: name of the perceptual network.
+    """
+    sentences = [f"Perceptual features: {features}. Evaluator: {evaluator}."]
     table = summary["measures"]
+    # A single weight has nothing to be compared with.
     if len(summary["weights"]) == 1:
-        return says
-    last = f"{summary['weights'][-1]:g}"  # the largest weight
+        return sentences
+    largest_weight = f"{summary['weights'][-1]:g}"
     for name in ("psnr", "psnr_side", "depth_side", "reward", "evaluator"):
         if name in table:
-            says.append(
-                f"{name} at λ {last}: {changed(table[name]['paired'][last])} against λ {summary['base']}."
+            sentences.append(
+                f"{name} at λ {largest_weight}: {format_change(table[name]['paired'][largest_weight])}"
+                f" against λ {summary['base']}."
             )
-    says.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
+    sentences.append(f"Knee: up to λ {summary['knee']} the target's own view loses less than {KNEE} dB.")
     if "reward" in table:
-        says.append(
+        sentences.append(
             f"The mean reward {'rises' if summary['reward_rises'] else 'does not rise'} from every weight to"
             " the next."
         )
     for name in summary["over_optimised"]:
-        sure = "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
-        says.append(
-            f"Over-optimised at λ {name}: the evaluator's mean is below that of λ {summary['base']}{sure}."
+        uncertainty = "" if name in summary["clearly_over_optimised"] else ", though the interval includes 0"
+        sentences.append(
+            f"Over-optimised at λ {name}: the evaluator's mean is below that of λ"
+            f" {summary['base']}{uncertainty}."
         )
-    return says
+    return sentences
 
 
 def measure_sentences(summary: Mapping) -> list[str]:
-    """Describe every measure's mean and its changes."""
-    says = []
-    base = summary["base"]  # the arm that changes refer to
-    for name, entry in summary["measures"].items():
-        ends = ", ".join(f"λ {arm}: {changed(row)}" for arm, row in entry["paired"].items())
-        says.append(
-            f"{name} ({BY_NAME[name].unit}): {entry['means'][base]['mean']:.4g} at λ {base}; change at"
-            f" {ends or 'no other'}."
+    """Describe the mean and the changes of every measure in sentences.
+
+    Args: summary: result of `summarise`.
+    """
+    sentences = []
+    base = summary["base"]  # arm from which changes are measured
+    for name, measure_data in summary["measures"].items():
+        change_texts = ", ".join(
+            f"λ {arm}: {format_change(row)}" for arm, row in measure_data["paired"].items()
+        )
+        sentences.append(
+            f"{name} ({BY_NAME[name].unit}): {measure_data['means'][base]['mean']:.4g} at λ {base}; change at"
+            f" {change_texts or 'no other'}."
         )
     return [
-        *says,
+        *sentences,
         (
-            "In the figures: dashed is the ground truth, dotted the latent before the second stage; a cross"
-            " marks over-optimised weights."
+            "In the plots, a dashed line is the ground truth, a dotted line is the latent before the second"
+            " stage, and a cross marks a weight at which the reward is over-optimised."
         ),
     ]
 
 
-def changed(row: Mapping) -> str:
-    """Format a paired change with its interval; a single target has no interval."""
+def format_change(row: Mapping) -> str:
+    """Format a paired change with its interval, or without it if there is a single target."""
     return (
         f"{row['mean']:+.3g}" if row["n"] == 1 else span(row["mean"], row["mean_lo"], row["mean_hi"], "+.3g")
     )
 
 
 def curves(folder: Path) -> dict:
-    """Average what each step measured over targets, by stage.
+    """Return the means over targets of the values that were logged at each step.
 
-    Returns: {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}.
+    Args: folder: folder of the run.
+    Returns: by stage and measure, for example {'w': {...}, 'pivot 0.1': {'mse': [[step, mean], ...], ...}}.
     """
-    sums: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for line in (folder / STATS).read_text().splitlines():
-        record = json.loads(line)
+    values_by_step: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for log_line in (folder / STATS).read_text().splitlines():
+        record = json.loads(log_line)
         stage = record["stage"] if record["weight"] is None else f"{record['stage']} {record['weight']:g}"
-        # The reward and the change of density are measured in some steps only.
+        # The reward and the change of density are logged only in some steps.
         for name in ("loss", "mse", "perceptual", "reward", "moved"):
             if name in record:
-                sums.setdefault(stage, {}).setdefault(name, {}).setdefault(record["step"], []).append(
-                    record[name]
-                )
+                values_by_step.setdefault(stage, {}).setdefault(name, {}).setdefault(
+                    record["step"], []
+                ).append(record[name])
     return {
         stage: {
             name: [[step, float(np.mean(values))] for step, values in sorted(steps.items())]
-            for name, steps in measured.items()
+            for name, steps in measures.items()
         }
-        for stage, measured in sums.items()
+        for stage, measures in values_by_step.items()
     }
 
 
 def jobs(inversions: Inversions) -> list[Job]:
-    """Return the page's parts."""
+    """Return the jobs of the page: renders, measures over the weight, and values over the steps."""
     setup = inversions.setup
-    records = inversions.records()  # of all targets and arms
-    shown = setup.cases[: setup.shown]  # targets with renders
-    strips = {case.name: inversions.folder(case) / STRIP for case in shown}
+    records = inversions.records()  # a record for each target and arm
+    shown_cases = setup.cases[: setup.shown]  # targets with renders
+    strip_by_name = {case.name: inversions.folder(case) / STRIP for case in shown_cases}
     inputs = {"records": records}
 
-    def measured(_folder: Path) -> Finding:
+    def measures_finding(_folder: Path) -> Finding:
         summary = summarise(records, setup.weights)
         return Finding(facts=facts(setup), data=summary, rows=records, says=measure_sentences(summary))
 
-    def stepped(_folder: Path) -> Finding:
-        stage_curves = curves(inversions.run.folder)
+    def curves_finding(_folder: Path) -> Finding:
+        stage_curves = curves(inversions.run.folder)  # means over targets, by stage and measure
         rows = [
             {"stage": stage, "measure": name, "step": step, "mean": value}
             for stage, by_measure in stage_curves.items()
@@ -311,8 +368,8 @@ def jobs(inversions: Inversions) -> list[Job]:
         ]
         return Finding(facts=facts(setup), data={"curves": stage_curves}, rows=rows)
 
-    def drawn(folder: Path) -> Finding:
-        for name, path in strips.items():
+    def strips_finding(folder: Path) -> Finding:
+        for name, path in strip_by_name.items():
             shutil.copyfile(path, folder / f"strip-{name}.png")
         return Finding(
             facts=facts(setup),
@@ -320,24 +377,26 @@ def jobs(inversions: Inversions) -> list[Job]:
             images={
                 f"{name}: the target, then {'the ground truth and ' if case.truth else ''}every weight;"
                 " below, the same as shapes": f"strip-{name}.png"
-                for name, case in zip(strips, shown, strict=True)
+                for name, case in zip(strip_by_name, shown_cases, strict=True)
             },
         )
 
-    strip_jobs = [Job(key="strips", title="Renders", compute=drawn, inputs=inputs)] if shown else []
+    strip_jobs = (
+        [Job(key="strips", title="Renders", compute=strips_finding, inputs=inputs)] if shown_cases else []
+    )
     return [
         *strip_jobs,
         Job(
             key="weights",
             title="Measures over the weight of the reward",
-            compute=measured,
+            compute=measures_finding,
             inputs=inputs,
             plots={"means": plot_means, **({"changes": plot_changes} if len(setup.weights) > 1 else {})},
         ),
         Job(
             key="steps",
             title="Step by step",
-            compute=stepped,
+            compute=curves_finding,
             inputs=inputs,
             plots={name: partial(plot_steps, name) for name in ("mse", "perceptual")},
         ),
@@ -345,18 +404,19 @@ def jobs(inversions: Inversions) -> list[Job]:
 
 
 def plot_means(data: dict):
-    """Plot every measure over the weight, with intervals; dashed: the ground truth, dotted: before the second
-    stage.
+    """Plot every measure over the weight of the reward, with intervals.
+
+    A dashed line is the ground truth, a dotted line is the latent before the second stage.
     """
     names = [f"{weight:g}" for weight in data["weights"]]
     figure, axes = style.grid(len(data["measures"]), 2.7)
-    for axis, (measure, entry) in zip(axes, data["measures"].items(), strict=True):
-        means = entry["means"]
+    for axis, (measure, measure_data) in zip(axes, data["measures"].items(), strict=True):
+        means = measure_data["means"]
         style.band(axis, range(len(names)), [means[name] for name in names], style.colour("after"), "weights")
-        for arm, line in (("truth", "--"), ("w", ":")):
+        for arm, line_style in (("truth", "--"), ("w", ":")):
             if arm in means:
-                axis.axhline(means[arm]["mean"], linestyle=line, color=style.colour("noise"))
-        # Only the evaluator's panel marks over-optimised weights.
+                axis.axhline(means[arm]["mean"], linestyle=line_style, color=style.colour("noise"))
+        # Only the panel of the evaluator has crosses at weights that over-optimise the reward.
         for name in data["over_optimised"] if measure == "evaluator" else ():
             axis.plot(
                 [names.index(name)], [means[name]["mean"]], "x", color=style.colour("before"), markersize=9
@@ -367,13 +427,19 @@ def plot_means(data: dict):
 
 
 def plot_changes(data: dict):
-    """Plot paired changes against weight 0, with intervals."""
-    entries = {name: entry["paired"] for name, entry in data["measures"].items() if entry["paired"]}
-    figure, axes = style.grid(len(entries), 2.7)
-    for axis, (measure, paired) in zip(axes, entries.items(), strict=True):
-        for i, row in enumerate(paired.values()):
+    """Plot the paired changes from the base weight, with intervals."""
+    changes_by_measure = {
+        name: measure_data["paired"]
+        for name, measure_data in data["measures"].items()
+        if measure_data["paired"]
+    }
+    figure, axes = style.grid(len(changes_by_measure), 2.7)
+    for axis, (measure, paired) in zip(axes, changes_by_measure.items(), strict=True):
+        for weight_index, row in enumerate(paired.values()):
             error = style.errors(row, lo="mean_lo", hi="mean_hi")
-            axis.errorbar([i], [row["mean"]], yerr=error, fmt="o", capsize=4, color=style.colour("after"))
+            axis.errorbar(
+                [weight_index], [row["mean"]], yerr=error, fmt="o", capsize=4, color=style.colour("after")
+            )
         axis.axhline(0, color=style.colour("noise"), linewidth=1)
         axis.set_xticks(range(len(paired)), list(paired))
         axis.set(title=f"change of {measure}", xlabel="weight of the reward")
@@ -381,17 +447,20 @@ def plot_changes(data: dict):
 
 
 def plot_steps(measure: str, data: dict):
-    """Plot means over targets at every step: the latent's stage, then every weight's second stage."""
+    """Plot a measure at every step, averaged over targets: the first stage, and each weight's second stage.
+
+    Args: measure: name of the measure.
+    """
     figure, axes = style.figure(columns=2)
     for stage, by_measure in data["curves"].items():
-        points = by_measure.get(measure, [])
+        points = by_measure.get(measure, [])  # [] if this stage did not log the measure
         axis, name = (
             (axes[1], stage.removeprefix("pivot ")) if stage.startswith("pivot") else (axes[0], stage)
         )
         axis.plot(
-            [p[0] for p in points],
-            # The axis is logarithmic; a loss of exactly 0 needs a positive value.
-            [max(p[1], 1e-12) for p in points],
+            [point[0] for point in points],
+            # The axis is logarithmic, so a value of exactly 0 is replaced by 1e-12.
+            [max(point[1], 1e-12) for point in points],
             label=f"λ {name}" if axis is axes[1] else name,
             linewidth=1,
         )

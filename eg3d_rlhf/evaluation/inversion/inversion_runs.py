@@ -1,5 +1,7 @@
-"""Run many inversions as one job: for every target the latent once, then the generator once per weight of the
-reward. The job can be resumed at every step.
+"""Run many inversions as one job, which can be resumed at every step.
+
+For every target, the first stage optimises the latent once. Then the second stage tunes the generator once
+for each weight of the reward. The results are written to:
 
     targets/<name>/w.safetensors             the first stage's result, which the weights share
     targets/<name>/<weight>.json             measures at a weight ('0', '0.01', ...), at 'w'
@@ -7,7 +9,8 @@ reward. The job can be resumed at every step.
     targets/<name>/<weight>.safetensors      the tuned generator, for targets that are rendered; its
                                              latent is in <weight>-ws
 
-The run's checkpoint holds the current stage. Letters: L layers of ws, W w_dim.
+The run's checkpoint holds the state of the current stage.
+Shapes: L layers of ws, W w_dim.
 """
 
 import json
@@ -27,172 +30,214 @@ from eg3d_rlhf.experiments.run import Run
 from eg3d_rlhf.generators import LoadedGenerator
 from training import checkpoint, networks, storage
 
-EVERY = 32  # steps between two checkpoints, and between two status lines
-KIND = "inversion"  # type of the files that hold a latent
+EVERY = 32  # number of steps between two checkpoints, and between two status lines
+KIND = "inversion"  # type that the files with a latent record
 Stage = projector.LatentStage | projector.PivotalStage
 
 
 class Leg(NamedTuple):
-    """Part of a target's inversion: steps first..last-1 of a stage."""
+    """Section of a target's inversion: the steps first, ..., last - 1 of a stage."""
 
-    stage: str  # 'w' or 'pivot'
-    weight: float | None  # of the reward; None for the part that all weights share
-    first: int
-    last: int
+    stage: str  # 'w' (first stage) or 'pivot' (second stage)
+    weight: float | None  # weight of the reward; None for the section that all weights share
+    first: int  # number of the first step
+    last: int  # number of the last step + 1
 
 
-def legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
-    """List the parts of one target's inversion in order."""
-    # The reward acts in the second half of the first stage at most, so the first half is shared by all
-    # weights.
-    shared = config.w_steps // 2 if config.reward_in_w else config.w_steps
-    parts = [Leg("w", None, 0, shared)]
+def list_legs(config: projector.InversionConfig, weights: Sequence[float]) -> list[Leg]:
+    """List the sections of a target's inversion, in the order in which they run.
+
+    Args: weights: weights of the reward.
+    """
+    # In the first stage, the reward is applied only in the second half, if at all. So all weights share the
+    # first half, or the entire stage.
+    shared_steps = config.w_steps // 2 if config.reward_in_w else config.w_steps
+    inversion_legs = [Leg("w", None, 0, shared_steps)]
     for weight in weights:
-        parts += [Leg("w", weight, shared, config.w_steps)] if shared < config.w_steps else []
-        parts.append(Leg("pivot", weight, 0, config.pivot_steps))
-    return parts
+        inversion_legs += (
+            [Leg("w", weight, shared_steps, config.w_steps)] if shared_steps < config.w_steps else []
+        )
+        inversion_legs.append(Leg("pivot", weight, 0, config.pivot_steps))
+    return inversion_legs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """Inputs of an inversion, loaded and checked."""
 
-    loaded: LoadedGenerator
+    loaded: LoadedGenerator  # the untuned generator
     perceptual: projector.Perceptual
     prior: projector.Prior
-    guidance: projector.Guidance | None
+    guidance: projector.Guidance | None  # None: no reward
     evaluators: Evaluators
-    cases: Sequence[Case]
-    weights: Sequence[float]
+    cases: Sequence[Case]  # targets
+    weights: Sequence[float]  # weights of the reward
     config: projector.InversionConfig
-    from_truth: bool = False  # start from the ground-truth latents
-    shown: int = 1  # number of targets whose generators are kept for rendering
+    from_truth: bool = False  # True: the first stage starts from the ground-truth latents
+    shown: int = 1  # number of targets whose tuned generators are written, for rendering
 
     @property
     def steps(self) -> int:
-        """Return the number of steps of all targets."""
-        return len(self.cases) * sum(leg.last - leg.first for leg in legs(self.config, self.weights))
+        """Return the total number of steps of all targets."""
+        return len(self.cases) * sum(leg.last - leg.first for leg in list_legs(self.config, self.weights))
 
 
 class Inversions:
-    """Loop over targets and their parts. Args: run: entered; setup: the inputs."""
+    """Loop over the targets and the sections of their inversions.
+
+    Args:
+        run: run, whose context must be entered.
+        setup: inputs.
+    """
 
     def __init__(self, run: Run, setup: Setup):
         self.run = run
         self.setup = setup
-        self.done = 0  # steps
-        self.legs = legs(setup.config, setup.weights)
+        self.done = 0  # number of steps of all targets that have been made
+        self.legs = list_legs(setup.config, setup.weights)
 
     def folder(self, case: Case) -> Path:
         """Return the folder of a target's results."""
         return self.run.folder / "targets" / case.name
 
     def go(self) -> None:
-        """Run everything that is not done yet. Raises: StoppedError."""
-        position: tuple[int, ...] = (0, 0, 0)  # target, part, step
+        """Run all steps that have not been made. Raises: StoppedError if the run is asked to stop."""
+        position: tuple[int, ...] = (0, 0, 0)  # index of the target, index of the section, step
         state: dict[str, Tensor] = {}
         if checkpoint.available(self.run.folder):
-            # The checkpoint says where the last run stopped; files of finished parts are on disk.
-            state, meta = self.run.read()
-            position = tuple(meta["at"])
-            self.done = meta["done"]
-            self.run.go_on(self.done, meta["lines"])
+            # The checkpoint holds the position of the next step. The results of finished sections are files.
+            state, record = self.run.read()
+            position = tuple(record["at"])
+            self.done = record["done"]
+            self.run.go_on(self.done, record["lines"])
         else:
             self.run.begin()
             self.run.go_on(0)
         with self.run.stoppable(), self.run.writing():
-            for i, case in enumerate(self.setup.cases):
-                # Finished targets are skipped; only the first one left uses the stored state.
-                if i < position[0]:
+            for target_index, case in enumerate(self.setup.cases):
+                # Finished targets are skipped. Only the first target that is not finished uses the state.
+                if target_index < position[0]:
                     continue
-                self._target(
-                    i, case, position[1:] if i == position[0] else (0, 0), state if i == position[0] else {}
+                self._run_target(
+                    target_index,
+                    case,
+                    position[1:] if target_index == position[0] else (0, 0),
+                    state if target_index == position[0] else {},
                 )
 
-    def _target(self, i: int, case: Case, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
-        """Run the parts of target i, starting at part at[0], step at[1], whose state is given."""
+    def _run_target(
+        self, target_index: int, case: Case, start: tuple[int, ...], state: dict[str, Tensor]
+    ) -> None:
+        """Run the sections of a target.
+
+        Args:
+            target_index: index of the target.
+            case: target.
+            start: index of the first section to run, and its first step.
+            state: state of the stage before this step; {} if the section starts from its beginning.
+        """
         setup = self.setup
         folder = self.folder(case)
-        # At the target's very start
-        if at == (0, 0):
+        # at the first step of the target
+        if start == (0, 0):
             write_json(folder / "truth.json", measure_truth(setup.loaded.generator, case, setup.evaluators))
         objective = projector.Objective(setup.config, case.target, setup.perceptual, setup.guidance)
-        for j, leg in enumerate(self.legs):
-            if j < at[0]:
+        for leg_index, leg in enumerate(self.legs):
+            if leg_index < start[0]:
                 continue
-            stage = self._stage(leg, case, objective)
-            # Only the part that was interrupted has a state.
-            if j == at[0] and at[1]:
+            stage = self._make_stage(leg, case, objective)
+            # Only the section that was interrupted has a state.
+            if leg_index == start[0] and start[1]:
                 stage.restore(state)
-            self._steps(stage, leg, (i, j), at[1] if j == at[0] else leg.first, case)
-            self._finish(stage, leg, i, objective)
-            # The next position is stored without a state: that part starts from files.
-            self._checkpoint((i, j + 1, 0) if j + 1 < len(self.legs) else (i + 1, 0, 0), {})
+            self._run_steps(
+                stage, leg, (target_index, leg_index), start[1] if leg_index == start[0] else leg.first, case
+            )
+            self._write_results(stage, leg, target_index, objective)
+            # The next section starts from the files of this one, so no state is stored.
+            self._checkpoint(
+                (target_index, leg_index + 1, 0)
+                if leg_index + 1 < len(self.legs)
+                else (target_index + 1, 0, 0),
+                {},
+            )
 
-    def _stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
-        """Create a part's stage, from the files of the parts before it."""
+    def _make_stage(self, leg: Leg, case: Case, objective: projector.Objective) -> Stage:
+        """Create the stage of a section, from the files that earlier sections have written."""
         generator = self.setup.loaded.generator
         weight = leg.weight or 0.0
         if leg.stage == "pivot":
-            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"
-            # The latent of this weight if the reward acted on it, else the shared one
-            source = weight_file if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
+            weight_file = self.folder(case) / f"{weight:g}-w.safetensors"  # exists only if reward_in_w is set
+            # If the reward was applied in the first stage, each weight has its own latent.
+            latent_file = (
+                weight_file if self.setup.config.reward_in_w else self.folder(case) / "w.safetensors"
+            )
             return projector.PivotalStage(
                 generator,
                 objective,
                 # to the target's device and dtype
-                storage.read_tensors(source, KIND)[0]["ws"].to(case.target.image),
+                storage.read_tensors(latent_file, KIND)[0]["ws"].to(case.target.image),
                 weight,
             )
-        # A control of the method: start at the solution.
-        start = case.truth.ws if self.setup.from_truth and case.truth is not None else None
-        stage = projector.LatentStage(generator, objective, self.setup.prior, start, weight)
-        # The second half continues the optimiser's state of the shared first half.
+        # Starting from the ground truth is a control of the method.
+        start_ws = case.truth.ws if self.setup.from_truth and case.truth is not None else None
+        stage = projector.LatentStage(generator, objective, self.setup.prior, start_ws, weight)
+        # The second half of the first stage continues from the shared first half, with its optimiser's state.
         if leg.first:
             stage.restore(storage.read_tensors(self.folder(case) / "w.safetensors", KIND)[0])
         return stage
 
-    def _steps(self, stage: Stage, leg: Leg, place: tuple[int, int], first: int, case: Case) -> None:
-        """Make the steps of a part, with logs, checkpoints and stops."""
+    def _run_steps(
+        self, stage: Stage, leg: Leg, position: tuple[int, int], first_step: int, case: Case
+    ) -> None:
+        """Make the steps of a section, write logs and checkpoints, and stop if this is requested.
+
+        Args:
+            position: index of the target, index of the section.
+            first_step: first step to make.
+        """
         name = leg.stage if leg.weight is None else f"{leg.stage} {leg.weight:g}"
-        for step in range(max(first, leg.first), leg.last):
+        for step in range(max(first_step, leg.first), leg.last):
             values = stage.step(step)
             self.run.stats(
                 {"target": case.name, "stage": leg.stage, "weight": leg.weight, "step": step, **values}
             )
             self.done += 1
-            # A stop request is obeyed after a complete step.
+            # The run stops only after a complete step.
             if self.run.stop_requested:
-                self._checkpoint((*place, step + 1), stage.state())
+                self._checkpoint((*position, step + 1), stage.state())
                 raise StoppedError(
                     f"stopped by {self.run.stop_requested} at {case.name}, {name}, step {step + 1}"
                 )
-            # The last step of a part needs no state: `_target` stores the position after it.
+            # After the last step of a section no state is stored; `_run_target` stores the next position.
             if (step + 1) % EVERY == 0 or step + 1 == leg.last:
-                at = {
-                    "target": f"{place[0] + 1}/{len(self.setup.cases)} {case.name}",
+                status_fields = {
+                    "target": f"{position[0] + 1}/{len(self.setup.cases)} {case.name}",
                     "stage": f"{name:<10}",
                     "at": f"{step + 1:<4}",
                 }
-                self.run.status(at, self.done, self.setup.steps, "step", {"mse": f"{values['mse']:.2e}"})
+                self.run.status(
+                    status_fields, self.done, self.setup.steps, "step", {"mse": f"{values['mse']:.2e}"}
+                )
                 if step + 1 < leg.last:
-                    self._checkpoint((*place, step + 1), stage.state())
+                    self._checkpoint((*position, step + 1), stage.state())
 
-    def _finish(self, stage: Stage, leg: Leg, i: int, objective: projector.Objective) -> None:
-        """Write the results of a part: the latent or the generator, and the measures."""
+    def _write_results(
+        self, stage: Stage, leg: Leg, target_index: int, objective: projector.Objective
+    ) -> None:
+        """Write the results of a section: the latent or the tuned generator, and the measures."""
         setup = self.setup
-        case = self.setup.cases[i]
+        case = self.setup.cases[target_index]
         generator = self.setup.loaded.generator
         folder = self.folder(case)
         if isinstance(stage, projector.LatentStage):
             name = "w" if leg.weight is None else f"{leg.weight:g}-w"
             storage.write_tensors(folder / f"{name}.safetensors", KIND, stage.state(), {})
-            # Only the shared first half: the measures follow after the second half.
+            # After the first half of the first stage there are no measures yet.
             if leg.last < setup.config.w_steps:
                 return
             with torch.no_grad():
-                # The density before the second stage is its own reference, so `moved` is 0 here.
-                pivot = generator.field(stage.ws).density_grid(projector.cube_of(generator))
+                # The measure "moved" is relative to the density before the second stage, so it is 0 here.
+                pivot = generator.field(stage.ws).density_grid(projector.cube_grid(generator))
             write_json(
                 folder / f"{name}.json",
                 measure(generator, case, stage.ws.detach(), pivot, objective, setup.evaluators),
@@ -203,23 +248,26 @@ class Inversions:
             folder / f"{name}.json",
             measure(stage.generator, case, stage.ws, stage.pivot, objective, setup.evaluators),
         )
-        # Generators are large; only those that are rendered are kept.
-        if i < setup.shown:
-            tuned = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
-            networks.save(folder / f"{name}.safetensors", tuned, only_ema=True)
+        # Generators are large, so only those that will be rendered are written.
+        if target_index < setup.shown:
+            tuned_networks = replace(setup.loaded.nets, G=None, D=None, G_ema=stage.generator.module)
+            networks.save(folder / f"{name}.safetensors", tuned_networks, only_ema=True)
             storage.write_tensors(folder / f"{name}-ws.safetensors", KIND, {"ws": stage.ws}, {})
 
-    def _checkpoint(self, at: tuple[int, ...], state: dict[str, Tensor]) -> None:
-        """Write the state of the current part, and the position of the next step."""
-        # `at` is where the next run continues.
-        self.run.checkpoint(self.done, state, {"at": list(at), "done": self.done, "lines": self.run.lines})
+    def _checkpoint(self, next_position: tuple[int, ...], state: dict[str, Tensor]) -> None:
+        """Write a checkpoint: the state of the current section, and the position of the next step."""
+        self.run.checkpoint(
+            self.done, state, {"at": list(next_position), "done": self.done, "lines": self.run.lines}
+        )
 
     def records(self) -> list[dict]:
-        """Return one record per target and arm: the measures, with 'target' and 'arm' ('truth', 'w', or a
-        weight).
+        """Return a record with the measures of each target and arm.
+
+        The entry 'arm' is 'truth' (the ground truth), 'w' (before the second stage), or a weight.
         """
         weight_names = [f"{weight:g}" for weight in self.setup.weights]
-        arms = [
+        # If the first stage uses the reward, each weight has its own latent before the second stage.
+        arm_names = [
             "truth",
             *([f"{name}-w" for name in weight_names] if self.setup.config.reward_in_w else ["w"]),
             *weight_names,
@@ -228,11 +276,11 @@ class Inversions:
             {
                 "target": case.name,
                 "arm": arm,
-                # Measures that version 0.1 wrote are read under their new names.
+                # Measures that version 0.1 wrote get their new names.
                 **version_0_1.inversion(json.loads((self.folder(case) / f"{arm}.json").read_text())),
             }
             for case in self.setup.cases
-            for arm in arms
+            for arm in arm_names
         ]
 
 

@@ -1,15 +1,17 @@
-"""Run the two stages of an inversion: a latent under a frozen generator, then a copy of the generator around
-that latent.
+"""Run the two stages of an inversion, which finds a latent and a generator that reproduce an image.
 
-The stages follow the projectors of PanoHead and SphereHead (reward-zoo.md, section 4.1). The first is Adam on
-one w per layer from the mean latent, with a learning rate that rises and falls and with noise that fades. The
-second is Adam on all parameters (Roich et al. 2021, without their regulariser). All random numbers of step t
-follow from (seed, t), so a resumed stage is identical to an uninterrupted one.
+The stages are those of the projectors of PanoHead and SphereHead. The first stage optimises the latent by
+Adam, with one w for each layer, which starts from the mean latent. Its learning rate rises and falls, and
+noise is added to the latent that decreases to 0. The second stage tunes all parameters of a copy of the
+generator by Adam, with the latent of the first stage, the pivot (pivotal tuning inversion, Roich et al. 2021,
+arXiv 2106.05744, without their regulariser). All random numbers of step t are determined by (seed, t), so
+a resumed stage is identical to an uninterrupted one.
 
-Deviates: one set of ray samples throughout, twice as many as in training (`PUBLISHED` draws new ones in every
-step); pi is not 3.14. The small generator's 64 features leave more to the squared error, and its latents have
-a larger spread, so its default weights differ.
-Letters: N images or shapes, L layers of ws, W w_dim, R, H, W pixels, F features, D, H, W grid points.
+Deviates: The same ray samples are used in every step, twice as many as in training; `PUBLISHED` uses new ones
+in every step. The published code uses 3.14 for pi. The default weights differ, since the features of the
+bundled network and the latents of the small generator have other scales than those of the published code.
+Shapes: N images or shapes, L layers of ws, W w_dim, R x R or H x W pixels, F features, [N, D, H, W] density
+grids.
 """
 
 import copy
@@ -33,20 +35,20 @@ from eg3d_rlhf.rewards.reward import Reward
 from eg3d_rlhf.tuning.gan.phase import CUTOFF, Standardised, density_l1
 from training.checkpoint import optimizer_tensors, restore_optimizer
 
-# Perceptual distance of two images: by the features of a differentiable network, the bundled one or that of a
-# TorchScript file.
+# Perceptual distance of two images: the difference of features of a network, which is the bundled one or that
+# of a TorchScript file.
 
 
-LARGEST = 256  # pixels per edge of the largest input to a file's network, as in the published projectors
+LARGEST = 256  # largest input of a TorchScript network, pixels per edge, as in the published projectors
 
 
 class Perceptual:
     """Perceptual distance [N] between images [N, 3, H, W] in [-1, 1].
 
     Args:
-        name: names the network; distances under different names are not comparable.
-        features: images -> [N, F], differentiable.
-        mean: divide the sum of squared differences by F.
+        name: name of the network. Distances by networks of different names cannot be compared.
+        features: differentiable function from images to features [N, F].
+        mean: True: the distance is the mean of the squared differences; False: their sum.
     """
 
     def __init__(self, name: str, features: Callable[[Tensor], Tensor], mean: bool):
@@ -54,34 +56,41 @@ class Perceptual:
         self.features = features
         self._mean = mean
 
-    def distance(self, features: Tensor, target_features: Tensor) -> Tensor:
-        """Compute the squared difference [N] of features [N, F]; target_features may be [1, F].
-        Differentiable in both.
+    def feature_distance(self, features: Tensor, target_features: Tensor) -> Tensor:
+        """Compute the squared distance [N] of features [N, F] to target features [N, F] or [1, F].
+
+        Differentiable in both arguments.
         """
         squares = (features - target_features).square()
         return squares.mean(dim=1) if self._mean else squares.sum(dim=1)
 
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+    def __call__(self, first_images: Tensor, second_images: Tensor) -> Tensor:
         """Compute the distance [N] of two batches of images."""
-        return self.distance(self.features(first), self.features(second))
+        return self.feature_distance(self.features(first_images), self.features(second_images))
 
 
 def load_perceptual(path: Path | None, resolution: int, device: torch.device | str = "cpu") -> Perceptual:
-    """Load the perceptual distance of a file: None for the bundled head-factor network, .safetensors for
-    another of its kind, else TorchScript.
+    """Load the network of a perceptual distance.
 
-    TorchScript is called as the projectors of the StyleGAN family call their VGG16: net(images in 0..255 of
-    at most 256 pixels, resize_images=False, return_lpips=True) -> [N, F], or net(images) if it has no such
-    options; its squared differences are summed. The bundled network's standardised features are averaged.
+    A TorchScript network is called as the projectors of the StyleGAN family call their VGG16:
+    network(images, resize_images=False, return_lpips=True) -> [N, F], with images in 0..255 of at most 256
+    pixels per edge. If the network does not have these options, it is called as network(images). The distance
+    is the sum of the squared differences of its features. For the bundled network it is the mean of the
+    squared differences of standardised features.
 
-    Args: resolution: pixels per edge of the images to come; the file is tested with this size.
-    Raises: ValueError for another file, one with another output, or one without gradients.
+    Args:
+        path: None: the bundled head-factor network; a .safetensors file: another network of this kind; any
+            other file: a TorchScript network.
+        resolution: pixels per edge of the images, with which the network is tested.
+        device: device of the network.
+
+    Raises: ValueError if the file cannot be loaded, or if its output is not [N, F] or has no gradient.
     """
     if path is None or path.suffix == ".safetensors":
         head_factors = HeadFactorFeatures.load(path, device)
 
         def features(images: Tensor) -> Tensor:
-            # Standardised, so that no feature dominates the mean by its scale.
+            # Features are standardised, so that features with large values do not dominate the mean.
             return (
                 head_factors.net.penultimate(to_resolution(images, RESOLUTION))
                 - head_factors.net.feature_mean
@@ -89,163 +98,199 @@ def load_perceptual(path: Path | None, resolution: int, device: torch.device | s
 
         return Perceptual(head_factors.name, features, mean=True)
     try:
-        net = torch.jit.load(str(path), map_location=device).eval()
+        network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"expected a TorchScript file or .safetensors, got {path} ({reason}). Name another."
+            f"{path} cannot be loaded as TorchScript ({reason}). Pass a TorchScript file, or a .safetensors"
+            " file of a head-factor network."
         ) from error
-    # Gradients go to the images alone.
-    for parameter in net.parameters():
+    # The optimisation needs gradients of the images only.
+    for parameter in network.parameters():
         parameter.requires_grad_(False)
-    # A network is called with the options that its signature names.
-    takes = {argument.name for argument in net.forward.schema.arguments}
+    # The network is called with those options that its signature contains.
+    argument_names = {argument.name for argument in network.forward.schema.arguments}
     options = {
-        name: value for name, value in {"resize_images": False, "return_lpips": True}.items() if name in takes
+        name: value
+        for name, value in {"resize_images": False, "return_lpips": True}.items()
+        if name in argument_names
     }
 
-    def scripted(images: Tensor) -> Tensor:
+    def scripted_features(images: Tensor) -> Tensor:
         pixels = (images + 1) * 127.5  # [-1, 1] -> 0..255
-        # Area interpolation averages, so that a reduction does not alias.
+        # Area interpolation averages pixels, which avoids aliasing.
         if max(pixels.shape[-2:]) > LARGEST:
             pixels = functional.interpolate(pixels, (LARGEST, LARGEST), mode="area")
-        return net(pixels, **options)
+        return network(pixels, **options)
 
-    _try(scripted, path, resolution, device)
-    return Perceptual(f"torchscript-{path.stem}", scripted, mean=False)
+    _test_network(scripted_features, path, resolution, device)
+    return Perceptual(f"torchscript-{path.stem}", scripted_features, mean=False)
 
 
-def _try(
+def _test_network(
     features: Callable[[Tensor], Tensor], path: Path, resolution: int, device: torch.device | str
 ) -> None:
-    """Call a network once, so that a wrong file fails before the optimisation. Raises: ValueError."""
-    # Two images, so that a missing batch axis is noticed.
+    """Call a network once, so that an unsuitable file is found before the optimisation.
+
+    Args:
+        features: function from images to features.
+        path: file of the network, for messages.
+
+    Raises: ValueError if the network fails, or if its output is not [N, F] or has no gradient.
+    """
+    # Two images are used, so that an output without a batch axis is found.
     images = torch.zeros(2, 3, resolution, resolution, device=device, requires_grad=True)
     try:
         output = features(images)
     except RuntimeError as error:
-        # The last line of a TorchScript traceback holds the error itself.
-        reason = next((line for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
+        # The last line of a TorchScript traceback is the error message.
+        reason = next(
+            (text_line for text_line in str(error).splitlines()[::-1] if text_line.strip()),
+            type(error).__name__,
+        )
         raise ValueError(
-            f"expected a net of images [N, 3, H, W], got {path} ({reason.strip()}). Name the VGG16 of the"
-            " StyleGAN projectors."
+            f"the network of {path} cannot be applied to images [N, 3, H, W] ({reason.strip()}). Pass for"
+            " example the VGG16 of the StyleGAN projectors."
         ) from None
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         raise ValueError(
-            f"expected features [N, F] from {path}, got {getattr(output, 'shape', type(output))}. Name"
-            " another."
+            f"the network of {path} returns {getattr(output, 'shape', type(output))} for two images, but"
+            " features [2, F] are needed. Pass a network that returns one vector for each image."
         )
     if not output.requires_grad:
         raise ValueError(
-            f"expected features that gradients pass through, got none from {path}. Export the network without"
-            " no_grad."
+            f"the output of the network of {path} has no gradients. Export the network without torch.no_grad."
         )
 
 
-# The reward's part in an inversion:
+# The loss of an inversion with a reward:
 #     L = L_image + lambda * (-clip(r, -10, 10) / 10) + lambda_sigma * mean |sigma - sigma_pivot|
-# r is the reward's score, standardised on samples of the untuned generator; sigma_pivot is the density of the
-# latent that the second stage starts from, over the whole cube, so that the reward cannot trade what the
-# image does not show.
+# Here r is the reward's score, standardised on samples of the untuned generator, and sigma_pivot is the
+# density over the whole cube at the start of the second stage. The last term limits changes of the shape that
+# the target image does not show.
 
 
 CLIP = 10.0  # largest absolute value of the standardised reward
-CUBE = 64  # grid points per edge of the cube whose density is compared with the pivot's
+CUBE_POINTS = 64  # grid points per edge of the cube on which densities are compared
 
 
 class Guidance:
-    """The reward of one generator's shapes, frozen and standardised on that generator's samples.
+    """Frozen reward of a generator's shapes, standardised on samples of this generator.
 
-    Args: reward: a reward that was checked against the generator.
+    Args:
+        generator: the untuned generator.
+        reward: reward, which must fit the generator (see `check_reward`).
     """
 
     @torch.no_grad()
     def __init__(self, generator: Generator, reward: Reward):
         self.reward = reward.eval().requires_grad_(False).arranged()
-        # Standardised on the untuned generator's samples, so that the weight lambda does not depend on the
-        # reward's scale.
+        # The scores are standardised, so that the weight lambda does not depend on the reward's scale.
         z = latents(STANDARDISATION.all, generator.z_dim).to(device_of(generator))
-        scores = []
-        for part in z.split(16):
-            ws = generator.mapping(part, camera(generator, n=len(part)), truncation_cutoff=CUTOFF)
+        scores = []  # [n] for each batch
+        for z_batch in z.split(16):
+            ws = generator.mapping(z_batch, camera(generator, n=len(z_batch)), truncation_cutoff=CUTOFF)
             scores.append(self.reward.score(generator.field(ws)))
         self.standard = Standardised(torch.cat(scores)).to(z.device)
 
-    def term(self, field: Field) -> tuple[Tensor, Tensor]:
-        """Compute -clip(standardised reward) / 10, and the raw reward: [N] each. Differentiable in the
-        field.
+    def clipped_reward(self, field: Field) -> tuple[Tensor, Tensor]:
+        """Compute the reward's term of the loss, -clip(r, -10, 10) / 10, and the raw reward, [N] each.
+
+        Differentiable in the field.
         """
         score = self.reward.score(field)
-        # Clipping ends the gradient where the reward is already extreme.
+        # The gradient of a clipped value is 0, so that an extreme reward is not increased further.
         return -self.standard.shaped(score).clamp(-CLIP, CLIP) / CLIP, score
 
 
-def cube_of(generator: Generator) -> SlabSpec:
-    """Return the grid over the generator's whole cube."""
-    return SlabSpec.of(generator.bounds, CUBE)
+def cube_grid(generator: Generator) -> SlabSpec:
+    """Return the grid over the generator's whole cube on which densities are compared."""
+    return SlabSpec.of(generator.bounds, CUBE_POINTS)
 
 
-def moved(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
-    """Compute the mean absolute change [N] of raw density from the pivot's [N, D, H, W]. Differentiable in
-    the field.
+def density_change(field: Field, cube: SlabSpec, pivot: Tensor) -> Tensor:
+    """Compute the mean absolute change [N] of the raw density since the start of the second stage.
+
+    Differentiable in the field.
+
+    Args:
+        cube: grid on which the density is compared.
+        pivot: raw density at the start of the second stage, [N, D, H, W].
     """
     return density_l1(field.density_grid(cube), pivot)
 
 
-# number and seed of the latents for the mean and the standard deviation of w
-LATENTS = 10_000
-LATENT_SEED = 123
-# shares of the steps: the noise fades until FADED, the learning rate rises over RISING and falls over FALLING
-FADED = 0.75
-RISING = 0.05
-FALLING = 0.25
+PRIOR_LATENTS = 10_000  # number of latents for the mean and the standard deviation of w
+LATENT_SEED = 123  # seed of these latents
+# Shares of the steps of the first stage:
+FADED = 0.75  # the noise is 0 from here on
+RISING = 0.05  # the learning rate rises over this share at the beginning
+FALLING = 0.25  # the learning rate falls over this share at the end
 
 
 def learning_rate(step: int, steps: int, largest: float = 0.1) -> float:
-    """Return the first stage's learning rate in `step` of 0..steps-1.
+    """Return the learning rate of the first stage.
 
-    It rises from 0 to `largest` over the first 5 % and falls along a cosine over the last 25 %.
+    It rises linearly from 0 to `largest` over the first 5 % of the steps, and falls along a cosine over the
+    last 25 %.
+
+    Args:
+        step: number of the step, 0 to steps - 1.
+        steps: number of steps.
+        largest: largest learning rate.
     """
-    t = step / steps
-    return largest * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / FALLING))) * min(1.0, t / RISING)
+    progress = step / steps
+    return (
+        largest
+        * (0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - progress) / FALLING)))
+        * min(1.0, progress / RISING)
+    )
 
 
-def noise_scale(step: int, steps: int, first: float = 0.05) -> float:
-    """Return the standard deviation of the noise on w over that of w: first * max(0, 1 - t / 0.75)^2."""
-    return first * max(0.0, 1 - step / steps / FADED) ** 2
+def noise_scale(step: int, steps: int, initial_scale: float = 0.05) -> float:
+    """Return the standard deviation of the noise on w, in standard deviations of w.
+
+    It is initial_scale * max(0, 1 - t / 0.75)^2, where t = step / steps.
+    """
+    return initial_scale * max(0.0, 1 - step / steps / FADED) ** 2
 
 
 class Target(NamedTuple):
-    """Image that an inversion reproduces."""
+    """Image that an inversion shall reproduce."""
 
     image: Tensor  # [1, 3, R, R] in [-1, 1]
     camera: Tensor  # [1, 25]
-    mask: Tensor | None = None  # [1, 1, R, R] in 0..1: weight of each pixel
+    mask: Tensor | None = None  # weight of each pixel, [1, 1, R, R] in 0..1; None: all weights are 1
 
 
 class Prior(NamedTuple):
-    """Distribution of w: its mean and spread."""
+    """Mean and standard deviation of w over random latents."""
 
     mean: Tensor  # [1, 1, W]
-    standard_deviation: float  # standard deviation: root of the mean squared distance to the mean
+    standard_deviation: float  # root of the mean squared distance of w to its mean
 
 
 @torch.no_grad()
 def prior_of(generator: Generator) -> Prior:
-    """Compute the mean and the standard deviation of w over 10,000 latents under the frontal camera."""
+    """Compute the mean and the standard deviation of w over 10,000 latents, with the frontal camera."""
     device = device_of(generator)
     z = torch.from_numpy(
-        np.random.RandomState(LATENT_SEED).randn(LATENTS, generator.z_dim).astype(np.float32)
+        np.random.RandomState(LATENT_SEED).randn(PRIOR_LATENTS, generator.z_dim).astype(np.float32)
     ).to(device)
-    front = camera(generator)
-    # [10000, W]; all layers of the mapping's output are equal, so the first stands for them
-    w = torch.cat([generator.mapping(part, front.expand(len(part), -1))[:, 0] for part in z.split(1000)])
+    frontal_camera = camera(generator)  # [1, 25]
+    # [10000, W]; all layers of the mapping's output are equal, so the first layer is used
+    w = torch.cat(
+        [
+            generator.mapping(z_batch, frontal_camera.expand(len(z_batch), -1))[:, 0]
+            for z_batch in z.split(1000)
+        ]
+    )
     mean = w.mean(dim=0)  # [W]
     return Prior(mean[None, None], float((w - mean).square().sum(dim=1).mean().sqrt()))
 
 
 class Objective:
-    """Image part of the loss for one target, with the guidance of a reward if there is one."""
+    """Loss of an inversion for one target: the image loss, and the term of a reward if there is one."""
 
     def __init__(
         self,
@@ -259,45 +304,54 @@ class Objective:
         self.perceptual = perceptual
         self.guidance = guidance
         self.look = RenderOptions(sample_mult=config.sample_mult)
-        # Share of the image that the mask covers
+        # the mean weight of the pixels, by which the squared error is divided
         self.share = 1.0 if target.mask is None else float(target.mask.mean())
         # The target's features are constant, so they are computed once.
         with torch.no_grad():
             self.target_features = perceptual.features(target.image)
 
     def render(self, field: Field, step: int) -> Tensor:
-        """Render the target's view, [1, 3, R, R]; torch's global random state is kept."""
-        # The shift by 20 bits keeps the seeds of different runs apart for up to 2^20 steps.
+        """Render a field from the target's camera, [1, 3, R, R], without changing the global random state."""
+        # Shifted by 20 bits, so that runs with different seeds have different samples for up to 2^20 steps.
         with fixed_draws((self.config.seed << 20) + (step if self.config.fresh_rays else 0)):
             return field.render(self.target.camera, self.look).image
 
-    def seen(self, image: Tensor) -> Tensor:
-        """Blend an image [1, 3, R, R] with the target outside the mask, where it cannot cause a loss."""
+    def blend_outside_mask(self, image: Tensor) -> Tensor:
+        """Replace the part of an image [1, 3, R, R] outside the mask by the target, where it has no loss."""
         target = self.target.image
         mask = self.target.mask
         return image if mask is None else target + mask * (image - target)
 
     def image_loss(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute lambda_mse * mse + perceptual distance; the squared error is the mean over the mask."""
-        image = self.seen(image)
-        # The mean over all pixels divided by the mask's share is the mean over the mask.
-        mse = (image - self.target.image).square().mean() / self.share
-        distance = self.perceptual.distance(self.perceptual.features(image), self.target_features)[0]
+        """Compute the image loss, lambda_mse * mse + perceptual distance, and both of its terms.
+
+        The mean squared error is the mean over the mask.
+        """
+        blended = self.blend_outside_mask(image)
+        # The mean over all pixels divided by their mean weight is the mean over the mask.
+        mse = (blended - self.target.image).square().mean() / self.share
+        distance = self.perceptual.feature_distance(self.perceptual.features(blended), self.target_features)[
+            0
+        ]
         return self.config.lambda_mse * mse + distance, {"mse": mse, "perceptual": distance}
 
-    def guided(self, field: Field, step: int, weight: float) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Compute the reward's term in `step`: 0 without a weight, and in the steps between two
-        evaluations.
+    def guidance_term(
+        self, field: Field, step: int, weight: float
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Compute the reward's term of the loss in a step, and the raw reward.
+
+        The term is 0.0, and there is no reward, if the weight is 0, or in a step between two evaluations.
         """
         if self.guidance is None or weight == 0 or step % self.config.reward_every:
             return 0.0, {}
-        term, score = self.guidance.term(field)
-        # Multiplied by the interval, so that the mean over the steps equals the weight.
+        term, score = self.guidance.clipped_reward(field)
+        # The field holds a single shape, hence [0]. The term is multiplied by the number of steps between two
+        # evaluations, so that its mean weight over all steps is `weight`.
         return weight * self.config.reward_every * term[0], {"reward": score[0]}
 
 
 class LatentStage:
-    """First stage: steps 0..w_steps-1 on ws [1, L, W] under the frozen generator."""
+    """First stage: w_steps steps that optimise ws [1, L, W] with the frozen generator."""
 
     name = "w"
 
@@ -312,8 +366,8 @@ class LatentStage:
         """Initialise the stage.
 
         Args:
-            start: ws [1, L, W]; None is the mean latent.
-            weight: of the reward in the second half, if the settings enable it there.
+            start: initial ws, [1, L, W]; None: the mean latent.
+            weight: weight of the reward in the second half of the stage, if the settings enable it there.
         """
         generator.module.eval().requires_grad_(False)
         self.generator = generator
@@ -321,28 +375,29 @@ class LatentStage:
         self.prior = prior
         self.weight = weight
         self.steps = objective.config.w_steps
-        # One w per layer: all start from the same mean.
+        # There is one w for each layer; all of them start from the same mean.
         ws = prior.mean.repeat(1, generator.num_ws, 1) if start is None else start
         self.ws = ws.detach().clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.ws], betas=(0.9, 0.999))
 
     def step(self, step: int) -> dict[str, float]:
-        """Make one update; return the values measured before it."""
+        """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
         scale = self.prior.standard_deviation * noise_scale(step, self.steps, config.noise)
-        # Drawn on the CPU from (seed, step), so that a resumed stage draws the same noise.
-        draws = torch.Generator().manual_seed((config.seed << 20) + step)
+        # The noise is sampled on the CPU from (seed, step), so that a resumed stage has the same noise. The
+        # seed is shifted as in `Objective.render`.
+        noise_generator = torch.Generator().manual_seed((config.seed << 20) + step)
         field = self.generator.field(
-            self.ws + scale * torch.randn(self.ws.shape, generator=draws).to(self.ws)
+            self.ws + scale * torch.randn(self.ws.shape, generator=noise_generator).to(self.ws)
         )
         loss, values = self.objective.image_loss(self.objective.render(field, step))
-        # Regularises w towards the mean latent.
+        # This term keeps w close to the mean latent.
         loss = loss + config.lambda_w * (self.ws - self.prior.mean).square().mean()
         if config.reward_in_w and step >= self.steps // 2:
-            extra, more = self.objective.guided(field, step, self.weight)
-            loss = loss + extra
-            values = {**values, **more}
-        # The schedule sets the learning rate before the step that uses it.
+            reward_term, reward_values = self.objective.guidance_term(field, step, self.weight)
+            loss = loss + reward_term
+            values = {**values, **reward_values}
+        # Adam has a single group of parameters, whose learning rate is set for this step.
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.steps, config.w_lr)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -361,12 +416,12 @@ class LatentStage:
 
 
 class PivotalStage:
-    """Second stage: steps 0..pivot_steps-1 on a copy of the generator's parameters; ws [1, L, W] is fixed."""
+    """Second stage: pivot_steps steps that tune a copy of the generator, while ws [1, L, W] is fixed."""
 
     name = "pivot"
 
     def __init__(self, generator: Generator, objective: Objective, ws: Tensor, weight: float = 0.0):
-        # A copy, so that the original serves the next target.
+        # The generator is copied, since other targets need the original.
         module = copy.deepcopy(generator.module).eval().requires_grad_(True)
         self.generator = of(module)
         self.objective = objective
@@ -376,26 +431,29 @@ class PivotalStage:
         self.optimizer = torch.optim.Adam(
             module.parameters(), lr=objective.config.pivot_lr, betas=(0.9, 0.999)
         )
-        self.cube = cube_of(generator)
-        # Density before the first update, the reference of `moved`
+        self.cube = cube_grid(generator)
+        # density before the first update, from which `density_change` is measured
         with torch.no_grad():
             self.pivot = generator.field(self.ws).density_grid(self.cube)
 
     def step(self, step: int) -> dict[str, float]:
-        """Make one update; return the values measured before it."""
+        """Make one update, and return the loss and its terms before the update."""
         config = self.objective.config
         field = self.generator.field(self.ws)
         loss, values = self.objective.image_loss(self.objective.render(field, step))
-        extra, more = self.objective.guided(field, step, self.weight)
-        # The density is compared only in steps that evaluate the reward, with the same multiplier.
-        if more and config.lambda_sigma > 0:
-            more["moved"] = moved(field, self.cube, self.pivot)[0]
-            extra = extra + config.lambda_sigma * config.reward_every * more["moved"]
-        loss = loss + extra
+        reward_term, reward_values = self.objective.guidance_term(field, step, self.weight)
+        # The density is compared only in steps in which the reward is evaluated, with the same factor.
+        if reward_values and config.lambda_sigma > 0:
+            reward_values["moved"] = density_change(field, self.cube, self.pivot)[0]
+            reward_term = reward_term + config.lambda_sigma * config.reward_every * reward_values["moved"]
+        loss = loss + reward_term
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return {"loss": loss.item(), **{name: value.item() for name, value in {**values, **more}.items()}}
+        return {
+            "loss": loss.item(),
+            **{name: value.item() for name, value in {**values, **reward_values}.items()},
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that the next steps depend on."""
@@ -405,6 +463,6 @@ class PivotalStage:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Restore a state of `state`."""
         self.generator.module.load_state_dict(
-            {k.removeprefix("G."): v for k, v in state.items() if k.startswith("G.")}
+            {name.removeprefix("G."): value for name, value in state.items() if name.startswith("G.")}
         )
         restore_optimizer("adam", self.optimizer, state)

@@ -1,7 +1,7 @@
-"""Targets of an inversion (a user's image, or a sample of the generator itself with its ground truth), and
-the measures of an inversion's quality.
+"""Targets of an inversion, and the measures of its quality.
 
-Letters: R pixels per edge, L layers of ws, W w_dim, D, H, W grid points.
+A target is a user's image, or a sample of the generator itself, whose shape is then the ground truth.
+Shapes: R pixels per edge, L layers of ws, W w_dim, Z z_dim, [1, D, H, W] density grids.
 """
 
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eg3d_rlhf.core.field import Field, Rendering, RenderOptions, render_each
-from eg3d_rlhf.evaluation.inversion.projector import Objective, Target, cube_of, moved
+from eg3d_rlhf.evaluation.inversion.projector import Objective, Target, cube_grid, density_change
 from eg3d_rlhf.generators import Generator, device_of, latents, ws_of_seeds
 from eg3d_rlhf.generators import camera as camera_of
 from eg3d_rlhf.measures.image_similarity import psnr
@@ -30,21 +30,22 @@ from training.dataset import label_array
 from training.heads import people_mesh
 from training.rendering.cameras import LABEL_NUMBERS, pack_label, unpack_label
 
-# Four times the samples: the measures should depend on the shape, not on the sampler.
+# Renders for measures use four times as many samples per ray, since the measures should not depend on the
+# random samples.
 SMOOTH = RenderOptions(sample_mult=4)
-SMOOTH_SEED = 1  # of the rays of these renders
-SIDES = (0.4, -0.4)  # yaw of the held-out views, radians from the target's camera
+SMOOTH_SEED = 1  # seed of the ray samples of these renders
+SIDES = (0.4, -0.4)  # yaws of the held-out views, radians from the target's camera
 
 
 class Truth(NamedTuple):
-    """Ground truth of a target: its latent and its renders."""
+    """Ground truth of a target that is a sample of the generator: its latent and its renders."""
 
     ws: Tensor  # [1, L, W]
     views: list[Rendering]  # from the target's camera, and from SIDES
 
 
 class Case(NamedTuple):
-    """Target of one inversion with its name."""
+    """Target of one inversion with its name, and its ground truth if there is one."""
 
     name: str
     target: Target
@@ -53,51 +54,74 @@ class Case(NamedTuple):
 
 
 def of_file(generator: Generator, image: Path, mask: Path | None, camera: Tensor) -> Case:
-    """Build the case of an image file. Raises: ValueError, OSError naming the flag."""
+    """Read a target from an image file.
+
+    Args:
+        image: image file of the generator's size.
+        mask: image file whose brightness is the weight of each pixel; None: all pixels have weight 1.
+        camera: camera of the image, [1, 25].
+
+    Raises: ValueError or OSError, with the name of the flag.
+    """
     device = device_of(generator)
     # [R, R, 3]
-    pixels = torch.from_numpy(_read("--image", image, "RGB", generator.img_resolution)).to(device)
-    weights = None
+    target_pixels = torch.from_numpy(_read("--image", image, "RGB", generator.img_resolution)).to(device)
+    pixel_weights = None
     if mask is not None:
         # [1, 1, R, R] in 0..1
-        weights = (
+        pixel_weights = (
             torch.from_numpy(_read("--mask", mask, "L", generator.img_resolution)).to(device)[None, None]
             / 255
         )
-        # An all-black mask would divide the loss by zero.
-        if float(weights.max()) == 0:
+        # With a black mask, the loss would be divided by zero.
+        if float(pixel_weights.max()) == 0:
             raise ValueError(
-                f"--mask: expected some white in {mask}, got only black. Paint the pixels that count in"
-                " white."
+                f"--mask: {mask} is completely black, so that no pixel has a weight. Paint the pixels that"
+                " must be reproduced in white."
             )
     # [R, R, 3] in 0..255 -> [1, 3, R, R] in [-1, 1]
-    return Case(image.stem, Target(pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, weights))
+    return Case(image.stem, Target(target_pixels.permute(2, 0, 1)[None] / 127.5 - 1, camera, pixel_weights))
 
 
 def _read(flag: str, path: Path, mode: str, resolution: int) -> np.ndarray:
-    """Read an image file of the generator's size: float32 pixels in 0..255."""
+    """Read an image file, as float32 pixels in 0..255.
+
+    Args:
+        flag: flag that names the file, for messages.
+        mode: PIL's mode, "RGB" or "L".
+        resolution: pixels per edge that the image must have.
+
+    Raises: ValueError if the file is not an image, or has another size.
+    """
     try:
         with Image.open(path) as file:
             size = file.size
-            pixels = np.array(file.convert(mode), dtype=np.float32)
+            pixels = np.array(file.convert(mode), dtype=np.float32)  # [R, R, 3] or [R, R]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         # PIL raises DecompressionBombError for images with too many pixels.
-        raise ValueError(f"{flag}: expected an image file, got {path} ({error}). Name another.") from error
+        raise ValueError(
+            f"{flag}: {path} cannot be read as an image ({error}). Pass the path of an image file."
+        ) from error
     if size != (resolution, resolution):
         raise ValueError(
-            f"{flag}: expected {resolution} x {resolution} pixels, the generator's, got {size[0]} x {size[1]}"
-            f" in {path}. Crop the head as the generator's own images show it, and resize it."
+            f"{flag}: {path} has {size[0]} x {size[1]} pixels, but the generator's images have {resolution} x"
+            f" {resolution}. Crop the head as in the generator's images, and save it in this size."
         )
     return pixels
 
 
 @torch.no_grad()
 def of_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -> Case:
-    """Build the case of a seed's sample.
+    """Make a target from a sample of the generator.
 
-    The target is rendered smoothly, with rays that the inversion does not use.
+    The target is rendered with many samples per ray, and with other ray samples than the inversion.
+
+    Args:
+        seed: seed of the sample.
+        camera: camera of the target, [1, 25].
+        psi: truncation.
     """
-    ws = ws_of_seeds(generator, [seed], psi)
+    ws = ws_of_seeds(generator, [seed], psi)  # [1, L, W]
     views = render_each(generator.field(ws), cameras_about(generator, camera), SMOOTH, SMOOTH_SEED)
     return Case(
         f"seed{seed}", Target(views[0].image, camera), Truth(ws, views), latents([seed], generator.z_dim)
@@ -105,65 +129,71 @@ def of_seed(generator: Generator, seed: int, camera: Tensor, psi: float = 1.0) -
 
 
 def cameras_about(generator: Generator, camera: Tensor) -> list[Tensor]:
-    """Return a camera [1, 25], and the same camera rotated by each of SIDES."""
+    """Return a camera [1, 25], followed by the same camera rotated by each yaw of SIDES."""
     return [camera, *(rotated_camera(camera, yaw, generator.cameras.pivot) for yaw in SIDES)]
 
 
 def rotated_camera(camera: Tensor, yaw: float, pivot: Sequence[float]) -> Tensor:
     """Rotate a camera [1, 25] by `yaw` radians about the vertical axis through the pivot."""
-    # In float64: the rotation should not add rounding to the pose.
+    # The rotation is computed in float64, so that it adds no rounding to the pose.
     pose, intrinsics = unpack_label(camera.double())
     centre = pose.new_tensor(pivot)
-    c = math.cos(yaw)
-    s = math.sin(yaw)
-    about = pose.new_tensor([[c, 0, -s], [0, 1, 0], [s, 0, c]])
-    # unpack_label returns a view of the label.
+    cosine = math.cos(yaw)
+    sine = math.sin(yaw)
+    rotation = pose.new_tensor([[cosine, 0, -sine], [0, 1, 0], [sine, 0, cosine]])
+    # unpack_label returns a view of the label, which must not be changed.
     pose = pose.clone()
-    # The position turns about the pivot, the orientation turns alike.
-    pose[0, :3, 3] = about @ (pose[0, :3, 3] - centre) + centre
-    pose[0, :3, :3] = about @ pose[0, :3, :3]
+    # The position is rotated about the pivot, the orientation about the vertical axis.
+    pose[0, :3, 3] = rotation @ (pose[0, :3, 3] - centre) + centre
+    pose[0, :3, :3] = rotation @ pose[0, :3, :3]
     return pack_label(pose, intrinsics).to(camera)
 
 
 def parse_camera(generator: Generator, text: str | None) -> Tensor:
-    """Parse a camera [1, 25] from 'YAW,PITCH' in radians from frontal, from 25 numbers, or from a JSON file
-    with such a list; None is the frontal camera.
+    """Parse a camera, [1, 25].
 
-    Raises: ValueError.
+    Args: text: 'YAW,PITCH' in radians from frontal; or 25 numbers (16 of the pose, 9 of the intrinsics),
+        separated by commas; or the path of a JSON file with a list of 2 or 25 numbers; None: the frontal
+        camera.
+    Raises: ValueError if the text has another form.
     """
     if text is None:
         return camera_of(generator)
     path = Path(text)
     try:
-        values = (
+        numbers = (
             json.loads(path.read_text())
             if path.suffix == ".json"
             else [float(part) for part in text.split(",")]
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"expected YAW,PITCH, 25 numbers or a .json file with them, got {text!r} ({error}). Correct it."
+            f"{text!r} is not a camera ({error}). Write YAW,PITCH in radians, 25 numbers, or the path of a"
+            " .json file with a list of them."
         ) from error
-    # Two numbers are angles; 25 numbers are a label, and are checked as one below.
-    if isinstance(values, list) and len(values) == 2:
-        # JSON can hold other types and NaN.
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise ValueError(f"expected a finite YAW,PITCH in radians, got {text!r}. Correct it.")
-        return camera_of(generator, *values)
-    if not isinstance(values, list):
+    # Two numbers are angles. 25 numbers are a camera label, which `label_array` checks below.
+    if isinstance(numbers, list) and len(numbers) == 2:
+        # A JSON file can contain other types and NaN.
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+            raise ValueError(
+                f"{text!r} does not hold two finite numbers. Write YAW,PITCH in radians, for example"
+                " 0.3,-0.1."
+            )
+        return camera_of(generator, *numbers)
+    if not isinstance(numbers, list):
         raise ValueError(
-            f"expected a list of 25 numbers in {text}, got {type(values).__name__}. Write the pose (16"
-            " numbers) and the intrinsics (9)."
+            f"{text} holds a {type(numbers).__name__}, but a list of 25 numbers is needed. Write the pose (16"
+            " numbers) and the intrinsics (9 numbers) as a list."
         )
-    labels = label_array([values], ["camera"], "camera", LABEL_NUMBERS)
+    labels = label_array([numbers], ["camera"], "camera", LABEL_NUMBERS)  # [1, 25]
     return torch.from_numpy(labels).to(device_of(generator))
 
 
-# Measures of an inversion: against its image, against the ground truth if it is known, and by rewards and
-# evaluators.
+# Measures of an inversion: comparison with its image, comparison with the ground truth if there is one, and
+# scores by rewards and evaluators.
 
 
-MEASURES = (  # names, better direction and unit of the values of `measure`
+MEASURES = (  # name, better direction and unit of each value that `measure` returns
     Measure("psnr", None, "higher", "dB at the target's camera"),
     Measure("psnr_side", None, "higher", "dB, mean of the held-out views"),
     Measure("perceptual", None, "lower", "feature distance at the target's camera"),
@@ -179,18 +209,18 @@ MEASURES = (  # names, better direction and unit of the values of `measure`
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluators:
-    """Guiding reward, and held-out evaluator of shapes."""
+    """Reward that guides the inversion, and held-out evaluator of shapes."""
 
     reward: Reward | None = None  # the guiding reward, not standardised
-    # value of a case's shape; None if the evaluator does not apply to the case
+    # function of a target and a shape; it returns None if the evaluator does not apply to the target
     evaluator: Callable[[Case, Field], float | None] | None = None
-    name: str = "none"
+    name: str = "none"  # name of the evaluator
 
 
 def annotator_evaluator(case: Case, field: Field) -> float | None:
-    """Compute the simulated annotator's noise-free utility.
+    """Compute the utility of a shape by the simulated annotator without noise.
 
-    It needs the ground-truth head of a seed's target, so it is None for an image.
+    Return None for a target that is an image, since it has no ground-truth head.
     """
     if case.z is None:
         return None
@@ -199,7 +229,7 @@ def annotator_evaluator(case: Case, field: Field) -> float | None:
 
 
 def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:
-    """Return an evaluator that is another reward's score."""
+    """Return an evaluator that scores shapes by a reward."""
     return lambda _case, field: float(reward.score(field)[0])
 
 
@@ -207,61 +237,81 @@ def reward_evaluator(reward: Reward) -> Callable[[Case, Field], float]:
 def measure(
     generator: Generator, case: Case, ws: Tensor, pivot: Tensor, objective: Objective, evaluators: Evaluators
 ) -> dict[str, float]:
-    """Measure ws [1, L, W] under a generator; measures that do not apply to the case are left out.
+    """Measure the quality of an inversion. Measures that do not apply to the target are left out.
 
-    Args: pivot: density cube [1, D, H, W] of the second stage's start.
+    Renders use four times as many samples per ray as usual, and other ray samples than the optimisation. Only
+    'mse' is measured with the renders of the optimisation.
 
-    Renders use four times the samples, and other rays than the optimisation. Only 'mse' is measured as
-    optimised.
+    Args:
+        generator: generator, which may be tuned.
+        case: target.
+        ws: latent of the inversion, [1, L, W].
+        pivot: density at the start of the second stage, [1, D, H, W].
+        objective: loss of the target.
+        evaluators: reward and evaluator.
+
+    Returns: values by the names of MEASURES.
     """
     field = generator.field(ws)
-    cube = cube_of(generator)
-    # Another seed than the target's: equal rays would make the errors too small.
-    views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
-    image = objective.seen(views[0].image)
+    cube = cube_grid(generator)
+    # The seed differs from that of the target, since equal ray samples would make the errors too small.
+    rendered_views = render_each(field, cameras_about(generator, case.target.camera), SMOOTH, SMOOTH_SEED + 1)
+    # All batches hold a single shape, hence the index [0] below.
+    image = objective.blend_outside_mask(rendered_views[0].image)
     results = {
         "mse": objective.image_loss(objective.render(field, 0))[1]["mse"],
         "psnr": psnr(image, case.target.image)[0],
         "perceptual": objective.perceptual(image, case.target.image)[0],
-        "moved": moved(field, cube, pivot)[0],
+        "moved": density_change(field, cube, pivot)[0],
     }
     if case.truth is not None:
-        pairs = list(zip(views, case.truth.views, strict=True))
-        results["depth"] = depth_error(*pairs[0])
-        # Held-out views show whether the shape is right, not only the image.
+        view_pairs = list(zip(rendered_views, case.truth.views, strict=True))  # (rendered, true) views
+        results["depth"] = depth_error(*view_pairs[0])
+        # Held-out views measure whether the shape is right, not only the image. [0]: the target's view
         for name, values in {
-            "psnr_side": [psnr(a.image, b.image)[0] for a, b in pairs[1:]],
-            "perceptual_side": [objective.perceptual(a.image, b.image)[0] for a, b in pairs[1:]],
-            "depth_side": [depth_error(a, b) for a, b in pairs[1:]],
+            "psnr_side": [psnr(rendered.image, true.image)[0] for rendered, true in view_pairs[1:]],
+            "perceptual_side": [
+                objective.perceptual(rendered.image, true.image)[0] for rendered, true in view_pairs[1:]
+            ],
+            "depth_side": [depth_error(rendered, true) for rendered, true in view_pairs[1:]],
         }.items():
             results[name] = torch.stack(values).mean()
     if evaluators.reward is not None:
         results["reward"] = evaluators.reward.score(field)[0]
-    return {**{name: float(value) for name, value in results.items()}, **evaluated(case, field, evaluators)}
+    return {
+        **{name: float(value) for name, value in results.items()},
+        **evaluator_value(case, field, evaluators),
+    }
 
 
-def evaluated(case: Case, field: Field, evaluators: Evaluators) -> dict[str, float]:
-    """Compute the evaluator's value; {} if there is no evaluator or it does not apply."""
+def evaluator_value(case: Case, field: Field, evaluators: Evaluators) -> dict[str, float]:
+    """Return {"evaluator": value} for a shape, or {} if there is no evaluator or it does not apply."""
     value = None if evaluators.evaluator is None else evaluators.evaluator(case, field)
     return {} if value is None else {"evaluator": float(value)}
 
 
 @torch.no_grad()
 def measure_truth(generator: Generator, case: Case, evaluators: Evaluators) -> dict[str, float]:
-    """Compute the reward and the evaluator's value of the target's ground-truth shape; {} if it is
-    unknown.
+    """Compute the reward and the evaluator's value of the target's ground-truth shape.
+
+    Return {} if the target has no ground truth.
     """
     if case.truth is None:
         return {}
     field = generator.field(case.truth.ws)
     reward = {} if evaluators.reward is None else {"reward": float(evaluators.reward.score(field)[0])}
-    return {**reward, **evaluated(case, field, evaluators)}
+    return {**reward, **evaluator_value(case, field, evaluators)}
 
 
 def depth_error(rendering: Rendering, truth: Rendering) -> Tensor:
-    """Compute the mean absolute depth error [] in world units, over rays whose true opacity is at least one
-    half.
+    """Compute the mean absolute error of depth, in world units, as a tensor of shape [].
+
+    The mean is over rays whose opacity in the ground truth is at least one half; without such rays it is 0.
     """
-    # Depth is undefined for rays that hit nothing.
-    seen = truth.opacity >= 0.5
-    return (rendering.depth - truth.depth).abs()[seen].mean() if seen.any() else truth.depth.new_zeros(())
+    # Rays that hit no surface have no meaningful depth.
+    is_opaque = truth.opacity >= 0.5
+    return (
+        (rendering.depth - truth.depth).abs()[is_opaque].mean()
+        if is_opaque.any()
+        else truth.depth.new_zeros(())
+    )

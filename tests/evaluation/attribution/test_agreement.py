@@ -9,15 +9,15 @@ import torch
 
 from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.attribution.attribution_report import (
-    by_region,
-    diverging,
+    diverging_colours,
     labels_at,
+    region_colours,
     render_coloured_mesh,
     slab_index,
     voxels_at,
 )
 from eg3d_rlhf.evaluation.attribution.regions import face_partition
-from eg3d_rlhf.evaluation.attribution.shapley import agreement, redrawn
+from eg3d_rlhf.evaluation.attribution.shapley import agreement, randomise_weights
 from eg3d_rlhf.experiments.pages import ColouredMesh, Layer, mesh_page
 from eg3d_rlhf.geometry.mesh import extract_mesh
 from eg3d_rlhf.rewards.ensembles import build_network
@@ -44,8 +44,8 @@ def test_agreement_per_latent_and_overall():
 def test_redrawn_weights_keep_scale_and_forget_the_rest():
     torch.manual_seed(0)
     reward = build_network("sigma", preset("tiny").network).eval()
-    other = redrawn(reward, 1)
-    same = redrawn(reward, 1)
+    other = randomise_weights(reward, 1)
+    same = randomise_weights(reward, 1)
     for (name, a), b, c in zip(reward.named_parameters(), other.parameters(), same.parameters(), strict=True):
         assert torch.equal(b, c) and not b.requires_grad, name
         if a.numel() > 500:
@@ -87,8 +87,8 @@ def test_voxels_on_the_surface():
 
 def test_colours_and_render():
     vertices, faces = ball()
-    colours = diverging(vertices[:, 0], 0.3)
-    assert tuple(diverging(np.array([0.3, 0.0, -9.0]), 0.3).flatten()) == (
+    colours = diverging_colours(vertices[:, 0], 0.3)
+    assert tuple(diverging_colours(np.array([0.3, 0.0, -9.0]), 0.3).flatten()) == (
         213,
         94,
         0,
@@ -105,7 +105,7 @@ def test_colours_and_render():
         and drawn[32, 18, 2] > drawn[32, 18, 0]
         and drawn[32, 46, 0] > drawn[32, 46, 2]
     )
-    grey = by_region(np.array([-1, 0]))
+    grey = region_colours(np.array([-1, 0]))
     assert tuple(grey[0]) == (160, 160, 160)
 
 

@@ -50,7 +50,7 @@ def test_first_match_wins_and_nothing_is_left_out():
         and len(partition.names) == 9
     )
     box = (0, 1, 0, 1, 0, 1)
-    twice = regions.from_boxes([("first", box), ("second", box)], regions.unit_coordinates(SPEC))
+    twice = regions.partition_from_boxes([("first", box), ("second", box)], regions.unit_coordinates(SPEC))
     assert twice.counts() == [np.prod(SPEC.shape), 0, 0]
 
 
@@ -80,7 +80,7 @@ def test_masks(tmp_path):
         ("float", ["m.npy", str(list(SPEC.shape))]),
         ("name", ["m.json", "[3]"]),
         ("json", ["m.json"]),
-        ("one", ["m.npy", "[0]"]),
+        ("one", ["m.npy", "label 0"]),
         ("none", ["m.npy"]),
     ],
 )
@@ -163,7 +163,7 @@ def head():
 
 
 def test_every_vertex_of_a_head_has_a_part():
-    parts = regions.parts_of_vertices()
+    parts = regions.part_of_vertices()
     basis = people.load_basis()
     assert np.bincount(parts, minlength=len(regions.PARTS)).min() > 20
     place = {name: basis.mean[parts == i] for i, name in enumerate(regions.PARTS)}
@@ -220,6 +220,6 @@ def test_wrong_landmarks_are_named(tmp_path, values, names):
 def test_landmarks_by_seed(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"image_size": 64, "seeds": {"5": [[1, 2]] * 98}}))
     result = regions.read_landmarks(tmp_path / "l.json")
-    assert result.of(5).shape == (98, 2)
+    assert result.landmarks_of_seed(5).shape == (98, 2)
     with raising("--landmarks", "seed 6", "5"):
-        result.of(6)
+        result.landmarks_of_seed(6)

@@ -140,7 +140,7 @@ def test_mixed_slabs_are_the_definition():
     coalitions = all_coalitions(REGIONS)
     keys = values.keys(coalitions)
     for start in range(0, len(keys), 7):
-        seen.update(zip(keys[start : start + 7], values.mixed(keys[start : start + 7]), strict=True))
+        seen.update(zip(keys[start : start + 7], values.compose_slabs(keys[start : start + 7]), strict=True))
     for key, coalition in zip(keys, coalitions, strict=True):
         assert torch.equal(seen[key], torch.where(coalition[game.labels], game.tuned, game.original))
 

@@ -14,7 +14,7 @@ from eg3d_rlhf.core.spec import SlabSpec
 from eg3d_rlhf.evaluation.inversion import inversion_report as report
 from eg3d_rlhf.evaluation.inversion import inversion_runs as running
 from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions, Setup
-from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_of
+from eg3d_rlhf.evaluation.inversion.projector import Objective, cube_grid
 from eg3d_rlhf.evaluation.inversion.targets import Evaluators, measure, parse_camera, rotated_camera
 from eg3d_rlhf.experiments.run import STATS, Run
 from eg3d_rlhf.generators import camera
@@ -132,7 +132,7 @@ def test_what_is_measured(setup, tmp_path):
 def test_the_truth_itself_has_no_error(loaded, perceptual, prior, cases, setup):
     case = cases[0]
     generator = loaded.generator
-    pivot = generator.field(case.truth.ws).density_grid(cube_of(generator))
+    pivot = generator.field(case.truth.ws).density_grid(cube_grid(generator))
     exact = measure(
         generator, case, case.truth.ws, pivot, Objective(CONFIG, case.target, perceptual), Evaluators()
     )
