@@ -1,6 +1,8 @@
 """The job `reward best-of-n`, which measures how far a reward can be trusted before any tuning.
 
-The expected score of the best of n latents is computed under the reward that selects and under an evaluator.
+Best-of-n selection: the reward chooses the sample with the highest score among n samples. The job computes
+the expected score of the chosen sample, both under the reward and under a held-out evaluator, as a function
+of n.
 """
 
 import click
@@ -17,12 +19,15 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     reward_ckpt={
         "multiple": True,
         "default": (),
-        "show_default": "the bundled one",
-        "help": ("Reward or ensemble to test, or an untrained kind such as mesh-validity; may be repeated."),
+        "show_default": "the bundled reward",
+        "help": (
+            "Reward to test: a reward file, an ensemble file, or the name of a reward that needs no training,"
+            " such as mesh-validity. May be repeated."
+        ),
     },
     heldout_reward={
         "show_default": "the simulated annotator, for synthetic heads",
-        "help": "Held-out reward that serves as the evaluator.",
+        "help": "Held-out reward file that scores the choices, as the evaluator.",
     },
 )
 @option(
@@ -31,7 +36,7 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     metavar="INT",
     type=click.IntRange(min=2),
     default=512,
-    help="Largest n, the number of latents to choose among.",
+    help="Largest tested n, where n is the number of latents from which the best is chosen.",
 )
 @shared(
     "outdir device dry-run",
@@ -44,9 +49,10 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
     """Measure how far a reward can be trusted before any tuning. The reward chooses the best of n latents,
     and an evaluator scores the choice.
 
-    A curve of the evaluator's score that falls before the largest n shows over-optimisation: the reward's
-    errors dominate the choice. For an ensemble, all members and aggregates are compared. The evaluator
-    is the simulated annotator without noise for synthetic heads, else the reward of --heldout-reward.
+    If the evaluator's score falls before the largest n, the reward is over-optimised: its errors dominate
+    the choice. For an ensemble, all members and all aggregates of their scores are compared. The evaluator
+    is the reward of --heldout-reward. Without it, generators of synthetic heads are evaluated by the
+    simulated annotator without noise.
 
     \b
     Example:
@@ -56,14 +62,16 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
 
     trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
     if dry_run:
-        # `single`: rewards by themselves; `joined`: aggregates of an ensemble's members
-        single, joined = arms(trial)
-        known = {
+        # rewards that are tested alone, and aggregates of the scores of an ensemble's members
+        single_rewards, aggregates = arms(trial)
+        networks = {
             "networks": trial.networks(),
             "evaluator": "annotator" if trial.evaluator is None else "reward",
-            "arms": [*single, *joined],
+            "arms": [*single_rewards, *aggregates],
         }
-        print_json({**known, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)})
+        print_json(
+            {**networks, "numbers": trial.numbers, **sampling, "device": device, "outdir": str(outdir)}
+        )
         return
     finding = write(trial, outdir)
     click.echo("\n".join(finding.says))
