@@ -82,11 +82,13 @@ def _hand_over(
 
     Raises: ValueError for a wrong address or file, and errors of `make`.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.people.label.access import check_address, check_picture, login_link, qr_code, write_qr
 
     # Addresses and files are checked before the database changes: a token is shown only once.
     with naming("--address"):
         server = check_address(address) if address else ""
+    # an error in this block begins with the name --qr
     with naming("--qr"):
         if qr is not None and not server:
             raise ValueError(
@@ -121,6 +123,7 @@ def revoke(name: str, db: str) -> None:
     """Make the token, the login link and all sessions of an annotator invalid. The annotator's judgements
     stay in the database. The command `new-token` gives access again.
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.entities import LOCAL
 
     with open_store(db, create=False) as store:

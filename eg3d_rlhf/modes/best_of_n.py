@@ -58,9 +58,11 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
     Example:
         eg3d-rlhf reward best-of-n --reward-ckpt=assets/reward.safetensors --n=256 --most=32 --outdir=best
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
 
     trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         # rewards that are tested alone, and aggregates of the scores of an ensemble's members
         single_rewards, aggregates = arms(trial)

@@ -92,6 +92,7 @@ def main(
     Example:
         eg3d-rlhf check-assets assets --outdir=runs/mesh-validation
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.mesh_validation import (
         HIDDEN,
         WALL,
@@ -123,6 +124,7 @@ def main(
             " folder of an earlier validation."
         )
     settings = MeasureOptions(**options)
+    # an error in this block begins with the name FOLDER
     with naming("FOLDER"):
         files = found_files(folder)
     request = {"weld": weld, "up": up, "options": asdict(settings)}

@@ -237,6 +237,7 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
 
     Raises: ValueError if the problem lacks something that the run needs.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import circular_loop as loop
@@ -262,6 +263,7 @@ def open_circular(settings: CircularRun, run: "Run") -> "Problem":
 
 def work(settings: CircularRun, problem: "Problem", run: "Run") -> None:
     """Train all networks of a new run, or the networks that a resumed run lacks, and write the table."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.circular import ablation
 

@@ -373,6 +373,7 @@ def open_run(run_settings: DistillRun, run: "Run") -> "Scene":
 
     Raises: ValueError or OSError for a file that is missing or cannot be used.
     """
+    # imported here, because --help must not load these modules
     import torch
 
     from eg3d_rlhf.tuning.distill.scene import open_scene
@@ -396,6 +397,7 @@ def work(run_settings: DistillRun, scene: "Scene", run: "Run") -> None:
 
     Under torchrun, all processes optimise, and the first process writes the outputs.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.distill import outputs
     from eg3d_rlhf.tuning.distill.distill_run import distil_all, gather_stats
     from training.distributed import leave
@@ -424,6 +426,7 @@ def recorded(folder: Path, flags: Flags, ranks: object) -> DistillRun:
 
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded_by
 
     record = recorded_by(folder, "distill")

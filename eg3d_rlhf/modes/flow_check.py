@@ -110,6 +110,7 @@ def find_faults(network: Network) -> list[str]:
     Returns: a list with one text that names the missing, the unexpected and the misshapen tensors, at most
         FIRST of each kind. The list is empty if all tensors fit, or if the folder may lack this network.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.models.weights import shapes
 
     if not network.tensors:

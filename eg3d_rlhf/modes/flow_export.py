@@ -58,6 +58,7 @@ def export_command(
         eg3d-rlhf flow export WORK --outdir=ADAPTERS --adapter
         eg3d-rlhf flow export runs/00000-a runs/00001-b --outdir=TUNED
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.models.policies import ADAPTER, CONFIG, link
     from eg3d_rlhf.tuning.flow.base.export import export
 
@@ -105,6 +106,7 @@ def find_tuned_weights(
     Raises: FileNotFoundError for a source without tuned weights; ValueError for sources of different
         generators, for a stage that two sources tuned, and if nothing was tuned.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import recorded
     from eg3d_rlhf.models.policies import META
 

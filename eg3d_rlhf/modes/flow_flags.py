@@ -96,6 +96,7 @@ def make_record_reader(kind: type, mode: str) -> Callable[[Path, Flags, Any], An
     """
 
     def recorded(folder: Path, flags: Flags, ranks: Any) -> Any:
+        # imported here, because --help must not load this module
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
 
         return from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
@@ -455,6 +456,7 @@ def make_arms_mode(
         return opened
 
     def work(settings: ArmsRun, opened: "Opened", run: "Run") -> None:
+        # imported here, because --help must not load this module
         from eg3d_rlhf.tuning.flow.training import arm_runs
 
         arm_runs.work(settings, opened, run, open)

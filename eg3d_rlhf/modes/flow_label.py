@@ -69,6 +69,7 @@ def label(
         eg3d-rlhf flow label WORK
         eg3d-rlhf flow label WORK --strategy=active --set campaign=more
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
     check_extra(EXTRA)

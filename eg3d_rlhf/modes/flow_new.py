@@ -144,6 +144,7 @@ def new(
     Example:
         eg3d-rlhf flow new WORK --pipeline=/data/Hunyuan3D-2.1 --images=IMAGES
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.conditioning import CONDITIONS, read_conditions, write_conditions
     from eg3d_rlhf.tuning.flow.base.problem import chosen_precision
     from training.storage import write_atomic
@@ -279,6 +280,7 @@ def cost_lines(
     # The bundled networks are small; a plugin that does not encode meshes cannot be estimated.
     if family.bundled or not isinstance(family, Encodes):
         return
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.training.memory_estimate import LARGE, free_bytes
 
     # imported here because it imports all families
@@ -418,6 +420,7 @@ def link_images(folder: Path, names: Mapping[str, Path | None]) -> None:
         folder: folder WORK/inputs.
         names: image files by name.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.models.policies import link
 
     for path in names.values():
@@ -434,6 +437,7 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
         work: the new folder WORK.
         device: device that will generate the assets.
     """
+    # imported here, because --help must not load this module
     import torch
 
     # The device is printed so that a wrong choice is noticed before sampling.

@@ -69,6 +69,7 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     Example:
         eg3d-rlhf flow sample WORK
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 
     work = Work.open(folder)
@@ -98,6 +99,7 @@ def sample_with_bar(sampling: "Drawing") -> "Drawn":
 
     Returns: the number of assets that can be shown, and the reasons for the others.
     """
+    # imported here, because --help must not load this module
     from training.progress import tqdm
 
     # assets of all ranks

@@ -95,13 +95,14 @@ class Study:
         return studies.Folder(self.folder / against)
 
     def answered(self, against: str) -> tuple[int, int] | None:
-        """Count the trials of one comparison: (answered trials, all trials). A trial is a pair to judge.
+        """Count the trials of one comparison: (answered trials, all trials). A trial is one shown pair.
 
         The comparison is over if both numbers are equal. Return None if the comparison has no design yet.
 
         Args:
             against: BASE or CONTROL, the generator that the tuned generator is compared with.
         """
+        # imported here, because --help must not load this module
         from eg3d_rlhf.people.study.analysis import sort_rows
 
         if not self.contest(against).design.is_file():
@@ -174,6 +175,7 @@ def study(
         eg3d-rlhf flow study WORK
         eg3d-rlhf flow study WORK --report
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 
     check_extra(EXTRA)
@@ -276,7 +278,7 @@ def serve(
         asset_folders = work.drawn(contests[chosen_contest]), work.drawn(arms[1])
         # the function receives remarks about the assets, which are not printed here
         _, pairs, _ = read_sides(*asset_folders, lambda text: None)
-        # With two or more annotators, two people may judge the same pair, so there are at most twice as many
+        # With two or more annotators, two people may answer the same pair, so there are at most twice as many
         # trials as pairs.
         most_trials = len(pairs) * min(annotators, 2)
         flags += [
@@ -337,6 +339,7 @@ def write_renders(work: Work, study: Study) -> Path:
 
     Returns: the written PNG file.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.media.rendering import png
     from eg3d_rlhf.experiments.media.sheet import Row, sheet
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING

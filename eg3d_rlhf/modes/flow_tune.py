@@ -1,7 +1,7 @@
 """The job `flow tune`: tunes the stages of a flow generator on people's answers, and trains a control.
 
-The control is trained in the same way on the same pairs with shuffled labels. A stage that is not better than
-its control has learned nothing from the answers, so its weights are not used.
+The control is trained in the same way on the same pairs with shuffled labels. If a stage is not better than
+its control, the answers carried no learnable signal, and the weights of the stage are not used.
 """
 
 import functools
@@ -197,6 +197,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         device: value of --device.
         ranks: the processes of torchrun.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.run import Run, recorded
     from eg3d_rlhf.tuning.flow.workspace.answers import imported_of, problem_of, write_pairs
     from eg3d_rlhf.tuning.flow.workspace.tune import REPORT, tune
@@ -255,6 +256,7 @@ def make_strip(work: Work, family: FlowFamily, problem: "Problem", tuning: Tunin
 
     Returns: None if there is no such prompt, or if the family cannot write assets to look at.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import Strip
 
     # Prompts of the selection split: assets of the test split must not be seen before the study.
@@ -278,6 +280,7 @@ def choose_folder(work: Work, record: dict) -> Path:
         work: the opened folder WORK.
         record: record of the training, as JSON.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
     # in the order of their numbers, so the last folder is the newest
@@ -293,6 +296,7 @@ def result_settings(record: Mapping) -> dict:
     """Return a copy of a record, nested dictionaries included, without settings that do not affect the result
     of the training.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.training.trainer import FREE
 
     return {

@@ -261,6 +261,7 @@ def resolve(flags: Mapping) -> Settings:
     if reward != "none":
         from eg3d_rlhf.rewards.observations import OBSERVATIONS
 
+        # an error in this block begins with the name --reward
         with naming("--reward"):
             # The registry raises ValueError for an unknown name; the value is not needed here.
             OBSERVATIONS[reward]
@@ -281,6 +282,7 @@ def resolve(flags: Mapping) -> Settings:
     if Path(init).is_dir():
         from eg3d_rlhf.generators import find_network
 
+        # an error in this block begins with the name --init
         with naming("--init"):
             init = given["init"] = str(find_network(init))
     file_settings = {} if init == "scratch" else read_network_settings(None if init == "bundled" else init)
@@ -354,11 +356,13 @@ def read_network_settings(source: str | None) -> dict:
 
     Raises: ValueError that names --init, for a file that cannot be read.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.generators import classes_of, find_network, pickles
     from eg3d_rlhf.generators.pickles.rebuild import neural_rendering_resolution
     from training import storage
     from training.networks import EG3D
 
+    # an error in this block begins with the name --init
     with naming("--init"):
         path = find_network(source)
         # A pickle of EG3D is parsed; the code in it is not run.
@@ -514,6 +518,7 @@ def recorded(source: Path, flags: Flags, ranks: "Ranks") -> Settings:
 
     Raises: ValueError for a network file, for the folder of another mode, and for --kimg with rounds.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments import version_0_1
     from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
     from eg3d_rlhf.experiments.run import recorded as options_of_run
@@ -559,6 +564,7 @@ def resume_source(source: Path, ranks: "Ranks") -> Path:
         source: value of --resume.
         ranks: the processes of torchrun.
     """
+    # imported here, because --help must not load this module
     from training import checkpoint
 
     # A checkpoint is a file in the folder of its run.
@@ -585,6 +591,7 @@ def open_gan(s: Settings, run: "Run") -> "Objects | None":
 
     Raises: ValueError for settings that do not suit the files.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
@@ -610,6 +617,7 @@ def work(s: Settings, objects: "Objects | None", run: "Run") -> None:
         objects: objects of the run; None for a run of rounds.
         run: the run.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.gan import reward_run as gan
     from eg3d_rlhf.tuning.gan import rounds
 
@@ -650,6 +658,7 @@ def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
         folder: folder of this training.
         flags: values of the command line of the run of rounds.
     """
+    # imported here, because --help must not load this module
     from training import checkpoint
 
     if checkpoint.available(folder):
@@ -663,6 +672,7 @@ def tune_in_rounds(s: Settings, folder: Path, flags: Mapping) -> None:
 
 def resumable(folder: Path) -> bool:
     """Return True if a run folder has a checkpoint from which the run can be resumed."""
+    # imported here, because --help must not load this module
     from training import checkpoint
 
     return bool(checkpoint.available(folder))

@@ -101,6 +101,7 @@ def convert(
     Example:
         eg3d-rlhf data convert --source=synthetic:people64@n=64 --dest=people.zip --resolution=32x32 --mirror
     """
+    # Imported here, so that --help is printed without loading these modules.
     from training.dataset import ImageFiles
     from training.dataset_convert import convert_dataset
     from training.synthetic_heads import resolve_dataset
@@ -124,6 +125,7 @@ def convert(
     count = min(count, max_images or count)
     # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
             {"source": str(path), "dest": str(dest), "images": count, "workers": jobs, **asdict(options)}
@@ -222,6 +224,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     Example:
         python tools/calc_metrics.py --data=synthetic:people64@n=64 --metrics=fid,kid --n=64
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.run import OPTIONS
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.measures.features import load_features
@@ -233,6 +236,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
     )
     target = choose_device(device)
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, target)
     run_options = training_options(generator.path)
@@ -248,6 +252,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     mirror = bool(run_options.get("mirror", False)) if mirror is None else mirror
     # By default, the results are stored only if the network lies in a run folder.
     outdir = outdir or (generator.path.parent if (generator.path.parent / OPTIONS).is_file() else None)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "network": generator.path.name,
@@ -264,8 +269,10 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         }
         click.echo(json.dumps(settings))
         return
+    # an error in this block begins with the name --inception
     with naming("--inception"):
         features = load_features(inception, target)
+    # an error in this block begins with the name --data
     with naming("--data"):
         # c_dim: a camera label has 16 numbers of cam2world and 9 intrinsics
         dataset = ImageFolderDataset(resolve_dataset(data), c_dim=25, xflip=mirror)

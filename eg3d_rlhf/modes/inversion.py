@@ -113,6 +113,7 @@ def recorded(folder: Path, *_: object) -> InversionRun:
 
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded_by
 
     # JSON has no tuples and no dataclasses, so both are restored.
@@ -131,6 +132,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
 
     Raises: ValueError that names the flag of a file that is missing or does not fit.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.comparison import judged_by_annotator
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Setup
     from eg3d_rlhf.evaluation.inversion.projector import Guidance, load_perceptual, prior_of
@@ -150,11 +152,14 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     # Fails at once if the video encoder for the orbit is missing.
     if s.turns:
         check_mp4("orbit.mp4")
+    # an error in this block begins with the name --network
     with naming("--network"):
         loaded = load_generator(s.network, run.device)
     generator = loaded.generator
+    # an error in this block begins with the name --camera
     with naming("--camera"):
         camera_label = parse_camera(generator, s.camera)
+    # an error in this block begins with the name --perceptual
     with naming("--perceptual"):
         features = load_perceptual(
             None if s.perceptual is None else Path(s.perceptual), generator.img_resolution, run.device
@@ -190,6 +195,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     if s.image is not None:
         targets = [of_file(generator, Path(s.image), None if s.mask is None else Path(s.mask), camera_label)]
     else:
+        # an error in this block begins with the name --latents
         with naming("--latents"):
             # a seed that is listed twice is used once
             seeds = dict.fromkeys(parse_seeds(s.latents or ""))
@@ -212,6 +218,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
 
 def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
     """Run all inversions of a new run, or the inversions that a resumed run lacks, and write the outputs."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.inversion.inversion_runs import Inversions
 
     inversions = Inversions(run, setup)
@@ -231,6 +238,7 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
         shape_res: grid points per axis of the meshes; 0: no meshes.
         turns: number of views of the orbit; 0: no orbit.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.evaluation.inversion import inversion_report as report
     from eg3d_rlhf.evaluation.inversion.inversion_runs import write_json
     from eg3d_rlhf.experiments import pages

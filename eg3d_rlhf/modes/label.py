@@ -186,6 +186,7 @@ def main(
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
     requested_settings = request.to_json()
     server = server_of(flags, db)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         click.echo(
             json.dumps(_dry_run(db, request, server, requested_settings, given_names), indent=1, default=str)
@@ -252,8 +253,10 @@ def _request(
         rewards=rewards,
         **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"},
     )
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network
 
+    # an error in this block begins with the name --network
     with naming("--network"):
         network_file = find_network(network).resolve() if network else None
         if network_file is not None and not network_file.is_file():
@@ -558,6 +561,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
 @database
 def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: str) -> None:
     """Rank the generators whose shapes people compared, and print 95 % intervals of their scores."""
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.label.quality import as_text, leaderboard_of
 
     with open_store(db, create=False) as store:

@@ -44,6 +44,7 @@ def synthetic(
     Example:
         eg3d-rlhf label synthetic --pairs=100 --resolution=32 --out=runs/example/labels.jsonl
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.preferences.annotator import Utility
     from eg3d_rlhf.preferences.synthetic import annotate
@@ -61,6 +62,7 @@ def synthetic(
             f"--out: labels of --kind={options.kind} are written as JSON lines, but the name {out.name} does"
             " not end in .jsonl. Choose a name that ends in .jsonl."
         )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved = {
             "out": str(out),
@@ -111,6 +113,7 @@ def read_fixed_ratings(path: Path | None) -> dict[str, dict[str, float]]:
     """
     if path is None:
         return {}
+    # an error in this block begins with the name --held
     with naming("--held"):
         try:
             tables = json.loads(path.read_text())
@@ -153,6 +156,7 @@ def elo(files, ties, held, out) -> None:
     Example:
         eg3d-rlhf label elo runs/00000-distill/judgements.jsonl
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.preferences.bradley_terry import elo as ratings
     from eg3d_rlhf.preferences.bradley_terry import markdown, read_judgements
 

@@ -54,6 +54,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     Example:
         eg3d-rlhf reward latent --pipeline=toy --out=runs/latent.safetensors
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.tuning.flow.base.stage import stage_of
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import compared
@@ -87,6 +88,7 @@ def format_comparison(comparison: "Beside") -> list[str]:
     Args:
         comparison: accuracy and speed of both rewards, and the difference of their accuracies.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.table import markdown_rows
     from eg3d_rlhf.tuning.flow.training.latent_accuracy import DECODED, LATENT
 

@@ -77,6 +77,7 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
 
     Raises: FileNotFoundError if the folder has no record; ValueError if another mode wrote it.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded, recorded_by
 
     # an empty record if the folder is no run folder
@@ -105,6 +106,7 @@ def open_training(run_settings: MeshRewardRun, run: "Run") -> "MeshTraining | No
 
     Raises: ValueError or OSError for meshes that cannot be read.
     """
+    # imported here, because --help must not load these modules
     import torch
 
     from eg3d_rlhf.rewards.meshes.mesh_reward_training import MeshTraining, meshes_of
@@ -146,6 +148,7 @@ def format_summary(summary: dict[str, dict]) -> list[str]:
 
 def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run") -> None:
     """Run or resume one training, or all trainings of the table, and print the metrics on held-out meshes."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.rewards.evaluation import auc_interval, too_few_shapes
     from eg3d_rlhf.rewards.meshes.mesh_reward_training import REWARD, TABLE, run_table, run_training
 

@@ -28,6 +28,7 @@ def describe_file(source: str | Path | None) -> dict[str, Any]:
     Raises: FileNotFoundError for a missing file; ValueError for a pickle that imports globals that are not
         allowed, naming them.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, pickles
 
     path = find_network(source)
@@ -52,6 +53,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
 
     Raises: ValueError or OSError of `load_networks` for a file that cannot be loaded.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import find_network, load_networks, of
 
     nets = load_networks(find_network(source))
@@ -100,6 +102,7 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
     """Describe a module: its class, the number of its tensors, the numbers of elements of its parameters and
     buffers, the number of elements that are not finite, and the hash of its state.
     """
+    # imported here, because --help must not load these modules
     import torch
 
     from training import networks
@@ -137,6 +140,7 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
             w_avg is the mean for the frontal camera.
         component_std: standard deviation of a component of w, averaged over the components.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.generators import ws_of_seeds
 
     G_ema: Any = nets.G_ema
@@ -232,6 +236,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
     Example:
         eg3d-rlhf generator convert assets/generator.safetensors --out=runs/example/generator.pt
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import find_network, load_networks
     from eg3d_rlhf.generators.conversion import check_suffix, foreign_sizes, to_tri_grid, write
 

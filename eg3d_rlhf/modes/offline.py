@@ -167,6 +167,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
         settings: settings of the run.
         device: device on which the networks are loaded.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.experiments.version_0_1 import conditioning_file
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
@@ -183,6 +184,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
 
 def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled":
     """Read the labelled assets of --assets and their labels, or return the labelled assets of the toy."""
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.base.single_labels import read_labelled
     from training.progress import tqdm
 
@@ -206,6 +208,7 @@ def check_opened(settings: OfflineRun, opened: "Opened", run: "Run") -> None:
         opened: the problem and the labelled assets.
         run: the run, to whose inputs the file of labels is added.
     """
+    # imported here, because --help must not load these modules
     from eg3d_rlhf.tuning.flow.training.conditioned_stage import ConditionedStage
     from eg3d_rlhf.tuning.flow.training.offline.train_singles import check_singles
 

@@ -293,6 +293,7 @@ def open_online(settings: OnlineRun, device: str) -> "Opened":
         settings: settings of the run.
         device: device on which the networks are loaded.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.tuning.flow.families.opening import open_problem
 
     return open_problem(settings.source, device), None

@@ -30,6 +30,7 @@ def trainings(out: Path, kimg: float, seed: int) -> "dict[str, Part]":
 
     Returns: the trainings by role, "tuned" and "control".
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import Part
 
     common_flags = ("--snap=1", "--no-summary", f"--kimg={kimg:g}", f"--seed={seed}")
@@ -50,6 +51,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
         seed: training seed of the runs of the sweep.
         only: names of the reports to write.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import DOOR
 
     run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
@@ -110,11 +112,13 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     Example:
         eg3d-rlhf report all --dry-run
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.trainings import call, make_in_terminal
 
     # raises ValueError for an unknown name
     report_names = some_of("--only", only, REPORTS)
     trainings_by_role = trainings(outdir, kimg, seed)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         planned = {
             f"{role} run": "finished" if training.finished() else training.continued()

@@ -74,6 +74,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     Example:
         eg3d-rlhf report heads runs/00000-* --held-out=validation --n=60
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.heads import TABLE, compare
     from eg3d_rlhf.experiments.table import figure_table
 
@@ -140,6 +141,7 @@ def solid(
         eg3d-rlhf report solid runs/00000-* --n=16
         eg3d-rlhf report solid --pipeline=toy --n=16
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.solids import compare_networks, compare_stages, markdown, source_of
 
     for flag, value in (("--stage", stage), ("--conditioning", conditioning)):

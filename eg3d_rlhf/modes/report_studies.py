@@ -77,7 +77,7 @@ _grid_option = functools.partial(option, group="Grid")
     help='Additional flags for the training of rewards, such as "--epochs=4".',
 )
 @shared("jobs")
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("train_flags", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def controlled_study(
     seeds: str,
     only: str,
@@ -101,6 +101,7 @@ def controlled_study(
     Example:
         eg3d-rlhf report controlled-study --seeds=0,1,2 --rewards=1 --label-sets=1 --dry-run
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.controlled_study import Plan, commands
     from eg3d_rlhf.evaluation.controlled_study import work as work_study
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
@@ -115,6 +116,7 @@ def controlled_study(
         tune=train_flags,
         **plan_settings,
     )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(commands(plan))
         return
@@ -170,6 +172,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     Example:
         eg3d-rlhf report rewards --only=points --dry-run
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import reward_comparison
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
@@ -178,6 +181,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     outdir = version_0_1.outdir(outdir)
     # a seed that is listed twice is used once
     training_seeds = list(dict.fromkeys(parse_seeds(seeds)))
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         trainings_by_entry = reward_comparison.plans_of(outdir, entry_names, training_seeds, full)
         commands = {
@@ -201,7 +205,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
     outdir={"default": "runs/seeds", "help": "Folder to write into; each seed has a subfolder."},
     dry_run="Print the commands as JSON and stop.",
 )
-@click.argument("more", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
+@click.argument("train_flags", metavar="[-- FLAGS]", nargs=-1, type=click.UNPROCESSED)
 def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...]) -> None:
     """Repeat the demo with several training seeds and compare the summaries of the runs (also `make seeds`).
 
@@ -212,9 +216,11 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...])
     Example:
         eg3d-rlhf report seeds --seeds=0,1,2 --dry-run
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation import over_seeds
 
     trainings = over_seeds.trainings(outdir, seeds, train_flags)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(
             {
@@ -297,6 +303,7 @@ def sweep(
     Example:
         eg3d-rlhf report sweep --lambda-r=10 --lambda-sigma=0,10 --kimg=0.016 --n=16 --images=32 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.sweep import GOALS, grid, make_cells, measure_cells, part_of
     from eg3d_rlhf.experiments.table import figure_table
     from eg3d_rlhf.generators import find_network
@@ -320,6 +327,7 @@ def sweep(
     parts = {cell: part_of(cell, outdir / "cells", kimg, train_arguments) for cell in grid(*axis_values)}
     # state of each cell: finished, begun or new
     states = {cell.name: part.state() for cell, part in parts.items()}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
         common_settings = {

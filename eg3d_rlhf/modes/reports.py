@@ -88,6 +88,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     Example:
         python tools/evaluate.py --only=reward-shift,over-optimisation --n=16
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import comparison_page
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.experiments import pages
@@ -95,6 +96,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
     parts = comparison_page.select(comparison, only)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         # paths as texts for JSON; None stays None
         source_paths = {
@@ -171,6 +173,7 @@ def viewer(out: Path) -> str:
     Args:
         out: folder of the report.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
 
     path = out / "data" / PAGE
@@ -269,6 +272,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
     Example:
         python tools/attribute.py --after=runs/00000-heads64-sigma-lambda10 --n=4
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.attribution import attribution_report as attribution
     from eg3d_rlhf.evaluation.attribution.attribution_report import PAGE
     from eg3d_rlhf.evaluation.attribution.attribution_study import Study
@@ -300,6 +304,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         regions=regions if regions in (BOXES, LANDMARKS, HEAD, PEOPLE) else Path(regions), **method_settings
     )
     study = Study(comparison, settings, progress=tqdm.write)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         paths = {
             "regions": str(settings.regions),
@@ -368,10 +373,12 @@ def embed(outdir, dry_run, device, **sources) -> None:
     Example:
         eg3d-rlhf report embed --after=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation import embedding
     from eg3d_rlhf.evaluation.comparison import load_comparison
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json({**comparison.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
@@ -415,6 +422,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     Example:
         eg3d-rlhf report images --run=runs/00000-heads64-synthetic-people64-batch4-gamma0.3-sigma-lambda10
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.comparison import load_comparison
     from eg3d_rlhf.evaluation.run_images import CHANGED, PAIRS, pairs_sheet, surface_change, write_pictures
     from eg3d_rlhf.experiments.media.rendering import png
@@ -423,6 +431,7 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
     # By default, the new images replace the images in the run folder.
     folder = outdir or comparison.run
     assert folder is not None
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json({**comparison.resolved(), "outdir": str(folder)})
         return
@@ -453,6 +462,7 @@ def method(run: Path, out: Path) -> None:
     Example:
         eg3d-rlhf report method --run=runs/00000-heads64-sigma-lambda10 --out=out/method.png
     """
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.method_figure import draw_method
 
     draw_method(run, out)

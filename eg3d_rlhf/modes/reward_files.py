@@ -58,6 +58,7 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     Example:
         eg3d-rlhf reward join assets/reward.safetensors assets/reward-heldout.safetensors --out=r.safetensors
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.reward import join as joined
     from eg3d_rlhf.rewards.reward import load_reward
@@ -71,10 +72,12 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     if repeated_path is not None:
         raise ValueError(f"REWARD: {repeated_path} is listed twice. Remove one of the two arguments.")
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device))
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
         reward = joined(members, generator, aggregate, strength, batch, bar.update)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
         return
@@ -134,11 +137,13 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     Example:
         eg3d-rlhf reward import synthetic:reward --out=runs/example/imported.safetensors --latents=0-1
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.rewards.release import compare_lattices, import_release, write_example
     from eg3d_rlhf.rewards.reward import check_reward
 
+    # an error in this block begins with the name --latents
     with naming("--latents"):
         seeds = [] if latents == "none" else parse_seeds(latents)
     # The folder receives the example of synthetic:reward. Weights are loaded as tensors; no code is executed.
@@ -146,9 +151,11 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
         reward = import_release(
             write_example(folder) if source == "synthetic:reward" else source, transform, lattice
         )
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(reward.describe())
         return
+    # an error in this block begins with the name --out
     with naming("--out"):
         path = reward.save(out)
     parameters = sum(parameter.numel() for parameter in reward.parameters())
@@ -159,6 +166,7 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     if not seeds:
         return
     target_device = choose_device(device)
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, target_device).generator
         check_reward(reward, generator)

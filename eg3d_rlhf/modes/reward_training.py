@@ -227,7 +227,7 @@ def unpaired_settings(unpaired: Path | None, alone: bool, options: dict) -> dict
     if alone:
         pair_weights = {name: 0 for name in ("pairs", "scalar", "bradley_terry")}
         changes = {**pair_weights, "regression": 25.0, "divergence": 1.0}
-        # Reference samples need a loss term of pairs, so there are none unless a flag switches such a term on.
+        # Reference samples need a loss term of pairs, so they are off unless a flag switches such a term on.
         if not any(options[name] for name in pair_weights):
             changes["reference_samples"] = 0
     else:
@@ -311,6 +311,7 @@ def open_label_source(
     # If labels of pairs exist as well, `labels` names them, and they are not made from single shapes.
     if unpaired is None or Path(labels) != unpaired:
         return source
+    # imported here, because --help must not load this module
     from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 
     return source_of_unpaired(Path(labels), split_seed)
@@ -318,6 +319,7 @@ def open_label_source(
 
 def open_run(settings: RewardRun, run: "Run") -> "Opened":
     """Open the labels and the generators of a run; see `open_training` for the checks."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import open_training
 
     return open_training(settings, run)
@@ -325,6 +327,7 @@ def open_run(settings: RewardRun, run: "Run") -> "Opened":
 
 def work(settings: RewardRun, opened: "Opened", run: "Run") -> None:
     """Train the reward, evaluate it on held-out labels, and write the results into the run folder."""
+    # imported here, because --help must not load this module
     from eg3d_rlhf.rewards.training_run import train_and_judge
 
     train_and_judge(settings, opened, run)
@@ -340,6 +343,7 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
 
     Raises: ValueError if the folder is not the folder of a reward's training.
     """
+    # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
     del flags
@@ -375,6 +379,7 @@ class RewardMode(Mode[RewardRun]):
 
         Raises: ValueError if the folder already contains a run that another launch has begun.
         """
+        # imported here, because --help must not load these modules
         from eg3d_rlhf.experiments.run import recorded
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity

@@ -120,6 +120,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     Example:
         python tools/gen_samples.py --seeds=0,2-5 --trunc=0.7 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import check_seeds, load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
@@ -127,8 +128,10 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     # EG3D's tool calls this flag --seeds, other jobs of this project --latents; both spellings are accepted.
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
+    # an error in this block begins with the name --shape-format
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
@@ -142,6 +145,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         }
         print_json(settings)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     # `or` would be wrong: 0 is a valid border.
@@ -274,14 +278,17 @@ def videos(
     Example:
         python tools/gen_videos.py --seeds=0-3 --grid=2x2 --trunc=0.7 --w-frames=60 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.core.field import RenderOptions
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.experiments.media.video import Film, FilmOptions, check_mp4, write_mp4
     from eg3d_rlhf.generators import load_generator
     from eg3d_rlhf.geometry.mesh_export import save_shape, shape_suffix
 
+    # an error in this block begins with the name --seeds
     with naming("--seeds"):
         seeds = rendering.parse_seeds(latents)
+    # an error in this block begins with the name --grid
     with naming("--grid"):
         # Two positive integers; leading zeros are allowed.
         cells = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", grid.lower())
@@ -290,6 +297,7 @@ def videos(
                 f"{grid!r} is not of the form WxH. Write the numbers of columns and rows, such as 4x3."
             )
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
+    # an error in this block begins with the name --shape-format
     with naming("--shape-format"):
         suffix = shape_suffix(shape_format)
     # name of the video -> its seeds
@@ -297,9 +305,11 @@ def videos(
     # Without interpolation, the latent is fixed, so one keyframe per seed is enough.
     if not interpolate and options.keyframes is None:
         options = replace(options, keyframes=1)
+    # an error in this block begins with the name --seeds
     with naming("--seeds"):
         # number of frames of each video
         frame_counts = {name: len(options.cells(group)[0]) * options.frames for name, group in groups.items()}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
@@ -321,6 +331,7 @@ def videos(
         return
     # Fails before the generator is loaded if the video encoder is missing.
     check_mp4(outdir / "interpolation.mp4")
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
     surface = MeshOptions(resolution=shape_res, border=generator.bounds.border, component="all")
@@ -406,14 +417,17 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     Example:
         eg3d-rlhf samples mesh --seed=1 --trunc=0.7 --resolution=128 --out=out/head.glb
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator, ws_of_seeds
     from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
 
     options = MeshOptions(**settings)
+    # an error in this block begins with the name --out
     with naming("--out"):
         check_mesh_suffix(out, "samples mesh")
     latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         resolved = {
             "out": str(out),
@@ -424,6 +438,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         }
         print_json(resolved)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
     with rendering.StageBar() as bar:
@@ -483,6 +498,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     Example:
         eg3d-rlhf samples sheet --data=synthetic:people64@n=64 --latents=0-7 --shapes=4 --outdir=out
     """
+    # Imported here, so that --help is printed without loading these modules.
     from eg3d_rlhf.evaluation.run_images import image_sheet, shape_sheet
     from eg3d_rlhf.experiments.media import rendering
     from eg3d_rlhf.generators import load_generator
@@ -490,8 +506,10 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
     from training.heads.people import LATENT
     from training.synthetic_heads import resolve_dataset
 
+    # an error in this block begins with the name --latents
     with naming("--latents"):
         seeds = rendering.parse_seeds(latents)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         settings = {
             "outdir": str(outdir),
@@ -504,8 +522,10 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         }
         print_json(settings)
         return
+    # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device)).generator
+    # an error in this block begins with the name --data
     with naming("--data"):
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):

@@ -67,6 +67,7 @@ database = option(
 )
 def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> None:
     """Analyse a finished study as its design states, and write report.html and report.json."""
+    # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.people.study import study_report as reports
 
     # The command `study` stores its --outdir and --db here, in case they stand before the word `report`.
@@ -246,6 +247,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         return
     check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
+    # --dry-run ends here; nothing has been written so far
     if dry_run:
         print_json(_dry_run(folder, name, flags, server))
         return
