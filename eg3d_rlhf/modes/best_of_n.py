@@ -17,7 +17,9 @@ from eg3d_rlhf.modes.shared_flags import print_json, shared
     before="Untuned generator: a network file or a run folder.",
     n={"default": 4096, "help": "Number of latents that are scored."},
     reward_ckpt={
+        # several rewards are compared on the same latents
         "multiple": True,
+        # click passes a tuple; the empty tuple stands for the bundled reward
         "default": (),
         "show_default": "the bundled reward",
         "help": (
@@ -61,6 +63,7 @@ def main(before, reward_ckpt, heldout_reward, data, outdir, device, dry_run, **s
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.best_of_n import arms, trial_of, write
 
+    # Loads all networks, also for --dry-run, so that mistakes in the files are reported.
     trial = trial_of(before, reward_ckpt, heldout_reward, data, device, **sampling)
     # --dry-run ends here; nothing has been written so far
     if dry_run:

@@ -28,6 +28,7 @@ _measures_option = functools.partial(option, group="Measures")
     ),
 )
 @_measures_option(
+    # Tolerances of the measures are relative to the bounding box, so that the scale does not matter.
     "--weld",
     metavar="FLOAT",
     type=click.FloatRange(0, MOST_TOLERANCE, min_open=True),
@@ -35,7 +36,11 @@ _measures_option = functools.partial(option, group="Measures")
     help="Merge vertices whose distance is below this share of the bounding box's longest edge.",
 )
 @_measures_option(
-    "--up", type=click.Choice(UPS), default="y", help="Axis that points up: y in glTF, z in most STL files."
+    # STL files do not state which axis points up.
+    "--up",
+    type=click.Choice(UPS),
+    default="y",
+    help="Axis that points up: y in glTF, z in most STL files.",
 )
 @_measures_option(
     "--samples",
@@ -126,7 +131,9 @@ def main(
     settings = MeasureOptions(**options)
     # an error in this block begins with the name FOLDER
     with naming("FOLDER"):
+        # also in subfolders, in a fixed order
         files = found_files(folder)
+    # These settings are sent to the measuring processes with the path of each file.
     request = {"weld": weld, "up": up, "options": asdict(settings)}
     # the affinity mask counts the cores this process may use, also in a container; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -143,6 +150,7 @@ def main(
             # a mesh that cannot be read has a reason instead of measures
             rows[file_index] = {**name, "reason": measures.pop("reason", ""), **measures}
             progress_bar.update()
+    # A row with a reason could not be measured.
     measured = [row for row in rows if not row["reason"]]
     if not measured:
         raise ValueError(
@@ -157,6 +165,7 @@ def main(
         worst[row_index]["file"]: answer.get("picture", "")
         for row_index, answer in answers(render_requests, jobs)
     }
+    # settings and thresholds that the page states beside the results
     header = {"weld": weld, "up": up, **asdict(settings), "hidden": HIDDEN, "wall": WALL}
     table = shares(rows)
     # the last three arguments are the tables of the page, the rows to show, and their renders

@@ -82,6 +82,7 @@ def check(ctx: click.Context, root: Path | None, memory: bool) -> None:
     for line in screen_lines(root, family, networks, all_faults):
         click.echo(line)
     if all_faults:
+        # For scripts: the exit code says whether the folder can be used.
         ctx.exit(1)
 
 
@@ -180,6 +181,7 @@ def screen_lines(
     )
     for network in networks:
         yield from entry_lines("network", [_describe_network(network)])
+    # A licence may restrict the use of the generator, so it is always shown.
     yield from entry_lines("licence", [family.notice or "see the publisher's"])
     yield from entry_lines(
         "", [f"files of it: {_join_paths(find_licences(root), root) or 'none: fetch them'}"]

@@ -116,7 +116,9 @@ def find_tuned_weights(
     for source in sources:
         if (source / FILE).is_file():
             work = Work.open(source)
+            # raises an error if the files of the generator have changed since `flow new`
             work.check_pipeline()
+            # `training` returns the training that --tune names, or the latest training.
             roots.append(Path(work.pipeline))
             stage_folders += work.tuned(work.training(name)).items()
         else:
@@ -130,6 +132,7 @@ def find_tuned_weights(
                     " tuned stage was found in it. Resume the run until it is finished, or name another"
                     " folder."
                 )
+            # a run of train.py records the generator in its settings
             roots.append(Path(source_record["pipeline"]))
             stage_folders += [(stage, source / stage) for stage in stages]
     # (stage, "=", path); sign and path are empty if the value has no "="
@@ -154,6 +157,7 @@ def find_tuned_weights(
             f"flow export: the stages belong to different generators, {root} and {roots[-1]}. Export the"
             " generators with separate commands."
         )
+    # raises ValueError for a stage that this generator does not have
     check_stages("export", family_of(root), [stage for stage, _ in stage_folders])
     # The dictionary holds the last folder of each stage. A stage with a different folder was tuned twice.
     repeated_stages = [stage for stage, path in stage_folders if dict(stage_folders)[stage] != path]

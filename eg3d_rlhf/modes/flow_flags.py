@@ -55,6 +55,7 @@ def unset_option(
 
 tuning_flags = together(
     unset_option(
+        # Training of adapters needs less memory than training of all parameters.
         "--tune",
         TRAIN,
         "lora|full",
@@ -82,6 +83,7 @@ def make_source(kind: type[Source], flags: Flags) -> Source:
 
     Raises: ValueError for a flag that is missing or has no effect.
     """
+    # `flags.of` returns the flags that were given, by field.
     source = kind(**flags.of(kind), seed=flags["seed"])
     check_source(source)
     return source
@@ -99,6 +101,7 @@ def make_record_reader(kind: type, mode: str) -> Callable[[Path, Flags, Any], An
         # imported here, because --help must not load this module
         from eg3d_rlhf.experiments.run import OPTIONS, recorded_by
 
+        # the path stands in the message of an error
         return from_dict(kind, recorded_by(folder, mode)["run"], str(folder / OPTIONS))
 
     return recorded
@@ -150,6 +153,7 @@ def adapter_help_values(lora: LoraConfig | None) -> dict[str, Any]:
     """
     # None as targets: each stage has default targets of its own, which --help describes by a text
     targets = {} if lora is None or lora.targets is None else {"lora_targets": ",".join(lora.targets)}
+    # "full" has no adapters, so there are no values of their flags
     return {"tune": "full" if lora is None else "lora", **targets}
 
 
@@ -173,6 +177,7 @@ loop_flags = together(
         ),
     ),
     unset_option(
+        # Weights of the loss on the loop's pairs. The flags without "loop" apply to people's pairs.
         "--loop-beta",
         LOOP,
         "FLOAT",
@@ -199,6 +204,7 @@ loop_flags = together(
         rare=True,
     ),
     unset_option(
+        # Length and learning rate of the training on the loop's pairs.
         "--loop-lr",
         LOOP,
         "FLOAT",
@@ -221,6 +227,7 @@ def circular_settings(flags: Flags, defaults: CircularSettings) -> CircularSetti
         flags: values of the command line; None: the flag was not given.
         defaults: default settings for the generator.
     """
+    # Three trainings: on people's pairs, on the loop's pairs, and supervised fine-tuning for the ablation.
     human, loop, sft = (_training(flags, config) for config in (defaults.human, defaults.loop, defaults.sft))
     human = replace(human, dpo=replace(human.dpo, **flags.of(DpoConfig)))
     # supervised fine-tuning has no preference loss, but the same condition dropout
@@ -277,6 +284,7 @@ def circular_help_values(settings: CircularSettings) -> list[object]:
     return [
         {
             **adapter_help_values(settings.human.lora),
+            # The names are those of the flags, not of the fields.
             "rounds": settings.rounds,
             "loop_beta": loop.dpo.beta,
             "loop_loser_weight": loop.dpo.loser_weight,
@@ -291,6 +299,7 @@ def circular_help_values(settings: CircularSettings) -> list[object]:
 
 def _training(flags: Flags, config: TrainConfig) -> TrainConfig:
     """Apply the flags to the settings of one training. The flags of the loss are not applied."""
+    # Flags that were given replace the defaults of the generator.
     return replace(config, **flags.of(TrainConfig), **adapter_settings(flags, config.lora))
 
 
@@ -403,6 +412,7 @@ def training_seeds(flags: Flags, count: int) -> tuple[int, ...]:
     Raises: ValueError that names --seeds, if its value is not a list of integers >= 0.
     """
     if flags["seeds"] is None:
+        # consecutive seeds, so that --seed alone makes the run reproducible
         return tuple(range(flags["seed"], flags["seed"] + count))
     return seeds_of("--seeds", flags["seeds"])
 
@@ -459,6 +469,7 @@ def make_arms_mode(
         # imported here, because --help must not load this module
         from eg3d_rlhf.tuning.flow.training import arm_runs
 
+        # `open` is passed on, because each worker process opens the problem itself.
         arm_runs.work(settings, opened, run, open)
 
     def titled(settings: ArmsRun, opened: "Opened") -> str:
@@ -474,6 +485,7 @@ def make_arms_mode(
         title=titled,
         record=lambda settings, opened: record(name, settings, opened),
         recorded=make_record_reader(kind, name),
+        # --help says that --jobs divides several trainings among processes
         jobs="several trainings",
         **mode_arguments,
     )

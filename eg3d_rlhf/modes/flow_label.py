@@ -72,6 +72,7 @@ def label(
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.answers import check_trained, latent_ensemble
 
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     work = Work.open(folder)
     flags = launch.ServerFlags.of(server, folder)
@@ -101,11 +102,13 @@ def label(
             # raises ValueError if a given flag differs from the stored value.
             requested = {"pairs": pairs, "strategy": strategy}
             launch.check_resumed(stored, requested, launch.given_flags(ctx), "--set campaign=NAME")
+        # number of judgements in the database
         answered = sum(1 for _ in store.judgements(name))
         click.echo(
             f"{stored.pairs} pairs, about {format_duration(SECONDS * stored.pairs)} at {SECONDS} s per"
             f" answer; {answered} answers so far"
         )
+        # Serves the page until Ctrl-C. The lambda returns the lines that are printed at the start.
         launch.serve_campaign(
             store,
             work.database,
@@ -127,6 +130,7 @@ def tuning_command(work: Work, campaign: str) -> str:
         campaign: name of the labelling project.
     """
     tune = f"eg3d-rlhf flow tune {work.folder}"
+    # `flow tune` reads the answers of this project directly from the database.
     if campaign == work.campaign:
         return tune
     file = work.folder / "answers.jsonl"
@@ -145,6 +149,7 @@ def make_request(work: Work, name: str, pairs: int, strategy: str = "random") ->
     # None for every setting: `filled` replaces it by the default value of the setting
     settings = launch.filled(dict.fromkeys(launch.SETTINGS), CampaignSettings) | launch.ASKED
     pairing = PairingOptions(pairs=pairs, seed=work.seed, strategy=strategy)
+    # an absolute path, because the label server may be started in another folder
     assets = str(work.drawn().resolve())
     return launch.Request(
         name=name,

@@ -49,6 +49,7 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
 @click.command("new", cls=GroupedCommand, job="flow new")
 @click.argument("folder", metavar="WORK", type=FOLDER)
 @option(
+    # The generator, and the inputs on which it is conditioned.
     "--pipeline",
     metavar="ROOT",
     required=True,
@@ -77,6 +78,7 @@ MAX_PROMPT_LENGTH = 2000  # characters of a prompt that the page shows
     help="File or folder of precomputed embeddings of the prompts or images, by name.",
 )
 @option(
+    # Number of samples, and the device that computes the embeddings.
     "--each",
     metavar="N",
     type=click.IntRange(2),
@@ -186,8 +188,11 @@ def new(
         write_atomic(folder / "inputs" / PROMPTS, "".join(f"{name}\n" for name in names).encode())
     else:
         link_images(folder / "inputs", names)
+    # Written before work.json, whose presence marks a complete folder.
     write_conditions(folder / CONDITIONS, embeddings_by_name)
     work = Work(
+        # The path is absolute, so that later commands can run in any folder. A bundled generator has a name
+        # instead.
         folder=folder,
         pipeline=pipeline if family.bundled else str(Path(pipeline).resolve()),
         family=family.name,
@@ -195,6 +200,7 @@ def new(
         kind="prompts" if images is None else "pictures",
         up=flags["up"] or family.up,
         splits=prompts_by_split,
+        # later commands reject a generator whose files have changed
         files=hashes(family.files(Path(pipeline))),
         seed=flags["seed"],
         each=flags["each"],
@@ -294,7 +300,9 @@ def cost_lines(
     if largest_count < LARGE:
         yield from entry_lines("memory", [f"small networks: at most {largest_count:,} parameters"])
         return
+    # The memory is computed with fake tensors, so that nothing large is allocated.
     costs = estimate(stages, precision=precision, batches=batches, device=str(device))
+    # raises ValueError with a remedy
     check_fits(costs, free_bytes(device), "flow new")
     # the first ten columns hold the title, as in `entry_lines`
     yield from (
@@ -329,8 +337,10 @@ def conditioning_names(
                 "--conditioning cannot be combined with --prompts or --images, because its embeddings have"
                 " names already. Remove one of the flags."
             )
+        # the embeddings replace both prompts and images
         return dict.fromkeys(embeddings_by_name.names)
     # The toy has built-in prompts, which are used if no prompts are given.
+    # family.prompts is empty for generators that are not bundled
     if prompts is None and images is None and family.prompts:
         return dict.fromkeys(family.prompts)
     if prompts is None and images is None:
@@ -386,6 +396,7 @@ def list_images(folder: Path) -> dict[str, Path]:
     Raises: FileNotFoundError for a folder without images; ValueError if two images have the same name or the
         same content.
     """
+    # Sorted, so that the order of the images does not depend on the file system.
     paths = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise FileNotFoundError(
@@ -423,6 +434,7 @@ def link_images(folder: Path, names: Mapping[str, Path | None]) -> None:
     # imported here, because --help must not load this module
     from eg3d_rlhf.models.policies import link
 
+    # Point maps are optional, so only existing files are linked.
     for path in names.values():
         assert path is not None
         for source in (path, path.with_suffix(POINT_MAP_SUFFIX)):
@@ -451,4 +463,5 @@ def choice_lines(work: Work, device: "torch.device") -> Iterator[str]:
             " images are kept for the test"
         ],
     )
+    # The next command can be copied from the screen.
     yield from entry_lines("next", [f"eg3d-rlhf flow sample {work.folder}"])

@@ -72,6 +72,8 @@ def sample(folder: Path, device: str, cells: int | None, few_steps: int | None, 
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.tuning.flow.workspace.sampled_assets import drawing_of
 
+    # Raises an error if the folder is no WORK, or if the files of the generator have changed since `flow
+    # new`.
     work = Work.open(folder)
     family = work.check_pipeline()
     # `running` opens the process group of torchrun. If a signal stops the run, it prints how to resume.

@@ -65,6 +65,7 @@ class Study:
                 f"{folder}: the file {FILE} is missing, so this is no folder of `flow study`. Remove the"
                 " folder, or restore the file from a backup."
             )
+        # the file names the training only; the other data lies in the comparisons
         return cls(folder, json.loads(path.read_text())["tune"])
 
     @classmethod
@@ -107,6 +108,7 @@ class Study:
 
         if not self.contest(against).design.is_file():
             return None
+        # the stored design, and all answers in the database
         design, rows = studies.study_rows(self.contest(against))
         count = len(sort_rows(design, rows).trials)
         # A comparison that was stopped by the rule of its design counts as complete.
@@ -180,6 +182,7 @@ def study(
 
     check_extra(EXTRA)
     work = Work.open(folder)
+    # raises an error if there is no finished training
     training = work.training(tune)
     if interim and not report:
         raise ValueError("--interim needs --report. Add --report, or remove --interim.")
@@ -309,6 +312,7 @@ def write_reports(work: Work, study: Study, against: str | None, interim: bool) 
 
     Raises: ValueError if no comparison has a design.
     """
+    # A comparison without a design has no answers.
     designed_contests = [
         name for name in ((against,) if against else (BASE, CONTROL)) if study.answered(name) is not None
     ]
@@ -345,6 +349,7 @@ def write_renders(work: Work, study: Study) -> Path:
     from eg3d_rlhf.tuning.flow.base.ranking import RANKING
     from eg3d_rlhf.tuning.flow.workspace.sample_strips import image_of
 
+    # tune-00 -> 00, the number of the training in the names of its folders
     number = study.tune.rpartition("-")[2]
     arms = {"before": "test-base", "tuned": f"tuned-{number}", "control": f"control-{number}"}
     # by arm: (prompt, noise seed) -> the file to render. A training without a control has no such folder.

@@ -129,6 +129,7 @@ def tune_command(context: click.Context, folder: Path, device: str, **flag_value
         raise ValueError(
             "--stage cannot be combined with --loop, which tunes all stages. Remove one of them."
         )
+    # Mistakes in the flags are reported before any file of the generator is read.
     work = Work.open(folder)
     check_stages("--stage", work.check_pipeline(), flags["stages"])
     tuning = tuning_settings(flags, work)
@@ -216,6 +217,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     if flags["pairs_only"]:
         return
     ranks.barrier()  # the other processes read the pairs that the first process wrote
+    # Opens the generator, the pairs in WORK, and the embeddings of their prompts.
     problem = problem_of(work, family, imported, target_device, encoding)
     # Converted to JSON and back: tuples become lists, so that the record equals a stored record of the same
     # settings.
@@ -224,9 +226,11 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
     )
     # The first process chooses the folder, so that all processes use the same folder.
     folder = Path(ranks.broadcast(str(choose_folder(work, record)) if ranks.main else None))
+    # A folder with a record was begun by an earlier call.
     is_resumed = ranks.broadcast(bool(recorded(folder)) if ranks.main else None)
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
+    # The block holds the lock of the folder, so that two processes cannot train in it at once.
     with Run(folder, record, ranks=ranks, device=str(target_device)) as run_record:
         if not is_resumed:
             run_record.begin()
@@ -240,6 +244,7 @@ def run(work: Work, tuning: Tuning, flags: Flags, device: str, ranks: "Ranks") -
         )
         run_record.done()
     if ranks.main:
+        # the report as Markdown
         click.echo((folder / f"{REPORT}.md").read_text())
 
 

@@ -39,6 +39,7 @@ _images_option = functools.partial(option, group="Images")
     help="Zip file to write, or a new or empty folder.",
 )
 @_images_option(
+    # Options that change the images. The labels are adapted to a crop and to mirroring.
     "--max-images",
     metavar="INT",
     type=click.IntRange(min=1),
@@ -120,8 +121,10 @@ def convert(
     )
     # `naming` puts the flag in front of the messages of errors in its block.
     with naming("--source"):
+        # synthetic heads are rendered into a folder at their first use
         path = resolve_dataset(source)
         count = len(ImageFiles(path).images)
+    # None: all images
     count = min(count, max_images or count)
     # the affinity mask counts the cores this process may use; not all systems have it
     jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -167,6 +170,7 @@ def convert(
     help="Also use a mirrored copy of every image of the dataset, with the mirrored camera label.",
 )
 @option(
+    # The feature network decides what the distances mean, so it is recorded with them.
     "--inception",
     metavar="FILE",
     type=PATH,
@@ -235,6 +239,7 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
     options = MetricOptions(
         metrics=tuple(name.strip() for name in metrics.split(",")), n=n, seed=seed, batch=batch
     )
+    # Loaded before the dataset, because the network's run names its dataset.
     target = choose_device(device)
     # an error in this block begins with the name --network
     with naming("--network"):
@@ -281,8 +286,10 @@ def metrics(network, data, mirror, inception, metrics, n, seed, batch, outdir, d
         """Make the progress bar of one metric over `total` images, and return its update function."""
         return tqdm(total=total, desc=title, unit="image").update
 
+    # one record per metric
     records = evaluate(generator, dataset, features, options, bar)
     for record in records:
         click.echo(json.dumps(record))
     if outdir is not None:
+        # Earlier results of the same network stay in the files.
         append_records(outdir, records)

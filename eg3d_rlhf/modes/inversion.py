@@ -205,6 +205,7 @@ def open_setup(s: InversionRun, run: "Run") -> "Setup":
     return Setup(
         loaded=loaded,
         perceptual=features,
+        # distribution of w, which keeps the latent near those of samples
         prior=prior_of(generator),
         guidance=None if reward is None else Guidance(generator, reward),
         evaluators=evaluators,
@@ -226,6 +227,7 @@ def work(s: InversionRun, setup: "Setup", run: "Run") -> None:
     click.echo(
         f"{len(setup.cases)} target(s), weights {weights}, perceptual features {setup.perceptual.name}"
     )
+    # Inversions that an earlier call has finished are read from the folder.
     inversions.go()
     finish(inversions, s.shape_res, s.turns)
 
@@ -257,6 +259,7 @@ def finish(inversions: "Inversions", shape_res: int, turns: int) -> None:
     }
     write_json(folder / "inversion.json", {**run_facts, **summary, "records": records})
     page_parts = report.jobs(inversions)
+    # quiet: the conclusions are printed below instead
     findings = pages.run(page_parts, folder, quiet=True)
     target_text = "One target" if len(setup.cases) == 1 else f"{len(setup.cases)} targets"
     sentences = report.summary_sentences(summary, setup.evaluators.name, setup.perceptual.name)

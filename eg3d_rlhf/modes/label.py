@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[tuple[str, ...], Callable]] = {
     "judgements": ((".jsonl",), functools.partial(_archive, "export_judgements")),
     "ranked-seeds": ((".csv",), functools.partial(_archive, "export_ranked_seeds")),
     **{
+        # the three exports of assets share one function
         kind: ((".jsonl",), functools.partial(export_assets, kind=kind))
         for kind in ("asset-pairs", "rankings", "asset-scores")
     },
@@ -70,6 +71,7 @@ class LabelGroup(GroupedGroup):
         """Return completions of subcommands and flags, and of the jobs whose first word is `label`."""
         from eg3d_rlhf.modes.jobs import JobGroup
 
+        # `label elo` is a job of its own and no subcommand of this group.
         return super().shell_complete(ctx, incomplete) + JobGroup("label").shell_complete(ctx, incomplete)
 
 
@@ -95,6 +97,7 @@ class LabelGroup(GroupedGroup):
     default="y",
     help="Coordinate axis that points up in the assets of --assets.",
 )
+# Flags of the choice of the pairs: number, strategy, seeds.
 @options_of(PairingOptions)
 @_pairs_option(
     "--reward",
@@ -115,6 +118,7 @@ class LabelGroup(GroupedGroup):
         " tournament of several rounds."
     ),
 )
+# Flags of the page, such as the share of pairs that are shown twice.
 @options_of(CampaignSettings)
 @_pairs_option(
     "--show-render/--no-show-render",
@@ -181,6 +185,7 @@ def main(
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "db")
         return
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     request, given_names = _request(ctx, campaign, network, assets, after, rewards, flags)
     # the settings of the flags, which are compared with the stored settings if the campaign is resumed
@@ -249,6 +254,7 @@ def _request(
             f"--after cannot be combined with --strategy={flags['strategy']}, which does not read earlier"
             f" answers. Use --strategy={strategy_names}, or remove --after."
         )
+    # `rewards` comes from the flag --reward, the other fields have the names of their flags.
     pairing = PairingOptions(
         rewards=rewards,
         **{name: flags[name] for name in PairingOptions.__dataclass_fields__ if name != "rewards"},
@@ -275,6 +281,7 @@ def _request(
         }
     request = launch.Request(
         name=campaign,
+        # Paths are absolute: the campaign may be resumed from another folder.
         network=str(network_file) if network_file else None,
         after=after,
         pairing=pairing,
@@ -282,6 +289,7 @@ def _request(
         assets=str(Path(assets).resolve()) if assets else None,
         up=flags["up"],
     )
+    # This question asks how well an asset matches its prompt.
     if "prompt" in settings["questions"] and assets is None:
         raise ValueError(
             "--criteria: the question 'prompt' needs --assets, because the shapes of a generator have no"
@@ -299,8 +307,9 @@ def _reject_generator_flags(ctx: click.Context, given_names: set[str]) -> None:
 
     Args:
         ctx: context of the command.
-        given: names of the flags that were typed.
+        given_names: names of the flags that were typed.
     """
+    # names of the flags that decide how shapes are sampled and extracted from a generator
     sampling_flags = {
         "network",
         "show_render",
@@ -341,12 +350,14 @@ def _dry_run(
             stored = store.campaign(request.name)
             if stored is not None:
                 resumed = True
+                # raises ValueError if a typed flag differs from the stored value
                 requested_settings = dict(launch.check_resumed(stored, requested_settings, given_names))
     return {
         "campaign": request.name,
         "action": "resume" if resumed else "plan",
         **requested_settings,
         **server.to_dict(),
+        # the URL of a database server may contain a password
         "db": without_password(db),
         "access_log": str(server.access_log),
     }
@@ -385,10 +396,12 @@ def _start(
             launch.check_annotators(store, server.host, MAKE)
         campaign = store.campaign(request.name)
         if campaign is None:
+            # `planned` is set if the database did not exist a moment ago
             settings, pairs = planned or launch.plan_campaign(store, request, click.echo)
             store.create_campaign(settings, pairs)
             click.echo(f"campaign {request.name!r}: {len(pairs)} pairs planned")
         else:
+            # raises ValueError if a typed flag differs from the stored value
             launch.check_resumed(campaign, requested_settings, given_names)
             answered = sum(1 for _ in store.judgements(request.name))
             click.echo(
@@ -499,6 +512,7 @@ def export(
             )
         filters = {}
     with open_store(db, create=False) as store:
+        # only two of the functions have the argument from_pairs
         write(store, out, campaign=campaign, **filters, **({"from_pairs": True} if from_pairs else {}))
     with out.open(encoding="utf-8") as file:
         # The first line of a CSV file is its header. True counts as 1.
@@ -538,6 +552,7 @@ def import_(source: Path, campaign: str | None, annotator: str | None, db: str) 
         )
     with open_store(db, create=True) as store:
         if source.suffix == ".csv":
+            # One annotator, "imported" by default, is recorded for all answers of the table.
             count = _archive("import_ranked_seeds", store, source, campaign, annotator or "imported")
         else:
             count = _archive("import_judgements", store, source)
@@ -575,6 +590,7 @@ def leaderboard(campaign: str | None, criterion: str | None, as_json: bool, db: 
             f"--criterion: the question {criterion} has no answers. Questions with answers:"
             f" {', '.join(criteria) or 'none'}. Use one of these names, or remove --criterion."
         )
+    # Only answers to planned pairs of two generators count, not repeats, gold pairs or answers of studies.
     board = leaderboard_of(rows, criterion)
     if as_json:
         click.echo(
@@ -599,6 +615,7 @@ def _check_campaign(store: "Store", campaign: str | None) -> None:
             f"--campaign: {campaign} is not in this database. Use one of the campaigns that `status` lists."
         )
     if stored is not None and stored.settings.mode is not Mode.LABEL:
+        # A study is analysed by its own command, because its design fixes the analysis.
         remedy = (
             "run tools/study.py report for its result"
             if stored.settings.mode is Mode.STUDY

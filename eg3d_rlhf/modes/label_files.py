@@ -23,6 +23,7 @@ from training.storage import write_atomic
     "network",
     network={"type": click.Path(path_type=Path, exists=True), "help": "Generator to sample and label."},
 )
+# Settings of the simulated annotator, and of the samples that it labels.
 @options_of(AnnotationOptions)
 @option(
     "--randomised",
@@ -79,8 +80,10 @@ def synthetic(
         def on_seed(result: Utility) -> None:
             """Advance the progress bar by one labelled seed."""
             bar.update()
+            # refresh=False: the text is shown with the next update of the bar
             bar.set_postfix(utility=f"{result.total:.3f}", refresh=False)
 
+        # All labels come from one pass over the seeds, also those of pairs.
         annotation = annotate(generator.generator, options, on_seed)
     # The hash of the generator is stored, because the same seeds give other shapes with another generator.
     meta = {"generator": generator.hash, **annotation.summary()}
@@ -162,6 +165,7 @@ def elo(files, ties, held, out) -> None:
 
     # Each criterion has its own table of ratings.
     by_criterion = defaultdict(list)
+    # Judgements of several files are pooled.
     for file in files:
         for judgement in read_judgements(file):
             by_criterion[judgement.criterion].append(judgement)
@@ -176,6 +180,7 @@ def elo(files, ties, held, out) -> None:
                 f"{criterion}: skipped, because --held fixes the ratings of all its methods.", err=True
             )
             continue
+        # The fixed ratings decide the scale of the new ratings.
         tables[criterion] = ratings(judgements, draws=ties, held=fixed_ratings)
     if out is not None:
         write_atomic(

@@ -71,6 +71,7 @@ def latent(stage: str | None, seed: int, seeds: str | None, out: Path, device: s
     # The seed of the problem is always 0. --seed changes only the training of the reward.
     problem = open_problem(make_source(ProblemSource, Flags({**source, "seed": 0})), choose_device(device))
     stage_name = stage_of(problem.pipeline, stage or problem.pipeline.stages[-1].name).name
+    # `tqdm.write` prints lines without breaking the progress bar.
     reward, comparison = compared(problem, stage_name, training_seeds, tqdm.write)
     # The accuracy is stored in the reward file.
     reward.record |= {"evaluation": comparison.shown()}

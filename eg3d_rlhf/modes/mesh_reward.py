@@ -91,7 +91,9 @@ def read_record(folder: Path, flags: Flags, ranks: object) -> MeshRewardRun:
     # a path, or None for generated meshes
     data = values["data"]
     return MeshRewardRun(
-        training=MeshRewardTraining(**{**values, "data": data and Path(data)}), seeds=seeds and tuple(seeds)
+        # JSON stores a path as text
+        training=MeshRewardTraining(**{**values, "data": data and Path(data)}),
+        seeds=seeds and tuple(seeds),
     )
 
 
@@ -138,6 +140,7 @@ def format_summary(summary: dict[str, dict]) -> list[str]:
     for arm, row in summary.items():
         # lowest and highest AUC over the training seeds
         low, high = row["auc_range"]
+        # AUC for each kind of defect, since an average may hide a kind that is not detected
         kinds = "  ".join(f"{kind} {value:.3f}" for kind, value in row["auc_by_kind"].items())
         divergences = f"divergence {row['divergence']:6.3f}, at a fixed width {row['divergence_fixed']:6.3f}"
         rows.append(
@@ -163,6 +166,7 @@ def work(run_settings: MeshRewardRun, training: "MeshTraining | None", run: "Run
     report = run_training(training, run)
     kinds = "".join(f", {kind} {value:.3f}" for kind, value in report["auc_by_kind"].items())
     preferred_count, other_count = report["n"]
+    # the interval follows from the AUC and the numbers of meshes (Newcombe 2006)
     low, high = auc_interval(report["auc"], preferred_count, other_count)
     metrics = (
         f"held-out AUC {report['auc']:.3f}, 95 % interval {low:.3f} to {high:.3f} ({preferred_count}"
@@ -180,6 +184,7 @@ MESH_REWARD = Mode(
     settings=MeshRewardRun,
     open=open_training,
     work=work,
+    # the name of the data is part of the folder's name
     title=lambda run, opened: (
         f"{NAME}-{run.training.data.stem if run.training.data else run.training.source}"
     ),
@@ -188,6 +193,7 @@ MESH_REWARD = Mode(
     record=make_record,
     recorded=read_record,
     shown=lambda run: make_record(run, None),
+    # the training is deterministic on a CPU with one thread, so a GPU is not used by default
     on_cpu=lambda run: True,
     help="""Train RewardCS, the mesh reward of the paper DreamCS, on unpaired labels: on generated meshes with
     known defects, or on your own meshes.

@@ -65,6 +65,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
             for name in ("G", "D", "G_ema")
             if (network := getattr(nets, name)) is not None
         },
+        # with these arguments, the networks can be built again
         "constructor": {"G": nets.G_kwargs, "D": nets.D_kwargs},
         "training_set": nets.training_set,
         "cur_nimg": nets.cur_nimg,
@@ -76,6 +77,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
                 name: getattr(of(G), name) for name in ("z_dim", "w_dim", "num_ws", "img_resolution", "level")
             }
         }
+    # the layout says onto which coordinates the three planes project
     planes = {"layout": G.plane_layout, "resolution": G.plane_resolution, "channels": G.plane_channels}
     return general | {
         "generator": {
@@ -94,6 +96,7 @@ def describe_networks(source: str | Path | None, seeds: int = 256) -> dict[str, 
             "superresolution": type(G.superresolution).__name__,
             "rendering_kwargs": G.rendering_kwargs,
         },
+        # the statistics show how strong a truncation by psi is
         "psi": psi_statistics(nets, seeds),
     }
 
@@ -116,6 +119,7 @@ def describe_module(module: "torch.nn.Module") -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
         "buffers": sum(tensor.numel() for name, tensor in state.items() if name not in parameters),
         "not_finite": sum(int((~torch.isfinite(tensor)).sum()) for tensor in state.values()),
+        # equal hashes mean equal weights, also in files of different formats
         "hash": networks.state_hash(module),
     }
 
@@ -144,6 +148,7 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
     from eg3d_rlhf.generators import ws_of_seeds
 
     G_ema: Any = nets.G_ema
+    # [W], stored in the network
     w_avg = G_ema.backbone.mapping.w_avg
     # psi is 1 by default. The mapping network repeats w for every layer, so the first layer is enough.
     w = ws_of_seeds(G_ema, range(seeds))[:, 0]  # [N, W]
@@ -153,6 +158,7 @@ def psi_statistics(nets: "networks.Networks", seeds: int) -> dict[str, float]:
         "w_avg_norm": float(w_avg.norm()),
         "w_norm_mean": float(w.norm(dim=1).mean()),
         "distance_mean": float(distance.mean()),
+        # unbiased=False: divided by N, as numpy does by default
         "distance_std": float(distance.std(unbiased=False)),
         "centre_error": float((w.mean(dim=0) - w_avg).norm()),
         "component_std": float(w.std(dim=0, unbiased=False).mean()),
@@ -242,12 +248,15 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
 
     # Checked before the network is read, which takes time.
     check_suffix(out)
+    # A network file may be the result of a long training.
     if out.exists() and not overwrite:
         raise ValueError(f"--out: {out} exists. Choose another file, or add --overwrite.")
     source = find_network(file)
     click.echo(f"Reading {source}.")
+    # A pickle is parsed and its tensors are copied; its code is not run.
     nets = load_networks(source)
     if tri_grid is not None:
+        # From NUM = 1.5 on, the residual is only a rounding error.
         nets, residual = to_tri_grid(nets, tri_grid)
         click.echo(
             f"Tri-grid of 3 slices along {tri_grid:g} sides of the box: relative difference to the features"
@@ -255,6 +264,7 @@ def convert(file: Path, out: Path, only_ema: bool, overwrite: bool, tri_grid: fl
         )
     # settings of this network that are constants in the code of EG3D, with other values
     sizes = foreign_sizes(nets)
+    # The format of this project stores these sizes, a plain state dict does not.
     if out.suffix != ".safetensors" and sizes:
         click.echo(
             "Warning: a checkout of EG3D cannot build this generator, because it hard-codes these sizes:"

@@ -62,6 +62,7 @@ _TOY: dict[str, Any] = {
     "max_drop": 1.0,  # of the win rate; 1: never stops early
 }
 TOY_SINGLES = {
+    # batch: number of assets per update with nft, number of groups per update with dgpo
     "nft": SinglesConfig(loss="nft", trust=0.1, steps=100, batch=32, **_TOY),
     "dgpo": SinglesConfig(loss="dgpo", beta=50.0, steps=100, batch=4, **_TOY),
 }
@@ -75,6 +76,7 @@ def default_run(pipeline: str, loss: str) -> OfflineRun:
         pipeline: folder of the generator, or the name of the toy.
         loss: name of the loss on single assets, "nft" or "dgpo".
     """
+    # The toy has settings that were tuned on it; other generators get those of published code.
     if pipeline == TOY:
         return OfflineRun(
             singles=TOY_SINGLES[loss],
@@ -151,6 +153,7 @@ def resolve(flags: Flags) -> OfflineRun:
         source=make_source(OfflineSource, flags),
         assets=None if flags["assets"] is None else str(flags["assets"]),
         labels=flags["labels"],
+        # stage, arms, seeds and evaluation
         **make_shared_fields(flags, defaults, parse_arm_names(flags)),
     )
 
@@ -174,6 +177,7 @@ def open_offline(settings: OfflineRun, device: str) -> "Opened":
     source = settings.source
     # Without --pairs and --conditioning, the embeddings of the prompts are read from the folder of assets.
     if settings.assets is not None and source.pairs is None and source.conditions is None:
+        # --assets may be the list of the assets, which lies in their folder
         folder = Path(settings.assets)
         source = replace(
             source, conditions=str(conditioning_file(folder if folder.is_dir() else folder.parent))
@@ -197,6 +201,7 @@ def read_labelled_assets(settings: OfflineRun, problem: "Problem") -> "Labelled"
     family = family_of(Path(settings.source.pipeline))
     with tqdm(desc="assets", unit="asset", disable=None, leave=False) as bar:
         labels = None if settings.labels is None else Path(settings.labels)
+        # Reads the list of the assets and their labels; `candidate` reads the stored latents of a line.
         return read_labelled(Path(settings.assets), labels, problem.pipeline, family.candidate, bar.update)
 
 

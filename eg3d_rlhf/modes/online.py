@@ -203,6 +203,7 @@ def select_arms(flags: Flags, preset: str) -> tuple[str, ...]:
     # False: with --arms, whose names contain the losses, --loss never has an effect.
     flags.belong(("loss",), False, "a run without --arms, whose names contain the losses")
     if flags["arms"] == "all":
+        # all losses with their controls, except dppo, which must be named
         return tuple(arm for arm in ARMS if divided(arm)[0] != "dppo")
     return parse_arm_names(flags)
 
@@ -219,6 +220,7 @@ def check(flags: Flags, arms: tuple[str, ...]) -> None:
         bool(kinds - {*ON_LATENTS, "dpo"}),
         "losses on the sampler's steps",
     )
+    # Flags of a single loss are rejected if no arm has this loss.
     flags.belong(("curvature", "unweighted"), "nft" in kinds, "--loss=nft")
     flags.belong(("group_beta",), "dgpo" in kinds, "--loss=dgpo")
     flags.belong(

@@ -54,6 +54,7 @@ def report_commands(out: Path, runs: dict[str, Path], seed: int, only: list[str]
     # imported here, because --help must not load this module
     from eg3d_rlhf.evaluation.trainings import DOOR
 
+    # The tuned run is compared with its control where a report has both flags.
     run_flags = [f"--after={runs['tuned']}", f"--control={runs['control']}"]
     flags = {
         "evaluate": [f"--run={runs['tuned']}", *run_flags],
@@ -120,6 +121,7 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     trainings_by_role = trainings(outdir, kimg, seed)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
+        # A finished run is not trained again; for another run the command is printed.
         planned = {
             f"{role} run": "finished" if training.finished() else training.continued()
             for role, training in trainings_by_role.items()
@@ -131,10 +133,12 @@ def report_all(outdir: Path, only: str, kimg: float, seed: int, dry_run: bool) -
     started = time.time()
     times = dict[str, float]()
     for role, training in trainings_by_role.items():
+        # trains the run unless it is finished
         make_in_terminal(f"{role} run", training)
     times["runs"] = time.time() - started
     runs = {role: training.run for role, training in trainings_by_role.items() if training.run is not None}
     for name, command in report_commands(outdir, runs, seed, report_names).items():
+        # each report runs in a process of its own
         times[name] = call(name, command)
     click.echo(
         "\n"

@@ -59,6 +59,7 @@ def network_names(networks: Sequence[Path]) -> list[str]:
     "--held-out",
     "place",
     type=click.Choice(list(PLACES)),
+    # settings must not be chosen on the latents of the published tables
     default="evaluation",
     help=(
         "Set of latents that no training uses: evaluation is the set of the published tables, validation is"
@@ -80,10 +81,12 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
 
     # core/seeds.py reserves these seeds, so that no training uses them
     seeds = PLACES[place].take(n)
+    # Each generator is compared with `before` on the same latents.
     columns, defective = compare(dict(zip(network_names(networks), networks, strict=True)), before, seeds)
     click.echo("\n".join(figure_table("network", columns, TABLE, intervals=("error_reduction",))))
     click.echo(f"\n{n} latents ({place}, from {seeds[0]}), psi 1; {defective} heads defective before tuning.")
     if out is not None:
+        # first and last seed; the seeds are consecutive
         data = {"held_out": place, "seeds": [seeds[0], seeds[-1]], "networks": columns}
         write_atomic(out, json.dumps(data, indent=1).encode())
 
@@ -113,6 +116,7 @@ def heads(networks: tuple[Path, ...], before: Path | None, place: str, n: int, o
     before="Generator before tuning: a network file or a run folder.",
     n={
         "metavar": "SHAPES",
+        # best of n is one of the controls: of each CHOOSE untuned shapes, the reward selects one
         "type": click.IntRange(min=CHOOSE),
         "default": 64,
         "help": "Number of shapes, rounded down to a multiple of four.",
@@ -160,6 +164,7 @@ def solid(
     if pipeline is None:
         table_rows, table_facts = compare_networks(networks_by_name, before, n, psi, seed, target_device)
     else:
+        # the embeddings of --conditioning, else those that the runs record
         source = source_of(pipeline, conditioning, folders)
         table_rows, table_facts = compare_stages(networks_by_name, source, stage, n, seed, target_device)
     click.echo("\n".join(markdown(table_rows, table_facts["rules"])))
@@ -168,5 +173,6 @@ def solid(
         f" intervals. Grids of {table_facts['edge']}^3."
     )
     if out is not None:
+        # the file contains the same numbers as the printed table
         data = {"what": table_facts["what"], "weights": table_facts["rules"].weights, "lines": table_rows}
         write_atomic(out, json.dumps(data, indent=1).encode())

@@ -63,6 +63,7 @@ _grid_option = functools.partial(option, group="Grid")
     help="Number of held-out latents on which the generators are compared.",
 )
 @option(
+    # Labels and rewards on which the arms are tuned.
     "--labels",
     metavar="FILE",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -107,12 +108,16 @@ def controlled_study(
     from eg3d_rlhf.experiments.media.rendering import parse_seeds
 
     plan = Plan(
+        # version 0.1 named this folder otherwise; results in the old folder are used again
         out=version_0_1.outdir(outdir),
+        # number of label sets; all sets after the first are drawn by the simulated annotator
         draws=label_sets,
         # in the order of ARMS, whatever the order in --only
         arms=[name for name in ARMS if name in {LABELS, *some_of("--only", only, ARMS)}],
         seeds=list(dict.fromkeys(parse_seeds(seeds))),
+        # split like a command line, so that quoted values may contain spaces
         train=tuple(shlex.split(train)),
+        # flags after "--"
         tune=train_flags,
         **plan_settings,
     )
@@ -178,6 +183,7 @@ def rewards(outdir: Path, only: str, seeds: str, full: bool, jobs: int, dry_run:
 
     # raises ValueError for an unknown name
     entry_names = some_of("--only", only, ENTRIES)
+    # version 0.1 named this folder otherwise; results in the old folder are used again
     outdir = version_0_1.outdir(outdir)
     # a seed that is listed twice is used once
     training_seeds = list(dict.fromkeys(parse_seeds(seeds)))
@@ -224,11 +230,13 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...])
     if dry_run:
         print_json(
             {
+                # "finished", or the arguments with which train.py starts or resumes
                 seed: "finished" if training.finished() else training.continued()
                 for seed, training in trainings.items()
             }
         )
         return
+    # Trains the runs that are not finished, and compares all summaries.
     metrics = over_seeds.work(outdir, trainings, [*over_seeds.DEMO, *train_flags])
     click.echo(f"\n{aligned(over_seeds.table(metrics))}\n\nWritten to {outdir / over_seeds.SUMMARY}")
 
@@ -240,6 +248,7 @@ def seeds(seeds: str, outdir: Path, dry_run: bool, train_flags: tuple[str, ...])
     reward_ckpt={"help": "Reward file to tune with.", "show_default": "the bundled reward"},
 )
 @_grid_option(
+    # The grid consists of all combinations of lambda_r, lambda_sigma and seed.
     "--lambda-r",
     metavar="LIST",
     default="0,1,10",
@@ -316,6 +325,7 @@ def sweep(
     ]
     sampling = {name: value for name, value in grid_and_sampling.items() if name not in axis_types}
     target_device = choose_device(device)
+    # a run folder stands for its newest network
     network = find_network(before)
     network_flags = {"init": before and network, "reward-ckpt": reward_ckpt, "data": data}
     # flags of train.py that are the same for all cells
@@ -329,6 +339,7 @@ def sweep(
     states = {cell.name: part.state() for cell, part in parts.items()}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
+        # the hashes show whether two sweeps used the same files
         hashes = {"init": file_hash(network), "reward": file_hash(reward_ckpt or bundled.REWARD)}
         common_settings = {
             "kimg": kimg,
@@ -346,6 +357,7 @@ def sweep(
         err=True,
     )
     try:
+        # Finished cells are skipped.
         make_cells(parts, jobs)
     except KeyboardInterrupt:
         click.echo(
@@ -370,6 +382,7 @@ def sweep(
         }
         for row in finding.data["rows"]
     }
+    # printed with three digits
     columns = {name: (name, ".3g") for name in GOALS}
     click.echo("\n".join(figure_table("setting", rows, columns, intervals=GOALS)))
     click.echo(

@@ -95,6 +95,7 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
     from eg3d_rlhf.experiments.pages import write_page
 
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
+    # raises ValueError for an unknown name in --only
     parts = comparison_page.select(comparison, only)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -112,8 +113,10 @@ def evaluate(outdir, only, dry_run, device, **sources) -> None:
         }
         print_json({**comparison.resolved(), **settings, "parts": [job.key for job in parts]})
         return
+    # Missing files are reported before the first part is computed.
     comparison_page.check_files(comparison)
     findings = pages.run(parts, outdir)
+    # The summary uses only parts that were computed.
     sentences = comparison_page.summary(comparison, findings)
     _keep_summary(outdir, sentences)
     page = write_page(
@@ -178,6 +181,7 @@ def viewer(out: Path) -> str:
 
     path = out / "data" / PAGE
     if not path.is_file() or not path.stat().st_size:
+        # The page then has no section for the surface.
         return ""
     # Escaped, because the content of the file becomes the attribute srcdoc of the frame.
     frame = html.escape(path.read_text())
@@ -200,6 +204,7 @@ def viewer(out: Path) -> str:
         " landmarks that fill the slab; FILE: a label volume (.npy, with names in a .json beside it)."
     ),
 )
+# WFLW is a dataset of human faces with 98 landmarks.
 @rare_option("--landmarks", type=PATH, help="JSON file with 98 WFLW landmarks in the frontal view.")
 @option(
     "--method",
@@ -209,6 +214,7 @@ def viewer(out: Path) -> str:
     help="Method by which the Shapley values of the regions are computed.",
 )
 @_rare_how_option(
+    # Settings of the attribution methods, whose defaults suit most cases.
     "--permutations",
     default=Settings.permutations,
     type=click.IntRange(min=2),
@@ -253,6 +259,7 @@ def viewer(out: Path) -> str:
 @shared(
     "n outdir device dry-run",
     "psi seed batch",
+    # an interval needs at least two latents
     n={"default": 6, "type": click.IntRange(min=2)},
     outdir={"default": "runs/reports/attribute"},
     batch="Number of density slabs per batch; a smaller batch needs less memory.",
@@ -282,6 +289,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
 
     names = ("permutations", "steps", "most_steps", "gap_bound", "randomisations", "checked")
     # settings of the attribution itself; the other flags are those of the comparison
+    # `pop` removes these flags, so that `Sources` gets only its own
     method_settings = {"method": method, "landmarks": landmarks, **{name: flags.pop(name) for name in names}}
     # Raises ValueError for wrong values before the networks are loaded; the result is not used.
     Settings(**{**method_settings, "regions": LANDMARKS if landmarks else BOXES})
@@ -330,6 +338,7 @@ def attribute(outdir, dry_run, device, regions, landmarks, method, **flags) -> N
         sentences,
         viewer(outdir),
     )
+    # The table lists the regions with the largest Shapley values first.
     data = findings["shapley"].data
     click.echo(f"\n{'region':<18} {'Shapley value':>14}  95 % interval")
     for name, mean in sorted(
@@ -380,8 +389,10 @@ def embed(outdir, dry_run, device, **sources) -> None:
     comparison = load_comparison(Sources(device=choose_device(device), **sources))
     # --dry-run ends here; nothing has been written so far
     if dry_run:
+        # results of UMAP differ between versions
         print_json({**comparison.resolved(), "umap": embedding.umap_version(), "outdir": str(outdir)})
         return
+    # Computes the embedding, and writes the page and its data.
     findings = embedding.write(comparison, outdir)
     # rank correlation of the reward with each axis
     for row in findings[embedding.MAP].data["ranks"]:
@@ -436,10 +447,12 @@ def images(outdir, device, dry_run, pairs, **sources) -> None:
         print_json({**comparison.resolved(), "outdir": str(folder)})
         return
     if pairs is not None:
+        # a note below the pairs names the tuned shape of each pair
         write_atomic(folder / PAIRS, png(pairs_sheet(comparison, pairs)))
         click.echo(f"Written to {folder}: {PAIRS}")
         return
     written = write_pictures(comparison, folder)
+    # computed on the same held-out latents as in summary.json
     click.echo(json.dumps(surface_change(comparison, EVALUATION.take(CHANGED))))
     click.echo(f"Written to {folder}: {', '.join(written)}")
 
@@ -465,5 +478,6 @@ def method(run: Path, out: Path) -> None:
     # Imported here, so that --help is printed without loading this module.
     from eg3d_rlhf.evaluation.method_figure import draw_method
 
+    # Raises an error if the run lacks a file that the figure needs.
     draw_method(run, out)
     click.echo(f"{out}")

@@ -27,6 +27,7 @@ _written = file_option(
 @option(
     "--aggregate",
     type=click.Choice(CHOICES),
+    # softmin is a pessimistic aggregate: members with low scores have more weight
     default="softmin",
     help=(
         "Function that combines the scores of the members. warm averages their weights instead, for members"
@@ -71,11 +72,13 @@ def join(rewards, out, aggregate, strength, network, batch, device, dry_run) -> 
     repeated_path = next((path for i, path in enumerate(rewards) if path in rewards[:i]), None)
     if repeated_path is not None:
         raise ValueError(f"REWARD: {repeated_path} is listed twice. Remove one of the two arguments.")
+    # The paths are recorded in the ensemble file.
     members = {str(path): load_reward(path, choose_device(device)) for path in rewards}
     # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, choose_device(device))
     with tqdm(total=SCALES.count, desc="scales", unit="shape", dynamic_ncols=True) as bar:
+        # Each member scores the same untuned samples, from which its mean and standard deviation follow.
         reward = joined(members, generator, aggregate, strength, batch, bar.update)
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -169,7 +172,9 @@ def release(source, out, transform, lattice, network, latents, device, dry_run) 
     # an error in this block begins with the name --network
     with naming("--network"):
         generator = load_generator(network, target_device).generator
+        # raises ValueError if the reward cannot read the densities of this generator
         check_reward(reward, generator)
+    # An iterator: each seed is scored when the progress bar asks for it.
     compared = compare_lattices(reward.to(target_device), generator, seeds)
     scores = list(tqdm(compared, total=len(seeds), desc="scoring on both lattices", unit="seed"))
     click.echo(f"{'seed':>8}  {'straight':>12}  {'skewed':>12}  {'difference':>12}")

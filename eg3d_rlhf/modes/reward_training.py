@@ -43,6 +43,7 @@ _data_option = functools.partial(option, group="Data")
 
 reward_flags = together(
     _data_option(
+        # Labels, and the generator whose samples are generated again.
         "--labels",
         metavar="FILE|URL",
         type=labels_source,
@@ -70,12 +71,14 @@ reward_flags = together(
         ),
     ),
     _data_option(
+        # Seeds of another generator stand for other shapes, so this is an error by default.
         "--any-generator",
         is_flag=True,
         rare=True,
         help="Accept labels that were given for samples of another generator.",
     ),
     _data_option(
+        # A reward that is accurate on wrong shapes has not learned from the shapes.
         "--wrong-faces",
         is_flag=True,
         help=(
@@ -116,6 +119,7 @@ reward_flags = together(
         show_default="all",
     ),
     _rare_store_option(
+        # Filters of the answers; they apply to a label database only.
         "--least-gold-accuracy",
         metavar="0..1",
         type=click.FloatRange(0, 1),
@@ -131,6 +135,7 @@ reward_flags = together(
         help="Use only the first answer of each annotator to a pair that was shown several times.",
     ),
     _rare_store_option(
+        # Very fast answers are probably given without looking.
         "--min-milliseconds",
         metavar="MS",
         type=click.IntRange(min=0),
@@ -144,12 +149,14 @@ reward_flags = together(
         help="Earliest time of the used answers, in ISO 8601 format or in seconds since 1970.",
     ),
     _rare_store_option(
+        # A database may hold answers to several questions about each pair.
         "--criterion",
         metavar="NAME",
         show_default="which is better",
         help="Name of the question whose answers are the labels.",
     ),
     name_option(
+        # The network, and the settings of an ensemble.
         "--preset",
         group="Network",
         help=(
@@ -160,6 +167,7 @@ reward_flags = together(
     ),
     options_of(RewardRun),
     rare_option(
+        # None as default: by default only ensembles resample their training pairs.
         "--bootstrap/--no-bootstrap",
         group="Network",
         default=None,
@@ -178,18 +186,21 @@ reward_flags = together(
         ),
     ),
     rare_option(
+        # None as default: the preset decides.
         "--cosine/--no-cosine",
         group="Training",
         default=None,
         help="Decrease the learning rate to 0 with a cosine schedule.",
     ),
     rare_option(
+        # None as default: the preset decides.
         "--mirror/--no-mirror",
         group="Training",
         default=None,
         help="Augment the training inputs by flipping them left-right at random.",
     ),
     option(
+        # Folders. --outdir, which is a flag of all modes, is the parent of numbered folders.
         "--run-dir",
         group="Run",
         metavar="FOLDER",
@@ -255,10 +266,13 @@ def resolve(flags: Flags) -> RewardRun:
         "timeout",
     )
     options = {name: value for name, value in flags.items() if name not in other_flags}
+    # fields of the run; the other settings belong to its training
     names = set(RewardRun.__dataclass_fields__)
     unpaired = flags["unpaired"]
     observation = flags["observation"]
+    # Defaults that depend on the kind of labels; given flags are not changed.
     options |= unpaired_settings(unpaired, flags["labels"] is None, options)
+    # without any labels, the bundled labels of the bundled generator
     labels = flags["labels"] or unpaired or BUNDLED_LABELS
     # Filters of the answers in a label database. `pop` removes them from the settings of the training.
     filters = {
@@ -284,6 +298,7 @@ def shown_by_help(flags: Flags) -> list[object]:
     """Return the objects from which --help reads the defaults of the flags: the settings of this run."""
     run = resolve(flags)
     names = ("preset", "bootstrap", "cosine", "mirror")
+    # values that are not fields of the run come first
     return [
         {name: getattr(run.train, name) for name in names},
         {"labels": run.labels.settings["labels"], "crop": run.crop, "fractions": run.fractions},
@@ -314,6 +329,7 @@ def open_label_source(
     # imported here, because --help must not load this module
     from eg3d_rlhf.preferences.unpaired import source_of_unpaired
 
+    # `split_seed` decides which shapes form a pair.
     return source_of_unpaired(Path(labels), split_seed)
 
 
@@ -346,6 +362,7 @@ def read_settings(folder: Path, flags: Flags, ranks: "Ranks") -> RewardRun:
     # imported here, because --help must not load this module
     from eg3d_rlhf.experiments.run import recorded
 
+    # a resumed run takes all settings from its record
     del flags
     # The first process reads the file and sends the content to the other processes.
     values = ranks.broadcast(recorded(folder) if ranks.main else None)
@@ -384,6 +401,7 @@ class RewardMode(Mode[RewardRun]):
         from eg3d_rlhf.rewards.training_run import STATE
         from training.distributed import SINGLE, launch_identity
 
+        # None: a numbered folder in --outdir
         folder = (flags or Flags()).get("run_dir")
         ranks = ranks or SINGLE
         if folder is None:
@@ -400,6 +418,7 @@ class RewardMode(Mode[RewardRun]):
             )
         if has_state:
             return self.go_on(settings, folder, flags, ranks)
+        # no run in the folder yet
         return self.begin(settings, folder, flags, ranks)
 
 
@@ -413,6 +432,7 @@ MODES.add(
         work=work,
         flags=reward_flags,
         resolve=resolve,
+        # the folder's name states labels, preset and seed
         title=lambda settings, _: (
             f"reward-{source_stem(settings.labels.settings['labels'])}"
             f"-{settings.train.preset}-s{settings.train.seed}"
@@ -421,6 +441,7 @@ MODES.add(
         recorded=read_settings,
         shown=RewardRun.to_dict,
         defaults=shown_by_help,
+        # a resumed run has the settings of its record, so none can differ
         changes=None,
     ),
 )

@@ -85,6 +85,7 @@ def _shapes(rare: bool = False):
 @click.command("images", cls=GroupedCommand)
 @_sampling
 @_samples_option(
+    # Camera and shapes of `samples images`.
     "--fov-deg",
     metavar="DEGREES",
     type=click.FloatRange(0, 180, min_open=True, max_open=True),
@@ -156,11 +157,13 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
         border=border,
         component="all",
     )
+    # A network with a fixed set of shapes has one seed for each shape.
     check_seeds(generator, max(seeds), "--seeds")
     cameras = rendering.cameras_of(generator, view_options["fov_deg"])
     # one camera label [1, 25] per view
     camera_labels = [rendering.camera(cameras, yaw, PITCH) for yaw in YAWS]
     for seed in tqdm(seeds, unit="seed", desc="samples"):
+        # The mapping network gets the frontal camera, as in EG3D's script.
         ws = rendering.conditioned_ws(generator, [seed], cameras, psi, cutoff)
         renders = rendering.render(generator, ws, camera_labels, seed, view_options["noise_mode"])
         write_atomic(
@@ -176,6 +179,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
 @click.command("videos", cls=GroupedCommand)
 @_sampling
 @_film_option(
+    # What the video shows: samples, grid and keyframes.
     "--interpolate",
     metavar="BOOL",
     type=bool,
@@ -217,6 +221,7 @@ def images(outdir, network, latents, psi, cutoff, shape_format, device, dry_run,
     ),
 )
 @_film_option(
+    # Camera, resolution and format of the video.
     "--cfg",
     metavar="NAME",
     type=click.Choice(list(CAMERAS), case_sensitive=False),
@@ -296,6 +301,7 @@ def videos(
             raise ValueError(
                 f"{grid!r} is not of the form WxH. Write the numbers of columns and rows, such as 4x3."
             )
+        # `film` holds the flags that have the names of fields
         options = FilmOptions(grid=(int(cells[1]), int(cells[2])), **film)
     # an error in this block begins with the name --shape-format
     with naming("--shape-format"):
@@ -339,6 +345,7 @@ def videos(
     # None: the network's resolution
     render_options = RenderOptions(resolution=nrr, sample_mult=sample_mult)
     for name, group in groups.items():
+        # Frames are rendered one by one, when the encoder needs them.
         frames = Film(generator, group, cameras, options, render_options)
         path = write_mp4(
             outdir / f"{name}.mp4",
@@ -349,7 +356,11 @@ def videos(
         click.echo(f"{path}: {frames.count} frames")
         # `ws(index)[0]`: the latent of the first cell in this frame
         for index in tqdm(
-            range(frames.count if shapes else 0), unit="shape", desc=f"{name}_shapes/", disable=not shapes
+            # an empty range: no shapes
+            range(frames.count if shapes else 0),
+            unit="shape",
+            desc=f"{name}_shapes/",
+            disable=not shapes,
         ):
             with rendering.StageBar(f"frame {index} ") as bar:
                 shape_field = generator.field(frames.ws(index)[0], options.noise_mode)
@@ -367,6 +378,7 @@ def videos(
     psi=_PSI,
 )
 @_surface_option(
+    # Extraction of the surface, and its simplification.
     "--resolution",
     "--shape-res",
     "resolution",
@@ -422,10 +434,12 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     from eg3d_rlhf.generators import load_generator, ws_of_seeds
     from eg3d_rlhf.geometry.mesh_export import check_mesh_suffix, export_mesh
 
+    # raises ValueError for a value outside its range
     options = MeshOptions(**settings)
     # an error in this block begins with the name --out
     with naming("--out"):
         check_mesh_suffix(out, "samples mesh")
+    # settings of the sample, which the report of the mesh records
     latent = {"seed": seed, "trunc": psi, "trunc_cutoff": cutoff, "noise_mode": "const"}
     # --dry-run ends here; nothing has been written so far
     if dry_run:
@@ -442,6 +456,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     with naming("--network"):
         loaded = load_generator(network, choose_device(device))
     with rendering.StageBar() as bar:
+        # stage, number of finished units, number of units
         bar("planes", 0, 1)
         field = loaded.generator.field(ws_of_seeds(loaded.generator, [seed], psi, cutoff), "const")
         bar("planes", 1, 1)
@@ -454,6 +469,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
     # head.glb.json and not head.json: meshes of the same name in two formats have separate reports.
     report.write(out.with_name(out.name + ".json"), network=loaded.hash, **latent, options=asdict(options))
     component_text = f"{report.components} of {report.components_extracted} parts"
+    # the numbers help to find the defect
     watertight_text = (
         "watertight"
         if report.watertight
@@ -479,6 +495,7 @@ def mesh(out, network, seed, psi, cutoff, device, dry_run, **settings) -> None:
         "show_default": True,
         "help": "Dataset whose images are shown beside the samples.",
     },
+    # 32 latents that no training uses
     latents={"default": f"{EVALUATION.first}-{EVALUATION.first + 31}"},
     psi={"default": None, "show_default": f"{Sources.psi}; for shapes of synthetic heads 1"},
 )
@@ -527,6 +544,7 @@ def sheet(outdir, network, data, latents, shapes, psi, device, dry_run) -> None:
         generator = load_generator(network, choose_device(device)).generator
     # an error in this block begins with the name --data
     with naming("--data"):
+        # cameras of the dataset's images are the cameras of the samples beside them
         dataset = ImageFolderDataset(resolve_dataset(data), use_labels=True, c_dim=25)
         if len(dataset) < len(seeds):
             raise ValueError(

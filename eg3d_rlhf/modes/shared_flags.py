@@ -70,6 +70,7 @@ def _reward(help_text: str) -> dict:
 # Keys: names of the options. Values: arguments of `option`. A job passes its own help text to `shared` where
 # the help text is empty here.
 _FLAGS: dict[str, dict[str, Any]] = {
+    # Generators and rewards to compare, and the run that they come from.
     "before": _network("Generator before tuning: a network file or a run folder.", "the bundled generator"),
     "after": _network("Tuned generator: a network file or a run folder.", "newest snapshot of --run"),
     "run": _flag(
@@ -81,13 +82,17 @@ _FLAGS: dict[str, dict[str, Any]] = {
     ),
     "control": _network("Control: the same run with --lambda-r=0.", "the matching run in runs/"),
     "reward-ckpt": _reward("Reward that the run was tuned with."),
+    # A reward that took part in tuning is no independent evaluator, hence a held-out reward.
     "heldout-reward": _reward("Held-out reward, which was not used in tuning."),
     "data": _flag("What", "ZIP|DIR|synthetic:people64", None, "", show_default="the dataset of the run"),
+    # One generator, for jobs that do not compare two generators.
     "network": _network("Generator: a network file or a run folder.", "the bundled generator"),
+    # Samples of the generator: latents, truncation, and their number.
     "latents": _flag("Samples", "LIST", None, "Seeds of the latents, as a list with ranges: 0,2-5."),
     "psi": _flag(
         "Samples",
         "FLOAT",
+        # psi = 0 would make all samples equal, so it is not allowed
         click.FloatRange(0, 2, min_open=True),
         "Truncation psi of the samples; 1 means no truncation.",
         Sources.psi,
@@ -112,6 +117,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "Number of images per image distance (FID, KID).",
         Sources.images,
     ),
+    # Output, device and parallel work.
     "out": _flag("Run", "FILE", FILE, "File to write."),
     "outdir": _flag("Run", "FOLDER", FOLDER, "Folder to write into."),
     "batch": _flag(
@@ -133,6 +139,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         min(2, os.cpu_count() or 1),
         show_default="2, or 1 on a machine with one core",
     ),
+    # is_flag: the option is a switch without a value
     "dry-run": _flag("Run", None, None, "Print the resolved settings as JSON and stop.", False, is_flag=True),
 }
 # Additional spellings for users of EG3D. The argument of the command's function has the name of the key.
@@ -161,5 +168,6 @@ def shared(names: str, rare: str = "", **changes: str | dict):
         # the third element has no dashes: click names the argument of the function by it
         spellings = (f"--{name}", *_SPELLINGS.get(name, ()), parameter)
         arguments = {**_FLAGS[name], **({"help": change} if isinstance(change, str) else change)}
+        # an option of `rare` has no flag of its own; --set NAME=VALUE sets it
         decorators.append(option(*spellings, rare=name in rare.split(), **arguments))
     return together(*decorators)

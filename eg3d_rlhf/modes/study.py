@@ -75,12 +75,15 @@ def report(outdir: Path | None, db: str | None, interim: bool, images: int) -> N
     # A --db that stands before `report` belongs to the --outdir before `report`. It is ignored if another
     # folder is named.
     folder = Folder(outdir or study_folder.path, db or (study_folder.db if outdir is None else None))
+    # raises an error if there is no design or no database
     design, rows = study_rows(folder)
     # Finished assets have no generator that could render them again.
     image_count = 0 if design.assets else images
     if image_count:
         click.echo(f"analysing, and rendering up to {2 * image_count} pairs ...", err=True)
+    # --interim allows a report before the stopping rule is met.
     content = reports.compute(design, rows, interim, image_count, str(choose_device("auto")))
+    # the page, and its numbers as JSON
     for path in reports.write(content, folder.path):
         click.echo(path)
     for sentence in content["conclusions"]:
@@ -107,10 +110,12 @@ def power(n: int | None, as_json: bool, **options) -> None:
     with flagged(options):
         # errors inside name the flag of the wrong value
         size = sample_size(power_options(launch.filled(options, PowerOptions)))
+    # The power of --n is added to the same JSON.
     record = asdict(size)
     if n is not None:
         record["power_of_n"] = {
             "n": n,
+            # exact: from the binomial distribution, not from an approximation
             "power": float(exact_power(n, size.options.true_rate, size.options.alpha)),
         }
     if as_json:
@@ -129,6 +134,7 @@ def power(n: int | None, as_json: bool, **options) -> None:
 @click.command("simulate", cls=GroupedCommand)
 @options_of(SimulationOptions)
 @rare_option(
+    # Random sides are the reason why a preference for one side does not bias a study.
     "--random-sides/--fixed-sides",
     default=True,
     group="Truth",
@@ -150,7 +156,9 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     contains the true win rate, and how often it excludes 50 %.
     """
     with flagged(options):
+        # the default of each setting replaces a flag that was not given
         resolved = SimulationOptions(**launch.filled(options, SimulationOptions))
+    # An interval at 95 % should contain the true rate in 95 % of the studies.
     result = coverage(resolved, bootstrap_studies)
     if as_json:
         print_json(result)
@@ -168,6 +176,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
 
 @click.command("study", cls=GroupedGroup, invoke_without_command=True)
 @_study_option(
+    # The two generators. Their names in reports do not appear on the page.
     "--a",
     metavar="PATH",
     show_default="the bundled generator",
@@ -209,6 +218,7 @@ def simulate(bootstrap_studies: int, as_json: bool, **options) -> None:
     show_default="2 with several annotators, else 1",
     help="Number of different people who answer each pair.",
 )
+# Flags of the design, and of the computation of the number of trials.
 @options_of(StudyDesign, PowerOptions)
 @option(
     "--outdir",
@@ -237,6 +247,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
         python tools/study.py --a=before --b=after --n=300 --annotators=6
     """
     flags = launch.filled(flags, StudyDesign, PowerOptions)
+    # None as db: study.db in the folder
     folder = Folder(outdir, db)
     name = name or outdir.resolve().name
     ctx.obj = folder.url
@@ -245,6 +256,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
     if ctx.invoked_subcommand is not None:
         launch.refuse_flags_before(ctx, "outdir", "db")
         return
+    # Fails at once if the packages of the label server are not installed.
     check_extra(EXTRA)
     server = launch.ServerFlags.of(flags, outdir)
     # --dry-run ends here; nothing has been written so far
@@ -259,6 +271,7 @@ def main(ctx: click.Context, outdir: Path, name: str | None, db: str | None, dry
             open_store(folder.url, create=True) if store_exists(folder.url) else contextlib.nullcontext()
         ) as store_or_none:
             launch.check_annotators(store_or_none, server.host, add_command)
+    # Opens the study in the folder, or designs a new one. A stored design is never changed.
     design = prepare(folder, name, flags, launch.given_flags(ctx), lambda text: click.echo(text, err=True))
     with open_store(folder.url, create=False) as store:
         login_count = len(launch.with_access(store))
@@ -317,6 +330,7 @@ def _dry_run(folder: "Folder", name: str, flags: dict, server: launch.ServerFlag
     return {
         "action": "design" if is_new else "resume",
         "outdir": str(folder.path),
+        # the URL of a database server may contain a password
         "db": without_password(folder.url),
         **server.to_dict(),
         "latents": design.latents,
